@@ -1,0 +1,55 @@
+"""Group-normalised advantages with masks (DESIGN section 2).
+
+Rewards come as a dense array of all ranks' values, so every rank computes the same numbers whatever their count. The
+arithmetic is float64; standard deviations are those of the population (divided by n).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+EPSILON = 1e-4
+
+
+@dataclass(frozen=True)
+class Advantages:
+    """values: float32 [P, S, K, B], 0 where masked. valid: bool, same shape, False where the reward failed.
+
+    zero_spread: bool, groups whose valid rewards are all equal; groups: [P, S, K] for seed groups, [P, K] for prompt
+    groups. spread: float64 [K], mean standard deviation of the groups of each step (NaN where none is valid).
+    """
+
+    values: np.ndarray
+    valid: np.ndarray
+    zero_spread: np.ndarray
+    spread: np.ndarray
+
+
+def advantages(rewards: np.ndarray, *, group: str, global_std: bool, clip: float) -> Advantages:
+    """A = (r - mean) / (std + 1e-4), clipped to +-clip.
+
+    rewards: [P, S, K, B] over prompts, seeds, stochastic steps and children; NaN marks a failed reward, which is left out
+    of its group. group: "seed" normalises over B, "prompt" over S x B. global_std divides by the standard
+    deviation of all valid rewards instead of the group's. A group without spread has advantage exactly 0.
+    """
+    rewards = np.asarray(rewards, dtype=np.float64)
+    axes = {"seed": (3,), "prompt": (1, 3)}[group]
+    valid = np.isfinite(rewards)
+    count = np.maximum(valid.sum(axes, keepdims=True), 1)
+    filled = np.where(valid, rewards, 0.0)
+    mean = filled.sum(axes, keepdims=True) / count
+    deviation = np.where(valid, rewards - mean, 0.0)
+    std = np.sqrt((deviation**2).sum(axes, keepdims=True) / count)
+    highest = np.where(valid, rewards, -np.inf).max(axes, keepdims=True)
+    lowest = np.where(valid, rewards, np.inf).min(axes, keepdims=True)
+    flat = highest <= lowest
+    scale = np.std(rewards[valid]) if global_std and valid.any() else std
+    values = np.clip(deviation / (scale + EPSILON), -clip, clip)
+    values = np.where(flat | ~valid, 0.0, values).astype(np.float32)
+    live = valid.any(axes, keepdims=True)
+    others = tuple(axis for axis in range(4) if axis != 2)
+    totals = live.sum(others)
+    spread = np.where(live, std, 0.0).sum(others) / np.where(totals == 0, np.nan, totals)
+    return Advantages(values, valid, np.squeeze(flat, axes), spread)

@@ -1,0 +1,35 @@
+"""What the scripts share: how errors end, and which noise of the libraries is kept from the terminal."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from typing import Callable
+
+from tempflow.errors import UserError
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' advice out of the progress display; their errors stay. Before they are imported."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", category=UserWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    for name in ("DeepSpeed", "transformers", "diffusers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Run a script's main and exit: 2 with the bare message for a user's error, main's own status otherwise."""
+    try:
+        status = main() or 0
+    except UserError as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        status = 2
+    sys.stdout.flush()
+    sys.exit(status)

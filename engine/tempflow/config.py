@@ -1,0 +1,279 @@
+"""The JSON config of a run: its keys, their types, defaults and meaning, and the checks that need no model.
+
+Every key is a field below with its help beside it. Unknown and ill-typed keys are refused with the nearest valid
+name. The `deepspeed` section is passed on verbatim, less the batch sizes, which the engine sets itself.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from tempflow.errors import UserError
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+class Lora(Section):
+    rank: Positive = Field(32, description="rank of the adapters")
+    alpha: Annotated[float, Field(gt=0)] = Field(64.0, description="their scale is alpha / rank")
+    targets: list[str] | None = Field(None, description="module names to adapt; null: the family's own list")
+
+
+class Model(Section):
+    path: str = Field(description="a diffusers pipeline folder, or a hub id")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "float32", description="of the frozen parts and the rollout copy; auto: bfloat16 where the hardware computes it"
+    )
+    lora: Lora | None = Field(None, description="null trains all weights of the transformer")
+    attention_backend: str | None = Field(None, description="a diffusers attention backend; null: diffusers' own choice")
+    gradient_checkpointing: bool = Field(False, description="trade a second forward for activation memory")
+    max_sequence_length: Positive = Field(512, description="text tokens, as in the diffusers pipeline's call")
+
+
+class Data(Section):
+    train: str = Field(description="prompt file: .txt, one prompt a line, or .jsonl with `prompt` and metadata")
+    heldout: str | None = Field(None, description="prompt file for evaluation, fixed during the run")
+    prompts_per_iteration: Positive = Field(8, description="different prompts drawn per iteration")
+
+
+class RandomSteps(Section):
+    random: Positive = Field(description="number of branch steps drawn anew each iteration, spread over the grid")
+
+
+class Window(Section):
+    size: Positive = Field(4, description="stochastic steps per iteration of mix_grpo")
+    every: Positive = Field(25, description="iterations after which the window moves on by one step")
+
+
+class Rollout(Section):
+    plan: Literal["tempflow", "flow_grpo", "mix_grpo"] = Field("tempflow", description="which rows take noise where")
+    height: Positive = Field(512, description="pixels")
+    width: Positive = Field(512, description="pixels")
+    num_steps: Annotated[int, Field(ge=2)] = Field(10, description="T, steps of the sampling grid")
+    seeds: Positive = Field(4, description="S, initial noises per prompt")
+    children: Annotated[int, Field(ge=1, le=64)] = Field(6, description="B, children per (seed, branch step)")
+    branch_steps: Union[Literal["all"], list[Annotated[int, Field(ge=0)]], RandomSteps] = Field(
+        "all", description='steps that take noise: "all" but the last, a list, or {"random": n}'
+    )
+    window: Window = Field(Window(), description="the stochastic window of mix_grpo")
+    sde: Literal["flow", "dance", "cps"] = Field("flow", description="kind of the stochastic step")
+    eta: Annotated[float, Field(gt=0)] = Field(0.7, description="noise level of the stochastic step")
+    guidance_scale: Annotated[float, Field(ge=0)] = Field(3.5, description="as in the diffusers pipeline's call")
+    micro_batch: Positive = Field(48, description="most rows in one forward of the rollout")
+    decode_batch: Positive = Field(16, description="most latents decoded at once")
+    replica: bool = Field(True, description="roll out on a static copy of the weights, not through the training engine")
+
+
+class RewardPoolSection(Section):
+    workers: Annotated[int, Field(ge=0)] = Field(1, description="processes per rank; 0 scores in the training process")
+    threads_per_worker: Positive = Field(1, description="CPU threads of each")
+    timeout_s: Annotated[float, Field(gt=0)] = Field(120.0, description="for one batch of one reward")
+    retries: Annotated[int, Field(ge=0)] = Field(2, description="further tries of a failed batch")
+    max_failed: Fraction = Field(0.5, description="share of an iteration's values that may fail before the run stops")
+
+
+class Ema(Section):
+    decay: Fraction = Field(0.9, description="weight of the old average")
+    every: Positive = Field(8, description="updates between two averagings")
+
+
+class Training(Section):
+    iterations: Positive = Field(100, description="rollouts, each followed by its updates")
+    minutes: Annotated[float, Field(gt=0)] | None = Field(None, description="stop after this much training, if sooner")
+    updates_per_rollout: Positive = Field(1, description="optimizer steps, each over all decisions of the rollout")
+    micro_batch: Positive = Field(8, description="decisions in one forward and backward")
+    advantage_group: Literal["seed", "prompt"] = Field("seed", description="whose rewards are normalised together")
+    global_std: bool = Field(False, description="divide by the whole batch's standard deviation, not the group's")
+    adv_clip: Annotated[float, Field(gt=0)] = Field(5.0, description="advantages are clipped to +- this")
+    clip_low: Fraction = Field(1e-4, description="the ratio is clipped below at 1 - this")
+    clip_high: Annotated[float, Field(gt=0)] = Field(1e-4, description="and above at 1 + this")
+    ratio: Literal["plain", "guard"] = Field("plain", description="guard: the normalised ratio of GRPO-Guard")
+    weighting: Literal["noise", "uniform"] = Field("noise", description="loss weight of a step: its tau, or 1")
+    kl_coef: Annotated[float, Field(ge=0)] = Field(0.0, description="beta; 0 keeps no reference policy")
+    kl_form: Literal["x", "v"] = Field("x", description="KL of step means over tau, or plain velocity distance")
+    share_group_forward: bool = Field(True, description="one forward per state; false: one per child, for comparison")
+    ema: Ema | None = Field(None, description="average of the trained weights, evaluated and exported where present")
+    lr_decay: Annotated[float, Field(ge=0, le=1)] = Field(
+        1.0, description="learning rate at the end over that at the start, along a cosine; 1: constant"
+    )
+    seed: int = Field(0, description="of prompts and noise")
+
+
+class Eval(Section):
+    every: Annotated[int, Field(ge=0)] = Field(10, description="iterations between evaluations; 0: never")
+    num_steps: Annotated[int, Field(ge=1)] | None = Field(None, description="ODE steps; null: as in the rollout")
+    prompts: Positive = Field(128, description="held-out prompts used, from the top of the file")
+    keep_samples: Positive = Field(24, description="pictures written per evaluation, the first prompts'")
+
+
+class Checkpoint(Section):
+    every: Annotated[int, Field(ge=0)] = Field(20, description="iterations between checkpoints; 0: only at the end")
+    keep: Positive = Field(2, description="newest checkpoints kept")
+
+
+class Logging(Section):
+    dir: str = Field("runs", description="folder of run directories")
+    name: str | None = Field(None, description="run directory; null: the config file's name")
+    tensorboard: bool = Field(True, description="write TensorBoard events")
+    wandb: dict[str, Any] | None = Field(None, description="arguments of wandb.init, or null")
+
+
+class Config(Section):
+    model: Model
+    data: Data
+    rollout: Rollout = Rollout()
+    rewards: dict[str, Any]
+    reward_pool: RewardPoolSection = RewardPoolSection()
+    training: Training = Training()
+    eval: Eval = Eval()
+    checkpoint: Checkpoint = Checkpoint()
+    logging: Logging = Logging()
+    deepspeed: dict[str, Any] = Field(default_factory=dict, description="passed to DeepSpeed as it stands")
+
+    @model_validator(mode="after")
+    def _agree(self) -> Config:
+        for check in (_check_branch_steps, _check_groups, _check_deepspeed):
+            check(self)
+        return self
+
+    def steps_with_noise(self) -> list[int]:
+        """Every step that the plan may ever make stochastic: all but the last, or the list given."""
+        steps = self.rollout.branch_steps
+        return steps if isinstance(steps, list) else list(range(self.rollout.num_steps - 1))
+
+
+def _check_branch_steps(config: Config) -> None:
+    r = config.rollout
+    last = r.num_steps - 2
+    if isinstance(r.branch_steps, list):
+        if not r.branch_steps or sorted(set(r.branch_steps)) != r.branch_steps:
+            raise ValueError(f"rollout.branch_steps: expected rising steps without repeats, got {r.branch_steps}")
+        if r.branch_steps[-1] > last:
+            raise ValueError(
+                f"rollout.branch_steps: step {r.branch_steps[-1]} is outside the grid; allowed are 0 to {last} "
+                f"(num_steps {r.num_steps}, the last step takes no noise)"
+            )
+    if isinstance(r.branch_steps, RandomSteps) and r.branch_steps.random > last + 1:
+        raise ValueError(f"rollout.branch_steps.random: {r.branch_steps.random} of {last + 1} steps")
+    if r.plan == "mix_grpo" and r.window.size > last + 1:
+        raise ValueError(f"rollout.window.size: {r.window.size} of {last + 1} steps")
+    if r.sde == "cps" and r.eta > 1:
+        raise ValueError(f"rollout.eta: {r.eta}; cps allows 0 to 1")
+
+
+def _check_groups(config: Config) -> None:
+    r, t = config.rollout, config.training
+    branching = r.plan == "tempflow"
+    if t.advantage_group == "seed" and not branching:
+        raise ValueError(f'training.advantage_group: "seed" groups the children of a branch; plan {r.plan} needs "prompt"')
+    size = r.children if t.advantage_group == "seed" else r.seeds * (r.children if branching else 1)
+    if size < 2:
+        keys = "rollout.children" if branching else "rollout.seeds"
+        raise ValueError(f"{keys}: a group of one has no advantage; at least 2 are needed")
+
+
+def _check_deepspeed(config: Config) -> None:
+    ds = config.deepspeed
+    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        if key in ds:
+            raise ValueError(f"deepspeed.{key}: the engine sets it; use training.micro_batch and data.prompts_per_iteration")
+    zero = ds.get("zero_optimization", {})
+    if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
+        raise ValueError(f"deepspeed.zero_optimization: expected a table with stage 0, 1, 2 or 3, got {zero!r}")
+    if "optimizer" not in ds:
+        raise ValueError('deepspeed.optimizer: missing; for example {"type": "AdamW", "params": {"lr": 1e-4}}')
+
+
+def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
+    """Read a JSON config, apply `section.key=value` overrides (JSON values, or bare strings), and check it.
+
+    Raises UserError naming the key, the value that came and what is allowed.
+    """
+    file = Path(path)
+    try:
+        data = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise UserError(f"config file {file} does not exist") from None
+    except IsADirectoryError:
+        raise UserError(f"config file {file} is a folder") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"config file {file} is not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"config file {file}: expected a table of sections, got {type(data).__name__}")
+    for override in overrides:
+        _apply_override(data, override)
+    config = parse_config(data)
+    config.model.path = _found_from(config.model.path, file)
+    config.data.train = _found_from(config.data.train, file)
+    if config.data.heldout:
+        config.data.heldout = _found_from(config.data.heldout, file)
+    config.logging.name = config.logging.name or file.stem
+    return config
+
+
+def parse_config(data: dict) -> Config:
+    """A checked Config of nested tables; UserError as in `load_config`."""
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        raise UserError("\n".join(_explain(item) for item in error.errors())) from None
+
+
+def _apply_override(data: dict, override: str) -> None:
+    name, equals, text = override.partition("=")
+    if not equals or not name:
+        raise UserError(f"--set {override}: expected section.key=value")
+    *sections, key = name.split(".")
+    for section in sections:
+        data = data.setdefault(section, {})
+        if not isinstance(data, dict):
+            raise UserError(f"--set {override}: {section} is not a table")
+    try:
+        data[key] = json.loads(text)
+    except json.JSONDecodeError:
+        data[key] = text
+
+
+def _found_from(path: str, config_file: Path) -> str:
+    """A relative path is looked up from the working directory, then from each folder above the config file."""
+    if Path(path).exists() or Path(path).is_absolute():
+        return path
+    for folder in config_file.resolve().parents:
+        if (folder / path).exists():
+            return str(folder / path)
+    return path
+
+
+def _explain(error: dict) -> str:
+    """One line of a pydantic error, in the user's key names."""
+    parts = [str(p) for p in error["loc"] if not str(p).startswith(("literal", "list[", "function", "RandomSteps"))]
+    name = ".".join(parts)
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(parts[:-1])
+        near = difflib.get_close_matches(parts[-1], known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        return f"{name}: unknown key{hint} Allowed here: {', '.join(known)}"
+    if error["type"] == "missing":
+        return f"{name}: required, and missing"
+    if error["type"] == "value_error" and not name:
+        return str(error["ctx"]["error"])
+    return f"{name}: {error['msg'][0].lower() + error['msg'][1:]}, got {error['input']!r:.100}"
+
+
+def _known_keys(parts: list[str]) -> list[str]:
+    model: type[BaseModel] = Config
+    for part in parts:
+        annotation = model.model_fields[part].annotation
+        options = [annotation, *getattr(annotation, "__args__", ())]
+        model = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
+    return list(model.model_fields)

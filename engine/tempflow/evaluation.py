@@ -1,0 +1,120 @@
+"""Held-out evaluation: ODE pictures of fixed prompts from fixed noise, scored, with the first ones kept.
+
+The noise of a prompt depends on the evaluation seed and the prompt's place in the file alone, so base and tuned pictures,
+runs and numbers of ranks compare like with like.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from tempflow.logs import write_atomic
+from tempflow.policy import Policy
+from tempflow.policy.embeddings import EmbeddingCache
+from tempflow.prompts import Prompt
+from tempflow.rewards import RewardPool, RewardSpec, combine
+from tempflow.rollout.noise import INITIAL, key_tensor, noise_key
+from tempflow_kernels import normal
+
+EVAL_SEED = 0
+EVAL_ITERATION = -1  # no training iteration has this number, so evaluation noise is never trained on
+
+
+@dataclass(frozen=True)
+class Scored:
+    """n pictures, uint8 [n, H, W, 3], with the weighted reward [n], each reward alone, and its readings."""
+
+    indices: list[int]
+    pictures: np.ndarray
+    reward: np.ndarray
+    parts: dict[str, np.ndarray]
+    details: dict[str, list[str] | None]
+
+
+def fixed_noise(indices: list[int], shape: tuple[int, ...], device, seed: int = EVAL_SEED) -> torch.Tensor:
+    """Initial latents of evaluation prompts by their place in the file, fp32 [n, *shape]."""
+    keys = key_tensor([noise_key(seed, EVAL_ITERATION, i, 0, INITIAL, 0) for i in indices], device)
+    return normal(keys, torch.Size(shape).numel()).reshape(len(indices), *shape)
+
+
+def draw(
+    policy: Policy, embeddings: EmbeddingCache, prompts: list[Prompt], indices: list[int], *,
+    height: int, width: int, num_steps: int, guidance_scale: float, micro_batch: int, advance=lambda n: None,
+):  # fmt: skip
+    """Yield (indices, uint8 pictures) of the prompts at `indices`, a micro-batch at a time."""
+    shape = policy.latent_shape(height, width)
+    for first in range(0, len(indices), micro_batch):
+        part = indices[first : first + micro_batch]
+        conditioning = embeddings.get([prompts[i].text for i in part])
+        latents = policy.integrate(fixed_noise(part, shape, policy.device), conditioning, height=height, width=width,
+                                   num_steps=num_steps, guidance_scale=guidance_scale)  # fmt: skip
+        yield part, policy.decode(latents, height, width)
+        advance(len(part))
+
+
+def evaluate(pool: RewardPool, specs: list[RewardSpec], prompts: list[Prompt], drawn) -> Scored:
+    """Score what `draw` yields while it goes on drawing."""
+    indices, pictures, tickets = [], [], []
+    for part, images in drawn:
+        chosen = [prompts[i] for i in part]
+        tickets.append(pool.submit(images, [p.text for p in chosen], [p.metadata for p in chosen]))
+        indices += part
+        pictures.append(images)
+    scores = pool.gather(tickets)
+    combined = [combine(score, specs) for score in scores]
+    details = {}
+    for spec in specs:
+        texts = [score[spec.name].details for score in scores]
+        details[spec.name] = None if any(t is None for t in texts) else [text for t in texts for text in t]
+    return Scored(
+        indices, np.concatenate(pictures), np.concatenate([c.values for c in combined]),
+        {spec.name: np.concatenate([c.parts[spec.name] for c in combined]) for spec in specs}, details,
+    )  # fmt: skip
+
+
+def merge(parts: list[Scored]) -> Scored:
+    """The evaluations of several ranks as one, in the order of the prompts."""
+    order = np.argsort(np.concatenate([p.indices for p in parts]))
+
+    def join(arrays):
+        return np.concatenate(arrays)[order]
+
+    details = {}
+    for name in parts[0].details:
+        whole = all(p.details[name] is not None for p in parts)
+        details[name] = list(join([np.array(p.details[name], dtype=object) for p in parts])) if whole else None
+    return Scored(
+        np.concatenate([p.indices for p in parts])[order].tolist(), join([p.pictures for p in parts]),
+        join([p.reward for p in parts]), {n: join([p.parts[n] for p in parts]) for n in parts[0].parts}, details,
+    )  # fmt: skip
+
+
+def write_samples(folder: Path, scored: Scored, prompts: list[Prompt], keep: int, facts: dict) -> None:
+    """Write the first `keep` pictures and samples.json with `facts` into `folder`, all or nothing."""
+    draft = folder.with_name(f".{folder.name}")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    items = []
+    for n, index in enumerate(scored.indices[:keep]):
+        file = f"{n:04d}.png"
+        Image.fromarray(scored.pictures[n]).save(draft / file)
+        items.append({
+            "prompt": prompts[index].text, "file": file, "reward": _number(scored.reward[n]),
+            "rewards": {name: _number(values[n]) for name, values in scored.parts.items()},
+            "details": {name: texts[n] for name, texts in scored.details.items() if texts is not None},
+        })  # fmt: skip
+    content = {**facts, "reward": _number(np.nanmean(scored.reward)), "items": items}
+    write_atomic(draft / "samples.json", json.dumps(content, indent=1, ensure_ascii=False))
+    shutil.rmtree(folder, ignore_errors=True)
+    draft.rename(folder)
+
+
+def _number(value) -> float | None:
+    return round(float(value), 6) if np.isfinite(value) else None

@@ -1,0 +1,113 @@
+"""What the engine needs to know of a model family: the `Policy` protocol, and sampling written once on top of it.
+
+A policy owns the frozen parts (text encoders, VAE, scheduler) and one copy of the transformer. `velocity` takes the
+transformer to evaluate as an argument, because training, rollout and reference run different copies of it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from tempflow.errors import UserError
+from tempflow.rollout.sde import ode_coefficients
+from tempflow_kernels import sde_step
+
+Conditioning = dict[str, torch.Tensor]  # prompt embeddings by name, leading dimension = prompts
+
+
+def take(conditioning: Conditioning, indices: list[int]) -> Conditioning:
+    """The conditioning of a batch of rows, by prompt index."""
+    return {name: tensor[indices] for name, tensor in conditioning.items()}
+
+
+class Policy(ABC):
+    """A flow-matching text-to-image model of one family, loaded from a diffusers folder.
+
+    transformer: the module that predicts velocities; pipe: the diffusers pipeline it came from.
+    """
+
+    lora_targets: tuple[str, ...]
+
+    def __init__(self, pipe: Any, *, device: str | torch.device, max_sequence_length: int):
+        self.pipe = pipe
+        self.device = torch.device(device)
+        self.max_sequence_length = max_sequence_length
+        for module in self._modules():
+            module.to(self.device).eval().requires_grad_(False)
+
+    def _modules(self) -> list[torch.nn.Module]:
+        return [part for part in self.pipe.components.values() if isinstance(part, torch.nn.Module)]
+
+    @property
+    def transformer(self) -> torch.nn.Module:
+        return self.pipe.transformer
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.pipe.transformer.dtype
+
+    @abstractmethod
+    def encode(self, prompts: list[str]) -> Conditioning:
+        """Prompt embeddings, [n, ...] each, in the policy's dtype on its device."""
+
+    @abstractmethod
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """Shape of one latent in the layout that the pipeline accepts as `latents=`; UserError for impossible sizes."""
+
+    @abstractmethod
+    def sigmas(self, num_steps: int, height: int, width: int) -> torch.Tensor:
+        """The sampling grid of the checkpoint's scheduler, fp32 [num_steps + 1] on the CPU, from 1 to 0."""
+
+    @abstractmethod
+    def velocity(
+        self, transformer, x: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning, *,
+        height: int, width: int, guidance_scale: float, dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """v = transformer(x, sigma) for a batch of rows, each at its own sigma.
+
+        x: [n, ...] of any float dtype, cast to `dtype` (default: the policy's); sigma: fp32 [n]. Returns `dtype`.
+        """
+
+    @abstractmethod
+    def decode(self, latents: torch.Tensor, height: int, width: int) -> np.ndarray:
+        """Pictures of final latents, uint8 [n, height, width, 3]."""
+
+    @torch.no_grad()
+    def integrate(
+        self, x: torch.Tensor, conditioning: Conditioning, *, height: int, width: int, num_steps: int,
+        guidance_scale: float,
+    ) -> torch.Tensor:  # fmt: skip
+        """The ODE from sigma = 1 to 0 on the policy's own transformer. x: fp32 [n, ...]; returns fp32 [n, ...]."""
+        sigmas = self.sigmas(num_steps, height, width)
+        grid = ode_coefficients(sigmas)
+        no_key = torch.zeros(len(x), 1, dtype=torch.int64, device=x.device)
+        for k in range(num_steps):
+            sigma, a, b, tau = (s[k].expand(len(x)).to(x.device) for s in (sigmas, grid.a, grid.b, grid.tau))
+            v = self.velocity(self.transformer, x, sigma, conditioning, height=height, width=width,
+                              guidance_scale=guidance_scale)  # fmt: skip
+            x = sde_step(x, v, a, b, tau, key=no_key)[0][:, 0]
+        return x
+
+    def sample(
+        self, prompts: list[str], *, latents: torch.Tensor, height: int, width: int, num_steps: int,
+        guidance_scale: float, negative_prompts: list[str] | None = None, decode: bool = True,
+    ) -> list[Image.Image] | torch.Tensor:  # fmt: skip
+        """ODE sampling from given initial latents; equals the family's diffusers pipeline to 1e-5 in fp32.
+
+        latents: [n, ...] in the layout that the pipeline accepts as `latents=`. Returns PIL pictures, or with
+        decode=False the final fp32 latents as the pipeline does with output_type="latent".
+        Raises UserError for sizes that the family cannot make, ValueError where shapes disagree.
+        """
+        if negative_prompts is not None:
+            raise UserError(f"negative_prompts: {type(self).__name__} has its guidance built in and takes none")
+        expected = (len(prompts), *self.latent_shape(height, width))
+        if tuple(latents.shape) != expected:
+            raise ValueError(f"latents: expected shape {expected} for {height} x {width}, got {tuple(latents.shape)}")
+        final = self.integrate(latents.to(self.device, torch.float32), self.encode(prompts), height=height, width=width,
+                               num_steps=num_steps, guidance_scale=guidance_scale)  # fmt: skip
+        return [Image.fromarray(p) for p in self.decode(final, height, width)] if decode else final

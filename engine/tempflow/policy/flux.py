@@ -1,0 +1,74 @@
+"""FLUX.1 (dev, schnell and finetunes): packed 2 x 2 latents, guidance as an embedding, resolution-dependent shift."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from diffusers.pipelines.flux.pipeline_flux import FluxPipeline, calculate_shift, retrieve_timesteps
+
+from tempflow.errors import UserError
+from tempflow.policy.base import Conditioning, Policy
+
+
+class FluxPolicy(Policy):
+    """Velocities of a FluxTransformer2DModel as its pipeline asks for them."""
+
+    lora_targets = (
+        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+        "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",
+    )  # fmt: skip
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> Conditioning:
+        embeds, pooled, _ = self.pipe.encode_prompt(
+            prompt=prompts, prompt_2=None, device=self.device, max_sequence_length=self.max_sequence_length
+        )
+        return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
+
+    def _packed_size(self, height: int, width: int) -> tuple[int, int]:
+        multiple = 2 * self.pipe.vae_scale_factor
+        if height % multiple or width % multiple:
+            raise UserError(f"rollout.height, rollout.width: {height} x {width}; both must be multiples of {multiple}")
+        return height // multiple, width // multiple
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int]:
+        rows, columns = self._packed_size(height, width)
+        return rows * columns, self.pipe.transformer.config.in_channels
+
+    def sigmas(self, num_steps: int, height: int, width: int) -> torch.Tensor:
+        scheduler = self.pipe.scheduler
+        given = None if scheduler.config.get("use_flow_sigmas") else np.linspace(1.0, 1 / num_steps, num_steps)
+        defaults = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
+        length = self.latent_shape(height, width)[0]
+        mu = calculate_shift(length, *(scheduler.config.get(name, value) for name, value in defaults.items()))
+        retrieve_timesteps(scheduler, num_steps, "cpu", sigmas=given, mu=mu)
+        return scheduler.sigmas.float().cpu()
+
+    def velocity(self, transformer, x, sigma, conditioning, *, height, width, guidance_scale, dtype=None):
+        dtype = dtype or self.dtype
+        rows, columns = self._packed_size(height, width)
+        text = conditioning["encoder_hidden_states"]
+        guidance = None
+        if self.pipe.transformer.config.guidance_embeds:
+            guidance = torch.full((len(x),), guidance_scale, device=x.device, dtype=torch.float32)
+        return transformer(
+            hidden_states=x.to(dtype),
+            # The pipeline's own arithmetic: timesteps are 1000 sigma, rounded to the model's dtype.
+            timestep=(sigma * 1000).to(dtype) / 1000,
+            guidance=guidance,
+            encoder_hidden_states=text.to(dtype),
+            pooled_projections=conditioning["pooled_projections"].to(dtype),
+            img_ids=FluxPipeline._prepare_latent_image_ids(1, rows, columns, x.device, dtype),
+            txt_ids=torch.zeros(text.shape[1], 3, device=x.device, dtype=dtype),
+            return_dict=False,
+        )[0]
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor, height: int, width: int) -> np.ndarray:
+        vae = self.pipe.vae
+        x = self.pipe._unpack_latents(latents, height, width, self.pipe.vae_scale_factor)
+        x = x / vae.config.scaling_factor + vae.config.shift_factor
+        pictures = vae.decode(x.to(vae.dtype), return_dict=False)[0].float()
+        pictures = self.pipe.image_processor.postprocess(pictures, output_type="np")
+        return (pictures * 255).round().astype(np.uint8)

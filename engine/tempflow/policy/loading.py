@@ -1,0 +1,85 @@
+"""From a checkpoint's path to a Policy. Families are named by the pipeline class in model_index.json."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import torch
+
+from tempflow.errors import UserError
+from tempflow.policy.base import Policy
+
+FAMILIES = {"FluxPipeline": "tempflow.policy.flux:FluxPolicy"}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_dtype(name: str, device: torch.device | str) -> torch.dtype:
+    """The torch dtype of a config name; "auto" is bfloat16 on GPUs and on CPUs that multiply it, else float32."""
+    if name != "auto":
+        return DTYPES[name]
+    fast = torch.device(device).type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def check_model(path: str) -> str:
+    """The pipeline class of a checkpoint, read without loading it.
+
+    Raises UserError for a missing folder or component, or a family that the engine does not know. A hub id is fetched
+    as far as its model_index.json.
+    """
+    folder = Path(path)
+    index_file = folder / "model_index.json"
+    if not folder.is_dir():
+        index_file = _fetch_index(path)
+    elif not index_file.exists():
+        raise UserError(f"model.path: {folder} has no model_index.json; a folder written by save_pretrained is expected")
+    index = json.loads(index_file.read_text())
+    name = index.get("_class_name")
+    if name not in FAMILIES:
+        raise UserError(f"model.path: {path} is a {name}; known are {', '.join(FAMILIES)}")
+    if folder.is_dir():
+        needed = [part for part, value in index.items() if isinstance(value, list) and value[0]]
+        missing = [part for part in needed if not (folder / part).is_dir()]
+        if missing:
+            raise UserError(f"model.path: {folder} lacks the component{'s' * (len(missing) > 1)} {', '.join(missing)}")
+    return name
+
+
+def _fetch_index(path: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise UserError(f"model.path: folder {path} does not exist (a hub id has the form owner/name)")
+    try:
+        return Path(hf_hub_download(path, "model_index.json"))
+    except Exception as error:
+        raise UserError(f"model.path: no folder {path}, and no such model on the hub: {type(error).__name__}") from None
+
+
+def load_policy(
+    path: str, *, dtype: str | torch.dtype = "float32", device: str | torch.device = "cpu",
+    max_sequence_length: int = 512,
+) -> Policy:  # fmt: skip
+    """Load a diffusers pipeline folder (or hub id) as a Policy; the family is read from its model_index.json.
+
+    dtype: "float32", "bfloat16", "float16", "auto", or a torch dtype. Raises UserError as `check_model` does.
+    """
+    import diffusers
+
+    pipeline_class = check_model(str(path))
+    module, _, name = FAMILIES[pipeline_class].partition(":")
+    family = getattr(importlib.import_module(module), name)
+    dtype = resolve_dtype(dtype, device) if isinstance(dtype, str) else dtype
+    try:
+        pipe = getattr(diffusers, pipeline_class).from_pretrained(str(path), torch_dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path: cannot load {path}: {error}") from None
+    return family(pipe, device=device, max_sequence_length=max_sequence_length)
+
+
+def load_transformer(path: str, policy: Policy, dtype: torch.dtype) -> torch.nn.Module:
+    """Another copy of the checkpoint's transformer, in `dtype` on the CPU."""
+    kind = type(policy.transformer)
+    return kind.from_pretrained(str(path), subfolder="transformer", torch_dtype=dtype, use_safetensors=True)

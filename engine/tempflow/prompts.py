@@ -1,0 +1,76 @@
+"""Prompt files and the order in which an iteration's prompts are drawn.
+
+The order is a function of (seed, cursor) alone: a resumed run, or one on another number of ranks, sees the same.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from tempflow.errors import UserError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt's text and what its file says besides; metadata["source"] is "file:line"."""
+
+    text: str
+    metadata: dict = field(default_factory=dict)
+
+
+def load_prompts(path: str | Path, key: str = "data.train") -> list[Prompt]:
+    """Read .txt (one prompt a line) or .jsonl (objects with `prompt`; other keys become metadata).
+
+    Blank lines are skipped. Raises UserError naming the config key, the file and the line.
+    """
+    file = Path(path)
+    if file.suffix not in (".txt", ".jsonl"):
+        raise UserError(f"{key}: {file} must end in .txt or .jsonl")
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise UserError(f"{key}: prompt file {file} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{key}: cannot read {file}: {error}") from None
+    read = _read_jsonl if file.suffix == ".jsonl" else _read_text
+    prompts = [read(line, f"{file}:{i}") for i, line in enumerate(lines, 1) if line.strip()]
+    if not prompts:
+        raise UserError(f"{key}: {file} holds no prompts")
+    return prompts
+
+
+def _read_text(line: str, source: str) -> Prompt:
+    return Prompt(line.strip(), {"source": source})
+
+
+def _read_jsonl(line: str, source: str) -> Prompt:
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{source}: not JSON: {error}") from None
+    if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str) or not entry["prompt"].strip():
+        raise UserError(f'{source}: expected an object with a non-empty "prompt", got {line.strip()[:80]}')
+    return Prompt(entry.pop("prompt"), {**entry, "source": source})
+
+
+class PromptOrder:
+    """Draws `per_iteration` different prompts for each iteration, every prompt once per epoch.
+
+    An epoch is cut to a whole number of iterations, so no iteration holds a prompt twice.
+    """
+
+    def __init__(self, count: int, per_iteration: int, seed: int):
+        if per_iteration > count:
+            raise UserError(f"data.prompts_per_iteration: {per_iteration}, but data.train holds {count} prompts")
+        self._count, self._per_iteration, self._seed = count, per_iteration, seed
+
+    def indices(self, iteration: int) -> list[int]:
+        """Prompt indices of an iteration, counted from 0."""
+        per_epoch = self._count // self._per_iteration
+        epoch, place = divmod(iteration, per_epoch)
+        order = np.random.default_rng([self._seed, epoch]).permutation(self._count)
+        return order[place * self._per_iteration : (place + 1) * self._per_iteration].tolist()

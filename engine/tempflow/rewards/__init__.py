@@ -1,0 +1,25 @@
+"""Rewards: pictures and their prompts in, one number a picture out, scored off the training process.
+
+A config's `rewards` section becomes a list of `RewardSpec` (`parse_rewards`); `check_prompts` refuses
+prompts that a reward cannot use before anything is loaded; `RewardPool` scores batches in worker
+processes; `combine` makes the weighted sum. A new reward is a subclass of `Reward`, or a function, named
+in the config as `my_module:MyReward`. Importing this package loads neither torch nor any reward's model.
+"""
+
+from tempflow.rewards.combine import Combined, combine
+from tempflow.rewards.pool import RewardPool, Ticket
+from tempflow.rewards.protocol import Reward, Scores
+from tempflow.rewards.registry import RewardSpec, build_reward, check_prompts, parse_rewards
+
+__all__ = [
+    "Combined",
+    "Reward",
+    "RewardPool",
+    "RewardSpec",
+    "Scores",
+    "Ticket",
+    "build_reward",
+    "check_prompts",
+    "combine",
+    "parse_rewards",
+]

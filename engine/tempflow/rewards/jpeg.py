@@ -1,0 +1,37 @@
+"""JPEG reward: pictures that compress well, or badly. It needs no model, so it also serves to try a setup."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+
+from tempflow.errors import UserError
+from tempflow.rewards.protocol import Reward, Scores
+
+
+class JpegReward(Reward):
+    """Size of the picture as a JPEG file, in kB (1000 bytes).
+
+    goal: "small" rewards compressible pictures (minus the size), "large" incompressible ones (the size).
+    quality: of the encoder, 1 to 95.
+    """
+
+    def __init__(self, goal: str = "small", quality: int = 95):
+        if goal not in ("small", "large"):
+            raise UserError(f'rewards.jpeg.goal: expected "small" or "large", got {goal!r}')
+        if not 1 <= quality <= 95:
+            raise UserError(f"rewards.jpeg.quality: expected 1 to 95, got {quality!r}")
+        self._sign = -1.0 if goal == "small" else 1.0
+        self._quality = quality
+
+    def score(self, images, prompts, metadata):
+        sizes = np.array([self._kilobytes(image) for image in images], dtype=np.float32)
+        return Scores(self._sign * sizes, [f"{size:.1f} kB" for size in sizes])
+
+    def _kilobytes(self, image: np.ndarray) -> float:
+        from PIL import Image
+
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, format="JPEG", quality=self._quality)
+        return buffer.tell() / 1000

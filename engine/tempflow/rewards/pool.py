@@ -1,0 +1,209 @@
+"""Scores batches of pictures in worker processes while the trainer goes on.
+
+One thread a worker hands it batches from a shared queue and waits for it, so submitting never blocks. What
+goes wrong ends as a mask: a worker that raises, dies, hangs or answers nonsense is replaced, the batch is
+tried again after a pause, and when all tries are spent its values are NaN and counted. Batches are neither
+split nor merged: their size is the caller's choice, and one batch occupies one worker.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import numpy as np
+
+from tempflow.errors import UserError
+from tempflow.rewards.process import WorkerFailure, WorkerProcess
+from tempflow.rewards.protocol import Scores, as_scores
+from tempflow.rewards.registry import RewardSpec, build_reward, load_rewards
+
+
+class Ticket:
+    """A submitted batch. `seconds`, once gathered: what scoring it took in the workers, all rewards together,
+    waiting and failed tries apart."""
+
+    def __init__(self, names: list[str]):
+        self.seconds = 0.0
+        self._scores: dict[str, Future] = {name: Future() for name in names}
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One batch to be scored by one reward."""
+
+    ticket: Ticket
+    name: str
+    images: np.ndarray
+    prompts: list[str]
+    metadata: list[dict]
+
+
+class RewardPool:
+    """Worker processes that each hold every reward of `specs`.
+
+    workers: number of processes; 0 scores in the calling process, inside `submit`, and lets exceptions
+        through: for debugging a reward.
+    threads_per_worker: what each may use; keep workers x threads, plus the trainer's own, within the cores.
+    timeout_s: for one batch and one reward. start_timeout_s: for loading the rewards.
+    retries: further tries of a failed batch, `backoff_s`, then twice as long, ... apart.
+
+    Raises `UserError` for unknown rewards or options. Workers load while the caller goes on; see `wait_ready`.
+    """
+
+    def __init__(
+        self,
+        specs: list[RewardSpec],
+        *,
+        workers: int,
+        threads_per_worker: int = 1,
+        timeout_s: float = 60.0,
+        retries: int = 2,
+        start_timeout_s: float = 300.0,
+        backoff_s: float = 0.5,
+    ):
+        if workers < 0:
+            raise UserError(f"reward workers: expected 0 or more, got {workers}")
+        self._specs = list(specs)
+        for spec in self._specs:
+            build_reward(spec.name, spec.options)
+        self._timeout_s, self._start_timeout_s = timeout_s, start_timeout_s
+        self._retries, self._backoff_s = retries, backoff_s
+        self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
+        self._closed = threading.Event()
+        self._lock = threading.Lock()
+        self._failures = 0
+        self._last_error: str | None = None
+        self._local = load_rewards(self._specs, threads_per_worker) if workers == 0 else {}
+        self._workers = [WorkerProcess(self._specs, threads_per_worker) for _ in range(workers)]
+        self._started = [Future() for _ in self._workers]
+        self._threads = [
+            threading.Thread(target=self._serve, args=pair, daemon=True) for pair in zip(self._workers, self._started)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def __enter__(self) -> RewardPool:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    @property
+    def failures(self) -> int:
+        """Values masked so far: NaN for one picture by one reward, whatever the cause."""
+        return self._failures
+
+    @property
+    def last_error(self) -> str | None:
+        """Text of the last thing that went wrong in a worker, retried with success or not."""
+        return self._last_error
+
+    @property
+    def worker_pids(self) -> list[int]:
+        """Process ids of the running workers."""
+        return [pid for worker in self._workers if (pid := worker.pid) is not None]
+
+    def wait_ready(self) -> None:
+        """Wait until every worker has loaded its rewards; `UserError` with the reason if one cannot."""
+        for started in self._started:
+            try:
+                started.result()
+            except WorkerFailure as error:
+                raise UserError(str(error)) from None
+
+    def submit(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> Ticket:
+        """Queue a batch for every reward; returns at once (unless workers=0).
+
+        images: uint8 RGB [n, H, W, 3], copied here; prompts and metadata: n entries each. Raises ValueError
+        where these disagree, RuntimeError on a closed pool.
+        """
+        if self._closed.is_set():
+            raise RuntimeError("the reward pool is closed")
+        images = np.array(images, copy=True, order="C")
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+            raise ValueError(f"images must be uint8 [n, H, W, 3], got {images.dtype} {list(images.shape)}")
+        if not len(images) == len(prompts) == len(metadata):
+            raise ValueError(f"{len(images)} images, {len(prompts)} prompts and {len(metadata)} metadata")
+        ticket = Ticket([spec.name for spec in self._specs])
+        for spec in self._specs:
+            task = _Task(ticket, spec.name, images, list(prompts), list(metadata))
+            self._tasks.put(task) if self._workers else self._score_here(task)
+        return ticket
+
+    def gather(self, tickets: list[Ticket]) -> list[dict[str, Scores]]:
+        """Wait for batches: for each ticket, every reward's scores.
+
+        Every try has its time-out, so this ends. Raises `UserError` if the workers cannot start. Batches
+        still open when the pool is closed are NaN.
+        """
+        self.wait_ready()
+        return [{name: future.result() for name, future in ticket._scores.items()} for ticket in tickets]
+
+    def close(self) -> None:
+        """Kill the workers. Also done by leaving a `with` block; safe to call again."""
+        self._closed.set()
+        for worker in self._workers:
+            worker.close()
+            self._tasks.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _serve(self, worker: WorkerProcess, started: Future) -> None:
+        """The life of one worker's thread: start it, then score what is queued until told to stop."""
+        try:
+            worker.start(self._start_timeout_s)
+            started.set_result(None)
+        except Exception as error:
+            started.set_exception(error if isinstance(error, WorkerFailure) else WorkerFailure(repr(error)))
+            worker.kill()
+        while (task := self._tasks.get()) is not None:
+            self._finish(task, *self._score(worker, task))
+        worker.kill()
+
+    def _score(self, worker: WorkerProcess, task: _Task) -> tuple[Scores, float]:
+        """Scores of a task and the seconds they took; NaN when all tries have failed."""
+        error = "the reward pool was closed"
+        for attempt in range(self._retries + 1):
+            if self._closed.is_set():
+                break
+            try:
+                worker.start(self._start_timeout_s)
+                return self._attempt(worker, task)
+            except Exception as failure:  # besides WorkerFailure: metadata that cannot be sent
+                error = self._note(f"reward {task.name!r}: {failure}")
+                worker.kill()
+            if attempt < self._retries:
+                self._closed.wait(self._backoff_s * 2**attempt)
+        n = len(task.images)
+        return Scores(np.full(n, np.nan, dtype=np.float32), [f"not scored: {_last_line(error)}"] * n), 0.0
+
+    def _attempt(self, worker: WorkerProcess, task: _Task) -> tuple[Scores, float]:
+        scores, seconds = worker.score(task.name, task.images, task.prompts, task.metadata, self._timeout_s)
+        if len(scores.values) and np.isnan(scores.values).all():
+            first = f" ({scores.details[0]})" if scores.details else ""
+            raise WorkerFailure(f"NaN for every image of the batch{first}")
+        return scores, seconds
+
+    def _score_here(self, task: _Task) -> None:
+        start = time.perf_counter()
+        result = self._local[task.name].score(task.images, task.prompts, task.metadata)
+        self._finish(task, as_scores(result, len(task.images)), time.perf_counter() - start)
+
+    def _finish(self, task: _Task, scores: Scores, seconds: float) -> None:
+        with self._lock:
+            self._failures += int(np.isnan(scores.values).sum())
+            task.ticket.seconds += seconds
+        task.ticket._scores[task.name].set_result(scores)
+
+    def _note(self, error: str) -> str:
+        with self._lock:
+            self._last_error = error
+        return error
+
+
+def _last_line(error: str) -> str:
+    return error.strip().splitlines()[-1]

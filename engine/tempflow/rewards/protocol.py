@@ -1,0 +1,90 @@
+"""What a reward is: the one interface between the trainer and anything that judges pictures.
+
+A picture that could not be scored has the value NaN, which the trainer masks. It is never 0: in a group
+of pictures compared with each other a false 0 is a strong signal in the wrong direction.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Rewards of n pictures.
+
+    values: float32 [n]; NaN where a picture could not be scored.
+    details: one short text a picture for people (what an OCR model read), or None.
+    """
+
+    values: np.ndarray
+    details: list[str] | None = None
+
+
+class Reward:
+    """Base class of rewards; a subclass must define `score`.
+
+    The constructor's keyword arguments are the reward's options in the config. It must be cheap and load
+    nothing: the training process builds every reward too, only to call `check_prompts`.
+    """
+
+    def check_prompts(self, prompts: list[str], metadata: list[dict]) -> None:
+        """Raise `UserError` naming the first prompt that this reward cannot use (see `locate`)."""
+
+    def load(self, threads: int = 1) -> None:
+        """Load models, once, in the process that will score; `threads` is what each may use."""
+
+    def score(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> Scores:
+        """Score pictures.
+
+        images: uint8 RGB [n, H, W, 3]; prompts and metadata: n entries each. Returns `Scores`; a plain
+        array or list of n numbers does as well. An exception fails the whole batch (it is retried); NaN
+        fails one picture.
+        """
+        raise NotImplementedError
+
+
+class FunctionReward(Reward):
+    """A plain function `f(images, prompts, metadata, **options)` seen as a reward."""
+
+    def __init__(self, function, options: dict):
+        self._function = function
+        self._options = options
+
+    def score(self, images, prompts, metadata):
+        return self._function(images, prompts, metadata, **self._options)
+
+
+def as_scores(result, n: int) -> Scores:
+    """What `score` returned, checked.
+
+    Raises ValueError unless it is n real numbers (NaN allowed, infinity not) and, if present, n texts.
+    """
+    details = None
+    if isinstance(result, Scores):
+        result, details = result.values, result.details
+    if hasattr(result, "detach"):  # a torch tensor, without importing torch
+        result = result.detach().cpu().float().numpy()
+    try:
+        values = np.asarray(result)
+    except ValueError:  # ragged lists
+        values = np.empty(0, dtype=object)
+    if values.dtype.kind not in "fiub":
+        raise ValueError(f"the reward returned {result!r:.80}, not {n} numbers")
+    with np.errstate(over="ignore"):  # too large for float32 becomes infinite, and is refused below
+        values = values.astype(np.float32)
+    if values.shape != (n,):
+        raise ValueError(f"the reward returned shape {list(values.shape)} for {n} images, expected [{n}]")
+    if np.isinf(values).any():
+        raise ValueError(f"the reward returned an infinite value for image {np.isinf(values).argmax()}")
+    if details is not None and len(details) != n:
+        raise ValueError(f"the reward returned {len(details)} details for {n} images")
+    return Scores(values, None if details is None else [str(text) for text in details])
+
+
+def locate(prompt: str, metadata: dict) -> str:
+    """How an error message names a prompt: its file and line where known, and its text."""
+    source = metadata.get("source")
+    return (f"{source}: " if source else "") + f"prompt {prompt!r}"

@@ -1,0 +1,152 @@
+"""From the config's `rewards` section to reward objects.
+
+An id maps to a dotted path that is imported only when the reward is built, so a reward's packages are
+needed only by those who use it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import math
+import os
+import sys
+from dataclasses import dataclass, field
+
+from tempflow.errors import UserError
+from tempflow.rewards.protocol import FunctionReward, Reward
+
+REWARDS = {
+    "jpeg": "tempflow.rewards.jpeg:JpegReward",
+    "ocr": "tempflow.rewards.ocr:OcrReward",
+}
+
+_FORMS = '{"ocr": 1.0} or {"ocr": {"weight": 0.7, "detect": false}}'
+_TYPES = {
+    "bool": (bool, "true or false"),
+    "int": (int, "a whole number"),
+    "float": ((int, float), "a number"),
+    "str": (str, "a text"),
+}
+
+
+@dataclass(frozen=True)
+class RewardSpec:
+    """One entry of the config: an id or `module:Name`, its weight in the sum (0: watched only), its options."""
+
+    name: str
+    weight: float = 1.0
+    options: dict = field(default_factory=dict)
+
+
+def parse_rewards(section: dict) -> list[RewardSpec]:
+    """Read the config's `rewards` section: weights, or tables of a weight (1.0 if left out) and options.
+
+    Raises `UserError` for an unknown reward, a weight that is no finite number, or no weight other than 0.
+    Options are checked by `build_reward`.
+    """
+    if not isinstance(section, dict) or not section:
+        raise UserError(f"rewards: expected at least one reward, as in {_FORMS}, got {section!r}")
+    specs = []
+    for name, value in section.items():
+        options = dict(value) if isinstance(value, dict) else {"weight": value}
+        weight = _checked_weight(name, options.pop("weight", 1.0))
+        _reward_path(name)
+        specs.append(RewardSpec(name, weight, options))
+    if all(spec.weight == 0 for spec in specs):
+        raise UserError("rewards: every weight is 0; at least one reward must have another weight to train on")
+    return specs
+
+
+def build_reward(name: str, options: dict | None = None) -> Reward:
+    """Build the reward `name` (an id or `module:Name`), without loading its models.
+
+    Raises `UserError` for an unknown name, an import that fails, or an option that the reward lacks or
+    that has the wrong type.
+    """
+    options = options or {}
+    target = _import(name, _reward_path(name))
+    is_class = inspect.isclass(target)
+    if not (issubclass(target, Reward) if is_class else callable(target)):
+        raise UserError(f"rewards.{name}: {target!r} is neither a subclass of tempflow.rewards.Reward nor a function")
+    _check_options(name, target, options, skip=0 if is_class else 3)
+    return target(**options) if is_class else FunctionReward(target, options)
+
+
+def load_rewards(specs: list[RewardSpec], threads: int) -> dict[str, Reward]:
+    """Build and load the rewards, ready to score; `UserError` with the reason where one cannot start."""
+    rewards = {}
+    for spec in specs:
+        rewards[spec.name] = build_reward(spec.name, spec.options)
+        try:
+            rewards[spec.name].load(threads)
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"reward {spec.name!r} could not start: {type(error).__name__}: {error}") from error
+    return rewards
+
+
+def check_prompts(specs: list[RewardSpec], prompts: list[str], metadata: list[dict]) -> None:
+    """Let each reward look at all prompts once; the first that cannot be used raises `UserError`."""
+    for spec in specs:
+        build_reward(spec.name, spec.options).check_prompts(prompts, metadata)
+
+
+def _checked_weight(name: str, weight) -> float:
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+        raise UserError(f"rewards.{name}: the weight must be a finite number, got {weight!r}; write {_FORMS}")
+    return float(weight)
+
+
+def _reward_path(name: str) -> str:
+    """The dotted path of an id, or the name itself where it is one."""
+    if name in REWARDS:
+        return REWARDS[name]
+    module, _, attribute = str(name).partition(":")
+    if module and attribute:
+        return name
+    near = difflib.get_close_matches(str(name), REWARDS, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    raise UserError(
+        f"rewards: unknown reward {name!r}{hint} Known: {', '.join(sorted(REWARDS))}; "
+        "or your own as 'my_module:MyReward'"
+    )
+
+
+def _import(name: str, path: str):
+    module, _, attribute = path.partition(":")
+    # A user's module usually lies where the command is run, which a script's sys.path does not hold.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except Exception as error:
+        raise UserError(f"rewards.{name}: cannot import {path!r}: {type(error).__name__}: {error}") from error
+
+
+def _check_options(name: str, target, options: dict, skip: int) -> None:
+    """Match options against the signature, less its first `skip` parameters (a function's images, ...)."""
+    parameters = list(inspect.signature(target).parameters.values())[skip:]
+    named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    takes_any = any(p.kind == p.VAR_KEYWORD for p in parameters)
+    allowed = ", ".join(["weight", *named])
+    for key, value in options.items():
+        if key not in named and not takes_any:
+            near = difflib.get_close_matches(key, ["weight", *named], n=1)
+            hint = f", did you mean {near[0]!r}?" if near else "."
+            raise UserError(f"rewards.{name}.{key}: no such option{hint} Allowed: {allowed}")
+        if key in named:
+            _check_type(f"rewards.{name}.{key}", value, named[key].annotation)
+    missing = [p.name for p in named.values() if p.default is p.empty and p.name not in options]
+    if missing:
+        raise UserError(f"rewards.{name}.{missing[0]}: this option has no default and must be given")
+
+
+def _check_type(key: str, value, annotation) -> None:
+    """Refuse a value that contradicts an annotation of a plain type; other annotations are the reward's affair."""
+    kind, words = _TYPES.get(getattr(annotation, "__name__", annotation), (object, ""))
+    is_bool_elsewhere = isinstance(value, bool) and kind not in (bool, object)
+    if is_bool_elsewhere or not isinstance(value, kind):
+        raise UserError(f"{key}: expected {words}, got {value!r}")

@@ -1,0 +1,66 @@
+"""The program of one reward worker: `python -m tempflow.rewards.worker PIPE PARENT`, started by `process.py`.
+
+It is a program of its own, not a multiprocessing child: those import the parent's main script again, and
+with it torch and DeepSpeed. It answers one message at a time. Only the end of its parent ends it.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+import threading
+import time
+import traceback
+from multiprocessing.connection import Connection
+
+from tempflow.errors import UserError
+from tempflow.rewards.protocol import as_scores
+from tempflow.rewards.registry import load_rewards
+
+
+def main() -> None:
+    """Load the rewards, report, then score until the pipe closes."""
+    # The trainer answers these signals by finishing its step, for which it still needs the scores.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    fd, parent = int(sys.argv[1]), int(sys.argv[2])
+    connection = Connection(fd)
+    threading.Thread(target=_exit_with_parent, args=(fd, parent), daemon=True).start()
+    specs, threads = connection.recv()
+    try:
+        rewards = load_rewards(specs, threads)
+    except UserError as error:
+        connection.send(("failed", str(error)))
+        return
+    connection.send(("ready", None))
+    while True:
+        name, images, prompts, metadata = connection.recv()
+        connection.send(_answer(rewards[name], images, prompts, metadata))
+
+
+def _answer(reward, images, prompts, metadata) -> tuple:
+    """("scores", (values, details, seconds)) or ("failed", traceback)."""
+    start = time.perf_counter()
+    try:
+        scores = as_scores(reward.score(images, prompts, metadata), len(images))
+    except Exception:
+        return "failed", traceback.format_exc()
+    return "scores", (scores.values, scores.details, time.perf_counter() - start)
+
+
+def _exit_with_parent(fd: int, parent: int) -> None:
+    """End the process, busy or not, when the pipe is closed or the parent is gone.
+
+    Both are watched: after a fork of the parent, a copy of the pipe can outlive it.
+    """
+    poll = select.poll()
+    poll.register(fd, 0)  # no events asked for: only hang-up and error are reported
+    while os.getppid() == parent and not poll.poll(1000):
+        pass
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

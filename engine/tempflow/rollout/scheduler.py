@@ -1,0 +1,140 @@
+"""Runs a plan: rows at different steps share forwards, trunks first, children as soon as their parent passes.
+
+A parent's (x_k, v_k) is computed once; its children take their SDE step from it without a forward of their own.
+Every stochastic transition is recorded as part of a decision. The latent being integrated stays in fp32.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Callable
+
+import torch
+
+from tempflow.rollout.noise import INITIAL, key_tensor, noise_key
+from tempflow.rollout.plan import Plan, Row, Unit
+from tempflow.rollout.sde import Coefficients, ode_coefficients
+from tempflow_kernels import normal, sde_step
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One state and the B children that left it.
+
+    x: fp32 [...]; x_next: fp32 [B, ...]; log_prob: fp32 [B] under the rollout's own velocity; step: its place in the grid.
+    """
+
+    unit: Unit
+    step: int
+    x: torch.Tensor
+    x_next: torch.Tensor
+    log_prob: torch.Tensor
+
+
+@dataclass
+class RolloutStats:
+    """forwards: rows that went through the transformer; batches: forwards of any size; peak_latents: most held."""
+
+    forwards: int = 0
+    batches: int = 0
+    peak_latents: int = 0
+
+
+@dataclass
+class RowScheduler:
+    """Integrates the rows of a plan.
+
+    velocity(x [n, ...], sigma fp32 [n], units of the n rows) -> [n, ...]: the policy's transformer.
+    sigmas: fp32 [T + 1]; sde: the stochastic steps' coefficients. on_finished(row indices, latents fp32 [n, ...])
+    is called with rows as they reach sigma = 0. advance(n) is told of every n rows forwarded.
+    """
+
+    plan: Plan
+    velocity: Callable[[torch.Tensor, torch.Tensor, list[Unit]], torch.Tensor]
+    sigmas: torch.Tensor
+    sde: Coefficients
+    micro_batch: int
+    run_seed: int
+    iteration: int
+    on_finished: Callable[[list[int], torch.Tensor], None]
+    advance: Callable[[int], None] = lambda n: None
+    device: torch.device | str = "cpu"
+    stats: RolloutStats = field(default_factory=RolloutStats)
+
+    def __post_init__(self):
+        self._ode = ode_coefficients(self.sigmas)
+        self._last = len(self.sigmas) - 1
+        self._state: dict[int, torch.Tensor] = {}
+        self._step: dict[int, int] = {}
+        self._branches: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for index, row in enumerate(self.plan.rows):
+            if row.parent is not None:
+                self._branches[row.parent, row.start].append(index)
+
+    @torch.no_grad()
+    def run(self, latent_shape: tuple[int, ...]) -> list[Decision]:
+        """Integrate every row; returns the decisions, ordered by unit and step."""
+        roots = [i for i, row in enumerate(self.plan.rows) if row.parent is None]
+        if roots:
+            keys = key_tensor([self._key(self.plan.rows[i], INITIAL) for i in roots], self.device)
+            noise = normal(keys, torch.Size(latent_shape).numel()).reshape(len(roots), *latent_shape)
+            self._place(roots, noise, 0)
+        decisions: list[Decision] = []
+        while self._state:
+            self._forward(self._next_batch(), decisions)
+        return sorted(decisions, key=lambda d: (d.unit.index, d.step))
+
+    def _next_batch(self) -> list[int]:
+        """Trunks first, because children wait for them; then the rows nearest to their end, because rewards do."""
+        order = sorted(self._state, key=lambda i: (self.plan.rows[i].parent is not None, -self._step[i], i))
+        return order[: self.micro_batch]
+
+    def _forward(self, batch: list[int], decisions: list[Decision]) -> None:
+        steps = [self._step[i] for i in batch]
+        x = torch.stack([self._state.pop(i) for i in batch])
+        rows = [self.plan.rows[i] for i in batch]
+        v = self.velocity(x, self.sigmas[steps].to(self.device), [row.unit for row in rows])
+        self.stats.forwards += len(batch)
+        self.stats.batches += 1
+        self._branch(batch, steps, x, v, decisions)
+        noisy = [k in row.noise for row, k in zip(rows, steps, strict=True)]
+        x_next, log_prob = self._transition(x, v, steps, noisy, [[self._key(r, k)] for r, k in zip(rows, steps)])
+        for n in (n for n, is_noisy in enumerate(noisy) if is_noisy):
+            decisions.append(Decision(rows[n].unit, steps[n], x[n], x_next[n], log_prob[n]))
+        for k in sorted(set(steps)):
+            members = [n for n, step in enumerate(steps) if step == k]
+            self._place([batch[n] for n in members], x_next[members, 0], k + 1)
+        self.advance(len(batch))
+
+    def _branch(self, batch, steps, x, v, decisions) -> None:
+        """Children of the batch's rows take their SDE step and join."""
+        parents = [n for n, (i, k) in enumerate(zip(batch, steps, strict=True)) if (i, k) in self._branches]
+        if not parents:
+            return
+        families = [self._branches.pop((batch[n], steps[n])) for n in parents]
+        keys = [[self._key(self.plan.rows[c], steps[n]) for c in family] for n, family in zip(parents, families)]
+        at = [steps[n] for n in parents]
+        x_next, log_prob = self._transition(x[parents], v[parents], at, [True] * len(parents), keys)
+        for j, (n, family) in enumerate(zip(parents, families, strict=True)):
+            decisions.append(Decision(self.plan.rows[batch[n]].unit, at[j], x[n], x_next[j], log_prob[j]))
+            self._place(family, x_next[j], at[j] + 1)
+
+    def _transition(self, x, v, steps: list[int], noisy: list[bool], keys: list[list[int]]):
+        """One fused step of n rows, each by its own coefficients; [n, B, ...] and [n, B]."""
+        choose = torch.tensor(noisy)
+        scalars = [torch.where(choose, sde[steps], ode[steps]).to(self.device) for sde, ode in (
+            (self.sde.a, self._ode.a), (self.sde.b, self._ode.b), (self.sde.tau, self._ode.tau))]  # fmt: skip
+        key = key_tensor(keys, self.device)
+        return sde_step(x, v, *scalars, key=key, children=key.shape[1], out_dtype=torch.float32)
+
+    def _place(self, indices: list[int], latents: torch.Tensor, step: int) -> None:
+        if step == self._last:
+            self.on_finished(indices, latents)
+            return
+        for index, latent in zip(indices, latents, strict=True):
+            self._state[index], self._step[index] = latent, step
+        self.stats.peak_latents = max(self.stats.peak_latents, len(self._state))
+
+    def _key(self, row: Row, step: int) -> int:
+        return noise_key(self.run_seed, self.iteration, row.unit.prompt_id, row.unit.seed, step, row.child)

@@ -1,0 +1,57 @@
+"""Run directories: claiming a new one, taking an old one up again, and finding what a script should read from it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tempflow.config import Config, parse_config
+from tempflow.errors import UserError
+from tempflow.logs import write_atomic
+
+# Keys that may change between a run and its continuation; the rest decides what the run computes.
+FREE_ON_RESUME = ("logging", "checkpoint", "reward_pool")
+
+
+def path_of(config: Config) -> Path:
+    return Path(config.logging.dir) / config.logging.name
+
+
+def claim(config: Config, resume: bool) -> Path:
+    """The run directory, with config.json written. Call on rank 0.
+
+    Raises UserError where it exists without `resume`, or where `resume` meets another config.
+    """
+    run_dir = path_of(config)
+    written = run_dir / "config.json"
+    if run_dir.exists() and any(run_dir.iterdir()) and not resume:
+        raise UserError(
+            f"run directory {run_dir} exists; continue it with --resume, or choose another with --set logging.name=NAME"
+        )
+    if resume and not written.exists():
+        raise UserError(f"--resume: {run_dir} holds no run (no config.json)")
+    if resume:
+        _check_same(read_config(run_dir), config, run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_atomic(written, config.model_dump_json(indent=1))
+    return run_dir
+
+
+def _check_same(old: Config, new: Config, run_dir: Path) -> None:
+    a, b = old.model_dump(), new.model_dump()
+    for section in a:
+        if section in FREE_ON_RESUME or a[section] == b[section]:
+            continue
+        key = next(k for k in {**a[section], **b[section]} if a[section].get(k) != b[section].get(k))
+        if (section, key) in (("training", "iterations"), ("training", "minutes")):
+            continue
+        was, now = a[section].get(key), b[section].get(key)
+        raise UserError(f"--resume: {section}.{key} is {now!r}, but the run in {run_dir} has {was!r}")
+
+
+def read_config(run_dir: Path) -> Config:
+    """The resolved config of a run. UserError where there is none."""
+    try:
+        return parse_config(json.loads((run_dir / "config.json").read_text()))
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{run_dir} is no run directory: {error}") from None

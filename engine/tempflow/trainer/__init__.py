@@ -1,0 +1,33 @@
+"""Training: the DeepSpeed runtime, checkpoints and the loop that uses them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tempflow import rundir
+from tempflow.config import Config
+from tempflow.errors import UserError
+from tempflow.trainer import checkpoint, comm
+from tempflow.trainer.loop import Trainer
+
+__all__ = ["Trainer", "checkpoint", "claim_run"]
+
+
+def claim_run(config: Config, resume: bool) -> tuple[Path, Path | None]:
+    """Join the process group; rank 0 claims the run directory for all. Returns it and the checkpoint to resume from.
+
+    Raises UserError on every rank alike.
+    """
+    comm.init_distributed()
+    trouble, found = None, None
+    if comm.rank() == 0:
+        try:
+            run_dir = rundir.claim(config, resume)
+            found = checkpoint.newest(run_dir, note=lambda text: print(text, flush=True)) if resume else None
+        except UserError as error:
+            trouble = str(error)
+    trouble = comm.agree_on(trouble)
+    if trouble:
+        raise UserError(trouble)
+    chosen = comm.agree_on(str(found) if found else None)
+    return rundir.path_of(config), Path(chosen) if chosen else None

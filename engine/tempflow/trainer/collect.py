@@ -1,0 +1,170 @@
+"""One iteration's data: run the plan of this rank's units, decode and score what finishes, share the rewards."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from tempflow.config import Config
+from tempflow.errors import UserError
+from tempflow.policy import Policy
+from tempflow.policy.embeddings import EmbeddingCache
+from tempflow.prompts import Prompt
+from tempflow.rewards import RewardPool, RewardSpec, combine
+from tempflow.rollout.plan import Plan, Unit, build_plan, chosen_steps, iteration_units
+from tempflow.rollout.scheduler import Decision, RolloutStats, RowScheduler
+from tempflow.rollout.sde import Coefficients, sde_coefficients
+from tempflow.trainer import comm
+
+
+class Stopped(Exception):
+    """A stop was asked for during a rollout, which is given up."""
+
+
+@dataclass
+class Collected:
+    """decisions: this rank's. rewards: [P, S, K, B] of all ranks, NaN where scoring failed. steps: the K steps.
+
+    sums: per-reward totals and counts over ranks. times: seconds of this rank.
+    """
+
+    decisions: list[Decision]
+    rewards: np.ndarray
+    steps: list[int]
+    parts: dict[str, float]
+    trunk_reward: float
+    images: int
+    failed: int
+    stats: RolloutStats
+    times: dict[str, float]
+
+
+class _Finished:
+    """Gathers rows that reached sigma = 0, decodes them in batches and hands the pictures to the pool."""
+
+    def __init__(self, collector: Collector, plan: Plan):
+        self.collector, self.plan = collector, plan
+        self.rows: list[int] = []
+        self.tickets: list = []
+        self.decode_seconds = 0.0
+        self._waiting: list[tuple[int, torch.Tensor]] = []
+
+    def add(self, indices: list[int], latents: torch.Tensor) -> None:
+        self._waiting += list(zip(indices, latents, strict=True))
+        while len(self._waiting) >= self.collector.config.rollout.decode_batch:
+            self.flush()
+
+    def flush(self) -> None:
+        size = self.collector.config.rollout.decode_batch
+        part, self._waiting = self._waiting[:size], self._waiting[size:]
+        if not part:
+            return
+        started = time.perf_counter()
+        rollout = self.collector.config.rollout
+        images = self.collector.policy.decode(torch.stack([x for _, x in part]), rollout.height, rollout.width)
+        self.decode_seconds += time.perf_counter() - started
+        chosen = [self.collector.prompts[self.plan.rows[i].unit.prompt_id] for i, _ in part]
+        self.rows += [i for i, _ in part]
+        metadata = [prompt.metadata for prompt in chosen]
+        self.tickets.append(self.collector.pool.submit(images, [p.text for p in chosen], metadata))
+
+
+class Collector:
+    """Rollouts of one run."""
+
+    def __init__(self, config: Config, policy: Policy, prompts: list[Prompt], embeddings: EmbeddingCache,
+                 pool: RewardPool, specs: list[RewardSpec], should_stop=lambda: False):  # fmt: skip
+        self.config, self.policy, self.prompts = config, policy, prompts
+        self.embeddings, self.pool, self.specs, self.should_stop = embeddings, pool, specs, should_stop
+        r = config.rollout
+        self.latent_shape = policy.latent_shape(r.height, r.width)
+        self.sigmas = policy.sigmas(r.num_steps, r.height, r.width)
+        self.sde: Coefficients = sde_coefficients(self.sigmas, r.sde, r.eta)
+
+    def my_units(self, prompt_ids: list[int]) -> list[Unit]:
+        """Units dealt to this rank: every world-size-th."""
+        return iteration_units(prompt_ids, self.config.rollout.seeds)[comm.rank() :: comm.world_size()]
+
+    def forwards(self, units: int, iteration: int) -> int:
+        """Rows that the plan of `units` units will forward."""
+        r = self.config.rollout
+        steps = chosen_steps(self.config, iteration)
+        children = sum(r.num_steps - 1 - k for k in steps) * r.children if r.plan == "tempflow" else 0
+        return units * (r.num_steps + children)
+
+    @torch.no_grad()
+    def collect(self, iteration: int, prompt_ids: list[int], advance=lambda n: None) -> Collected:
+        """Roll out and score one iteration (collective in its last part). Raises Stopped on every rank together."""
+        units = self.my_units(prompt_ids)
+        plan = build_plan(self.config, units, iteration)
+        finished = _Finished(self, plan)
+        started = time.perf_counter()
+        stopped, decisions, stats = False, [], RolloutStats()
+        try:
+            decisions, stats = self._roll_out(plan, iteration, finished, advance)
+        except Stopped:
+            stopped = True
+        rollout_seconds = time.perf_counter() - started - finished.decode_seconds
+        if comm.reduce(stopped or self.should_stop(), "max"):
+            raise Stopped
+        waiting = time.perf_counter()
+        scores = self.pool.gather(finished.tickets)
+        waited = time.perf_counter() - waiting
+        times = {"rollout": rollout_seconds, "decode": finished.decode_seconds, "reward": waited,
+                 "reward_busy": sum(ticket.seconds for ticket in finished.tickets)}  # fmt: skip
+        return self._share(plan, finished.rows, scores, len(prompt_ids), decisions, stats, times)
+
+    def _roll_out(self, plan: Plan, iteration: int, finished: _Finished, advance):
+        r = self.config.rollout
+        texts = list(dict.fromkeys(self.prompts[row.unit.prompt_id].text for row in plan.rows))
+        conditioning = self.embeddings.get(texts)
+        places = {text: i for i, text in enumerate(texts)}
+
+        def velocity(x, sigma, units):
+            # Under ZeRO-3 without a replica a forward is a collective, which no rank may leave alone.
+            if r.replica and self.should_stop():
+                raise Stopped
+            chosen = [places[self.prompts[unit.prompt_id].text] for unit in units]
+            return self.policy.velocity(
+                self.policy.transformer, x, sigma, {n: t[chosen] for n, t in conditioning.items()},
+                height=r.height, width=r.width, guidance_scale=r.guidance_scale,
+            )  # fmt: skip
+
+        scheduler = RowScheduler(
+            plan, velocity, self.sigmas, self.sde, r.micro_batch, self.config.training.seed, iteration,
+            finished.add, advance, self.policy.device,
+        )  # fmt: skip
+        decisions = scheduler.run(self.latent_shape)
+        while finished._waiting:
+            finished.flush()
+        return decisions, scheduler.stats
+
+    def _share(self, plan: Plan, rows, scores, prompts: int, decisions, stats, times) -> Collected:
+        """Every rank's rewards in one array on every rank."""
+        combined = [combine(score, self.specs) for score in scores]
+        values = dict(zip(rows, np.concatenate([c.values for c in combined]), strict=True))
+        parts = {s.name: np.concatenate([c.parts[s.name] for c in combined]) for s in self.specs}
+        shape = (prompts, self.config.rollout.seeds, len(plan.steps), plan.width)
+        mine, trunks = np.zeros(shape), []
+        for index, row in enumerate(plan.rows):
+            taken = [plan.steps.index(k) for k in sorted(row.noise)]
+            if taken:
+                mine[row.unit.prompt, row.unit.seed, taken, row.child] = values[index]
+            else:
+                trunks.append(values[index])
+        totals = [len(rows), np.isnan(list(values.values())).sum(), np.nansum(trunks), np.isfinite(trunks).sum()]
+        totals += [f(v) for v in parts.values() for f in (np.nansum, lambda v: np.isfinite(v).sum())]
+        images, failed, trunk_sum, trunk_count, *part_totals = comm.reduce(totals)
+        if failed / images > self.config.reward_pool.max_failed:
+            raise UserError(
+                f"{int(failed)} of {int(images)} pictures of this iteration could not be scored, more than "
+                f"reward_pool.max_failed ({self.config.reward_pool.max_failed}) allows; last error: {self.pool.last_error}"
+            )
+        means = {n: s / c if c else float("nan") for n, s, c in zip(parts, part_totals[::2], part_totals[1::2])}
+        return Collected(
+            decisions, comm.reduce(mine), plan.steps, means, trunk_sum / trunk_count if trunk_count else float("nan"),
+            int(images), int(failed), stats, times,
+        )  # fmt: skip

@@ -1,0 +1,71 @@
+"""The few collectives that the trainer needs, on small host-side values. With one process they do nothing."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+
+def init_distributed() -> None:
+    """Join the launcher's process group, or make one of a single process where no launcher set it up."""
+    import deepspeed
+
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update(alone)
+    deepspeed.init_distributed(verbose=False)
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def reduce(values, op: str = "sum") -> np.ndarray:
+    """Element-wise "sum", "max" or "min" over ranks, float64 of the same shape, the same bits on every rank."""
+    array = np.asarray(values, dtype=np.float64)
+    if world_size() == 1:
+        return array
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    tensor = torch.from_numpy(np.array(array, copy=True)).to(device)
+    dist.all_reduce(tensor, getattr(dist.ReduceOp, op.upper()))
+    return tensor.cpu().numpy()
+
+
+def gather_objects(value) -> list | None:
+    """Every rank's value on rank 0, in rank order; None elsewhere."""
+    if world_size() == 1:
+        return [value]
+    gathered = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(value, gathered)
+    return gathered
+
+
+def broadcast(tensor: torch.Tensor, source: int) -> torch.Tensor:
+    """`source`'s values, in place on every rank."""
+    if world_size() > 1:
+        dist.broadcast(tensor, source)
+    return tensor
+
+
+def agree_on(value: str | None) -> str | None:
+    """Rank 0's value on every rank."""
+    box = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(box)
+    return box[0]

@@ -1,0 +1,325 @@
+"""The training loop: collect, advantages, updates, refresh; and around it evaluation, checkpoints, records.
+
+Everything an iteration depends on is a function of the config, the iteration's number and the weights, so a resumed run
+repeats what an undisturbed one would have done.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tempflow import evaluation
+from tempflow.advantages import Advantages, advantages
+from tempflow.config import Config
+from tempflow.console import Console
+from tempflow.errors import UserError
+from tempflow.logs import MetricsLog, Trackers, read_metrics, write_atomic
+from tempflow.objective import Batch, make_batches, select
+from tempflow.policy import load_policy
+from tempflow.policy.embeddings import EmbeddingCache
+from tempflow.prompts import Prompt, PromptOrder
+from tempflow.report import write_report
+from tempflow.rewards import RewardPool, RewardSpec
+from tempflow.rollout.sde import noise_weights
+from tempflow.trainer import checkpoint, comm
+from tempflow.trainer.collect import Collected, Collector, Stopped
+from tempflow.trainer.ema import Average
+from tempflow.trainer.process import StopSignal, Threads, device
+from tempflow.trainer.runtime import Runtime
+from tempflow.trainer.update import Updater
+
+
+def versions() -> dict[str, str]:
+    """What a result depends on besides the config."""
+    import deepspeed
+    import diffusers
+    import transformers
+
+    modules = {"torch": torch, "diffusers": diffusers, "transformers": transformers, "deepspeed": deepspeed}
+    return {"python": platform.python_version(), **{name: module.__version__ for name, module in modules.items()}}
+
+
+class Trainer:
+    """One run. `run()` trains to the end, or to a signal; the run directory must have been claimed (`rundir.claim`)."""
+
+    def __init__(self, config: Config, run_dir: Path, train: list[Prompt], heldout: list[Prompt],
+                 specs: list[RewardSpec], stop: StopSignal):  # fmt: skip
+        self.config, self.run_dir, self.stop = config, run_dir, stop
+        self.prompts, self.heldout, self.specs = train, heldout[: config.eval.prompts], specs
+        self.threads = Threads(config)
+        pool = config.reward_pool
+        self.pool = RewardPool(specs, workers=pool.workers, threads_per_worker=pool.threads_per_worker,
+                               timeout_s=pool.timeout_s, retries=pool.retries)  # fmt: skip
+        self.order = PromptOrder(len(train), config.data.prompts_per_iteration, config.training.seed)
+        units = config.data.prompts_per_iteration * config.rollout.seeds
+        if units < comm.world_size():
+            raise UserError(f"data.prompts_per_iteration x rollout.seeds: {units} units for {comm.world_size()} ranks")
+        self.policy = load_policy(config.model.path, dtype=config.model.dtype, device=device(),
+                                  max_sequence_length=config.model.max_sequence_length)  # fmt: skip
+        self.embeddings = EmbeddingCache(self.policy)
+        self.runtime = Runtime(config, self.policy)
+        ema = config.training.ema
+        self.ema = Average(self.runtime, ema.decay, ema.every) if ema else None
+        self.collector = Collector(config, self.policy, train, self.embeddings, self.pool, specs, stop)
+        self.updater = Updater(config, self.runtime, self._embed)
+        self.iteration, self.elapsed, self.images = 0, 0.0, 0
+        self.base_reward: float | None = None
+        self.pool.wait_ready()
+
+    def _embed(self, units) -> dict[str, torch.Tensor]:
+        return self.embeddings.get([self.prompts[unit.prompt_id].text for unit in units])
+
+    # ------------------------------------------------------------------------------------------------------ run
+    def run(self, resume_from: Path | None) -> dict | None:
+        """Train; returns the summary on rank 0. resume_from: a whole checkpoint of this run."""
+        main = comm.rank() == 0
+        if resume_from:
+            self._restore(resume_from)
+        self.log = MetricsLog(self.run_dir) if main else None
+        if main and resume_from:
+            self.log.truncate_after(self.iteration)
+        logging = self.config.logging
+        self.trackers = Trackers(self.run_dir, tensorboard=main and logging.tensorboard,
+                                 wandb=logging.wandb if main else None,
+                                 resume_after=self.iteration if resume_from else None)  # fmt: skip
+        self.console = Console(self.config.training.iterations, main, start=self.iteration, base_reward=self.base_reward)
+        with self.console:
+            self._train(first=resume_from is None)
+            summary = self._finish() if not self.stop() else None
+        if main:
+            self.log.close()
+            self.trackers.close()
+            if summary:
+                self.console.summary(summary, self.run_dir)
+        self.pool.close()
+        return summary
+
+    def _train(self, first: bool) -> None:
+        if first:
+            self._record({"iteration": 0, **self._evaluate()})
+        saved = self.iteration
+        while not self._done():
+            started = time.perf_counter()
+            try:
+                metrics = self._iterate()
+            except Stopped:
+                break
+            self.iteration += 1
+            spent = time.perf_counter() - started
+            self.elapsed += spent
+            metrics |= {"iteration": self.iteration, "time/total": spent, "time/elapsed": self.elapsed}
+            if self._due(self.config.eval.every):
+                metrics |= self._evaluate()
+            self._record(metrics)
+            if self._due(self.config.checkpoint.every):
+                self._save()
+                saved = self.iteration
+        if saved != self.iteration:
+            self._save()
+        if comm.reduce(self.stop(), "max"):
+            self.stop.received = self.stop.received or "a signal on another rank"
+            self.console.note(f"stopped by {self.stop.received} after iteration {self.iteration}; continue with --resume")
+
+    def _done(self) -> bool:
+        """All ranks together: the last iteration, the time limit, or a signal."""
+        t = self.config.training
+        over = self.iteration >= t.iterations or (t.minutes is not None and self.elapsed >= 60 * t.minutes)
+        return bool(comm.reduce(over or self.stop(), "max"))
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.iteration % every == 0 and self.iteration < self.config.training.iterations
+
+    def _progress(self) -> float:
+        """How far the run is, in [0, 1]: by iterations, or by the time limit where that is nearer."""
+        t = self.config.training
+        timed = self.elapsed / (60 * t.minutes) if t.minutes else 0.0
+        return min(1.0, max(self.iteration / t.iterations, float(comm.reduce(timed, "max"))))
+
+    def _lr_factor(self) -> float:
+        floor = self.config.training.lr_decay
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * self._progress()))
+
+    # ------------------------------------------------------------------------------------------------ iteration
+    def _iterate(self) -> dict:
+        t, r = self.config.training, self.config.rollout
+        prompt_ids = self.order.indices(self.iteration)
+        units = len(self.collector.my_units(prompt_ids))
+        with self.console.phase("rollout", self.collector.forwards(units, self.iteration)) as advance:
+            with self.threads.shared():
+                data = self.collector.collect(self.iteration, prompt_ids, advance)
+        adv = advantages(data.rewards, group=t.advantage_group, global_std=t.global_std, clip=t.adv_clip)
+        started = time.perf_counter()
+        batches, total = self._batches(data, adv)
+        updates: list[dict] = []
+        with self.console.phase("train", t.updates_per_rollout * len(batches)) as advance:
+            if self.iteration == 0 and batches:
+                self._check_replay(batches[0])
+            for u in range(t.updates_per_rollout if batches else 0):
+                updates.append(self.updater.update(batches, total, self._lr_factor(), u == 0, advance))
+                if self.ema:
+                    self.ema.update()
+        trained = time.perf_counter()
+        if r.replica:
+            self.runtime.refresh(self.policy.transformer)
+        synced = time.perf_counter()
+        self.images += data.images
+        metrics = self._reward_metrics(data, adv) | self._update_metrics(updates)
+        seconds = comm.reduce([*data.times.values(), trained - started, synced - trained], "max")
+        names = [*data.times, "train", "sync"]
+        return metrics | {f"time/{name}": float(value) for name, value in zip(names, seconds, strict=True)}
+
+    def _batches(self, data: Collected, adv: Advantages) -> tuple[list[Batch], int]:
+        """This rank's micro-batches, as many as any rank needs, and the decisions of all ranks."""
+        t = self.config.training
+        chosen = select(data.decisions, adv, self.config.rollout.seeds, data.steps, keep_all=t.kl_coef > 0)
+        count = int(comm.reduce(math.ceil(len(chosen) / t.micro_batch), "max"))
+        weights = noise_weights(self.collector.sde.tau, data.steps, t.weighting)
+        batches = make_batches(chosen, data.decisions[0], count, t.micro_batch, self.collector.sigmas,
+                               self.collector.sde, weights, self.policy.device)  # fmt: skip
+        return batches, int(np.prod(data.rewards.shape[:3]))
+
+    def _check_replay(self, batch: Batch) -> None:
+        deviation = float(comm.reduce(self.updater.replay_deviation(batch), "max"))
+        if deviation > 0.1 * self.config.training.clip_high:
+            self.console.note(
+                f"warning: two passes over the same states with the same weights give ratios up to {deviation:.1e} from 1 "
+                f"(clip_high {self.config.training.clip_high:.1e}). Dropout, non-deterministic kernels or too low a "
+                "precision in the deepspeed section cause this."
+            )
+
+    def _reward_metrics(self, data: Collected, adv: Advantages) -> dict:
+        valid = data.rewards[np.isfinite(data.rewards)]
+        spread = {f"reward_std/step_{k}": float(s) for k, s in zip(data.steps, adv.spread, strict=True)}
+        forwards, batches = comm.reduce([data.stats.forwards, data.stats.batches])
+        return {
+            "reward/mean": float(valid.mean()), "reward/std": float(valid.std()), "reward/trunk": data.trunk_reward,
+            **{f"reward/{name}": value for name, value in data.parts.items()},
+            "reward/zero_std_groups": float(adv.zero_spread.mean()), "reward/failed": data.failed,
+            "advantage/mean_abs": float(np.abs(adv.values).mean()),
+            "images": data.images, "images/total": self.images, "forwards/rollout": int(forwards),
+            "rollout/rows_per_forward": forwards / max(batches, 1), "rollout/peak_latents": data.stats.peak_latents,
+            **spread,
+        }  # fmt: skip
+
+    def _update_metrics(self, updates: list[dict]) -> dict:
+        lr = self.runtime.learning_rate()
+        if not updates:  # no group had any spread: nothing to learn from, and the weights stay
+            return {"loss": 0.0, "kl": 0.0, "ratio/max_dev": 0.0, "clip_fraction": 0.0, "grad_norm": 0.0,
+                    "forwards/train": 0, "lr": lr}  # fmt: skip
+        first, last = updates[0], updates[-1]
+        return {
+            "loss": first["loss"], "kl": last["kl"], "clip_fraction": last["clip_fraction"],
+            "ratio/max_dev": last["ratio/max_dev"], "ratio/min": last["ratio/min"], "ratio/max": last["ratio/max"],
+            "ratio/first_max_dev": first["ratio/max_dev"], "mismatch/log_prob": first["mismatch/log_prob"],
+            "grad_norm": float(np.mean([u["grad_norm"] for u in updates])), "lr": lr,
+            "forwards/train": sum(u["forwards"] for u in updates),
+        }  # fmt: skip
+
+    # ------------------------------------------------------------------------------------- evaluation and records
+    @contextmanager
+    def _averaged_weights(self):
+        """The average in the rollout copy, where there is one; yields which weights are evaluated."""
+        if self.ema is None or not self.config.rollout.replica or self.ema.updates == 0:
+            yield "raw"
+            return
+        self.runtime.refresh(self.policy.transformer, self.ema.whole())
+        try:
+            yield "ema"
+        finally:
+            self.runtime.refresh(self.policy.transformer)
+
+    def _evaluate(self) -> dict:
+        if not self.heldout or self.config.eval.every == 0:
+            return {}
+        r, e = self.config.rollout, self.config.eval
+        mine = list(range(len(self.heldout)))[comm.rank() :: comm.world_size()]
+        steps = e.num_steps or r.num_steps
+        started = time.perf_counter()
+        with self._averaged_weights() as weights, self.console.phase("eval", len(mine)) as advance, self.threads.shared():
+            drawn = evaluation.draw(
+                self.policy, self.embeddings, self.heldout, mine, height=r.height, width=r.width, num_steps=steps,
+                guidance_scale=r.guidance_scale, micro_batch=r.micro_batch, advance=advance,
+            )  # fmt: skip
+            scored = evaluation.evaluate(self.pool, self.specs, self.heldout, drawn)
+        gathered = comm.gather_objects(scored)
+        if gathered is None:
+            return {}
+        scored = evaluation.merge(gathered)
+        folder = self.run_dir / "samples" / f"{self.iteration:06d}"
+        facts = {"iteration": self.iteration, "num_steps": steps, "seed": evaluation.EVAL_SEED, "weights": weights}
+        evaluation.write_samples(folder, scored, self.heldout, e.keep_samples, facts)
+        self.trackers.samples(folder)
+        reward = float(np.nanmean(scored.reward))
+        if self.iteration == 0:
+            self.base_reward = reward
+        parts = {f"eval/{name}": float(np.nanmean(values)) for name, values in scored.parts.items()}
+        return {"eval/reward": reward, **parts, "time/eval": time.perf_counter() - started}
+
+    def _record(self, metrics: dict) -> None:
+        if comm.rank() != 0:
+            return
+        self.log.append(metrics)
+        self.trackers.log(metrics)
+        self.console.iteration(metrics)
+        if "eval/reward" in metrics:
+            write_report(self.run_dir)
+
+    def _finish(self) -> dict | None:
+        """The last evaluation, the summary and the report."""
+        final = self._evaluate()
+        if comm.rank() != 0:
+            return None
+        if final:
+            self._merge_into_last_row(final)
+        r = self.config.rollout
+        summary = {
+            "base_reward": self.base_reward, "tuned_reward": final.get("eval/reward"), "minutes": self.elapsed / 60,
+            "iterations": self.iteration, "images": self.images, "model": self.config.model.path, "plan": r.plan,
+            "device": _device_name(), "world_size": comm.world_size(), "versions": versions(),
+        }  # fmt: skip
+        write_atomic(self.run_dir / "summary.json", json.dumps(summary, indent=1))
+        self.console.note(f"report: {write_report(self.run_dir)}")
+        return summary
+
+    def _merge_into_last_row(self, final: dict) -> None:
+        """The final evaluation belongs to the last iteration, which is on record already."""
+        rows = read_metrics(self.run_dir)
+        self.log.truncate_after(rows[-1]["iteration"] - 1)
+        self.log.append(rows[-1] | final)
+        self.trackers.log({"iteration": self.iteration, **final})
+        self.console.iteration(rows[-1] | final)
+
+    # ---------------------------------------------------------------------------------------------- checkpoints
+    def _save(self) -> None:
+        state = {
+            "iteration": self.iteration, "elapsed": self.elapsed, "images": self.images, "base_reward": self.base_reward,
+            "ema_updates": self.ema.updates if self.ema else 0, "world_size": comm.world_size(),
+            "config": self.config.model_dump(), "versions": versions(),
+        }  # fmt: skip
+        with self.console.phase("checkpoint"):
+            checkpoint.save(self.runtime, self.ema, self.run_dir, state, self.config.checkpoint.keep)
+
+    def _restore(self, path: Path) -> None:
+        state = checkpoint.restore(self.runtime, self.ema, path)
+        self.iteration, self.elapsed = state["iteration"], state["elapsed"]
+        self.images, self.base_reward = state["images"], state["base_reward"]
+        if self.config.rollout.replica:
+            self.runtime.refresh(self.policy.transformer)
+
+
+def _device_name() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or "CPU"

@@ -1,0 +1,180 @@
+"""The DeepSpeed engine around the transformer, and the copies of its weights that rollouts and references use.
+
+Only the transformer is inside the engine; optimizer, precision and ZeRO stage are the config's `deepspeed` section. The
+rollout copy (`replica`) keeps its storage for the whole run and is refreshed in place after each update.
+"""
+
+from __future__ import annotations
+
+import copy
+from contextlib import contextmanager, nullcontext
+from typing import Iterator
+
+import deepspeed
+import torch
+from deepspeed.utils import safe_get_full_fp32_param
+
+from tempflow.config import Config, Lora
+from tempflow.errors import UserError
+from tempflow.policy import Policy, load_transformer
+
+GATHER_ELEMENTS = 100_000_000  # weights gathered from ZeRO-3 partitions at a time
+ADAPTER = "default"
+
+
+def engine_dtype(ds: dict) -> torch.dtype:
+    """The dtype that the `deepspeed` section trains in."""
+    if ds.get("bf16", {}).get("enabled"):
+        return torch.bfloat16
+    return torch.float16 if ds.get("fp16", {}).get("enabled") else torch.float32
+
+
+def add_lora(module: torch.nn.Module, lora: Lora, targets: tuple[str, ...], seed: int) -> None:
+    """Freeze the module and add Gaussian-initialised adapters. UserError where a target names no layer."""
+    from peft import LoraConfig
+
+    module.requires_grad_(False)
+    wanted = list(lora.targets or targets)
+    layers = [name for name, _ in module.named_modules()]
+    unknown = [t for t in wanted if not any(name == t or name.endswith("." + t) for name in layers)]
+    if unknown and lora.targets:
+        raise UserError(f"model.lora.targets: no layer of the transformer is named {', '.join(unknown)}")
+    wanted = [t for t in wanted if t not in unknown]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        module.add_adapter(LoraConfig(r=lora.rank, lora_alpha=lora.alpha, init_lora_weights="gaussian",
+                                      target_modules=wanted), adapter_name=ADAPTER)  # fmt: skip
+
+
+class Runtime:
+    """Trains the transformer of `policy`.
+
+    engine: the DeepSpeed engine. dtype: of its weights and activations. trainable: name -> parameter.
+    """
+
+    def __init__(self, config: Config, policy: Policy):
+        self.config, self.policy = config, policy
+        self.dtype = engine_dtype(config.deepspeed)
+        self.stage = config.deepspeed.get("zero_optimization", {}).get("stage", 0)
+        module = load_transformer(config.model.path, policy, self.dtype).train()
+        if config.model.lora:
+            add_lora(module, config.model.lora, policy.lora_targets, config.training.seed)
+        else:
+            module.requires_grad_(True)
+        if config.model.gradient_checkpointing:
+            module.enable_gradient_checkpointing()
+        for copy_of_it in (module, policy.transformer):
+            set_attention_backend(copy_of_it, config.model.attention_backend)
+        self.reference = None
+        if config.training.kl_coef and not config.model.lora:
+            self.reference = copy.deepcopy(module).requires_grad_(False).eval().to(policy.device)
+        self.trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.engine, *_ = deepspeed.initialize(
+            model=module, model_parameters=list(self.trainable.values()), config=self._deepspeed_config()
+        )
+        self.module = self.engine.module
+        self._base_lrs = [group["lr"] for group in self.engine.optimizer.param_groups]
+        self._sources = self._replica_sources()
+        if not config.rollout.replica:
+            policy.pipe.register_modules(transformer=self.module)
+
+    def _deepspeed_config(self) -> dict:
+        ds = copy.deepcopy(self.config.deepspeed)
+        ds.setdefault("steps_per_print", 10**9)
+        ds.setdefault("zero_allow_untested_optimizer", True)
+        return {**ds, "train_micro_batch_size_per_gpu": self.config.training.micro_batch,
+                "gradient_accumulation_steps": 1}  # fmt: skip
+
+    # ------------------------------------------------------------------------------------------------- updates
+    def accumulate(self, loss: torch.Tensor, last: bool) -> None:
+        """Add the gradient of a micro-batch; on the last one ranks' gradients are summed.
+
+        DeepSpeed averages over ranks, so the loss is scaled up by their number.
+        """
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss * self.engine.dp_world_size, scale_wrt_gas=False)
+
+    def step(self, lr_factor: float) -> float:
+        """Apply the optimizer with learning rate `lr_factor` times the config's; returns the gradient norm."""
+        for group, lr in zip(self.engine.optimizer.param_groups, self._base_lrs, strict=True):
+            group["lr"] = lr * lr_factor
+        self.engine.step()
+        norm = self.engine.get_global_grad_norm()
+        return float("nan") if norm is None else float(norm)
+
+    def learning_rate(self) -> float:
+        return self.engine.optimizer.param_groups[0]["lr"]
+
+    @contextmanager
+    def reference_transformer(self) -> Iterator[torch.nn.Module]:
+        """The policy before training: the frozen copy, or the engine with its adapters off."""
+        if self.reference is not None:
+            yield self.reference
+            return
+        self.module.disable_adapters()
+        try:
+            yield self.engine
+        finally:
+            self.module.enable_adapters()
+
+    # ------------------------------------------------------------------------------------------------- weights
+    def gathered(self, parameters: list[torch.nn.Parameter]):
+        """A context in which these parameters are whole on every rank."""
+        return deepspeed.zero.GatheredParameters(parameters) if self.stage == 3 else nullcontext()
+
+    def full_fp32(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        """The optimizer's fp32 master of a parameter, whole, on every rank (a collective)."""
+        value = safe_get_full_fp32_param(parameter)
+        return (parameter if value is None else value).detach().float()
+
+    def _replica_sources(self) -> list[tuple[str, list[str]]]:
+        """For each weight of a plain transformer that training changes, the engine's parameters it is made of."""
+        names = dict(self.module.named_parameters())
+        if not self.config.model.lora:
+            return [(name, [name]) for name in names]
+        layers = sorted(name.split(".lora_A.")[0] for name in names if f".lora_A.{ADAPTER}." in name)
+        parts = ("base_layer.weight", f"lora_A.{ADAPTER}.weight", f"lora_B.{ADAPTER}.weight")
+        return [(f"{layer}.weight", [f"{layer}.{part}" for part in parts]) for layer in layers]
+
+    @torch.no_grad()
+    def refresh(self, target: torch.nn.Module, trained: dict[str, torch.Tensor] | None = None) -> None:
+        """Write the current weights, adapters merged, into a plain transformer, in place (a collective).
+
+        trained: values to use instead of the engine's for the trainable parameters (an average, say).
+        """
+        if target is self.module:
+            return
+        named, goal = dict(self.module.named_parameters()), dict(target.named_parameters())
+        for bucket in self._buckets(named):
+            with self.gathered([named[part] for _, parts in bucket for part in parts]):
+                for name, parts in bucket:
+                    values = [named[p] if trained is None or p not in trained else trained[p] for p in parts]
+                    goal[name].copy_(self._merge(name, values))
+
+    def _merge(self, name: str, values: list[torch.Tensor]) -> torch.Tensor:
+        if len(values) == 1:
+            return values[0]
+        base, down, up = (v.to(values[0].device, torch.float32) for v in values)
+        return base + up @ down * self.module.get_submodule(name.removesuffix(".weight")).scaling[ADAPTER]
+
+    def _buckets(self, named) -> Iterator[list[tuple[str, list[str]]]]:
+        bucket, size = [], 0
+        for source in self._sources:
+            elements = sum(getattr(named[part], "ds_numel", named[part].numel()) for part in source[1])
+            if bucket and size + elements > GATHER_ELEMENTS:
+                yield bucket
+                bucket, size = [], 0
+            bucket.append(source)
+            size += elements
+        if bucket:
+            yield bucket
+
+
+def set_attention_backend(module: torch.nn.Module, name: str | None) -> None:
+    """Choose a diffusers attention backend; UserError with the reason where it is unknown or cannot run here."""
+    if name is None:
+        return
+    try:
+        module.set_attention_backend(name)
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise UserError(f"model.attention_backend: {name!r}: {error}") from None

@@ -1,0 +1,267 @@
+"""Compiles the kernels for GPUs that need not be there, and reads what came out: `python -m tempflow_kernels.aot`.
+
+One row per kernel specialisation and target: registers, spills, local and shared memory, the widths of global
+accesses, and for kernels that make noise the instructions per element. `--json FILE` writes the same as data.
+It needs triton and its bundled cuobjdump and nvdisasm, no GPU, and TRITON_INTERPRET unset. It says nothing about
+speed on hardware.
+"""
+
+import argparse
+import json
+import math
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from . import triton_group_loss, triton_noise, triton_sde_step
+from .triton_common import PARTS
+
+CUDA_ARCHITECTURES = (80, 90, 100)
+HIP_ARCHITECTURE = "gfx942"
+PHILOX_MULTIPLIER = re.compile(r"-0x2daee0ad|0xd2511f53")
+INTEGERS = {"numel", "rows", "children", "blocks"}
+FLOATS = {"guidance_scale", "lower", "upper", "kl_coef", "inv_numel", "inv_rows", "inv_children"}
+CHILDREN = {"TILE_B": 8, "PARTS": PARTS}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel with the dtypes of its pointers (fp32 where not given) and its constants."""
+
+    name: str
+    kernel: object
+    module: object
+    pointers: dict
+    constants: dict
+    aligned: bool = True
+    types: dict = field(init=False)
+
+    def __post_init__(self):
+        def type_of(name):
+            if name in self.constants:
+                return "constexpr"
+            scalar = "i32" if name in INTEGERS else "fp32" if name in FLOATS else None
+            return scalar or "*" + self.pointers.get(name, "fp32")
+
+        object.__setattr__(self, "types", {name: type_of(name) for name in self.kernel.arg_names})
+
+    @property
+    def elements_per_thread(self):
+        return self.module.BLOCK // (32 * self.module.NUM_WARPS)
+
+
+def step(name, x, velocity, x_next, guided=False, children=None, **options):
+    pointers = {"x": x, "velocity": velocity, "uncond": velocity, "x_next": x_next, "key": "i64", "counter": "i32"}
+    width = 4 if {x, velocity, x_next} == {"fp32"} else 8
+    constants = {"GUIDED": guided, "WIDTH": width, "BLOCK": triton_sde_step.BLOCK, **CHILDREN}
+    if children:
+        constants["TILE_B"] = children
+    if children == 1:  # triton compiles an integer argument equal to 1 as a constant
+        constants["children"] = 1
+    return Variant(f"sde_step {name}", triton_sde_step.sde_step_kernel, triton_sde_step, pointers, constants, **options)
+
+
+def latents(x, velocity, x_next):
+    return {"x": x, "velocity": velocity, "velocity_ref": velocity, "velocity_old": velocity, "grad": velocity,
+            "x_next": x_next, "counter": "i32"}
+
+
+def forward(name, mode, kl, *dtypes):
+    module = triton_group_loss
+    constants = {"MODE": mode, "KL": kl, "BLOCK": module.BLOCK, "COLUMNS": module.COLUMNS, **CHILDREN}
+    return Variant(f"group_loss {name}", module.group_loss_kernel, module, latents(*dtypes), constants)
+
+
+def backward(name, old_centre, kl, *dtypes):
+    module = triton_group_loss
+    constants = {"OLD_CENTRE": old_centre, "KL": kl, "BLOCK": module.BLOCK}
+    return Variant(f"group_loss_backward {name}", module.group_loss_backward_kernel, module, latents(*dtypes), constants)
+
+
+def variants():
+    """The specialisations that production uses: fp32 states with fp32 or bf16 velocities, and all-bf16."""
+    mixed, fp32, bf16 = ("fp32", "bf16", "fp32"), ("fp32",) * 3, ("bf16",) * 3
+    return [
+        Variant("normal", triton_noise.normal_kernel, triton_noise, {"key": "i64"}, {"BLOCK": triton_noise.BLOCK}),
+        step("fp32", *fp32), step("fp32, velocity bf16", *mixed), step("bf16", *bf16),
+        step("fp32, velocity bf16, 1 child", *mixed, children=1), step("fp32, 64 children", *fp32, children=64),
+        step("fp32, velocity bf16, guided", *mixed, guided=True), step("bf16, guided", *bf16, guided=True),
+        forward("fp32", "plain_old", "none", *fp32), forward("fp32, first update, KL x", "plain", "x", *fp32),
+        forward("velocity bf16, KL x", "plain_old", "x", *mixed), forward("bf16, KL v", "plain_old", "v", *bf16),
+        forward("velocity bf16, guard, KL x", "guard_old", "x", *mixed),
+        backward("fp32", False, False, *fp32), backward("velocity bf16, KL", False, True, *mixed),
+        backward("bf16", False, False, *bf16), backward("velocity bf16, guard, KL", True, True, *mixed),
+    ]
+
+
+def compile_for(variant, target):
+    """The compiled kernel. Pointers are 16-byte aligned and rows a multiple of 16 elements, as FLUX's and SD3's are."""
+    aligned = [i for i, (name, kind) in enumerate(variant.types.items())
+               if kind.startswith("*") or (name == "numel" and variant.aligned)]
+    source = ASTSource(variant.kernel, signature=variant.types, constexprs=variant.constants,
+                       attrs={(i,): [["tt.divisibility", 16]] for i in aligned})
+    options = {"num_warps": variant.module.NUM_WARPS, "enable_fp_fusion": False}
+    return triton.compile(source, target=target, options=options)
+
+
+def run_tool(tool, *arguments):
+    path = Path(triton.__file__).parent / "backends/nvidia/bin" / tool
+    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+@dataclass(frozen=True)
+class Instruction:
+    address: int
+    predicated: bool
+    opcode: str
+    operands: str
+
+
+def disassemble(path):
+    """Instructions and label addresses of a cubin with one kernel."""
+    pattern = re.compile(r"/\*([0-9a-f]+)\*/\s+(@!?U?P\S+ )?\s*([A-Z][\w.]*)\s*(.*?);")
+    instructions, labels, waiting = [], {}, []
+    for line in run_tool("nvdisasm", "-c", path).splitlines():
+        label = re.match(r"(\.L\w+):", line.strip())
+        match = pattern.search(line)
+        if label:
+            waiting.append(label[1])
+        elif match:
+            found = Instruction(int(match[1], 16), bool(match[2]), match[3], match[4])
+            labels.update(dict.fromkeys(waiting, found.address))
+            waiting = []
+            instructions.append(found)
+    return instructions, labels
+
+
+def jump_target(instruction, labels):
+    label = re.search(r"`\((\.L\w+)\)", instruction.operands)
+    return labels[label[1]] if label and instruction.opcode.startswith("BRA") else None
+
+
+def reached_without(instructions, labels, avoid):
+    """Opcodes on the paths from entry that never run an instruction for which `avoid` holds."""
+    index = {instruction.address: i for i, instruction in enumerate(instructions)}
+    pending, seen = [0], set()
+    while pending:
+        i = pending.pop()
+        if i in seen or i >= len(instructions) or avoid(instructions[i]):
+            continue
+        seen.add(i)
+        target = jump_target(instructions[i], labels)
+        if target is not None:
+            pending.append(index[target])
+        if instructions[i].predicated or not (target is not None or instructions[i].opcode == "EXIT"):
+            pending.append(i + 1)
+    return {instructions[i].opcode for i in seen}
+
+
+def makes_noise(instruction):
+    return bool(PHILOX_MULTIPLIER.search(instruction.operands))
+
+
+def noise_loop(instructions, labels):
+    """Instructions of the loop that makes noise (the shortest of those with most of it). Without such a loop: all of a
+    straight-line kernel, none of one with branches, where the count would mean nothing."""
+    def body(start, end):
+        return [i for i in instructions if start <= i.address <= end and i.opcode != "NOP"]
+
+    jumps = [(jump_target(i, labels), i.address) for i in instructions]
+    bodies = [body(start, end) for start, end in jumps if start is not None and start < end]
+    bodies = [b for b in bodies if any(map(makes_noise, b))]
+    if not bodies:
+        return [] if {"EXIT", "STG.E.128"} <= reached_without(instructions, labels, makes_noise) else body(0, math.inf)
+    return max(bodies, key=lambda b: (sum(map(makes_noise, b)), -len(b)))
+
+
+def access_width(opcode):
+    return next((bits for bits in (128, 64) if str(bits) in opcode.split(".")), 16 if "U16" in opcode else 32)
+
+
+def expected_wide(ttgir, block, threads, operation):
+    """16-byte accesses per thread that move the whole blocks which `operation` (tt.load, tt.store) names."""
+    total = 0
+    for line in ttgir.splitlines():
+        match = re.search(rf"{operation} .*tensor<{block}x!tt.ptr<(?:f|bf)(\d+)>", line)
+        total += int(match[1]) // 8 * block // (threads * 16) if match else 0
+    return total
+
+
+def inspect_cuda(variant, compiled):
+    """What the machine code of a compiled variant uses, as a dict."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = run_tool("cuobjdump", "--dump-resource-usage", file.name)
+        instructions, labels = disassemble(file.name)
+    loads = [i.opcode for i in instructions if i.opcode.startswith("LDG")]
+    stores = [i.opcode for i in instructions if i.opcode.startswith("STG")]
+    threads = 32 * variant.module.NUM_WARPS
+    noisy = any(map(makes_noise, instructions))
+    loop = noise_loop(instructions, labels) if noisy else []
+    without_noise = reached_without(instructions, labels, makes_noise)
+    shapes = {name: expected_wide(compiled.asm["ttgir"], variant.module.BLOCK, threads, f"tt.{name}")
+              for name in ("load", "store")}
+    return {
+        **{name.lower(): int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL")},
+        "shared": compiled.metadata.shared,
+        "local_accesses": sum(i.opcode.startswith(("LDL", "STL")) for i in instructions),
+        "wide_loads": sum(access_width(o) == 128 for o in loads), "wide_loads_expected": shapes["load"],
+        "wide_stores": sum(access_width(o) == 128 for o in stores), "wide_stores_expected": shapes["store"],
+        "narrow_loads": sum(access_width(o) < 128 and "STRONG" not in o for o in loads),
+        "narrow_stores": sum(access_width(o) < 128 for o in stores),
+        "instructions": len(instructions),
+        "noise_instructions_per_element": len(loop) / variant.elements_per_thread if loop else None,
+        "noise_multiplies_per_element": (
+            sum("WIDE.U32" in i.opcode for i in loop) / variant.elements_per_thread if loop else None),
+        "ode_path_without_noise": {"EXIT", "STG.E.128"} <= without_noise if noisy else None,
+    }
+
+
+def report():
+    """One dict per variant and target. A variant that does not compile for a target raises."""
+    rows = []
+    for variant in variants():
+        for arch in CUDA_ARCHITECTURES:
+            compiled = compile_for(variant, GPUTarget("cuda", arch, 32))
+            rows.append({"kernel": variant.name, "target": f"sm_{arch}", **inspect_cuda(variant, compiled)})
+        compiled = compile_for(variant, GPUTarget("hip", HIP_ARCHITECTURE, 64))
+        rows.append({"kernel": variant.name, "target": HIP_ARCHITECTURE, **inspect_hip(compiled)})
+    return rows
+
+
+def inspect_hip(compiled):
+    assembly = compiled.asm["amdgcn"]
+
+    def number(name):
+        return int(re.search(rf"\.{name}:\s*(\d+)", assembly)[1])
+
+    return {"reg": number("vgpr_count"), "local": number("private_segment_fixed_size"),
+            "local_accesses": number("vgpr_spill_count"), "shared": number("group_segment_fixed_size")}
+
+
+def table(rows):
+    """The report as a Markdown table."""
+    columns = ("kernel", "target", "reg", "local", "local_accesses", "shared", "wide_loads", "wide_stores", "narrow_loads",
+               "narrow_stores", "instructions", "noise_instructions_per_element")
+    lines = ["| " + " | ".join(c.replace("_", " ") for c in columns) + " |", "|" + " --- |" * len(columns)]
+    for row in rows:
+        cells = ["" if row.get(c) is None else f"{row[c]:.1f}" if isinstance(row[c], float) else str(row[c]) for c in columns]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, help="also write the report there")
+    arguments = parser.parse_args()
+    found = report()
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"triton": triton.__version__, "rows": found}, indent=1) + "\n")
+    print(f"triton {triton.__version__}, no GPU involved\n\n{table(found)}")

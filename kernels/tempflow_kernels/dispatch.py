@@ -1,0 +1,40 @@
+"""Which implementation runs: TEMPFLOW_KERNELS = auto | reference | triton.
+
+auto: Triton for CUDA (and ROCm) tensors, the PyTorch reference for all others. A path that cannot run raises and
+says why; nothing falls back in silence.
+"""
+
+import functools
+import importlib.util
+import os
+
+CHOICES = ("auto", "reference", "triton")
+
+
+def use_triton(device):
+    """Whether ops on tensors of this device run their Triton kernels."""
+    choice = os.environ.get("TEMPFLOW_KERNELS", "auto")
+    if choice not in CHOICES:
+        raise ValueError(f"TEMPFLOW_KERNELS={choice!r}: expected one of {', '.join(CHOICES)}")
+    if choice == "reference" or (choice == "auto" and device.type != "cuda"):
+        return False
+    reason = why_not_triton(device.type)
+    if reason:
+        raise RuntimeError(f"TEMPFLOW_KERNELS={choice}: the Triton kernels cannot run on {device}: {reason}")
+    return True
+
+
+@functools.cache
+def why_not_triton(device_type):
+    """The reason why Triton cannot run on such a device, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed (pip install triton, or set TEMPFLOW_KERNELS=reference)"
+    import triton.language
+    from triton.runtime.jit import JITFunction
+
+    interpreting = os.environ.get("TRITON_INTERPRET", "0") == "1"
+    if interpreting and isinstance(triton.language.zeros_like, JITFunction):
+        return "TRITON_INTERPRET was set after triton had been imported; set it before Python starts"
+    if device_type != "cuda" and not interpreting:
+        return "this device is not a GPU, and TRITON_INTERPRET=1 is not set (it must be, before Python starts)"
+    return None

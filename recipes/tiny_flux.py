@@ -1,0 +1,388 @@
+"""Builds the small model that ships: a real diffusers FluxPipeline that spells short words, not too well.
+
+    python recipes/tiny_flux.py                  # about 30 minutes on 2 cores; stages already built are kept
+    python recipes/tiny_flux.py --work FOLDER    # where stages are kept between runs
+
+Stages: prompts -> VAE -> latents -> text encoders and transformer -> pipeline folder with a model card. Training
+stops at the first check where the mean OCR reward reaches `--target`: a base model that is good enough to be
+rewarded and bad enough to learn.
+
+Two choices make the folder behave the same at every `max_sequence_length`, diffusers' default of 512 included, though
+training sees 20 or 44 tokens. The T5 encoder has a zero embedding for padding and attends within 8 tokens only, so
+padding far from the text encodes to exactly zero. Those equal tokens are then trained as one token whose attention
+logit is raised by log(how many it stands for), which is the same attention exactly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import load_file, save_file
+from tokenizers import pre_tokenizers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+
+import words as tiny_words
+from reading import read_words, spelling_score
+
+ASSETS = Path(__file__).parent.parent / "engine/tempflow/assets"
+LATENT_CHANNELS, LATENT_HEIGHT, LATENT_WIDTH = 8, tiny_words.HEIGHT // 4, tiny_words.WIDTH // 4
+TOKENS = LATENT_HEIGHT // 2 * (LATENT_WIDTH // 2)
+TEXT_REACH = 8  # T5 tokens attend this far; two layers reach 16
+SHORT_TEXT, LONG_TEXT, FULL_TEXT = 20, 44, 512  # 44: the longest prompt (18), its reach (16) and their reach (8)
+FAR = -1e4  # attention bias that means "never"
+TRAIN_PROMPTS, HELDOUT_PROMPTS = 4000, 128
+
+
+def progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        TextColumn("{task.fields[status]}"),
+    )
+
+
+# --------------------------------------------------------------------------------------------------- prompts
+def write_prompts(folder: Path, seed: int) -> list[str]:
+    """Disjoint train and held-out prompt files; returns the held-out words."""
+    rng = np.random.default_rng(seed)
+    heldout = tiny_words.distinct_words(HELDOUT_PROMPTS, rng)
+    train = tiny_words.distinct_words(TRAIN_PROMPTS, rng, frozenset(heldout))
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, chosen in (("train", train), ("heldout", heldout)):
+        (folder / f"words_{name}.txt").write_text("".join(tiny_words.prompt_of(w) + "\n" for w in chosen))
+    return heldout
+
+
+def picture_batch(count: int, rng: np.random.Generator) -> tuple[torch.Tensor, list[str]]:
+    """Pictures in [-1, 1], fp32 [count, 3, 32, 96], and their words."""
+    words = [tiny_words.random_word(rng) for _ in range(count)]
+    pictures = np.stack([tiny_words.render(word, rng) for word in words])
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1, words
+
+
+def to_uint8(pictures: torch.Tensor) -> np.ndarray:
+    return ((pictures.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+
+
+# ------------------------------------------------------------------------------------------------------- VAE
+def new_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        in_channels=3, out_channels=3, latent_channels=LATENT_CHANNELS, block_out_channels=(16, 32, 64),
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3, layers_per_block=1,
+        norm_num_groups=8, mid_block_add_attention=False, use_quant_conv=False, use_post_quant_conv=False,
+        sample_size=tiny_words.WIDTH, scaling_factor=1.0, shift_factor=0.0,
+    )  # fmt: skip
+
+
+def vae_loss(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
+    """Reconstruction of noised latents, and a light pull of the latents to unit variance.
+
+    Hue is a small part of the absolute error, and the last to be learned; so it counts a second time, alone.
+    """
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        posterior = vae.encode(pictures).latent_dist
+        rebuilt = vae.decode(posterior.mean + 0.2 * torch.randn_like(posterior.mean)).sample
+    mean, logvar = posterior.mean.float(), posterior.logvar.float()
+    scale = 1e-3 * (mean.square() + logvar.exp() - logvar - 1).mean()
+    error = rebuilt.float() - pictures
+    hue = error - error.mean(1, keepdim=True)
+    return error.abs().mean() + 2 * error.square().mean() + 4 * hue.abs().mean() + 8 * hue.square().mean() + scale
+
+
+def train_vae(steps: int, rng: np.random.Generator) -> tuple[AutoencoderKL, dict]:
+    vae, batch = new_vae(), 48
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
+    with progress() as bar:
+        task = bar.add_task("VAE", total=steps, status="")
+        for _ in range(steps):
+            loss = vae_loss(vae, picture_batch(batch, rng)[0])
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            bar.update(task, advance=1, status=f"loss {loss.item():.4f}")
+    with torch.no_grad():
+        pictures, words = picture_batch(512, rng)
+        latents = vae.encode(pictures).latent_dist.mean
+        vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
+        noised = latents + 0.2 * latents.std() * torch.randn_like(latents)
+        seen = {
+            "ocr_ground_truth": spelling_score(read_words(to_uint8(pictures)), words),
+            "ocr_reconstruction": spelling_score(read_words(to_uint8(vae.decode(latents).sample)), words),
+            "ocr_reconstruction_noised": spelling_score(read_words(to_uint8(vae.decode(noised).sample)), words),
+            "reconstruction_mae": (vae.decode(latents).sample - pictures).abs().mean().item() / 2,
+        }
+    return vae.eval(), seen
+
+
+# ----------------------------------------------------------------------------------------- text and tokenizers
+def new_tokenizers() -> tuple[CLIPTokenizer, T5TokenizerFast]:
+    """A byte-level CLIP tokenizer without merges and a character-level T5 tokenizer."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    names = letters + [letter + "</w>" for letter in letters] + ["<|startoftext|>", "<|endoftext|>"]
+    clip = CLIPTokenizer(vocab={name: i for i, name in enumerate(names)}, merges=[], model_max_length=32)
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    pieces += [(chr(code), -3.0) for code in range(33, 127)]
+    return clip, T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=FULL_TEXT)
+
+
+def new_text_encoders(clip_size: int, t5_size: int) -> tuple[CLIPTextModel, T5EncoderModel]:
+    clip = CLIPTextModel(CLIPTextConfig(
+        vocab_size=clip_size, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=32, projection_dim=64, bos_token_id=clip_size - 2, eos_token_id=clip_size - 1,
+        pad_token_id=clip_size - 1,
+    ))  # fmt: skip
+    t5 = T5EncoderModel(T5Config(
+        vocab_size=t5_size, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, dropout_rate=0.0,
+        relative_attention_num_buckets=32, relative_attention_max_distance=TEXT_REACH + 1,
+        feed_forward_proj="gated-gelu", pad_token_id=0, eos_token_id=1,
+    ))  # fmt: skip
+    torch.nn.init.normal_(t5.shared.weight, std=1.0)
+    pin_text_reach(t5)
+    return clip, t5
+
+
+@torch.no_grad()
+def pin_text_reach(t5: T5EncoderModel) -> None:
+    """Padding stays a zero embedding; the two "further than TEXT_REACH" buckets stay closed."""
+    t5.shared.weight[0] = 0
+    bias = t5.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
+    bias[15] = FAR
+    bias[31] = FAR
+
+
+def tokenize(pipe: dict, words: list[str], length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    prompts = [tiny_words.prompt_of(word) for word in words]
+    clip = pipe["tokenizer"](prompts, padding="max_length", max_length=32, truncation=True, return_tensors="pt")
+    t5 = pipe["tokenizer_2"](prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    return clip.input_ids, t5.input_ids
+
+
+# ----------------------------------------------------------------------------------------------- transformer
+def new_transformer() -> FluxTransformer2DModel:
+    """2 double and 4 single blocks of width 128; the layers that open the residual paths start at zero."""
+    model = FluxTransformer2DModel(
+        patch_size=1, in_channels=4 * LATENT_CHANNELS, num_layers=2, num_single_layers=4, attention_head_dim=32,
+        num_attention_heads=4, joint_attention_dim=64, pooled_projection_dim=64, guidance_embeds=False,
+        axes_dims_rope=(4, 12, 16),
+    )  # fmt: skip
+    gates = [block.norm.linear for block in model.single_transformer_blocks]
+    gates += [norm.linear for block in model.transformer_blocks for norm in (block.norm1, block.norm1_context)]
+    for layer in (*gates, model.norm_out.linear, model.proj_out):
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
+    return model
+
+
+def pack(latents: torch.Tensor) -> torch.Tensor:
+    return FluxPipeline._pack_latents(latents, len(latents), LATENT_CHANNELS, LATENT_HEIGHT, LATENT_WIDTH)
+
+
+def image_ids() -> torch.Tensor:
+    return FluxPipeline._prepare_latent_image_ids(1, LATENT_HEIGHT // 2, LATENT_WIDTH // 2, "cpu", torch.float32)
+
+
+def far_padding_bias(length: int, copies: float) -> torch.Tensor:
+    """Additive attention mask that lets the last text token stand for `copies` equal ones."""
+    mask = torch.zeros(1, 1, 1, length + TOKENS)
+    mask[..., length - 1] = math.log(copies)
+    return mask
+
+
+def velocity(parts: dict, x: torch.Tensor, sigma: torch.Tensor, ids: tuple, mask: torch.Tensor | None) -> torch.Tensor:
+    clip_ids, t5_ids = ids
+    pooled = parts["text_encoder"](clip_ids).pooler_output
+    hidden = parts["text_encoder_2"](t5_ids)[0]
+    extra = {} if mask is None else {"attention_mask": mask.to(torch.get_autocast_dtype("cpu"))}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return parts["transformer"](
+            hidden_states=x, encoder_hidden_states=hidden, pooled_projections=pooled, timestep=sigma,
+            img_ids=image_ids(), txt_ids=torch.zeros(hidden.shape[1], 3), joint_attention_kwargs=extra,
+            return_dict=False,
+        )[0].float()  # fmt: skip
+
+
+@torch.no_grad()
+def encode_latents(vae: AutoencoderKL, count: int, rng: np.random.Generator) -> tuple[torch.Tensor, list[str]]:
+    latents, words = [], []
+    with progress() as bar:
+        task = bar.add_task("latents", total=count, status="")
+        for _ in range(count // 500):
+            pictures, batch_words = picture_batch(500, rng)
+            scaled = (vae.encode(pictures).latent_dist.mean - vae.config.shift_factor) * vae.config.scaling_factor
+            latents.append(pack(scaled))
+            words += batch_words
+            bar.update(task, advance=500)
+    return torch.cat(latents), words
+
+
+def training_loss(parts: dict, latents: torch.Tensor, words: list[str]) -> torch.Tensor:
+    """Flow matching at sigma = sigmoid(N(0.3, 1.2)), half of the batches with folded padding."""
+    length = SHORT_TEXT if torch.rand(()) < 0.5 else LONG_TEXT
+    mask = None
+    if length == LONG_TEXT:
+        mask = far_padding_bias(length, math.exp(torch.rand(()).item() * math.log(FULL_TEXT - LONG_TEXT + 1)))
+    sigma = torch.sigmoid(0.3 + 1.2 * torch.randn(len(latents)))
+    noise = torch.randn_like(latents)
+    mixed = (1 - sigma)[:, None, None] * latents + sigma[:, None, None] * noise
+    predicted = velocity(parts, mixed, sigma, tokenize(parts, words, length), mask)
+    return (predicted - (noise - latents)).square().mean()
+
+
+@torch.no_grad()
+def sample(parts: dict, vae: AutoencoderKL, words: list[str], steps: int = 10) -> np.ndarray:
+    """ODE pictures with fixed noise, uint8 [n, 32, 96, 3]."""
+    x = torch.randn(len(words), TOKENS, 4 * LATENT_CHANNELS, generator=torch.Generator().manual_seed(1))
+    ids = tokenize(parts, words, SHORT_TEXT)
+    for k in range(steps):
+        x = x - velocity(parts, x, torch.full((len(words),), 1 - k / steps), ids, None) / steps
+    latents = FluxPipeline._unpack_latents(x, tiny_words.HEIGHT, tiny_words.WIDTH, 4)
+    return to_uint8(vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample)
+
+
+class Average:
+    """Exponential moving average of the weights of several modules, with a warm-up of the decay."""
+
+    def __init__(self, parts: dict, decay: float):
+        self.decay, self.steps = decay, 0
+        self.parts = {name: copy.deepcopy(module) for name, module in parts.items()}
+
+    @torch.no_grad()
+    def update(self, parts: dict) -> None:
+        self.steps += 1
+        decay = min(self.decay, self.steps / (self.steps + 10))
+        for name, module in parts.items():
+            for mean, value in zip(self.parts[name].parameters(), module.parameters(), strict=True):
+                mean.lerp_(value, 1 - decay)
+
+
+def train_transformer(args, vae: AutoencoderKL, heldout: list[str], rng: np.random.Generator) -> tuple[dict, list]:
+    """Trains until the averaged weights reach the target reward; returns them and the checks made."""
+    latents, words = encode_latents(vae, 24_000, rng)
+    tokenizer, tokenizer_2 = new_tokenizers()
+    text_encoder, text_encoder_2 = new_text_encoders(len(tokenizer), len(tokenizer_2))
+    modules = {"text_encoder": text_encoder, "text_encoder_2": text_encoder_2, "transformer": new_transformer()}
+    tools = {"tokenizer": tokenizer, "tokenizer_2": tokenizer_2}
+    average = Average(modules, decay=0.998)
+    weights = [p for module in modules.values() for p in module.parameters()]
+    optimizer = torch.optim.AdamW(weights, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01)
+    warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 100))
+    checks: list[dict] = []
+    with progress() as bar:
+        task = bar.add_task("transformer", total=args.steps, status="")
+        for step in range(1, args.steps + 1):
+            chosen = torch.from_numpy(rng.integers(0, len(latents), 64))
+            loss = training_loss({**modules, **tools}, latents[chosen], [words[i] for i in chosen])
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            optimizer.step()
+            warm_up.step()
+            pin_text_reach(text_encoder_2)
+            average.update(modules)
+            if step % args.check_every == 0:
+                reward = spelling_score(read_words(sample({**average.parts, **tools}, vae, heldout)), heldout)
+                checks.append({"step": step, "loss": round(loss.item(), 4), "ocr": round(reward, 4)})
+                bar.console.print(checks[-1])
+                if reward >= args.target:
+                    break
+            bar.update(task, advance=1, status=f"loss {loss.item():.3f}")
+    return {**average.parts, **tools}, checks
+
+
+# ------------------------------------------------------------------------------------------------------ folder
+def save_pipeline(parts: dict, vae: AutoencoderKL, out: Path) -> FluxPipeline:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=False)
+    pipe = FluxPipeline(scheduler=scheduler, vae=vae, **{k: parts[k] for k in (
+        "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "transformer")})  # fmt: skip
+    pipe.save_pretrained(out)
+    return FluxPipeline.from_pretrained(out)
+
+
+def check_pipeline(pipe: FluxPipeline, heldout: list[str]) -> dict:
+    """OCR reward of the saved folder through plain diffusers, at a short and at the default text length."""
+    pipe.set_progress_bar_config(disable=True)
+    seen = {}
+    for steps, length in ((10, SHORT_TEXT), (10, FULL_TEXT), (28, FULL_TEXT)):
+        pictures = []
+        for first in range(0, len(heldout), 32):
+            prompts = [tiny_words.prompt_of(word) for word in heldout[first : first + 32]]
+            pictures.append(pipe(prompts, height=32, width=96, num_inference_steps=steps, max_sequence_length=length,
+                                 generator=torch.Generator().manual_seed(first), output_type="np").images)  # fmt: skip
+        pictures = (np.concatenate(pictures) * 255).round().astype(np.uint8)
+        seen[f"ocr_{steps}_steps_{length}_tokens"] = round(spelling_score(read_words(pictures), heldout), 4)
+    return seen
+
+
+def write_card(out: Path, facts: dict) -> None:
+    rows = "".join(f"| {key} | {value} |\n" for key, value in facts.items())
+    (out / "README.md").write_text(
+        "---\nlicense: apache-2.0\nlibrary_name: diffusers\npipeline_tag: text-to-image\n---\n"
+        "# tiny-flux\nA real diffusers `FluxPipeline` of "
+        f"{facts['parameters (M)']} M parameters that spells the quoted word of its prompt, somewhat badly: the base "
+        "model of this project's examples and tests. Built by `python recipes/tiny_flux.py`.\n\n"
+        "```python\nfrom diffusers import FluxPipeline\n"
+        "pipe = FluxPipeline.from_pretrained('engine/tempflow/assets/tiny-flux')\n"
+        "pipe('the word \"HELLO\"', height=32, width=96).images[0]\n```\n\n"
+        "It knows one prompt form, `the word \"XXXXX\"`, with 3 to 5 capital letters, at 32 x 96 pixels; other prompts "
+        "and sizes give nothing of use.\n\n## Numbers seen when it was built\n| what | value |\n|---|---|\n" + rows
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=ASSETS / "tiny-flux")
+    parser.add_argument("--work", type=Path, default=Path("runs/tiny-flux-recipe"), help="kept between runs")
+    parser.add_argument("--target", type=float, default=0.50, help="held-out OCR reward at which training stops")
+    parser.add_argument("--vae-steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=5000, help="most transformer steps")
+    parser.add_argument("--check-every", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    args.work.mkdir(parents=True, exist_ok=True)
+    started = time.time()
+    heldout = write_prompts(ASSETS / "prompts", args.seed)
+
+    vae_file, vae_facts = args.work / "vae.safetensors", args.work / "vae.json"
+    torch.manual_seed(args.seed)
+    if vae_facts.exists():
+        facts = json.loads(vae_facts.read_text())
+        vae = new_vae().eval()
+        vae.load_state_dict(load_file(vae_file))
+        vae.register_to_config(**facts["config"])
+    else:
+        vae, seen = train_vae(args.vae_steps, np.random.default_rng(args.seed + 1))
+        facts = {"config": {k: vae.config[k] for k in ("shift_factor", "scaling_factor")}, "seen": seen}
+        save_file(vae.state_dict(), vae_file)
+        vae_facts.write_text(json.dumps(facts))
+    print("VAE:", facts["seen"], f"{(time.time() - started) / 60:.1f} min", flush=True)
+
+    torch.manual_seed(args.seed + 2)
+    vae.requires_grad_(False)
+    parts, checks = train_transformer(args, vae, heldout, np.random.default_rng(args.seed + 3))
+    pipe = save_pipeline(parts, vae, args.out)
+    models = [pipe.vae, pipe.transformer, pipe.text_encoder, pipe.text_encoder_2]
+    size = sum(p.numel() for model in models for p in model.parameters()) / 1e6
+    write_card(args.out, {
+        "parameters (M)": round(size, 2), **{k: round(v, 4) for k, v in facts["seen"].items()},
+        "transformer steps": checks[-1]["step"], **check_pipeline(pipe, heldout),
+        "minutes on this many threads": f"{(time.time() - started) / 60:.0f} on {args.threads}", "seed": args.seed,
+    })  # fmt: skip
+    (args.work / "checks.json").write_text(json.dumps(checks))
+    print((args.out / "README.md").read_text())
+
+
+if __name__ == "__main__":
+    main()

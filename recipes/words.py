@@ -1,0 +1,75 @@
+"""The tiny model's world: pictures of short words, the prompts that name them, and the word lists.
+
+Ground-truth pictures are rendered with DejaVu Sans Bold as matplotlib ships it, so no font file lives in this
+repository. Everything is drawn from one `numpy.random.Generator`: same generator state, same picture.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import string
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+HEIGHT, WIDTH = 32, 96
+LETTERS = 3, 5  # shortest and longest word
+SUPERSAMPLE = 2
+
+
+def prompt_of(word: str) -> str:
+    """The only prompt form the tiny model is trained on."""
+    return f'the word "{word}"'
+
+
+def random_word(rng: np.random.Generator) -> str:
+    """A word of 3 to 5 random capitals."""
+    length = rng.integers(LETTERS[0], LETTERS[1] + 1)
+    return "".join(rng.choice(list(string.ascii_uppercase), length))
+
+
+def distinct_words(count: int, rng: np.random.Generator, exclude: frozenset[str] = frozenset()) -> list[str]:
+    """`count` different words, none of them in `exclude`, in the order drawn."""
+    words: dict[str, None] = {}
+    while len(words) < count:
+        word = random_word(rng)
+        if word not in exclude:
+            words[word] = None
+    return list(words)
+
+
+@lru_cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    import matplotlib
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans-Bold.ttf", size)
+
+
+def _fitting_size(word: str, scale: float) -> int:
+    """Font size (of the supersampled canvas) at which the word takes `scale` of the room it has."""
+    left, top, right, bottom = _font(100).getbbox(word)
+    room = min((WIDTH - 6) / (right - left), (HEIGHT - 8) / (bottom - top))
+    return max(8, int(100 * room * scale * SUPERSAMPLE))
+
+
+def _colours(rng: np.random.Generator) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """A dark ink (grey or coloured) and a light paper."""
+    hue, saturation = rng.random(), 0.0 if rng.random() < 0.4 else rng.uniform(0.6, 1.0)
+    ink = colorsys.hsv_to_rgb(hue, saturation, rng.uniform(0.1, 0.3) if saturation == 0 else rng.uniform(0.35, 0.65))
+    paper = colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.0, 0.08), rng.uniform(0.94, 1.0))
+    return tuple(int(255 * c) for c in ink), tuple(int(255 * c) for c in paper)
+
+
+def render(word: str, rng: np.random.Generator) -> np.ndarray:
+    """A picture of `word`, uint8 [32, 96, 3], with jitter of size, place and colour."""
+    font = _font(_fitting_size(word, min(1.0, rng.uniform(0.85, 1.05))))
+    ink, paper = _colours(rng)
+    canvas = Image.new("RGB", (WIDTH * SUPERSAMPLE, HEIGHT * SUPERSAMPLE), paper)
+    left, top, right, bottom = font.getbbox(word)
+    slack = np.array([canvas.width - (right - left), canvas.height - (bottom - top)]) / 2
+    shift = slack * rng.uniform(-0.35, 0.35, 2)
+    x, y = slack + shift - (left, top)
+    ImageDraw.Draw(canvas).text((x, y), word, font=font, fill=ink)
+    return np.asarray(canvas.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS))

@@ -1,0 +1,45 @@
+"""Packages `tempflow` (from engine/) and `tempflow_kernels` (from kernels/) as one distribution."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+setup(
+    name="tempflow-grpo",
+    version="0.1.0",
+    description="Reinforcement learning of flow-matching text-to-image models with TempFlow-GRPO",
+    long_description=(ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10,<3.13",
+    packages=find_packages("engine") + find_packages("kernels"),
+    package_dir={"tempflow": "engine/tempflow", "tempflow_kernels": "kernels/tempflow_kernels"},
+    package_data={"tempflow": ["assets/**/*", "assets/*", "*.html"]},
+    install_requires=[
+        "torch>=2.9",
+        "diffusers>=0.38",
+        "transformers>=5.0",
+        "accelerate>=1.0",
+        "peft>=0.18",
+        "deepspeed>=0.18.3",
+        "safetensors>=0.6",
+        "sentencepiece",
+        "protobuf",
+        "numpy",
+        "pillow",
+        "pydantic>=2.10",
+        "rich>=13",
+        "plotly>=6",
+        "tensorboard>=2.18",
+        "rapidocr>=3.9,<4",
+        "onnxruntime>=1.19",
+        "ninja",
+    ],
+    extras_require={
+        "gpu": ["triton>=3.5", "xformers", "flash-attn"],
+        "wandb": ["wandb"],
+        "dev": ["pytest>=8", "hypothesis>=6", "matplotlib>=3.8", "triton>=3.5", "ruff"],
+    },
+)

@@ -1,0 +1,77 @@
+"""The machine code of every kernel specialisation that production uses, compiled here for GPUs that need not be here."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton", reason="compiling the kernels needs triton")
+
+# Loads that are not of whole blocks: per-row scalars and, once per row, its children's advantages and old log-probabilities.
+MOST_NARROW_LOADS = 12
+
+
+def run_aot(*arguments):
+    """In a process of its own: this one may hold interpreted kernels."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    path = tmp_path_factory.mktemp("aot") / "report.json"
+    print(run_aot("-m", "tempflow_kernels.aot", "--json", str(path)))
+    return json.loads(path.read_text())["rows"]
+
+
+@pytest.fixture(scope="module")
+def cuda_rows(rows):
+    return [row for row in rows if row["target"].startswith("sm_")]
+
+
+def names(rows):
+    return [f"{row['kernel']} for {row['target']}" for row in rows]
+
+
+def test_every_kernel_compiles_for_every_target(rows):
+    kernels = {row["kernel"] for row in rows}
+    assert {name.split()[0] for name in kernels} == {"normal", "sde_step", "group_loss", "group_loss_backward"}
+    assert {(row["kernel"], row["target"]) for row in rows} == {
+        (kernel, target) for kernel in kernels for target in ("sm_80", "sm_90", "sm_100", "gfx942")}
+
+
+def test_no_spills_and_no_local_memory(rows):
+    assert not names(row for row in rows if row["local"] or row["local_accesses"] or row.get("stack"))
+
+
+def test_blocks_move_in_16_byte_accesses(cuda_rows):
+    assert all(row["wide_loads_expected"] + row["wide_stores_expected"] > 0 for row in cuda_rows)
+    assert not names(row for row in cuda_rows if row["wide_loads"] < row["wide_loads_expected"])
+    assert not names(row for row in cuda_rows if row["wide_stores"] < row["wide_stores_expected"])
+    assert not names(row for row in cuda_rows if row["narrow_loads"] > MOST_NARROW_LOADS)
+
+
+def test_an_ode_row_makes_no_noise(cuda_rows):
+    """A path from entry to exit stores the children without a single Philox multiply; `normal` has no such path."""
+    assert all(row["ode_path_without_noise"] for row in cuda_rows if row["kernel"].startswith("sde_step"))
+    assert not any(row["ode_path_without_noise"] for row in cuda_rows if row["kernel"] == "normal")
+
+
+def test_noise_stays_within_its_instruction_budget(cuda_rows):
+    """Guards the arithmetic limit that kernels/README.md states: instructions per element of a child, all included."""
+    assert not names(row for row in cuda_rows if (row["noise_instructions_per_element"] or 0) > 42)
+
+
+def test_the_checks_see_narrow_accesses():
+    """Rows of a length that is not a multiple of 16 cannot move in 16-byte accesses: the same inspection must say so."""
+    code = (
+        "import json; from triton.backends.compiler import GPUTarget; from tempflow_kernels import aot; "
+        "v = aot.step('odd', 'fp32', 'fp32', 'fp32', aligned=False); "
+        "print(json.dumps(aot.inspect_cuda(v, aot.compile_for(v, GPUTarget('cuda', 90, 32)))))"
+    )
+    row = json.loads(run_aot("-c", code).splitlines()[-1])
+    assert row["wide_loads"] < row["wide_loads_expected"] and row["narrow_loads"] > MOST_NARROW_LOADS

@@ -1,0 +1,100 @@
+"""The terminal's view: one plain line per iteration through a pipe, a live display at a terminal, silence off rank 0."""
+
+import io
+import re
+
+import pytest
+from rich.console import Console as RichConsole
+
+from tempflow.console import Console, duration
+
+ROW = {"iteration": 2, "reward/mean": 0.512, "reward/std": 0.2, "kl": 1e-4, "grad_norm": 0.5, "time/total": 5.1}
+
+
+def recorded(terminal, total=10, **options):
+    out = io.StringIO()
+    rich = RichConsole(file=out, force_terminal=terminal, width=120, highlight=False, soft_wrap=True, color_system=None)
+    return Console(total, output=rich, **options), out
+
+
+def test_plain_output_is_one_line_per_iteration():
+    console, out = recorded(terminal=False)
+    with console:
+        console.iteration({"iteration": 0, "eval/reward": 0.48})
+        with console.phase("rollout", total=4) as advance:
+            advance(2)
+        console.iteration({**ROW, "eval/reward": 0.561})
+        console.iteration({"iteration": 10, "reward/mean": float("nan"), "kl": None})
+    lines = out.getvalue().splitlines()
+    assert lines[0] == "iteration  0/10  held-out 0.480"
+    assert re.fullmatch(r"iteration  2/10  reward 0.512  std 0.200  kl 1.00e-04  grad 5.00e-01  seconds 5.1  "
+                        r"left \d+s  held-out 0.561 \(\+0.081\)", lines[1])
+    assert lines[2] == "iteration 10/10" and len(lines) == 3
+    assert "\x1b" not in out.getvalue()
+
+
+def test_live_output_shows_iteration_phase_and_reward():
+    console, out = recorded(terminal=True, base_reward=0.48)
+    with console:
+        with console.phase("rollout", total=4) as advance:
+            advance()
+            advance(2)
+            console._display.refresh()
+        console.iteration({**ROW, "eval/reward": 0.561})
+        console._display.refresh()
+        console.note("saved [a]")
+    text = out.getvalue()
+    assert "rollout" in text and "3/4" in text and "2/10" in text and "reward 0.512" in text
+    assert "held-out 0.561 (+0.081)" in text and "left" in text and "saved [a]" in text
+
+
+def test_nested_and_failing_phases_are_taken_away():
+    console, _ = recorded(terminal=True)
+    with console:
+        with pytest.raises(RuntimeError), console.phase("rollout"), console.phase("reward", total=2):
+            raise RuntimeError
+        assert console._phases.tasks == []
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_disabled_console_is_silent(terminal, tmp_path):
+    console, out = recorded(terminal=terminal, enabled=False)
+    with console:
+        with console.phase("train", total=2) as advance:
+            advance()
+        console.iteration(ROW)
+        console.note("x")
+        console.summary({"base_reward": 0.1}, tmp_path)
+    assert out.getvalue() == ""
+
+
+def test_summary_names_gain_report_and_next_commands(tmp_path):
+    run_dir = tmp_path / "runs" / "tiny_ocr"
+    run_dir.mkdir(parents=True)
+    (run_dir / "report.html").touch()
+    console, out = recorded(terminal=False)
+    console.summary({"base_reward": 0.48, "tuned_reward": 0.79, "minutes": 9.41, "iterations": 90, "images": 38880}, run_dir)
+    text = out.getvalue()
+    for expected in ("0.480", "0.790", "+0.310", "9.4 minutes", "38,880", "engine/sample.py --run", "engine/export.py --run"):
+        assert expected in text
+    assert "report.html" in text
+
+
+def test_summary_of_an_unevaluated_run(tmp_path):
+    console, out = recorded(terminal=False)
+    console.summary({"minutes": 1.0, "base_reward": float("nan"), "tuned_reward": None}, tmp_path)
+    assert "gain" not in out.getvalue() and "1.0 minutes" in out.getvalue() and "report" not in out.getvalue()
+
+
+def test_resumed_run_estimates_from_its_own_iterations(monkeypatch):
+    now = iter([0.0, 0.0, 10.0])
+    monkeypatch.setattr("tempflow.console.time.monotonic", lambda: next(now))
+    console, out = recorded(terminal=False, total=100, start=90)
+    with console:
+        console.iteration({"iteration": 92})
+    assert out.getvalue().strip() == "iteration  92/100  left 40s"
+
+
+@pytest.mark.parametrize("seconds, text", [(0, "0s"), (45.4, "45s"), (400, "6m40s"), (3599.6, "1h00m"), (11100, "3h05m"), (-1, "0s")])
+def test_durations(seconds, text):
+    assert duration(seconds) == text

@@ -1,0 +1,242 @@
+"""report.html of synthetic runs: says what happened, loads nothing, survives what crashes and users leave behind."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from tempflow.errors import UserError
+from tempflow.report import write_report
+from tempflow.report.charts import thin
+from tempflow.report.page import flatten
+from tempflow.report.readings import compare
+from tempflow.report.run import load_run
+from tempflow.report.thumbnails import Thumbnails
+
+VOID = {"meta", "img", "input", "br", "link"}
+
+
+class Page(HTMLParser):
+    """Every element with its attributes and the nesting checked; texts of script and style kept apart."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.open, self.visible, self.scripts = [], [], [], []
+        self.feed(text)
+        assert self.open == [], f"unclosed: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        inside = self.open[-1] if self.open else ""
+        (self.scripts if inside in ("script", "style") else self.visible).append(data)
+
+    @property
+    def text(self):
+        return re.sub(r"\s+", " ", " ".join(self.visible))
+
+    def all(self, tag):
+        return [attrs for name, attrs in self.elements if name == tag]
+
+    @property
+    def data(self):
+        return json.loads(next(text for text in self.scripts if text.startswith('{"frames"')))
+
+    def chart(self, title):
+        return next((chart for chart in self.data["charts"] if chart["title"] == title), None)
+
+
+def page(run_dir):
+    return Page(write_report(run_dir).read_text(encoding="utf-8"))
+
+
+def test_whole_run_says_what_happened(run_factory):
+    found = page(run_factory("demo"))
+    assert "Held-out reward rose from 0.480 to 0.775 in 9.4 minutes and 38,880 rewarded images." in found.text
+    assert "+0.295" in found.text and "finished" in found.text and "tiny-flux" in found.text
+    assert "not picked by result" in found.text and "8 more prompts" in found.text and "Exact words:" in found.text
+    titles = {chart["title"] for chart in found.data["charts"]}
+    assert titles >= {"Reward", "KL to the reference", "Clip fraction", "Largest ratio deviation", "Gradient norm", "Loss",
+                      "Reward spread by branch step", "Groups without spread", "Failed rewards", "Seconds per iteration",
+                      "Transformer forwards so far", "ratio/min"}
+
+
+def test_curves_hold_the_numbers_of_the_metrics(run_factory):
+    run_dir = run_factory()
+    found, rows = page(run_dir), load_run(run_dir).rows
+    held = next(series for series in found.chart("Reward")["series"] if series["name"] == "held-out")
+    assert held["y"] == [row["eval/reward"] for row in rows if "eval/reward" in row]
+    assert found.data["frames"]["eval"]["iteration"] == list(range(0, 91, 10))
+    assert found.data["frames"]["eval"]["minutes"][1] == pytest.approx(6.3 * 10 / 60)
+    heat = found.chart("Reward spread by branch step")
+    assert [series["name"] for series in heat["series"]] == [f"step {k}" for k in range(9)]
+    assert heat["series"][3]["y"][0] == pytest.approx(rows[1]["reward_std/step_3"], rel=1e-4)
+    assert found.chart("Transformer forwards so far")["series"][0]["y"][-1] == 90 * 2240
+
+
+def test_page_loads_nothing(run_factory):
+    text = write_report(run_factory()).read_text(encoding="utf-8")
+    found = Page(text)
+    assert "default-src 'none'" in next(a["content"] for a in found.all("meta") if "http-equiv" in a)
+    assert not found.all("link") and not found.all("iframe") and not any("src" in a for a in found.all("script"))
+    assert found.all("img") and all(a["src"].startswith("data:image/") for a in found.all("img"))
+    assert "http:" not in text and "https:" not in text and "url(" not in text and "@import" not in text
+    assert all(len(a.get("alt", "")) > 4 and int(a["width"]) > 0 for a in found.all("img"))
+
+
+@pytest.mark.parametrize("hostile", ['</script><script>alert("x")</script>', '<img src=x onerror="alert(1)"> "AB"', "a & b <!-- 'q'"])
+def test_prompts_and_config_stay_text(run_factory, hostile):
+    run_dir = run_factory("r", prompts=[hostile] * 3)
+    config = json.loads((run_dir / "config.json").read_text())
+    config["model"]["path"] = config["rewards"][hostile] = hostile
+    (run_dir / "config.json").write_text(json.dumps(config))
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"iteration": 91, hostile: 1.0, "reward/mean": 0.5}) + "\n")
+    plain, found = page(run_factory("plain", prompts=["p"] * 3)), page(run_dir)
+    assert len(found.all("script")) == len(plain.all("script")) == 2
+    assert not any("onerror" in attrs for _, attrs in found.elements)
+    assert hostile in "".join(found.visible) and found.chart(hostile) is not None
+
+
+def test_unfinished_run(run_factory):
+    found = page(run_factory(iterations=7, total=50, every=5, sets=(0, 5), summary=False))
+    assert "unfinished: iteration 7 of 50" in found.text
+    assert "So far, held-out reward rose from 0.480" in found.text and "in 32 seconds and 2,160 rewarded images" in found.text
+
+
+def test_one_iteration_without_evaluation(run_factory):
+    found = page(run_factory(iterations=1, total=50, evaluate=False, sets=(), summary=False))
+    assert "Too early to tell: 1 iteration recorded." in found.text and "Samples" not in found.text
+    assert found.chart("Reward")["series"][0]["y"] and "id=\"axis\"" not in found.text
+
+
+def test_training_reward_alone_is_not_called_held_out(run_factory):
+    found = page(run_factory(iterations=30, evaluate=False, sets=(), summary=False))
+    assert "Training reward went from" in found.text and "no trained model has been evaluated" in found.text
+
+
+def test_falling_reward_is_said(run_factory):
+    run_dir = run_factory(iterations=20, sets=())
+    (run_dir / "summary.json").write_text(json.dumps({"base_reward": 0.5, "tuned_reward": 0.41}))
+    found = page(run_dir)
+    assert "Held-out reward fell from 0.500 to 0.410" in found.text and "−0.090" in found.text
+    assert re.search(r"Its highest was 0\.\d+, at iteration 20", found.text)
+
+
+def test_empty_directory_and_missing_directory(tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "0 iterations recorded" in page(tmp_path / "empty").text
+    with pytest.raises(UserError, match="no run directory at .*absent"):
+        write_report(tmp_path / "absent")
+
+
+def test_missing_keys_and_nulls(run_factory, row_writer):
+    run_dir = run_factory(iterations=4, sets=(), summary=False)
+    row_writer(run_dir, [{"iteration": 1, "reward/mean": None, "loss": None}, {"iteration": 2, "reward/mean": 0.4, "kl": None},
+                         {"iteration": 3, "reward/mean": float("nan"), "eval/reward": None}, {"iteration": 4, "reward/mean": 0.6}])
+    found = page(run_dir)
+    training = found.chart("Reward")["series"][0]["y"]
+    assert training == [None, 0.4, None, 0.6] and found.chart("KL to the reference") is None and found.chart("Loss") is None
+
+
+def test_resumed_run_counts_each_iteration_once_and_carries_the_clock(run_factory, row_writer):
+    run_dir = run_factory(iterations=2, sets=(), summary=False)
+    clock = [(1, 60, 0.1), (2, 120, 0.2), (3, 180, 0.3), (3, 60, 0.35), (4, 120, 0.4)]
+    row_writer(run_dir, [{"iteration": i, "time/elapsed": t, "reward/mean": r, "images": 10} for i, t, r in clock])
+    run = load_run(run_dir)
+    assert [row["iteration"] for row in run.rows] == [1, 2, 3, 4]
+    assert run.column("reward/mean") == [0.1, 0.2, 0.35, 0.4]
+    assert run.minutes == [1, 2, 3, 4] and run.images == [10, 20, 30, 40]
+    page(run_dir)
+
+
+def test_half_written_files_are_not_taken_for_whole(run_factory):
+    run_dir = run_factory(iterations=6, sets=(0, 6), summary=False)
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 7, "reward/me')
+    (run_dir / "samples/000007").mkdir()
+    (run_dir / "samples/000007/samples.json").write_text('{"iteration": 7, "items": [')
+    (run_dir / "samples/000006/0000.png").write_bytes(b"\x89PNG\r\n\x1a\n cut short")
+    with pytest.warns(UserWarning, match="line 8"):
+        found = page(run_dir)
+    assert "right iteration 6" in found.text and "1 more not included" in found.text
+
+
+def test_large_pictures_become_small(run_factory):
+    run_dir = run_factory(iterations=5, every=5, sets=(0, 5), size=(1024, 768), details=False, rewards=("pick", "hps"),
+                          prompts=["a photograph of a llama"] * 6)
+    found = page(run_dir)
+    assert len(found.all("img")) == 12
+    assert all((a["width"], a["height"]) == ("256", "192") and a["src"].startswith("data:image/jpeg") for a in found.all("img"))
+    assert "pick 0.000 · hps 0.000" in found.text and "Exact words" not in found.text
+
+
+def test_size_budget_drops_pictures_and_says_so(run_factory, monkeypatch):
+    monkeypatch.setattr("tempflow.report.page.Thumbnails", lambda: Thumbnails(budget=20_000))
+    run_dir = run_factory()
+    found = page(run_dir)
+    assert "more not included" in found.text and (run_dir / "report.html").stat().st_size < 120_000
+
+
+def test_failed_rewards_are_not_zeros(run_factory):
+    run_dir = run_factory(iterations=5, sets=(0, 5))
+    path = run_dir / "samples/000005/samples.json"
+    info = json.loads(path.read_text())
+    info["items"][0].update(reward=None, rewards={"ocr": None}, details={"ocr": "not scored: timeout"})
+    path.write_text(json.dumps(info))
+    text = page(run_dir).text
+    assert "failed" in text and "ocr: not scored: timeout" in text and "Of 31 pictures" in text
+
+
+def test_sample_sets_of_other_noise_are_not_called_the_same(run_factory, sample_writer):
+    run_dir = run_factory(iterations=5, sets=(0,))
+    folder = sample_writer(run_dir, 5, ['the word "AB"', "new prompt"], quality=1)
+    info = json.loads((folder / "samples.json").read_text())
+    (folder / "samples.json").write_text(json.dumps({**info, "seed": 8}))
+    assert "another seed or step count" in page(run_dir).text
+
+
+@pytest.mark.parametrize("reading, target, marks", [
+    ("HELLO", "hello", "rrrrr"), ("HELO", "HELLO", "rrmrr"), ("HEXLO", "HELLO", "rrwrr"), ("HELLOO", "HELLO", "rrrrrw"),
+    ("", "AB", "mm"), ("H I", "HI", "rr"), ("XJLG", "XVZJ", "rwww"), ("QQ", "ABC", "wwm"),
+])
+def test_letters_are_marked_by_edit_distance(reading, target, marks):
+    found = "".join(state[0] for _, state in compare(reading, target))
+    assert sorted(found) == sorted(marks) and found.count("r") == marks.count("r")
+
+
+def test_scene_text_that_contains_the_target_is_right(run_factory):
+    run_dir = run_factory(iterations=5, sets=(0,), prompts=['a sign "OPEN"'])
+    path = run_dir / "samples/000000/samples.json"
+    info = json.loads(path.read_text())
+    info["items"][0].update(reward=1.0, rewards={"ocr": 1.0}, details={"ocr": "CAFE OPEN 24H"})
+    path.write_text(json.dumps(info))
+    found = page(run_dir)
+    assert "CAFE OPEN 24H" in found.text and not found.all("mark")
+
+
+def test_long_runs_are_thinned_over_all_iterations(run_factory):
+    run_dir = run_factory(iterations=3000, every=100, sets=())
+    found = page(run_dir)
+    assert len(found.data["frames"]["fine"]["iteration"]) <= 600 and found.data["frames"]["fine"]["iteration"][-1] == 3000
+    assert len(found.data["frames"]["eval"]["iteration"]) == 31
+    assert (run_dir / "report.html").stat().st_size < 600_000
+    assert thin([1.0, 3.0, None, 5.0, None, None], 3) == [2.0, 5.0, None]
+
+
+def test_config_is_flattened_for_search():
+    assert flatten({"a": {"b": 1, "c": {}}, "d": [1, {"e": 2}]}) == [("a.b", 1), ("a.c", {}), ("d", [1, {"e": 2}])]
+
+
+def test_report_replaces_the_old_one_and_leaves_no_scratch(run_factory):
+    run_dir = run_factory(iterations=2, sets=())
+    write_report(run_dir)
+    assert write_report(run_dir) == run_dir / "report.html"
+    assert [path.name for path in run_dir.iterdir() if "report" in path.name] == ["report.html"]
