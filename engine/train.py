@@ -37,8 +37,9 @@ def main() -> int:
     specs, train, heldout = checked_inputs(config)
     cli.quiet_libraries()
 
-    from tempflow.trainer import Trainer, checkpoint, claim_run
+    from tempflow.trainer.loop import Trainer
     from tempflow.trainer.process import StopSignal
+    from tempflow.trainer.start import claim_run
 
     stop = StopSignal().install()
     run_dir, resume_from = claim_run(config, args.resume)

@@ -57,21 +57,21 @@ def select(decisions: list[Decision], advantages: Advantages, seeds: int, steps:
 
 
 def make_batches(
-    chosen, fallback: Decision, count: int, micro_batch: int, sigmas: torch.Tensor, sde: Coefficients,
+    chosen, fallback: Decision, count: int, size: int, sigmas: torch.Tensor, sde: Coefficients,
     step_weight: torch.Tensor, device: torch.device | str,
 ) -> list[Batch]:  # fmt: skip
-    """`count` micro-batches of `micro_batch` decisions; places left over repeat `fallback` with weight 0."""
+    """`count` micro-batches of `size` decisions; places left over repeat `fallback` with weight 0."""
     width = len(fallback.log_prob)
     padding = (fallback, torch.zeros(width), torch.ones(width, dtype=torch.bool))
-    padded = chosen + [padding] * (count * micro_batch - len(chosen))
+    padded = chosen + [padding] * (count * size - len(chosen))
     weights = torch.zeros(len(padded))
     for i, (decision, _, valid) in enumerate(chosen):
         # The kernel divides by B; a group with masked children is a mean over the others.
         weights[i] = step_weight[decision.step] * width / valid.sum()
     batches = []
-    for first in range(0, len(padded), micro_batch):
-        part = slice(first, first + micro_batch)
-        real = max(0, min(len(chosen) - first, micro_batch))
+    for first in range(0, len(padded), size):
+        part = slice(first, first + size)
+        real = max(0, min(len(chosen) - first, size))
         batches.append(_stack(padded[part], weights[part], real, sigmas, sde, device))
     return batches
 

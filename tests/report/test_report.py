@@ -59,7 +59,7 @@ def page(run_dir):
 
 def test_whole_run_says_what_happened(run_factory):
     found = page(run_factory("demo"))
-    assert "Held-out reward rose from 0.480 to 0.775 in 9.4 minutes and 38,880 rewarded images." in found.text
+    assert "Held-out reward rose from 0.480 to 0.775 in 9.4 minutes of training and 38,880 rewarded images." in found.text
     assert "+0.295" in found.text and "finished" in found.text and "tiny-flux" in found.text
     assert "not picked by result" in found.text and "8 more prompts" in found.text and "Exact words:" in found.text
     titles = {chart["title"] for chart in found.data["charts"]}
@@ -108,13 +108,13 @@ def test_prompts_and_config_stay_text(run_factory, hostile):
 def test_unfinished_run(run_factory):
     found = page(run_factory(iterations=7, total=50, every=5, sets=(0, 5), summary=False))
     assert "unfinished: iteration 7 of 50" in found.text
-    assert "So far, held-out reward rose from 0.480" in found.text and "in 32 seconds and 2,160 rewarded images" in found.text
+    assert "So far, held-out reward rose from 0.480" in found.text and "in 32 seconds of training and 2,160 rewarded images" in found.text
 
 
 def test_one_iteration_without_evaluation(run_factory):
     found = page(run_factory(iterations=1, total=50, evaluate=False, sets=(), summary=False))
     assert "Too early to tell: 1 iteration recorded." in found.text and "Samples" not in found.text
-    assert found.chart("Reward")["series"][0]["y"] and "id=\"axis\"" not in found.text
+    assert found.chart("Reward")["series"][0]["y"] and not found.all("fieldset")
 
 
 def test_training_reward_alone_is_not_called_held_out(run_factory):
@@ -155,6 +155,24 @@ def test_resumed_run_counts_each_iteration_once_and_carries_the_clock(run_factor
     assert run.column("reward/mean") == [0.1, 0.2, 0.35, 0.4]
     assert run.minutes == [1, 2, 3, 4] and run.images == [10, 20, 30, 40]
     page(run_dir)
+
+
+def test_leftovers_of_an_earlier_attempt_do_not_count(run_factory, row_writer):
+    run_dir = run_factory(iterations=20, sets=(0, 10, 20))
+    rows = load_run(run_dir).rows
+    row_writer(run_dir, rows[:13])
+    assert [sample.iteration for sample in load_run(run_dir).samples] == [0, 10]
+    row_writer(run_dir, [*rows, {**rows[-1], "iteration": 21}])
+    assert load_run(run_dir).summary is None
+
+
+def test_evaluation_time_is_beside_the_total(run_factory, row_writer):
+    run_dir = run_factory(iterations=2, sets=())
+    row_writer(run_dir, [{"iteration": n, "time/rollout": 3.0, "time/eval": 9.0, "time/reward_busy": 7.0, "time/total": 5.0} for n in (1, 2)])
+    found = page(run_dir)
+    series = found.chart("Seconds per iteration")["series"]
+    assert found.chart("time/reward_busy")
+    assert {s["name"]: s["y"] for s in series} == {"rollout": [3, 3], "eval": [9, 9], "other": [2, 2]}
 
 
 def test_half_written_files_are_not_taken_for_whole(run_factory):

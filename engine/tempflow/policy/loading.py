@@ -67,7 +67,10 @@ def load_policy(
     dtype: "float32", "bfloat16", "float16", "auto", or a torch dtype. Raises UserError as `check_model` does.
     """
     import diffusers
+    import transformers
 
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     pipeline_class = check_model(str(path))
     module, _, name = FAMILIES[pipeline_class].partition(":")
     family = getattr(importlib.import_module(module), name)

@@ -21,14 +21,15 @@ TRAINING = [
     ("loss", "Loss", "Advantages are centred, so its level says little; jumps do."),
     ("lr", "Learning rate", ""),
 ]
-# "Zero-spread groups" is a share where all its values are at most 1, a number of groups otherwise.
 SIGNAL = [
     ("reward/zero_std_groups", "Groups without spread", "All children scored alike: nothing to learn from them."),
     ("reward/std", "Reward spread", "Standard deviation over the iteration's rewarded images."),
     ("reward/failed", "Failed rewards", "Images whose reward could not be computed; masked out of their group."),
 ]
 COST = [("forwards/rollout", "rollout"), ("forwards/train", "training")]
-NOT_PHASES = {"time/total", "time/elapsed"}
+CLOCKS = {"time/total", "time/elapsed"}
+WORKERS = {"time/reward_busy"}  # spent in other processes while the rollout goes on
+BESIDE_TOTAL = {"eval", "checkpoint"}  # phases that time/total, the training of an iteration, leaves out
 
 
 def frames(run: Run) -> dict:
@@ -57,9 +58,9 @@ def mean(values: list) -> float | None:
 
 
 def smooth(values: list, width: int) -> list:
-    """Centred running mean over `width` values, gaps left out."""
+    """Centred running mean over `width` values; a gap stays one and counts in no mean."""
     half = width // 2
-    return [mean(values[max(0, n - half):n + half + 1]) for n in range(len(values))]
+    return [None if value is None else mean(values[max(0, n - half):n + half + 1]) for n, value in enumerate(values)]
 
 
 def reward_chart(run: Run) -> dict | None:
@@ -121,10 +122,11 @@ def cost_charts(run: Run) -> list[dict]:
 def phase_columns(run: Run) -> list[tuple[str, list]]:
     """(phase, seconds per row) for every time/... metric, and what the total leaves over as "other"."""
     phases = [(key.removeprefix("time/"), run.column(key)) for key in run.keys
-              if key.startswith("time/") and key not in NOT_PHASES]
+              if key.startswith("time/") and key not in CLOCKS | WORKERS]
+    phases.sort(key=lambda phase: phase[0] in BESIDE_TOTAL)
     if not phases or "time/total" not in run.keys:
         return phases
-    spent = [sum(values[n] or 0 for _, values in phases) for n in range(len(run.rows))]
+    spent = [sum(values[n] or 0 for name, values in phases if name not in BESIDE_TOTAL) for n in range(len(run.rows))]
     rest = [max(0.0, (total or 0) - known) for total, known in zip(run.column("time/total"), spent)]
     return phases + ([("other", rest)] if sum(rest) > 0.01 * sum(spent) else [])
 
@@ -147,9 +149,9 @@ def spread_chart(run: Run) -> dict | None:
 
 def other_charts(run: Run, used: list[str]) -> list[dict]:
     """A small chart for every metric that no other chart shows."""
-    shown = set(used) | NOT_PHASES | {"iteration", "images", "images/total", "reward/mean", "eval/reward"}
+    shown = set(used) | {"iteration", "images", "images/total", "reward/mean", "eval/reward"}
     return [_single(run, key, key, "") for key in run.keys
-            if key not in shown and not SPREAD.match(key) and not key.startswith("time/")]
+            if key not in shown and not SPREAD.match(key) and (key in WORKERS or not key.startswith("time/"))]
 
 
 def _single(run: Run, key: str, title: str, text: str) -> dict:

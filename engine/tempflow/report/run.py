@@ -108,8 +108,18 @@ def load_run(run_dir) -> Run:
     for position, row in enumerate(read_metrics(folder)):
         row["iteration"] = int(number(row.get("iteration")) or (0 if "iteration" in row else position + 1))
         rows[row["iteration"]] = row
-    return Run(folder, _read_json(folder / "config.json") or {}, [rows[key] for key in sorted(rows)],
-               _sample_sets(folder / "samples"), _read_json(folder / "summary.json"))
+    run = Run(folder, _read_json(folder / "config.json") or {}, [rows[key] for key in sorted(rows)],
+              _sample_sets(folder / "samples"), _read_json(folder / "summary.json"))
+    return _without_leftovers(run)
+
+
+def _without_leftovers(run: Run) -> Run:
+    """Without what an earlier attempt left past the iteration that the run was resumed from."""
+    if run.rows:
+        run.samples = [sample for sample in run.samples if sample.iteration <= run.iterations]
+    if run.summary and (number(run.summary.get("iterations")) or run.iterations) < run.iterations:
+        run.summary = None  # of a run that has since been trained further
+    return run
 
 
 def number(value) -> float | None:

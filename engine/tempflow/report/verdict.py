@@ -27,7 +27,7 @@ def verdict(run: Run) -> str:
     base, tuned = rewards(run)
     if base is not None and tuned is not None:
         change = tuned - base
-        how = "rose" if change > TRIFLE else "fell" if change < -TRIFLE else "did not change:"
+        how = "rose" if change > TRIFLE else "fell" if change < -TRIFLE else "hardly moved,"
         so_far = "Held-out" if run.summary else "So far, held-out"
         return f"{so_far} reward {how} from {base:.3f} to {tuned:.3f}{_spent(run)}.{_peak(run, tuned)}"
     training = [value for value in run.column("reward/mean") if value is not None]
@@ -94,6 +94,7 @@ def _spent(run: Run) -> str:
     parts = []
     if spent:
         parts.append(f"{spent * 60:.0f} seconds" if spent < 1 else f"{spent:.1f} minutes" if spent < 600 else f"{spent / 60:.1f} hours")
+        parts[0] += " of training"
     if seen:
         parts.append(f"{seen:,.0f} rewarded images")
     return f" in {' and '.join(parts)}" if parts else ""

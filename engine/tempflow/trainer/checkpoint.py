@@ -12,7 +12,6 @@ is never taken for whole.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -22,28 +21,13 @@ from safetensors.torch import load_file, save_file
 
 from tempflow.errors import UserError
 from tempflow.logs import write_atomic
-from tempflow.trainer import comm
+from tempflow.trainer import comm, manifest
 from tempflow.trainer.ema import Average
 from tempflow.trainer.runtime import Runtime
 
-MANIFEST = "manifest.json"
-
-
-def folder(run_dir: Path, iteration: int) -> Path:
-    return run_dir / "checkpoints" / f"{iteration:06d}"
-
-
-def _digest(file: Path) -> str:
-    digest = hashlib.sha256()
-    with open(file, "rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def save(runtime: Runtime, ema: Average | None, run_dir: Path, state: dict, keep: int) -> Path:
     """Write a checkpoint of all ranks and drop the oldest beyond `keep`. state: JSON values, with "iteration"."""
-    final = folder(run_dir, state["iteration"])
+    final = manifest.folder(run_dir, state["iteration"])
     draft = final.with_name(f".saving-{final.name}")
     if comm.rank() == 0:
         shutil.rmtree(draft, ignore_errors=True)
@@ -62,76 +46,18 @@ def save(runtime: Runtime, ema: Average | None, run_dir: Path, state: dict, keep
         if averages is not None:
             save_file({k: v.contiguous() for k, v in averages.items()}, draft / "ema.safetensors")
         (draft / "state.json").write_text(json.dumps(state, indent=1))
-        _seal(draft)
+        manifest.seal(draft)
         shutil.rmtree(final, ignore_errors=True)
         os.rename(draft, final)
         write_atomic(run_dir / "checkpoints/latest", final.name + "\n")
-        for old in sorted(complete_or_not(run_dir))[:-keep]:
+        for old in manifest.folders(run_dir)[:-keep]:
             shutil.rmtree(old)
     comm.barrier()
     return final
 
 
-def _seal(draft: Path) -> None:
-    """Flush every file and list it in the manifest."""
-    files = {}
-    for file in sorted(p for p in draft.rglob("*") if p.is_file()):
-        with open(file, "rb") as stream:
-            os.fsync(stream.fileno())
-        files[str(file.relative_to(draft))] = {"bytes": file.stat().st_size, "sha256": _digest(file)}
-    write_atomic(draft / MANIFEST, json.dumps(files, indent=1))
-
-
-def complete_or_not(run_dir: Path) -> list[Path]:
-    """Every checkpoint folder of a run, oldest first, checked or not."""
-    parent = run_dir / "checkpoints"
-    return sorted(p for p in parent.iterdir() if p.is_dir() and p.name.isdigit()) if parent.is_dir() else []
-
-
-def fault(checkpoint: Path) -> str | None:
-    """What makes a checkpoint unusable, or None."""
-    manifest = checkpoint / MANIFEST
-    try:
-        files = json.loads(manifest.read_text())
-    except (OSError, json.JSONDecodeError):
-        return f"{manifest} is missing or damaged"
-    for name, seen in files.items():
-        file = checkpoint / name
-        if not file.is_file():
-            return f"{file} is missing"
-        if file.stat().st_size != seen["bytes"]:
-            return f"{file} has {file.stat().st_size} bytes, not {seen['bytes']}"
-        if _digest(file) != seen["sha256"]:
-            return f"{file} does not match its checksum"
-    return None
-
-
-def newest(run_dir: Path, note=lambda text: None) -> Path | None:
-    """The newest whole checkpoint; broken ones are named through `note` and passed over."""
-    for checkpoint in reversed(complete_or_not(run_dir)):
-        trouble = fault(checkpoint)
-        if trouble is None:
-            return checkpoint
-        note(f"checkpoint {checkpoint.name} is passed over: {trouble}")
-    return None
-
-
 def read_state(checkpoint: Path) -> dict:
     return json.loads((checkpoint / "state.json").read_text())
-
-
-def load_weights(checkpoint: Path, which: str = "ema") -> tuple[dict, str]:
-    """Trained weights of a checkpoint, "ema" where there is an average, else "raw"; and which it was.
-
-    Raises UserError for a folder that is no whole checkpoint.
-    """
-    trouble = fault(checkpoint)
-    if trouble:
-        raise UserError(f"checkpoint {checkpoint} is not whole: {trouble}")
-    averaged = checkpoint / "ema.safetensors"
-    if which == "ema" and averaged.exists():
-        return load_file(averaged), "ema"
-    return load_file(checkpoint / "weights.safetensors"), "raw"
 
 
 def restore(runtime: Runtime, ema: Average | None, checkpoint: Path) -> dict:

@@ -180,9 +180,13 @@ class Trainer:
         """This rank's micro-batches, as many as any rank needs, and the decisions of all ranks."""
         t = self.config.training
         chosen = select(data.decisions, adv, self.config.rollout.seeds, data.steps, keep_all=t.kl_coef > 0)
-        count = int(comm.reduce(math.ceil(len(chosen) / t.micro_batch), "max"))
+        most = int(comm.reduce(len(chosen), "max"))
+        count = math.ceil(most / t.micro_batch)
+        size = math.ceil(most / max(1, count))  # even micro-batches: the least padding
+        if count == 0:
+            return [], int(np.prod(data.rewards.shape[:3]))
         weights = noise_weights(self.collector.sde.tau, data.steps, t.weighting)
-        batches = make_batches(chosen, data.decisions[0], count, t.micro_batch, self.collector.sigmas,
+        batches = make_batches(chosen, data.decisions[0], count, size, self.collector.sigmas,
                                self.collector.sde, weights, self.policy.device)  # fmt: skip
         return batches, int(np.prod(data.rewards.shape[:3]))
 

@@ -98,9 +98,15 @@ class Runtime:
         """Apply the optimizer with learning rate `lr_factor` times the config's; returns the gradient norm."""
         for group, lr in zip(self.engine.optimizer.param_groups, self._base_lrs, strict=True):
             group["lr"] = lr * lr_factor
+        norm = self._plain_grad_norm()
         self.engine.step()
-        norm = self.engine.get_global_grad_norm()
-        return float("nan") if norm is None else float(norm)
+        return float(self.engine.get_global_grad_norm() if norm is None else norm)
+
+    def _plain_grad_norm(self) -> float | None:
+        """The norm before clipping where DeepSpeed wraps no optimizer, and so reports none."""
+        if self.stage > 0 or self.dtype != torch.float32:
+            return None
+        return torch.nn.utils.get_total_norm([p.grad for p in self.trainable.values() if p.grad is not None]).item()
 
     def learning_rate(self) -> float:
         return self.engine.optimizer.param_groups[0]["lr"]

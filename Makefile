@@ -1,0 +1,25 @@
+# make install | train | test | clean. PYTHON chooses the interpreter (3.10 to 3.12); on a GPU machine the same commands use the GPU.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# A GPU machine gets torch's CUDA build and the project's GPU wheels; a machine without one must not fetch them.
+HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
+CONSTRAINTS := $(if $(HAS_GPU),constraints-gpu.txt,constraints.txt)
+CONFIG ?= configs/tiny_ocr.json
+
+.PHONY: install train test clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: setup.py constraints.txt constraints-gpu.txt scripts/install.sh
+	PYTHON=$(PYTHON) scripts/install.sh $(VENV) $(CONSTRAINTS)
+	touch $@
+
+train: install
+	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed engine/train.py --config $(CONFIG) $(ARGS)
+
+test: install
+	$(BIN)/python -m pytest tests $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache engine/*.egg-info

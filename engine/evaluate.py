@@ -1,0 +1,72 @@
+"""Rewards of a run's model on held-out prompts: python engine/evaluate.py --run runs/tiny_ocr [--base]"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+
+from tempflow import cli
+
+
+def parse_args() -> argparse.Namespace:
+    from tempflow.tuned import add_arguments
+
+    parser = argparse.ArgumentParser(description="Score a run's model on held-out prompts, with fixed noise.")
+    add_arguments(parser)
+    parser.add_argument("--base", action="store_true", help="score the model before training instead")
+    parser.add_argument("--prompts", help="prompt file (default: the run's held-out prompts)")
+    parser.add_argument("--count", type=int, help="prompts used, from the top of the file (default: as in the run)")
+    parser.add_argument("--num-steps", type=int, help="ODE steps (default: the run's eval.num_steps)")
+    parser.add_argument("--out", type=Path, help="folder for pictures and samples.json")
+    return parser.parse_args()
+
+
+def main() -> int:
+    cli.quiet_libraries()
+    args = parse_args()
+    from rich.console import Console
+    from rich.progress import track
+
+    from tempflow import evaluation, tuned
+    from tempflow.errors import UserError
+    from tempflow.policy.embeddings import EmbeddingCache
+    from tempflow.prompts import load_prompts
+    from tempflow.rewards import RewardPool, parse_rewards
+    from tempflow.rundir import read_config
+
+    chosen = None if args.base else tuned.load_tuned(args.run, args.checkpoint, args.weights)
+    config = chosen.config if chosen else read_config(args.run)
+    file = args.prompts or config.data.heldout
+    if not file:
+        raise UserError("--prompts: the run has no held-out prompts; name a prompt file")
+    prompts = load_prompts(file, "--prompts")[: args.count or config.eval.prompts]
+    specs, pool = parse_rewards(config.rewards), config.reward_pool
+    policy = tuned.base_policy(config)
+    if chosen:
+        tuned.apply(chosen, policy)
+    steps = args.num_steps or config.eval.num_steps or config.rollout.num_steps
+    r = config.rollout
+    with RewardPool(specs, workers=pool.workers, threads_per_worker=pool.threads_per_worker,
+                    timeout_s=pool.timeout_s, retries=pool.retries) as scorers:  # fmt: skip
+        drawn = evaluation.draw(policy, EmbeddingCache(policy), prompts, list(range(len(prompts))), height=r.height,
+                                width=r.width, num_steps=steps, guidance_scale=r.guidance_scale,
+                                micro_batch=r.micro_batch)  # fmt: skip
+        batches = -(-len(prompts) // r.micro_batch)
+        scored = evaluation.evaluate(scorers, specs, prompts, track(drawn, "sampling", total=batches, transient=True))
+    which = f"iteration {chosen.iteration}, {chosen.which} weights" if chosen else "base"
+    facts = {"iteration": chosen.iteration if chosen else 0, "num_steps": steps, "seed": evaluation.EVAL_SEED,
+             "weights": chosen.which if chosen else "base"}  # fmt: skip
+    result = {**facts, "prompts": len(prompts), "reward": float(np.nanmean(scored.reward)),
+              **{name: float(np.nanmean(values)) for name, values in scored.parts.items()}}  # fmt: skip
+    if args.out:
+        evaluation.write_samples(args.out, scored, prompts, len(prompts), facts)
+    Console(highlight=False, stderr=True).print(f"{which}: reward {result['reward']:.4f} on {len(prompts)} prompts, {steps} steps")
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,62 @@
+"""A run's model for plain diffusers: python engine/export.py --run runs/tiny_ocr --out FOLDER"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+from tempflow import cli
+
+
+def parse_args() -> argparse.Namespace:
+    from tempflow.tuned import add_arguments
+
+    parser = argparse.ArgumentParser(description="Write a diffusers pipeline folder, or LoRA weights, from a checkpoint.")
+    add_arguments(parser)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
+    parser.add_argument("--merge", action="store_true", help="of a LoRA run: a whole pipeline with the adapters merged")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the weights written")
+    return parser.parse_args()
+
+
+def write_lora(tuned, policy_class, folder: Path, dtype) -> None:
+    """pytorch_lora_weights.safetensors, as `pipe.load_lora_weights(folder)` reads it."""
+    from peft import LoraConfig
+
+    lora = tuned.config.model.lora
+    state = {name.replace(".default.weight", ".weight"): value.to(dtype) for name, value in tuned.weights.items()}
+    layers = sorted({name.split(".lora_")[0] for name in state})
+    settings = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=layers).to_dict()
+    policy_class.save_lora_weights(folder, transformer_lora_layers=state, transformer_lora_adapter_metadata=settings)
+
+
+def main() -> int:
+    cli.quiet_libraries()
+    args = parse_args()
+    import diffusers
+
+    from tempflow import tuned
+    from tempflow.errors import UserError
+    from tempflow.policy import check_model
+    from tempflow.policy.loading import DTYPES
+
+    if args.out.exists():
+        raise UserError(f"--out {args.out} exists; choose another folder")
+    chosen = tuned.load_tuned(args.run, args.checkpoint, args.weights)
+    draft = args.out.with_name(f".{args.out.name}.part")
+    shutil.rmtree(draft, ignore_errors=True)
+    if chosen.config.model.lora and not args.merge:
+        pipeline = getattr(diffusers, check_model(chosen.config.model.path))
+        write_lora(chosen, pipeline, draft, DTYPES[args.dtype])
+        kind = "LoRA weights"
+    else:
+        tuned.apply(chosen, tuned.base_policy(chosen.config, args.dtype)).pipe.to("cpu").save_pretrained(draft)
+        kind = "diffusers pipeline"
+    draft.rename(args.out)
+    print(f"{kind} of iteration {chosen.iteration} ({chosen.which} weights): {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,77 @@
+"""A run's tuned policy, on one process and without DeepSpeed: for evaluating, sampling and exporting."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from tempflow.config import Config
+from tempflow.errors import UserError
+from tempflow.policy import Policy, load_policy
+from tempflow.rundir import read_config
+from tempflow.trainer import manifest
+
+LORA_DOWN, LORA_UP = ".lora_A.default.weight", ".lora_B.default.weight"
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A run's config and the trained weights of one of its checkpoints. which: "ema" or "raw"."""
+
+    config: Config
+    iteration: int
+    which: str
+    weights: dict[str, torch.Tensor]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that choose a checkpoint: --run, --checkpoint, --weights."""
+    parser.add_argument("--run", type=Path, required=True, help="run directory")
+    parser.add_argument("--checkpoint", type=int, help="iteration of a checkpoint (default: the newest whole one)")
+    parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="the average where the run keeps one")
+
+
+def load_tuned(run_dir: Path, checkpoint: int | None = None, which: str = "ema") -> Tuned:
+    """Read the trained weights of a run. Raises UserError where the run, or a whole checkpoint of it, is missing."""
+    config = read_config(run_dir)
+    if checkpoint is None:
+        chosen = manifest.newest(run_dir, note=print)
+        if chosen is None:
+            raise UserError(f"{run_dir} has no whole checkpoint yet")
+    else:
+        chosen = manifest.folder(run_dir, checkpoint)
+        trouble = manifest.fault(chosen)
+        if trouble:
+            held = ", ".join(str(int(p.name)) for p in manifest.folders(run_dir)) or "none"
+            raise UserError(f"--checkpoint {checkpoint}: {trouble}; this run has {held}")
+    averaged = which == "ema" and (chosen / "ema.safetensors").exists()
+    which = "ema" if averaged else "raw"
+    weights = load_file(chosen / ("ema.safetensors" if averaged else "weights.safetensors"))
+    return Tuned(config, int(chosen.name), which, weights)
+
+
+def base_policy(config: Config, dtype: str | None = None) -> Policy:
+    """The run's policy before training, on the GPU where there is one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return load_policy(config.model.path, dtype=dtype or config.model.dtype, device=device,
+                       max_sequence_length=config.model.max_sequence_length)  # fmt: skip
+
+
+@torch.no_grad()
+def apply(tuned: Tuned, policy: Policy) -> Policy:
+    """Write the trained weights into the policy's transformer, adapters merged; returns the policy."""
+    target = dict(policy.transformer.named_parameters())
+    lora = tuned.config.model.lora
+    for name, value in tuned.weights.items():
+        if lora is None:
+            target[name].copy_(value)
+        elif name.endswith(LORA_DOWN):
+            layer = name.removesuffix(LORA_DOWN)
+            weight = target[f"{layer}.weight"]
+            delta = tuned.weights[layer + LORA_UP] @ value * (lora.alpha / lora.rank)
+            weight.copy_(weight.float() + delta.to(weight.device))
+    return policy
