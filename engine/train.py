@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from tempflow import cli, rundir
+from tempflow import cli
 from tempflow.config import Config, load_config
 from tempflow.prompts import load_prompts
 from tempflow.rewards import check_prompts, parse_rewards

@@ -81,7 +81,8 @@ def forward(name, mode, kl, *dtypes):
 def backward(name, old_centre, kl, *dtypes):
     module = triton_group_loss
     constants = {"OLD_CENTRE": old_centre, "KL": kl, "BLOCK": module.BLOCK}
-    return Variant(f"group_loss_backward {name}", module.group_loss_backward_kernel, module, latents(*dtypes), constants)
+    kernel = module.group_loss_backward_kernel
+    return Variant(f"group_loss_backward {name}", kernel, module, latents(*dtypes), constants)
 
 
 def variants():
@@ -118,7 +119,7 @@ def run_tool(tool, *arguments):
 @dataclass(frozen=True)
 class Instruction:
     address: int
-    predicated: bool
+    conditional: bool
     opcode: str
     operands: str
 
@@ -133,7 +134,9 @@ def disassemble(path):
         if label:
             waiting.append(label[1])
         elif match:
-            found = Instruction(int(match[1], 16), bool(match[2]), match[3], match[4])
+            # A branch on a uniform predicate names it as an operand: BRA.U UP0, `(.L_x_1)
+            conditional = bool(match[2]) or bool(re.match(r"!?UP\d", match[4]) and match[3].startswith("BRA"))
+            found = Instruction(int(match[1], 16), conditional, match[3], match[4])
             labels.update(dict.fromkeys(waiting, found.address))
             waiting = []
             instructions.append(found)
@@ -157,7 +160,7 @@ def reached_without(instructions, labels, avoid):
         target = jump_target(instructions[i], labels)
         if target is not None:
             pending.append(index[target])
-        if instructions[i].predicated or not (target is not None or instructions[i].opcode == "EXIT"):
+        if instructions[i].conditional or not (target is not None or instructions[i].opcode == "EXIT"):
             pending.append(i + 1)
     return {instructions[i].opcode for i in seen}
 
@@ -248,11 +251,12 @@ def inspect_hip(compiled):
 
 def table(rows):
     """The report as a Markdown table."""
-    columns = ("kernel", "target", "reg", "local", "local_accesses", "shared", "wide_loads", "wide_stores", "narrow_loads",
-               "narrow_stores", "instructions", "noise_instructions_per_element")
+    columns = ("kernel", "target", "reg", "local", "local_accesses", "shared", "wide_loads", "wide_stores",
+               "narrow_loads", "narrow_stores", "instructions", "noise_instructions_per_element")
     lines = ["| " + " | ".join(c.replace("_", " ") for c in columns) + " |", "|" + " --- |" * len(columns)]
     for row in rows:
-        cells = ["" if row.get(c) is None else f"{row[c]:.1f}" if isinstance(row[c], float) else str(row[c]) for c in columns]
+        values = [row.get(c) for c in columns]
+        cells = ["" if v is None else f"{v:.1f}" if isinstance(v, float) else str(v) for v in values]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -3,10 +3,10 @@
 As custom ops they are opaque to torch.compile, which sees their shapes (the fakes), their gradient and nothing
 of the choice between Triton and the reference; that choice is made when they run (`dispatch`). They launch without
 synchronising, so a CUDA graph can capture them, and they take their arguments as they are under autocast.
-Formulas and their derivation: kernels/README.md; symbols: DESIGN section 2.
+Formulas, symbols and their derivation: kernels/README.md.
 """
 
-from typing import Optional, Tuple
+from typing import Optional
 
 import torch
 from torch import Tensor
@@ -37,16 +37,16 @@ def normal(key: Tensor, numel: int) -> Tensor:
 
 def sde_step(x: Tensor, velocity: Tensor, a: Tensor, b: Tensor, tau: Tensor, *, key: Tensor, children: int = 1,
              out_dtype: Optional[torch.dtype] = None, velocity_uncond: Optional[Tensor] = None,
-             guidance_scale: Optional[float] = None) -> Tuple[Tensor, Tensor]:
-    """One step of a batch of rows, SDE or ODE, with B children per row: x' = a x + b v + tau eps (DESIGN section 2).
+             guidance_scale: Optional[float] = None) -> tuple[Tensor, Tensor]:
+    """One step of a batch of rows, SDE or ODE, with B children each: x' = a x + b v + tau eps (README, "The step").
 
     x, velocity: [N, ...] of bf16, fp16 or fp32, each its own. a, b, tau: fp32 [N]; tau = 0 is an ODE step, which costs
     no noise. key: int64 [N, B], one per child: child i of row n gets the noise `normal(key[n, i], ...)`.
     children: B, 1 to 64. out_dtype: of x_next (default: x's). velocity_uncond, guidance_scale: if given, both, and
     v = velocity_uncond + guidance_scale * (velocity - velocity_uncond), in fp32.
 
-    Returns x_next [N, B, ...] in out_dtype, and log_prob fp32 [N, B]: the mean over elements of the Gaussian log density of
-    the *rounded* x_next, 0 where tau = 0. Arithmetic is fp32. NaN and inf propagate. Not differentiable.
+    Returns x_next [N, B, ...] in out_dtype, and log_prob fp32 [N, B]: the mean over elements of the Gaussian log
+    density of the *rounded* x_next, 0 where tau = 0. Arithmetic is fp32. NaN and inf propagate. Not differentiable.
     Raises TypeError or ValueError naming the argument, what came and what is allowed.
     """
     check_latents(x, velocity=velocity, velocity_uncond=velocity_uncond)
@@ -62,8 +62,8 @@ def sde_step(x: Tensor, velocity: Tensor, a: Tensor, b: Tensor, tau: Tensor, *, 
 def group_loss(velocity: Tensor, x: Tensor, x_next: Tensor, a: Tensor, b: Tensor, tau: Tensor,
                log_prob_old: Optional[Tensor], advantage: Tensor, weight: Tensor, *, clip_low: float, clip_high: float,
                velocity_ref: Optional[Tensor] = None, kl_coef: float = 0.0, kl_form: str = "x", ratio: str = "plain",
-               velocity_old: Optional[Tensor] = None) -> Tuple[Tensor, GroupStats]:
-    """The clipped policy loss of N groups of B children that share a state and a velocity (DESIGN section 2).
+               velocity_old: Optional[Tensor] = None) -> tuple[Tensor, GroupStats]:
+    """The clipped policy loss of N groups of B children that share a state and a velocity (README, "The loss").
 
         loss = mean_n [ w_n mean_i max(-A_ni r_ni, -A_ni clip(r_ni, 1 - clip_low, 1 + clip_high)) + kl_coef KL_n ]
 
@@ -74,21 +74,23 @@ def group_loss(velocity: Tensor, x: Tensor, x_next: Tensor, a: Tensor, b: Tensor
     ratio: "plain": log r = log_prob - log_prob_old. "guard" (GRPO-Guard): log r = mean(eps Delta) with
     eps = (x_next - mean_old) / tau, Delta = b (velocity - velocity_old); log_prob_old is then not used.
 
-    The first update after a rollout needs no stored old policy: with log_prob_old=None (and velocity_old=None under guard)
-    the old policy is this very call, detached: r is exactly 1 and the gradient is that of the loss at r = 1.
+    The first update after a rollout needs no stored old policy: with log_prob_old=None (and velocity_old=None under
+    guard) the old policy is this very call, detached: r is exactly 1 and the gradient is that of the loss at r = 1.
 
     Rows with weight 0 are padding: they add exactly 0 to the loss and the gradient, their KL included, whatever they
     hold, and do not enter the scalars of the statistics; the mean over N still counts them. A child with
     advantage 0 adds 0 whatever its ratio. NaN elsewhere, in an advantage too, makes the loss NaN.
 
-    Returns loss fp32 [], differentiable in velocity (the gradient has its dtype; all else is constant), and
-    the detached GroupStats. Bitwise reproducible. Raises TypeError or ValueError naming the argument.
+    Returns loss fp32 [], differentiable in velocity (all else is constant), and the detached GroupStats. The gradient
+    has velocity's dtype: at D elements and N rows it is of order 1 / (N D tau), which underflows in fp16 unless the
+    loss is scaled. Bitwise reproducible. Raises TypeError or ValueError naming the argument.
     """
-    children = advantage.shape[1] if isinstance(advantage, Tensor) and advantage.ndim == 2 else 1
+    children = x_next.shape[1] if isinstance(x_next, Tensor) and x_next.ndim > 1 else 1
     check_latents(x, velocity=velocity, velocity_ref=velocity_ref, velocity_old=velocity_old)
     check_per_row(x, a=a, b=b, tau=tau, weight=weight)
-    check_per_child(x, children, torch.float32, advantage=advantage, log_prob_old=log_prob_old)
     check_tensor("x_next", x_next, (x.shape[0], children, *x.shape[1:]), LATENT_DTYPES, x.device)
+    check_per_child(x, children, torch.float32, log_prob_old=log_prob_old)
+    check_tensor("advantage", advantage, (x.shape[0], children), (torch.float32,), x.device)
     check_loss_options(clip_low, clip_high, velocity_ref, kl_coef, kl_form, ratio, log_prob_old, velocity_old)
     loss, ratio_value, log_prob, scalars, _, _ = torch.ops.tempflow.group_loss(
         velocity, x, x_next, a, b, tau, log_prob_old, advantage, weight, clip_low, clip_high, velocity_ref, kl_coef,
@@ -126,7 +128,7 @@ def normal_fake(key, numel):
 
 @torch.library.custom_op("tempflow::sde_step", mutates_args=())
 def sde_step_op(x: Tensor, velocity: Tensor, a: Tensor, b: Tensor, tau: Tensor, key: Tensor, out_dtype: torch.dtype,
-                velocity_uncond: Optional[Tensor], guidance_scale: Optional[float]) -> Tuple[Tensor, Tensor]:
+                velocity_uncond: Optional[Tensor], guidance_scale: Optional[float]) -> tuple[Tensor, Tensor]:
     if use_triton(x.device):
         from .triton_sde_step import sde_step as step
     else:
@@ -143,7 +145,7 @@ def sde_step_fake(x, velocity, a, b, tau, key, out_dtype, velocity_uncond, guida
 def group_loss_op(velocity: Tensor, x: Tensor, x_next: Tensor, a: Tensor, b: Tensor, tau: Tensor,
                   log_prob_old: Optional[Tensor], advantage: Tensor, weight: Tensor, clip_low: float, clip_high: float,
                   velocity_ref: Optional[Tensor], kl_coef: float, kl_form: str, ratio: str,
-                  velocity_old: Optional[Tensor]) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+                  velocity_old: Optional[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     if use_triton(x.device):
         from .triton_group_loss import forward
     else:

@@ -1,7 +1,7 @@
 """Plain PyTorch versions of every op: the CPU path, the oracle of the tests, and the documentation.
 
-Each function takes the arguments of the public op of the same name (`ops.py`) and is checked against DESIGN section 2
-by eye. Arithmetic is fp32, or float64 where the latents are float64 (used by gradient checks; the public
+Each function takes the arguments of the public op of the same name (`ops.py`) and can be checked by eye against the
+formulas in kernels/README.md. Arithmetic is fp32, or float64 where the latents are float64 (used by gradient checks; the public
 ops refuse it). Sums run over a fixed binary tree, so a row's result does not depend on the batch it sits in, nor
 on the number of threads. Nothing here is fused: the Triton kernels are for speed.
 """
@@ -24,7 +24,7 @@ CHUNK = 8192
 class GroupStats(NamedTuple):
     """What `group_loss` measures, detached. Scalars are means over the rows with weight != 0 (0 if there are none).
 
-    ratio: fp32 [N, B], exp(log pi_theta - log pi_old), before clipping.
+    ratio: fp32 [N, B], exp(log pi_theta - log pi_old), before clipping; 1 in rows of weight 0.
     log_prob: fp32 [N, B], log-probability of the children under `velocity`; 0 where tau = 0.
     kl: fp32 [], mean KL to the reference policy; 0 without velocity_ref.
     clip_fraction: fp32 [], share of children whose ratio lies outside [1 - clip_low, 1 + clip_high].
@@ -112,7 +112,7 @@ def log_density(deviation, tau):
 
 
 def sde_step(x, velocity, a, b, tau, key, out_dtype, velocity_uncond=None, guidance_scale=None):
-    """x' = a x + b v + tau eps, rounded, and its log-probability (DESIGN section 2); shapes as in `ops.sde_step`."""
+    """x' = a x + b v + tau eps, rounded, and its log-probability; shapes as in `ops.sde_step`."""
     rows, children = key.shape
     state, v = wide(x, rows), wide(velocity, rows)
     if velocity_uncond is not None:
@@ -155,10 +155,10 @@ def kl_divergence(v, v_ref, b, tau, kl_form):
 
 def group_loss_forward(velocity, x, x_next, a, b, tau, log_prob_old, advantage, weight, clip_low, clip_high,
                        velocity_ref, kl_coef, kl_form, ratio, velocity_old):
-    """The loss of DESIGN section 2 (shapes as in `ops.group_loss`) and what its gradient needs.
+    """The loss (shapes as in `ops.group_loss`) and what its gradient needs.
 
     Returns loss [], ratio [N, B], log_prob [N, B], scalars [3] = (kl, clip_fraction, approx_kl), and the coefficients
-    pull [N, B], kl_pull [N] of `group_loss_backward`. Differentiable in velocity by autograd, too: tests compare the two.
+    pull [N, B], kl_pull [N] of `group_loss_backward`. Differentiable in velocity by autograd, too; tests compare both.
     """
     rows, children = advantage.shape
     v, state, next_state = wide(velocity, rows), wide(x, rows), wide(x_next, rows).reshape(rows, children, -1)

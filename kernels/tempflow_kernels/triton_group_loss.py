@@ -52,7 +52,7 @@ def finish_policy(
     i_row, square, cross, s_b, s_tau, s_weight, log_prob_old, advantage, ratio_out, log_prob_out, pull, lower, upper,
     inv_numel, inv_rows, inv_children, children, blocks, MODE: tl.constexpr, TILE_B: tl.constexpr, PARTS: tl.constexpr,
 ):
-    """The policy term of one row from its parts: its loss, clip fraction and approximate KL; stores the [N, B] outputs."""
+    """The policy term of one row from its parts: loss, clip fraction, approximate KL; stores the [N, B] outputs."""
     first = i_row * children
     o_child = tl.arange(0, TILE_B)
     m_child = o_child < children
@@ -234,7 +234,8 @@ def backward(grad_loss, velocity, x, x_next, a, b, pull, kl_pull, velocity_ref, 
     grad = torch.empty_like(velocity)
     group_loss_backward_kernel[(rows * blocks,)](
         grad_loss, velocity, x.contiguous(), x_next.contiguous(), contiguous_or(velocity_ref, velocity),
-        contiguous_or(velocity_old, velocity), a.contiguous(), b.contiguous(), pull, kl_pull, grad, numel, children, blocks,
+        contiguous_or(velocity_old, velocity), a.contiguous(), b.contiguous(), pull, kl_pull, grad,
+        numel, children, blocks,
         OLD_CENTRE=velocity_old is not None, KL=velocity_ref is not None, BLOCK=BLOCK, num_warps=NUM_WARPS,
         enable_fp_fusion=False)
     return grad

@@ -1,7 +1,7 @@
 """Inputs, float64 oracles and the one comparison that the kernel tests share.
 
-The oracles follow DESIGN section 2 child by child, with torch.distributions and autograd, and share no code with the package
-but the Philox words, which have known answers of their own (test_noise.py).
+The oracles follow the formulas of kernels/README.md child by child, with torch.distributions and autograd, and share
+no code with the package but the Philox words, which have known answers of their own (test_noise.py).
 """
 
 import math
@@ -27,14 +27,14 @@ def assert_close(name, got, want, rel, scale=None):
     error = difference.norm().item() / max(scale, 1e-30)
     worst = difference.abs().flatten().topk(min(3, difference.numel()))
     assert error <= rel, (
-        f"{name}: relative RMS {error:.2e} > {rel:.0e}, max abs {worst.values[0]:.2e} at flat {worst.indices.tolist()}: "
+        f"{name}: relative RMS {error:.2e} > {rel:.0e}, max abs {worst.values[0]:.2e} at {worst.indices.tolist()}: "
         f"got {got.flatten()[worst.indices].tolist()}, expected {want.flatten()[worst.indices].tolist()}")
 
 
 def assert_rounded(name, got, want, rel, scale):
     """Every element of `got`, of a 16-bit dtype, within one ulp of float64 `want`, beside fp32 errors of `rel` * scale.
 
-    scale: the size, element by element or overall, of the terms that `want` sums: they may cancel below an ulp of theirs."""
+    scale: the size, by element or overall, of the terms that `want` sums: they may cancel below an ulp of theirs."""
     limits = torch.finfo(got.dtype)
     ulp = (want.abs() * limits.eps).clamp(min=limits.smallest_normal * limits.eps)
     error = (got.detach().cpu().double() - want).abs()
@@ -70,7 +70,8 @@ def exact_normal(key, numel):
     key = key.cpu()
     counter = torch.arange(-(-numel // 4))
     zero = torch.zeros_like(counter)
-    words = reference.philox((counter, zero, zero, zero), (key[..., None] & 0xFFFFFFFF, (key[..., None] >> 32) & 0xFFFFFFFF))
+    low, high = key[..., None] & 0xFFFFFFFF, (key[..., None] >> 32) & 0xFFFFFFFF
+    words = reference.philox((counter, zero, zero, zero), (low, high))
     pairs = []
     for w0, w1 in (words[:2], words[2:]):
         radius = torch.sqrt(-2 * torch.log((w0.float() * 2.0**-32 + 2.0**-33).double()))

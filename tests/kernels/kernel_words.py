@@ -1,5 +1,6 @@
-"""Kernels around the jit helpers of `triton_noise`, to look at their words and pairs. Imported after conftest has chosen
-between GPU and interpreter."""
+"""Kernels around the jit helpers of `triton_noise`, to look at their words and pairs.
+
+Imported after conftest has chosen between GPU and interpreter."""
 
 import torch
 import triton

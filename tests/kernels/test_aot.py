@@ -1,4 +1,4 @@
-"""The machine code of every kernel specialisation that production uses, compiled here for GPUs that need not be here."""
+"""The machine code of every kernel specialisation that production uses, for GPUs that need not be here."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("triton", reason="compiling the kernels needs triton")
 
-# Loads that are not of whole blocks: per-row scalars and, once per row, its children's advantages and old log-probabilities.
+# Loads that are not of whole blocks: scalars of a row and, once per row, advantages and old log-probabilities.
 MOST_NARROW_LOADS = 12
 
 
@@ -63,11 +63,13 @@ def test_an_ode_row_makes_no_noise(cuda_rows):
 
 def test_noise_stays_within_its_instruction_budget(cuda_rows):
     """Guards the arithmetic limit that kernels/README.md states: instructions per element of a child, all included."""
-    assert not names(row for row in cuda_rows if (row["noise_instructions_per_element"] or 0) > 42)
+    counts = [(row, row["noise_instructions_per_element"]) for row in cuda_rows]
+    assert sum(count is not None for _, count in counts) >= 15
+    assert not names(row for row, count in counts if count is not None and count > 42)
 
 
 def test_the_checks_see_narrow_accesses():
-    """Rows of a length that is not a multiple of 16 cannot move in 16-byte accesses: the same inspection must say so."""
+    """Rows of a length that is no multiple of 16 cannot move in 16-byte accesses: the same inspection must say so."""
     code = (
         "import json; from triton.backends.compiler import GPUTarget; from tempflow_kernels import aot; "
         "v = aot.step('odd', 'fp32', 'fp32', 'fp32', aligned=False); "

@@ -32,9 +32,10 @@ def backward_arguments(device):
             case["advantage"], case["weight"], drift(case["velocity"], 0.2), None)
 
 
-@pytest.mark.parametrize("name", ["normal", "sde_step", "sde_step guided bf16", "group_loss", "group_loss guard", "backward"])
+@pytest.mark.parametrize(
+    "name", ["normal", "sde_step", "sde_step guided bf16", "group_loss", "group_loss guard", "backward"])
 def test_opcheck(device, name):
-    """Schema, fake implementation, autograd registration and AOT dispatch with dynamic shapes, by torch.library.opcheck."""
+    """torch.library.opcheck: schema, fake implementation, autograd registration, AOT dispatch with dynamic shapes."""
     op, arguments = {
         "normal": lambda: (ops.normal, (torch.arange(6, device=device).reshape(2, 3), 37)),
         "sde_step": lambda: (ops.sde_step, step_arguments(device)),
@@ -99,7 +100,8 @@ def test_autocast_changes_nothing(device, dtype):
     with torch.autocast(device.type, dtype=dtype):
         got, stats = group_loss(**case, clip_low=1e-3, clip_high=1e-3)
         x_next, log_prob = sde_step(**step_case(2, (50,), 3, device=device), children=3)
-    assert torch.equal(got, want) and got.dtype == stats.log_prob.dtype == log_prob.dtype == x_next.dtype == torch.float32
+    assert torch.equal(got, want)
+    assert {tensor.dtype for tensor in (got, stats.log_prob, log_prob, x_next)} == {torch.float32}
 
 
 def test_the_two_implementations_agree(monkeypatch):
@@ -132,7 +134,7 @@ CALL = "import torch; from tempflow_kernels import normal; print(normal(torch.ze
 
 @pytest.mark.parametrize("prelude, environment, message", [
     ("", {}, "is not a GPU, and TRITON_INTERPRET=1 is not set"),
-    ("import triton, os; os.environ['TRITON_INTERPRET'] = '1'; ", {}, "TRITON_INTERPRET was set after triton had been imported"),
+    ("import triton, os; os.environ['TRITON_INTERPRET'] = '1'; ", {}, "TRITON_INTERPRET was set after triton had been"),
     ("import sys; sys.modules['triton'] = None; ", {}, "the package triton is not installed"),
 ], ids=["no GPU", "too late", "no triton"])
 def test_a_forced_path_that_cannot_run_says_why(prelude, environment, message):

@@ -59,7 +59,7 @@ def test_mixed_dtypes(device, x_dtype, velocity_dtype, out_dtype):
 
 
 def test_rows_without_noise_are_ode_steps(device):
-    """In a mixed batch tau = 0 gives the mean, the same for all children, and log_prob 0; the other rows notice nothing."""
+    """In a mixed batch tau = 0 gives the mean, the same for all children, and log_prob 0; other rows notice nothing."""
     case = step_case(4, (777,), 3, still_rows=[0, 2], device=device)
     x_next, log_prob = run(case)
     check(case, x_next, log_prob, torch.float32)
@@ -162,18 +162,23 @@ def wrong(case, name, value):
 
 
 ERRORS = {
-    "x dtype": (TypeError, "x: expected bfloat16 or float16 or float32, got float64", lambda c: wrong(c, "x", c["x"].double())),
+    "x dtype": (TypeError, "x: expected bfloat16 or float16 or float32, got float64",
+                lambda c: wrong(c, "x", c["x"].double())),
     "x empty": (ValueError, "x: expected shape .*at least one element", lambda c: wrong(c, "x", c["x"][:, :0])),
     "x list": (TypeError, "x: expected a tensor, got list", lambda c: wrong(c, "x", [1.0])),
-    "velocity shape": (ValueError, r"velocity: expected shape \[2, 8\], got \[2, 7\]", lambda c: wrong(c, "velocity", c["velocity"][:, :7])),
+    "velocity shape": (ValueError, r"velocity: expected shape \[2, 8\], got \[2, 7\]",
+                       lambda c: wrong(c, "velocity", c["velocity"][:, :7])),
     "a dtype": (TypeError, "a: expected float32, got float64", lambda c: wrong(c, "a", c["a"].double())),
     "tau shape": (ValueError, r"tau: expected shape \[2\], got \[\]", lambda c: wrong(c, "tau", c["tau"][0])),
     "key dtype": (TypeError, "key: expected int64, got int32", lambda c: wrong(c, "key", c["key"].int())),
-    "key shape": (ValueError, r"key: expected shape \[2, 3\], got \[2, 2\]", lambda c: wrong(c, "key", c["key"][:, :2])),
+    "key shape": (ValueError, r"key: expected shape \[2, 3\], got \[2, 2\]",
+                  lambda c: wrong(c, "key", c["key"][:, :2])),
     "children": (ValueError, "children: expected 1 to 64 per row, got 65", lambda c: wrong(c, "children", 65)),
     "out_dtype": (ValueError, "out_dtype: expected .*got torch.int32", lambda c: wrong(c, "out_dtype", torch.int32)),
-    "guidance": (ValueError, "velocity_uncond, guidance_scale: expected both", lambda c: wrong(c, "guidance_scale", 2.0)),
-    "device": (ValueError, "b: expected a tensor on cpu as x, got one on meta", lambda c: wrong(c, "b", c["b"].to("meta"))),
+    "guidance": (ValueError, "velocity_uncond, guidance_scale: expected both",
+                 lambda c: wrong(c, "guidance_scale", 2.0)),
+    "device": (ValueError, "b: expected a tensor on cpu as x, got one on meta",
+               lambda c: wrong(c, "b", c["b"].to("meta"))),
 }
 
 

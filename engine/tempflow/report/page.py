@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import cache
 from html import escape
 from pathlib import Path
@@ -40,7 +40,7 @@ def render(run: Run) -> str:
         script=_part("charts.js"), status=status(run), verdict=escape(verdict(run)), facts=facts(run), tiles=tiles(run),
         reward=f"<section>{reward}</section>" if reward else "", switch=_switch(run), body="\n".join(filter(None, body)),
         data=_json({"frames": charts.frames(run), "charts": figures.drawn}),
-        generated=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"))
+        generated=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"))
 
 
 class Figures:

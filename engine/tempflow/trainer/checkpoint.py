@@ -25,6 +25,7 @@ from tempflow.trainer import comm, manifest
 from tempflow.trainer.ema import Average
 from tempflow.trainer.runtime import Runtime
 
+
 def save(runtime: Runtime, ema: Average | None, run_dir: Path, state: dict, keep: int) -> Path:
     """Write a checkpoint of all ranks and drop the oldest beyond `keep`. state: JSON values, with "iteration"."""
     final = manifest.folder(run_dir, state["iteration"])

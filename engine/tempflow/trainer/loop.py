@@ -62,6 +62,8 @@ class Trainer:
         units = config.data.prompts_per_iteration * config.rollout.seeds
         if units < comm.world_size():
             raise UserError(f"data.prompts_per_iteration x rollout.seeds: {units} units for {comm.world_size()} ranks")
+        if self.heldout and len(self.heldout) < comm.world_size():
+            raise UserError(f"data.heldout, eval.prompts: {len(self.heldout)} prompts for {comm.world_size()} ranks")
         self.policy = load_policy(config.model.path, dtype=config.model.dtype, device=device(),
                                   max_sequence_length=config.model.max_sequence_length)  # fmt: skip
         self.embeddings = EmbeddingCache(self.policy)
@@ -84,8 +86,8 @@ class Trainer:
         if resume_from:
             self._restore(resume_from)
         self.log = MetricsLog(self.run_dir) if main else None
-        if main and resume_from:
-            self.log.truncate_after(self.iteration)
+        if main:  # rows past the point of resuming, or of a run that never reached a checkpoint
+            self.log.truncate_after(self.iteration if resume_from else -1)
         logging = self.config.logging
         self.trackers = Trackers(self.run_dir, tensorboard=main and logging.tensorboard,
                                  wandb=logging.wandb if main else None,

@@ -1,0 +1,52 @@
+"""Fixtures of the engine's tests: the shipped model, and random ones of other shapes. No test reaches the network."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+HERE = Path(__file__).parent
+# The tests' own helpers and rewards, the kernel tests' comparison, and the recipe of the small model.
+for folder in (HERE, HERE.parent / "kernels", HERE.parent.parent / "recipes"):
+    sys.path.insert(0, str(folder))
+
+import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+from engine_cases import MODEL, random_pipeline  # noqa: E402
+
+# A busy machine is no failure of a property.
+settings.register_profile("engine", deadline=None, max_examples=60)
+settings.load_profile("engine")
+
+
+@pytest.fixture(scope="session")
+def policy():
+    """The shipped model in fp32; its text length as in configs/tiny_ocr.json."""
+    from tempflow.policy import load_policy
+
+    return load_policy(str(MODEL), max_sequence_length=20)
+
+
+@pytest.fixture(scope="session")
+def pipelines(tmp_path_factory):
+    """Folders of random FluxPipelines by kind: "plain", "guidance" (embedded), "shifted" (static), "dynamic"."""
+    kinds = {
+        "plain": {},
+        "guidance": {"guidance_embeds": True},
+        "shifted": {"shift": 3.0},
+        "dynamic": {"guidance_embeds": True, "shift": 3.0, "use_dynamic_shifting": True},
+    }
+    root = tmp_path_factory.mktemp("pipelines")
+    return {kind: random_pipeline(root / kind, **options) for kind, options in kinds.items()}
+
+
+@pytest.fixture
+def skeleton(tmp_path):
+    """A FluxPipeline folder that passes for one until its weights are read: there are none."""
+    import shutil
+
+    folder = tmp_path / "skeleton"
+    shutil.copytree(MODEL, folder, ignore=shutil.ignore_patterns("*.safetensors", "*.bin", "tokenizer*.json"))
+    return folder

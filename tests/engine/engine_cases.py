@@ -1,0 +1,222 @@
+"""What the engine's tests share: small configs, random pipelines, a runtime without DeepSpeed, naive restatements.
+
+The naive code follows DESIGN section 2 one row and one child at a time and shares nothing with the engine but the noise.
+"""
+
+import copy
+import json
+import math
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).parents[2]
+MODEL = Path("/tmp/tinyrand")
+PROMPTS = ROOT / "engine/tempflow/assets/prompts/words_train.txt"
+HELDOUT = ROOT / "engine/tempflow/assets/prompts/words_heldout.txt"
+
+
+def config_table(**changes) -> dict:
+    """A config of the shipped model as nested tables, small and quick; `rollout={...}` and so on change its sections."""
+    table = {
+        "model": {"path": str(MODEL), "max_sequence_length": 20},
+        "data": {"train": str(PROMPTS), "heldout": str(HELDOUT), "prompts_per_iteration": 2},
+        "rollout": {"height": 32, "width": 96, "num_steps": 10, "seeds": 2, "children": 2, "branch_steps": [0, 4, 8],
+                    "guidance_scale": 0.0},
+        "rewards": {"engine_rewards:contrast": 1.0},
+        "reward_pool": {"workers": 0},
+        "training": {"iterations": 2, "micro_batch": 8, "clip_low": 1e-3, "clip_high": 1e-3},
+        "eval": {"every": 2, "prompts": 8},
+        "logging": {"tensorboard": False},
+        "deepspeed": {"optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "torch_adam": True}}},
+    }
+    for section, keys in changes.items():
+        table[section] = {**table[section], **keys} if section in table and section != "rewards" else keys
+    return table
+
+
+def small_config(**changes):
+    from tempflow.config import parse_config
+
+    return parse_config(config_table(**changes))
+
+
+def write_config(folder: Path, **changes) -> Path:
+    file = folder / "small.json"
+    file.write_text(json.dumps(config_table(**changes)))
+    return file
+
+
+# ------------------------------------------------------------------------------------------------------- models
+def randomise(module: torch.nn.Module, seed: int) -> torch.nn.Module:
+    """Fill every weight, those that start at zero included, so that each one matters to the output."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        scale = 0.5 / math.sqrt(parameter.shape[-1]) if parameter.ndim > 1 else 0.1
+        noise = torch.randn(parameter.shape, generator=generator) * scale
+        parameter.data = parameter.data + noise if parameter.ndim == 1 else noise
+    return module
+
+
+def random_pipeline(folder: Path, *, guidance_embeds=False, shift=1.0, use_dynamic_shifting=False) -> Path:
+    """A FluxPipeline with the recipe's tokenizers and VAE and a small random transformer."""
+    import tiny_flux
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    torch.manual_seed(0)
+    tokenizer, tokenizer_2 = tiny_flux.new_tokenizers()
+    text_encoder, text_encoder_2 = tiny_flux.new_text_encoders(len(tokenizer), len(tokenizer_2))
+    vae = tiny_flux.new_vae()
+    vae.register_to_config(scaling_factor=0.7, shift_factor=0.2)
+    transformer = FluxTransformer2DModel(
+        patch_size=1, in_channels=4 * tiny_flux.LATENT_CHANNELS, num_layers=1, num_single_layers=1, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=64, pooled_projection_dim=64, guidance_embeds=guidance_embeds,
+        axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=use_dynamic_shifting)
+    FluxPipeline(
+        scheduler=scheduler, vae=vae, text_encoder=text_encoder.eval(), tokenizer=tokenizer, tokenizer_2=tokenizer_2,
+        text_encoder_2=text_encoder_2.eval(), transformer=randomise(transformer, 1),
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+class PlainRuntime:
+    """Stands in for trainer.runtime.Runtime: plain autograd and plain gradient descent on one process."""
+
+    def __init__(self, policy, drift: float = 0.0):
+        """drift: size of a random change that sets the trained transformer apart from the reference."""
+        self.policy, self.dtype = policy, torch.float32
+        self.engine = copy.deepcopy(policy.transformer).requires_grad_(True)
+        self.reference = policy.transformer
+        generator = torch.Generator().manual_seed(5)
+        for parameter in self.engine.parameters():
+            parameter.data += drift * parameter.std(correction=0) * torch.randn(parameter.shape, generator=generator)
+
+    @contextmanager
+    def reference_transformer(self):
+        yield self.reference
+
+    def accumulate(self, loss, last):
+        loss.backward()
+
+    def step(self, lr_factor):
+        return 0.0
+
+    def gradient(self) -> dict[str, torch.Tensor]:
+        """What has been accumulated, taken away."""
+        found = {name: p.grad.clone() for name, p in self.engine.named_parameters() if p.grad is not None}
+        self.engine.zero_grad()
+        return found
+
+    def descend(self, gradient: dict[str, torch.Tensor], length: float) -> None:
+        """Move the weights against a gradient, by `length` in all."""
+        size = math.sqrt(sum(g.square().sum().item() for g in gradient.values()))
+        with torch.no_grad():
+            for name, parameter in self.engine.named_parameters():
+                parameter -= length / size * gradient[name]
+
+
+def flat(gradient: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([gradient[name].flatten() for name in sorted(gradient)])
+
+
+# -------------------------------------------------------------------------------------------- the sampling step
+def step_scalars(kind: str, sigmas, k: int, eta: float) -> tuple[float, float, float]:
+    """(a, b, tau) of step k in float64, from DESIGN section 2's table."""
+    grid = np.asarray(sigmas, dtype=np.float64)
+    s, s_next = grid[k], grid[k + 1]
+    dt = s_next - s
+    if kind == "ode":
+        return 1.0, dt, 0.0
+    if kind == "cps":
+        tau = s_next * np.sin(eta * np.pi / 2)
+        q = np.sqrt(s_next**2 - tau**2)
+        return (1 - s_next) + q, q * (1 - s) - s * (1 - s_next), tau
+    std = eta * np.sqrt(s / (1 - (grid[1] if s == 1 else s))) if kind == "flow" else eta
+    return 1 + std**2 * dt / (2 * s), (1 + std**2 * (1 - s) / (2 * s)) * dt, std * np.sqrt(-dt)
+
+
+def initial_noise(config, unit, shape, iteration=0):
+    from tempflow.rollout.noise import INITIAL
+
+    return step_noise(config, unit, INITIAL, 0, shape, iteration)
+
+
+def step_noise(config, unit, step, child, shape, iteration=0):
+    from tempflow.rollout.noise import key_tensor, noise_key
+    from tempflow_kernels import normal
+
+    key = noise_key(config.training.seed, iteration, unit.prompt_id, unit.seed, step, child)
+    return normal(key_tensor([key], "cpu"), math.prod(shape)).reshape(shape)
+
+
+def naive_trajectories(config, velocity, units, sigmas, shape) -> tuple[dict, dict]:
+    """TempFlow's rollout one row at a time, fp32, every child with forwards of its own.
+
+    velocity(x [1, ...], sigma [1], [unit]) -> [1, ...]. Returns the finished latents by (unit index, step or None for the
+    trunk, child), and by (unit index, step) the state and the children that left it.
+    """
+    r, last = config.rollout, len(sigmas) - 1
+
+    def step(x, unit, k, noise=None):
+        a, b, tau = step_scalars("ode" if noise is None else r.sde, sigmas, k, r.eta)
+        v = velocity(x[None], sigmas[k : k + 1], [unit])[0]
+        return a * x + b * v if noise is None else a * x + b * v + tau * noise
+
+    def integrate(x, unit, first):
+        for k in range(first, last):
+            x = step(x, unit, k)
+        return x
+
+    finished, states = {}, {}
+    for unit in units:
+        x = initial_noise(config, unit, shape)
+        for k in range(last):
+            if k in r.branch_steps:
+                noise = [step_noise(config, unit, k, i, shape) for i in range(r.children)]
+                children = [step(x, unit, k, one) for one in noise]
+                states[unit.index, k] = x, torch.stack(children)
+                for i, child in enumerate(children):
+                    finished[unit.index, k, i] = integrate(child, unit, k + 1)
+            x = step(x, unit, k)
+        finished[unit.index, None, 0] = x
+    return finished, states
+
+
+# ------------------------------------------------------------------------------------------------------- the loss
+def naive_loss(config, velocity, velocity_old, velocity_ref, decisions, advantages, sigmas) -> torch.Tensor:
+    """The loss of DESIGN section 2 over all decisions, one forward per child, float64 after the velocity.
+
+    velocity(decision) -> [1, ...], with gradient; the other two without. Children whose reward failed are left out of
+    their group; a state without a scored child teaches nothing, its KL included.
+    """
+    r, t = config.rollout, config.training
+    scalars = {k: step_scalars(r.sde, sigmas, k, r.eta) for k in r.branch_steps}
+    mean_tau = np.mean([tau for _, _, tau in scalars.values()])
+    total = 0.0
+    for decision in decisions:
+        place = decision.unit.prompt, decision.unit.seed, r.branch_steps.index(decision.step)
+        a, b, tau = scalars[decision.step]
+        x = decision.x.double()
+        old, reference = velocity_old(decision).double(), velocity_ref(decision).double()
+        weight = tau / mean_tau if t.weighting == "noise" else 1.0
+        terms, divergences = [], []
+        for i in np.flatnonzero(advantages.valid[place]):
+            v = velocity(decision).double()
+            child, mean, mean_old = decision.x_next[i].double(), a * x + b * v, a * x + b * old
+            if t.ratio == "guard":
+                log_ratio = ((child - mean_old) / tau * (mean - mean_old)).mean()
+            else:
+                density, density_old = (-((child - m) ** 2) / (2 * tau**2) for m in (mean, mean_old))
+                log_ratio = density.mean() - density_old.mean()
+            ratio, advantage = log_ratio.exp(), float(advantages.values[place][i])
+            clipped = ratio.clamp(1 - t.clip_low, 1 + t.clip_high)
+            terms.append(torch.maximum(-advantage * ratio, -advantage * clipped))
+            gap = (b * (v - reference)) ** 2 / (2 * tau**2) if t.kl_form == "x" else (v - reference) ** 2
+            divergences.append(gap.mean())
+        if terms:
+            total = total + weight * torch.stack(terms).mean() + t.kl_coef * torch.stack(divergences).mean()
+    return total / len(decisions)

@@ -1,0 +1,140 @@
+"""The sampling step's scalars: against DESIGN section 2 in float64, and against what each kind promises."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine_cases import step_scalars
+from kernel_cases import assert_close
+from tempflow.rollout.sde import noise_weights, ode_coefficients, sde_coefficients
+
+FP32 = 1.2e-7  # one rounding to fp32
+KINDS = ("flow", "dance", "cps")
+
+
+def shifted(steps, shift):
+    s = np.linspace(1.0, 0.0, steps + 1)
+    return torch.tensor(shift * s / (1 + (shift - 1) * s), dtype=torch.float32)
+
+
+def dynamic(steps, mu):
+    s = np.linspace(1.0, 1 / steps, steps)
+    return torch.tensor([*np.exp(mu) / (np.exp(mu) + (1 / s - 1)), 0.0], dtype=torch.float32)
+
+
+GRIDS = {
+    "even-10": shifted(10, 1.0),
+    "even-2": shifted(2, 1.0),
+    "even-50": shifted(50, 1.0),
+    "shift-3": shifted(10, 3.0),
+    "shift-0.5": shifted(7, 0.5),
+    "dynamic": dynamic(10, 0.85),
+}
+grids = pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+
+
+def coefficients(grid, kind, eta):
+    return ode_coefficients(grid) if kind == "ode" else sde_coefficients(grid, kind, eta)
+
+
+@grids
+@pytest.mark.parametrize("eta", [0.3, 0.7, 0.9])
+@pytest.mark.parametrize("kind", [*KINDS, "ode"])
+def test_formulas(kind, eta, grid):
+    found = coefficients(grid, kind, eta)
+    expected = np.array([step_scalars(kind, grid, k, eta) for k in range(len(grid) - 1)]).T
+    for name, values in zip(("a", "b", "tau"), expected):
+        got = getattr(found, name)
+        assert got.dtype == torch.float32 and got.shape == (len(grid) - 1,)
+        np.testing.assert_allclose(got.double().numpy(), values, rtol=FP32, atol=1e-12, err_msg=name)
+
+
+@pytest.mark.parametrize("kind, a, b, tau", [
+    # s = 0.5, s' = 0.25, eta = 0.8, worked out by hand: flow's std = 0.8 sqrt(0.5 / 0.5) = 0.8 as dance's
+    ("flow", 0.84, -0.33, 0.4),
+    ("dance", 0.84, -0.33, 0.4),
+    # tau = 0.25 sin(0.4 pi), q = 0.25 cos(0.4 pi)
+    ("cps", 0.8272542, -0.3363729, 0.2377641),
+    ("ode", 1.0, -0.25, 0.0),
+])  # fmt: skip
+def test_by_hand(kind, a, b, tau):
+    found = coefficients(torch.tensor([1.0, 0.5, 0.25, 0.0]), kind, 0.8)
+    np.testing.assert_allclose([found.a[1], found.b[1], found.tau[1]], [a, b, tau], rtol=1e-6)
+
+
+def test_flow_at_pure_noise_takes_the_next_sigma():
+    found = sde_coefficients(torch.tensor([1.0, 0.8, 0.4, 0.0]), "flow", 0.5)
+    std = 0.5 * np.sqrt(1 / (1 - 0.8))
+    np.testing.assert_allclose(found.tau[0], std * np.sqrt(0.2), rtol=1e-6)
+    np.testing.assert_allclose(found.a[0], 1 - std**2 * 0.2 / 2, rtol=1e-6)
+    np.testing.assert_allclose(found.b[0], -0.2, rtol=1e-6)
+
+
+falling = st.lists(st.floats(0.02, 0.98), min_size=1, max_size=12, unique=True).map(
+    lambda inner: torch.tensor([1.0, *sorted(inner, reverse=True), 0.0])
+).filter(lambda grid: (grid.diff() < -1e-3).all())  # fmt: skip
+etas = st.floats(0.05, 1.0)
+
+
+@given(falling, etas, st.sampled_from([*KINDS, "ode"]))
+def test_data_part_follows_the_flow(grid, eta, kind):
+    """x = (1 - s) x_0 + s e and v = e - x_0 hold x_0 with weight a (1 - s) - b, which must be 1 - s'."""
+    found, s = coefficients(grid, kind, eta), grid.double()
+    data = found.a.double() * (1 - s[:-1]) - found.b.double()
+    scale = found.a.abs().double() + found.b.abs().double() + 1
+    assert ((data - (1 - s[1:])).abs() <= 3 * FP32 * scale).all()
+
+
+@given(falling, etas)
+def test_cps_keeps_the_marginal_variance(grid, eta):
+    """The noise part, old and fresh together, has variance s'^2: FlowCPS's promise, exact at any step size."""
+    found, s = sde_coefficients(grid, "cps", eta), grid.double()
+    old = found.a.double() * s[:-1] + found.b.double()
+    variance = old**2 + found.tau.double() ** 2
+    np.testing.assert_allclose(variance.numpy(), (s[1:] ** 2).numpy(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["flow", "dance"])
+def test_langevin_keeps_the_marginal_variance_to_first_order(kind):
+    """Half the step, a quarter of the error in the variance."""
+    errors = []
+    for dt in (0.02, 0.01):
+        grid = torch.tensor([1.0, 0.6, 0.6 - dt, 0.0], dtype=torch.float64)
+        found = sde_coefficients(grid, kind, 0.7)
+        old = found.a[1].double() * 0.6 + found.b[1].double()
+        errors.append(abs(old**2 + found.tau[1].double() ** 2 - (0.6 - dt) ** 2).item())
+    assert 3.5 < errors[0] / errors[1] < 4.5
+
+
+@grids
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_take_noise_up_to_the_last(kind, grid):
+    tau = sde_coefficients(grid, kind, 0.7).tau
+    assert (tau[:-1] > 0).all() and torch.isfinite(tau).all()
+    assert (tau[-1] == 0) == (kind == "cps"), "only cps ends without noise"
+
+
+def test_unknown_kind_is_refused():
+    with pytest.raises(KeyError, match="euler"):
+        sde_coefficients(GRIDS["even-10"], "euler", 0.7)
+
+
+@given(st.data(), falling, etas, st.sampled_from(KINDS))
+def test_noise_weights_have_mean_one(data, grid, eta, kind):
+    tau = sde_coefficients(grid, kind, eta).tau
+    allowed = list(range(len(tau) - 1))
+    steps = sorted(data.draw(st.sets(st.sampled_from(allowed), min_size=1)))
+    weights = noise_weights(tau, steps, "noise")
+    assert weights.dtype == torch.float32
+    assert weights[steps].double().mean().item() == pytest.approx(1, abs=1e-6)
+    assert_close("weights follow tau", weights[steps] * tau[steps[0]], weights[steps[0]] * tau[steps], rel=1e-6)
+    others = [k for k in range(len(tau)) if k not in steps]
+    assert (weights[others] == 0).all()
+
+
+def test_noise_weights_by_hand():
+    tau = torch.tensor([4.0, 2.0, 3.0, 1.0])
+    assert noise_weights(tau, [0, 1, 2], "noise").tolist() == pytest.approx([4 / 3, 2 / 3, 1, 0])
+    assert noise_weights(tau, [1, 3], "uniform").tolist() == [0, 1, 0, 1]
