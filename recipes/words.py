@@ -64,12 +64,12 @@ def _colours(rng: np.random.Generator) -> tuple[tuple[int, ...], tuple[int, ...]
 
 def render(word: str, rng: np.random.Generator) -> np.ndarray:
     """A picture of `word`, uint8 [32, 96, 3], with jitter of size, place and colour."""
-    font = _font(_fitting_size(word, min(1.0, rng.uniform(0.85, 1.05))))
+    font = _font(_fitting_size(word, min(1.0, rng.uniform(0.88, 1.05))))
     ink, paper = _colours(rng)
     canvas = Image.new("RGB", (WIDTH * SUPERSAMPLE, HEIGHT * SUPERSAMPLE), paper)
     left, top, right, bottom = font.getbbox(word)
     slack = np.array([canvas.width - (right - left), canvas.height - (bottom - top)]) / 2
-    shift = slack * rng.uniform(-0.35, 0.35, 2)
+    shift = slack * rng.uniform(-0.2, 0.2, 2)
     x, y = slack + shift - (left, top)
     ImageDraw.Draw(canvas).text((x, y), word, font=font, fill=ink)
     return np.asarray(canvas.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS))

@@ -41,7 +41,7 @@ class Batch:
     real: int = field(default=0)  # decisions that are no padding
 
 
-def select(decisions: list[Decision], advantages: Advantages, seeds: int, steps: list[int], keep_all: bool):
+def select(decisions: list[Decision], advantages: Advantages, steps: list[int], keep_all: bool):
     """Decisions worth a forward, each with its advantages [B] and its masks [B].
 
     keep_all (a KL term): every decision with a valid child counts. Otherwise those with an advantage other than 0.

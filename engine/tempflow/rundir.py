@@ -24,7 +24,7 @@ def claim(config: Config, resume: bool) -> Path:
     """
     run_dir = path_of(config)
     written = run_dir / "config.json"
-    if run_dir.exists() and any(run_dir.iterdir()) and not resume:
+    if run_dir.exists() and not resume and not _never_began(run_dir):
         raise UserError(
             f"run directory {run_dir} exists; continue it with --resume, or choose another with --set logging.name=NAME"
         )
@@ -35,6 +35,11 @@ def claim(config: Config, resume: bool) -> Path:
     run_dir.mkdir(parents=True, exist_ok=True)
     write_atomic(written, config.model_dump_json(indent=1))
     return run_dir
+
+
+def _never_began(run_dir: Path) -> bool:
+    """A start that failed while the model was loading left config.json alone; nothing is lost by starting over."""
+    return run_dir.is_dir() and [p.name for p in run_dir.iterdir()] == ["config.json"]
 
 
 def _check_same(old: Config, new: Config, run_dir: Path) -> None:

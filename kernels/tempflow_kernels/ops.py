@@ -1,8 +1,9 @@
 """The public ops: argument checks, dispatch, and their registration as torch custom ops (`torch.ops.tempflow`).
 
 As custom ops they are opaque to torch.compile, which sees their shapes (the fakes), their gradient and nothing
-of the choice between Triton and the reference; that choice is made when they run (`dispatch`). They launch without
-synchronising, so a CUDA graph can capture them, and they take their arguments as they are under autocast.
+of the choice between Triton and the reference; that choice is made when they run (`dispatch`), on the device of their
+arguments. They launch without synchronising, so a CUDA graph can capture them, and they take their arguments as they
+are under autocast.
 Formulas, symbols and their derivation: kernels/README.md.
 """
 
@@ -115,10 +116,11 @@ def check_loss_options(clip_low, clip_high, velocity_ref, kl_coef, kl_form, rati
 @torch.library.custom_op("tempflow::normal", mutates_args=())
 def normal_op(key: Tensor, numel: int) -> Tensor:
     if use_triton(key.device):
-        from . import triton_noise
-
-        return triton_noise.normal(key, numel)
-    return reference.normal(key, numel)
+        from .triton_noise import normal as draw
+    else:
+        draw = reference.normal
+    with torch.cuda.device_of(key):
+        return draw(key, numel)
 
 
 @normal_op.register_fake
@@ -133,7 +135,8 @@ def sde_step_op(x: Tensor, velocity: Tensor, a: Tensor, b: Tensor, tau: Tensor, 
         from .triton_sde_step import sde_step as step
     else:
         step = reference.sde_step
-    return step(x, velocity, a, b, tau, key, out_dtype, velocity_uncond, guidance_scale)
+    with torch.cuda.device_of(x):
+        return step(x, velocity, a, b, tau, key, out_dtype, velocity_uncond, guidance_scale)
 
 
 @sde_step_op.register_fake
@@ -150,8 +153,9 @@ def group_loss_op(velocity: Tensor, x: Tensor, x_next: Tensor, a: Tensor, b: Ten
         from .triton_group_loss import forward
     else:
         forward = reference.group_loss_forward
-    return forward(velocity, x, x_next, a, b, tau, log_prob_old, advantage, weight, clip_low, clip_high, velocity_ref,
-                   kl_coef, kl_form, ratio, velocity_old)
+    with torch.cuda.device_of(x):
+        return forward(velocity, x, x_next, a, b, tau, log_prob_old, advantage, weight, clip_low, clip_high,
+                       velocity_ref, kl_coef, kl_form, ratio, velocity_old)
 
 
 @group_loss_op.register_fake
@@ -170,7 +174,8 @@ def group_loss_backward_op(grad_loss: Tensor, velocity: Tensor, x: Tensor, x_nex
         from .triton_group_loss import backward
     else:
         backward = reference.group_loss_backward
-    return backward(grad_loss, velocity, x, x_next, a, b, pull, kl_pull, velocity_ref, velocity_old)
+    with torch.cuda.device_of(x):
+        return backward(grad_loss, velocity, x, x_next, a, b, pull, kl_pull, velocity_ref, velocity_old)
 
 
 @group_loss_backward_op.register_fake

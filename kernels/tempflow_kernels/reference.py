@@ -1,9 +1,9 @@
 """Plain PyTorch versions of every op: the CPU path, the oracle of the tests, and the documentation.
 
 Each function takes the arguments of the public op of the same name (`ops.py`) and can be checked by eye against the
-formulas in kernels/README.md. Arithmetic is fp32, or float64 where the latents are float64 (used by gradient checks; the public
-ops refuse it). Sums run over a fixed binary tree, so a row's result does not depend on the batch it sits in, nor
-on the number of threads. Nothing here is fused: the Triton kernels are for speed.
+formulas in kernels/README.md. Arithmetic is fp32, or float64 where the latents are float64 (used by gradient checks;
+the public ops refuse it). Sums run over a fixed binary tree, so a row's result does not depend on the batch it sits in,
+nor on the number of threads. Nothing here is fused: the Triton kernels are for speed.
 """
 
 import math

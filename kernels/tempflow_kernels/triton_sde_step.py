@@ -74,6 +74,6 @@ def sde_step(x, velocity, a, b, tau, key, out_dtype, velocity_uncond=None, guida
     sde_step_kernel[(rows * blocks,)](
         x.contiguous(), velocity, velocity_uncond.contiguous() if guided else velocity, a.contiguous(), b.contiguous(),
         tau.contiguous(), key.contiguous(), x_next, log_prob, parts, counter, guidance_scale if guided else 1.0,
-        1.0 / numel, numel, children, blocks, GUIDED=guided, WIDTH=width, BLOCK=BLOCK, TILE_B=triton.next_power_of_2(children),
-        PARTS=PARTS, num_warps=NUM_WARPS, enable_fp_fusion=False)
+        1.0 / numel, numel, children, blocks, GUIDED=guided, WIDTH=width, BLOCK=BLOCK,
+        TILE_B=triton.next_power_of_2(children), PARTS=PARTS, num_warps=NUM_WARPS, enable_fp_fusion=False)
     return x_next, log_prob

@@ -6,6 +6,7 @@ The naive code follows DESIGN section 2 one row and one child at a time and shar
 import copy
 import json
 import math
+import os
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).parents[2]
-MODEL = Path("/tmp/tinyrand")
+MODEL = Path(os.environ.get("TEMPFLOW_TEST_MODEL", ROOT / "engine/tempflow/assets/tiny-flux"))
 PROMPTS = ROOT / "engine/tempflow/assets/prompts/words_train.txt"
 HELDOUT = ROOT / "engine/tempflow/assets/prompts/words_heldout.txt"
 
@@ -117,6 +118,57 @@ class PlainRuntime:
         with torch.no_grad():
             for name, parameter in self.engine.named_parameters():
                 parameter -= length / size * gradient[name]
+
+
+@contextmanager
+def quiet_pool(config):
+    """The config's rewards, scored in this process."""
+    from tempflow.rewards import RewardPool, parse_rewards
+
+    specs = parse_rewards(config.rewards)
+    with RewardPool(specs, workers=0) as pool:
+        yield pool, specs
+
+
+class Iteration:
+    """One real iteration's rollout, and what its updates need, as the trainer puts them together."""
+
+    def __init__(self, policy, config, prompt_ids=(0, 1)):
+        from tempflow.policy.embeddings import EmbeddingCache
+        from tempflow.prompts import load_prompts
+        from tempflow.trainer.collect import Collector
+
+        self.policy, self.config = policy, config
+        self.prompts, self.embeddings = load_prompts(config.data.train), EmbeddingCache(policy)
+        with quiet_pool(config) as (pool, specs):
+            self.collector = Collector(config, policy, self.prompts, self.embeddings, pool, specs)
+            self.data = self.collector.collect(0, list(prompt_ids))
+
+    def embed(self, units):
+        return self.embeddings.get([self.prompts[unit.prompt_id].text for unit in units])
+
+    def advantages(self, rewards=None):
+        from tempflow.advantages import advantages
+
+        t = self.config.training
+        rewards = self.data.rewards if rewards is None else rewards
+        return advantages(rewards, group=t.advantage_group, global_std=t.global_std, clip=t.adv_clip)
+
+    def batches(self, advantages, size, extra=0, config=None):
+        """Micro-batches of `size` decisions; `extra` more of nothing but padding."""
+        from tempflow.objective import make_batches, select
+        from tempflow.rollout.sde import noise_weights
+
+        t = (config or self.config).training
+        chosen = select(self.data.decisions, advantages, self.data.steps, keep_all=t.kl_coef > 0)
+        weights = noise_weights(self.collector.sde.tau, self.data.steps, t.weighting)
+        count = -(-len(chosen) // size) + extra
+        return make_batches(chosen, self.data.decisions[0], count, size, self.collector.sigmas, self.collector.sde, weights,
+                            "cpu")  # fmt: skip
+
+    @property
+    def total(self) -> int:
+        return len(self.data.decisions)
 
 
 def flat(gradient: dict[str, torch.Tensor]) -> torch.Tensor:

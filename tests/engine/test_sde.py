@@ -72,6 +72,17 @@ def test_flow_at_pure_noise_takes_the_next_sigma():
     np.testing.assert_allclose(found.b[0], -0.2, rtol=1e-6)
 
 
+@pytest.mark.parametrize("first", [1 - 2**-24, 1 + 2**-23], ids=["below", "above"])
+def test_flow_at_pure_noise_up_to_rounding(first):
+    """diffusers' static shift makes such first sigmas (0.35 and 0.4 do); 1 - s would be a rounding error, or negative."""
+    grid = torch.tensor([first, 0.8, 0.4, 0.0])
+    exact = sde_coefficients(torch.tensor([1.0, 0.8, 0.4, 0.0]), "flow", 0.7)
+    found = sde_coefficients(grid, "flow", 0.7)
+    assert grid[0] != 1
+    np.testing.assert_allclose(found.tau, exact.tau, rtol=1e-6)
+    np.testing.assert_allclose(found.a, exact.a, rtol=1e-6)
+
+
 falling = st.lists(st.floats(0.02, 0.98), min_size=1, max_size=12, unique=True).map(
     lambda inner: torch.tensor([1.0, *sorted(inner, reverse=True), 0.0])
 ).filter(lambda grid: (grid.diff() < -1e-3).all())  # fmt: skip

@@ -87,6 +87,13 @@ def test_nothing_synchronises():
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_runs_on_the_device_of_its_arguments():
+    case = step_case(4, (5000,), 3, device="cuda:1")
+    want = sde_step(**step_case(4, (5000,), 3, device="cuda:0"), children=3)
+    assert all(torch.equal(got.cpu(), expected.cpu()) for got, expected in zip(sde_step(**case, children=3), want))
+
+
 def test_compiles_with_inductor():
     case = step_case(4, (5000,), 3, device="cuda")
     def step(x, velocity, a, b, tau, key):

@@ -302,7 +302,7 @@ ERRORS = {
     "advantage dtype": (TypeError, "advantage: expected float32", change("advantage", lambda c: c["x_next"].double())),
     "advantage shape": (ValueError, r"advantage: expected shape \[2, 3\]", change("advantage", lambda c: c["weight"])),
     "old shape": (ValueError, r"log_prob_old: expected shape \[2, 3\]", change("log_prob_old", lambda c: c["a"])),
-    "x_next shape": (ValueError, r"x_next: expected shape \[2, 3, 8\]", change("x_next", lambda c: c["x_next"][..., :2])),
+    "x_next shape": (ValueError, r"x_next: expected shape \[2, 3, 8\]", change("x_next", lambda c: c["x_next"][..., 1:])),
     "weight dtype": (TypeError, "weight: expected float32, got int64", change("weight", lambda c: c["weight"].long())),
     "kl_form": (ValueError, "kl_form: expected 'x' or 'v', got 'z'", change("kl_form", "z")),
     "ratio": (ValueError, "ratio: expected 'plain' or 'guard', got 'none'", change("ratio", "none")),

@@ -35,8 +35,11 @@ def check_model(path: str) -> str:
         index_file = _fetch_index(path)
     elif not index_file.exists():
         raise UserError(f"model.path: {folder} has no model_index.json; a folder written by save_pretrained is expected")
-    index = json.loads(index_file.read_text())
-    name = index.get("_class_name")
+    try:
+        index = json.loads(index_file.read_text())
+        name = index.get("_class_name")
+    except (ValueError, AttributeError) as error:  # no JSON, no UTF-8, no table
+        raise UserError(f"model.path: {index_file} is damaged: {error}") from None
     if name not in FAMILIES:
         raise UserError(f"model.path: {path} is a {name}; known are {', '.join(FAMILIES)}")
     if folder.is_dir():

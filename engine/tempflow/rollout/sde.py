@@ -40,7 +40,8 @@ def sde_coefficients(sigmas: torch.Tensor, kind: str, eta: float) -> Coefficient
 
 
 def _flow(s: float, s_next: float, s_first: float, eta: float) -> tuple[float, float, float]:
-    return _langevin(s, s_next, eta * math.sqrt(s / (1 - (s_first if s == 1 else s))))
+    # A static shift can leave the first sigma an fp32 rounding away from 1.
+    return _langevin(s, s_next, eta * math.sqrt(s / (1 - (s_first if s > 1 - 1e-6 else s))))
 
 
 def _dance(s: float, s_next: float, s_first: float, eta: float) -> tuple[float, float, float]:

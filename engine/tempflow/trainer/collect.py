@@ -55,13 +55,16 @@ class _Finished:
     def add(self, indices: list[int], latents: torch.Tensor) -> None:
         self._waiting += list(zip(indices, latents, strict=True))
         while len(self._waiting) >= self.collector.config.rollout.decode_batch:
-            self.flush()
+            self._send()
 
-    def flush(self) -> None:
+    def drain(self) -> None:
+        """Send what is left."""
+        while self._waiting:
+            self._send()
+
+    def _send(self) -> None:
         size = self.collector.config.rollout.decode_batch
         part, self._waiting = self._waiting[:size], self._waiting[size:]
-        if not part:
-            return
         started = time.perf_counter()
         rollout = self.collector.config.rollout
         images = self.collector.policy.decode(torch.stack([x for _, x in part]), rollout.height, rollout.width)
@@ -138,8 +141,7 @@ class Collector:
             finished.add, advance, self.policy.device,
         )  # fmt: skip
         decisions = scheduler.run(self.latent_shape)
-        while finished._waiting:
-            finished.flush()
+        finished.drain()
         return decisions, scheduler.stats
 
     def _share(self, plan: Plan, rows, scores, prompts: int, decisions, stats, times) -> Collected:

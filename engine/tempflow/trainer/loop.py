@@ -181,7 +181,7 @@ class Trainer:
     def _batches(self, data: Collected, adv: Advantages) -> tuple[list[Batch], int]:
         """This rank's micro-batches, as many as any rank needs, and the decisions of all ranks."""
         t = self.config.training
-        chosen = select(data.decisions, adv, self.config.rollout.seeds, data.steps, keep_all=t.kl_coef > 0)
+        chosen = select(data.decisions, adv, data.steps, keep_all=t.kl_coef > 0)
         most = int(comm.reduce(len(chosen), "max"))
         count = math.ceil(most / t.micro_batch)
         size = math.ceil(most / max(1, count))  # even micro-batches: the least padding
