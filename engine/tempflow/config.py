@@ -190,6 +190,14 @@ def _check_deepspeed(config: Config) -> None:
     zero = ds.get("zero_optimization", {})
     if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
         raise ValueError(f"deepspeed.zero_optimization: expected a table with stage 0, 1, 2 or 3, got {zero!r}")
+    half = [name for name in ("bf16", "fp16") if isinstance(ds.get(name), dict) and ds[name].get("enabled")]
+    if half and zero.get("stage", 0) == 0:
+        raise ValueError(
+            f"deepspeed.{half[0]}: at ZeRO stage 0 DeepSpeed keeps no fp32 weights to update; set "
+            "deepspeed.zero_optimization.stage to 1, 2 or 3"
+        )
+    if "scheduler" in ds:
+        raise ValueError("deepspeed.scheduler: the engine sets the learning rate itself; use training.lr_decay")
     if "optimizer" not in ds:
         raise ValueError('deepspeed.optimizer: missing; for example {"type": "AdamW", "params": {"lr": 1e-4}}')
 

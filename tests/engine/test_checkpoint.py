@@ -1,0 +1,225 @@
+"""Checkpoints: nothing half-written is ever taken for whole, whatever befalls it."""
+
+import contextlib
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from tempflow.errors import UserError
+from tempflow.trainer import checkpoint, manifest
+
+FILES = {"weights.safetensors": b"w" * 1000, "state.json": b'{"iteration": 3}', "deepspeed/state/rank_0.pt": b"d" * 500}
+
+
+def make(folder, files=FILES):
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    manifest.seal(folder)
+    return folder
+
+
+def checkpoints(run_dir, *iterations):
+    return [make(manifest.folder(run_dir, n)) for n in iterations]
+
+
+# ----------------------------------------------------------------------------------------------------- manifest
+def test_a_sealed_checkpoint_is_whole(tmp_path):
+    assert manifest.fault(make(tmp_path / "000003")) is None
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_faults_are_named(tmp_path, name):
+    folder = make(tmp_path / "000003")
+    whole = (folder / name).read_bytes()
+    for content, words in (
+        (whole[:-1], [f"{len(whole) - 1} bytes, not {len(whole)}"]),
+        (whole + b"x", [f"{len(whole) + 1} bytes, not {len(whole)}"]),
+        (b"", ["0 bytes"]),
+        (bytes([whole[0] ^ 1]) + whole[1:], ["does not match its checksum"]),
+        (None, ["is missing"]),
+    ):
+        (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
+        trouble = manifest.fault(folder)
+        assert all(word in trouble for word in [str(folder / name), *words]), trouble
+        (folder / name).write_bytes(whole)
+    assert manifest.fault(folder) is None
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b"3", b"\xff\xfe", b'{"state.json": {}}', b'{"state.json": 3}'])
+def test_a_damaged_manifest_is_a_fault(tmp_path, content):
+    folder = make(tmp_path / "000003")
+    (folder / manifest.MANIFEST).unlink() if content is None else (folder / manifest.MANIFEST).write_bytes(content)
+    assert "manifest.json is missing or damaged" in manifest.fault(folder)
+
+
+def test_an_empty_manifest_is_no_checkpoint(tmp_path):
+    """Not even of an empty folder: what a crash leaves must not pass for a checkpoint of nothing."""
+    folder = tmp_path / "000003"
+    folder.mkdir()
+    (folder / manifest.MANIFEST).write_text("{}")
+    assert manifest.fault(folder)
+
+
+@given(st.data())
+def test_any_flipped_byte_is_found(tmp_path_factory, data):
+    folder = make(tmp_path_factory.mktemp("flip") / "000003")
+    name = data.draw(st.sampled_from([*FILES, manifest.MANIFEST]))
+    content = bytearray((folder / name).read_bytes())
+    place = data.draw(st.integers(0, len(content) - 1))
+    content[place] ^= data.draw(st.integers(1, 255))
+    (folder / name).write_bytes(content)
+    same = name == manifest.MANIFEST and equal_json(content, make(folder.parent / "again") / name)
+    assert (manifest.fault(folder) is None) == same
+
+
+def equal_json(content, file):
+    """Whether a manifest still says the same: white space may become other white space."""
+    with contextlib.suppress(ValueError):
+        return json.loads(bytes(content)) == json.loads(file.read_text())
+    return False
+
+
+# ------------------------------------------------------------------------------------------------------- newest
+def test_newest(tmp_path):
+    assert manifest.newest(tmp_path) is None
+    checkpoints(tmp_path, 2, 40, 9)
+    assert manifest.newest(tmp_path).name == "000040"
+    assert [p.name for p in manifest.folders(tmp_path)] == ["000002", "000009", "000040"]
+
+
+def test_newest_passes_over_broken_ones_and_names_them(tmp_path):
+    _, second, third, fourth = checkpoints(tmp_path, 1, 2, 3, 4)
+    (fourth / manifest.MANIFEST).unlink()
+    (third / "weights.safetensors").write_bytes(b"w" * 999)
+    notes = []
+    assert manifest.newest(tmp_path, notes.append) == second
+    assert len(notes) == 2
+    assert "000004" in notes[0] and "manifest.json is missing" in notes[0]
+    assert "000003" in notes[1] and "999 bytes, not 1000" in notes[1]
+
+
+def test_leftovers_of_a_crash_are_no_checkpoints(tmp_path):
+    (first,) = checkpoints(tmp_path, 1)
+    make(tmp_path / "checkpoints/.saving-000002")
+    make(tmp_path / "checkpoints/notes")
+    (tmp_path / "checkpoints/000009").write_text("a file")
+    notes = []
+    assert manifest.newest(tmp_path, notes.append) == first and notes == []
+
+
+def test_all_broken_is_none(tmp_path):
+    for folder in checkpoints(tmp_path, 1, 2):
+        (folder / "state.json").unlink()
+    assert manifest.newest(tmp_path) is None
+
+
+# --------------------------------------------------------------------------------------------------------- save
+class Engine:
+    """DeepSpeed's part of a checkpoint: one file; or, with `broken`, half of it and an exception."""
+
+    def __init__(self):
+        self.broken = False
+
+    def save_checkpoint(self, folder, tag, save_latest):
+        assert save_latest is False
+        place = Path(folder) / tag
+        place.mkdir(parents=True)
+        (place / "state.pt").write_bytes(b"half")
+        if self.broken:
+            raise OSError("no space left on device")
+        (place / "state.pt").write_bytes(b"the whole state")
+
+    def load_checkpoint(self, folder, tag):
+        return f"{folder}/{tag}", {}
+
+
+class Average:
+    def __init__(self):
+        self.loaded = None
+
+    def whole(self):
+        return {"layer.weight": torch.full((2, 3), 0.5)}
+
+    def load(self, weights, updates):
+        self.loaded = weights["layer.weight"], updates
+
+
+@pytest.fixture
+def runtime():
+    weight = torch.arange(6.0, dtype=torch.float64).reshape(2, 3)
+    return SimpleNamespace(engine=Engine(), trainable={"layer.weight": weight}, full_fp32=lambda p: p.float().t().t(), stage=0)
+
+
+def state_of(iteration, **more):
+    return {"iteration": iteration, "world_size": 1, "ema_updates": 4, **more}
+
+
+def test_save_writes_what_restore_reads(runtime, tmp_path):
+    saved = checkpoint.save(runtime, Average(), tmp_path, state_of(7), keep=2)
+    assert saved == tmp_path / "checkpoints/000007" == manifest.newest(tmp_path)
+    assert (tmp_path / "checkpoints/latest").read_text().strip() == "000007"
+    weights = load_file(saved / "weights.safetensors")["layer.weight"]
+    assert weights.dtype == torch.float32 and torch.equal(weights, torch.arange(6.0).reshape(2, 3))
+    average = Average()
+    assert checkpoint.restore(runtime, average, saved) == state_of(7)
+    assert average.loaded[1] == 4 and (average.loaded[0] == 0.5).all()
+
+
+def test_save_keeps_the_newest(runtime, tmp_path):
+    for iteration in (1, 2, 3, 10, 12):
+        checkpoint.save(runtime, None, tmp_path, state_of(iteration), keep=2)
+    assert [p.name for p in manifest.folders(tmp_path)] == ["000010", "000012"]
+    assert all(manifest.fault(p) is None for p in manifest.folders(tmp_path))
+
+
+def test_save_again_replaces(runtime, tmp_path):
+    checkpoint.save(runtime, Average(), tmp_path, state_of(3), keep=2)
+    saved = checkpoint.save(runtime, None, tmp_path, state_of(3, images=5), keep=2)
+    assert checkpoint.read_state(saved)["images"] == 5 and not (saved / "ema.safetensors").exists()
+    assert manifest.fault(saved) is None
+
+
+def test_a_save_that_fails_leaves_the_last_one(runtime, tmp_path):
+    first = checkpoint.save(runtime, None, tmp_path, state_of(1), keep=1)
+    runtime.engine.broken = True
+    with pytest.raises(OSError):
+        checkpoint.save(runtime, None, tmp_path, state_of(2), keep=1)
+    assert manifest.folders(tmp_path) == [first] and manifest.newest(tmp_path) == first
+    assert (tmp_path / "checkpoints/latest").read_text().strip() == "000001"
+    runtime.engine.broken = False
+    assert manifest.newest(tmp_path) == checkpoint.save(runtime, None, tmp_path, state_of(2), keep=1) != first
+    assert not list((tmp_path / "checkpoints").glob(".saving-*"))
+
+
+@pytest.mark.parametrize("crash_at", ["manifest.seal", "os.rename", "save_file"])
+def test_a_crash_at_any_point_of_saving(runtime, tmp_path, monkeypatch, crash_at):
+    first = checkpoint.save(runtime, None, tmp_path, state_of(1), keep=2)
+
+    def crash(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"tempflow.trainer.checkpoint.{crash_at}", crash)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(runtime, None, tmp_path, state_of(2), keep=2)
+    assert manifest.newest(tmp_path) == first
+
+
+def test_restore_refuses_another_number_of_ranks_under_zero(runtime, tmp_path):
+    saved = checkpoint.save(runtime, None, tmp_path, state_of(1, world_size=4), keep=1)
+    checkpoint.restore(runtime, None, saved)
+    runtime.stage = 2
+    with pytest.raises(UserError, match="4 ranks.*has 1.*resume with 4"):
+        checkpoint.restore(runtime, None, saved)
+
+
+def test_restore_refuses_a_checkpoint_without_the_average(runtime, tmp_path):
+    saved = checkpoint.save(runtime, None, tmp_path, state_of(1), keep=1)
+    with pytest.raises(UserError, match="training.ema"):
+        checkpoint.restore(runtime, Average(), saved)

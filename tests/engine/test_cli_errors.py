@@ -1,0 +1,252 @@
+"""Bad input to the scripts: one message that names it and what is allowed, status 2, before any model is loaded.
+
+Every case uses a model folder without weights (`skeleton`), so a script that began to load one would say something else.
+"""
+
+import contextlib
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from engine_cases import HELDOUT, ROOT, config_table, small_config, write_config
+from tempflow import cli, rundir
+from tempflow.errors import UserError
+
+
+def script(name):
+    """engine/NAME.py as a module."""
+    spec = importlib.util.spec_from_file_location(f"engine_{name}", ROOT / f"engine/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run_script(monkeypatch, capsys):
+    """Run a script's main in this process; returns (status, what it printed to stderr)."""
+
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        monkeypatch.delenv("RANK", raising=False)
+        with contextlib.suppress(KeyError), pytest.raises(SystemExit) as stop:
+            cli.run(script(name).main)
+        return stop.value.code, capsys.readouterr().err
+
+    return run
+
+
+@pytest.fixture
+def refused(run_script):
+    def check(words, name, *arguments):
+        status, text = run_script(name, *arguments)
+        assert status == 2, text
+        assert text.startswith("error: ") and text.count("error:") == 1 and "Traceback" not in text, text
+        assert all(str(word) in text for word in words), text
+
+    return check
+
+
+@pytest.fixture
+def config_file(tmp_path, skeleton):
+    """A config of the skeleton, whose runs go to tmp_path / "runs"."""
+
+    def write(**changes):
+        changes["model"] = {"path": str(skeleton), **changes.get("model", {})}
+        changes["logging"] = {"dir": str(tmp_path / "runs"), **changes.get("logging", {})}
+        return write_config(tmp_path, **changes)
+
+    return write
+
+
+# ------------------------------------------------------------------------------------------------------ train
+CASES = {
+    "unknown key": ("training.kl_coeff=1", ["training.kl_coeff", "did you mean 'kl_coef'"]),
+    "unknown section": ("trainer.seed=1", ["trainer", "did you mean 'training'"]),
+    "wrong type": ("training.iterations=many", ["training.iterations", "integer", "'many'"]),
+    "no prompt file": ("data.train=nowhere.txt", ["data.train", "nowhere.txt", "does not exist"]),
+    "no held-out file": ("data.heldout=nowhere.txt", ["data.heldout", "nowhere.txt", "does not exist"]),
+    "no children": ("rollout.children=0", ["rollout.children", "greater than or equal to 1", "0"]),
+    "no seeds": ("rollout.seeds=0", ["rollout.seeds", "greater than or equal to 1", "0"]),
+    "steps outside the grid": ("rollout.branch_steps=[0,9]", ["rollout.branch_steps", "step 9", "0 to 8"]),
+    "unknown reward": ("rewards.orc=1.0", ["rewards", "'orc'", "did you mean 'ocr'"]),
+    "reward option": ('rewards={"ocr": {"detekt": true}}', ["rewards.ocr.detekt", "did you mean 'detect'"]),
+    "weight of a reward": ('rewards={"ocr": "much"}', ["rewards.ocr", "finite number"]),
+    "height": ("rollout.height=30", ["rollout.height", "30", "multiples of 8"]),
+    "width": ("rollout.width=100", ["rollout.width", "100", "multiples of 8"]),
+    "too many prompts": ("data.prompts_per_iteration=5000", ["data.prompts_per_iteration", "5000", "4000"]),
+    "no optimizer": ("deepspeed={}", ["deepspeed.optimizer", "missing"]),
+    "setting": ("training.seed", ["--set training.seed", "section.key=value"]),
+    "model folder": ("model.path=/nowhere", ["model.path", "/nowhere", "does not exist"]),
+}
+
+
+@pytest.mark.parametrize("setting, words", CASES.values(), ids=CASES)
+def test_train_refuses(refused, config_file, tmp_path, setting, words):
+    refused(words, "train", "--config", config_file(), "--set", setting)
+    assert not (tmp_path / "runs").exists(), "a refused run leaves no directory that would be in the way of the next"
+
+
+def test_train_refuses_a_config_that_is_not_there(refused, tmp_path):
+    refused(["config file", tmp_path / "none.json", "does not exist"], "train", "--config", tmp_path / "none.json")
+
+
+def test_train_refuses_a_prompt_without_quoted_text(refused, config_file, tmp_path):
+    """With the file and the line, for the reward that needs it; another one does not mind."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text('the word "ONE"\na cat\n')
+    file = config_file(data={"train": str(prompts), "prompts_per_iteration": 1}, rewards={"ocr": 1.0})
+    refused([f"{prompts}:2", "a cat", "double quotes", "'ocr'"], "train", "--config", file)
+    heldout = ["--set", f"data.train={HELDOUT}", "--set", f"data.heldout={prompts}"]
+    refused([f"{prompts}:2", "double quotes"], "train", "--config", file, *heldout)
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder_2"])
+def test_train_refuses_a_model_that_lacks_a_component(refused, config_file, skeleton, part):
+    (skeleton / part).rename(skeleton.parent / "elsewhere")
+    refused(["model.path", skeleton, f"lacks the component {part}"], "train", "--config", config_file())
+
+
+def test_train_refuses_another_family(refused, config_file, skeleton):
+    index = json.loads((skeleton / "model_index.json").read_text())
+    (skeleton / "model_index.json").write_text(json.dumps({**index, "_class_name": "KandinskyPipeline"}))
+    refused(["model.path", "KandinskyPipeline", "FluxPipeline"], "train", "--config", config_file())
+
+
+def test_train_needs_a_config(run_script):
+    status, text = run_script("train")
+    assert status == 2 and "--config" in text
+
+
+def test_the_skeleton_is_one(refused, config_file):
+    """What makes the cases above say that no model is loaded: with nothing wrong, it is the weights that are missed."""
+    from tempflow.policy import check_model, load_policy
+
+    path = json.loads(config_file().read_text())["model"]["path"]
+    assert check_model(path) == "FluxPipeline"
+    with pytest.raises(UserError, match="cannot load"):
+        load_policy(path)
+
+
+def test_train_as_a_command(config_file, tmp_path):
+    """The same through the shell, where the status and the output are the process's."""
+    arguments = ["--config", str(config_file()), "--set", "training.itterations=3"]
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, str(ROOT / "engine/train.py"), *arguments], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.splitlines()[0].startswith("error: training.itterations: unknown key; did you mean 'iterations'?")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_config_error_needs_no_torch(config_file):
+    """The quick way out: nothing heavy is imported before the config, the prompts and the rewards are known to be right."""
+    code = (
+        "import sys; sys.argv = ['train.py', '--config', sys.argv[1], '--set', 'training.seed=x']\n"
+        f"sys.path.insert(0, {str(ROOT / 'engine')!r})\n"
+        "import train\n"
+        "from tempflow.errors import UserError\n"
+        "try: train.main()\n"
+        "except UserError: print('refused', 'torch' in sys.modules, 'diffusers' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(config_file())], capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == "refused False False", done.stdout + done.stderr
+
+
+# ----------------------------------------------------------------------------------------------- run directory
+def claimed(tmp_path, **changes):
+    config = small_config(logging={"dir": str(tmp_path / "runs"), "name": "one"}, **changes)
+    return config, tmp_path / "runs/one"
+
+
+def test_claim_writes_the_resolved_config(tmp_path):
+    config, run_dir = claimed(tmp_path)
+    assert rundir.claim(config, resume=False) == run_dir
+    assert rundir.read_config(run_dir) == config
+    assert sorted(p.name for p in run_dir.iterdir()) == ["config.json"]
+
+
+def test_claim_refuses_a_directory_that_is_in_use(tmp_path):
+    config, run_dir = claimed(tmp_path)
+    rundir.claim(config, resume=False)
+    before = (run_dir / "config.json").read_bytes()
+    with pytest.raises(UserError) as error:
+        rundir.claim(claimed(tmp_path, training={"seed": 5})[0], resume=False)
+    assert all(word in str(error.value) for word in (str(run_dir), "exists", "--resume", "logging.name"))
+    assert (run_dir / "config.json").read_bytes() == before
+
+
+def test_claim_takes_an_empty_directory(tmp_path):
+    config, run_dir = claimed(tmp_path)
+    run_dir.mkdir(parents=True)
+    assert rundir.claim(config, resume=False) == run_dir
+
+
+def test_resume_needs_a_run(tmp_path):
+    config, run_dir = claimed(tmp_path)
+    with pytest.raises(UserError, match="--resume: .*one holds no run"):
+        rundir.claim(config, resume=True)
+    assert not run_dir.exists()
+
+
+@pytest.mark.parametrize("changes, key, was, now", [
+    ({"training": {"seed": 5}}, "training.seed", "0", "5"),
+    ({"rollout": {"eta": 0.5}}, "rollout.eta", "0.7", "0.5"),
+    ({"rewards": {"jpeg": 1.0}}, "rewards", "None", "1.0"),
+    ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "deepspeed.zero_optimization", "None", "2"),
+    ({"training": {"iterations": 9, "kl_coef": 0.1}}, "training.kl_coef", "0.0", "0.1"),
+])  # fmt: skip
+def test_resume_refuses_another_config(tmp_path, changes, key, was, now):
+    rundir.claim(claimed(tmp_path)[0], resume=False)
+    with pytest.raises(UserError) as error:
+        rundir.claim(claimed(tmp_path, **changes)[0], resume=True)
+    assert all(word in str(error.value) for word in ("--resume", key, was, now)), error.value
+
+
+def test_resume_takes_what_may_change(tmp_path):
+    rundir.claim(claimed(tmp_path)[0], resume=False)
+    config, _ = claimed(tmp_path, training={"iterations": 9, "minutes": 3.0}, checkpoint={"keep": 7})
+    run_dir = rundir.claim(config, resume=True)
+    assert rundir.read_config(run_dir) == config
+
+
+# ------------------------------------------------------------------------------------------------ other scripts
+@pytest.fixture
+def claimed_run(tmp_path, skeleton):
+    """A run directory in which nothing was trained yet."""
+    table = config_table(model={"path": str(skeleton)}, logging={"dir": str(tmp_path / "runs"), "name": "one"})
+    from tempflow.config import parse_config
+
+    return rundir.claim(parse_config(table), resume=False)
+
+
+SCRIPTS = {"evaluate": [], "sample": ["--out", "pictures"], "export": ["--out", "model"]}
+scripts = pytest.mark.parametrize("name, more", SCRIPTS.items(), ids=SCRIPTS)
+
+
+@scripts
+def test_scripts_refuse_what_is_no_run(refused, tmp_path, monkeypatch, name, more):
+    monkeypatch.chdir(tmp_path)
+    refused([tmp_path / "nowhere", "no run directory"], name, "--run", tmp_path / "nowhere", *more)
+    assert not list(tmp_path.iterdir())
+
+
+@scripts
+def test_scripts_refuse_a_run_without_checkpoints(refused, claimed_run, tmp_path, monkeypatch, name, more):
+    monkeypatch.chdir(tmp_path)
+    refused([claimed_run, "no whole checkpoint"], name, "--run", claimed_run, *more)
+    refused(["--checkpoint 7", "this run has none"], name, "--run", claimed_run, "--checkpoint", 7, *more)
+
+
+def test_export_refuses_to_overwrite(refused, claimed_run, tmp_path):
+    refused(["--out", tmp_path, "exists"], "export", "--run", claimed_run, "--out", tmp_path)
+
+
+def test_sample_refuses_to_mix_pictures(refused, claimed_run, tmp_path):
+    refused(["--out", tmp_path, "not an empty folder"], "sample", "--run", claimed_run, "--out", tmp_path)
+
+
+def test_evaluate_refuses_missing_prompts(refused, claimed_run, tmp_path):
+    refused(["--prompts", "nowhere.txt", "does not exist"], "evaluate", "--run", claimed_run, "--base", "--prompts", "nowhere.txt")

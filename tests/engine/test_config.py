@@ -1,0 +1,279 @@
+"""The config: what is accepted, how it is overridden, and the message of every refusal."""
+
+import json
+import typing
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel
+
+from engine_cases import ROOT, config_table, write_config
+from tempflow.config import Config, RandomSteps, load_config, parse_config
+from tempflow.errors import UserError
+from tempflow.prompts import load_prompts
+from tempflow.rewards import parse_rewards
+
+MINIMAL = {
+    "model": {"path": "somewhere"},
+    "data": {"train": "prompts.txt"},
+    "rewards": {"ocr": 1.0},
+    "deepspeed": {"optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}},
+}
+SHIPPED = sorted((ROOT / "configs").glob("*.json"))
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+def test_shipped_configs(file, tmp_path, monkeypatch):
+    """Each parses from any folder, and names prompts and rewards that are there."""
+    monkeypatch.chdir(tmp_path)
+    config = load_config(file)
+    assert config.logging.name == file.stem
+    assert load_prompts(config.data.train) and load_prompts(config.data.heldout)
+    assert parse_rewards(config.rewards)
+    assert len(load_prompts(config.data.train)) >= config.data.prompts_per_iteration
+
+
+def test_there_are_shipped_configs():
+    assert "tiny_ocr" in [file.stem for file in SHIPPED]
+
+
+def test_only_what_names_the_task_is_required():
+    assert {key for section in ("model", "data") for key, field in Config.model_fields[section].annotation.model_fields.items()
+            if field.is_required()} == {"path", "train"}  # fmt: skip
+    config = parse_config(MINIMAL)
+    assert config.rollout.branch_steps == "all" and config.steps_with_noise() == list(range(9))
+    assert (config.rollout.seeds, config.rollout.children, config.rollout.num_steps) == (4, 6, 10)
+
+
+CONTRACT = {
+    "model": "path dtype lora attention_backend gradient_checkpointing",
+    "data": "train heldout prompts_per_iteration",
+    "rollout": "plan height width num_steps seeds children branch_steps sde eta guidance_scale micro_batch replica",
+    "training": "iterations updates_per_rollout micro_batch advantage_group global_std adv_clip clip_low clip_high ratio "
+    "weighting kl_coef kl_form share_group_forward ema seed",
+    "eval": "every num_steps prompts",
+    "checkpoint": "every keep",
+    "logging": "dir name tensorboard wandb",
+}
+
+
+@pytest.mark.parametrize("section", CONTRACT)
+def test_contract_keys_exist(section):
+    assert set(CONTRACT[section].split()) <= set(Config.model_fields[section].annotation.model_fields)
+
+
+def test_every_key_has_its_help():
+    def walk(model, path=()):
+        for name, field in model.model_fields.items():
+            options = [field.annotation, *typing.get_args(field.annotation)]
+            inner = [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
+            for model_inside in inner:
+                yield from walk(model_inside, (*path, name))
+            if not inner:
+                yield ".".join((*path, name)), field.description
+
+    missing = [name for name, text in walk(Config) if not text and name != "rewards"]
+    assert not missing
+
+
+def test_resolved_config_reads_back():
+    config = parse_config(config_table(rollout={"branch_steps": {"random": 3}}, training={"ema": {"decay": 0.5}}))
+    assert isinstance(config.rollout.branch_steps, RandomSteps)
+    assert parse_config(json.loads(config.model_dump_json())) == config
+
+
+# ------------------------------------------------------------------------------------------------- overrides
+def test_overrides(tmp_path):
+    file = write_config(tmp_path)
+    settings = [
+        "training.iterations=7", "training.ema={\"decay\": 0.5}", "model.lora=null", "rollout.branch_steps=[1,2]",
+        "training.ratio=guard", "logging.name=x=y", "deepspeed.zero_optimization.stage=2", "rewards.ocr.weight=0.5",
+        "rewards.ocr.detect=false",
+    ]  # fmt: skip
+    config = load_config(file, settings)
+    assert config.training.iterations == 7 and config.training.ema.decay == 0.5 and config.training.ema.every == 8
+    assert config.rollout.branch_steps == [1, 2] and config.training.ratio == "guard" and config.logging.name == "x=y"
+    assert config.deepspeed["zero_optimization"]["stage"] == 2 and "optimizer" in config.deepspeed
+    assert config.rewards["ocr"] == {"weight": 0.5, "detect": False}
+    assert load_config(file, ["training.seed=1", "training.seed=2"]).training.seed == 2
+    assert load_config(file).logging.name == "small"
+
+
+def test_relative_paths_are_looked_up_from_the_config(tmp_path, monkeypatch):
+    """From the working directory first, then from the folders above the config file."""
+    folder, elsewhere = tmp_path / "project/configs", tmp_path / "elsewhere"
+    for place in (folder, elsewhere, tmp_path / "project/prompts"):
+        place.mkdir(parents=True)
+    (tmp_path / "project/prompts/words.txt").write_text("a\n")
+    file = write_config(folder, data={"train": "prompts/words.txt", "heldout": None})
+    monkeypatch.chdir(elsewhere)
+    assert Path(load_config(file).data.train) == tmp_path / "project/prompts/words.txt"
+    (elsewhere / "prompts").mkdir()
+    (elsewhere / "prompts/words.txt").write_text("b\n")
+    assert load_config(file).data.train == "prompts/words.txt"
+
+
+# -------------------------------------------------------------------------------------------------- refusals
+REFUSED = [
+    # unknown keys
+    ("training.iteratons", 5, ["training.iteratons", "unknown key", "did you mean 'iterations'", "kl_coef"]),
+    ("trainig", {"seed": 1}, ["trainig", "did you mean 'training'", "rollout"]),
+    ("rollout.window.sise", 3, ["rollout.window.sise", "did you mean 'size'"]),
+    ("model.lora", {"rnk": 4}, ["model.lora.rnk", "did you mean 'rank'", "alpha"]),
+    ("rollout.branch_steps", {"randm": 4}, ["rollout.branch_steps", "random"]),
+    ("data.zzz", 1, ["data.zzz", "unknown key", "train, heldout, prompts_per_iteration"]),
+    # wrong types
+    ("training.iterations", "five", ["training.iterations", "integer", "'five'"]),
+    ("training.iterations", 5.5, ["training.iterations", "integer", "5.5"]),
+    ("training.iterations", True, ["training.iterations", "integer", "True"]),
+    ("training.global_std", 1, ["training.global_std", "boolean", "1"]),
+    ("training.clip_low", "1e-4", ["training.clip_low", "number", "'1e-4'"]),
+    ("data.train", 3, ["data.train", "string", "3"]),
+    ("model.lora", 32, ["model.lora", "32"]),
+    ("rollout", [], ["rollout", "[]"]),
+    ("rewards", "ocr", ["rewards", "dictionary", "'ocr'"]),
+    ("rollout.eta", float("nan"), ["rollout.eta", "finite", "nan"]),
+    # values outside what is allowed
+    ("rollout.plan", "tempflo", ["rollout.plan", "'tempflow', 'flow_grpo' or 'mix_grpo'", "'tempflo'"]),
+    ("rollout.sde", "ode", ["rollout.sde", "'flow', 'dance' or 'cps'", "'ode'"]),
+    ("training.advantage_group", "batch", ["training.advantage_group", "'seed' or 'prompt'", "'batch'"]),
+    ("rollout.seeds", 0, ["rollout.seeds", "greater than or equal to 1", "0"]),
+    ("rollout.children", 0, ["rollout.children", "greater than or equal to 1", "0"]),
+    ("rollout.children", 65, ["rollout.children", "less than or equal to 64", "65"]),
+    ("rollout.num_steps", 1, ["rollout.num_steps", "greater than or equal to 2", "1"]),
+    ("rollout.height", -32, ["rollout.height", "greater than or equal to 1", "-32"]),
+    ("rollout.eta", 0, ["rollout.eta", "greater than 0", "0"]),
+    ("training.clip_low", 1.5, ["training.clip_low", "less than 1", "1.5"]),
+    ("training.kl_coef", -0.1, ["training.kl_coef", "greater than or equal to 0", "-0.1"]),
+    ("training.lr_decay", 2, ["training.lr_decay", "less than or equal to 1", "2"]),
+    # a group of one
+    ("rollout.children", 1, ["rollout.children", "group of one", "at least 2"]),
+    # the grid
+    ("rollout.branch_steps", [0, 9], ["rollout.branch_steps", "step 9", "0 to 8", "num_steps 10"]),
+    ("rollout.branch_steps", [0, 20], ["rollout.branch_steps", "step 20", "0 to 8"]),
+    ("rollout.branch_steps", [-1, 2], ["rollout.branch_steps", "greater than or equal to 0", "-1"]),
+    ("rollout.branch_steps", [3, 1], ["rollout.branch_steps", "rising", "[3, 1]"]),
+    ("rollout.branch_steps", [1, 1], ["rollout.branch_steps", "without repeats", "[1, 1]"]),
+    ("rollout.branch_steps", [], ["rollout.branch_steps", "[]"]),
+    ("rollout.branch_steps", "some", ["rollout.branch_steps", "'all'", "'some'"]),
+    ("rollout.branch_steps", {"random": 10}, ["rollout.branch_steps.random", "10 of 9"]),
+    ("rollout.branch_steps", {"random": 0}, ["rollout.branch_steps.random", "greater than or equal to 1"]),
+    # deepspeed keys that are the engine's
+    ("deepspeed.train_batch_size", 8, ["deepspeed.train_batch_size", "training.micro_batch"]),
+    ("deepspeed.gradient_accumulation_steps", 2, ["deepspeed.gradient_accumulation_steps"]),
+    ("deepspeed.zero_optimization", {"stage": 4}, ["deepspeed.zero_optimization", "0, 1, 2 or 3", "4"]),
+    ("deepspeed.zero_optimization", 2, ["deepspeed.zero_optimization", "table", "2"]),
+    ("deepspeed.bf16", True, ["deepspeed.bf16", "table", "True"]),
+    ("deepspeed.optimizer", "AdamW", ["deepspeed.optimizer", "table", "'AdamW'"]),
+    ("deepspeed", {}, ["deepspeed.optimizer", "missing"]),
+]  # fmt: skip
+
+
+def changed(key, value):
+    table = config_table()
+    *sections, name = key.split(".")
+    inner = table
+    for section in sections:
+        inner = inner.setdefault(section, {})
+    inner[name] = value
+    return table
+
+
+@pytest.mark.parametrize("key, value, words", REFUSED, ids=[f"{key}={value!r}" for key, value, _ in REFUSED])
+def test_refused(key, value, words):
+    with pytest.raises(UserError) as error:
+        parse_config(changed(key, value))
+    assert all(word in str(error.value) for word in words), error.value
+    assert str(error.value).startswith(key.split(".")[0]), "the message opens with the key"
+
+
+@pytest.mark.parametrize("section, words", [
+    ({"rollout": {"plan": "flow_grpo"}}, ["training.advantage_group", '"seed"', "flow_grpo", '"prompt"']),
+    ({"rollout": {"plan": "mix_grpo", "window": {"size": 10}}, "training": {"advantage_group": "prompt"}},
+     ["rollout.window.size", "10 of 9"]),
+    ({"rollout": {"plan": "flow_grpo", "seeds": 1}, "training": {"advantage_group": "prompt"}},
+     ["rollout.seeds", "at least 2"]),
+    ({"rollout": {"children": 1, "seeds": 1}, "training": {"advantage_group": "prompt"}}, ["rollout.children", "at least 2"]),
+    ({"rollout": {"sde": "cps", "eta": 1.5}}, ["rollout.eta", "1.5", "cps allows 0 to 1"]),
+])  # fmt: skip
+def test_refused_together(section, words):
+    with pytest.raises(UserError) as error:
+        parse_config(config_table(**section))
+    assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize("key", ["model.path", "data.train", "model", "data", "rewards"])
+def test_required_keys(key):
+    table = json.loads(json.dumps(MINIMAL))
+    *sections, name = key.split(".")
+    del (table[sections[0]] if sections else table)[name]
+    with pytest.raises(UserError, match=f"^{key}: required"):
+        parse_config(table)
+
+
+def test_every_mistake_is_named_at_once():
+    table = config_table(training={"seed": "x"}, rollout={"heigth": 3, "width": 0})
+    with pytest.raises(UserError) as error:
+        parse_config(table)
+    lines = str(error.value).splitlines()
+    assert len(lines) == 3 and all(any(key in line for line in lines) for key in ("training.seed", "rollout.heigth", "rollout.width"))
+
+
+def test_one_mistake_in_branch_steps_is_one_line():
+    """Three kinds of value are allowed there; only one of them can have been meant."""
+    for value in ([0, "x"], {"random": "x"}, {"randm": 2}, "some", 3.5):
+        with pytest.raises(UserError) as error:
+            parse_config(changed("rollout.branch_steps", value))
+        assert len(str(error.value).splitlines()) == 1, error.value
+
+
+@pytest.mark.parametrize("content, words", [
+    (None, ["does not exist"]),
+    ("{", ["not JSON"]),
+    ("[]", ["table of sections", "list"]),
+    ("\xff", ["not JSON"]),
+])  # fmt: skip
+def test_files_that_are_no_config(tmp_path, content, words):
+    file = tmp_path / "broken.json"
+    if content is not None:
+        file.write_bytes(content.encode("latin-1"))
+    with pytest.raises(UserError) as error:
+        load_config(file)
+    assert all(word in str(error.value) for word in ["config file", str(file), *words]), error.value
+
+
+def test_a_folder_is_no_config(tmp_path):
+    with pytest.raises(UserError, match="is a folder"):
+        load_config(tmp_path)
+
+
+@pytest.mark.parametrize("setting, words", [
+    ("training.iterations", ["--set training.iterations", "section.key=value"]),
+    ("=3", ["--set =3", "section.key=value"]),
+    ("training.iterations.more=3", ["--set", "iterations is not a table"]),
+    ("training.itterations=3", ["training.itterations", "did you mean 'iterations'"]),
+])  # fmt: skip
+def test_overrides_that_are_refused(tmp_path, setting, words):
+    with pytest.raises(UserError) as error:
+        load_config(write_config(tmp_path), [setting])
+    assert all(word in str(error.value) for word in words), error.value
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+KEYS = [*CONTRACT, *(f"{s}.{k}" for s, keys in CONTRACT.items() for k in keys.split()), "rewards", "deepspeed", "rollout.window",
+        "model.lora.rank", "deepspeed.bf16", "deepspeed.zero_optimization.stage", "rollout.window.size", "anything"]  # fmt: skip
+
+
+@given(st.sampled_from(KEYS), json_values)
+def test_any_json_is_accepted_or_refused_with_a_message(key, value):
+    """Never another exception, whatever the file holds."""
+    try:
+        parse_config(changed(key, value))
+    except UserError as error:
+        assert str(error)

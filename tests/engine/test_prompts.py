@@ -1,0 +1,112 @@
+"""Prompt files, and the order in which prompts are drawn."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine_cases import HELDOUT, PROMPTS
+from tempflow.errors import UserError
+from tempflow.prompts import Prompt, PromptOrder, load_prompts
+from tempflow.rewards.ocr import quoted_text
+
+
+def written(tmp_path, name, content):
+    file = tmp_path / name
+    file.write_bytes(content.encode() if isinstance(content, str) else content)
+    return file
+
+
+def test_text_file(tmp_path):
+    file = written(tmp_path, "p.txt", '  a shop "OPEN"  \n\n   \nein Café\n')
+    assert load_prompts(file) == [
+        Prompt('a shop "OPEN"', {"source": f"{file}:1"}),
+        Prompt("ein Café", {"source": f"{file}:4"}),
+    ]
+
+
+def test_jsonl_file(tmp_path):
+    file = written(tmp_path, "p.jsonl", '{"prompt": "a", "tag": 3}\n\n{"prompt": "b"}\n')
+    assert load_prompts(file) == [
+        Prompt("a", {"tag": 3, "source": f"{file}:1"}),
+        Prompt("b", {"source": f"{file}:3"}),
+    ]
+
+
+def test_shipped_prompts():
+    train, heldout = load_prompts(PROMPTS), load_prompts(HELDOUT)
+    texts = {p.text for p in train}
+    assert len(texts) == len(train) and texts.isdisjoint(p.text for p in heldout)
+    assert all(quoted_text(p.text) for p in train + heldout)
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("none.txt", None, ["does not exist"]),
+    ("p.csv", "a", [".txt or .jsonl"]),
+    ("p.txt", "", ["holds no prompts"]),
+    ("p.txt", " \n\t\n", ["holds no prompts"]),
+    ("p.txt", b"\xff\xfe", ["cannot read"]),
+    ("p.jsonl", '{"prompt": "a"}\n{"prompt": \n', [":2", "not JSON"]),
+    ("p.jsonl", '{"text": "a"}', [":1", '"prompt"', '{"text": "a"}']),
+    ("p.jsonl", '{"prompt": "  "}', [":1", "non-empty"]),
+    ("p.jsonl", '{"prompt": 3}', [":1", '"prompt"']),
+    ("p.jsonl", '["a"]', [":1", "object"]),
+])  # fmt: skip
+def test_refused(tmp_path, name, content, words):
+    file = tmp_path / name
+    if content is not None:
+        written(tmp_path, name, content)
+    with pytest.raises(UserError) as error:
+        load_prompts(file, "data.heldout")
+    assert all(word in str(error.value) for word in [str(file), *words]), error.value
+    if not any(word.startswith(":") for word in words):
+        assert str(error.value).startswith("data.heldout: ")
+
+
+def test_a_folder_is_no_prompt_file(tmp_path):
+    (tmp_path / "p.txt").mkdir()
+    with pytest.raises(UserError, match="data.train: cannot read"):
+        load_prompts(tmp_path / "p.txt")
+
+
+# ------------------------------------------------------------------------------------------------------ order
+sizes = st.integers(1, 40).flatmap(lambda count: st.tuples(st.just(count), st.integers(1, count)))
+
+
+@given(sizes, st.integers(0, 100))
+def test_an_epoch_holds_no_prompt_twice(size, seed):
+    count, per_iteration = size
+    order = PromptOrder(count, per_iteration, seed)
+    per_epoch = count // per_iteration
+    for epoch in range(3):
+        drawn = [i for place in range(per_epoch) for i in order.indices(epoch * per_epoch + place)]
+        assert len(drawn) == per_epoch * per_iteration == len(set(drawn))
+        assert all(type(i) is int and 0 <= i < count for i in drawn)
+
+
+@given(sizes, st.integers(0, 100), st.integers(0, 200))
+def test_the_order_has_no_memory(size, seed, iteration):
+    """What an iteration draws does not depend on what was drawn before: a resumed run sees the same."""
+    order = PromptOrder(*size, seed)
+    for earlier in (iteration + 3, 0, iteration):
+        order.indices(earlier)
+    assert order.indices(iteration) == PromptOrder(*size, seed).indices(iteration)
+
+
+def test_epochs_and_seeds_differ():
+    order, other = PromptOrder(40, 20, 0), PromptOrder(40, 20, 1)
+    first, second = [order.indices(0) + order.indices(1), order.indices(2) + order.indices(3)]
+    assert sorted(first) == sorted(second) == list(range(40)) and first != second
+    assert first != list(range(40)) and other.indices(0) != order.indices(0)
+
+
+def test_every_prompt_is_reached():
+    order = PromptOrder(10, 4, 0)  # 2 of 10 are left out of each epoch, not always the same
+    seen = Counter(i for iteration in range(60) for i in order.indices(iteration))
+    assert set(seen) == set(range(10))
+
+
+def test_more_prompts_an_iteration_than_there_are():
+    with pytest.raises(UserError, match="data.prompts_per_iteration: 5, but data.train holds 4"):
+        PromptOrder(4, 5, 0)
