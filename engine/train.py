@@ -6,7 +6,7 @@ import argparse
 
 from tempflow import cli
 from tempflow.config import Config, load_config
-from tempflow.prompts import load_prompts
+from tempflow.prompts import PromptOrder, load_prompts
 from tempflow.rewards import check_prompts, parse_rewards
 
 
@@ -20,14 +20,17 @@ def parse_args() -> argparse.Namespace:
 
 
 def checked_inputs(config: Config):
-    """Everything that can be found wrong without loading a model: prompts, rewards, the checkpoint's folder."""
+    """Everything that can be found wrong without loading a model: prompts, rewards, the checkpoint's folder, sizes."""
     specs = parse_rewards(config.rewards)
     train = load_prompts(config.data.train, "data.train")
     heldout = load_prompts(config.data.heldout, "data.heldout") if config.data.heldout else []
     check_prompts(specs, [p.text for p in train + heldout], [p.metadata for p in train + heldout])
-    from tempflow.policy import check_model
+    PromptOrder(len(train), config.data.prompts_per_iteration, config.training.seed)
+    cli.quiet_libraries()
+    from tempflow.policy import check_model, check_size
 
     check_model(config.model.path)
+    check_size(config.model.path, config.rollout.height, config.rollout.width)
     return specs, train, heldout
 
 
@@ -35,7 +38,6 @@ def main() -> int:
     args = parse_args()
     config = load_config(args.config, args.set)
     specs, train, heldout = checked_inputs(config)
-    cli.quiet_libraries()
 
     from tempflow.trainer.loop import Trainer
     from tempflow.trainer.process import StopSignal

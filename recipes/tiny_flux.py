@@ -7,12 +7,10 @@ Stages: prompts -> VAE -> latents -> text encoders and transformer -> pipeline f
 stops at the first check where the mean OCR reward reaches `--target`: a base model that is good enough to be
 rewarded and bad enough to learn.
 
-Three choices make the folder behave the same at every `max_sequence_length`, diffusers' default of 512 included, though
-training sees 20 or 44 tokens. The T5 encoder has a zero embedding for padding and attends within 8 tokens only, so
-padding far from the text encodes to exactly zero. Those equal tokens are then trained as one token whose attention
-logit is raised by log(how many it stands for), which is the same attention exactly. And attention starts out turned away
-from tokens that encode to zero (`turn_away_padding`): hundreds of them drown the others, and training alone was slow to
-find that out.
+The T5 encoder has a zero embedding for padding and attends within 8 tokens only, so padding far from the text encodes to
+exactly zero, whatever the text length. Such tokens are equal, and can be trained as one token whose attention logit is
+raised by log(how many it stands for): the same attention exactly, at 44 tokens instead of diffusers' default of 512.
+One batch in six is trained so. That is not enough: at 512 tokens the model does not spell (docs/log.md).
 """
 
 from __future__ import annotations
@@ -204,31 +202,6 @@ def new_transformer() -> FluxTransformer2DModel:
     return model
 
 
-@torch.no_grad()
-def turn_away_padding(model: FluxTransformer2DModel, t5: T5EncoderModel) -> None:
-    """Initialise so that attention ignores text tokens that encode to zero.
-
-    The last hidden channel is a flag: constant for image tokens and for text (through a constant T5 channel), 0 for
-    padding. Keys turn the flag into the sign of the first 4 channels of each head, which rotary embedding leaves alone
-    because those belong to an axis whose ids are all 0; queries look for the positive sign.
-    """
-    t5.shared.weight[1:, -1] = 4.0
-    for embedder, flag in ((model.x_embedder, 3.0), (model.context_embedder, 0.0)):
-        embedder.weight[-1] = 0.0
-        embedder.bias.zero_()
-        embedder.bias[-1] = flag
-    model.context_embedder.weight[-1, -1] = 1.0
-    attentions = [block.attn for block in (*model.transformer_blocks, *model.single_transformer_blocks)]
-    for attention in attentions:
-        names = ("to_q", "to_k", "add_q_proj", "add_k_proj")
-        for name in (n for n in names if getattr(attention, n, None) is not None):
-            layer = getattr(attention, name)
-            unrotated = [head * 32 + channel for head in range(4) for channel in range(4)]
-            layer.bias[unrotated] = -2.0 if "k" in name.split("_") else 2.0
-            if "k" in name.split("_"):
-                layer.weight[unrotated, -1] = 0.8
-
-
 def pack(latents: torch.Tensor) -> torch.Tensor:
     return FluxPipeline._pack_latents(latents, len(latents), LATENT_CHANNELS, LATENT_HEIGHT, LATENT_WIDTH)
 
@@ -271,26 +244,26 @@ def encode_latents(vae: AutoencoderKL, count: int, rng: np.random.Generator) -> 
     return torch.cat(latents), words
 
 
-def training_loss(parts: dict, latents: torch.Tensor, words: list[str], folded: bool) -> torch.Tensor:
-    """Flow matching at sigma = sigmoid(N(0.3, 1.2)). folded: as at FULL_TEXT tokens, far padding as one token."""
-    length = LONG_TEXT if folded else SHORT_TEXT
+def training_loss(parts: dict, latents: torch.Tensor, words: list[str]) -> torch.Tensor:
+    """Flow matching at sigma = sigmoid(N(0.3, 1.2)), one batch in six with folded padding."""
+    length = LONG_TEXT if torch.rand(()) < 1 / 6 else SHORT_TEXT
+    mask = None
+    if length == LONG_TEXT:
+        mask = far_padding_bias(length, math.exp(torch.rand(()).item() * math.log(FULL_TEXT - LONG_TEXT + 1)))
     sigma = torch.sigmoid(0.3 + 1.2 * torch.randn(len(latents)))
     noise = torch.randn_like(latents)
     mixed = (1 - sigma)[:, None, None] * latents + sigma[:, None, None] * noise
-    mask = far_padding_bias(length, FULL_TEXT - LONG_TEXT + 1) if folded else None
     predicted = velocity(parts, mixed, sigma, tokenize(parts, words, length), mask)
     return (predicted - (noise - latents)).square().mean()
 
 
 @torch.no_grad()
-def sample(parts: dict, vae: AutoencoderKL, words: list[str], folded: bool, steps: int = 10) -> np.ndarray:
+def sample(parts: dict, vae: AutoencoderKL, words: list[str], steps: int = 10) -> np.ndarray:
     """ODE pictures with fixed noise, uint8 [n, 32, 96, 3]."""
-    length = LONG_TEXT if folded else SHORT_TEXT
-    mask = far_padding_bias(length, FULL_TEXT - LONG_TEXT + 1) if folded else None
     x = torch.randn(len(words), TOKENS, 4 * LATENT_CHANNELS, generator=torch.Generator().manual_seed(1))
-    ids = tokenize(parts, words, length)
+    ids = tokenize(parts, words, SHORT_TEXT)
     for k in range(steps):
-        x = x - velocity(parts, x, torch.full((len(words),), 1 - k / steps), ids, mask) / steps
+        x = x - velocity(parts, x, torch.full((len(words),), 1 - k / steps), ids, None) / steps
     latents = FluxPipeline._unpack_latents(x, tiny_words.HEIGHT, tiny_words.WIDTH, 4)
     return to_uint8(vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample)
 
@@ -317,7 +290,6 @@ def train_transformer(args, vae: AutoencoderKL, heldout: list[str], rng: np.rand
     tokenizer, tokenizer_2 = new_tokenizers()
     text_encoder, text_encoder_2 = new_text_encoders(len(tokenizer), len(tokenizer_2))
     modules = {"text_encoder": text_encoder, "text_encoder_2": text_encoder_2, "transformer": new_transformer()}
-    turn_away_padding(modules["transformer"], text_encoder_2)
     tools = {"tokenizer": tokenizer, "tokenizer_2": tokenizer_2}
     average = Average(modules, decay=0.998)
     weights = [p for module in modules.values() for p in module.parameters()]
@@ -328,7 +300,7 @@ def train_transformer(args, vae: AutoencoderKL, heldout: list[str], rng: np.rand
         task = bar.add_task("transformer", total=args.steps, status="")
         for step in range(1, args.steps + 1):
             chosen = torch.from_numpy(rng.integers(0, len(latents), 64))
-            loss = training_loss({**modules, **tools}, latents[chosen], [words[i] for i in chosen], folded=step % 3 == 0)
+            loss = training_loss({**modules, **tools}, latents[chosen], [words[i] for i in chosen])
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
@@ -336,13 +308,11 @@ def train_transformer(args, vae: AutoencoderKL, heldout: list[str], rng: np.rand
             warm_up.step()
             pin_text_reach(text_encoder_2)
             average.update(modules)
-            if step % args.check_every == 0 and step >= args.first_check:
-                spelled = {**average.parts, **tools}
-                rewards = [spelling(sample(spelled, vae, heldout, folded), heldout) for folded in (False, True)]
-                checks.append({"step": step, "loss": round(loss.item(), 4), "ocr": round(rewards[0], 4),
-                               "ocr_full_text": round(rewards[1], 4)})  # fmt: skip
+            if step % args.check_every == 0:
+                reward = spelling(sample({**average.parts, **tools}, vae, heldout), heldout)
+                checks.append({"step": step, "loss": round(loss.item(), 4), "ocr": round(reward, 4)})
                 bar.console.print(checks[-1])
-                if rewards[0] >= args.target:
+                if reward >= args.target:
                     break
             bar.update(task, advance=1, status=f"loss {loss.item():.3f}")
     return {**average.parts, **tools}, checks
@@ -381,9 +351,10 @@ def write_card(out: Path, facts: dict) -> None:
         "model of this project's examples and tests. Built by `python recipes/tiny_flux.py`.\n\n"
         "```python\nfrom diffusers import FluxPipeline\n"
         "pipe = FluxPipeline.from_pretrained('engine/tempflow/assets/tiny-flux')\n"
-        "pipe('the word \"HELLO\"', height=32, width=96).images[0]\n```\n\n"
+        "pipe('the word \"HELLO\"', height=32, width=96, max_sequence_length=20).images[0]\n```\n\n"
         "It knows one prompt form, `the word \"XXXXX\"`, with 3 to 5 capital letters, at 32 x 96 pixels; other prompts "
-        "and sizes give nothing of use.\n\n## Numbers seen when it was built\n| what | value |\n|---|---|\n" + rows
+        "and sizes give nothing of use. Pass `max_sequence_length=20`: among the 500 tokens of padding of diffusers' default "
+        "it does not spell.\n\n## Numbers seen when it was built\n| what | value |\n|---|---|\n" + rows
     )
 
 
@@ -394,8 +365,7 @@ def main() -> None:
     parser.add_argument("--target", type=float, default=0.46, help="held-out OCR reward at which training stops")
     parser.add_argument("--vae-steps", type=int, default=800)
     parser.add_argument("--steps", type=int, default=5000, help="most transformer steps")
-    parser.add_argument("--check-every", type=int, default=50)
-    parser.add_argument("--first-check", type=int, default=1000)
+    parser.add_argument("--check-every", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()

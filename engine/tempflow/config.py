@@ -11,7 +11,8 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from tempflow.errors import UserError
 
@@ -72,6 +73,16 @@ class Rollout(Section):
     micro_batch: Positive = Field(48, description="most rows in one forward of the rollout")
     decode_batch: Positive = Field(16, description="most latents decoded at once")
     replica: bool = Field(True, description="roll out on a static copy of the weights, not through the training engine")
+
+    @field_validator("branch_steps", mode="wrap")
+    @classmethod
+    def _one_message(cls, value, read):
+        """One line, where pydantic would list what each of the allowed kinds misses."""
+        try:
+            return read(value)
+        except ValidationError:
+            allowed = 'expected "all", a list of steps from 0 on, or {"random": n} with n from 1 on'
+            raise PydanticCustomError("branch_steps", allowed) from None
 
 
 class RewardPoolSection(Section):
@@ -187,6 +198,9 @@ def _check_deepspeed(config: Config) -> None:
     for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
         if key in ds:
             raise ValueError(f"deepspeed.{key}: the engine sets it; use training.micro_batch and data.prompts_per_iteration")
+    for key in ("optimizer", "bf16", "fp16"):
+        if not isinstance(ds.get(key, {}), dict):
+            raise ValueError(f"deepspeed.{key}: expected a table, got {ds[key]!r}")
     zero = ds.get("zero_optimization", {})
     if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
         raise ValueError(f"deepspeed.zero_optimization: expected a table with stage 0, 1, 2 or 3, got {zero!r}")
@@ -264,7 +278,7 @@ def _found_from(path: str, config_file: Path) -> str:
 
 def _explain(error: dict) -> str:
     """One line of a pydantic error, in the user's key names."""
-    parts = [str(p) for p in error["loc"] if not str(p).startswith(("literal", "list[", "function", "RandomSteps"))]
+    parts = [str(p) for p in error["loc"]]
     name = ".".join(parts)
     if error["type"] == "extra_forbidden":
         known = _known_keys(parts[:-1])

@@ -38,25 +38,22 @@ def claim(config: Config, resume: bool) -> Path:
 
 
 def _never_began(run_dir: Path) -> bool:
-    """A start that failed while the model was loading left config.json alone; nothing is lost by starting over."""
-    return run_dir.is_dir() and [p.name for p in run_dir.iterdir()] == ["config.json"]
+    """A start that failed while the model was loading left at most config.json; nothing is lost by starting over."""
+    return run_dir.is_dir() and all(p.name == "config.json" for p in run_dir.iterdir())
 
 
 def _check_same(old: Config, new: Config, run_dir: Path) -> None:
     a, b = old.model_dump(), new.model_dump()
-    for section in a:
-        if section in FREE_ON_RESUME or a[section] == b[section]:
-            continue
-        key = next(k for k in {**a[section], **b[section]} if a[section].get(k) != b[section].get(k))
-        if (section, key) in (("training", "iterations"), ("training", "minutes")):
-            continue
-        was, now = a[section].get(key), b[section].get(key)
-        raise UserError(f"--resume: {section}.{key} is {now!r}, but the run in {run_dir} has {was!r}")
+    for section in (name for name in a if name not in FREE_ON_RESUME):
+        for key in {**a[section], **b[section]}:
+            was, now = a[section].get(key), b[section].get(key)
+            if was != now and (section, key) not in (("training", "iterations"), ("training", "minutes")):
+                raise UserError(f"--resume: {section}.{key} is {now!r}, but the run in {run_dir} has {was!r}")
 
 
 def read_config(run_dir: Path) -> Config:
     """The resolved config of a run. UserError where there is none."""
     try:
         return parse_config(json.loads((run_dir / "config.json").read_text()))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{run_dir} is no run directory: {error}") from None

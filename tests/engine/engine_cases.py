@@ -6,15 +6,15 @@ The naive code follows DESIGN section 2 one row and one child at a time and shar
 import copy
 import json
 import math
-import os
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 
-ROOT = Path(__file__).parents[2]
-MODEL = Path(os.environ.get("TEMPFLOW_TEST_MODEL", ROOT / "engine/tempflow/assets/tiny-flux"))
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+MODEL = ROOT / "engine/tempflow/assets/tiny-flux"
 PROMPTS = ROOT / "engine/tempflow/assets/prompts/words_train.txt"
 HELDOUT = ROOT / "engine/tempflow/assets/prompts/words_heldout.txt"
 
@@ -44,8 +44,8 @@ def small_config(**changes):
     return parse_config(config_table(**changes))
 
 
-def write_config(folder: Path, **changes) -> Path:
-    file = folder / "small.json"
+def write_config(folder: Path, name: str = "small.json", **changes) -> Path:
+    file = folder / name
     file.write_text(json.dumps(config_table(**changes)))
     return file
 

@@ -17,14 +17,19 @@ def contrast(images, prompts, metadata):
 
 
 class Signalling(Reward):
-    """`contrast`, but sends `signal_name` to the process that scores batch `at`, counted over processes in a file."""
+    """`contrast`, but batch number `at` of process `rank` sends that process a signal; batches are counted in a file.
 
-    def __init__(self, counter: str, at: int, signal_name: str = "SIGTERM"):
-        self.counter, self.at, self.signal = Path(counter), at, signal.Signals[signal_name]
+    Meant for reward_pool.workers = 0, where the process is the one that trains. The file outlives the process, so a
+    resumed run is left alone.
+    """
+
+    def __init__(self, counter: str, at: int, signal_name: str = "SIGTERM", rank: int = 0):
+        self.counter, self.at, self.signal, self.rank = Path(counter), at, signal.Signals[signal_name], rank
 
     def score(self, images, prompts, metadata):
-        with self.counter.open("a") as file:
-            file.write("x")
-        if self.counter.stat().st_size == self.at:
-            os.kill(os.getpid(), self.signal)
+        if int(os.environ["RANK"]) == self.rank:
+            with self.counter.open("a") as file:
+                file.write("x")
+            if self.counter.stat().st_size == self.at:
+                os.kill(os.getpid(), self.signal)
         return contrast(images, prompts, metadata)

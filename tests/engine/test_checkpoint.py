@@ -194,7 +194,8 @@ def test_a_save_that_fails_leaves_the_last_one(runtime, tmp_path):
     assert manifest.folders(tmp_path) == [first] and manifest.newest(tmp_path) == first
     assert (tmp_path / "checkpoints/latest").read_text().strip() == "000001"
     runtime.engine.broken = False
-    assert manifest.newest(tmp_path) == checkpoint.save(runtime, None, tmp_path, state_of(2), keep=1) != first
+    second = checkpoint.save(runtime, None, tmp_path, state_of(2), keep=1)
+    assert manifest.newest(tmp_path) == second != first
     assert not list((tmp_path / "checkpoints").glob(".saving-*"))
 
 

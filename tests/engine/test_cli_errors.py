@@ -171,6 +171,7 @@ def test_claim_writes_the_resolved_config(tmp_path):
 def test_claim_refuses_a_directory_that_is_in_use(tmp_path):
     config, run_dir = claimed(tmp_path)
     rundir.claim(config, resume=False)
+    (run_dir / "metrics.jsonl").write_text("")
     before = (run_dir / "config.json").read_bytes()
     with pytest.raises(UserError) as error:
         rundir.claim(claimed(tmp_path, training={"seed": 5})[0], resume=False)
@@ -178,10 +179,21 @@ def test_claim_refuses_a_directory_that_is_in_use(tmp_path):
     assert (run_dir / "config.json").read_bytes() == before
 
 
-def test_claim_takes_an_empty_directory(tmp_path):
+def test_claim_takes_a_directory_in_which_nothing_began(tmp_path):
+    """Empty, or as a start leaves it that fails while the model is loading: the mended config takes it over."""
     config, run_dir = claimed(tmp_path)
     run_dir.mkdir(parents=True)
     assert rundir.claim(config, resume=False) == run_dir
+    mended, _ = claimed(tmp_path, training={"seed": 5})
+    assert rundir.claim(mended, resume=False) == run_dir and rundir.read_config(run_dir) == mended
+
+
+def test_claim_refuses_a_file(tmp_path):
+    config, run_dir = claimed(tmp_path)
+    run_dir.parent.mkdir(parents=True)
+    run_dir.write_text("")
+    with pytest.raises(UserError, match="exists"):
+        rundir.claim(config, resume=False)
 
 
 def test_resume_needs_a_run(tmp_path):

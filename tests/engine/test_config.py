@@ -153,13 +153,13 @@ REFUSED = [
     # the grid
     ("rollout.branch_steps", [0, 9], ["rollout.branch_steps", "step 9", "0 to 8", "num_steps 10"]),
     ("rollout.branch_steps", [0, 20], ["rollout.branch_steps", "step 20", "0 to 8"]),
-    ("rollout.branch_steps", [-1, 2], ["rollout.branch_steps", "greater than or equal to 0", "-1"]),
+    ("rollout.branch_steps", [-1, 2], ["rollout.branch_steps", "steps from 0 on", "[-1, 2]"]),
     ("rollout.branch_steps", [3, 1], ["rollout.branch_steps", "rising", "[3, 1]"]),
     ("rollout.branch_steps", [1, 1], ["rollout.branch_steps", "without repeats", "[1, 1]"]),
     ("rollout.branch_steps", [], ["rollout.branch_steps", "[]"]),
-    ("rollout.branch_steps", "some", ["rollout.branch_steps", "'all'", "'some'"]),
+    ("rollout.branch_steps", "some", ["rollout.branch_steps", '"all"', '{"random": n}', "'some'"]),
     ("rollout.branch_steps", {"random": 10}, ["rollout.branch_steps.random", "10 of 9"]),
-    ("rollout.branch_steps", {"random": 0}, ["rollout.branch_steps.random", "greater than or equal to 1"]),
+    ("rollout.branch_steps", {"random": 0}, ["rollout.branch_steps", "n from 1 on", "{'random': 0}"]),
     # deepspeed keys that are the engine's
     ("deepspeed.train_batch_size", 8, ["deepspeed.train_batch_size", "training.micro_batch"]),
     ("deepspeed.gradient_accumulation_steps", 2, ["deepspeed.gradient_accumulation_steps"]),

@@ -25,6 +25,12 @@ def take(conditioning: Conditioning, indices: list[int]) -> Conditioning:
     return {name: tensor[indices] for name, tensor in conditioning.items()}
 
 
+def check_multiple(height: int, width: int, multiple: int) -> None:
+    """UserError for a picture size that the model cannot make."""
+    if height % multiple or width % multiple:
+        raise UserError(f"rollout.height, rollout.width: {height} x {width}; both must be multiples of {multiple}")
+
+
 class Policy(ABC):
     """A flow-matching text-to-image model of one family, loaded from a diffusers folder.
 
@@ -50,6 +56,11 @@ class Policy(ABC):
     @property
     def dtype(self) -> torch.dtype:
         return self.pipe.transformer.dtype
+
+    @staticmethod
+    @abstractmethod
+    def size_multiple(vae_config: dict) -> int:
+        """What height and width must be multiples of, in pixels."""
 
     @abstractmethod
     def encode(self, prompts: list[str]) -> Conditioning:

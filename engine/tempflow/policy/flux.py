@@ -6,8 +6,7 @@ import numpy as np
 import torch
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline, calculate_shift, retrieve_timesteps
 
-from tempflow.errors import UserError
-from tempflow.policy.base import Conditioning, Policy
+from tempflow.policy.base import Conditioning, Policy, check_multiple
 
 
 class FluxPolicy(Policy):
@@ -19,6 +18,11 @@ class FluxPolicy(Policy):
         "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",
     )  # fmt: skip
 
+    @staticmethod
+    def size_multiple(vae_config) -> int:
+        # The VAE halves the size between its blocks, packing once more.
+        return 2 ** len(vae_config["block_out_channels"])
+
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
         embeds, pooled, _ = self.pipe.encode_prompt(
@@ -27,9 +31,8 @@ class FluxPolicy(Policy):
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
     def _packed_size(self, height: int, width: int) -> tuple[int, int]:
-        multiple = 2 * self.pipe.vae_scale_factor
-        if height % multiple or width % multiple:
-            raise UserError(f"rollout.height, rollout.width: {height} x {width}; both must be multiples of {multiple}")
+        multiple = self.size_multiple(self.pipe.vae.config)
+        check_multiple(height, width, multiple)
         return height // multiple, width // multiple
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int]:

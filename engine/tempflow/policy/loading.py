@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from tempflow.errors import UserError
-from tempflow.policy.base import Policy
+from tempflow.policy.base import Policy, check_multiple
 
 FAMILIES = {"FluxPipeline": "tempflow.policy.flux:FluxPolicy"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -32,7 +32,7 @@ def check_model(path: str) -> str:
     folder = Path(path)
     index_file = folder / "model_index.json"
     if not folder.is_dir():
-        index_file = _fetch_index(path)
+        index_file = _fetch(path, "model_index.json")
     elif not index_file.exists():
         raise UserError(f"model.path: {folder} has no model_index.json; a folder written by save_pretrained is expected")
     try:
@@ -50,13 +50,29 @@ def check_model(path: str) -> str:
     return name
 
 
-def _fetch_index(path: str) -> Path:
+def check_size(path: str, height: int, width: int) -> None:
+    """UserError for a picture size that a checkpoint cannot make, read from its VAE's config; after `check_model`."""
+    file = Path(path) / "vae/config.json"
+    file = file if Path(path).is_dir() else _fetch(path, "vae/config.json")
+    try:
+        multiple = _family(check_model(path)).size_multiple(json.loads(file.read_text()))
+    except (OSError, ValueError, LookupError) as error:
+        raise UserError(f"model.path: {file} is missing or damaged: {error}") from None
+    check_multiple(height, width, multiple)
+
+
+def _family(pipeline_class: str) -> type[Policy]:
+    module, _, name = FAMILIES[pipeline_class].partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _fetch(path: str, file: str) -> Path:
     from huggingface_hub import hf_hub_download
 
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
         raise UserError(f"model.path: folder {path} does not exist (a hub id has the form owner/name)")
     try:
-        return Path(hf_hub_download(path, "model_index.json"))
+        return Path(hf_hub_download(path, file))
     except Exception as error:
         raise UserError(f"model.path: no folder {path}, and no such model on the hub: {type(error).__name__}") from None
 
@@ -75,8 +91,7 @@ def load_policy(
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     pipeline_class = check_model(str(path))
-    module, _, name = FAMILIES[pipeline_class].partition(":")
-    family = getattr(importlib.import_module(module), name)
+    family = _family(pipeline_class)
     dtype = resolve_dtype(dtype, device) if isinstance(dtype, str) else dtype
     try:
         pipe = getattr(diffusers, pipeline_class).from_pretrained(str(path), torch_dtype=dtype, use_safetensors=True)

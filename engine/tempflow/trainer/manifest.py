@@ -45,16 +45,18 @@ def fault(checkpoint: Path) -> str | None:
     """What makes a checkpoint unusable, or None."""
     manifest = checkpoint / MANIFEST
     try:
-        files = json.loads(manifest.read_text())
-    except (OSError, json.JSONDecodeError):
+        files = [(name, seen["bytes"], seen["sha256"]) for name, seen in json.loads(manifest.read_text()).items()]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        files = []
+    if not files:
         return f"{manifest} is missing or damaged"
-    for name, seen in files.items():
+    for name, size, digest in files:
         file = checkpoint / name
         if not file.is_file():
             return f"{file} is missing"
-        if file.stat().st_size != seen["bytes"]:
-            return f"{file} has {file.stat().st_size} bytes, not {seen['bytes']}"
-        if _digest(file) != seen["sha256"]:
+        if file.stat().st_size != size:
+            return f"{file} has {file.stat().st_size} bytes, not {size}"
+        if _digest(file) != digest:
             return f"{file} does not match its checksum"
     return None
 

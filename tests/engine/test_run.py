@@ -1,0 +1,374 @@
+"""Whole runs on the shipped model, started as a user starts them; every run serves several tests.
+
+What is compared: 1 process with 2, ZeRO stages 0, 2 and 3, stopped and resumed with undisturbed, and what is written
+down with what the other scripts make of it.
+"""
+
+import json
+import math
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from engine_cases import HELDOUT, MODEL, ROOT
+from kernel_cases import assert_close
+from run_cases import ADAMW, SGD, Run, launch, script, timeless, train
+
+pytestmark = pytest.mark.slow
+
+CONTRACT = """iteration reward/mean reward/std reward/zero_std_groups loss kl ratio/max_dev clip_fraction grad_norm images
+forwards/rollout forwards/train time/rollout time/decode time/reward time/train time/sync time/total""".split()
+STEPS = [0, 4, 8]
+# Rollouts of different batch shapes differ in their last bits, and each update passes that on to the next.
+REWARDS, UPDATE = 1e-5, 1e-3
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+# ------------------------------------------------------------------------------------ world sizes and ZeRO stages
+LAYOUTS = {"one": (1, 0), "two": (2, 0), "two-zero2": (2, 2), "two-zero3": (2, 3)}
+
+
+@pytest.fixture(scope="session")
+def launched(folder):
+    """Three iterations under the deepspeed launcher, by layout: (processes, ZeRO stage)."""
+    made = {}
+
+    def get(layout):
+        if layout not in made:
+            processes, stage = LAYOUTS[layout]
+            made[layout] = train(
+                folder, layout, processes=processes, training={"iterations": 3, "updates_per_rollout": 2, **WIDE},
+                deepspeed={**SGD, "gradient_clipping": 0.02, "zero_optimization": {"stage": stage}},
+                reward_pool={"workers": 1}, logging={"tensorboard": layout == "one"},
+            )  # fmt: skip
+        return made[layout]
+
+    return get
+
+
+WIDE = {"clip_low": 0.2, "clip_high": 0.2}  # no ratio comes near its bounds, where rounding would decide
+
+
+def base_weights() -> dict[str, torch.Tensor]:
+    (file,) = (MODEL / "transformer").glob("*.safetensors")
+    return load_file(file)
+
+
+def update_of(run: Run, **which) -> torch.Tensor:
+    base, weights = base_weights(), run.weights(**which)
+    assert base.keys() == weights.keys()
+    return torch.cat([(weights[name].double() - base[name].double()).flatten() for name in sorted(base)])
+
+
+def test_run_leaves_what_the_contract_names(launched):
+    run = launched("one")
+    rows = run.rows
+    assert [row["iteration"] for row in rows] == [0, 1, 2, 3]
+    for row in rows[1:]:
+        assert set(CONTRACT) <= row.keys() and {f"reward_std/step_{k}" for k in STEPS} <= row.keys()
+        assert all(isinstance(row[key], (int, float)) and math.isfinite(row[key]) for key in CONTRACT)
+        assert row["images"] == 4 * (1 + 3 * 2) and row["forwards/rollout"] == 4 * (10 + 2 * (9 + 5 + 1))
+        assert row["forwards/train"] == 2 * 12, "every group has some spread: two updates of 4 x 3 states"
+        assert row["reward/std"] > 0 and row["grad_norm"] > 0 and row["reward/zero_std_groups"] == 0
+        assert row["ratio/first_max_dev"] == 0 and row["ratio/max_dev"] > 0 and row["mismatch/log_prob"] < 1e-5
+        assert row["time/total"] >= row["time/rollout"] + row["time/train"] > 0
+    assert ["eval/reward" in row for row in rows] == [True, False, True, True]
+    for name in ("config.json", "report.html", "summary.json", "samples/000000/samples.json", "checkpoints/000003"):
+        assert (run.folder / name).exists(), name
+    assert list((run.folder / "tensorboard").glob("events*"))
+    summary = json.loads((run.folder / "summary.json").read_text())
+    assert summary["base_reward"] == rows[0]["eval/reward"] and summary["tuned_reward"] == rows[3]["eval/reward"]
+    assert summary["iterations"] == 3 and summary["images"] == 84 and summary["world_size"] == 1
+    assert "iteration 3/3" in run.done.stdout and "report.html" in run.done.stdout
+
+
+def test_the_gradient_is_clipped_and_reported_unclipped(launched):
+    """Gradient descent with clipped norm 0.02 and rate 0.05 moves by 6 steps of 0.001 at most."""
+    run = launched("one")
+    assert all(row["grad_norm"] > 0.02 for row in run.rows[1:])
+    assert 1e-3 < update_of(run).norm() < 6 * 0.05 * 0.02 * (1 + 1e-3)
+
+
+@pytest.mark.parametrize("layout", ["two", "two-zero2", "two-zero3"])
+def test_layouts_agree(launched, layout):
+    """The same samples, and to rounding the same updates."""
+    one, other = launched("one"), launched(layout)
+    for a, b in zip(one.rows, other.rows, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            if key.startswith(("reward", "eval/")):
+                assert a[key] == pytest.approx(b[key], rel=REWARDS, abs=1e-6), (a["iteration"], key)
+            elif key in ("images", "images/total", "forwards/rollout", "forwards/train", "lr"):
+                assert a[key] == b[key], (a["iteration"], key)
+            elif key == "grad_norm":
+                assert a[key] == pytest.approx(b[key], rel=UPDATE), a["iteration"]
+            elif key in ("loss", "ratio/min", "ratio/max"):
+                assert a[key] == pytest.approx(b[key], abs=1e-6), (a["iteration"], key)
+    assert_close("update", update_of(other), update_of(one), UPDATE)
+    for iteration in (0, 3):
+        for p, q in zip(*(sorted((run.folder / f"samples/{iteration:06d}").glob("*.png")) for run in (one, other)), strict=True):
+            difference = np.abs(np.asarray(Image.open(p)).astype(int) - np.asarray(Image.open(q)))
+            assert difference.max() <= 1 and (difference > 0).mean() < 0.01
+
+
+def test_training_through_the_engine_itself(launched, folder):
+    """Without the rollout copy, ZeRO-3 gathers the weights for every rollout forward; the run is the same."""
+    replica = launched("two-zero3")
+    own = train(
+        folder, "no-replica", processes=2, training={"iterations": 3, "updates_per_rollout": 2, **WIDE},
+        deepspeed={**SGD, "gradient_clipping": 0.02, "zero_optimization": {"stage": 3}}, rollout={"replica": False},
+        reward_pool={"workers": 1},
+    )  # fmt: skip
+    for a, b in zip(replica.rows, own.rows, strict=True):
+        assert a.get("reward/mean") == pytest.approx(b.get("reward/mean"), rel=REWARDS)
+        assert a.get("eval/reward") == pytest.approx(b.get("eval/reward"), rel=REWARDS)
+    assert_close("update", update_of(own), update_of(replica), UPDATE)
+
+
+def test_existing_run_directory_is_refused(launched):
+    run = launched("one")
+    before = {file: file.stat().st_mtime_ns for file in run.folder.rglob("*")}
+    done = launch(2, "--config", run.folder.parent / "one.json")
+    assert done.returncode == 2
+    text = done.stdout + done.stderr
+    assert text.count("error: run directory") == 1 and str(run.folder) in text and "--resume" in text
+    assert "Traceback" not in text
+    assert {file: file.stat().st_mtime_ns for file in run.folder.rglob("*")} == before
+
+
+# ------------------------------------------------------------------------------------------- stopping and resuming
+# Batches of pictures that are scored: 1 in the first evaluation; 2 an iteration; 1 in that after iteration 2.
+IN_ITERATION_3, IN_ITERATION_4 = 7, 9
+
+
+@pytest.fixture(scope="session")
+def interrupted(folder):
+    """A run of 4 iterations that sends itself a signal; with all that has a state: Adam, an average, a decaying rate."""
+
+    def start(name, *more, at=10**9, signal_name="SIGTERM", every=2):
+        reward = {"counter": str(folder / f"{name}.count"), "at": at, "signal_name": signal_name}
+        return train_checked(folder, name, more, reward, every)
+
+    return start
+
+
+def train_checked(folder, name, more, reward, every, processes=0, rank=0, **deepspeed):
+    return train(
+        folder, name, *more, processes=processes, rewards={"engine_rewards:Signalling": {**reward, "rank": rank}},
+        training={"iterations": 4, "updates_per_rollout": 2, "ema": {"decay": 0.5, "every": 3}, "lr_decay": 0.1,
+                  "kl_coef": 0.01},
+        checkpoint={"every": every, "keep": 9}, deepspeed={"optimizer": ADAMW, **deepspeed},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def whole(interrupted):
+    return interrupted("whole")
+
+
+def assert_same_runs(one: Run, other: Run):
+    """Bit for bit, in all but the clock."""
+    assert [timeless(row) for row in one.rows] == [timeless(row) for row in other.rows]
+    for name in ("weights", "ema"):
+        a, b = one.weights(name=name), other.weights(name=name)
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a), name
+    assert one.checkpoints[-1] == other.checkpoints[-1] and one.pictures(4) == other.pictures(4)
+
+
+def test_whole_run_does_something(whole):
+    assert [row["iteration"] for row in whole.rows] == [0, 1, 2, 3, 4] and whole.checkpoints == [2, 4]
+    raw, average = update_of(whole), update_of(whole, name="ema")
+    assert raw.norm() > 0 and average.norm() > 0 and (raw - average).norm() > 0.1 * raw.norm()
+    assert whole.rows[1]["lr"] > whole.rows[4]["lr"] and whole.rows[4]["kl"] > 0
+
+
+def test_sigterm_saves_and_resume_goes_on(interrupted, whole):
+    """Two iterations, a signal in the third, and two more: the run of four. Nothing is saved but by the signal."""
+    stopped = interrupted("stopped", at=IN_ITERATION_3, every=0)
+    assert stopped.done.returncode == 0 and "SIGTERM" in stopped.done.stdout and "--resume" in stopped.done.stdout
+    assert [row["iteration"] for row in stopped.rows] == [0, 1, 2] and stopped.checkpoints == [2]
+    assert not (stopped.folder / "summary.json").exists()
+    assert_same_runs(interrupted("stopped", "--resume", at=IN_ITERATION_3, every=0), whole)
+
+
+def test_kill_and_resume(interrupted, folder, whole):
+    """Killed in iteration 4, taken up after iteration 2: iteration 3 is on record already, and is done again."""
+    with pytest.raises(AssertionError, match=f"status -{int(signal.SIGKILL)}"):
+        interrupted("killed", at=IN_ITERATION_4, signal_name="SIGKILL")
+    killed = Run(folder / "killed")
+    assert [row["iteration"] for row in killed.rows] == [0, 1, 2, 3] and killed.checkpoints == [2]
+    assert_same_runs(interrupted("killed", "--resume", at=IN_ITERATION_4, signal_name="SIGKILL"), whole)
+
+
+def test_resume_after_a_damaged_checkpoint(interrupted, folder, whole):
+    """As a crash can leave it: the newest checkpoint cut short, a half-written row, a half-written folder."""
+    shutil.copytree(whole.folder, folder / "damaged")
+    counter = {"counter": str(folder / "whole.count"), "at": 10**9, "signal_name": "SIGTERM"}
+    damaged = folder / "damaged"
+    weights = damaged / "checkpoints/000004/weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    (damaged / "checkpoints/.saving-000004").mkdir()
+    with open(damaged / "metrics.jsonl", "a") as file:
+        file.write('{"iteration": 5, "rew')
+    resumed = train_checked(folder, "damaged", ["--resume"], counter, 2)
+    assert "checkpoint 000004 is passed over" in resumed.done.stdout and "weights.safetensors has" in resumed.done.stdout
+    assert_same_runs(resumed, whole)
+
+
+def test_stop_and_resume_under_zero(folder):
+    """Two processes, ZeRO-3, a signal to the second of them only: all stop together, and go on as if they had not."""
+    layout = {"processes": 2, "rank": 1, "zero_optimization": {"stage": 3}}
+
+    def start(name, *more, at):
+        reward = {"counter": str(folder / f"{name}.count"), "at": at}
+        return train_checked(folder, name, more, reward, 0, **layout)
+
+    undisturbed = start("zero3-whole", at=10**9)
+    stopped = start("zero3-stopped", at=3)
+    assert [row["iteration"] for row in stopped.rows] == stopped.checkpoints or len(stopped.rows) < 5
+    assert_same_runs(start("zero3-stopped", "--resume", at=3), undisturbed)
+
+
+# --------------------------------------------------------------------------------------------------- using a run
+def sampled(policy, prompts, decode=False):
+    shape = policy.latent_shape(32, 96)
+    latents = torch.randn(len(prompts), *shape, generator=torch.Generator().manual_seed(3))
+    call = {"latents": latents, "height": 32, "width": 96, "num_steps": 6, "guidance_scale": 0.0}
+    return policy.sample(prompts, decode=decode, **call), latents
+
+
+PROMPTS = ['the word "HELLO"', 'the word "FLOW"']
+
+
+def through_diffusers(pipe, latents):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(PROMPTS, latents=latents, height=32, width=96, num_inference_steps=6, guidance_scale=0.0,
+                max_sequence_length=20, output_type="latent").images  # fmt: skip
+
+
+def tuned_latents(run: Run, which="ema"):
+    """What the run's own loading code makes of PROMPTS: before training, tuned, and from which noise."""
+    from tempflow import tuned
+
+    chosen = tuned.load_tuned(run.folder, which=which)
+    policy = tuned.base_policy(chosen.config)
+    base, latents = sampled(policy, PROMPTS)
+    after, _ = sampled(tuned.apply(chosen, policy), PROMPTS)
+    return base, after, latents
+
+
+def exported(run: Run, out, *more):
+    done = script("export", "--run", run.folder, "--out", out, *more)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not list(out.parent.glob(f".{out.name}*")), "no draft is left behind"
+    return done.stdout
+
+
+@pytest.mark.parametrize("which", ["ema", "raw"])
+def test_export_loads_in_diffusers(whole, tmp_path, which):
+    from diffusers import FluxPipeline
+
+    base, after, latents = tuned_latents(whole, which)
+    text = exported(whole, tmp_path / "model", "--weights", which)
+    assert f"iteration 4 ({which} weights)" in text
+    got = through_diffusers(FluxPipeline.from_pretrained(tmp_path / "model"), latents)
+    assert_close("latents", got, after, 1e-5)
+    assert (after - base).norm() > 1e-3 * base.norm(), "the tuned model is another one"
+
+
+@pytest.fixture(scope="session")
+def lora_run(folder):
+    return train(
+        folder, "lora", model={"lora": {"rank": 4, "alpha": 8.0}},
+        training={"iterations": 2, "updates_per_rollout": 2, "kl_coef": 0.05, "kl_form": "v"},
+        deepspeed={"optimizer": {**ADAMW, "params": {**ADAMW["params"], "lr": 1e-2}}},
+    )  # fmt: skip
+
+
+def test_lora_run(lora_run):
+    rows = lora_run.rows
+    assert [row["iteration"] for row in rows] == [0, 1, 2]
+    assert rows[1]["ratio/first_max_dev"] == 0 and rows[1]["kl"] > 0 and rows[2]["kl"] > 0
+    # 12 states, each with its reference's forward, and a second update without it
+    assert rows[1]["forwards/train"] == 3 * 12
+    weights = lora_run.weights()
+    assert all(".lora_A." in name or ".lora_B." in name for name in weights) and len(weights) > 20
+    assert all(4 in tensor.shape for tensor in weights.values())
+    assert all(tensor.abs().max() > 0 for tensor in weights.values()), "every adapter has learned"
+
+
+def test_lora_export_loads_in_diffusers(lora_run, tmp_path):
+    from diffusers import FluxPipeline
+
+    base, after, latents = tuned_latents(lora_run)
+    assert (after - base).norm() > 1e-3 * base.norm()
+    assert "LoRA" in exported(lora_run, tmp_path / "adapters")
+    pipe = FluxPipeline.from_pretrained(MODEL)
+    assert_close("base", through_diffusers(pipe, latents), base, 1e-5)
+    pipe.load_lora_weights(tmp_path / "adapters")
+    assert_close("adapters", through_diffusers(pipe, latents), after, 1e-5)
+
+    exported(lora_run, tmp_path / "merged", "--merge")
+    assert_close("merged", through_diffusers(FluxPipeline.from_pretrained(tmp_path / "merged"), latents), after, 1e-5)
+
+
+def test_evaluate_repeats_the_runs_own_evaluation(whole, tmp_path):
+    tuned = script("evaluate", "--run", whole.folder, "--out", tmp_path / "pictures")
+    base = script("evaluate", "--run", whole.folder, "--base")
+    assert tuned.returncode == base.returncode == 0, tuned.stderr + base.stderr
+    tuned, base = (json.loads(done.stdout.splitlines()[-1]) for done in (tuned, base))
+    assert tuned["reward"] == pytest.approx(whole.rows[4]["eval/reward"], abs=1e-6)
+    assert base["reward"] == pytest.approx(whole.rows[0]["eval/reward"], abs=1e-6)
+    assert tuned["weights"] == "ema" and tuned["iteration"] == 4 and tuned["prompts"] == 8 and base["weights"] == "base"
+    assert len(list((tmp_path / "pictures").glob("*.png"))) == 8 and (tmp_path / "pictures/samples.json").exists()
+
+
+def test_sample_shows_base_beside_tuned(whole, tmp_path):
+    """The held-out prompts at the evaluation's noise: the very pictures of the run, at the start and at the end."""
+    done = script("sample", "--run", whole.folder, "--out", tmp_path / "pairs", "--count", 3)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "pairs/prompts.txt").read_text().splitlines()[0].endswith(HELDOUT.read_text().splitlines()[0])
+    for n in range(3):
+        pair = np.asarray(Image.open(tmp_path / f"pairs/{n:04d}.png")).astype(int)
+        for iteration, half in ((0, pair[:, :96]), (4, pair[:, -96:])):
+            own = np.asarray(Image.open(whole.folder / f"samples/{iteration:06d}/{n:04d}.png"))
+            assert np.abs(half - own).max() <= 1
+    assert len(list((tmp_path / "pairs").glob("*.png"))) == 4
+
+
+# ------------------------------------------------------------------------------------------------- other settings
+@pytest.mark.parametrize("plan", ["flow_grpo", "mix_grpo"])
+def test_plans_without_branches_train_alike(folder, plan):
+    run = train(folder, plan, rollout={"plan": plan, "branch_steps": "all", "window": {"size": 3}, "sde": "cps"},
+                training={"advantage_group": "prompt", "iterations": 1, "ratio": "guard", "updates_per_rollout": 2},
+                eval={"every": 0})  # fmt: skip
+    (row,) = [row for row in run.rows if row["iteration"] == 1]
+    steps = 9 if plan == "flow_grpo" else 3
+    assert row["images"] == 4 and row["forwards/rollout"] == 40 and row["forwards/train"] == 2 * 4 * steps
+    assert row["ratio/first_max_dev"] == 0 and row["ratio/max_dev"] > 0 and row["grad_norm"] > 0
+    assert [key for key in row if key.startswith("reward_std/")] == [f"reward_std/step_{k}" for k in range(steps)]
+
+
+@pytest.mark.parametrize("name", ["flux_lora", "flux_zero3"])
+def test_flux_configs_run_on_the_small_model(folder, name):
+    """The configs for FLUX.1-dev, but for the model, the size and the amounts: half precision, ZeRO, checkpointing."""
+    settings = {
+        "model.path": str(MODEL), "model.max_sequence_length": 20, "data.prompts_per_iteration": 1, "rollout.height": 32,
+        "rollout.width": 96, "rollout.num_steps": 4, "rollout.seeds": 1, "rollout.children": 2,
+        "rewards": {"engine_rewards:contrast": 1.0}, "reward_pool.workers": 0, "training.iterations": 1, "eval.prompts": 2,
+        "eval.num_steps": 2, "logging.dir": str(folder), "logging.tensorboard": False,
+    }  # fmt: skip
+    pairs = [part for key, value in settings.items() for part in ("--set", f"{key}={json.dumps(value)}")]
+    run = Run(folder / name, script("train", "--config", ROOT / f"configs/{name}.json", *pairs))
+    row = run.rows[-1]
+    assert row["iteration"] == 1 and row["ratio/first_max_dev"] == 0 and row["grad_norm"] > 0
+    assert "warning" not in run.done.stdout
