@@ -50,6 +50,9 @@ def rewards(iteration):
     return rewards
 
 
+LENGTH = 0.02  # of the step between the two updates; moves ratios by about the clip range
+
+
 class Engine:
     """The engine's gradients of an iteration at the first and at the second update."""
 
@@ -65,7 +68,18 @@ class Engine:
             self.runtime.descend(self.gradients[-1], LENGTH)
 
 
-LENGTH = 0.02  # of the step between the updates; moves ratios by about the clip range
+@pytest.fixture(scope="module")
+def shared(iteration, rewards):
+    """The shared forward in micro-batches of 3, by variant."""
+    made = {}
+
+    def get(variant):
+        name = str(variant)
+        if name not in made:
+            made[name] = Engine(iteration, rewards, size=3, extra=1, **variant)
+        return made[name]
+
+    return get
 
 
 def naive_gradients(iteration, rewards, **training):
@@ -99,23 +113,22 @@ def assert_same_gradients(one, other):
 
 
 @variants
-def test_equals_the_formulas(iteration, rewards, variant):
-    engine = Engine(iteration, rewards, size=3, extra=1, **variant)
+def test_equals_the_formulas(iteration, rewards, shared, variant):
+    engine = shared(variant)
     assert_same_gradients(engine.gradients, naive_gradients(iteration, rewards, **variant))
     assert 0 < engine.metrics[1]["clip_fraction"] < 1, "some children must be clipped, and some not"
 
 
 @variants
-def test_equals_one_forward_per_child(iteration, rewards, variant):
-    shared = Engine(iteration, rewards, size=3, extra=1, **variant)
-    per_child = Engine(iteration, rewards, size=3, extra=1, share=False, **variant)
-    assert_same_gradients(shared.gradients, per_child.gradients)
-    for one, other in zip(shared.metrics, per_child.metrics):
+def test_equals_one_forward_per_child(iteration, rewards, shared, variant):
+    together, per_child = shared(variant), Engine(iteration, rewards, size=3, extra=1, share=False, **variant)
+    assert_same_gradients(together.gradients, per_child.gradients)
+    for one, other in zip(together.metrics, per_child.metrics):
         for key in ("loss", "kl", "clip_fraction", "ratio/max_dev"):
             assert one[key] == pytest.approx(other[key], rel=1e-3, abs=1e-7), key
         references = 0  # the reference's forward is shared in both, and done once
-        if variant.get("kl_coef") and one is shared.metrics[0]:
-            references = sum(batch.real for batch in shared.batches)
+        if variant.get("kl_coef") and one is together.metrics[0]:
+            references = sum(batch.real for batch in together.batches)
         assert other["forwards"] - references == 3 * (one["forwards"] - references)
 
 
