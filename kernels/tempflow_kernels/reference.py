@@ -119,14 +119,15 @@ def sde_step(x, velocity, a, b, tau, key, out_dtype, velocity_uncond=None, guida
         uncond = wide(velocity_uncond, rows)
         v = uncond + guidance_scale * (v - uncond)
     mean = (a[:, None] * state + b[:, None] * v)[:, None]
-    x_next = mean.to(out_dtype).repeat(1, children, 1)
+    x_next = mean.to(out_dtype).expand(-1, children, -1).contiguous()
     log_prob = torch.zeros(rows, children, dtype=mean.dtype, device=x.device)
     # A CPU skips the rows without noise. A GPU must not wait to know them: it adds 0 * noise, and log_density gives 0.
     noisy = (tau != 0).nonzero()[:, 0] if x.device.type == "cpu" else torch.arange(rows, device=x.device)
     if len(noisy):
-        sample = mean[noisy] + tau[noisy, None, None] * normal(key[noisy], mean.shape[-1])
-        x_next[noisy] = sample.to(out_dtype)
-        log_prob[noisy] = log_density(x_next[noisy].to(mean.dtype) - mean[noisy], tau[noisy])
+        mean = mean[noisy]
+        sample = (mean + tau[noisy, None, None] * normal(key[noisy], mean.shape[-1])).to(out_dtype)
+        x_next[noisy] = sample
+        log_prob[noisy] = log_density(sample.to(mean.dtype) - mean, tau[noisy])
     return x_next.reshape(rows, children, *x.shape[1:]), log_prob
 
 
