@@ -10,8 +10,8 @@ from tempflow.rewards import Reward
 
 
 def contrast(images, prompts, metadata):
-    """Mean brightness of the left half over that of the right."""
-    brightness = images.astype(np.float64).mean(axis=(1, 3)) / 255
+    """Mean brightness of the left half over that of the right, in percent."""
+    brightness = images.astype(np.float64).mean(axis=(1, 3)) / 2.55
     half = brightness.shape[1] // 2
     return brightness[:, :half].mean(axis=1) - brightness[:, half:].mean(axis=1)
 
@@ -27,7 +27,7 @@ class Signalling(Reward):
         self.counter, self.at, self.signal, self.rank = Path(counter), at, signal.Signals[signal_name], rank
 
     def score(self, images, prompts, metadata):
-        if int(os.environ["RANK"]) == self.rank:
+        if int(os.environ.get("RANK", 0)) == self.rank:
             with self.counter.open("a") as file:
                 file.write("x")
             if self.counter.stat().st_size == self.at:

@@ -17,7 +17,7 @@ LAUNCHED = ("RANK", "LOCAL_RANK", "LOCAL_SIZE", "WORLD_SIZE", "LOCAL_WORLD_SIZE"
 
 # Plain gradient descent: an update is linear in the gradient, so that rounding stays rounding. Adam's first steps have the
 # gradient's sign alone, and turn the rounding of a small gradient into a whole step.
-SGD = {"optimizer": {"type": "SGD", "params": {"lr": 0.05}}, "zero_optimization": {"stage": 0}}
+SGD = {"optimizer": {"type": "SGD", "params": {"lr": 1.0}}, "zero_optimization": {"stage": 0}}
 ADAMW = {"type": "AdamW", "params": {"lr": 1e-4, "betas": [0.9, 0.99], "torch_adam": True}}
 
 
