@@ -39,13 +39,14 @@ def main() -> int:
     config = load_config(args.config, args.set)
     specs, train, heldout = checked_inputs(config)
 
+    from tempflow.report import write_report
     from tempflow.trainer.loop import Trainer
     from tempflow.trainer.process import StopSignal
     from tempflow.trainer.start import claim_run
 
     stop = StopSignal().install()
     run_dir, resume_from = claim_run(config, args.resume)
-    trainer = Trainer(config, run_dir, train, heldout, specs, stop)
+    trainer = Trainer(config, run_dir, train, heldout, specs, stop, write_report)
     trainer.run(resume_from)
     return 0
 

@@ -14,7 +14,7 @@ import torch
 from tempflow.advantages import Advantages
 from tempflow.rollout.plan import Unit
 from tempflow.rollout.scheduler import Decision
-from tempflow.rollout.sde import Coefficients
+from tempflow.sde import Coefficients
 
 
 @dataclass

@@ -12,9 +12,8 @@ for folder in (HERE, HERE.parent / "kernels", HERE.parent.parent / "recipes"):
     sys.path.insert(0, str(folder))
 
 import pytest  # noqa: E402
-from hypothesis import settings  # noqa: E402
-
 from engine_cases import MODEL, random_pipeline  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 # A busy machine is no failure of a property.
 settings.register_profile("engine", deadline=None, max_examples=60)

@@ -63,8 +63,9 @@ def randomise(module: torch.nn.Module, seed: int) -> torch.nn.Module:
 
 def random_pipeline(folder: Path, *, guidance_embeds=False, shift=1.0, use_dynamic_shifting=False) -> Path:
     """A FluxPipeline with the recipe's tokenizers and VAE and a small random transformer."""
-    import tiny_flux
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    import tiny_flux
 
     torch.manual_seed(0)
     tokenizer, tokenizer_2 = tiny_flux.new_tokenizers()
@@ -157,7 +158,7 @@ class Iteration:
     def batches(self, advantages, size, extra=0, config=None):
         """Micro-batches of `size` decisions; `extra` more of nothing but padding."""
         from tempflow.objective import make_batches, select
-        from tempflow.rollout.sde import noise_weights
+        from tempflow.sde import noise_weights
 
         t = (config or self.config).training
         chosen = select(self.data.decisions, advantages, self.data.steps, keep_all=t.kl_coef > 0)

@@ -8,9 +8,8 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
-
 from engine_cases import HERE, ROOT, write_config
+from safetensors.torch import load_file
 
 TIMEOUT_S = 900  # of a busy machine; a run takes some ten seconds on an idle one
 LAUNCHED = ("RANK", "LOCAL_RANK", "LOCAL_SIZE", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

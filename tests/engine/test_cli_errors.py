@@ -11,8 +11,8 @@ import sys
 import time
 
 import pytest
-
 from engine_cases import HELDOUT, ROOT, config_table, small_config, write_config
+
 from tempflow import cli, rundir
 from tempflow.errors import UserError
 

@@ -5,11 +5,11 @@ import typing
 from pathlib import Path
 
 import pytest
+from engine_cases import ROOT, config_table, write_config
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from engine_cases import ROOT, config_table, write_config
 from tempflow.config import Config, RandomSteps, load_config, parse_config
 from tempflow.errors import UserError
 from tempflow.prompts import load_prompts

@@ -6,9 +6,9 @@ import shutil
 import numpy as np
 import pytest
 import torch
-
 from engine_cases import MODEL
 from kernel_cases import assert_close
+
 from tempflow.errors import UserError
 from tempflow.policy import check_model, load_policy, load_transformer, take
 from tempflow.policy.embeddings import EmbeddingCache

@@ -3,10 +3,10 @@
 from collections import Counter
 
 import pytest
+from engine_cases import HELDOUT, PROMPTS
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine_cases import HELDOUT, PROMPTS
 from tempflow.errors import UserError
 from tempflow.prompts import Prompt, PromptOrder, load_prompts
 from tempflow.rewards.ocr import quoted_text

@@ -5,9 +5,9 @@ The chain: log-probability taken in the rollout == taken from what was stored ==
 
 import pytest
 import torch
-
 from engine_cases import Iteration, PlainRuntime, small_config
 from kernel_cases import assert_close
+
 from tempflow.trainer.update import Updater
 from tempflow_kernels import group_loss, sde_step
 

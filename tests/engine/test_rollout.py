@@ -7,17 +7,17 @@ import itertools
 
 import pytest
 import torch
+from engine_cases import naive_trajectories, small_config, step_noise, step_scalars
 from hypothesis import given
 from hypothesis import strategies as st
-
-from engine_cases import naive_trajectories, small_config, step_noise, step_scalars
 from kernel_cases import assert_close
+
 from tempflow.evaluation import EVAL_ITERATION, fixed_noise
 from tempflow.policy.embeddings import EmbeddingCache
 from tempflow.rollout.noise import INITIAL, noise_key
 from tempflow.rollout.plan import build_plan, chosen_steps, iteration_units
 from tempflow.rollout.scheduler import RowScheduler
-from tempflow.rollout.sde import sde_coefficients
+from tempflow.sde import sde_coefficients
 
 GRID = torch.linspace(1, 0, 11)
 SHAPE = (5, 3)

@@ -12,12 +12,11 @@ import signal
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from safetensors.torch import load_file
-
 from engine_cases import HELDOUT, MODEL, ROOT
 from kernel_cases import assert_close
+from PIL import Image
 from run_cases import ADAMW, SGD, Run, launch, script, timeless, train
+from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
 

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from engine_cases import step_scalars
 from hypothesis import given
 from hypothesis import strategies as st
-
-from engine_cases import step_scalars
 from kernel_cases import assert_close
-from tempflow.rollout.sde import noise_weights, ode_coefficients, sde_coefficients
+
+from tempflow.sde import noise_weights, ode_coefficients, sde_coefficients
 
 FP32 = 1.2e-7  # one rounding to fp32
 KINDS = ("flow", "dance", "cps")

@@ -7,9 +7,9 @@ out child by child in float64 (engine_cases.naive_loss), in which nothing is ski
 import numpy as np
 import pytest
 import torch
-
 from engine_cases import Iteration, PlainRuntime, flat, naive_loss, small_config
 from kernel_cases import assert_close
+
 from tempflow.objective import one_child_per_state
 from tempflow.trainer.update import Updater
 

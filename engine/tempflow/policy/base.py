@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from tempflow.errors import UserError
-from tempflow.rollout.sde import ode_coefficients
+from tempflow.sde import ode_coefficients
 from tempflow_kernels import sde_step
 
 Conditioning = dict[str, torch.Tensor]  # prompt embeddings by name, leading dimension = prompts

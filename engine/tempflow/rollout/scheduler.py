@@ -14,7 +14,7 @@ import torch
 
 from tempflow.rollout.noise import INITIAL, key_tensor, noise_key
 from tempflow.rollout.plan import Plan, Row, Unit
-from tempflow.rollout.sde import Coefficients, ode_coefficients
+from tempflow.sde import Coefficients, ode_coefficients
 from tempflow_kernels import normal, sde_step
 
 

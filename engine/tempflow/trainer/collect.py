@@ -16,7 +16,7 @@ from tempflow.prompts import Prompt
 from tempflow.rewards import RewardPool, RewardSpec, combine
 from tempflow.rollout.plan import Plan, Unit, build_plan, chosen_steps, iteration_units
 from tempflow.rollout.scheduler import Decision, RolloutStats, RowScheduler
-from tempflow.rollout.sde import Coefficients, sde_coefficients
+from tempflow.sde import Coefficients, sde_coefficients
 from tempflow.trainer import comm
 
 

@@ -12,6 +12,7 @@ import platform
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 import torch
@@ -26,9 +27,8 @@ from tempflow.objective import Batch, make_batches, select
 from tempflow.policy import load_policy
 from tempflow.policy.embeddings import EmbeddingCache
 from tempflow.prompts import Prompt, PromptOrder
-from tempflow.report import write_report
 from tempflow.rewards import RewardPool, RewardSpec
-from tempflow.rollout.sde import noise_weights
+from tempflow.sde import noise_weights
 from tempflow.trainer import checkpoint, comm
 from tempflow.trainer.collect import Collected, Collector, Stopped
 from tempflow.trainer.ema import Average
@@ -48,11 +48,14 @@ def versions() -> dict[str, str]:
 
 
 class Trainer:
-    """One run. `run()` trains to the end, or to a signal; the run directory must have been claimed (`rundir.claim`)."""
+    """One run. `run()` trains to the end, or to a signal; the run directory must have been claimed (`rundir.claim`).
+
+    report(run_dir) is called on rank 0 after each evaluation, to draw the run so far; it returns the file it wrote.
+    """
 
     def __init__(self, config: Config, run_dir: Path, train: list[Prompt], heldout: list[Prompt],
-                 specs: list[RewardSpec], stop: StopSignal):  # fmt: skip
-        self.config, self.run_dir, self.stop = config, run_dir, stop
+                 specs: list[RewardSpec], stop: StopSignal, report: Callable[[Path], Path]):  # fmt: skip
+        self.config, self.run_dir, self.stop, self.report = config, run_dir, stop, report
         self.prompts, self.heldout, self.specs = train, heldout[: config.eval.prompts], specs
         self.threads = Threads(config)
         pool = config.reward_pool
@@ -276,7 +279,7 @@ class Trainer:
         self.trackers.log(metrics)
         self.console.iteration(metrics)
         if "eval/reward" in metrics:
-            write_report(self.run_dir)
+            self.report(self.run_dir)
 
     def _finish(self) -> dict | None:
         """The last evaluation, the summary and the report."""
@@ -292,7 +295,7 @@ class Trainer:
             "device": _device_name(), "world_size": comm.world_size(), "versions": versions(),
         }  # fmt: skip
         write_atomic(self.run_dir / "summary.json", json.dumps(summary, indent=1))
-        self.console.note(f"report: {write_report(self.run_dir)}")
+        self.console.note(f"report: {self.report(self.run_dir)}")
         return summary
 
     def _merge_into_last_row(self, final: dict) -> None:
