@@ -12,7 +12,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from engine_cases import HELDOUT, MODEL, ROOT
+from engine_cases import HELDOUT, MODEL, ROOT, write_config
 from kernel_cases import assert_close
 from PIL import Image
 from run_cases import ADAMW, SGD, Run, launch, script, timeless, train
@@ -23,8 +23,13 @@ pytestmark = pytest.mark.slow
 CONTRACT = """iteration reward/mean reward/std reward/zero_std_groups loss kl ratio/max_dev clip_fraction grad_norm images
 forwards/rollout forwards/train time/rollout time/decode time/reward time/train time/sync time/total""".split()
 STEPS = [0, 4, 8]
-# Rollouts of different batch shapes differ in their last bits, and each update passes that on to the next.
-REWARDS, UPDATE = 1e-5, 1e-3
+# Rollouts of different batch shapes differ in their last bits, which turns a pixel's level here and there; rewards are in
+# percent of the brightness, and one level of one of 9216 values is 1e-4 of a picture's.
+REWARDS, UPDATE = 1e-4, 3e-4
+
+
+# ZeRO-3 keeps small weights whole, as all of this model's are, unless told otherwise.
+ZERO = {stage: {"stage": stage} for stage in (0, 1, 2)} | {3: {"stage": 3, "stage3_param_persistence_threshold": 0}}
 
 
 @pytest.fixture(scope="session")
@@ -44,17 +49,17 @@ def launched(folder):
     def get(layout):
         if layout not in made:
             processes, stage = LAYOUTS[layout]
-            made[layout] = train(
-                folder, layout, processes=processes, training={"iterations": 3, "updates_per_rollout": 2, **WIDE},
-                deepspeed={**SGD, "gradient_clipping": 0.02, "zero_optimization": {"stage": stage}},
-                reward_pool={"workers": 1}, logging={"tensorboard": layout == "one"},
-            )  # fmt: skip
+            made[layout] = start(folder, layout, processes, stage, logging={"tensorboard": layout == "one"})
         return made[layout]
 
     return get
 
 
-WIDE = {"clip_low": 0.2, "clip_high": 0.2}  # no ratio comes near its bounds, where rounding would decide
+def start(folder, name, processes, stage, **more) -> Run:
+    # No ratio comes near its bounds, where rounding would decide.
+    training = {"iterations": 3, "updates_per_rollout": 2, "clip_low": 0.2, "clip_high": 0.2, "kl_coef": 0.1}
+    deepspeed = {**SGD, "gradient_clipping": 0.02, "zero_optimization": ZERO[stage]}
+    return train(folder, name, processes=processes, training=training, deepspeed=deepspeed, reward_pool={"workers": 1}, **more)
 
 
 def base_weights() -> dict[str, torch.Tensor]:
@@ -76,8 +81,8 @@ def test_run_leaves_what_the_contract_names(launched):
         assert set(CONTRACT) <= row.keys() and {f"reward_std/step_{k}" for k in STEPS} <= row.keys()
         assert all(isinstance(row[key], (int, float)) and math.isfinite(row[key]) for key in CONTRACT)
         assert row["images"] == 4 * (1 + 3 * 2) and row["forwards/rollout"] == 4 * (10 + 2 * (9 + 5 + 1))
-        assert row["forwards/train"] == 2 * 12, "every group has some spread: two updates of 4 x 3 states"
-        assert row["reward/std"] > 0 and row["grad_norm"] > 0 and row["reward/zero_std_groups"] == 0
+        assert row["forwards/train"] == 3 * 12, "two updates of 4 x 3 states, and their reference"
+        assert row["kl"] > 0 and row["reward/std"] > 0 and row["grad_norm"] > 0 and row["reward/zero_std_groups"] == 0
         assert row["ratio/first_max_dev"] == 0 and row["ratio/max_dev"] > 0 and row["mismatch/log_prob"] < 1e-5
         assert row["time/total"] >= row["time/rollout"] + row["time/train"] > 0
     assert ["eval/reward" in row for row in rows] == [True, False, True, True]
@@ -100,18 +105,21 @@ def test_the_gradient_is_clipped_and_reported_unclipped(launched):
 @pytest.mark.parametrize("layout", ["two", "two-zero2", "two-zero3"])
 def test_layouts_agree(launched, layout):
     """The same samples, and to rounding the same updates."""
-    one, other = launched("one"), launched(layout)
+    assert_agree(launched("one"), launched(layout))
+
+
+def assert_agree(one: Run, other: Run):
     for a, b in zip(one.rows, other.rows, strict=True):
         assert a.keys() == b.keys()
         for key in a:
             if key.startswith(("reward", "eval/")):
-                assert a[key] == pytest.approx(b[key], rel=REWARDS, abs=1e-6), (a["iteration"], key)
+                assert a[key] == pytest.approx(b[key], abs=REWARDS), (a["iteration"], key)
             elif key in ("images", "images/total", "forwards/rollout", "forwards/train", "lr"):
                 assert a[key] == b[key], (a["iteration"], key)
-            elif key == "grad_norm":
-                assert a[key] == pytest.approx(b[key], rel=UPDATE), a["iteration"]
+            elif key in ("grad_norm", "kl"):
+                assert a[key] == pytest.approx(b[key], rel=UPDATE), (a["iteration"], key)
             elif key in ("loss", "ratio/min", "ratio/max"):
-                assert a[key] == pytest.approx(b[key], abs=1e-6), (a["iteration"], key)
+                assert a[key] == pytest.approx(b[key], abs=3e-6), (a["iteration"], key)
     assert_close("update", update_of(other), update_of(one), UPDATE)
     for iteration in (0, 3):
         for p, q in zip(*(sorted((run.folder / f"samples/{iteration:06d}").glob("*.png")) for run in (one, other)), strict=True):
@@ -121,16 +129,19 @@ def test_layouts_agree(launched, layout):
 
 def test_training_through_the_engine_itself(launched, folder):
     """Without the rollout copy, ZeRO-3 gathers the weights for every rollout forward; the run is the same."""
-    replica = launched("two-zero3")
-    own = train(
-        folder, "no-replica", processes=2, training={"iterations": 3, "updates_per_rollout": 2, **WIDE},
-        deepspeed={**SGD, "gradient_clipping": 0.02, "zero_optimization": {"stage": 3}}, rollout={"replica": False},
-        reward_pool={"workers": 1},
-    )  # fmt: skip
-    for a, b in zip(replica.rows, own.rows, strict=True):
-        assert a.get("reward/mean") == pytest.approx(b.get("reward/mean"), rel=REWARDS)
-        assert a.get("eval/reward") == pytest.approx(b.get("eval/reward"), rel=REWARDS)
-    assert_close("update", update_of(own), update_of(replica), UPDATE)
+    assert_agree(launched("two-zero3"), start(folder, "no-replica", 2, 3, rollout={"replica": False}))
+
+
+def test_unequal_shares_of_the_engines_own_forwards_are_refused(folder):
+    """They would wait for each other for ever: a forward under ZeRO-3 is a collective."""
+    settings = {"data.prompts_per_iteration": 3, "rollout.seeds": 1, "rollout.replica": "false"}
+    zero = json.dumps({"stage": 3})
+    config = write_config(folder, "unequal.json", logging={"dir": str(folder)})
+    pairs = [part for item in settings.items() for part in ("--set", "=".join(map(str, item)))]
+    done = launch(2, "--config", config, *pairs, "--set", f"deepspeed.zero_optimization={zero}")
+    text = done.stdout + done.stderr
+    assert done.returncode == 2 and text.count("error: ") == 1, text
+    assert "data.prompts_per_iteration x rollout.seeds: 3 for 2 ranks" in text and "rollout.replica" in text
 
 
 def test_existing_run_directory_is_refused(launched):
@@ -225,7 +236,7 @@ def test_resume_after_a_damaged_checkpoint(interrupted, folder, whole):
 
 def test_stop_and_resume_under_zero(folder):
     """Two processes, ZeRO-3, a signal to the second of them only: all stop together, and go on as if they had not."""
-    layout = {"processes": 2, "rank": 1, "zero_optimization": {"stage": 3}}
+    layout = {"processes": 2, "rank": 1, "zero_optimization": ZERO[3]}
 
     def start(name, *more, at):
         reward = {"counter": str(folder / f"{name}.count"), "at": at}

@@ -67,6 +67,7 @@ class Trainer:
             raise UserError(f"data.prompts_per_iteration x rollout.seeds: {units} units for {comm.world_size()} ranks")
         if self.heldout and len(self.heldout) < comm.world_size():
             raise UserError(f"data.heldout, eval.prompts: {len(self.heldout)} prompts for {comm.world_size()} ranks")
+        self._check_equal_shares(units)
         self.policy = load_policy(config.model.path, dtype=config.model.dtype, device=device(),
                                   max_sequence_length=config.model.max_sequence_length)  # fmt: skip
         self.embeddings = EmbeddingCache(self.policy)
@@ -78,6 +79,21 @@ class Trainer:
         self.iteration, self.elapsed, self.images = 0, 0.0, 0
         self.base_reward: float | None = None
         self.pool.wait_ready()
+
+    def _check_equal_shares(self, units: int) -> None:
+        """Under ZeRO-3 a forward of the engine is a collective: a rank with fewer of them would leave the others waiting."""
+        stage = self.config.deepspeed.get("zero_optimization", {}).get("stage", 0)
+        if self.config.rollout.replica or stage < 3:
+            return
+        shared = {"data.prompts_per_iteration x rollout.seeds": units}
+        if self.config.eval.every:
+            shared["data.heldout, eval.prompts"] = len(self.heldout)
+        for key, count in shared.items():
+            if count % comm.world_size():
+                raise UserError(
+                    f"{key}: {count} for {comm.world_size()} ranks; with rollout.replica false under ZeRO-3 every rank must "
+                    "have as many"
+                )
 
     def _embed(self, units) -> dict[str, torch.Tensor]:
         return self.embeddings.get([self.prompts[unit.prompt_id].text for unit in units])
