@@ -17,13 +17,13 @@ import datetime
 import functools
 import json
 import math
-import platform
 import statistics
 import time
 from pathlib import Path
 
 import torch
 
+from tempflow.machine import device_name
 from tempflow_kernels import group_loss, sde_step
 
 RESULTS = Path(__file__).parent / "results"
@@ -273,21 +273,13 @@ def parse_arguments(on_gpu):
     return parser.parse_args()
 
 
-def device_name(device):
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{model}, {torch.get_num_threads()} threads"
-
-
 def main():
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     arguments = parse_arguments(device.type == "cuda")
     timer = time_gpu if device.type == "cuda" else time_cpu
     implementation = "Triton kernels" if device.type == "cuda" else "PyTorch reference, no GPU: not the Triton kernels"
     report = {
-        "what": f"{implementation} on {device_name(device)}", "date": datetime.date.today().isoformat(),
+        "what": f"{implementation} on {device_name()}, {torch.get_num_threads()} threads", "date": datetime.date.today().isoformat(),
         "torch": torch.__version__, "copy_bytes_per_second": copy_bandwidth(device, timer, arguments.repeats),
         "rows": [],
     }

@@ -53,3 +53,16 @@ def advantages(rewards: np.ndarray, *, group: str, global_std: bool, clip: float
     totals = live.sum(others)
     spread = np.where(live, std, 0.0).sum(others) / np.where(totals == 0, np.nan, totals)
     return Advantages(values, valid, np.squeeze(flat, axes), spread)
+
+
+def rank_correlation(one: np.ndarray, other: np.ndarray) -> float:
+    """Spearman's rho of two sets of values, [n] each, with mean ranks for ties; NaN where either is constant."""
+    ranks = [_mean_ranks(values) for values in (one, other)]
+    if not len(one) or any(np.ptp(r) == 0 for r in ranks):
+        return float("nan")
+    return float(np.corrcoef(ranks)[0, 1])
+
+
+def _mean_ranks(values: np.ndarray) -> np.ndarray:
+    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(count) - (count - 1) / 2)[place]

@@ -56,6 +56,15 @@ class Window(Section):
     every: Positive = Field(25, description="iterations after which the window moves on by one step")
 
 
+class Suffix(Section):
+    stride: Annotated[int, Field(ge=2)] = Field(2, description="after its last decision a row takes every stride-th grid point")
+    order: Literal[1, 2] = Field(2, description="1: one Euler step; 2: velocities between are extrapolated from the last two")
+    exact_steps: Annotated[int, Field(ge=0)] = Field(0, description="steps after the last decision that are not lengthened")
+    audit_every: Annotated[int, Field(ge=0)] = Field(
+        0, description="iterations between comparisons with the exact suffix, as metrics; 0: never"
+    )
+
+
 class Rollout(Section):
     plan: Literal["tempflow", "flow_grpo", "mix_grpo"] = Field("tempflow", description="which rows take noise where")
     height: Positive = Field(512, description="pixels")
@@ -72,6 +81,7 @@ class Rollout(Section):
     guidance_scale: Annotated[float, Field(ge=0)] = Field(3.5, description="as in the diffusers pipeline's call")
     micro_batch: Positive = Field(48, description="most rows in one forward of the rollout")
     decode_batch: Positive = Field(16, description="most latents decoded at once")
+    suffix: Suffix | None = Field(None, description="coarser steps after a row's last decision; null: the exact ones")
     replica: bool = Field(True, description="roll out on a static copy of the weights, not through the training engine")
 
     @field_validator("branch_steps", mode="wrap")

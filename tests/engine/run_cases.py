@@ -1,15 +1,22 @@
 """Starting runs of the engine as a user does, and reading what they leave behind."""
 
+import contextlib
+import importlib.util
+import io
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 from engine_cases import HERE, ROOT, write_config
 from safetensors.torch import load_file
+
+from tempflow import cli
 
 TIMEOUT_S = 900  # of a busy machine; a run takes some ten seconds on an idle one
 LAUNCHED = ("RANK", "LOCAL_RANK", "LOCAL_SIZE", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -36,14 +43,40 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def run_command(command, cwd=ROOT) -> subprocess.CompletedProcess:
-    return subprocess.run([str(part) for part in command], env=environment(), cwd=cwd, capture_output=True, text=True,
-                          timeout=TIMEOUT_S)  # fmt: skip
+def run_command(command) -> subprocess.CompletedProcess:
+    command = [str(part) for part in command]
+    return subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S)
 
 
-def script(name: str, *arguments, cwd=ROOT) -> subprocess.CompletedProcess:
+def script(name: str, *arguments) -> subprocess.CompletedProcess:
     """engine/NAME.py as a process of its own."""
-    return run_command([sys.executable, ROOT / f"engine/{name}.py", *arguments], cwd)
+    return run_command([sys.executable, ROOT / f"engine/{name}.py", *arguments])
+
+
+def load_script(name: str):
+    """engine/NAME.py as a module."""
+    spec = importlib.util.spec_from_file_location(f"engine_{name}", ROOT / f"engine/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def script_here(name: str, *arguments) -> subprocess.CompletedProcess:
+    """engine/NAME.py in this process, which has the libraries loaded already; what it sets globally is put back."""
+    out, err, threads = io.StringIO(), io.StringIO(), torch.get_num_threads()
+    handlers = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with mock.patch.object(sys, "argv", [name, *map(str, arguments)]), mock.patch.dict(os.environ), \
+                contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):  # fmt: skip
+            for variable in LAUNCHED:
+                os.environ.pop(variable, None)
+            cli.run(load_script(name).main)
+    except SystemExit as stop:
+        return subprocess.CompletedProcess([name, *arguments], stop.code, out.getvalue(), err.getvalue())
+    finally:
+        torch.set_num_threads(threads)
+        for kind, handler in handlers.items():
+            signal.signal(kind, handler)
 
 
 def launch(processes: int, *arguments) -> subprocess.CompletedProcess:
@@ -76,13 +109,15 @@ class Run:
         return [file.read_bytes() for file in sorted((self.folder / f"samples/{iteration:06d}").glob("*.png"))]
 
 
-def train(folder: Path, name: str, *more, processes: int = 0, **changes) -> Run:
-    """A run to its end: under the launcher with `processes`, or without it where that is 0."""
+def train(folder: Path, name: str, *more, processes: int | None = 0, **changes) -> Run:
+    """A run to its end: under the launcher with `processes`, without it where that is 0, or in this process (None)."""
     changes["logging"] = {"dir": str(folder), "name": name, **changes.get("logging", {})}
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     config = write_config(folder, f"{name}.json", **changes)
-    done = launch(processes, "--config", config, *more) if processes else script("train", "--config", config, *more)
-    return Run(folder / name, done)
+    if processes:
+        return Run(folder / name, launch(processes, "--config", config, *more))
+    run = script_here if processes is None else script
+    return Run(folder / name, run("train", "--config", config, *more))
 
 
 def timeless(row: dict) -> dict:

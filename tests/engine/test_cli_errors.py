@@ -3,51 +3,24 @@
 Every case uses a model folder without weights (`skeleton`), so a script that began to load one would say something else.
 """
 
-import contextlib
-import importlib.util
 import json
 import subprocess
 import sys
-import time
 
 import pytest
 from engine_cases import HELDOUT, ROOT, config_table, small_config, write_config
+from run_cases import script_here
 
-from tempflow import cli, rundir
+from tempflow import rundir
 from tempflow.errors import UserError
 
 
-def script(name):
-    """engine/NAME.py as a module."""
-    spec = importlib.util.spec_from_file_location(f"engine_{name}", ROOT / f"engine/{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def run_script(monkeypatch, capsys):
-    """Run a script's main in this process; returns (status, what it printed to stderr)."""
-
-    def run(name, *arguments):
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
-        monkeypatch.delenv("RANK", raising=False)
-        with contextlib.suppress(KeyError), pytest.raises(SystemExit) as stop:
-            cli.run(script(name).main)
-        return stop.value.code, capsys.readouterr().err
-
-    return run
-
-
-@pytest.fixture
-def refused(run_script):
-    def check(words, name, *arguments):
-        status, text = run_script(name, *arguments)
-        assert status == 2, text
-        assert text.startswith("error: ") and text.count("error:") == 1 and "Traceback" not in text, text
-        assert all(str(word) in text for word in words), text
-
-    return check
+def refused(words, name, *arguments):
+    done = script_here(name, *arguments)
+    text = done.stderr
+    assert done.returncode == 2 and done.stdout == "", text
+    assert text.startswith("error: ") and text.count("error:") == 1 and "Traceback" not in text, text
+    assert all(str(word) in text for word in words), text
 
 
 @pytest.fixture
@@ -85,16 +58,16 @@ CASES = {
 
 
 @pytest.mark.parametrize("setting, words", CASES.values(), ids=CASES)
-def test_train_refuses(refused, config_file, tmp_path, setting, words):
+def test_train_refuses(config_file, tmp_path, setting, words):
     refused(words, "train", "--config", config_file(), "--set", setting)
     assert not (tmp_path / "runs").exists(), "a refused run leaves no directory that would be in the way of the next"
 
 
-def test_train_refuses_a_config_that_is_not_there(refused, tmp_path):
+def test_train_refuses_a_config_that_is_not_there(tmp_path):
     refused(["config file", tmp_path / "none.json", "does not exist"], "train", "--config", tmp_path / "none.json")
 
 
-def test_train_refuses_a_prompt_without_quoted_text(refused, config_file, tmp_path):
+def test_train_refuses_a_prompt_without_quoted_text(config_file, tmp_path):
     """With the file and the line, for the reward that needs it; another one does not mind."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text('the word "ONE"\na cat\n')
@@ -105,23 +78,23 @@ def test_train_refuses_a_prompt_without_quoted_text(refused, config_file, tmp_pa
 
 
 @pytest.mark.parametrize("part", ["vae", "text_encoder_2"])
-def test_train_refuses_a_model_that_lacks_a_component(refused, config_file, skeleton, part):
+def test_train_refuses_a_model_that_lacks_a_component(config_file, skeleton, part):
     (skeleton / part).rename(skeleton.parent / "elsewhere")
     refused(["model.path", skeleton, f"lacks the component {part}"], "train", "--config", config_file())
 
 
-def test_train_refuses_another_family(refused, config_file, skeleton):
+def test_train_refuses_another_family(config_file, skeleton):
     index = json.loads((skeleton / "model_index.json").read_text())
     (skeleton / "model_index.json").write_text(json.dumps({**index, "_class_name": "KandinskyPipeline"}))
     refused(["model.path", "KandinskyPipeline", "FluxPipeline"], "train", "--config", config_file())
 
 
-def test_train_needs_a_config(run_script):
-    status, text = run_script("train")
-    assert status == 2 and "--config" in text
+def test_train_needs_a_config():
+    done = script_here("train")
+    assert done.returncode == 2 and "--config" in done.stderr
 
 
-def test_the_skeleton_is_one(refused, config_file):
+def test_the_skeleton_is_one(config_file):
     """What makes the cases above say that no model is loaded: with nothing wrong, it is the weights that are missed."""
     from tempflow.policy import check_model, load_policy
 
@@ -134,7 +107,6 @@ def test_the_skeleton_is_one(refused, config_file):
 def test_train_as_a_command(config_file, tmp_path):
     """The same through the shell, where the status and the output are the process's."""
     arguments = ["--config", str(config_file()), "--set", "training.itterations=3"]
-    started = time.monotonic()
     done = subprocess.run([sys.executable, str(ROOT / "engine/train.py"), *arguments], capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.splitlines()[0].startswith("error: training.itterations: unknown key; did you mean 'iterations'?")
@@ -239,26 +211,26 @@ scripts = pytest.mark.parametrize("name, more", SCRIPTS.items(), ids=SCRIPTS)
 
 
 @scripts
-def test_scripts_refuse_what_is_no_run(refused, tmp_path, monkeypatch, name, more):
+def test_scripts_refuse_what_is_no_run(tmp_path, monkeypatch, name, more):
     monkeypatch.chdir(tmp_path)
     refused([tmp_path / "nowhere", "no run directory"], name, "--run", tmp_path / "nowhere", *more)
     assert not list(tmp_path.iterdir())
 
 
 @scripts
-def test_scripts_refuse_a_run_without_checkpoints(refused, claimed_run, tmp_path, monkeypatch, name, more):
+def test_scripts_refuse_a_run_without_checkpoints(claimed_run, tmp_path, monkeypatch, name, more):
     monkeypatch.chdir(tmp_path)
     refused([claimed_run, "no whole checkpoint"], name, "--run", claimed_run, *more)
     refused(["--checkpoint 7", "this run has none"], name, "--run", claimed_run, "--checkpoint", 7, *more)
 
 
-def test_export_refuses_to_overwrite(refused, claimed_run, tmp_path):
+def test_export_refuses_to_overwrite(claimed_run, tmp_path):
     refused(["--out", tmp_path, "exists"], "export", "--run", claimed_run, "--out", tmp_path)
 
 
-def test_sample_refuses_to_mix_pictures(refused, claimed_run, tmp_path):
+def test_sample_refuses_to_mix_pictures(claimed_run, tmp_path):
     refused(["--out", tmp_path, "not an empty folder"], "sample", "--run", claimed_run, "--out", tmp_path)
 
 
-def test_evaluate_refuses_missing_prompts(refused, claimed_run, tmp_path):
+def test_evaluate_refuses_missing_prompts(claimed_run, tmp_path):
     refused(["--prompts", "nowhere.txt", "does not exist"], "evaluate", "--run", claimed_run, "--base", "--prompts", "nowhere.txt")

@@ -11,48 +11,14 @@ from engine_cases import naive_trajectories, small_config, step_noise, step_scal
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_cases import assert_close
+from rollout_cases import GRID, SHAPE, Rollout, toy_velocity
 
 from tempflow.evaluation import EVAL_ITERATION, fixed_noise
 from tempflow.policy.embeddings import EmbeddingCache
 from tempflow.rollout.noise import INITIAL, noise_key
-from tempflow.rollout.plan import build_plan, chosen_steps, iteration_units
-from tempflow.rollout.scheduler import RowScheduler
-from tempflow.sde import sde_coefficients
+from tempflow.rollout.plan import chosen_steps, iteration_units
 
-GRID = torch.linspace(1, 0, 11)
-SHAPE = (5, 3)
 PROMPTS = ['the word "ABC"', 'the word "HELLO"', 'the word "TREE"']
-
-
-def toy_velocity(x, sigma, units):
-    """Depends on the latent, the step and the prompt, by sums and products only, so that batches cannot differ by a bit."""
-    place = torch.tensor([0.1 * unit.prompt_id for unit in units])
-    return place.reshape(-1, 1, 1) * x.clamp(-1, 1) + sigma.reshape(-1, 1, 1) * x
-
-
-class Rollout:
-    """A finished run of the scheduler."""
-
-    def __init__(self, config, units, *, velocity=toy_velocity, sigmas=GRID, shape=SHAPE, micro_batch=7, iteration=0):
-        self.plan, self.finished, self.told = build_plan(config, units, iteration), {}, 0
-        r = config.rollout
-        scheduler = RowScheduler(
-            self.plan, velocity, sigmas, sde_coefficients(sigmas, r.sde, r.eta), micro_batch, config.training.seed, iteration,
-            self._keep, self._tell,
-        )  # fmt: skip
-        self.decisions = {(d.unit.index, d.step): d for d in scheduler.run(shape)}
-        self.stats = scheduler.stats
-
-    def _keep(self, indices, latents):
-        assert len(indices) == len(latents)
-        for index, latent in zip(indices, latents):
-            row = self.plan.rows[index]
-            place = row.unit.index, row.start if row.parent is not None else None, row.child
-            assert place not in self.finished, "a row finished twice"
-            self.finished[place] = latent
-
-    def _tell(self, n):
-        self.told += n
 
 
 def assert_same(one: Rollout, other: Rollout, rel: float):

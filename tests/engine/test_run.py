@@ -15,7 +15,7 @@ import torch
 from engine_cases import HELDOUT, MODEL, ROOT, write_config
 from kernel_cases import assert_close
 from PIL import Image
-from run_cases import ADAMW, SGD, Run, launch, script, timeless, train
+from run_cases import ADAMW, SGD, Run, launch, script, script_here, timeless, train
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
@@ -276,19 +276,19 @@ def tuned_latents(run: Run, which="ema"):
     return base, after, latents
 
 
-def exported(run: Run, out, *more):
-    done = script("export", "--run", run.folder, "--out", out, *more)
+def exported(run: Run, out, *more, run_script=script_here):
+    done = run_script("export", "--run", run.folder, "--out", out, *more)
     assert done.returncode == 0, done.stdout + done.stderr
     assert not list(out.parent.glob(f".{out.name}*")), "no draft is left behind"
     return done.stdout
 
 
-@pytest.mark.parametrize("which", ["ema", "raw"])
-def test_export_loads_in_diffusers(whole, tmp_path, which):
+@pytest.mark.parametrize("which, run_script", [("ema", script), ("raw", script_here)], ids=["ema", "raw"])
+def test_export_loads_in_diffusers(whole, tmp_path, which, run_script):
     from diffusers import FluxPipeline
 
     base, after, latents = tuned_latents(whole, which)
-    text = exported(whole, tmp_path / "model", "--weights", which)
+    text = exported(whole, tmp_path / "model", "--weights", which, run_script=run_script)
     assert f"iteration 4 ({which} weights)" in text
     got = through_diffusers(FluxPipeline.from_pretrained(tmp_path / "model"), latents)
     assert_close("latents", got, after, 1e-5)
@@ -298,7 +298,7 @@ def test_export_loads_in_diffusers(whole, tmp_path, which):
 @pytest.fixture(scope="session")
 def lora_run(folder):
     return train(
-        folder, "lora", model={"lora": {"rank": 4, "alpha": 8.0}},
+        folder, "lora", processes=None, model={"lora": {"rank": 4, "alpha": 8.0}},
         training={"iterations": 2, "updates_per_rollout": 2, "kl_coef": 0.05, "kl_form": "v"},
         deepspeed={"optimizer": {**ADAMW, "params": {**ADAMW["params"], "lr": 1e-2}}},
     )  # fmt: skip
@@ -333,7 +333,7 @@ def test_lora_export_loads_in_diffusers(lora_run, tmp_path):
 
 def test_evaluate_repeats_the_runs_own_evaluation(whole, tmp_path):
     tuned = script("evaluate", "--run", whole.folder, "--out", tmp_path / "pictures")
-    base = script("evaluate", "--run", whole.folder, "--base")
+    base = script_here("evaluate", "--run", whole.folder, "--base")
     assert tuned.returncode == base.returncode == 0, tuned.stderr + base.stderr
     tuned, base = (json.loads(done.stdout.splitlines()[-1]) for done in (tuned, base))
     assert tuned["reward"] == pytest.approx(whole.rows[4]["eval/reward"], abs=1e-6)
@@ -358,7 +358,7 @@ def test_sample_shows_base_beside_tuned(whole, tmp_path):
 # ------------------------------------------------------------------------------------------------- other settings
 @pytest.mark.parametrize("plan", ["flow_grpo", "mix_grpo"])
 def test_plans_without_branches_train_alike(folder, plan):
-    run = train(folder, plan, rollout={"plan": plan, "branch_steps": "all", "window": {"size": 3}, "sde": "cps"},
+    run = train(folder, plan, processes=None, rollout={"plan": plan, "branch_steps": "all", "window": {"size": 3}, "sde": "cps"},
                 training={"advantage_group": "prompt", "iterations": 1, "ratio": "guard", "updates_per_rollout": 2},
                 eval={"every": 0})  # fmt: skip
     (row,) = [row for row in run.rows if row["iteration"] == 1]
@@ -378,7 +378,7 @@ def test_flux_configs_run_on_the_small_model(folder, name):
         "eval.num_steps": 2, "logging.dir": str(folder), "logging.tensorboard": False,
     }  # fmt: skip
     pairs = [part for key, value in settings.items() for part in ("--set", f"{key}={json.dumps(value)}")]
-    run = Run(folder / name, script("train", "--config", ROOT / f"configs/{name}.json", *pairs))
+    run = Run(folder / name, script_here("train", "--config", ROOT / f"configs/{name}.json", *pairs))
     row = run.rows[-1]
     assert row["iteration"] == 1 and row["ratio/first_max_dev"] == 0 and row["grad_norm"] > 0
     assert "warning" not in run.done.stdout

@@ -12,9 +12,11 @@ from typing import Callable
 
 import torch
 
+from tempflow.config import Suffix
 from tempflow.rollout.noise import INITIAL, key_tensor, noise_key
 from tempflow.rollout.plan import Plan, Row, Unit
-from tempflow.sde import Coefficients, ode_coefficients
+from tempflow.rollout.suffix import bend, last_decisions, suffix_path
+from tempflow.sde import Coefficients
 from tempflow_kernels import normal, sde_step
 
 
@@ -47,7 +49,8 @@ class RowScheduler:
 
     velocity(x [n, ...], sigma fp32 [n], units of the n rows) -> [n, ...]: the policy's transformer.
     sigmas: fp32 [T + 1]; sde: the stochastic steps' coefficients. on_finished(row indices, latents fp32 [n, ...])
-    is called with rows as they reach sigma = 0. advance(n) is told of every n rows forwarded.
+    is called with rows as they reach sigma = 0. advance(n) is told of every n rows forwarded. suffix: how rows go on
+    after their last decision; None is exact.
     """
 
     plan: Plan
@@ -60,11 +63,14 @@ class RowScheduler:
     on_finished: Callable[[list[int], torch.Tensor], None]
     advance: Callable[[int], None] = lambda n: None
     device: torch.device | str = "cpu"
+    suffix: Suffix | None = None
     stats: RolloutStats = field(default_factory=RolloutStats)
 
     def __post_init__(self):
-        self._ode = ode_coefficients(self.sigmas)
         self._last = len(self.sigmas) - 1
+        self._free = [k + 1 for k in last_decisions(self.plan)]
+        self._paths = {free: suffix_path(free, self._last, self.suffix) for free in set(self._free)}
+        self._before: dict[int, tuple[torch.Tensor, int]] = {}
         self._state: dict[int, torch.Tensor] = {}
         self._step: dict[int, int] = {}
         self._branches: dict[tuple[int, int], list[int]] = defaultdict(list)
@@ -98,14 +104,38 @@ class RowScheduler:
         self.stats.forwards += len(batch)
         self.stats.batches += 1
         self._branch(batch, steps, x, v, decisions)
+        goals = [self._goal(i, k) for i, k in zip(batch, steps, strict=True)]
+        used = self._with_history(batch, steps, goals, v)
         noisy = [k in row.noise for row, k in zip(rows, steps, strict=True)]
-        x_next, log_prob = self._transition(x, v, steps, noisy, [[self._key(r, k)] for r, k in zip(rows, steps)])
+        x_next, log_prob = self._transition(x, used, steps, goals, noisy, [[self._key(r, k)] for r, k in zip(rows, steps)])
         for n in (n for n, is_noisy in enumerate(noisy) if is_noisy):
             decisions.append(Decision(rows[n].unit, steps[n], x[n], x_next[n], log_prob[n]))
-        for k in sorted(set(steps)):
-            members = [n for n, step in enumerate(steps) if step == k]
-            self._place([batch[n] for n in members], x_next[members, 0], k + 1)
+        for goal in sorted(set(goals)):
+            members = [n for n, other in enumerate(goals) if other == goal]
+            self._place([batch[n] for n in members], x_next[members, 0], goal)
         self.advance(len(batch))
+
+    def _goal(self, index: int, step: int) -> int:
+        """The grid point that a row at `step` goes to: the next one while decisions lie ahead, then its suffix's."""
+        if step < self._free[index]:
+            return step + 1
+        path = self._paths[self._free[index]]
+        return path[path.index(step) + 1]
+
+    def _with_history(self, batch: list[int], steps: list[int], goals: list[int], v: torch.Tensor) -> torch.Tensor:
+        """Velocities for the steps to take: in a second-order suffix, extrapolated by what the row saw before."""
+        if self.suffix is None or self.suffix.order == 1:
+            return v
+        before = [self._before.pop(i, (v[n], None)) for n, i in enumerate(batch)]
+        shares = torch.zeros(len(batch))
+        for n, (i, step, goal) in enumerate(zip(batch, steps, goals, strict=True)):
+            since = before[n][1]
+            if since is not None and goal > step + 1:
+                shares[n] = bend(self.sigmas, step, goal, (self.sigmas[step] - self.sigmas[since]).item())
+            if self._free[i] <= goal < self._last:
+                self._before[i] = (v[n], step)
+        shares = shares.to(self.device).reshape(-1, *[1] * (v.ndim - 1))
+        return v + shares * (v.float() - torch.stack([u for u, _ in before]).float())
 
     def _branch(self, batch, steps, x, v, decisions) -> None:
         """Children of the batch's rows take their SDE step and join."""
@@ -115,16 +145,23 @@ class RowScheduler:
         families = [self._branches.pop((batch[n], steps[n])) for n in parents]
         keys = [[self._key(self.plan.rows[c], steps[n]) for c in family] for n, family in zip(parents, families)]
         at = [steps[n] for n in parents]
-        x_next, log_prob = self._transition(x[parents], v[parents], at, [True] * len(parents), keys)
+        to = [k + 1 for k in at]
+        x_next, log_prob = self._transition(x[parents], v[parents], at, to, [True] * len(parents), keys)
         for j, (n, family) in enumerate(zip(parents, families, strict=True)):
             decisions.append(Decision(self.plan.rows[batch[n]].unit, at[j], x[n], x_next[j], log_prob[j]))
-            self._place(family, x_next[j], at[j] + 1)
+            self._place(family, x_next[j], to[j])
+            if self.suffix and self.suffix.order == 2:
+                self._before |= {i: (v[n], at[j]) for i in family if self._free[i] == to[j] < self._last}
 
-    def _transition(self, x, v, steps: list[int], noisy: list[bool], keys: list[list[int]]):
+    def _dt(self, steps: list[int], goals: list[int]) -> torch.Tensor:
+        return (self.sigmas[goals].double() - self.sigmas[steps].double()).float()
+
+    def _transition(self, x, v, steps: list[int], goals: list[int], noisy: list[bool], keys: list[list[int]]):
         """One fused step of n rows, each by its own coefficients; [n, B, ...] and [n, B]."""
-        choose = torch.tensor(noisy)
-        scalars = [torch.where(choose, sde[steps], ode[steps]).to(self.device) for sde, ode in (
-            (self.sde.a, self._ode.a), (self.sde.b, self._ode.b), (self.sde.tau, self._ode.tau))]  # fmt: skip
+        choose, dt = torch.tensor(noisy), self._dt(steps, goals)
+        ode = torch.ones_like(dt), dt, torch.zeros_like(dt)
+        sde = self.sde.a[steps], self.sde.b[steps], self.sde.tau[steps]
+        scalars = [torch.where(choose, s, o).to(self.device) for s, o in zip(sde, ode, strict=True)]
         key = key_tensor(keys, self.device)
         return sde_step(x, v, *scalars, key=key, children=key.shape[1], out_dtype=torch.float32)
 

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from tempflow.config import Config
+from tempflow.config import Config, Suffix
 from tempflow.errors import UserError
 from tempflow.policy import Policy
 from tempflow.policy.embeddings import EmbeddingCache
 from tempflow.prompts import Prompt
 from tempflow.rewards import RewardPool, RewardSpec, combine
-from tempflow.rollout.plan import Plan, Unit, build_plan, chosen_steps, iteration_units
+from tempflow.rollout.plan import Plan, Unit, build_plan, iteration_units
 from tempflow.rollout.scheduler import Decision, RolloutStats, RowScheduler
+from tempflow.rollout.suffix import count_forwards
 from tempflow.sde import Coefficients, sde_coefficients
 from tempflow.trainer import comm
 
@@ -28,7 +29,8 @@ class Stopped(Exception):
 class Collected:
     """decisions: this rank's. rewards: [P, S, K, B] of all ranks, NaN where scoring failed. steps: the K steps.
 
-    sums: per-reward totals and counts over ranks. times: seconds of this rank.
+    parts: mean of each reward over ranks. times: seconds of this rank. exact_rewards: [P, S, K, B] of the same rows with
+    the exact suffix, in iterations that audit a coarser one.
     """
 
     decisions: list[Decision]
@@ -40,6 +42,7 @@ class Collected:
     failed: int
     stats: RolloutStats
     times: dict[str, float]
+    exact_rewards: np.ndarray | None = None
 
 
 class _Finished:
@@ -91,23 +94,35 @@ class Collector:
         """Units dealt to this rank: every world-size-th."""
         return iteration_units(prompt_ids, self.config.rollout.seeds)[comm.rank() :: comm.world_size()]
 
-    def forwards(self, units: int, iteration: int) -> int:
-        """Rows that the plan of `units` units will forward."""
+    def forwards(self, prompt_ids: list[int], iteration: int) -> int:
+        """Rows that this rank will forward in an iteration."""
         r = self.config.rollout
-        steps = chosen_steps(self.config, iteration)
-        children = sum(r.num_steps - 1 - k for k in steps) * r.children if r.plan == "tempflow" else 0
-        return units * (r.num_steps + children)
+        plan = build_plan(self.config, self.my_units(prompt_ids), iteration)
+        again = count_forwards(plan, r.num_steps, None) if self._audits(iteration) else 0
+        return count_forwards(plan, r.num_steps, r.suffix) + again
+
+    def _audits(self, iteration: int) -> bool:
+        suffix = self.config.rollout.suffix
+        return suffix is not None and suffix.audit_every > 0 and iteration % suffix.audit_every == 0
 
     @torch.no_grad()
     def collect(self, iteration: int, prompt_ids: list[int], advance=lambda n: None) -> Collected:
         """Roll out and score one iteration (collective in its last part). Raises Stopped on every rank together."""
-        units = self.my_units(prompt_ids)
-        plan = build_plan(self.config, units, iteration)
+        plan = build_plan(self.config, self.my_units(prompt_ids), iteration)
+        data = self.run_plan(plan, iteration, len(prompt_ids), self.config.rollout.suffix, advance)
+        if self._audits(iteration):
+            started = time.perf_counter()
+            data.exact_rewards = self.run_plan(plan, iteration, len(prompt_ids), None, advance).rewards
+            data.times["audit"] = time.perf_counter() - started
+        return data
+
+    def run_plan(self, plan: Plan, iteration: int, prompts: int, suffix: Suffix | None, advance=lambda n: None) -> Collected:
+        """Roll out a plan of an iteration of `prompts` prompts with any suffix, and score it (a collective)."""
         finished = _Finished(self, plan)
         started = time.perf_counter()
         stopped, decisions, stats = False, [], RolloutStats()
         try:
-            decisions, stats = self._roll_out(plan, iteration, finished, advance)
+            decisions, stats = self._roll_out(plan, iteration, suffix, finished, advance)
         except Stopped:
             stopped = True
         rollout_seconds = time.perf_counter() - started - finished.decode_seconds
@@ -117,10 +132,10 @@ class Collector:
         scores = self.pool.gather(finished.tickets)
         waited = time.perf_counter() - waiting
         times = {"rollout": rollout_seconds, "decode": finished.decode_seconds, "reward": waited,
-                 "reward_busy": sum(ticket.seconds for ticket in finished.tickets)}  # fmt: skip
-        return self._share(plan, finished.rows, scores, len(prompt_ids), decisions, stats, times)
+                 "reward_busy": sum(ticket.seconds for ticket in finished.tickets), "audit": 0.0}  # fmt: skip
+        return self._share(plan, finished.rows, scores, prompts, decisions, stats, times)
 
-    def _roll_out(self, plan: Plan, iteration: int, finished: _Finished, advance):
+    def _roll_out(self, plan: Plan, iteration: int, suffix: Suffix | None, finished: _Finished, advance):
         r = self.config.rollout
         texts = list(dict.fromkeys(self.prompts[row.unit.prompt_id].text for row in plan.rows))
         conditioning = self.embeddings.get(texts)
@@ -138,7 +153,7 @@ class Collector:
 
         scheduler = RowScheduler(
             plan, velocity, self.sigmas, self.sde, r.micro_batch, self.config.training.seed, iteration,
-            finished.add, advance, self.policy.device,
+            finished.add, advance, self.policy.device, suffix,
         )  # fmt: skip
         decisions = scheduler.run(self.latent_shape)
         finished.drain()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,11 +17,12 @@ import numpy as np
 import torch
 
 from tempflow import evaluation
-from tempflow.advantages import Advantages, advantages
+from tempflow.advantages import Advantages, advantages, rank_correlation
 from tempflow.config import Config
 from tempflow.console import Console
 from tempflow.errors import UserError
 from tempflow.logs import MetricsLog, Trackers, read_metrics, write_atomic
+from tempflow.machine import device_name, versions
 from tempflow.objective import Batch, make_batches, select
 from tempflow.policy import load_policy
 from tempflow.policy.embeddings import EmbeddingCache
@@ -35,16 +35,6 @@ from tempflow.trainer.ema import Average
 from tempflow.trainer.process import StopSignal, Threads, device
 from tempflow.trainer.runtime import Runtime
 from tempflow.trainer.update import Updater
-
-
-def versions() -> dict[str, str]:
-    """What a result depends on besides the config."""
-    import deepspeed
-    import diffusers
-    import transformers
-
-    modules = {"torch": torch, "diffusers": diffusers, "transformers": transformers, "deepspeed": deepspeed}
-    return {"python": platform.python_version(), **{name: module.__version__ for name, module in modules.items()}}
 
 
 class Trainer:
@@ -172,11 +162,10 @@ class Trainer:
     def _iterate(self) -> dict:
         t, r = self.config.training, self.config.rollout
         prompt_ids = self.order.indices(self.iteration)
-        units = len(self.collector.my_units(prompt_ids))
-        with self.console.phase("rollout", self.collector.forwards(units, self.iteration)) as advance:
+        with self.console.phase("rollout", self.collector.forwards(prompt_ids, self.iteration)) as advance:
             with self.threads.shared():
                 data = self.collector.collect(self.iteration, prompt_ids, advance)
-        adv = advantages(data.rewards, group=t.advantage_group, global_std=t.global_std, clip=t.adv_clip)
+        adv = self._advantages(data.rewards)
         started = time.perf_counter()
         batches, total = self._batches(data, adv)
         updates: list[dict] = []
@@ -196,6 +185,10 @@ class Trainer:
         seconds = comm.reduce([*data.times.values(), trained - started, synced - trained], "max")
         names = [*data.times, "train", "sync"]
         return metrics | {f"time/{name}": float(value) for name, value in zip(names, seconds, strict=True)}
+
+    def _advantages(self, rewards: np.ndarray) -> Advantages:
+        t = self.config.training
+        return advantages(rewards, group=t.advantage_group, global_std=t.global_std, clip=t.adv_clip)
 
     def _batches(self, data: Collected, adv: Advantages) -> tuple[list[Batch], int]:
         """This rank's micro-batches, as many as any rank needs, and the decisions of all ranks."""
@@ -231,8 +224,19 @@ class Trainer:
             "advantage/mean_abs": float(np.abs(adv.values).mean()),
             "images": data.images, "images/total": self.images, "forwards/rollout": int(forwards),
             "rollout/rows_per_forward": forwards / max(batches, 1), "rollout/peak_latents": data.stats.peak_latents,
-            **spread,
+            **spread, **self._suffix_metrics(data, adv),
         }  # fmt: skip
+
+    def _suffix_metrics(self, data: Collected, adv: Advantages) -> dict:
+        """How well the rewards read after a coarser suffix rank what the exact one would have."""
+        if data.exact_rewards is None:
+            return {}
+        exact = self._advantages(data.exact_rewards)
+        both = adv.valid & exact.valid
+        return {
+            "suffix/reward_rank_correlation": rank_correlation(data.rewards[both], data.exact_rewards[both]),
+            "suffix/advantage_rank_correlation": rank_correlation(adv.values[both], exact.values[both]),
+        }
 
     def _update_metrics(self, updates: list[dict]) -> dict:
         lr = self.runtime.learning_rate()
@@ -308,7 +312,7 @@ class Trainer:
         summary = {
             "base_reward": self.base_reward, "tuned_reward": final.get("eval/reward"), "minutes": self.elapsed / 60,
             "iterations": self.iteration, "images": self.images, "model": self.config.model.path, "plan": r.plan,
-            "device": _device_name(), "world_size": comm.world_size(), "versions": versions(),
+            "device": device_name(), "world_size": comm.world_size(), "versions": versions(),
         }  # fmt: skip
         write_atomic(self.run_dir / "summary.json", json.dumps(summary, indent=1))
         self.console.note(f"report: {self.report(self.run_dir)}")
@@ -338,13 +342,3 @@ class Trainer:
         self.images, self.base_reward = state["images"], state["base_reward"]
         if self.config.rollout.replica:
             self.runtime.refresh(self.policy.transformer)
-
-
-def _device_name() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or "CPU"

@@ -76,9 +76,10 @@ class Updater:
 
     def _loss(self, batch: Batch, total: int, first: bool, stats: UpdateStats) -> torch.Tensor:
         t = self.config.training
-        if t.kl_coef and batch.velocity_ref is None:
-            batch.velocity_ref = self._reference(batch, stats)
         used = batch if t.share_group_forward else one_child_per_state(batch)
+        if t.kl_coef and used.velocity_ref is None:
+            used.velocity_ref = self._reference(used, stats)
+            batch.velocity_ref = used.velocity_ref[:: len(used.x) // len(batch.x)]
         v = self.velocity(self.runtime.engine, used)
         loss, seen = group_loss(
             v, used.x, used.x_next, used.a, used.b, used.tau, None if first else used.log_prob_old, used.advantage,

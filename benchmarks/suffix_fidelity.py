@@ -1,0 +1,165 @@
+"""What a coarser suffix costs and saves: speed of the rollout against agreement of its rewards with the exact suffix's.
+
+    python benchmarks/suffix_fidelity.py [--config FILE] [--iterations N] [--set section.key=value ...]
+
+Every option runs the same plan from the same noise as the exact suffix, one after another in every iteration. Printed and
+written to benchmarks/results/: forwards and seconds saved, rank correlation of the rewards, and of the advantages, which is
+what training sees; by branch step too. The plot is the trade-off curve.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from tempflow import cli
+from tempflow.advantages import advantages, rank_correlation
+from tempflow.config import Config, Suffix, load_config
+from tempflow.logs import write_atomic
+from tempflow.machine import device_name, versions
+from tempflow.prompts import PromptOrder, load_prompts
+from tempflow.rewards import RewardPool, check_prompts, parse_rewards
+from tempflow.rollout.plan import build_plan
+
+ROOT = Path(__file__).parent.parent
+OPTIONS: dict[str, Suffix | None] = {
+    "exact": None,
+    "every 2nd, order 2": Suffix(stride=2, order=2),
+    "every 2nd, order 1": Suffix(stride=2, order=1),
+    "1 exact, every 2nd, order 2": Suffix(stride=2, order=2, exact_steps=1),
+    "2 exact, every 2nd, order 2": Suffix(stride=2, order=2, exact_steps=2),
+    "every 3rd, order 2": Suffix(stride=3, order=2),
+    "2 exact, every 3rd, order 2": Suffix(stride=3, order=2, exact_steps=2),
+    "one jump": Suffix(stride=64, order=1),
+}
+
+
+def build(config: Config):
+    """A collector on the config's own model, prompts and rewards, and its reward pool."""
+    cli.quiet_libraries()
+    from tempflow.policy import check_model, load_policy
+    from tempflow.policy.embeddings import EmbeddingCache
+    from tempflow.trainer.collect import Collector
+    from tempflow.trainer.process import Threads, device
+
+    specs = parse_rewards(config.rewards)
+    prompts = load_prompts(config.data.train, "data.train")
+    check_prompts(specs, [p.text for p in prompts], [p.metadata for p in prompts])
+    check_model(config.model.path)
+    threads = Threads(config)
+    section = config.reward_pool
+    pool = RewardPool(specs, workers=section.workers, threads_per_worker=section.threads_per_worker)
+    policy = load_policy(config.model.path, dtype=config.model.dtype, device=device(),
+                         max_sequence_length=config.model.max_sequence_length)  # fmt: skip
+    pool.wait_ready()
+    return Collector(config, policy, prompts, EmbeddingCache(policy), pool, specs), pool, threads
+
+
+def measure(config: Config, iterations: int) -> dict:
+    """Rewards [n, P, S, K, B] and the cost of every option."""
+    collector, pool, threads = build(config)
+    order = PromptOrder(len(collector.prompts), config.data.prompts_per_iteration, config.training.seed)
+    seen = {name: {"rewards": [], "rollout_s": 0.0, "total_s": 0.0, "forwards": 0} for name in OPTIONS}
+
+    def roll_out(iteration: int, name: str):
+        prompt_ids = order.indices(iteration)
+        plan = build_plan(config, collector.my_units(prompt_ids), iteration)
+        return collector.run_plan(plan, iteration, len(prompt_ids), OPTIONS[name])
+
+    with pool, threads.shared(), torch.no_grad():
+        steps = roll_out(0, "one jump").steps  # warms up
+        for iteration, name in track([(i, name) for i in range(iterations) for name in OPTIONS], description="rollouts"):
+            data, one = roll_out(iteration, name), seen[name]
+            one["rewards"].append(data.rewards)
+            one["rollout_s"] += data.times["rollout"]
+            one["total_s"] += sum(data.times[part] for part in ("rollout", "decode", "reward"))
+            one["forwards"] += data.stats.forwards
+    return {"steps": steps, "options": seen}
+
+
+def compare(config: Config, seen: dict) -> list[dict]:
+    """One row an option: ratios to the exact suffix, and rank correlations with it."""
+    t = config.training
+    exact = seen["options"]["exact"]
+    rows = []
+    for name, one in seen["options"].items():
+        pairs = list(zip(one["rewards"], exact["rewards"], strict=True))
+        values = [[advantages(r, group=t.advantage_group, global_std=t.global_std, clip=t.adv_clip) for r in pair] for pair in pairs]
+        valid = [a.valid & b.valid for a, b in values]
+
+        def correlate(kept, of=values, masks=valid):
+            """Spearman's rho of the advantages at the kept steps."""
+            both = [np.concatenate([v[i].values[:, :, kept][m[:, :, kept]] for v, m in zip(of, masks)]) for i in (0, 1)]
+            return rank_correlation(*both)
+
+        everything = list(range(len(seen["steps"])))
+        rows.append({
+            "option": name, "suffix": OPTIONS[name].model_dump() if OPTIONS[name] else None,
+            "forwards_ratio": exact["forwards"] / one["forwards"], "rollout_speedup": exact["rollout_s"] / one["rollout_s"],
+            "iteration_speedup": exact["total_s"] / one["total_s"], "rollout_s": one["rollout_s"],
+            "reward_mean": float(np.nanmean(np.stack(one["rewards"]))),
+            "reward_rank_correlation": rank_correlation(*(np.concatenate([p[i][m] for p, m in zip(pairs, valid)]) for i in (0, 1))),
+            "advantage_rank_correlation": correlate(everything),
+            "by_step": {str(step): correlate([k]) for k, step in enumerate(seen["steps"])},
+        })  # fmt: skip
+    return rows
+
+
+def show(rows: list[dict]) -> None:
+    table = Table(title="suffixes against the exact one")
+    for column in ("suffix", "forwards", "rollout", "rollout + decode + reward", "reward rho", "advantage rho"):
+        table.add_column(column, justify="left" if column == "suffix" else "right")
+    for row in rows:
+        table.add_row(row["option"], f"{row['forwards_ratio']:.2f}x", f"{row['rollout_speedup']:.2f}x",
+                      f"{row['iteration_speedup']:.2f}x", f"{row['reward_rank_correlation']:.3f}",
+                      f"{row['advantage_rank_correlation']:.3f}")  # fmt: skip
+    Console().print(table)
+
+
+def draw(rows: list[dict], file: Path, title: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for row in rows:
+        place = row["rollout_speedup"], row["advantage_rank_correlation"]
+        axes.plot(*place, "o", color="tab:blue")
+        axes.annotate(row["option"], place, textcoords="offset points", xytext=(6, 4), fontsize=8)
+    axes.axhline(0.9, color="grey", linewidth=0.8, linestyle="--")
+    axes.set(xlabel="rollout, times faster than exact", ylabel="rank correlation of advantages", title=title)
+    axes.grid(alpha=0.3)
+    figure.savefig(file, dpi=130)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--config", default=str(ROOT / "configs/tiny_ocr.json"))
+    parser.add_argument("--iterations", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results", help="folder of the report")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
+    args = parser.parse_args()
+    config = load_config(args.config, args.set)
+    rows = compare(config, measure(config, args.iterations))
+    show(rows)
+    out = args.output / f"suffix-{Path(args.config).stem}-{date.today()}.json"
+    record = {"date": str(date.today()), "command": sys.argv, "device": device_name(), "versions": versions(),
+              "config": config.model_dump(), "rows": rows}  # fmt: skip
+    write_atomic(out, json.dumps(record, indent=1))
+    draw(rows, out.with_suffix(".png"), f"{Path(args.config).stem}, {device_name()}, {date.today()}")
+    print(out)
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

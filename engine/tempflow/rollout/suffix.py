@@ -1,0 +1,54 @@
+"""The part of a row after its last decision: it only makes the picture whose reward is read, so it may be coarser.
+
+Which grid points are visited, and the extrapolation that lets a long step stand for several short ones. The policy's density does
+not depend on any of it; the reward does, and `benchmarks/suffix_fidelity.py` measures by how much.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from tempflow.config import Suffix
+from tempflow.rollout.plan import Plan, Row
+
+
+def suffix_path(first: int, last: int, suffix: Suffix | None) -> list[int]:
+    """Grid points from `first` to `last`, both included. Where the stride does not fit, the short step comes first."""
+    if suffix is None:
+        return list(range(first, last + 1))
+    start = min(first + suffix.exact_steps, last)
+    aligned = start + (last - start) % suffix.stride
+    return sorted({*range(first, start + 1), *range(aligned, last + 1, suffix.stride)})
+
+
+def last_decisions(plan: Plan) -> list[int]:
+    """For every row of a plan the last step at which it takes noise or is branched off from; -1 where there is none."""
+    last = [max(row.noise, default=-1) for row in plan.rows]
+    for row in plan.rows:
+        if row.parent is not None:
+            last[row.parent] = max(last[row.parent], row.start)
+    return last
+
+
+def count_forwards(plan: Plan, num_steps: int, suffix: Suffix | None) -> int:
+    """Rows that go through the transformer when the plan is run; a child's first step is its parent's forward."""
+    return sum(
+        len(suffix_path(free, num_steps, suffix)) - 1 + free - _first_forward(row)
+        for row, free in zip(plan.rows, (k + 1 for k in last_decisions(plan)), strict=True)
+    )
+
+
+def _first_forward(row: Row) -> int:
+    return row.start + (row.parent is not None)
+
+
+def bend(sigmas: torch.Tensor, step: int, goal: int, gap: float) -> float:
+    """How much of (v - v_before) to add to v for a jump from grid point `step` to `goal`.
+
+    The jump stands for Euler's steps over the grid points between, with their velocities extrapolated along the line
+    through the last two: x' = x + sum_j dt_j (v + (sigma_j - sigma) (v - v_before) / gap). So a jump of one step is Euler's,
+    and a longer one differs from Euler's steps in the second order only. gap: sigma - sigma_before.
+    """
+    points = sigmas[step : goal + 1].double()
+    lead = torch.dot(torch.diff(points), points[:-1] - points[0])
+    return (lead / (gap * (points[-1] - points[0]))).item()
