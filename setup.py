@@ -28,6 +28,7 @@ setup(
         "sentencepiece",
         "protobuf",
         "numpy",
+        "nvtx>=0.2.12",
         "pillow",
         "pydantic>=2.10",
         "rich>=13",

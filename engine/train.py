@@ -6,6 +6,7 @@ import argparse
 
 from tempflow import cli
 from tempflow.config import Config, load_config
+from tempflow.profiling import Profile
 from tempflow.prompts import PromptOrder, load_prompts
 from tempflow.rewards import check_prompts, parse_rewards
 
@@ -15,6 +16,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--config", required=True, help="JSON config file")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a config key")
     parser.add_argument("--resume", action="store_true", help="continue the run directory from its newest checkpoint")
+    parser.add_argument("--profile", metavar="START:STOP", help="CUDA profiler on from iteration START to before STOP")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
     return parser.parse_args()
 
@@ -36,6 +38,7 @@ def checked_inputs(config: Config):
 
 def main() -> int:
     args = parse_args()
+    profile = Profile(args.profile)
     config = load_config(args.config, args.set)
     specs, train, heldout = checked_inputs(config)
 
@@ -46,7 +49,7 @@ def main() -> int:
 
     stop = StopSignal().install()
     run_dir, resume_from = claim_run(config, args.resume)
-    trainer = Trainer(config, run_dir, train, heldout, specs, stop, write_report)
+    trainer = Trainer(config, run_dir, train, heldout, specs, stop, write_report, profile)
     trainer.run(resume_from)
     return 0
 

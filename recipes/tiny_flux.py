@@ -10,7 +10,9 @@ rewarded and bad enough to learn.
 The T5 encoder has a zero embedding for padding and attends within 8 tokens only, so padding far from the text encodes to
 exactly zero, whatever the text length. Such tokens are equal, and can be trained as one token whose attention logit is
 raised by log(how many it stands for): the same attention exactly, at 44 tokens instead of diffusers' default of 512.
-One batch in six is trained so. That is not enough: at 512 tokens the model does not spell (docs/log.md).
+One batch in three is trained so. Hundreds of equal tokens would still drown the others, and training alone does not
+learn to ignore them; a channel that marks padding, and weights held so that attention turns away from it, do
+(`pin_padding_flag`).
 """
 
 from __future__ import annotations
@@ -416,10 +418,10 @@ def write_card(out: Path, facts: dict) -> None:
         "model of this project's examples and tests. Built by `python recipes/tiny_flux.py`.\n\n"
         "```python\nfrom diffusers import FluxPipeline\n"
         "pipe = FluxPipeline.from_pretrained('engine/tempflow/assets/tiny-flux')\n"
-        "pipe('the word \"HELLO\"', height=32, width=96, max_sequence_length=20).images[0]\n```\n\n"
+        "pipe('the word \"HELLO\"', height=32, width=96).images[0]\n```\n\n"
         "It knows one prompt form, `the word \"XXXXX\"`, with 3 to 5 capital letters, at 32 x 96 pixels; other prompts "
-        "and sizes give nothing of use. Pass `max_sequence_length=20`: among the 500 tokens of padding of diffusers' default "
-        "it does not spell.\n\n## Numbers seen when it was built\n| what | value |\n|---|---|\n" + rows
+        "and sizes give nothing of use. It ignores padding of the text: `max_sequence_length=20` is several times faster than "
+        "diffusers' default of 512 and spells as well.\n\n## Numbers seen when it was built\n| what | value |\n|---|---|\n" + rows
     )
 
 

@@ -18,6 +18,7 @@ from tempflow.errors import UserError
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+Compile = Literal["eager", "compile", "compile-max"]
 
 
 class Section(BaseModel):
@@ -82,6 +83,10 @@ class Rollout(Section):
     micro_batch: Positive = Field(48, description="most rows in one forward of the rollout")
     decode_batch: Positive = Field(16, description="most latents decoded at once")
     suffix: Suffix | None = Field(None, description="coarser steps after a row's last decision; null: the exact ones")
+    graphs: bool = Field(False, description="replay forwards as CUDA graphs where there is a GPU; needs replica")
+    graph_limit_mb: Positive = Field(4096, description="device memory for graphs; the least recently used leave beyond it")
+    graph_verify: bool = Field(True, description="compare every graph's first replay with an eager forward")
+    compile: Compile = Field("eager", description="torch.compile of the rollout copy's blocks; compile-max tunes kernels too")
     replica: bool = Field(True, description="roll out on a static copy of the weights, not through the training engine")
 
     @field_validator("branch_steps", mode="wrap")
@@ -120,6 +125,7 @@ class Training(Section):
     clip_high: Annotated[float, Field(gt=0)] = Field(1e-4, description="and above at 1 + this")
     ratio: Literal["plain", "guard"] = Field("plain", description="guard: the normalised ratio of GRPO-Guard")
     weighting: Literal["noise", "uniform"] = Field("noise", description="loss weight of a step: its tau, or 1")
+    compile: Compile = Field("eager", description="torch.compile of the trained transformer's blocks; not with ZeRO stage 3")
     kl_coef: Annotated[float, Field(ge=0)] = Field(0.0, description="beta; 0 keeps no reference policy")
     kl_form: Literal["x", "v"] = Field("x", description="KL of step means over tau, or plain velocity distance")
     share_group_forward: bool = Field(True, description="one forward per state; false: one per child, for comparison")
@@ -163,7 +169,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _agree(self) -> Config:
-        for check in (_check_branch_steps, _check_groups, _check_deepspeed):
+        for check in (_check_branch_steps, _check_groups, _check_deepspeed, _check_compiled):
             check(self)
         return self
 
@@ -224,6 +230,16 @@ def _check_deepspeed(config: Config) -> None:
         raise ValueError("deepspeed.scheduler: the engine sets the learning rate itself; use training.lr_decay")
     if "optimizer" not in ds:
         raise ValueError('deepspeed.optimizer: missing; for example {"type": "AdamW", "params": {"lr": 1e-4}}')
+
+
+def _check_compiled(config: Config) -> None:
+    if config.rollout.graphs and not config.rollout.replica:
+        raise ValueError("rollout.graphs: true needs rollout.replica; graphs read weights from fixed addresses")
+    stage = config.deepspeed.get("zero_optimization", {}).get("stage", 0)
+    if config.training.compile != "eager" and stage == 3:
+        raise ValueError(f"training.compile: {config.training.compile!r}; at ZeRO stage 3 only \"eager\" is allowed")
+    if config.rollout.compile != "eager" and not config.rollout.replica:
+        raise ValueError("rollout.compile: without rollout.replica rollouts use training.compile")
 
 
 def load_config(path: str | Path, overrides: list[str] = ()) -> Config:

@@ -19,14 +19,16 @@ def toy_velocity(x, sigma, units):
 class Rollout:
     """A finished run of the scheduler."""
 
-    def __init__(self, config, units, *, velocity=toy_velocity, sigmas=GRID, shape=SHAPE, micro_batch=7, iteration=0):
+    def __init__(self, config, units, *, velocity=toy_velocity, sigmas=GRID, shape=SHAPE, micro_batch=7, iteration=0, **more):
         self.plan, self.finished, self.told = build_plan(config, units, iteration), {}, 0
-        r = config.rollout
+        r, by_index = config.rollout, {unit.index: unit for unit in units}
         scheduler = RowScheduler(
-            self.plan, velocity, sigmas, sde_coefficients(sigmas, r.sde, r.eta), micro_batch, config.training.seed, iteration,
-            self._keep, self._tell, suffix=r.suffix,
+            self.plan, lambda units: {"place": torch.tensor([unit.index for unit in units])},
+            lambda x, sigma, place: velocity(x, sigma, [by_index[i] for i in place.tolist()]), sigmas,
+            sde_coefficients(sigmas, r.sde, r.eta), micro_batch, config.training.seed, iteration,
+            self._keep, self._tell, suffix=r.suffix, **more,
         )  # fmt: skip
-        self.decisions = {(d.unit.index, d.step): d for d in scheduler.run(shape)}
+        self.decisions = {(d.unit.index, d.step): d for d in scheduler.roll_out(shape)}
         self.stats = scheduler.stats
 
     def _keep(self, indices, latents):

@@ -50,7 +50,8 @@ def test_only_what_names_the_task_is_required():
 CONTRACT = {
     "model": "path dtype lora attention_backend gradient_checkpointing",
     "data": "train heldout prompts_per_iteration",
-    "rollout": "plan height width num_steps seeds children branch_steps sde eta guidance_scale micro_batch replica",
+    "rollout": "plan height width num_steps seeds children branch_steps sde eta guidance_scale micro_batch replica "
+    "graphs compile suffix",
     "training": "iterations updates_per_rollout micro_batch advantage_group global_std adv_clip clip_low clip_high ratio "
     "weighting kl_coef kl_form share_group_forward ema seed",
     "eval": "every num_steps prompts",
@@ -148,6 +149,10 @@ REFUSED = [
     ("training.clip_low", 1.5, ["training.clip_low", "less than 1", "1.5"]),
     ("training.kl_coef", -0.1, ["training.kl_coef", "greater than or equal to 0", "-0.1"]),
     ("training.lr_decay", 2, ["training.lr_decay", "less than or equal to 1", "2"]),
+    ("rollout.suffix", {"stride": 1}, ["rollout.suffix.stride", "greater than or equal to 2", "1"]),
+    ("rollout.suffix", {"every": 2}, ["rollout.suffix.every", "stride, order, exact_steps, audit_every"]),
+    ("rollout.suffix", "fast", ["rollout.suffix", "'fast'"]),
+    ("rollout.compile", "max", ["rollout.compile", "'eager', 'compile' or 'compile-max'", "'max'"]),
     # a group of one
     ("rollout.children", 1, ["rollout.children", "group of one", "at least 2"]),
     # the grid
@@ -196,6 +201,10 @@ def test_refused(key, value, words):
     ({"rollout": {"plan": "flow_grpo", "seeds": 1}, "training": {"advantage_group": "prompt"}},
      ["rollout.seeds", "at least 2"]),
     ({"rollout": {"children": 1, "seeds": 1}, "training": {"advantage_group": "prompt"}}, ["rollout.children", "at least 2"]),
+    ({"rollout": {"graphs": True, "replica": False}}, ["rollout.graphs", "rollout.replica"]),
+    ({"rollout": {"compile": "compile", "replica": False}}, ["rollout.compile", "training.compile"]),
+    ({"training": {"compile": "compile"}, "deepspeed": {"optimizer": {"type": "AdamW"}, "zero_optimization": {"stage": 3}}},
+     ["training.compile", "ZeRO stage 3", '"eager"']),
     ({"rollout": {"sde": "cps", "eta": 1.5}}, ["rollout.eta", "1.5", "cps allows 0 to 1"]),
 ])  # fmt: skip
 def test_refused_together(section, words):

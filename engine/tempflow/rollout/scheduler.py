@@ -13,6 +13,7 @@ from typing import Callable
 import torch
 
 from tempflow.config import Suffix
+from tempflow.profiling import span
 from tempflow.rollout.noise import INITIAL, key_tensor, noise_key
 from tempflow.rollout.plan import Plan, Row, Unit
 from tempflow.rollout.suffix import bend, last_decisions, suffix_path
@@ -36,10 +37,12 @@ class Decision:
 
 @dataclass
 class RolloutStats:
-    """forwards: rows that went through the transformer; batches: forwards of any size; peak_latents: most held."""
+    """forwards: rows that went through the transformer; batches: forwards of any size; padded: rows in them that only
+    fill a batch of fixed size; peak_latents: most held."""
 
     forwards: int = 0
     batches: int = 0
+    padded: int = 0
     peak_latents: int = 0
 
 
@@ -47,14 +50,17 @@ class RolloutStats:
 class RowScheduler:
     """Integrates the rows of a plan.
 
-    velocity(x [n, ...], sigma fp32 [n], units of the n rows) -> [n, ...]: the policy's transformer.
+    conditioning(units of n rows) -> tensors [n, ...] by name, and velocity(x [n, ...], sigma fp32 [n], **conditioning) ->
+    [n, ...], the policy's transformer, a function of its tensors alone. run(function, inputs by name) calls such a
+    function; a graph cache takes its place, for which pad makes every forward one of micro_batch rows.
     sigmas: fp32 [T + 1]; sde: the stochastic steps' coefficients. on_finished(row indices, latents fp32 [n, ...])
     is called with rows as they reach sigma = 0. advance(n) is told of every n rows forwarded. suffix: how rows go on
     after their last decision; None is exact.
     """
 
     plan: Plan
-    velocity: Callable[[torch.Tensor, torch.Tensor, list[Unit]], torch.Tensor]
+    conditioning: Callable[[list[Unit]], dict[str, torch.Tensor]]
+    velocity: Callable[..., torch.Tensor]
     sigmas: torch.Tensor
     sde: Coefficients
     micro_batch: int
@@ -64,6 +70,8 @@ class RowScheduler:
     advance: Callable[[int], None] = lambda n: None
     device: torch.device | str = "cpu"
     suffix: Suffix | None = None
+    run: Callable[[Callable, dict], tuple] = lambda function, inputs: function(**inputs)
+    pad: bool = False
     stats: RolloutStats = field(default_factory=RolloutStats)
 
     def __post_init__(self):
@@ -79,7 +87,7 @@ class RowScheduler:
                 self._branches[row.parent, row.start].append(index)
 
     @torch.no_grad()
-    def run(self, latent_shape: tuple[int, ...]) -> list[Decision]:
+    def roll_out(self, latent_shape: tuple[int, ...]) -> list[Decision]:
         """Integrate every row; returns the decisions, ordered by unit and step."""
         roots = [i for i, row in enumerate(self.plan.rows) if row.parent is None]
         if roots:
@@ -88,7 +96,10 @@ class RowScheduler:
             self._place(roots, noise, 0)
         decisions: list[Decision] = []
         while self._state:
-            self._forward(self._next_batch(), decisions)
+            batch = self._next_batch()
+            steps = [self._step[i] for i in batch]
+            with span("forward", rows=len(batch), steps=f"{min(steps)}-{max(steps)}"):
+                self._forward(batch, steps, decisions)
         return sorted(decisions, key=lambda d: (d.unit.index, d.step))
 
     def _next_batch(self) -> list[int]:
@@ -96,18 +107,20 @@ class RowScheduler:
         order = sorted(self._state, key=lambda i: (self.plan.rows[i].parent is not None, -self._step[i], i))
         return order[: self.micro_batch]
 
-    def _forward(self, batch: list[int], decisions: list[Decision]) -> None:
-        steps = [self._step[i] for i in batch]
+    def _forward(self, batch: list[int], steps: list[int], decisions: list[Decision]) -> None:
         x = torch.stack([self._state.pop(i) for i in batch])
         rows = [self.plan.rows[i] for i in batch]
-        v = self.velocity(x, self.sigmas[steps].to(self.device), [row.unit for row in rows])
+        goals = [self._goal(i, k) for i, k in zip(batch, steps, strict=True)]
+        noisy = [k in row.noise for row, k in zip(rows, steps, strict=True)]
+        keys = [[self._key(row, k)] for row, k in zip(rows, steps, strict=True)]
+        inputs = {"x": x, "sigma": self.sigmas[steps].to(self.device), **self._scalars(steps, goals, noisy),
+                  "key": key_tensor(keys, self.device), **self._history(batch, steps, goals, x),
+                  **self.conditioning([row.unit for row in rows])}  # fmt: skip
+        v, x_next, log_prob = self._padded_run(inputs, len(batch))
         self.stats.forwards += len(batch)
         self.stats.batches += 1
+        self._remember(batch, steps, goals, v)
         self._branch(batch, steps, x, v, decisions)
-        goals = [self._goal(i, k) for i, k in zip(batch, steps, strict=True)]
-        used = self._with_history(batch, steps, goals, v)
-        noisy = [k in row.noise for row, k in zip(rows, steps, strict=True)]
-        x_next, log_prob = self._transition(x, used, steps, goals, noisy, [[self._key(r, k)] for r, k in zip(rows, steps)])
         for n in (n for n, is_noisy in enumerate(noisy) if is_noisy):
             decisions.append(Decision(rows[n].unit, steps[n], x[n], x_next[n], log_prob[n]))
         for goal in sorted(set(goals)):
@@ -122,20 +135,41 @@ class RowScheduler:
         path = self._paths[self._free[index]]
         return path[path.index(step) + 1]
 
-    def _with_history(self, batch: list[int], steps: list[int], goals: list[int], v: torch.Tensor) -> torch.Tensor:
-        """Velocities for the steps to take: in a second-order suffix, extrapolated by what the row saw before."""
+    def _padded_run(self, inputs: dict[str, torch.Tensor], size: int) -> list[torch.Tensor]:
+        """One forward and step; a batch that is not full is filled by its first row where shapes must not change."""
+        missing = self.micro_batch - size if self.pad else 0
+        if missing:
+            self.stats.padded += missing
+            inputs = {name: torch.cat([t, t[:1].expand(missing, *t.shape[1:])]) for name, t in inputs.items()}
+        return [t[:size] for t in self.run(self._forward_and_step, inputs)]
+
+    def _forward_and_step(self, x, sigma, a, b, tau, key, v_before=None, bend=None, **conditioning):
+        """What one launch of everything does: the velocity [n, ...], the next latents [n, 1, ...], log-probabilities [n, 1]."""
+        v = self.velocity(x, sigma, **conditioning)
+        used = v
+        if v_before is not None:  # v itself stays in its dtype, as training will see it
+            used = v.float() + bend.reshape(-1, *[1] * (v.ndim - 1)) * (v.float() - v_before)
+        return v, *sde_step(x, used, a, b, tau, key=key, children=1, out_dtype=torch.float32)
+
+    def _history(self, batch: list[int], steps: list[int], goals: list[int], x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """In a second-order suffix: the velocity that each row saw before, and how much its next jump bends by it."""
         if self.suffix is None or self.suffix.order == 1:
-            return v
-        before = [self._before.pop(i, (v[n], None)) for n, i in enumerate(batch)]
-        shares = torch.zeros(len(batch))
+            return {}
+        bends, velocities = torch.zeros(len(batch)), torch.zeros_like(x)
         for n, (i, step, goal) in enumerate(zip(batch, steps, goals, strict=True)):
-            since = before[n][1]
-            if since is not None and goal > step + 1:
-                shares[n] = bend(self.sigmas, step, goal, (self.sigmas[step] - self.sigmas[since]).item())
+            if i in self._before and goal > step + 1:
+                v_before, since = self._before[i]
+                bends[n] = bend(self.sigmas, step, goal, (self.sigmas[step] - self.sigmas[since]).item())
+                velocities[n] = v_before
+        return {"v_before": velocities, "bend": bends.to(self.device)}
+
+    def _remember(self, batch: list[int], steps: list[int], goals: list[int], v: torch.Tensor) -> None:
+        if self.suffix is None or self.suffix.order == 1:
+            return
+        for n, (i, step, goal) in enumerate(zip(batch, steps, goals, strict=True)):
+            self._before.pop(i, None)
             if self._free[i] <= goal < self._last:
                 self._before[i] = (v[n], step)
-        shares = shares.to(self.device).reshape(-1, *[1] * (v.ndim - 1))
-        return v + shares * (v.float() - torch.stack([u for u, _ in before]).float())
 
     def _branch(self, batch, steps, x, v, decisions) -> None:
         """Children of the batch's rows take their SDE step and join."""
@@ -146,24 +180,20 @@ class RowScheduler:
         keys = [[self._key(self.plan.rows[c], steps[n]) for c in family] for n, family in zip(parents, families)]
         at = [steps[n] for n in parents]
         to = [k + 1 for k in at]
-        x_next, log_prob = self._transition(x[parents], v[parents], at, to, [True] * len(parents), keys)
+        x_next, log_prob = sde_step(x[parents], v[parents], **self._scalars(at, to, [True] * len(parents)),
+                                    key=key_tensor(keys, self.device), children=len(keys[0]), out_dtype=torch.float32)  # fmt: skip
         for j, (n, family) in enumerate(zip(parents, families, strict=True)):
             decisions.append(Decision(self.plan.rows[batch[n]].unit, at[j], x[n], x_next[j], log_prob[j]))
             self._place(family, x_next[j], to[j])
             if self.suffix and self.suffix.order == 2:
                 self._before |= {i: (v[n], at[j]) for i in family if self._free[i] == to[j] < self._last}
 
-    def _dt(self, steps: list[int], goals: list[int]) -> torch.Tensor:
-        return (self.sigmas[goals].double() - self.sigmas[steps].double()).float()
-
-    def _transition(self, x, v, steps: list[int], goals: list[int], noisy: list[bool], keys: list[list[int]]):
-        """One fused step of n rows, each by its own coefficients; [n, B, ...] and [n, B]."""
-        choose, dt = torch.tensor(noisy), self._dt(steps, goals)
-        ode = torch.ones_like(dt), dt, torch.zeros_like(dt)
-        sde = self.sde.a[steps], self.sde.b[steps], self.sde.tau[steps]
-        scalars = [torch.where(choose, s, o).to(self.device) for s, o in zip(sde, ode, strict=True)]
-        key = key_tensor(keys, self.device)
-        return sde_step(x, v, *scalars, key=key, children=key.shape[1], out_dtype=torch.float32)
+    def _scalars(self, steps: list[int], goals: list[int], noisy: list[bool]) -> dict[str, torch.Tensor]:
+        """(a, b, tau) of n rows' steps, fp32 [n]: the SDE's where a row is noisy, else the ODE's to its goal."""
+        choose = torch.tensor(noisy)
+        dt = (self.sigmas[goals].double() - self.sigmas[steps].double()).float()
+        ode = {"a": torch.ones_like(dt), "b": dt, "tau": torch.zeros_like(dt)}
+        return {name: torch.where(choose, getattr(self.sde, name)[steps], value).to(self.device) for name, value in ode.items()}
 
     def _place(self, indices: list[int], latents: torch.Tensor, step: int) -> None:
         if step == self._last:

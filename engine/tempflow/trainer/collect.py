@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Callable
 
 import numpy as np
 import torch
@@ -12,8 +13,10 @@ from tempflow.config import Config, Suffix
 from tempflow.errors import UserError
 from tempflow.policy import Policy
 from tempflow.policy.embeddings import EmbeddingCache
+from tempflow.profiling import span
 from tempflow.prompts import Prompt
 from tempflow.rewards import RewardPool, RewardSpec, combine
+from tempflow.rollout.graphs import CudaCapture, GraphCache
 from tempflow.rollout.plan import Plan, Unit, build_plan, iteration_units
 from tempflow.rollout.scheduler import Decision, RolloutStats, RowScheduler
 from tempflow.rollout.suffix import count_forwards
@@ -70,7 +73,8 @@ class _Finished:
         part, self._waiting = self._waiting[:size], self._waiting[size:]
         started = time.perf_counter()
         rollout = self.collector.config.rollout
-        images = self.collector.policy.decode(torch.stack([x for _, x in part]), rollout.height, rollout.width)
+        with span("decode", rows=len(part)):
+            images = self.collector.policy.decode(torch.stack([x for _, x in part]), rollout.height, rollout.width)
         self.decode_seconds += time.perf_counter() - started
         chosen = [self.collector.prompts[self.plan.rows[i].unit.prompt_id] for i, _ in part]
         self.rows += [i for i, _ in part]
@@ -82,13 +86,19 @@ class Collector:
     """Rollouts of one run."""
 
     def __init__(self, config: Config, policy: Policy, prompts: list[Prompt], embeddings: EmbeddingCache,
-                 pool: RewardPool, specs: list[RewardSpec], should_stop=lambda: False):  # fmt: skip
+                 pool: RewardPool, specs: list[RewardSpec], should_stop=lambda: False,
+                 note: Callable[[str], None] = print):  # fmt: skip
         self.config, self.policy, self.prompts = config, policy, prompts
         self.embeddings, self.pool, self.specs, self.should_stop = embeddings, pool, specs, should_stop
         r = config.rollout
         self.latent_shape = policy.latent_shape(r.height, r.width)
         self.sigmas = policy.sigmas(r.num_steps, r.height, r.width)
         self.sde: Coefficients = sde_coefficients(self.sigmas, r.sde, r.eta)
+        self.graphs = None
+        if r.graphs and policy.device.type == "cuda":
+            self.graphs = GraphCache(CudaCapture(), limit_bytes=r.graph_limit_mb << 20, verify=r.graph_verify, note=note)
+        elif r.graphs:
+            note("rollout.graphs: no GPU, so rollouts run eagerly")
 
     def my_units(self, prompt_ids: list[int]) -> list[Unit]:
         """Units dealt to this rank: every world-size-th."""
@@ -122,14 +132,16 @@ class Collector:
         started = time.perf_counter()
         stopped, decisions, stats = False, [], RolloutStats()
         try:
-            decisions, stats = self._roll_out(plan, iteration, suffix, finished, advance)
+            with span("rollout", rows=len(plan.rows)):
+                decisions, stats = self._roll_out(plan, iteration, suffix, finished, advance)
         except Stopped:
             stopped = True
         rollout_seconds = time.perf_counter() - started - finished.decode_seconds
         if comm.reduce(stopped or self.should_stop(), "max"):
             raise Stopped
         waiting = time.perf_counter()
-        scores = self.pool.gather(finished.tickets)
+        with span("reward"):
+            scores = self.pool.gather(finished.tickets)
         waited = time.perf_counter() - waiting
         times = {"rollout": rollout_seconds, "decode": finished.decode_seconds, "reward": waited,
                  "reward_busy": sum(ticket.seconds for ticket in finished.tickets), "audit": 0.0}  # fmt: skip
@@ -141,23 +153,28 @@ class Collector:
         conditioning = self.embeddings.get(texts)
         places = {text: i for i, text in enumerate(texts)}
 
-        def velocity(x, sigma, units):
+        def conditioning_of(units):
             # Under ZeRO-3 without a replica a forward is a collective, which no rank may leave alone.
             if r.replica and self.should_stop():
                 raise Stopped
             chosen = [places[self.prompts[unit.prompt_id].text] for unit in units]
-            return self.policy.velocity(
-                self.policy.transformer, x, sigma, {n: t[chosen] for n, t in conditioning.items()},
-                height=r.height, width=r.width, guidance_scale=r.guidance_scale,
-            )  # fmt: skip
+            return {name: tensor[chosen] for name, tensor in conditioning.items()}
 
         scheduler = RowScheduler(
-            plan, velocity, self.sigmas, self.sde, r.micro_batch, self.config.training.seed, iteration,
-            finished.add, advance, self.policy.device, suffix,
+            plan, conditioning_of, self._velocity, self.sigmas, self.sde, r.micro_batch, self.config.training.seed, iteration,
+            finished.add, advance, self.policy.device, suffix, pad=self.graphs is not None or r.compile != "eager",
         )  # fmt: skip
-        decisions = scheduler.run(self.latent_shape)
+        if self.graphs is not None:
+            self.graphs.watch(self.policy.transformer)
+            scheduler.run = self.graphs
+        decisions = scheduler.roll_out(self.latent_shape)
         finished.drain()
         return decisions, scheduler.stats
+
+    def _velocity(self, x, sigma, **conditioning):
+        r = self.config.rollout
+        return self.policy.velocity(self.policy.transformer, x, sigma, conditioning, height=r.height, width=r.width,
+                                    guidance_scale=r.guidance_scale)  # fmt: skip
 
     def _share(self, plan: Plan, rows, scores, prompts: int, decisions, stats, times) -> Collected:
         """Every rank's rewards in one array on every rank."""

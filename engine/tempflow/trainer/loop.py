@@ -26,6 +26,7 @@ from tempflow.machine import device_name, versions
 from tempflow.objective import Batch, make_batches, select
 from tempflow.policy import load_policy
 from tempflow.policy.embeddings import EmbeddingCache
+from tempflow.profiling import Profile, span
 from tempflow.prompts import Prompt, PromptOrder
 from tempflow.rewards import RewardPool, RewardSpec
 from tempflow.sde import noise_weights
@@ -44,8 +45,10 @@ class Trainer:
     """
 
     def __init__(self, config: Config, run_dir: Path, train: list[Prompt], heldout: list[Prompt],
-                 specs: list[RewardSpec], stop: StopSignal, report: Callable[[Path], Path]):  # fmt: skip
+                 specs: list[RewardSpec], stop: StopSignal, report: Callable[[Path], Path],
+                 profile: Profile | None = None):  # fmt: skip
         self.config, self.run_dir, self.stop, self.report = config, run_dir, stop, report
+        self.profile = profile or Profile(None)
         self.prompts, self.heldout, self.specs = train, heldout[: config.eval.prompts], specs
         self.threads = Threads(config)
         pool = config.reward_pool
@@ -64,7 +67,8 @@ class Trainer:
         self.runtime = Runtime(config, self.policy)
         ema = config.training.ema
         self.ema = Average(self.runtime, ema.decay, ema.every) if ema else None
-        self.collector = Collector(config, self.policy, train, self.embeddings, self.pool, specs, stop)
+        self.console: Console | None = None
+        self.collector = Collector(config, self.policy, train, self.embeddings, self.pool, specs, stop, self._note)
         self.updater = Updater(config, self.runtime, self._embed)
         self.iteration, self.elapsed, self.images = 0, 0.0, 0
         self.base_reward: float | None = None
@@ -84,6 +88,10 @@ class Trainer:
                     f"{key}: {count} for {comm.world_size()} ranks; with rollout.replica false under ZeRO-3 every rank must "
                     "have as many"
                 )
+
+    def _note(self, text: str) -> None:
+        if comm.rank() == 0:
+            self.console.note(text) if self.console else print(text)
 
     def _embed(self, units) -> dict[str, torch.Tensor]:
         return self.embeddings.get([self.prompts[unit.prompt_id].text for unit in units])
@@ -119,8 +127,10 @@ class Trainer:
         saved = self.iteration
         while not self._done():
             started = time.perf_counter()
+            self.profile.before(self.iteration)
             try:
-                metrics = self._iterate()
+                with span("iteration", number=self.iteration):
+                    metrics = self._iterate()
             except Stopped:
                 break
             self.iteration += 1
@@ -133,6 +143,7 @@ class Trainer:
             if self._due(self.config.checkpoint.every):
                 self._save()
                 saved = self.iteration
+        self.profile.before(self.iteration)
         if saved != self.iteration:
             self._save()
         if comm.reduce(self.stop(), "max"):
@@ -178,7 +189,8 @@ class Trainer:
                     self.ema.update()
         trained = time.perf_counter()
         if r.replica:
-            self.runtime.refresh(self.policy.transformer)
+            with span("weight sync"):
+                self.runtime.refresh(self.policy.transformer)
         synced = time.perf_counter()
         self.images += data.images
         metrics = self._reward_metrics(data, adv) | self._update_metrics(updates)
@@ -216,7 +228,7 @@ class Trainer:
     def _reward_metrics(self, data: Collected, adv: Advantages) -> dict:
         valid = data.rewards[np.isfinite(data.rewards)]
         spread = {f"reward_std/step_{k}": float(s) for k, s in zip(data.steps, adv.spread, strict=True)}
-        forwards, batches = comm.reduce([data.stats.forwards, data.stats.batches])
+        forwards, batches, padded = comm.reduce([data.stats.forwards, data.stats.batches, data.stats.padded])
         return {
             "reward/mean": float(valid.mean()), "reward/std": float(valid.std()), "reward/trunk": data.trunk_reward,
             **{f"reward/{name}": value for name, value in data.parts.items()},
@@ -224,6 +236,7 @@ class Trainer:
             "advantage/mean_abs": float(np.abs(adv.values).mean()),
             "images": data.images, "images/total": self.images, "forwards/rollout": int(forwards),
             "rollout/rows_per_forward": forwards / max(batches, 1), "rollout/peak_latents": data.stats.peak_latents,
+            "rollout/padded_rows": int(padded),
             **spread, **self._suffix_metrics(data, adv),
         }  # fmt: skip
 
@@ -333,7 +346,7 @@ class Trainer:
             "ema_updates": self.ema.updates if self.ema else 0, "world_size": comm.world_size(),
             "config": self.config.model_dump(), "versions": versions(),
         }  # fmt: skip
-        with self.console.phase("checkpoint"):
+        with self.console.phase("checkpoint"), span("checkpoint"):
             checkpoint.save(self.runtime, self.ema, self.run_dir, state, self.config.checkpoint.keep)
 
     def _restore(self, path: Path) -> None:

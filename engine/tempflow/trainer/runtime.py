@@ -7,7 +7,9 @@ rollout copy (`replica`) keeps its storage for the whole run and is refreshed in
 from __future__ import annotations
 
 import copy
+import os
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Iterator
 
 import deepspeed
@@ -65,6 +67,9 @@ class Runtime:
             module.enable_gradient_checkpointing()
         for copy_of_it in (module, policy.transformer):
             set_attention_backend(copy_of_it, config.model.attention_backend)
+        compile_blocks(module, config.training.compile)
+        if config.rollout.replica:
+            compile_blocks(policy.transformer, config.rollout.compile)
         self.reference = None
         if config.training.kl_coef and not config.model.lora:
             self.reference = copy.deepcopy(module).requires_grad_(False).eval().to(policy.device)
@@ -174,6 +179,17 @@ class Runtime:
             size += elements
         if bucket:
             yield bucket
+
+
+def compile_blocks(module: torch.nn.Module, how: str) -> None:
+    """torch.compile of the repeated blocks, one compilation for all of a kind; "eager" leaves the module alone.
+
+    Weights stay where they are, so refreshing them in place goes on working. Compiled code is cached on disk.
+    """
+    if how == "eager":
+        return
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache/tempflow/inductor"))
+    module.compile_repeated_blocks(mode="max-autotune-no-cudagraphs" if how == "compile-max" else "default")
 
 
 def set_attention_backend(module: torch.nn.Module, name: str | None) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from tempflow.config import Config
 from tempflow.objective import Batch, one_child_per_state
+from tempflow.profiling import span
 from tempflow.trainer import comm
 from tempflow.trainer.runtime import Runtime
 from tempflow_kernels import group_loss
@@ -65,13 +66,15 @@ class Updater:
         """
         stats = UpdateStats()
         for i, batch in enumerate(batches):
-            loss = self._loss(batch, total, first, stats)
-            self.runtime.accumulate(loss, last=i == len(batches) - 1)
+            with span("train micro-batch", states=len(batch.x)):
+                loss = self._loss(batch, total, first, stats)
+                self.runtime.accumulate(loss, last=i == len(batches) - 1)
             advance(1)
         metrics = stats.reduced()
         if not math.isfinite(metrics["loss"]):
             raise NonFiniteLoss(f"the loss is {metrics['loss']}")
-        metrics["grad_norm"] = self.runtime.step(lr_factor)
+        with span("optimizer step"):
+            metrics["grad_norm"] = self.runtime.step(lr_factor)
         return metrics
 
     def _loss(self, batch: Batch, total: int, first: bool, stats: UpdateStats) -> torch.Tensor:

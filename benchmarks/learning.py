@@ -1,0 +1,140 @@
+"""Who learns faster, whatever the seed? Trains variants of a config and records their held-out curves.
+
+    python benchmarks/learning.py --seeds 5 --variants tempflow            # does the shipped run learn
+    python benchmarks/learning.py --seeds 3 --set training.minutes=8       # TempFlow-GRPO against the others
+
+Every run starts from the same weights, has the same minutes of training and goes through the deepspeed launcher, as a user's
+would; one after another, because each needs the whole machine. Runs found complete in --runs are not repeated. Written to
+benchmarks/results/: JSON, and the curves' mean and range over the seeds against minutes, transformer forwards (a
+backward counts two) and rewarded pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+
+from tempflow import cli
+from tempflow.config import load_config
+from tempflow.errors import UserError
+from tempflow.logs import read_metrics, write_atomic
+
+ROOT = Path(__file__).parent.parent
+FLOW = [
+    "rollout.plan=flow_grpo", "rollout.seeds=12", "training.advantage_group=prompt", "training.updates_per_rollout=1",
+]  # fmt: skip
+VARIANTS = {
+    "tempflow": [],
+    "flow_grpo": FLOW,
+    "uniform weights": ["training.weighting=uniform"],
+    "prompt groups": ["training.advantage_group=prompt"],
+    "one update": ["training.updates_per_rollout=1"],
+    "suffix every 2nd": ["rollout.suffix={}"],
+}
+AXES = {"minutes": "minutes of training", "forwards": "transformer forwards (backward = 2)", "images": "rewarded pictures"}
+POINTS = 60
+
+
+def train(args: argparse.Namespace, variant: str, seed: int) -> Path:
+    """Train one seed of a variant unless its run is complete; returns the run directory."""
+    name = f"{Path(args.config).stem}-{variant.replace(' ', '_')}-seed{seed}"
+    run_dir = args.runs / name
+    if (run_dir / "summary.json").exists():
+        return run_dir
+    overrides = [*VARIANTS[variant], *args.set, f"training.seed={seed}", f"logging.name={name}", f"logging.dir={args.runs}"]
+    launcher = Path(sys.executable).with_name("deepspeed")
+    command = [str(launcher), "engine/train.py", "--config", args.config]
+    command += [part for override in overrides for part in ("--set", override)]
+    if run_dir.exists():
+        command.append("--resume")
+    done = subprocess.run(command, cwd=ROOT)
+    if done.returncode:
+        raise UserError(f"{name}: the run ended with status {done.returncode}")
+    return run_dir
+
+
+def curve(run_dir: Path) -> list[dict]:
+    """Held-out reward against training minutes, rewarded pictures and transformer forwards."""
+    points, forwards = [], 0
+    for row in read_metrics(run_dir):
+        forwards += row.get("forwards/rollout", 0) + 3 * row.get("forwards/train", 0)
+        if row.get("eval/reward") is not None:
+            points.append({
+                "iteration": row["iteration"], "minutes": row.get("time/elapsed", 0.0) / 60,
+                "images": row.get("images/total", 0), "forwards": forwards, "reward": row["eval/reward"],
+            })  # fmt: skip
+    return points
+
+
+def on_grid(curves: list[list[dict]], axis: str) -> tuple[np.ndarray, np.ndarray]:
+    """Places [n] that all curves reach, and their rewards there, interpolated, [seeds, n]."""
+    end = min(points[-1][axis] for points in curves)
+    grid = np.linspace(0, end, POINTS)
+    return grid, np.stack([np.interp(grid, [p[axis] for p in points], [p["reward"] for p in points]) for points in curves])
+
+
+def draw(results: dict[str, list[dict]], file: Path, title: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(AXES), figsize=(5 * len(AXES), 4), layout="constrained", sharey=True)
+    for place, (axis, label) in zip(axes, AXES.items(), strict=True):
+        for number, (variant, runs) in enumerate(results.items()):
+            grid, rewards = on_grid([run["curve"] for run in runs], axis)
+            place.plot(grid, rewards.mean(0), color=f"C{number}", label=f"{variant} ({len(runs)} seeds)")
+            place.fill_between(grid, rewards.min(0), rewards.max(0), color=f"C{number}", alpha=0.15, linewidth=0)
+        place.set(xlabel=label)
+        place.grid(alpha=0.3)
+    axes[0].set(ylabel="held-out reward: mean and range")
+    axes[0].legend(fontsize=8)
+    figure.suptitle(title)
+    figure.savefig(file, dpi=120)
+
+
+def result(run_dir: Path, seed: int) -> dict:
+    summary = json.loads((run_dir / "summary.json").read_text())
+    gain = summary["tuned_reward"] - summary["base_reward"]
+    return {"seed": seed, "base": summary["base_reward"], "tuned": summary["tuned_reward"], "gain": gain,
+            "minutes": summary["minutes"], "iterations": summary["iterations"], "device": summary["device"],
+            "versions": summary["versions"], "curve": curve(run_dir)}  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--config", default="configs/tiny_ocr.json")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["tempflow", "flow_grpo"])
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs/learning", help="folder of the runs")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results", help="folder of the report")
+    args = parser.parse_args()
+    configs = {variant: load_config(args.config, [*VARIANTS[variant], *args.set]).model_dump() for variant in args.variants}
+    results: dict[str, list[dict]] = {variant: [] for variant in args.variants}
+    for seed in range(args.seeds):
+        for variant in args.variants:
+            one = result(train(args, variant, seed), seed)
+            results[variant].append(one)
+            print(f"{variant}, seed {seed}: {one['base']:.3f} -> {one['tuned']:.3f} ({one['gain']:+.3f}) in {one['minutes']:.1f} min",
+                  flush=True)  # fmt: skip
+    out = args.output / f"learning-{Path(args.config).stem}-{'-'.join(args.variants).replace(' ', '_')}-{date.today()}.json"
+    device = results[args.variants[0]][0]["device"]
+    record = {"date": str(date.today()), "command": sys.argv, "device": device, "configs": configs, "results": results}
+    write_atomic(out, json.dumps(record, indent=1))
+    draw(results, out.with_suffix(".png"), f"{Path(args.config).stem}, {device}, {date.today()}")
+    for variant, runs in results.items():
+        gains = [run["gain"] for run in runs]
+        print(f"{variant}: gain {min(gains):+.3f} to {max(gains):+.3f}, {sum(g >= 0.3 for g in gains)} of {len(gains)} at least +0.30")
+    print(out)
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)
