@@ -117,6 +117,9 @@ class Training(Section):
     iterations: Positive = Field(100, description="rollouts, each followed by its updates")
     minutes: Annotated[float, Field(gt=0)] | None = Field(None, description="stop after this much training, if sooner")
     updates_per_rollout: Positive = Field(1, description="optimizer steps, each over all decisions of the rollout")
+    max_skipped: Annotated[int, Field(ge=0)] = Field(
+        3, description="updates in a row that may be skipped because the gradient is not finite, before the run stops"
+    )
     micro_batch: Positive = Field(8, description="decisions in one forward and backward")
     advantage_group: Literal["seed", "prompt"] = Field("seed", description="whose rewards are normalised together")
     global_std: bool = Field(False, description="divide by the whole batch's standard deviation, not the group's")

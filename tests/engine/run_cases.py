@@ -88,10 +88,10 @@ def launch(processes: int, *arguments) -> subprocess.CompletedProcess:
 class Run:
     """A finished run's directory."""
 
-    def __init__(self, folder: Path, done: subprocess.CompletedProcess | None = None):
+    def __init__(self, folder: Path, done: subprocess.CompletedProcess | None = None, status: int = 0):
         self.folder, self.done = folder, done
         if done is not None:
-            assert done.returncode == 0, f"status {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+            assert done.returncode == status, f"status {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
 
     @property
     def rows(self) -> list[dict]:
@@ -109,15 +109,15 @@ class Run:
         return [file.read_bytes() for file in sorted((self.folder / f"samples/{iteration:06d}").glob("*.png"))]
 
 
-def train(folder: Path, name: str, *more, processes: int | None = 0, **changes) -> Run:
+def train(folder: Path, name: str, *more, processes: int | None = 0, status: int = 0, **changes) -> Run:
     """A run to its end: under the launcher with `processes`, without it where that is 0, or in this process (None)."""
     changes["logging"] = {"dir": str(folder), "name": name, **changes.get("logging", {})}
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     config = write_config(folder, f"{name}.json", **changes)
     if processes:
-        return Run(folder / name, launch(processes, "--config", config, *more))
+        return Run(folder / name, launch(processes, "--config", config, *more), status)
     run = script_here if processes is None else script
-    return Run(folder / name, run("train", "--config", config, *more))
+    return Run(folder / name, run("train", "--config", config, *more), status)
 
 
 def timeless(row: dict) -> dict:

@@ -168,7 +168,8 @@ def test_leftovers_of_an_earlier_attempt_do_not_count(run_factory, row_writer):
 
 def test_evaluation_time_is_beside_the_total(run_factory, row_writer):
     run_dir = run_factory(iterations=2, sets=())
-    row_writer(run_dir, [{"iteration": n, "time/rollout": 3.0, "time/eval": 9.0, "time/reward_busy": 7.0, "time/total": 5.0} for n in (1, 2)])
+    times = {"time/rollout": 3.0, "time/eval": 9.0, "time/reward_busy": 7.0, "time/total": 5.0}
+    row_writer(run_dir, [{"iteration": n, **times} for n in (1, 2)])
     found = page(run_dir)
     series = found.chart("Seconds per iteration")["series"]
     assert found.chart("time/reward_busy")

@@ -185,8 +185,6 @@ class RowScheduler:
         for j, (n, family) in enumerate(zip(parents, families, strict=True)):
             decisions.append(Decision(self.plan.rows[batch[n]].unit, at[j], x[n], x_next[j], log_prob[j]))
             self._place(family, x_next[j], to[j])
-            if self.suffix and self.suffix.order == 2:
-                self._before |= {i: (v[n], at[j]) for i in family if self._free[i] == to[j] < self._last}
 
     def _scalars(self, steps: list[int], goals: list[int], noisy: list[bool]) -> dict[str, torch.Tensor]:
         """(a, b, tau) of n rows' steps, fp32 [n]: the SDE's where a row is noisy, else the ODE's to its goal."""

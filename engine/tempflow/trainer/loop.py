@@ -29,6 +29,7 @@ from tempflow.policy.embeddings import EmbeddingCache
 from tempflow.profiling import Profile, span
 from tempflow.prompts import Prompt, PromptOrder
 from tempflow.rewards import RewardPool, RewardSpec
+from tempflow.rollout.plan import Unit
 from tempflow.sde import noise_weights
 from tempflow.trainer import checkpoint, comm
 from tempflow.trainer.collect import Collected, Collector, Stopped
@@ -70,7 +71,8 @@ class Trainer:
         self.console: Console | None = None
         self.collector = Collector(config, self.policy, train, self.embeddings, self.pool, specs, stop, self._note)
         self.updater = Updater(config, self.runtime, self._embed)
-        self.iteration, self.elapsed, self.images = 0, 0.0, 0
+        self.iteration, self.elapsed, self.images, self.skipped_in_a_row = 0, 0.0, 0, 0
+        self.saved = 0  # iteration of the newest checkpoint; before the first update there is nothing to save
         self.base_reward: float | None = None
         self.pool.wait_ready()
 
@@ -124,7 +126,6 @@ class Trainer:
     def _train(self, first: bool) -> None:
         if first:
             self._record({"iteration": 0, **self._evaluate()})
-        saved = self.iteration
         while not self._done():
             started = time.perf_counter()
             self.profile.before(self.iteration)
@@ -142,9 +143,8 @@ class Trainer:
             self._record(metrics)
             if self._due(self.config.checkpoint.every):
                 self._save()
-                saved = self.iteration
         self.profile.before(self.iteration)
-        if saved != self.iteration:
+        if self.saved != self.iteration:
             self._save()
         if comm.reduce(self.stop(), "max"):
             self.stop.received = self.stop.received or "a signal on another rank"
@@ -185,6 +185,10 @@ class Trainer:
                 self._check_replay(batches[0])
             for u in range(t.updates_per_rollout if batches else 0):
                 updates.append(self.updater.update(batches, total, self._lr_factor(), u == 0, advance))
+                if updates[-1]["skipped"]:
+                    self._skipped(u, updates[-1]["broken"])
+                    continue
+                self.skipped_in_a_row = 0
                 if self.ema:
                     self.ema.update()
         trained = time.perf_counter()
@@ -215,6 +219,23 @@ class Trainer:
         batches = make_batches(chosen, data.decisions[0], count, size, self.collector.sigmas,
                                self.collector.sde, weights, self.policy.device)  # fmt: skip
         return batches, int(np.prod(data.rewards.shape[:3]))
+
+    def _skipped(self, number: int, broken: list[Unit]) -> None:
+        """Say which prompts broke an update; UserError, with the weights saved, when it happens again and again."""
+        self.skipped_in_a_row += 1
+        gathered = comm.gather_objects([self.prompts[unit.prompt_id].text for unit in broken])
+        texts = list(dict.fromkeys(text for texts in gathered or [] for text in texts))
+        named = ", ".join(map(repr, texts[:5])) + (" and others" if len(texts) > 5 else "")
+        cause = f"log-probabilities of {named}" if texts else "gradient"
+        self._note(f"warning: iteration {self.iteration + 1}, update {number + 1} skipped: {cause} not finite; weights unchanged")
+        if self.skipped_in_a_row > self.config.training.max_skipped:
+            if self.saved != self.iteration:
+                self._save()
+            raise UserError(
+                f"{self.skipped_in_a_row} updates in a row had no finite gradient, more than training.max_skipped "
+                f"({self.config.training.max_skipped}) allows; the weights before them are saved. A lower learning rate, or more "
+                "precision in the deepspeed section and model.dtype, may help"
+            )
 
     def _check_replay(self, batch: Batch) -> None:
         deviation = float(comm.reduce(self.updater.replay_deviation(batch), "max"))
@@ -258,10 +279,11 @@ class Trainer:
                     "forwards/train": 0, "lr": lr}  # fmt: skip
         first, last = updates[0], updates[-1]
         return {
+            "updates/skipped": sum(u["skipped"] for u in updates),
             "loss": first["loss"], "kl": last["kl"], "clip_fraction": last["clip_fraction"],
             "ratio/max_dev": last["ratio/max_dev"], "ratio/min": last["ratio/min"], "ratio/max": last["ratio/max"],
             "ratio/first_max_dev": first["ratio/max_dev"], "mismatch/log_prob": first["mismatch/log_prob"],
-            "grad_norm": float(np.mean([u["grad_norm"] for u in updates])), "lr": lr,
+            "grad_norm": float(np.mean([u["grad_norm"] for u in updates if not u["skipped"]] or [math.nan])), "lr": lr,
             "forwards/train": sum(u["forwards"] for u in updates),
         }  # fmt: skip
 
@@ -348,10 +370,12 @@ class Trainer:
         }  # fmt: skip
         with self.console.phase("checkpoint"), span("checkpoint"):
             checkpoint.save(self.runtime, self.ema, self.run_dir, state, self.config.checkpoint.keep)
+        self.saved = self.iteration
 
     def _restore(self, path: Path) -> None:
         state = checkpoint.restore(self.runtime, self.ema, path)
         self.iteration, self.elapsed = state["iteration"], state["elapsed"]
         self.images, self.base_reward = state["images"], state["base_reward"]
+        self.saved = self.iteration
         if self.config.rollout.replica:
             self.runtime.refresh(self.policy.transformer)

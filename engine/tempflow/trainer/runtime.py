@@ -7,6 +7,7 @@ rollout copy (`replica`) keeps its storage for the whole run and is refreshed in
 from __future__ import annotations
 
 import copy
+import math
 import os
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -99,12 +100,20 @@ class Runtime:
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss * self.engine.dp_world_size, scale_wrt_gas=False)
 
-    def step(self, lr_factor: float) -> float:
-        """Apply the optimizer with learning rate `lr_factor` times the config's; returns the gradient norm."""
+    def step(self, lr_factor: float) -> float | None:
+        """Apply the optimizer with learning rate `lr_factor` times the config's; returns the gradient norm.
+
+        None where the gradient is not finite: then the weights and the optimizer's state stay as they are, on every rank.
+        """
         for group, lr in zip(self.engine.optimizer.param_groups, self._base_lrs, strict=True):
             group["lr"] = lr * lr_factor
         norm = self._plain_grad_norm()
+        if norm is not None and not math.isfinite(norm):  # with ZeRO or half precision DeepSpeed sees to it itself
+            self.engine.zero_grad()
+            return None
         self.engine.step()
+        if not self.engine.was_step_applied():
+            return None
         return float(self.engine.get_global_grad_norm() if norm is None else norm)
 
     def _plain_grad_norm(self) -> float | None:

@@ -11,13 +11,10 @@ import torch
 from tempflow.config import Config
 from tempflow.objective import Batch, one_child_per_state
 from tempflow.profiling import span
+from tempflow.rollout.plan import Unit
 from tempflow.trainer import comm
 from tempflow.trainer.runtime import Runtime
 from tempflow_kernels import group_loss
-
-
-class NonFiniteLoss(Exception):
-    """The loss or gradient is NaN or infinite; the weights are as before the step."""
 
 
 @dataclass
@@ -32,6 +29,7 @@ class UpdateStats:
     mismatch: float = 0.0
     max_dev: float = 0.0
     ratio_range: list[float] = field(default_factory=lambda: [math.inf, -math.inf])
+    broken: list[Unit] = field(default_factory=list)  # whose log-probabilities are not finite
 
     def reduced(self) -> dict[str, float]:
         sums = comm.reduce([self.loss, self.kl, self.clipped, self.decisions, self.mismatch, self.forwards])
@@ -61,6 +59,8 @@ class Updater:
     def update(self, batches: list[Batch], total: int, lr_factor: float, first: bool, advance=lambda n: None) -> dict:
         """One optimizer step over all micro-batches; returns metrics.
 
+        A gradient that is not finite changes nothing on any rank: then `skipped` is 1, and `broken` holds this rank's units
+        whose log-probabilities are not finite.
         total: decisions of all ranks, skipped ones included: what the loss is the mean over. first: the weights are
         still those of the rollout, so this forward defines the old policy, and its ratio is exactly 1.
         """
@@ -71,11 +71,9 @@ class Updater:
                 self.runtime.accumulate(loss, last=i == len(batches) - 1)
             advance(1)
         metrics = stats.reduced()
-        if not math.isfinite(metrics["loss"]):
-            raise NonFiniteLoss(f"the loss is {metrics['loss']}")
         with span("optimizer step"):
-            metrics["grad_norm"] = self.runtime.step(lr_factor)
-        return metrics
+            norm = self.runtime.step(lr_factor)
+        return metrics | {"grad_norm": math.nan if norm is None else norm, "skipped": int(norm is None), "broken": stats.broken}
 
     def _loss(self, batch: Batch, total: int, first: bool, stats: UpdateStats) -> torch.Tensor:
         t = self.config.training
@@ -111,6 +109,8 @@ class Updater:
         stats.decisions += batch.real
         stats.kl += seen.kl.item() * batch.real
         stats.clipped += seen.clip_fraction.item() * batch.real
+        finite = seen.log_prob.isfinite().all(1)[: used.real].tolist()
+        stats.broken += [unit for unit, good in zip(used.units, finite) if not good]
         ratio = seen.ratio[: used.real]
         if used.real:
             stats.max_dev = max(stats.max_dev, (ratio - 1).abs().max().item())
