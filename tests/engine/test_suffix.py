@@ -75,7 +75,8 @@ def test_decisions_are_those_of_the_exact_suffix(plan):
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("exact_steps", [0, 2])
 def test_equals_the_formula_step_by_step(order, exact_steps):
-    """A jump is Euler's steps with velocities on the line through the last two; the first one, with nothing behind it, is one Euler step."""
+    """A jump is Euler's steps with velocities on the line through the last two; the first, with nothing behind it, one of
+    Euler's."""
     suffix = {"stride": 2, "order": order, "exact_steps": exact_steps}
     config = small_config(rollout={"children": 2, "branch_steps": [0, 3, 8], "suffix": suffix})
     units = iteration_units([5, 9], 1)
