@@ -2,11 +2,12 @@
 
     python benchmarks/throughput.py [--config FILE] [--rounds N] [--only NAME ...] [--set section.key=value ...]
 
-Without --config the shipped model at the paper's proportions (T = 10, 4 seeds, 6 children, 9 branch steps, 2 prompts, KL
-on). Every variant does whole iterations, one after another in every round, on the same prompts: rollout, decoding, reward,
-updates. Printed and written to benchmarks/results/, with a bar chart: seconds of every phase (medians over the rounds),
-pictures per second, transformer forwards, and the ratio to the paper's procedure. Model FLOPs are set against a matrix
-product of the same dtype measured in the same run.
+Without --config, on a CPU: the shipped model at the paper's proportions (T = 10, 4 seeds, 6 children, 9 branch steps, 2
+prompts, KL on). On a GPU: FLUX.1-dev's shape with random weights (benchmarks/make_pipeline.py), LoRA, at 512 and 1024 pixels,
+with three branch steps and one prompt, so that a round takes minutes. Every variant does whole iterations, one after another
+in every round, on the same prompts: rollout, decoding, reward, updates. Printed and written to benchmarks/results/, with a
+bar chart: seconds of every phase (medians over the rounds), pictures per second, transformer forwards, and the ratio to the
+paper's procedure. Model FLOPs are set against a matrix product of the same dtype measured in the same run.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import json
 import statistics
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from datetime import date
@@ -23,6 +25,7 @@ from typing import Callable
 
 import numpy as np
 import torch
+from make_pipeline import make_pipeline
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -44,6 +47,10 @@ ROOT = Path(__file__).parent.parent
 SHIPPED = [
     "data.prompts_per_iteration=2", "rollout.seeds=4", "rollout.children=6", "rollout.branch_steps=all", "rollout.suffix=null",
     "training.kl_coef=0.004", "training.updates_per_rollout=1", "training.ema=null", "training.minutes=null", "eval.every=0",
+]  # fmt: skip
+LARGE = [
+    "data.prompts_per_iteration=1", "rollout.seeds=1", "rollout.children=6", "rollout.branch_steps=[0,4,8]",
+    'rewards={"jpeg": 1.0}', "eval.every=0", "training.ema=null", "training.updates_per_rollout=1", "rollout.micro_batch=6",
 ]  # fmt: skip
 PHASES = ("rollout", "decode", "reward", "train", "sync")
 
@@ -108,8 +115,14 @@ def engine_iteration(bench: Bench, config: Config, iteration: int) -> Iteration:
         data = collector.collect(iteration, bench.order.indices(iteration))
     started = time.perf_counter()
     trained = train(bench, config, collector, data, config.training.micro_batch)
+    synchronize()
     seconds = {**{k: data.times[k] for k in ("rollout", "decode", "reward")}, "train": time.perf_counter() - started}
     return Iteration(seconds | {"sync": refresh(bench)}, data.images, {"rollout": data.stats.forwards, "train": trained})
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def train(bench: Bench, config: Config, collector, data, micro_batch: int) -> int:
@@ -134,6 +147,7 @@ def train(bench: Bench, config: Config, collector, data, micro_batch: int) -> in
 def refresh(bench: Bench) -> float:
     started = time.perf_counter()
     bench.runtime.refresh(bench.policy.transformer)
+    synchronize()
     return time.perf_counter() - started
 
 
@@ -184,6 +198,7 @@ class Sequential:
         latents = children
         for later in range(k + 1, r.num_steps):
             latents = self.step(latents, later, unit)
+        synchronize()
         self.seconds["rollout"] += time.perf_counter() - started
         started = time.perf_counter()
         images = self.bench.policy.decode(latents, r.height, r.width)
@@ -237,12 +252,15 @@ def variants(bench: Bench) -> dict[str, Callable[[int], Iteration]]:
     from tempflow.config import Suffix
 
     coarse = bench.changed(rollout={"suffix": Suffix()})
+    compiled = bench.changed(rollout={"graphs": True})
+    graphed = {"engine, CUDA graphs": lambda i: engine_iteration(bench, compiled, i)} if torch.cuda.is_available() else {}
     return {
         "paper's procedure": lambda i: Sequential(bench, separate)(i),
         "Flow-GRPO, as many pictures": lambda i: engine_iteration(bench, flow, i),
         "engine, one forward per child": lambda i: engine_iteration(bench, separate, i),
         "engine": lambda i: engine_iteration(bench, bench.config, i),
         "engine, suffix every 2nd step": lambda i: engine_iteration(bench, coarse, i),
+        **graphed,
     }
 
 
@@ -253,12 +271,10 @@ def matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")
     for _ in range(10):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize()
         started = time.perf_counter()
         a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize()
         best = min(best, time.perf_counter() - started)
     return 2 * size**3 / best
 
@@ -299,25 +315,33 @@ def summarise(name: str, results: list[Iteration]) -> dict:
     }  # fmt: skip
 
 
-def add_ratios(rows: list[dict], flops: int, peaks: dict[str, float]) -> None:
-    """Ratios to the first row, and the share of the measured peak that the transformer reaches in each phase."""
+def add_ratios(rows: list[dict], flops: int, peaks: dict[str, float], config: Config) -> None:
+    """Ratios to the first row, and the share of the measured peak that the transformer reaches in each phase.
+
+    A backward counts as two forwards, as one where only adapters are trained; recomputation is not counted.
+    """
+    updates, references = config.training.updates_per_rollout, int(config.training.kl_coef > 0)
+    policy = 2 if config.model.lora else 3
+    per_row = (updates * policy + references) / (updates + references)
     for row in rows:
         per_image = rows[0]["total_s"] / rows[0]["images"]
         row["times_faster"] = per_image / (row["total_s"] / row["images"])
         row["train_times_faster"] = rows[0]["seconds"]["train"] / row["seconds"]["train"] * row["images"] / rows[0]["images"]
+        row["mfu_train"] = flops * per_row * row["forwards"]["train"] / row["seconds"]["train"] / peaks["train"]
         row["mfu_rollout"] = flops * row["forwards"]["rollout"] / row["seconds"]["rollout"] / peaks["rollout"]
 
 
 def show(rows: list[dict]) -> None:
     table = Table(title="one iteration")
     table.add_column("variant")
-    for column in ("s", *PHASES, "pictures/s", "rows: rollout", "train", "times faster", "training", "rollout MFU"):
+    for column in ("s", *PHASES, "pictures/s", "rows: rollout", "train", "times faster", "training", "MFU rollout", "train"):
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(
             row["variant"], f"{row['total_s']:.2f}", *(f"{row['seconds'][phase]:.2f}" for phase in PHASES),
             f"{row['images_per_s']:.1f}", str(row["forwards"]["rollout"]), str(row["forwards"]["train"]),
             f"{row['times_faster']:.2f}x", f"{row['train_times_faster']:.2f}x", f"{100 * row['mfu_rollout']:.0f} %",
+            f"{100 * row['mfu_train']:.0f} %",
         )  # fmt: skip
     Console(width=200).print(table)
 
@@ -351,25 +375,38 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results", help="folder of the report")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
     args = parser.parse_args()
-    shipped = [] if args.config else SHIPPED
-    config = load_config(args.config or ROOT / "configs/tiny_ocr.json", [*shipped, *args.set])
+    if args.config:
+        benchmark(Path(args.config).stem, load_config(args.config, args.set), args)
+    elif torch.cuda.is_available():
+        with tempfile.TemporaryDirectory() as folder:
+            make_pipeline("flux-dev", Path(folder), scale=1.0, device="cuda")
+            for size in (512, 1024):
+                large = [*LARGE, f"model.path={folder}", f"rollout.height={size}", f"rollout.width={size}"]
+                benchmark(f"flux-dev-{size}", load_config(ROOT / "configs/flux_lora.json", [*large, *args.set]), args)
+    else:
+        benchmark("tiny_flux", load_config(ROOT / "configs/tiny_ocr.json", [*SHIPPED, *args.set]), args)
+    return 0
+
+
+def benchmark(name: str, config: Config, args: argparse.Namespace) -> None:
+    """Measure one config; print the table, write JSON and the chart."""
     bench = Bench(config)
     with bench.pool:
         with bench.threads.shared():
             peaks = {"rollout": matmul_peak(bench.policy.dtype, bench.policy.device)}
+        peaks["train"] = matmul_peak(bench.runtime.dtype, bench.policy.device)
         flops = forward_flops(bench)
         rows = measure(bench, args.rounds, args.only)
-    add_ratios(rows, flops, peaks)
+    add_ratios(rows, flops, peaks, config)
     show(rows)
-    name = Path(args.config).stem if args.config else "tiny_flux"
     out = args.output / f"throughput-{name}-{date.today()}.json"
     record = {"date": str(date.today()), "command": sys.argv, "device": device_name(), "threads": torch.get_num_threads(),
               "versions": versions(), "config": config.model_dump(), "forward_flops": flops, "matmul_flops_per_s": peaks,
+              "peak_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
               "rows": rows}  # fmt: skip
     write_atomic(out, json.dumps(record, indent=1))
     draw(rows, out.with_suffix(".png"), f"{name}, {device_name()}, {date.today()}")
     print(out)
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,8 @@
+"""The benchmarks are scripts beside each other, not a package."""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+for folder in ("benchmarks", "tests/engine", "recipes"):
+    sys.path.insert(0, str(ROOT / folder))
