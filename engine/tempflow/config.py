@@ -261,6 +261,7 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
         raise UserError(f"config file {file} is not JSON: {error}") from None
     if not isinstance(data, dict):
         raise UserError(f"config file {file}: expected a table of sections, got {type(data).__name__}")
+    data.pop("$schema", None)  # for editors: configs/schema.json
     for override in overrides:
         _apply_override(data, override)
     config = parse_config(data)

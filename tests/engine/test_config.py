@@ -1,5 +1,6 @@
 """The config: what is accepted, how it is overridden, and the message of every refusal."""
 
+import importlib.util
 import json
 import typing
 from pathlib import Path
@@ -21,7 +22,7 @@ MINIMAL = {
     "rewards": {"ocr": 1.0},
     "deepspeed": {"optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}},
 }
-SHIPPED = sorted((ROOT / "configs").glob("*.json"))
+SHIPPED = sorted(file for file in (ROOT / "configs").glob("*.json") if file.name != "schema.json")
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
@@ -33,6 +34,41 @@ def test_shipped_configs(file, tmp_path, monkeypatch):
     assert load_prompts(config.data.train) and load_prompts(config.data.heldout)
     assert parse_rewards(config.rewards)
     assert len(load_prompts(config.data.train)) >= config.data.prompts_per_iteration
+
+
+def test_generated_files_are_fresh():
+    """docs/config.md and configs/schema.json say what config.py says now: python docs/make_config_table.py"""
+    spec = importlib.util.spec_from_file_location("make_config_table", ROOT / "docs/make_config_table.py")
+    table = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(table)
+    generated = table.files()
+    assert {file.name for file in generated} == {"config.md", "schema.json"}
+    stale = [file.name for file, text in generated.items() if file.read_text(encoding="utf-8") != text]
+    assert not stale, "python docs/make_config_table.py"
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+def test_shipped_configs_name_their_schema(file):
+    """And the schema knows each of their keys, has what they leave out as optional, and pins choices."""
+    table = json.loads(file.read_text())
+    schema = json.loads((file.parent / table["$schema"]).read_text())
+    assert set(schema["required"]) <= set(table) <= set(schema["properties"]) and not schema["additionalProperties"]
+    for section in (name for name in table if "$ref" in schema["properties"][name]):
+        part = schema["$defs"][schema["properties"][section]["$ref"].rsplit("/", 1)[1]]
+        assert set(part.get("required", ())) <= set(table[section]) <= set(part["properties"])
+        for key, value in table[section].items():
+            assert value in part["properties"][key].get("enum", [value])
+
+
+def test_the_schema_key_alone_is_passed_over(tmp_path):
+    file = tmp_path / "one.json"
+    table = {**config_table(), "$schema": "./schema.json"}
+    file.write_text(json.dumps(table))
+    assert load_config(file) == load_config(write_config(tmp_path, "one.json"))
+    for more in ({"$id": "x"}, {"model": {**table["model"], "$schema": "x"}}):
+        file.write_text(json.dumps({**table, **more}))
+        with pytest.raises(UserError, match=r"\$(id|schema): unknown key"):
+            load_config(file)
 
 
 def test_there_are_shipped_configs():
