@@ -58,7 +58,7 @@ PHASES = ("rollout", "decode", "reward", "train", "sync")
 class Bench:
     """The engine's own parts on one config: what all variants share."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, pool: RewardPool | None = None):
         cli.quiet_libraries()
         from tempflow.policy import check_model, load_policy
         from tempflow.policy.embeddings import EmbeddingCache
@@ -74,7 +74,7 @@ class Bench:
         check_model(config.model.path)
         self.threads = Threads(config)
         section = config.reward_pool
-        self.pool = RewardPool(self.specs, workers=section.workers, threads_per_worker=section.threads_per_worker)
+        self.pool = pool or RewardPool(self.specs, workers=section.workers, threads_per_worker=section.threads_per_worker)
         self.policy = load_policy(config.model.path, dtype=config.model.dtype, device=device(),
                                   max_sequence_length=config.model.max_sequence_length)  # fmt: skip
         self.embeddings = EmbeddingCache(self.policy)
@@ -242,7 +242,7 @@ class _Data:
     steps: list[int]
 
 
-def variants(bench: Bench) -> dict[str, Callable[[int], Iteration]]:
+def variants(bench: Bench, compiled: Bench | None = None) -> dict[str, Callable[[int], Iteration]]:
     """What is compared: the paper's procedure, Flow-GRPO at as many rewarded pictures, and the engine part by part."""
     r = bench.config.rollout
     branches = len(bench.config.steps_with_noise())
@@ -252,15 +252,19 @@ def variants(bench: Bench) -> dict[str, Callable[[int], Iteration]]:
     from tempflow.config import Suffix
 
     coarse = bench.changed(rollout={"suffix": Suffix()})
-    compiled = bench.changed(rollout={"graphs": True})
-    graphed = {"engine, CUDA graphs": lambda i: engine_iteration(bench, compiled, i)} if torch.cuda.is_available() else {}
+    more = {}
+    if torch.cuda.is_available():
+        graphs = bench.changed(rollout={"graphs": True})
+        more["engine, CUDA graphs"] = lambda i: engine_iteration(bench, graphs, i)
+    if compiled:
+        more["engine, compiled"] = lambda i: engine_iteration(compiled, compiled.config, i)
     return {
         "paper's procedure": lambda i: Sequential(bench, separate)(i),
         "Flow-GRPO, as many pictures": lambda i: engine_iteration(bench, flow, i),
         "engine, one forward per child": lambda i: engine_iteration(bench, separate, i),
         "engine": lambda i: engine_iteration(bench, bench.config, i),
         "engine, suffix every 2nd step": lambda i: engine_iteration(bench, coarse, i),
-        **graphed,
+        **more,
     }
 
 
@@ -291,8 +295,8 @@ def forward_flops(bench: Bench) -> int:
 
 
 # ------------------------------------------------------------------------------------------------------------- report
-def measure(bench: Bench, rounds: int, only: list[str] | None) -> list[dict]:
-    chosen = {name: run for name, run in variants(bench).items() if not only or any(o in name for o in only)}
+def measure(bench: Bench, rounds: int, only: list[str] | None, compiled: Bench | None = None) -> list[dict]:
+    chosen = {name: run for name, run in variants(bench, compiled).items() if not only or any(o in name for o in only)}
     seen: dict[str, list[Iteration]] = {name: [] for name in chosen}
     with Progress() as bar:
         task = bar.add_task("", total=(rounds + 1) * len(chosen))
@@ -372,6 +376,7 @@ def main() -> int:
     parser.add_argument("--config", help="default: the shipped model at the paper's proportions")
     parser.add_argument("--rounds", type=int, default=3, help="iterations of every variant, after one to warm up")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="variants whose name contains one of these")
+    parser.add_argument("--compile", action="store_true", help="also the engine with compiled blocks, on weights of its own")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results", help="folder of the report")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
     args = parser.parse_args()
@@ -391,12 +396,15 @@ def main() -> int:
 def benchmark(name: str, config: Config, args: argparse.Namespace) -> None:
     """Measure one config; print the table, write JSON and the chart."""
     bench = Bench(config)
+    compiled = None
+    if args.compile:
+        compiled = Bench(bench.changed(rollout={"compile": "compile"}, training={"compile": "compile"}), bench.pool)
     with bench.pool:
         with bench.threads.shared():
             peaks = {"rollout": matmul_peak(bench.policy.dtype, bench.policy.device)}
         peaks["train"] = matmul_peak(bench.runtime.dtype, bench.policy.device)
         flops = forward_flops(bench)
-        rows = measure(bench, args.rounds, args.only)
+        rows = measure(bench, args.rounds, args.only, compiled)
     add_ratios(rows, flops, peaks, config)
     show(rows)
     out = args.output / f"throughput-{name}-{date.today()}.json"

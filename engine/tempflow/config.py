@@ -149,6 +149,7 @@ class Eval(Section):
 class Checkpoint(Section):
     every: Annotated[int, Field(ge=0)] = Field(20, description="iterations between checkpoints; 0: only at the end")
     keep: Positive = Field(2, description="newest checkpoints kept")
+    keep_best: bool = Field(True, description="keep the one with the highest held-out reward as well, of those evaluated")
 
 
 class Logging(Section):

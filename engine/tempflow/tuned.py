@@ -31,13 +31,26 @@ class Tuned:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that choose a checkpoint: --run, --checkpoint, --weights."""
     parser.add_argument("--run", type=Path, required=True, help="run directory")
-    parser.add_argument("--checkpoint", type=int, help="iteration of a checkpoint (default: the newest whole one)")
+    parser.add_argument("--checkpoint", type=_checkpoint, metavar="N|best",
+                        help="an iteration, or that of the highest held-out reward (default: the newest whole one)")  # fmt: skip
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="the average where the run keeps one")
 
 
-def load_tuned(run_dir: Path, checkpoint: int | None = None, which: str = "ema") -> Tuned:
-    """Read the trained weights of a run. Raises UserError where the run, or a whole checkpoint of it, is missing."""
+def _checkpoint(text: str) -> int | str:
+    return text if text == "best" else int(text)
+
+
+def load_tuned(run_dir: Path, checkpoint: int | str | None = None, which: str = "ema") -> Tuned:
+    """Read the trained weights of a run. Raises UserError where the run, or a whole checkpoint of it, is missing.
+
+    checkpoint: an iteration, "best" (highest held-out reward of those evaluated), or None for the newest.
+    """
     config = read_config(run_dir)
+    if checkpoint == "best":
+        found = manifest.best(run_dir)
+        if found is None:
+            raise UserError("--checkpoint best: no checkpoint of this run was evaluated; eval.every and checkpoint.every must meet")
+        checkpoint = int(found.name)
     if checkpoint is None:
         chosen = manifest.newest(run_dir, note=print)
         if chosen is None:

@@ -179,6 +179,27 @@ def test_save_keeps_the_newest(runtime, tmp_path):
     assert all(manifest.fault(p) is None for p in manifest.folders(tmp_path))
 
 
+def test_save_keeps_the_best(runtime, tmp_path):
+    """The highest held-out reward of those evaluated; iteration 3 has none, 1 is overtaken by 10."""
+    rewards = {1: 0.5, 2: 0.4, 10: 0.7, 12: 0.6, 14: 0.6}
+    (tmp_path / "metrics.jsonl").write_text("")
+    kept = []
+    for iteration in (1, 2, 3, 10, 12, 14):
+        with open(tmp_path / "metrics.jsonl", "a") as log:
+            log.write(json.dumps({"iteration": iteration, "eval/reward": rewards.get(iteration)}) + "\n")
+        checkpoint.save(runtime, None, tmp_path, state_of(iteration), keep=1, keep_best=True)
+        kept.append([int(p.name) for p in manifest.folders(tmp_path)])
+    assert kept == [[1], [1, 2], [1, 3], [10], [10, 12], [10, 14]]
+    assert manifest.best(tmp_path).name == "000010"
+
+
+def test_without_evaluations_there_is_no_best(runtime, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"iteration": 1}\n')
+    for iteration in (1, 2):
+        checkpoint.save(runtime, None, tmp_path, state_of(iteration), keep=1, keep_best=True)
+    assert manifest.best(tmp_path) is None and len(manifest.folders(tmp_path)) == 1
+
+
 def test_save_again_replaces(runtime, tmp_path):
     checkpoint.save(runtime, Average(), tmp_path, state_of(3), keep=2)
     saved = checkpoint.save(runtime, None, tmp_path, state_of(3, images=5), keep=2)

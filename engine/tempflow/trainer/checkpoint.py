@@ -26,8 +26,11 @@ from tempflow.trainer.ema import Average
 from tempflow.trainer.runtime import Runtime
 
 
-def save(runtime: Runtime, ema: Average | None, run_dir: Path, state: dict, keep: int) -> Path:
-    """Write a checkpoint of all ranks and drop the oldest beyond `keep`. state: JSON values, with "iteration"."""
+def save(runtime: Runtime, ema: Average | None, run_dir: Path, state: dict, keep: int, keep_best: bool = False) -> Path:
+    """Write a checkpoint of all ranks and drop the oldest beyond `keep`, the best one apart where `keep_best`.
+
+    state: JSON values, with "iteration".
+    """
     final = manifest.folder(run_dir, state["iteration"])
     draft = final.with_name(f".saving-{final.name}")
     if comm.rank() == 0:
@@ -51,8 +54,10 @@ def save(runtime: Runtime, ema: Average | None, run_dir: Path, state: dict, keep
         shutil.rmtree(final, ignore_errors=True)
         os.rename(draft, final)
         write_atomic(run_dir / "checkpoints/latest", final.name + "\n")
+        spared = manifest.best(run_dir) if keep_best else None
         for old in manifest.folders(run_dir)[:-keep]:
-            shutil.rmtree(old)
+            if old != spared:
+                shutil.rmtree(old)
     comm.barrier()
     return final
 

@@ -369,7 +369,8 @@ class Trainer:
             "config": self.config.model_dump(), "versions": versions(),
         }  # fmt: skip
         with self.console.phase("checkpoint"), span("checkpoint"):
-            checkpoint.save(self.runtime, self.ema, self.run_dir, state, self.config.checkpoint.keep)
+            kept = self.config.checkpoint
+            checkpoint.save(self.runtime, self.ema, self.run_dir, state, kept.keep, kept.keep_best)
         self.saved = self.iteration
 
     def _restore(self, path: Path) -> None:

@@ -7,7 +7,7 @@ import json
 import os
 from pathlib import Path
 
-from tempflow.logs import write_atomic
+from tempflow.logs import read_metrics, write_atomic
 
 MANIFEST = "manifest.json"
 
@@ -59,6 +59,13 @@ def fault(checkpoint: Path) -> str | None:
         if _digest(file) != digest:
             return f"{file} does not match its checksum"
     return None
+
+
+def best(run_dir: Path) -> Path | None:
+    """Of the checkpoints whose iteration was evaluated, the one with the highest held-out reward; None without any."""
+    seen = {row["iteration"]: row["eval/reward"] for row in read_metrics(run_dir) if row.get("eval/reward") is not None}
+    evaluated = [checkpoint for checkpoint in folders(run_dir) if int(checkpoint.name) in seen]
+    return max(evaluated, key=lambda checkpoint: seen[int(checkpoint.name)], default=None)
 
 
 def newest(run_dir: Path, note=lambda text: None) -> Path | None:
