@@ -168,7 +168,7 @@ class RowScheduler:
             return
         for n, (i, step, goal) in enumerate(zip(batch, steps, goals, strict=True)):
             self._before.pop(i, None)
-            if self._free[i] <= goal < self._last:
+            if self._free[i] <= step and goal < self._last:  # a velocity from before the last noise misleads
                 self._before[i] = (v[n], step)
 
     def _branch(self, batch, steps, x, v, decisions) -> None:
