@@ -31,13 +31,25 @@ def check_multiple(height: int, width: int, multiple: int) -> None:
         raise UserError(f"rollout.height, rollout.width: {height} x {width}; both must be multiples of {multiple}")
 
 
+def resolution_shift(scheduler, length: int, max_shift: float) -> float:
+    """mu of a scheduler's dynamic shifting for pictures of `length` tokens; max_shift: where its config does not say."""
+    config = scheduler.config
+    short, long = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", max_shift)
+    slope = (high - low) / (long - short)
+    return length * slope + (low - slope * short)
+
+
 class Policy(ABC):
     """A flow-matching text-to-image model of one family, loaded from a diffusers folder.
 
-    transformer: the module that predicts velocities; pipe: the diffusers pipeline it came from.
+    transformer: the module that predicts velocities; pipe: the diffusers pipeline it came from. text_length,
+    longest_text: its pipeline's default and limit of max_sequence_length.
     """
 
     lora_targets: tuple[str, ...]
+    text_length: int
+    longest_text: int
 
     def __init__(self, pipe: Any, *, device: str | torch.device, max_sequence_length: int):
         self.pipe = pipe
@@ -63,8 +75,9 @@ class Policy(ABC):
         """What height and width must be multiples of, in pixels."""
 
     @abstractmethod
-    def encode(self, prompts: list[str]) -> Conditioning:
-        """Prompt embeddings, [n, ...] each, in the policy's dtype on its device."""
+    def encode(self, prompts: list[str], negative_prompts: list[str] | None = None) -> Conditioning:
+        """Prompt embeddings, [n, ...] each, in the policy's dtype on its device; with those of n negative prompts, or of the
+        family's default one. UserError for negative prompts where the family takes none."""
 
     @abstractmethod
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
@@ -79,7 +92,7 @@ class Policy(ABC):
         self, transformer, x: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning, *,
         height: int, width: int, guidance_scale: float, dtype: torch.dtype | None = None,
     ) -> torch.Tensor:  # fmt: skip
-        """v = transformer(x, sigma) for a batch of rows, each at its own sigma.
+        """v = transformer(x, sigma) for a batch of rows, each at its own sigma; guided, where the family has guidance.
 
         x: [n, ...] of any float dtype, cast to `dtype` (default: the policy's); sigma: fp32 [n]. Returns `dtype`.
         """
@@ -110,15 +123,17 @@ class Policy(ABC):
     ) -> list[Image.Image] | torch.Tensor:  # fmt: skip
         """ODE sampling from given initial latents; equals the family's diffusers pipeline to 1e-5 in fp32.
 
-        latents: [n, ...] in the layout that the pipeline accepts as `latents=`. Returns PIL pictures, or with
-        decode=False the final fp32 latents as the pipeline does with output_type="latent".
-        Raises UserError for sizes that the family cannot make, ValueError where shapes disagree.
+        latents: [n, ...] in the layout that the pipeline accepts as `latents=`. negative_prompts: n, as the pipeline takes
+        them; unused without guidance. Returns PIL pictures, or with decode=False the final fp32 latents as the pipeline
+        does with output_type="latent".
+        Raises UserError for sizes or negative prompts that the family does not take, ValueError where shapes disagree.
         """
-        if negative_prompts is not None:
-            raise UserError(f"negative_prompts: {type(self).__name__} has its guidance built in and takes none")
+        if negative_prompts is not None and len(negative_prompts) != len(prompts):
+            raise ValueError(f"negative_prompts: {len(negative_prompts)} for {len(prompts)} prompts")
         expected = (len(prompts), *self.latent_shape(height, width))
         if tuple(latents.shape) != expected:
             raise ValueError(f"latents: expected shape {expected} for {height} x {width}, got {tuple(latents.shape)}")
-        final = self.integrate(latents.to(self.device, torch.float32), self.encode(prompts), height=height, width=width,
+        conditioning = self.encode(prompts, negative_prompts)
+        final = self.integrate(latents.to(self.device, torch.float32), conditioning, height=height, width=width,
                                num_steps=num_steps, guidance_scale=guidance_scale)  # fmt: skip
         return [Image.fromarray(p) for p in self.decode(final, height, width)] if decode else final

@@ -24,7 +24,7 @@ class EmbeddingCache:
         missing = [p for p in distinct if p not in self._held]
         for first in range(0, len(missing), ENCODE_BATCH):
             part = missing[first : first + ENCODE_BATCH]
-            encoded = {name: tensor.cpu() for name, tensor in self._policy.encode(part).items()}
+            encoded = {name: _to_cpu(tensor) for name, tensor in self._policy.encode(part).items()}
             for i, prompt in enumerate(part):
                 self._held[prompt] = {name: tensor[i] for name, tensor in encoded.items()}
         for prompt in distinct:
@@ -34,3 +34,8 @@ class EmbeddingCache:
         while len(self._held) > self._capacity:
             self._held.popitem(last=False)
         return found
+
+
+def _to_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    """What all rows share (stride 0: the default negative prompt) is kept once for them."""
+    return tensor[:1].cpu().expand_as(tensor) if tensor.stride(0) == 0 else tensor.cpu()

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from diffusers.pipelines.flux.pipeline_flux import FluxPipeline, calculate_shift, retrieve_timesteps
+from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 
-from tempflow.policy.base import Conditioning, Policy, check_multiple
+from tempflow.errors import UserError
+from tempflow.policy.base import Conditioning, Policy, check_multiple, resolution_shift
 
 
 class FluxPolicy(Policy):
     """Velocities of a FluxTransformer2DModel as its pipeline asks for them."""
 
+    text_length, longest_text = 512, 512
     lora_targets = (
         "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
         "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
@@ -24,7 +26,9 @@ class FluxPolicy(Policy):
         return 2 ** len(vae_config["block_out_channels"])
 
     @torch.no_grad()
-    def encode(self, prompts: list[str]) -> Conditioning:
+    def encode(self, prompts: list[str], negative_prompts: list[str] | None = None) -> Conditioning:
+        if negative_prompts is not None:
+            raise UserError(f"negative_prompts: {type(self).__name__} has its guidance built in and takes none")
         embeds, pooled, _ = self.pipe.encode_prompt(
             prompt=prompts, prompt_2=None, device=self.device, max_sequence_length=self.max_sequence_length
         )
@@ -40,12 +44,9 @@ class FluxPolicy(Policy):
         return rows * columns, self.pipe.transformer.config.in_channels
 
     def sigmas(self, num_steps: int, height: int, width: int) -> torch.Tensor:
-        scheduler = self.pipe.scheduler
+        scheduler, length = self.pipe.scheduler, self.latent_shape(height, width)[0]
         given = None if scheduler.config.get("use_flow_sigmas") else np.linspace(1.0, 1 / num_steps, num_steps)
-        defaults = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
-        length = self.latent_shape(height, width)[0]
-        mu = calculate_shift(length, *(scheduler.config.get(name, value) for name, value in defaults.items()))
-        retrieve_timesteps(scheduler, num_steps, "cpu", sigmas=given, mu=mu)
+        scheduler.set_timesteps(num_steps, sigmas=given, mu=resolution_shift(scheduler, length, 1.15))
         return scheduler.sigmas.float().cpu()
 
     def velocity(self, transformer, x, sigma, conditioning, *, height, width, guidance_scale, dtype=None):

@@ -11,7 +11,10 @@ import torch
 from tempflow.errors import UserError
 from tempflow.policy.base import Policy, check_multiple
 
-FAMILIES = {"FluxPipeline": "tempflow.policy.flux:FluxPolicy"}
+FAMILIES = {
+    "FluxPipeline": "tempflow.policy.flux:FluxPolicy",
+    "StableDiffusion3Pipeline": "tempflow.policy.sd3:SD3Policy",
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -79,11 +82,12 @@ def _fetch(path: str, file: str) -> Path:
 
 def load_policy(
     path: str, *, dtype: str | torch.dtype = "float32", device: str | torch.device = "cpu",
-    max_sequence_length: int = 512,
+    max_sequence_length: int | None = None,
 ) -> Policy:  # fmt: skip
     """Load a diffusers pipeline folder (or hub id) as a Policy; the family is read from its model_index.json.
 
-    dtype: "float32", "bfloat16", "float16", "auto", or a torch dtype. Raises UserError as `check_model` does.
+    dtype: "float32", "bfloat16", "float16", "auto", or a torch dtype. max_sequence_length: text tokens; default: as many as
+    the family's pipeline takes by default. Raises UserError as `check_model` does.
     """
     import diffusers
     import transformers
@@ -93,11 +97,14 @@ def load_policy(
     pipeline_class = check_model(str(path))
     family = _family(pipeline_class)
     dtype = resolve_dtype(dtype, device) if isinstance(dtype, str) else dtype
+    length = max_sequence_length or family.text_length
+    if length > family.longest_text:
+        raise UserError(f"model.max_sequence_length: {length}; {pipeline_class} takes {family.longest_text} at most")
     try:
         pipe = getattr(diffusers, pipeline_class).from_pretrained(str(path), torch_dtype=dtype, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise UserError(f"model.path: cannot load {path}: {error}") from None
-    return family(pipe, device=device, max_sequence_length=max_sequence_length)
+    return family(pipe, device=device, max_sequence_length=length)
 
 
 def load_transformer(path: str, policy: Policy, dtype: torch.dtype) -> torch.nn.Module:

@@ -206,6 +206,8 @@ def set_attention_backend(module: torch.nn.Module, name: str | None) -> None:
     """Choose a diffusers attention backend; UserError with the reason where it is unknown or cannot run here."""
     if name is None:
         return
+    if not any(hasattr(getattr(part, "processor", None), "_attention_backend") for part in module.modules()):
+        raise UserError(f"model.attention_backend: {name!r}: diffusers offers no choice for {type(module).__name__}; leave it null")
     try:
         module.set_attention_backend(name)
     except (ValueError, RuntimeError, ImportError) as error:

@@ -1,0 +1,64 @@
+"""Stable Diffusion 3 and 3.5: classifier-free guidance, unpacked latents, two CLIP encoders and T5."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from tempflow.errors import UserError
+from tempflow.policy.base import Conditioning, check_multiple, resolution_shift
+from tempflow.policy.guided import GuidedPolicy
+
+PATCH = 2  # latent pixels a side of a token, in every checkpoint of the family
+
+
+class SD3Policy(GuidedPolicy):
+    """Guided velocities of an SD3Transformer2DModel as its pipeline asks for them (without skip-layer guidance)."""
+
+    text_length, longest_text = 256, 512
+    lora_targets = (
+        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+    )  # fmt: skip
+
+    @staticmethod
+    def size_multiple(vae_config) -> int:
+        return PATCH * 2 ** (len(vae_config["block_out_channels"]) - 1)
+
+    def _embed(self, prompts: list[str]) -> Conditioning:
+        embeds, _, pooled, _ = self.pipe.encode_prompt(
+            prompt=prompts, prompt_2=None, prompt_3=None, device=self.device, do_classifier_free_guidance=False,
+            max_sequence_length=self.max_sequence_length,
+        )  # fmt: skip
+        return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
+
+    def _tokens(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of tokens; UserError where the transformer has no positions for so many."""
+        multiple = self.size_multiple(self.pipe.vae.config)
+        check_multiple(height, width, multiple)
+        most = self.pipe.transformer.config.pos_embed_max_size
+        if max(height, width) > most * multiple:
+            raise UserError(f"rollout.height, rollout.width: {height} x {width}; this model makes at most {most * multiple} a side")
+        return height // multiple, width // multiple
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        rows, columns = self._tokens(height, width)
+        return self.pipe.transformer.config.in_channels, PATCH * rows, PATCH * columns
+
+    def sigmas(self, num_steps: int, height: int, width: int) -> torch.Tensor:
+        scheduler, (rows, columns) = self.pipe.scheduler, self._tokens(height, width)
+        dynamic = scheduler.config.get("use_dynamic_shifting")
+        scheduler.set_timesteps(num_steps, mu=resolution_shift(scheduler, rows * columns, 1.16) if dynamic else None)
+        return scheduler.sigmas.float().cpu()
+
+    def _forward(self, transformer, x, sigma, conditioning, height, width):
+        # The pipeline leaves timesteps in fp32, 1000 sigma.
+        return transformer(hidden_states=x, timestep=sigma * 1000, **conditioning, return_dict=False)[0]
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor, height: int, width: int) -> np.ndarray:
+        vae = self.pipe.vae
+        x = latents / vae.config.scaling_factor + vae.config.shift_factor
+        pictures = vae.decode(x.to(vae.dtype), return_dict=False)[0].float()
+        pictures = self.pipe.image_processor.postprocess(pictures, output_type="np")
+        return (pictures * 255).round().astype(np.uint8)

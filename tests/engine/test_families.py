@@ -1,0 +1,366 @@
+"""The families with classifier-free guidance against plain diffusers, and whole runs on tiny pipelines of theirs."""
+
+import copy
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Callable
+
+import numpy as np
+import pytest
+import torch
+from engine_cases import ROOT
+from family_cases import sd3_pipeline
+from kernel_cases import assert_close
+from run_cases import ADAMW, Run, script_here, train
+
+from tempflow.errors import UserError
+from tempflow.policy import check_model, check_size, load_policy, take
+from tempflow.policy.embeddings import EmbeddingCache
+
+FP32 = 1e-5
+PROMPTS = ['the word "ABC"', "something else, and longer"]
+NEGATIVES = ["blurred, too many words", ""]
+SIZES = [(32, 96), (48, 48)]
+DYNAMIC = {"shift": 3.0, "use_dynamic_shifting": True}
+
+
+@dataclass(frozen=True)
+class Family:
+    """How to build a tiny pipeline of one, what diffusers calls what the engine calls guidance_scale, and how two predictions
+    become one."""
+
+    build: Callable[..., Path]
+    pipeline: str
+    scale: str
+    text_length: int
+    default_negative: str
+    schedulers: dict = field(default_factory=dict)
+    combine: Callable = lambda positive, negative, scale: (1 - scale) * negative + scale * positive
+
+    def call(self, guidance_scale, negatives):
+        """The pipeline's arguments; without negative prompts its own default."""
+        return {self.scale: guidance_scale} | ({} if negatives is None else {"negative_prompt": list(negatives)})
+
+
+FAMILIES = {
+    "sd3": Family(sd3_pipeline, "StableDiffusion3Pipeline", "guidance_scale", 256, "",
+                  {"shifted": {"shift": 3.0}, "dynamic": DYNAMIC}),
+}  # fmt: skip
+KINDS = [(name, kind) for name, family in FAMILIES.items() for kind in family.schedulers]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Folder of a tiny pipeline by (family, kind of scheduler), built when first asked for."""
+    made, root = {}, tmp_path_factory.mktemp("families")
+
+    def get(name, kind=None):
+        family = FAMILIES[name]
+        kind = kind or next(iter(family.schedulers))
+        if (name, kind) not in made:
+            made[name, kind] = family.build(root / f"{name}-{kind}", **family.schedulers[kind])
+        return made[name, kind]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def pairs(folders):
+    """A policy, and diffusers' own pipeline loaded apart."""
+    import diffusers
+
+    made = {}
+
+    def get(name, kind=None):
+        if (name, kind) not in made:
+            folder = folders(name, kind)
+            pipe = getattr(diffusers, FAMILIES[name].pipeline).from_pretrained(folder)
+            pipe.set_progress_bar_config(disable=True)
+            made[name, kind] = load_policy(str(folder)), pipe
+        return made[name, kind]
+
+    return get
+
+
+def latents_for(policy, height, width, count=2):
+    shape = policy.latent_shape(height, width)
+    return torch.randn(count, *shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("height, width", SIZES, ids=str)
+@pytest.mark.parametrize("scale, negatives", [(0.0, None), (1.0, NEGATIVES), (4.5, None), (4.5, NEGATIVES)])
+@pytest.mark.parametrize("name, kind", KINDS)
+def test_sample_equals_the_pipeline(pairs, name, kind, scale, negatives, height, width):
+    policy, pipe = pairs(name, kind)
+    x, size = latents_for(policy, height, width), {"height": height, "width": width}
+    call = {**size, "num_inference_steps": 4, **FAMILIES[name].call(scale, negatives)}
+    expected = pipe(PROMPTS, latents=x.clone(), output_type="latent", **call).images
+    mine = {**size, "num_steps": 4, "guidance_scale": scale, "negative_prompts": negatives}
+    got = policy.sample(PROMPTS, latents=x, decode=False, **mine)
+    assert got.dtype == torch.float32
+    assert_close("latents", got, expected, FP32)
+    assert (got - x).norm() > 0.1 * x.norm(), "the model does something"
+
+    pictures = policy.sample(PROMPTS, latents=x, **mine)
+    wanted = pipe(PROMPTS, latents=x.clone(), **call).images
+    assert [p.size for p in pictures] == [(width, height)] * len(PROMPTS)
+    difference = np.stack(pictures).astype(int) - np.stack(wanted)
+    assert np.abs(difference).max() <= 1 and (difference != 0).mean() < 1e-3, "a level here and there, by rounding"
+    assert np.stack(wanted).std() > 1, "there is something in the pictures"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_guidance_and_negative_prompts_matter(pairs, name):
+    """Otherwise agreeing with the pipeline on them would say little."""
+    policy, _ = pairs(name)
+    call = {"latents": latents_for(policy, 32, 96), "height": 32, "width": 96, "num_steps": 3, "decode": False}
+    plain, default, guided, other = (policy.sample(PROMPTS, guidance_scale=scale, negative_prompts=negatives, **call) for
+                                     scale, negatives in ((1.0, NEGATIVES), (4.5, [FAMILIES[name].default_negative] * 2),
+                                                          (4.5, NEGATIVES), (4.5, NEGATIVES[::-1])))  # fmt: skip
+    runs = [plain, default, guided, other]
+    for i, one in enumerate(runs):
+        for another in runs[:i]:
+            assert (one - another).norm() > 1e-3 * one.norm()
+    assert (guided[0] - guided[1]).norm() > 0.1
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_text_length_is_the_pipelines(pairs, folders, name):
+    """The default is the pipeline's own; another one is passed on, and cuts what is longer."""
+    _, pipe = pairs(name)
+    assert pairs(name)[0].max_sequence_length == FAMILIES[name].text_length
+    policy = load_policy(str(folders(name)), max_sequence_length=12)
+    x = latents_for(policy, 32, 32)
+    expected = pipe(PROMPTS, latents=x.clone(), height=32, width=32, num_inference_steps=2, output_type="latent",
+                    max_sequence_length=12, **FAMILIES[name].call(3.0, NEGATIVES))  # fmt: skip
+    got = policy.sample(PROMPTS, latents=x, height=32, width=32, num_steps=2, guidance_scale=3.0, negative_prompts=NEGATIVES,
+                        decode=False)  # fmt: skip
+    assert_close("latents", got, expected.images, FP32)
+    with pytest.raises(UserError, match=f"model.max_sequence_length: 2000; {FAMILIES[name].pipeline} takes"):
+        load_policy(str(folders(name)), max_sequence_length=2000)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_conditioning_is_by_prompt(pairs, name):
+    """Rows of prompts, encoded together or one at a time; the default negative prompt, kept once in the cache."""
+    policy, _ = pairs(name)
+    together = policy.encode(PROMPTS)
+    assert {len(tensor) for tensor in together.values()} == {2}
+    explicit = policy.encode(PROMPTS, [FAMILIES[name].default_negative] * 2)
+    cache = EmbeddingCache(policy)
+    for i, prompt in enumerate(PROMPTS):
+        for other in (policy.encode([prompt]), take(explicit, [i]), cache.get([prompt])):
+            assert other.keys() == together.keys()
+            for part, tensor in other.items():
+                assert tensor.shape == together[part][i : i + 1].shape
+                assert_close(part, tensor.float(), together[part][i : i + 1].float(), FP32)
+    cache = EmbeddingCache(policy)
+    cache.get(PROMPTS)
+    one, other = (cache._held[prompt] for prompt in PROMPTS)
+    for part in one:
+        shared = one[part].untyped_storage().data_ptr() == other[part].untyped_storage().data_ptr()
+        assert shared, "views of what was encoded together"
+        size = one[part].untyped_storage().nbytes() / (one[part].numel() * one[part].element_size())
+        assert size == (1 if part.startswith("negative_") else 2)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("scale", [1.0, 4.5])
+def test_rows_may_be_at_different_steps(pairs, name, scale):
+    """One forward of rows at their own sigmas is each row's forward."""
+    policy, _ = pairs(name)
+    conditioning = take(policy.encode(PROMPTS), [0, 1, 1])
+    x, sigma = latents_for(policy, 32, 96, 3), torch.tensor([1.0, 0.55, 0.1])
+    call = {"height": 32, "width": 96, "guidance_scale": scale}
+    with torch.no_grad():
+        together = policy.velocity(policy.transformer, x, sigma, conditioning, **call)
+        assert together.shape == x.shape
+        for i in range(3):
+            alone = policy.velocity(policy.transformer, x[i : i + 1], sigma[i : i + 1], take(conditioning, [i]), **call)
+            assert_close(f"row {i}", together[i : i + 1], alone, FP32)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("scale, rows", [(0.0, 2), (1.0, 2), (1.5, 4)])
+def test_guidance_is_one_forward(pairs, name, scale, rows):
+    policy, _ = pairs(name)
+    seen = []
+
+    def transformer(**inputs):
+        seen.append(len(inputs["hidden_states"]))
+        return policy.transformer(**inputs)
+
+    policy.velocity(transformer, latents_for(policy, 32, 32), torch.ones(2), policy.encode(PROMPTS), height=32, width=32,
+                    guidance_scale=scale)  # fmt: skip
+    assert seen == [rows]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gradient_flows_through_both_halves(pairs, name):
+    """All weights' gradients of the guided velocity, against two forwards without guidance put together by hand."""
+    policy, _ = pairs(name)
+    transformer = copy.deepcopy(policy.transformer).requires_grad_(True)
+    x, sigma, target = latents_for(policy, 32, 32), torch.tensor([0.9, 0.4]), latents_for(policy, 32, 32, 4)[2:]
+
+    def velocity(scale, prompts, negatives):
+        return policy.velocity(transformer, x, sigma, policy.encode(prompts, negatives), height=32, width=32, guidance_scale=scale)
+
+    def gradient(v):
+        (v - target).square().sum().backward()
+        found = torch.cat([p.grad.flatten() for p in transformer.parameters() if p.grad is not None])
+        transformer.zero_grad()
+        return found
+
+    got = gradient(velocity(4.5, PROMPTS, NEGATIVES))
+    positive, negative = velocity(1.0, PROMPTS, NEGATIVES), velocity(1.0, NEGATIVES, PROMPTS)
+    assert_close("gradient", got, gradient(FAMILIES[name].combine(positive, negative, 4.5)), FP32)
+    assert (got - gradient(velocity(1.0, PROMPTS, NEGATIVES))).norm() > 0.01 * got.norm()
+
+
+@pytest.mark.parametrize("name, kind", KINDS)
+def test_grid_falls_from_one_to_zero(pairs, name, kind):
+    policy, _ = pairs(name, kind)
+    for steps in (2, 10, 28):
+        sigmas = policy.sigmas(steps, 32, 96)
+        assert sigmas.dtype == torch.float32 and sigmas.shape == (steps + 1,)
+        assert sigmas[0] == 1 and sigmas[-1] == 0 and (sigmas.diff() < 0).all()
+    same = torch.equal(policy.sigmas(4, 32, 32), policy.sigmas(4, 128, 128))
+    assert same != FAMILIES[name].schedulers[kind].get("use_dynamic_shifting", False)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("height, width", [(30, 96), (32, 100), (33, 97)])
+def test_impossible_size(pairs, folders, name, height, width):
+    policy, _ = pairs(name)
+    assert check_model(str(folders(name))) == FAMILIES[name].pipeline
+    check_size(str(folders(name)), 32, 96)
+    for call in (policy.latent_shape, lambda h, w: policy.sigmas(4, h, w), lambda h, w: check_size(str(folders(name)), h, w)):
+        with pytest.raises(UserError, match=f"rollout.height, rollout.width: {height} x {width}; both must be multiples of 8"):
+            call(height, width)
+
+
+def test_size_beyond_the_position_embedding(pairs):
+    policy, _ = pairs("sd3")
+    assert policy.latent_shape(128, 128) == (8, 32, 32)
+    for call in (policy.latent_shape, lambda h, w: policy.sigmas(4, h, w)):
+        with pytest.raises(UserError, match="rollout.height, rollout.width: 32 x 136; this model makes at most 128 a side"):
+            call(32, 136)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_sample_refuses_what_does_not_fit(pairs, name):
+    policy, _ = pairs(name)
+    call = {"latents": latents_for(policy, 32, 96), "num_steps": 2, "guidance_scale": 3.0, "width": 96}
+    with pytest.raises(ValueError, match="negative_prompts: 1 for 2 prompts"):
+        policy.sample(PROMPTS, negative_prompts=[""], height=32, **call)
+    with pytest.raises(ValueError, match="latents: expected shape"):
+        policy.sample(PROMPTS, height=48, **call)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_blocks_can_be_compiled(pairs, folders, name):
+    """Every repeated block is marked for it; compiling itself waits for the first forward."""
+    from tempflow.trainer.runtime import compile_blocks
+
+    transformer = load_policy(str(folders(name))).transformer
+    compile_blocks(transformer, "compile")
+    assert all(block._compiled_call_impl is not None for block in transformer.transformer_blocks)
+
+
+def test_an_attention_backend_is_set_or_refused(pairs):
+    """Never ignored: the attention of SD3 is not among those that diffusers can switch."""
+    from tempflow.trainer.runtime import set_attention_backend
+
+    with pytest.raises(UserError, match="model.attention_backend: 'native': .* SD3Transformer2DModel"):
+        set_attention_backend(pairs("sd3")[0].transformer, "native")
+
+
+# ---------------------------------------------------------------------------------------------------- whole runs
+@pytest.fixture(scope="module")
+def runs(folders, tmp_path_factory):
+    """One iteration by (family, "full" or "lora"), guided, two updates, with the held-out evaluation."""
+    made, root = {}, tmp_path_factory.mktemp("family-runs")
+
+    def get(name, kind):
+        if (name, kind) not in made:
+            lora = {"rank": 2, "alpha": 4} if kind == "lora" else None
+            made[name, kind] = train(
+                root, f"{name}-{kind}", processes=None, model={"path": str(folders(name)), "lora": lora, "max_sequence_length": 32},
+                data={"prompts_per_iteration": 1},
+                rollout={"height": 32, "width": 32, "num_steps": 4, "branch_steps": [0, 2], "guidance_scale": 3.0, "micro_batch": 8},
+                training={"iterations": 1, "updates_per_rollout": 2, "kl_coef": 0.01, "clip_low": 0.1, "clip_high": 0.1},
+                eval={"every": 1, "prompts": 2}, deepspeed={"optimizer": {**ADAMW, "params": {**ADAMW["params"], "lr": 1e-3}}},
+            )  # fmt: skip
+        return made[name, kind]
+
+    return get
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_training(runs, name, kind):
+    run = runs(name, kind)
+    base, row = run.rows
+    assert row["ratio/first_max_dev"] == 0 and row["ratio/max_dev"] > 0 and row["grad_norm"] > 0 and row["kl"] > 0
+    assert row["reward/std"] > 0 and row["reward/zero_std_groups"] == 0 and row["mismatch/log_prob"] < 1e-5
+    assert math.isfinite(base["eval/reward"]) and row["eval/reward"] != base["eval/reward"], "the model moved"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_export_is_read_by_plain_diffusers(runs, folders, tmp_path, name, kind):
+    """And gives the latents of the tuned policy, which are not the base model's."""
+    import diffusers
+
+    from tempflow import tuned
+
+    run = runs(name, kind)
+    done = script_here("export", "--run", run.folder, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    pipe = getattr(diffusers, FAMILIES[name].pipeline).from_pretrained(folders(name) if kind == "lora" else tmp_path / "out")
+    pipe.set_progress_bar_config(disable=True)
+    if kind == "lora":
+        assert [file.name for file in (tmp_path / "out").iterdir()] == ["pytorch_lora_weights.safetensors"]
+        pipe.load_lora_weights(tmp_path / "out")
+    chosen = tuned.load_tuned(run.folder)
+    policy = tuned.base_policy(chosen.config)
+    x, call = latents_for(policy, 32, 32), {"height": 32, "width": 32, "guidance_scale": 3.0, "negative_prompts": NEGATIVES}
+    base = policy.sample(PROMPTS, latents=x, num_steps=3, decode=False, **call)
+    got = tuned.apply(chosen, policy).sample(PROMPTS, latents=x, num_steps=3, decode=False, **call)
+    expected = pipe(PROMPTS, latents=x.clone(), height=32, width=32, num_inference_steps=3, output_type="latent",
+                    max_sequence_length=32, **FAMILIES[name].call(3.0, NEGATIVES)).images  # fmt: skip
+    assert_close("latents", got, expected, FP32)
+    assert (got - base).norm() > 1e-3 * base.norm()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_other_scripts(runs, tmp_path, name):
+    """evaluate.py finds the run's own held-out reward again; sample.py draws."""
+    run = runs(name, "lora")
+    done = script_here("evaluate", "--run", run.folder)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["reward"] == pytest.approx(run.rows[-1]["eval/reward"], abs=1e-3)
+    done = script_here("sample", "--run", run.folder, "--out", tmp_path / "out", "--count", 2, "--num-steps", 2)
+    assert done.returncode == 0 and len(list((tmp_path / "out").glob("*.png"))) == 3, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, config", [("sd3", "sd35_lora")])
+def test_shipped_configs_run_on_tiny_pipelines(folders, tmp_path, name, config):
+    """But for the model, the size and the amounts: half precision, ZeRO, checkpointing, guidance."""
+    settings = {
+        "model.path": str(folders(name)), "model.max_sequence_length": 32, "data.prompts_per_iteration": 1, "rollout.height": 32,
+        "rollout.width": 32, "rollout.num_steps": 4, "rollout.seeds": 1, "rollout.children": 2,
+        "rewards": {"engine_rewards:contrast": 1.0}, "reward_pool.workers": 0, "training.iterations": 1, "eval.prompts": 2,
+        "eval.num_steps": 2, "logging.dir": str(tmp_path), "logging.tensorboard": False,
+    }  # fmt: skip
+    pairs = [part for key, value in settings.items() for part in ("--set", f"{key}={json.dumps(value)}")]
+    run = Run(tmp_path / config, script_here("train", "--config", ROOT / f"configs/{config}.json", *pairs))
+    row = run.rows[-1]
+    assert row["iteration"] == 1 and row["ratio/first_max_dev"] == 0 and row["grad_norm"] > 0
+    assert "warning" not in run.done.stdout
