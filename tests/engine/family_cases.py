@@ -34,3 +34,49 @@ def sd3_pipeline(folder: Path, **scheduling) -> Path:
         text_encoder_3=t5.eval(), tokenizer_3=t5_tokenizer,
     ).save_pretrained(folder)  # fmt: skip
     return folder
+
+
+def qwen_tokenizer():
+    """Byte-level without merges, and the words of the pipeline's template: 34 tokens before the prompt, as in the real one."""
+    from tokenizers import pre_tokenizers
+    from transformers import Qwen2Tokenizer
+
+    words = "system user assistant Describe the image by detailing the color shape size texture quantity text spatial relationships"
+    words += " of the objects and background"
+    names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Qwen2Tokenizer(vocab={name: i for i, name in enumerate(names)}, merges=[])
+    tokenizer.add_special_tokens({"additional_special_tokens": names[1:3]})
+    tokenizer.add_tokens([word if n < 4 else f" {word}" for n, word in enumerate(words.split())])
+    return tokenizer
+
+
+def qwen_pipeline(folder: Path, **scheduling) -> Path:
+    """A QwenImagePipeline: Qwen2.5-VL as text encoder, the video VAE."""
+    from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    torch.manual_seed(0)
+    tokenizer, channels = qwen_tokenizer(), 4
+    text_encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+        },
+        vision_config={"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32,
+                       "fullatt_block_indexes": [0]},
+        image_token_id=0, video_token_id=0, vision_start_token_id=0, vision_end_token_id=0,
+    ))  # fmt: skip
+    vae = AutoencoderKLQwenImage(
+        base_dim=8, z_dim=channels, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[False, True],
+        latents_mean=[-0.7, 0.1, 0.5, -0.3], latents_std=[2.8, 1.4, 2.3, 1.6],
+    )  # fmt: skip
+    transformer = QwenImageTransformer2DModel(
+        in_channels=4 * channels, out_channels=channels, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(**scheduling), vae=vae.eval(), text_encoder=randomise(text_encoder, 2).eval(),
+        tokenizer=tokenizer, transformer=randomise(transformer, 1),
+    ).save_pretrained(folder)  # fmt: skip
+    return folder

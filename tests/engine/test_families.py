@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from engine_cases import ROOT
-from family_cases import sd3_pipeline
+from family_cases import qwen_pipeline, sd3_pipeline
 from kernel_cases import assert_close
 from run_cases import ADAMW, Run, script_here, train
 
@@ -44,9 +44,18 @@ class Family:
         return {self.scale: guidance_scale} | ({} if negatives is None else {"negative_prompt": list(negatives)})
 
 
+def rescaled(positive, negative, scale):
+    """Guided, and as long as the positive prediction, token by token."""
+    guided = (1 - scale) * negative + scale * positive
+    return guided * (positive.square().sum(-1, keepdim=True) / guided.square().sum(-1, keepdim=True)).sqrt()
+
+
 FAMILIES = {
     "sd3": Family(sd3_pipeline, "StableDiffusion3Pipeline", "guidance_scale", 256, "",
                   {"shifted": {"shift": 3.0}, "dynamic": DYNAMIC}),
+    "qwen_image": Family(qwen_pipeline, "QwenImagePipeline", "true_cfg_scale", 512, " ",
+                         {"dynamic": {**DYNAMIC, "base_shift": 0.5, "max_shift": 0.9, "max_image_seq_len": 8192,
+                                      "shift_terminal": 0.02}, "plain": {}}, rescaled),
 }  # fmt: skip
 KINDS = [(name, kind) for name, family in FAMILIES.items() for kind in family.schedulers]
 
@@ -140,6 +149,15 @@ def test_text_length_is_the_pipelines(pairs, folders, name):
     assert_close("latents", got, expected.images, FP32)
     with pytest.raises(UserError, match=f"model.max_sequence_length: 2000; {FAMILIES[name].pipeline} takes"):
         load_policy(str(folders(name)), max_sequence_length=2000)
+
+
+def test_template_of_qwen_is_dropped(pairs):
+    """What is left is the prompt and the five tokens after it; the rest is padding."""
+    policy, pipe = pairs("qwen_image")
+    mask = policy.encode(PROMPTS)["encoder_hidden_states_mask"]
+    lengths = [len(pipe.tokenizer(prompt).input_ids) + 5 for prompt in PROMPTS]
+    assert mask.dtype == torch.bool and mask.shape == (2, 512)
+    assert torch.equal(mask, torch.arange(512)[None] < torch.tensor(lengths)[:, None])
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -273,8 +291,21 @@ def test_an_attention_backend_is_set_or_refused(pairs):
     """Never ignored: the attention of SD3 is not among those that diffusers can switch."""
     from tempflow.trainer.runtime import set_attention_backend
 
+    set_attention_backend(pairs("qwen_image")[0].transformer, "native")
     with pytest.raises(UserError, match="model.attention_backend: 'native': .* SD3Transformer2DModel"):
         set_attention_backend(pairs("sd3")[0].transformer, "native")
+
+
+def test_qwen_without_negative_prompts_says_that_it_does_not_guide(pairs):
+    """And equals its pipeline so, as `test_sample_equals_the_pipeline` has it; what training embeds is guided."""
+    policy, _ = pairs("qwen_image")
+    x, call = latents_for(policy, 32, 32), {"height": 32, "width": 32, "num_steps": 2}
+    with pytest.warns(UserWarning, match="guidance_scale has no effect"):
+        got = policy.sample(PROMPTS, latents=x, guidance_scale=4.0, decode=False, **call)
+    assert torch.equal(got, policy.integrate(x, policy.encode(PROMPTS), guidance_scale=1.0, **call))
+    guided = policy.sample(PROMPTS, latents=x, guidance_scale=4.0, negative_prompts=[" "] * 2, decode=False, **call)
+    assert_close("latents", policy.integrate(x, EmbeddingCache(policy).get(PROMPTS), guidance_scale=4.0, **call), guided, FP32)
+    assert (got - guided).norm() > 1e-3 * got.norm()
 
 
 # ---------------------------------------------------------------------------------------------------- whole runs
@@ -350,7 +381,7 @@ def test_other_scripts(runs, tmp_path, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, config", [("sd3", "sd35_lora")])
+@pytest.mark.parametrize("name, config", [("sd3", "sd35_lora"), ("qwen_image", "qwen_image_lora")])
 def test_shipped_configs_run_on_tiny_pipelines(folders, tmp_path, name, config):
     """But for the model, the size and the amounts: half precision, ZeRO, checkpointing, guidance."""
     settings = {

@@ -13,6 +13,7 @@ from tempflow.policy.base import Policy, check_multiple
 
 FAMILIES = {
     "FluxPipeline": "tempflow.policy.flux:FluxPolicy",
+    "QwenImagePipeline": "tempflow.policy.qwen_image:QwenImagePolicy",
     "StableDiffusion3Pipeline": "tempflow.policy.sd3:SD3Policy",
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
