@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 
 from tempflow.errors import UserError
 from tempflow.policy.base import Conditioning, Policy, check_multiple, resolution_shift
+
+
+@lru_cache(maxsize=16)
+def position_ids(rows: int, columns: int, text: int, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids of the picture's and the text's tokens. Kept, because copying them to a GPU anew cannot be captured in a graph."""
+    return FluxPipeline._prepare_latent_image_ids(1, rows, columns, device, dtype), torch.zeros(text, 3, device=device, dtype=dtype)
 
 
 class FluxPolicy(Policy):
@@ -51,8 +59,8 @@ class FluxPolicy(Policy):
 
     def velocity(self, transformer, x, sigma, conditioning, *, height, width, guidance_scale, dtype=None):
         dtype = dtype or self.dtype
-        rows, columns = self._packed_size(height, width)
         text = conditioning["encoder_hidden_states"]
+        img_ids, txt_ids = position_ids(*self._packed_size(height, width), text.shape[1], x.device, dtype)
         guidance = None
         if self.pipe.transformer.config.guidance_embeds:
             guidance = torch.full((len(x),), guidance_scale, device=x.device, dtype=torch.float32)
@@ -63,8 +71,8 @@ class FluxPolicy(Policy):
             guidance=guidance,
             encoder_hidden_states=text.to(dtype),
             pooled_projections=conditioning["pooled_projections"].to(dtype),
-            img_ids=FluxPipeline._prepare_latent_image_ids(1, rows, columns, x.device, dtype),
-            txt_ids=torch.zeros(text.shape[1], 3, device=x.device, dtype=dtype),
+            img_ids=img_ids,
+            txt_ids=txt_ids,
             return_dict=False,
         )[0]
 
