@@ -88,6 +88,7 @@ class Rollout(Section):
     graph_verify: bool = Field(True, description="compare every graph's first replay with an eager forward")
     compile: Compile = Field("eager", description="torch.compile of the rollout copy's blocks; compile-max tunes kernels too")
     replica: bool = Field(True, description="roll out on a static copy of the weights, not through the training engine")
+    refresh_bucket: Positive = Field(100_000_000, description="most weights gathered at a time when that copy is refreshed")
 
     @field_validator("branch_steps", mode="wrap")
     @classmethod

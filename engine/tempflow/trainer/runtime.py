@@ -21,7 +21,6 @@ from tempflow.config import Config, Lora
 from tempflow.errors import UserError
 from tempflow.policy import Policy, load_transformer
 
-GATHER_ELEMENTS = 100_000_000  # weights gathered from ZeRO-3 partitions at a time
 ADAPTER = "default"
 
 
@@ -181,7 +180,7 @@ class Runtime:
         bucket, size = [], 0
         for source in self._sources:
             elements = sum(getattr(named[part], "ds_numel", named[part].numel()) for part in source[1])
-            if bucket and size + elements > GATHER_ELEMENTS:
+            if bucket and size + elements > self.config.rollout.refresh_bucket:
                 yield bucket
                 bucket, size = [], 0
             bucket.append(source)
