@@ -1,11 +1,15 @@
-"""Train: deepspeed engine/train.py --config configs/tiny_ocr.json [--set section.key=value ...] [--resume]"""
+"""Train: deepspeed engine/train.py --config configs/tiny_ocr.json [--set section.key=value ...] [--resume | --dry-run]"""
 
 from __future__ import annotations
 
 import argparse
+import math
+import os
+from dataclasses import replace
 
 from tempflow import cli
 from tempflow.config import Config, load_config
+from tempflow.errors import UserError
 from tempflow.profiling import Profile
 from tempflow.prompts import PromptOrder, load_prompts
 from tempflow.rewards import check_prompts, parse_rewards
@@ -16,6 +20,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--config", required=True, help="JSON config file")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a config key")
     parser.add_argument("--resume", action="store_true", help="continue the run directory from its newest checkpoint")
+    parser.add_argument("--dry-run", action="store_true", help="print the memory and time a run needs; load and write nothing")
+    dry = parser.add_argument_group("with --dry-run")
+    dry.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs of the run")
+    dry.add_argument("--mfu", type=float, default=0.4, help="share of the peak speed that the model's operations reach")
+    dry.add_argument("--card-gb", type=float, default=80.0, metavar="GB", help="memory of a GPU, in 10^9 bytes")
+    dry.add_argument("--peak-tflops", type=float, default=989.0, metavar="TFLOPS", help="its peak speed; 989: H100, bf16, dense")
     parser.add_argument("--profile", metavar="START:STOP", help="CUDA profiler on from iteration START to before STOP")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
     return parser.parse_args()
@@ -36,8 +46,27 @@ def checked_inputs(config: Config):
     return specs, train, heldout
 
 
+def dry_run(args: argparse.Namespace) -> int:
+    """What the run will need, from JSON files alone; a run's own checks come first."""
+    finite = all(math.isfinite(value) and value > 0 for value in (args.mfu, args.card_gb, args.peak_tflops))
+    if args.gpus < 1 or not finite or args.mfu > 1:
+        raise UserError("--gpus: at least 1; --mfu: above 0, at most 1; --card-gb, --peak-tflops: above 0")
+    config = load_config(args.config, args.set)
+    cli.quiet_libraries()
+    from tempflow.dryrun import estimate, local_model, show
+
+    asked, config.model.path = config.model.path, local_model(config.model.path)  # configs of some hub models are kept here
+    _, train, _ = checked_inputs(config)
+    result = estimate(config, gpus=args.gpus, mfu=args.mfu, card_gb=args.card_gb, peak_tflops=args.peak_tflops, prompts=len(train))
+    if int(os.environ.get("RANK", 0)) == 0:
+        show(replace(result, model=asked))
+    return 0
+
+
 def main() -> int:
     args = parse_args()
+    if args.dry_run:
+        return dry_run(args)
     profile = Profile(args.profile)
     config = load_config(args.config, args.set)
     specs, train, heldout = checked_inputs(config)

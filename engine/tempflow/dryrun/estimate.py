@@ -1,0 +1,346 @@
+"""The numbers of a dry run: bytes on each GPU and in host memory, forwards and seconds of an iteration.
+
+Weights, gradients, optimizer state, averages and forwards are counted exactly. What a forward keeps and holds is measured on
+the meta device at one to three rows and continued along a line. Seconds are floating point operations over the stated speed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from tempflow.config import Config, Lora
+from tempflow.dryrun import measure
+from tempflow.dryrun.advice import Advice, changes
+from tempflow.dryrun.families import Size
+from tempflow.dryrun.model import Model, local_model, module_bytes, tensor_bytes
+from tempflow.dryrun.zero import Zero
+from tempflow.errors import UserError
+from tempflow.policy.embeddings import EmbeddingCache
+from tempflow.policy.loading import check_model, check_size, resolve_dtype
+from tempflow.rollout.plan import Unit, build_plan
+from tempflow.rollout.suffix import count_forwards
+from tempflow.trainer.runtime import engine_dtype
+
+EMBEDDINGS_KEPT = EmbeddingCache.__init__.__defaults__[0]
+
+
+@dataclass(frozen=True)
+class Item:
+    """Bytes of one kind. keys: the config keys that decide them."""
+
+    name: str
+    bytes: int
+    keys: str = ""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Part of an iteration. forwards: rows of all GPUs together; busiest: of the GPU that has most; flops: of one of them;
+    seconds: of the busiest GPU; share: of iterations that have it."""
+
+    name: str
+    forwards: int
+    busiest: int
+    flops: int
+    seconds: float
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
+class Memory:
+    """resident: on every GPU, all the time. moments: on top, one at a time. host: of every process, at most; first: what the
+    first process gathers besides, for a checkpoint; start: of every process while it loads."""
+
+    resident: list[Item]
+    moments: list[Item]
+    host: list[Item]
+    first: Item
+    start: int
+
+    @property
+    def total(self) -> int:
+        return sum(item.bytes for item in self.resident) + max(item.bytes for item in self.moments)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run on `gpus` GPUs of `card` bytes each needs. trained, parameters: numbers of elements."""
+
+    model: str
+    gpus: int
+    card: int
+    speed: float
+    parameters: int
+    trained: int
+    memory: Memory
+    phases: list[Phase]
+    advice: list[Advice]
+
+    @property
+    def total(self) -> int:
+        return self.memory.total
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= self.card
+
+    def phase(self, name: str) -> Phase | None:
+        return next((phase for phase in self.phases if phase.name == name), None)
+
+    @property
+    def seconds(self) -> float:
+        """Of an iteration, evaluations and audits spread over all."""
+        return sum(phase.seconds * phase.share for phase in self.phases)
+
+
+def estimate(config: Config, *, gpus: int = 1, mfu: float = 0.4, card_gb: float = 80.0, peak_tflops: float = 989.0,
+             prompts: int = EMBEDDINGS_KEPT, advise: bool = True) -> Estimate:  # fmt: skip
+    """Numbers of a run, from the config and the model's JSON files. prompts: how many the training file holds.
+
+    Raises UserError where the run would: an unusable model or size, fewer units of work than GPUs, an ill-typed DeepSpeed key.
+    """
+    model = Model(local_model(config.model.path))
+    check_model(model.folder)
+    check_size(model.folder, config.rollout.height, config.rollout.width)
+    units = config.data.prompts_per_iteration * config.rollout.seeds
+    if units < gpus:
+        raise UserError(f"data.prompts_per_iteration x rollout.seeds: {units} units for {gpus} GPUs")
+    memory = _memory(config, model, gpus, prompts)
+    card, speed = int(card_gb * 1e9), peak_tflops * 1e12 * mfu
+    advice: list[Advice] = []
+    if advise and memory.total > card:
+        for setting, changed in changes(config):
+            saving = memory.total - _memory(changed, model, gpus, prompts).total
+            advice.append(Advice(setting, saving, memory.total - saving <= card))
+    worth = sorted((a for a in advice if a.bytes > 0.005 * card), key=lambda a: -a.bytes)
+    weights = _weights(model.folder, engine_dtype(config.deepspeed), _lora_key(config))
+    phases = _phases(config, model, gpus, speed)
+    return Estimate(config.model.path, gpus, card, speed, weights.parameters, weights.trained, memory, phases, worth)
+
+
+# ---------------------------------------------------------------------------------------------------------- memory
+def _memory(config: Config, model: Model, gpus: int, prompts: int) -> Memory:
+    r, folder = config.rollout, model.folder
+    dtype, trained_in = resolve_dtype(config.model.dtype, "cuda"), engine_dtype(config.deepspeed)
+    frozen, weights = _frozen_bytes(folder, dtype), _weights(folder, trained_in, _lora_key(config))
+    plain = _weights(folder, dtype, None).bytes
+    zero = Zero(config.deepspeed, gpus, weights, trained_in)
+    reference = _weights(folder, trained_in, None).bytes if config.training.kl_coef and config.model.lora is None else 0
+    resident = [
+        Item("text encoders", sum(size for name, size in frozen.items() if name != "vae"), "model.dtype"),
+        Item("VAE", frozen.get("vae", 0), "model.dtype"),
+        Item("rollout copy", plain if r.replica else 0, "rollout.replica, model.dtype"),
+        Item("training engine: parameters", zero.parameters, "model.lora, zero_optimization.stage, bf16"),
+        Item("training engine: gradients", zero.gradients, "model.lora, zero_optimization.stage"),
+        Item("training engine: optimizer", zero.optimizer, "model.lora, zero_optimization.stage, offload_optimizer"),
+        Item("training engine: buffers", zero.buffers, "zero_optimization: bucket sizes"),
+        Item("reference copy", reference, "training.kl_coef, model.lora"),
+        Item("latents, embeddings", _held(config, model, gpus, dtype, trained_in), "data.prompts_per_iteration"),
+    ]
+    size = _size(config, model)
+    moments = [
+        Item(f"training: activations of {_rows(_training_rows(config, gpus))}", _activations(config, model, gpus),
+             "gradient_checkpointing, training.micro_batch"),
+        Item(f"rollout: a forward of {_rows(r.micro_batch)}",
+             _line(lambda n: _forward_pass(folder, dtype, _at(size, n))[0], r.micro_batch), "rollout.micro_batch"),
+        Item(f"decoding {_rows(r.decode_batch)}", _decode_pass(folder, dtype, size)[0] * r.decode_batch, "rollout.decode_batch"),
+        Item("optimizer step", zero.step, "zero_optimization.stage, sub_group_size"),
+    ]  # fmt: skip
+    average = zero.whole_fp32 if config.training.ema else 0
+    embedded = _embedding_bytes(folder, dtype, size) * _prompts_seen(config, gpus, prompts)
+    host = [
+        Item("average: this process's share", -(-average // gpus), "training.ema"),
+        Item("average gathered: evaluation, checkpoint", average, "training.ema"),
+        Item("prompt embeddings", embedded, "model.max_sequence_length"),
+        Item("offloaded by DeepSpeed", zero.offloaded, "zero_optimization.offload_*"),
+    ]
+    start = max(sum(frozen.values()) + plain, weights.bytes)
+    first = Item("weights gathered: checkpoint, first process", zero.whole_fp32, "model.lora")
+    return Memory([item for item in resident if item.bytes], moments, [item for item in host if item.bytes], first, start)
+
+
+def _held(config: Config, model: Model, gpus: int, dtype: torch.dtype, trained_in: torch.dtype) -> int:
+    """Decisions, once as rolled out and once as micro-batches, the latents under way, and the prompts' embeddings."""
+    r, t = config.rollout, config.training
+    units, plan = _busiest_units(config, gpus), build_plan(config, [Unit(0, 0, 0, 0)], 0)
+    size = _size(config, model)
+    elements = math.prod(model.forward(_at(size, 1), dtype).latent)
+    decisions = units * len(plan.steps)
+    stored = decisions * (1 + plan.width) * 4
+    batched = decisions * (1 + plan.width) * 4
+    velocities = decisions * trained_in.itemsize * ((t.kl_coef > 0) + (t.ratio == "guard" and t.updates_per_rollout > 1))
+    under_way = (units + r.micro_batch) * 4
+    embeddings = _embedding_bytes(model.folder, dtype, size) * min(config.data.prompts_per_iteration, units)
+    return (stored + batched + velocities + under_way) * elements + embeddings
+
+
+def _prompts_seen(config: Config, gpus: int, prompts: int) -> int:
+    """Different prompts that a process embeds and keeps in a run over `prompts` of them."""
+    trained = min(prompts, config.training.iterations * min(config.data.prompts_per_iteration, _busiest_units(config, gpus)))
+    heldout = -(-config.eval.prompts // gpus) if config.data.heldout and config.eval.every else 0
+    return min(trained + heldout, EMBEDDINGS_KEPT)
+
+
+def _activations(config: Config, model: Model, gpus: int) -> int:
+    """What the forward of a micro-batch keeps; with checkpointing also what the backward computes again, a block at a time."""
+    key = (model.folder, engine_dtype(config.deepspeed), _lora_key(config))
+    size, rows = _size(config, model), _training_rows(config, gpus)
+    if not config.model.gradient_checkpointing:
+        return _line(lambda n: _saved(*key, False, _at(size, n)), rows)
+    return _line(lambda n: _saved(*key, True, _at(size, n)) + _block(*key, _at(size, n)), rows)
+
+
+def _training_rows(config: Config, gpus: int) -> int:
+    """Rows of the largest micro-batch: the trainer makes them even. Every decision is taken to have something to teach."""
+    decisions = _busiest_units(config, gpus) * len(build_plan(config, [Unit(0, 0, 0, 0)], 0).steps)
+    rows = -(-decisions // -(-decisions // config.training.micro_batch))
+    return rows * _children(config)
+
+
+def _rows(number: int) -> str:
+    return "one row" if number == 1 else f"{number} rows" if number < 10**9 else "very many rows"
+
+
+def _children(config: Config) -> int:
+    """Rows that training forwards for a decision."""
+    branching = config.rollout.plan == "tempflow"
+    return config.rollout.children if branching and not config.training.share_group_forward else 1
+
+
+def _busiest_units(config: Config, gpus: int) -> int:
+    return -(-config.data.prompts_per_iteration * config.rollout.seeds // gpus)
+
+
+def _line(measured, rows: int) -> int:
+    """A measurement at many rows, from those at two and three. One row is apart: much is broadcast then, not copied."""
+    if rows <= 3:
+        return measured(rows)
+    two, three = measured(2), measured(3)
+    return two + (rows - 2) * (three - two)
+
+
+# ---------------------------------------------------------------------------------------------------------- phases
+def _phases(config: Config, model: Model, gpus: int, speed: float) -> list[Phase]:
+    r, t, folder = config.rollout, config.training, model.folder
+    dtype, trained_in = resolve_dtype(config.model.dtype, "cuda"), engine_dtype(config.deepspeed)
+    one = _at(_size(config, model), 1)
+    units, busiest = config.data.prompts_per_iteration * r.seeds, _busiest_units(config, gpus)
+    plan = build_plan(config, [Unit(0, 0, 0, 0)], 0)
+    flops = _forward_pass(folder, dtype, one)[1]
+    decode = _decode_pass(folder, dtype, one)[1]
+
+    def phase(name: str, each: int, flops: int, share: float = 1.0) -> Phase:
+        return Phase(name, units * each, busiest * each, flops, _seconds(busiest * each * flops, speed), share)
+
+    decisions = len(plan.steps) * _children(config)
+    phases = [phase("rollout", count_forwards(plan, r.num_steps, r.suffix), flops), phase("decode", len(plan.rows), decode)]
+    if t.kl_coef:
+        phases.append(phase("reference", decisions, flops))
+    trained = _training_flops(folder, trained_in, _lora_key(config), config.model.gradient_checkpointing, one)
+    phases.append(phase("training", decisions * t.updates_per_rollout, trained))
+    if r.suffix and r.suffix.audit_every:
+        audited = count_forwards(plan, r.num_steps, None)
+        phases.append(phase("audit", audited, flops, 1 / min(r.suffix.audit_every, 10**9)))
+    if config.data.heldout and config.eval.every:
+        steps = config.eval.num_steps or r.num_steps
+        most = -(-config.eval.prompts // gpus) * steps
+        phases.append(Phase("evaluation", config.eval.prompts * steps, most, flops, _seconds(most * flops, speed),
+                            1 / min(config.eval.every, 10**9)))  # fmt: skip
+    return phases
+
+
+def _seconds(flops: int, speed: float) -> float:
+    return float(flops) / speed if flops < 10**300 else math.inf
+
+
+# ------------------------------------------------------------------------------------------------ measurements, once each
+@dataclass(frozen=True)
+class Weights:
+    """Of a transformer as trained. parameters, trained: numbers of elements; tensors: trained ones; bytes: with buffers;
+    lasting: bytes of parameters alone."""
+
+    parameters: int
+    trained: int
+    tensors: int
+    bytes: int
+    lasting: int
+
+
+def _lora_key(config: Config) -> str | None:
+    """Of a config's adapters, to find measurements by; their scale does not matter."""
+    lora = config.model.lora
+    return None if lora is None else lora.model_copy(update={"alpha": 1.0}).model_dump_json()
+
+
+def _size(config: Config, model: Model) -> Size:
+    return Size(1, config.rollout.height, config.rollout.width, model.text_length(config.model.max_sequence_length))
+
+
+def _at(size: Size, rows: int) -> Size:
+    return Size(rows, size.height, size.width, size.text)
+
+
+@lru_cache(maxsize=4)
+def _module(folder: str, dtype: torch.dtype, lora: str | None) -> torch.nn.Module:
+    return Model(folder).transformer(dtype, Lora.model_validate_json(lora) if lora else None)
+
+
+@lru_cache(maxsize=256)
+def _weights(folder: str, dtype: torch.dtype, lora: str | None) -> Weights:
+    module = _module(folder, dtype, lora)
+    parameters = list(module.parameters())
+    trained = [p for p in parameters if p.requires_grad]
+    return Weights(sum(p.numel() for p in parameters), sum(p.numel() for p in trained), len(trained), module_bytes(module),
+                   tensor_bytes(parameters))  # fmt: skip
+
+
+@lru_cache(maxsize=64)
+def _frozen_bytes(folder: str, dtype: torch.dtype) -> dict[str, int]:
+    return {name: module_bytes(module) for name, module in Model(folder).frozen(dtype).items()}
+
+
+@lru_cache(maxsize=256)
+def _saved(folder: str, dtype: torch.dtype, lora: str | None, checkpointing: bool, size: Size) -> int:
+    return measure.saved_bytes(_prepared(folder, dtype, lora, checkpointing), Model(folder).forward(size, dtype).arguments)
+
+
+@lru_cache(maxsize=256)
+def _block(folder: str, dtype: torch.dtype, lora: str | None, size: Size) -> int:
+    return measure.largest_block(_prepared(folder, dtype, lora, False), Model(folder).forward(size, dtype).arguments)
+
+
+@lru_cache(maxsize=256)
+def _training_flops(folder: str, dtype: torch.dtype, lora: str | None, checkpointing: bool, size: Size) -> int:
+    return measure.training_flops(_prepared(folder, dtype, lora, checkpointing), Model(folder).forward(size, dtype).arguments)
+
+
+def _prepared(folder: str, dtype: torch.dtype, lora: str | None, checkpointing: bool) -> torch.nn.Module:
+    module = _module(folder, dtype, lora)
+    (module.enable_gradient_checkpointing if checkpointing else module.disable_gradient_checkpointing)()
+    return module
+
+
+@lru_cache(maxsize=256)
+def _forward_pass(folder: str, dtype: torch.dtype, size: Size) -> tuple[int, int]:
+    """(most bytes held, operations) of a forward of the rollout."""
+    module, arguments = _prepared(folder, dtype, None, False), Model(folder).forward(size, dtype).arguments
+    return measure.inference_pass(lambda: module(**arguments))
+
+
+@lru_cache(maxsize=256)
+def _decode_pass(folder: str, dtype: torch.dtype, size: Size) -> tuple[int, int]:
+    """(most bytes held, operations) of decoding one picture."""
+    model = Model(folder)
+    vae, shape = model.frozen(dtype)["vae"], model.forward(size, dtype).vae_latent
+    return measure.inference_pass(lambda: vae.decode(torch.empty(1, *shape, dtype=dtype, device="meta"), return_dict=False))
+
+
+@lru_cache(maxsize=256)
+def _embedding_bytes(folder: str, dtype: torch.dtype, size: Size) -> int:
+    """Of one prompt."""
+    forward = Model(folder).forward(_at(size, 1), dtype)
+    return tensor_bytes(forward.arguments[name] for name in forward.conditioning)

@@ -1,0 +1,140 @@
+"""A checkpoint as its JSON configs describe it: modules without weights, on the meta device."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from tempflow.config import Lora
+from tempflow.dryrun.families import INPUTS, Forward, Size
+from tempflow.errors import UserError
+from tempflow.policy.loading import FAMILIES, check_model
+
+CARDS = Path(__file__).parents[3] / "configs/models"
+KNOWN = {"black-forest-labs/FLUX.1-dev": "flux-dev"}  # hub ids whose configs are kept there
+
+
+def local_model(path: str) -> str:
+    """The folder that describes a model: itself, or the card of a known hub id; other hub ids stay as they are."""
+    card = CARDS / KNOWN.get(path, "-")
+    return str(card) if not Path(path).exists() and card.is_dir() else path
+
+
+def module_bytes(module: torch.nn.Module) -> int:
+    """Of all parameters and buffers, shared ones once."""
+    return tensor_bytes([*module.parameters(), *module.buffers()])
+
+
+def tensor_bytes(tensors) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+@dataclass(frozen=True)
+class Model:
+    """The modules of a checkpoint, made anew at each call. folder: where its configs are, or a hub id."""
+
+    folder: str
+
+    def _config(self, part: str) -> dict:
+        return _read(self.folder, f"{part}/config.json")
+
+    @property
+    def index(self) -> dict:
+        return _read(self.folder, "model_index.json")
+
+    @property
+    def transformer_class(self) -> str:
+        return self.index["transformer"][1]
+
+    def frozen(self, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
+        """The pipeline's modules but the transformer, by name."""
+        index = self.index
+        parts = [name for name, value in index.items() if isinstance(value, list) and value[0]]
+        return {name: self._build(name, *index[name], dtype) for name in parts
+                if name.startswith(("text_encoder", "image_encoder", "vae"))}  # fmt: skip
+
+    def transformer(self, dtype: torch.dtype, lora: Lora | None = None) -> torch.nn.Module:
+        """As the engine trains it: all of it, or frozen with adapters."""
+        module = self._build("transformer", *self.index["transformer"], dtype).train()
+        if lora is None:
+            return module.requires_grad_(True)
+        from tempflow.trainer.runtime import add_lora
+
+        try:
+            add_lora(module, lora, self._family.lora_targets, 0)
+        except ValueError as error:
+            raise UserError(f"model.lora: {str(error).splitlines()[0]}") from None
+        return module
+
+    def forward(self, size: Size, dtype: torch.dtype) -> Forward:
+        if self.transformer_class not in INPUTS:
+            raise UserError(f"--dry-run: model.path: no input shapes are known for {self.transformer_class}; known: {', '.join(INPUTS)}")
+        return INPUTS[self.transformer_class](self._defaults("transformer"), self._config("vae"), size, dtype)
+
+    def text_length(self, asked: int | None) -> int:
+        """Tokens of a prompt: as many as the config says, or the family's own number. UserError where it takes fewer."""
+        longest = getattr(self._family, "longest_text", asked)
+        if asked and longest and asked > longest:
+            raise UserError(f"model.max_sequence_length: {asked}; {self.index['_class_name']} takes {longest} at most")
+        return asked or self._family.text_length
+
+    @property
+    def _family(self):
+        module, _, name = FAMILIES[check_model(self.folder)].partition(":")
+        return getattr(importlib.import_module(module), name)
+
+    def _defaults(self, part: str) -> dict:
+        """A diffusers config with what its file leaves out."""
+        return dict(_skeleton(self.folder, part, *self.index[part]).config)
+
+    def _build(self, part: str, library: str, name: str, dtype: torch.dtype) -> torch.nn.Module:
+        module = _make(library, name, self._config(part), part)
+        keep = list(getattr(module, "_keep_in_fp32_modules", None) or []) if dtype == torch.float16 or library == "diffusers" else []
+        keep += list(getattr(module, "_keep_in_fp32_modules_strict", None) or [])
+        for key, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            if tensor.is_floating_point() and not set(key.split(".")) & set(keep):
+                tensor.data = tensor.data.to(dtype)
+        return module
+
+
+@lru_cache(maxsize=64)
+def _skeleton(folder: str, part: str, library: str, name: str) -> torch.nn.Module:
+    return _make(library, name, _read(folder, f"{part}/config.json"), part)
+
+
+def _make(library: str, name: str, config: dict, part: str) -> torch.nn.Module:
+    kind = getattr(importlib.import_module(library), name, None)
+    if kind is None:
+        raise UserError(f"model.path: {part}: the installed {library} has no {name}")
+    try:
+        with torch.device("meta"):
+            return kind.from_config(config) if library == "diffusers" else kind(kind.config_class.from_dict(config))
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        raise UserError(f"model.path: {part}/config.json does not describe a {name}: {error}") from None
+
+
+@lru_cache(maxsize=64)
+def _read_text(folder: str, file: str) -> str:
+    if not Path(folder).is_dir():
+        from huggingface_hub import hf_hub_download
+
+        try:
+            return Path(hf_hub_download(folder, file)).read_text()
+        except Exception as error:
+            raise UserError(f"model.path: cannot fetch {file} of {folder}: {type(error).__name__}") from None
+    try:
+        return (Path(folder) / file).read_text()
+    except OSError as error:
+        raise UserError(f"model.path: cannot read {error.filename}: {error.strerror}") from None
+
+
+def _read(folder: str, file: str) -> dict:
+    try:
+        return json.loads(_read_text(folder, file))
+    except ValueError as error:
+        raise UserError(f"model.path: {file} of {folder} is damaged: {error}") from None

@@ -1,0 +1,273 @@
+"""The dry run against reality: bytes of a real runtime's tensors, what real forwards keep, and the forwards of a real run."""
+
+import copy
+import dataclasses
+import io
+import json
+
+import pytest
+import torch
+from engine_cases import MODEL, ROOT, config_table, small_config, write_config
+from rich.console import Console
+from run_cases import script_here, train
+
+from tempflow.config import load_config
+from tempflow.dryrun import estimate, local_model, show
+from tempflow.dryrun.measure import SavedBytes
+from tempflow.dryrun.model import Model, module_bytes
+from tempflow.errors import UserError
+
+CARD = ROOT / "configs/models/flux-dev"
+BF16 = {"bf16": {"enabled": True}, "optimizer": {"type": "AdamW", "params": {"lr": 1e-5, "torch_adam": True}}}
+
+
+def items(result) -> dict[str, int]:
+    """Bytes by the first words of their names."""
+    memory = result.memory
+    return {item.name.removeprefix("training engine: ").split(":")[0]: item.bytes
+            for item in [*memory.resident, *memory.moments, *memory.host, memory.first]}  # fmt: skip
+
+
+def tensors_of(value):
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from tensors_of(inner)
+
+
+def total(tensors) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+# ----------------------------------------------------------------------------------------------------- against reality
+VARIANTS = {
+    "full": {"training": {"ema": {"decay": 0.5}, "kl_coef": 0.01}},
+    "lora": {"model": {"lora": {"rank": 4, "alpha": 8.0}}, "training": {"ema": {"decay": 0.5}, "kl_coef": 0.01}},
+    "sgd, no copy": {"rollout": {"replica": False},
+                     "deepspeed": {"optimizer": {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}}}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_bytes_of_a_real_runtime(changes):
+    """Every resident byte at ZeRO stage 0 after one step, and the activations of its training module, in one process."""
+    from tempflow.policy import load_policy
+    from tempflow.trainer.comm import init_distributed
+    from tempflow.trainer.ema import Average
+    from tempflow.trainer.runtime import Runtime
+
+    init_distributed()
+    config = small_config(**changes)
+    policy = load_policy(str(MODEL), max_sequence_length=20)
+    copied = policy.transformer
+    runtime = Runtime(config, policy)
+    average = Average(runtime, 0.5, 1) if config.training.ema else None
+    rows, size = 6, dict(height=32, width=96)
+    embedded = policy.encode(['the word "ABC"'] * rows)
+    x, sigma = torch.randn(rows, *policy.latent_shape(**size)), torch.full((rows,), 0.5)
+    conditioning = {name: tensor.clone() for name, tensor in embedded.items()}
+    known = [*runtime.module.parameters(), *runtime.module.buffers(), x, sigma, *conditioning.values()]
+    with SavedBytes(*known) as saved:
+        v = policy.velocity(runtime.engine, x, sigma, conditioning, guidance_scale=0.0, **size)
+    runtime.accumulate(v.square().mean(), last=True)
+    gradients = total(p.grad for p in runtime.trainable.values())
+    assert runtime.step(1.0) is not None
+
+    seen = items(estimate(config))
+    assert seen["parameters"] == module_bytes(runtime.module)
+    assert seen["gradients"] == gradients
+    assert seen["optimizer"] == total(tensors_of(dict(runtime.engine.optimizer.state)))
+    assert seen.get("rollout copy", 0) == (module_bytes(copied) if config.rollout.replica else 0)
+    assert seen["VAE"] == module_bytes(policy.pipe.vae)
+    assert seen["text encoders"] == module_bytes(policy.pipe.text_encoder) + module_bytes(policy.pipe.text_encoder_2)
+    assert seen.get("reference copy", 0) == (module_bytes(runtime.reference) if runtime.reference is not None else 0)
+    if average:
+        assert seen["average"] == total(average._mine.values()) and seen["average gathered"] == total(average.whole().values())
+    assert seen["weights gathered"] == 4 * sum(p.numel() for p in runtime.trainable.values())
+    # 12 decisions of a micro-batch of 6
+    measured = items(estimate(small_config(**{**changes, "training": {**changes.get("training", {}), "micro_batch": rows}})))
+    assert measured["training"] == pytest.approx(saved.total, rel=0.15)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_of_a_real_forward(policy, rows, checkpointing):
+    """What the real model's forward keeps, on the CPU with its fused attention; one block more where it is computed again."""
+    from tempflow.dryrun.estimate import _block, _line, _saved
+    from tempflow.dryrun.families import Size
+
+    module = copy.deepcopy(policy.transformer).requires_grad_(True).train()
+    if checkpointing:
+        module.enable_gradient_checkpointing()
+    conditioning = {name: t.clone() for name, t in policy.encode(['the word "ABC"'] * rows).items()}
+    x, sigma = torch.randn(rows, *policy.latent_shape(32, 96)), torch.full((rows,), 0.5)
+    with SavedBytes(*module.parameters(), *module.buffers(), x, sigma, *conditioning.values()) as saved:
+        policy.velocity(module, x, sigma, conditioning, height=32, width=96, guidance_scale=0.0)
+
+    def size(n):
+        return Size(n, 32, 96, 20)
+
+    predicted = _line(lambda n: _saved(str(MODEL), torch.float32, None, checkpointing, size(n)), rows)
+    assert predicted == pytest.approx(saved.total, rel=0.15)
+    if not checkpointing:
+        block = _line(lambda n: _block(str(MODEL), torch.float32, None, size(n)), rows)
+        assert saved.total / 12 < block < saved.total, "one of six blocks"
+
+
+RUNS = {
+    "tempflow": {"rollout": {"suffix": {"stride": 2, "exact_steps": 1}}, "training": {"updates_per_rollout": 2, "kl_coef": 0.01}},
+    "random steps, a child a row": {"rollout": {"branch_steps": {"random": 2}}, "training": {"share_group_forward": False}},
+    "flow_grpo": {"rollout": {"plan": "flow_grpo", "branch_steps": "all", "seeds": 3}, "training": {"advantage_group": "prompt"}},
+}
+
+
+@pytest.mark.parametrize("changes", RUNS.values(), ids=RUNS)
+def test_forwards_of_a_real_run(tmp_path, changes):
+    changes = {**changes, "training": {"iterations": 1, **changes["training"]}}
+    run = train(tmp_path, "one", processes=None, **changes)
+    row = run.rows[-1]
+    result = estimate(load_config(tmp_path / "one.json"))
+    assert row["reward/zero_std_groups"] == 0, "else there is less to train on, as the table says"
+    assert result.phase("rollout").forwards == row["forwards/rollout"]
+    assert result.phase("decode").forwards == row["images"]
+    reference = result.phase("reference")
+    assert result.phase("training").forwards + (reference.forwards if reference else 0) == row["forwards/train"]
+
+
+# ----------------------------------------------------------------------------------------------------------- FLUX.1-dev
+@pytest.fixture(scope="module")
+def flux():
+    """The shipped configs as they stand, by hub id, without a network."""
+    return {"lora": estimate(load_config(ROOT / "configs/flux_lora.json")),
+            "zero3": estimate(load_config(ROOT / "configs/flux_zero3.json"), gpus=8)}  # fmt: skip
+
+
+def test_the_card_of_flux_dev(flux):
+    assert flux["zero3"].parameters == flux["zero3"].trained == 11_901_408_320
+    frozen = Model(str(CARD)).frozen(torch.bfloat16)
+    counted = {name: sum(p.numel() for p in module.parameters()) / 1e6 for name, module in frozen.items()}
+    assert counted == pytest.approx({"text_encoder": 123.06, "text_encoder_2": 4762.31, "vae": 83.82}, rel=1e-4)
+
+
+def test_shipped_flux_configs_fit_their_cards(flux):
+    """As the README's section on FLUX.1 says."""
+    lora, zero3 = items(flux["lora"]), items(flux["zero3"])
+    assert flux["lora"].fits and flux["zero3"].fits and not flux["lora"].advice
+    assert lora["rollout copy"] == zero3["rollout copy"] == 2 * 11_901_408_320
+    assert zero3["parameters"] + zero3["gradients"] + zero3["optimizer"] == pytest.approx(18 * 11_901_408_320 / 8, rel=1e-3)
+    assert zero3["average gathered"] == 4 * 11_901_408_320
+    assert flux["lora"].phase("rollout").forwards == 48 * (10 + 6 * 45) and flux["lora"].phase("training").forwards == 2 * 48 * 9
+    assert flux["zero3"].phase("rollout").busiest * 8 == flux["zero3"].phase("rollout").forwards
+
+
+def test_operations_of_a_forward(flux):
+    """Twice the weights for every token that passes them, and attention's two products, to within what is left out here."""
+    tokens, width, layers = 4096 + 512, 3072, 19 + 38
+    blocks = 38 * 12 * width**2  # a single block's weights that see every token; a double block's are two sets, one a token
+    blocks += 19 * 12 * width**2
+    by_hand = 2 * tokens * blocks + layers * 4 * tokens**2 * width
+    assert flux["lora"].phase("rollout").flops == pytest.approx(by_hand, rel=0.01)
+    backward = flux["zero3"].phase("training").flops / flux["zero3"].phase("rollout").flops
+    assert 4 < backward < 4.2, "twice a forward, and the forward again for checkpointing; attention's backward recomputes scores"
+
+
+def test_what_does_not_fit_is_said(flux):
+    """All weights on one GPU: the largest savings are named, each a config that parses."""
+    config = load_config(ROOT / "configs/flux_zero3.json", ["data.prompts_per_iteration=1"])
+    result = estimate(config)
+    settings = {advice.setting.split("=")[0]: advice for advice in result.advice}
+    assert not result.fits and {"model.lora", "rollout.replica", "deepspeed.zero_optimization.offload_optimizer"} <= set(settings)
+    assert settings["model.lora"].bytes > 100e9 and settings["rollout.replica"].bytes == 2 * 11_901_408_320
+    assert [a.bytes for a in result.advice] == sorted((a.bytes for a in result.advice), reverse=True)
+    text = printed(result)
+    assert "Does not fit" in text and "rollout.replica=false" in text and "23.8 GB" in text
+
+
+def test_each_saving_is_what_the_changed_config_takes():
+    config = small_config(training={"kl_coef": 0.1, "micro_batch": 8}, deepspeed={"optimizer": {"type": "AdamW"}})
+    result = estimate(config, card_gb=0.001)
+    settings = {advice.setting: advice.bytes for advice in result.advice}
+    assert settings["training.kl_coef=0"] == items(result)["reference copy"] + 12 * 48 * 32 * 4
+    assert result.total - settings["model.gradient_checkpointing=true"] == estimate(
+        small_config(training={"kl_coef": 0.1, "micro_batch": 8}, model={"gradient_checkpointing": True},
+                     deepspeed={"optimizer": {"type": "AdamW"}})).total  # fmt: skip
+
+
+ZERO = [  # stage, more of the section, bytes per trained weight on one of four GPUs: parameters, gradients, optimizer
+    (1, {"data_types": {"grad_accum_dtype": "fp32"}}, 2, 4, 12 / 4),
+    (1, {}, 2, 2 + 2 / 4, 12 / 4),
+    (2, {}, 2, 2 / 4, 12 / 4),
+    (3, {}, 2 / 4, 2 / 4, 12 / 4),
+    (3, {"data_types": {"grad_accum_dtype": "fp32"}}, 2 / 4, 4 / 4, 12 / 4),
+]
+
+
+@pytest.mark.parametrize("stage, more, parameters, gradients, optimizer", ZERO)
+def test_zero_stages(stage, more, parameters, gradients, optimizer):
+    result = estimate(small_config(deepspeed={**BF16, **more, "zero_optimization": {"stage": stage}}), gpus=4)
+    seen, count = items(result), result.trained
+    assert [seen["parameters"] / count, seen["gradients"] / count, seen["optimizer"] / count] == pytest.approx(
+        [parameters, gradients, optimizer], rel=1e-4)  # fmt: skip
+
+
+def test_offloading_moves_bytes_to_the_host():
+    ds = {**BF16, "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    here, there = (estimate(small_config(deepspeed=section), gpus=2) for section in ({**BF16, "zero_optimization": {"stage": 2}}, ds))
+    assert "optimizer" not in items(there) and items(there)["offloaded by DeepSpeed"] >= items(here)["optimizer"]
+
+
+# -------------------------------------------------------------------------------------------------------------- command
+def printed(result) -> str:
+    out = io.StringIO()
+    show(result, Console(file=out, width=140))
+    return out.getvalue()
+
+
+def test_dry_run_loads_and_writes_nothing(tmp_path, skeleton):
+    """A folder without weights will do."""
+    file = write_config(tmp_path, model={"path": str(skeleton)}, logging={"dir": str(tmp_path / "runs")})
+    done = script_here("train", "--config", file, "--dry-run", "--gpus", 2)
+    assert done.returncode == 0, done.stderr
+    assert all(word in done.stdout for word in ("2 GPUs of 80.0 GB", "rollout copy", "Fits", "training (with backward)", "Host memory"))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_dry_run_says_that_it_does_not_fit(tmp_path):
+    done = script_here("train", "--config", write_config(tmp_path), "--dry-run", "--card-gb", 0.02)
+    assert done.returncode == 0, done.stderr
+    assert "Does not fit" in done.stdout and "model.gradient_checkpointing=true" in done.stdout
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--gpus", 0], ["--gpus", "at least 1"]),
+    (["--mfu", "nan"], ["--mfu"]),
+    (["--card-gb", -1], ["--card-gb"]),
+    (["--gpus", 5], ["data.prompts_per_iteration x rollout.seeds", "4 units for 5 GPUs"]),
+    (["--set", "model.path=someone/else"], ["model.path", "someone/else"]),
+    (["--set", "rollout.height=30"], ["rollout.height", "multiples of 8"]),
+    (["--set", 'model.lora={"targets": ["nothing"]}'], ["model.lora", "nothing"]),
+    (["--set", "deepspeed.zero_optimization={\"stage\": 2, \"reduce_bucket_size\": \"big\"}"], ["reduce_bucket_size", "'big'"]),
+])  # fmt: skip
+def test_dry_run_refuses(tmp_path, arguments, words):
+    done = script_here("train", "--config", write_config(tmp_path), "--dry-run", *arguments)
+    assert done.returncode == 2 and done.stdout == "" and all(word in done.stderr for word in words), done.stdout + done.stderr
+
+
+def test_known_hub_ids_are_read_from_their_cards(tmp_path):
+    assert local_model("black-forest-labs/FLUX.1-dev") == str(CARD)
+    assert local_model(str(MODEL)) == str(MODEL) and local_model("someone/else") == "someone/else"
+
+
+def test_a_family_without_inputs_is_refused(tmp_path, skeleton):
+    index = json.loads((skeleton / "model_index.json").read_text())
+    index["transformer"][1] = "SanaTransformer2DModel"
+    (skeleton / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="SanaTransformer2DModel"):
+        estimate(small_config(model={"path": str(skeleton)}))
+
+
+def test_numbers_beyond_all_machines_are_printed():
+    config = small_config(data={"prompts_per_iteration": 10**40}, training={"micro_batch": 10**30, "updates_per_rollout": 10**320})
+    result = estimate(config)
+    assert not result.fits and printed(dataclasses.replace(result)) and config_table()
