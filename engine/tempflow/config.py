@@ -17,6 +17,7 @@ from pydantic_core import PydanticCustomError
 from tempflow.errors import UserError
 
 Positive = Annotated[int, Field(ge=1)]
+Pixels = Annotated[int, Field(ge=1, le=16384)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Compile = Literal["eager", "compile", "compile-max"]
 
@@ -26,7 +27,7 @@ class Section(BaseModel):
 
 
 class Lora(Section):
-    rank: Positive = Field(32, description="rank of the adapters")
+    rank: Annotated[int, Field(ge=1, le=65536)] = Field(32, description="rank of the adapters")
     alpha: Annotated[float, Field(gt=0)] = Field(64.0, description="their scale is alpha / rank")
     targets: list[str] | None = Field(None, description="module names to adapt; null: the family's own list")
 
@@ -39,7 +40,7 @@ class Model(Section):
     lora: Lora | None = Field(None, description="null trains all weights of the transformer")
     attention_backend: str | None = Field(None, description="a diffusers attention backend; null: diffusers' own choice")
     gradient_checkpointing: bool = Field(False, description="trade a second forward for activation memory")
-    max_sequence_length: Positive = Field(512, description="text tokens, as in the diffusers pipeline's call")
+    max_sequence_length: Annotated[int, Field(ge=1, le=65536)] = Field(512, description="text tokens, as in the diffusers pipeline's call")
 
 
 class Data(Section):
@@ -68,9 +69,9 @@ class Suffix(Section):
 
 class Rollout(Section):
     plan: Literal["tempflow", "flow_grpo", "mix_grpo"] = Field("tempflow", description="which rows take noise where")
-    height: Positive = Field(512, description="pixels")
-    width: Positive = Field(512, description="pixels")
-    num_steps: Annotated[int, Field(ge=2)] = Field(10, description="T, steps of the sampling grid")
+    height: Pixels = Field(512, description="pixels")
+    width: Pixels = Field(512, description="pixels")
+    num_steps: Annotated[int, Field(ge=2, le=1000)] = Field(10, description="T, steps of the sampling grid")
     seeds: Positive = Field(4, description="S, initial noises per prompt")
     children: Annotated[int, Field(ge=1, le=64)] = Field(6, description="B, children per (seed, branch step)")
     branch_steps: Union[Literal["all"], list[Annotated[int, Field(ge=0)]], RandomSteps] = Field(
@@ -137,7 +138,7 @@ class Training(Section):
     lr_decay: Annotated[float, Field(ge=0, le=1)] = Field(
         1.0, description="learning rate at the end over that at the start, along a cosine; 1: constant"
     )
-    seed: int = Field(0, description="of prompts and noise")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of prompts and noise")
 
 
 class Eval(Section):
@@ -259,7 +260,7 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
         raise UserError(f"config file {file} does not exist") from None
     except IsADirectoryError:
         raise UserError(f"config file {file} is a folder") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"config file {file} is not JSON: {error}") from None
     if not isinstance(data, dict):
         raise UserError(f"config file {file}: expected a table of sections, got {type(data).__name__}")
@@ -267,10 +268,10 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
     for override in overrides:
         _apply_override(data, override)
     config = parse_config(data)
-    config.model.path = _found_from(config.model.path, file)
-    config.data.train = _found_from(config.data.train, file)
+    config.model.path = _found_from("model.path", config.model.path, file)
+    config.data.train = _found_from("data.train", config.data.train, file)
     if config.data.heldout:
-        config.data.heldout = _found_from(config.data.heldout, file)
+        config.data.heldout = _found_from("data.heldout", config.data.heldout, file)
     config.logging.name = config.logging.name or file.stem
     return config
 
@@ -298,20 +299,23 @@ def _apply_override(data: dict, override: str) -> None:
         data[key] = text
 
 
-def _found_from(path: str, config_file: Path) -> str:
+def _found_from(key: str, path: str, config_file: Path) -> str:
     """A relative path is looked up from the working directory, then from each folder above the config file."""
-    if Path(path).exists() or Path(path).is_absolute():
-        return path
-    for folder in config_file.resolve().parents:
-        if (folder / path).exists():
-            return str(folder / path)
+    try:
+        if Path(path).exists() or Path(path).is_absolute():
+            return path
+        for folder in config_file.resolve().parents:
+            if (folder / path).exists():
+                return str(folder / path)
+    except (OSError, ValueError) as error:  # too long for a file name, or characters that none can have
+        raise UserError(f"{key}: {path!r:.100} cannot be a path: {error if isinstance(error, ValueError) else error.strerror}") from None
     return path
 
 
 def _explain(error: dict) -> str:
     """One line of a pydantic error, in the user's key names."""
     parts = [str(p) for p in error["loc"]]
-    name = ".".join(parts)
+    name = ".".join(part if part.isprintable() else repr(part) for part in parts)
     if error["type"] == "extra_forbidden":
         known = _known_keys(parts[:-1])
         near = difflib.get_close_matches(parts[-1], known, n=1)

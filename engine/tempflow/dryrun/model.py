@@ -73,7 +73,9 @@ class Model:
 
     def forward(self, size: Size, dtype: torch.dtype) -> Forward:
         if self.transformer_class not in INPUTS:
-            raise UserError(f"--dry-run: model.path: no input shapes are known for {self.transformer_class}; known: {', '.join(INPUTS)}")
+            raise UserError(
+                f"model.path: --dry-run knows no input shapes of a {self.transformer_class}, only of {', '.join(INPUTS)}"
+            )
         return INPUTS[self.transformer_class](self._defaults("transformer"), self._config("vae"), size, dtype)
 
     def text_length(self, asked: int | None) -> int:

@@ -103,7 +103,8 @@ class Zero:
 
     def _number(self, key: str, default: float) -> int:
         value = self._zero.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not 0 <= value < math.inf:  # no isfinite, which has no answer for the largest integers
             raise UserError(f"deepspeed.zero_optimization.{key}: expected a number of elements, got {value!r:.100}")
         return int(value)
 
