@@ -89,7 +89,7 @@ def with_value(*path, value) -> dict:
 @example(with_value("data", "prompts_per_iteration", value=10**400))
 @example(with_value("model", "path", value="\x00"))
 @example(with_value("training", "seed", value=-1))
-@settings(max_examples=1000, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=1000, database=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(table=mutated())
 def test_any_mistake_is_refused_or_estimated(folder, table):
     file = folder / "config.json"
