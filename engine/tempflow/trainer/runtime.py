@@ -44,8 +44,11 @@ def add_lora(module: torch.nn.Module, lora: Lora, targets: tuple[str, ...], seed
     wanted = [t for t in wanted if t not in unknown]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        module.add_adapter(LoraConfig(r=lora.rank, lora_alpha=lora.alpha, init_lora_weights="gaussian",
-                                      target_modules=wanted), adapter_name=ADAPTER)  # fmt: skip
+        adapters = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, init_lora_weights="gaussian", target_modules=wanted)
+        try:
+            module.add_adapter(adapters, adapter_name=ADAPTER)
+        except ValueError as error:  # layers that peft cannot adapt
+            raise UserError(f"model.lora.targets: {error}") from None
 
 
 class Runtime:
