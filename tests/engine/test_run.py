@@ -59,8 +59,8 @@ def start(folder, name, processes, stage, **more) -> Run:
     # No ratio comes near its bounds, where rounding would decide.
     training = {"iterations": 3, "updates_per_rollout": 2, "clip_low": 0.2, "clip_high": 0.2, "kl_coef": 0.1}
     deepspeed = {**SGD, "gradient_clipping": 0.02, "zero_optimization": ZERO[stage]}
-    return train(folder, name, processes=processes, training=training, deepspeed=deepspeed, reward_pool={"workers": 1},
-                 rollout={"refresh_bucket": 50_000}, **more)  # fmt: skip
+    more["rollout"] = {"refresh_bucket": 50_000, **more.get("rollout", {})}  # many gathers, as a large model needs
+    return train(folder, name, processes=processes, training=training, deepspeed=deepspeed, reward_pool={"workers": 1}, **more)
 
 
 def base_weights() -> dict[str, torch.Tensor]:

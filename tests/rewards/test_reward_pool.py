@@ -230,7 +230,8 @@ def test_close_while_starting():
 
 
 PARENT = """
-import os, sys, time, numpy as np
+import os, signal, sys, time, numpy as np
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is born ignoring it
 sys.path.insert(0, {here!r})
 from tempflow.rewards import RewardPool, RewardSpec
 pool = RewardPool([RewardSpec("faulty_rewards:Slow", 1.0, {{"seconds": {seconds}}})], workers=2)
