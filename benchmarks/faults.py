@@ -148,6 +148,7 @@ def main() -> int:
     out = args.output / f"faults-{args.processes}x-zero{args.stage}-{date.today()}.json"
     record = {"date": str(date.today()), "command": sys.argv, "device": device_name(), "versions": versions(), "faults": faults,
               "differences": broken, "minutes": (time.monotonic() - started) / 60}  # fmt: skip
+    out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(out, json.dumps(record, indent=1))
     print(out)
     return 1 if any(broken.values()) else 0

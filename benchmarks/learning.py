@@ -127,6 +127,7 @@ def main() -> int:
     out = args.output / f"learning-{Path(args.config).stem}-{'-'.join(args.variants).replace(' ', '_')}-{date.today()}.json"
     device = results[args.variants[0]][0]["device"]
     record = {"date": str(date.today()), "command": sys.argv, "device": device, "configs": configs, "results": results}
+    out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(out, json.dumps(record, indent=1))
     draw(results, out.with_suffix(".png"), f"{Path(args.config).stem}, {device}, {date.today()}")
     for variant, runs in results.items():

@@ -155,6 +155,7 @@ def main() -> int:
     out = args.output / f"suffix-{Path(args.config).stem}-{date.today()}.json"
     record = {"date": str(date.today()), "command": sys.argv, "device": device_name(), "versions": versions(),
               "config": config.model_dump(), "rows": rows}  # fmt: skip
+    out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(out, json.dumps(record, indent=1))
     draw(rows, out.with_suffix(".png"), f"{Path(args.config).stem}, {device_name()}, {date.today()}")
     print(out)

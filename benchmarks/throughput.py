@@ -412,6 +412,7 @@ def benchmark(name: str, config: Config, args: argparse.Namespace) -> None:
               "versions": versions(), "config": config.model_dump(), "forward_flops": flops, "matmul_flops_per_s": peaks,
               "peak_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
               "rows": rows}  # fmt: skip
+    out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(out, json.dumps(record, indent=1))
     draw(rows, out.with_suffix(".png"), f"{name}, {device_name()}, {date.today()}")
     print(out)

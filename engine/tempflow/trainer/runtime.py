@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Iterator
 
 import deepspeed
@@ -200,7 +198,6 @@ def compile_blocks(module: torch.nn.Module, how: str) -> None:
     if how == "eager":
         return
     module._repeated_blocks = module._repeated_blocks or module._no_split_modules  # SD3 names its blocks as the latter only
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache/tempflow/inductor"))
     module.compile_repeated_blocks(mode="max-autotune-no-cudagraphs" if how == "compile-max" else "default")
 
 
