@@ -13,6 +13,11 @@ import torch.distributed as dist
 def init_distributed() -> None:
     """Join the launcher's process group, or make one of a single process where no launcher set it up."""
     import deepspeed
+    import deepspeed.comm.torch as backend
+
+    # On CPUs DeepSpeed compiles a faster all-reduce at its first start, behind a lock file: a process killed meanwhile leaves
+    # it, and every later start waits for it for ever. Gloo's serves as well.
+    backend.build_shm_op = lambda: None
 
     if "RANK" not in os.environ:
         with socket.socket() as free:
