@@ -1,6 +1,6 @@
 """Builds the small model that ships: a real diffusers FluxPipeline that spells short words, not too well.
 
-    python recipes/tiny_flux.py                  # about 30 minutes on 2 cores; stages already built are kept
+    python recipes/tiny_flux.py                  # about 20 minutes on 2 cores; stages already built are kept
     python recipes/tiny_flux.py --work FOLDER    # where stages are kept between runs
 
 Stages: prompts -> VAE -> latents -> text encoders and transformer -> pipeline folder with a model card. Training
