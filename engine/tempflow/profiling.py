@@ -1,6 +1,6 @@
 """Names for what a profiler sees: NVTX ranges in the domain "tempflow", and the bracket for `--profile START:STOP`.
 
-Without a profiler attached a range costs a microsecond. Use: nsys profile -t cuda,nvtx (README, "Profiling with Nsight").
+Without a profiler attached a range costs two microseconds. Use: nsys profile -t cuda,nvtx (README, "Profiling with Nsight").
 """
 
 from __future__ import annotations
