@@ -34,6 +34,44 @@ def advantages(rewards: np.ndarray, *, group: str, global_std: bool, clip: float
     of its group. group: "seed" normalises over B, "prompt" over S x B. global_std divides by the standard
     deviation of all valid rewards instead of the group's. A group without spread has advantage exactly 0.
     """
+    found = _normalise(rewards, group, global_std)
+    return _advantages(found.values, found.flat, found, clip)
+
+
+def decoupled_advantages(
+    rewards: np.ndarray, parts: list[np.ndarray], weights: list[float], *, group: str, global_std: bool, clip: float
+) -> Advantages:  # fmt: skip
+    """Advantages of several rewards, each normalised by itself: GDPO (arXiv 2601.05242, equations 4 to 6).
+
+    Each reward's advantage is that of `advantages`, unclipped; A_sum is their weighted sum; the result is
+    A_sum / (std(A_sum) + 1e-4), clipped to +-clip, with the standard deviation over all valid pictures of the batch. GDPO
+    subtracts the batch's mean as well, which is 0 here: every group's advantages are centred. So a reward counts by its
+    weight, whatever its scale, and only the weights' ratios matter.
+
+    rewards: [P, S, K, B], the weighted sum, whose spread is reported. parts: R arrays of that shape, those that are trained
+    on, with their R weights. A picture that any of them failed to score is left out of every group. A group has no spread
+    where none of its rewards has.
+    """
+    valid = np.logical_and.reduce([np.isfinite(part) for part in parts])
+    found = [_normalise(np.where(valid, part, np.nan), group, global_std) for part in parts]
+    total = sum(weight * one.values for weight, one in zip(weights, found, strict=True))
+    scale = np.std(total[valid]) if valid.any() else 0.0
+    flat = np.logical_and.reduce([one.flat for one in found])
+    return _advantages(total / (scale + EPSILON), flat, _normalise(np.where(valid, rewards, np.nan), group, global_std), clip)
+
+
+@dataclass(frozen=True)
+class _Normalised:
+    """values: float64 [P, S, K, B], 0 where masked or flat. flat: groups without spread; std: theirs; reduced axes have size 1."""
+
+    values: np.ndarray
+    valid: np.ndarray
+    flat: np.ndarray
+    std: np.ndarray
+    axes: tuple[int, ...]
+
+
+def _normalise(rewards: np.ndarray, group: str, global_std: bool) -> _Normalised:
     rewards = np.asarray(rewards, dtype=np.float64)
     axes = {"seed": (3,), "prompt": (1, 3)}[group]
     valid = np.isfinite(rewards)
@@ -46,13 +84,17 @@ def advantages(rewards: np.ndarray, *, group: str, global_std: bool, clip: float
     lowest = np.where(valid, rewards, np.inf).min(axes, keepdims=True)
     flat = highest <= lowest
     scale = np.std(rewards[valid]) if global_std and valid.any() else std
-    values = np.clip(deviation / (scale + EPSILON), -clip, clip)
-    values = np.where(flat | ~valid, 0.0, values).astype(np.float32)
-    live = valid.any(axes, keepdims=True)
+    values = np.where(flat | ~valid, 0.0, deviation / (scale + EPSILON))
+    return _Normalised(values, valid, flat, std, axes)
+
+
+def _advantages(values: np.ndarray, flat: np.ndarray, rewards: _Normalised, clip: float) -> Advantages:
+    live = rewards.valid.any(rewards.axes, keepdims=True)
     others = tuple(axis for axis in range(4) if axis != 2)
     totals = live.sum(others)
-    spread = np.where(live, std, 0.0).sum(others) / np.where(totals == 0, np.nan, totals)
-    return Advantages(values, valid, np.squeeze(flat, axes), spread)
+    spread = np.where(live, rewards.std, 0.0).sum(others) / np.where(totals == 0, np.nan, totals)
+    clipped = np.clip(values, -clip, clip).astype(np.float32)
+    return Advantages(clipped, rewards.valid, np.squeeze(flat, rewards.axes), spread)
 
 
 def rank_correlation(one: np.ndarray, other: np.ndarray) -> float:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from tempflow.advantages import advantages
+from tempflow.advantages import advantages, decoupled_advantages
 
 NAN = float("nan")
 NEVER = 1e9  # a clip that is out of reach
@@ -161,3 +161,73 @@ def test_masked_children_have_no_advantage(rewards, group, global_std):
     found = advantages(rewards, group=group, global_std=global_std, clip=5.0)
     assert (found.valid == np.isfinite(rewards)).all()
     assert (found.values[~found.valid] == 0).all() and np.isfinite(found.values).all()
+
+
+# ---------------------------------------------------------------------------------------------- several rewards
+def decoupled(parts, weights, group="seed", global_std=False, clip=NEVER):
+    parts = [np.asarray(part, dtype=np.float64) for part in parts]
+    total = sum(w * part for w, part in zip(weights, parts, strict=True))
+    return decoupled_advantages(total, parts, weights, group=group, global_std=global_std, clip=clip)
+
+
+def gdpo_by_loop(parts, weights, group, global_std):
+    """Equations 4 to 6 of GDPO over the pictures that every reward has scored."""
+    scored = np.all(np.isfinite(parts), axis=0)
+    one_by_one = [by_loop(np.where(scored, part, NAN), group, global_std, NEVER) for part in parts]
+    total = sum(w * one for w, one in zip(weights, one_by_one, strict=True))
+    batch = total[scored]
+    return np.where(scored, (total - batch.mean()) / (batch.std() + 1e-4), 0) if len(batch) else np.zeros(total.shape)
+
+
+@st.composite
+def several(draw):
+    shape, count = draw(shapes), draw(st.integers(1, 3))
+    parts = [draw(arrays(np.float64, shape, elements=numbers | st.just(NAN), fill=st.nothing())) for _ in range(count)]
+    return parts, [draw(st.sampled_from([-2.0, 0.3, 1.0])) for _ in range(count)]
+
+
+@given(case=several(), **options)
+def test_decoupled_equals_gdpo(case, group, global_std):
+    found = decoupled(*case, group, global_std).values
+    np.testing.assert_allclose(found, gdpo_by_loop(*case, group, global_std), rtol=1e-5, atol=1e-7)
+
+
+def test_decoupled_keeps_apart_what_the_sum_collapses():
+    """GDPO's own example: of two children one has both rewards, or one of two; the sum sees the same advantage."""
+    both, one = [[[[0.0, 1.0], [0.0, 1.0]]]], [[[[0.0, 1.0], [0.0, 0.0]]]]
+    summed = compute(np.add(both, one)).values[0, 0]
+    np.testing.assert_allclose(summed[0], summed[1], rtol=2e-4)
+    apart = decoupled([both, one], [1, 1]).values[0, 0]
+    np.testing.assert_allclose(apart[0], 2 * apart[1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_decoupled_scale_of_a_reward_does_not_count(group):
+    rng = np.random.default_rng(0)
+    one, other = rng.normal(size=(2, 2, 3, 4, 5))
+    found = [decoupled([one, scale * other], [0.7, 0.3], group).values for scale in (1e3, 1e6)]
+    np.testing.assert_allclose(*found, atol=1e-5)
+    assert abs(found[0].std() - 1) < 1e-3
+
+
+def test_decoupled_masks_a_picture_that_any_reward_failed():
+    one, other = [[[[1.0, 2.0, NAN, 9.0]]]], [[[[3.0, 1.0, 5.0, NAN]]]]
+    found = decoupled([one, other], [1.0, 3.0])
+    assert found.valid.tolist() == [[[[True, True, False, False]]]]
+    np.testing.assert_allclose(found.values, [[[[1, -1, 0, 0]]]], rtol=1e-3)  # as if the last two had never been drawn
+
+
+def test_decoupled_group_is_flat_only_where_every_reward_is():
+    """In the first group the sum is constant and its parts are not; in the second nothing differs."""
+    one, other = [[[[0.0, 1.0], [0.1, 0.1]]]], [[[[1.0, 0.0], [0.3, 0.3]]]]
+    found = decoupled([one, other], [2.0, 2.0])
+    assert found.zero_spread.ravel().tolist() == [False, True]
+    assert found.spread.tolist() == [0, 0]  # of the sum
+    one_flat = decoupled([one, [[[[0.7, 0.7], [0.7, 0.7]]]]], [1.0, 1.0])
+    assert (one_flat.values[0, 0, 0] != 0).all() and (one_flat.values[0, 0, 1] == 0).all()
+
+
+def test_decoupled_clip():
+    rewards = [[[[0.0] * 63 + [1.0]]]]
+    assert decoupled([rewards], [1.0]).values.max() > 7
+    assert decoupled([rewards], [1.0], clip=5.0).values.max() == 5
