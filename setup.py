@@ -5,6 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
+SERVER = ["fastapi>=0.115", "uvicorn>=0.30"]  # engine/reward_server.py
 
 setup(
     name="tempflow-grpo",
@@ -40,6 +41,7 @@ setup(
     extras_require={
         "gpu": ["triton>=3.5", "xformers", "flash-attn"],
         "wandb": ["wandb"],
-        "dev": ["pytest>=8", "hypothesis>=6", "matplotlib>=3.8", "triton>=3.5", "ruff"],
+        "server": SERVER,
+        "dev": ["pytest>=8", "hypothesis>=6", "matplotlib>=3.8", "triton>=3.5", "ruff", *SERVER],
     },
 )
