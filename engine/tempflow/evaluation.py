@@ -52,7 +52,7 @@ def draw(
     shape = policy.latent_shape(height, width)
     for first in range(0, len(indices), micro_batch):
         part = indices[first : first + micro_batch]
-        conditioning = embeddings.get([prompts[i].text for i in part])
+        conditioning = embeddings.get([prompts[i].text for i in part], [prompts[i].negative for i in part])
         latents = policy.integrate(fixed_noise(part, shape, policy.device, seed), conditioning, height=height, width=width,
                                    num_steps=num_steps, guidance_scale=guidance_scale)  # fmt: skip
         yield part, policy.decode(latents, height, width)

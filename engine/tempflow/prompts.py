@@ -16,22 +16,29 @@ from tempflow.errors import UserError
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt's text and what its file says besides; metadata["source"] is "file:line"."""
+    """A prompt's text and what its file says besides; metadata["source"] is "file:line".
+
+    negative: what to guide away from, for families with classifier-free guidance; None: the family's default.
+    """
 
     text: str
     metadata: dict = field(default_factory=dict)
+    negative: str | None = None
 
 
 def load_prompts(path: str | Path, key: str = "data.train") -> list[Prompt]:
-    """Read .txt (one prompt a line) or .jsonl (objects with `prompt`; other keys become metadata).
+    """Read .txt (one prompt a line) or .jsonl (objects with `prompt`, and `negative_prompt` if need be; other keys become
+    metadata). Of a folder, the file of the key's split: train or test, .txt, .jsonl or _metadata.jsonl.
 
     Blank lines are skipped. Raises UserError naming the config key, the file and the line.
     """
     file = Path(path)
+    if file.is_dir():
+        file = _file_of_split(file, "train" if key == "data.train" else "test", key)
     if file.suffix not in (".txt", ".jsonl"):
         raise UserError(f"{key}: {file} must end in .txt or .jsonl")
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # the other line ends of str.splitlines may stand in a prompt
     except FileNotFoundError:
         raise UserError(f"{key}: prompt file {file} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -43,6 +50,14 @@ def load_prompts(path: str | Path, key: str = "data.train") -> list[Prompt]:
     return prompts
 
 
+def _file_of_split(folder: Path, split: str, key: str) -> Path:
+    names = [f"{split}.txt", f"{split}.jsonl", f"{split}_metadata.jsonl"]
+    found = [name for name in names if (folder / name).is_file()]
+    if len(found) != 1:
+        raise UserError(f"{key}: folder {folder} holds {' and '.join(found) or 'none'} of {', '.join(names)}; one is expected")
+    return folder / found[0]
+
+
 def _read_text(line: str, source: str) -> Prompt:
     return Prompt(line.strip(), {"source": source})
 
@@ -50,11 +65,14 @@ def _read_text(line: str, source: str) -> Prompt:
 def _read_jsonl(line: str, source: str) -> Prompt:
     try:
         entry = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{source}: not JSON: {error}") from None
     if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str) or not entry["prompt"].strip():
         raise UserError(f'{source}: expected an object with a non-empty "prompt", got {line.strip()[:80]}')
-    return Prompt(entry.pop("prompt"), {**entry, "source": source})
+    negative = entry.pop("negative_prompt", None)
+    if not isinstance(negative, str | None):
+        raise UserError(f'{source}: "negative_prompt" must be a text, got {json.dumps(negative)[:80]}')
+    return Prompt(entry.pop("prompt"), {**entry, "source": source}, negative)
 
 
 class PromptOrder:

@@ -174,14 +174,22 @@ def test_conditioning_is_by_prompt(pairs, name):
             for part, tensor in other.items():
                 assert tensor.shape == together[part][i : i + 1].shape
                 assert_close(part, tensor.float(), together[part][i : i + 1].float(), FP32)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_cache_is_by_prompt_and_negative_prompt(pairs, name, monkeypatch):
+    """A prompt with two negative prompts has two conditionings; each text is encoded once, be it prompt or negative."""
+    policy, _ = pairs(name)
+    default, asked, embed = FAMILIES[name].default_negative, [], policy.embed
+    expected = policy.encode([PROMPTS[0]] * 3 + [NEGATIVES[0]], [NEGATIVES[0], default, PROMPTS[1], NEGATIVES[1]])
+    monkeypatch.setattr(policy, "embed", lambda texts: asked.extend(texts) or embed(texts))
     cache = EmbeddingCache(policy)
-    cache.get(PROMPTS)
-    one, other = (cache._held[prompt] for prompt in PROMPTS)
-    for part in one:
-        shared = one[part].untyped_storage().data_ptr() == other[part].untyped_storage().data_ptr()
-        assert shared, "views of what was encoded together"
-        size = one[part].untyped_storage().nbytes() / (one[part].numel() * one[part].element_size())
-        assert size == (1 if part.startswith("negative_") else 2)
+    got = cache.get([PROMPTS[0]] * 3 + [NEGATIVES[0]], [NEGATIVES[0], None, PROMPTS[1], NEGATIVES[1]])
+    for part, tensor in got.items():
+        assert_close(part, tensor.float(), expected[part].float(), FP32)
+    rows = got["negative_encoder_hidden_states"]
+    assert not torch.equal(rows[0], rows[1]) and not torch.equal(rows[1], rows[2])
+    assert sorted(asked) == sorted({*PROMPTS, *NEGATIVES, default})
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -149,13 +149,14 @@ class CountingPolicy:
     """Encodes a prompt as its length, and writes down what it was asked for."""
 
     device = torch.device("cpu")
+    default_negative_prompt = None
 
     def __init__(self):
         self.asked = []
 
-    def encode(self, prompts):
-        self.asked += prompts
-        return {"length": torch.tensor([[float(len(p))] for p in prompts])}
+    def embed(self, texts):
+        self.asked += texts
+        return {"length": torch.tensor([[float(len(text))] for text in texts])}
 
 
 def test_embeddings_are_computed_once():

@@ -1,5 +1,6 @@
 """Prompt files, and the order in which prompts are drawn."""
 
+import json
 from collections import Counter
 
 import pytest
@@ -52,6 +53,8 @@ def test_shipped_prompts():
     ("p.jsonl", '{"prompt": "  "}', [":1", "non-empty"]),
     ("p.jsonl", '{"prompt": 3}', [":1", '"prompt"']),
     ("p.jsonl", '["a"]', [":1", "object"]),
+    ("p.jsonl", "[" * 100_000, [":1", "not JSON"]),
+    ("p.jsonl", '{"prompt": "a", "negative_prompt": ["b"]}', [":1", '"negative_prompt"', '["b"]']),
 ])  # fmt: skip
 def test_refused(tmp_path, name, content, words):
     file = tmp_path / name
@@ -64,10 +67,48 @@ def test_refused(tmp_path, name, content, words):
         assert str(error.value).startswith("data.heldout: ")
 
 
-def test_a_folder_is_no_prompt_file(tmp_path):
-    (tmp_path / "p.txt").mkdir()
-    with pytest.raises(UserError, match="data.train: cannot read"):
-        load_prompts(tmp_path / "p.txt")
+@pytest.mark.parametrize("names, words", [
+    ([], ["none of train.txt, train.jsonl, train_metadata.jsonl"]),
+    (["test.txt", "train.csv"], ["none of train.txt"]),
+    (["train.txt", "train_metadata.jsonl"], ["holds train.txt and train_metadata.jsonl", "one is expected"]),
+])  # fmt: skip
+def test_folder_without_one_file_of_the_split(tmp_path, names, words):
+    for name in names:
+        written(tmp_path, name, "a")
+    with pytest.raises(UserError) as error:
+        load_prompts(tmp_path)
+    assert all(word in str(error.value) for word in [f"data.train: folder {tmp_path}", *words])
+
+
+def test_folders_as_flow_grpo_and_flow_factory_lay_them_out(tmp_path):
+    """The split is the key's; GenEval's metadata stay as they are, for its reward."""
+    entry = {"tag": "counting", "include": [{"class": "bench", "count": 2}], "exclude": [{"class": "bench", "count": 3}]}
+    (tmp_path / "geneval").mkdir()
+    for split in ("train", "test"):
+        line = json.dumps({**entry, "prompt": f"a photo of two benches, {split}"})
+        written(tmp_path / "geneval", f"{split}_metadata.jsonl", line + "\n")
+        written(tmp_path, f"{split}.txt", f"{split} prompt")
+    for key, split in (("data.train", "train"), ("data.heldout", "test"), ("--prompts", "test")):
+        assert [p.text for p in load_prompts(tmp_path, key)] == [f"{split} prompt"]
+        (prompt,) = load_prompts(tmp_path / "geneval", key)
+        source = f"{tmp_path}/geneval/{split}_metadata.jsonl:1"
+        assert prompt == Prompt(f"a photo of two benches, {split}", {**entry, "source": source})
+
+
+def test_negative_prompts(tmp_path):
+    lines = ['{"prompt": "a", "negative_prompt": "blurred"}', '{"prompt": "b", "negative_prompt": ""}',
+             '{"prompt": "c", "negative_prompt": null}', '{"prompt": "d"}']  # fmt: skip
+    prompts = load_prompts(written(tmp_path, "p.jsonl", "\n".join(lines)))
+    assert [p.negative for p in prompts] == ["blurred", "", None, None]
+    assert all(p.metadata.keys() == {"source"} for p in prompts)
+
+
+def test_what_editors_leave_in_a_file(tmp_path):
+    """A byte order mark, Windows' line ends, and separators that end no line: Unicode's may stand in a JSON text."""
+    file = written(tmp_path, "p.txt", "\ufeffone\r\ntwo\u2028still two\r\n")
+    assert [(p.text, p.metadata["source"]) for p in load_prompts(file)] == [("one", f"{file}:1"), ("two\u2028still two", f"{file}:2")]
+    file = written(tmp_path, "p.jsonl", '{"prompt": "a\u2028b"}\r\n{"prompt": "c"}')
+    assert [p.text for p in load_prompts(file)] == ["a\u2028b", "c"]
 
 
 # ------------------------------------------------------------------------------------------------------ order

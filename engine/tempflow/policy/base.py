@@ -44,12 +44,14 @@ class Policy(ABC):
     """A flow-matching text-to-image model of one family, loaded from a diffusers folder.
 
     transformer: the module that predicts velocities; pipe: the diffusers pipeline it came from. text_length,
-    longest_text: its pipeline's default and limit of max_sequence_length.
+    longest_text: its pipeline's default and limit of max_sequence_length. default_negative_prompt: of training and evaluation
+    where a prompt brings none; None where the family takes none at all.
     """
 
     lora_targets: tuple[str, ...]
     text_length: int
     longest_text: int
+    default_negative_prompt: str | None = None
 
     def __init__(self, pipe: Any, *, device: str | torch.device, max_sequence_length: int):
         self.pipe = pipe
@@ -75,9 +77,15 @@ class Policy(ABC):
         """What height and width must be multiples of, in pixels."""
 
     @abstractmethod
+    def embed(self, texts: list[str]) -> Conditioning:
+        """Embeddings of texts, [n, ...] each, in the policy's dtype on its device. They depend on nothing but the text."""
+
     def encode(self, prompts: list[str], negative_prompts: list[str] | None = None) -> Conditioning:
         """Prompt embeddings, [n, ...] each, in the policy's dtype on its device; with those of n negative prompts, or of the
         family's default one. UserError for negative prompts where the family takes none."""
+        if negative_prompts is not None:
+            raise UserError(f"negative_prompts: {type(self).__name__} has its guidance built in and takes none")
+        return self.embed(prompts)
 
     @abstractmethod
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Prompt embeddings, computed once per prompt and kept on the CPU, least recently used first to go."""
+"""Embeddings of prompts and negative prompts, computed once per text and kept on the CPU, least recently used first to go."""
 
 from __future__ import annotations
 
@@ -7,35 +7,43 @@ from collections import OrderedDict
 import torch
 
 from tempflow.policy.base import Conditioning, Policy
+from tempflow.policy.guided import against
 
 ENCODE_BATCH = 32
 
 
 class EmbeddingCache:
-    """Embeddings of up to `capacity` prompts of one policy."""
+    """Embeddings of up to `capacity` texts of one policy."""
 
     def __init__(self, policy: Policy, capacity: int = 4096):
         self._policy, self._capacity = policy, capacity
         self._held: OrderedDict[str, Conditioning] = OrderedDict()
 
-    def get(self, prompts: list[str]) -> Conditioning:
-        """The conditioning of `prompts`, [n, ...] on the policy's device; repeated prompts are encoded once."""
-        distinct = list(dict.fromkeys(prompts))
-        missing = [p for p in distinct if p not in self._held]
-        for first in range(0, len(missing), ENCODE_BATCH):
-            part = missing[first : first + ENCODE_BATCH]
-            encoded = {name: _to_cpu(tensor) for name, tensor in self._policy.encode(part).items()}
-            for i, prompt in enumerate(part):
-                self._held[prompt] = {name: tensor[i] for name, tensor in encoded.items()}
-        for prompt in distinct:
-            self._held.move_to_end(prompt)
-        names = self._held[prompts[0]].keys()
-        found = {n: torch.stack([self._held[p][n] for p in prompts]).to(self._policy.device) for n in names}
+    def get(self, prompts: list[str], negatives: list[str | None] | None = None) -> Conditioning:
+        """The conditioning of `prompts`, [n, ...] on the policy's device; a text that comes again is encoded once.
+
+        negatives: n negative prompts, None for the family's default one. A family that takes none passes over them.
+        """
+        default = self._policy.default_negative_prompt
+        opposed = [] if default is None else [default if n is None else n for n in negatives or [None] * len(prompts)]
+        self._hold(list(dict.fromkeys([*prompts, *opposed])))
+        found = self._rows(prompts)
+        if opposed:
+            found = against(found, self._rows(opposed))
         while len(self._held) > self._capacity:
             self._held.popitem(last=False)
         return found
 
+    def _hold(self, texts: list[str]) -> None:
+        missing = [text for text in texts if text not in self._held]
+        for first in range(0, len(missing), ENCODE_BATCH):
+            part = missing[first : first + ENCODE_BATCH]
+            encoded = {name: tensor.cpu() for name, tensor in self._policy.embed(part).items()}
+            for i, text in enumerate(part):
+                self._held[text] = {name: tensor[i] for name, tensor in encoded.items()}
+        for text in texts:
+            self._held.move_to_end(text)
 
-def _to_cpu(tensor: torch.Tensor) -> torch.Tensor:
-    """What all rows share (stride 0: the default negative prompt) is kept once for them."""
-    return tensor[:1].cpu().expand_as(tensor) if tensor.stride(0) == 0 else tensor.cpu()
+    def _rows(self, texts: list[str]) -> Conditioning:
+        names = self._held[texts[0]].keys()
+        return {n: torch.stack([self._held[text][n] for text in texts]).to(self._policy.device) for n in names}

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 
-from tempflow.errors import UserError
 from tempflow.policy.base import Conditioning, Policy, check_multiple, resolution_shift
 
 
@@ -34,11 +33,9 @@ class FluxPolicy(Policy):
         return 2 ** len(vae_config["block_out_channels"])
 
     @torch.no_grad()
-    def encode(self, prompts: list[str], negative_prompts: list[str] | None = None) -> Conditioning:
-        if negative_prompts is not None:
-            raise UserError(f"negative_prompts: {type(self).__name__} has its guidance built in and takes none")
+    def embed(self, texts: list[str]) -> Conditioning:
         embeds, pooled, _ = self.pipe.encode_prompt(
-            prompt=prompts, prompt_2=None, device=self.device, max_sequence_length=self.max_sequence_length
+            prompt=texts, prompt_2=None, device=self.device, max_sequence_length=self.max_sequence_length
         )
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 

@@ -16,14 +16,15 @@ from tempflow.policy.base import Conditioning, Policy
 NEGATIVE = "negative_"
 
 
+def against(positive: Conditioning, negative: Conditioning) -> Conditioning:
+    """The conditioning of guided rows: embeddings of n prompts and of their n negative prompts."""
+    return positive | {NEGATIVE + name: tensor for name, tensor in negative.items()}
+
+
 class GuidedPolicy(Policy):
-    """A family with classifier-free guidance. To write: `_embed`, `_forward`, and `_combine` where it is not the plain one."""
+    """A family with classifier-free guidance. To write: `embed`, `_forward`, and `_combine` where it is not the plain one."""
 
-    default_negative_prompt = ""  # of training and evaluation, and of `sample` where none are given
-
-    @abstractmethod
-    def _embed(self, prompts: list[str]) -> Conditioning:
-        """Embeddings of prompts, positive or negative, [n, ...] each."""
+    default_negative_prompt = ""
 
     @abstractmethod
     def _forward(
@@ -35,14 +36,13 @@ class GuidedPolicy(Policy):
         """The guided velocity of two predictions, [n, ...] each, in their dtype as the pipeline does."""
         return negative + scale * (positive - negative)
 
-    @torch.no_grad()
     def encode(self, prompts: list[str], negative_prompts: list[str] | None = None) -> Conditioning:
         if negative_prompts is None:  # embedded once; the rows share its storage
-            shared = self._embed([self.default_negative_prompt])
+            shared = self.embed([self.default_negative_prompt])
             negative = {name: tensor.expand(len(prompts), *tensor.shape[1:]) for name, tensor in shared.items()}
         else:
-            negative = self._embed(negative_prompts)
-        return self._embed(prompts) | {NEGATIVE + name: tensor for name, tensor in negative.items()}
+            negative = self.embed(negative_prompts)
+        return against(self.embed(prompts), negative)
 
     def velocity(self, transformer, x, sigma, conditioning, *, height, width, guidance_scale, dtype=None):
         dtype = dtype or self.dtype

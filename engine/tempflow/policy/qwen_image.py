@@ -39,8 +39,9 @@ class QwenImagePolicy(GuidedPolicy):
             guidance_scale = 1.0
         return super().sample(prompts, guidance_scale=guidance_scale, negative_prompts=negative_prompts, **call)
 
-    def _embed(self, prompts: list[str]) -> Conditioning:
-        embeds, mask = self.pipe.encode_prompt(prompts, device=self.device, max_sequence_length=self.max_sequence_length)
+    @torch.no_grad()
+    def embed(self, texts: list[str]) -> Conditioning:
+        embeds, mask = self.pipe.encode_prompt(texts, device=self.device, max_sequence_length=self.max_sequence_length)
         if mask is None:  # the pipeline's word for "no padding"
             mask = torch.ones(embeds.shape[:2], device=embeds.device)
         missing = self.max_sequence_length - embeds.shape[1]

@@ -12,6 +12,16 @@ from tempflow.policy.guided import GuidedPolicy
 PATCH = 2  # latent pixels a side of a token, in every checkpoint of the family
 
 
+def token_grid(height: int, width: int, vae_config: dict, transformer_config: dict) -> tuple[int, int]:
+    """Rows and columns of a picture's tokens; UserError where the transformer has no positions for so many."""
+    multiple = SD3Policy.size_multiple(vae_config)
+    check_multiple(height, width, multiple)
+    most = transformer_config["pos_embed_max_size"] * multiple
+    if max(height, width) > most:
+        raise UserError(f"rollout.height, rollout.width: {height} x {width}; this model makes at most {most} a side")
+    return height // multiple, width // multiple
+
+
 class SD3Policy(GuidedPolicy):
     """Guided velocities of an SD3Transformer2DModel as its pipeline asks for them (without skip-layer guidance)."""
 
@@ -25,21 +35,16 @@ class SD3Policy(GuidedPolicy):
     def size_multiple(vae_config) -> int:
         return PATCH * 2 ** (len(vae_config["block_out_channels"]) - 1)
 
-    def _embed(self, prompts: list[str]) -> Conditioning:
+    @torch.no_grad()
+    def embed(self, texts: list[str]) -> Conditioning:
         embeds, _, pooled, _ = self.pipe.encode_prompt(
-            prompt=prompts, prompt_2=None, prompt_3=None, device=self.device, do_classifier_free_guidance=False,
+            prompt=texts, prompt_2=None, prompt_3=None, device=self.device, do_classifier_free_guidance=False,
             max_sequence_length=self.max_sequence_length,
         )  # fmt: skip
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
     def _tokens(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of tokens; UserError where the transformer has no positions for so many."""
-        multiple = self.size_multiple(self.pipe.vae.config)
-        check_multiple(height, width, multiple)
-        most = self.pipe.transformer.config.pos_embed_max_size
-        if max(height, width) > most * multiple:
-            raise UserError(f"rollout.height, rollout.width: {height} x {width}; this model makes at most {most * multiple} a side")
-        return height // multiple, width // multiple
+        return token_grid(height, width, self.pipe.vae.config, self.pipe.transformer.config)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         rows, columns = self._tokens(height, width)

@@ -11,7 +11,7 @@ import torch
 
 from tempflow.config import Config, Suffix
 from tempflow.errors import UserError
-from tempflow.policy import Policy
+from tempflow.policy import Policy, take
 from tempflow.policy.embeddings import EmbeddingCache
 from tempflow.profiling import span
 from tempflow.prompts import Prompt
@@ -149,16 +149,15 @@ class Collector:
 
     def _roll_out(self, plan: Plan, iteration: int, suffix: Suffix | None, finished: _Finished, advance):
         r = self.config.rollout
-        texts = list(dict.fromkeys(self.prompts[row.unit.prompt_id].text for row in plan.rows))
-        conditioning = self.embeddings.get(texts)
-        places = {text: i for i, text in enumerate(texts)}
+        places = {id: i for i, id in enumerate(dict.fromkeys(row.unit.prompt_id for row in plan.rows))}
+        chosen = [self.prompts[id] for id in places]
+        conditioning = self.embeddings.get([p.text for p in chosen], [p.negative for p in chosen])
 
         def conditioning_of(units):
             # Under ZeRO-3 without a replica a forward is a collective, which no rank may leave alone.
             if r.replica and self.should_stop():
                 raise Stopped
-            chosen = [places[self.prompts[unit.prompt_id].text] for unit in units]
-            return {name: tensor[chosen] for name, tensor in conditioning.items()}
+            return take(conditioning, [places[unit.prompt_id] for unit in units])
 
         scheduler = RowScheduler(
             plan, conditioning_of, self._velocity, self.sigmas, self.sde, r.micro_batch, self.config.training.seed, iteration,

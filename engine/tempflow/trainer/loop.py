@@ -96,7 +96,8 @@ class Trainer:
             self.console.note(text) if self.console else print(text)
 
     def _embed(self, units) -> dict[str, torch.Tensor]:
-        return self.embeddings.get([self.prompts[unit.prompt_id].text for unit in units])
+        chosen = [self.prompts[unit.prompt_id] for unit in units]
+        return self.embeddings.get([p.text for p in chosen], [p.negative for p in chosen])
 
     # ------------------------------------------------------------------------------------------------------ run
     def run(self, resume_from: Path | None) -> dict | None:
