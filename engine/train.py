@@ -12,7 +12,7 @@ from tempflow.config import Config, load_config
 from tempflow.errors import UserError
 from tempflow.profiling import Profile
 from tempflow.prompts import PromptOrder, load_prompts
-from tempflow.rewards import check_prompts, parse_rewards
+from tempflow.rewards import check_prompts, check_watched, parse_rewards
 
 
 def parse_args() -> argparse.Namespace:
@@ -36,7 +36,9 @@ def checked_inputs(config: Config):
     specs = parse_rewards(config.rewards)
     train = load_prompts(config.data.train, "data.train")
     heldout = load_prompts(config.data.heldout, "data.heldout") if config.data.heldout else []
-    check_prompts(specs, [p.text for p in train + heldout], [p.metadata for p in train + heldout])
+    check_watched(specs, evaluated=bool(heldout and config.eval.every))
+    for kind, prompts in ((False, train + heldout), (True, heldout)):
+        check_prompts([s for s in specs if s.watched is kind], [p.text for p in prompts], [p.metadata for p in prompts])
     PromptOrder(len(train), config.data.prompts_per_iteration, config.training.seed)
     cli.quiet_libraries()
     from tempflow.policy import check_model, check_size

@@ -40,13 +40,52 @@ class Model(Section):
     lora: Lora | None = Field(None, description="null trains all weights of the transformer")
     attention_backend: str | None = Field(None, description="a diffusers attention backend; null: diffusers' own choice")
     gradient_checkpointing: bool = Field(False, description="trade a second forward for activation memory")
-    max_sequence_length: Annotated[int, Field(ge=1, le=65536)] = Field(512, description="text tokens, as in the diffusers pipeline's call")
+    max_sequence_length: Annotated[int, Field(ge=1, le=65536)] | None = Field(
+        None, description="text tokens; null: the default of the family's diffusers pipeline (FLUX.1, Qwen-Image 512, SD3.5 256)"
+    )
+
+
+class HubDataset(Section):
+    dataset: str = Field(description="what `datasets.load_dataset` takes: a hub id, or a folder")
+    subset: str | None = Field(None, description="the dataset's configuration, where it has several")
+    split: str = Field("train", description="its split")
+    column: str = Field("prompt", description="the column of prompts; `negative_prompt` is read where there is one")
+    metadata: list[str] = Field([], description="further columns, for rewards that read them")
+    revision: str | None = Field(None, description="commit or tag of a hub dataset")
+
+
+class Curation(Section):
+    spread: Fraction = Field(
+        0.1, description="a prompt rests when its rewards spread less than this times the average prompt's, groups taken alone"
+    )
+    rest: Positive = Field(10, description="iterations that it is passed over for, before it is tried again")
 
 
 class Data(Section):
-    train: str = Field(description="prompt file: .txt, one prompt a line, or .jsonl with `prompt` and metadata")
-    heldout: str | None = Field(None, description="prompt file for evaluation, fixed during the run")
+    train: str | HubDataset = Field(
+        description="prompt file: .txt, one prompt a line, or .jsonl with `prompt`, `negative_prompt` and metadata; a folder with "
+        "train.txt, train.jsonl or train_metadata.jsonl; or a dataset"
+    )
+    heldout: str | HubDataset | None = Field(
+        None, description="the same for evaluation, fixed during the run; of a folder the test file"
+    )
     prompts_per_iteration: Positive = Field(8, description="different prompts drawn per iteration")
+    curation: Curation | None = Field(None, description="pass over prompts that teach nothing for a while; null: all in turn")
+    embedding_cache: str | None = Field(
+        None, description="folder of prompt embeddings; the text encoders leave memory once they are computed; null: they stay"
+    )
+
+    @field_validator("train", "heldout", mode="wrap")
+    @classmethod
+    def _file_or_dataset(cls, value, read):
+        """A table's own errors, and one line for the rest."""
+        if isinstance(value, dict):
+            return HubDataset.model_validate(value)
+        try:
+            return read(value)
+        except ValidationError:
+            allowed = 'expected a file, a folder or a table {"dataset": ..., "split": ..., "column": ...}'
+            raise PydanticCustomError("prompts", allowed) from None
 
 
 class RandomSteps(Section):
@@ -82,6 +121,9 @@ class Rollout(Section):
     eta: Annotated[float, Field(gt=0)] = Field(0.7, description="noise level of the stochastic step")
     guidance_scale: Annotated[float, Field(ge=0)] = Field(3.5, description="as in the diffusers pipeline's call")
     micro_batch: Positive = Field(48, description="most rows in one forward of the rollout")
+    lanes: Positive | None = Field(
+        None, description="parts of a rank's rollout that run side by side, in a thread each; null: on a CPU as many as cores"
+    )
     decode_batch: Positive = Field(16, description="most latents decoded at once")
     suffix: Suffix | None = Field(None, description="coarser steps after a row's last decision; null: the exact ones")
     graphs: bool = Field(False, description="replay forwards as CUDA graphs where there is a GPU; needs replica")
@@ -123,6 +165,9 @@ class Training(Section):
         3, description="updates in a row that may be skipped because the gradient is not finite, before the run stops"
     )
     micro_batch: Positive = Field(8, description="decisions in one forward and backward")
+    advantage_of: Literal["sum", "each"] = Field(
+        "sum", description="of the weighted sum of the rewards, or the weighted sum of each reward's own (GDPO)"
+    )
     advantage_group: Literal["seed", "prompt"] = Field("seed", description="whose rewards are normalised together")
     global_std: bool = Field(False, description="divide by the whole batch's standard deviation, not the group's")
     adv_clip: Annotated[float, Field(gt=0)] = Field(5.0, description="advantages are clipped to +- this")
@@ -141,11 +186,20 @@ class Training(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of prompts and noise")
 
 
+class Stop(Section):
+    metric: str = Field(description="a metric of the evaluated iterations: eval/reward, eval/NAME, kl, diversity/seeds, diversity/children")
+    patience: Positive | None = Field(None, description="stop after this many evaluations in a row without a new highest value")
+    min_delta: Annotated[float, Field(ge=0)] = Field(0.0, description="a new highest value is higher than the last by more than this")
+    below: float | None = Field(None, description="stop as soon as an evaluation finds it lower")
+    above: float | None = Field(None, description="stop as soon as an evaluation finds it higher")
+
+
 class Eval(Section):
     every: Annotated[int, Field(ge=0)] = Field(10, description="iterations between evaluations; 0: never")
     num_steps: Annotated[int, Field(ge=1)] | None = Field(None, description="ODE steps; null: as in the rollout")
     prompts: Positive = Field(128, description="held-out prompts used, from the top of the file")
     keep_samples: Positive = Field(24, description="pictures written per evaluation, the first prompts'")
+    stop: Stop | None = Field(None, description="ends the run early by a metric; a checkpoint is saved")
 
 
 class Checkpoint(Section):
@@ -175,7 +229,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _agree(self) -> Config:
-        for check in (_check_branch_steps, _check_groups, _check_deepspeed, _check_compiled):
+        for check in (_check_branch_steps, _check_groups, _check_deepspeed, _check_compiled, _check_stop):
             check(self)
         return self
 
@@ -244,8 +298,26 @@ def _check_compiled(config: Config) -> None:
     stage = config.deepspeed.get("zero_optimization", {}).get("stage", 0)
     if config.training.compile != "eager" and stage == 3:
         raise ValueError(f"training.compile: {config.training.compile!r}; at ZeRO stage 3 only \"eager\" is allowed")
+    if (config.rollout.lanes or 1) > 1 and (config.rollout.graphs or not config.rollout.replica):
+        raise ValueError("rollout.lanes: with rollout.graphs, or without rollout.replica, only 1 is allowed")
     if config.rollout.compile != "eager" and not config.rollout.replica:
         raise ValueError("rollout.compile: without rollout.replica rollouts use training.compile")
+
+
+def _check_stop(config: Config) -> None:
+    rule, r = config.eval.stop, config.rollout
+    if rule is None:
+        return
+    if not config.data.heldout or not config.eval.every:
+        raise ValueError("eval.stop: there are no evaluations; set data.heldout and eval.every")
+    if rule.patience is None and rule.below is None and rule.above is None:
+        raise ValueError("eval.stop: set patience, below or above")
+    known = ["eval/reward", *(f"eval/{name}" for name in config.rewards)]
+    known += ["kl"] if config.training.kl_coef else []
+    known += ["diversity/seeds"] if r.seeds > 1 else []
+    known += ["diversity/children"] if r.plan == "tempflow" and r.children > 1 else []
+    if rule.metric not in known:
+        raise ValueError(f"eval.stop.metric: {rule.metric!r}; this run has {', '.join(known)}")
 
 
 def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
@@ -269,9 +341,12 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
         _apply_override(data, override)
     config = parse_config(data)
     config.model.path = _found_from("model.path", config.model.path, file)
-    config.data.train = _found_from("data.train", config.data.train, file)
-    if config.data.heldout:
-        config.data.heldout = _found_from("data.heldout", config.data.heldout, file)
+    for key in ("train", "heldout"):
+        given = getattr(config.data, key)
+        if isinstance(given, HubDataset):
+            given.dataset = _found_from(f"data.{key}.dataset", given.dataset, file)
+        elif given:
+            setattr(config.data, key, _found_from(f"data.{key}", given, file))
     config.logging.name = config.logging.name or file.stem
     return config
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,13 +28,14 @@ class Console:
     enabled           False on every rank but 0: nothing is printed
     start             iterations done before this process (a resumed run)
     base_reward       held-out reward before training, where it is already known
+    watched           names of rewards whose held-out mean is shown beside it
     output            a rich Console to write to (default: stdout)
     """
 
     def __init__(self, total_iterations: int, enabled: bool = True, *, start: int = 0,
-                 base_reward: float | None = None, output: RichConsole | None = None):
+                 base_reward: float | None = None, watched: Sequence[str] = (), output: RichConsole | None = None):
         self.total, self.start, self.done = total_iterations, start, start
-        self.base_reward, self.heldout = base_reward, None
+        self.base_reward, self.heldout, self.watched = base_reward, None, watched
         self._out = output or RichConsole(highlight=False, soft_wrap=True)
         self.enabled, self.live = enabled, enabled and self._out.is_terminal
         self._began = time.monotonic()
@@ -92,7 +94,7 @@ class Console:
         if self.live:
             self._iterations.update(self._task, completed=self.done, status=self._status(metrics))
         if self.live and evaluated is not None:
-            self.note(f"iteration {self.done}: held-out reward {self._heldout_text()}")
+            self.note("  ".join([f"iteration {self.done}: held-out reward {self._heldout_text()}", *self._watched_texts(metrics)]))
         elif self.enabled and not self.live:
             self._print(self._plain_line(metrics, evaluated is not None))
 
@@ -138,8 +140,12 @@ class Console:
         if (left := self._seconds_left()) is not None:
             parts.append(f"left {duration(left)}")
         if evaluated:
-            parts.append(f"held-out {self._heldout_text()}")
+            parts += [f"held-out {self._heldout_text()}", *self._watched_texts(metrics)]
         return "  ".join(parts)
+
+    def _watched_texts(self, metrics: dict) -> list[str]:
+        values = [(name, _finite(metrics.get(f"eval/{name}"))) for name in self.watched]
+        return [f"{name} {value:.3f}" for name, value in values if value is not None]
 
     def _heldout_text(self) -> str:
         if self.base_reward is None or self.done == 0:

@@ -11,6 +11,7 @@ from tempflow.logs import write_atomic
 
 # Keys that may change between a run and its continuation; the rest decides what the run computes.
 FREE_ON_RESUME = ("logging", "checkpoint", "reward_pool")
+FREE_KEYS = (("training", "iterations"), ("training", "minutes"), ("eval", "stop"))
 
 
 def path_of(config: Config) -> Path:
@@ -47,7 +48,7 @@ def _check_same(old: Config, new: Config, run_dir: Path) -> None:
     for section in (name for name in a if name not in FREE_ON_RESUME):
         for key in {**a[section], **b[section]}:
             was, now = a[section].get(key), b[section].get(key)
-            if was != now and (section, key) not in (("training", "iterations"), ("training", "minutes")):
+            if was != now and (section, key) not in FREE_KEYS:
                 raise UserError(f"--resume: {section}.{key} is {now!r}, but the run in {run_dir} has {was!r}")
 
 

@@ -16,6 +16,11 @@ def contrast(images, prompts, metadata):
     return brightness[:, :half].mean(axis=1) - brightness[:, half:].mean(axis=1)
 
 
+def never(images, prompts, metadata):
+    """For where a reward must not be asked."""
+    raise AssertionError("scored")
+
+
 class Signalling(Reward):
     """`contrast`, but batch number `at` of process `rank` sends that process a signal; batches are counted in a file.
 

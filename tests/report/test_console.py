@@ -48,6 +48,16 @@ def test_live_output_shows_iteration_phase_and_reward():
     assert "held-out 0.561 (+0.081)" in text and "left" in text and "saved [a]" in text
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_watched_rewards_stand_beside_the_held_out_one(terminal):
+    console, out = recorded(terminal, watched=["jpeg", "clip"])
+    with console:
+        console.iteration({**ROW, "eval/reward": 0.561, "eval/jpeg": -2.5, "eval/clip": float("nan")})
+        console.iteration({**ROW, "iteration": 3})
+    shown = [line for line in out.getvalue().splitlines() if "jpeg" in line]
+    assert len(shown) == 1 and "jpeg -2.500" in shown[0] and "clip" not in out.getvalue()
+
+
 def test_nested_and_failing_phases_are_taken_away():
     console, _ = recorded(terminal=True)
     with console:

@@ -9,7 +9,7 @@ in the config as `my_module:MyReward`. Importing this package loads neither torc
 from tempflow.rewards.combine import Combined, combine
 from tempflow.rewards.pool import RewardPool, Ticket
 from tempflow.rewards.protocol import Reward, Scores
-from tempflow.rewards.registry import RewardSpec, build_reward, check_prompts, parse_rewards
+from tempflow.rewards.registry import RewardSpec, build_reward, check_prompts, check_watched, parse_rewards
 
 __all__ = [
     "Combined",
@@ -20,6 +20,7 @@ __all__ = [
     "Ticket",
     "build_reward",
     "check_prompts",
+    "check_watched",
     "combine",
     "parse_rewards",
 ]

@@ -25,9 +25,9 @@ class Combined:
 def combine(scores: dict[str, Scores], specs: list[RewardSpec]) -> Combined:
     """Sum the rewards of `specs` with their weights.
 
-    A reward of weight 0 is only watched: it is in `parts`, and its failures mask nothing.
+    A watched reward is in `parts`; it counts nothing, and its failures mask nothing.
     scores: one entry of `RewardPool.gather`. Raises KeyError if it lacks a reward of `specs`.
     """
     parts = {spec.name: scores[spec.name].values for spec in specs}
-    counted = [spec.weight * parts[spec.name].astype(np.float64) for spec in specs if spec.weight != 0]
+    counted = [spec.weight * parts[spec.name].astype(np.float64) for spec in specs if not spec.watched]
     return Combined(np.sum(counted, axis=0).astype(np.float32), parts)

@@ -69,7 +69,7 @@ class RewardPool:
             raise UserError(f"reward workers: expected 0 or more, got {workers}")
         self._specs = list(specs)
         for spec in self._specs:
-            build_reward(spec.name, spec.options)
+            build_reward(spec.name, spec.options, spec.type)
         self._timeout_s, self._start_timeout_s = timeout_s, start_timeout_s
         self._retries, self._backoff_s = retries, backoff_s
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
@@ -115,11 +115,11 @@ class RewardPool:
             except WorkerFailure as error:
                 raise UserError(str(error)) from None
 
-    def submit(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> Ticket:
+    def submit(self, images: np.ndarray, prompts: list[str], metadata: list[dict], *, watched: bool = True) -> Ticket:
         """Queue a batch for every reward; returns at once (unless workers=0).
 
-        images: uint8 RGB [n, H, W, 3], copied here; prompts and metadata: n entries each. Raises ValueError
-        where these disagree, RuntimeError on a closed pool.
+        images: uint8 RGB [n, H, W, 3], copied here; prompts and metadata: n entries each. watched=False leaves the rewards
+        out that are only watched. Raises ValueError where these disagree, RuntimeError on a closed pool.
         """
         if self._closed.is_set():
             raise RuntimeError("the reward pool is closed")
@@ -128,8 +128,9 @@ class RewardPool:
             raise ValueError(f"images must be uint8 [n, H, W, 3], got {images.dtype} {list(images.shape)}")
         if not len(images) == len(prompts) == len(metadata):
             raise ValueError(f"{len(images)} images, {len(prompts)} prompts and {len(metadata)} metadata")
-        ticket = Ticket([spec.name for spec in self._specs])
-        for spec in self._specs:
+        asked = [spec for spec in self._specs if watched or not spec.watched]
+        ticket = Ticket([spec.name for spec in asked])
+        for spec in asked:
             task = _Task(ticket, spec.name, images, list(prompts), list(metadata))
             self._tasks.put(task) if self._workers else self._score_here(task)
         return ticket

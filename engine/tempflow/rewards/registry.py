@@ -12,14 +12,17 @@ import inspect
 import math
 import os
 import sys
+import traceback
 from dataclasses import dataclass, field
 
 from tempflow.errors import UserError
 from tempflow.rewards.protocol import FunctionReward, Reward
 
 REWARDS = {
+    "http": "tempflow.rewards.remote:HttpReward",
     "jpeg": "tempflow.rewards.jpeg:JpegReward",
     "ocr": "tempflow.rewards.ocr:OcrReward",
+    "vlm_judge": "tempflow.rewards.vlm_judge:VlmJudge",
 }
 
 _FORMS = '{"ocr": 1.0} or {"ocr": {"weight": 0.7, "detect": false}}'
@@ -33,17 +36,26 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class RewardSpec:
-    """One entry of the config: an id or `module:Name`, its weight in the sum (0: watched only), its options."""
+    """One entry of the config: its name in logs, its weight in the sum (0: watched only), its options.
+
+    type: an id or `module:Name`; "" where the name is one.
+    """
 
     name: str
     weight: float = 1.0
     options: dict = field(default_factory=dict)
+    type: str = ""
+
+    @property
+    def watched(self) -> bool:
+        """Scored at evaluations alone, and never trained on."""
+        return self.weight == 0
 
 
 def parse_rewards(section: dict) -> list[RewardSpec]:
     """Read the config's `rewards` section: weights, or tables of a weight (1.0 if left out) and options.
 
-    Raises `UserError` for an unknown reward, a weight that is no finite number, or no weight other than 0.
+    A table's `type` is the reward, and its key then any name: for several rewards of one type. Raises `UserError` for an unknown reward, a weight that is no finite number, or no weight other than 0.
     Options are checked by `build_reward`.
     """
     if not isinstance(section, dict) or not section:
@@ -52,21 +64,22 @@ def parse_rewards(section: dict) -> list[RewardSpec]:
     for name, value in section.items():
         options = dict(value) if isinstance(value, dict) else {"weight": value}
         weight = _checked_weight(name, options.pop("weight", 1.0))
-        _reward_path(name)
-        specs.append(RewardSpec(name, weight, options))
+        kind = options.pop("type", "")
+        _reward_path(kind or name)
+        specs.append(RewardSpec(name, weight, options, kind))
     if all(spec.weight == 0 for spec in specs):
         raise UserError("rewards: every weight is 0; at least one reward must have another weight to train on")
     return specs
 
 
-def build_reward(name: str, options: dict | None = None) -> Reward:
-    """Build the reward `name` (an id or `module:Name`), without loading its models.
+def build_reward(name: str, options: dict | None = None, kind: str = "") -> Reward:
+    """Build the reward `kind`, or where that is "" `name` (an id or `module:Name`), without loading its models.
 
     Raises `UserError` for an unknown name, an import that fails, or an option that the reward lacks or
     that has the wrong type.
     """
     options = options or {}
-    target = _import(name, _reward_path(name))
+    target = _import(name, _reward_path(kind or name))
     is_class = inspect.isclass(target)
     if not (issubclass(target, Reward) if is_class else callable(target)):
         raise UserError(f"rewards.{name}: {target!r} is neither a subclass of tempflow.rewards.Reward nor a function")
@@ -78,7 +91,7 @@ def load_rewards(specs: list[RewardSpec], threads: int) -> dict[str, Reward]:
     """Build and load the rewards, ready to score; `UserError` with the reason where one cannot start."""
     rewards = {}
     for spec in specs:
-        rewards[spec.name] = build_reward(spec.name, spec.options)
+        rewards[spec.name] = build_reward(spec.name, spec.options, spec.type)
         try:
             rewards[spec.name].load(threads)
         except UserError:
@@ -91,7 +104,17 @@ def load_rewards(specs: list[RewardSpec], threads: int) -> dict[str, Reward]:
 def check_prompts(specs: list[RewardSpec], prompts: list[str], metadata: list[dict]) -> None:
     """Let each reward look at all prompts once; the first that cannot be used raises `UserError`."""
     for spec in specs:
-        build_reward(spec.name, spec.options).check_prompts(prompts, metadata)
+        build_reward(spec.name, spec.options, spec.type).check_prompts(prompts, metadata)
+
+
+def check_watched(specs: list[RewardSpec], evaluated: bool) -> None:
+    """UserError for a reward that is only watched in a run without evaluations, where nothing would score it."""
+    for spec in specs:
+        if spec.watched and not evaluated:
+            raise UserError(
+                f"rewards.{spec.name}: weight 0 only watches, at evaluations, and this run has none; set data.heldout and "
+                "eval.every, or another weight"
+            )
 
 
 def _checked_weight(name: str, weight) -> float:
@@ -102,7 +125,7 @@ def _checked_weight(name: str, weight) -> float:
 
 def _reward_path(name: str) -> str:
     """The dotted path of an id, or the name itself where it is one."""
-    if name in REWARDS:
+    if str(name) in REWARDS:
         return REWARDS[name]
     module, _, attribute = str(name).partition(":")
     if module and attribute:
@@ -123,7 +146,16 @@ def _import(name: str, path: str):
     try:
         return getattr(importlib.import_module(module), attribute)
     except Exception as error:
-        raise UserError(f"rewards.{name}: cannot import {path!r}: {type(error).__name__}: {error}") from error
+        text = f"rewards.{name}: cannot import {path!r}: {type(error).__name__}: {error}{_place(error, module)}"
+        raise UserError(text) from error
+
+
+def _place(error: Exception, module: str) -> str:
+    """Where an import failed: the line in the user's file, or where the module was looked for."""
+    if isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]:
+        return f"; it must lie in the folder of the command ({os.getcwd()}), in one of PYTHONPATH, or be installed"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__)[1:] if "importlib" not in frame.filename]
+    return f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
 
 
 def _check_options(name: str, target, options: dict, skip: int) -> None:
@@ -131,10 +163,10 @@ def _check_options(name: str, target, options: dict, skip: int) -> None:
     parameters = list(inspect.signature(target).parameters.values())[skip:]
     named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     takes_any = any(p.kind == p.VAR_KEYWORD for p in parameters)
-    allowed = ", ".join(["weight", *named])
+    allowed = ", ".join(["weight", "type", *named])
     for key, value in options.items():
         if key not in named and not takes_any:
-            near = difflib.get_close_matches(key, ["weight", *named], n=1)
+            near = difflib.get_close_matches(key, ["weight", "type", *named], n=1)
             hint = f", did you mean {near[0]!r}?" if near else "."
             raise UserError(f"rewards.{name}.{key}: no such option{hint} Allowed: {allowed}")
         if key in named:
