@@ -81,6 +81,26 @@ def test_curves_hold_the_numbers_of_the_metrics(run_factory):
     assert found.chart("Transformer forwards so far")["series"][0]["y"][-1] == 90 * 2240
 
 
+def test_guards(run_factory, row_writer):
+    """Watched rewards and diversity in a section of their own, the bound drawn in, and why the run stopped."""
+    folder = run_factory(iterations=3, every=1)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"rewards": {"ocr": 1.0, "jpeg": {"weight": 0, "goal": "large"}},
+               "eval": {"stop": {"metric": "eval/jpeg", "patience": None, "below": 2.0}}}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    rows = [{**row, "eval/jpeg": 3.0 - row["iteration"] / 2, "diversity/seeds": 0.2} for row in load_run(folder).rows]
+    row_writer(folder, rows)
+    (folder / "summary.json").write_text(json.dumps({"iterations": 3, "stopped": "eval.stop: eval/jpeg 1.5 is below 2"}))
+    found = page(folder)
+    watched = found.chart("jpeg, watched")
+    assert watched["series"][0]["y"] == [3.0, 2.5, 2.0, 1.5] and watched["level"] == {"name": "stop below", "y": 2.0}
+    assert found.chart("Difference between seeds")["series"][0]["y"] == [0.2] * 4
+    assert found.chart("Difference between children") is None
+    assert {series["name"] for series in found.chart("Rewards by name")["series"]} == {"ocr", "jpeg (watched)"}
+    assert "Stopped early by eval.stop: eval/jpeg 1.5 is below 2." in found.text
+    assert all(chart["title"] not in ("eval/jpeg", "diversity/seeds") for chart in found.data["charts"])
+
+
 def test_page_loads_nothing(run_factory):
     text = write_report(run_factory()).read_text(encoding="utf-8")
     found = Page(text)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 
-from tempflow.report.run import Run
+from tempflow.report.run import Run, number
 
 FINE, COARSE = 600, 120
 SPREAD = re.compile(r"reward_std/step_(\d+)$")
@@ -25,6 +25,11 @@ SIGNAL = [
     ("reward/zero_std_groups", "Groups without spread", "All children scored alike: nothing to learn from them."),
     ("reward/std", "Reward spread", "Standard deviation over the iteration's rewarded images."),
     ("reward/failed", "Failed rewards", "Images whose reward could not be computed; masked out of their group."),
+]
+DIVERSITY = [
+    ("diversity/seeds", "Difference between seeds", "Mean pixel distance of a prompt's pictures of different noises; falls towards 0 as "
+     "the policy collapses onto one picture."),
+    ("diversity/children", "Difference between children", "Mean pixel distance of the pictures that one state's noise makes."),
 ]
 COST = [("forwards/rollout", "rollout"), ("forwards/train", "training")]
 CLOCKS = {"time/total", "time/elapsed"}
@@ -89,11 +94,27 @@ def breakdown_chart(run: Run) -> dict | None:
     for prefix, frame in (("eval/", "held-out"), ("reward/", "training")):
         names = [key for key in run.keys if key.startswith(prefix) and key[len(prefix):] in (run.config.get("rewards") or {})]
         if len(names) > 1:
-            series = [_series(key[len(prefix):], run.column(key), f"c{n} {'bridge dots' if prefix == 'eval/' else ''}")
+            series = [_series(_labelled(run, key[len(prefix):]), run.column(key), f"c{n} {'bridge dots' if prefix == 'eval/' else ''}")
                       for n, key in enumerate(names)]
             return {"kind": "line", "title": "Rewards by name", "help": f"Means of the {frame} rewards, unweighted.",
                     "series": series}
     return None
+
+
+def guard_charts(run: Run) -> list[dict]:
+    """Held-out watched rewards and picture diversity, with the bound at which the run would stop."""
+    watched = [(f"eval/{name}", f"{name}, watched", "Held-out mean of a reward that is not trained on.") for name in run.watched]
+    charts = small_charts(run, watched + DIVERSITY)
+    rule = run.setting("eval", "stop") or {}
+    for chart in charts:
+        for side in ("below", "above"):
+            if chart["key"] == rule.get("metric") and number(rule.get(side)) is not None:
+                chart["level"] = {"name": f"stop {side}", "y": rule[side]}
+    return charts
+
+
+def _labelled(run: Run, name: str) -> str:
+    return f"{name} (watched)" if name in run.watched else name
 
 
 def small_charts(run: Run, wanted: list[tuple[str, str, str]]) -> list[dict]:

@@ -33,8 +33,8 @@ def render(run: Run) -> str:
     """The page as text."""
     figures = Figures()
     reward = figures.html(charts.reward_chart(run), wide=True)
-    body = [samples_html(run, Thumbnails()), _optimisation(run, figures), _exploration(run, figures), _cost(run, figures),
-            _others(run, figures), _configuration(run), _about(run)]
+    body = [samples_html(run, Thumbnails()), _optimisation(run, figures), _exploration(run, figures), _guards(run, figures),
+            _cost(run, figures), _others(run, figures), _configuration(run), _about(run)]
     return Template(_part("template.html")).substitute(
         title=escape(f"{run.name}: TempFlow-GRPO run"), name=escape(run.name), style=_part("style.css"),
         script=_part("charts.js"), status=status(run), verdict=escape(verdict(run)), facts=facts(run), tiles=tiles(run),
@@ -80,6 +80,10 @@ def _exploration(run: Run, figures: Figures) -> str:
     return _section("exploration", "Exploration", pair, figures.grid(charts.small_charts(run, charts.SIGNAL)))
 
 
+def _guards(run: Run, figures: Figures) -> str:
+    return _section("guards", "Guards", figures.grid(charts.guard_charts(run)))
+
+
 def _cost(run: Run, figures: Figures) -> str:
     totals = [(name, sum(value or 0 for value in values)) for name, values in charts.phase_columns(run)]
     whole = sum(value for _, value in totals) or 1
@@ -90,7 +94,8 @@ def _cost(run: Run, figures: Figures) -> str:
 
 
 def _others(run: Run, figures: Figures) -> str:
-    used = [key for key, *_ in charts.TRAINING + charts.SIGNAL + charts.COST]
+    used = [key for key, *_ in charts.TRAINING + charts.SIGNAL + charts.DIVERSITY + charts.COST]
+    used += [f"eval/{name}" for name in run.watched]
     many = charts.other_charts(run, used)
     return f'<details class="block"><summary>{len(many)} more metrics</summary>{figures.grid(many)}</details>' if many else ""
 

@@ -51,6 +51,13 @@ class Run:
         values = self.config.get(section)
         return values.get(key, default) if isinstance(values, dict) else default
 
+    @cached_property
+    def watched(self) -> list[str]:
+        """Names of the rewards that are watched and not trained on."""
+        rewards = self.config.get("rewards")
+        weights = {name: value.get("weight", 1.0) if isinstance(value, dict) else value for name, value in (rewards or {}).items()}
+        return [name for name, weight in weights.items() if weight == 0]
+
     def column(self, key: str) -> list[float | None]:
         return [number(row.get(key)) for row in self.rows]
 

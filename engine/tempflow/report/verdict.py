@@ -29,7 +29,7 @@ def verdict(run: Run) -> str:
         change = tuned - base
         how = "rose" if change > TRIFLE else "fell" if change < -TRIFLE else "hardly moved,"
         so_far = "Held-out" if run.summary else "So far, held-out"
-        return f"{so_far} reward {how} from {base:.3f} to {tuned:.3f}{_spent(run)}.{_peak(run, tuned)}"
+        return f"{so_far} reward {how} from {base:.3f} to {tuned:.3f}{_spent(run)}.{_peak(run, tuned)}{_stopped(run)}"
     training = [value for value in run.column("reward/mean") if value is not None]
     if len(training) > 1:
         tenth = max(1, len(training) // 10)
@@ -98,6 +98,11 @@ def _spent(run: Run) -> str:
     if seen:
         parts.append(f"{seen:,.0f} rewarded images")
     return f" in {' and '.join(parts)}" if parts else ""
+
+
+def _stopped(run: Run) -> str:
+    reason = (run.summary or {}).get("stopped")
+    return f" Stopped early by {reason}." if reason else ""
 
 
 def _peak(run: Run, tuned: float) -> str:
