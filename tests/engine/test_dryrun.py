@@ -4,17 +4,19 @@ import copy
 import dataclasses
 import io
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from engine_cases import MODEL, ROOT, config_table, small_config, write_config
+from family_cases import qwen_pipeline, sd3_pipeline
 from rich.console import Console
 from run_cases import script_here, train
 
 from tempflow.config import load_config
 from tempflow.dryrun import estimate, local_model, show
 from tempflow.dryrun.measure import SavedBytes
-from tempflow.dryrun.model import Model, module_bytes
+from tempflow.dryrun.model import KNOWN, Model, module_bytes
 from tempflow.errors import UserError
 
 CARD = ROOT / "configs/models/flux-dev"
@@ -47,10 +49,32 @@ VARIANTS = {
     "sgd, no copy": {"rollout": {"replica": False},
                      "deepspeed": {"optimizer": {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}}}},
 }  # fmt: skip
+GUIDED = {"sd3": sd3_pipeline, "qwen_image": qwen_pipeline}
+TEXT = 20
 
 
-@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
-def test_bytes_of_a_real_runtime(changes):
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A pipeline folder by family: the shipped model, and tiny ones of the guided families."""
+    made = {"flux": MODEL}
+
+    def get(family):
+        if family not in made:
+            made[family] = GUIDED[family](tmp_path_factory.mktemp(family))
+        return made[family]
+
+    return get
+
+
+def training_forward(policy, module, scale, rows, size):
+    """Conditioning, latents and sigmas of some rows, and a function that makes their velocities with `module`."""
+    conditioning = {name: tensor.clone() for name, tensor in policy.encode(['the word "ABC"'] * rows).items()}
+    x, sigma = torch.randn(rows, *policy.latent_shape(**size)), torch.full((rows,), 0.5)
+    return (x, sigma, *conditioning.values()), lambda: policy.velocity(module, x, sigma, conditioning, guidance_scale=scale, **size)
+
+
+@pytest.mark.parametrize("family, variant", [*[("flux", v) for v in VARIANTS], *[(f, v) for f in GUIDED for v in ("full", "lora")]])
+def test_bytes_of_a_real_runtime(folders, family, variant):
     """Every resident byte at ZeRO stage 0 after one step, and the activations of its training module, in one process."""
     from tempflow.policy import load_policy
     from tempflow.trainer.comm import init_distributed
@@ -58,18 +82,18 @@ def test_bytes_of_a_real_runtime(changes):
     from tempflow.trainer.runtime import Runtime
 
     init_distributed()
+    scale, rows, size = 0.0 if family == "flux" else 4.5, 6, dict(height=32, width=96)
+    changes = VARIANTS[variant]
+    changes = {**changes, "model": {"path": str(folders(family)), **changes.get("model", {})},
+               "rollout": {"guidance_scale": scale, **changes.get("rollout", {})}}  # fmt: skip
     config = small_config(**changes)
-    policy = load_policy(str(MODEL), max_sequence_length=20)
+    policy = load_policy(str(folders(family)), max_sequence_length=TEXT)
     copied = policy.transformer
     runtime = Runtime(config, policy)
     average = Average(runtime, 0.5, 1) if config.training.ema else None
-    rows, size = 6, dict(height=32, width=96)
-    embedded = policy.encode(['the word "ABC"'] * rows)
-    x, sigma = torch.randn(rows, *policy.latent_shape(**size)), torch.full((rows,), 0.5)
-    conditioning = {name: tensor.clone() for name, tensor in embedded.items()}
-    known = [*runtime.module.parameters(), *runtime.module.buffers(), x, sigma, *conditioning.values()]
-    with SavedBytes(*known) as saved:
-        v = policy.velocity(runtime.engine, x, sigma, conditioning, guidance_scale=0.0, **size)
+    inputs, velocity = training_forward(policy, runtime.engine, scale, rows, size)
+    with SavedBytes(*runtime.module.parameters(), *runtime.module.buffers(), *inputs) as saved:
+        v = velocity()
     runtime.accumulate(v.square().mean(), last=True)
     gradients = total(p.grad for p in runtime.trainable.values())
     assert runtime.step(1.0) is not None
@@ -80,7 +104,8 @@ def test_bytes_of_a_real_runtime(changes):
     assert seen["optimizer"] == total(tensors_of(dict(runtime.engine.optimizer.state)))
     assert seen.get("rollout copy", 0) == (module_bytes(copied) if config.rollout.replica else 0)
     assert seen["VAE"] == module_bytes(policy.pipe.vae)
-    assert seen["text encoders"] == module_bytes(policy.pipe.text_encoder) + module_bytes(policy.pipe.text_encoder_2)
+    encoders = [module for name, module in policy.pipe.components.items() if name.startswith("text_encoder")]
+    assert seen["text encoders"] == sum(map(module_bytes, encoders))
     assert seen.get("reference copy", 0) == (module_bytes(runtime.reference) if runtime.reference is not None else 0)
     if average:
         assert seen["average"] == total(average._mine.values()) and seen["average gathered"] == total(average.whole().values())
@@ -90,29 +115,52 @@ def test_bytes_of_a_real_runtime(changes):
     assert measured["training"] == pytest.approx(saved.total, rel=0.15)
 
 
+@pytest.mark.parametrize("family, scale", [("flux", 0.0), *[(f, s) for f in GUIDED for s in (1.0, 4.5)]])
 @pytest.mark.parametrize("rows", [1, 2, 5])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_activations_of_a_real_forward(policy, rows, checkpointing):
+def test_activations_of_a_real_forward(folders, family, scale, rows, checkpointing):
     """What the real model's forward keeps, on the CPU with its fused attention; one block more where it is computed again."""
     from tempflow.dryrun.estimate import _block, _line, _saved
     from tempflow.dryrun.families import Size
+    from tempflow.policy import load_policy
 
-    module = copy.deepcopy(policy.transformer).requires_grad_(True).train()
+    policy, size = load_policy(str(folders(family)), max_sequence_length=TEXT), dict(height=32, width=96)
+    module = policy.transformer.requires_grad_(True).train()
     if checkpointing:
         module.enable_gradient_checkpointing()
-    conditioning = {name: t.clone() for name, t in policy.encode(['the word "ABC"'] * rows).items()}
-    x, sigma = torch.randn(rows, *policy.latent_shape(32, 96)), torch.full((rows,), 0.5)
-    with SavedBytes(*module.parameters(), *module.buffers(), x, sigma, *conditioning.values()) as saved:
-        policy.velocity(module, x, sigma, conditioning, height=32, width=96, guidance_scale=0.0)
+    inputs, velocity = training_forward(policy, module, scale, rows, size)
+    with SavedBytes(*module.parameters(), *module.buffers(), *inputs) as saved:
+        velocity()
 
-    def size(n):
-        return Size(n, 32, 96, 20)
+    def at(n):
+        return Size(n, 32, 96, TEXT, scale > 1)
 
-    predicted = _line(lambda n: _saved(str(MODEL), torch.float32, None, checkpointing, size(n)), rows)
+    predicted = _line(lambda n: _saved(str(folders(family)), torch.float32, None, checkpointing, at(n)), rows)
     assert predicted == pytest.approx(saved.total, rel=0.15)
     if not checkpointing:
-        block = _line(lambda n: _block(str(MODEL), torch.float32, None, size(n)), rows)
-        assert saved.total / 12 < block < saved.total, "one of six blocks"
+        block = _line(lambda n: _block(str(folders(family)), torch.float32, None, at(n)), rows)
+        assert saved.total / 12 < block < saved.total, "one of two to six blocks"
+
+
+@pytest.mark.parametrize("family", ["flux", *GUIDED])
+def test_a_forward_without_gradients(folders, family):
+    """The most that the real model holds at once in a forward of the rollout, guided where the family is, and embeddings."""
+    from tempflow.dryrun.estimate import _embedding_bytes, _forward_pass, _line
+    from tempflow.dryrun.families import Size
+    from tempflow.dryrun.measure import PeakBytes
+    from tempflow.policy import load_policy
+
+    policy, rows, size = load_policy(str(folders(family)), max_sequence_length=TEXT), 4, dict(height=32, width=96)
+    inputs, velocity = training_forward(policy, policy.transformer, 4.5, rows, size)
+    with torch.no_grad(), PeakBytes() as held:
+        velocity()
+
+    def at(n):
+        return Size(n, 32, 96, TEXT, guided=True)
+
+    folder = str(folders(family))
+    assert _line(lambda n: _forward_pass(folder, torch.float32, at(n))[0], rows) == pytest.approx(held.peak, rel=0.15)
+    assert rows * sum(_embedding_bytes(folder, torch.float32, at(1))) == total(inputs[2:])
 
 
 RUNS = {
@@ -148,6 +196,49 @@ def test_the_card_of_flux_dev(flux):
     frozen = Model(str(CARD)).frozen(torch.bfloat16)
     counted = {name: sum(p.numel() for p in module.parameters()) / 1e6 for name, module in frozen.items()}
     assert counted == pytest.approx({"text_encoder": 123.06, "text_encoder_2": 4762.31, "vae": 83.82}, rel=1e-4)
+
+
+# The totals of KerasHub's ports, without T5: https://github.com/keras-team/keras-hub, stable_diffusion_3_presets.py
+KERAS_HUB = {"sd35-medium": 3_371_793_763, "sd35-large": 9_048_410_595}
+
+
+@pytest.mark.parametrize("card", KERAS_HUB)
+def test_the_cards_of_sd35(card):
+    model = Model(str(CARD.with_name(card)))
+    parts = {**model.frozen(torch.bfloat16), "transformer": model.transformer(torch.bfloat16)}
+    tensors = [t for name, part in parts.items() if name != "text_encoder_3" for t in (*part.parameters(), *part.buffers())]
+    assert sum(t.numel() for t in tensors if t.is_floating_point()) == KERAS_HUB[card]
+
+
+def test_the_cards_of_flux_schnell_and_qwen_image():
+    counts = {card: sum(p.numel() for p in Model(str(CARD.with_name(card))).transformer(torch.bfloat16).parameters())
+              for card in ("flux-schnell", "qwen-image")}  # fmt: skip
+    embedder = 256 * 3072 + 3072 + 3072**2 + 3072  # of the guidance scale
+    assert counts == {"flux-schnell": 11_901_408_320 - embedder, "qwen-image": 20_430_401_088}
+    frozen = Model(str(CARD.with_name("qwen-image"))).frozen(torch.bfloat16)
+    assert sum(p.numel() for p in frozen["text_encoder"].parameters()) == 8_292_166_656, "as the hub says of Qwen2.5-VL-7B"
+
+
+@pytest.mark.parametrize("family", GUIDED)
+def test_guidance_doubles_a_forward(folders, family):
+    """Where it is true guidance: twice the operations of a row, which is counted as one, as the metrics do."""
+    model = {"path": str(folders(family)), "max_sequence_length": TEXT}
+    plain, guided = (estimate(small_config(model=model, rollout={"guidance_scale": scale})) for scale in (1, 4.5))
+    for phase in ("rollout", "training"):
+        assert guided.phase(phase).flops == 2 * plain.phase(phase).flops
+        assert guided.phase(phase).forwards == plain.phase(phase).forwards
+    assert 2 <= items(guided)["training"] / items(plain)["training"] < 2.5, "the joined inputs are kept as well"
+    assert items(guided)["rollout copy"] == items(plain)["rollout copy"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, changes", [("sd35_lora", []), ("qwen_image_lora", ["rollout.replica=false"])])
+def test_shipped_guided_configs_fit_their_cards(name, changes):
+    """On one 80 GB card; Qwen-Image with its copy on one of 141 GB."""
+    file = ROOT / f"configs/{name}.json"
+    assert estimate(load_config(file, changes), advise=False).fits
+    assert estimate(load_config(file), card_gb=141, advise=False).fits
+    assert estimate(load_config(file), advise=False).fits == (not changes)
 
 
 def test_shipped_flux_configs_fit_their_cards(flux):
@@ -246,6 +337,8 @@ def test_dry_run_says_that_it_does_not_fit(tmp_path):
     (["--gpus", 5], ["data.prompts_per_iteration x rollout.seeds", "4 units for 5 GPUs"]),
     (["--set", "model.path=someone/else"], ["model.path", "someone/else"]),
     (["--set", "rollout.height=30"], ["rollout.height", "multiples of 8"]),
+    (["--set", "model.path=stabilityai/stable-diffusion-3.5-large", "--set", "rollout.height=3088"],
+     ["rollout.height", "3088 x 96", "at most 3072 a side"]),
     (["--set", 'model.lora={"targets": ["nothing"]}'], ["model.lora", "nothing"]),
     (["--set", "deepspeed.zero_optimization={\"stage\": 2, \"reduce_bucket_size\": \"big\"}"], ["reduce_bucket_size", "'big'"]),
 ])  # fmt: skip
@@ -256,6 +349,7 @@ def test_dry_run_refuses(tmp_path, arguments, words):
 
 def test_known_hub_ids_are_read_from_their_cards(tmp_path):
     assert local_model("black-forest-labs/FLUX.1-dev") == str(CARD)
+    assert all(Path(local_model(known)).is_dir() for known in KNOWN)
     assert local_model(str(MODEL)) == str(MODEL) and local_model("someone/else") == "someone/else"
 
 

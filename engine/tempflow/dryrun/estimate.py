@@ -7,7 +7,7 @@ the meta device at one to three rows and continued along a line. Seconds are flo
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -151,7 +151,8 @@ def _memory(config: Config, model: Model, gpus: int, prompts: int) -> Memory:
         Item("optimizer step", zero.step, "zero_optimization.stage, sub_group_size"),
     ]  # fmt: skip
     average = zero.whole_fp32 if config.training.ema else 0
-    embedded = _embedding_bytes(folder, dtype, size) * _prompts_seen(config, gpus, prompts)
+    each, negative = _embedding_bytes(folder, dtype, size)
+    embedded = each * _prompts_seen(config, gpus, prompts) + negative
     host = [
         Item("average: this process's share", -(-average // gpus), "training.ema"),
         Item("average gathered: evaluation, checkpoint", average, "training.ema"),
@@ -174,7 +175,7 @@ def _held(config: Config, model: Model, gpus: int, dtype: torch.dtype, trained_i
     batched = decisions * (1 + plan.width) * 4
     velocities = decisions * trained_in.itemsize * ((t.kl_coef > 0) + (t.ratio == "guard" and t.updates_per_rollout > 1))
     under_way = (units + r.micro_batch) * 4
-    embeddings = _embedding_bytes(model.folder, dtype, size) * min(config.data.prompts_per_iteration, units)
+    embeddings = sum(_embedding_bytes(model.folder, dtype, size)) * min(config.data.prompts_per_iteration, units)
     return (stored + batched + velocities + under_way) * elements + embeddings
 
 
@@ -277,11 +278,12 @@ def _lora_key(config: Config) -> str | None:
 
 
 def _size(config: Config, model: Model) -> Size:
-    return Size(1, config.rollout.height, config.rollout.width, model.text_length(config.model.max_sequence_length))
+    r = config.rollout
+    return Size(1, r.height, r.width, model.text_length(config.model.max_sequence_length), r.guidance_scale > 1)
 
 
 def _at(size: Size, rows: int) -> Size:
-    return Size(rows, size.height, size.width, size.text)
+    return replace(size, rows=rows)
 
 
 @lru_cache(maxsize=4)
@@ -305,12 +307,12 @@ def _frozen_bytes(folder: str, dtype: torch.dtype) -> dict[str, int]:
 
 @lru_cache(maxsize=256)
 def _saved(folder: str, dtype: torch.dtype, lora: str | None, checkpointing: bool, size: Size) -> int:
-    return measure.saved_bytes(_prepared(folder, dtype, lora, checkpointing), Model(folder).forward(size, dtype).arguments)
+    return measure.saved_bytes(_prepared(folder, dtype, lora, checkpointing), Model(folder).forward(size, dtype))
 
 
 @lru_cache(maxsize=256)
 def _block(folder: str, dtype: torch.dtype, lora: str | None, size: Size) -> int:
-    return measure.largest_block(_prepared(folder, dtype, lora, False), Model(folder).forward(size, dtype).arguments)
+    return measure.largest_block(_prepared(folder, dtype, lora, False), Model(folder).forward(size, dtype))
 
 
 @lru_cache(maxsize=256)
@@ -327,8 +329,9 @@ def _prepared(folder: str, dtype: torch.dtype, lora: str | None, checkpointing: 
 @lru_cache(maxsize=256)
 def _forward_pass(folder: str, dtype: torch.dtype, size: Size) -> tuple[int, int]:
     """(most bytes held, operations) of a forward of the rollout."""
-    module, arguments = _prepared(folder, dtype, None, False), Model(folder).forward(size, dtype).arguments
-    return measure.inference_pass(lambda: module(**arguments))
+    module, forward = _prepared(folder, dtype, None, False), Model(folder).forward(size, dtype)
+    held, flops = measure.inference_pass(lambda: module(**forward.arguments))
+    return held + (tensor_bytes(measure.tensors(forward)) if forward.halves > 1 else 0), flops
 
 
 @lru_cache(maxsize=256)
@@ -340,7 +343,8 @@ def _decode_pass(folder: str, dtype: torch.dtype, size: Size) -> tuple[int, int]
 
 
 @lru_cache(maxsize=256)
-def _embedding_bytes(folder: str, dtype: torch.dtype, size: Size) -> int:
-    """Of one prompt."""
+def _embedding_bytes(folder: str, dtype: torch.dtype, size: Size) -> tuple[int, int]:
+    """(of a prompt, of the negative prompt that is set against it, 0 where the family takes none)."""
     forward = Model(folder).forward(_at(size, 1), dtype)
-    return tensor_bytes(forward.arguments[name] for name in forward.conditioning)
+    each = tensor_bytes(forward.arguments[name] for name in forward.conditioning) // forward.halves
+    return each, each if forward.negatives else 0

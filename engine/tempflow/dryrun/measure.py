@@ -11,6 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from tempflow.dryrun.families import Forward
+
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -102,10 +104,10 @@ class PeakBytes(TorchDispatchMode):
         self._seen.discard(address)
 
 
-def saved_bytes(module: torch.nn.Module, arguments: dict) -> int:
+def saved_bytes(module: torch.nn.Module, forward: Forward) -> int:
     """What a forward in training keeps for its backward."""
-    with fused_attention(), SavedBytes(*_known(module, arguments)) as saved:
-        module(**arguments)
+    with fused_attention(), SavedBytes(*_known(module, forward)) as saved:
+        module(**forward.arguments)
     return saved.total
 
 
@@ -118,17 +120,21 @@ def training_flops(module: torch.nn.Module, arguments: dict) -> int:
     return flops.get_total_flops()
 
 
-def _known(module: torch.nn.Module, arguments: dict) -> list[torch.Tensor]:
-    """Weights and inputs, which are there anyway."""
-    return [*module.parameters(), *module.buffers(), *(t for t in arguments.values() if isinstance(t, torch.Tensor))]
+def tensors(forward: Forward) -> list[torch.Tensor]:
+    return [t for t in forward.arguments.values() if isinstance(t, torch.Tensor)]
 
 
-def largest_block(module: torch.nn.Module, arguments: dict) -> int:
+def _known(module: torch.nn.Module, forward: Forward) -> list[torch.Tensor]:
+    """What is there anyway: weights, and inputs unless they were made by joining two halves."""
+    return [*module.parameters(), *module.buffers(), *(tensors(forward) if forward.halves == 1 else ())]
+
+
+def largest_block(module: torch.nn.Module, forward: Forward) -> int:
     """The most that one of the repeated blocks keeps for its backward, when nothing is checkpointed."""
     kept, before, handles = [0], [0], []
     with ExitStack() as stack:
         stack.enter_context(fused_attention())
-        saved = stack.enter_context(SavedBytes(*_known(module, arguments)))
+        saved = stack.enter_context(SavedBytes(*_known(module, forward)))
 
         def enter(*_):
             before[0] = saved.total
@@ -139,7 +145,7 @@ def largest_block(module: torch.nn.Module, arguments: dict) -> int:
         for layers in (child for child in module.children() if isinstance(child, torch.nn.ModuleList)):
             for layer in layers:
                 handles += [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)]
-        module(**arguments)
+        module(**forward.arguments)
     for handle in handles:
         handle.remove()
     return max(kept)

@@ -16,7 +16,10 @@ from tempflow.errors import UserError
 from tempflow.policy.loading import FAMILIES, check_model
 
 CARDS = Path(__file__).parents[3] / "configs/models"
-KNOWN = {"black-forest-labs/FLUX.1-dev": "flux-dev"}  # hub ids whose configs are kept there
+KNOWN = {  # hub ids whose configs are kept there
+    "black-forest-labs/FLUX.1-dev": "flux-dev", "black-forest-labs/FLUX.1-schnell": "flux-schnell", "Qwen/Qwen-Image": "qwen-image",
+    "stabilityai/stable-diffusion-3.5-large": "sd35-large", "stabilityai/stable-diffusion-3.5-medium": "sd35-medium",
+}  # fmt: skip
 
 
 def local_model(path: str) -> str:
@@ -76,7 +79,7 @@ class Model:
             raise UserError(
                 f"model.path: --dry-run knows no input shapes of a {self.transformer_class}, only of {', '.join(INPUTS)}"
             )
-        return INPUTS[self.transformer_class](self._defaults("transformer"), self._config("vae"), size, dtype)
+        return INPUTS[self.transformer_class](self._defaults, size, dtype)
 
     def text_length(self, asked: int | None) -> int:
         """Tokens of a prompt: as many as the config says, or the family's own number. UserError where it takes fewer."""
@@ -91,8 +94,9 @@ class Model:
         return getattr(importlib.import_module(module), name)
 
     def _defaults(self, part: str) -> dict:
-        """A diffusers config with what its file leaves out."""
-        return dict(_skeleton(self.folder, part, *self.index[part]).config)
+        """A part's config with what its file leaves out."""
+        config = _skeleton(self.folder, part, *self.index[part]).config
+        return dict(config) if isinstance(config, dict) else config.to_dict()
 
     def _build(self, part: str, library: str, name: str, dtype: torch.dtype) -> torch.nn.Module:
         module = _make(library, name, self._config(part), part)
