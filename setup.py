@@ -5,6 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
+DATASETS = ["datasets>=4.0"]  # prompts from hub datasets
 SERVER = ["fastapi>=0.115", "uvicorn>=0.30"]  # engine/reward_server.py
 
 setup(
@@ -42,6 +43,7 @@ setup(
         "gpu": ["triton>=3.5", "xformers", "flash-attn"],
         "wandb": ["wandb"],
         "server": SERVER,
-        "dev": ["pytest>=8", "hypothesis>=6", "matplotlib>=3.8", "triton>=3.5", "ruff", *SERVER],
+        "datasets": DATASETS,
+        "dev": ["pytest>=8", "hypothesis>=6", "matplotlib>=3.8", "triton>=3.5", "ruff", *SERVER, *DATASETS],
     },
 )

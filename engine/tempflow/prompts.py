@@ -1,4 +1,4 @@
-"""Prompt files and the order in which an iteration's prompts are drawn.
+"""Prompts from files and datasets, and the order in which an iteration's prompts are drawn.
 
 The order is a function of (seed, cursor) alone: a resumed run, or one on another number of ranks, sees the same.
 """
@@ -11,12 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
+from tempflow.config import HubDataset
 from tempflow.errors import UserError
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt's text and what its file says besides; metadata["source"] is "file:line".
+    """A prompt's text and what its file says besides; metadata["source"] is "file:line", or "dataset[split]:row" from row 0.
 
     negative: what to guide away from, for families with classifier-free guidance; None: the family's default.
     """
@@ -26,13 +27,15 @@ class Prompt:
     negative: str | None = None
 
 
-def load_prompts(path: str | Path, key: str = "data.train") -> list[Prompt]:
+def load_prompts(given: str | Path | HubDataset, key: str = "data.train") -> list[Prompt]:
     """Read .txt (one prompt a line) or .jsonl (objects with `prompt`, and `negative_prompt` if need be; other keys become
-    metadata). Of a folder, the file of the key's split: train or test, .txt, .jsonl or _metadata.jsonl.
+    metadata). Of a folder, the file of the key's split: train or test, .txt, .jsonl or _metadata.jsonl. Or a dataset.
 
     Blank lines are skipped. Raises UserError naming the config key, the file and the line.
     """
-    file = Path(path)
+    if isinstance(given, HubDataset):
+        return _read_dataset(given, key)
+    file = Path(given)
     if file.is_dir():
         file = _file_of_split(file, "train" if key == "data.train" else "test", key)
     if file.suffix not in (".txt", ".jsonl"):
@@ -67,12 +70,43 @@ def _read_jsonl(line: str, source: str) -> Prompt:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{source}: not JSON: {error}") from None
-    if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str) or not entry["prompt"].strip():
-        raise UserError(f'{source}: expected an object with a non-empty "prompt", got {line.strip()[:80]}')
-    negative = entry.pop("negative_prompt", None)
+    if not isinstance(entry, dict):
+        raise UserError(f'{source}: expected an object with a "prompt", got {line.strip()[:80]}')
+    return _prompt(entry, source)
+
+
+def _prompt(entry: dict, source: str, column: str = "prompt") -> Prompt:
+    """A prompt of the text in `column`; the other entries are its metadata. UserError naming `source`."""
+    keys = ", ".join(entry)
+    text, negative = entry.pop(column, None), entry.pop("negative_prompt", None)
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(f'{source}: expected a non-empty text as "{column}", got {text!r:.80} (keys: {keys:.80})')
     if not isinstance(negative, str | None):
-        raise UserError(f'{source}: "negative_prompt" must be a text, got {json.dumps(negative)[:80]}')
-    return Prompt(entry.pop("prompt"), {**entry, "source": source}, negative)
+        raise UserError(f'{source}: "negative_prompt" must be a text, got {negative!r:.80}')
+    return Prompt(text, {**entry, "source": source}, negative)
+
+
+def _read_dataset(given: HubDataset, key: str) -> list[Prompt]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(f"{key}: a dataset needs the package datasets ({error}): pip install datasets, or name a file") from None
+    try:
+        table = datasets.load_dataset(given.dataset, given.subset, split=given.split, revision=given.revision)
+    except Exception as error:  # of many kinds: no such dataset, subset or split, no network, a damaged file
+        cause = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"{key}: cannot read split {given.split!r} of dataset {given.dataset}: {cause}") from None
+    for setting, columns in (("column", [given.column]), ("metadata", given.metadata)):
+        if unknown := [name for name in columns if name not in table.column_names]:
+            known = ", ".join(table.column_names)
+            raise UserError(f"{key}.{setting}: {given.dataset} has no column {', '.join(unknown)}; it has {known}")
+    wanted = {given.column, *given.metadata, "negative_prompt"}
+    # Columns left out are never decoded, as pictures would be.
+    table = table.select_columns([name for name in table.column_names if name in wanted])
+    prompts = [_prompt(row, f"{given.dataset}[{given.split}]:{i}", given.column) for i, row in enumerate(table)]
+    if not prompts:
+        raise UserError(f"{key}: split {given.split!r} of dataset {given.dataset} holds no prompts")
+    return prompts
 
 
 class PromptOrder:
@@ -92,3 +126,9 @@ class PromptOrder:
         epoch, place = divmod(iteration, per_epoch)
         order = np.random.default_rng([self._seed, epoch]).permutation(self._count)
         return order[place * self._per_iteration : (place + 1) * self._per_iteration].tolist()
+
+    def reached(self, iterations: int) -> list[int]:
+        """Indices of the prompts that the first `iterations` iterations may draw, in rising order: after an epoch, all."""
+        if iterations >= self._count // self._per_iteration:
+            return list(range(self._count))
+        return sorted(i for iteration in range(iterations) for i in self.indices(iteration))

@@ -1,13 +1,15 @@
 """Prompt files, and the order in which prompts are drawn."""
 
 import json
+import sys
 from collections import Counter
 
 import pytest
-from engine_cases import HELDOUT, PROMPTS
+from engine_cases import HELDOUT, PROMPTS, config_table
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tempflow.config import HubDataset, load_config, parse_config
 from tempflow.errors import UserError
 from tempflow.prompts import Prompt, PromptOrder, load_prompts
 from tempflow.rewards.ocr import quoted_text
@@ -49,12 +51,12 @@ def test_shipped_prompts():
     ("p.txt", " \n\t\n", ["holds no prompts"]),
     ("p.txt", b"\xff\xfe", ["cannot read"]),
     ("p.jsonl", '{"prompt": "a"}\n{"prompt": \n', [":2", "not JSON"]),
-    ("p.jsonl", '{"text": "a"}', [":1", '"prompt"', '{"text": "a"}']),
+    ("p.jsonl", '{"text": "a"}', [":1", '"prompt"', "keys: text"]),
     ("p.jsonl", '{"prompt": "  "}', [":1", "non-empty"]),
     ("p.jsonl", '{"prompt": 3}', [":1", '"prompt"']),
     ("p.jsonl", '["a"]', [":1", "object"]),
     ("p.jsonl", "[" * 100_000, [":1", "not JSON"]),
-    ("p.jsonl", '{"prompt": "a", "negative_prompt": ["b"]}', [":1", '"negative_prompt"', '["b"]']),
+    ("p.jsonl", '{"prompt": "a", "negative_prompt": ["b"]}', [":1", '"negative_prompt"', "['b']"]),
 ])  # fmt: skip
 def test_refused(tmp_path, name, content, words):
     file = tmp_path / name
@@ -111,6 +113,60 @@ def test_what_editors_leave_in_a_file(tmp_path):
     assert [p.text for p in load_prompts(file)] == ["a\u2028b", "c"]
 
 
+# --------------------------------------------------------------------------------------------------- datasets
+ROWS = [{"caption": "a red cube", "negative_prompt": "blue", "tag": 1, "extra": "x"},
+        {"caption": "two dogs", "negative_prompt": None, "tag": 2, "extra": "y"}]  # fmt: skip
+
+
+@pytest.fixture
+def dataset(tmp_path, monkeypatch):
+    """A folder that `datasets.load_dataset` reads; its cache stays in the test's own folder."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    datasets.Dataset.from_list(ROWS).to_parquet(folder / "train.parquet")
+    datasets.Dataset.from_list([{"caption": "a"}, {"caption": " "}]).to_parquet(folder / "test.parquet")
+    return folder
+
+
+def test_dataset(dataset):
+    given = HubDataset(dataset=str(dataset), column="caption", metadata=["tag"])
+    assert load_prompts(given) == [
+        Prompt("a red cube", {"tag": 1, "source": f"{dataset}[train]:0"}, "blue"),
+        Prompt("two dogs", {"tag": 2, "source": f"{dataset}[train]:1"}, None),
+    ]
+
+
+def test_dataset_is_named_in_a_config(dataset, tmp_path):
+    """Looked up from the config file's folder, as files are."""
+    table = config_table(data={"train": {"dataset": "dataset", "column": "caption"}, "heldout": None})
+    config = load_config(written(tmp_path, "c.json", json.dumps(table)))
+    assert config.data.train.dataset == str(dataset) and len(load_prompts(config.data.train)) == 2
+    assert parse_config(json.loads(config.model_dump_json())) == config
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"column": "prompt"}, ["data.heldout.column", "has no column prompt", "caption, negative_prompt, tag, extra"]),
+    ({"metadata": ["tag", "size"]}, ["data.heldout.metadata", "has no column size"]),
+    ({"split": "validation"}, ["data.heldout", "validation", "ValueError"]),
+    ({"split": "test"}, ["[test]:1", "non-empty", "caption"]),
+    ({"dataset": "/no/such/folder"}, ["data.heldout", "/no/such/folder"]),
+])  # fmt: skip
+def test_dataset_refused(dataset, changes, words):
+    given = HubDataset(**{"dataset": str(dataset), "column": "caption", **changes})
+    with pytest.raises(UserError) as error:
+        load_prompts(given, "data.heldout")
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_dataset_without_the_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match="data.train: a dataset needs the package datasets .*pip install datasets"):
+        load_prompts(HubDataset(dataset="a/b"))
+
+
 # ------------------------------------------------------------------------------------------------------ order
 sizes = st.integers(1, 40).flatmap(lambda count: st.tuples(st.just(count), st.integers(1, count)))
 
@@ -133,6 +189,14 @@ def test_the_order_has_no_memory(size, seed, iteration):
     for earlier in (iteration + 3, 0, iteration):
         order.indices(earlier)
     assert order.indices(iteration) == PromptOrder(*size, seed).indices(iteration)
+
+
+@given(sizes, st.integers(0, 100), st.integers(0, 50))
+def test_what_a_run_may_reach(size, seed, iterations):
+    order = PromptOrder(*size, seed)
+    drawn = {i for iteration in range(iterations) for i in order.indices(iteration)}
+    reached = order.reached(iterations)
+    assert drawn <= set(reached) and (len(drawn) == len(reached) or len(reached) == size[0])
 
 
 def test_epochs_and_seeds_differ():
