@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 import json
+import pkgutil
 from pathlib import Path
 
 from tempflow.config import Config
-from tempflow.rewards.registry import REWARDS, build_reward
+from tempflow.rewards.registry import REWARDS
 
 TARGET = Path(__file__).with_name("config.md")
 SCHEMA = Path(__file__).parents[1] / "configs/schema.json"
@@ -30,7 +31,8 @@ reward of a picture is the weighted sum. Weight 0 only watches: the value is log
 
     "rewards": {"ocr": {"weight": 1.0, "detect": false}, "jpeg": 0.0, "my_rewards:Sharpness": {"weight": 0.2, "limit": 15.0}}
 
-A name is one of those below, or `module:Name` of your own (README, "Add a reward").
+A name is one of those below, or `module:Name` of your own (README, "Add a reward"). A table with a `type`, one of these,
+may have any name, which is the one in logs: `{"faithful": {"type": "vlm_judge", ...}, "pretty": {"type": "vlm_judge", ...}}`.
 """
 DEEPSPEED_TEXT = """## `deepspeed`
 
@@ -90,8 +92,10 @@ def section(name: str, schema: dict, definitions: dict) -> str:
 def rewards_table() -> str:
     lines = ["| name | options | what it measures |", "|---|---|---|"]
     for name in REWARDS:
-        target = type(build_reward(name))
-        options = ", ".join(f"`{p.name}` (`{json.dumps(p.default)}`)" for p in inspect.signature(target).parameters.values())
+        target = pkgutil.resolve_name(REWARDS[name])
+        parameters = inspect.signature(target).parameters.values()
+        defaults = ["required" if p.default is p.empty else f"`{json.dumps(p.default)}`" for p in parameters]
+        options = ", ".join(f"`{p.name}` ({default})" for p, default in zip(parameters, defaults))
         lines.append(f"| `{name}` | {cell(options)} | {cell(' '.join(inspect.getdoc(target).split()))} |")
     return REWARDS_TEXT + "\n" + "\n".join(lines) + "\n"
 

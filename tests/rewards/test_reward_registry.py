@@ -20,6 +20,7 @@ def test_both_forms():
         RewardSpec("jpeg", -0.5, {"goal": "large"}),
         RewardSpec("my_module:Mine", 1.0, {"depth": 3}),
     ]
+    assert parse_rewards({"small": {"type": "jpeg", "goal": "small"}}) == [RewardSpec("small", 1.0, {"goal": "small"}, "jpeg")]
     assert section["jpeg"] == {"weight": -0.5, "goal": "large"}, "the config must not be changed"
 
 
@@ -34,9 +35,11 @@ def test_both_forms():
         ({"ocr": float("nan")}, ["rewards.ocr", "nan"]),
         ({"ocr": {"weight": float("inf")}}, ["rewards.ocr", "inf"]),
         ({"ocr": 0, "jpeg": 0.0}, ["every weight is 0"]),
-        ({"orc": 1.0}, ["'orc'", "did you mean 'ocr'", "jpeg, ocr", "my_module:MyReward"]),
-        ({"zebra": 1.0}, ["'zebra'", "Known: jpeg, ocr"]),
+        ({"orc": 1.0}, ["'orc'", "did you mean 'ocr'", "jpeg, ", "my_module:MyReward"]),
+        ({"zebra": 1.0}, ["'zebra'", "Known: ", "jpeg, "]),
         ({"module:": 1.0}, ["'module:'"]),
+        ({"mine": {"type": "orc"}}, ["'orc'", "did you mean 'ocr'"]),
+        ({"mine": {"type": ["ocr"]}}, ["['ocr']"]),
         ({3: 1.0}, ["unknown reward 3"]),
     ],
 )
@@ -49,17 +52,17 @@ def test_section_refused(section, words):
 @pytest.mark.parametrize(
     "name, options, words",
     [
-        ("ocr", {"detct": False}, ["rewards.ocr.detct", "did you mean 'detect'", "Allowed: weight, detect"]),
+        ("ocr", {"detct": False}, ["rewards.ocr.detct", "did you mean 'detect'", "Allowed: weight, type, detect"]),
         ("ocr", {"detect": "no"}, ["rewards.ocr.detect", "true or false", "'no'"]),
         ("jpeg", {"quality": 9.5}, ["rewards.jpeg.quality", "whole number", "9.5"]),
         ("jpeg", {"quality": True}, ["rewards.jpeg.quality", "True"]),
         ("jpeg", {"quality": 500}, ["rewards.jpeg.quality", "1 to 95", "500"]),
         ("jpeg", {"goal": "tiny"}, ["rewards.jpeg.goal", '"small" or "large"', "'tiny'"]),
-        ("no_such_module:X", {}, ["no_such_module:X", "ModuleNotFoundError"]),
+        ("no_such_module:X", {}, ["no_such_module:X", "ModuleNotFoundError", "folder of the command"]),
         ("faulty_rewards:Nothing", {}, ["faulty_rewards:Nothing", "AttributeError"]),
         ("faulty_rewards:NotAReward", {}, ["subclass of tempflow.rewards.Reward"]),
         ("faulty_rewards:Faulty", {"fault": "nan"}, ["counter", "no default"]),
-        ("faulty_rewards:first_pixel", {"images": 1}, ["images", "Allowed: weight, scale"]),
+        ("faulty_rewards:first_pixel", {"images": 1}, ["images", "Allowed: weight, type, scale"]),
         ("faulty_rewards:first_pixel", {"scale": "big"}, ["scale", "a number"]),
     ],
 )

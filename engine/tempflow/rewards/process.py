@@ -14,7 +14,7 @@ from tempflow.rewards.registry import RewardSpec
 
 _STDERR_TAIL = 2000  # bytes of a dead worker's last words in an error message
 
-# A worker must neither take memory of the GPU nor believe itself a rank of the training.
+# A worker must not believe itself a rank of the training.
 _REMOVED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -22,12 +22,20 @@ class WorkerFailure(Exception):
     """The worker raised, died, hung, or answered nonsense; the text says which."""
 
 
-class WorkerProcess:
-    """One worker process, restarted at will. Not thread-safe but for `close`."""
+class WorkerLost(WorkerFailure):
+    """Its process is gone, or was killed for taking too long."""
 
-    def __init__(self, specs: list[RewardSpec], threads: int):
+
+class WorkerProcess:
+    """One worker process, restarted at will. Not thread-safe but for `close`.
+
+    gpu: what it sees as CUDA_VISIBLE_DEVICES; "" hides every GPU.
+    """
+
+    def __init__(self, specs: list[RewardSpec], threads: int, gpu: str = ""):
         self._specs = specs
         self._threads = threads
+        self._gpu = gpu
         self._lock = threading.Lock()
         self._closed = False
         self._process: subprocess.Popen | None = None
@@ -77,7 +85,7 @@ class WorkerProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=self._output,  # the terminal belongs to the progress display
                 stderr=self._output,
-                env=_environment(self._threads),
+                env=_environment(self._threads, self._gpu),
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,  # out of reach of the terminal's Ctrl-C, even while Python starts
             )
@@ -92,7 +100,7 @@ class WorkerProcess:
             self._connection.send(message)
             kind, answer = self._connection.recv()
         except (EOFError, OSError):
-            raise WorkerFailure(self._cause_of_death(expired, timeout_s)) from None
+            raise WorkerLost(self._cause_of_death(expired, timeout_s)) from None
         finally:
             watchdog.cancel()
         if kind == "failed":
@@ -115,11 +123,11 @@ class WorkerProcess:
         return f"the reward worker died with exit status {status}" + (f"; it wrote:\n{tail}" if tail else "")
 
 
-def _environment(threads: int) -> dict[str, str]:
+def _environment(threads: int, gpu: str) -> dict[str, str]:
     environment = {key: value for key, value in os.environ.items() if key not in _REMOVED}
     for key in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         environment[key] = str(threads)
-    environment["CUDA_VISIBLE_DEVICES"] = ""
+    environment["CUDA_VISIBLE_DEVICES"] = gpu
     # Rewards given as `my_module:MyReward` must import in the worker as they do here.
     environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
     return environment

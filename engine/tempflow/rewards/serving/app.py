@@ -1,0 +1,162 @@
+"""The web application of the reward server: who may ask, how much at once, and what is answered when (see `wire.py`).
+
+Memory is bounded before it is taken: a request must say its length, and is refused with 503 while those being served
+fill `Limits.memory_bytes`; sizes of pictures are checked before they are decoded. Nothing is written to disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.requests import ClientDisconnect
+
+from tempflow.rewards.protocol import Scores
+from tempflow.rewards.serving.batching import Batcher, ScoringFailed
+from tempflow.rewards.serving.pictures import decode, decoded_bytes, open_pictures
+from tempflow.rewards.wire import write_answer
+
+
+@dataclass(frozen=True)
+class Limits:
+    """request_bytes: of a request's body. request_pixels: of its pictures together. memory_bytes: of the bodies and
+    decoded pictures of all requests being served. timeout_s: from a request's arrival to its answer."""
+
+    request_bytes: int = 256 << 20
+    request_pixels: int = 128_000_000
+    memory_bytes: int = 4 << 30
+    timeout_s: float = 60.0
+
+
+class ScoreRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    reward: str = ""
+    images: list[str] = Field(min_length=1)
+    prompts: list[str]
+    metadata: list[dict] | None = None
+
+
+class _Memory:
+    """What requests being served may hold together. For the event loop's thread alone."""
+
+    def __init__(self, limit: int):
+        self._free = limit
+
+    @contextmanager
+    def hold(self, size: int):
+        if size > self._free:
+            raise HTTPException(503, "too much is being served already; try again later", headers={"Retry-After": "1"})
+        self._free -= size
+        try:
+            yield
+        finally:
+            self._free += size
+
+
+def create_app(batchers: dict[str, Batcher], limits: Limits, token: str | None) -> FastAPI:
+    """The application that serves `batchers` by name; `token`, unless None, is asked of everyone but /health."""
+    app = FastAPI(title="TempFlow-GRPO reward server", docs_url=None, redoc_url=None, openapi_url=None)
+    memory = _Memory(limits.memory_bytes)
+
+    @app.exception_handler(StarletteHTTPException)
+    async def refuse(request: Request, error: StarletteHTTPException) -> JSONResponse:
+        return JSONResponse({"error": str(error.detail)}, error.status_code, headers=error.headers)
+
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        healthy = all(batcher.healthy for batcher in batchers.values())
+        return JSONResponse({"status": "ok" if healthy else "failing"}, 200 if healthy else 503)
+
+    @app.get("/rewards")
+    async def rewards(request: Request) -> dict:
+        _authorise(request, token)
+        return {"rewards": {name: batcher.counts() for name, batcher in batchers.items()}}
+
+    @app.post("/score")
+    async def score(request: Request) -> dict:
+        _authorise(request, token)
+        length = _body_length(request, limits.request_bytes)
+        with memory.hold(length):
+            try:
+                return await asyncio.wait_for(answer(request), limits.timeout_s)
+            except asyncio.TimeoutError:
+                raise HTTPException(504, f"not scored within {limits.timeout_s:g} s") from None
+            except ClientDisconnect:
+                raise HTTPException(400, "the request was not sent whole") from None
+
+    async def answer(request: Request) -> dict:
+        body = await request.body()
+        try:
+            asked = await run_in_threadpool(_read, body)
+            batcher = _chosen(batchers, asked.reward)
+            pictures = await run_in_threadpool(open_pictures, asked.images, limits.request_pixels)
+            with memory.hold(decoded_bytes(pictures)):
+                images = await run_in_threadpool(decode, pictures)
+                metadata = asked.metadata or [{} for _ in asked.prompts]
+                futures = batcher.submit(images, asked.prompts, metadata)
+                parts = await asyncio.gather(*map(asyncio.wrap_future, futures))
+        except ValueError as error:
+            raise HTTPException(400, str(error)) from None
+        except ScoringFailed as error:
+            raise HTTPException(500, str(error)) from None
+        return write_answer(_joined(parts))
+
+    return app
+
+
+def _authorise(request: Request, token: str | None) -> None:
+    sent = request.headers.get("authorization", "")
+    if token is not None and not hmac.compare_digest(sent.encode(), f"Bearer {token}".encode()):
+        raise HTTPException(401, "this server needs its bearer token", headers={"WWW-Authenticate": "Bearer"})
+
+
+def _body_length(request: Request, most: int) -> int:
+    """The body's length, which the web server holds the client to. It is asked to be JSON by name because web pages
+    cannot send that to another origin unasked."""
+    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+        raise HTTPException(415, "expected Content-Type: application/json")
+    length = request.headers.get("content-length", "")
+    if not length.isdecimal():
+        raise HTTPException(411, "expected a Content-Length")
+    if int(length) > most:
+        raise HTTPException(413, f"{length} bytes, more than the {most} allowed; send fewer pictures at once")
+    return int(length)
+
+
+def _read(body: bytes) -> ScoreRequest:
+    """ValueError, in one line, for what is no ScoreRequest."""
+    try:
+        asked = ScoreRequest.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc'])) or 'body'}: {first['msg']}") from None
+    for name in ("prompts", "metadata"):
+        entries = getattr(asked, name)
+        if entries is not None and len(entries) != len(asked.images):
+            raise ValueError(f"{len(asked.images)} images, but {len(entries)} {name}")
+    return asked
+
+
+def _chosen(batchers: dict[str, Batcher], name: str) -> Batcher:
+    if name in batchers:
+        return batchers[name]
+    if not name and len(batchers) == 1:
+        return next(iter(batchers.values()))
+    raise ValueError(f"no reward {name!r}; this server serves {', '.join(batchers)}")
+
+
+def _joined(parts: list[Scores]) -> Scores:
+    """One Scores of a request's pieces, in order."""
+    details = None
+    if all(part.details is not None for part in parts):
+        details = [text for part in parts for text in part.details]
+    return Scores(np.concatenate([part.values for part in parts]), details)

@@ -1,0 +1,215 @@
+"""A vision-language model as the judge, asked through the OpenAI-compatible interface of vLLM, SGLang and others.
+
+Each picture is one chat request: the picture, then the rubric with the prompt put in. The answer is read strictly:
+what is not exactly one number inside the scale, or was cut off, is a failed value, for a guess would be a signal. Or
+the model is asked a question and the value is P(Yes) / (P(Yes) + P(No)) of its first token, as in VQAScore
+(arXiv 2404.01291): finer than a written number, and one token long.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from tempflow.errors import UserError
+from tempflow.rewards.protocol import Reward, Scores
+from tempflow.rewards.web import Service, ServiceError, checked_url, token_of, wait_for
+from tempflow.rewards.wire import encode_png
+
+RATE = """You judge pictures that were generated from a prompt. The prompt is:
+
+{prompt}
+
+How well does the picture show everything that the prompt asks for, and how free of visible defects is it? Rate it from
+{lowest} (nothing of the prompt, or ruined) to {highest} (all of it, flawless). Answer with one JSON object and nothing
+else: {"score": a number from {lowest} to {highest}}"""
+ASK = 'Does this picture show "{prompt}"? Answer with one word, Yes or No.'
+
+TOP_TOKENS = 20  # the most that OpenAI's interface and vLLM's default offer
+LEAST_MASS = 0.5  # of the first token's probability on Yes and No together; with less the model did not take the question
+_BACKOFF_S = 0.5
+_FENCED = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
+_OURS = ("model", "messages", "logprobs", "top_logprobs", "n", "stream")
+
+
+class VlmJudge(Reward):
+    """A vision-language model's rating, brought to [0, 1]. `base_url`: with its /v1. `rubric`, or a text file
+    `rubric_file`: what is asked; {prompt}, {lowest} and {highest} are put in. The answer must be a JSON object with a
+    number "score" from `lowest` to `highest`, or hold one match of the regular expression `pattern`, whose group is the
+    number. `yes_no`: ask a question instead and take the probability of Yes. `concurrency`: requests at once for a
+    batch. `timeout_s`, `retries`: of one request. `key_env`: the environment variable that holds the API key.
+    `extra`: more fields of the request's body.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        model: str,
+        rubric: str = "",
+        rubric_file: str = "",
+        pattern: str = "",
+        lowest: float = 0.0,
+        highest: float = 10.0,
+        yes_no: bool = False,
+        max_tokens: int = 256,
+        concurrency: int = 8,
+        timeout_s: float = 60.0,
+        retries: int = 2,
+        wait_s: float = 30.0,
+        key_env: str = "",
+        extra: dict | None = None,
+    ):
+        if not -math.inf < lowest < highest < math.inf:
+            raise UserError(f"rewards.vlm_judge: lowest must be below highest, got {lowest!r} and {highest!r}")
+        if max_tokens < 1 or concurrency < 1 or retries < 0 or not timeout_s > 0 or not wait_s >= 0:
+            raise UserError("rewards.vlm_judge: max_tokens, concurrency, timeout_s must be above 0; retries, wait_s at least 0")
+        if yes_no and pattern:
+            raise UserError("rewards.vlm_judge.pattern: yes_no reads no written answer; give one of the two")
+        if extra is not None and (not isinstance(extra, dict) or set(extra) & set(_OURS)):
+            raise UserError(f"rewards.vlm_judge.extra: expected a table without {', '.join(_OURS)}, got {extra!r:.100}")
+        self._rubric = _rubric(rubric, rubric_file) or (ASK if yes_no else RATE)
+        self._pattern = _compiled(pattern) if pattern else None
+        self._lowest, self._highest, self._yes_no = lowest, highest, yes_no
+        self._concurrency, self._retries, self._wait_s = concurrency, retries, wait_s
+        self._service = Service(
+            checked_url("rewards.vlm_judge.base_url", base_url), token_of("rewards.vlm_judge.key_env", key_env), timeout_s
+        )
+        self._body = {"model": model, "temperature": 0, "max_tokens": 1 if yes_no else max_tokens, **(extra or {})}
+        if yes_no:
+            self._body |= {"logprobs": True, "top_logprobs": TOP_TOKENS}
+
+    def load(self, threads=1):
+        """Refuse a server that does not answer, or lists its models without this one."""
+        try:
+            listed = wait_for(lambda: self._service.get("/models"), self._wait_s)
+            names = [entry["id"] for entry in listed["data"]]
+        except ServiceError as error:
+            if error.status in (404, 405):  # a gateway without that page
+                return
+            raise
+        except (KeyError, TypeError):
+            return
+        if self._body["model"] not in names:
+            raise UserError(f"rewards.vlm_judge.model: {self._service.url} serves {names}, not {self._body['model']!r}")
+
+    def score(self, images, prompts, metadata):
+        with ThreadPoolExecutor(self._concurrency) as threads:
+            judged = list(threads.map(self._judge, images, prompts))
+        return Scores(np.array([value for value, _ in judged], dtype=np.float32), [detail for _, detail in judged])
+
+    def _judge(self, image: np.ndarray, prompt: str) -> tuple[float, str]:
+        """Value and detail of one picture; NaN with the reason where it failed."""
+        try:
+            return self._read(self._ask(image, prompt))
+        except (ServiceError, ValueError) as error:
+            return math.nan, f"not scored: {error}"
+
+    def _ask(self, image: np.ndarray, prompt: str) -> dict:
+        """The answer's first choice. Raises ServiceError, ValueError where the answer has none."""
+        values = {"prompt": prompt, "lowest": f"{self._lowest:g}", "highest": f"{self._highest:g}"}
+        text = re.sub(r"\{(prompt|lowest|highest)\}", lambda match: values[match[1]], self._rubric)
+        picture = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encode_png(image)}"}}
+        messages = [{"role": "user", "content": [picture, {"type": "text", "text": text}]}]
+        for attempt in range(self._retries + 1):
+            try:
+                answer = self._service.post("/chat/completions", {**self._body, "messages": messages})
+                break
+            except ServiceError as error:
+                if not error.transient or attempt == self._retries:
+                    raise
+            time.sleep(_BACKOFF_S * 2**attempt)
+        try:
+            return dict(answer["choices"][0])
+        except (KeyError, IndexError, TypeError, ValueError):
+            raise ValueError(f"the answer has no choices: {answer!r:.80}") from None
+
+    def _read(self, choice: dict) -> tuple[float, str]:
+        if self._yes_no:
+            value = yes_probability(choice)
+            return value, f"P(Yes) {value:.3f}"
+        message = choice.get("message")
+        text = message.get("content") if isinstance(message, dict) else None
+        if not isinstance(text, str):
+            raise ValueError("the answer holds no text")
+        if choice.get("finish_reason") == "length":
+            raise ValueError(f"the answer was cut off; raise max_tokens: {_short(text)}")
+        rating = rating_of(text, self._pattern)
+        if not self._lowest <= rating <= self._highest:
+            raise ValueError(f"{rating:g} is outside {self._lowest:g} to {self._highest:g}: {_short(text)}")
+        return (rating - self._lowest) / (self._highest - self._lowest), _short(text)
+
+
+def rating_of(text: str, pattern: re.Pattern | None) -> float:
+    """The number in an answer: the group of the pattern's only match, or "score" of the JSON object that the answer is.
+
+    Raises ValueError, also for a number that is not finite.
+    """
+    if pattern is not None:
+        found = pattern.findall(text)
+        if len(found) != 1:
+            raise ValueError(f"{len(found)} matches of the pattern, expected one: {_short(text)}")
+        rating = found[0]
+    else:
+        fenced = _FENCED.fullmatch(text.strip())
+        try:
+            answer = json.loads(fenced[1] if fenced else text)
+        except (ValueError, RecursionError):
+            answer = None
+        rating = answer.get("score") if isinstance(answer, dict) else None
+        if isinstance(rating, (bool, str)):
+            rating = None
+    try:
+        number = float(rating)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f'no number as "score" in the answer: {_short(text)}') from None
+    if not math.isfinite(number):
+        raise ValueError(f"{number} is no rating: {_short(text)}")
+    return number
+
+
+def yes_probability(choice: dict) -> float:
+    """P(Yes) / (P(Yes) + P(No)) of a choice's first token, over its spellings. Raises ValueError where it is neither."""
+    try:
+        tokens = [(str(entry["token"]), float(entry["logprob"])) for entry in choice["logprobs"]["content"][0]["top_logprobs"]]
+    except (KeyError, IndexError, TypeError, ValueError):
+        raise ValueError("the answer has no log-probabilities of its first token") from None
+    mass = {"yes": 0.0, "no": 0.0}
+    for token, logprob in tokens:
+        word = token.strip(" \n\t▁Ġ.,!\"'").lower()  # with the marks that tokenizers put for a blank
+        if word in mass:
+            mass[word] += math.exp(min(0.0, logprob))
+    both = mass["yes"] + mass["no"]
+    if not both >= LEAST_MASS:  # also NaN
+        raise ValueError(f"Yes and No have {both:.2f} of the first token's probability, less than {LEAST_MASS}; word the question otherwise")
+    return mass["yes"] / both
+
+
+def _rubric(rubric: str, file: str) -> str:
+    if not file:
+        return rubric
+    if rubric:
+        raise UserError("rewards.vlm_judge: give rubric or rubric_file, not both")
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"rewards.vlm_judge.rubric_file: cannot read {file}: {error}") from None
+
+
+def _compiled(pattern: str) -> re.Pattern:
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"rewards.vlm_judge.pattern: {pattern!r} is no regular expression: {error}") from None
+    if compiled.groups != 1:
+        raise UserError(f"rewards.vlm_judge.pattern: {pattern!r} must have one group, the number; it has {compiled.groups}")
+    return compiled
+
+
+def _short(text: str) -> str:
+    return " ".join(text.split())[:160]

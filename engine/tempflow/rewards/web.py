@@ -1,0 +1,138 @@
+"""JSON over HTTP for rewards that are computed elsewhere: one request, one checked answer, errors that say who failed how.
+
+The standard library's client will do: a request carries megabytes and is answered after a model has run, so keeping
+connections open gains nothing. Redirects are refused, for they would carry the token to another host. Proxies are the
+environment's (`https_proxy`, `no_proxy`). Tokens come from environment variables, never from the config, which is
+copied into run directories.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+
+from tempflow.errors import UserError
+
+ANSWER_LIMIT = 16 << 20  # bytes; an answer is some numbers and short texts
+_LATER = {408, 425, 429, 500, 502, 503, 504}
+
+
+class ServiceError(Exception):
+    """A request failed. `transient`: the same request may succeed later, or at another server.
+
+    status: of the HTTP answer, or None where there was none.
+    """
+
+    def __init__(self, message: str, *, transient: bool, status: int | None = None):
+        super().__init__(message)
+        self.transient = transient
+        self.status = status
+
+
+class Service:
+    """One server: `url` checked by `checked_url`, `token` sent with every request unless None."""
+
+    def __init__(self, url: str, token: str | None, timeout_s: float):
+        self.url = url
+        self._headers = {"Accept": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
+        self._timeout_s = timeout_s
+        self._opener = urllib.request.build_opener(_NoRedirect)
+
+    def get(self, path: str):
+        """The JSON value at `path`. Raises ServiceError."""
+        return self._exchange(urllib.request.Request(self.url + path, headers=self._headers))
+
+    def post(self, path: str, message: dict):
+        """The JSON value answered to a JSON message. Raises ServiceError, ValueError for a message that JSON cannot hold."""
+        body = json.dumps(message, allow_nan=False).encode()
+        headers = self._headers | {"Content-Type": "application/json"}
+        return self._exchange(urllib.request.Request(self.url + path, data=body, headers=headers, method="POST"))
+
+    def _exchange(self, request: urllib.request.Request):
+        try:
+            with self._opener.open(request, timeout=self._timeout_s) as response:
+                text = response.read(ANSWER_LIMIT + 1)
+        except urllib.error.HTTPError as error:
+            reason = _reason(error)
+            raise ServiceError(f"{request.full_url} answered {error.code}: {reason}", transient=error.code in _LATER,
+                               status=error.code) from None  # fmt: skip
+        except (OSError, http.client.HTTPException) as error:
+            cause = getattr(error, "reason", error)
+            words = f"within {self._timeout_s:g} s" if isinstance(cause, TimeoutError) else f"({cause or type(cause).__name__})"
+            raise ServiceError(f"{request.full_url} did not answer {words}", transient=True) from None
+        if len(text) > ANSWER_LIMIT:
+            raise ServiceError(f"{request.full_url} answered more than {ANSWER_LIMIT} bytes", transient=False)
+        try:
+            return json.loads(text, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as error:
+            raise ServiceError(f"{request.full_url} answered no JSON ({error}): {text[:80]!r}", transient=False) from None
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *args):
+        return None  # ends as an HTTPError with the redirect's status
+
+
+def checked_url(key: str, url) -> str:
+    """`url` without a slash at its end; UserError unless it is http(s)://host..., without a password, query or fragment."""
+    try:
+        parts = urllib.parse.urlsplit(url if isinstance(url, str) else "")
+        usable = parts.scheme in ("http", "https") and parts.hostname and not parts.query and not parts.fragment
+        usable = usable and (parts.port is None or parts.port > 0) and url.isprintable() and " " not in url
+    except ValueError:
+        usable = False
+    if usable and "@" in parts.netloc:
+        raise UserError(f"{key}: no user name or password in the address; name an environment variable that holds a token instead")
+    if not usable:
+        raise UserError(f'{key}: expected an address such as "http://127.0.0.1:8600", got {url!r}')
+    return url.rstrip("/")
+
+
+def token_of(key: str, variable: str) -> str | None:
+    """The token in an environment variable; None where `variable` is "". UserError where it is unset, empty or no token."""
+    if not variable:
+        return None
+    token = os.environ.get(variable, "").strip()
+    if not token:
+        raise UserError(f"{key}: the environment variable {variable!r} is not set; it must hold the token")
+    if not (token.isascii() and token.isprintable()) or " " in token:
+        raise UserError(f"{key}: the environment variable {variable!r} holds characters that a token cannot have")
+    return token
+
+
+def wait_for(ask, wait_s: float):
+    """What `ask()` returns, asked again while it raises a transient ServiceError, for `wait_s` seconds. Raises the last one."""
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            return ask()
+        except ServiceError as error:
+            if not error.transient or time.monotonic() >= deadline:
+                raise
+        time.sleep(min(1.0, max(0.0, deadline - time.monotonic())))
+
+
+def _reason(error: urllib.error.HTTPError) -> str:
+    """What an error's body says, in the forms of our server and of OpenAI's interface, or its first words."""
+    try:
+        text = error.read(4000).decode(errors="replace")
+    except (OSError, http.client.HTTPException):
+        text = ""
+    try:
+        body = json.loads(text)
+        said = body.get("error", body.get("message", body.get("detail")))
+        said = said.get("message") if isinstance(said, dict) else said
+        if isinstance(said, str):
+            text = said
+    except (ValueError, AttributeError, RecursionError):
+        pass
+    return " ".join(text.split())[:500] or str(error.reason)
+
+
+def _refuse_constant(name: str):
+    raise ValueError(f"{name} is not JSON")
