@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Callable
 
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 
 from tempflow.config import Config, Suffix
+from tempflow.diversity import mean_distance, thumbnails
 from tempflow.errors import UserError
 from tempflow.policy import Policy, take
 from tempflow.policy.embeddings import EmbeddingCache
@@ -32,20 +34,23 @@ class Stopped(Exception):
 class Collected:
     """decisions: this rank's. rewards: [P, S, K, B] of all ranks, NaN where scoring failed. steps: the K steps.
 
-    parts: mean of each reward over ranks. times: seconds of this rank. exact_rewards: [P, S, K, B] of the same rows with
-    the exact suffix, in iterations that audit a coarser one.
+    parts: each reward that is trained on alone, unweighted, in the same shape. diversity: mean distances between pictures
+    (see `tempflow.diversity`) by metric. times: seconds of this rank. exact_rewards, exact_parts: of the same rows with the
+    exact suffix, in iterations that audit a coarser one.
     """
 
     decisions: list[Decision]
     rewards: np.ndarray
     steps: list[int]
-    parts: dict[str, float]
+    parts: dict[str, np.ndarray]
+    diversity: dict[str, float]
     trunk_reward: float
     images: int
     failed: int
     stats: RolloutStats
     times: dict[str, float]
     exact_rewards: np.ndarray | None = None
+    exact_parts: dict[str, np.ndarray] | None = None
 
 
 class _Finished:
@@ -55,6 +60,7 @@ class _Finished:
         self.collector, self.plan = collector, plan
         self.rows: list[int] = []
         self.tickets: list = []
+        self.thumbnails: list[np.ndarray] = []
         self.decode_seconds = 0.0
         self._waiting: list[tuple[int, torch.Tensor]] = []
 
@@ -79,7 +85,8 @@ class _Finished:
         chosen = [self.collector.prompts[self.plan.rows[i].unit.prompt_id] for i, _ in part]
         self.rows += [i for i, _ in part]
         metadata = [prompt.metadata for prompt in chosen]
-        self.tickets.append(self.collector.pool.submit(images, [p.text for p in chosen], metadata))
+        self.tickets.append(self.collector.pool.submit(images, [p.text for p in chosen], metadata, watched=False))
+        self.thumbnails += list(thumbnails(images))
 
 
 class Collector:
@@ -89,7 +96,8 @@ class Collector:
                  pool: RewardPool, specs: list[RewardSpec], should_stop=lambda: False,
                  note: Callable[[str], None] = print):  # fmt: skip
         self.config, self.policy, self.prompts = config, policy, prompts
-        self.embeddings, self.pool, self.specs, self.should_stop = embeddings, pool, specs, should_stop
+        self.embeddings, self.pool, self.should_stop = embeddings, pool, should_stop
+        self.trained = [spec for spec in specs if not spec.watched]
         r = config.rollout
         self.latent_shape = policy.latent_shape(r.height, r.width)
         self.sigmas = policy.sigmas(r.num_steps, r.height, r.width)
@@ -122,7 +130,8 @@ class Collector:
         data = self.run_plan(plan, iteration, len(prompt_ids), self.config.rollout.suffix, advance)
         if self._audits(iteration):
             started = time.perf_counter()
-            data.exact_rewards = self.run_plan(plan, iteration, len(prompt_ids), None, advance).rewards
+            exact = self.run_plan(plan, iteration, len(prompt_ids), None, advance)
+            data.exact_rewards, data.exact_parts = exact.rewards, exact.parts
             data.times["audit"] = time.perf_counter() - started
         return data
 
@@ -145,7 +154,7 @@ class Collector:
         waited = time.perf_counter() - waiting
         times = {"rollout": rollout_seconds, "decode": finished.decode_seconds, "reward": waited,
                  "reward_busy": sum(ticket.seconds for ticket in finished.tickets), "audit": 0.0}  # fmt: skip
-        return self._share(plan, finished.rows, scores, prompts, decisions, stats, times)
+        return self._share(plan, finished, scores, prompts, decisions, stats, times)
 
     def _roll_out(self, plan: Plan, iteration: int, suffix: Suffix | None, finished: _Finished, advance):
         r = self.config.rollout
@@ -175,29 +184,51 @@ class Collector:
         return self.policy.velocity(self.policy.transformer, x, sigma, conditioning, height=r.height, width=r.width,
                                     guidance_scale=r.guidance_scale)  # fmt: skip
 
-    def _share(self, plan: Plan, rows, scores, prompts: int, decisions, stats, times) -> Collected:
+    def _share(self, plan: Plan, finished: _Finished, scores, prompts: int, decisions, stats, times) -> Collected:
         """Every rank's rewards in one array on every rank."""
-        combined = [combine(score, self.specs) for score in scores]
-        values = dict(zip(rows, np.concatenate([c.values for c in combined]), strict=True))
-        parts = {s.name: np.concatenate([c.parts[s.name] for c in combined]) for s in self.specs}
-        shape = (prompts, self.config.rollout.seeds, len(plan.steps), plan.width)
-        mine, trunks = np.zeros(shape), []
+        combined = [combine(score, self.trained) for score in scores]
+        columns = [np.concatenate([c.values for c in combined])]
+        columns += [np.concatenate([c.parts[spec.name] for c in combined]) for spec in self.trained]
+        values = dict(zip(finished.rows, np.stack(columns, axis=1), strict=True))  # the sum, then each reward
+        mine = np.zeros((len(columns), prompts, self.config.rollout.seeds, len(plan.steps), plan.width))
+        trunks = []
         for index, row in enumerate(plan.rows):
             taken = [plan.steps.index(k) for k in sorted(row.noise)]
             if taken:
-                mine[row.unit.prompt, row.unit.seed, taken, row.child] = values[index]
+                mine[:, row.unit.prompt, row.unit.seed, taken, row.child] = values[index][:, None]
             else:
-                trunks.append(values[index])
-        totals = [len(rows), np.isnan(list(values.values())).sum(), np.nansum(trunks), np.isfinite(trunks).sum()]
-        totals += [f(v) for v in parts.values() for f in (np.nansum, lambda v: np.isfinite(v).sum())]
-        images, failed, trunk_sum, trunk_count, *part_totals = comm.reduce(totals)
+                trunks.append(values[index][0])
+        totals = [len(plan.rows), np.isnan(columns[0]).sum(), np.nansum(trunks), np.isfinite(trunks).sum()]
+        images, failed, trunk_sum, trunk_count = comm.reduce(totals)
         if failed / images > self.config.reward_pool.max_failed:
             raise UserError(
                 f"{int(failed)} of {int(images)} pictures of this iteration could not be scored, more than "
                 f"reward_pool.max_failed ({self.config.reward_pool.max_failed}) allows; last error: {self.pool.last_error}"
             )
-        means = {n: s / c if c else float("nan") for n, s, c in zip(parts, part_totals[::2], part_totals[1::2])}
+        rewards, *parts = comm.reduce(mine)
         return Collected(
-            decisions, comm.reduce(mine), plan.steps, means, trunk_sum / trunk_count if trunk_count else float("nan"),
+            decisions, rewards, plan.steps, {spec.name: part for spec, part in zip(self.trained, parts, strict=True)},
+            self._diversity(plan, finished, prompts), trunk_sum / trunk_count if trunk_count else float("nan"),
             int(images), int(failed), stats, times,
         )  # fmt: skip
+
+    def _diversity(self, plan: Plan, finished: _Finished, prompts: int) -> dict[str, float]:
+        """Mean distances between a prompt's pictures of different seeds, and between the children of one state."""
+        seen = np.stack(finished.thumbnails)[np.argsort(finished.rows)]  # by row
+        seeds, found = self.config.rollout.seeds, {}
+        if seeds > 1:  # a prompt's seeds lie on several ranks
+            roots = np.zeros((prompts, seeds, seen.shape[1]), dtype=np.float32)
+            for thumbnail, row in zip(seen, plan.rows, strict=True):
+                if row.parent is None:
+                    roots[row.unit.prompt, row.unit.seed] = thumbnail
+            found["diversity/seeds"] = float(mean_distance(comm.reduce(roots)).mean())
+        if plan.width > 1:
+            siblings = defaultdict(list)
+            for i, row in enumerate(plan.rows):
+                if row.parent is not None:
+                    siblings[row.unit.prompt, row.unit.seed, plan.steps.index(row.start)].append(i)
+            apart = np.zeros((prompts, seeds, len(plan.steps)))
+            for place, members in siblings.items():
+                apart[place] = mean_distance(seen[members])
+            found["diversity/children"] = float(comm.reduce(apart).mean())
+        return found

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from tempflow import evaluation
-from tempflow.advantages import Advantages, advantages, rank_correlation
+from tempflow.advantages import Advantages, advantages, decoupled_advantages, rank_correlation
 from tempflow.config import Config
 from tempflow.console import Console
 from tempflow.errors import UserError
@@ -31,6 +31,7 @@ from tempflow.prompts import Prompt, PromptOrder
 from tempflow.rewards import RewardPool, RewardSpec
 from tempflow.rollout.plan import Unit
 from tempflow.sde import noise_weights
+from tempflow.stopping import StopRule
 from tempflow.trainer import checkpoint, comm
 from tempflow.trainer.collect import Collected, Collector, Stopped
 from tempflow.trainer.ema import Average
@@ -74,6 +75,9 @@ class Trainer:
         self.iteration, self.elapsed, self.images, self.skipped_in_a_row = 0, 0.0, 0, 0
         self.saved = 0  # iteration of the newest checkpoint; before the first update there is nothing to save
         self.base_reward: float | None = None
+        self.rule = StopRule(config.eval.stop) if config.eval.stop else None
+        self.ended: str | None = None  # by the rule, for which reason
+        self.evaluated_at, self.evaluation = -1, {}
         self.pool.wait_ready()
 
     def _check_equal_shares(self, units: int) -> None:
@@ -112,8 +116,12 @@ class Trainer:
         self.trackers = Trackers(self.run_dir, tensorboard=main and logging.tensorboard,
                                  wandb=logging.wandb if main else None,
                                  resume_after=self.iteration if resume_from else None)  # fmt: skip
-        self.console = Console(self.config.training.iterations, main, start=self.iteration, base_reward=self.base_reward)
+        self.console = Console(self.config.training.iterations, main, start=self.iteration, base_reward=self.base_reward,
+                               watched=[spec.name for spec in self.specs if spec.watched])  # fmt: skip
         with self.console:
+            if resume_from and self.rule:
+                rows = read_metrics(self.run_dir) if main else []
+                self.ended = comm.agree_on(self.rule.replay(rows, self.config.eval.every))
             self._train(first=resume_from is None)
             summary = self._finish() if not self.stop() else None
         if main:
@@ -126,7 +134,7 @@ class Trainer:
 
     def _train(self, first: bool) -> None:
         if first:
-            self._record({"iteration": 0, **self._evaluate()})
+            self._judge(self._record({"iteration": 0, **self._evaluate()}))
         while not self._done():
             started = time.perf_counter()
             self.profile.before(self.iteration)
@@ -141,7 +149,7 @@ class Trainer:
             metrics |= {"iteration": self.iteration, "time/total": spent, "time/elapsed": self.elapsed}
             if self._due(self.config.eval.every):
                 metrics |= self._evaluate()
-            self._record(metrics)
+            self._judge(self._record(metrics))
             if self._due(self.config.checkpoint.every):
                 self._save()
         self.profile.before(self.iteration)
@@ -150,12 +158,19 @@ class Trainer:
         if comm.reduce(self.stop(), "max"):
             self.stop.received = self.stop.received or "a signal on another rank"
             self.console.note(f"stopped by {self.stop.received} after iteration {self.iteration}; continue with --resume")
+        elif self.ended:
+            self.console.note(f"stopped after iteration {self.iteration} by {self.ended}; to go on: --resume --set eval.stop=null")
 
     def _done(self) -> bool:
-        """All ranks together: the last iteration, the time limit, or a signal."""
+        """All ranks together: the last iteration, the time limit, the stopping rule, or a signal."""
         t = self.config.training
         over = self.iteration >= t.iterations or (t.minutes is not None and self.elapsed >= 60 * t.minutes)
-        return bool(comm.reduce(over or self.stop(), "max"))
+        return bool(comm.reduce(over or self.ended is not None or self.stop(), "max"))
+
+    def _judge(self, metrics: dict) -> None:
+        """Let the stopping rule see an iteration that was evaluated, with one verdict on every rank."""
+        if self.rule and self.evaluated_at == self.iteration:
+            self.ended = comm.agree_on(self.rule.see(metrics) if comm.rank() == 0 else None)
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.iteration % every == 0 and self.iteration < self.config.training.iterations
@@ -177,7 +192,7 @@ class Trainer:
         with self.console.phase("rollout", self.collector.forwards(prompt_ids, self.iteration)) as advance:
             with self.threads.shared():
                 data = self.collector.collect(self.iteration, prompt_ids, advance)
-        adv = self._advantages(data.rewards)
+        adv = self._advantages(data.rewards, data.parts)
         started = time.perf_counter()
         batches, total = self._batches(data, adv)
         updates: list[dict] = []
@@ -203,9 +218,13 @@ class Trainer:
         names = [*data.times, "train", "sync"]
         return metrics | {f"time/{name}": float(value) for name, value in zip(names, seconds, strict=True)}
 
-    def _advantages(self, rewards: np.ndarray) -> Advantages:
+    def _advantages(self, rewards: np.ndarray, parts: dict[str, np.ndarray]) -> Advantages:
         t = self.config.training
-        return advantages(rewards, group=t.advantage_group, global_std=t.global_std, clip=t.adv_clip)
+        how = {"group": t.advantage_group, "global_std": t.global_std, "clip": t.adv_clip}
+        if t.advantage_of == "sum":
+            return advantages(rewards, **how)
+        weights = {spec.name: spec.weight for spec in self.specs}
+        return decoupled_advantages(rewards, list(parts.values()), [weights[name] for name in parts], **how)
 
     def _batches(self, data: Collected, adv: Advantages) -> tuple[list[Batch], int]:
         """This rank's micro-batches, as many as any rank needs, and the decisions of all ranks."""
@@ -253,7 +272,7 @@ class Trainer:
         forwards, batches, padded = comm.reduce([data.stats.forwards, data.stats.batches, data.stats.padded])
         return {
             "reward/mean": float(valid.mean()), "reward/std": float(valid.std()), "reward/trunk": data.trunk_reward,
-            **{f"reward/{name}": value for name, value in data.parts.items()},
+            **_alone(data.parts), **data.diversity,
             "reward/zero_std_groups": float(adv.zero_spread.mean()), "reward/failed": data.failed,
             "advantage/mean_abs": float(np.abs(adv.values).mean()),
             "images": data.images, "images/total": self.images, "forwards/rollout": int(forwards),
@@ -266,7 +285,7 @@ class Trainer:
         """How well the rewards read after a coarser suffix rank what the exact one would have."""
         if data.exact_rewards is None:
             return {}
-        exact = self._advantages(data.exact_rewards)
+        exact = self._advantages(data.exact_rewards, data.exact_parts)
         both = adv.valid & exact.valid
         return {
             "suffix/reward_rank_correlation": rank_correlation(data.rewards[both], data.exact_rewards[both]),
@@ -314,6 +333,7 @@ class Trainer:
                 guidance_scale=r.guidance_scale, micro_batch=r.micro_batch, advance=advance,
             )  # fmt: skip
             scored = evaluation.evaluate(self.pool, self.specs, self.heldout, drawn)
+        self.evaluated_at = self.iteration
         gathered = comm.gather_objects(scored)
         if gathered is None:
             return {}
@@ -326,29 +346,32 @@ class Trainer:
         if self.iteration == 0:
             self.base_reward = reward
         parts = {f"eval/{name}": float(np.nanmean(values)) for name, values in scored.parts.items()}
-        return {"eval/reward": reward, **parts, "time/eval": time.perf_counter() - started}
+        self.evaluation = {"eval/reward": reward, **parts, "time/eval": time.perf_counter() - started}
+        return self.evaluation
 
-    def _record(self, metrics: dict) -> None:
+    def _record(self, metrics: dict) -> dict:
         if comm.rank() != 0:
-            return
+            return metrics
         self.log.append(metrics)
         self.trackers.log(metrics)
         self.console.iteration(metrics)
         if "eval/reward" in metrics:
             self.report(self.run_dir)
+        return metrics
 
     def _finish(self) -> dict | None:
         """The last evaluation, the summary and the report."""
-        final = self._evaluate()
+        known = self.evaluated_at == self.iteration  # stopped right after an evaluation
+        final = self.evaluation if known else self._evaluate()
         if comm.rank() != 0:
             return None
-        if final:
+        if final and not known:
             self._merge_into_last_row(final)
         r = self.config.rollout
         summary = {
             "base_reward": self.base_reward, "tuned_reward": final.get("eval/reward"), "minutes": self.elapsed / 60,
             "iterations": self.iteration, "images": self.images, "model": self.config.model.path, "plan": r.plan,
-            "device": device_name(), "world_size": comm.world_size(), "versions": versions(),
+            "device": device_name(), "world_size": comm.world_size(), "versions": versions(), "stopped": self.ended,
         }  # fmt: skip
         write_atomic(self.run_dir / "summary.json", json.dumps(summary, indent=1))
         self.console.note(f"report: {self.report(self.run_dir)}")
@@ -381,3 +404,12 @@ class Trainer:
         self.saved = self.iteration
         if self.config.rollout.replica:
             self.runtime.refresh(self.policy.transformer)
+
+
+def _alone(parts: dict[str, np.ndarray]) -> dict[str, float]:
+    """Mean and standard deviation of each reward, unweighted, over the pictures that it could score."""
+    found = {}
+    for name, values in parts.items():
+        scored = values[np.isfinite(values)]
+        found |= {f"reward/{name}": float(scored.mean()), f"reward/{name}/std": float(scored.std())} if len(scored) else {}
+    return found
