@@ -42,8 +42,11 @@ def checked_inputs(config: Config):
     PromptOrder(len(train), config.data.prompts_per_iteration, config.training.seed)
     cli.quiet_libraries()
     from tempflow.policy import check_model, check_size
+    from tempflow.policy.adapters import read_adapters
 
     check_model(config.model.path)
+    if config.model.lora and config.model.lora.start:
+        read_adapters(config.model.lora)
     check_size(config.model.path, config.rollout.height, config.rollout.width)
     return specs, train, heldout
 

@@ -29,7 +29,8 @@ class Section(BaseModel):
 class Lora(Section):
     rank: Annotated[int, Field(ge=1, le=65536)] = Field(32, description="rank of the adapters")
     alpha: Annotated[float, Field(gt=0)] = Field(64.0, description="their scale is alpha / rank")
-    targets: list[str] | None = Field(None, description="module names to adapt; null: the family's own list")
+    targets: list[str] | None = Field(None, description="module names to adapt; null: those of `start`, else the family's own list")
+    start: str | None = Field(None, description="adapters to begin with: a folder or .safetensors file of diffusers or peft; null: none")
 
 
 class Model(Section):
@@ -341,6 +342,8 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
         _apply_override(data, override)
     config = parse_config(data)
     config.model.path = _found_from("model.path", config.model.path, file)
+    if config.model.lora and config.model.lora.start:
+        config.model.lora.start = _found_from("model.lora.start", config.model.lora.start, file)
     for key in ("train", "heldout"):
         given = getattr(config.data, key)
         if isinstance(given, HubDataset):

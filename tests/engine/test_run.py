@@ -332,6 +332,16 @@ def test_lora_export_loads_in_diffusers(lora_run, tmp_path):
     assert_close("merged", through_diffusers(FluxPipeline.from_pretrained(tmp_path / "merged"), latents), after, 1e-5)
 
 
+def test_a_run_starts_where_an_exported_one_ended(lora_run, folder, tmp_path):
+    """Its first evaluation is the last of the run that was exported, and its policy is what the replica holds."""
+    assert "LoRA" in exported(lora_run, tmp_path / "adapters")
+    lora = {"rank": 4, "alpha": 8.0, "start": str(tmp_path / "adapters")}
+    run = train(folder, "started", processes=None, model={"lora": lora}, training={"iterations": 1, "kl_coef": 0.05})
+    assert run.rows[0]["eval/reward"] == pytest.approx(lora_run.rows[-1]["eval/reward"], abs=1e-6)
+    assert run.rows[1]["ratio/first_max_dev"] == 0 and run.rows[1]["kl"] > 0, "the reference is the model without adapters"
+    assert run.rows[1]["mismatch/log_prob"] < 1e-4, "rollouts came from the same policy"
+
+
 def test_evaluate_repeats_the_runs_own_evaluation(whole, tmp_path):
     tuned = script("evaluate", "--run", whole.folder, "--out", tmp_path / "pictures")
     base = script_here("evaluate", "--run", whole.folder, "--base")

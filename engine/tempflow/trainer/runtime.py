@@ -18,6 +18,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 from tempflow.config import Config, Lora
 from tempflow.errors import UserError
 from tempflow.policy import Policy, load_transformer
+from tempflow.policy.adapters import fill, layers_of, read_adapters
 
 ADAPTER = "default"
 
@@ -30,15 +31,18 @@ def engine_dtype(ds: dict) -> torch.dtype:
 
 
 def add_lora(module: torch.nn.Module, lora: Lora, targets: tuple[str, ...], seed: int) -> None:
-    """Freeze the module and add Gaussian-initialised adapters. UserError where a target names no layer."""
+    """Freeze the module and add adapters: Gaussian-initialised, or those of `lora.start`. UserError where a target names no layer,
+    or the start does not fit."""
     from peft import LoraConfig
 
     module.requires_grad_(False)
-    wanted = list(lora.targets or targets)
+    start = read_adapters(lora) if lora.start else {}
+    wanted = list(lora.targets or layers_of(start) or targets)
     layers = [name for name, _ in module.named_modules()]
     unknown = [t for t in wanted if not any(name == t or name.endswith("." + t) for name in layers)]
-    if unknown and lora.targets:
-        raise UserError(f"model.lora.targets: no layer of the transformer is named {', '.join(unknown)}")
+    if unknown and (lora.targets or start):
+        key = "model.lora.targets" if lora.targets else "model.lora.start"
+        raise UserError(f"{key}: no layer of the transformer is named {', '.join(unknown[:5])}{', ...' * (len(unknown) > 5)}")
     wanted = [t for t in wanted if t not in unknown]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -47,6 +51,8 @@ def add_lora(module: torch.nn.Module, lora: Lora, targets: tuple[str, ...], seed
             module.add_adapter(adapters, adapter_name=ADAPTER)
         except ValueError as error:  # layers that peft cannot adapt
             raise UserError(f"model.lora.targets: {error}") from None
+    if start:
+        fill(module, start, ADAPTER)
 
 
 class Runtime:
@@ -83,6 +89,8 @@ class Runtime:
         self._sources = self._replica_sources()
         if not config.rollout.replica:
             policy.pipe.register_modules(transformer=self.module)
+        elif config.model.lora and config.model.lora.start:
+            self.refresh(policy.transformer)
 
     def _deepspeed_config(self) -> dict:
         ds = copy.deepcopy(self.config.deepspeed)

@@ -1,0 +1,142 @@
+"""Adapters that others saved as the start of a run: the same velocities in each layout, and refusals that say why."""
+
+import copy
+import json
+
+import pytest
+import torch
+from engine_cases import randomise
+from kernel_cases import assert_close
+from safetensors.torch import load_file, save_file
+
+from tempflow.config import Lora
+from tempflow.errors import UserError
+from tempflow.policy import load_policy
+from tempflow.policy.adapters import read_adapters
+from tempflow.trainer.runtime import add_lora
+
+RANK, ALPHA = 3, 5.0
+
+
+@pytest.fixture(scope="module")
+def plain(pipelines):
+    return load_policy(pipelines["plain"], max_sequence_length=20)
+
+
+def adapted(policy, **lora):
+    module = copy.deepcopy(policy.transformer)
+    add_lora(module, Lora(**{"rank": RANK, "alpha": ALPHA, **lora}), policy.lora_targets, seed=0)
+    return module
+
+
+def velocity(policy, module):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, *policy.latent_shape(32, 48), generator=generator)
+    conditioning = policy.encode(["a cat", "two dogs"])
+    with torch.no_grad():
+        return policy.velocity(module, x, torch.tensor([0.9, 0.3]), conditioning, height=32, width=48, guidance_scale=0.0)
+
+
+def state(module):
+    return {name.replace(".default.", "."): p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+
+
+@pytest.fixture(scope="module")
+def trained(plain):
+    """A transformer whose adapters have learned something."""
+    module = adapted(plain, targets=["to_q", "to_out.0", "proj_mlp"])
+    for n, parameter in enumerate(p for p in module.parameters() if p.requires_grad):
+        randomise(torch.nn.ParameterList([parameter]), n)
+    return module
+
+
+@pytest.fixture(scope="module")
+def saved(plain, trained, tmp_path_factory):
+    """The same adapters as peft, diffusers and our own export write them."""
+    from diffusers import FluxPipeline
+    from peft import LoraConfig, get_peft_model
+
+    root = tmp_path_factory.mktemp("adapters")
+    settings = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["to_q", "to_out.0", "proj_mlp"])
+    peft = get_peft_model(copy.deepcopy(plain.transformer), settings)
+    named = {f"base_model.model.{name.replace('.weight', '.default.weight')}": w for name, w in state(trained).items()}
+    assert not peft.load_state_dict(named, strict=False).unexpected_keys
+    peft.save_pretrained(root / "peft")
+    FluxPipeline.save_lora_weights(root / "diffusers", transformer_lora_layers=state(trained),
+                                   transformer_lora_adapter_metadata=settings.to_dict())  # fmt: skip
+    return root
+
+
+@pytest.mark.parametrize("start", ["peft", "diffusers", "diffusers/pytorch_lora_weights.safetensors"])
+def test_the_start_is_the_saved_policy(plain, trained, saved, start):
+    """Targets are the file's own, since none are named."""
+    module = adapted(plain, start=str(saved / start))
+    expected = velocity(plain, trained)
+    assert torch.equal(velocity(plain, module), expected)
+    assert (expected - velocity(plain, plain.transformer)).norm() > 0.01 * expected.norm(), "the adapters matter"
+
+
+def test_diffusers_gives_the_same(plain, saved, pipelines):
+    from diffusers import FluxPipeline
+
+    pipe = FluxPipeline.from_pretrained(pipelines["plain"])
+    pipe.load_lora_weights(saved / "diffusers")
+    module = adapted(plain, start=str(saved / "diffusers"))
+    assert_close("velocity", velocity(plain, pipe.transformer), velocity(plain, module), rel=1e-6)
+
+
+def test_without_settings_the_scale_is_one(plain, trained, saved, tmp_path):
+    file = tmp_path / "adapters.safetensors"
+    save_file(load_file(saved / "diffusers/pytorch_lora_weights.safetensors"), file)
+    with pytest.raises(UserError, match="model.lora.alpha: 5, but .* has 3"):
+        read_adapters(Lora(rank=RANK, alpha=ALPHA, start=str(file)))
+    assert read_adapters(Lora(rank=RANK, alpha=RANK, start=str(file))).keys() == state(trained).keys()
+
+
+@pytest.mark.parametrize(
+    "lora, words",
+    [
+        ({"rank": 4}, "model.lora.rank: 4, but .* has rank 3"),
+        ({"alpha": 6.0}, "model.lora.alpha: 6, but .* has 5"),
+        ({"targets": ["to_q", "to_out.0"]}, "adapts a layer that the run does not: .*proj_mlp"),
+        ({"targets": ["to_q", "to_k", "to_out.0", "proj_mlp"]}, "lacks an adapter that the run has: .*to_k"),
+    ],
+)
+def test_another_run_is_refused(plain, saved, lora, words):
+    with pytest.raises(UserError, match=words):
+        adapted(plain, start=str(saved / "peft"), **lora)
+
+
+def test_another_model_is_refused(plain, saved, pipelines, tmp_path):
+    weights = load_file(saved / "diffusers/pytorch_lora_weights.safetensors")
+    cases = [
+        ({name.replace("to_q", "to_z"): w for name, w in weights.items()}, "no layer of the transformer is named .*to_z"),
+        ({name: w[:, :-1] if "lora_A" in name else w for name, w in weights.items()}, "made for another model"),
+    ]
+    for tensors, words in cases:
+        save_file({name: w.contiguous() for name, w in tensors.items()}, tmp_path / "other.safetensors")
+        with pytest.raises(UserError, match=f"model.lora.start: .*{words}"):
+            adapted(plain, alpha=RANK, start=str(tmp_path / "other.safetensors"))
+
+
+def test_files_that_are_no_adapters(saved, tmp_path):
+    def refused(words, file=tmp_path):
+        with pytest.raises(UserError, match=f"model.lora.start: .*{words}"):
+            read_adapters(Lora(rank=RANK, alpha=ALPHA, start=str(file)))
+
+    refused("expected a .safetensors file", tmp_path / "nothing")
+    (tmp_path / "adapter_model.bin").write_bytes(b"\x80")
+    refused("pickle files are not read")
+    file = tmp_path / "adapter_model.safetensors"
+    file.write_bytes(b"nonsense")
+    refused("cannot be read")
+    save_file({}, file)
+    refused("holds no adapter")
+    save_file({"lora_unet_double_blocks_0.lora_down.weight": torch.zeros(3, 4)}, file)
+    refused("no transformer adapter")
+    save_file(load_file(saved / "peft/adapter_model.safetensors"), file)
+    settings = json.loads((saved / "peft/adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"use_dora": True}))
+    refused("use_dora")
+    save_file({}, tmp_path / "pytorch_lora_weights.safetensors")
+    refused("holds pytorch_lora_weights.safetensors and adapter_model.safetensors")
