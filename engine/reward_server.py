@@ -78,6 +78,7 @@ def main() -> int:
         # uvicorn answers a signal by finishing what it serves, then raises it again: the workers are still to be closed.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: None)
+        listener.listen()
         host = f"[{args.host}]" if ":" in args.host else args.host
         print(f"serving {', '.join(batchers)} at http://{host}:{listener.getsockname()[1]}", flush=True)
         server.run(sockets=[listener])

@@ -19,9 +19,15 @@ from tempflow.errors import UserError
 from tempflow.rewards.protocol import FunctionReward, Reward
 
 REWARDS = {
+    "aesthetic": "tempflow.rewards.neural.clip:Aesthetic",
+    "clipscore": "tempflow.rewards.neural.clip:ClipScore",
+    "hpsv2": "tempflow.rewards.neural.clip:HpsV2",
+    "hpsv3": "tempflow.rewards.neural.hpsv3:HpsV3",
     "http": "tempflow.rewards.remote:HttpReward",
+    "imagereward": "tempflow.rewards.neural.imagereward:ImageReward",
     "jpeg": "tempflow.rewards.jpeg:JpegReward",
     "ocr": "tempflow.rewards.ocr:OcrReward",
+    "pickscore": "tempflow.rewards.neural.clip:PickScore",
     "vlm_judge": "tempflow.rewards.vlm_judge:VlmJudge",
 }
 
@@ -55,8 +61,9 @@ class RewardSpec:
 def parse_rewards(section: dict) -> list[RewardSpec]:
     """Read the config's `rewards` section: weights, or tables of a weight (1.0 if left out) and options.
 
-    A table's `type` is the reward, and its key then any name: for several rewards of one type. Raises `UserError` for an unknown reward, a weight that is no finite number, or no weight other than 0.
-    Options are checked by `build_reward`.
+    A table's `type` is the reward, and its key then any name: for several rewards of one type. Raises
+    `UserError` for an unknown reward, a weight that is no finite number, or no weight other than 0. Options are checked
+    by `build_reward`.
     """
     if not isinstance(section, dict) or not section:
         raise UserError(f"rewards: expected at least one reward, as in {_FORMS}, got {section!r}")

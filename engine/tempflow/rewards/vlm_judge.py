@@ -186,7 +186,7 @@ def yes_probability(choice: dict) -> float:
             mass[word] += math.exp(min(0.0, logprob))
     both = mass["yes"] + mass["no"]
     if not both >= LEAST_MASS:  # also NaN
-        raise ValueError(f"Yes and No have {both:.2f} of the first token's probability, less than {LEAST_MASS}; word the question otherwise")
+        raise ValueError(f"Yes and No have {both:.2f} of the first token's probability, less than {LEAST_MASS}; ask otherwise")
     return mass["yes"] / both
 
 

@@ -19,6 +19,8 @@ import numpy as np
 
 from tempflow.rewards.protocol import Scores
 
+_LARGEST = float(np.finfo(np.float32).max)
+
 
 def encode_png(image: np.ndarray) -> str:
     """uint8 RGB [H, W, 3] -> base64 of a PNG file."""
@@ -49,7 +51,7 @@ def read_answer(answer, n: int) -> Scores:
     if len(values) != n:
         raise ValueError(f"{len(values)} scores for {n} pictures")
     for i, value in enumerate(values):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 3e38):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= _LARGEST):
             raise ValueError(f"score {i} is {value!r:.40}, neither a finite number nor null")
     if details is not None and not (isinstance(details, list) and len(details) == n and all(isinstance(d, str) for d in details)):
         raise ValueError(f'"details" must be {n} texts or null')

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,12 +83,16 @@ def create_app(batchers: dict[str, Batcher], limits: Limits, token: str | None) 
 
     @app.post("/score")
     async def score(request: Request) -> dict:
-        _authorise(request, token)
-        length = _body_length(request, limits.request_bytes)
-        with memory.hold(length):
+        with ExitStack() as held:
+            try:
+                _authorise(request, token)
+                held.enter_context(memory.hold(_body_length(request, limits.request_bytes)))
+            except HTTPException:
+                await _discard(request, limits.timeout_s)
+                raise
             try:
                 return await asyncio.wait_for(answer(request), limits.timeout_s)
-            except asyncio.TimeoutError:
+            except asyncio.TimeoutError:  # noqa: UP041 (not the built-in one in Python 3.10)
                 raise HTTPException(504, f"not scored within {limits.timeout_s:g} s") from None
             except ClientDisconnect:
                 raise HTTPException(400, "the request was not sent whole") from None
@@ -130,6 +134,19 @@ def _body_length(request: Request, most: int) -> int:
     if int(length) > most:
         raise HTTPException(413, f"{length} bytes, more than the {most} allowed; send fewer pictures at once")
     return int(length)
+
+
+async def _discard(request: Request, timeout_s: float) -> None:
+    """Let the client finish sending: one that is cut off mid-way sees a broken pipe, and never the answer."""
+
+    async def receive():
+        async for _ in request.stream():
+            pass
+
+    try:
+        await asyncio.wait_for(receive(), timeout_s)
+    except (asyncio.TimeoutError, ClientDisconnect):  # noqa: UP041
+        pass
 
 
 def _read(body: bytes) -> ScoreRequest:

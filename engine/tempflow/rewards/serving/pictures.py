@@ -23,7 +23,9 @@ def open_pictures(encoded: list[str], max_pixels: int) -> list[Image.Image]:
     for i, text in enumerate(encoded):
         try:
             picture = Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"])
-        except (binascii.Error, ValueError, OSError, Image.DecompressionBombError) as error:
+        except Image.DecompressionBombError:
+            raise ValueError(f"image {i} alone has more pixels than any picture may have") from None
+        except (binascii.Error, ValueError, OSError) as error:
             raise ValueError(f"image {i} is no PNG file in base64 ({type(error).__name__})") from None
         if picture.mode != "RGB":
             raise ValueError(f"image {i} has mode {picture.mode}, expected 8-bit RGB")
