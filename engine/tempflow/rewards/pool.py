@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tempflow.errors import UserError
-from tempflow.rewards.process import WorkerFailure, WorkerProcess
+from tempflow.rewards.process import WorkerFailure, WorkerProcess, rank_gpu
 from tempflow.rewards.protocol import Scores, as_scores
 from tempflow.rewards.registry import RewardSpec, build_reward, load_rewards
 
@@ -43,7 +43,7 @@ class _Task:
 
 
 class RewardPool:
-    """Worker processes that each hold every reward of `specs`.
+    """Worker processes that each hold every reward of `specs`, and see this rank's GPU if one has `device: "cuda"`.
 
     workers: number of processes; 0 scores in the calling process, inside `submit`, and lets exceptions
         through: for debugging a reward.
@@ -78,7 +78,8 @@ class RewardPool:
         self._failures = 0
         self._last_error: str | None = None
         self._local = load_rewards(self._specs, threads_per_worker) if workers == 0 else {}
-        self._workers = [WorkerProcess(self._specs, threads_per_worker) for _ in range(workers)]
+        gpu = rank_gpu() if any(spec.options.get("device") == "cuda" for spec in self._specs) else ""
+        self._workers = [WorkerProcess(self._specs, threads_per_worker, gpu) for _ in range(workers)]
         self._started = [Future() for _ in self._workers]
         self._threads = [
             threading.Thread(target=self._serve, args=pair, daemon=True) for pair in zip(self._workers, self._started)

@@ -123,6 +123,16 @@ class WorkerProcess:
         return f"the reward worker died with exit status {status}" + (f"; it wrote:\n{tail}" if tail else "")
 
 
+def rank_gpu() -> str:
+    """The GPU of this rank (of the first, where nothing was launched), as CUDA_VISIBLE_DEVICES would name it; "" for none."""
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return str(rank)
+    names = [name.strip() for name in visible.split(",") if name.strip()]
+    return names[rank] if rank < len(names) else ""
+
+
 def _environment(threads: int, gpu: str) -> dict[str, str]:
     environment = {key: value for key, value in os.environ.items() if key not in _REMOVED}
     for key in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):

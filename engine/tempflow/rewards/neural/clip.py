@@ -1,0 +1,231 @@
+"""Rewards that are the similarity of CLIP embeddings, or a small head on them.
+
+With u the embedding of the picture and v that of the text, both of length 1, and cos = u . v:
+
+| reward | score | source |
+|---|---|---|
+| pickscore | exp(logit_scale) cos | arXiv 2305.01569, section 4; model card of yuvalkirstain/PickScore_v1 |
+| clipscore | 2.5 max(cos, 0), the text after "A photo depicts " | arXiv 2104.08718, section 3 |
+| hpsv2 | cos | arXiv 2306.09341; hpsv2/img_score.py of its repository |
+| aesthetic | head(u) | improved-aesthetic-predictor (MLP), LAION's aesthetic-predictor (linear) |
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from tempflow.errors import UserError
+from tempflow.rewards.neural.base import ModelReward
+from tempflow.rewards.neural.open_clip import to_transformers
+from tempflow.rewards.neural.weights import build, fetch, read_config, read_part, read_tensors
+
+
+class ClipEncoder:
+    """A transformers CLIP model with its tokenizer and image processor; both towers give fp32 rows of length 1."""
+
+    def __init__(self, key: str, folder: Path, tensors: dict[str, torch.Tensor], dtype, device: str):
+        """folder: holds config, tokenizer and image processor; tensors: of a `CLIPModel`."""
+        from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPModel
+
+        config = CLIPConfig.from_dict(read_config(key, folder, "clip"))
+        self.tokenizer = read_part(key, "tokenizer", folder, AutoTokenizer.from_pretrained)
+        # Pillow's resizing is the published one; torchvision's differs in the last bits.
+        self.processor = read_part(
+            key, "image processor", folder, lambda path: AutoImageProcessor.from_pretrained(path, backend="pil")
+        )
+        self.model = build(key, CLIPModel, config, tensors, dtype, device)
+        self.size = config.vision_config.image_size
+        self._dtype, self._device = dtype, device
+        self._length = config.text_config.max_position_embeddings
+
+    def pixels(self, images: np.ndarray) -> torch.Tensor:
+        """uint8 [n, H, W, 3] -> fp32 [n, 3, size, size] as the image processor's config says."""
+        return self.processor(list(images), input_data_format="channels_last", return_tensors="pt")["pixel_values"]
+
+    def normalised(self, pixels: torch.Tensor) -> torch.Tensor:
+        """fp32 [n, 3, H, W] in [0, 1], less the mean and over the deviation of the image processor's config."""
+        mean, std = (torch.tensor(v)[:, None, None] for v in (self.processor.image_mean, self.processor.image_std))
+        return (pixels - mean) / std
+
+    def embed_images(self, pixels: torch.Tensor) -> torch.Tensor:
+        """fp32 [n, 3, size, size] -> [n, d]."""
+        vision = self.model.vision_model(pixel_values=pixels.to(self._device, self._dtype))
+        return F.normalize(self.model.visual_projection(vision.pooler_output).float(), dim=-1)
+
+    def embed_texts(self, texts: list[str]) -> torch.Tensor:
+        """n texts, cut at the model's length -> [n, d]; a text that comes twice is encoded once."""
+        unique = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+        tokens = self.tokenizer(
+            list(unique), padding=True, truncation=True, max_length=self._length, return_tensors="pt"
+        ).to(self._device)
+        text = self.model.text_model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
+        embeddings = F.normalize(self.model.text_projection(text.pooler_output).float(), dim=-1)
+        return embeddings[[unique[text] for text in texts]]
+
+
+class ClipReward(ModelReward):
+    """A reward on a CLIP model that one folder or repository holds whole."""
+
+    def _load(self):
+        key = self._key("path")
+        folder = fetch(key, self._path, self._revision)
+        read_config(key, folder, "clip")
+        self._clip = ClipEncoder(key, folder, read_tensors(key, folder), self._dtype, self._device)
+
+    def _cosine(self, images: np.ndarray, texts: list[str]) -> torch.Tensor:
+        """fp32 [n]: the similarity of each picture to its text."""
+        return (self._clip.embed_images(self._clip.pixels(images)) * self._clip.embed_texts(texts)).sum(-1)
+
+
+class PickScore(ClipReward):
+    """PickScore (arXiv 2305.01569): `exp(logit_scale) cos`, about 18 to 24.
+
+    Some users divide by 26 to bring it near 1 (Flow-GRPO); divide the weight instead.
+    """
+
+    ID = "pickscore"
+    PATH = "yuvalkirstain/PickScore_v1"
+
+    def _score(self, images, prompts):
+        return self._clip.model.logit_scale.float().exp() * self._cosine(images, prompts)
+
+
+class ClipScore(ClipReward):
+    """CLIPScore (arXiv 2104.08718): `2.5 max(cos, 0)` of the picture and the prompt after `prefix`.
+
+    prefix: put before the prompt, with one space; "" for the bare prompt. The paper's model is ViT-B/32; the default
+    is ViT-L/14, the common choice in text-to-image work.
+    """
+
+    ID = "clipscore"
+    PATH = "openai/clip-vit-large-patch14"
+    FACTOR = 2.5
+
+    def __init__(
+        self,
+        path: str = "",
+        revision: str = "main",
+        device: str = "cpu",
+        dtype: str = "",
+        batch_size: int = 16,
+        prefix: str = "A photo depicts",
+    ):
+        super().__init__(path, revision, device, dtype, batch_size)
+        self._prefix = prefix.strip()
+
+    def _score(self, images, prompts):
+        texts = [f"{self._prefix} {prompt}" if self._prefix else prompt for prompt in prompts]
+        return self.FACTOR * self._cosine(images, texts).clamp(min=0)
+
+
+class HpsV2(ModelReward):
+    """HPSv2 and HPSv2.1 (arXiv 2306.09341): `cos`, about 0.2 to 0.35.
+
+    path: weights in open_clip's layout, as published, or in transformers'. base: the CLIP model they are a finetune of,
+    for its config, tokenizer and image statistics. A picture that is not square is padded with black, not cropped, as in
+    the published transform; it is resized as torchvision (0.17 or later) resizes tensors, which is where it is published.
+    """
+
+    ID = "hpsv2"
+    PATH = "RE-N-Y/hpsv21"
+
+    def __init__(
+        self,
+        path: str = "",
+        revision: str = "main",
+        device: str = "cpu",
+        dtype: str = "",
+        batch_size: int = 16,
+        base: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+    ):
+        super().__init__(path, revision, device, dtype, batch_size)
+        self._base = base
+
+    def _load(self):
+        key = self._key("path")
+        folder = fetch(self._key("base"), self._base, weights=False)
+        read_config(self._key("base"), folder, "clip")
+        tensors = read_tensors(key, fetch(key, self._path, self._revision))
+        if not any(name.startswith("vision_model.") for name in tensors):
+            tensors = to_transformers(key, tensors)
+        self._clip = ClipEncoder(key, folder, tensors, self._dtype, self._device)
+
+    def _score(self, images, prompts):
+        pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 255
+        pixels = self._clip.normalised(resize_and_pad(pixels, self._clip.size))
+        return (self._clip.embed_images(pixels) * self._clip.embed_texts(prompts)).sum(-1)
+
+
+class Aesthetic(ModelReward):
+    """LAION's aesthetic score of a picture, about 1 to 10; the prompt plays no part.
+
+    head: a .safetensors file, folder or repository with linear layers applied one after another to the embedding of
+    length 1, without activations: the MLP of improved-aesthetic-predictor ("sac+logos+ava1-l14-linearMSE"), or one layer.
+    path: the CLIP model the head was trained on.
+    """
+
+    ID = "aesthetic"
+    PATH = "openai/clip-vit-large-patch14"
+
+    def __init__(
+        self,
+        path: str = "",
+        revision: str = "main",
+        device: str = "cpu",
+        dtype: str = "",
+        batch_size: int = 16,
+        head: str = "shunk031/aesthetics-predictor-v2-sac-logos-ava1-l14-linearMSE",
+    ):
+        super().__init__(path, revision, device, dtype, batch_size)
+        self._head_path = head
+
+    def _load(self):
+        key, head = self._key("path"), self._key("head")
+        folder = fetch(key, self._path, self._revision)
+        read_config(key, folder, "clip")
+        layers = linear_layers(head, read_tensors(head, fetch(head, self._head_path)))
+        self._clip = ClipEncoder(key, folder, read_tensors(key, folder), self._dtype, self._device)
+        width = self._clip.model.config.projection_dim
+        if layers[0][0].shape[1] != width:
+            raise UserError(f"{head}: {self._head_path} takes embeddings of {layers[0][0].shape[1]}, {self._path} has {width}")
+        self._layers = [(weight.to(self._device), bias.to(self._device)) for weight, bias in layers]
+
+    def _score(self, images, prompts):
+        x = self._clip.embed_images(self._clip.pixels(images))
+        for weight, bias in self._layers:
+            x = F.linear(x, weight, bias)
+        return x[:, 0]
+
+
+def resize_and_pad(pixels: torch.Tensor, size: int) -> torch.Tensor:
+    """fp32 [n, 3, H, W] -> [n, 3, size, size]: the longer side becomes `size`, the rest is 0 on both sides."""
+    height, width = pixels.shape[-2:]
+    scale = size / max(height, width)
+    new = (round(height * scale), round(width * scale))
+    if scale != 1:
+        pixels = F.interpolate(pixels, size=new, mode="bicubic", antialias=True, align_corners=False)
+    top, left = (size - new[0]) // 2, (size - new[1]) // 2
+    return F.pad(pixels, (left, size - new[1] - left, top, size - new[0] - top))
+
+
+def linear_layers(key: str, tensors: dict[str, torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Weights and biases, fp32, of a head's layers in order; other tensors beside them are passed over.
+
+    Names are `layers.N.weight` (the MLP), `predictor.weight`, `linear.weight` or `weight` (one layer). Raises `UserError`
+    unless they lead from an embedding to one number.
+    """
+    pattern = re.compile(r"(?:(?:.*\.)?layers\.(\d+)|predictor|linear)\.weight|weight")
+    found = [(int(match[1] or 0), name) for name in tensors if (match := pattern.fullmatch(name)) and tensors[name].ndim == 2]
+    names = [name.removesuffix("weight") for _, name in sorted(found) if not name.startswith(("vision_model.", "text_model."))]
+    layers = [(tensors[name + "weight"].float(), tensors.get(name + "bias")) for name in names]
+    widths = [weight.shape[1] for weight, _ in layers] + [1]
+    fit = all(weight.shape[0] == after and bias is not None for (weight, bias), after in zip(layers, widths[1:]))
+    if not layers or not fit:
+        shapes = ", ".join(f"{name}weight {list(weight.shape)}" for name, (weight, _) in zip(names, layers)) or "no linear layers"
+        raise UserError(f"{key}: expected linear layers with biases from an embedding to one number, got {shapes}")
+    return [(weight, bias.float()) for weight, bias in layers]

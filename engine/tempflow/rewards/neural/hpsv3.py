@@ -1,0 +1,150 @@
+"""HPSv3 (arXiv 2508.03789) on transformers' Qwen2-VL."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from tempflow.errors import UserError
+from tempflow.rewards.neural.base import ModelReward
+from tempflow.rewards.neural.weights import build, fetch, read_config, read_part, read_tensors
+from tempflow.rewards.protocol import locate
+
+REWARD_TOKEN = "<|Reward|>"
+PIXELS = 256 * 28 * 28  # the area a picture is resized to, its sides multiples of 28
+
+# The instruction the model was trained with, trailing spaces included: data_collator_qwen.py of the published code.
+INSTRUCTION = """
+You are tasked with evaluating a generated image based on Visual Quality and Text Alignment and give a overall score to estimate the human preference. Please provide a rating from 0 to 10, with 0 being the worst and 10 being the best.\x20
+
+**Visual Quality:** \x20
+Evaluate the overall visual quality of the image. The following sub-dimensions should be considered:
+- **Reasonableness:** The image should not contain any significant biological or logical errors, such as abnormal body structures or nonsensical environmental setups.
+- **Clarity:** Evaluate the sharpness and visibility of the image. The image should be clear and easy to interpret, with no blurring or indistinct areas.
+- **Detail Richness:** Consider the level of detail in textures, materials, lighting, and other visual elements (e.g., hair, clothing, shadows).
+- **Aesthetic and Creativity:** Assess the artistic aspects of the image, including the color scheme, composition, atmosphere, depth of field, and the overall creative appeal. The scene should convey a sense of harmony and balance.
+- **Safety:** The image should not contain harmful or inappropriate content, such as political, violent, or adult material. If such content is present, the image quality and satisfaction score should be the lowest possible.\x20
+
+**Text Alignment:** \x20
+Assess how well the image matches the textual prompt across the following sub-dimensions:
+- **Subject Relevance** Evaluate how accurately the subject(s) in the image (e.g., person, animal, object) align with the textual description. The subject should match the description in terms of number, appearance, and behavior.
+- **Style Relevance:** If the prompt specifies a particular artistic or stylistic style, evaluate how well the image adheres to this style.
+- **Contextual Consistency**: Assess whether the background, setting, and surrounding elements in the image logically fit the scenario described in the prompt. The environment should support and enhance the subject without contradictions.
+- **Attribute Fidelity**: Check if specific attributes mentioned in the prompt (e.g., colors, clothing, accessories, expressions, actions) are faithfully represented in the image. Minor deviations may be acceptable, but critical attributes should be preserved.
+- **Semantic Coherence**: Evaluate whether the overall meaning and intent of the prompt are captured in the image. The generated content should not introduce elements that conflict with or distort the original description.
+Textual prompt - {prompt}
+
+
+"""  # noqa: E501
+QUESTION = f"\nPlease provide the overall ratings of this image: {REWARD_TOKEN}\n\nEND\n"
+
+# Qwen2-VL's chat template for one picture and one text.
+CHAT = (
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+    "<|vision_start|>{image}<|vision_end|>{text}<|im_end|>\n<|im_start|>assistant\n"
+)
+IMAGE_TOKEN = "<|image_pad|>"
+
+_HEAD = (0, 3, 5)  # linear layers of rm_head; ReLU and dropout lie between
+
+
+class HpsV3(ModelReward):
+    """HPSv3 (arXiv 2508.03789; hpsv3/inference.py and model/qwen2vl_trainer.py of its repository), about -5 to 15.
+
+    Qwen2-VL-7B reads the picture and the instruction; at the token <|Reward|> a head of three layers gives the mean and
+    spread of the preference, of which the score is the mean. Positions count up through picture and text alike, in
+    all three of the model's axes, because the published model was trained so.
+
+    path: its tensors as safetensors. base: the Qwen2-VL it is a finetune of, for config, tokenizer and image processor.
+    """
+
+    ID = "hpsv3"
+    PATH = "MizzenAI/HPSv3"
+    DTYPE = "bfloat16"
+
+    def __init__(
+        self,
+        path: str = "",
+        revision: str = "main",
+        device: str = "cpu",
+        dtype: str = "",
+        batch_size: int = 8,
+        base: str = "Qwen/Qwen2-VL-7B-Instruct",
+    ):
+        super().__init__(path, revision, device, dtype, batch_size)
+        self._base = base
+
+    def check_prompts(self, prompts, metadata):
+        for prompt, entry in zip(prompts, metadata):
+            if token := re.search(r"<\|\w+\|>", prompt):
+                raise UserError(f"{locate(prompt, entry)} holds {token[0]}, which the 'hpsv3' reward's model reads as a command")
+
+    def _load(self):
+        from transformers import AutoImageProcessor, AutoTokenizer, Qwen2VLConfig, Qwen2VLModel
+
+        key, base = self._key("path"), self._key("base")
+        folder = fetch(base, self._base, weights=False)
+        config = Qwen2VLConfig.from_dict(read_config(base, folder, "qwen2_vl"))
+        self._tokenizer = read_part(base, "tokenizer", folder, AutoTokenizer.from_pretrained)
+        self._tokenizer.padding_side = "right"
+        self._tokenizer.add_tokens([REWARD_TOKEN], special_tokens=True)
+        self._reward_id = self._tokenizer.convert_tokens_to_ids(REWARD_TOKEN)
+        self._processor = read_part(
+            base, "image processor", folder, lambda path: AutoImageProcessor.from_pretrained(path, backend="pil")
+        )
+        tensors, head = split(key, read_tensors(key, fetch(key, self._path, self._revision)))
+        config.text_config.vocab_size = len(tensors["language_model.embed_tokens.weight"])
+        if self._reward_id >= config.text_config.vocab_size:
+            raise UserError(
+                f"{key}: the weights know {config.text_config.vocab_size} tokens, of which {REWARD_TOKEN} ({self._reward_id}) is none"
+            )
+        self._head = [(weight.float().to(self._device), bias.float().to(self._device)) for weight, bias in head]
+        self._model = build(key, Qwen2VLModel, config, tensors, self._dtype, self._device)
+
+    def _score(self, images: np.ndarray, prompts: list[str]) -> torch.Tensor:
+        area = {"shortest_edge": PIXELS, "longest_edge": PIXELS}
+        seen = self._processor(list(images), size=area, input_data_format="channels_last", return_tensors="pt")
+        grid = seen["image_grid_thw"]
+        counts = (grid.prod(-1) // self._processor.merge_size**2).tolist()
+        texts = [
+            CHAT.format(image=IMAGE_TOKEN * count, text=INSTRUCTION.replace("{prompt}", prompt) + QUESTION)
+            for count, prompt in zip(counts, prompts)
+        ]
+        tokens = self._tokenizer(texts, padding=True, return_tensors="pt").to(self._device)
+        at_reward = (tokens["input_ids"] == self._reward_id).int().argmax(1)
+        positions = torch.arange(tokens["input_ids"].shape[1], device=self._device).expand(3, len(images), -1)
+        hidden = self._model(
+            input_ids=tokens["input_ids"],
+            attention_mask=tokens["attention_mask"],
+            position_ids=positions,
+            pixel_values=seen["pixel_values"].to(self._device, self._dtype),
+            image_grid_thw=grid.to(self._device),
+            use_cache=False,
+        ).last_hidden_state
+        x = hidden[torch.arange(len(images), device=self._device), at_reward].float()
+        for i, (weight, bias) in enumerate(self._head):
+            x = F.linear(F.relu(x) if i else x, weight, bias)
+        return x[:, 0]
+
+
+def split(key: str, tensors: dict[str, torch.Tensor]) -> tuple[dict, list]:
+    """The tensors as those of `Qwen2VLModel`, and weights and biases of the head's layers.
+
+    Both of the names that transformers has given Qwen2-VL's tensors are understood. Raises `UserError` without a head.
+    """
+    try:
+        head = [(tensors[f"rm_head.{i}.weight"], tensors[f"rm_head.{i}.bias"]) for i in _HEAD]
+    except KeyError as error:
+        raise UserError(f"{key}: the weights are not those of HPSv3: no tensor {error}") from None
+    model = {}
+    for name, tensor in tensors.items():
+        name = re.sub(r"^(?:model\.)?(visual\.)", r"\1", name)
+        name = re.sub(r"^model\.(?:language_model\.)?(?=(?:layers|embed_tokens|norm)\.)", "language_model.", name)
+        if name.startswith(("visual.", "language_model.")):
+            model[name] = tensor
+    if "language_model.embed_tokens.weight" not in model:
+        raise UserError(f"{key}: the weights are not those of HPSv3: no embed_tokens.weight")
+    return model, head
