@@ -2,9 +2,9 @@
 
     python benchmarks/make_pipeline.py --shape flux-dev --out DIR [--scale 0.1] [--device cuda]
 
-The shapes are those of the model cards in configs/models/; the tokenizers are the shipped model's, of characters. --scale
-shrinks depth and heads, for a machine that cannot hold the whole. Weights are bfloat16 in sharded safetensors. Any config
-then runs unchanged with `--set model.path=DIR`.
+The shapes are those of the model cards in configs/models/; the tokenizers are small ones, of characters, as long as the real
+ones. --scale shrinks depth, heads and vocabularies, for a machine that cannot hold the whole. Weights are bfloat16 in sharded
+safetensors. Any config then runs unchanged with `--set model.path=DIR`.
 """
 
 from __future__ import annotations
@@ -22,18 +22,51 @@ from tempflow.machine import device_name
 
 ROOT = Path(__file__).parent.parent
 CARDS, SMALL = ROOT / "configs/models", ROOT / "engine/tempflow/assets/tiny-flux"
-DEPTHS = ("num_layers", "num_single_layers", "num_hidden_layers")  # at least 1 each
+DEPTHS = ("num_layers", "num_single_layers", "num_hidden_layers", "depth")  # at least 1 each
+BLOCKS = {"dual_attention_layers": "num_layers", "fullatt_block_indexes": "depth"}  # lists of blocks by number
+VOCABULARY = 2048  # at least as much: the small tokenizers' fit into it
+WORDS = "system user assistant Describe the image by detailing the color shape size texture quantity text spatial relationships"
+WORDS += " of the objects and background"  # of the template that Qwen-Image sets its prompts into
 
 
 def shrunk(config: dict, scale: float) -> dict:
-    """A config with depth and number of heads scaled, and the widths that follow from the heads."""
-    config = dict(config)
+    """A config with depth, number of heads and vocabulary scaled, and the widths that follow from the heads."""
+    small = {name: shrunk(value, scale) if isinstance(value, dict) else value for name, value in config.items()}
     for name in DEPTHS:
         if name in config:
-            config[name] = max(1, round(config[name] * scale))
+            small[name] = max(1, round(config[name] * scale))
+    for name, depth in BLOCKS.items():
+        if name in config:
+            small[name] = sorted({round(block * scale) for block in config[name]} & set(range(small[depth])))
     if "num_attention_heads" in config and "attention_head_dim" in config:
-        config["num_attention_heads"] = max(1, round(config["num_attention_heads"] * scale))
-    return config
+        small["num_attention_heads"] = max(1, round(config["num_attention_heads"] * scale))
+        if "caption_projection_dim" in config:
+            small["caption_projection_dim"] = small["num_attention_heads"] * config["attention_head_dim"]
+    if "vocab_size" in config:
+        small["vocab_size"] = max(min(VOCABULARY, config["vocab_size"]), round(config["vocab_size"] * scale))
+    return small
+
+
+def qwen_tokenizer():
+    """Byte-level without merges, and the words of the pipeline's template: 34 tokens before the prompt, as in the real one."""
+    from tokenizers import pre_tokenizers
+    from transformers import Qwen2Tokenizer
+
+    names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Qwen2Tokenizer(vocab={name: i for i, name in enumerate(names)}, merges=[])
+    tokenizer.add_special_tokens({"additional_special_tokens": names[1:3]})
+    tokenizer.add_tokens([word if n < 4 else f" {word}" for n, word in enumerate(WORDS.split())])
+    return tokenizer
+
+
+def write_tokenizer(kind: str, folder: Path, length: int) -> None:
+    """A small tokenizer that passes for a `kind`, of at most `length` tokens."""
+    if kind == "Qwen2Tokenizer":
+        qwen_tokenizer().save_pretrained(folder)
+    else:
+        shutil.copytree(SMALL / ("tokenizer" if kind == "CLIPTokenizer" else "tokenizer_2"), folder, dirs_exist_ok=True)
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "model_max_length": length}, indent=1))
 
 
 def make_pipeline(shape: str, out: Path, *, scale: float = 1.0, device: str = "cpu") -> Path:
@@ -51,7 +84,7 @@ def make_pipeline(shape: str, out: Path, *, scale: float = 1.0, device: str = "c
             continue
         library, name = value
         if part.startswith("tokenizer"):
-            shutil.copytree(SMALL / part, out / part, dirs_exist_ok=True)
+            write_tokenizer(name, out / part, json.loads((card / part / "tokenizer_config.json").read_text())["model_max_length"])
         elif part == "scheduler":
             shutil.copytree(card / part, out / part, dirs_exist_ok=True)
         else:
@@ -75,7 +108,7 @@ def random_model(library: str, name: str, config: dict, device: str) -> torch.nn
         with torch.device(device):
             if library == "diffusers":
                 return kind.from_config(config)
-            return kind(kind.config_class(**config))
+            return kind(kind.config_class.from_dict(config))
     finally:
         torch.set_default_dtype(default)
 

@@ -1,21 +1,53 @@
-"""Pipelines of real shapes with random weights: they load as any checkpoint does, and FLUX's own config trains one."""
+"""Pipelines of real shapes with random weights: they load as any checkpoint does, and FLUX's config trains one."""
 
 import json
 
 import pytest
+import torch
 from engine_cases import ROOT
-from make_pipeline import make_pipeline, shrunk
-from run_cases import Run, script_here
+from make_pipeline import VOCABULARY, make_pipeline, shrunk, write_tokenizer
+from run_cases import Run, launch
 
 from tempflow.errors import UserError
+from tempflow.policy import load_policy
+
+
+CARDS = ROOT / "configs/models"
 
 
 def test_shrunk_keeps_what_heads_do_not_decide():
-    card = json.loads((ROOT / "configs/models/flux-dev/transformer/config.json").read_text())
+    card = json.loads((CARDS / "flux-dev/transformer/config.json").read_text())
     small = shrunk(card, 0.1)
     assert (small["num_layers"], small["num_single_layers"], small["num_attention_heads"]) == (2, 4, 2)
     assert {key for key in card if card[key] != small[key]} == {"num_layers", "num_single_layers", "num_attention_heads"}
-    assert shrunk(card, 1.0) == card and shrunk(card, 1e-6)["num_layers"] == 1
+    assert shrunk(card, 1e-6)["num_layers"] == 1
+
+
+def test_shrunk_follows_into_widths_lists_of_blocks_and_nested_configs():
+    medium = shrunk(json.loads((CARDS / "sd35-medium/transformer/config.json").read_text()), 0.25)
+    assert (medium["num_layers"], medium["num_attention_heads"], medium["caption_projection_dim"]) == (6, 6, 6 * 64)
+    assert medium["dual_attention_layers"] == [0, 1, 2, 3], "of the first 13 of 24"
+    encoder = shrunk(json.loads((CARDS / "qwen-image/text_encoder/config.json").read_text()), 0.1)
+    text, vision = encoder["text_config"], encoder["vision_config"]
+    assert (text["num_hidden_layers"], text["vocab_size"], text["hidden_size"]) == (3, 15206, 3584)
+    assert vision["depth"] == 3 and vision["fullatt_block_indexes"] == [1, 2]
+
+
+@pytest.mark.parametrize("card", [folder for folder in sorted(CARDS.iterdir()) if folder.is_dir()], ids=lambda folder: folder.name)
+def test_the_whole_is_not_shrunk(card):
+    for file in card.rglob("config.json"):
+        config = json.loads(file.read_text())
+        assert shrunk(config, 1.0) == config
+
+
+@pytest.mark.parametrize("kind", ["CLIPTokenizer", "T5TokenizerFast", "Qwen2Tokenizer"])
+def test_tokenizers_are_as_long_as_the_real_ones(tmp_path, kind):
+    import transformers
+
+    write_tokenizer(kind, tmp_path, 77)
+    tokenizer = getattr(transformers, kind).from_pretrained(tmp_path)
+    assert tokenizer.model_max_length == 77 and len(tokenizer) <= VOCABULARY
+    assert tokenizer('the word "ABC"').input_ids != tokenizer('the word "XYZ"').input_ids
 
 
 def test_refusals(tmp_path):
@@ -28,16 +60,29 @@ def test_refusals(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("shape, text", [("sd35-medium", (77 + 256, 4096)), ("qwen-image", (256, 3584))])
+def test_guided_shapes_load_and_predict(tmp_path, shape, text):
+    """With prompts as long as the real ones; tests/engine/test_families.py trains both families with their configs."""
+    policy = load_policy(str(make_pipeline(shape, tmp_path / "model", scale=0.02)), dtype="bfloat16", max_sequence_length=256)
+    conditioning, size = policy.encode(["a word"]), {"height": 32, "width": 64}
+    assert conditioning["encoder_hidden_states"].shape == (1, *text)
+    x = torch.randn(1, *policy.latent_shape(**size))
+    with torch.no_grad():
+        v = policy.velocity(policy.transformer, x, torch.full((1,), 0.5), conditioning, guidance_scale=4.5, **size)
+    assert v.shape == x.shape and v.isfinite().all()
+
+
+@pytest.mark.slow
 def test_the_cards_command_trains_a_shrunk_flux(tmp_path):
-    """configs/flux_lora.json as it stands, but for the path, the size and the amounts."""
-    folder = make_pipeline("flux-dev", tmp_path / "flux", scale=0.05)
+    """configs/flux_zero3.json as it stands, but for the path, the size and the amounts, on two ranks."""
+    folder = make_pipeline("flux-dev", tmp_path / "flux", scale=0.02)
     assert not list(folder.rglob("*.bin")) and (folder / "transformer/diffusion_pytorch_model.safetensors").exists()
     settings = {
-        "model.path": str(folder), "model.max_sequence_length": 32, "data.prompts_per_iteration": 1, "rollout.height": 32,
+        "model.path": str(folder), "model.max_sequence_length": 32, "data.prompts_per_iteration": 2, "rollout.height": 32,
         "rollout.width": 64, "rollout.num_steps": 3, "rollout.seeds": 1, "rollout.children": 2, "rollout.branch_steps": [0],
         "rewards": {"jpeg": 1.0}, "reward_pool.workers": 0, "training.iterations": 1, "eval.every": 0,
         "logging.dir": str(tmp_path), "logging.tensorboard": False,
     }  # fmt: skip
     pairs = [part for key, value in settings.items() for part in ("--set", f"{key}={json.dumps(value)}")]
-    row = Run(tmp_path / "flux_lora", script_here("train", "--config", ROOT / "configs/flux_lora.json", *pairs)).rows[-1]
+    row = Run(tmp_path / "flux_zero3", launch(2, "--config", ROOT / "configs/flux_zero3.json", *pairs)).rows[-1]
     assert row["iteration"] == 1 and row["ratio/first_max_dev"] == 0 and row["grad_norm"] > 0

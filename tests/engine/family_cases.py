@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from engine_cases import randomise
+from make_pipeline import qwen_tokenizer
 
 
 def sd3_pipeline(folder: Path, **scheduling) -> Path:
@@ -34,20 +35,6 @@ def sd3_pipeline(folder: Path, **scheduling) -> Path:
         text_encoder_3=t5.eval(), tokenizer_3=t5_tokenizer,
     ).save_pretrained(folder)  # fmt: skip
     return folder
-
-
-def qwen_tokenizer():
-    """Byte-level without merges, and the words of the pipeline's template: 34 tokens before the prompt, as in the real one."""
-    from tokenizers import pre_tokenizers
-    from transformers import Qwen2Tokenizer
-
-    words = "system user assistant Describe the image by detailing the color shape size texture quantity text spatial relationships"
-    words += " of the objects and background"
-    names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = Qwen2Tokenizer(vocab={name: i for i, name in enumerate(names)}, merges=[])
-    tokenizer.add_special_tokens({"additional_special_tokens": names[1:3]})
-    tokenizer.add_tokens([word if n < 4 else f" {word}" for n, word in enumerate(words.split())])
-    return tokenizer
 
 
 def qwen_pipeline(folder: Path, **scheduling) -> Path:
