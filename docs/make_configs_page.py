@@ -1,0 +1,152 @@
+"""Writes docs/configs.md, where the values of the shipped configs come from, from the configs: python docs/make_configs_page.py
+
+What is written here is the paper's values and a reason for each key; which value a config has, and whether it is the
+paper's, is read from the configs.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+TARGET = Path(__file__).with_name("configs.md")
+
+COMMON = {
+    "rollout.plan": "tempflow", "rollout.num_steps": 10, "rollout.seeds": 4, "rollout.children": 6, "rollout.branch_steps": "all",
+    "rollout.sde": "flow", "data.prompts_per_iteration": 12, "model.lora.rank": 32, "model.lora.alpha": 64,
+    "training.updates_per_rollout": 2, "training.advantage_group": "seed", "training.adv_clip": 5.0, "training.clip_low": 1e-4,
+    "training.clip_high": 1e-4, "training.weighting": "noise", "training.kl_coef": 0.004, "training.kl_form": "x",
+    "training.ema.decay": 0.9, "training.ema.every": 8, "deepspeed.optimizer.type": "AdamW", "deepspeed.optimizer.params.lr": 3e-4,
+    "deepspeed.optimizer.params.betas": [0.9, 0.999], "deepspeed.optimizer.params.eps": 1e-8,
+    "deepspeed.optimizer.params.weight_decay": 1e-4, "deepspeed.gradient_clipping": 1.0,
+}  # fmt: skip
+FLUX = COMMON | {"rollout.height": 1024, "rollout.width": 1024, "rollout.eta": 0.9, "rollout.guidance_scale": 3.5, "eval.num_steps": 50}
+SD35 = COMMON | {"rollout.height": 512, "rollout.width": 512, "rollout.eta": 0.7, "rollout.guidance_scale": 4.5, "eval.num_steps": 40}
+
+SHIPPED = {  # config: (what it is for, the paper's values that it is held against)
+    "flux_zero3": ("FLUX.1-dev, all weights, one node of 8 GPUs with 80 GB", FLUX),
+    "flux_lora": ("FLUX.1-dev, LoRA, one GPU with 80 GB", FLUX),
+    "sd35_zero2_lora": ("Stable Diffusion 3.5-medium, LoRA, one node of up to 8 GPUs", SD35),
+    "sd35_lora": ("the same, one GPU", SD35),
+    "qwen_image_lora": ("Qwen-Image, LoRA, one GPU with 141 GB, or one with 80 GB and `rollout.replica=false`", SD35),
+    "tiny_ocr": ("the small model that ships with the project, a CPU of 2 cores", SD35),
+}
+
+WHY = {
+    "model.path": "Hub ids; the small model is a folder of this repository.",
+    "model.dtype": "bfloat16 as the checkpoints are published; `auto` computes in it where the CPU can.",
+    "model.gradient_checkpointing": "Without it the activations of a 1024 px forward alone fill a card; it costs a third more "
+    "in training, which is a sixth of an iteration there.",
+    "model.lora.rank": "With full weights there is none. Qwen-Image: as for the others.",
+    "model.lora.alpha": "As above. The targets are the families' own lists, which are the paper's for FLUX and SD3.5.",
+    "model.max_sequence_length": "SD3.5's own default; Qwen-Image pads to it, so half its default is half the text's cost; the "
+    "small model was trained on 20 characters.",
+    "data.train": "The shipped prompts ask for a word to be written, for the OCR reward that needs no further model. Bring your own.",
+    "data.heldout": "Other words than in training.",
+    "data.prompts_per_iteration": "With 4 seeds these are the paper's 48 groups an iteration. Qwen-Image is four times as dear, "
+    "so it has a third of them; tiny_ocr has one seed, so 8 groups, as many as two CPU cores roll out in seconds.",
+    "rollout.plan": "Trunks with children at every branch step.",
+    "rollout.height": "Qwen-Image below its native 1328, to be affordable; tiny_ocr: what the small model makes.",
+    "rollout.width": "As above.",
+    "rollout.num_steps": "Training needs a reward's order, not the best picture.",
+    "rollout.seeds": "tiny_ocr: one seed of more prompts covers more words in the same time.",
+    "rollout.children": "Rewards of six children of one state are what an advantage is normalised over.",
+    "rollout.branch_steps": "Every step but the last, which takes no noise.",
+    "rollout.sde": "The stochastic step of Flow-GRPO.",
+    "rollout.eta": "Noise of a step: enough to change the picture, not to destroy it.",
+    "rollout.guidance_scale": "FLUX embeds it; SD3.5 and Qwen-Image pay a second half of each forward for it. Qwen-Image: its "
+    "authors' `true_cfg_scale`. The small model has none.",
+    "rollout.micro_batch": "The largest that leaves room on the card; `--dry-run` says how much. It changes speed alone.",
+    "rollout.decode_batch": "The decoder at 1024 px holds more than the transformer's forward does; it changes speed alone.",
+    "rollout.suffix.stride": "Coarser steps after the decision of a child; measured on the small model alone, see the log.",
+    "rollout.suffix.exact_steps": "The first step after the decision stays exact.",
+    "rewards.ocr.weight": "The only reward.",
+    "rewards.ocr.detect": "True finds the text in a large picture first; the small model's pictures are text from edge to edge.",
+    "reward_pool.workers": "OCR on CPU cores beside each GPU; one where there are two cores in all.",
+    "reward_pool.threads_per_worker": "More workers are better than more threads for pictures scored one by one.",
+    "training.iterations": "The paper gives no end; watch the held-out reward. tiny_ocr: as many as its minutes hold.",
+    "training.minutes": "A promise to whoever tries it.",
+    "training.updates_per_rollout": "The first is on-policy; in the second the ratio and its clip begin to matter.",
+    "training.micro_batch": "As many states in a forward as activations leave room for; it changes speed alone.",
+    "training.advantage_group": "The initial noise is held fixed, so that only exploration is compared.",
+    "training.adv_clip": "A bound for groups with one outlier.",
+    "training.clip_low": "So small because the log-probability is a mean over latent elements. tiny_ocr: its latents have few.",
+    "training.clip_high": "As above.",
+    "training.weighting": "A step's loss weighs as much as its noise could change.",
+    "training.kl_coef": "The paper's for HPSv3 and for OCR. flux_zero3: 0, because the reference would be one more copy; "
+    "with it, see `training.reference` in the [config page](config.md). tiny_ocr: nothing to keep but spelling.",
+    "training.kl_form": "Between the means of the steps.",
+    "training.ema.decay": "What is evaluated and exported is the average.",
+    "training.ema.every": "tiny_ocr: every update, because it makes few.",
+    "training.lr_decay": "tiny_ocr ends after minutes, and the end is what one sees; the large runs are open-ended.",
+    "training.seed": "Any.",
+    "eval.every": "By the dry run, a fiftieth of the time between two of them for FLUX.",
+    "eval.num_steps": "As one would use the model. Qwen-Image: its authors' number.",
+    "eval.prompts": "The paper does not say. More prompts, less noise in the curve.",
+    "checkpoint.every": "What a crash may cost at most.",
+    "checkpoint.keep": "The newest two, and the best.",
+    "logging.dir": "Below the working directory.",
+    "deepspeed.optimizer.type": "As the paper's code.",
+    "deepspeed.optimizer.params.lr": "flux_zero3: all weights move, so a thirtieth of LoRA's; Qwen-Image: a third, for a model "
+    "nobody has tuned so; tiny_ocr: measured, see the log.",
+    "deepspeed.optimizer.params.betas": "tiny_ocr: fewer updates than 0.999 averages over.",
+    "deepspeed.optimizer.params.eps": "AdamW's own default.",
+    "deepspeed.optimizer.params.weight_decay": "As the paper's code.",
+    "deepspeed.optimizer.params.torch_adam": "PyTorch's AdamW: DeepSpeed's own is compiled at first use, for which many machines "
+    "lack a compiler.",
+    "deepspeed.bf16.enabled": "Half the memory, with fp32 masters in the optimizer.",
+    "deepspeed.data_types.grad_accum_dtype": "Sums of dozens of micro-batches lose their small ones in bfloat16.",
+    "deepspeed.gradient_clipping": "As the paper's code.",
+    "deepspeed.zero_optimization.stage": "3 spreads 214 GB of weights, gradients and states over 8 cards. Adapters are small: 1 on "
+    "one GPU, for the fp32 masters alone, and 2 on several. A CPU needs none.",
+    "deepspeed.zero_optimization.overlap_comm": "Gradients travel while the backward goes on.",
+    "deepspeed.zero_optimization.contiguous_gradients": "One buffer for them, no fragmentation.",
+}  # fmt: skip
+
+HEAD = """# The shipped configs
+
+Generated by `python docs/make_configs_page.py` from the files in [configs/](../configs) and from the notes in that script.
+Keys that a config leaves out have the defaults of the [config page](config.md).
+
+A value in **bold** is what the paper's own code uses for that model; every other one is ours. flux_zero3 and flux_lora are
+held against the paper's FLUX.1-dev, the others against its SD3.5-medium, though Qwen-Image and the small model are not in the
+paper. Where two configs differ for the same model, the key's reason says why.
+
+"""
+
+
+def leaves(table: dict, prefix: str = "") -> dict:
+    """Values by dotted key."""
+    found = {}
+    for key, value in table.items():
+        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
+def shipped(name: str) -> dict:
+    """A config's values by dotted key."""
+    return {key: value for key, value in leaves(json.loads((CONFIGS / f"{name}.json").read_text())).items() if key != "$schema"}
+
+
+def cell(key: str, values: dict, paper: dict) -> str:
+    if key not in values:
+        return ""
+    value = values[key]
+    text = Path(value).name if isinstance(value, str) else json.dumps(value)
+    return f"**{text}**" if key in paper and paper[key] == value else text
+
+
+def page() -> str:
+    configs = {name: shipped(name) for name in SHIPPED}
+    keys = [key for key in WHY if any(key in values for values in configs.values())]
+    lines = [f"- `{name}.json`: {purpose}." for name, (purpose, _) in SHIPPED.items()]
+    lines += ["", "| key | " + " | ".join(SHIPPED) + " |", "|---" * (len(SHIPPED) + 1) + "|"]
+    lines += [f"| `{key}` | " + " | ".join(cell(key, configs[name], paper) for name, (_, paper) in SHIPPED.items()) + " |" for key in keys]
+    lines += ["", "## Why", "", "| key | reason |", "|---|---|", *(f"| `{key}` | {WHY[key]} |" for key in keys)]
+    return HEAD + "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    TARGET.write_text(page(), encoding="utf-8")
+    print(TARGET)
