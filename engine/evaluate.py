@@ -32,10 +32,10 @@ def main() -> int:
 
     from tempflow import evaluation, tuned
     from tempflow.errors import UserError
-    from tempflow.policy.embeddings import EmbeddingCache
     from tempflow.prompts import load_prompts
     from tempflow.rewards import RewardPool, parse_rewards
     from tempflow.rundir import read_config
+    from tempflow.trainer.opening import open_policy
 
     chosen = None if args.base else tuned.load_tuned(args.run, args.checkpoint, args.weights)
     config = chosen.config if chosen else read_config(args.run)
@@ -44,14 +44,14 @@ def main() -> int:
         raise UserError("--prompts: the run has no held-out prompts; name a prompt file")
     prompts = load_prompts(file, "--prompts")[: args.count or config.eval.prompts]
     specs, pool = parse_rewards(config.rewards), config.reward_pool
-    policy = tuned.base_policy(config)
+    policy, embeddings = open_policy(config, prompts, tuned.device())
     if chosen:
         tuned.apply(chosen, policy)
     steps = args.num_steps or config.eval.num_steps or config.rollout.num_steps
     r = config.rollout
     with RewardPool(specs, workers=pool.workers, threads_per_worker=pool.threads_per_worker,
                     timeout_s=pool.timeout_s, retries=pool.retries) as scorers:  # fmt: skip
-        drawn = evaluation.draw(policy, EmbeddingCache(policy), prompts, list(range(len(prompts))), height=r.height,
+        drawn = evaluation.draw(policy, embeddings, prompts, list(range(len(prompts))), height=r.height,
                                 width=r.width, num_steps=steps, guidance_scale=r.guidance_scale,
                                 micro_batch=r.micro_batch)  # fmt: skip
         batches = -(-len(prompts) // r.micro_batch)

@@ -52,15 +52,14 @@ def main() -> int:
 
     from tempflow import evaluation, tuned
     from tempflow.errors import UserError
-    from tempflow.policy.embeddings import EmbeddingCache
+    from tempflow.trainer.opening import open_policy
 
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise UserError(f"--out {args.out} exists and is not an empty folder")
     chosen = tuned.load_tuned(args.run, args.checkpoint, args.weights)
     config, r = chosen.config, chosen.config.rollout
     prompts = chosen_prompts(args, config)
-    policy = tuned.base_policy(config)
-    embeddings = EmbeddingCache(policy)
+    policy, embeddings = open_policy(config, prompts, tuned.device())
     steps = args.num_steps or config.eval.num_steps or r.num_steps
     pictures = []
     with Progress(transient=True) as progress:

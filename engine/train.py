@@ -41,10 +41,11 @@ def checked_inputs(config: Config):
         check_prompts([s for s in specs if s.watched is kind], [p.text for p in prompts], [p.metadata for p in prompts])
     PromptOrder(len(train), config.data.prompts_per_iteration, config.training.seed)
     cli.quiet_libraries()
-    from tempflow.policy import check_model, check_size
+    from tempflow.policy import check_model, check_size, check_text_length
     from tempflow.policy.adapters import read_adapters
 
     check_model(config.model.path)
+    check_text_length(config.model.path, config.model.max_sequence_length)
     if config.model.lora and config.model.lora.start:
         read_adapters(config.model.lora)
     check_size(config.model.path, config.rollout.height, config.rollout.width)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -118,17 +119,25 @@ class PromptOrder:
     def __init__(self, count: int, per_iteration: int, seed: int):
         if per_iteration > count:
             raise UserError(f"data.prompts_per_iteration: {per_iteration}, but data.train holds {count} prompts")
-        self._count, self._per_iteration, self._seed = count, per_iteration, seed
+        self.count, self.per_iteration, self._seed = count, per_iteration, seed
+        self._epoch = lru_cache(maxsize=2)(self._shuffled)
 
     def indices(self, iteration: int) -> list[int]:
         """Prompt indices of an iteration, counted from 0."""
-        per_epoch = self._count // self._per_iteration
+        per_epoch = self.count // self.per_iteration
         epoch, place = divmod(iteration, per_epoch)
-        order = np.random.default_rng([self._seed, epoch]).permutation(self._count)
-        return order[place * self._per_iteration : (place + 1) * self._per_iteration].tolist()
+        return self._epoch(epoch)[place * self.per_iteration : (place + 1) * self.per_iteration].tolist()
+
+    def at(self, cursor: int) -> int:
+        """The prompt index at a place of the endless order, whole epochs one after another."""
+        epoch, place = divmod(cursor, self.count)
+        return int(self._epoch(epoch)[place])
 
     def reached(self, iterations: int) -> list[int]:
         """Indices of the prompts that the first `iterations` iterations may draw, in rising order: after an epoch, all."""
-        if iterations >= self._count // self._per_iteration:
-            return list(range(self._count))
+        if iterations >= self.count // self.per_iteration:
+            return list(range(self.count))
         return sorted(i for iteration in range(iterations) for i in self.indices(iteration))
+
+    def _shuffled(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self._seed, epoch]).permutation(self.count)

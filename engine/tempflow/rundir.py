@@ -11,7 +11,7 @@ from tempflow.logs import write_atomic
 
 # Keys that may change between a run and its continuation; the rest decides what the run computes.
 FREE_ON_RESUME = ("logging", "checkpoint", "reward_pool")
-FREE_KEYS = (("training", "iterations"), ("training", "minutes"), ("eval", "stop"))
+FREE_KEYS = (("training", "iterations"), ("training", "minutes"), ("eval", "stop"), ("data", "embedding_cache"))
 
 
 def path_of(config: Config) -> Path:

@@ -67,10 +67,14 @@ def load_tuned(run_dir: Path, checkpoint: int | str | None = None, which: str = 
     return Tuned(config, int(chosen.name), which, weights)
 
 
+def device() -> str:
+    """The GPU where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def base_policy(config: Config, dtype: str | None = None) -> Policy:
-    """The run's policy before training, on the GPU where there is one."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_policy(config.model.path, dtype=dtype or config.model.dtype, device=device,
+    """The run's policy before training, text encoders and all."""
+    return load_policy(config.model.path, dtype=dtype or config.model.dtype, device=device(),
                        max_sequence_length=config.model.max_sequence_length)  # fmt: skip
 
 

@@ -23,6 +23,7 @@ CANDIDATES: list[tuple[str, dict]] = [
     ("training.kl_coef=0", {"training.kl_coef": 0.0}),
     ("model.dtype=bfloat16", {"model.dtype": "bfloat16"}),
     ('deepspeed.bf16={"enabled": true}', {"deepspeed.bf16": {"enabled": True}}),
+    ("data.embedding_cache=embeddings", {"data.embedding_cache": "embeddings"}),
     ("data.prompts_per_iteration=1", {"data.prompts_per_iteration": 1}),
 ]  # fmt: skip
 
@@ -52,10 +53,12 @@ def changes(config: Config) -> Iterator[tuple[str, Config]]:
 
 
 def _smaller(table: dict, values: dict) -> bool:
-    """Not another rank for adapters that are there, nor a lower ZeRO stage, nor offloading without one."""
+    """Not another rank for adapters that are there, nor another cache, nor a lower ZeRO stage, nor offloading without one."""
     stage = table["deepspeed"].get("zero_optimization", {}).get("stage", 0)
     if "model.lora" in values:
         return table["model"]["lora"] is None
+    if "data.embedding_cache" in values:
+        return table["data"]["embedding_cache"] is None
     if "deepspeed.zero_optimization.offload_optimizer" in values:
         return stage > 0
     return values.get("deepspeed.zero_optimization.stage", 3) >= stage

@@ -19,13 +19,12 @@ from tempflow.dryrun.families import Size
 from tempflow.dryrun.model import Model, local_model, module_bytes, tensor_bytes
 from tempflow.dryrun.zero import Zero
 from tempflow.errors import UserError
-from tempflow.policy.embeddings import EmbeddingCache
+from tempflow.policy.embeddings import KEPT, KEPT_OF_STORE
 from tempflow.policy.loading import check_model, check_size, resolve_dtype
 from tempflow.rollout.plan import Unit, build_plan
 from tempflow.rollout.suffix import count_forwards
 from tempflow.trainer.runtime import engine_dtype
 
-EMBEDDINGS_KEPT = EmbeddingCache.__init__.__defaults__[0]
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ class Estimate:
 
 
 def estimate(config: Config, *, gpus: int = 1, mfu: float = 0.4, card_gb: float = 80.0, peak_tflops: float = 989.0,
-             prompts: int = EMBEDDINGS_KEPT, advise: bool = True) -> Estimate:  # fmt: skip
+             prompts: int = KEPT, advise: bool = True) -> Estimate:  # fmt: skip
     """Numbers of a run, from the config and the model's JSON files. prompts: how many the training file holds.
 
     Raises UserError where the run would: an unusable model or size, fewer units of work than GPUs, an ill-typed DeepSpeed key.
@@ -130,8 +129,10 @@ def _memory(config: Config, model: Model, gpus: int, prompts: int) -> Memory:
     plain = _weights(folder, dtype, None).bytes
     zero = Zero(config.deepspeed, gpus, weights, trained_in)
     reference = _weights(folder, trained_in, None).bytes if config.training.kl_coef and config.model.lora is None else 0
+    encoders = sum(size for name, size in frozen.items() if name != "vae")
+    stay = config.data.embedding_cache is None  # otherwise they are gone before the rest is loaded
     resident = [
-        Item("text encoders", sum(size for name, size in frozen.items() if name != "vae"), "model.dtype"),
+        Item("text encoders", encoders if stay else 0, "data.embedding_cache, model.dtype"),
         Item("VAE", frozen.get("vae", 0), "model.dtype"),
         Item("rollout copy", plain if r.replica else 0, "rollout.replica, model.dtype"),
         Item("training engine: parameters", zero.parameters, "model.lora, zero_optimization.stage, bf16"),
@@ -159,7 +160,8 @@ def _memory(config: Config, model: Model, gpus: int, prompts: int) -> Memory:
         Item("prompt embeddings", embedded, "model.max_sequence_length"),
         Item("offloaded by DeepSpeed", zero.offloaded, "zero_optimization.offload_*"),
     ]
-    start = max(sum(frozen.values()) + plain, weights.bytes)
+    rest = frozen.get("vae", 0) + plain
+    start = max(encoders + rest if stay else max(encoders, rest), weights.bytes)
     first = Item("weights gathered: checkpoint, first process", zero.whole_fp32, "model.lora")
     return Memory([item for item in resident if item.bytes], moments, [item for item in host if item.bytes], first, start)
 
@@ -183,7 +185,7 @@ def _prompts_seen(config: Config, gpus: int, prompts: int) -> int:
     """Different prompts that a process embeds and keeps in a run over `prompts` of them."""
     trained = min(prompts, config.training.iterations * min(config.data.prompts_per_iteration, _busiest_units(config, gpus)))
     heldout = -(-config.eval.prompts // gpus) if config.data.heldout and config.eval.every else 0
-    return min(trained + heldout, EMBEDDINGS_KEPT)
+    return min(trained + heldout, KEPT if config.data.embedding_cache is None else KEPT_OF_STORE)
 
 
 def _activations(config: Config, model: Model, gpus: int) -> int:

@@ -1,6 +1,18 @@
 """Model families behind one protocol: `load_policy` reads a diffusers folder and returns its `Policy`."""
 
 from tempflow.policy.base import Conditioning, Policy, take
-from tempflow.policy.loading import check_model, check_size, load_policy, load_transformer
+from tempflow.policy.loading import (
+    check_model,
+    check_size,
+    check_text_length,
+    encoder_identity,
+    family_of,
+    load_policy,
+    load_transformer,
+    resolve_dtype,
+)
 
-__all__ = ["Conditioning", "Policy", "check_model", "check_size", "load_policy", "load_transformer", "take"]
+__all__ = [
+    "Conditioning", "Policy", "check_model", "check_size", "check_text_length", "encoder_identity", "family_of", "load_policy",
+    "load_transformer", "resolve_dtype", "take",
+]  # fmt: skip

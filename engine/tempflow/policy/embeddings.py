@@ -1,4 +1,7 @@
-"""Embeddings of prompts and negative prompts, computed once per text and kept on the CPU, least recently used first to go."""
+"""Embeddings of prompts and negative prompts, once per text, kept on the CPU, least recently used first to go.
+
+They come from the policy's text encoders as they are asked for, or from a store on disk that holds them all.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +10,19 @@ from collections import OrderedDict
 import torch
 
 from tempflow.policy.base import Conditioning, Policy
+from tempflow.policy.embedding_store import EmbeddingStore
 from tempflow.policy.guided import against
 
 ENCODE_BATCH = 32
+KEPT, KEPT_OF_STORE = 4096, 256  # texts; reading one again takes milliseconds, encoding it again a good part of a second
 
 
 class EmbeddingCache:
-    """Embeddings of up to `capacity` texts of one policy."""
+    """Embeddings of up to `capacity` texts of one policy; store: holds every text that will be asked for."""
 
-    def __init__(self, policy: Policy, capacity: int = 4096):
-        self._policy, self._capacity = policy, capacity
+    def __init__(self, policy: Policy, store: EmbeddingStore | None = None, *, capacity: int | None = None):
+        self._policy, self._store = policy, store
+        self._capacity = capacity or (KEPT if store is None else KEPT_OF_STORE)
         self._held: OrderedDict[str, Conditioning] = OrderedDict()
 
     def get(self, prompts: list[str], negatives: list[str | None] | None = None) -> Conditioning:
@@ -36,6 +42,9 @@ class EmbeddingCache:
 
     def _hold(self, texts: list[str]) -> None:
         missing = [text for text in texts if text not in self._held]
+        if self._store:
+            self._held |= {text: self._store.read(text) for text in missing}
+            missing = []
         for first in range(0, len(missing), ENCODE_BATCH):
             part = missing[first : first + ENCODE_BATCH]
             encoded = {name: tensor.cpu() for name, tensor in self._policy.embed(part).items()}

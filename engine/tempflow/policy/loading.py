@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 import json
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from tempflow.errors import UserError
 from tempflow.policy.base import Policy, check_multiple
+from tempflow.policy.embedding_store import folder_hash
 
 FAMILIES = {
     "FluxPipeline": "tempflow.policy.flux:FluxPolicy",
@@ -33,12 +35,7 @@ def check_model(path: str) -> str:
     Raises UserError for a missing folder or component, or a family that the engine does not know. A hub id is fetched
     as far as its model_index.json.
     """
-    folder = Path(path)
-    index_file = folder / "model_index.json"
-    if not folder.is_dir():
-        index_file = _fetch(path, "model_index.json")
-    elif not index_file.exists():
-        raise UserError(f"model.path: {folder} has no model_index.json; a folder written by save_pretrained is expected")
+    folder, index_file = Path(path), _index_file(path)
     try:
         index = json.loads(index_file.read_text())
         name = index.get("_class_name")
@@ -59,15 +56,47 @@ def check_size(path: str, height: int, width: int) -> None:
     file = Path(path) / "vae/config.json"
     file = file if Path(path).is_dir() else _fetch(path, "vae/config.json")
     try:
-        multiple = _family(check_model(path)).size_multiple(json.loads(file.read_text()))
+        multiple = family_of(path).size_multiple(json.loads(file.read_text()))
     except (OSError, ValueError, LookupError) as error:
         raise UserError(f"model.path: {file} is missing or damaged: {error}") from None
     check_multiple(height, width, multiple)
 
 
-def _family(pipeline_class: str) -> type[Policy]:
-    module, _, name = FAMILIES[pipeline_class].partition(":")
+def check_text_length(path: str, asked: int | None) -> int:
+    """Text tokens of a checkpoint's policy: as many as asked for, or its pipeline's default. UserError where it takes fewer."""
+    family = family_of(path)
+    if asked and asked > family.longest_text:
+        raise UserError(f"model.max_sequence_length: {asked}; {check_model(path)} takes {family.longest_text} at most")
+    return asked or family.text_length
+
+
+def family_of(path: str) -> type[Policy]:
+    """The policy class of a checkpoint; UserError as `check_model`."""
+    module, _, name = FAMILIES[check_model(path)].partition(":")
     return getattr(importlib.import_module(module), name)
+
+
+def encoder_identity(path: str) -> str:
+    """What a checkpoint's text encoders and tokenizers are known by: the hub's commit, or a hash of their files."""
+    if not Path(path).is_dir():
+        return _index_file(path).parent.name  # .../snapshots/COMMIT/model_index.json
+    return folder_hash([p for p in Path(path).iterdir() if p.is_dir() and p.name.startswith(("text_encoder", "tokenizer"))])
+
+
+def _index_file(path: str) -> Path:
+    folder = Path(path)
+    if not folder.is_dir():
+        return _fetch(path, "model_index.json")
+    if not (folder / "model_index.json").exists():
+        raise UserError(f"model.path: {folder} has no model_index.json; a folder written by save_pretrained is expected")
+    return folder / "model_index.json"
+
+
+def _left_out(path: str, parts: str) -> list[str]:
+    if parts == "text":
+        return ["transformer", "vae"]
+    index = json.loads(_index_file(path).read_text())
+    return [name for name in index if parts == "picture" and name.startswith("text_encoder")]
 
 
 def _fetch(path: str, file: str) -> Path:
@@ -83,12 +112,13 @@ def _fetch(path: str, file: str) -> Path:
 
 def load_policy(
     path: str, *, dtype: str | torch.dtype = "float32", device: str | torch.device = "cpu",
-    max_sequence_length: int | None = None,
+    max_sequence_length: int | None = None, parts: Literal["all", "text", "picture"] = "all",
 ) -> Policy:  # fmt: skip
     """Load a diffusers pipeline folder (or hub id) as a Policy; the family is read from its model_index.json.
 
     dtype: "float32", "bfloat16", "float16", "auto", or a torch dtype. max_sequence_length: text tokens; default: as many as
-    the family's pipeline takes by default. Raises UserError as `check_model` does.
+    the family's pipeline takes by default. parts: "text" loads the text encoders alone, for `embed`; "picture" everything but
+    them. Raises UserError as `check_model` does.
     """
     import diffusers
     import transformers
@@ -96,16 +126,14 @@ def load_policy(
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     pipeline_class = check_model(str(path))
-    family = _family(pipeline_class)
     dtype = resolve_dtype(dtype, device) if isinstance(dtype, str) else dtype
-    length = max_sequence_length or family.text_length
-    if length > family.longest_text:
-        raise UserError(f"model.max_sequence_length: {length}; {pipeline_class} takes {family.longest_text} at most")
+    length = check_text_length(str(path), max_sequence_length)
+    absent = dict.fromkeys(_left_out(str(path), parts))
     try:
-        pipe = getattr(diffusers, pipeline_class).from_pretrained(str(path), torch_dtype=dtype, use_safetensors=True)
+        pipe = getattr(diffusers, pipeline_class).from_pretrained(str(path), torch_dtype=dtype, use_safetensors=True, **absent)
     except (OSError, ValueError) as error:
         raise UserError(f"model.path: cannot load {path}: {error}") from None
-    return family(pipe, device=device, max_sequence_length=length)
+    return family_of(str(path))(pipe, device=device, max_sequence_length=length)
 
 
 def load_transformer(path: str, policy: Policy, dtype: torch.dtype) -> torch.nn.Module:

@@ -24,6 +24,9 @@ TRAINING = [
 SIGNAL = [
     ("reward/zero_std_groups", "Groups without spread", "All children scored alike: nothing to learn from them."),
     ("reward/std", "Reward spread", "Standard deviation over the iteration's rewarded images."),
+    ("prompts/skipped", "Prompts passed over", "Share of the prompts met that rest for want of spread (data.curation)."),
+    ("prompts/solved", "Prompts at rest, solved", "Share of all prompts, with rewards above the average prompt's."),
+    ("prompts/hopeless", "Prompts at rest, hopeless", "Share of all prompts, with rewards below it."),
     ("reward/failed", "Failed rewards", "Images whose reward could not be computed; masked out of their group."),
 ]
 DIVERSITY = [

@@ -20,12 +20,11 @@ from tempflow import evaluation
 from tempflow.advantages import Advantages, advantages, decoupled_advantages, rank_correlation
 from tempflow.config import Config
 from tempflow.console import Console
+from tempflow.curation import Curation
 from tempflow.errors import UserError
 from tempflow.logs import MetricsLog, Trackers, read_metrics, write_atomic
 from tempflow.machine import device_name, versions
 from tempflow.objective import Batch, make_batches, select
-from tempflow.policy import load_policy
-from tempflow.policy.embeddings import EmbeddingCache
 from tempflow.profiling import Profile, span
 from tempflow.prompts import Prompt, PromptOrder
 from tempflow.rewards import RewardPool, RewardSpec
@@ -35,6 +34,7 @@ from tempflow.stopping import StopRule
 from tempflow.trainer import checkpoint, comm
 from tempflow.trainer.collect import Collected, Collector, Stopped
 from tempflow.trainer.ema import Average
+from tempflow.trainer.opening import open_policy
 from tempflow.trainer.process import StopSignal, Threads, device
 from tempflow.trainer.runtime import Runtime
 from tempflow.trainer.update import Updater
@@ -56,20 +56,21 @@ class Trainer:
         pool = config.reward_pool
         self.pool = RewardPool(specs, workers=pool.workers, threads_per_worker=pool.threads_per_worker,
                                timeout_s=pool.timeout_s, retries=pool.retries)  # fmt: skip
+        self.console: Console | None = None
         self.order = PromptOrder(len(train), config.data.prompts_per_iteration, config.training.seed)
+        choice = config.data.curation
+        self.curation = Curation(choice, self.order, config.training.advantage_group) if choice else None
         units = config.data.prompts_per_iteration * config.rollout.seeds
         if units < comm.world_size():
             raise UserError(f"data.prompts_per_iteration x rollout.seeds: {units} units for {comm.world_size()} ranks")
         if self.heldout and len(self.heldout) < comm.world_size():
             raise UserError(f"data.heldout, eval.prompts: {len(self.heldout)} prompts for {comm.world_size()} ranks")
         self._check_equal_shares(units)
-        self.policy = load_policy(config.model.path, dtype=config.model.dtype, device=device(),
-                                  max_sequence_length=config.model.max_sequence_length)  # fmt: skip
-        self.embeddings = EmbeddingCache(self.policy)
+        reached = range(len(train)) if self.curation else self.order.reached(config.training.iterations)
+        self.policy, self.embeddings = open_policy(config, [train[i] for i in reached] + self.heldout, device(), self._note)
         self.runtime = Runtime(config, self.policy)
         ema = config.training.ema
         self.ema = Average(self.runtime, ema.decay, ema.every) if ema else None
-        self.console: Console | None = None
         self.collector = Collector(config, self.policy, train, self.embeddings, self.pool, specs, stop, self._note)
         self.updater = Updater(config, self.runtime, self._embed)
         self.iteration, self.elapsed, self.images, self.skipped_in_a_row = 0, 0.0, 0, 0
@@ -188,7 +189,8 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------ iteration
     def _iterate(self) -> dict:
         t, r = self.config.training, self.config.rollout
-        prompt_ids = self.order.indices(self.iteration)
+        drawn = self.curation.draw(self.iteration) if self.curation else None
+        prompt_ids = drawn.indices if drawn else self.order.indices(self.iteration)
         with self.console.phase("rollout", self.collector.forwards(prompt_ids, self.iteration)) as advance:
             with self.threads.shared():
                 data = self.collector.collect(self.iteration, prompt_ids, advance)
@@ -214,6 +216,9 @@ class Trainer:
         synced = time.perf_counter()
         self.images += data.images
         metrics = self._reward_metrics(data, adv) | self._update_metrics(updates)
+        if drawn:
+            self.curation.update(drawn, self.iteration, data.rewards)
+            metrics |= self.curation.metrics(drawn, self.iteration)
         seconds = comm.reduce([*data.times.values(), trained - started, synced - trained], "max")
         names = [*data.times, "train", "sync"]
         return metrics | {f"time/{name}": float(value) for name, value in zip(names, seconds, strict=True)}
@@ -389,6 +394,7 @@ class Trainer:
     def _save(self) -> None:
         state = {
             "iteration": self.iteration, "elapsed": self.elapsed, "images": self.images, "base_reward": self.base_reward,
+            "curation": self.curation.state() if self.curation else None,
             "ema_updates": self.ema.updates if self.ema else 0, "world_size": comm.world_size(),
             "config": self.config.model_dump(), "versions": versions(),
         }  # fmt: skip
@@ -400,6 +406,8 @@ class Trainer:
     def _restore(self, path: Path) -> None:
         state = checkpoint.restore(self.runtime, self.ema, path)
         self.iteration, self.elapsed = state["iteration"], state["elapsed"]
+        if self.curation:
+            self.curation.load(state["curation"])
         self.images, self.base_reward = state["images"], state["base_reward"]
         self.saved = self.iteration
         if self.config.rollout.replica:

@@ -1,0 +1,223 @@
+"""Prompt embeddings on disk: kept to the bit, found by what they depend on, made anew when damaged; encoders gone after."""
+
+import json
+from functools import partial
+
+import pytest
+import torch
+from engine_cases import MODEL, small_config
+from family_cases import qwen_pipeline, sd3_pipeline
+from run_cases import script_here, timeless, train
+
+from tempflow.errors import UserError
+from tempflow.policy import load_policy
+from tempflow.policy.embedding_store import EmbeddingStore
+from tempflow.prompts import Prompt
+from tempflow.trainer import opening
+
+PROMPTS = [Prompt('the word "ABC"'), Prompt("something else", {}, "blurred"), Prompt('the word "ABC"', {}, "")]
+TENSORS = {
+    "half": torch.randn(5, 3).bfloat16(), "mask": torch.tensor([True, False, True]), "shared": torch.ones(1).expand(4),
+    "whole": torch.randn(2, 2, dtype=torch.float64).t(),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Folder of a tiny pipeline by family; FLUX's is the shipped one."""
+    made, root = {"flux": MODEL}, tmp_path_factory.mktemp("models")
+
+    def get(name):
+        if name not in made:
+            made[name] = {"sd3": sd3_pipeline, "qwen_image": qwen_pipeline}[name](root / name)
+        return made[name]
+
+    return get
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """Which parts of the model were loaded, in order."""
+    seen = []
+
+    def load(*args, parts="all", **options):
+        seen.append(parts)
+        return load_policy(*args, parts=parts, **options)
+
+    monkeypatch.setattr(opening, "load_policy", load)
+    return seen
+
+
+def config_for(model, cache, **more):
+    return small_config(model={"path": str(model), **more}, data={"embedding_cache": cache and str(cache)},
+                        rollout={"guidance_scale": 3.0})  # fmt: skip
+
+
+def open_with(model, cache, prompts=PROMPTS, **more):
+    policy, embeddings = opening.open_policy(config_for(model, cache, **more), prompts, "cpu", note=lambda text: None)
+    return policy, embeddings.get([p.text for p in prompts], [p.negative for p in prompts])
+
+
+def same_bits(one, other):
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert tensor.dtype == other[name].dtype and torch.equal(tensor, other[name]), name
+
+
+def files(folder):
+    return sorted(folder.rglob("*.safetensors"))
+
+
+# -------------------------------------------------------------------------------------------------------- files
+def test_what_is_written_is_read(tmp_path):
+    store = EmbeddingStore(tmp_path, {"encoders": "a"})
+    assert store.fault("ein Café") == "missing"
+    size = store.write("ein Café", TENSORS)
+    assert store.fault("ein Café") is None and store.path("ein Café").stat().st_size == size
+    same_bits(store.read("ein Café"), TENSORS)
+    assert [p.suffix for p in store.path("ein Café").parent.iterdir()] == [".safetensors"], "nothing half written is left"
+
+
+def test_the_key_is_all_that_an_embedding_depends_on(tmp_path):
+    kind = {"family": "F", "encoders": "a", "dtype": "torch.float32", "max_sequence_length": 20}
+    other = [dict(kind, **change) for change in ({"encoders": "b"}, {"dtype": "torch.bfloat16"}, {"max_sequence_length": 21})]
+    paths = [EmbeddingStore(tmp_path, one).path("x") for one in (kind, *other)] + [EmbeddingStore(tmp_path, kind).path("x ")]
+    assert len(set(paths)) == 5 and paths[0] == EmbeddingStore(tmp_path, dict(reversed(kind.items()))).path("x")
+
+
+DAMAGE = {
+    "empty": lambda content: b"",
+    "cut": lambda content: content[: len(content) // 2],
+    "garbage": lambda content: b"\xff" * len(content),
+    "one bit": lambda content: content[:-3] + bytes([content[-3] ^ 1]) + content[-2:],
+}
+
+
+@pytest.mark.parametrize("harm", DAMAGE.values(), ids=DAMAGE)
+def test_damage_is_noticed(tmp_path, harm):
+    store = EmbeddingStore(tmp_path, {})
+    store.write("x", TENSORS)
+    store.path("x").write_bytes(harm(store.path("x").read_bytes()))
+    assert store.fault("x").startswith("damaged: ")
+    with pytest.raises(UserError, match="data.embedding_cache: .*safetensors was whole when .* start again"):
+        store.read("x")
+
+
+def test_a_file_of_another_text_is_noticed(tmp_path):
+    store = EmbeddingStore(tmp_path, {})
+    store.write("x", TENSORS)
+    store.path("y").parent.mkdir(parents=True, exist_ok=True)
+    store.path("x").rename(store.path("y"))
+    assert store.fault("y").startswith("damaged") and store.fault("x") == "missing"
+
+
+# -------------------------------------------------------------------------------------------------------- models
+@pytest.mark.parametrize("name", ["flux", "sd3", "qwen_image"])
+def test_a_second_start_loads_no_encoder(folders, tmp_path, loads, name):
+    """And has the same bits as the first, which are those of encoding without a cache: all texts fit one batch."""
+    model, cache = folders(name), tmp_path / "cache"
+    policy, first = open_with(model, cache, max_sequence_length=16)
+    assert loads == ["text", "picture"]
+    encoders = [part for part in policy.pipe.components if part.startswith("text_encoder")]
+    assert encoders and not any(getattr(policy.pipe, part) for part in encoders)
+    _, second = open_with(model, cache, max_sequence_length=16)
+    assert loads == ["text", "picture", "picture"]
+    same_bits(first, second)
+    _, third = open_with(model, None, max_sequence_length=16)
+    assert loads[3:] == ["all"]
+    same_bits(first, third)
+    texts = {"flux": 2, "sd3": 4, "qwen_image": 5}[name]  # prompts, "blurred", "" and the default one, "" or " "
+    assert len(files(cache)) == texts
+
+
+def test_a_damaged_file_is_named_and_made_anew(tmp_path, loads, capsys):
+    cache = tmp_path / "cache"
+    _, first = open_with(MODEL, cache)
+    whole = {file: file.read_bytes() for file in files(cache)}
+    hurt = files(cache)[0]
+    hurt.write_bytes(hurt.read_bytes()[:-1])
+    del loads[:]
+    _, second = open_with(MODEL, cache)
+    assert loads == ["text", "picture"] and {file: file.read_bytes() for file in files(cache)} == whole
+    same_bits(first, second)
+    said = capsys.readouterr().out
+    assert str(hurt) in said and "damaged" in said and str(files(cache)[1]) not in said
+
+
+def test_new_prompts_are_added_and_another_encoder_starts_over(folders, tmp_path, loads):
+    cache = tmp_path / "cache"
+    open_with(folders("sd3"), cache, PROMPTS[:1])
+    old = files(cache)
+    open_with(folders("sd3"), cache)
+    assert len(files(cache)) == 4 and set(old) < set(files(cache))
+    encoder = next(folders("sd3").glob("text_encoder_2/*.safetensors"))
+    content = encoder.read_bytes()
+    try:
+        encoder.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        open_with(folders("sd3"), cache)
+    finally:
+        encoder.write_bytes(content)
+    open_with(folders("sd3"), cache, max_sequence_length=16)
+    assert len(files(cache)) == 12 and loads == ["text", "picture"] * 4
+
+
+def test_a_folder_that_cannot_be_used(tmp_path, loads, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="data.embedding_cache: .*file"):
+        open_with(MODEL, tmp_path / "file")
+    many = [Prompt(f"number {n}") for n in range(40)]
+    usage = opening.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(opening.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(UserError, match="data.embedding_cache: .* needs 0.0 GB more and has 0.0 GB free"):
+        open_with(MODEL, tmp_path / "cache", many)
+    assert "picture" not in loads
+
+
+# ------------------------------------------------------------------------------------------ negative prompts unused
+@pytest.mark.parametrize("name, scale, words", [
+    ("flux", 3.0, "warning: 2 prompts bring a negative_prompt without effect: FluxPipeline has its guidance built in"),
+    ("sd3", 1.0, "warning: 2 prompts bring a negative_prompt without effect: rollout.guidance_scale 1 is no guidance"),
+    ("sd3", 3.0, None),
+])  # fmt: skip
+def test_unused_negative_prompts_are_noted(folders, name, scale, words):
+    config = config_for(folders(name), None)
+    config.rollout.guidance_scale = scale
+    said = []
+    opening.open_policy(config, PROMPTS, "cpu", note=said.append)
+    assert said == ([words] if words else [])
+    del said[:]
+    opening.open_policy(config, PROMPTS[:1], "cpu", note=said.append)
+    assert said == []
+
+
+# ---------------------------------------------------------------------------------------------------- whole runs
+@pytest.mark.slow
+def test_runs_with_negative_prompts_and_a_cache(folders, tmp_path, monkeypatch, loads):
+    """A run of lines that carry a negative prompt, with a cache, is one without of plain lines whose default is that one: in the
+    rollout, the updates and the evaluation. evaluate.py and sample.py read the cache."""
+    from tempflow.policy.sd3 import SD3Policy
+
+    def lines(name, **more):
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("".join(json.dumps({"prompt": text, **more}) + "\n" for text in ("a cube", "two dogs", "a bench", "rain")))
+        return str(file)
+
+    run = partial(
+        train, tmp_path, processes=None, model={"path": str(folders("sd3")), "max_sequence_length": 16},
+        rollout={"height": 32, "width": 32, "num_steps": 3, "branch_steps": [0], "guidance_scale": 3.0, "micro_batch": 8},
+        training={"iterations": 1, "updates_per_rollout": 2, "clip_low": 0.1, "clip_high": 0.1}, eval={"every": 1, "prompts": 4},
+    )  # fmt: skip
+    plain, negative = lines("plain"), lines("negative", negative_prompt="blurred, too many words")
+    cached = run("cached", data={"train": negative, "heldout": negative, "embedding_cache": str(tmp_path / "cache")})
+    monkeypatch.setattr(SD3Policy, "default_negative_prompt", "blurred, too many words")
+    default = run("default", data={"train": plain, "heldout": plain})
+    monkeypatch.undo()
+    assert [timeless(row) for row in cached.rows] == [timeless(row) for row in default.rows]
+    assert cached.rows[1]["grad_norm"] > 0 and loads == ["text", "picture", "all"]
+    done = script_here("evaluate", "--run", cached.folder)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["reward"] == pytest.approx(cached.rows[-1]["eval/reward"], abs=1e-3)
+    before = files(tmp_path / "cache")
+    done = script_here("sample", "--run", cached.folder, "--out", tmp_path / "out", "--prompt", "a new one", "--num-steps", 2)
+    assert done.returncode == 0 and len(list((tmp_path / "out").glob("*.png"))) == 2, done.stderr
+    assert len(files(tmp_path / "cache")) == len(before) + 2, "the prompt and the default negative prompt"
