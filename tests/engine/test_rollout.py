@@ -5,18 +5,20 @@ The chain: rollout in any batch shape == rollout of each rank's share == one row
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
-from engine_cases import naive_trajectories, small_config, step_noise, step_scalars
+from engine_cases import Iteration, naive_trajectories, small_config, step_noise, step_scalars
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_cases import assert_close
 from rollout_cases import GRID, SHAPE, Rollout, toy_velocity
 
+from tempflow.config import Suffix
 from tempflow.evaluation import EVAL_ITERATION, fixed_noise
 from tempflow.policy.embeddings import EmbeddingCache
 from tempflow.rollout.noise import INITIAL, noise_key
-from tempflow.rollout.plan import chosen_steps, iteration_units
+from tempflow.rollout.plan import build_plan, chosen_steps, iteration_units, split_plan
 
 PROMPTS = ['the word "ABC"', 'the word "HELLO"', 'the word "TREE"']
 
@@ -134,6 +136,53 @@ def test_rows_at_different_steps_share_forwards():
     config = small_config(rollout={"children": 6, "branch_steps": "all"})
     run = Rollout(config, iteration_units([1, 2, 3], 1), micro_batch=24)
     assert run.stats.batches <= 280 * 3 / 24 + 10, "all forwards are full but those of the first and last rows"
+
+
+@pytest.mark.parametrize("suffix", [None, Suffix(), Suffix(stride=3, exact_steps=1)])
+@pytest.mark.parametrize(("units", "micro_batch"), [(1, 24), (3, 48), (8, 48), (8, 100)])
+def test_no_row_is_left_behind_to_end_in_small_batches(units, micro_batch, suffix):
+    """No more batches than the forwards fill, but for the first steps, when there are trunks alone."""
+    config = small_config(rollout={"children": 6, "branch_steps": "all"})
+    config.rollout.suffix = suffix
+    run = Rollout(config, iteration_units([3], units), micro_batch=micro_batch)
+    assert run.stats.batches <= -(-run.stats.forwards // micro_batch) + 4
+
+
+@pytest.mark.parametrize("plan", ["tempflow", "flow_grpo"])
+@pytest.mark.parametrize("parts", [1, 2, 4, 9])
+def test_a_split_plan_makes_the_same_rows(plan, parts):
+    group = "seed" if plan == "tempflow" else "prompt"
+    config = small_config(rollout={"plan": plan, "branch_steps": "all"}, training={"advantage_group": group})
+    units = iteration_units([5, 9, 2], 2)
+    whole = build_plan(config, units, 0)
+    split = split_plan(whole, parts)
+    assert len(split) == min(parts, len(units))
+    assert sorted(place for _, places in split for place in places) == list(range(len(whole.rows)))
+    assert max(len(places) for _, places in split) - min(len(places) for _, places in split) <= len(whole.rows) // len(units)
+    for part, places in split:
+        for row, place in zip(part.rows, places, strict=True):
+            parent = whole.rows[place].parent
+            assert row.unit == whole.rows[place].unit and row.noise == whole.rows[place].noise
+            assert (row.parent is None) if parent is None else places[row.parent] == parent
+
+
+@pytest.mark.parametrize("suffix", [None, Suffix()])
+def test_lanes_change_nothing(policy, suffix):
+    """Three units in two threads against one after another: the same decisions and counts; and from run to run the same bits."""
+
+    def collect(lanes):
+        config = small_config(data={"prompts_per_iteration": 3}, rollout={"seeds": 1, "lanes": lanes})
+        config.rollout.suffix = suffix
+        return Iteration(policy, config, prompt_ids=(0, 1, 2)).data
+
+    one, two, again = collect(1), collect(2), collect(2)
+    assert np.array_equal(two.rewards, again.rewards)
+    assert_close("rewards", torch.tensor(two.rewards), torch.tensor(one.rewards), 1e-3)  # a picture's byte may round otherwise
+    assert (one.images, one.stats.forwards) == (two.images, two.stats.forwards)
+    for a, b in zip(one.decisions, two.decisions, strict=True):
+        assert (a.unit, a.step) == (b.unit, b.step)
+        assert_close("children", b.x_next, a.x_next, 1e-5)
+        assert_close("log_prob", b.log_prob, a.log_prob, 1e-5)
 
 
 def test_chain_of_a_row_with_noise_everywhere():

@@ -6,7 +6,7 @@ decision: the state it left from and the children that left there.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -88,3 +88,18 @@ def tempflow_plan(units: list[Unit], steps: list[int], children: int) -> Plan:
         for k in steps:
             rows += [Row(unit, start=k, noise=frozenset([k]), parent=trunk, child=i) for i in range(children)]
     return Plan(rows, steps, children)
+
+
+def split_plan(plan: Plan, parts: int) -> list[tuple[Plan, list[int]]]:
+    """At most `parts` plans of whole units, dealt in turn, each with its rows' places in the whole plan."""
+    places: list[list[int]] = [[] for _ in range(parts)]
+    order = {unit: n for n, unit in enumerate(dict.fromkeys(row.unit for row in plan.rows))}
+    for place, row in enumerate(plan.rows):
+        places[order[row.unit] % parts].append(place)
+    return [(_part(plan, chosen), chosen) for chosen in places if chosen]
+
+
+def _part(plan: Plan, chosen: list[int]) -> Plan:
+    moved = {place: n for n, place in enumerate(chosen)}
+    rows = [plan.rows[place] for place in chosen]
+    return Plan([replace(row, parent=None if row.parent is None else moved[row.parent]) for row in rows], plan.steps, plan.width)

@@ -7,7 +7,7 @@ Every stochastic transition is recorded as part of a decision. The latent being 
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Callable
 
 import torch
@@ -16,7 +16,7 @@ from tempflow.config import Suffix
 from tempflow.profiling import span
 from tempflow.rollout.noise import INITIAL, key_tensor, noise_key
 from tempflow.rollout.plan import Plan, Row, Unit
-from tempflow.rollout.suffix import bend, last_decisions, suffix_path
+from tempflow.rollout.suffix import bend, count_forwards, last_decisions, suffix_path
 from tempflow.sde import Coefficients
 from tempflow_kernels import normal, sde_step
 
@@ -44,6 +44,10 @@ class RolloutStats:
     batches: int = 0
     padded: int = 0
     peak_latents: int = 0
+
+    def __add__(self, other: RolloutStats) -> RolloutStats:
+        """Of two schedulers side by side."""
+        return RolloutStats(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
 
 @dataclass
@@ -78,6 +82,7 @@ class RowScheduler:
         self._last = len(self.sigmas) - 1
         self._free = [k + 1 for k in last_decisions(self.plan)]
         self._paths = {free: suffix_path(free, self._last, self.suffix) for free in set(self._free)}
+        self._total = count_forwards(self.plan, self._last, self.suffix)
         self._before: dict[int, tuple[torch.Tensor, int]] = {}
         self._state: dict[int, torch.Tensor] = {}
         self._step: dict[int, int] = {}
@@ -103,9 +108,22 @@ class RowScheduler:
         return sorted(decisions, key=lambda d: (d.unit.index, d.step))
 
     def _next_batch(self) -> list[int]:
-        """Trunks first, because children wait for them; then the rows nearest to their end, because rewards do."""
-        order = sorted(self._state, key=lambda i: (self.plan.rows[i].parent is not None, -self._step[i], i))
-        return order[: self.micro_batch]
+        """Trunks first, because children wait for them; then the rows nearest to their end, because rewards do.
+
+        Rows with as many forwards ahead as there are full batches left go before those: left behind, they would end in
+        small batches of their own.
+        """
+        batches_left = -(-(self._total - self.stats.forwards) // self.micro_batch)
+
+        def order(i: int):
+            return self.plan.rows[i].parent is not None, self._forwards_left(i) < batches_left, -self._step[i], i
+
+        return sorted(self._state, key=order)[: self.micro_batch]
+
+    def _forwards_left(self, index: int) -> int:
+        step, free = self._step[index], self._free[index]
+        path = self._paths[free]
+        return free - step + len(path) - 1 if step < free else len(path) - 1 - path.index(step)
 
     def _forward(self, batch: list[int], steps: list[int], decisions: list[Decision]) -> None:
         x = torch.stack([self._state.pop(i) for i in batch])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from threading import Lock
 from typing import Callable
 
 import numpy as np
@@ -19,11 +21,12 @@ from tempflow.profiling import span
 from tempflow.prompts import Prompt
 from tempflow.rewards import RewardPool, RewardSpec, combine
 from tempflow.rollout.graphs import CudaCapture, GraphCache
-from tempflow.rollout.plan import Plan, Unit, build_plan, iteration_units
+from tempflow.rollout.plan import Plan, Unit, build_plan, iteration_units, split_plan
 from tempflow.rollout.scheduler import Decision, RolloutStats, RowScheduler
 from tempflow.rollout.suffix import count_forwards
 from tempflow.sde import Coefficients, sde_coefficients
 from tempflow.trainer import comm
+from tempflow.trainer.process import cores_per_rank
 
 
 class Stopped(Exception):
@@ -64,6 +67,17 @@ class _Finished:
         self.decode_seconds = 0.0
         self._waiting: list[tuple[int, torch.Tensor]] = []
 
+    @classmethod
+    def joined(cls, collector: Collector, plan: Plan, lanes: list[_Finished]) -> _Finished:
+        """What several lanes finished, in the order of the lanes; decode_seconds: of one of them on average."""
+        whole = cls(collector, plan)
+        for lane in lanes:
+            whole.rows += lane.rows
+            whole.tickets += lane.tickets
+            whole.thumbnails += lane.thumbnails
+            whole.decode_seconds += lane.decode_seconds / len(lanes)
+        return whole
+
     def add(self, indices: list[int], latents: torch.Tensor) -> None:
         self._waiting += list(zip(indices, latents, strict=True))
         while len(self._waiting) >= self.collector.config.rollout.decode_batch:
@@ -84,8 +98,9 @@ class _Finished:
         self.decode_seconds += time.perf_counter() - started
         chosen = [self.collector.prompts[self.plan.rows[i].unit.prompt_id] for i, _ in part]
         self.rows += [i for i, _ in part]
-        metadata = [prompt.metadata for prompt in chosen]
-        self.tickets.append(self.collector.pool.submit(images, [p.text for p in chosen], metadata, watched=False))
+        texts, metadata = [p.text for p in chosen], [p.metadata for p in chosen]
+        with self.collector.submitting:  # rewards in this process need not stand several threads
+            self.tickets.append(self.collector.pool.submit(images, texts, metadata, watched=False))
         self.thumbnails += list(thumbnails(images))
 
 
@@ -102,6 +117,8 @@ class Collector:
         self.latent_shape = policy.latent_shape(r.height, r.width)
         self.sigmas = policy.sigmas(r.num_steps, r.height, r.width)
         self.sde: Coefficients = sde_coefficients(self.sigmas, r.sde, r.eta)
+        self.submitting = Lock()
+        self.lanes = r.lanes or (cores_per_rank() if policy.device.type == "cpu" and r.replica else 1)
         self.graphs = None
         if r.graphs and policy.device.type == "cuda":
             self.graphs = GraphCache(CudaCapture(), limit_bytes=r.graph_limit_mb << 20, verify=r.graph_verify, note=note)
@@ -137,12 +154,11 @@ class Collector:
 
     def run_plan(self, plan: Plan, iteration: int, prompts: int, suffix: Suffix | None, advance=lambda n: None) -> Collected:
         """Roll out a plan of an iteration of `prompts` prompts with any suffix, and score it (a collective)."""
-        finished = _Finished(self, plan)
         started = time.perf_counter()
-        stopped, decisions, stats = False, [], RolloutStats()
+        stopped, finished, decisions, stats = False, _Finished(self, plan), [], RolloutStats()
         try:
             with span("rollout", rows=len(plan.rows)):
-                decisions, stats = self._roll_out(plan, iteration, suffix, finished, advance)
+                finished, decisions, stats = self._roll_out(plan, iteration, suffix, advance)
         except Stopped:
             stopped = True
         rollout_seconds = time.perf_counter() - started - finished.decode_seconds
@@ -156,11 +172,14 @@ class Collector:
                  "reward_busy": sum(ticket.seconds for ticket in finished.tickets), "audit": 0.0}  # fmt: skip
         return self._share(plan, finished, scores, prompts, decisions, stats, times)
 
-    def _roll_out(self, plan: Plan, iteration: int, suffix: Suffix | None, finished: _Finished, advance):
+    def _roll_out(self, plan: Plan, iteration: int, suffix: Suffix | None, advance):
+        """Every lane has its own scheduler and batches, so that what a lane computes does not depend on the others' pace."""
         r = self.config.rollout
         places = {id: i for i, id in enumerate(dict.fromkeys(row.unit.prompt_id for row in plan.rows))}
         chosen = [self.prompts[id] for id in places]
         conditioning = self.embeddings.get([p.text for p in chosen], [p.negative for p in chosen])
+        parts = split_plan(plan, self.lanes) or [(plan, [])]
+        threads = max(1, torch.get_num_threads() // len(parts))
 
         def conditioning_of(units):
             # Under ZeRO-3 without a replica a forward is a collective, which no rank may leave alone.
@@ -168,16 +187,32 @@ class Collector:
                 raise Stopped
             return take(conditioning, [places[unit.prompt_id] for unit in units])
 
-        scheduler = RowScheduler(
-            plan, conditioning_of, self._velocity, self.sigmas, self.sde, r.micro_batch, self.config.training.seed, iteration,
-            finished.add, advance, self.policy.device, suffix, pad=self.graphs is not None or r.compile != "eager",
-        )  # fmt: skip
-        if self.graphs is not None:
-            self.graphs.watch(self.policy.transformer)
-            scheduler.run = self.graphs
-        decisions = scheduler.roll_out(self.latent_shape)
-        finished.drain()
-        return decisions, scheduler.stats
+        def told(n: int) -> None:
+            with self.submitting:
+                advance(n)
+
+        def run(part: Plan, rows: list[int]):
+            finished = _Finished(self, plan)
+            scheduler = RowScheduler(
+                part, conditioning_of, self._velocity, self.sigmas, self.sde, r.micro_batch, self.config.training.seed,
+                iteration, lambda indices, latents: finished.add([rows[i] for i in indices], latents), told, self.policy.device,
+                suffix, pad=self.graphs is not None or r.compile != "eager",
+            )  # fmt: skip
+            if self.graphs is not None:
+                self.graphs.watch(self.policy.transformer)
+                scheduler.run = self.graphs
+            decisions = scheduler.roll_out(self.latent_shape)
+            finished.drain()
+            return finished, decisions, scheduler.stats
+
+        if len(parts) == 1:
+            results = [run(*parts[0])]
+        else:
+            with ThreadPoolExecutor(len(parts), "lane", torch.set_num_threads, (threads,)) as lanes:
+                results = list(lanes.map(run, *zip(*parts, strict=True)))
+        finished, decisions, stats = zip(*results, strict=True)
+        return (_Finished.joined(self, plan, finished), sorted((d for ds in decisions for d in ds), key=lambda d: (d.unit.index, d.step)),
+                sum(stats[1:], stats[0]))  # fmt: skip
 
     def _velocity(self, x, sigma, **conditioning):
         r = self.config.rollout

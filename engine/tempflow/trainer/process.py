@@ -23,6 +23,12 @@ def device() -> torch.device:
     return chosen
 
 
+def cores_per_rank() -> int:
+    """CPU cores that this rank may call its own."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ.get("WORLD_SIZE", 1))
+    return max(1, len(os.sched_getaffinity(0)) // ranks)
+
+
 class Threads:
     """CPU threads of this rank: fewer while reward workers run beside it, so that all fit the cores.
 
@@ -30,9 +36,7 @@ class Threads:
     """
 
     def __init__(self, config: Config):
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ.get("WORLD_SIZE", 1))
-        share = max(1, len(os.sched_getaffinity(0)) // ranks)
-        pool = config.reward_pool
+        share, pool = cores_per_rank(), config.reward_pool
         self.alone = share
         self.beside_workers = max(1, share - pool.workers * pool.threads_per_worker)
         torch.set_num_threads(self.alone)
