@@ -16,6 +16,13 @@ def contrast(images, prompts, metadata):
     return brightness[:, :half].mean(axis=1) - brightness[:, half:].mean(axis=1)
 
 
+def contrast_of_some(images, prompts, metadata):
+    """`contrast`; of words that say so, the same for every picture."""
+    flat = {"FLAT": 100.0, "EVEN": -100.0}
+    values = contrast(images, prompts, metadata)
+    return np.array([next((x for word, x in flat.items() if word in p), value) for value, p in zip(values, prompts, strict=True)])
+
+
 def never(images, prompts, metadata):
     """For where a reward must not be asked."""
     raise AssertionError("scored")
