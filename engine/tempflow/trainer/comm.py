@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import socket
 
@@ -13,11 +14,11 @@ import torch.distributed as dist
 def init_distributed() -> None:
     """Join the launcher's process group, or make one of a single process where no launcher set it up."""
     import deepspeed
-    import deepspeed.comm.torch as backend
 
     # On CPUs DeepSpeed compiles a faster all-reduce at its first start, behind a lock file: a process killed meanwhile leaves
     # it, and every later start waits for it for ever. Gloo's serves as well.
-    backend.build_shm_op = lambda: None
+    # (`import deepspeed.comm.torch` would give PyTorch itself, which the package holds by that name.)
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
 
     if "RANK" not in os.environ:
         with socket.socket() as free:
