@@ -17,11 +17,11 @@ import os
 import shutil
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from tempflow.errors import UserError
 from tempflow.logs import write_atomic
-from tempflow.trainer import comm, manifest
+from tempflow.trainer import comm, manifest, universal
 from tempflow.trainer.ema import Average
 from tempflow.trainer.runtime import Runtime
 
@@ -37,18 +37,17 @@ def save(runtime: Runtime, ema: Average | None, run_dir: Path, state: dict, keep
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
     comm.barrier()
-    runtime.engine.save_checkpoint(str(draft / "deepspeed"), tag="state", save_latest=False)
+    runtime.engine.save_checkpoint(str(draft / "deepspeed"), tag=universal.TAG, save_latest=False)
     weights = {}
     for name, parameter in runtime.trainable.items():
         value = runtime.full_fp32(parameter)
         if comm.rank() == 0:
             weights[name] = value.cpu().contiguous()
-    averages = ema.whole() if ema else None
+    if ema:
+        ema.write(draft / "ema.safetensors")
     comm.barrier()
     if comm.rank() == 0:
         save_file(weights, draft / "weights.safetensors")
-        if averages is not None:
-            save_file({k: v.contiguous() for k, v in averages.items()}, draft / "ema.safetensors")
         (draft / "state.json").write_text(json.dumps(state, indent=1))
         manifest.seal(draft)
         shutil.rmtree(final, ignore_errors=True)
@@ -66,20 +65,22 @@ def read_state(checkpoint: Path) -> dict:
     return json.loads((checkpoint / "state.json").read_text())
 
 
-def restore(runtime: Runtime, ema: Average | None, checkpoint: Path) -> dict:
-    """Put a run back to a checkpoint; returns its state. UserError where it was written by another number of ranks."""
+def restore(runtime: Runtime, ema: Average | None, checkpoint: Path, note=lambda text: None) -> dict:
+    """Put a run back to a checkpoint, written by any number of ranks; returns its state.
+
+    UserError where another number's state cannot be converted: then the checkpoint is as it was.
+    """
     state = read_state(checkpoint)
-    if state["world_size"] != comm.world_size() and runtime.stage > 0:
-        raise UserError(
-            f"checkpoint {checkpoint} was written by {state['world_size']} ranks under ZeRO, this run has "
-            f"{comm.world_size()}; resume with {state['world_size']}"
-        )
-    path, _ = runtime.engine.load_checkpoint(str(checkpoint / "deepspeed"), tag="state")
-    if path is None:
+    ranks, written_by = comm.world_size(), state["world_size"]
+    if ranks != written_by:
+        note(f"checkpoint {checkpoint.name} was written by {written_by} ranks and is resumed on {ranks}")
+    if ranks != written_by and runtime.stage > 0:
+        universal.restore(runtime.engine, checkpoint, written_by)
+    elif runtime.engine.load_checkpoint(str(checkpoint / "deepspeed"), tag=universal.TAG)[0] is None:
         raise UserError(f"checkpoint {checkpoint}: DeepSpeed could not read it")
     if ema:
         averages = checkpoint / "ema.safetensors"
         if not averages.exists():
             raise UserError(f"training.ema: checkpoint {checkpoint} holds no average; resume with ema null")
-        ema.load(load_file(averages), state["ema_updates"])
+        ema.read(averages, state["ema_updates"])
     return state

@@ -1,0 +1,120 @@
+"""A small transformer's Runtime trained on made-up gradients, taken from one number of ranks to another and back.
+
+One rank makes 2 updates and saves; two ranks take that up, make 2 more and save; one rank takes that up and makes the last 2.
+The middle part is this file as a script under the launcher, with the folder as its argument.
+"""
+
+import sys
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from engine_cases import MODEL, small_config
+from safetensors.torch import save_file
+
+# name: (ZeRO stage, LoRA, bf16). Stage 1 in bf16 has an optimizer of its own in DeepSpeed.
+CASES = {
+    "full-zero0": (0, False, False), "full-zero2": (2, False, False), "full-zero3": (3, False, False),
+    "lora-zero0": (0, True, False), "lora-zero2": (2, True, False), "lora-zero3": (3, True, False),
+    "bf16-zero1": (1, True, True), "bf16-zero3": (3, True, True),
+}  # fmt: skip
+# With a large eps an update is nearly linear in the gradient: rounding stays rounding, and the moments still count.
+ADAMW = {"type": "AdamW", "params": {"lr": 1e-3, "eps": 1e-3, "betas": [0.9, 0.99], "torch_adam": True}}
+# ZeRO-3 keeps small weights whole, and all in one group, unless told otherwise.
+SPREAD = {"stage3_param_persistence_threshold": 0, "sub_group_size": 20_000}
+BEGINNING, MIDDLE, END = range(2), range(2, 4), range(4, 6)
+ROWS = 4
+
+
+@lru_cache
+def policy():
+    from tempflow.policy import load_policy
+
+    return load_policy(MODEL, max_sequence_length=20)
+
+
+class Toy:
+    """Its loss is the squared distance of velocities from a target; every rank takes its share of the rows."""
+
+    def __init__(self, case: str, seed: int = 0, optimizer: dict = ADAMW):
+        from tempflow.trainer.ema import Average
+        from tempflow.trainer.runtime import Runtime
+
+        self.optimizer = optimizer
+        stage, lora, bf16 = CASES[case]
+        zero = {"stage": stage, **(SPREAD if stage == 3 else {})}
+        deepspeed = {"optimizer": optimizer, "zero_optimization": zero, "gradient_clipping": 0.5, "bf16": {"enabled": bf16}}
+        config = small_config(model={"lora": {"rank": 4, "alpha": 8.0} if lora else None}, deepspeed=deepspeed,
+                              training={"seed": seed})  # fmt: skip
+        self.runtime = Runtime(config, policy())
+        self.ema = Average(self.runtime, 0.5, 1)
+
+    def train(self, updates: range) -> torch.Tensor:
+        """Returns the gradients' norms."""
+        from tempflow.trainer import comm
+
+        shape, norms = policy().latent_shape(32, 96), []
+        with torch.no_grad():
+            text = policy().embed(['the word "FLOW"'] * ROWS)
+        mine = slice(comm.rank(), None, comm.world_size())
+        for number in updates:
+            generator = torch.Generator().manual_seed(number)
+            x, target = torch.randn(2, ROWS, *shape, generator=generator)
+            sigma = torch.rand(ROWS, generator=generator)
+            v = policy().velocity(self.runtime.engine, x[mine], sigma[mine], {k: t[mine] for k, t in text.items()}, height=32,
+                                  width=96, guidance_scale=0.0, dtype=self.runtime.dtype)  # fmt: skip
+            self.runtime.accumulate((v.float() - target[mine]).square().sum() / target.numel(), last=True)
+            norms.append(self.runtime.step(1.0))
+            self.ema.update()
+        return torch.tensor(norms, dtype=torch.float64)
+
+    def held(self) -> dict[str, torch.Tensor]:
+        """Weights, moments and average of every trained parameter, whole, fp32 (a collective)."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        held = {f"{name}:ema": value for name, value in self.ema.gather(self.runtime.trainable).items()}
+        moments = ("exp_avg", "exp_avg_sq") if self.optimizer is ADAMW else ()
+        plain = self.runtime.engine.optimizer.state if self.runtime.stage == 0 else None
+        for name, parameter in self.runtime.trainable.items():
+            held[name] = self.runtime.full_fp32(parameter)
+            for key in moments:
+                held[f"{name}:{key}"] = plain[parameter][key] if plain else safe_get_full_optimizer_state(parameter, key)
+        return {name: value.detach().float().clone().contiguous() for name, value in held.items()}
+
+    def save(self, folder: Path, updates: int) -> dict[str, torch.Tensor]:
+        """Write a checkpoint; returns what it holds."""
+        from tempflow.trainer import checkpoint, comm
+
+        state = {"iteration": updates, "world_size": comm.world_size(), "ema_updates": self.ema.updates}
+        checkpoint.save(self.runtime, self.ema, folder, state, keep=9)
+        return self.held()
+
+    def restore(self, folder: Path) -> list[str]:
+        """Take up the newest checkpoint; returns what was said."""
+        from tempflow.trainer import checkpoint, manifest
+
+        notes = []
+        checkpoint.restore(self.runtime, self.ema, manifest.newest(folder), notes.append)
+        return notes
+
+    def close(self) -> None:
+        self.runtime.engine.destroy()
+
+
+def main(folder: Path) -> None:
+    from tempflow.trainer import comm
+
+    comm.init_distributed()
+    for case in CASES:
+        toy = Toy(case, seed=1)  # other adapters than those that are restored
+        notes = toy.restore(folder / case)
+        restored, norms = toy.held(), toy.train(MIDDLE)
+        saved = toy.save(folder / case, MIDDLE.stop)
+        if comm.rank() == 0:
+            for name, tensors in {"restored": restored, "saved": saved, "norms": {"norms": norms}}.items():
+                save_file(tensors, folder / case / f"{name}.safetensors", {"notes": "\n".join(notes)})
+        toy.close()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[-1]))

@@ -1,0 +1,208 @@
+"""A run goes on on another number of ranks as if nothing had happened, on one machine or on two."""
+
+import json
+import shutil
+import subprocess
+
+import deepspeed
+import pytest
+import torch
+from elastic_cases import ADAMW, BEGINNING, CASES, END, MIDDLE, Toy
+from engine_cases import HERE, ROOT, write_config
+from run_cases import TIMEOUT_S, Run, environment, free_port, run_command, train
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from tempflow.errors import UserError
+from tempflow.trainer import checkpoint, comm, manifest
+
+ROUNDING = 1e-5  # relative, fp32
+BF16 = 2e-2  # gradients of half the rows, rounded to bf16 before they are summed
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank():
+    comm.init_distributed()
+
+
+def test_no_compiler_is_needed_to_start():
+    """DeepSpeed's own all-reduce for CPUs would be compiled at the first start, behind a lock that outlives a kill."""
+    assert deepspeed.comm.comm.cdb.shm_comm_op is None
+
+
+def distance(a: dict, b: dict) -> float:
+    """The largest relative difference of two tables' tensors."""
+    assert a.keys() == b.keys()
+    return max(((a[name] - b[name]).norm() / b[name].norm()).item() for name in b)
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in b)
+
+
+# ------------------------------------------------------------------------------------- every stage, there and back
+@pytest.fixture(scope="session")
+def passed_on(tmp_path_factory):
+    """By case: what one rank saved after 2 updates and held after 6, undisturbed; then two ranks made updates 3 and 4."""
+    folder, undisturbed = tmp_path_factory.mktemp("elastic"), {}
+    for case in CASES:
+        toy = Toy(case)
+        toy.train(BEGINNING)
+        saved = toy.save(folder / case, BEGINNING.stop)
+        norms = toy.train(range(MIDDLE.start, END.stop))
+        undisturbed[case] = saved, norms, toy.held()
+        toy.close()
+    command = ["deepspeed", "--num_accelerators", 2, "--master_port", free_port(), HERE / "elastic_cases.py", folder]
+    done = run_command(command)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return folder, undisturbed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_there_and_back(passed_on, case):
+    """From one rank to two and back: each starts from the very bits the other left, and all six updates are as if undisturbed."""
+    folder, undisturbed = passed_on
+    saved, norms, end = undisturbed[case]
+    tolerance = BF16 if "bf16" in case else ROUNDING
+    with safe_open(folder / case / "restored.safetensors", "pt") as file:
+        notes = file.metadata()["notes"]
+    assert notes == "checkpoint 000002 was written by 1 ranks and is resumed on 2"
+    assert same(load_file(folder / case / "restored.safetensors"), saved)
+
+    toy = Toy(case, seed=2)
+    assert toy.restore(folder / case) == ["checkpoint 000004 was written by 2 ranks and is resumed on 1"]
+    assert same(toy.held(), load_file(folder / case / "saved.safetensors"))
+    middle = load_file(folder / case / "norms.safetensors")["norms"]
+    assert torch.cat([middle, toy.train(END)]).tolist() == pytest.approx(norms.tolist(), rel=tolerance)
+    assert distance(toy.held(), end) < tolerance
+    assert distance(end, saved) > 0.1, "the updates since do something"
+    toy.close()
+    assert not list((folder / case / "checkpoints").glob(".*")), "nothing converted is left behind"
+
+
+# --------------------------------------------------------------------------------------------------- conversions
+def sharded(folder, case="lora-zero2", **more):
+    """A checkpoint that says it is of three ranks, and a Runtime of one to restore it."""
+    toy = Toy(case, **more)
+    toy.train(BEGINNING)
+    held = toy.save(folder, BEGINNING.stop)
+    (found,) = manifest.folders(folder)
+    state = checkpoint.read_state(found) | {"world_size": 3}
+    (found / "state.json").write_text(json.dumps(state))
+    (found / manifest.MANIFEST).unlink()
+    manifest.seal(found)
+    return toy, found, held
+
+
+def test_a_broken_conversion_leaves_the_checkpoint_as_it_was(tmp_path, monkeypatch):
+    toy, found, held = sharded(tmp_path)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("deepspeed.checkpoint.ds_to_universal._save_checkpoint", full)
+        with pytest.raises(UserError, match="3 ranks.*converted for 1: OSError.*No space left.*Resume with 3.*unchanged"):
+            toy.restore(tmp_path)
+    assert manifest.fault(found) is None and not list((tmp_path / "checkpoints").glob(".*"))
+    (tmp_path / f"checkpoints/.universal-{found.name}/state").mkdir(parents=True)  # as a kill leaves it
+    toy.restore(tmp_path)
+    assert same(toy.held(), held) and not list((tmp_path / "checkpoints").glob(".*"))
+    toy.close()
+
+
+def test_an_optimizer_that_cannot_be_converted_is_named(tmp_path):
+    toy, found, _ = sharded(tmp_path, optimizer={"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}})
+    with pytest.raises(UserError, match="could not be converted for 1: .*SGD"):
+        toy.restore(tmp_path)
+    assert manifest.fault(found) is None
+    toy.close()
+
+
+# ------------------------------------------------------------------------------- whole runs, and more than one node
+def settings(folder, name):
+    """Whole iterations at ZeRO-3; no ratio comes near its bounds, where rounding would decide."""
+    return {
+        "training": {"iterations": 4, "updates_per_rollout": 2, "clip_low": 0.2, "clip_high": 0.2, "kl_coef": 0.1,
+                     "ema": {"decay": 0.5, "every": 3}},
+        "deepspeed": {"optimizer": ADAMW, "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}},
+        "eval": {"every": 0}, "checkpoint": {"every": 2, "keep": 9}, "logging": {"dir": str(folder), "name": name},
+    }  # fmt: skip
+
+
+def launch_nodes(folder, *arguments) -> subprocess.CompletedProcess:
+    """engine/train.py on two "nodes" of one rank each: a launcher for each, without ssh. Returns the first one's end."""
+    hostfile = folder / "hostfile"
+    hostfile.write_text("node-a slots=1\nnode-b slots=1\n")
+    command = ["deepspeed", "--hostfile", hostfile, "--no_ssh", "--master_addr", "127.0.0.1", "--master_port", free_port()]
+    nodes = []
+    for rank in range(2):
+        line = [*command, "--node_rank", rank, ROOT / "engine/train.py", *arguments]
+        nodes.append(subprocess.Popen(list(map(str, line)), env=environment(), cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                                      stderr=subprocess.STDOUT))  # fmt: skip
+    try:
+        texts = [node.communicate(timeout=TIMEOUT_S)[0] for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert nodes[1].returncode == nodes[0].returncode, texts[1][-4000:]
+    return subprocess.CompletedProcess(command, nodes[0].returncode, texts[0], texts[1])
+
+
+@pytest.fixture(scope="session")
+def moved(tmp_path_factory):
+    """A run of one rank, and copies of it that were taken up after iteration 2 by two ranks: of one launcher, and of two."""
+    folder = tmp_path_factory.mktemp("moved")
+    alone = train(folder, "alone", processes=None, **settings(folder, "alone"))
+    runs = {"alone": alone}
+    for name in ("one-node", "two-nodes"):
+        shutil.copytree(alone.folder, folder / name)
+        shutil.rmtree(folder / name / "checkpoints/000004")
+        config = write_config(folder, f"{name}.json", **settings(folder, name))
+        arguments = ["--config", config, "--resume"]
+        port = ["--num_accelerators", 2, "--master_port", free_port()]
+        done = (launch_nodes(folder, *arguments) if name == "two-nodes"
+                else run_command(["deepspeed", *port, ROOT / "engine/train.py", *arguments]))  # fmt: skip
+        runs[name] = Run(folder / name, done)
+        assert "checkpoint 000002 was written by 1 ranks and is resumed on 2" in done.stdout
+    return runs
+
+
+def assert_equal_runs(one: Run, other: Run):
+    """To rounding. Rewards are read from pictures of 256 levels, one of which is 1e-4 of a picture's reward."""
+    assert [row["iteration"] for row in other.rows] == [row["iteration"] for row in one.rows]
+    for a, b in zip(one.rows, other.rows, strict=True):
+        assert a.keys() == b.keys()
+        for key in (key for key in a if not key.startswith("time/") and key not in PER_RANK):
+            scale = 1e-4 if key.startswith("reward") else ROUNDING
+            assert b[key] == pytest.approx(a[key], rel=ROUNDING, abs=scale), (a["iteration"], key)
+    for name in ("weights", "ema"):
+        assert distance(other.weights(name=name), one.weights(name=name)) < ROUNDING
+
+
+PER_RANK = ("rollout/rows_per_forward", "rollout/peak_latents")
+
+
+@pytest.mark.slow
+def test_two_nodes_are_two_ranks(moved):
+    assert_equal_runs(moved["one-node"], moved["two-nodes"])
+    assert len(moved["two-nodes"].done.stdout) > len(moved["two-nodes"].done.stderr), "the second node keeps quiet"
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_on_two_ranks(moved):
+    assert_equal_runs(moved["alone"], moved["two-nodes"])
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_on_one_rank(moved):
+    """And back: one more iteration of each on one rank."""
+    ends = []
+    for name in ("alone", "two-nodes"):
+        folder = moved[name].folder.parent
+        more = ["--resume", "--set", "training.iterations=5"]
+        ends.append(train(folder, name, *more, processes=None, **settings(folder, name)))
+    assert "written by 2 ranks and is resumed on 1" in ends[1].done.stdout and "resumed on" not in ends[0].done.stdout
+    assert ends[0].rows[-1]["iteration"] == 5
+    assert_equal_runs(*ends)
