@@ -6,7 +6,7 @@
 Every run starts from the same weights, has the same minutes of training and goes through the deepspeed launcher, as a user's
 would; one after another, because each needs the whole machine. Runs found complete in --runs are not repeated. Written to
 benchmarks/results/: JSON, and the curves' mean and range over the seeds against minutes, transformer forwards (a
-backward counts two) and rewarded pictures.
+backward counts two) and rewarded pictures; and what each needs to get to where the last variant levels off.
 """
 
 from __future__ import annotations
@@ -79,6 +79,25 @@ def on_grid(curves: list[list[dict]], axis: str) -> tuple[np.ndarray, np.ndarray
     return grid, np.stack([np.interp(grid, [p[axis] for p in points], [p["reward"] for p in points]) for points in curves])
 
 
+def level_reached(results: dict[str, list[dict]], baseline: str) -> dict:
+    """What every variant's mean curve needs to get to where the baseline levels off, and how many times less that is.
+
+    The level: the mean of the baseline's curve over the last third of its minutes. None where a variant never reaches it.
+    """
+    grid, rewards = on_grid([run["curve"] for run in results[baseline]], "minutes")
+    level = float(rewards.mean(0)[grid >= grid[-1] * 2 / 3].mean())
+    needed: dict[str, dict] = {variant: {} for variant in results}
+    for axis in AXES:
+        for variant, runs in results.items():
+            grid, rewards = on_grid([run["curve"] for run in runs], axis)
+            there = np.flatnonzero(rewards.mean(0) >= level)
+            needed[variant][axis] = float(grid[there[0]]) if len(there) else None
+        for variant in results:
+            mine, its = needed[variant][axis], needed[baseline][axis]
+            needed[variant][f"{axis}_times_less"] = its / mine if mine and its else None
+    return {"baseline": baseline, "level": level, "needed": needed}
+
+
 def draw(results: dict[str, list[dict]], file: Path, title: str) -> None:
     import matplotlib
 
@@ -111,7 +130,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--config", default="configs/tiny_ocr.json")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["tempflow", "flow_grpo"])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["tempflow", "flow_grpo"],
+                        help="what is compared; the last is what the others are measured against")  # fmt: skip
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/learning", help="folder of the runs")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results", help="folder of the report")
@@ -126,13 +146,18 @@ def main() -> int:
                   flush=True)  # fmt: skip
     out = args.output / f"learning-{Path(args.config).stem}-{'-'.join(args.variants).replace(' ', '_')}-{date.today()}.json"
     device = results[args.variants[0]][0]["device"]
-    record = {"date": str(date.today()), "command": sys.argv, "device": device, "configs": configs, "results": results}
+    levels = level_reached(results, args.variants[-1])
+    record = {"date": str(date.today()), "command": sys.argv, "device": device, "configs": configs, "results": results,
+              "level": levels}  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(out, json.dumps(record, indent=1))
     draw(results, out.with_suffix(".png"), f"{Path(args.config).stem}, {device}, {date.today()}")
     for variant, runs in results.items():
         gains = [run["gain"] for run in runs]
         print(f"{variant}: gain {min(gains):+.3f} to {max(gains):+.3f}, {sum(g >= 0.3 for g in gains)} of {len(gains)} at least +0.30")
+    for variant, cost in levels["needed"].items():
+        parts = [f"{cost[axis]:.4g} {axis} ({cost[f'{axis}_times_less'] or 0:.2f} times less)" for axis in AXES if cost[axis] is not None]
+        print(f"to {levels['level']:.3f}, where {levels['baseline']} levels off, {variant} needs: {', '.join(parts) or 'more than it had'}")
     print(out)
     return 0
 

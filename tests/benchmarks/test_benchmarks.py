@@ -109,6 +109,18 @@ def test_curves_meet_where_all_of_them_reach():
     assert rewards[0, 0] == 0.4 and rewards[0, -1] == 0.8 and rewards[1, -1] == pytest.approx(0.5 + 0.4 / 3)
 
 
+def test_the_level_is_where_the_baseline_ends_and_ratios_are_of_reaching_it():
+    def run(slope, end=9.0):
+        minutes = np.arange(0, end + 0.1, 0.1)
+        return {"curve": [{"minutes": m, "forwards": 10 * m, "images": m, "reward": min(slope * m, 0.6)} for m in minutes]}
+
+    found = learning.level_reached({"fast": [run(0.4)], "never": [run(0.01)], "slow": [run(0.1)]}, "slow")
+    assert found["level"] == pytest.approx(0.6) and found["needed"]["fast"]["minutes"] == pytest.approx(1.5, abs=0.2)
+    assert found["needed"]["slow"]["minutes_times_less"] == 1.0
+    assert found["needed"]["fast"]["forwards_times_less"] == pytest.approx(4, rel=0.15)
+    assert found["needed"]["never"]["minutes"] is None and found["needed"]["never"]["minutes_times_less"] is None
+
+
 def test_a_curve_counts_a_backward_as_two_forwards(tmp_path):
     rows = [
         {"iteration": 0, "eval/reward": 0.4},
