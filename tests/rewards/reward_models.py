@@ -50,7 +50,7 @@ def save_clip_parts(folder, config):
     CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}).save_pretrained(folder)
 
 
-def save_clip(folder, seed=0):
+def save_clip(folder, seed=5):
     """A CLIP repository; the model."""
     torch.manual_seed(seed)
     model = randomised(CLIPModel(clip_config()))
