@@ -178,6 +178,10 @@ class Training(Section):
     weighting: Literal["noise", "uniform"] = Field("noise", description="loss weight of a step: its tau, or 1")
     compile: Compile = Field("eager", description="torch.compile of the trained transformer's blocks; not with ZeRO stage 3")
     kl_coef: Annotated[float, Field(ge=0)] = Field(0.0, description="beta; 0 keeps no reference policy")
+    reference: Literal["whole", "sharded", "offloaded"] | None = Field(
+        None, description="the reference policy of full fine-tuning: a copy on each GPU, one over all, or one in host memory; "
+        "null: sharded at ZeRO stage 3, else whole"
+    )
     kl_form: Literal["x", "v"] = Field("x", description="KL of step means over tau, or plain velocity distance")
     share_group_forward: bool = Field(True, description="one forward per state; false: one per child, for comparison")
     ema: Ema | None = Field(None, description="average of the trained weights, evaluated and exported where present")
@@ -299,6 +303,8 @@ def _check_compiled(config: Config) -> None:
     stage = config.deepspeed.get("zero_optimization", {}).get("stage", 0)
     if config.training.compile != "eager" and stage == 3:
         raise ValueError(f"training.compile: {config.training.compile!r}; at ZeRO stage 3 only \"eager\" is allowed")
+    if config.training.compile != "eager" and config.training.reference in ("sharded", "offloaded"):
+        raise ValueError(f"training.reference: {config.training.reference!r} needs training.compile \"eager\"")
     if (config.rollout.lanes or 1) > 1 and (config.rollout.graphs or not config.rollout.replica):
         raise ValueError("rollout.lanes: with rollout.graphs, or without rollout.replica, only 1 is allowed")
     if config.rollout.compile != "eager" and not config.rollout.replica:

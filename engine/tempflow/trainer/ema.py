@@ -1,13 +1,20 @@
-"""Exponential moving average of the trained weights, fp32 on the CPU, each weight held by one rank."""
+"""Exponential moving average of the trained weights, fp32 on the CPU, each weight held by one rank alone.
+
+Nothing ever holds the whole of it: it is read a few weights at a time, and written to its file so. The file is whole, the same
+for any number of ranks.
+"""
 
 from __future__ import annotations
 
-from typing import Iterator
+from pathlib import Path
+from typing import Iterable, Iterator
 
 import torch
+from safetensors import safe_open
 
 from tempflow.trainer import comm
 from tempflow.trainer.runtime import Runtime
+from tempflow.trainer.streaming import write_safetensors
 
 
 class Average:
@@ -16,18 +23,17 @@ class Average:
     def __init__(self, runtime: Runtime, decay: float, every: int):
         self._runtime, self._decay, self._every = runtime, decay, every
         self.updates = 0
+        self._shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in runtime.trainable.items()}
+        self._owner = deal(self._shapes, comm.world_size())
         self._mine: dict[str, torch.Tensor] = {}
         for name, value in self._current():
             self._mine[name] = value.cpu().clone()
 
-    def _owner(self, index: int) -> int:
-        return index % comm.world_size()
-
     def _current(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The trained weights this rank averages; every rank walks through all, since reading one is a collective."""
-        for index, (name, parameter) in enumerate(self._runtime.trainable.items()):
+        for name, parameter in self._runtime.trainable.items():
             value = self._runtime.full_fp32(parameter)
-            if self._owner(index) == comm.rank():
+            if self._owner[name] == comm.rank():
                 yield name, value
 
     @torch.no_grad()
@@ -38,18 +44,36 @@ class Average:
             for name, value in self._current():
                 self._mine[name].lerp_(value.cpu(), 1 - self._decay)
 
-    def whole(self) -> dict[str, torch.Tensor]:
-        """All averaged weights on every rank (a collective)."""
-        weights = {}
-        device = next(iter(self._runtime.trainable.values())).device
-        for index, (name, parameter) in enumerate(self._runtime.trainable.items()):
-            shape = getattr(parameter, "ds_shape", parameter.shape)
+    def gather(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Those of some weights that are averaged, fp32 on every rank, on its device (a collective)."""
+        device = self._runtime.policy.device
+        found = {}
+        for name in (name for name in names if name in self._owner):
             mine = self._mine.get(name)
-            value = torch.empty(shape) if mine is None else mine
-            weights[name] = comm.broadcast(value.to(device), self._owner(index)).cpu()
-        return weights
+            value = torch.empty(self._shapes[name], device=device) if mine is None else mine.to(device)
+            found[name] = comm.broadcast(value, self._owner[name])
+        return found
 
-    def load(self, weights: dict[str, torch.Tensor], updates: int) -> None:
-        """Take over averages that `whole` returned."""
+    def write(self, file: Path) -> None:
+        """All averages into a safetensors file, by the first rank (a collective)."""
+        values = ((name, self.gather([name])[name].cpu()) for name in self._shapes)
+        if comm.rank() == 0:
+            write_safetensors(file, self._shapes, values)
+        else:
+            for _ in values:
+                pass
+
+    def read(self, file: Path, updates: int) -> None:
+        """Take over this rank's share of averages that `write` wrote on any number of ranks."""
         self.updates = updates
-        self._mine = {name: weights[name].float().clone() for name in self._mine}
+        with safe_open(file, "pt") as averages:
+            self._mine = {name: averages.get_tensor(name).float() for name in self._mine}
+
+
+def deal(shapes: dict[str, tuple[int, ...]], ranks: int) -> dict[str, int]:
+    """The rank that holds each weight: the largest first, each to whoever holds least."""
+    held, owner = [0] * ranks, {}
+    for name in sorted(shapes, key=lambda name: -torch.Size(shapes[name]).numel()):
+        owner[name] = held.index(min(held))
+        held[owner[name]] += torch.Size(shapes[name]).numel()
+    return owner

@@ -319,7 +319,7 @@ class Trainer:
         if self.ema is None or not self.config.rollout.replica or self.ema.updates == 0:
             yield "raw"
             return
-        self.runtime.refresh(self.policy.transformer, self.ema.whole())
+        self.runtime.refresh(self.policy.transformer, self.ema.gather)
         try:
             yield "ema"
         finally:
@@ -404,7 +404,7 @@ class Trainer:
         self.saved = self.iteration
 
     def _restore(self, path: Path) -> None:
-        state = checkpoint.restore(self.runtime, self.ema, path)
+        state = checkpoint.restore(self.runtime, self.ema, path, self._note)
         self.iteration, self.elapsed = state["iteration"], state["elapsed"]
         if self.curation:
             self.curation.load(state["curation"])

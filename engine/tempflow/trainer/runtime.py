@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from contextlib import contextmanager, nullcontext
-from typing import Iterator
+from typing import Callable, Iterator
 
 import deepspeed
 import torch
@@ -19,6 +19,7 @@ from tempflow.config import Config, Lora
 from tempflow.errors import UserError
 from tempflow.policy import Policy, load_transformer
 from tempflow.policy.adapters import fill, layers_of, read_adapters
+from tempflow.trainer.reference import make_reference
 
 ADAPTER = "default"
 
@@ -77,9 +78,7 @@ class Runtime:
         compile_blocks(module, config.training.compile)
         if config.rollout.replica:
             compile_blocks(policy.transformer, config.rollout.compile)
-        self.reference = None
-        if config.training.kl_coef and not config.model.lora:
-            self.reference = copy.deepcopy(module).requires_grad_(False).eval().to(policy.device)
+        self.reference = make_reference(config, module, policy.device)
         self.trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.engine, *_ = deepspeed.initialize(
             model=module, model_parameters=list(self.trainable.values()), config=self._deepspeed_config()
@@ -165,19 +164,21 @@ class Runtime:
         return [(f"{layer}.weight", [f"{layer}.{part}" for part in parts]) for layer in layers]
 
     @torch.no_grad()
-    def refresh(self, target: torch.nn.Module, trained: dict[str, torch.Tensor] | None = None) -> None:
+    def refresh(self, target: torch.nn.Module, average: Callable[[list[str]], dict[str, torch.Tensor]] | None = None) -> None:
         """Write the current weights, adapters merged, into a plain transformer, in place (a collective).
 
-        trained: values to use instead of the engine's for the trainable parameters (an average, say).
+        average: gives values to use instead of the engine's for those of the parameters named that it has.
         """
         if target is self.module:
             return
         named, goal = dict(self.module.named_parameters()), dict(target.named_parameters())
         for bucket in self._buckets(named):
-            with self.gathered([named[part] for _, parts in bucket for part in parts]):
+            parts = [part for _, parts in bucket for part in parts]
+            values = average(parts) if average else {}
+            with self.gathered([named[part] for part in parts if part not in values]):
+                values = {part: values.get(part, named[part]) for part in parts}
                 for name, parts in bucket:
-                    values = [named[p] if trained is None or p not in trained else trained[p] for p in parts]
-                    goal[name].copy_(self._merge(name, values))
+                    goal[name].copy_(self._merge(name, [values[part] for part in parts]))
 
     def _merge(self, name: str, values: list[torch.Tensor]) -> torch.Tensor:
         if len(values) == 1:
