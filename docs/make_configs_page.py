@@ -44,6 +44,8 @@ WHY = {
     "small model was trained on 20 characters.",
     "data.train": "The shipped prompts ask for a word to be written, for the OCR reward that needs no further model. Bring your own.",
     "data.heldout": "Other words than in training.",
+    "data.embedding_cache": "T5-XXL or Qwen2.5-VL leaves the GPU once the prompts are embedded; the small model's encoders are in "
+                            "nobody's way.",
     "data.prompts_per_iteration": "With 4 seeds these are the paper's 48 groups an iteration. Qwen-Image is four times as dear, "
     "so it has a third of them; tiny_ocr has one seed, so 8 groups, as many as two CPU cores roll out in seconds.",
     "rollout.plan": "Trunks with children at every branch step.",

@@ -81,7 +81,7 @@ def test_the_cards_command_trains_a_shrunk_flux(tmp_path):
         "model.path": str(folder), "model.max_sequence_length": 32, "data.prompts_per_iteration": 2, "rollout.height": 32,
         "rollout.width": 64, "rollout.num_steps": 3, "rollout.seeds": 1, "rollout.children": 2, "rollout.branch_steps": [0],
         "rewards": {"jpeg": 1.0}, "reward_pool.workers": 0, "training.iterations": 1, "eval.every": 0,
-        "logging.dir": str(tmp_path), "logging.tensorboard": False,
+        "logging.dir": str(tmp_path), "logging.tensorboard": False, "data.embedding_cache": str(tmp_path / "cache"),
     }  # fmt: skip
     pairs = [part for key, value in settings.items() for part in ("--set", f"{key}={json.dumps(value)}")]
     row = Run(tmp_path / "flux_zero3", launch(2, "--config", ROOT / "configs/flux_zero3.json", *pairs)).rows[-1]

@@ -396,7 +396,7 @@ def test_shipped_configs_run_on_tiny_pipelines(folders, tmp_path, name, config):
         "model.path": str(folders(name)), "model.max_sequence_length": 32, "data.prompts_per_iteration": 1, "rollout.height": 32,
         "rollout.width": 32, "rollout.num_steps": 4, "rollout.seeds": 1, "rollout.children": 2,
         "rewards": {"engine_rewards:contrast": 1.0}, "reward_pool.workers": 0, "training.iterations": 1, "eval.prompts": 2,
-        "eval.num_steps": 2, "logging.dir": str(tmp_path), "logging.tensorboard": False,
+        "eval.num_steps": 2, "logging.dir": str(tmp_path), "logging.tensorboard": False, "data.embedding_cache": str(tmp_path / "cache"),
     }  # fmt: skip
     pairs = [part for key, value in settings.items() for part in ("--set", f"{key}={json.dumps(value)}")]
     run = Run(tmp_path / config, script_here("train", "--config", ROOT / f"configs/{config}.json", *pairs))

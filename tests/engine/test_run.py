@@ -49,7 +49,9 @@ def launched(folder):
     def get(layout):
         if layout not in made:
             processes, stage = LAYOUTS[layout]
-            made[layout] = start(folder, layout, processes, stage, logging={"tensorboard": layout == "one"})
+            cache = str(folder / "embeddings") if layout == "two-zero2" else None  # its ranks embed a share each
+            more = {"logging": {"tensorboard": layout == "one"}, "data": {"embedding_cache": cache}}
+            made[layout] = start(folder, layout, processes, stage, **more)
         return made[layout]
 
     return get
@@ -386,7 +388,7 @@ def test_flux_configs_run_on_the_small_model(folder, name):
         "model.path": str(MODEL), "model.max_sequence_length": 20, "data.prompts_per_iteration": 1, "rollout.height": 32,
         "rollout.width": 96, "rollout.num_steps": 4, "rollout.seeds": 1, "rollout.children": 2,
         "rewards": {"engine_rewards:contrast": 1.0}, "reward_pool.workers": 0, "training.iterations": 1, "eval.prompts": 2,
-        "eval.num_steps": 2, "logging.dir": str(folder), "logging.tensorboard": False,
+        "eval.num_steps": 2, "logging.dir": str(folder), "logging.tensorboard": False, "data.embedding_cache": str(folder / "cache"),
     }  # fmt: skip
     pairs = [part for key, value in settings.items() for part in ("--set", f"{key}={json.dumps(value)}")]
     run = Run(folder / name, script_here("train", "--config", ROOT / f"configs/{name}.json", *pairs))

@@ -23,8 +23,8 @@ from tempflow.policy.embeddings import KEPT, KEPT_OF_STORE
 from tempflow.policy.loading import check_model, check_size, resolve_dtype
 from tempflow.rollout.plan import Unit, build_plan
 from tempflow.rollout.suffix import count_forwards
+from tempflow.trainer.reference import placement
 from tempflow.trainer.runtime import engine_dtype
-
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,8 @@ def _memory(config: Config, model: Model, gpus: int, prompts: int) -> Memory:
     frozen, weights = _frozen_bytes(folder, dtype), _weights(folder, trained_in, _lora_key(config))
     plain = _weights(folder, dtype, None).bytes
     zero = Zero(config.deepspeed, gpus, weights, trained_in)
-    reference = _weights(folder, trained_in, None).bytes if config.training.kl_coef and config.model.lora is None else 0
+    where = placement(config)
+    reference, offloaded = _reference(where, zero, weights)
     encoders = sum(size for name, size in frozen.items() if name != "vae")
     stay = config.data.embedding_cache is None  # otherwise they are gone before the rest is loaded
     resident = [
@@ -139,7 +140,8 @@ def _memory(config: Config, model: Model, gpus: int, prompts: int) -> Memory:
         Item("training engine: gradients", zero.gradients, "model.lora, zero_optimization.stage"),
         Item("training engine: optimizer", zero.optimizer, "model.lora, zero_optimization.stage, offload_optimizer"),
         Item("training engine: buffers", zero.buffers, "zero_optimization: bucket sizes"),
-        Item("reference copy", reference, "training.kl_coef, model.lora"),
+        Item("reference copy", reference, "training.kl_coef, training.reference, model.lora"),
+        Item("reference copy: layers gathered", zero.gathered if where in ("sharded", "offloaded") else 0, "stage3_max_live_parameters"),
         Item("latents, embeddings", _held(config, model, gpus, dtype, trained_in), "data.prompts_per_iteration"),
     ]
     size = _size(config, model)
@@ -150,20 +152,37 @@ def _memory(config: Config, model: Model, gpus: int, prompts: int) -> Memory:
              _line(lambda n: _forward_pass(folder, dtype, _at(size, n))[0], r.micro_batch), "rollout.micro_batch"),
         Item(f"decoding {_rows(r.decode_batch)}", _decode_pass(folder, dtype, size)[0] * r.decode_batch, "rollout.decode_batch"),
         Item("optimizer step", zero.step, "zero_optimization.stage, sub_group_size"),
+        Item("refreshing the rollout copy", _refresh(config, weights, trained_in), "rollout.refresh_bucket"),
     ]  # fmt: skip
     average = zero.whole_fp32 if config.training.ema else 0
     each, negative = _embedding_bytes(folder, dtype, size)
     embedded = each * _prompts_seen(config, gpus, prompts) + negative
     host = [
         Item("average: this process's share", -(-average // gpus), "training.ema"),
-        Item("average gathered: evaluation, checkpoint", average, "training.ema"),
         Item("prompt embeddings", embedded, "model.max_sequence_length"),
         Item("offloaded by DeepSpeed", zero.offloaded, "zero_optimization.offload_*"),
+        Item("reference copy: this process's share", offloaded, "training.reference"),
     ]
     rest = frozen.get("vae", 0) + plain
     start = max(encoders + rest if stay else max(encoders, rest), weights.bytes)
     first = Item("weights gathered: checkpoint, first process", zero.whole_fp32, "model.lora")
-    return Memory([item for item in resident if item.bytes], moments, [item for item in host if item.bytes], first, start)
+    return Memory([item for item in resident if item.bytes], [item for item in moments if item.bytes], [item for item in host if item.bytes], first, start)
+
+
+def _reference(where: str | None, zero: Zero, weights: Weights) -> tuple[int, int]:
+    """(on the GPU, in host memory) of the frozen copy, without the layers gathered while it runs."""
+    if where in (None, "whole"):
+        return (weights.bytes if where else 0), 0
+    buffers = weights.bytes - weights.lasting
+    return (buffers, zero.share) if where == "offloaded" else (buffers + zero.share, 0)
+
+
+def _refresh(config: Config, weights: Weights, dtype: torch.dtype) -> int:
+    """The weights under way from the training engine, or from the average, to the rollout copy."""
+    averaged = config.training.ema is not None and config.model.lora is None
+    stage = config.deepspeed.get("zero_optimization", {}).get("stage", 0)
+    each = 4 if averaged else dtype.itemsize if stage == 3 else 0
+    return min(config.rollout.refresh_bucket, weights.parameters) * each if config.rollout.replica else 0
 
 
 def _held(config: Config, model: Model, gpus: int, dtype: torch.dtype, trained_in: torch.dtype) -> int:
