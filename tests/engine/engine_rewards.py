@@ -16,6 +16,11 @@ def contrast(images, prompts, metadata):
     return brightness[:, :half].mean(axis=1) - brightness[:, half:].mean(axis=1)
 
 
+def warmth(images, prompts, metadata):
+    """Mean red over mean blue, in percent."""
+    return (images[..., 0].mean(axis=(1, 2), dtype=np.float64) - images[..., 2].mean(axis=(1, 2), dtype=np.float64)) / 2.55
+
+
 def contrast_of_some(images, prompts, metadata):
     """`contrast`; of words that say so, the same for every picture."""
     flat = {"FLAT": 100.0, "EVEN": -100.0}

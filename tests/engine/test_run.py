@@ -59,8 +59,9 @@ def launched(folder):
 
 def start(folder, name, processes, stage, **more) -> Run:
     # No ratio comes near its bounds, where rounding would decide.
-    training = {"iterations": 3, "updates_per_rollout": 2, "clip_low": 0.2, "clip_high": 0.2, "kl_coef": 0.1}
+    training = {"iterations": 3, "updates_per_rollout": 2, "clip_low": 0.2, "clip_high": 0.2, "kl_coef": 0.1, "advantage_of": "each"}
     deepspeed = {**SGD, "gradient_clipping": 0.02, "zero_optimization": ZERO[stage]}
+    more["rewards"] = {"engine_rewards:contrast": 1.0, "engine_rewards:warmth": 0.5, "jpeg": 0}
     more["rollout"] = {"refresh_bucket": 50_000, **more.get("rollout", {})}  # many gathers, as a large model needs
     return train(folder, name, processes=processes, training=training, deepspeed=deepspeed, reward_pool={"workers": 1}, **more)
 
@@ -115,7 +116,7 @@ def assert_agree(one: Run, other: Run):
     for a, b in zip(one.rows, other.rows, strict=True):
         assert a.keys() == b.keys()
         for key in a:
-            if key.startswith(("reward", "eval/")):
+            if key.startswith(("reward", "eval/", "diversity/")):
                 assert a[key] == pytest.approx(b[key], abs=REWARDS), (a["iteration"], key)
             elif key in ("images", "images/total", "forwards/rollout", "forwards/train", "lr"):
                 assert a[key] == b[key], (a["iteration"], key)
@@ -249,6 +250,29 @@ def test_stop_and_resume_under_zero(folder):
     stopped = start("zero3-stopped", at=3)
     assert [row["iteration"] for row in stopped.rows] == stopped.checkpoints or len(stopped.rows) < 5
     assert_same_runs(start("zero3-stopped", "--resume", at=3), undisturbed)
+
+
+def test_a_run_that_its_rule_stops(folder):
+    """It saves, says why and finishes; resumed it stays stopped, until the rule is taken away."""
+    small = {"rollout": {"num_steps": 3, "branch_steps": [0, 1]}, "rewards": {"engine_rewards:contrast": 1.0, "jpeg": 0}}
+
+    def start(*more, iterations=5, patience=2):
+        stop = patience and {"metric": "eval/jpeg", "patience": patience, "min_delta": 1e6}  # there never is a new best
+        return train(folder, "ruled", *more, processes=None, training={"iterations": iterations},
+                     eval={"every": 1, "prompts": 2, "stop": stop}, **small)  # fmt: skip
+
+    run = start()
+    reason = json.loads((run.folder / "summary.json").read_text())["stopped"]
+    assert "eval/jpeg" in reason and "at iteration 0 for 2 evaluations" in reason
+    assert f"stopped after iteration 2 by {reason}" in run.done.stdout and "Stopped early" in (run.folder / "report.html").read_text()
+    assert run.checkpoints == [2] and [row["iteration"] for row in run.rows] == [0, 1, 2]
+    assert all("eval/jpeg" in row and "reward/jpeg" not in row for row in run.rows)
+    assert run.done.stdout.count("iteration 2/5") == 1, "the evaluation that stopped it was the last"
+
+    again = start("--resume")
+    assert f"by {reason}" in again.done.stdout and again.checkpoints == [2]
+    assert "iteration 3/5" in start("--resume", patience=3).done.stdout and again.checkpoints == [2, 3]
+    assert "stopped" not in start("--resume", patience=None, iterations=4).done.stdout and again.rows[-1]["iteration"] == 4
 
 
 # --------------------------------------------------------------------------------------------------- using a run
