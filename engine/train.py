@@ -43,12 +43,14 @@ def checked_inputs(config: Config):
     cli.quiet_libraries()
     from tempflow.policy import check_model, check_size, check_text_length
     from tempflow.policy.adapters import read_adapters
+    from tempflow.trainer.section import check_deepspeed
 
     check_model(config.model.path)
     check_text_length(config.model.path, config.model.max_sequence_length)
     if config.model.lora and config.model.lora.start:
         read_adapters(config.model.lora)
     check_size(config.model.path, config.rollout.height, config.rollout.width)
+    check_deepspeed(config.deepspeed)
     return specs, train, heldout
 
 

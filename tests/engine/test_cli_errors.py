@@ -52,6 +52,8 @@ CASES = {
     "width": ("rollout.width=100", ["rollout.width", "100", "multiples of 8"]),
     "too many prompts": ("data.prompts_per_iteration=5000", ["data.prompts_per_iteration", "5000", "4000"]),
     "no optimizer": ("deepspeed={}", ["deepspeed.optimizer", "missing"]),
+    "key of deepspeed": ("deepspeed.zero_optimisation={}", ["deepspeed.zero_optimisation", "did you mean 'zero_optimization'"]),
+    "bucket": ("deepspeed.zero_optimization.reduce_bucket_size=big", ["deepspeed.zero_optimization.reduce_bucket_size", "'big'"]),
     "setting": ("training.seed", ["--set training.seed", "section.key=value"]),
     "model folder": ("model.path=/nowhere", ["model.path", "/nowhere", "does not exist"]),
 }
