@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 DATASETS = ["datasets>=4.0"]  # prompts from hub datasets
 SERVER = ["fastapi>=0.115", "uvicorn>=0.30"]  # engine/reward_server.py
+GENEVAL = ["scipy>=1.11"]  # recipes/geneval.py: transformers' Mask2Former asks for it
 
 setup(
     name="tempflow-grpo",
@@ -43,7 +44,8 @@ setup(
         "gpu": ["triton>=3.5", "xformers", "flash-attn"],
         "wandb": ["wandb"],
         "server": SERVER,
+        "geneval": GENEVAL,
         "datasets": DATASETS,
-        "dev": ["pytest>=8", "hypothesis>=6", "matplotlib>=3.8", "triton>=3.5", "ruff", *SERVER, *DATASETS],
+        "dev": ["pytest>=8", "hypothesis>=6", "matplotlib>=3.8", "triton>=3.5", "ruff", *SERVER, *GENEVAL, *DATASETS],
     },
 )

@@ -45,6 +45,8 @@ def main() -> int:
     specs = [read_reward(text) for text in args.reward]
     if len({spec.name for spec in specs}) < len(specs):
         raise UserError("--reward: two rewards of one name; write 'NAME={\"type\": \"ocr\"}' to serve one under another name")
+    if not args.gpus and (needy := [spec.name for spec in specs if spec.options.get("device") == "cuda"]):
+        raise UserError(f"--gpus: {needy[0]} has \"device\": \"cuda\"; name the GPUs to use, as in --gpus 0,1")
     token = token_of("--token-env", args.token_env)
     if token is None and not is_loopback(args.host):
         raise UserError(

@@ -444,6 +444,7 @@ def run_script(*arguments, **options):
     "arguments, words",
     [
         (["--reward", "jpeg", "--host", "0.0.0.0"], ["--host 0.0.0.0", "--token-env"]),
+        (['--reward=pickscore={"device": "cuda"}'], ["--gpus", "pickscore"]),
         (["--reward", "orc"], ["did you mean 'ocr'"]),
         (['--reward=ocr={"detct": false}'], ["did you mean 'detect'"]),
         (["--reward", "served_rewards:listed", "--port", "-1"], ["--port -1"]),
