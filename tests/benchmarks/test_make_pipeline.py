@@ -11,7 +11,6 @@ from run_cases import Run, launch
 from tempflow.errors import UserError
 from tempflow.policy import load_policy
 
-
 CARDS = ROOT / "configs/models"
 
 

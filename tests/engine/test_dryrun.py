@@ -1,6 +1,5 @@
 """The dry run against reality: bytes of a real runtime's tensors, what real forwards keep, and the forwards of a real run."""
 
-import copy
 import dataclasses
 import io
 import json
@@ -108,7 +107,7 @@ def test_bytes_of_a_real_runtime(folders, family, variant):
     assert seen["text encoders"] == sum(map(module_bytes, encoders))
     assert seen.get("reference copy", 0) == (module_bytes(runtime.reference) if runtime.reference is not None else 0)
     if average:
-        assert seen["average"] == total(average._mine.values()) and seen["average gathered"] == total(average.whole().values())
+        assert seen["average"] == total(average._mine.values()) == total(average.gather(runtime.trainable).values())
     assert seen["weights gathered"] == 4 * sum(p.numel() for p in runtime.trainable.values())
     # 12 decisions of a micro-batch of 6
     measured = items(estimate(small_config(**{**changes, "training": {**changes.get("training", {}), "micro_batch": rows}})))
@@ -247,7 +246,7 @@ def test_shipped_flux_configs_fit_their_cards(flux):
     assert flux["lora"].fits and flux["zero3"].fits and not flux["lora"].advice
     assert lora["rollout copy"] == zero3["rollout copy"] == 2 * 11_901_408_320
     assert zero3["parameters"] + zero3["gradients"] + zero3["optimizer"] == pytest.approx(18 * 11_901_408_320 / 8, rel=1e-3)
-    assert zero3["average gathered"] == 4 * 11_901_408_320
+    assert zero3["average"] == 4 * 11_901_408_320 / 8 and "reference copy" not in zero3
     assert flux["lora"].phase("rollout").forwards == 48 * (10 + 6 * 45) and flux["lora"].phase("training").forwards == 2 * 48 * 9
     assert flux["zero3"].phase("rollout").busiest * 8 == flux["zero3"].phase("rollout").forwards
 
@@ -311,6 +310,35 @@ def test_zero_stages(stage, more, parameters, gradients, optimizer):
     seen, count = items(result), result.trained
     assert [seen["parameters"] / count, seen["gradients"] / count, seen["optimizer"] / count] == pytest.approx(
         [parameters, gradients, optimizer], rel=1e-4)  # fmt: skip
+
+
+@pytest.mark.parametrize("where", ["sharded", "offloaded"])
+def test_bytes_of_a_spread_reference(where):
+    """Its partitions on the one rank that this process is."""
+    from tempflow.policy import load_policy
+    from tempflow.trainer.comm import init_distributed
+    from tempflow.trainer.runtime import Runtime
+
+    init_distributed()
+    config = small_config(training={"kl_coef": 0.01, "reference": where})
+    runtime = Runtime(config, load_policy(str(MODEL), max_sequence_length=TEXT))
+    parameters = list(runtime.reference.parameters())
+    seen = items(estimate(config))
+    assert total(p.ds_tensor for p in parameters) == seen["reference copy"] == 4 * sum(p.ds_numel for p in parameters)
+
+
+def test_where_the_reference_is():
+    """Bytes of the copy on one of four GPUs, and in host memory."""
+    def of(stage, reference=None):
+        deepspeed = {**BF16, "zero_optimization": {"stage": stage}}
+        memory = estimate(small_config(training={"kl_coef": 0.01, "reference": reference}, deepspeed=deepspeed), gpus=4).memory
+        return [sum(i.bytes for i in part if i.name.startswith("reference copy"))
+                for part in (memory.resident, memory.host)]  # fmt: skip
+
+    whole = of(2)[0]
+    assert of(2) == of(3, "whole") == of(2, "whole") == [whole, 0] and whole > 0
+    assert of(3) == of(3, "sharded") == of(2, "sharded") == [whole / 4, 0]
+    assert of(3, "offloaded") == [0, whole / 4]
 
 
 def test_offloading_moves_bytes_to_the_host():

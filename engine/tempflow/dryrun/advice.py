@@ -21,6 +21,7 @@ CANDIDATES: list[tuple[str, dict]] = [
      {"deepspeed.zero_optimization.offload_optimizer": {"device": "cpu"}}),
     ("rollout.replica=false", {"rollout.replica": False, "rollout.graphs": False, "rollout.compile": "eager"}),
     ("training.kl_coef=0", {"training.kl_coef": 0.0}),
+    ("training.reference=offloaded", {"training.reference": "offloaded"}),
     ("model.dtype=bfloat16", {"model.dtype": "bfloat16"}),
     ('deepspeed.bf16={"enabled": true}', {"deepspeed.bf16": {"enabled": True}}),
     ("data.embedding_cache=embeddings", {"data.embedding_cache": "embeddings"}),

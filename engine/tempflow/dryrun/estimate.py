@@ -141,7 +141,7 @@ def _memory(config: Config, model: Model, gpus: int, prompts: int) -> Memory:
         Item("training engine: optimizer", zero.optimizer, "model.lora, zero_optimization.stage, offload_optimizer"),
         Item("training engine: buffers", zero.buffers, "zero_optimization: bucket sizes"),
         Item("reference copy", reference, "training.kl_coef, training.reference, model.lora"),
-        Item("reference copy: layers gathered", zero.gathered if where in ("sharded", "offloaded") else 0, "stage3_max_live_parameters"),
+        Item("layers of the reference, gathered", zero.gathered if where in ("sharded", "offloaded") else 0, "stage3_max_live_parameters"),
         Item("latents, embeddings", _held(config, model, gpus, dtype, trained_in), "data.prompts_per_iteration"),
     ]
     size = _size(config, model)

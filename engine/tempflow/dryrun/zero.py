@@ -43,7 +43,7 @@ class Zero:
         """Of stage 3 a partition of each tensor; what is gathered from the others for a forward is among the buffers."""
         if self.stage < 3:
             return self._weights.bytes
-        return self._weights.bytes - self._weights.lasting + -(-self._weights.lasting // self._gpus)
+        return self._weights.bytes - self._weights.lasting + self.share
 
     def _optimizer_state(self) -> int:
         if self.stage:
@@ -72,8 +72,18 @@ class Zero:
         held = bucket * size * (1 + double) if self._zero.get("contiguous_gradients", True) else 0
         if self.stage < 3:
             return held
+        return held + self.gathered
+
+    @property
+    def gathered(self) -> int:
+        """Of weights spread over the GPUs, those that are whole around the layer that runs."""
         live = self._number("stage3_max_live_parameters", 1e9) + self._number("stage3_prefetch_bucket_size", 5e7)
-        return held + min(self._weights.lasting, live * self._dtype.itemsize)
+        return min(self._weights.lasting, live * self._dtype.itemsize)
+
+    @property
+    def share(self) -> int:
+        """Of weights spread over the GPUs, those of one."""
+        return -(-self._weights.lasting // self._gpus)
 
     def _step(self) -> int:
         """torch's AdamW makes a temporary of the size of what it updates at a time; gradients become fp32 first."""
