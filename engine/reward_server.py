@@ -1,7 +1,7 @@
 """Serve rewards over HTTP: python engine/reward_server.py --reward ocr [--reward 'NAME={"option": value}' ...]
 
 The training side is the reward `http`; docs/rewards.md shows both ends, tokens, and how to serve a detector such as
-GenEval's in an environment of its own. Needs the extra 'server': pip install 'tempflow-grpo[server]'.
+GenEval's in an environment of its own: this needs fastapi, uvicorn, numpy and pillow, and what the rewards import.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def main() -> int:
 
         from tempflow.rewards.serving.app import Limits, create_app
     except ModuleNotFoundError as error:
-        raise UserError(f"the reward server needs {error.name}: pip install 'tempflow-grpo[server]'") from None
+        raise UserError(f"the reward server needs {error.name}: pip install fastapi uvicorn") from None
     from tempflow.rewards.serving import Batcher
 
     limits = Limits(args.max_request_mb << 20, int(args.max_megapixels * 1e6), args.memory_mb << 20, args.timeout_s)
