@@ -141,7 +141,8 @@ def _memory(config: Config, model: Model, gpus: int, prompts: int) -> Memory:
         Item("training engine: optimizer", zero.optimizer, "model.lora, zero_optimization.stage, offload_optimizer"),
         Item("training engine: buffers", zero.buffers, "zero_optimization: bucket sizes"),
         Item("reference copy", reference, "training.kl_coef, training.reference, model.lora"),
-        Item("layers of the reference, gathered", zero.gathered if where in ("sharded", "offloaded") else 0, "stage3_max_live_parameters"),
+        Item("layers of the reference, gathered", zero.gathered if where in ("sharded", "offloaded") else 0,
+             "zero_optimization.stage3_max_live_parameters"),
         Item("latents, embeddings", _held(config, model, gpus, dtype, trained_in), "data.prompts_per_iteration"),
     ]
     size = _size(config, model)
@@ -166,7 +167,8 @@ def _memory(config: Config, model: Model, gpus: int, prompts: int) -> Memory:
     rest = frozen.get("vae", 0) + plain
     start = max(encoders + rest if stay else max(encoders, rest), weights.bytes)
     first = Item("weights gathered: checkpoint, first process", zero.whole_fp32, "model.lora")
-    return Memory([item for item in resident if item.bytes], [item for item in moments if item.bytes], [item for item in host if item.bytes], first, start)
+    resident, moments, host = ([item for item in items if item.bytes] for items in (resident, moments, host))
+    return Memory(resident, moments, host, first, start)
 
 
 def _reference(where: str | None, zero: Zero, weights: Weights) -> tuple[int, int]:
