@@ -61,7 +61,8 @@ def start(folder, name, processes, stage, **more) -> Run:
     # No ratio comes near its bounds, where rounding would decide.
     training = {"iterations": 3, "updates_per_rollout": 2, "clip_low": 0.2, "clip_high": 0.2, "kl_coef": 0.1, "advantage_of": "each"}
     deepspeed = {**SGD, "gradient_clipping": 0.02, "zero_optimization": ZERO[stage]}
-    more["rewards"] = {"engine_rewards:contrast": 1.0, "engine_rewards:warmth": 0.5, "jpeg": 0}
+    watched = {"type": "engine_rewards:warmth", "weight": 0}
+    more["rewards"] = {"engine_rewards:contrast": 1.0, "engine_rewards:warmth": 0.5, "watched": watched}
     more["rollout"] = {"refresh_bucket": 50_000, **more.get("rollout", {})}  # many gathers, as a large model needs
     return train(folder, name, processes=processes, training=training, deepspeed=deepspeed, reward_pool={"workers": 1}, **more)
 
@@ -134,6 +135,20 @@ def assert_agree(one: Run, other: Run):
 def test_training_through_the_engine_itself(launched, folder):
     """Without the rollout copy, ZeRO-3 gathers the weights for every rollout forward; the run is the same."""
     assert_agree(launched("two-zero3"), start(folder, "no-replica", 2, 3, rollout={"replica": False}))
+
+
+def test_without_the_rollout_copy_there_is_one_transformer(folder, monkeypatch):
+    from diffusers import FluxTransformer2DModel
+
+    loaded, load = [], FluxTransformer2DModel.from_pretrained
+    monkeypatch.setattr(FluxTransformer2DModel, "from_pretrained", lambda *a, **k: loaded.append(1) or load(*a, **k))
+    changes = {"training": {"iterations": 1, "kl_coef": 0.1}, "eval": {"every": 0}}
+    run = train(folder, "single", processes=None, rollout={"replica": False}, **changes)
+    assert len(loaded) == 1
+    copied = train(folder, "copied", processes=None, **changes)
+    assert len(loaded) == 3
+    assert run.rows[1]["reward/mean"] == copied.rows[1]["reward/mean"] and run.rows[1]["loss"] == copied.rows[1]["loss"]
+    assert all(torch.equal(value, copied.weights()[name]) for name, value in run.weights().items())
 
 
 def test_unequal_shares_of_the_engines_own_forwards_are_refused(folder):
