@@ -127,7 +127,7 @@ def test_frozen_and_in_evaluation_mode(policy):
 
 
 def test_load_transformer_is_another_copy_of_the_same_weights(policy):
-    copy = load_transformer(str(MODEL), policy, torch.bfloat16)
+    copy = load_transformer(str(MODEL), torch.bfloat16)
     own = dict(policy.transformer.named_parameters())
     for name, parameter in copy.named_parameters():
         assert parameter.dtype == torch.bfloat16 and parameter.data_ptr() != own[name].data_ptr()

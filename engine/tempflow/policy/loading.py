@@ -112,13 +112,13 @@ def _fetch(path: str, file: str) -> Path:
 
 def load_policy(
     path: str, *, dtype: str | torch.dtype = "float32", device: str | torch.device = "cpu",
-    max_sequence_length: int | None = None, parts: Literal["all", "text", "picture"] = "all",
+    max_sequence_length: int | None = None, parts: Literal["all", "text", "picture"] = "all", transformer: bool = True,
 ) -> Policy:  # fmt: skip
     """Load a diffusers pipeline folder (or hub id) as a Policy; the family is read from its model_index.json.
 
     dtype: "float32", "bfloat16", "float16", "auto", or a torch dtype. max_sequence_length: text tokens; default: as many as
     the family's pipeline takes by default. parts: "text" loads the text encoders alone, for `embed`; "picture" everything but
-    them. Raises UserError as `check_model` does.
+    them. transformer=False leaves it out, for the caller to register one. Raises UserError as `check_model` does.
     """
     import diffusers
     import transformers
@@ -128,7 +128,7 @@ def load_policy(
     pipeline_class = check_model(str(path))
     dtype = resolve_dtype(dtype, device) if isinstance(dtype, str) else dtype
     length = check_text_length(str(path), max_sequence_length)
-    absent = dict.fromkeys(_left_out(str(path), parts))
+    absent = dict.fromkeys([*_left_out(str(path), parts), *([] if transformer else ["transformer"])])
     try:
         pipe = getattr(diffusers, pipeline_class).from_pretrained(str(path), torch_dtype=dtype, use_safetensors=True, **absent)
     except (OSError, ValueError) as error:
@@ -136,7 +136,9 @@ def load_policy(
     return family_of(str(path))(pipe, device=device, max_sequence_length=length)
 
 
-def load_transformer(path: str, policy: Policy, dtype: torch.dtype) -> torch.nn.Module:
-    """Another copy of the checkpoint's transformer, in `dtype` on the CPU."""
-    kind = type(policy.transformer)
+def load_transformer(path: str, dtype: torch.dtype) -> torch.nn.Module:
+    """Another copy of a checkpoint's transformer, in `dtype` on the CPU; after `check_model`."""
+    import diffusers
+
+    kind = getattr(diffusers, json.loads(_index_file(path).read_text())["transformer"][1])
     return kind.from_pretrained(str(path), subfolder="transformer", torch_dtype=dtype, use_safetensors=True)

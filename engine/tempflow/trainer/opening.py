@@ -28,10 +28,12 @@ def open_policy(
 ) -> tuple[Policy, EmbeddingCache]:
     """The policy before training and the embeddings of `prompts` and their negative prompts (a collective).
 
+    Without rollout.replica it has no transformer yet: the one that is trained will be its own.
     Raises UserError as `load_policy` does, and on every rank alike where the cache cannot be written.
     """
     m = config.model
-    load = partial(load_policy, m.path, dtype=m.dtype, device=device, max_sequence_length=m.max_sequence_length)
+    load = partial(load_policy, m.path, dtype=m.dtype, device=device, max_sequence_length=m.max_sequence_length,
+                   transformer=config.rollout.replica)  # fmt: skip
     if config.data.embedding_cache is None:
         policy, store = load(), None
     else:

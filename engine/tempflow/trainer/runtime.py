@@ -57,7 +57,7 @@ def add_lora(module: torch.nn.Module, lora: Lora, targets: tuple[str, ...], seed
 
 
 class Runtime:
-    """Trains the transformer of `policy`.
+    """Trains the transformer of `policy`; without rollout.replica it becomes the policy's own.
 
     engine: the DeepSpeed engine. dtype: of its weights and activations. trainable: name -> parameter.
     """
@@ -66,17 +66,17 @@ class Runtime:
         self.config, self.policy = config, policy
         self.dtype = engine_dtype(config.deepspeed)
         self.stage = config.deepspeed.get("zero_optimization", {}).get("stage", 0)
-        module = load_transformer(config.model.path, policy, self.dtype).train()
+        module = load_transformer(config.model.path, self.dtype).train()
         if config.model.lora:
             add_lora(module, config.model.lora, policy.lora_targets, config.training.seed)
         else:
             module.requires_grad_(True)
         if config.model.gradient_checkpointing:
             module.enable_gradient_checkpointing()
-        for copy_of_it in (module, policy.transformer):
-            set_attention_backend(copy_of_it, config.model.attention_backend)
+        set_attention_backend(module, config.model.attention_backend)
         compile_blocks(module, config.training.compile)
         if config.rollout.replica:
+            set_attention_backend(policy.transformer, config.model.attention_backend)
             compile_blocks(policy.transformer, config.rollout.compile)
         self.reference = make_reference(config, module, policy.device)
         self.trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
