@@ -29,6 +29,7 @@ REFUSED = {
     "both halves": ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, ["deepspeed: ", "simultaneously"]),
     "table": ({"activation_checkpointing": 3}, ["deepspeed.activation_checkpointing", "got 3"]),
     "tracker": ({"tensorboard": 3}, ["deepspeed.tensorboard: ", "dictionary", "got 3"]),
+    "writer": ({"checkpoint": {"writer": {"decoupled": True}}}, ["deepspeed.checkpoint.writer", "remove it"]),
     "clipping": ({"gradient_clipping": "auto"}, ["deepspeed.gradient_clipping", "number from 0 on", "got 'auto'"]),
     "optimizer": ({"optimizer": {"type": "Adamm"}}, ["deepspeed.optimizer.type", "AdamW", "got 'Adamm'"]),
     "no optimizer": ({"optimizer": {}}, ["deepspeed.optimizer.type", "got None"]),

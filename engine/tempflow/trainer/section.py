@@ -30,6 +30,8 @@ def check_deepspeed(section: dict) -> None:
         hint = f"; did you mean {near[0]!r}?" if near else f". DeepSpeed reads {', '.join(sorted(asked))}"
         raise UserError(f"{_name(unknown[0])}: unknown key{hint}")
     _check_offload(section.get("zero_optimization", {}))
+    if (section.get("checkpoint") or {}).get("writer"):  # with some it returns before the files are there to be sealed
+        raise UserError("deepspeed.checkpoint.writer: the engine needs DeepSpeed's own way to write; remove it")
 
 
 class _Watched(dict):
@@ -81,7 +83,8 @@ def _read(values: dict, key: str | None) -> _Watched:
         raise UserError(f"{where}: {first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r:.100}") from None
     except Exception as error:  # whatever DeepSpeed's parsing runs into
         given = f", got {values[key]!r:.100}" if key else ""
-        raise UserError(f"{name}: DeepSpeed does not take it ({type(error).__name__}: {' '.join(str(error).split()):.300}){given}") from None
+        reason = f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
+        raise UserError(f"{name}: DeepSpeed does not take it ({reason}){given}") from None
     return watched
 
 
