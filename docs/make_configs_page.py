@@ -76,8 +76,8 @@ WHY = {
     "training.clip_low": "So small because the log-probability is a mean over latent elements. tiny_ocr: its latents have few.",
     "training.clip_high": "As above.",
     "training.weighting": "A step's loss weighs as much as its noise could change.",
-    "training.kl_coef": "The paper's for HPSv3 and for OCR. flux_zero3: 0, because the reference would be one more copy; "
-    "with it, see `training.reference` in the [config page](config.md). tiny_ocr: nothing to keep but spelling.",
+    "training.kl_coef": "The paper's for HPSv3 and for OCR. flux_zero3: 0 saves a reference's forwards "
+    "and memory; for where one is kept, see `training.reference` in the [config page](config.md). tiny_ocr: nothing to keep but spelling.",
     "training.kl_form": "Between the means of the steps.",
     "training.ema.decay": "What is evaluated and exported is the average.",
     "training.ema.every": "tiny_ocr: every update, because it makes few.",
