@@ -2,6 +2,7 @@
 
 import os
 import time
+from pathlib import Path
 
 import numpy as np
 
@@ -19,7 +20,10 @@ def listed(images, prompts, metadata):
 
 
 def slow(images, prompts, metadata):
-    """Takes the metadata's "seconds"."""
+    """Takes the metadata's "seconds", after it has made its file "begun"."""
+    for entry in metadata:
+        if "begun" in entry:
+            Path(entry["begun"]).touch()
     time.sleep(max(entry.get("seconds", 0) for entry in metadata))
     return np.ones(len(images))
 

@@ -164,8 +164,14 @@ def test_ocr_through_pool_and_server_is_the_pool_alone(server):
 def test_requests_share_batches_and_get_their_own_scores(server):
     reward = client(server, "listed")
     requests = [[{"value": 10 * i + j} for j in range(1 + i % 3)] for i in range(12)]
+    together = threading.Barrier(12)
+
+    def ask(entries):
+        together.wait()
+        return values_of(reward, entries)
+
     with ThreadPoolExecutor(12) as threads:
-        answers = list(threads.map(lambda entries: values_of(reward, entries), requests))
+        answers = list(threads.map(ask, requests))
     assert [a.values.tolist() for a in answers] == [[entry["value"] for entry in entries] for entries in requests]
     sizes = [int(answer.details[0].split()[0]) for answer in answers]
     assert max(sizes) > 3 and max(sizes) <= 8, "more than any request's own pictures, no more than a batch"
@@ -339,12 +345,10 @@ def test_health_needs_no_token_and_the_rest_does(strict_server):
 
 
 def test_memory_is_refused_while_another_request_holds_it(strict_server):
-    half = {"images": [IMAGE], "prompts": ["x" * 130_000]}
-    with ThreadPoolExecutor(1) as threads:
-        first = threads.submit(post, strict_server, {**half, "metadata": [{"seconds": 1.5}]}, GOOD_HEADERS)
-        time.sleep(0.5)
-        assert post(strict_server, half, GOOD_HEADERS)[0] == 503
-        assert first.result()[0] == 200
+    half = {"images": [IMAGE], "prompts": ["x" * 130_000], "metadata": [{"seconds": 1.5}]}
+    with ThreadPoolExecutor(2) as threads:
+        both = threads.map(lambda _: post(strict_server, half, GOOD_HEADERS)[0], range(2))
+        assert sorted(both) == [200, 503]
     assert post(strict_server, half, GOOD_HEADERS)[0] == 200
 
 
@@ -457,17 +461,19 @@ def test_command_refuses(arguments, words):
     assert all(word in error for word in words), error
 
 
-def test_command_serves_and_finishes_what_it_serves():
+def test_command_serves_and_finishes_what_it_serves(tmp_path):
     slow = '--reward=slow={"type": "served_rewards:slow"}'
     process = run_script(slow, "--host", "0.0.0.0", "--port", "0", "--token-env", "TEMPFLOW_TEST_TOKEN")
     try:
         line = process.stdout.readline()
         assert line.startswith("serving slow at http://0.0.0.0:"), line + process.stderr.read()
         url = line.split()[-1].replace("0.0.0.0", "127.0.0.1")
-        message = {"images": [IMAGE], "prompts": [""], "metadata": [{"seconds": 1.5}]}
+        message = {"images": [IMAGE], "prompts": [""], "metadata": [{"seconds": 1.0, "begun": str(tmp_path / "begun")}]}
         with ThreadPoolExecutor(1) as threads:
             answer = threads.submit(post, url, message, GOOD_HEADERS)
-            time.sleep(0.7)
+            while not (tmp_path / "begun").exists():
+                assert not answer.done(), answer.result()
+                time.sleep(0.02)
             process.send_signal(signal.SIGTERM)
             assert answer.result() == (200, {"scores": [1.0], "details": None})
         output, error = process.communicate(timeout=30)
