@@ -81,6 +81,18 @@ def test_there_and_back(passed_on, case):
     assert not list((folder / case / "checkpoints").glob(".*")), "nothing converted is left behind"
 
 
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_frozen_weights_are_not_saved_with_adapters(tmp_path, stage):
+    toy = Toy(f"lora-zero{stage}")
+    toy.train(BEGINNING)
+    toy.save(tmp_path, BEGINNING.stop)
+    (found,) = manifest.folders(tmp_path)
+    written = sum(file.stat().st_size for file in (found / "deepspeed").rglob("*") if file.is_file())
+    frozen = 4 * sum(getattr(p, "ds_numel", p.numel()) for p in toy.runtime.module.parameters() if not p.requires_grad)
+    toy.close()
+    assert written < frozen / 2
+
+
 # --------------------------------------------------------------------------------------------------- conversions
 def sharded(folder, case="lora-zero2", **more):
     """A checkpoint that says it is of three ranks, and a Runtime of one to restore it."""

@@ -17,13 +17,12 @@ import os
 import shutil
 from pathlib import Path
 
-from safetensors.torch import save_file
-
 from tempflow.errors import UserError
 from tempflow.logs import write_atomic
 from tempflow.trainer import comm, manifest, universal
 from tempflow.trainer.ema import Average
 from tempflow.trainer.runtime import Runtime
+from tempflow.trainer.streaming import write_together
 
 
 def save(runtime: Runtime, ema: Average | None, run_dir: Path, state: dict, keep: int, keep_best: bool = False) -> Path:
@@ -37,17 +36,13 @@ def save(runtime: Runtime, ema: Average | None, run_dir: Path, state: dict, keep
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
     comm.barrier()
-    runtime.engine.save_checkpoint(str(draft / "deepspeed"), tag=universal.TAG, save_latest=False)
-    weights = {}
-    for name, parameter in runtime.trainable.items():
-        value = runtime.full_fp32(parameter)
-        if comm.rank() == 0:
-            weights[name] = value.cpu().contiguous()
+    universal.save_state(runtime.engine, draft / "deepspeed")
+    weights = ((name, runtime.full_fp32(parameter).cpu()) for name, parameter in runtime.trainable.items())
+    write_together(draft / "weights.safetensors", runtime.trainable_shapes(), weights)
     if ema:
         ema.write(draft / "ema.safetensors")
     comm.barrier()
     if comm.rank() == 0:
-        save_file(weights, draft / "weights.safetensors")
         (draft / "state.json").write_text(json.dumps(state, indent=1))
         manifest.seal(draft)
         shutil.rmtree(final, ignore_errors=True)
@@ -76,7 +71,7 @@ def restore(runtime: Runtime, ema: Average | None, checkpoint: Path, note=lambda
         note(f"checkpoint {checkpoint.name} was written by {written_by} ranks and is resumed on {ranks}")
     if ranks != written_by and runtime.stage > 0:
         universal.restore(runtime.engine, checkpoint, written_by)
-    elif runtime.engine.load_checkpoint(str(checkpoint / "deepspeed"), tag=universal.TAG)[0] is None:
+    elif not universal.load_state(runtime.engine, checkpoint / "deepspeed"):
         raise UserError(f"checkpoint {checkpoint}: DeepSpeed could not read it")
     if ema:
         averages = checkpoint / "ema.safetensors"

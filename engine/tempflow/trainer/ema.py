@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from tempflow.trainer import comm
 from tempflow.trainer.runtime import Runtime
-from tempflow.trainer.streaming import write_safetensors
+from tempflow.trainer.streaming import write_together
 
 
 class Average:
@@ -23,7 +23,7 @@ class Average:
     def __init__(self, runtime: Runtime, decay: float, every: int):
         self._runtime, self._decay, self._every = runtime, decay, every
         self.updates = 0
-        self._shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in runtime.trainable.items()}
+        self._shapes = runtime.trainable_shapes()
         self._owner = deal(self._shapes, comm.world_size())
         self._mine: dict[str, torch.Tensor] = {}
         for name, value in self._current():
@@ -56,12 +56,7 @@ class Average:
 
     def write(self, file: Path) -> None:
         """All averages into a safetensors file, by the first rank (a collective)."""
-        values = ((name, self.gather([name])[name].cpu()) for name in self._shapes)
-        if comm.rank() == 0:
-            write_safetensors(file, self._shapes, values)
-        else:
-            for _ in values:
-                pass
+        write_together(file, self._shapes, ((name, self.gather([name])[name].cpu()) for name in self._shapes))
 
     def read(self, file: Path, updates: int) -> None:
         """Take over this rank's share of averages that `write` wrote on any number of ranks."""

@@ -154,6 +154,10 @@ class Runtime:
         value = safe_get_full_fp32_param(parameter)
         return (parameter if value is None else value).detach().float()
 
+    def trainable_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Whole shapes of the trainable weights, which ZeRO-3 may hold in slices."""
+        return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self.trainable.items()}
+
     def _replica_sources(self) -> list[tuple[str, list[str]]]:
         """For each weight of a plain transformer that training changes, the engine's parameters it is made of."""
         names = dict(self.module.named_parameters())

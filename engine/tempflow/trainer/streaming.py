@@ -12,7 +12,18 @@ from typing import Iterable
 
 import torch
 
+from tempflow.trainer import comm
+
 ALIGNMENT = 8
+
+
+def write_together(file: Path, shapes: dict[str, tuple[int, ...]], tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """`write_safetensors` by the first rank, of tensors that all ranks must help to make (a collective)."""
+    if comm.rank() == 0:
+        write_safetensors(file, shapes, tensors)
+    else:
+        for _ in tensors:
+            pass
 
 
 def write_safetensors(file: Path, shapes: dict[str, tuple[int, ...]], tensors: Iterable[tuple[str, torch.Tensor]]) -> None:

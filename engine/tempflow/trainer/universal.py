@@ -1,4 +1,4 @@
-"""A checkpoint's DeepSpeed state on another number of ranks: DeepSpeed's universal format, made when a run resumes.
+"""A checkpoint's DeepSpeed state, also on another number of ranks: by DeepSpeed's universal format, made when a run resumes.
 
 ZeRO writes a file per rank, each a slice of weights and optimizer state. The universal format holds them whole, by parameter;
 every rank cuts its own slices out of it. It is made beside the checkpoint, which is only read, and is gone once it is
@@ -22,6 +22,17 @@ from tempflow.trainer import comm
 
 TAG = "state"  # of DeepSpeed's part of a checkpoint
 CONVERTIBLE = ("adam", "adamw", "lamb")  # whose state is exp_avg and exp_avg_sq
+
+
+def save_state(engine, folder: Path) -> None:
+    """Write DeepSpeed's part of a checkpoint: all that training changes. Frozen weights are in the model's own files."""
+    engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
+
+
+def load_state(engine, folder: Path) -> bool:
+    """Read it back; False where DeepSpeed could not."""
+    whole = all(p.requires_grad for p in engine.module.parameters())
+    return engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=whole)[0] is not None
 
 
 def restore(engine, checkpoint: Path, written_by: int) -> None:
@@ -87,7 +98,7 @@ def _load(engine, folder: Path) -> None:
     kept = engine._config.load_universal_checkpoint
     engine._config.load_universal_checkpoint = True
     try:
-        engine.load_checkpoint(str(folder), tag=TAG)
+        load_state(engine, folder)
     finally:
         engine._config.load_universal_checkpoint = kept
     # ZeRO-3 gives all groups of its partitions one step counter, which each group would then count up.
