@@ -145,7 +145,7 @@ def test_without_the_rollout_copy_there_is_one_transformer(folder, monkeypatch):
     changes = {"training": {"iterations": 1, "kl_coef": 0.1}, "eval": {"every": 0}}
     run = train(folder, "single", processes=None, rollout={"replica": False}, **changes)
     assert len(loaded) == 1
-    copied = train(folder, "copied", processes=None, **changes)
+    copied = train(folder, "copied", processes=None, rollout={"lanes": 1}, **changes)  # the same batches
     assert len(loaded) == 3
     assert run.rows[1]["reward/mean"] == copied.rows[1]["reward/mean"] and run.rows[1]["loss"] == copied.rows[1]["loss"]
     assert all(torch.equal(value, copied.weights()[name]) for name, value in run.weights().items())
