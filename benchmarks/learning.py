@@ -41,13 +41,18 @@ AXES = {"minutes": "minutes of training", "forwards": "transformer forwards (bac
 POINTS = 60
 
 
+def settings(args: argparse.Namespace, variant: str) -> list[str]:
+    """What makes a variant of the config, and what the command line says of all or of this one."""
+    return [*VARIANTS[variant], *args.set, *(override for name, override in args.set_for if name == variant)]
+
+
 def train(args: argparse.Namespace, variant: str, seed: int) -> Path:
     """Train one seed of a variant unless its run is complete; returns the run directory."""
     name = f"{Path(args.config).stem}-{variant.replace(' ', '_')}-seed{seed}"
     run_dir = args.runs / name
     if (run_dir / "summary.json").exists():
         return run_dir
-    overrides = [*VARIANTS[variant], *args.set, f"training.seed={seed}", f"logging.name={name}", f"logging.dir={args.runs}"]
+    overrides = [*settings(args, variant), f"training.seed={seed}", f"logging.name={name}", f"logging.dir={args.runs}"]
     launcher = Path(sys.executable).with_name("deepspeed")
     command = [str(launcher), "engine/train.py", "--config", args.config]
     command += [part for override in overrides for part in ("--set", override)]
@@ -133,10 +138,15 @@ def main() -> int:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["tempflow", "flow_grpo"],
                         help="what is compared; the last is what the others are measured against")  # fmt: skip
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
+    parser.add_argument("--set-for", nargs=2, action="append", default=[], metavar=("VARIANT", "SECTION.KEY=VALUE"),
+                        help="a setting of one variant, such as a learning rate that suits it")  # fmt: skip
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/learning", help="folder of the runs")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results", help="folder of the report")
     args = parser.parse_args()
-    configs = {variant: load_config(args.config, [*VARIANTS[variant], *args.set]).model_dump() for variant in args.variants}
+    unknown = {name for name, _ in args.set_for} - set(args.variants)
+    if unknown:
+        raise UserError(f"--set-for: {', '.join(unknown)} is not among --variants: {', '.join(args.variants)}")
+    configs = {variant: load_config(args.config, settings(args, variant)).model_dump() for variant in args.variants}
     results: dict[str, list[dict]] = {variant: [] for variant in args.variants}
     for seed in range(args.seeds):
         for variant in args.variants:
