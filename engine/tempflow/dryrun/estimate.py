@@ -51,13 +51,12 @@ class Phase:
 
 @dataclass(frozen=True)
 class Memory:
-    """resident: on every GPU, all the time. moments: on top, one at a time. host: of every process, at most; first: what the
-    first process gathers besides, for a checkpoint; start: of every process while it loads."""
+    """resident: on every GPU, all the time. moments: on top, one at a time. host: of every process, at most; start: of
+    every process while it loads."""
 
     resident: list[Item]
     moments: list[Item]
     host: list[Item]
-    first: Item
     start: int
 
     @property
@@ -166,9 +165,8 @@ def _memory(config: Config, model: Model, gpus: int, prompts: int) -> Memory:
     ]
     rest = frozen.get("vae", 0) + plain
     start = max(encoders + rest if stay else max(encoders, rest), weights.bytes)
-    first = Item("weights gathered: checkpoint, first process", zero.whole_fp32, "model.lora")
     resident, moments, host = ([item for item in items if item.bytes] for items in (resident, moments, host))
-    return Memory(resident, moments, host, first, start)
+    return Memory(resident, moments, host, start)
 
 
 def _reference(where: str | None, zero: Zero, weights: Weights) -> tuple[int, int]:

@@ -88,12 +88,10 @@ def _host(estimate: Estimate) -> Table:
     memory = estimate.memory
     for item in memory.host:
         _row(table, item)
-    first = memory.first.bytes
-    _row(table, memory.first)
     table.add_section()
     each = sum(item.bytes for item in memory.host)
-    for name, single, further in (("while it runs, at most", each + first, each), ("while it loads", memory.start, memory.start)):
-        machine = f"{estimate.gpus} processes on one machine: {size(single + (estimate.gpus - 1) * further)}"
+    for name, single in (("while it runs, at most", each), ("while it loads", memory.start)):
+        machine = f"{estimate.gpus} processes on one machine: {size(single * estimate.gpus)}"
         table.add_row(name, size(single), machine if estimate.gpus > 1 else "")
     return table
 
