@@ -52,7 +52,7 @@ def main() -> int:
     with RewardPool(specs, workers=pool.workers, threads_per_worker=pool.threads_per_worker,
                     timeout_s=pool.timeout_s, retries=pool.retries) as scorers:  # fmt: skip
         drawn = evaluation.draw(policy, embeddings, prompts, list(range(len(prompts))), height=r.height,
-                                width=r.width, num_steps=steps, guidance_scale=r.guidance_scale,
+                                width=r.width, num_steps=steps, guidance_scale=config.eval_guidance(),
                                 micro_batch=r.micro_batch)  # fmt: skip
         batches = -(-len(prompts) // r.micro_batch)
         scored = evaluation.evaluate(scorers, specs, prompts, track(drawn, "sampling", total=batches, transient=True))

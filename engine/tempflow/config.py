@@ -202,6 +202,7 @@ class Stop(Section):
 class Eval(Section):
     every: Annotated[int, Field(ge=0)] = Field(10, description="iterations between evaluations; 0: never")
     num_steps: Annotated[int, Field(ge=1)] | None = Field(None, description="ODE steps; null: as in the rollout")
+    guidance_scale: Annotated[float, Field(ge=0)] | None = Field(None, description="null: as in the rollout")
     prompts: Positive = Field(128, description="held-out prompts used, from the top of the file")
     keep_samples: Positive = Field(24, description="pictures written per evaluation, the first prompts'")
     stop: Stop | None = Field(None, description="ends the run early by a metric; a checkpoint is saved")
@@ -237,6 +238,11 @@ class Config(Section):
         for check in (_check_branch_steps, _check_groups, _check_deepspeed, _check_compiled, _check_stop):
             check(self)
         return self
+
+    def eval_guidance(self) -> float:
+        """Guidance scale of evaluations."""
+        own = self.eval.guidance_scale
+        return self.rollout.guidance_scale if own is None else own
 
     def steps_with_noise(self) -> list[int]:
         """Every step that the plan may ever make stochastic: all but the last, or the list given."""

@@ -176,7 +176,7 @@ def test_a_folder_that_cannot_be_used(tmp_path, loads, monkeypatch):
 # ------------------------------------------------------------------------------------------ negative prompts unused
 @pytest.mark.parametrize("name, scale, words", [
     ("flux", 3.0, "warning: 2 prompts bring a negative_prompt without effect: FluxPipeline has its guidance built in"),
-    ("sd3", 1.0, "warning: 2 prompts bring a negative_prompt without effect: rollout.guidance_scale 1 is no guidance"),
+    ("sd3", 1.0, "warning: 2 prompts bring a negative_prompt without effect: guidance_scale 1 is no guidance"),
     ("sd3", 3.0, None),
 ])  # fmt: skip
 def test_unused_negative_prompts_are_noted(folders, name, scale, words):

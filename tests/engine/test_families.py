@@ -13,9 +13,11 @@ import torch
 from engine_cases import ROOT
 from family_cases import qwen_pipeline, sd3_pipeline
 from kernel_cases import assert_close
+from PIL import Image
 from run_cases import ADAMW, Run, script_here, train
 
 from tempflow.errors import UserError
+from tempflow.evaluation import fixed_noise
 from tempflow.policy import check_model, check_size, load_policy, take
 from tempflow.policy.embeddings import EmbeddingCache
 
@@ -330,7 +332,8 @@ def runs(folders, tmp_path_factory):
                 data={"prompts_per_iteration": 1},
                 rollout={"height": 32, "width": 32, "num_steps": 4, "branch_steps": [0, 2], "guidance_scale": 3.0, "micro_batch": 8},
                 training={"iterations": 1, "updates_per_rollout": 2, "kl_coef": 0.01, "clip_low": 0.1, "clip_high": 0.1},
-                eval={"every": 1, "prompts": 2}, deepspeed={"optimizer": {**ADAMW, "params": {**ADAMW["params"], "lr": 1e-3}}},
+                eval={"every": 1, "prompts": 2, "guidance_scale": 1.5},
+                deepspeed={"optimizer": {**ADAMW, "params": {**ADAMW["params"], "lr": 1e-3}}},
             )  # fmt: skip
         return made[name, kind]
 
@@ -374,6 +377,21 @@ def test_export_is_read_by_plain_diffusers(runs, folders, tmp_path, name, kind):
                     max_sequence_length=32, **FAMILIES[name].call(3.0, NEGATIVES)).images  # fmt: skip
     assert_close("latents", got, expected, FP32)
     assert (got - base).norm() > 1e-3 * base.norm()
+
+
+@pytest.mark.slow
+def test_evaluation_has_a_guidance_of_its_own(runs, folders):
+    folder = runs("sd3", "full").folder / "samples/000000"
+    first = json.loads((folder / "samples.json").read_text())["items"][0]
+    kept = np.asarray(Image.open(folder / first["file"])).astype(int)
+    policy = load_policy(folders("sd3"), max_sequence_length=32)
+    noise = fixed_noise([0], policy.latent_shape(32, 32), "cpu")
+
+    def distance(scale):
+        (drawn,) = policy.sample([first["prompt"]], latents=noise, height=32, width=32, num_steps=4, guidance_scale=scale)
+        return np.abs(kept - np.asarray(drawn)).max()
+
+    assert distance(1.5) <= 1 < distance(3.0)
 
 
 @pytest.mark.slow

@@ -270,7 +270,8 @@ def _phases(config: Config, model: Model, gpus: int, speed: float) -> list[Phase
     if config.data.heldout and config.eval.every:
         steps = config.eval.num_steps or r.num_steps
         most = -(-config.eval.prompts // gpus) * steps
-        phases.append(Phase("evaluation", config.eval.prompts * steps, most, flops, _seconds(most * flops, speed),
+        own = _forward_pass(folder, dtype, replace(one, guided=config.eval_guidance() > 1))[1]
+        phases.append(Phase("evaluation", config.eval.prompts * steps, most, own, _seconds(most * own, speed),
                             1 / min(config.eval.every, 10**9)))  # fmt: skip
     return phases
 

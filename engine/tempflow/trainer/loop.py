@@ -335,7 +335,7 @@ class Trainer:
         with self._averaged_weights() as weights, self.console.phase("eval", len(mine)) as advance, self.threads.shared():
             drawn = evaluation.draw(
                 self.policy, self.embeddings, self.heldout, mine, height=r.height, width=r.width, num_steps=steps,
-                guidance_scale=r.guidance_scale, micro_batch=r.micro_batch, advance=advance,
+                guidance_scale=self.config.eval_guidance(), micro_batch=r.micro_batch, advance=advance,
             )  # fmt: skip
             scored = evaluation.evaluate(self.pool, self.specs, self.heldout, drawn)
         self.evaluated_at = self.iteration

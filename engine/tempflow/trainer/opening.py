@@ -40,7 +40,7 @@ def open_policy(
         store = _store(config, device)
         _fill(store, _texts(prompts, family_of(m.path).default_negative_prompt), load, note)
         policy = load(parts="picture")
-    _note_unused(policy, prompts, config.rollout.guidance_scale, note)
+    _note_unused(policy, prompts, max(config.rollout.guidance_scale, config.eval_guidance()), note)
     return policy, EmbeddingCache(policy, store)
 
 
@@ -126,4 +126,4 @@ def _note_unused(policy: Policy, prompts: list[Prompt], guidance_scale: float, n
     if given and policy.default_negative_prompt is None:
         note(f"warning: {given} prompts bring a negative_prompt without effect: {type(policy.pipe).__name__} has its guidance built in")
     elif given and guidance_scale <= 1:
-        note(f"warning: {given} prompts bring a negative_prompt without effect: rollout.guidance_scale {guidance_scale:g} is no guidance")
+        note(f"warning: {given} prompts bring a negative_prompt without effect: guidance_scale {guidance_scale:g} is no guidance")
