@@ -385,7 +385,7 @@ def test_a_run_starts_where_an_exported_one_ended(lora_run, folder, tmp_path):
 
 def test_evaluate_repeats_the_runs_own_evaluation(whole, tmp_path):
     tuned = script("evaluate", "--run", whole.folder, "--out", tmp_path / "pictures")
-    base = script_here("evaluate", "--run", whole.folder, "--base")
+    base = script("evaluate", "--run", whole.folder, "--base")
     assert tuned.returncode == base.returncode == 0, tuned.stderr + base.stderr
     tuned, base = (json.loads(done.stdout.splitlines()[-1]) for done in (tuned, base))
     assert tuned["reward"] == pytest.approx(whole.rows[4]["eval/reward"], abs=1e-6)

@@ -13,8 +13,12 @@ from tempflow.policy.base import Conditioning, Policy
 from tempflow.policy.embedding_store import EmbeddingStore
 from tempflow.policy.guided import against
 
-ENCODE_BATCH = 32
 KEPT, KEPT_OF_STORE = 4096, 256  # texts; reading one again takes milliseconds, encoding it again a good part of a second
+
+
+def embed_one(policy: Policy, text: str) -> Conditioning:
+    """A text's embedding, on the CPU. Alone, for a batch's other texts would show in its last bits."""
+    return {name: tensor[0].cpu() for name, tensor in policy.embed([text]).items()}
 
 
 class EmbeddingCache:
@@ -45,11 +49,8 @@ class EmbeddingCache:
         if self._store:
             self._held |= {text: self._store.read(text) for text in missing}
             missing = []
-        for first in range(0, len(missing), ENCODE_BATCH):
-            part = missing[first : first + ENCODE_BATCH]
-            encoded = {name: tensor.cpu() for name, tensor in self._policy.embed(part).items()}
-            for i, text in enumerate(part):
-                self._held[text] = {name: tensor[i] for name, tensor in encoded.items()}
+        for text in missing:
+            self._held[text] = embed_one(self._policy, text)
         for text in texts:
             self._held.move_to_end(text)
 

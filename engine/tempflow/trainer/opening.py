@@ -18,7 +18,7 @@ from tempflow.config import Config
 from tempflow.errors import UserError
 from tempflow.policy import Policy, check_text_length, encoder_identity, family_of, load_policy, resolve_dtype
 from tempflow.policy.embedding_store import EmbeddingStore
-from tempflow.policy.embeddings import ENCODE_BATCH, EmbeddingCache
+from tempflow.policy.embeddings import EmbeddingCache, embed_one
 from tempflow.prompts import Prompt
 from tempflow.trainer import comm
 
@@ -95,13 +95,11 @@ def _embed(store: EmbeddingStore, texts: list[str], load: Callable[..., Policy],
     policy = load(parts="text")
     with _progress() as progress:
         task = progress.add_task("embedding prompts", total=len(texts))
-        for first in range(0, len(texts), ENCODE_BATCH):
-            part = texts[first : first + ENCODE_BATCH]
-            encoded = policy.embed(part)
-            sizes = [store.write(text, {name: tensor[i] for name, tensor in encoded.items()}) for i, text in enumerate(part)]
-            if first == 0:
-                _check_space(store, max(sizes) * (len(texts) - len(part)) * comm.world_size())
-            progress.advance(task, len(part))
+        for done, text in enumerate(texts, 1):
+            size = store.write(text, embed_one(policy, text))
+            if done == 1:
+                _check_space(store, size * (len(texts) - 1) * comm.world_size())
+            progress.advance(task)
     del policy
     gc.collect()
     if torch.cuda.is_available():
