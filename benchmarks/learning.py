@@ -6,7 +6,7 @@
 Every run starts from the same weights, has the same minutes of training and goes through the deepspeed launcher, as a user's
 would; one after another, because each needs the whole machine. Runs found complete in --runs are not repeated. Written to
 benchmarks/results/: JSON, and the curves' mean and range over the seeds against minutes, transformer forwards (a
-backward counts two) and rewarded pictures; and what each needs to get to where the last variant levels off.
+backward counts two) and rewarded pictures; and what each needs to get to where the last variant ends up.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def on_grid(curves: list[list[dict]], axis: str) -> tuple[np.ndarray, np.ndarray
 
 
 def level_reached(results: dict[str, list[dict]], baseline: str) -> dict:
-    """What every variant's mean curve needs to get to where the baseline levels off, and how many times less that is.
+    """What every variant's mean curve needs to get to where the baseline ends up, and how many times less that is.
 
     The level: the mean of the baseline's curve over the last third of its minutes. None where a variant never reaches it.
     """
@@ -108,6 +108,7 @@ def draw(results: dict[str, list[dict]], file: Path, title: str) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import EngFormatter
 
     figure, axes = plt.subplots(1, len(AXES), figsize=(5 * len(AXES), 4), layout="constrained", sharey=True)
     for place, (axis, label) in zip(axes, AXES.items(), strict=True):
@@ -116,6 +117,7 @@ def draw(results: dict[str, list[dict]], file: Path, title: str) -> None:
             place.plot(grid, rewards.mean(0), color=f"C{number}", label=f"{variant} ({len(runs)} seeds)")
             place.fill_between(grid, rewards.min(0), rewards.max(0), color=f"C{number}", alpha=0.15, linewidth=0)
         place.set(xlabel=label)
+        place.xaxis.set_major_formatter(EngFormatter(sep=""))
         place.grid(alpha=0.3)
     axes[0].set(ylabel="held-out reward: mean and range")
     axes[0].legend(fontsize=8)
@@ -167,7 +169,7 @@ def main() -> int:
         print(f"{variant}: gain {min(gains):+.3f} to {max(gains):+.3f}, {sum(g >= 0.3 for g in gains)} of {len(gains)} at least +0.30")
     for variant, cost in levels["needed"].items():
         parts = [f"{cost[axis]:.4g} {axis} ({cost[f'{axis}_times_less'] or 0:.2f} times less)" for axis in AXES if cost[axis] is not None]
-        print(f"to {levels['level']:.3f}, where {levels['baseline']} levels off, {variant} needs: {', '.join(parts) or 'more than it had'}")
+        print(f"to {levels['level']:.3f}, where {levels['baseline']} ends up, {variant} needs: {', '.join(parts) or 'more than it had'}")
     print(out)
     return 0
 
