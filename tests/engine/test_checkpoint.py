@@ -1,7 +1,9 @@
 """Checkpoints: nothing half-written is ever taken for whole, whatever befalls it."""
 
 import contextlib
+import errno
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -220,6 +222,27 @@ def test_a_save_that_fails_leaves_the_last_one(runtime, tmp_path):
     second = checkpoint.save(runtime, None, tmp_path, state_of(2), keep=1)
     assert manifest.newest(tmp_path) == second != first
     assert not list((tmp_path / "checkpoints").glob(".saving-*"))
+
+
+@pytest.mark.parametrize("error, free", [
+    (OSError(errno.ENOSPC, "No space left on device"), 1 << 40), (RuntimeError("PytorchStreamWriter failed writing file"), 0),
+])  # fmt: skip
+def test_a_full_disk_is_named_and_cleared(runtime, tmp_path, monkeypatch, error, free):
+    first = checkpoint.save(runtime, None, tmp_path, state_of(1), keep=2)
+
+    def full(*args):
+        raise error
+
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("tempflow.trainer.checkpoint.write_together", full)
+    monkeypatch.setattr("tempflow.trainer.checkpoint.shutil.disk_usage", lambda path: usage._replace(free=free))
+    with pytest.raises(UserError, match="no space left .* MB were written.*--resume from 000001, which is whole"):
+        checkpoint.save(runtime, None, tmp_path, state_of(2), keep=2)
+    assert manifest.newest(tmp_path) == first and not list((tmp_path / "checkpoints").glob(".*"))
+    monkeypatch.setattr("tempflow.trainer.checkpoint.shutil.disk_usage", lambda path: usage._replace(free=1 << 40))
+    error = RuntimeError("something else")
+    with pytest.raises(RuntimeError, match="something else"):
+        checkpoint.save(runtime, None, tmp_path, state_of(2), keep=2)
 
 
 @pytest.mark.parametrize("crash_at", ["manifest.seal", "os.rename", "write_together"])

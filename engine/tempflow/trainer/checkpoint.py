@@ -12,10 +12,13 @@ is never taken for whole.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Iterator
 
 from tempflow.errors import UserError
 from tempflow.logs import write_atomic
@@ -24,11 +27,13 @@ from tempflow.trainer.ema import Average
 from tempflow.trainer.runtime import Runtime
 from tempflow.trainer.streaming import write_together
 
+FULL, NEARLY_FULL = (errno.ENOSPC, errno.EDQUOT), 16 << 20  # bytes
+
 
 def save(runtime: Runtime, ema: Average | None, run_dir: Path, state: dict, keep: int, keep_best: bool = False) -> Path:
     """Write a checkpoint of all ranks and drop the oldest beyond `keep`, the best one apart where `keep_best`.
 
-    state: JSON values, with "iteration".
+    state: JSON values, with "iteration". UserError where the disk is full: then those before are as they were.
     """
     final = manifest.folder(run_dir, state["iteration"])
     draft = final.with_name(f".saving-{final.name}")
@@ -36,24 +41,44 @@ def save(runtime: Runtime, ema: Average | None, run_dir: Path, state: dict, keep
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
     comm.barrier()
-    universal.save_state(runtime.engine, draft / "deepspeed")
-    weights = ((name, runtime.full_fp32(parameter).cpu()) for name, parameter in runtime.trainable.items())
-    write_together(draft / "weights.safetensors", runtime.trainable_shapes(), weights)
-    if ema:
-        ema.write(draft / "ema.safetensors")
-    comm.barrier()
-    if comm.rank() == 0:
-        (draft / "state.json").write_text(json.dumps(state, indent=1))
-        manifest.seal(draft)
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(draft, final)
-        write_atomic(run_dir / "checkpoints/latest", final.name + "\n")
-        spared = manifest.best(run_dir) if keep_best else None
-        for old in manifest.folders(run_dir)[:-keep]:
-            if old != spared:
-                shutil.rmtree(old)
-    comm.barrier()
+    with _full_disk_named(draft, run_dir):
+        universal.save_state(runtime.engine, draft / "deepspeed")
+        weights = ((name, runtime.full_fp32(parameter).cpu()) for name, parameter in runtime.trainable.items())
+        write_together(draft / "weights.safetensors", runtime.trainable_shapes(), weights)
+        if ema:
+            ema.write(draft / "ema.safetensors")
+        comm.barrier()
+        if comm.rank() == 0:
+            (draft / "state.json").write_text(json.dumps(state, indent=1))
+            manifest.seal(draft)
+            shutil.rmtree(final, ignore_errors=True)
+            os.rename(draft, final)
+            write_atomic(run_dir / "checkpoints/latest", final.name + "\n")
+            spared = manifest.best(run_dir) if keep_best else None
+            for old in manifest.folders(run_dir)[:-keep]:
+                if old != spared:
+                    shutil.rmtree(old)
+        comm.barrier()
     return final
+
+
+@contextmanager
+def _full_disk_named(draft: Path, run_dir: Path) -> Iterator[None]:
+    """What did not fit is removed, so that the run's other files still find room."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save tells of a full disk by a RuntimeError
+        full = error.errno in FULL if isinstance(error, OSError) else shutil.disk_usage(run_dir).free < NEARLY_FULL
+        if not full:
+            raise
+        written = sum(file.stat().st_size for file in draft.rglob("*") if file.is_file())
+        shutil.rmtree(draft, ignore_errors=True)
+        last = manifest.newest(run_dir)
+        then = f"go on with --resume from {last.name}, which is whole" if last else "begin again: there is no earlier one"
+        raise UserError(
+            f"{draft.parent}: no space left for a checkpoint, of which {written / 1e6:.1f} MB were written. Free more than that, "
+            f"or lower checkpoint.keep, and {then}"
+        ) from None
 
 
 def read_state(checkpoint: Path) -> dict:
