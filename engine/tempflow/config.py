@@ -41,6 +41,8 @@ class Model(Section):
     lora: Lora | None = Field(None, description="null trains all weights of the transformer")
     attention_backend: str | None = Field(None, description="a diffusers attention backend; null: diffusers' own choice")
     gradient_checkpointing: bool = Field(False, description="trade a second forward for activation memory")
+    vae_slicing: bool = Field(False, description="decode pictures one after another: less memory for a decode_batch of many")
+    vae_tiling: bool = Field(False, description="decode large pictures in overlapping tiles: less memory, seams may show")
     max_sequence_length: Annotated[int, Field(ge=1, le=65536)] | None = Field(
         None, description="text tokens; null: the default of the family's diffusers pipeline (FLUX.1, Qwen-Image 512, SD3.5 256)"
     )

@@ -175,6 +175,14 @@ def test_a_folder_that_cannot_be_used(tmp_path, loads, monkeypatch):
     assert "picture" not in loads
 
 
+@pytest.mark.parametrize("name", ["flux", "sd3", "qwen_image"])
+def test_the_vae_may_decode_in_slices_and_tiles(folders, name):
+    for chosen in (False, True):
+        config = config_for(folders(name), None, vae_slicing=chosen, vae_tiling=chosen)
+        vae = opening.open_policy(config, PROMPTS[:1], "cpu", note=lambda text: None)[0].pipe.vae
+        assert vae.use_slicing is chosen and vae.use_tiling is chosen
+
+
 # ------------------------------------------------------------------------------------------ negative prompts unused
 @pytest.mark.parametrize("name, scale, words", [
     ("flux", 3.0, "warning: 2 prompts bring a negative_prompt without effect: FluxPipeline has its guidance built in"),

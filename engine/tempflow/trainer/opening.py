@@ -40,6 +40,9 @@ def open_policy(
         store = _store(config, device)
         _fill(store, _texts(prompts, family_of(m.path).default_negative_prompt), load, note)
         policy = load(parts="picture")
+    for wanted, enable in ((m.vae_slicing, "enable_slicing"), (m.vae_tiling, "enable_tiling")):
+        if wanted:
+            getattr(policy.pipe.vae, enable)()
     _note_unused(policy, prompts, max(config.rollout.guidance_scale, config.eval_guidance()), note)
     return policy, EmbeddingCache(policy, store)
 
