@@ -41,5 +41,14 @@ def run(main: Callable[[], int | None]) -> None:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         status = 2
+    leave_group()
     sys.stdout.flush()
     sys.exit(status)
+
+
+def leave_group() -> None:
+    """Close the process group, if the script joined one: its threads let go of Python objects, and a process whose
+    interpreter is already going down aborts in them (every third start of two gloo ranks that exit after a broadcast)."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()

@@ -236,3 +236,24 @@ def test_sample_refuses_to_mix_pictures(claimed_run, tmp_path):
 
 def test_evaluate_refuses_missing_prompts(claimed_run, tmp_path):
     refused(["--prompts", "nowhere.txt", "does not exist"], "evaluate", "--run", claimed_run, "--base", "--prompts", "nowhere.txt")
+
+
+@pytest.mark.parametrize("main, status", [("lambda: 0", 0), ("refuse", 2)])
+def test_a_script_leaves_its_process_group(main, status):
+    """Its threads let go of Python objects; an interpreter that is already going down aborts in them."""
+    code = f"""
+import atexit
+import torch.distributed as dist
+from tempflow import cli
+from tempflow.errors import UserError
+from tempflow.trainer.comm import init_distributed
+
+def refuse():
+    raise UserError("refused")
+
+init_distributed()
+atexit.register(lambda: print("joined" if dist.is_initialized() else "left"))
+cli.run({main})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == status and done.stdout.split()[-1] == "left", done.stdout + done.stderr

@@ -29,13 +29,6 @@ def init_distributed() -> None:
     deepspeed.init_distributed(verbose=False)
 
 
-def leave() -> None:
-    """Close the process group once all ranks are here (a collective), for an exit on which none loses another half-way."""
-    if world_size() > 1:
-        dist.barrier()
-        dist.destroy_process_group()
-
-
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 

@@ -25,7 +25,6 @@ def claim_run(config: Config, resume: bool) -> tuple[Path, Path | None]:
             trouble = str(error)
     trouble = comm.agree_on(trouble)
     if trouble:
-        comm.leave()
         raise UserError(trouble)
     chosen = comm.agree_on(str(found) if found else None)
     return rundir.path_of(config), Path(chosen) if chosen else None
