@@ -26,13 +26,15 @@ from tempflow.errors import UserError
 from tempflow.logs import read_metrics, write_atomic
 
 ROOT = Path(__file__).parent.parent
-FLOW = [
+UNIFORM = ["training.weighting=uniform"]
+PATHS = [
     "rollout.plan=flow_grpo", "rollout.seeds=12", "training.advantage_group=prompt", "training.updates_per_rollout=1",
 ]  # fmt: skip
 VARIANTS = {
     "tempflow": [],
-    "flow_grpo": FLOW,
-    "uniform weights": ["training.weighting=uniform"],
+    "flow_grpo": [*PATHS, *UNIFORM],
+    "without branching": PATHS,
+    "uniform weights": UNIFORM,
     "prompt groups": ["training.advantage_group=prompt"],
     "one update": ["training.updates_per_rollout=1"],
     "suffix every 2nd": ["rollout.suffix={}"],

@@ -138,7 +138,7 @@ def test_every_variant_is_a_config():
 
     for variant, changes in learning.VARIANTS.items():
         config = load_config(learning.ROOT / "configs/tiny_ocr.json", changes)
-        assert (config.rollout.plan == "flow_grpo") == (variant == "flow_grpo")
+        assert (config.rollout.plan == "flow_grpo") == (variant in ("flow_grpo", "without branching"))
 
 
 def test_peak_is_a_rate():
