@@ -60,8 +60,7 @@ def build(config: Config):
     check_prompts(specs, [p.text for p in prompts], [p.metadata for p in prompts])
     check_model(config.model.path)
     threads = Threads(config)
-    section = config.reward_pool
-    pool = RewardPool(specs, workers=section.workers, threads_per_worker=section.threads_per_worker)
+    pool = RewardPool(specs, **config.reward_pool.pool())
     policy = load_policy(config.model.path, dtype=config.model.dtype, device=device(),
                          max_sequence_length=config.model.max_sequence_length)  # fmt: skip
     pool.wait_ready()

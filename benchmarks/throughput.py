@@ -73,8 +73,7 @@ class Bench:
         check_prompts(self.specs, [p.text for p in self.prompts], [p.metadata for p in self.prompts])
         check_model(config.model.path)
         self.threads = Threads(config)
-        section = config.reward_pool
-        self.pool = pool or RewardPool(self.specs, workers=section.workers, threads_per_worker=section.threads_per_worker)
+        self.pool = pool or RewardPool(self.specs, **config.reward_pool.pool())
         self.policy = load_policy(config.model.path, dtype=config.model.dtype, device=device(),
                                   max_sequence_length=config.model.max_sequence_length)  # fmt: skip
         self.embeddings = EmbeddingCache(self.policy)

@@ -43,26 +43,26 @@ def main() -> int:
     if not file:
         raise UserError("--prompts: the run has no held-out prompts; name a prompt file")
     prompts = load_prompts(file, "--prompts")[: args.count or config.eval.prompts]
-    specs, pool = parse_rewards(config.rewards), config.reward_pool
+    specs = parse_rewards(config.rewards)
     policy, embeddings = open_policy(config, prompts, tuned.device())
     if chosen:
         tuned.apply(chosen, policy)
     steps = args.num_steps or config.eval.num_steps or config.rollout.num_steps
     r = config.rollout
-    with RewardPool(specs, workers=pool.workers, threads_per_worker=pool.threads_per_worker,
-                    timeout_s=pool.timeout_s, retries=pool.retries) as scorers:  # fmt: skip
+    with RewardPool(specs, **config.reward_pool.pool()) as scorers:
         drawn = evaluation.draw(policy, embeddings, prompts, list(range(len(prompts))), height=r.height,
                                 width=r.width, num_steps=steps, guidance_scale=config.eval_guidance(),
                                 micro_batch=r.micro_batch)  # fmt: skip
         batches = -(-len(prompts) // r.micro_batch)
-        scored = evaluation.evaluate(scorers, specs, prompts, track(drawn, "sampling", total=batches, transient=True))
+        shown = track(drawn, "sampling", total=batches, transient=True)
+        scored = evaluation.evaluate(scorers, specs, prompts, shown, keep=len(prompts) if args.out else 0)
     which = f"iteration {chosen.iteration}, {chosen.which} weights" if chosen else "base"
     facts = {"iteration": chosen.iteration if chosen else 0, "num_steps": steps, "seed": evaluation.EVAL_SEED,
              "weights": chosen.which if chosen else "base"}  # fmt: skip
     result = {**facts, "prompts": len(prompts), "reward": float(np.nanmean(scored.reward)),
               **{name: float(np.nanmean(values)) for name, values in scored.parts.items()}}  # fmt: skip
     if args.out:
-        evaluation.write_samples(args.out, scored, prompts, len(prompts), facts)
+        evaluation.write_samples(args.out, scored, prompts, facts)
     Console(highlight=False, stderr=True).print(f"{which}: reward {result['reward']:.4f} on {len(prompts)} prompts, {steps} steps")
     print(json.dumps(result))
     return 0

@@ -151,6 +151,7 @@ class RewardPoolSection(Section):
     workers: Annotated[int, Field(ge=0)] = Field(1, description="processes per rank; 0 scores in the training process")
     threads_per_worker: Positive = Field(1, description="CPU threads of each")
     timeout_s: Annotated[float, Field(gt=0)] = Field(120.0, description="for one batch of one reward")
+    start_timeout_s: Annotated[float, Field(gt=0)] = Field(300.0, description="for a worker to load (and download) its rewards' models")
     retries: Annotated[int, Field(ge=0)] = Field(2, description="further tries of a failed batch")
     max_failed: Fraction = Field(0.5, description="share of an iteration's values that may fail before the run stops")
 

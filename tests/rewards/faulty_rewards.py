@@ -3,6 +3,7 @@
 import ctypes
 import os
 import signal
+import struct
 import sys
 import time
 from pathlib import Path
@@ -69,6 +70,10 @@ class Faulty(Reward):
     def killed(self, n):
         os.kill(os.getpid(), signal.SIGKILL)
 
+    def garbling(self, n):
+        os.write(int(sys.argv[1]), struct.pack("!i", 3) + b"abc")  # into the worker's pipe
+        return np.ones(n)
+
     def crashing(self, n):
         print("about to crash", flush=True)
         ctypes.string_at(0)
@@ -79,6 +84,13 @@ class PartlyNan(Reward):
 
     def score(self, images, prompts, metadata):
         return [float("nan")] + [1.0] * (len(images) - 1)
+
+
+class Unscored(Reward):
+    """Says of every picture why it has no score."""
+
+    def score(self, images, prompts, metadata):
+        return Scores(np.full(len(images), np.nan), [f"not scored: no {prompt}" for prompt in prompts])
 
 
 class Slow(Reward):

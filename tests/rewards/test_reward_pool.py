@@ -87,20 +87,23 @@ def test_worker_environment(monkeypatch):
     assert told == "torch=False threads=1 OMP=1 CUDA='' RANK=None"
 
 
-FAULTS = {
+ANSWERS = {
     "raising": "no idea",
     "nan": "NaN for every image",
     "infinite": "infinite value",
     "short": "shape [4] for 3 images",
     "text": "not 3 numbers",
+}
+BREAKDOWNS = {
     "killed": "died with exit status -9",
     "crashing": "about to crash",
-    "hanging": "did not answer within 2 s",
+    "garbling": "answered nonsense",
+    "hanging": "did not answer within 2 s (timeout_s)",
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_fault_is_retried_in_a_new_worker(fault, tmp_path):
+@pytest.mark.parametrize("fault, words", [*ANSWERS.items(), *BREAKDOWNS.items()], ids=[*ANSWERS, *BREAKDOWNS])
+def test_fault_is_retried_and_a_worker_that_answers_is_kept(fault, words, tmp_path):
     spec = faulty(tmp_path, fault, times=1)
     with pool_of(spec, timeout_s=2.0 if fault == "hanging" else 30.0) as pool:
         pool.wait_ready()
@@ -108,22 +111,34 @@ def test_fault_is_retried_in_a_new_worker(fault, tmp_path):
         (scores,) = pool.gather([pool.submit(*batch(1, 2, 3))])
         assert scores[spec.name].values.tolist() == [1, 1, 1]
         assert pool.failures == 0
-        assert FAULTS[fault] in pool.last_error
-        assert pool.worker_pids != [before] and not alive(before)
+        assert words in pool.last_error
+        kept = fault in ANSWERS
+        assert (pool.worker_pids == [before]) == kept and alive(before) == kept
 
 
 @pytest.mark.parametrize("fault", ["raising", "nan", "killed"])
 def test_fault_that_stays_is_a_mask(fault, tmp_path):
-    """Three tries, then NaN and a count; the other reward and later batches are untouched."""
+    """Three tries, then NaN and a count; the other reward and later batches are untouched. A worker that raised for three
+    batches in a row is replaced, for it may be the process that is broken; one that cannot score them is not."""
     spec = faulty(tmp_path, fault, times=3)
     with pool_of(spec, "faulty_rewards:first_pixel", retries=2) as pool:
+        pool.wait_ready()
+        before = pool.worker_pids
         first, second = pool.gather([pool.submit(*batch(1, 2, 3)), pool.submit(*batch(4, 5))])
         assert np.isnan(first[spec.name].values).all() and len(first[spec.name].values) == 3
         assert first[spec.name].details[0].startswith("not scored: ")
         assert first["faulty_rewards:first_pixel"].values.tolist() == [1, 2, 3]
         assert second[spec.name].values.tolist() == [1, 1]
         assert pool.failures == 3
-        assert FAULTS[fault] in pool.last_error
+        assert {**ANSWERS, **BREAKDOWNS}[fault] in pool.last_error
+        assert (pool.worker_pids == before) == (fault == "nan")
+
+
+def test_details_of_a_batch_without_scores_are_kept():
+    with pool_of(RewardSpec("faulty_rewards:Unscored"), retries=1) as pool:
+        (scores,) = pool.gather([pool.submit(*batch(1, 2))])
+    assert np.isnan(scores["faulty_rewards:Unscored"].values).all() and pool.failures == 2
+    assert scores["faulty_rewards:Unscored"].details == ["not scored: no prompt 1", "not scored: no prompt 2"]
 
 
 def test_partly_nan_keeps_the_rest():
@@ -176,7 +191,7 @@ def test_start_failure_is_told():
 
 def test_start_that_hangs_is_told():
     with pool_of("faulty_rewards:StartsSlowly", start_timeout_s=1.0) as pool:
-        with pytest.raises(UserError, match="within 1 s"):
+        with pytest.raises(UserError, match=r"did not load its rewards within 1 s \(start_timeout_s\)"):
             pool.wait_ready()
 
 

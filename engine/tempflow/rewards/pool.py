@@ -1,9 +1,10 @@
 """Scores batches of pictures in worker processes while the trainer goes on.
 
 One thread a worker hands it batches from a shared queue and waits for it, so submitting never blocks. What
-goes wrong ends as a mask: a worker that raises, dies, hangs or answers nonsense is replaced, the batch is
-tried again after a pause, and when all tries are spent its values are NaN and counted. Batches are neither
-split nor merged: their size is the caller's choice, and one batch occupies one worker.
+goes wrong ends as a mask: where the reward raises, answers nonsense or NaN for every picture, or its worker dies or hangs,
+the batch is tried again after a pause, and when all tries are spent its values are NaN and counted. When a worker is
+replaced is `process.py`'s affair. Batches are neither split nor merged: their size is the caller's choice, and one
+batch occupies one worker.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from tempflow.errors import UserError
-from tempflow.rewards.process import WorkerFailure, WorkerProcess, rank_gpu
+from tempflow.rewards.crew import Crew
+from tempflow.rewards.process import WorkerProcess, rank_gpu
 from tempflow.rewards.protocol import Scores, as_scores
 from tempflow.rewards.registry import RewardSpec, build_reward, load_rewards
 
@@ -70,8 +72,7 @@ class RewardPool:
         self._specs = list(specs)
         for spec in self._specs:
             build_reward(spec.name, spec.options, spec.type)
-        self._timeout_s, self._start_timeout_s = timeout_s, start_timeout_s
-        self._retries, self._backoff_s = retries, backoff_s
+        self._timeout_s, self._retries, self._backoff_s = timeout_s, retries, backoff_s
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._closed = threading.Event()
         self._lock = threading.Lock()
@@ -79,13 +80,8 @@ class RewardPool:
         self._last_error: str | None = None
         self._local = load_rewards(self._specs, threads_per_worker) if workers == 0 else {}
         gpu = rank_gpu() if any(spec.options.get("device") == "cuda" for spec in self._specs) else ""
-        self._workers = [WorkerProcess(self._specs, threads_per_worker, gpu) for _ in range(workers)]
-        self._started = [Future() for _ in self._workers]
-        self._threads = [
-            threading.Thread(target=self._serve, args=pair, daemon=True) for pair in zip(self._workers, self._started)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._size = workers
+        self._crew = Crew(self._specs, self._serve, gpus=[gpu] * workers, threads=threads_per_worker, start_timeout_s=start_timeout_s)
 
     def __enter__(self) -> RewardPool:
         return self
@@ -106,15 +102,11 @@ class RewardPool:
     @property
     def worker_pids(self) -> list[int]:
         """Process ids of the running workers."""
-        return [pid for worker in self._workers if (pid := worker.pid) is not None]
+        return self._crew.pids
 
     def wait_ready(self) -> None:
         """Wait until every worker has loaded its rewards; `UserError` with the reason if one cannot."""
-        for started in self._started:
-            try:
-                started.result()
-            except WorkerFailure as error:
-                raise UserError(str(error)) from None
+        self._crew.wait_ready()
 
     def submit(self, images: np.ndarray, prompts: list[str], metadata: list[dict], *, watched: bool = True) -> Ticket:
         """Queue a batch for every reward; returns at once (unless workers=0).
@@ -133,7 +125,7 @@ class RewardPool:
         ticket = Ticket([spec.name for spec in asked])
         for spec in asked:
             task = _Task(ticket, spec.name, images, list(prompts), list(metadata))
-            self._tasks.put(task) if self._workers else self._score_here(task)
+            self._tasks.put(task) if self._size else self._score_here(task)
         return ticket
 
     def gather(self, tickets: list[Ticket]) -> list[dict[str, Scores]]:
@@ -148,47 +140,32 @@ class RewardPool:
     def close(self) -> None:
         """Kill the workers. Also done by leaving a `with` block; safe to call again."""
         self._closed.set()
-        for worker in self._workers:
-            worker.close()
+        for _ in range(self._size):
             self._tasks.put(None)
-        for thread in self._threads:
-            thread.join()
+        self._crew.close()
 
-    def _serve(self, worker: WorkerProcess, started: Future) -> None:
-        """The life of one worker's thread: start it, then score what is queued until told to stop."""
-        try:
-            worker.start(self._start_timeout_s)
-            started.set_result(None)
-        except Exception as error:
-            started.set_exception(error if isinstance(error, WorkerFailure) else WorkerFailure(repr(error)))
-            worker.kill()
+    def _serve(self, worker: WorkerProcess) -> None:
+        """Score what is queued until told to stop."""
         while (task := self._tasks.get()) is not None:
             self._finish(task, *self._score(worker, task))
-        worker.kill()
 
     def _score(self, worker: WorkerProcess, task: _Task) -> tuple[Scores, float]:
         """Scores of a task and the seconds they took; NaN when all tries have failed."""
-        error = "the reward pool was closed"
+        n, error = len(task.images), "the reward pool was closed"
+        failed = None
         for attempt in range(self._retries + 1):
-            if self._closed.is_set():
+            if self._closed.wait(self._backoff_s * 2 ** (attempt - 1) if attempt else 0):
                 break
             try:
-                worker.start(self._start_timeout_s)
-                return self._attempt(worker, task)
+                scores, seconds = worker.score(task.name, task.images, task.prompts, task.metadata, self._timeout_s)
+                if n == 0 or not np.isnan(scores.values).all():
+                    return scores, seconds
+                failed = scores if scores.details else None
+                error = f"NaN for every image of the batch{f' ({scores.details[0]})' if scores.details else ''}"
             except Exception as failure:  # besides WorkerFailure: metadata that cannot be sent
-                error = self._note(f"reward {task.name!r}: {failure}")
-                worker.kill()
-            if attempt < self._retries:
-                self._closed.wait(self._backoff_s * 2**attempt)
-        n = len(task.images)
-        return Scores(np.full(n, np.nan, dtype=np.float32), [f"not scored: {_last_line(error)}"] * n), 0.0
-
-    def _attempt(self, worker: WorkerProcess, task: _Task) -> tuple[Scores, float]:
-        scores, seconds = worker.score(task.name, task.images, task.prompts, task.metadata, self._timeout_s)
-        if len(scores.values) and np.isnan(scores.values).all():
-            first = f" ({scores.details[0]})" if scores.details else ""
-            raise WorkerFailure(f"NaN for every image of the batch{first}")
-        return scores, seconds
+                failed, error = None, str(failure)
+            error = self._note(f"reward {task.name!r}: {error}")
+        return failed or Scores(np.full(n, np.nan, dtype=np.float32), [f"not scored: {_last_line(error)}"] * n), 0.0
 
     def _score_here(self, task: _Task) -> None:
         start = time.perf_counter()

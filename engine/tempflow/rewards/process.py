@@ -1,8 +1,13 @@
-"""The parent's handle on one reward worker process: start it, exchange messages with it, kill it."""
+"""The parent's handle on one reward worker process: start it, exchange messages with it, end it, start it anew.
+
+A new process loads its models anew, gigabytes perhaps. So one that answers is kept, whatever it answers, until it has failed
+`FAILURES_IN_A_ROW` batches: the state of a GPU, for one, can be past repair without the process ending.
+"""
 
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
@@ -12,6 +17,7 @@ from multiprocessing import Pipe
 from tempflow.rewards.protocol import Scores
 from tempflow.rewards.registry import RewardSpec
 
+FAILURES_IN_A_ROW = 3
 _STDERR_TAIL = 2000  # bytes of a dead worker's last words in an error message
 
 # A worker must not believe itself a rank of the training.
@@ -22,23 +28,21 @@ class WorkerFailure(Exception):
     """The worker raised, died, hung, or answered nonsense; the text says which."""
 
 
-class WorkerLost(WorkerFailure):
-    """Its process is gone, or was killed for taking too long."""
-
-
 class WorkerProcess:
-    """One worker process, restarted at will. Not thread-safe but for `close`.
+    """One worker process, started and replaced as needed. Not thread-safe but for `close`.
 
-    gpu: what it sees as CUDA_VISIBLE_DEVICES; "" hides every GPU.
+    gpu: what it sees as CUDA_VISIBLE_DEVICES; "" hides every GPU. start_timeout_s: for loading its rewards.
+    broken: whether it could not be started when last needed.
     """
 
-    def __init__(self, specs: list[RewardSpec], threads: int, gpu: str = ""):
-        self._specs = specs
-        self._threads = threads
-        self._gpu = gpu
+    def __init__(self, specs: list[RewardSpec], threads: int, gpu: str, start_timeout_s: float):
+        self._specs, self._threads, self._gpu = specs, threads, gpu
+        self._start_timeout_s = start_timeout_s
         self._lock = threading.Lock()
         self._closed = False
         self._process: subprocess.Popen | None = None
+        self._failures = 0  # in a row
+        self.broken = False
 
     @property
     def pid(self) -> int | None:
@@ -46,15 +50,33 @@ class WorkerProcess:
         process = self._process
         return None if process is None else process.pid
 
-    def start(self, timeout_s: float) -> None:
+    def start(self) -> None:
         """Start the process unless it runs, and load the rewards in it. Raises WorkerFailure."""
-        if self._process is None:
+        if self._process is not None:
+            return
+        try:
             self._spawn()
-            self._exchange((self._specs, self._threads), timeout_s)
+            self._exchange((self._specs, self._threads), self._start_timeout_s, "load its rewards", "start_timeout_s")
+        except Exception as error:  # besides WorkerFailure: no memory for a process, options that cannot be sent
+            self.kill()
+            self.broken = True
+            raise error if isinstance(error, WorkerFailure) else WorkerFailure(repr(error)) from None
+        self._failures, self.broken = 0, False
 
     def score(self, name: str, images, prompts, metadata, timeout_s: float) -> tuple[Scores, float]:
-        """Scores of one batch by one reward, and the seconds they took. Raises WorkerFailure."""
-        values, details, seconds = self._exchange((name, images, prompts, metadata), timeout_s)
+        """Scores of one batch by one reward, and the seconds they took; starts the process unless it runs.
+
+        Raises WorkerFailure, and what pickle raises for metadata that cannot be sent.
+        """
+        self.start()
+        try:
+            values, details, seconds = self._exchange((name, images, prompts, metadata), timeout_s, "answer", "timeout_s")
+        except WorkerFailure:
+            self._failures += 1
+            if self._failures == FAILURES_IN_A_ROW:
+                self.kill()
+            raise
+        self._failures = 0
         return Scores(values, details), seconds
 
     def kill(self) -> None:
@@ -70,8 +92,9 @@ class WorkerProcess:
         """Kill the process from any thread, for good: a later `start` raises WorkerFailure."""
         with self._lock:
             self._closed = True
-            if self._process is not None:
-                self._process.kill()
+            process = self._process  # its own thread may forget it meanwhile
+            if process is not None:
+                process.kill()
 
     def _spawn(self) -> None:
         self._connection, theirs = Pipe()
@@ -79,7 +102,7 @@ class WorkerProcess:
         command = [sys.executable, "-m", "tempflow.rewards.worker", str(theirs.fileno()), str(os.getpid())]
         with self._lock, theirs:
             if self._closed:
-                raise WorkerFailure("the reward pool is closed")
+                raise WorkerFailure("the reward workers are closed")
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -90,7 +113,7 @@ class WorkerProcess:
                 start_new_session=True,  # out of reach of the terminal's Ctrl-C, even while Python starts
             )
 
-    def _exchange(self, message: tuple, timeout_s: float):
+    def _exchange(self, message: tuple, timeout_s: float, task: str, key: str):
         """Send, and wait for the answer; a watchdog kills a worker that takes longer, which ends the wait."""
         expired = threading.Event()
         watchdog = threading.Timer(timeout_s, self._expire, (expired, self._process))
@@ -98,11 +121,20 @@ class WorkerProcess:
         watchdog.start()
         try:
             self._connection.send(message)
-            kind, answer = self._connection.recv()
+            reply = self._connection.recv_bytes()
         except (EOFError, OSError):
-            raise WorkerLost(self._cause_of_death(expired, timeout_s)) from None
+            status = self._process.wait()
+            late = f"the reward worker did not {task} within {timeout_s:g} s ({key}) and was killed"
+            cause = late if expired.is_set() else f"the reward worker died with exit status {status}{self._last_words()}"
+            self.kill()
+            raise WorkerFailure(cause) from None
         finally:
             watchdog.cancel()
+        try:
+            kind, answer = pickle.loads(reply)
+        except Exception as error:  # whatever wrote into its pipe, it may have more in it
+            self.kill()
+            raise WorkerFailure(f"the reward worker answered nonsense ({error!r})") from None
         if kind == "failed":
             raise WorkerFailure(answer)
         return answer
@@ -112,15 +144,12 @@ class WorkerProcess:
         expired.set()
         process.kill()
 
-    def _cause_of_death(self, expired: threading.Event, timeout_s: float) -> str:
-        status = self._process.wait()
-        if expired.is_set():
-            return f"the reward worker did not answer within {timeout_s:g} s and was killed"
+    def _last_words(self) -> str:
         descriptor = self._output.fileno()
         # pread: the worker writes through the same file position.
         size = os.fstat(descriptor).st_size
         tail = os.pread(descriptor, _STDERR_TAIL, max(0, size - _STDERR_TAIL)).decode(errors="replace").strip()
-        return f"the reward worker died with exit status {status}" + (f"; it wrote:\n{tail}" if tail else "")
+        return f"; it wrote:\n{tail}" if tail else ""
 
 
 def rank_gpu() -> str:

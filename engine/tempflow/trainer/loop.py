@@ -53,9 +53,7 @@ class Trainer:
         self.profile = profile or Profile(None)
         self.prompts, self.heldout, self.specs = train, heldout[: config.eval.prompts], specs
         self.threads = Threads(config)
-        pool = config.reward_pool
-        self.pool = RewardPool(specs, workers=pool.workers, threads_per_worker=pool.threads_per_worker,
-                               timeout_s=pool.timeout_s, retries=pool.retries)  # fmt: skip
+        self.pool = RewardPool(specs, **config.reward_pool.pool())
         self.console: Console | None = None
         self.order = PromptOrder(len(train), config.data.prompts_per_iteration, config.training.seed)
         choice = config.data.curation

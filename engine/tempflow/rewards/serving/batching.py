@@ -2,8 +2,7 @@
 
 A request's pictures are queued in pieces of at most one batch. A free worker takes the oldest piece and waits a few
 milliseconds for others of the same picture size to fill its batch. Where a batch of several pieces fails, each is
-scored again alone, so that one request cannot spoil another. A worker whose process is gone, or that failed
-`FAILURES_IN_A_ROW` times, is started anew; failing once is not reason enough, for loading a model may take minutes.
+scored again alone, so that one request cannot spoil another. When a worker is replaced is `process.py`'s affair.
 """
 
 from __future__ import annotations
@@ -17,12 +16,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tempflow.errors import UserError
-from tempflow.rewards.process import WorkerFailure, WorkerLost, WorkerProcess
+from tempflow.rewards.crew import Crew
+from tempflow.rewards.process import WorkerProcess
 from tempflow.rewards.protocol import Scores
 from tempflow.rewards.registry import RewardSpec
-
-FAILURES_IN_A_ROW = 3
 
 
 class ScoringFailed(Exception):
@@ -50,22 +47,17 @@ class Batcher:
     def __init__(self, spec: RewardSpec, *, gpus: list[str], threads: int, batch: int, wait_s: float, timeout_s: float,
                  start_timeout_s: float = 1800.0):  # fmt: skip
         self._spec, self._batch, self._wait_s = spec, batch, wait_s
-        self._timeout_s, self._start_timeout_s = timeout_s, start_timeout_s
+        self._timeout_s = timeout_s
         self._queue: deque[Piece] = deque()
         self._changed = threading.Condition()
         self._closed = False
         self._counts = Counter(pictures=0, batches=0, failed_batches=0)
-        self._broken: set[WorkerProcess] = set()
-        self._workers = [WorkerProcess([spec], threads, gpu) for gpu in gpus]
-        self._started = [Future() for _ in self._workers]
-        self._threads = [threading.Thread(target=self._serve, args=pair, daemon=True) for pair in zip(self._workers, self._started)]
-        for thread in self._threads:
-            thread.start()
+        self._crew = Crew([spec], self._serve, gpus=gpus, threads=threads, start_timeout_s=start_timeout_s)
 
     @property
     def healthy(self) -> bool:
         """Whether a worker is left that could be started when last needed."""
-        return len(self._broken) < len(self._workers)
+        return self._crew.healthy
 
     def counts(self) -> dict[str, int]:
         """Pictures and batches scored, batches that failed, pieces waiting."""
@@ -74,11 +66,7 @@ class Batcher:
 
     def wait_ready(self) -> None:
         """Wait until every worker has loaded the reward; `UserError` with the reason if one cannot."""
-        for started in self._started:
-            try:
-                started.result()
-            except WorkerFailure as error:
-                raise UserError(str(error)) from None
+        self._crew.wait_ready()
 
     def submit(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> list[Future]:
         """Queue the pictures of a request; a future of `Scores` per piece, in order, or of ScoringFailed."""
@@ -96,28 +84,14 @@ class Batcher:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        for worker in self._workers:
-            worker.close()
-        for thread in self._threads:
-            thread.join()
+        self._crew.close()
         for piece in self._queue:
             _settle(piece, ScoringFailed("the server was stopped"))
 
-    def _serve(self, worker: WorkerProcess, started: Future) -> None:
-        """The life of one worker's thread: load the reward, then score until closed."""
-        try:
-            worker.start(self._start_timeout_s)
-            started.set_result(None)
-        except Exception as error:
-            started.set_exception(error if isinstance(error, WorkerFailure) else WorkerFailure(repr(error)))
-            worker.kill()
-        in_a_row = 0
+    def _serve(self, worker: WorkerProcess) -> None:
+        """Score what is queued until closed."""
         while pieces := self._take():
-            in_a_row = 0 if self._score(worker, pieces) else in_a_row + 1
-            if in_a_row == FAILURES_IN_A_ROW:
-                worker.kill()
-                in_a_row = 0
-        worker.kill()
+            self._score(worker, pieces)
 
     def _take(self) -> list[Piece]:
         """The next batch, which waits for the oldest piece; [] once closed."""
@@ -147,43 +121,34 @@ class Batcher:
                 room -= len(piece.images)
         return chosen
 
-    def _score(self, worker: WorkerProcess, pieces: list[Piece]) -> bool:
-        """Settle the pieces; whether they, or one of them, could be scored."""
+    def _score(self, worker: WorkerProcess, pieces: list[Piece]) -> None:
+        """Settle the pieces."""
         try:
             scores = self._ask(worker, pieces)
         except Exception as error:  # whatever it was, this thread must live on
             with self._changed:
                 self._counts["failed_batches"] += 1
             if len(pieces) > 1:
-                wanted = [piece for piece in pieces if not piece.scores.cancelled()]
-                return any([self._score(worker, [piece]) for piece in wanted])
-            print(f"reward {self._spec.name!r}: {error}", file=sys.stderr, flush=True)
-            _settle(pieces[0], ScoringFailed(f"reward {self._spec.name!r}: {str(error).strip().splitlines()[-1]}"))
-            return False
+                for piece in pieces:
+                    if not piece.scores.cancelled():
+                        self._score(worker, [piece])
+                return
+            reason = str(error).strip() or repr(error)
+            print(f"reward {self._spec.name!r}: {reason}", file=sys.stderr, flush=True)
+            _settle(pieces[0], ScoringFailed(f"reward {self._spec.name!r}: {reason.splitlines()[-1]}"))
+            return
         start = 0
         for piece in pieces:
             stop = start + len(piece.images)
             _settle(piece, Scores(scores.values[start:stop], scores.details and scores.details[start:stop]))
             start = stop
-        return True
 
     def _ask(self, worker: WorkerProcess, pieces: list[Piece]) -> Scores:
-        """Scores of all pieces in one batch. Raises WorkerFailure; a lost worker is started again at the next call."""
-        try:
-            worker.start(self._start_timeout_s)
-        except Exception as error:
-            self._broken.add(worker)
-            worker.kill()
-            raise WorkerFailure(f"its worker cannot start: {error}") from None
-        self._broken.discard(worker)
+        """Scores of all pieces in one batch. Raises what `WorkerProcess.score` does."""
         images = np.concatenate([piece.images for piece in pieces])
         prompts = [prompt for piece in pieces for prompt in piece.prompts]
         metadata = [entry for piece in pieces for entry in piece.metadata]
-        try:
-            scores, _ = worker.score(self._spec.name, images, prompts, metadata, self._timeout_s)
-        except WorkerLost:
-            worker.kill()
-            raise
+        scores, _ = worker.score(self._spec.name, images, prompts, metadata, self._timeout_s)
         with self._changed:
             self._counts.update(pictures=len(images), batches=1)
         return scores
