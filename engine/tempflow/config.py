@@ -155,6 +155,10 @@ class RewardPoolSection(Section):
     retries: Annotated[int, Field(ge=0)] = Field(2, description="further tries of a failed batch")
     max_failed: Fraction = Field(0.5, description="share of an iteration's values that may fail before the run stops")
 
+    def pool(self) -> dict[str, Any]:
+        """What `RewardPool` takes."""
+        return self.model_dump(exclude={"max_failed"})
+
 
 class Ema(Section):
     decay: Fraction = Field(0.9, description="weight of the old average")
