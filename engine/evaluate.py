@@ -12,14 +12,14 @@ from tempflow import cli
 
 
 def parse_args() -> argparse.Namespace:
-    from tempflow.tuned import add_arguments
+    from tempflow.tuned import add_arguments, positive
 
     parser = argparse.ArgumentParser(description="Score a run's model on held-out prompts, with fixed noise.")
     add_arguments(parser)
     parser.add_argument("--base", action="store_true", help="score the model before training instead")
     parser.add_argument("--prompts", help="prompt file (default: the run's held-out prompts)")
-    parser.add_argument("--count", type=int, help="prompts used, from the top of the file (default: as in the run)")
-    parser.add_argument("--num-steps", type=int, help="ODE steps (default: the run's eval.num_steps)")
+    parser.add_argument("--count", type=positive, help="prompts used, from the top of the file (default: as in the run)")
+    parser.add_argument("--num-steps", type=positive, help="ODE steps (default: the run's eval.num_steps)")
     parser.add_argument("--out", type=Path, help="folder for pictures and samples.json")
     return parser.parse_args()
 

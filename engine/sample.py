@@ -13,15 +13,15 @@ GAP = 4
 
 
 def parse_args() -> argparse.Namespace:
-    from tempflow.tuned import add_arguments
+    from tempflow.tuned import add_arguments, positive
 
     parser = argparse.ArgumentParser(description="Draw the same prompts and noise with the base and the tuned model.")
     add_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, help="folder for the pictures; must not exist, or be empty")
     parser.add_argument("--prompt", action="append", help="a prompt; may be given again (default: held-out prompts)")
     parser.add_argument("--prompts", help="prompt file")
-    parser.add_argument("--count", type=int, default=16, help="prompts used, from the top of a file")
-    parser.add_argument("--num-steps", type=int, help="ODE steps (default: the run's eval.num_steps)")
+    parser.add_argument("--count", type=positive, default=16, help="prompts used, from the top of a file")
+    parser.add_argument("--num-steps", type=positive, help="ODE steps (default: the run's eval.num_steps)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     return parser.parse_args()
 

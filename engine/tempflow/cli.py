@@ -8,7 +8,7 @@ import sys
 import warnings
 from typing import Callable
 
-from tempflow.errors import UserError
+from tempflow.errors import RankError, UserError
 
 
 def quiet_libraries() -> None:
@@ -38,7 +38,7 @@ def run(main: Callable[[], int | None]) -> None:
     try:
         status = main() or 0
     except UserError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0 or isinstance(error, RankError):
             print(f"error: {error}", file=sys.stderr, flush=True)
         status = 2
     leave_group()

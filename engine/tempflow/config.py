@@ -218,7 +218,7 @@ class Eval(Section):
 class Checkpoint(Section):
     every: Annotated[int, Field(ge=0)] = Field(20, description="iterations between checkpoints; 0: only at the end")
     keep: Positive = Field(2, description="newest checkpoints kept")
-    keep_best: bool = Field(True, description="keep the one with the highest held-out reward as well, of those evaluated")
+    keep_best: bool = Field(True, description="of those evaluated keep the best as well: by eval/reward, or what eval.stop waits for")
 
 
 class Logging(Section):
@@ -250,6 +250,11 @@ class Config(Section):
         """Guidance scale of evaluations."""
         own = self.eval.guidance_scale
         return self.rollout.guidance_scale if own is None else own
+
+    def best_metric(self) -> str:
+        """Whose highest value makes a checkpoint the best: what `eval.stop` waits to rise, else the held-out reward."""
+        rule = self.eval.stop
+        return rule.metric if rule and rule.patience else "eval/reward"
 
     def steps_with_noise(self) -> list[int]:
         """Every step that the plan may ever make stochastic: all but the last, or the list given."""

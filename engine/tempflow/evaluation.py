@@ -29,10 +29,10 @@ EVAL_ITERATION = -1  # no training iteration has this number, so evaluation nois
 
 @dataclass(frozen=True)
 class Scored:
-    """n pictures, uint8 [n, H, W, 3], with the weighted reward [n], each reward alone, and its readings."""
+    """Prompts by index, the weighted reward [n], each reward alone, and its readings; pictures, uint8 [H, W, 3], of some of them."""
 
     indices: list[int]
-    pictures: np.ndarray
+    pictures: dict[int, np.ndarray]
     reward: np.ndarray
     parts: dict[str, np.ndarray]
     details: dict[str, list[str] | None]
@@ -59,14 +59,14 @@ def draw(
         advance(len(part))
 
 
-def evaluate(pool: RewardPool, specs: list[RewardSpec], prompts: list[Prompt], drawn) -> Scored:
-    """Score what `draw` yields while it goes on drawing."""
-    indices, pictures, tickets = [], [], []
+def evaluate(pool: RewardPool, specs: list[RewardSpec], prompts: list[Prompt], drawn, keep: int) -> Scored:
+    """Score what `draw` yields while it goes on drawing; pictures of the first `keep` prompts are kept."""
+    indices, pictures, tickets = [], {}, []
     for part, images in drawn:
         chosen = [prompts[i] for i in part]
         tickets.append(pool.submit(images, [p.text for p in chosen], [p.metadata for p in chosen]))
         indices += part
-        pictures.append(images)
+        pictures |= {i: image for i, image in zip(part, images, strict=True) if i < keep}
     scores = pool.gather(tickets)
     combined = [combine(score, specs) for score in scores]
     details = {}
@@ -74,7 +74,7 @@ def evaluate(pool: RewardPool, specs: list[RewardSpec], prompts: list[Prompt], d
         texts = [score[spec.name].details for score in scores]
         details[spec.name] = None if any(t is None for t in texts) else [text for t in texts for text in t]
     return Scored(
-        indices, np.concatenate(pictures), np.concatenate([c.values for c in combined]),
+        indices, pictures, np.concatenate([c.values for c in combined]),
         {spec.name: np.concatenate([c.parts[spec.name] for c in combined]) for spec in specs}, details,
     )  # fmt: skip
 
@@ -91,20 +91,22 @@ def merge(parts: list[Scored]) -> Scored:
         whole = all(p.details[name] is not None for p in parts)
         details[name] = list(join([np.array(p.details[name], dtype=object) for p in parts])) if whole else None
     return Scored(
-        np.concatenate([p.indices for p in parts])[order].tolist(), join([p.pictures for p in parts]),
+        np.concatenate([p.indices for p in parts])[order].tolist(), {i: picture for p in parts for i, picture in p.pictures.items()},
         join([p.reward for p in parts]), {n: join([p.parts[n] for p in parts]) for n in parts[0].parts}, details,
     )  # fmt: skip
 
 
-def write_samples(folder: Path, scored: Scored, prompts: list[Prompt], keep: int, facts: dict) -> None:
-    """Write the first `keep` pictures and samples.json with `facts` into `folder`, all or nothing."""
+def write_samples(folder: Path, scored: Scored, prompts: list[Prompt], facts: dict) -> None:
+    """Write the pictures and samples.json with `facts` into `folder`, all or nothing."""
     draft = folder.with_name(f".{folder.name}")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     items = []
-    for n, index in enumerate(scored.indices[:keep]):
+    for n, index in enumerate(scored.indices):
+        if index not in scored.pictures:
+            continue
         file = f"{n:04d}.png"
-        Image.fromarray(scored.pictures[n]).save(draft / file)
+        Image.fromarray(scored.pictures[index]).save(draft / file)
         items.append({
             "prompt": prompts[index].text, "file": file, "reward": _number(scored.reward[n]),
             "rewards": {name: _number(values[n]) for name, values in scored.parts.items()},

@@ -32,24 +32,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that choose a checkpoint: --run, --checkpoint, --weights."""
     parser.add_argument("--run", type=Path, required=True, help="run directory")
     parser.add_argument("--checkpoint", type=_checkpoint, metavar="N|best",
-                        help="an iteration, or that of the highest held-out reward (default: the newest whole one)")  # fmt: skip
+                        help="an iteration, or the best as checkpoint.keep_best says (default: the newest whole one)")  # fmt: skip
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="the average where the run keeps one")
 
 
+def positive(text: str) -> int:
+    """The type of options that are numbers of prompts or steps."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
+    return int(text)
+
+
 def _checkpoint(text: str) -> int | str:
+    if text != "best" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected an iteration or best, got {text!r}")
     return text if text == "best" else int(text)
 
 
 def load_tuned(run_dir: Path, checkpoint: int | str | None = None, which: str = "ema") -> Tuned:
     """Read the trained weights of a run. Raises UserError where the run, or a whole checkpoint of it, is missing.
 
-    checkpoint: an iteration, "best" (highest held-out reward of those evaluated), or None for the newest.
+    checkpoint: an iteration, "best" (by `config.best_metric()`, of those evaluated), or None for the newest.
     """
     config = read_config(run_dir)
     if checkpoint == "best":
-        found = manifest.best(run_dir)
+        metric = config.best_metric()
+        found = manifest.best(run_dir, metric)
         if found is None:
-            raise UserError("--checkpoint best: no checkpoint of this run was evaluated; eval.every and checkpoint.every must meet")
+            raise UserError(f"--checkpoint best: no checkpoint of this run has {metric}; eval.every and checkpoint.every must meet")
         checkpoint = int(found.name)
     if checkpoint is None:
         chosen = manifest.newest(run_dir, note=print)

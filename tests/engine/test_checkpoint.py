@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from tempflow.errors import UserError
+from tempflow.errors import RankError, UserError
 from tempflow.trainer import checkpoint, manifest
 
 FILES = {"weights.safetensors": b"w" * 1000, "state.json": b'{"iteration": 3}', "deepspeed/state/rank_0.pt": b"d" * 500}
@@ -67,6 +67,16 @@ def test_an_empty_manifest_is_no_checkpoint(tmp_path):
     folder.mkdir()
     (folder / manifest.MANIFEST).write_text("{}")
     assert manifest.fault(folder)
+
+
+def test_a_file_that_cannot_be_read_is_a_fault(tmp_path, monkeypatch):
+    folder = make(tmp_path / "000003")
+
+    def fail(file):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(manifest, "_digest", fail)
+    assert "000003 cannot be read: [Errno 5] Input/output error" in manifest.fault(folder)
 
 
 @given(st.data())
@@ -183,25 +193,32 @@ def test_save_keeps_the_newest(runtime, tmp_path):
     assert all(manifest.fault(p) is None for p in manifest.folders(tmp_path))
 
 
-def test_save_keeps_the_best(runtime, tmp_path):
-    """The highest held-out reward of those evaluated; iteration 3 has none, 1 is overtaken by 10."""
-    rewards = {1: 0.5, 2: 0.4, 10: 0.7, 12: 0.6, 14: 0.6}
-    (tmp_path / "metrics.jsonl").write_text("")
+EVALUATED = {1: (0.5, 5.0), 2: (0.4, 7.0), 10: (0.7, 6.0), 12: (0.6, None), 14: (0.6, 7.0)}  # the held-out reward, another metric
+
+
+@pytest.mark.parametrize("metric, expected", [
+    ("eval/reward", [[1], [1, 2], [1, 3], [10], [10, 12], [10, 14]]),
+    ("diversity/seeds", [[1], [2], [2, 3], [2, 10], [2, 12], [2, 14]]),
+])  # fmt: skip
+def test_save_keeps_the_best(runtime, tmp_path, metric, expected):
+    """Of those evaluated, which iteration 3 is not, though a rollout has told its diversity; the first of equals."""
     kept = []
     for iteration in (1, 2, 3, 10, 12, 14):
+        reward, diversity = EVALUATED.get(iteration, (None, 9.0))
+        row = {"iteration": iteration, "diversity/seeds": diversity} | ({"eval/reward": reward} if reward else {})
         with open(tmp_path / "metrics.jsonl", "a") as log:
-            log.write(json.dumps({"iteration": iteration, "eval/reward": rewards.get(iteration)}) + "\n")
-        checkpoint.save(runtime, None, tmp_path, state_of(iteration), keep=1, keep_best=True)
+            log.write(json.dumps(row) + "\n")
+        checkpoint.save(runtime, None, tmp_path, state_of(iteration), keep=1, best_by=metric)
         kept.append([int(p.name) for p in manifest.folders(tmp_path)])
-    assert kept == [[1], [1, 2], [1, 3], [10], [10, 12], [10, 14]]
-    assert manifest.best(tmp_path).name == "000010"
+    assert kept == expected
+    assert int(manifest.best(tmp_path, metric).name) == expected[-1][0]
 
 
 def test_without_evaluations_there_is_no_best(runtime, tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"iteration": 1}\n')
     for iteration in (1, 2):
-        checkpoint.save(runtime, None, tmp_path, state_of(iteration), keep=1, keep_best=True)
-    assert manifest.best(tmp_path) is None and len(manifest.folders(tmp_path)) == 1
+        checkpoint.save(runtime, None, tmp_path, state_of(iteration), keep=1, best_by="eval/reward")
+    assert manifest.best(tmp_path, "eval/reward") is None and len(manifest.folders(tmp_path)) == 1
 
 
 def test_save_again_replaces(runtime, tmp_path):
@@ -219,9 +236,10 @@ def test_a_save_that_fails_leaves_the_last_one(runtime, tmp_path):
     assert manifest.folders(tmp_path) == [first] and manifest.newest(tmp_path) == first
     assert (tmp_path / "checkpoints/latest").read_text().strip() == "000001"
     runtime.engine.broken = False
-    second = checkpoint.save(runtime, None, tmp_path, state_of(2), keep=1)
-    assert manifest.newest(tmp_path) == second != first
-    assert not list((tmp_path / "checkpoints").glob(".saving-*"))
+    (tmp_path / "checkpoints/.universal-000001/state").mkdir(parents=True)
+    next_one = checkpoint.save(runtime, None, tmp_path, state_of(3), keep=1)
+    assert manifest.newest(tmp_path) == next_one != first
+    assert not list((tmp_path / "checkpoints").glob(".*")), "what the broken one left is gone, though it had another number"
 
 
 @pytest.mark.parametrize("error, free", [
@@ -236,7 +254,7 @@ def test_a_full_disk_is_named_and_cleared(runtime, tmp_path, monkeypatch, error,
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr("tempflow.trainer.checkpoint.write_together", full)
     monkeypatch.setattr("tempflow.trainer.checkpoint.shutil.disk_usage", lambda path: usage._replace(free=free))
-    with pytest.raises(UserError, match="no space left .* MB were written.*--resume from 000001, which is whole"):
+    with pytest.raises(RankError, match="no space left .* MB were written.*--resume from 000001, which is whole"):
         checkpoint.save(runtime, None, tmp_path, state_of(2), keep=2)
     assert manifest.newest(tmp_path) == first and not list((tmp_path / "checkpoints").glob(".*"))
     monkeypatch.setattr("tempflow.trainer.checkpoint.shutil.disk_usage", lambda path: usage._replace(free=1 << 40))

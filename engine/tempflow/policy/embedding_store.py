@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from tempflow.errors import UserError
+from tempflow.errors import RankError
 from tempflow.logs import write_atomic
 from tempflow.policy.base import Conditioning
 
@@ -44,11 +44,11 @@ class EmbeddingStore:
         return None
 
     def read(self, text: str) -> Conditioning:
-        """The embeddings of one text, [...] each, on the CPU. UserError where they are missing or damaged."""
+        """The embeddings of one text, [...] each, on the CPU. RankError where they are missing or damaged."""
         try:
             return self._read(text)
         except (SafetensorError, OSError, ValueError, KeyError) as error:
-            raise UserError(
+            raise RankError(
                 f"data.embedding_cache: {self.path(text)} was whole when the run began and cannot be read now: {error}; "
                 "start again, with --resume, and it is made anew"
             ) from None

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator
 
-from tempflow.errors import UserError
+from tempflow.errors import RankError, UserError
 from tempflow.logs import write_atomic
 from tempflow.trainer import comm, manifest, universal
 from tempflow.trainer.ema import Average
@@ -30,31 +30,33 @@ from tempflow.trainer.streaming import write_together
 FULL, NEARLY_FULL = (errno.ENOSPC, errno.EDQUOT), 16 << 20  # bytes
 
 
-def save(runtime: Runtime, ema: Average | None, run_dir: Path, state: dict, keep: int, keep_best: bool = False) -> Path:
-    """Write a checkpoint of all ranks and drop the oldest beyond `keep`, the best one apart where `keep_best`.
+def save(runtime: Runtime, ema: Average | None, run_dir: Path, state: dict, keep: int, best_by: str | None = None) -> Path:
+    """Write a checkpoint of all ranks and drop the oldest beyond `keep`, but not the one with the highest metric `best_by`.
 
     state: JSON values, with "iteration". UserError where the disk is full: then those before are as they were.
     """
     final = manifest.folder(run_dir, state["iteration"])
     draft = final.with_name(f".saving-{final.name}")
     if comm.rank() == 0:
-        shutil.rmtree(draft, ignore_errors=True)
+        for left in (*final.parent.glob(".saving-*"), *final.parent.glob(".universal-*")):  # by a start that was killed
+            shutil.rmtree(left, ignore_errors=True)
         draft.mkdir(parents=True)
     comm.barrier()
     with _full_disk_named(draft, run_dir):
         universal.save_state(runtime.engine, draft / "deepspeed")
-        weights = ((name, runtime.full_fp32(parameter).cpu()) for name, parameter in runtime.trainable.items())
+        weights = ((name, runtime.full_fp32(parameter)) for name, parameter in runtime.trainable.items())
         write_together(draft / "weights.safetensors", runtime.trainable_shapes(), weights)
         if ema:
             ema.write(draft / "ema.safetensors")
         comm.barrier()
         if comm.rank() == 0:
             (draft / "state.json").write_text(json.dumps(state, indent=1))
-            manifest.seal(draft)
+        manifest.seal(draft)
+        if comm.rank() == 0:
             shutil.rmtree(final, ignore_errors=True)
             os.rename(draft, final)
             write_atomic(run_dir / "checkpoints/latest", final.name + "\n")
-            spared = manifest.best(run_dir) if keep_best else None
+            spared = manifest.best(run_dir, best_by) if best_by else None
             for old in manifest.folders(run_dir)[:-keep]:
                 if old != spared:
                     shutil.rmtree(old)
@@ -75,7 +77,7 @@ def _full_disk_named(draft: Path, run_dir: Path) -> Iterator[None]:
         shutil.rmtree(draft, ignore_errors=True)
         last = manifest.newest(run_dir)
         then = f"go on with --resume from {last.name}, which is whole" if last else "begin again: there is no earlier one"
-        raise UserError(
+        raise RankError(
             f"{draft.parent}: no space left for a checkpoint, of which {written / 1e6:.1f} MB were written. Free more than that, "
             f"or lower checkpoint.keep, and {then}"
         ) from None

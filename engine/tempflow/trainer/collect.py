@@ -236,9 +236,10 @@ class Collector:
         totals = [len(plan.rows), np.isnan(columns[0]).sum(), np.nansum(trunks), np.isfinite(trunks).sum()]
         images, failed, trunk_sum, trunk_count = comm.reduce(totals)
         if failed / images > self.config.reward_pool.max_failed:
+            reason = comm.first_of_any(self.pool.last_error)
             raise UserError(
                 f"{int(failed)} of {int(images)} pictures of this iteration could not be scored, more than "
-                f"reward_pool.max_failed ({self.config.reward_pool.max_failed}) allows; last error: {self.pool.last_error}"
+                f"reward_pool.max_failed ({self.config.reward_pool.max_failed}) allows; last error: {reason}"
             )
         rewards, *parts = comm.reduce(mine)
         return Collected(

@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib
 import os
 import socket
+from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 
 def init_distributed() -> None:
@@ -69,9 +72,14 @@ def broadcast(tensor: torch.Tensor, source: int) -> torch.Tensor:
     return tensor
 
 
-def agree_on(value: str | None) -> str | None:
+def agree_on(value: T) -> T:
     """Rank 0's value on every rank."""
     box = [value]
     if world_size() > 1:
         dist.broadcast_object_list(box)
     return box[0]
+
+
+def first_of_any(value: str | None) -> str | None:
+    """On every rank the value of the first rank that has one."""
+    return agree_on(next(filter(None, gather_objects(value) or []), None))

@@ -56,7 +56,7 @@ class Average:
 
     def write(self, file: Path) -> None:
         """All averages into a safetensors file, by the first rank (a collective)."""
-        write_together(file, self._shapes, ((name, self.gather([name])[name].cpu()) for name in self._shapes))
+        write_together(file, self._shapes, ((name, self.gather([name])[name]) for name in self._shapes))
 
     def read(self, file: Path, updates: int) -> None:
         """Take over this rank's share of averages that `write` wrote on any number of ranks."""

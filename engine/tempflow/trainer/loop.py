@@ -158,7 +158,7 @@ class Trainer:
             self.stop.received = self.stop.received or "a signal on another rank"
             self.console.note(f"stopped by {self.stop.received} after iteration {self.iteration}; continue with --resume")
         elif self.ended:
-            self.console.note(f"stopped after iteration {self.iteration} by {self.ended}; to go on: --resume --set eval.stop=null")
+            self.console.note(f"stopped after iteration {self.iteration} by {self.ended}; to go on: --resume with another eval.stop")
 
     def _done(self) -> bool:
         """All ranks together: the last iteration, the time limit, the stopping rule, or a signal."""
@@ -335,7 +335,7 @@ class Trainer:
                 self.policy, self.embeddings, self.heldout, mine, height=r.height, width=r.width, num_steps=steps,
                 guidance_scale=self.config.eval_guidance(), micro_batch=r.micro_batch, advance=advance,
             )  # fmt: skip
-            scored = evaluation.evaluate(self.pool, self.specs, self.heldout, drawn)
+            scored = evaluation.evaluate(self.pool, self.specs, self.heldout, drawn, e.keep_samples)
         self.evaluated_at = self.iteration
         gathered = comm.gather_objects(scored)
         if gathered is None:
@@ -343,7 +343,7 @@ class Trainer:
         scored = evaluation.merge(gathered)
         folder = self.run_dir / "samples" / f"{self.iteration:06d}"
         facts = {"iteration": self.iteration, "num_steps": steps, "seed": evaluation.EVAL_SEED, "weights": weights}
-        evaluation.write_samples(folder, scored, self.heldout, e.keep_samples, facts)
+        evaluation.write_samples(folder, scored, self.heldout, facts)
         self.trackers.samples(folder)
         reward = float(np.nanmean(scored.reward))
         if self.iteration == 0:
@@ -398,7 +398,8 @@ class Trainer:
         }  # fmt: skip
         with self.console.phase("checkpoint"), span("checkpoint"):
             kept = self.config.checkpoint
-            checkpoint.save(self.runtime, self.ema, self.run_dir, state, kept.keep, kept.keep_best)
+            best_by = self.config.best_metric() if kept.keep_best else None
+            checkpoint.save(self.runtime, self.ema, self.run_dir, state, kept.keep, best_by)
         self.saved = self.iteration
 
     def _restore(self, path: Path) -> None:

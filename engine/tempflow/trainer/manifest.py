@@ -1,15 +1,21 @@
-"""Which checkpoints of a run are whole: sizes and checksums in a manifest that is written last."""
+"""Which checkpoints of a run are whole: sizes and checksums in a manifest that is written last.
+
+Checkpoints are large: when one is written, every rank reads a share of it back; when one is checked, several threads do.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tempflow.logs import read_metrics, write_atomic
+from tempflow.trainer import comm
 
 MANIFEST = "manifest.json"
+READERS = 8  # files at a time: disks and their networks serve several faster, and hashing one takes one core
 
 
 def folder(run_dir: Path, iteration: int) -> Path:
@@ -32,13 +38,25 @@ def _digest(file: Path) -> str:
 
 
 def seal(draft: Path) -> None:
-    """Flush every file of a finished checkpoint to the disk and list it in the manifest."""
-    files = {}
-    for file in sorted(p for p in draft.rglob("*") if p.is_file()):
-        with open(file, "rb") as stream:
-            os.fsync(stream.fileno())
-        files[str(file.relative_to(draft))] = {"bytes": file.stat().st_size, "sha256": _digest(file)}
-    write_atomic(draft / MANIFEST, json.dumps(files, indent=1))
+    """Flush every file of a finished checkpoint to the disk and list it in the manifest (a collective, after all have written).
+
+    Rank 0 says which files there are. The largest are dealt first, each rank takes as many, and none is listed before it is read.
+    """
+    names = None
+    if comm.rank() == 0:
+        found = [file for file in draft.rglob("*") if file.is_file()]
+        names = [str(file.relative_to(draft)) for file in sorted(found, key=lambda file: (-file.stat().st_size, file))]
+    share = comm.agree_on(names)[comm.rank() :: comm.world_size()]
+    shares = comm.gather_objects({name: _flushed(draft / name) for name in share})
+    if shares is not None:
+        files = {name: seen for share in shares for name, seen in share.items()}
+        write_atomic(draft / MANIFEST, json.dumps(files, indent=1, sort_keys=True))
+
+
+def _flushed(file: Path) -> dict:
+    with open(file, "rb") as stream:
+        os.fsync(stream.fileno())
+    return {"bytes": file.stat().st_size, "sha256": _digest(file)}
 
 
 def fault(checkpoint: Path) -> str | None:
@@ -50,20 +68,25 @@ def fault(checkpoint: Path) -> str | None:
         files = []
     if not files:
         return f"{manifest} is missing or damaged"
-    for name, size, digest in files:
+    for name, size, _ in files:
         file = checkpoint / name
         if not file.is_file():
             return f"{file} is missing"
         if file.stat().st_size != size:
             return f"{file} has {file.stat().st_size} bytes, not {size}"
-        if _digest(file) != digest:
-            return f"{file} does not match its checksum"
-    return None
+    try:
+        with ThreadPoolExecutor(READERS) as readers:
+            read = readers.map(_digest, [checkpoint / name for name, _, _ in files])
+            changed = [name for (name, _, digest), now in zip(files, read, strict=True) if now != digest]
+    except OSError as error:
+        return f"{checkpoint} cannot be read: {error}"
+    return f"{checkpoint / changed[0]} does not match its checksum" if changed else None
 
 
-def best(run_dir: Path) -> Path | None:
-    """Of the checkpoints whose iteration was evaluated, the one with the highest held-out reward; None without any."""
-    seen = {row["iteration"]: row["eval/reward"] for row in read_metrics(run_dir) if row.get("eval/reward") is not None}
+def best(run_dir: Path, metric: str) -> Path | None:
+    """Of the checkpoints whose iteration was evaluated, the one with the highest `metric`, the first of equals; None without any."""
+    rows = (row for row in read_metrics(run_dir) if "eval/reward" in row and row.get(metric) is not None)
+    seen = {row["iteration"]: row[metric] for row in rows}
     evaluated = [checkpoint for checkpoint in folders(run_dir) if int(checkpoint.name) in seen]
     return max(evaluated, key=lambda checkpoint: seen[int(checkpoint.name)], default=None)
 

@@ -71,7 +71,7 @@ def _fill(store: EmbeddingStore, texts: list[str], load: Callable[..., Policy], 
             _embed(store, missing, load, note)
     except (UserError, OSError) as error:
         trouble = str(error) if isinstance(error, UserError) else f"data.embedding_cache: {store.folder}: {error}"
-    found = comm.agree_on(next(filter(None, comm.gather_objects(trouble) or []), None))
+    found = comm.first_of_any(trouble)
     if not found and comm.reduce(not all(store.path(text).exists() for text in texts), "max"):
         found = f"data.embedding_cache: {store.folder} is not the same folder for all ranks; it must be on a file system they share"
     if found:

@@ -26,5 +26,7 @@ def claim_run(config: Config, resume: bool) -> tuple[Path, Path | None]:
     trouble = comm.agree_on(trouble)
     if trouble:
         raise UserError(trouble)
-    chosen = comm.agree_on(str(found) if found else None)
-    return rundir.path_of(config), Path(chosen) if chosen else None
+    run_dir = rundir.path_of(config)
+    if comm.reduce(not run_dir.is_dir(), "max"):
+        raise UserError(f"logging.dir: {run_dir} is not the same folder for all ranks; it must be on a file system they share")
+    return run_dir, comm.agree_on(found)

@@ -27,7 +27,7 @@ def write_together(file: Path, shapes: dict[str, tuple[int, ...]], tensors: Iter
 
 
 def write_safetensors(file: Path, shapes: dict[str, tuple[int, ...]], tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Write fp32 tensors on the CPU as they come, in the order of `shapes`. ValueError where they are others."""
+    """Write fp32 tensors as they come, in the order of `shapes`. ValueError where they are others."""
     header, place = {}, 0
     for name, shape in shapes.items():
         end = place + 4 * torch.Size(shape).numel()
@@ -41,6 +41,6 @@ def write_safetensors(file: Path, shapes: dict[str, tuple[int, ...]], tensors: I
         for name, tensor in tensors:
             if (name, tuple(tensor.shape)) != next(expected, None) or tensor.dtype != torch.float32:
                 raise ValueError(f"{file.name}: {name} {tuple(tensor.shape)} {tensor.dtype} is not what comes next")
-            out.write(tensor.contiguous().numpy().data)
+            out.write(tensor.cpu().contiguous().numpy().data)
         if next(expected, None) is not None:
             raise ValueError(f"{file.name}: a tensor is missing")
