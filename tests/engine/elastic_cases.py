@@ -4,6 +4,8 @@ One rank makes 2 updates and saves; two ranks take that up, make 2 more and save
 The middle part is this file as a script under the launcher, with the folder as its argument.
 """
 
+import json
+import os
 import sys
 from functools import lru_cache
 from pathlib import Path
@@ -11,6 +13,8 @@ from pathlib import Path
 import torch
 from engine_cases import MODEL, small_config
 from safetensors.torch import save_file
+
+from tempflow import cli
 
 # name: (ZeRO stage, LoRA, bf16). Stage 1 in bf16 has an optimizer of its own in DeepSpeed.
 CASES = {
@@ -114,7 +118,34 @@ def main(folder: Path) -> None:
             for name, tensors in {"restored": restored, "saved": saved, "norms": {"norms": norms}}.items():
                 save_file(tensors, folder / case / f"{name}.safetensors", {"notes": "\n".join(notes)})
         toy.close()
+    seal_together(folder / "sealed")
+    claim_apart(folder / "apart")
+
+
+def seal_together(draft: Path) -> None:
+    """Seal a folder; leaves beside it what each rank read."""
+    from tempflow.trainer import comm, manifest
+
+    read, flushed = [], manifest._flushed
+    manifest._flushed = lambda file: read.append(str(file.relative_to(draft))) or flushed(file)
+    manifest.seal(draft)
+    (draft.parent / f"read-{comm.rank()}.json").write_text(json.dumps(read))
+
+
+def claim_apart(folder: Path) -> None:
+    """Claim a run directory from a working directory of each rank's own; leaves what that brings."""
+    from tempflow.errors import UserError
+    from tempflow.trainer import comm
+    from tempflow.trainer.start import claim_run
+
+    here = folder / str(comm.rank())
+    here.mkdir(parents=True)
+    os.chdir(here)
+    try:
+        claim_run(small_config(logging={"dir": "runs", "name": "run"}), resume=False)
+    except UserError as error:
+        Path("error.txt").write_text(str(error))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[-1]))
+    cli.run(lambda: main(Path(sys.argv[-1])))

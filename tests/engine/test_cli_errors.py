@@ -11,8 +11,8 @@ import pytest
 from engine_cases import HELDOUT, ROOT, config_table, small_config, write_config
 from run_cases import script_here
 
-from tempflow import rundir
-from tempflow.errors import UserError
+from tempflow import cli, rundir
+from tempflow.errors import RankError, UserError
 
 
 def refused(words, name, *arguments):
@@ -234,8 +234,32 @@ def test_sample_refuses_to_mix_pictures(claimed_run, tmp_path):
     refused(["--out", tmp_path, "not an empty folder"], "sample", "--run", claimed_run, "--out", tmp_path)
 
 
+@pytest.mark.parametrize("name", ["evaluate", "sample"])
+@pytest.mark.parametrize("option, value", [("--count", "0"), ("--num-steps", "-3"), ("--num-steps", "ten"), ("--checkpoint", "-1")])
+def test_numbers_that_are_none(claimed_run, tmp_path, name, option, value):
+    done = script_here(name, "--run", claimed_run, "--out", tmp_path / "out", f"{option}={value}")
+    assert done.returncode == 2 and f"argument {option}: expected" in done.stderr and repr(value) in done.stderr
+
+
 def test_evaluate_refuses_missing_prompts(claimed_run, tmp_path):
     refused(["--prompts", "nowhere.txt", "does not exist"], "evaluate", "--run", claimed_run, "--base", "--prompts", "nowhere.txt")
+
+
+@pytest.mark.parametrize("rank, local, error, printed", [
+    (0, 0, UserError, True), (1, 1, UserError, False), (8, 0, UserError, True), (9, 1, RankError, True),
+])  # fmt: skip
+def test_one_message_on_each_machine(monkeypatch, capsys, rank, local, error, printed):
+    """Of an error that all ranks share; one that a rank has alone is printed whatever the rank."""
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("LOCAL_RANK", str(local))
+    monkeypatch.setattr(cli, "leave_group", lambda: None)
+
+    def main():
+        raise error("refused")
+
+    with pytest.raises(SystemExit) as end:
+        cli.run(main)
+    assert end.value.code == 2 and capsys.readouterr().err == ("error: refused\n" if printed else "")
 
 
 @pytest.mark.parametrize("main, status", [("lambda: 0", 0), ("refuse", 2)])
@@ -245,7 +269,7 @@ def test_a_script_leaves_its_process_group(main, status):
 import atexit
 import torch.distributed as dist
 from tempflow import cli
-from tempflow.errors import UserError
+from tempflow.errors import RankError, UserError
 from tempflow.trainer.comm import init_distributed
 
 def refuse():

@@ -20,7 +20,7 @@ ROUNDING = 1e-5  # relative, fp32
 BF16 = 2e-2  # gradients of half the rows, rounded to bf16 before they are summed
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="session", autouse=True)
 def one_rank():
     comm.init_distributed()
 
@@ -52,6 +52,10 @@ def passed_on(tmp_path_factory):
         norms = toy.train(range(MIDDLE.start, END.stop))
         undisturbed[case] = saved, norms, toy.held()
         toy.close()
+    for number, size in enumerate((5, 5000, 0, 300, 70)):
+        file = folder / f"sealed/part-{number % 2}/{number}.bin"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(bytes([number]) * size)
     command = ["deepspeed", "--num_accelerators", 2, "--master_port", free_port(), HERE / "elastic_cases.py", folder]
     done = run_command(command)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
@@ -79,6 +83,25 @@ def test_there_and_back(passed_on, case):
     assert distance(end, saved) > 0.1, "the updates since do something"
     toy.close()
     assert not list((folder / case / "checkpoints").glob(".*")), "nothing converted is left behind"
+
+
+@pytest.mark.slow
+def test_ranks_seal_a_checkpoint_together(passed_on):
+    """Each reads a share, the largest files apart; the manifest is the one that a single rank makes."""
+    folder = passed_on[0]
+    shares = [json.loads((folder / f"read-{rank}.json").read_text()) for rank in (0, 1)]
+    assert shares == [["part-1/1.bin", "part-0/4.bin", "part-0/2.bin"], ["part-1/3.bin", "part-0/0.bin"]]
+    assert manifest.fault(folder / "sealed") is None
+    together = (folder / "sealed" / manifest.MANIFEST).read_text()
+    (folder / "sealed" / manifest.MANIFEST).unlink()
+    manifest.seal(folder / "sealed")
+    assert (folder / "sealed" / manifest.MANIFEST).read_text() == together
+
+
+@pytest.mark.slow
+def test_a_folder_of_each_rank_is_refused(passed_on):
+    errors = [(passed_on[0] / f"apart/{rank}/error.txt").read_text() for rank in (0, 1)]
+    assert errors == ["logging.dir: runs/run is not the same folder for all ranks; it must be on a file system they share"] * 2
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
