@@ -283,6 +283,15 @@ def test_text_encoders_leave_where_embeddings_are_cached():
     assert named == [{"data.embedding_cache=embeddings": encoders}, {}]
 
 
+def test_a_graph_keeps_what_a_forward_holds():
+    """All along, beside the eager forward that it is compared with; without it that much is free."""
+    plain, graphs = (estimate(small_config(rollout={"graphs": value}), card_gb=0.001) for value in (False, True))
+    forward = next(item.bytes for item in plain.memory.moments if item.name.startswith("rollout: a forward"))
+    assert graphs.total - plain.total == items(graphs)["CUDA graph of the rollout"] == forward > 0
+    assert [advice.bytes for advice in graphs.advice if advice.setting == "rollout.graphs=false"] == [forward]
+    assert "CUDA graph of the rollout" not in items(plain)
+
+
 def test_each_saving_is_what_the_changed_config_takes():
     config = small_config(training={"kl_coef": 0.1, "micro_batch": 8}, deepspeed={"optimizer": {"type": "AdamW"}})
     result = estimate(config, card_gb=0.001)

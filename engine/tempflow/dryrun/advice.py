@@ -14,6 +14,7 @@ CANDIDATES: list[tuple[str, dict]] = [
     ("model.gradient_checkpointing=true", {"model.gradient_checkpointing": True}),
     ("training.micro_batch=1", {"training.micro_batch": 1}),
     ("rollout.micro_batch=1", {"rollout.micro_batch": 1}),
+    ("rollout.graphs=false", {"rollout.graphs": False}),
     ("rollout.decode_batch=1", {"rollout.decode_batch": 1}),
     ("deepspeed.zero_optimization.stage=2", {"deepspeed.zero_optimization.stage": 2}),
     ("deepspeed.zero_optimization.stage=3", {"deepspeed.zero_optimization.stage": 3}),

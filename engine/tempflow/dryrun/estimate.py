@@ -20,7 +20,7 @@ from tempflow.dryrun.model import Model, local_model, module_bytes, tensor_bytes
 from tempflow.dryrun.zero import Zero
 from tempflow.errors import UserError
 from tempflow.policy.embeddings import KEPT, KEPT_OF_STORE
-from tempflow.policy.loading import check_model, check_size, resolve_dtype
+from tempflow.policy.loading import check_model, check_size, check_text_length, resolve_dtype
 from tempflow.rollout.plan import Unit, build_plan
 from tempflow.rollout.suffix import count_forwards
 from tempflow.trainer.reference import placement
@@ -130,6 +130,8 @@ def _memory(config: Config, model: Model, gpus: int, prompts: int) -> Memory:
     where = placement(config)
     reference, offloaded = _reference(where, zero, weights)
     encoders = sum(size for name, size in frozen.items() if name != "vae")
+    size = _size(config, model)
+    forward = _line(lambda n: _forward_pass(folder, dtype, _at(size, n))[0], r.micro_batch)
     stay = config.data.embedding_cache is None  # otherwise they are gone before the rest is loaded
     resident = [
         Item("text encoders", encoders if stay else 0, "data.embedding_cache, model.dtype"),
@@ -142,14 +144,13 @@ def _memory(config: Config, model: Model, gpus: int, prompts: int) -> Memory:
         Item("reference copy", reference, "training.kl_coef, training.reference, model.lora"),
         Item("layers of the reference, gathered", zero.gathered if where in ("sharded", "offloaded") else 0,
              "zero_optimization.stage3_max_live_parameters"),
+        Item("CUDA graph of the rollout", forward if r.graphs else 0, "rollout.graphs, rollout.micro_batch"),
         Item("latents, embeddings", _held(config, model, gpus, dtype, trained_in), "data.prompts_per_iteration"),
     ]
-    size = _size(config, model)
     moments = [
         Item(f"training: activations of {_rows(_training_rows(config, gpus))}", _activations(config, model, gpus),
              "gradient_checkpointing, training.micro_batch"),
-        Item(f"rollout: a forward of {_rows(r.micro_batch)}",
-             _line(lambda n: _forward_pass(folder, dtype, _at(size, n))[0], r.micro_batch), "rollout.micro_batch"),
+        Item(f"rollout: a forward of {_rows(r.micro_batch)}", forward, "rollout.micro_batch"),
         Item(f"decoding {_rows(r.decode_batch)}", _decode_pass(folder, dtype, size)[0] * r.decode_batch, "rollout.decode_batch"),
         Item("optimizer step", zero.step, "zero_optimization.stage, sub_group_size"),
         Item("refreshing the rollout copy", _refresh(config, weights, trained_in), "rollout.refresh_bucket"),
@@ -301,7 +302,7 @@ def _lora_key(config: Config) -> str | None:
 
 def _size(config: Config, model: Model) -> Size:
     r = config.rollout
-    return Size(1, r.height, r.width, model.text_length(config.model.max_sequence_length), r.guidance_scale > 1)
+    return Size(1, r.height, r.width, check_text_length(model.folder, config.model.max_sequence_length), r.guidance_scale > 1)
 
 
 def _at(size: Size, rows: int) -> Size:

@@ -13,7 +13,7 @@ import torch
 from tempflow.config import Lora
 from tempflow.dryrun.families import INPUTS, Forward, Size
 from tempflow.errors import UserError
-from tempflow.policy.loading import FAMILIES, check_model
+from tempflow.policy.loading import family_of
 
 CARDS = Path(__file__).parents[3] / "configs/models"
 KNOWN = {  # hub ids whose configs are kept there
@@ -69,7 +69,7 @@ class Model:
         from tempflow.trainer.runtime import add_lora
 
         try:
-            add_lora(module, lora, self._family.lora_targets, 0)
+            add_lora(module, lora, family_of(self.folder).lora_targets, 0)
         except ValueError as error:
             raise UserError(f"model.lora: {str(error).splitlines()[0]}") from None
         return module
@@ -80,18 +80,6 @@ class Model:
                 f"model.path: --dry-run knows no input shapes of a {self.transformer_class}, only of {', '.join(INPUTS)}"
             )
         return INPUTS[self.transformer_class](self._defaults, size, dtype)
-
-    def text_length(self, asked: int | None) -> int:
-        """Tokens of a prompt: as many as the config says, or the family's own number. UserError where it takes fewer."""
-        longest = getattr(self._family, "longest_text", asked)
-        if asked and longest and asked > longest:
-            raise UserError(f"model.max_sequence_length: {asked}; {self.index['_class_name']} takes {longest} at most")
-        return asked or self._family.text_length
-
-    @property
-    def _family(self):
-        module, _, name = FAMILIES[check_model(self.folder)].partition(":")
-        return getattr(importlib.import_module(module), name)
 
     def _defaults(self, part: str) -> dict:
         """A part's config with what its file leaves out."""
