@@ -9,6 +9,7 @@ evaluation. What an object needs is in a prompt's metadata, in the benchmark's o
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Callable
 
 import numpy as np
@@ -45,7 +46,8 @@ class Found:
 
 
 class GenEval(Reward):
-    """Share of what a prompt's metadata asks for that the picture shows; 1 exactly where GenEval calls it correct.
+    """Share of what a prompt's metadata asks for that the picture shows; 1 exactly where GenEval calls it correct; no value where
+    the metadata is not in GenEval's format.
 
     strict: 1 or 0 instead. detector, clip: folders or hub repositories. device: "cuda" or "cpu". batch: pictures a forward.
     """
@@ -73,23 +75,27 @@ class GenEval(Reward):
         from transformers import AutoImageProcessor, Mask2FormerForUniversalSegmentation
 
         from tempflow.rewards.neural.clip import ClipEncoder
-        from tempflow.rewards.neural.weights import fetch, read_tensors
+        from tempflow.rewards.neural.weights import fetch
 
-        torch.set_num_threads(threads)
         self._processor = AutoImageProcessor.from_pretrained(self._detector_path)
         detector = Mask2FormerForUniversalSegmentation.from_pretrained(self._detector_path, use_safetensors=True)
         if detector.config.num_labels != len(CLASSES):
-            raise UserError(f"{self._detector_path} knows {detector.config.num_labels} classes, not COCO's {len(CLASSES)}")
+            raise UserError(f"detector: {self._detector_path} knows {detector.config.num_labels} classes, not COCO's {len(CLASSES)}")
         self._detector = detector.to(self._device).eval()
-        folder = fetch("clip", self._clip_path)
-        self._clip = ClipEncoder("clip", folder, read_tensors("clip", folder), torch.float32, self._device)
+        self._clip = ClipEncoder("clip", fetch("clip", self._clip_path), torch.float32, self._device)
+        self._colour_texts = cache(self._embed_colours)
 
     def score(self, images, prompts, metadata):
         values, details = [], []
         for start in range(0, len(images), self._batch):
             part = slice(start, start + self._batch)
             for image, found, entry in zip(images[part], self.detect(images[part], metadata[part]), metadata[part]):
-                check_metadata(entry)
+                try:
+                    check_metadata(entry)
+                except ValueError as error:
+                    values.append(np.nan)
+                    details.append(f"not scored: {error}")
+                    continue
                 value, faults = judge(found, entry, lambda name, objects, image=image: self.colours(image, name, objects))
                 values.append(float(not faults) if self._strict else value)
                 details.append("; ".join(faults) or "all as asked")
@@ -125,10 +131,15 @@ class GenEval(Reward):
             left, top, right, bottom = found.box.astype(int)
             crops.append(np.where(found.mask[..., None], image, np.uint8(GREY))[top:bottom, left:right])
         with torch.inference_mode():
-            texts = self._clip.embed_texts([t.format(colour=colour, name=name) for colour in COLOURS for t in TEMPLATES])
-            texts = torch.nn.functional.normalize(texts.reshape(len(COLOURS), len(TEMPLATES), -1).mean(1), dim=-1)
-            best = (self._clip.embed_images(self._clip.pixels(crops)) @ texts.T).argmax(1).tolist()
+            best = (self._clip.embed_images(self._clip.pixels(crops)) @ self._colour_texts(name).T).argmax(1).tolist()
         return [COLOURS[i] for i in best]
+
+    def _embed_colours(self, name: str):
+        """The mean of each colour's templates, of length 1: fp32 [colours, d]."""
+        import torch
+
+        texts = self._clip.embed_texts([t.format(colour=colour, name=name) for colour in COLOURS for t in TEMPLATES])
+        return torch.nn.functional.normalize(texts.reshape(len(COLOURS), len(TEMPLATES), -1).mean(1), dim=-1)
 
 
 def by_class(scores: np.ndarray, labels: np.ndarray, masks: np.ndarray, threshold: float) -> dict[str, list[Found]]:

@@ -148,6 +148,8 @@ def test_objects_of_a_real_model(reward):
     name = next(iter(next(filter(None, found))))
     scores = reward.score(images, [""] * 3, [{"include": [wanted(name)]}] * 3)
     assert scores.values.tolist() == [float(name in objects) for objects in found]
+    spoilt = reward.score(images[:2], [""] * 2, [{"include": [wanted(name)]}, {"include": [wanted("unicorn")]}])
+    assert spoilt.values[0] == scores.values[0] and np.isnan(spoilt.values[1]) and "unicorn" in spoilt.details[1]
 
 
 def test_objects_are_those_of_transformers_own_postprocessing(reward, monkeypatch):

@@ -180,7 +180,7 @@ def test_metadata_that_cannot_travel():
 
 def test_start_failure_is_told():
     with pool_of("faulty_rewards:NeverStarts", workers=2) as pool:
-        with pytest.raises(UserError, match="NeverStarts' could not start: ImportError: No module named 'left_pad'"):
+        with pytest.raises(UserError, match="rewards.faulty_rewards:NeverStarts: could not start: ImportError: No module named 'left_pad'"):
             pool.wait_ready()
         ticket = pool.submit(*batch(1))
         with pytest.raises(UserError, match="left_pad"):

@@ -211,9 +211,9 @@ def edit_distance(a: str, b: str) -> int:
 def _model_file(name: str) -> Path:
     package = find_spec("rapidocr")
     if package is None:
-        raise UserError("the 'ocr' reward needs the package rapidocr: pip install 'rapidocr==3.10.*' onnxruntime")
+        raise UserError("needs the package rapidocr: pip install 'rapidocr==3.10.*' onnxruntime")
     path = Path(package.origin).parent / "models" / name
     if not path.exists():
         found = ", ".join(sorted(file.name for file in path.parent.glob("*.onnx"))) or "no models"
-        raise UserError(f"the 'ocr' reward needs {name}, which rapidocr 3.10 ships; {path.parent} holds {found}")
+        raise UserError(f"needs {name}, which rapidocr 3.10 ships; {path.parent} holds {found}")
     return path

@@ -6,6 +6,7 @@ of pictures compared with each other a false 0 is a strong signal in the wrong d
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,19 +24,21 @@ class Scores:
     details: list[str] | None = None
 
 
-class Reward:
+class Reward(ABC):
     """Base class of rewards; a subclass must define `score`.
 
     The constructor's keyword arguments are the reward's options in the config. It must be cheap and load
-    nothing: the training process builds every reward too, only to call `check_prompts`.
+    nothing: the training process builds every reward too, only to call `check_prompts`. A `UserError` of the constructor or of
+    `load` is shown after the entry's key; it begins with the option at fault, as in "url: expected ..., got ...".
     """
 
-    def check_prompts(self, prompts: list[str], metadata: list[dict]) -> None:
+    def check_prompts(self, prompts: list[str], metadata: list[dict]) -> None:  # noqa: B027 (optional)
         """Raise `UserError` naming the first prompt that this reward cannot use (see `locate`)."""
 
-    def load(self, threads: int = 1) -> None:
+    def load(self, threads: int = 1) -> None:  # noqa: B027
         """Load models, once, in the process that will score; `threads` is what each may use."""
 
+    @abstractmethod
     def score(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> Scores:
         """Score pictures.
 
@@ -43,7 +46,6 @@ class Reward:
         array or list of n numbers does as well. An exception fails the whole batch (it is retried); NaN
         fails one picture.
         """
-        raise NotImplementedError
 
 
 class FunctionReward(Reward):

@@ -13,6 +13,7 @@ import math
 import os
 import sys
 import traceback
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from tempflow.errors import UserError
@@ -90,8 +91,11 @@ def build_reward(name: str, options: dict | None = None, kind: str = "") -> Rewa
     is_class = inspect.isclass(target)
     if not (issubclass(target, Reward) if is_class else callable(target)):
         raise UserError(f"rewards.{name}: {target!r} is neither a subclass of tempflow.rewards.Reward nor a function")
+    if inspect.isabstract(target):
+        raise UserError(f"rewards.{name}: {target!r} does not define {', '.join(sorted(target.__abstractmethods__))}")
     _check_options(name, target, options, skip=0 if is_class else 3)
-    return target(**options) if is_class else FunctionReward(target, options)
+    with _named(name, target):
+        return target(**options) if is_class else FunctionReward(target, options)
 
 
 def load_rewards(specs: list[RewardSpec], threads: int) -> dict[str, Reward]:
@@ -100,11 +104,12 @@ def load_rewards(specs: list[RewardSpec], threads: int) -> dict[str, Reward]:
     for spec in specs:
         rewards[spec.name] = build_reward(spec.name, spec.options, spec.type)
         try:
-            rewards[spec.name].load(threads)
+            with _named(spec.name, type(rewards[spec.name])):
+                rewards[spec.name].load(threads)
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"reward {spec.name!r} could not start: {type(error).__name__}: {error}") from error
+            raise UserError(f"rewards.{spec.name}: could not start: {type(error).__name__}: {error}") from error
     return rewards
 
 
@@ -122,6 +127,16 @@ def check_watched(specs: list[RewardSpec], evaluated: bool) -> None:
                 f"rewards.{spec.name}: weight 0 only watches, at evaluations, and this run has none; set data.heldout and "
                 "eval.every, or another weight"
             )
+
+
+@contextmanager
+def _named(name: str, target):
+    """Puts the entry's key before what its reward finds wrong, as `rewards.NAME.option: ` where that begins with an option."""
+    try:
+        yield
+    except UserError as error:
+        is_option = str(error).partition(":")[0] in inspect.signature(target).parameters
+        raise UserError(f"rewards.{name}{'.' if is_option else ': '}{error}") from error
 
 
 def _checked_weight(name: str, weight) -> float:

@@ -14,17 +14,17 @@ from tempflow.rewards.wire import read_answer, write_request
 class HttpReward(Reward):
     """A reward of a reward server. `url`: its address, or a list of servers that share the work; one that fails is
     passed over. `reward`: which of the server's rewards ("": its only one). `timeout_s`: for one request. `wait_s`: for
-    a server that is still starting. `token_env`: the environment variable that holds the server's token.
+    servers that are away or busy, at the start and in every try. `token_env`: the environment variable that holds the server's token.
     """
 
     def __init__(self, url: str | list[str], reward: str = "", timeout_s: float = 60.0, wait_s: float = 30.0, token_env: str = ""):
         urls = [url] if isinstance(url, str) else url
         if not isinstance(urls, list) or not urls:
-            raise UserError(f"rewards.http.url: expected an address or a list of addresses, got {url!r}")
+            raise UserError(f"url: expected an address or a list of addresses, got {url!r}")
         if not timeout_s > 0 or not wait_s >= 0:
-            raise UserError(f"rewards.http: timeout_s must be above 0 and wait_s at least 0, got {timeout_s!r} and {wait_s!r}")
-        token = token_of("rewards.http.token_env", token_env)
-        self._servers = [Service(checked_url("rewards.http.url", each), token, timeout_s) for each in urls]
+            raise UserError(f"timeout_s must be above 0 and wait_s at least 0, got {timeout_s!r} and {wait_s!r}")
+        token = token_of("token_env", token_env)
+        self._servers = [Service(checked_url("url", each), token, timeout_s) for each in urls]
         self._reward, self._wait_s = reward, wait_s
         self._next = os.getpid()  # workers start at different servers
 
@@ -45,7 +45,7 @@ class HttpReward(Reward):
 
     def score(self, images, prompts, metadata):
         message = write_request(self._reward, images, prompts, metadata)
-        answer = self._from_any(lambda server: server.post("/score", message))
+        answer = wait_for(lambda: self._from_any(lambda server: server.post("/score", message)), self._wait_s)
         return read_answer(answer, len(images))
 
     def _from_any(self, ask):

@@ -66,19 +66,19 @@ class VlmJudge(Reward):
         extra: dict | None = None,
     ):
         if not -math.inf < lowest < highest < math.inf:
-            raise UserError(f"rewards.vlm_judge: lowest must be below highest, got {lowest!r} and {highest!r}")
+            raise UserError(f"lowest must be below highest, got {lowest!r} and {highest!r}")
         if max_tokens < 1 or concurrency < 1 or retries < 0 or not timeout_s > 0 or not wait_s >= 0:
-            raise UserError("rewards.vlm_judge: max_tokens, concurrency, timeout_s must be above 0; retries, wait_s at least 0")
+            raise UserError("max_tokens, concurrency, timeout_s must be above 0; retries, wait_s at least 0")
         if yes_no and pattern:
-            raise UserError("rewards.vlm_judge.pattern: yes_no reads no written answer; give one of the two")
+            raise UserError("pattern: yes_no reads no written answer; give one of the two")
         if extra is not None and (not isinstance(extra, dict) or set(extra) & set(_OURS)):
-            raise UserError(f"rewards.vlm_judge.extra: expected a table without {', '.join(_OURS)}, got {extra!r:.100}")
+            raise UserError(f"extra: expected a table without {', '.join(_OURS)}, got {extra!r:.100}")
         self._rubric = _rubric(rubric, rubric_file) or (ASK if yes_no else RATE)
         self._pattern = _compiled(pattern) if pattern else None
         self._lowest, self._highest, self._yes_no = lowest, highest, yes_no
         self._concurrency, self._retries, self._wait_s = concurrency, retries, wait_s
         self._service = Service(
-            checked_url("rewards.vlm_judge.base_url", base_url), token_of("rewards.vlm_judge.key_env", key_env), timeout_s
+            checked_url("base_url", base_url), token_of("key_env", key_env), timeout_s
         )
         self._body = {"model": model, "temperature": 0, "max_tokens": 1 if yes_no else max_tokens, **(extra or {})}
         if yes_no:
@@ -96,11 +96,13 @@ class VlmJudge(Reward):
         except (KeyError, TypeError):
             return
         if self._body["model"] not in names:
-            raise UserError(f"rewards.vlm_judge.model: {self._service.url} serves {names}, not {self._body['model']!r}")
+            raise UserError(f"model: {self._service.url} serves {names}, not {self._body['model']!r}")
 
     def score(self, images, prompts, metadata):
         with ThreadPoolExecutor(self._concurrency) as threads:
             judged = list(threads.map(self._judge, images, prompts))
+        if all(math.isnan(value) for value, _ in judged):
+            self.load()  # waits for a server that is away, for the batch will be tried again
         return Scores(np.array([value for value, _ in judged], dtype=np.float32), [detail for _, detail in judged])
 
     def _judge(self, image: np.ndarray, prompt: str) -> tuple[float, str]:
@@ -194,20 +196,20 @@ def _rubric(rubric: str, file: str) -> str:
     if not file:
         return rubric
     if rubric:
-        raise UserError("rewards.vlm_judge: give rubric or rubric_file, not both")
+        raise UserError("give rubric or rubric_file, not both")
     try:
         return Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"rewards.vlm_judge.rubric_file: cannot read {file}: {error}") from None
+        raise UserError(f"rubric_file: cannot read {file}: {error}") from None
 
 
 def _compiled(pattern: str) -> re.Pattern:
     try:
         compiled = re.compile(pattern)
     except re.error as error:
-        raise UserError(f"rewards.vlm_judge.pattern: {pattern!r} is no regular expression: {error}") from None
+        raise UserError(f"pattern: {pattern!r} is no regular expression: {error}") from None
     if compiled.groups != 1:
-        raise UserError(f"rewards.vlm_judge.pattern: {pattern!r} must have one group, the number; it has {compiled.groups}")
+        raise UserError(f"pattern: {pattern!r} must have one group, the number; it has {compiled.groups}")
     return compiled
 
 

@@ -20,6 +20,7 @@ from tempflow.errors import UserError
 
 ANSWER_LIMIT = 16 << 20  # bytes; an answer is some numbers and short texts
 _LATER = {408, 425, 429, 500, 502, 503, 504}
+_AWAY = {None, 429, 502, 503}  # nobody there, starting, or too busy to look at the request
 
 
 class ServiceError(Exception):
@@ -106,13 +107,14 @@ def token_of(key: str, variable: str) -> str | None:
 
 
 def wait_for(ask, wait_s: float):
-    """What `ask()` returns, asked again while it raises a transient ServiceError, for `wait_s` seconds. Raises the last one."""
+    """What `ask()` returns, asked again for `wait_s` seconds while a ServiceError says that the server is away or busy. Raises the
+    last one. A request that was answered with another error is not repeated here: each may cost the server a model's run."""
     deadline = time.monotonic() + wait_s
     while True:
         try:
             return ask()
         except ServiceError as error:
-            if not error.transient or time.monotonic() >= deadline:
+            if not error.transient or error.status not in _AWAY or time.monotonic() >= deadline:
                 raise
         time.sleep(min(1.0, max(0.0, deadline - time.monotonic())))
 

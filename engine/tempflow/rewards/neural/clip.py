@@ -12,7 +12,7 @@ With u the embedding of the picture and v that of the text, both of length 1, an
 
 from __future__ import annotations
 
-import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,24 +21,21 @@ import torch.nn.functional as F
 
 from tempflow.errors import UserError
 from tempflow.rewards.neural.base import ModelReward
+from tempflow.rewards.neural.heads import linear_head
 from tempflow.rewards.neural.open_clip import to_transformers
-from tempflow.rewards.neural.weights import build, fetch, read_config, read_part, read_tensors
+from tempflow.rewards.neural.weights import build, fetch, read_config, read_processor, read_tensors, read_tokenizer
 
 
 class ClipEncoder:
     """A transformers CLIP model with its tokenizer and image processor; both towers give fp32 rows of length 1."""
 
-    def __init__(self, key: str, folder: Path, tensors: dict[str, torch.Tensor], dtype, device: str):
-        """folder: holds config, tokenizer and image processor; tensors: of a `CLIPModel`."""
-        from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPModel
+    def __init__(self, key: str, folder: Path, dtype: torch.dtype, device: str, tensors: dict[str, torch.Tensor] | None = None):
+        """folder: holds config, tokenizer, image processor and, unless `tensors` are given, the weights of a `CLIPModel`."""
+        from transformers import CLIPConfig, CLIPModel
 
         config = CLIPConfig.from_dict(read_config(key, folder, "clip"))
-        self.tokenizer = read_part(key, "tokenizer", folder, AutoTokenizer.from_pretrained)
-        # Pillow's resizing is the published one; torchvision's differs in the last bits.
-        self.processor = read_part(
-            key, "image processor", folder, lambda path: AutoImageProcessor.from_pretrained(path, backend="pil")
-        )
-        self.model = build(key, CLIPModel, config, tensors, dtype, device)
+        self.tokenizer, self.processor = read_tokenizer(key, folder), read_processor(key, folder)
+        self.model = build(key, CLIPModel, config, read_tensors(key, folder) if tensors is None else tensors, dtype, device)
         self.size = config.vision_config.image_size
         self._dtype, self._device = dtype, device
         self._length = config.text_config.max_position_embeddings
@@ -69,32 +66,30 @@ class ClipEncoder:
 
 
 class ClipReward(ModelReward):
-    """A reward on a CLIP model that one folder or repository holds whole."""
+    """A reward on a CLIP model, which `path` holds whole."""
 
     def _load(self):
-        key = self._key("path")
-        folder = fetch(key, self._path, self._revision)
-        read_config(key, folder, "clip")
-        self._clip = ClipEncoder(key, folder, read_tensors(key, folder), self._dtype, self._device)
+        self._clip = ClipEncoder("path", fetch("path", self.path, self.revision), self._dtype, self.device)
 
-    def _cosine(self, images: np.ndarray, texts: list[str]) -> torch.Tensor:
-        """fp32 [n]: the similarity of each picture to its text."""
-        return (self._clip.embed_images(self._clip.pixels(images)) * self._clip.embed_texts(texts)).sum(-1)
+    def _cosine(self, pixels: torch.Tensor, texts: list[str]) -> torch.Tensor:
+        """fp32 [n, 3, size, size] and n texts -> [n]: the similarity of each picture to its text."""
+        return (self._clip.embed_images(pixels) * self._clip.embed_texts(texts)).sum(-1)
 
 
+@dataclass(eq=False)
 class PickScore(ClipReward):
     """PickScore (arXiv 2305.01569): `exp(logit_scale) cos`, about 18 to 24.
 
     Some users divide by 26 to bring it near 1 (Flow-GRPO); divide the weight instead.
     """
 
-    ID = "pickscore"
-    PATH = "yuvalkirstain/PickScore_v1"
+    path: str = "yuvalkirstain/PickScore_v1"
 
     def _score(self, images, prompts):
-        return self._clip.model.logit_scale.float().exp() * self._cosine(images, prompts)
+        return self._clip.model.logit_scale.float().exp() * self._cosine(self._clip.pixels(images), prompts)
 
 
+@dataclass(eq=False)
 class ClipScore(ClipReward):
     """CLIPScore (arXiv 2104.08718): `2.5 max(cos, 0)` of the picture and the prompt after `prefix`.
 
@@ -102,28 +97,16 @@ class ClipScore(ClipReward):
     is ViT-L/14, the common choice in text-to-image work.
     """
 
-    ID = "clipscore"
-    PATH = "openai/clip-vit-large-patch14"
-    FACTOR = 2.5
-
-    def __init__(
-        self,
-        path: str = "",
-        revision: str = "main",
-        device: str = "cpu",
-        dtype: str = "",
-        batch_size: int = 16,
-        prefix: str = "A photo depicts",
-    ):
-        super().__init__(path, revision, device, dtype, batch_size)
-        self._prefix = prefix.strip()
+    path: str = "openai/clip-vit-large-patch14"
+    prefix: str = "A photo depicts"
 
     def _score(self, images, prompts):
-        texts = [f"{self._prefix} {prompt}" if self._prefix else prompt for prompt in prompts]
-        return self.FACTOR * self._cosine(images, texts).clamp(min=0)
+        texts = [f"{self.prefix.strip()} {prompt}".lstrip() for prompt in prompts]
+        return 2.5 * self._cosine(self._clip.pixels(images), texts).clamp(min=0)
 
 
-class HpsV2(ModelReward):
+@dataclass(eq=False)
+class HpsV2(ClipReward):
     """HPSv2 and HPSv2.1 (arXiv 2306.09341): `cos`, about 0.2 to 0.35.
 
     path: weights in open_clip's layout, as published, or in transformers'. base: the CLIP model they are a finetune of,
@@ -131,37 +114,24 @@ class HpsV2(ModelReward):
     the published transform; it is resized as torchvision (0.17 or later) resizes tensors, which is where it is published.
     """
 
-    ID = "hpsv2"
-    PATH = "RE-N-Y/hpsv21"
-
-    def __init__(
-        self,
-        path: str = "",
-        revision: str = "main",
-        device: str = "cpu",
-        dtype: str = "",
-        batch_size: int = 16,
-        base: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-    ):
-        super().__init__(path, revision, device, dtype, batch_size)
-        self._base = base
+    path: str = "RE-N-Y/hpsv21"
+    base: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
     def _load(self):
-        key = self._key("path")
-        folder = fetch(self._key("base"), self._base, weights=False)
-        read_config(self._key("base"), folder, "clip")
-        tensors = read_tensors(key, fetch(key, self._path, self._revision))
+        folder = fetch("base", self.base, weights=False)
+        read_config("base", folder, "clip")
+        tensors = read_tensors("path", fetch("path", self.path, self.revision))
         if not any(name.startswith("vision_model.") for name in tensors):
-            tensors = to_transformers(key, tensors)
-        self._clip = ClipEncoder(key, folder, tensors, self._dtype, self._device)
+            tensors = to_transformers("path", tensors)
+        self._clip = ClipEncoder("path", folder, self._dtype, self.device, tensors)
 
     def _score(self, images, prompts):
         pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 255
-        pixels = self._clip.normalised(resize_and_pad(pixels, self._clip.size))
-        return (self._clip.embed_images(pixels) * self._clip.embed_texts(prompts)).sum(-1)
+        return self._cosine(self._clip.normalised(resize_and_pad(pixels, self._clip.size)), prompts)
 
 
-class Aesthetic(ModelReward):
+@dataclass(eq=False)
+class Aesthetic(ClipReward):
     """LAION's aesthetic score of a picture, about 1 to 10; the prompt plays no part.
 
     head: a .safetensors file, folder or repository with linear layers applied one after another to the embedding of
@@ -169,37 +139,18 @@ class Aesthetic(ModelReward):
     path: the CLIP model the head was trained on.
     """
 
-    ID = "aesthetic"
-    PATH = "openai/clip-vit-large-patch14"
-
-    def __init__(
-        self,
-        path: str = "",
-        revision: str = "main",
-        device: str = "cpu",
-        dtype: str = "",
-        batch_size: int = 16,
-        head: str = "shunk031/aesthetics-predictor-v2-sac-logos-ava1-l14-linearMSE",
-    ):
-        super().__init__(path, revision, device, dtype, batch_size)
-        self._head_path = head
+    path: str = "openai/clip-vit-large-patch14"
+    head: str = "shunk031/aesthetics-predictor-v2-sac-logos-ava1-l14-linearMSE"
 
     def _load(self):
-        key, head = self._key("path"), self._key("head")
-        folder = fetch(key, self._path, self._revision)
-        read_config(key, folder, "clip")
-        layers = linear_layers(head, read_tensors(head, fetch(head, self._head_path)))
-        self._clip = ClipEncoder(key, folder, read_tensors(key, folder), self._dtype, self._device)
+        super()._load()
+        self._head = linear_head("head", read_tensors("head", fetch("head", self.head)), self.device)
         width = self._clip.model.config.projection_dim
-        if layers[0][0].shape[1] != width:
-            raise UserError(f"{head}: {self._head_path} takes embeddings of {layers[0][0].shape[1]}, {self._path} has {width}")
-        self._layers = [(weight.to(self._device), bias.to(self._device)) for weight, bias in layers]
+        if self._head.width != width:
+            raise UserError(f"head: {self.head} takes embeddings of {self._head.width}, {self.path} has {width}")
 
     def _score(self, images, prompts):
-        x = self._clip.embed_images(self._clip.pixels(images))
-        for weight, bias in self._layers:
-            x = F.linear(x, weight, bias)
-        return x[:, 0]
+        return self._head(self._clip.embed_images(self._clip.pixels(images)))
 
 
 def resize_and_pad(pixels: torch.Tensor, size: int) -> torch.Tensor:
@@ -211,21 +162,3 @@ def resize_and_pad(pixels: torch.Tensor, size: int) -> torch.Tensor:
         pixels = F.interpolate(pixels, size=new, mode="bicubic", antialias=True, align_corners=False)
     top, left = (size - new[0]) // 2, (size - new[1]) // 2
     return F.pad(pixels, (left, size - new[1] - left, top, size - new[0] - top))
-
-
-def linear_layers(key: str, tensors: dict[str, torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Weights and biases, fp32, of a head's layers in order; other tensors beside them are passed over.
-
-    Names are `layers.N.weight` (the MLP), `predictor.weight`, `linear.weight` or `weight` (one layer). Raises `UserError`
-    unless they lead from an embedding to one number.
-    """
-    pattern = re.compile(r"(?:(?:.*\.)?layers\.(\d+)|predictor|linear)\.weight|weight")
-    found = [(int(match[1] or 0), name) for name in tensors if (match := pattern.fullmatch(name)) and tensors[name].ndim == 2]
-    names = [name.removesuffix("weight") for _, name in sorted(found) if not name.startswith(("vision_model.", "text_model."))]
-    layers = [(tensors[name + "weight"].float(), tensors.get(name + "bias")) for name in names]
-    widths = [weight.shape[1] for weight, _ in layers] + [1]
-    fit = all(weight.shape[0] == after and bias is not None for (weight, bias), after in zip(layers, widths[1:]))
-    if not layers or not fit:
-        shapes = ", ".join(f"{name}weight {list(weight.shape)}" for name, (weight, _) in zip(names, layers)) or "no linear layers"
-        raise UserError(f"{key}: expected linear layers with biases from an embedding to one number, got {shapes}")
-    return [(weight, bias.float()) for weight, bias in layers]

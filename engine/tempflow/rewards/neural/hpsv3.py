@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -10,7 +11,8 @@ import torch.nn.functional as F
 
 from tempflow.errors import UserError
 from tempflow.rewards.neural.base import ModelReward
-from tempflow.rewards.neural.weights import build, fetch, read_config, read_part, read_tensors
+from tempflow.rewards.neural.heads import Head
+from tempflow.rewards.neural.weights import build, fetch, read_config, read_processor, read_tensors, read_tokenizer
 from tempflow.rewards.protocol import locate
 
 REWARD_TOKEN = "<|Reward|>"
@@ -51,6 +53,7 @@ IMAGE_TOKEN = "<|image_pad|>"
 _HEAD = (0, 3, 5)  # linear layers of rm_head; ReLU and dropout lie between
 
 
+@dataclass(eq=False)
 class HpsV3(ModelReward):
     """HPSv3 (arXiv 2508.03789; hpsv3/inference.py and model/qwen2vl_trainer.py of its repository), about -5 to 15.
 
@@ -61,21 +64,10 @@ class HpsV3(ModelReward):
     path: its tensors as safetensors. base: the Qwen2-VL it is a finetune of, for config, tokenizer and image processor.
     """
 
-    ID = "hpsv3"
-    PATH = "MizzenAI/HPSv3"
-    DTYPE = "bfloat16"
-
-    def __init__(
-        self,
-        path: str = "",
-        revision: str = "main",
-        device: str = "cpu",
-        dtype: str = "",
-        batch_size: int = 8,
-        base: str = "Qwen/Qwen2-VL-7B-Instruct",
-    ):
-        super().__init__(path, revision, device, dtype, batch_size)
-        self._base = base
+    path: str = "MizzenAI/HPSv3"
+    dtype: str = "bfloat16"
+    batch_size: int = 8
+    base: str = "Qwen/Qwen2-VL-7B-Instruct"
 
     def check_prompts(self, prompts, metadata):
         for prompt, entry in zip(prompts, metadata):
@@ -83,26 +75,22 @@ class HpsV3(ModelReward):
                 raise UserError(f"{locate(prompt, entry)} holds {token[0]}, which the 'hpsv3' reward's model reads as a command")
 
     def _load(self):
-        from transformers import AutoImageProcessor, AutoTokenizer, Qwen2VLConfig, Qwen2VLModel
+        from transformers import Qwen2VLConfig, Qwen2VLModel
 
-        key, base = self._key("path"), self._key("base")
-        folder = fetch(base, self._base, weights=False)
-        config = Qwen2VLConfig.from_dict(read_config(base, folder, "qwen2_vl"))
-        self._tokenizer = read_part(base, "tokenizer", folder, AutoTokenizer.from_pretrained)
+        folder = fetch("base", self.base, weights=False)
+        config = Qwen2VLConfig.from_dict(read_config("base", folder, "qwen2_vl"))
+        self._tokenizer, self._processor = read_tokenizer("base", folder), read_processor("base", folder)
         self._tokenizer.padding_side = "right"
         self._tokenizer.add_tokens([REWARD_TOKEN], special_tokens=True)
         self._reward_id = self._tokenizer.convert_tokens_to_ids(REWARD_TOKEN)
-        self._processor = read_part(
-            base, "image processor", folder, lambda path: AutoImageProcessor.from_pretrained(path, backend="pil")
-        )
-        tensors, head = split(key, read_tensors(key, fetch(key, self._path, self._revision)))
+        tensors, head = split("path", read_tensors("path", fetch("path", self.path, self.revision)))
         config.text_config.vocab_size = len(tensors["language_model.embed_tokens.weight"])
         if self._reward_id >= config.text_config.vocab_size:
             raise UserError(
-                f"{key}: the weights know {config.text_config.vocab_size} tokens, of which {REWARD_TOKEN} ({self._reward_id}) is none"
+                f"path: the weights know {config.text_config.vocab_size} tokens, of which {REWARD_TOKEN} ({self._reward_id}) is none"
             )
-        self._head = [(weight.float().to(self._device), bias.float().to(self._device)) for weight, bias in head]
-        self._model = build(key, Qwen2VLModel, config, tensors, self._dtype, self._device)
+        self._head = Head(head, self.device, between=F.relu)
+        self._model = build("path", Qwen2VLModel, config, tensors, self._dtype, self.device)
 
     def _score(self, images: np.ndarray, prompts: list[str]) -> torch.Tensor:
         area = {"shortest_edge": PIXELS, "longest_edge": PIXELS}
@@ -113,21 +101,18 @@ class HpsV3(ModelReward):
             CHAT.format(image=IMAGE_TOKEN * count, text=INSTRUCTION.replace("{prompt}", prompt) + QUESTION)
             for count, prompt in zip(counts, prompts)
         ]
-        tokens = self._tokenizer(texts, padding=True, return_tensors="pt").to(self._device)
+        tokens = self._tokenizer(texts, padding=True, return_tensors="pt").to(self.device)
         at_reward = (tokens["input_ids"] == self._reward_id).int().argmax(1)
-        positions = torch.arange(tokens["input_ids"].shape[1], device=self._device).expand(3, len(images), -1)
+        positions = torch.arange(tokens["input_ids"].shape[1], device=self.device).expand(3, len(images), -1)
         hidden = self._model(
             input_ids=tokens["input_ids"],
             attention_mask=tokens["attention_mask"],
             position_ids=positions,
-            pixel_values=seen["pixel_values"].to(self._device, self._dtype),
-            image_grid_thw=grid.to(self._device),
+            pixel_values=seen["pixel_values"].to(self.device, self._dtype),
+            image_grid_thw=grid.to(self.device),
             use_cache=False,
         ).last_hidden_state
-        x = hidden[torch.arange(len(images), device=self._device), at_reward].float()
-        for i, (weight, bias) in enumerate(self._head):
-            x = F.linear(F.relu(x) if i else x, weight, bias)
-        return x[:, 0]
+        return self._head(hidden[torch.arange(len(images), device=self.device), at_reward].float())
 
 
 def split(key: str, tensors: dict[str, torch.Tensor]) -> tuple[dict, list]:

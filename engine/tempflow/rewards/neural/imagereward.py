@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from tempflow.rewards.neural.base import ModelReward
-from tempflow.rewards.neural.clip import linear_layers
-from tempflow.rewards.neural.weights import build, fetch, read_config, read_part, read_tensors
+from tempflow.rewards.neural.heads import linear_head
+from tempflow.rewards.neural.weights import build, fetch, read_config, read_tensors, read_tokenizer
 
 # BLIP-large: ViT-L/16 at 224 and a BERT-base with cross-attention, as in the published med_config.json.
 ARCHITECTURE = {
@@ -37,66 +37,51 @@ _VISION = [
     (r"norm", "post_layernorm"),
 ]
 
+MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of r, published
+MAX_LENGTH = 35  # tokens of a prompt
 
+
+@dataclass(eq=False)
 class ImageReward(ModelReward):
     """ImageReward (arXiv 2304.05977; ImageReward/ImageReward.py of its repository), about -2 to 2.
 
     BERT reads the prompt, cut at 35 tokens, with cross-attention to BLIP's picture tokens; five linear layers on its
-    first output give r, and the score is (r - 0.16717362830052426) / 1.0333394966054072, the published statistics.
+    first output give r, and the score is (r - MEAN) / STD.
 
     path: the published tensors as safetensors; a config.json beside them (a `BlipConfig`) replaces the published
     architecture. tokenizer: BERT's.
     """
 
-    ID = "imagereward"
-    PATH = "RE-N-Y/ImageReward"
-    MEAN, STD = 0.16717362830052426, 1.0333394966054072
-    MAX_LENGTH = 35
-
-    def __init__(
-        self,
-        path: str = "",
-        revision: str = "main",
-        device: str = "cpu",
-        dtype: str = "",
-        batch_size: int = 16,
-        tokenizer: str = "google-bert/bert-base-uncased",
-    ):
-        super().__init__(path, revision, device, dtype, batch_size)
-        self._tokenizer_path = tokenizer
+    path: str = "RE-N-Y/ImageReward"
+    tokenizer: str = "google-bert/bert-base-uncased"
 
     def _load(self):
-        from transformers import AutoTokenizer, BlipConfig, BlipVisionModel
+        from transformers import BlipConfig, BlipVisionModel
         from transformers.models.blip.modeling_blip_text import BlipTextModel
 
-        key, tokenizer = self._key("path"), self._key("tokenizer")
-        folder = fetch(tokenizer, self._tokenizer_path, weights=False)
-        self._tokenizer = read_part(tokenizer, "tokenizer", folder, AutoTokenizer.from_pretrained)
-        source = fetch(key, self._path, self._revision)
-        config = BlipConfig.from_dict(_architecture(key, source))
-        tensors = read_tensors(key, source)
-        vision, text, head = split(tensors)
-        self._size, options = config.vision_config.image_size, (self._dtype, self._device)
-        self._layers = [(w.to(self._device), b.to(self._device)) for w, b in linear_layers(key, head)]
-        self._vision = build(key, BlipVisionModel, config.vision_config, vision, *options)
-        self._text = build(key, BlipTextModel, config.text_config, text, *options, add_pooling_layer=False)
+        self._tokenizer = read_tokenizer("tokenizer", fetch("tokenizer", self.tokenizer, weights=False))
+        source = fetch("path", self.path, self.revision)
+        config = BlipConfig.from_dict(_architecture("path", source))
+        self._size = config.vision_config.image_size
+        vision, text, head = split(read_tensors("path", source))
+        self._head = linear_head("path", head, self.device)
+        options = (self._dtype, self.device)
+        self._vision = build("path", BlipVisionModel, config.vision_config, vision, *options)
+        self._text = build("path", BlipTextModel, config.text_config, text, *options, add_pooling_layer=False)
 
     def _score(self, images: np.ndarray, prompts: list[str]) -> torch.Tensor:
         pixels = torch.stack([clip_transform(image, self._size) for image in images])
-        seen = self._vision(pixel_values=pixels.to(self._device, self._dtype)).last_hidden_state
+        seen = self._vision(pixel_values=pixels.to(self.device, self._dtype)).last_hidden_state
         tokens = self._tokenizer(
-            prompts, padding=True, truncation=True, max_length=self.MAX_LENGTH, return_tensors="pt"
-        ).to(self._device)
+            prompts, padding=True, truncation=True, max_length=MAX_LENGTH, return_tensors="pt"
+        ).to(self.device)
         read = self._text(
             input_ids=tokens["input_ids"],
             attention_mask=tokens["attention_mask"],
             encoder_hidden_states=seen,
             encoder_attention_mask=torch.ones(seen.shape[:2], dtype=torch.long, device=seen.device),
         )
-        x = read.last_hidden_state[:, 0].float()
-        for weight, bias in self._layers:
-            x = F.linear(x, weight, bias)
-        return (x[:, 0] - self.MEAN) / self.STD
+        return (self._head(read.last_hidden_state[:, 0].float()) - MEAN) / STD
 
 
 def clip_transform(image: np.ndarray, size: int) -> torch.Tensor:

@@ -69,12 +69,19 @@ def read_config(key: str, folder: Path, model_type: str) -> dict:
     return config
 
 
-def read_part(key: str, what: str, folder: Path, loader: Callable[[Path], T]) -> T:
-    """`loader(folder)`, with a `UserError` that says `what` the folder lacks where it fails."""
-    try:
-        return loader(folder)
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError, TypeError for missing files
-        raise UserError(f"{key}: {folder} has no usable {what} ({type(error).__name__}: {error})") from None
+def read_tokenizer(key: str, folder: Path):
+    """The folder's tokenizer; `UserError` where it has none."""
+    from transformers import AutoTokenizer
+
+    return _part(key, "tokenizer", folder, lambda: AutoTokenizer.from_pretrained(folder))
+
+
+def read_processor(key: str, folder: Path):
+    """The folder's image processor; `UserError` where it has none."""
+    from transformers import AutoImageProcessor
+
+    # Pillow's resizing is the published one; torchvision's differs in the last bits.
+    return _part(key, "image processor", folder, lambda: AutoImageProcessor.from_pretrained(folder, backend="pil"))
 
 
 def build(key: str, kind: type[T], config, tensors: dict[str, torch.Tensor], dtype, device: str, **options) -> T:
@@ -93,6 +100,13 @@ def build(key: str, kind: type[T], config, tensors: dict[str, torch.Tensor], dty
             f"{key}: the weights are not those of this reward: {kind.__name__} lacks {len(missing)} tensors, {missing[0]} for one"
         )
     return model.eval().requires_grad_(False).to(device)
+
+
+def _part(key: str, what: str, folder: Path, load: Callable[[], T]) -> T:
+    try:
+        return load()
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, TypeError for missing files
+        raise UserError(f"{key}: {folder} has no usable {what} ({type(error).__name__}: {error})") from None
 
 
 def _weight_files(key: str, source: Path) -> list[Path]:
