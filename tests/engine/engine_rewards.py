@@ -34,19 +34,20 @@ def never(images, prompts, metadata):
 
 
 class Signalling(Reward):
-    """`contrast`, but batch number `at` of process `rank` sends that process a signal; batches are counted in a file.
+    """`contrast`, but batch number `at`, or each of several, of process `rank` sends that process a signal; a file counts them.
 
     Meant for reward_pool.workers = 0, where the process is the one that trains. The file outlives the process, so a
     resumed run is left alone.
     """
 
-    def __init__(self, counter: str, at: int, signal_name: str = "SIGTERM", rank: int = 0):
-        self.counter, self.at, self.signal, self.rank = Path(counter), at, signal.Signals[signal_name], rank
+    def __init__(self, counter: str, at: int | list[int], signal_name: str = "SIGTERM", rank: int = 0):
+        self.counter, self.at = Path(counter), at if isinstance(at, list) else [at]
+        self.signal, self.rank = signal.Signals[signal_name], rank
 
     def score(self, images, prompts, metadata):
         if int(os.environ.get("RANK", 0)) == self.rank:
             with self.counter.open("a") as file:
                 file.write("x")
-            if self.counter.stat().st_size == self.at:
+            if self.counter.stat().st_size in self.at:
                 os.kill(os.getpid(), self.signal)
         return contrast(images, prompts, metadata)

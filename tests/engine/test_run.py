@@ -230,12 +230,14 @@ def test_sigterm_saves_and_resume_goes_on(interrupted, whole):
 
 
 def test_kill_and_resume(interrupted, folder, whole):
-    """Killed in iteration 4, taken up after iteration 2: iteration 3 is on record already, and is done again."""
-    with pytest.raises(AssertionError, match=f"status -{int(signal.SIGKILL)}"):
-        interrupted("killed", at=IN_ITERATION_4, signal_name="SIGKILL")
-    killed = Run(folder / "killed")
-    assert [row["iteration"] for row in killed.rows] == [0, 1, 2, 3] and killed.checkpoints == [2]
-    assert_same_runs(interrupted("killed", "--resume", at=IN_ITERATION_4, signal_name="SIGKILL"), whole)
+    """Three times: in iteration 4, then in iteration 3, which is on record already and done again after iteration 2, then in 4."""
+    kills = {"at": [IN_ITERATION_4, IN_ITERATION_4 + 2, IN_ITERATION_4 + 5], "signal_name": "SIGKILL"}
+    for resume, last in (([], 3), (["--resume"], 2), (["--resume"], 3)):
+        with pytest.raises(AssertionError, match=f"status -{int(signal.SIGKILL)}"):
+            interrupted("killed", *resume, **kills)
+        killed = Run(folder / "killed")
+        assert [row["iteration"] for row in killed.rows] == list(range(last + 1)) and killed.checkpoints == [2]
+    assert_same_runs(interrupted("killed", "--resume", **kills), whole)
 
 
 def test_resume_after_a_damaged_checkpoint(interrupted, folder, whole):
