@@ -42,7 +42,7 @@ def main() -> int:
     file = args.prompts or config.data.heldout
     if not file:
         raise UserError("--prompts: the run has no held-out prompts; name a prompt file")
-    prompts = load_prompts(file, "--prompts")[: args.count or config.eval.prompts]
+    prompts = load_prompts(file, "--prompts" if args.prompts else "data.heldout")[: args.count or config.eval.prompts]
     specs = parse_rewards(config.rewards)
     policy, embeddings = open_policy(config, prompts, tuned.device())
     if chosen:

@@ -35,7 +35,7 @@ def chosen_prompts(args, config):
     file = args.prompts or config.data.heldout
     if not file:
         raise UserError("--prompt or --prompts: the run has no held-out prompts; name some")
-    return load_prompts(file, "--prompts")[: args.count]
+    return load_prompts(file, "--prompts" if args.prompts else "data.heldout")[: args.count]
 
 
 def beside(left: np.ndarray, right: np.ndarray) -> np.ndarray:
