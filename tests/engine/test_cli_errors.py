@@ -9,7 +9,7 @@ import sys
 
 import pytest
 from engine_cases import HELDOUT, ROOT, config_table, small_config, write_config
-from run_cases import script_here
+from run_cases import environment, script_here
 
 from tempflow import cli, rundir
 from tempflow.errors import RankError, UserError
@@ -279,5 +279,5 @@ init_distributed()
 atexit.register(lambda: print("joined" if dist.is_initialized() else "left"))
 cli.run({main})
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment())
     assert done.returncode == status and done.stdout.split()[-1] == "left", done.stdout + done.stderr
