@@ -64,13 +64,14 @@ def load_script(name: str):
 def script_here(name: str, *arguments) -> subprocess.CompletedProcess:
     """engine/NAME.py in this process, which has the libraries loaded already; what it sets globally is put back.
 
-    The process group stays for the next one: DeepSpeed holds on to its first.
+    Its end is an ordinary one, whatever process group it joined.
     """
     out, err, threads = io.StringIO(), io.StringIO(), torch.get_num_threads()
     handlers = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
     try:
         with mock.patch.object(sys, "argv", [name, *map(str, arguments)]), mock.patch.dict(os.environ), \
-                mock.patch.object(cli, "leave_group"), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):  # fmt: skip
+                mock.patch.object(cli, "in_process_group", lambda: False), \
+                contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):  # fmt: skip
             for variable in LAUNCHED:
                 os.environ.pop(variable, None)
             cli.run(load_script(name).main)
