@@ -102,7 +102,7 @@ class Window(Section):
 
 class Suffix(Section):
     stride: Annotated[int, Field(ge=2)] = Field(2, description="after its last decision a row takes every stride-th grid point")
-    order: Literal[1, 2] = Field(2, description="1: one Euler step; 2: velocities between are extrapolated from the last two")
+    order: Literal[1, 2] = Field(2, description="1: one Euler step; 2: extrapolated between forwards, and put right at the next one")
     exact_steps: Annotated[int, Field(ge=0)] = Field(0, description="steps after the last decision that are not lengthened")
     audit_every: Annotated[int, Field(ge=0)] = Field(
         0, description="iterations between comparisons with the exact suffix, as metrics; 0: never"

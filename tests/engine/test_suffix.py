@@ -76,7 +76,7 @@ def test_decisions_are_those_of_the_exact_suffix(plan):
 @pytest.mark.parametrize("exact_steps", [0, 2])
 def test_equals_the_formula_step_by_step(order, exact_steps):
     """A jump is Euler's steps with velocities on the line through the last two; the first, with nothing behind it, one of
-    Euler's."""
+    Euler's. Before the next jump it is made again with velocities on the line through its own two ends."""
     suffix = {"stride": 2, "order": order, "exact_steps": exact_steps}
     config = small_config(rollout={"children": 2, "branch_steps": [0, 3, 8], "suffix": suffix})
     units = iteration_units([5, 9], 1)
@@ -90,13 +90,20 @@ def test_equals_the_formula_step_by_step(order, exact_steps):
         unit = units[index]
         path = suffix_path(k + 1, 10, config.rollout.suffix)
         for child, start in enumerate(decision.x_next):
-            x, before, v_before = start.double(), None, None
-            for now, then in zip(path[:-1], path[1:]):
-                v = velocity(x, now, unit)
-                slope = (v - v_before) / (grid[now] - grid[before]) if order == 2 and before is not None else 0
+            x, corrected, before, v_before = start.double(), start.double(), None, None
+
+            def steps(x, now, then, v, slope):
                 for j in range(now, then):
                     x = x + (grid[j + 1] - grid[j]) * (v + (grid[j] - grid[now]) * slope)
+                return x
+
+            for now, then in zip(path[:-1], path[1:]):
+                v, slope = velocity(x, now, unit), 0
+                if order == 2 and before is not None:
+                    slope = (v - v_before) / (grid[now] - grid[before])
+                    x = corrected = steps(corrected, before, now, v_before, slope)
                 before, v_before = now, v
+                x = steps(x, now, then, v, slope)
             assert_close(f"child {child} of {index} at {k}", run.finished[index, k, child], x.float(), 1e-5)
 
 

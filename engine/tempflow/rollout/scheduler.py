@@ -16,7 +16,7 @@ from tempflow.config import Suffix
 from tempflow.profiling import span
 from tempflow.rollout.noise import INITIAL, key_tensor, noise_key
 from tempflow.rollout.plan import Plan, Row, Unit
-from tempflow.rollout.suffix import bend, count_forwards, last_decisions, suffix_path
+from tempflow.rollout.suffix import count_forwards, last_decisions, lead, suffix_path
 from tempflow.sde import Coefficients
 from tempflow_kernels import normal, sde_step
 
@@ -48,6 +48,16 @@ class RolloutStats:
     def __add__(self, other: RolloutStats) -> RolloutStats:
         """Of two schedulers side by side."""
         return RolloutStats(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class _Jump:
+    """A row's last jump in a second-order suffix. velocity: fp32 [...] where it began, at grid point `step`. extrapolated: fp32 [...],
+    what the velocity's slope added to it."""
+
+    step: int
+    velocity: torch.Tensor
+    extrapolated: torch.Tensor
 
 
 @dataclass
@@ -83,7 +93,7 @@ class RowScheduler:
         self._free = [k + 1 for k in last_decisions(self.plan)]
         self._paths = {free: suffix_path(free, self._last, self.suffix) for free in set(self._free)}
         self._total = count_forwards(self.plan, self._last, self.suffix)
-        self._before: dict[int, tuple[torch.Tensor, int]] = {}
+        self._jumps: dict[int, _Jump] = {}
         self._state: dict[int, torch.Tensor] = {}
         self._step: dict[int, int] = {}
         self._branches: dict[tuple[int, int], list[int]] = defaultdict(list)
@@ -161,33 +171,44 @@ class RowScheduler:
             inputs = {name: torch.cat([t, t[:1].expand(missing, *t.shape[1:])]) for name, t in inputs.items()}
         return [t[:size] for t in self.run(self._forward_and_step, inputs)]
 
-    def _forward_and_step(self, x, sigma, a, b, tau, key, v_before=None, bend=None, **conditioning):
+    def _forward_and_step(self, x, sigma, a, b, tau, key, v_before=None, bend=None, extrapolated=None, **conditioning):
         """What one launch of everything does: the velocity [n, ...], the next latents [n, 1, ...], log-probabilities [n, 1]."""
         v = self.velocity(x, sigma, **conditioning)
         used = v
         if v_before is not None:  # v itself stays in its dtype, as training will see it
             used = v.float() + bend.reshape(-1, *[1] * (v.ndim - 1)) * (v.float() - v_before)
+            x = x - extrapolated
         return v, *sde_step(x, used, a, b, tau, key=key, children=1, out_dtype=torch.float32)
 
     def _history(self, batch: list[int], steps: list[int], goals: list[int], x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """In a second-order suffix: the velocity that each row saw before, and how much its next jump bends by it."""
+        """In a second-order suffix: each row's velocity before, how much the step bends by the difference to it, and what of the
+        last jump is taken back, because the new slope covers both jumps."""
         if self.suffix is None or self.suffix.order == 1:
             return {}
-        bends, velocities = torch.zeros(len(batch)), torch.zeros_like(x)
+        bends, velocities, extrapolated = torch.zeros(len(batch)), torch.zeros_like(x), torch.zeros_like(x)
         for n, (i, step, goal) in enumerate(zip(batch, steps, goals, strict=True)):
-            if i in self._before and goal > step + 1:
-                v_before, since = self._before[i]
-                bends[n] = bend(self.sigmas, step, goal, (self.sigmas[step] - self.sigmas[since]).item())
-                velocities[n] = v_before
-        return {"v_before": velocities, "bend": bends.to(self.device)}
+            if i in self._jumps:
+                jump = self._jumps[i]
+                both = lead(self.sigmas, jump.step, step) + lead(self.sigmas, step, goal)
+                bends[n] = both / self._gap(jump.step, step) / self._gap(step, goal)
+                velocities[n], extrapolated[n] = jump.velocity, jump.extrapolated
+        return {"v_before": velocities, "bend": bends.to(self.device), "extrapolated": extrapolated}
 
     def _remember(self, batch: list[int], steps: list[int], goals: list[int], v: torch.Tensor) -> None:
         if self.suffix is None or self.suffix.order == 1:
             return
         for n, (i, step, goal) in enumerate(zip(batch, steps, goals, strict=True)):
-            self._before.pop(i, None)
-            if self._free[i] <= step and goal < self._last:  # a velocity from before the last noise misleads
-                self._before[i] = (v[n], step)
+            before = self._jumps.pop(i, None)
+            if self._free[i] > step or goal == self._last:  # a velocity from before the last noise misleads
+                continue
+            now = v[n].float()
+            part = torch.zeros_like(now)
+            if before is not None:
+                part = lead(self.sigmas, step, goal) / self._gap(before.step, step) * (now - before.velocity)
+            self._jumps[i] = _Jump(step, now, part)
+
+    def _gap(self, step: int, goal: int) -> float:
+        return (self.sigmas[goal] - self.sigmas[step]).item()
 
     def _branch(self, batch, steps, x, v, decisions) -> None:
         """Children of the batch's rows take their SDE step and join."""

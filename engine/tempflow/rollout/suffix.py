@@ -1,6 +1,8 @@
 """The part of a row after its last decision: it only makes the picture whose reward is read, so it may be coarser.
 
-Which grid points are visited, and the extrapolation that lets a long step stand for several short ones. The policy's density does
+A jump of order 2 over several grid points stands for Euler's steps over them, with velocities v_j = v + (sigma_j - sigma) slope on
+the line through the last two forwards. The next forward shows where the line should have led: it puts the jump right before it
+starts its own, as a predictor-corrector that evaluates once a step does. A jump of one step is Euler's. The policy's density does
 not depend on any of it; the reward does, and `benchmarks/suffix_fidelity.py` measures by how much.
 """
 
@@ -42,13 +44,8 @@ def _first_forward(row: Row) -> int:
     return row.start + (row.parent is not None)
 
 
-def bend(sigmas: torch.Tensor, step: int, goal: int, gap: float) -> float:
-    """How much of (v - v_before) to add to v for a jump from grid point `step` to `goal`.
-
-    The jump stands for Euler's steps over the grid points between, with their velocities extrapolated along the line
-    through the last two: x' = x + sum_j dt_j (v + (sigma_j - sigma) (v - v_before) / gap). So a jump of one step is Euler's,
-    and a longer one differs from Euler's steps in the second order only. gap: sigma - sigma_before.
-    """
+def lead(sigmas: torch.Tensor, step: int, goal: int) -> float:
+    """sum_j dt_j (sigma_j - sigma_step) over the grid's steps from `step` to `goal`: what a velocity that changes by 1 per sigma
+    adds to Euler's steps there. 0 for one step."""
     points = sigmas[step : goal + 1].double()
-    lead = torch.dot(torch.diff(points), points[:-1] - points[0])
-    return (lead / (gap * (points[-1] - points[0]))).item()
+    return torch.dot(torch.diff(points), points[:-1] - points[0]).item()
