@@ -136,14 +136,15 @@ def draw(rows: list[dict], file: Path, title: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for row in rows:
+    figure, axes = plt.subplots(figsize=(8.5, 4.2), layout="constrained")
+    for number, row in enumerate(rows):
         place = row["rollout_speedup"], row["advantage_rank_correlation"]
-        axes.plot(*place, "o", color="tab:blue")
-        axes.annotate(row["option"], place, textcoords="offset points", xytext=(6, 4), fontsize=8)
+        axes.plot(*place, "o", color=f"C{number % 10}", label=f"{number}: {row['option']}")
+        axes.annotate(str(number), place, textcoords="offset points", xytext=(5, 3), fontsize=8)
     axes.axhline(0.9, color="grey", linewidth=0.8, linestyle="--")
     axes.set(xlabel="rollout, times faster than exact", ylabel="rank correlation of advantages", title=title)
     axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     figure.savefig(file, dpi=130)
 
 
