@@ -5,7 +5,8 @@
 Every option runs the same plan from the same noise as the exact suffix, one after another in every iteration. Printed and
 written to benchmarks/results/: forwards and seconds saved, rank correlation of the rewards, and of the advantages, which is
 what training sees; by branch step too. The plot is the trade-off curve. The exact suffix in batches of two thirds the size
-shows what rounding alone does to the ranks: no option can be expected to agree better.
+shows what rounding alone does to the ranks: no option can be expected to agree better. Float8 is slow where hardware does not
+multiply it, as on CPUs; its agreement is what can be read there.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from tempflow.rollout.plan import build_plan
 
 ROOT = Path(__file__).parent.parent
 REGROUPED = "exact, in other batches"
+FLOAT8 = "every step, float8"
 OPTIONS: dict[str, Suffix | None] = {
     "exact": None,
     REGROUPED: None,
@@ -44,6 +46,9 @@ OPTIONS: dict[str, Suffix | None] = {
     "1 exact, every 3rd, order 2": Suffix(stride=3, order=2, exact_steps=1),
     "2 exact, every 3rd, order 2": Suffix(stride=3, order=2, exact_steps=2),
     "one jump": Suffix(stride=64, order=1),
+    FLOAT8: Suffix(stride=1, order=1, weights="float8"),
+    "2 exact, every step, float8": Suffix(stride=1, order=1, exact_steps=2, weights="float8"),
+    "2 exact, every 2nd, order 2, float8": Suffix(stride=2, order=2, exact_steps=2, weights="float8"),
 }
 
 
@@ -67,12 +72,23 @@ def build(config: Config):
     return Collector(config, policy, prompts, EmbeddingCache(policy), pool, specs), pool, threads
 
 
+def possible(transformer: torch.nn.Module) -> list[str]:
+    """Names of the options that this machine can run."""
+    from tempflow.rollout.float8 import obstacle
+
+    reason = obstacle(transformer)
+    if reason:
+        print(f"float8 is left out: {reason}")
+    return [name for name, suffix in OPTIONS.items() if not (reason and suffix and suffix.weights == "float8")]
+
+
 def measure(config: Config, iterations: int) -> dict:
     """Rewards [n, P, S, K, B] and the cost of every option."""
     collector, pool, threads = build(config)
     order = PromptOrder(len(collector.prompts), config.data.prompts_per_iteration, config.training.seed)
     full = config.rollout.micro_batch
-    seen = {name: {"rewards": [], "rollout_s": 0.0, "total_s": 0.0, "forwards": 0} for name in OPTIONS}
+    options = possible(collector.policy.transformer)
+    seen = {name: {"rewards": [], "rollout_s": 0.0, "total_s": 0.0, "forwards": 0} for name in options}
 
     def roll_out(iteration: int, name: str):
         prompt_ids = order.indices(iteration)
@@ -82,7 +98,9 @@ def measure(config: Config, iterations: int) -> dict:
 
     with pool, threads.shared(), torch.no_grad():
         steps = roll_out(0, "one jump").steps  # warms up
-        for iteration, name in track([(i, name) for i in range(iterations) for name in OPTIONS], description="rollouts"):
+        if FLOAT8 in options:
+            roll_out(0, FLOAT8)
+        for iteration, name in track([(i, name) for i in range(iterations) for name in options], description="rollouts"):
             data, one = roll_out(iteration, name), seen[name]
             one["rewards"].append(data.rewards)
             one["rollout_s"] += data.times["rollout"]

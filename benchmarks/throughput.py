@@ -20,6 +20,7 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from datetime import date
+from functools import lru_cache
 from pathlib import Path
 from typing import Callable
 
@@ -32,7 +33,7 @@ from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 from tempflow import cli
-from tempflow.config import Config, load_config
+from tempflow.config import Config, Suffix, load_config
 from tempflow.logs import write_atomic
 from tempflow.machine import device_name, versions
 from tempflow.prompts import PromptOrder, load_prompts
@@ -107,9 +108,13 @@ class Iteration:
     forwards: dict[str, int] = field(default_factory=dict)
 
 
-def engine_iteration(bench: Bench, config: Config, iteration: int) -> Iteration:
-    """As the trainer runs it."""
-    collector = bench.collector(config)
+def engine_iterations(bench: Bench, config: Config) -> Callable[[int], Iteration]:
+    """As the trainer runs them: on one collector, whose graphs and copies last."""
+    collector = lru_cache(lambda: bench.collector(config))
+    return lambda iteration: engine_iteration(bench, config, collector(), iteration)
+
+
+def engine_iteration(bench: Bench, config: Config, collector, iteration: int) -> Iteration:
     with bench.threads.shared():
         data = collector.collect(iteration, bench.order.indices(iteration))
     started = time.perf_counter()
@@ -248,21 +253,26 @@ def variants(bench: Bench, compiled: Bench | None = None) -> dict[str, Callable[
     separate = bench.changed(training={"share_group_forward": False})
     flow = bench.changed(rollout={"plan": "flow_grpo", "seeds": r.seeds * branches * r.children},
                          training={"advantage_group": "prompt"})  # fmt: skip
-    from tempflow.config import Suffix
+    from tempflow.rollout.float8 import obstacle
 
     coarse = bench.changed(rollout={"suffix": Suffix()})
     more = {}
     if torch.cuda.is_available():
         graphs = bench.changed(rollout={"graphs": True})
-        more["engine, CUDA graphs"] = lambda i: engine_iteration(bench, graphs, i)
+        more["engine, CUDA graphs"] = engine_iterations(bench, graphs)
+        if not obstacle(bench.policy.transformer):
+            for name, at in {"engine": bench, "engine, compiled": compiled}.items():
+                if at:
+                    float8 = at.changed(rollout={"suffix": Suffix(weights="float8")})
+                    more[f"{name}, suffix every 2nd step in float8"] = engine_iterations(at, float8)
     if compiled:
-        more["engine, compiled"] = lambda i: engine_iteration(compiled, compiled.config, i)
+        more["engine, compiled"] = engine_iterations(compiled, compiled.config)
     return {
         "paper's procedure": lambda i: Sequential(bench, separate)(i),
-        "Flow-GRPO, as many pictures": lambda i: engine_iteration(bench, flow, i),
-        "engine, one forward per child": lambda i: engine_iteration(bench, separate, i),
-        "engine": lambda i: engine_iteration(bench, bench.config, i),
-        "engine, suffix every 2nd step": lambda i: engine_iteration(bench, coarse, i),
+        "Flow-GRPO, as many pictures": engine_iterations(bench, flow),
+        "engine, one forward per child": engine_iterations(bench, separate),
+        "engine": engine_iterations(bench, bench.config),
+        "engine, suffix every 2nd step": engine_iterations(bench, coarse),
         **more,
     }
 

@@ -101,12 +101,21 @@ class Window(Section):
 
 
 class Suffix(Section):
-    stride: Annotated[int, Field(ge=2)] = Field(2, description="after its last decision a row takes every stride-th grid point")
+    stride: Annotated[int, Field(ge=1)] = Field(2, description="after its last decision a row takes every stride-th grid point")
     order: Literal[1, 2] = Field(2, description="1: one Euler step; 2: extrapolated between forwards, and put right at the next one")
-    exact_steps: Annotated[int, Field(ge=0)] = Field(0, description="steps after the last decision that are not lengthened")
+    exact_steps: Annotated[int, Field(ge=0)] = Field(0, description="steps after the last decision that are taken exactly")
+    weights: Literal["same", "float8"] = Field(
+        "same", description="float8: a copy of the transformer whose large layers multiply in float8 takes the others"
+    )
     audit_every: Annotated[int, Field(ge=0)] = Field(
         0, description="iterations between comparisons with the exact suffix, as metrics; 0: never"
     )
+
+    @model_validator(mode="after")
+    def _coarser(self) -> Suffix:
+        if self.stride == 1 and self.weights == "same":
+            raise ValueError('stride 1 changes nothing; allowed are 2 and more, 1 with weights "float8", or null for the exact suffix')
+        return self
 
 
 class Rollout(Section):
@@ -325,6 +334,9 @@ def _check_compiled(config: Config) -> None:
         raise ValueError(f"training.reference: {config.training.reference!r} needs training.compile \"eager\"")
     if (config.rollout.lanes or 1) > 1 and (config.rollout.graphs or not config.rollout.replica):
         raise ValueError("rollout.lanes: with rollout.graphs, or without rollout.replica, only 1 is allowed")
+    suffix = config.rollout.suffix
+    if suffix and suffix.weights == "float8" and not config.rollout.replica:
+        raise ValueError('rollout.suffix.weights: "float8" needs rollout.replica, whose weights it is made from')
     if config.rollout.compile != "eager" and not config.rollout.replica:
         raise ValueError("rollout.compile: without rollout.replica rollouts use training.compile")
 

@@ -17,6 +17,7 @@ from tempflow.dryrun import estimate, local_model, show
 from tempflow.dryrun.measure import SavedBytes
 from tempflow.dryrun.model import KNOWN, Model, module_bytes
 from tempflow.errors import UserError
+from tempflow.rollout.float8 import Float8Copy
 
 CARD = ROOT / "configs/models/flux-dev"
 BF16 = {"bf16": {"enabled": True}, "optimizer": {"type": "AdamW", "params": {"lr": 1e-5, "torch_adam": True}}}
@@ -43,6 +44,7 @@ def total(tensors) -> int:
 
 # ----------------------------------------------------------------------------------------------------- against reality
 VARIANTS = {
+    "float8": {"rollout": {"suffix": {"weights": "float8"}}},
     "full": {"training": {"ema": {"decay": 0.5}, "kl_coef": 0.01}},
     "lora": {"model": {"lora": {"rank": 4, "alpha": 8.0}}, "training": {"ema": {"decay": 0.5}, "kl_coef": 0.01}},
     "sgd, no copy": {"rollout": {"replica": False},
@@ -102,6 +104,8 @@ def test_bytes_of_a_real_runtime(folders, family, variant):
     assert seen["gradients"] == gradients
     assert seen["optimizer"] == total(tensors_of(dict(runtime.engine.optimizer.state)))
     assert seen.get("rollout copy", 0) == (module_bytes(copied) if config.rollout.replica else 0)
+    float8 = total(Float8Copy(copied).tensors()) if variant == "float8" else 0
+    assert seen.get("float8 copy for suffixes", 0) == float8
     assert seen["VAE"] == module_bytes(policy.pipe.vae)
     encoders = [module for name, module in policy.pipe.components.items() if name.startswith("text_encoder")]
     assert seen["text encoders"] == sum(map(module_bytes, encoders))

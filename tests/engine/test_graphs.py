@@ -118,15 +118,15 @@ def test_nan_is_no_reason_to_refuse():
 def test_weights_that_moved_invalidate():
     module, capture = torch.nn.Linear(3, 3), Recorded()
     cache, notes = cache_of(capture)
-    cache.watch(module)
+    cache.watch(module.parameters())
     check(cache, 4)
     with torch.no_grad():
         module.weight.copy_(torch.zeros(3, 3))  # in place, as a refresh does
-    cache.watch(module)
+    cache.watch(module.parameters())
     check(cache, 4)
     assert capture.shapes == [4] and not notes
     module.weight.data = torch.ones(3, 3)
-    cache.watch(module)
+    cache.watch(module.parameters())
     check(cache, 4)
     assert capture.shapes == [4, 4] and "moved" in notes[0]
 

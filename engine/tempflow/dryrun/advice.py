@@ -14,6 +14,7 @@ CANDIDATES: list[tuple[str, dict]] = [
     ("model.gradient_checkpointing=true", {"model.gradient_checkpointing": True}),
     ("training.micro_batch=1", {"training.micro_batch": 1}),
     ("rollout.micro_batch=1", {"rollout.micro_batch": 1}),
+    ("rollout.suffix.weights=same", {"rollout.suffix.weights": "same"}),
     ("rollout.graphs=false", {"rollout.graphs": False}),
     ("rollout.decode_batch=1", {"rollout.decode_batch": 1}),
     ("deepspeed.zero_optimization.stage=2", {"deepspeed.zero_optimization.stage": 2}),
@@ -43,10 +44,12 @@ def changes(config: Config) -> Iterator[tuple[str, Config]]:
     """(setting, config with it) for the candidates that change something for the smaller and that the config's checks allow."""
     before = json.loads(config.model_dump_json())
     for setting, values in CANDIDATES:
+        if not _smaller(before, values):
+            continue
         table = json.loads(config.model_dump_json())
         for key, value in values.items():
             _set(table, key, value)
-        if table == before or not _smaller(before, values):
+        if table == before:
             continue
         try:
             yield setting, parse_config(table)
@@ -55,10 +58,13 @@ def changes(config: Config) -> Iterator[tuple[str, Config]]:
 
 
 def _smaller(table: dict, values: dict) -> bool:
-    """Not another rank for adapters that are there, nor another cache, nor a lower ZeRO stage, nor offloading without one."""
+    """Not another rank for adapters that are there, nor another cache, nor weights of a suffix that is not there, nor a lower
+    ZeRO stage, nor offloading without one."""
     stage = table["deepspeed"].get("zero_optimization", {}).get("stage", 0)
     if "model.lora" in values:
         return table["model"]["lora"] is None
+    if "rollout.suffix.weights" in values:
+        return table["rollout"]["suffix"] is not None
     if "data.embedding_cache" in values:
         return table["data"]["embedding_cache"] is None
     if "deepspeed.zero_optimization.offload_optimizer" in values:

@@ -21,6 +21,7 @@ from tempflow.dryrun.zero import Zero
 from tempflow.errors import UserError
 from tempflow.policy.embeddings import KEPT, KEPT_OF_STORE
 from tempflow.policy.loading import check_model, check_size, check_text_length, resolve_dtype
+from tempflow.rollout.float8 import float8_bytes
 from tempflow.rollout.plan import Unit, build_plan
 from tempflow.rollout.suffix import count_forwards
 from tempflow.trainer.reference import placement
@@ -137,6 +138,7 @@ def _memory(config: Config, model: Model, gpus: int, prompts: int) -> Memory:
         Item("text encoders", encoders if stay else 0, "data.embedding_cache, model.dtype"),
         Item("VAE", frozen.get("vae", 0), "model.dtype"),
         Item("rollout copy", plain if r.replica else 0, "rollout.replica, model.dtype"),
+        Item("float8 copy for suffixes", _float8(config, folder, dtype), "rollout.suffix.weights"),
         Item("training engine: parameters", zero.parameters, "model.lora, zero_optimization.stage, bf16"),
         Item("training engine: gradients", zero.gradients, "model.lora, zero_optimization.stage"),
         Item("training engine: optimizer", zero.optimizer, "model.lora, zero_optimization.stage, offload_optimizer"),
@@ -184,6 +186,11 @@ def _refresh(config: Config, weights: Weights, dtype: torch.dtype) -> int:
     stage = config.deepspeed.get("zero_optimization", {}).get("stage", 0)
     each = 4 if averaged else dtype.itemsize if stage == 3 else 0
     return min(config.rollout.refresh_bucket, weights.parameters) * each if config.rollout.replica else 0
+
+
+def _float8(config: Config, folder: str, dtype: torch.dtype) -> int:
+    suffix = config.rollout.suffix
+    return float8_bytes(_module(folder, dtype, None)) if suffix and suffix.weights == "float8" else 0
 
 
 def _held(config: Config, model: Model, gpus: int, dtype: torch.dtype, trained_in: torch.dtype) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Callable
+from typing import Callable, Iterable
 
 import torch
 
@@ -54,7 +54,9 @@ class CudaCapture:
 
 
 class GraphCache:
-    """Runs a function of tensors by replaying its captured graph; `cache(function, inputs)` equals `function(**inputs)`.
+    """Runs functions of tensors by replaying their captured graphs; `cache(function, inputs)` equals `function(**inputs)`.
+
+    Functions are told apart by name, because each rollout brings its own of the same.
 
     capture(function, inputs) -> Captured; raises where it cannot. limit_bytes: least recently used graphs leave beyond it.
     verify: compare the first replay of each graph with an eager run. note(text) is told what is not captured, and why.
@@ -76,9 +78,9 @@ class GraphCache:
         """Device memory of all graphs held."""
         return sum(captured.nbytes for captured in self._graphs.values())
 
-    def watch(self, module: torch.nn.Module) -> None:
-        """To be called before a rollout: graphs of weights that have moved since are dropped."""
-        weights = tuple(tensor.data_ptr() for tensor in (*module.parameters(), *module.buffers()))
+    def watch(self, tensors: Iterable[torch.Tensor]) -> None:
+        """To be called before a rollout with all weights that it reads: graphs of weights that have moved since are dropped."""
+        weights = tuple(tensor.data_ptr() for tensor in tensors)
         if self._graphs and weights != self._weights:
             self._note("rollout.graphs: the weights have moved in memory; graphs are captured anew")
             self._graphs.clear()
@@ -86,7 +88,8 @@ class GraphCache:
 
     @torch.no_grad()
     def __call__(self, function: Function, inputs: Inputs) -> tuple:
-        key = tuple((name, tensor.shape, tensor.dtype, tensor.device) for name, tensor in sorted(inputs.items()))
+        shapes = tuple((name, tensor.shape, tensor.dtype, tensor.device) for name, tensor in sorted(inputs.items()))
+        key = function.__qualname__, shapes
         if key in self._refused:
             return function(**inputs)
         captured = self._graphs.get(key)

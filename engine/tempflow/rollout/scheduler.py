@@ -16,7 +16,7 @@ from tempflow.config import Suffix
 from tempflow.profiling import span
 from tempflow.rollout.noise import INITIAL, key_tensor, noise_key
 from tempflow.rollout.plan import Plan, Row, Unit
-from tempflow.rollout.suffix import count_forwards, last_decisions, lead, suffix_path
+from tempflow.rollout.suffix import count_forwards, first_forward, last_decisions, lead, suffix_path
 from tempflow.sde import Coefficients
 from tempflow_kernels import normal, sde_step
 
@@ -69,7 +69,8 @@ class RowScheduler:
     function; a graph cache takes its place, for which pad makes every forward one of micro_batch rows.
     sigmas: fp32 [T + 1]; sde: the stochastic steps' coefficients. on_finished(row indices, latents fp32 [n, ...])
     is called with rows as they reach sigma = 0. advance(n) is told of every n rows forwarded. suffix: how rows go on
-    after their last decision; None is exact.
+    after their last decision; None is exact. suffix_velocity: the velocity of the coarser steps, where it is another; they then
+    share no forward with others.
     """
 
     plan: Plan
@@ -84,6 +85,7 @@ class RowScheduler:
     advance: Callable[[int], None] = lambda n: None
     device: torch.device | str = "cpu"
     suffix: Suffix | None = None
+    suffix_velocity: Callable[..., torch.Tensor] | None = None
     run: Callable[[Callable, dict], tuple] = lambda function, inputs: function(**inputs)
     pad: bool = False
     stats: RolloutStats = field(default_factory=RolloutStats)
@@ -92,6 +94,8 @@ class RowScheduler:
         self._last = len(self.sigmas) - 1
         self._free = [k + 1 for k in last_decisions(self.plan)]
         self._paths = {free: suffix_path(free, self._last, self.suffix) for free in set(self._free)}
+        exact = sum(not self._is_coarse(i, first_forward(row)) for i, row in enumerate(self.plan.rows))
+        self._fill = {False: min(self.micro_batch, exact) if self.suffix_velocity else self.micro_batch, True: self.micro_batch}
         self._total = count_forwards(self.plan, self._last, self.suffix)
         self._jumps: dict[int, _Jump] = {}
         self._state: dict[int, torch.Tensor] = {}
@@ -128,7 +132,15 @@ class RowScheduler:
         def order(i: int):
             return self.plan.rows[i].parent is not None, self._forwards_left(i) < batches_left, -self._step[i], i
 
-        return sorted(self._state, key=order)[: self.micro_batch]
+        waiting = sorted(self._state, key=order)
+        if self.suffix_velocity:
+            coarse = self._is_coarse(waiting[0], self._step[waiting[0]])
+            waiting = [i for i in waiting if self._is_coarse(i, self._step[i]) is coarse]
+        return waiting[: self.micro_batch]
+
+    def _is_coarse(self, index: int, step: int) -> bool:
+        """Whether a row has its last decision behind it, and the exact steps after that."""
+        return self.suffix is not None and step >= self._free[index] + self.suffix.exact_steps
 
     def _forwards_left(self, index: int) -> int:
         step, free = self._step[index], self._free[index]
@@ -144,7 +156,7 @@ class RowScheduler:
         inputs = {"x": x, "sigma": self.sigmas[steps].to(self.device), **self._scalars(steps, goals, noisy),
                   "key": key_tensor(keys, self.device), **self._history(batch, steps, goals, x),
                   **self.conditioning([row.unit for row in rows])}  # fmt: skip
-        v, x_next, log_prob = self._padded_run(inputs, len(batch))
+        v, x_next, log_prob = self._padded_run(inputs, len(batch), self._is_coarse(batch[0], steps[0]))
         self.stats.forwards += len(batch)
         self.stats.batches += 1
         self._remember(batch, steps, goals, v)
@@ -163,17 +175,26 @@ class RowScheduler:
         path = self._paths[self._free[index]]
         return path[path.index(step) + 1]
 
-    def _padded_run(self, inputs: dict[str, torch.Tensor], size: int) -> list[torch.Tensor]:
+    def _padded_run(self, inputs: dict[str, torch.Tensor], size: int, coarse: bool) -> list[torch.Tensor]:
         """One forward and step; a batch that is not full is filled by its first row where shapes must not change."""
-        missing = self.micro_batch - size if self.pad else 0
+        missing = self._fill[coarse] - size if self.pad else 0
         if missing:
             self.stats.padded += missing
             inputs = {name: torch.cat([t, t[:1].expand(missing, *t.shape[1:])]) for name, t in inputs.items()}
-        return [t[:size] for t in self.run(self._forward_and_step, inputs)]
+        step = self._suffix_forward_and_step if coarse and self.suffix_velocity else self._forward_and_step
+        return [t[:size] for t in self.run(step, inputs)]
 
-    def _forward_and_step(self, x, sigma, a, b, tau, key, v_before=None, bend=None, extrapolated=None, **conditioning):
+    def _forward_and_step(self, **inputs):
         """What one launch of everything does: the velocity [n, ...], the next latents [n, 1, ...], log-probabilities [n, 1]."""
-        v = self.velocity(x, sigma, **conditioning)
+        return self._step_along(self.velocity, **inputs)
+
+    def _suffix_forward_and_step(self, **inputs):
+        """The same in coarser steps, where the velocity there is another."""
+        return self._step_along(self.suffix_velocity, **inputs)
+
+    @staticmethod
+    def _step_along(velocity, x, sigma, a, b, tau, key, v_before=None, bend=None, extrapolated=None, **conditioning):
+        v = velocity(x, sigma, **conditioning)
         used = v
         if v_before is not None:  # v itself stays in its dtype, as training will see it
             used = v.float() + bend.reshape(-1, *[1] * (v.ndim - 1)) * (v.float() - v_before)

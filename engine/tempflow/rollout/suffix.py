@@ -35,12 +35,13 @@ def last_decisions(plan: Plan) -> list[int]:
 def count_forwards(plan: Plan, num_steps: int, suffix: Suffix | None) -> int:
     """Rows that go through the transformer when the plan is run; a child's first step is its parent's forward."""
     return sum(
-        len(suffix_path(free, num_steps, suffix)) - 1 + free - _first_forward(row)
+        len(suffix_path(free, num_steps, suffix)) - 1 + free - first_forward(row)
         for row, free in zip(plan.rows, (k + 1 for k in last_decisions(plan)), strict=True)
     )
 
 
-def _first_forward(row: Row) -> int:
+def first_forward(row: Row) -> int:
+    """The step of a row's first forward; a child's own begin after the step that its parent took for it."""
     return row.start + (row.parent is not None)
 
 

@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from threading import Lock
 from typing import Callable
 
@@ -20,6 +21,7 @@ from tempflow.policy.embeddings import EmbeddingCache
 from tempflow.profiling import span
 from tempflow.prompts import Prompt
 from tempflow.rewards import RewardPool, RewardSpec, combine
+from tempflow.rollout.float8 import Float8Copy
 from tempflow.rollout.graphs import CudaCapture, GraphCache
 from tempflow.rollout.plan import Plan, Unit, build_plan, iteration_units, split_plan
 from tempflow.rollout.scheduler import Decision, RolloutStats, RowScheduler
@@ -27,6 +29,7 @@ from tempflow.rollout.suffix import count_forwards
 from tempflow.sde import Coefficients, sde_coefficients
 from tempflow.trainer import comm
 from tempflow.trainer.process import cores_per_rank
+from tempflow.trainer.runtime import compile_blocks
 
 
 class Stopped(Exception):
@@ -119,11 +122,19 @@ class Collector:
         self.sde: Coefficients = sde_coefficients(self.sigmas, r.sde, r.eta)
         self.submitting = Lock()
         self.lanes = r.lanes or (cores_per_rank() if policy.device.type == "cpu" and r.replica else 1)
+        self._float8: Float8Copy | None = None
+        if r.suffix and r.suffix.weights == "float8":
+            self._float8 = self._make_float8()
         self.graphs = None
         if r.graphs and policy.device.type == "cuda":
             self.graphs = GraphCache(CudaCapture(), limit_bytes=r.graph_limit_mb << 20, verify=r.graph_verify, note=note)
         elif r.graphs:
             note("rollout.graphs: no GPU, so rollouts run eagerly")
+
+    def _make_float8(self) -> Float8Copy:
+        made = Float8Copy(self.policy.transformer)
+        compile_blocks(made.transformer, self.config.rollout.compile)
+        return made
 
     def my_units(self, prompt_ids: list[int]) -> list[Unit]:
         """Units dealt to this rank: every world-size-th."""
@@ -180,6 +191,11 @@ class Collector:
         conditioning = self.embeddings.get([p.text for p in chosen], [p.negative for p in chosen])
         parts = split_plan(plan, self.lanes) or [(plan, [])]
         threads = max(1, torch.get_num_threads() // len(parts))
+        velocity, suffix_velocity = partial(self._velocity, self.policy.transformer), None
+        if suffix and suffix.weights == "float8":
+            self._float8 = self._float8 or self._make_float8()
+            self._float8.refresh()
+            suffix_velocity = partial(self._velocity, self._float8.transformer)
 
         def conditioning_of(units):
             # Under ZeRO-3 without a replica a forward is a collective, which no rank may leave alone.
@@ -194,12 +210,13 @@ class Collector:
         def run(part: Plan, rows: list[int]):
             finished = _Finished(self, plan)
             scheduler = RowScheduler(
-                part, conditioning_of, self._velocity, self.sigmas, self.sde, r.micro_batch, self.config.training.seed,
-                iteration, lambda indices, latents: finished.add([rows[i] for i in indices], latents), told, self.policy.device,
-                suffix, pad=self.graphs is not None or r.compile != "eager",
+                part, conditioning_of, velocity, self.sigmas, self.sde, r.micro_batch, self.config.training.seed, iteration,
+                lambda indices, latents: finished.add([rows[i] for i in indices], latents), told, self.policy.device,
+                suffix, suffix_velocity, pad=self.graphs is not None or r.compile != "eager",
             )  # fmt: skip
             if self.graphs is not None:
-                self.graphs.watch(self.policy.transformer)
+                own = self._float8.tensors() if self._float8 else ()
+                self.graphs.watch((*self.policy.transformer.parameters(), *self.policy.transformer.buffers(), *own))
                 scheduler.run = self.graphs
             decisions = scheduler.roll_out(self.latent_shape)
             finished.drain()
@@ -214,9 +231,9 @@ class Collector:
         return (_Finished.joined(self, plan, finished), sorted((d for ds in decisions for d in ds), key=lambda d: (d.unit.index, d.step)),
                 sum(stats[1:], stats[0]))  # fmt: skip
 
-    def _velocity(self, x, sigma, **conditioning):
+    def _velocity(self, transformer, x, sigma, **conditioning):
         r = self.config.rollout
-        return self.policy.velocity(self.policy.transformer, x, sigma, conditioning, height=r.height, width=r.width,
+        return self.policy.velocity(transformer, x, sigma, conditioning, height=r.height, width=r.width,
                                     guidance_scale=r.guidance_scale)  # fmt: skip
 
     def _share(self, plan: Plan, finished: _Finished, scores, prompts: int, decisions, stats, times) -> Collected:

@@ -1,0 +1,113 @@
+"""A second transformer for suffix rows whose large linear layers multiply in float8; everything else it shares with the first.
+
+Weights have a scale per output channel, activations one per token, found as they come. Only layers that see every token are
+converted: modulations act on one vector a row, where float8 would save nothing and cost accuracy.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Iterator
+
+import torch
+from torch.nn import functional as F
+
+from tempflow.errors import UserError
+
+FLOAT8 = torch.float8_e4m3fn
+LARGEST = torch.finfo(FLOAT8).max
+SIDES = 16  # what both sides of a float8 product must be multiples of
+_MODULATION = re.compile(r"(^|\.)(norm[^.]*|[^.]*mod)(\.|$)")
+
+
+def float8_layers(transformer: torch.nn.Module) -> dict[str, torch.nn.Linear]:
+    """The linear layers of the repeated blocks that see every token and whose sizes float8 products allow, by name."""
+    blocks = tuple(name for name, part in transformer.named_children() if isinstance(part, torch.nn.ModuleList))
+    return {
+        name: part for name, part in transformer.named_modules()
+        if isinstance(part, torch.nn.Linear) and name.startswith(tuple(f"{block}." for block in blocks))
+        and not _MODULATION.search(name) and part.in_features % SIDES == 0 and part.out_features % SIDES == 0
+    }  # fmt: skip
+
+
+def float8_bytes(transformer: torch.nn.Module) -> int:
+    """What the copy holds beside the transformer itself: a byte a weight, and fp32 scales."""
+    return sum(layer.weight.numel() + 4 * layer.out_features for layer in float8_layers(transformer).values())
+
+
+def obstacle(transformer: torch.nn.Module) -> str | None:
+    """Why a transformer can have no float8 copy here; None where it can. A CPU can, slowly: to see what it does to rewards."""
+    weight = next(transformer.parameters())
+    if not hasattr(F, "scaled_mm"):
+        return f"it needs torch 2.10 or later, this is {torch.__version__}"
+    if weight.device.type == "cuda":
+        name, capability = torch.cuda.get_device_name(weight.device), torch.cuda.get_device_capability(weight.device)
+        if torch.version.hip:
+            return f"it needs an NVIDIA GPU, this is {name}"
+        if capability < (8, 9):
+            return f"it needs compute capability 8.9 or later, {name} has {capability[0]}.{capability[1]}"
+        if weight.dtype != torch.bfloat16:
+            return f"on a GPU it needs model.dtype bfloat16, not {str(weight.dtype).removeprefix('torch.')}"
+    if not float8_layers(transformer):
+        return f"{type(transformer).__name__} has no linear layer in its blocks whose sizes are multiples of {SIDES}"
+    return None
+
+
+class Float8Linear(torch.nn.Module):
+    """x W^T + b with both factors of the product rounded to float8 (e4m3). x: [..., in_features] of any float dtype."""
+
+    def __init__(self, source: torch.nn.Linear):
+        super().__init__()
+        weight, scale = quantize_rows(source.weight.detach())
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+        self.bias = source.bias
+
+    @torch.no_grad()
+    def refresh(self, source: torch.nn.Linear) -> None:
+        """Take over another weight, in place."""
+        weight, scale = quantize_rows(source.weight)
+        self.weight.copy_(weight)
+        self.scale.copy_(scale)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows, scale = quantize_rows(x.reshape(-1, x.shape[-1]))
+        by_row = F.ScalingType.RowWise
+        product = F.scaled_mm(rows, self.weight.t(), scale, by_row, self.scale.t(), by_row, bias=self.bias, output_dtype=x.dtype,
+                              use_fast_accum=True)  # fmt: skip
+        return product.reshape(*x.shape[:-1], -1)
+
+
+def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(float8 [n, k], fp32 scales [n, 1]) whose product is x [n, k] up to rounding."""
+    x = x.float()
+    scale = (x.abs().amax(-1, keepdim=True) / LARGEST).clamp_min(torch.finfo(torch.float32).tiny)
+    return (x / scale).clamp(-LARGEST, LARGEST).to(FLOAT8), scale
+
+
+class Float8Copy:
+    """transformer: the copy. It keeps its storage for the whole run; `refresh` writes the source's weights into it.
+
+    Raises UserError with the reason where there can be none.
+    """
+
+    def __init__(self, source: torch.nn.Module):
+        reason = obstacle(source)
+        if reason:
+            raise UserError(f'rollout.suffix.weights: "float8": {reason}')
+        shared = {id(tensor): tensor for tensor in (*source.parameters(), *source.buffers())}
+        self.transformer = copy.deepcopy(source, shared)
+        self._layers = [(layer, Float8Linear(layer)) for layer in float8_layers(source).values()]
+        for name, (_, converted) in zip(float8_layers(source), self._layers, strict=True):
+            self.transformer.set_submodule(name, converted)
+
+    def refresh(self) -> None:
+        """Convert the source's current weights, in place."""
+        for layer, converted in self._layers:
+            converted.refresh(layer)
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Where its own weights lie."""
+        for _, converted in self._layers:
+            yield from (converted.weight, converted.scale)
