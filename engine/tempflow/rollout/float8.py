@@ -80,10 +80,10 @@ class Float8Linear(torch.nn.Module):
 
 
 def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(float8 [n, k], fp32 scales [n, 1]) whose product is x [n, k] up to rounding."""
-    x = x.float()
-    scale = (x.abs().amax(-1, keepdim=True) / LARGEST).clamp_min(torch.finfo(torch.float32).tiny)
-    return (x / scale).to(FLOAT8), scale
+    """(float8 [n, k], fp32 scales [n, 1]) whose product is x [n, k] up to rounding. Nothing in between is wider than x."""
+    largest = torch.linalg.vector_norm(x, float("inf"), dim=-1, keepdim=True)
+    scale = (largest / LARGEST).clamp_min(torch.finfo(x.dtype).tiny)
+    return (x / scale).to(FLOAT8), scale.float()
 
 
 class Float8Copy:
