@@ -82,8 +82,10 @@ def main() -> int:
     from tempflow.report import write_report
     from tempflow.trainer.loop import Trainer
     from tempflow.trainer.process import StopSignal
+    from tempflow.trainer.section import check_machine
     from tempflow.trainer.start import claim_run
 
+    check_machine(config.deepspeed)
     stop = StopSignal().install()
     run_dir, resume_from = claim_run(config, args.resume)
     trainer = Trainer(config, run_dir, train, heldout, specs, stop, write_report, profile)

@@ -6,7 +6,7 @@ import pytest
 from engine_cases import ROOT
 
 from tempflow.errors import UserError
-from tempflow.trainer.section import check_deepspeed
+from tempflow.trainer.section import check_deepspeed, check_machine
 
 ADAMW = {"type": "AdamW", "params": {"lr": 1e-4}}
 
@@ -68,3 +68,20 @@ def test_taken(changes):
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*_*.json")), ids=lambda file: file.stem)
 def test_shipped_configs_are_taken(file):
     check_deepspeed(json.loads(file.read_text())["deepspeed"])
+
+
+@pytest.mark.parametrize("key", ["offload_optimizer", "offload_param"])
+def test_nvme_needs_an_operator_and_a_folder(monkeypatch, tmp_path, key):
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    def section(folder):
+        return zero(**{key: {"device": "nvme", "nvme_path": str(folder)}})
+
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: False)
+    with pytest.raises(UserError, match=f'^deepspeed.zero_optimization.{key}.device: "nvme" .* libaio'):
+        check_machine(section(tmp_path))
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: True)
+    check_machine(section(tmp_path))
+    with pytest.raises(UserError, match=f"^deepspeed.zero_optimization.{key}.nvme_path: no folder .*/none"):
+        check_machine(section(tmp_path / "none"))
+    check_machine(zero(**{key: {"device": "cpu"}}))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from pathlib import Path
 
 import torch
 from pydantic import ValidationError
@@ -128,3 +129,18 @@ def _check_offload(zero: dict) -> None:
             raise UserError(f"{name}: DeepSpeed passes it over at stage {zero.get('stage', 0)}; it needs {' or '.join(map(str, stages))}")
         if table["device"] == "nvme" and not table.get("nvme_path"):
             raise UserError(f"{name}.nvme_path: missing; a folder on the NVMe disk is needed")
+
+
+def check_machine(section: dict) -> None:
+    """UserError where the section asks for what this machine cannot do; DeepSpeed would fail with a traceback, a model later."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    for key in ("offload_optimizer", "offload_param"):
+        table, name = section.get("zero_optimization", {}).get(key) or {}, f"deepspeed.zero_optimization.{key}"
+        if table.get("device") != "nvme":
+            continue
+        if not AsyncIOBuilder().is_compatible(verbose=False):
+            raise UserError(f'{name}.device: "nvme" needs DeepSpeed\'s async_io, which cannot be built here; install the headers of '
+                            'libaio (Debian: libaio-dev), or take "cpu"')  # fmt: skip
+        if not Path(table["nvme_path"]).is_dir():
+            raise UserError(f"{name}.nvme_path: no folder {table['nvme_path']}")
