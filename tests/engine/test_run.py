@@ -30,6 +30,7 @@ REWARDS, UPDATE = 1e-4, 3e-4
 
 # ZeRO-3 keeps small weights whole, as all of this model's are, unless told otherwise.
 ZERO = {stage: {"stage": stage} for stage in (0, 1, 2)} | {3: {"stage": 3, "stage3_param_persistence_threshold": 0}}
+ZERO["offloaded"] = {**ZERO[3], "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
 
 
 @pytest.fixture(scope="session")
@@ -38,12 +39,12 @@ def folder(tmp_path_factory):
 
 
 # ------------------------------------------------------------------------------------ world sizes and ZeRO stages
-LAYOUTS = {"one": (1, 0), "two": (2, 0), "two-zero2": (2, 2), "two-zero3": (2, 3)}
+LAYOUTS = {"one": (1, 0), "two": (2, 0), "two-zero2": (2, 2), "two-zero3": (2, 3), "offloaded": (2, "offloaded")}
 
 
 @pytest.fixture(scope="session")
 def launched(folder):
-    """Three iterations under the deepspeed launcher, by layout: (processes, ZeRO stage)."""
+    """Three iterations under the deepspeed launcher, by layout: (processes, kind of ZeRO)."""
     made = {}
 
     def get(layout):
@@ -60,7 +61,7 @@ def launched(folder):
 def start(folder, name, processes, stage, **more) -> Run:
     # No ratio comes near its bounds, where rounding would decide.
     training = {"iterations": 3, "updates_per_rollout": 2, "clip_low": 0.2, "clip_high": 0.2, "kl_coef": 0.1, "advantage_of": "each"}
-    deepspeed = {**SGD, "gradient_clipping": 0.02, "zero_optimization": ZERO[stage]}
+    deepspeed = {**SGD, "gradient_clipping": 0.02, "zero_optimization": ZERO[stage], "zero_force_ds_cpu_optimizer": False}
     watched = {"type": "engine_rewards:warmth", "weight": 0}
     more["rewards"] = {"engine_rewards:contrast": 1.0, "engine_rewards:warmth": 0.5, "watched": watched}
     more["rollout"] = {"refresh_bucket": 50_000, **more.get("rollout", {})}  # many gathers, as a large model needs
@@ -107,7 +108,7 @@ def test_the_gradient_is_clipped_and_reported_unclipped(launched):
     assert 0.02 < update_of(run).norm() < 6 * 0.02 * (1 + 1e-3)
 
 
-@pytest.mark.parametrize("layout", ["two", "two-zero2", "two-zero3"])
+@pytest.mark.parametrize("layout", ["two", "two-zero2", "two-zero3", "offloaded"])
 def test_layouts_agree(launched, layout):
     """The same samples, and to rounding the same updates."""
     assert_agree(launched("one"), launched(layout))
