@@ -45,6 +45,7 @@ OPTIONS: dict[str, Suffix | None] = {
     "every 3rd, order 2": Suffix(stride=3, order=2),
     "1 exact, every 3rd, order 2": Suffix(stride=3, order=2, exact_steps=1),
     "2 exact, every 3rd, order 2": Suffix(stride=3, order=2, exact_steps=2),
+    "1 exact, every 4th, order 2": Suffix(stride=4, order=2, exact_steps=1),
     "one jump": Suffix(stride=64, order=1),
     FLOAT8: Suffix(stride=1, order=1, weights="float8"),
     "2 exact, every step, float8": Suffix(stride=1, order=1, exact_steps=2, weights="float8"),
