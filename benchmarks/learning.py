@@ -38,6 +38,7 @@ VARIANTS = {
     "prompt groups": ["training.advantage_group=prompt"],
     "one update": ["training.updates_per_rollout=1"],
     "suffix every 2nd": ["rollout.suffix={}"],
+    "exact suffix": ["rollout.suffix=null"],
 }
 AXES = {"minutes": "minutes of training", "forwards": "transformer forwards (backward = 2)", "images": "rewarded pictures"}
 POINTS = 60
