@@ -28,7 +28,7 @@ def main() -> int:
     cli.quiet_libraries()
     args = parse_args()
     from rich.console import Console
-    from rich.progress import track
+    from rich.progress import Progress
 
     from tempflow import evaluation, tuned
     from tempflow.errors import UserError
@@ -49,13 +49,14 @@ def main() -> int:
         tuned.apply(chosen, policy)
     steps = args.num_steps or config.eval.num_steps or config.rollout.num_steps
     r = config.rollout
-    with RewardPool(specs, **config.reward_pool.pool()) as scorers:
-        drawn = evaluation.draw(policy, embeddings, prompts, list(range(len(prompts))), height=r.height,
-                                width=r.width, num_steps=steps, guidance_scale=config.eval_guidance(),
-                                micro_batch=r.micro_batch)  # fmt: skip
-        batches = -(-len(prompts) // r.micro_batch)
-        shown = track(drawn, "sampling", total=batches, transient=True)
-        scored = evaluation.evaluate(scorers, specs, prompts, shown, keep=len(prompts) if args.out else 0)
+    with RewardPool(specs, **config.reward_pool.pool()) as scorers, Progress(transient=True) as progress:
+        task = progress.add_task("sampling", total=len(prompts))
+        drawn = evaluation.draw(
+            policy, embeddings, prompts, list(range(len(prompts))), height=r.height, width=r.width, num_steps=steps,
+            guidance_scale=config.eval_guidance(), micro_batch=r.micro_batch, decode_batch=r.decode_batch,
+            advance=lambda n: progress.advance(task, n),
+        )  # fmt: skip
+        scored = evaluation.evaluate(scorers, specs, prompts, drawn, keep=len(prompts) if args.out else 0)
     which = f"iteration {chosen.iteration}, {chosen.which} weights" if chosen else "base"
     facts = {"iteration": chosen.iteration if chosen else 0, "num_steps": steps, "seed": evaluation.EVAL_SEED,
              "weights": chosen.which if chosen else "base"}  # fmt: skip

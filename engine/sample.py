@@ -69,8 +69,8 @@ def main() -> int:
             task = progress.add_task(name, total=len(prompts))
             drawn = evaluation.draw(
                 policy, embeddings, prompts, list(range(len(prompts))), height=r.height, width=r.width, num_steps=steps,
-                guidance_scale=config.eval_guidance(), micro_batch=r.micro_batch, seed=args.seed,
-                advance=lambda n, task=task: progress.advance(task, n),
+                guidance_scale=config.eval_guidance(), micro_batch=r.micro_batch, decode_batch=r.decode_batch,
+                seed=args.seed, advance=lambda n, task=task: progress.advance(task, n),
             )  # fmt: skip
             pictures.append(np.concatenate([images for _, images in drawn]))
     args.out.mkdir(parents=True, exist_ok=True)

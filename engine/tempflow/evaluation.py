@@ -46,17 +46,21 @@ def fixed_noise(indices: list[int], shape: tuple[int, ...], device, seed: int = 
 
 def draw(
     policy: Policy, embeddings: EmbeddingCache, prompts: list[Prompt], indices: list[int], *,
-    height: int, width: int, num_steps: int, guidance_scale: float, micro_batch: int, seed: int = EVAL_SEED, advance=lambda n: None,
+    height: int, width: int, num_steps: int, guidance_scale: float, micro_batch: int, decode_batch: int, seed: int = EVAL_SEED,
+    advance=lambda n: None,
 ):  # fmt: skip
-    """Yield (indices, uint8 pictures) of the prompts at `indices`, a micro-batch at a time."""
+    """Yield (indices, uint8 pictures) of the prompts at `indices`: `micro_batch` are integrated together, and at most
+    `decode_batch` of them decoded and yielded together."""
     shape = policy.latent_shape(height, width)
     for first in range(0, len(indices), micro_batch):
         part = indices[first : first + micro_batch]
         conditioning = embeddings.get([prompts[i].text for i in part], [prompts[i].negative for i in part])
         latents = policy.integrate(fixed_noise(part, shape, policy.device, seed), conditioning, height=height, width=width,
                                    num_steps=num_steps, guidance_scale=guidance_scale)  # fmt: skip
-        yield part, policy.decode(latents, height, width)
-        advance(len(part))
+        for start in range(0, len(part), decode_batch):
+            some = slice(start, start + decode_batch)
+            yield part[some], policy.decode(latents[some], height, width)
+            advance(len(part[some]))
 
 
 def evaluate(pool: RewardPool, specs: list[RewardSpec], prompts: list[Prompt], drawn, keep: int) -> Scored:

@@ -333,7 +333,8 @@ class Trainer:
         with self._averaged_weights() as weights, self.console.phase("eval", len(mine)) as advance, self.threads.shared():
             drawn = evaluation.draw(
                 self.policy, self.embeddings, self.heldout, mine, height=r.height, width=r.width, num_steps=steps,
-                guidance_scale=self.config.eval_guidance(), micro_batch=r.micro_batch, advance=advance,
+                guidance_scale=self.config.eval_guidance(), micro_batch=r.micro_batch, decode_batch=r.decode_batch,
+                advance=advance,
             )  # fmt: skip
             scored = evaluation.evaluate(self.pool, self.specs, self.heldout, drawn, e.keep_samples)
         self.evaluated_at = self.iteration

@@ -1,0 +1,36 @@
+"""Evaluation: what is drawn, in which portions."""
+
+import numpy as np
+from engine_cases import HELDOUT
+
+from tempflow import evaluation
+from tempflow.policy.embeddings import EmbeddingCache
+from tempflow.prompts import load_prompts
+
+
+def drawn(policy, micro_batch, decode_batch):
+    """(indices, images) of five prompts, and how many were decoded at a time."""
+    prompts, sizes, decode = load_prompts(HELDOUT)[:5], [], policy.decode
+
+    def counted(latents, *size):
+        sizes.append(len(latents))
+        return decode(latents, *size)
+
+    policy.decode, told = counted, []
+    try:
+        parts = list(evaluation.draw(
+            policy, EmbeddingCache(policy), prompts, list(range(5)), height=32, width=96, num_steps=2, guidance_scale=0.0,
+            micro_batch=micro_batch, decode_batch=decode_batch, advance=told.append,
+        ))  # fmt: skip
+    finally:
+        del policy.decode
+    assert told == sizes == [len(part[0]) for part in parts]
+    return [i for part in parts for i in part[0]], np.concatenate([part[1] for part in parts]), sizes
+
+
+def test_decoding_goes_by_its_own_batch(policy):
+    """As in rollouts: decoding takes more memory a row than a forward does. The images are the same."""
+    indices, whole, sizes = drawn(policy, 4, 8)
+    assert indices == [0, 1, 2, 3, 4] and sizes == [4, 1]
+    parted = drawn(policy, 4, 3)
+    assert parted[0] == indices and parted[2] == [3, 1, 1] and np.array_equal(parted[1], whole)
