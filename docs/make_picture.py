@@ -13,7 +13,7 @@ from pathlib import Path
 import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 
-from tempflow.rewards.ocr import quoted_text
+from tempflow.rewards.quotes import quoted_text
 
 SCALE, PAD, CAPTION, PER_ROW = 2, 12, 20, 3
 

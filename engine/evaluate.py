@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
 import numpy as np
 
@@ -12,15 +11,16 @@ from tempflow import cli
 
 
 def parse_args() -> argparse.Namespace:
-    from tempflow.tuned import add_arguments, positive
+    from tempflow.arguments import filled, path, positive, steps
+    from tempflow.tuned import add_arguments
 
     parser = argparse.ArgumentParser(description="Score a run's model on held-out prompts, with fixed noise.")
     add_arguments(parser)
     parser.add_argument("--base", action="store_true", help="score the model before training instead")
-    parser.add_argument("--prompts", help="prompt file (default: the run's held-out prompts)")
+    parser.add_argument("--prompts", type=filled, help="prompt file (default: the run's held-out prompts)")
     parser.add_argument("--count", type=positive, help="prompts used, from the top of the file (default: as in the run)")
-    parser.add_argument("--num-steps", type=positive, help="ODE steps (default: the run's eval.num_steps)")
-    parser.add_argument("--out", type=Path, help="folder for pictures and samples.json")
+    parser.add_argument("--num-steps", type=steps, help="ODE steps (default: the run's eval.num_steps)")
+    parser.add_argument("--out", type=path, help="folder for pictures and samples.json")
     return parser.parse_args()
 
 
@@ -31,9 +31,9 @@ def main() -> int:
     from rich.progress import Progress
 
     from tempflow import evaluation, tuned
-    from tempflow.errors import UserError
+    from tempflow.errors import UserError, note
     from tempflow.prompts import load_prompts
-    from tempflow.rewards import RewardPool, parse_rewards
+    from tempflow.rewards import RewardPool, check_prompts, parse_rewards
     from tempflow.rundir import read_config
     from tempflow.trainer.opening import open_policy
 
@@ -44,6 +44,8 @@ def main() -> int:
         raise UserError("--prompts: the run has no held-out prompts; name a prompt file")
     prompts = load_prompts(file, "--prompts" if args.prompts else "data.heldout")[: args.count or config.eval.prompts]
     specs = parse_rewards(config.rewards)
+    for line in check_prompts(specs, [p.text for p in prompts], [p.metadata for p in prompts]):
+        note(line)
     policy, embeddings = open_policy(config, prompts, tuned.device())
     if chosen:
         tuned.apply(chosen, policy)

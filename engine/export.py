@@ -10,11 +10,12 @@ from tempflow import cli
 
 
 def parse_args() -> argparse.Namespace:
+    from tempflow.arguments import path
     from tempflow.tuned import add_arguments
 
     parser = argparse.ArgumentParser(description="Write a diffusers pipeline folder, or LoRA weights, from a checkpoint.")
     add_arguments(parser)
-    parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
+    parser.add_argument("--out", type=path, required=True, help="folder to write; must not exist")
     parser.add_argument("--merge", action="store_true", help="of a LoRA run: a whole pipeline with the adapters merged")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the weights written")
     return parser.parse_args()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import numpy as np
 
@@ -13,25 +12,26 @@ GAP = 4
 
 
 def parse_args() -> argparse.Namespace:
-    from tempflow.tuned import add_arguments, positive
+    from tempflow.arguments import filled, path, positive, seed, steps
+    from tempflow.tuned import add_arguments
 
     parser = argparse.ArgumentParser(description="Draw the same prompts and noise with the base and the tuned model.")
     add_arguments(parser)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the pictures; must not exist, or be empty")
-    parser.add_argument("--prompt", action="append", help="a prompt; may be given again (default: held-out prompts)")
-    parser.add_argument("--prompts", help="prompt file")
+    parser.add_argument("--out", type=path, required=True, help="folder for the pictures; must not exist, or be empty")
+    parser.add_argument("--prompt", type=filled, action="append", help="a prompt; may be given again (default: held-out prompts)")
+    parser.add_argument("--prompts", type=filled, help="prompt file")
     parser.add_argument("--count", type=positive, default=16, help="prompts used, from the top of a file")
-    parser.add_argument("--num-steps", type=positive, help="ODE steps (default: the run's eval.num_steps)")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    parser.add_argument("--num-steps", type=steps, help="ODE steps (default: the run's eval.num_steps)")
+    parser.add_argument("--seed", type=seed, default=0, help="of the noise")
     return parser.parse_args()
 
 
 def chosen_prompts(args, config):
     from tempflow.errors import UserError
-    from tempflow.prompts import Prompt, load_prompts
+    from tempflow.prompts import load_prompts, typed_prompts
 
     if args.prompt:
-        return [Prompt(text) for text in args.prompt]
+        return typed_prompts(args.prompt, "--prompt")
     file = args.prompts or config.data.heldout
     if not file:
         raise UserError("--prompt or --prompts: the run has no held-out prompts; name some")

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from tempflow import cli
 from tempflow.config import Config, load_config
-from tempflow.errors import UserError
+from tempflow.errors import UserError, note
 from tempflow.profiling import Profile
 from tempflow.prompts import PromptOrder, load_prompts
 from tempflow.rewards import check_prompts, check_watched, parse_rewards
@@ -37,8 +37,9 @@ def checked_inputs(config: Config):
     train = load_prompts(config.data.train, "data.train")
     heldout = load_prompts(config.data.heldout, "data.heldout") if config.data.heldout else []
     check_watched(specs, evaluated=bool(heldout and config.eval.every))
+    told = []
     for kind, prompts in ((False, train + heldout), (True, heldout)):
-        check_prompts([s for s in specs if s.watched is kind], [p.text for p in prompts], [p.metadata for p in prompts])
+        told += check_prompts([s for s in specs if s.watched is kind], [p.text for p in prompts], [p.metadata for p in prompts])
     PromptOrder(len(train), config.data.prompts_per_iteration, config.training.seed)
     cli.quiet_libraries()
     from tempflow.policy import check_model, check_size, check_text_length
@@ -51,6 +52,8 @@ def checked_inputs(config: Config):
         read_adapters(config.model.lora)
     check_size(config.model.path, config.rollout.height, config.rollout.width)
     check_deepspeed(config.deepspeed)
+    for line in told:
+        note(line)
     return specs, train, heldout
 
 

@@ -115,6 +115,7 @@ def write_samples(folder: Path, scored: Scored, prompts: list[Prompt], facts: di
             "prompt": prompts[index].text, "file": file, "reward": _number(scored.reward[n]),
             "rewards": {name: _number(values[n]) for name, values in scored.parts.items()},
             "details": {name: texts[n] for name, texts in scored.details.items() if texts is not None},
+            **{key: prompts[index].metadata[key] for key in ("ocr_target",) if key in prompts[index].metadata},
         })  # fmt: skip
     content = {**facts, "reward": _number(np.nanmean(scored.reward)), "items": items}
     write_atomic(draft / "samples.json", json.dumps(content, indent=1, ensure_ascii=False))

@@ -6,14 +6,22 @@ The order is a function of (seed, cursor) alone: a resumed run, or one on anothe
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
+from tempflow import strict_json
 from tempflow.config import HubDataset
-from tempflow.errors import UserError
+from tempflow.errors import VALUE, UserError, note, shortened, shown
+
+LONGEST = 32768  # characters of a prompt: far beyond the 1024 tokens that the longest text encoder takes
+
+_CELL = re.compile(r'"(?:[^"]|"")*"')
+# What a tokenizer refuses or nobody sees: controls but tab and line ends, a byte order mark inside, halves of surrogate pairs.
+_UNFIT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -32,59 +40,103 @@ def load_prompts(given: str | Path | HubDataset, key: str = "data.train") -> lis
     """Read .txt (one prompt a line) or .jsonl (objects with `prompt`, and `negative_prompt` if need be; other keys become
     metadata). Of a folder, the file of the key's split: train or test, .txt, .jsonl or _metadata.jsonl. Or a dataset.
 
-    Blank lines are skipped. Raises UserError naming the config key, the file and the line.
+    Blank lines are skipped. A note tells of what is changed in reading: a spreadsheet's quoting, prompts that are cut short.
+    Raises UserError naming the config key, the file and the line.
     """
-    if isinstance(given, HubDataset):
-        return _read_dataset(given, key)
-    file = Path(given)
+    prompts = _read_dataset(given, key) if isinstance(given, HubDataset) else _read_file(Path(given), key)
+    long = [i for i, prompt in enumerate(prompts) if max(len(prompt.text), len(prompt.negative or "")) > LONGEST]
+    if long:
+        note(f"{key}: {len(long)} prompts are cut to {LONGEST} characters; the first is {prompts[long[0]].metadata['source']}")
+    for i in long:
+        text, negative = prompts[i].text, prompts[i].negative
+        prompts[i] = replace(prompts[i], text=text[:LONGEST], negative=negative and negative[:LONGEST])
+    return prompts
+
+
+def typed_prompts(texts: list[str], option: str) -> list[Prompt]:
+    """Prompts of a command line, held to what files are held to."""
+    return [replace(_prompt({"prompt": text[:LONGEST]}, option), metadata={}) for text in texts]
+
+
+def _read_file(file: Path, key: str) -> list[Prompt]:
     if file.is_dir():
         file = _file_of_split(file, "train" if key == "data.train" else "test", key)
-    if file.suffix not in (".txt", ".jsonl"):
+    kind = file.suffix.lower()
+    if kind not in (".txt", ".jsonl"):
         raise UserError(f"{key}: {file} must end in .txt or .jsonl")
+    lines = _text_of(file, key).split("\n")  # the other line ends of str.splitlines may stand in a prompt
+    read = _read_jsonl if kind == ".jsonl" else _read_text
+    prompts = [read(line, f"{file}:{i}") for i, line in enumerate(lines, 1) if line.strip()]
+    if not prompts:
+        raise UserError(f"{key}: {file} holds no prompts")
+    cells = [] if kind == ".jsonl" else [i for i, line in enumerate(lines, 1) if _is_cell(line.strip())]
+    if cells:
+        note(f"{key}: the quoting of a spreadsheet is taken off {len(cells)} prompts; the first is {file}:{cells[0]}")
+    return prompts
+
+
+def _text_of(file: Path, key: str) -> str:
     try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")  # the other line ends of str.splitlines may stand in a prompt
+        text = file.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{key}: prompt file {file} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{key}: cannot read {file}: {error}") from None
-    read = _read_jsonl if file.suffix == ".jsonl" else _read_text
-    prompts = [read(line, f"{file}:{i}") for i, line in enumerate(lines, 1) if line.strip()]
-    if not prompts:
-        raise UserError(f"{key}: {file} holds no prompts")
-    return prompts
+    if (place := text.find("\0")) >= 0:
+        line = text.count("\n", 0, place) + 1
+        raise UserError(f"{key}: {file}:{line} is not UTF-8 text: it holds zero bytes, as UTF-16 does; save the file as UTF-8")
+    return text
 
 
 def _file_of_split(folder: Path, split: str, key: str) -> Path:
     names = [f"{split}.txt", f"{split}.jsonl", f"{split}_metadata.jsonl"]
-    found = [name for name in names if (folder / name).is_file()]
+    found = sorted(file.name for file in folder.iterdir() if file.name.lower() in names and file.is_file())
     if len(found) != 1:
         raise UserError(f"{key}: folder {folder} holds {' and '.join(found) or 'none'} of {', '.join(names)}; one is expected")
     return folder / found[0]
 
 
+def _is_cell(line: str) -> bool:
+    """Whether a line is quoted as spreadsheets export it: as a whole, and with every quotation mark inside, of which there are
+    some, doubled."""
+    return _CELL.fullmatch(line) is not None and '""' in line[1:-1]
+
+
 def _read_text(line: str, source: str) -> Prompt:
-    return Prompt(line.strip(), {"source": source})
+    text = line.strip()
+    return _prompt({"prompt": text[1:-1].replace('""', '"') if _is_cell(text) else text}, source)
 
 
 def _read_jsonl(line: str, source: str) -> Prompt:
     try:
-        entry = json.loads(line)
+        entry = strict_json.loads(line)
+        json.dumps(entry, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{source}: {_unfit(error.object[error.start])}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{source}: not JSON: {error}") from None
     if not isinstance(entry, dict):
-        raise UserError(f'{source}: expected an object with a "prompt", got {line.strip()[:80]}')
+        raise UserError(f'{source}: expected an object with a "prompt", got {shortened(line.strip(), VALUE)}')
     return _prompt(entry, source)
 
 
 def _prompt(entry: dict, source: str, column: str = "prompt") -> Prompt:
     """A prompt of the text in `column`; the other entries are its metadata. UserError naming `source`."""
-    keys = ", ".join(entry)
+    keys = shortened(", ".join(entry), VALUE)
     text, negative = entry.pop(column, None), entry.pop("negative_prompt", None)
     if not isinstance(text, str) or not text.strip():
-        raise UserError(f'{source}: expected a non-empty text as "{column}", got {text!r:.80} (keys: {keys:.80})')
+        raise UserError(f'{source}: expected a non-empty text as "{column}", got {shown(text)} (keys: {keys})')
     if not isinstance(negative, str | None):
-        raise UserError(f'{source}: "negative_prompt" must be a text, got {negative!r:.80}')
+        raise UserError(f'{source}: "negative_prompt" must be a text, got {shown(negative)}')
+    if found := _UNFIT.search(text) or _UNFIT.search(negative or ""):
+        raise UserError(f"{source}: {_unfit(found[0])}")
     return Prompt(text, {**entry, "source": source}, negative)
+
+
+def _unfit(char: str) -> str:
+    if "\ud800" <= char <= "\udfff":
+        return f"holds half a character (U+{ord(char):04X}), as where an emoji was cut in two; remove it or write the whole one"
+    return f"holds the control character U+{ord(char):04X}, which no prompt can mean; is the file UTF-8 text?"
 
 
 def _read_dataset(given: HubDataset, key: str) -> list[Prompt]:

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from tempflow.arguments import path
 from tempflow.config import Config
-from tempflow.errors import UserError
+from tempflow.errors import UserError, shown
 from tempflow.policy import Policy, load_policy
 from tempflow.rundir import read_config
 from tempflow.trainer import manifest
@@ -30,23 +31,18 @@ class Tuned:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that choose a checkpoint: --run, --checkpoint, --weights."""
-    parser.add_argument("--run", type=Path, required=True, help="run directory")
+    parser.add_argument("--run", type=path, required=True, help="run directory")
     parser.add_argument("--checkpoint", type=_checkpoint, metavar="N|best",
                         help="an iteration, or the best as checkpoint.keep_best says (default: the newest whole one)")  # fmt: skip
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="the average where the run keeps one")
 
 
-def positive(text: str) -> int:
-    """The type of options that are numbers of prompts or steps."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
-    return int(text)
-
-
 def _checkpoint(text: str) -> int | str:
-    if text != "best" and not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected an iteration or best, got {text!r}")
-    return text if text == "best" else int(text)
+    if text == "best":
+        return text
+    if not text.isdecimal() or len(text) > 18:
+        raise argparse.ArgumentTypeError(f"expected an iteration or best, got {shown(text)}")
+    return int(text)
 
 
 def load_tuned(run_dir: Path, checkpoint: int | str | None = None, which: str = "ema") -> Tuned:

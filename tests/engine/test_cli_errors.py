@@ -74,9 +74,9 @@ def test_train_refuses_a_prompt_without_quoted_text(config_file, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text('the word "ONE"\na cat\n')
     file = config_file(data={"train": str(prompts), "prompts_per_iteration": 1}, rewards={"ocr": 1.0})
-    refused([f"{prompts}:2", "a cat", "double quotes", "'ocr'"], "train", "--config", file)
+    refused([f"{prompts}:2", "a cat", "no text in quotation marks", "'ocr'"], "train", "--config", file)
     heldout = ["--set", f"data.train={HELDOUT}", "--set", f"data.heldout={prompts}"]
-    refused([f"{prompts}:2", "double quotes"], "train", "--config", file, *heldout)
+    refused([f"{prompts}:2", "quotation marks"], "train", "--config", file, *heldout)
 
 
 @pytest.mark.parametrize("part", ["vae", "text_encoder_2"])
@@ -234,15 +234,40 @@ def test_sample_refuses_to_mix_pictures(claimed_run, tmp_path):
     refused(["--out", tmp_path, "not an empty folder"], "sample", "--run", claimed_run, "--out", tmp_path)
 
 
-@pytest.mark.parametrize("name", ["evaluate", "sample"])
-@pytest.mark.parametrize("option, value", [("--count", "0"), ("--num-steps", "-3"), ("--num-steps", "ten"), ("--checkpoint", "-1")])
-def test_numbers_that_are_none(claimed_run, tmp_path, name, option, value):
-    done = script_here(name, "--run", claimed_run, "--out", tmp_path / "out", f"{option}={value}")
-    assert done.returncode == 2 and f"argument {option}: expected" in done.stderr and repr(value) in done.stderr
+NO_NUMBERS = {
+    "evaluate sample": [("--count", "0"), ("--count", "9" * 40), ("--count", "1.5"), ("--num-steps", "-3"), ("--num-steps", "ten"),
+                        ("--num-steps", "100000"), ("--checkpoint", "-1"), ("--checkpoint", "9" * 40), ("--prompts", ""), ("--run", "")],
+    "sample": [("--seed", "-1"), ("--seed", "9" * 20), ("--seed", "1e3"), ("--seed", "9" * 100_000), ("--prompt", " ")],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, option, value", [
+    pytest.param(name, *case, id=f"{name} {case[0]}={case[1][:20]}") for names, cases in NO_NUMBERS.items() for name in names.split()
+    for case in cases
+])  # fmt: skip
+def test_options_that_cannot_be_meant(tmp_path, name, option, value):
+    """Each is named in one line, with what is allowed, and nothing is loaded for it."""
+    done = script_here(name, "--run", tmp_path, "--out", tmp_path / "out", f"{option}={value}")
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and f"argument {option}: expected" in last and repr(value)[:20] in last and len(last) < 300
 
 
 def test_evaluate_refuses_missing_prompts(claimed_run, tmp_path):
     refused(["--prompts", "nowhere.txt", "does not exist"], "evaluate", "--run", claimed_run, "--base", "--prompts", "nowhere.txt")
+
+
+def test_evaluate_refuses_prompts_that_a_reward_cannot_use(tmp_path, skeleton):
+    """Before the model is loaded, as train.py does; of a file, those that count."""
+    from tempflow.config import parse_config
+
+    table = config_table(model={"path": str(skeleton)}, rewards={"ocr": 1.0}, logging={"dir": str(tmp_path / "runs"), "name": "one"})
+    run = rundir.claim(parse_config(table), resume=False)
+    prompts = tmp_path / "plain.txt"
+    prompts.write_text('the word "ONE"\na grey heron\n')
+    arguments = ["--run", run, "--base", "--prompts", prompts]
+    refused([f"{prompts}:2", "'a grey heron'", "no text in quotation marks", "'ocr'"], "evaluate", *arguments)
+    done = script_here("evaluate", *arguments, "--count", 1)
+    assert done.stderr.startswith("note: OCR targets: 'ONE'\nerror: model.path"), done.stderr
 
 
 @pytest.mark.parametrize("rank, local, error, printed", [

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from tempflow.config import HubDataset, load_config, parse_config
 from tempflow.errors import UserError
-from tempflow.prompts import Prompt, PromptOrder, load_prompts
-from tempflow.rewards.ocr import quoted_text
+from tempflow.prompts import LONGEST, Prompt, PromptOrder, load_prompts, typed_prompts
+from tempflow.rewards.quotes import quoted_text
 
 
 def written(tmp_path, name, content):
@@ -57,6 +57,21 @@ def test_shipped_prompts():
     ("p.jsonl", '["a"]', [":1", "object"]),
     ("p.jsonl", "[" * 100_000, [":1", "not JSON"]),
     ("p.jsonl", '{"prompt": "a", "negative_prompt": ["b"]}', [":1", '"negative_prompt"', "['b']"]),
+    # in another encoding
+    ("p.txt", "a barn\na fox".encode("utf-16-le"), [":1", "not UTF-8 text", "UTF-16"]),
+    ("P.TXT", "a barn\n\na fox\n".encode("utf-16-be"), [":1", "not UTF-8 text"]),
+    ("p.jsonl", '{"prompt": "a"}\n'.encode("utf-32-le"), [":1", "not UTF-8 text"]),
+    ("p.txt", "fine\na \x93quoted\x94 word\n", [":2", "control character U+0093", "UTF-8"]),
+    ("p.txt", "one\n\ufefftwo", [":2", "U+FEFF"]),
+    ("p.txt", "a \x1b[31mred\x1b[0m barn", [":1", "U+001B"]),
+    ("p.jsonl", r'{"prompt": "a\u0000b"}', [":1", "U+0000"]),
+    ("p.jsonl", '{"prompt": "a"}\n' + r'{"prompt": "a smile \ud83d"}', [":2", "half a character (U+D83D)"]),
+    ("p.jsonl", r'{"prompt": "a smile", "negative_prompt": "\ude00"}', [":1", "half a character (U+DE00)"]),
+    ("p.jsonl", r'{"prompt": "a smile", "tags": {"list": ["\ud83d"]}}', [":1", "half a character (U+D83D)"]),
+    # twice
+    ("p.jsonl", '{"prompt": "a", "prompt": "b"}', [":1", "'prompt' is given twice"]),
+    ("p.jsonl", '{"prompt": "a", "box": {"x": 1, "y": 2, "x": 3}}', [":1", "'box.x' is given twice"]),
+    ("p.jsonl", '{"prompt": "a", "boxes": [{"x": 1}, {"x": 1, "x": 1}]}', [":1", "'boxes[1].x' is given twice"]),
 ])  # fmt: skip
 def test_refused(tmp_path, name, content, words):
     file = tmp_path / name
@@ -67,6 +82,57 @@ def test_refused(tmp_path, name, content, words):
     assert all(word in str(error.value) for word in [str(file), *words]), error.value
     if not any(word.startswith(":") for word in words):
         assert str(error.value).startswith("data.heldout: ")
+
+
+def test_refusals_are_short(tmp_path):
+    """Whatever the line holds."""
+    for name, line in (("p.jsonl", '{"prompt": ["' + "x" * 10**6 + '"]}'), ("p.jsonl", '["' + "x" * 10**6 + '"]'),
+                       ("p.jsonl", '{"' + "x" * 10**6 + '": 1}'), ("p.jsonl", "x" * 10**6), ("p.txt", "x" * 10**6 + "\x01")):  # fmt: skip
+        with pytest.raises(UserError) as error:
+            load_prompts(written(tmp_path, name, line))
+        assert f"{tmp_path}/{name}:1" in str(error.value) and len(str(error.value)) < 500
+
+
+def test_what_a_prompt_may_hold(tmp_path):
+    """Line ends inside a JSON text, tabs, whole emoji (also as the two halves that JSON writes), joiners, any script."""
+    texts = ["two\nlines\r\nhere", "a\ttab", "😀 and 👩\u200d🌾", "ｆｕｌｌ 幅", "עברית\u200e"]
+    file = written(tmp_path, "p.jsonl", "".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    assert r"\ud83d\ude00" in file.read_text() and [p.text for p in load_prompts(file)] == texts
+
+
+def test_endings_in_capitals(tmp_path):
+    for name, content in (("A.TXT", "a barn"), ("b.JsonL", '{"prompt": "a barn"}')):
+        assert [p.text for p in load_prompts(written(tmp_path, name, content))] == ["a barn"]
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    written(folder, "Train.TXT", "a fox")
+    assert [p.text for p in load_prompts(folder)] == ["a fox"]
+
+
+def test_a_spreadsheets_quoting_is_taken_off(tmp_path, capsys):
+    """Where it can be nothing else: the line is quoted as a whole and doubles the marks inside. It is told."""
+    lines = ['"a cup, white, that says ""TEA"""', "a plain line", '"""TEA"" on a cup, white"', '"all of it, once"', '""TEA"" on a cup',
+             '"TEA" and ""', '""']  # fmt: skip
+    file = written(tmp_path, "p.txt", "\r\n".join(lines))
+    found = [p.text for p in load_prompts(file, "--prompts")]
+    assert found == ['a cup, white, that says "TEA"', "a plain line", '"TEA" on a cup, white', *lines[3:]]
+    assert capsys.readouterr().err == f"note: --prompts: the quoting of a spreadsheet is taken off 2 prompts; the first is {file}:1\n"
+    load_prompts(written(tmp_path, "q.jsonl", json.dumps({"prompt": lines[0]})))
+    assert capsys.readouterr().err == ""
+
+
+def test_long_prompts_are_cut_and_told(tmp_path, capsys):
+    whole = "x" * LONGEST
+    file = written(tmp_path, "p.txt", f"{whole}\n{whole}y\n\n{'z' * 10**6}\n")
+    assert [p.text for p in load_prompts(file)] == [whole, whole, "z" * LONGEST]
+    assert capsys.readouterr().err == f"note: data.train: 2 prompts are cut to {LONGEST} characters; the first is {file}:2\n"
+
+
+def test_prompts_of_a_command_line_are_held_to_the_same():
+    assert typed_prompts(["a", "b"], "--prompt") == [Prompt("a"), Prompt("b")]
+    for bad in ("cut \ud83d", "a\x00b", " "):
+        with pytest.raises(UserError, match="^--prompt: "):
+            typed_prompts(["a", bad], "--prompt")
 
 
 @pytest.mark.parametrize("names, words", [

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFont
 
-from tempflow.errors import UserError
-from tempflow.rewards.ocr import OcrReward, edit_distance, normalise, quoted_text, reading_order, similarity
+from tempflow.rewards.normal_form import edit_distance, normalise, similarity
+from tempflow.rewards.ocr import OcrReward, reading_order
 
 FONT = matplotlib.get_data_path() + "/fonts/ttf/DejaVuSans-Bold.ttf"
 
@@ -75,33 +75,6 @@ def test_similarity_is_the_formula(target, text):
     a, b = normalise(target), normalise(text)
     assert similarity(target, text) == pytest.approx(1 - min(edit_distance(a, b), len(a)) / len(a))
     assert similarity(target, target) == 1 >= similarity(target, text, contained=True) >= similarity(target, text) >= 0
-
-
-@pytest.mark.parametrize(
-    "prompt, target",
-    [
-        ('the word "HELLO"', "HELLO"),
-        ('"A" before "B"', "A"),
-        ("a sign “Café Zoë”, night", "Café Zoë"),
-        ("it's 'single'", ""),
-        ('one " alone', ""),
-        ('empty "" here, "x"', ""),
-    ],
-)
-def test_quoted_text(prompt, target):
-    assert quoted_text(prompt) == target
-
-
-@pytest.mark.parametrize("bad", ["a cat", 'a sign "  "', 'half a "quote'])
-def test_check_prompts_names_the_prompt(bad):
-    reward = OcrReward()
-    reward.check_prompts(['the word "A"'], [{}])
-    with pytest.raises(UserError) as error:
-        reward.check_prompts(['the word "A"', bad], [{"source": "p.txt:1"}, {"source": "p.txt:2"}])
-    assert str(error.value).startswith(f"p.txt:2: prompt {bad!r}") and 'says "OPEN"' in str(error.value)
-    with pytest.raises(UserError) as error:
-        reward.check_prompts([bad], [{}])
-    assert str(error.value).startswith("prompt ")
 
 
 def test_reading_order():

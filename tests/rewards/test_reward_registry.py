@@ -89,7 +89,7 @@ def test_function_as_reward():
 def test_check_prompts_asks_every_reward():
     specs = parse_rewards({"jpeg": 1.0, "ocr": 1.0})
     check_prompts(specs, ['the word "HI"'], [{}])
-    with pytest.raises(UserError, match="double quotes"):
+    with pytest.raises(UserError, match="quotation marks"):
         check_prompts(specs, ["no words"], [{}])
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import unicodedata
 from html import escape
 
-from tempflow.rewards.ocr import normalise
+from tempflow.rewards.normal_form import normalise
 
 GAP = "_"
 MARKS = {
@@ -15,9 +16,13 @@ MARKS = {
 
 
 def compare(reading: str, target: str) -> list[tuple[str, str]]:
-    """(letter, "right" | "wrong" | "missing") along the reading, by the edit distance that the reward counts."""
-    read = "".join(reading.split())
-    want, have = normalise(target), [char.lower() for char in read]
+    """(letter, "right" | "wrong" | "missing") along the reading, by the edit distance that the reward counts.
+
+    A letter whose normal form has several (a ligature, a fraction) is followed by empty ones for the rest of them.
+    """
+    forms = [(char, normalise(char)) for char in unicodedata.normalize("NFC", "".join(reading.split()))]
+    read = [char if n == 0 else "" for char, form in forms for n in range(len(form))]
+    want, have = normalise(target), [letter for _, form in forms for letter in form]
     left = _distances(have, want)
     i = j = 0
     letters = []

@@ -8,7 +8,7 @@ from html import escape
 from tempflow.report.readings import reading_html
 from tempflow.report.run import Run, SampleSet, number
 from tempflow.report.thumbnails import Thumbnails
-from tempflow.rewards.ocr import quoted_text
+from tempflow.rewards.quotes import quoted_text
 
 SHOWN = 24
 STRIP_PROMPTS, STRIP_COLUMNS = 6, 8
@@ -106,7 +106,7 @@ def _side(item: dict, sample: SampleSet, prompt: str, thumbnails: Thumbnails) ->
         return ""
     label = "base" if sample.iteration == 0 else f"iteration {sample.iteration}"
     reading = _reading(item)
-    read = "" if reading is None else reading_html(reading, quoted_text(prompt), _solved(item))
+    read = "" if reading is None else reading_html(reading, _target(item, prompt), _solved(item))
     return f'<figure>{_img(thumbnail, f"{label}: {prompt}")}<figcaption><span class="row">' \
            f'<span class="who">{label}</span>{_reward(item)}</span>{read}{_parts(item)}</figcaption></figure>'
 
@@ -124,6 +124,11 @@ def _reading(item: dict) -> str | None:
     """What OCR read; where it failed its detail says why, which is no reading."""
     reading = _part(item, "details").get("ocr")
     return reading if isinstance(reading, str) and number(_part(item, "rewards").get("ocr")) is not None else None
+
+
+def _target(item: dict, prompt: str) -> str:
+    given = item.get("ocr_target")
+    return given if isinstance(given, str) else quoted_text(prompt)
 
 
 def _solved(item: dict) -> bool:

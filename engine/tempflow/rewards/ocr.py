@@ -1,23 +1,23 @@
 """OCR reward: does the picture show the text that its prompt quotes?
 
-The text is read with RapidOCR's shipped models on the CPU and compared with the prompt's first quoted text:
-`1 - min(edit distance, len) / len`, ignoring case and white space, as in Flow-GRPO's OCR task. Pictures
-that are one line of text are read by the recogniser alone, in batches at their natural width; the package's
-own call pads every line to width 320, which is twice slower for short words. Text direction is not
-corrected: words upside down are not what the prompt asked for.
+The text is read with RapidOCR's shipped models on the CPU and compared with the prompt's first quoted text (`quotes`), both in
+one normal form (`normal_form`): `1 - min(edit distance, len) / len`, as in Flow-GRPO's OCR task. Pictures that are one line of
+text are read by the recogniser alone, in batches at their natural width; the package's own call pads every line to width 320,
+which is twice slower for short words. Text direction is not corrected: words upside down are not what the prompt asked for.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
-from tempflow.errors import UserError
+from tempflow.errors import UserError, shown
+from tempflow.rewards.normal_form import normalise, similarity
 from tempflow.rewards.protocol import Reward, Scores, locate
+from tempflow.rewards.quotes import ACCEPTED, Unreadable, read_quotes
 
 RECOGNISER = "PP-OCRv6_rec_small.onnx"
 LINE_HEIGHT = 48  # the recogniser's fixed input height
@@ -26,7 +26,8 @@ LINE_HEIGHT = 48  # the recogniser's fixed input height
 # one thread 6.6, 5.8, 5.7, 5.9, 6.2 (larger batches leave the cache); two threads 4.4, 3.4, 3.1, 3.1, 3.1.
 LINE_BATCH = 8
 
-_QUOTED = re.compile(r'"([^"]*)"|“([^”]*)”')
+TARGET = "ocr_target"  # the metadata that names a prompt's text, where its quotation marks do not
+SHOWN = 5  # targets named at the start
 
 
 class OcrReward(Reward):
@@ -42,12 +43,19 @@ class OcrReward(Reward):
         self._reader = None
 
     def check_prompts(self, prompts, metadata):
+        targets, several = [], 0
         for prompt, entry in zip(prompts, metadata):
-            if not normalise(quoted_text(prompt)):
+            try:
+                target, others = target_of(prompt, entry)
+            except Unreadable as error:
                 raise UserError(
-                    f"{locate(prompt, entry)} has no text in double quotes, which the 'ocr' reward looks for; "
-                    'write, for example: a shop sign that says "OPEN"'
-                )
+                    f"{locate(prompt, entry)} {error}. The 'ocr' reward looks for the first text in quotation marks; write, for "
+                    f'example: a shop sign that says "OPEN". Marks that count: {ACCEPTED}. In a .jsonl file a line may name the '
+                    f'text itself: "{TARGET}": "OPEN"'
+                ) from None
+            targets.append(target)
+            several += others
+        return _told(list(dict.fromkeys(targets)), several)
 
     def load(self, threads=1):
         self._reader = SceneReader(threads) if self._detect else LineReader(threads)
@@ -56,14 +64,14 @@ class OcrReward(Reward):
         values = np.full(len(images), np.nan, dtype=np.float32)
         details = []
         for i, text in enumerate(self._read(images)):
-            target = quoted_text(prompts[i])
             if isinstance(text, Exception):
                 details.append(f"not scored: {type(text).__name__}: {text}")
-            elif not normalise(target):
-                details.append("not scored: the prompt quotes no text")
-            else:
-                values[i] = similarity(target, text, contained=self._detect)
+                continue
+            try:
+                values[i] = similarity(target_of(prompts[i], metadata[i])[0], text, contained=self._detect)
                 details.append(text)
+            except Unreadable as error:
+                details.append(f"not scored: the prompt {error}")
         return Scores(values, details)
 
     def _read(self, images: np.ndarray) -> list[str | Exception]:
@@ -76,6 +84,22 @@ class OcrReward(Reward):
             except Exception as error:
                 results += [error] if len(chunk) == 1 else [self._read(chunk[i : i + 1])[0] for i in range(len(chunk))]
         return results
+
+
+def target_of(prompt: str, metadata: dict) -> tuple[str, bool]:
+    """(the text that a prompt's images are to show, whether the prompt quotes others after it). Raises Unreadable."""
+    given = metadata.get(TARGET)
+    if given is None:
+        return read_quotes(prompt)
+    if not isinstance(given, str) or not normalise(given):
+        raise Unreadable(f'has {shown(given)} as "{TARGET}", where a text is expected')
+    return given.strip(), False
+
+
+def _told(targets: list[str], several: int) -> str:
+    more = f" and {len(targets) - SHOWN} more" if len(targets) > SHOWN else ""
+    first = f"; {several} prompts quote several texts, of which the first counts" if several else ""
+    return f"OCR targets: {', '.join(shown(target, 40) for target in targets[:SHOWN])}{more}{first}"
 
 
 class LineReader:
@@ -175,37 +199,6 @@ def reading_order(boxes: np.ndarray) -> list[int]:
         else:
             lines.append([i])
     return [i for line in lines for i in sorted(line, key=lambda i: left[i])]
-
-
-def quoted_text(prompt: str) -> str:
-    """The first text in double quotes, straight or curly; "" without one."""
-    match = _QUOTED.search(prompt)
-    return "" if match is None else match[1] or match[2] or ""
-
-
-def normalise(text: str) -> str:
-    """What is compared: without white space or case."""
-    return "".join(text.split()).lower()
-
-
-def similarity(target: str, text: str, *, contained: bool = False) -> float:
-    """1 - min(edit distance, len(target)) / len(target) of the normalised texts; 1 if `contained` and it is."""
-    target, text = normalise(target), normalise(text)
-    if contained and target in text:
-        return 1.0
-    if len(text) >= 2 * len(target):  # the distance is at least the difference in length
-        return 0.0
-    return 1.0 - min(edit_distance(target, text), len(target)) / len(target)
-
-
-def edit_distance(a: str, b: str) -> int:
-    """Levenshtein distance: insertions, deletions and substitutions, each of cost 1."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, start=1):
-        diagonal, row[0] = row[0], i
-        for j, y in enumerate(b, start=1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
-    return row[-1]
 
 
 def _model_file(name: str) -> Path:

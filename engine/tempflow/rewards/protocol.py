@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tempflow.errors import shown
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -32,8 +34,9 @@ class Reward(ABC):
     `load` is shown after the entry's key; it begins with the option at fault, as in "url: expected ..., got ...".
     """
 
-    def check_prompts(self, prompts: list[str], metadata: list[dict]) -> None:  # noqa: B027 (optional)
-        """Raise `UserError` naming the first prompt that this reward cannot use (see `locate`)."""
+    def check_prompts(self, prompts: list[str], metadata: list[dict]) -> str | None:  # noqa: B027 (optional)
+        """Raise `UserError` naming the first prompt that this reward cannot use (see `locate`). May return a line for people
+        about what it read from the prompts, which the scripts show before they start."""
 
     def load(self, threads: int = 1) -> None:  # noqa: B027
         """Load models, once, in the process that will score; `threads` is what each may use."""
@@ -74,7 +77,7 @@ def as_scores(result, n: int) -> Scores:
     except ValueError:  # ragged lists
         values = np.empty(0, dtype=object)
     if values.dtype.kind not in "fiub":
-        raise ValueError(f"the reward returned {result!r:.80}, not {n} numbers")
+        raise ValueError(f"the reward returned {shown(result)}, not {n} numbers")
     with np.errstate(over="ignore"):  # too large for float32 becomes infinite, and is refused below
         values = values.astype(np.float32)
     if values.shape != (n,):
@@ -89,4 +92,4 @@ def as_scores(result, n: int) -> Scores:
 def locate(prompt: str, metadata: dict) -> str:
     """How an error message names a prompt: its file and line where known, and its text."""
     source = metadata.get("source")
-    return (f"{source}: " if source else "") + f"prompt {prompt!r}"
+    return (f"{source}: " if source else "") + f"prompt {shown(prompt)}"

@@ -113,10 +113,11 @@ def load_rewards(specs: list[RewardSpec], threads: int) -> dict[str, Reward]:
     return rewards
 
 
-def check_prompts(specs: list[RewardSpec], prompts: list[str], metadata: list[dict]) -> None:
-    """Let each reward look at all prompts once; the first that cannot be used raises `UserError`."""
-    for spec in specs:
-        build_reward(spec.name, spec.options, spec.type).check_prompts(prompts, metadata)
+def check_prompts(specs: list[RewardSpec], prompts: list[str], metadata: list[dict]) -> list[str]:
+    """Let each reward look at all prompts once; the first that cannot be used raises `UserError`. Returns what they tell of
+    them, a line each."""
+    told = [build_reward(spec.name, spec.options, spec.type).check_prompts(prompts, metadata) for spec in specs]
+    return list(dict.fromkeys(line for line in told if isinstance(line, str)))
 
 
 def check_watched(specs: list[RewardSpec], evaluated: bool) -> None:

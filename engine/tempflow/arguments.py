@@ -1,0 +1,40 @@
+"""Types of command-line options: what cannot be meant is argparse's error, which names the option, with status 2."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Callable
+
+from tempflow.errors import shown
+
+LARGEST = 2**31 - 1
+
+
+def whole(low: int, high: int = LARGEST) -> Callable[[str], int]:
+    """A whole number from `low` to `high`."""
+
+    def read(text: str) -> int:
+        digits = text.removeprefix("-")
+        if not (digits.isascii() and digits.isdecimal() and len(digits) < 30 and low <= int(text) <= high):
+            raise argparse.ArgumentTypeError(f"expected a whole number from {low} to {high}, got {shown(text)}")
+        return int(text)
+
+    return read
+
+
+def filled(text: str) -> str:
+    """A name or text. An empty one is most often a shell variable that was not set, and no wish for the default."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"expected a text that is not empty, got {shown(text)}")
+    return text
+
+
+def path(text: str) -> Path:
+    """A file or folder; an empty name would be the working folder."""
+    return Path(filled(text))
+
+
+positive = whole(1)
+steps = whole(1, 1000)  # of a sampling grid, as rollout.num_steps
+seed = whole(0, 2**63 - 1)  # as training.seed
