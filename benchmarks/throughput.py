@@ -205,7 +205,7 @@ class Sequential:
         synchronize()
         self.seconds["rollout"] += time.perf_counter() - started
         started = time.perf_counter()
-        images = self.bench.policy.decode(latents, r.height, r.width)
+        images, _ = self.bench.policy.decode(latents, r.height, r.width)
         self.seconds["decode"] += time.perf_counter() - started
         return Decision(unit, k, x[0], children, log_prob), self.score(unit, images)
 

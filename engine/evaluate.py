@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-
-import numpy as np
+from dataclasses import asdict
 
 from tempflow import cli
 
@@ -32,8 +31,10 @@ def main() -> int:
 
     from tempflow import evaluation, tuned
     from tempflow.errors import UserError, note
+    from tempflow.failures import check_failed
+    from tempflow.means import with_error
     from tempflow.prompts import load_prompts
-    from tempflow.rewards import RewardPool, check_prompts, parse_rewards
+    from tempflow.rewards import RewardPool, check_prompts, parse_rewards, probe
     from tempflow.rundir import read_config
     from tempflow.trainer.opening import open_policy
 
@@ -44,7 +45,8 @@ def main() -> int:
         raise UserError("--prompts: the run has no held-out prompts; name a prompt file")
     prompts = load_prompts(file, "--prompts" if args.prompts else "data.heldout")[: args.count or config.eval.prompts]
     specs = parse_rewards(config.rewards)
-    for line in check_prompts(specs, [p.text for p in prompts], [p.metadata for p in prompts]):
+    texts, metadata = [p.text for p in prompts], [p.metadata for p in prompts]
+    for line in check_prompts(specs, texts, metadata):
         note(line)
     policy, embeddings = open_policy(config, prompts, tuned.device())
     if chosen:
@@ -52,6 +54,7 @@ def main() -> int:
     steps = args.num_steps or config.eval.num_steps or config.rollout.num_steps
     r = config.rollout
     with RewardPool(specs, **config.reward_pool.pool()) as scorers, Progress(transient=True) as progress:
+        probe(scorers, specs, texts, metadata, r.height, r.width)
         task = progress.add_task("sampling", total=len(prompts))
         drawn = evaluation.draw(
             policy, embeddings, prompts, list(range(len(prompts))), height=r.height, width=r.width, num_steps=steps,
@@ -59,15 +62,19 @@ def main() -> int:
             advance=lambda n: progress.advance(task, n),
         )  # fmt: skip
         scored = evaluation.evaluate(scorers, specs, prompts, drawn, keep=len(prompts) if args.out else 0)
+        check_failed("this evaluation", *scored.counts(), config.reward_pool.max_failed, scorers.last_error)
     which = f"iteration {chosen.iteration}, {chosen.which} weights" if chosen else "base"
     facts = {"iteration": chosen.iteration if chosen else 0, "num_steps": steps, "seed": evaluation.EVAL_SEED,
              "weights": chosen.which if chosen else "base"}  # fmt: skip
-    result = {**facts, "prompts": len(prompts), "reward": float(np.nanmean(scored.reward)),
-              **{name: float(np.nanmean(values)) for name, values in scored.parts.items()}}  # fmt: skip
+    total, alone = scored.mean(), scored.means()
+    result = {**{name: mean.value for name, mean in alone.items()}, **facts, "prompts": len(prompts), "reward": total.value,
+              "stderr": total.stderr, "scored": total.scored, "failed": total.failed,
+              "rewards": {name: asdict(mean) for name, mean in alone.items()}}  # fmt: skip
     if args.out:
         evaluation.write_samples(args.out, scored, prompts, facts)
-    Console(highlight=False, stderr=True).print(f"{which}: reward {result['reward']:.4f} on {len(prompts)} prompts, {steps} steps")
-    print(json.dumps(result))
+    reward = f"reward {with_error(total.value, total.stderr)} on {total.scored} of {len(prompts)} prompts ({total.failed} failed)"
+    Console(highlight=False, stderr=True).print(f"{which}: {reward}, {steps} steps")
+    print(json.dumps(result, allow_nan=False))
     return 0
 
 

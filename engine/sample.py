@@ -61,7 +61,7 @@ def main() -> int:
     prompts = chosen_prompts(args, config)
     policy, embeddings = open_policy(config, prompts, tuned.device())
     steps = args.num_steps or config.eval.num_steps or r.num_steps
-    pictures = []
+    pictures, missing = [], 0
     with Progress(transient=True) as progress:
         for name in ("base", "tuned"):
             if name == "tuned":
@@ -72,7 +72,9 @@ def main() -> int:
                 guidance_scale=config.eval_guidance(), micro_batch=r.micro_batch, decode_batch=r.decode_batch,
                 seed=args.seed, advance=lambda n, task=task: progress.advance(task, n),
             )  # fmt: skip
-            pictures.append(np.concatenate([images for _, images in drawn]))
+            parts = [(images, finite) for _, images, finite in drawn]
+            pictures.append(np.concatenate([images for images, _ in parts]))
+            missing += sum(int((~finite).sum()) for _, finite in parts)
     args.out.mkdir(parents=True, exist_ok=True)
     pairs = [beside(base, new) for base, new in zip(*pictures, strict=True)]
     for n, pair in enumerate(pairs):
@@ -80,6 +82,8 @@ def main() -> int:
     Image.fromarray(np.concatenate(pairs)).save(args.out / "all.png")
     (args.out / "prompts.txt").write_text("".join(f"{n:04d}.png\t{p.text}\n" for n, p in enumerate(prompts)))
     print(f"{len(pairs)} pairs in {args.out}: left base, right iteration {chosen.iteration} ({chosen.which} weights)")
+    if missing:
+        print(f"warning: {missing} images hold NaN or infinity; a checkerboard stands for each")
     return 0
 
 

@@ -12,7 +12,7 @@ from tempflow.config import Config, load_config
 from tempflow.errors import UserError, note
 from tempflow.profiling import Profile
 from tempflow.prompts import PromptOrder, load_prompts
-from tempflow.rewards import check_prompts, check_watched, parse_rewards
+from tempflow.rewards import check_asked, check_prompts, check_watched, parse_rewards
 
 
 def parse_args() -> argparse.Namespace:
@@ -39,7 +39,8 @@ def checked_inputs(config: Config):
     check_watched(specs, evaluated=bool(heldout and config.eval.every))
     told = []
     for kind, prompts in ((False, train + heldout), (True, heldout)):
-        told += check_prompts([s for s in specs if s.watched is kind], [p.text for p in prompts], [p.metadata for p in prompts])
+        told += check_prompts(specs, [p.text for p in prompts], [p.metadata for p in prompts], watched=kind)
+    check_asked(specs, [p.metadata for p in train])
     PromptOrder(len(train), config.data.prompts_per_iteration, config.training.seed)
     cli.quiet_libraries()
     from tempflow.policy import check_model, check_size, check_text_length

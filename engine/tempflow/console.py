@@ -20,6 +20,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from tempflow.means import gain_text, with_error
+
 
 class Console:
     """Progress of one run; a context manager around the training loop.
@@ -39,6 +41,7 @@ class Console:
         self._out = output or RichConsole(highlight=False, soft_wrap=True)
         self.enabled, self.live = enabled, enabled and self._out.is_terminal
         self._began = time.monotonic()
+        self._evaluation: dict = {}  # the row of the newest evaluation
         self._build()
 
     def _build(self) -> None:
@@ -88,13 +91,14 @@ class Console:
         self.done = int(metrics.get("iteration", self.done + 1))
         evaluated = _finite(metrics.get("eval/reward"))
         if evaluated is not None:
-            self.heldout = evaluated
+            self.heldout, self._evaluation = evaluated, metrics
             if self.base_reward is None and self.done == 0:
                 self.base_reward = evaluated
         if self.live:
             self._iterations.update(self._task, completed=self.done, status=self._status(metrics))
         if self.live and evaluated is not None:
-            self.note("  ".join([f"iteration {self.done}: held-out reward {self._heldout_text()}", *self._watched_texts(metrics)]))
+            parts = [f"iteration {self.done}: held-out reward {self._heldout_text()}", *_made_of(metrics), *self._watched_texts(metrics)]
+            self.note("  ".join(parts))
         elif self.enabled and not self.live:
             self._print(self._plain_line(metrics, evaluated is not None))
 
@@ -140,17 +144,25 @@ class Console:
         if (left := self._seconds_left()) is not None:
             parts.append(f"left {duration(left)}")
         if evaluated:
-            parts += [f"held-out {self._heldout_text()}", *self._watched_texts(metrics)]
+            parts += [f"held-out {self._heldout_text()}", *_made_of(metrics), *self._watched_texts(metrics)]
         return "  ".join(parts)
 
     def _watched_texts(self, metrics: dict) -> list[str]:
-        values = [(name, _finite(metrics.get(f"eval/{name}"))) for name in self.watched]
-        return [f"{name} {value:.3f}" for name, value in values if value is not None]
+        texts = []
+        for name in self.watched:
+            value, failed = _finite(metrics.get(f"eval/{name}")), metrics.get(f"eval/{name}/failed")
+            shown = [] if value is None else [with_error(value, _finite(metrics.get(f"eval/{name}/stderr")))]
+            shown += [f"({failed} failed)"] if failed else []
+            texts += [" ".join([name, *shown])] if shown else []
+        return texts
 
     def _heldout_text(self) -> str:
-        if self.base_reward is None or self.done == 0:
-            return f"{self.heldout:.3f}"
-        return f"{self.heldout:.3f} ({self.heldout - self.base_reward:+.3f})"
+        """The newest held-out reward, and how far it is from the base's, prompt by prompt where that is known."""
+        text = with_error(self.heldout, _finite(self._evaluation.get("eval/reward/stderr")))
+        gain, stderr = (_finite(self._evaluation.get(key)) for key in ("eval/gain", "eval/gain/stderr"))
+        if gain is None and self.base_reward is not None and self.done > 0:
+            gain = self.heldout - self.base_reward
+        return text if gain is None else f"{text} ({with_error(gain, stderr, '+')})"
 
     def _seconds_left(self) -> float | None:
         finished = self.done - self.start
@@ -169,15 +181,22 @@ def duration(seconds: float) -> str:
     return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
 
 
+def _made_of(metrics: dict) -> list[str]:
+    """How many images an evaluation scored, and how many failed."""
+    return [f"{metrics['eval/scored']} scored, {metrics['eval/failed']} failed"] if "eval/scored" in metrics else []
+
+
 def _summary_rows(summary: dict, run_dir: Path) -> list[tuple[str, str]]:
     base, tuned = _finite(summary.get("base_reward")), _finite(summary.get("tuned_reward"))
     rows = []
     if base is not None:
         rows.append(("base held-out reward", f"{base:.3f}"))
     if tuned is not None:
-        rows.append(("tuned held-out reward", f"{tuned:.3f}"))
+        made_of = f" on {summary['scored']} prompts ({summary['failed']} failed)" if "scored" in summary else ""
+        rows.append(("tuned held-out reward", with_error(tuned, _finite(summary.get("tuned_stderr"))) + made_of))
     if base is not None and tuned is not None:
-        rows.append(("gain", f"{tuned - base:+.3f}"))
+        gain = _finite(summary.get("gain"))
+        rows.append(("gain", gain_text(tuned - base if gain is None else gain, _finite(summary.get("gain_stderr")))))
     if (minutes := _finite(summary.get("minutes"))) is not None:
         rows.append(("time", f"{minutes:.1f} minutes"))
     for label, key in (("iterations", "iterations"), ("rewarded images", "images")):

@@ -22,8 +22,15 @@ def thumbnails(pictures: np.ndarray) -> np.ndarray:
 
 
 def mean_distance(groups: np.ndarray) -> np.ndarray:
-    """Mean distance over all pairs within each group of thumbnails. groups: [..., n, D], n from 2 on; returns float64 [...]."""
+    """Mean distance over all pairs within each group of thumbnails. groups: [..., n, D], n from 2 on; returns float64 [...].
+
+    A thumbnail that holds NaN is that of a missing image and in no pair; NaN where a group has no pair.
+    """
     *lead, n, size = groups.shape
     points = torch.from_numpy(np.asarray(groups, dtype=np.float64)).reshape(-1, n, size)
-    apart = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist").sum((1, 2)) / (n * (n - 1))
-    return (apart / size**0.5).numpy().reshape(lead)
+    apart = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
+    there = points.isfinite().all(-1)
+    pairs = there[:, :, None] & there[:, None, :] & ~torch.eye(n, dtype=torch.bool)
+    count = pairs.sum((1, 2))
+    total = torch.where(pairs, apart, 0.0).sum((1, 2))
+    return torch.where(count > 0, total / count / size**0.5, torch.nan).numpy().reshape(lead)

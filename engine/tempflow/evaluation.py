@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from tempflow.logs import write_atomic
+from tempflow.means import Mean, gain_of, mean_of
 from tempflow.policy import Policy
 from tempflow.policy.embeddings import EmbeddingCache
 from tempflow.prompts import Prompt
@@ -29,13 +30,31 @@ EVAL_ITERATION = -1  # no training iteration has this number, so evaluation nois
 
 @dataclass(frozen=True)
 class Scored:
-    """Prompts by index, the weighted reward [n], each reward alone, and its readings; pictures, uint8 [H, W, 3], of some of them."""
+    """Prompts by index, the weighted reward [n], each reward alone, and its readings; pictures, uint8 [H, W, 3], of some of them.
+
+    reward: NaN where it failed. parts: NaN where a reward failed or does not apply. applies: bool [n] by reward. finite: bool
+    [n], False where there is no image to score.
+    """
 
     indices: list[int]
     pictures: dict[int, np.ndarray]
+    finite: np.ndarray
     reward: np.ndarray
     parts: dict[str, np.ndarray]
+    applies: dict[str, np.ndarray]
     details: dict[str, list[str] | None]
+
+    def counts(self) -> list[int]:
+        """Images, those without a reward, and those of them that are not finite."""
+        return [len(self.reward), int(np.isnan(self.reward).sum()), int((~self.finite).sum())]
+
+    def mean(self) -> Mean:
+        """Of the weighted reward, over the prompts."""
+        return mean_of(self.reward)
+
+    def means(self) -> dict[str, Mean]:
+        """Of each reward alone, over the prompts that are for it; rewards that no prompt is for are left out."""
+        return {name: mean_of(values, self.applies[name]) for name, values in self.parts.items() if self.applies[name].any()}
 
 
 def fixed_noise(indices: list[int], shape: tuple[int, ...], device, seed: int = EVAL_SEED) -> torch.Tensor:
@@ -49,8 +68,8 @@ def draw(
     height: int, width: int, num_steps: int, guidance_scale: float, micro_batch: int, decode_batch: int, seed: int = EVAL_SEED,
     advance=lambda n: None,
 ):  # fmt: skip
-    """Yield (indices, uint8 pictures) of the prompts at `indices`: `micro_batch` are integrated together, and at most
-    `decode_batch` of them decoded and yielded together."""
+    """Yield (indices, uint8 images, which are finite) of the prompts at `indices`: `micro_batch` are integrated together, and at
+    most `decode_batch` of them decoded and yielded together."""
     shape = policy.latent_shape(height, width)
     for first in range(0, len(indices), micro_batch):
         part = indices[first : first + micro_batch]
@@ -59,27 +78,30 @@ def draw(
                                    num_steps=num_steps, guidance_scale=guidance_scale)  # fmt: skip
         for start in range(0, len(part), decode_batch):
             some = slice(start, start + decode_batch)
-            yield part[some], policy.decode(latents[some], height, width)
+            yield part[some], *policy.decode(latents[some], height, width)
             advance(len(part[some]))
 
 
 def evaluate(pool: RewardPool, specs: list[RewardSpec], prompts: list[Prompt], drawn, keep: int) -> Scored:
     """Score what `draw` yields while it goes on drawing; pictures of the first `keep` prompts are kept."""
-    indices, pictures, tickets = [], {}, []
-    for part, images in drawn:
+    indices, pictures, tickets, finite = [], {}, [], []
+    for part, images, made in drawn:
         chosen = [prompts[i] for i in part]
-        tickets.append(pool.submit(images, [p.text for p in chosen], [p.metadata for p in chosen]))
+        tickets.append(pool.submit(images, [p.text for p in chosen], [p.metadata for p in chosen], finite=made))
         indices += part
+        finite.append(made)
         pictures |= {i: image for i, image in zip(part, images, strict=True) if i < keep}
     scores = pool.gather(tickets)
     combined = [combine(score, specs) for score in scores]
     details = {}
     for spec in specs:
         texts = [score[spec.name].details for score in scores]
-        details[spec.name] = None if any(t is None for t in texts) else [text for t in texts for text in t]
+        known = any(t is not None for t in texts)
+        details[spec.name] = [text for t, made in zip(texts, finite, strict=True) for text in t or [""] * len(made)] if known else None
     return Scored(
-        indices, pictures, np.concatenate([c.values for c in combined]),
-        {spec.name: np.concatenate([c.parts[spec.name] for c in combined]) for spec in specs}, details,
+        indices, pictures, np.concatenate(finite), np.concatenate([c.values for c in combined]),
+        {spec.name: np.concatenate([c.parts[spec.name] for c in combined]) for spec in specs},
+        {spec.name: np.concatenate([c.applies[spec.name] for c in combined]) for spec in specs}, details,
     )  # fmt: skip
 
 
@@ -90,14 +112,31 @@ def merge(parts: list[Scored]) -> Scored:
     def join(arrays):
         return np.concatenate(arrays)[order]
 
+    def by_name(of):
+        return {name: join([of(p)[name] for p in parts]) for name in parts[0].parts}
+
     details = {}
     for name in parts[0].details:
-        whole = all(p.details[name] is not None for p in parts)
-        details[name] = list(join([np.array(p.details[name], dtype=object) for p in parts])) if whole else None
+        known = any(p.details[name] is not None for p in parts)
+        texts = [np.array(p.details[name] or [""] * len(p.indices), dtype=object) for p in parts]
+        details[name] = list(join(texts)) if known else None
     return Scored(
         np.concatenate([p.indices for p in parts])[order].tolist(), {i: picture for p in parts for i, picture in p.pictures.items()},
-        join([p.reward for p in parts]), {n: join([p.parts[n] for p in parts]) for n in parts[0].parts}, details,
+        join([p.finite for p in parts]), join([p.reward for p in parts]), by_name(lambda p: p.parts), by_name(lambda p: p.applies), details,
     )  # fmt: skip
+
+
+def metrics(scored: Scored, base: np.ndarray | None = None) -> dict[str, float]:
+    """What a row of metrics.jsonl says of an evaluation; base: the rewards [n] before training, to which the gain is measured."""
+    total = scored.mean()
+    found = {"eval/reward": total.value, "eval/reward/stderr": total.stderr, "eval/scored": total.scored, "eval/failed": total.failed}
+    for name, one in scored.means().items():
+        found |= {f"eval/{name}": one.value, f"eval/{name}/stderr": one.stderr, f"eval/{name}/scored": one.scored,
+                  f"eval/{name}/failed": one.failed}  # fmt: skip
+    if base is not None:
+        gain = gain_of(base, scored.reward)
+        found |= {"eval/gain": gain.value, "eval/gain/stderr": gain.stderr}
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def write_samples(folder: Path, scored: Scored, prompts: list[Prompt], facts: dict) -> None:
@@ -113,12 +152,13 @@ def write_samples(folder: Path, scored: Scored, prompts: list[Prompt], facts: di
         Image.fromarray(scored.pictures[index]).save(draft / file)
         items.append({
             "prompt": prompts[index].text, "file": file, "reward": _number(scored.reward[n]),
-            "rewards": {name: _number(values[n]) for name, values in scored.parts.items()},
-            "details": {name: texts[n] for name, texts in scored.details.items() if texts is not None},
+            "rewards": {name: _number(values[n]) for name, values in scored.parts.items() if scored.applies[name][n]},
+            "details": {name: texts[n] for name, texts in scored.details.items() if texts is not None and scored.applies[name][n]},
             **{key: prompts[index].metadata[key] for key in ("ocr_target",) if key in prompts[index].metadata},
         })  # fmt: skip
-    content = {**facts, "reward": _number(np.nanmean(scored.reward)), "items": items}
-    write_atomic(draft / "samples.json", json.dumps(content, indent=1, ensure_ascii=False))
+    total = scored.mean()
+    content = {**facts, "reward": total.value, "stderr": total.stderr, "scored": total.scored, "failed": total.failed, "items": items}
+    write_atomic(draft / "samples.json", json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False))
     shutil.rmtree(folder, ignore_errors=True)
     draft.rename(folder)
 

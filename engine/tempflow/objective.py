@@ -7,7 +7,7 @@ number of ranks, nor skipping changes the gradient.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -42,7 +42,7 @@ class Batch:
 
 
 def select(decisions: list[Decision], advantages: Advantages, steps: list[int], keep_all: bool):
-    """Decisions worth a forward, each with its advantages [B] and its masks [B].
+    """Decisions worth a forward, each with its advantages [B] and its masks [B]; what they hold is finite.
 
     keep_all (a KL term): every decision with a valid child counts. Otherwise those with an advantage other than 0.
     """
@@ -52,8 +52,24 @@ def select(decisions: list[Decision], advantages: Advantages, steps: list[int], 
         advantage = torch.from_numpy(advantages.values[place])
         valid = torch.from_numpy(advantages.valid[place])
         if advantage.any() or keep_all and valid.any():
-            chosen.append((decision, advantage, valid))
+            chosen.append((_finite(decision, valid), advantage, valid))
     return chosen
+
+
+def _finite(decision: Decision, valid: torch.Tensor) -> Decision:
+    """With a valid child in the place of failed ones that hold NaN or infinity, which would survive a weight of 0 in the loss."""
+    broken = ~valid & ~decision.x_next.isfinite().flatten(1).all(1).cpu()
+    if not broken.any():
+        return decision
+    kept = torch.where(broken, valid.int().argmax(), torch.arange(len(valid)))
+    return replace(decision, x_next=decision.x_next[kept], log_prob=decision.log_prob[kept])
+
+
+def padding_of(decisions: list[Decision]) -> Decision:
+    """A decision for places of weight 0: of this rank, and finite."""
+    whole = next((d for d in decisions if d.x.isfinite().all() and d.x_next.isfinite().all()), None)
+    one = decisions[0]
+    return whole or replace(one, x=torch.zeros_like(one.x), x_next=torch.zeros_like(one.x_next), log_prob=torch.zeros_like(one.log_prob))
 
 
 def make_batches(

@@ -157,14 +157,14 @@ class Iteration:
 
     def batches(self, advantages, size, extra=0, config=None):
         """Micro-batches of `size` decisions; `extra` more of nothing but padding."""
-        from tempflow.objective import make_batches, select
+        from tempflow.objective import make_batches, padding_of, select
         from tempflow.sde import noise_weights
 
         t = (config or self.config).training
         chosen = select(self.data.decisions, advantages, self.data.steps, keep_all=t.kl_coef > 0)
         weights = noise_weights(self.collector.sde.tau, self.data.steps, t.weighting)
         count = -(-len(chosen) // size) + extra
-        return make_batches(chosen, self.data.decisions[0], count, size, self.collector.sigmas, self.collector.sde, weights,
+        return make_batches(chosen, padding_of(self.data.decisions), count, size, self.collector.sigmas, self.collector.sde, weights,
                             "cpu")  # fmt: skip
 
     @property

@@ -63,7 +63,7 @@ def test_diversity_of_a_rollout(rollout, policy):
 
     with torch.no_grad():
         finished, _ = naive_trajectories(rollout.config, velocity, units, rollout.collector.sigmas, policy.latent_shape(32, 96))
-    small = {place: thumbnails(policy.decode(latent[None], 32, 96))[0] for place, latent in finished.items()}
+    small = {place: thumbnails(policy.decode(latent[None], 32, 96)[0])[0] for place, latent in finished.items()}
     trunks = [[small[unit.index, None, 0] for unit in units if unit.prompt == p] for p in (0, 1)]
     children = [[small[unit.index, k, i] for i in (0, 1)] for unit in units for k in (0, 1)]
     for name, groups in (("seeds", trunks), ("children", children)):

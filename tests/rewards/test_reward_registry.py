@@ -103,11 +103,21 @@ def test_jpeg():
 
 
 @pytest.mark.parametrize(
-    "result", [[1, 2], [[1], [2], [3]], ["1", "2", "3"], None, [1, 2, np.inf], [1, 2, 1e300], [1, None, 2], [[1], 2, 3]]
+    "result", [[1, 2], [[1], [2], [3]], ["1", "2", "3"], None, {"a": 1}, 3.0, [1, None, 2], [[1], 2, 3]]
 )
 def test_garbage_scores(result):
     with pytest.raises(ValueError, match="the reward returned"):
         as_scores(result, 3)
+
+
+@pytest.mark.parametrize("result", [[1, 2, np.inf], [1, -np.inf, 3], [1e300, 2, 3], np.array([1, 2, 1e39])])
+@pytest.mark.parametrize("details", [None, ["a", "b", "c"]])
+def test_what_overflows_is_a_failure_of_that_image(result, details):
+    bad = ~(np.abs(np.array(result)) < 3e38)
+    found = as_scores(Scores(result, details), 3)
+    assert np.isnan(found.values).tolist() == bad.tolist()
+    assert [text.startswith("not scored") for text in found.details] == bad.tolist()
+    assert details is None or all(text == old for text, old, lost in zip(found.details, details, bad) if not lost)
 
 
 def test_as_scores_accepts():

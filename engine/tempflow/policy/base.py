@@ -6,6 +6,7 @@ transformer to evaluate as an argument, because training, rollout and reference 
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -17,6 +18,7 @@ from tempflow.errors import UserError
 from tempflow.sde import ode_coefficients
 from tempflow_kernels import sde_step
 
+TILE, NO_IMAGE = 8, (255, 0, 255)  # pixels a side and color of the tiles that stand for a missing image
 Conditioning = dict[str, torch.Tensor]  # prompt embeddings by name, leading dimension = prompts
 
 
@@ -38,6 +40,12 @@ def resolution_shift(scheduler, length: int, max_shift: float) -> float:
     low, high = config.get("base_shift", 0.5), config.get("max_shift", max_shift)
     slope = (high - low) / (long - short)
     return length * slope + (low - slope * short)
+
+
+def no_image(height: int, width: int) -> np.ndarray:
+    """What stands for an image that could not be made, uint8 [height, width, 3]: a magenta and black checkerboard."""
+    rows, columns = np.ogrid[:height, :width]
+    return np.where(((rows // TILE + columns // TILE) % 2 == 0)[..., None], NO_IMAGE, 0).astype(np.uint8)
 
 
 class Policy(ABC):
@@ -106,8 +114,22 @@ class Policy(ABC):
         """
 
     @abstractmethod
-    def decode(self, latents: torch.Tensor, height: int, width: int) -> np.ndarray:
-        """Pictures of final latents, uint8 [n, height, width, 3]."""
+    def _decode(self, latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """What the VAE makes of final latents, in its own range, [n, 3, height, width]."""
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+        """Images of final latents, uint8 [n, height, width, 3], and which of them are finite, bool [n].
+
+        NaN or infinity in a latent, or in what the VAE makes of it, is no image: a cast to uint8 would make it a black one, which
+        rewards score like any other. Its place is taken by `no_image`.
+        """
+        decoded = self._decode(latents, height, width).float()
+        finite = (latents.isfinite().flatten(1).all(1) & decoded.isfinite().flatten(1).all(1)).cpu().numpy()
+        torch.nan_to_num_(decoded)  # the other images stay as they are
+        images = (self.pipe.image_processor.postprocess(decoded, output_type="np") * 255).round().astype(np.uint8)
+        images[~finite] = no_image(height, width)
+        return images, finite
 
     @torch.no_grad()
     def integrate(
@@ -144,4 +166,9 @@ class Policy(ABC):
         conditioning = self.encode(prompts, negative_prompts)
         final = self.integrate(latents.to(self.device, torch.float32), conditioning, height=height, width=width,
                                num_steps=num_steps, guidance_scale=guidance_scale)  # fmt: skip
-        return [Image.fromarray(p) for p in self.decode(final, height, width)] if decode else final
+        if not decode:
+            return final
+        images, finite = self.decode(final, height, width)
+        if not finite.all():
+            warnings.warn(f"{(~finite).sum()} of {len(finite)} images hold NaN or infinity; a checkerboard stands for each", stacklevel=2)
+        return [Image.fromarray(image) for image in images]

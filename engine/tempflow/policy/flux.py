@@ -73,11 +73,8 @@ class FluxPolicy(Policy):
             return_dict=False,
         )[0]
 
-    @torch.no_grad()
-    def decode(self, latents: torch.Tensor, height: int, width: int) -> np.ndarray:
+    def _decode(self, latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
         vae = self.pipe.vae
         x = self.pipe._unpack_latents(latents, height, width, self.pipe.vae_scale_factor)
         x = x / vae.config.scaling_factor + vae.config.shift_factor
-        pictures = vae.decode(x.to(vae.dtype), return_dict=False)[0].float()
-        pictures = self.pipe.image_processor.postprocess(pictures, output_type="np")
-        return (pictures * 255).round().astype(np.uint8)
+        return vae.decode(x.to(vae.dtype), return_dict=False)[0]

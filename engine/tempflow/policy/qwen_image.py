@@ -77,12 +77,9 @@ class QwenImagePolicy(GuidedPolicy):
         guided = super()._combine(positive, negative, scale)
         return guided * (positive.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
 
-    @torch.no_grad()
-    def decode(self, latents: torch.Tensor, height: int, width: int) -> np.ndarray:
+    def _decode(self, latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
         vae = self.pipe.vae
         x = self.pipe._unpack_latents(latents, height, width, self.pipe.vae_scale_factor)
         mean, std = (torch.tensor(values, device=x.device).reshape(1, -1, 1, 1, 1) for values in
                      (vae.config.latents_mean, vae.config.latents_std))  # fmt: skip
-        pictures = vae.decode((x * std + mean).to(vae.dtype), return_dict=False)[0][:, :, 0].float()
-        pictures = self.pipe.image_processor.postprocess(pictures, output_type="np")
-        return (pictures * 255).round().astype(np.uint8)
+        return vae.decode((x * std + mean).to(vae.dtype), return_dict=False)[0][:, :, 0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from tempflow.errors import UserError
@@ -60,10 +59,7 @@ class SD3Policy(GuidedPolicy):
         # The pipeline leaves timesteps in fp32, 1000 sigma.
         return transformer(hidden_states=x, timestep=sigma * 1000, **conditioning, return_dict=False)[0]
 
-    @torch.no_grad()
-    def decode(self, latents: torch.Tensor, height: int, width: int) -> np.ndarray:
+    def _decode(self, latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
         vae = self.pipe.vae
         x = latents / vae.config.scaling_factor + vae.config.shift_factor
-        pictures = vae.decode(x.to(vae.dtype), return_dict=False)[0].float()
-        pictures = self.pipe.image_processor.postprocess(pictures, output_type="np")
-        return (pictures * 255).round().astype(np.uint8)
+        return vae.decode(x.to(vae.dtype), return_dict=False)[0]

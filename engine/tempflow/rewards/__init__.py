@@ -7,9 +7,11 @@ in the config as `my_module:MyReward`. Importing this package loads neither torc
 """
 
 from tempflow.rewards.combine import Combined, combine
+from tempflow.rewards.fit import applies, check_asked, check_prompts
 from tempflow.rewards.pool import RewardPool, Ticket
+from tempflow.rewards.probe import probe
 from tempflow.rewards.protocol import Reward, Scores
-from tempflow.rewards.registry import RewardSpec, build_reward, check_prompts, check_watched, parse_rewards
+from tempflow.rewards.registry import RewardSpec, build_reward, check_watched, parse_rewards
 
 __all__ = [
     "Combined",
@@ -18,9 +20,12 @@ __all__ = [
     "RewardSpec",
     "Scores",
     "Ticket",
+    "applies",
     "build_reward",
+    "check_asked",
     "check_prompts",
     "check_watched",
     "combine",
     "parse_rewards",
+    "probe",
 ]

@@ -19,18 +19,42 @@ import numpy as np
 
 from tempflow.errors import UserError
 from tempflow.rewards.crew import Crew
+from tempflow.rewards.fit import applies
 from tempflow.rewards.process import WorkerProcess, rank_gpu
 from tempflow.rewards.protocol import Scores, as_scores
 from tempflow.rewards.registry import RewardSpec, build_reward, load_rewards
 
+NOT_FINITE = "not scored: the image holds NaN or infinity"
+
 
 class Ticket:
     """A submitted batch. `seconds`, once gathered: what scoring it took in the workers, all rewards together,
-    waiting and failed tries apart."""
+    waiting and failed tries apart. `errors`, once gathered: why a reward answered nothing at all, by name."""
 
-    def __init__(self, names: list[str]):
-        self.seconds = 0.0
+    def __init__(self, names: list[str], metadata: list[dict], finite: np.ndarray):
+        self.seconds, self.names = 0.0, names
+        self.errors: dict[str, str] = {}
         self._scores: dict[str, Future] = {name: Future() for name in names}
+        self._applies = {name: np.array([applies(name, entry) for entry in metadata], dtype=bool) for name in names}
+        self._finite = finite
+
+    def rows(self, name: str) -> np.ndarray:
+        """The images that a reward is asked about: finite ones whose prompt is for it."""
+        return np.flatnonzero(self._applies[name] & self._finite)
+
+    def scores(self, name: str) -> Scores:
+        """What a reward found, of the whole batch: NaN where it was not asked."""
+        asked, applies, rows = self._scores[name].result(), self._applies[name], self.rows(name)
+        if len(rows) == len(applies):
+            return asked
+        values = np.full(len(applies), np.nan, dtype=np.float32)
+        values[rows] = asked.values
+        if asked.details is None and (self._finite | ~applies).all():
+            return Scores(values, None, applies)
+        details = [NOT_FINITE if one else "" for one in applies]
+        for row, text in zip(rows, asked.details or [""] * len(rows), strict=True):
+            details[row] = text
+        return Scores(values, details, applies)
 
 
 @dataclass(frozen=True)
@@ -108,24 +132,34 @@ class RewardPool:
         """Wait until every worker has loaded its rewards; `UserError` with the reason if one cannot."""
         self._crew.wait_ready()
 
-    def submit(self, images: np.ndarray, prompts: list[str], metadata: list[dict], *, watched: bool = True) -> Ticket:
-        """Queue a batch for every reward; returns at once (unless workers=0).
+    def submit(
+        self, images: np.ndarray, prompts: list[str], metadata: list[dict], *, finite: np.ndarray | None = None,
+        rewards: list[str] | None = None,
+    ) -> Ticket:  # fmt: skip
+        """Queue a batch for every reward that applies to it; returns at once (unless workers=0).
 
-        images: uint8 RGB [n, H, W, 3], copied here; prompts and metadata: n entries each. watched=False leaves the rewards
-        out that are only watched. Raises ValueError where these disagree, RuntimeError on a closed pool.
+        images: uint8 RGB [n, H, W, 3], copied here; prompts and metadata: n entries each. finite: bool [n], as `Policy.decode`
+        returns it; no reward is asked about the others, which are failures. rewards: names of those asked; None: all. Raises
+        ValueError where these disagree, RuntimeError on a closed pool.
         """
         if self._closed.is_set():
             raise RuntimeError("the reward pool is closed")
         images = np.array(images, copy=True, order="C")
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
             raise ValueError(f"images must be uint8 [n, H, W, 3], got {images.dtype} {list(images.shape)}")
-        if not len(images) == len(prompts) == len(metadata):
-            raise ValueError(f"{len(images)} images, {len(prompts)} prompts and {len(metadata)} metadata")
-        asked = [spec for spec in self._specs if watched or not spec.watched]
-        ticket = Ticket([spec.name for spec in asked])
-        for spec in asked:
-            task = _Task(ticket, spec.name, images, list(prompts), list(metadata))
-            self._tasks.put(task) if self._size else self._score_here(task)
+        finite = np.ones(len(images), dtype=bool) if finite is None else finite
+        if not len(images) == len(prompts) == len(metadata) == len(finite):
+            raise ValueError(f"{len(images)} images, {len(prompts)} prompts, {len(metadata)} metadata and {len(finite)} of finite")
+        names = [spec.name for spec in self._specs] if rewards is None else rewards
+        ticket = Ticket(names, metadata, finite)
+        for name in names:
+            rows = ticket.rows(name)
+            chosen = images if len(rows) == len(images) else images[rows]
+            task = _Task(ticket, name, chosen, [prompts[i] for i in rows], [metadata[i] for i in rows])
+            if len(images) and not len(rows):
+                self._finish(task, Scores(np.zeros(0, dtype=np.float32)), 0.0)
+            else:
+                self._tasks.put(task) if self._size else self._score_here(task)
         return ticket
 
     def gather(self, tickets: list[Ticket]) -> list[dict[str, Scores]]:
@@ -135,7 +169,7 @@ class RewardPool:
         still open when the pool is closed are NaN.
         """
         self.wait_ready()
-        return [{name: future.result() for name, future in ticket._scores.items()} for ticket in tickets]
+        return [{name: ticket.scores(name) for name in ticket.names} for ticket in tickets]
 
     def close(self) -> None:
         """Kill the workers. Also done by leaving a `with` block; safe to call again."""
@@ -165,6 +199,8 @@ class RewardPool:
             except Exception as failure:  # besides WorkerFailure: metadata that cannot be sent
                 failed, error = None, str(failure)
             error = self._note(f"reward {task.name!r}: {error}")
+        if failed is None:
+            task.ticket.errors[task.name] = error
         return failed or Scores(np.full(n, np.nan, dtype=np.float32), [f"not scored: {_last_line(error)}"] * n), 0.0
 
     def _score_here(self, task: _Task) -> None:

@@ -16,14 +16,24 @@ from tempflow.errors import shown
 
 @dataclass(frozen=True)
 class Scores:
-    """Rewards of n pictures.
+    """Rewards of n images.
 
-    values: float32 [n]; NaN where a picture could not be scored.
-    details: one short text a picture for people (what an OCR model read), or None.
+    values: float32 [n]; NaN where an image could not be scored.
+    details: one short text an image for people (what an OCR model read), or None.
+    applies: bool [n], whether the image's prompt is for this reward, or None: all are. Set by the pool; rewards leave it out.
     """
 
     values: np.ndarray
     details: list[str] | None = None
+    applies: np.ndarray | None = None
+
+    def applicable(self) -> np.ndarray:
+        """`applies` as an array, bool [n]."""
+        return np.ones(len(self.values), dtype=bool) if self.applies is None else self.applies
+
+
+class BadScores(ValueError):
+    """What a reward returned has the wrong type or shape, which no retry changes."""
 
 
 class Reward(ABC):
@@ -63,9 +73,9 @@ class FunctionReward(Reward):
 
 
 def as_scores(result, n: int) -> Scores:
-    """What `score` returned, checked.
+    """What `score` returned, checked. Infinity, and what is too large for float32, is a failure of that image: NaN.
 
-    Raises ValueError unless it is n real numbers (NaN allowed, infinity not) and, if present, n texts.
+    Raises BadScores unless it is n real numbers and, if present, n texts.
     """
     details = None
     if isinstance(result, Scores):
@@ -77,15 +87,18 @@ def as_scores(result, n: int) -> Scores:
     except ValueError:  # ragged lists
         values = np.empty(0, dtype=object)
     if values.dtype.kind not in "fiub":
-        raise ValueError(f"the reward returned {shown(result)}, not {n} numbers")
-    with np.errstate(over="ignore"):  # too large for float32 becomes infinite, and is refused below
+        raise BadScores(f"the reward returned {shown(result)}, not {n} numbers")
+    with np.errstate(over="ignore"):  # too large for float32 becomes infinite
         values = values.astype(np.float32)
     if values.shape != (n,):
-        raise ValueError(f"the reward returned shape {list(values.shape)} for {n} images, expected [{n}]")
-    if np.isinf(values).any():
-        raise ValueError(f"the reward returned an infinite value for image {np.isinf(values).argmax()}")
+        raise BadScores(f"the reward returned shape {list(values.shape)} for {n} images, expected [{n}]")
     if details is not None and len(details) != n:
-        raise ValueError(f"the reward returned {len(details)} details for {n} images")
+        raise BadScores(f"the reward returned {len(details)} details for {n} images")
+    infinite = np.isinf(values)
+    if infinite.any():
+        values = np.where(infinite, np.float32(np.nan), values)
+        told = details if details is not None else [""] * n
+        details = ["not scored: an infinite value" if bad else text for bad, text in zip(infinite, told, strict=True)]
     return Scores(values, None if details is None else [str(text) for text in details])
 
 

@@ -32,6 +32,8 @@ REWARDS = {
     "vlm_judge": "tempflow.rewards.vlm_judge:VlmJudge",
 }
 
+# reward/NAME and eval/NAME are metrics, beside these of all rewards together.
+TAKEN = ("reward", "scored", "failed", "gain", "mean", "std", "trunk", "zero_std_groups")
 _FORMS = '{"ocr": 1.0} or {"ocr": {"weight": 0.7, "detect": false}}'
 _TYPES = {
     "bool": (bool, "true or false"),
@@ -70,6 +72,8 @@ def parse_rewards(section: dict) -> list[RewardSpec]:
         raise UserError(f"rewards: expected at least one reward, as in {_FORMS}, got {section!r}")
     specs = []
     for name, value in section.items():
+        if name in TAKEN:
+            raise UserError(f"rewards.{name}: metrics have this name; choose another, and give the reward as its \"type\"")
         options = dict(value) if isinstance(value, dict) else {"weight": value}
         weight = _checked_weight(name, options.pop("weight", 1.0))
         kind = options.pop("type", "")
@@ -111,13 +115,6 @@ def load_rewards(specs: list[RewardSpec], threads: int) -> dict[str, Reward]:
         except Exception as error:
             raise UserError(f"rewards.{spec.name}: could not start: {type(error).__name__}: {error}") from error
     return rewards
-
-
-def check_prompts(specs: list[RewardSpec], prompts: list[str], metadata: list[dict]) -> list[str]:
-    """Let each reward look at all prompts once; the first that cannot be used raises `UserError`. Returns what they tell of
-    them, a line each."""
-    told = [build_reward(spec.name, spec.options, spec.type).check_prompts(prompts, metadata) for spec in specs]
-    return list(dict.fromkeys(line for line in told if isinstance(line, str)))
 
 
 def check_watched(specs: list[RewardSpec], evaluated: bool) -> None:

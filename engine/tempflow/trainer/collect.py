@@ -15,7 +15,7 @@ import torch
 
 from tempflow.config import Config, Suffix
 from tempflow.diversity import mean_distance, thumbnails
-from tempflow.errors import UserError
+from tempflow.failures import check_failed
 from tempflow.policy import Policy, take
 from tempflow.policy.embeddings import EmbeddingCache
 from tempflow.profiling import span
@@ -67,6 +67,7 @@ class _Finished:
         self.rows: list[int] = []
         self.tickets: list = []
         self.thumbnails: list[np.ndarray] = []
+        self.not_finite = 0
         self.decode_seconds = 0.0
         self._waiting: list[tuple[int, torch.Tensor]] = []
 
@@ -78,6 +79,7 @@ class _Finished:
             whole.rows += lane.rows
             whole.tickets += lane.tickets
             whole.thumbnails += lane.thumbnails
+            whole.not_finite += lane.not_finite
             whole.decode_seconds += lane.decode_seconds / len(lanes)
         return whole
 
@@ -97,14 +99,16 @@ class _Finished:
         started = time.perf_counter()
         rollout = self.collector.config.rollout
         with span("decode", rows=len(part)):
-            images = self.collector.policy.decode(torch.stack([x for _, x in part]), rollout.height, rollout.width)
+            images, finite = self.collector.policy.decode(torch.stack([x for _, x in part]), rollout.height, rollout.width)
         self.decode_seconds += time.perf_counter() - started
         chosen = [self.collector.prompts[self.plan.rows[i].unit.prompt_id] for i, _ in part]
         self.rows += [i for i, _ in part]
         texts, metadata = [p.text for p in chosen], [p.metadata for p in chosen]
-        with self.collector.submitting:  # rewards in this process need not stand several threads
-            self.tickets.append(self.collector.pool.submit(images, texts, metadata, watched=False))
-        self.thumbnails += list(thumbnails(images))
+        asked = {"finite": finite, "rewards": [spec.name for spec in self.collector.trained]}
+        with self.collector.submitting:  # rewards in this process are not required to be thread-safe
+            self.tickets.append(self.collector.pool.submit(images, texts, metadata, **asked))
+        self.not_finite += int((~finite).sum())
+        self.thumbnails += list(np.where(finite[:, None], thumbnails(images), np.float32(np.nan)))
 
 
 class Collector:
@@ -250,14 +254,10 @@ class Collector:
                 mine[:, row.unit.prompt, row.unit.seed, taken, row.child] = values[index][:, None]
             else:
                 trunks.append(values[index][0])
-        totals = [len(plan.rows), np.isnan(columns[0]).sum(), np.nansum(trunks), np.isfinite(trunks).sum()]
-        images, failed, trunk_sum, trunk_count = comm.reduce(totals)
-        if failed / images > self.config.reward_pool.max_failed:
-            reason = comm.first_of_any(self.pool.last_error)
-            raise UserError(
-                f"{int(failed)} of {int(images)} pictures of this iteration could not be scored, more than "
-                f"reward_pool.max_failed ({self.config.reward_pool.max_failed}) allows; last error: {reason}"
-            )
+        totals = [len(plan.rows), np.isnan(columns[0]).sum(), finished.not_finite, np.nansum(trunks), np.isfinite(trunks).sum()]
+        images, failed, not_finite, trunk_sum, trunk_count = comm.reduce(totals)
+        check_failed("this iteration", int(images), int(failed), int(not_finite), self.config.reward_pool.max_failed,
+                     comm.first_of_any(self.pool.last_error))  # fmt: skip
         rewards, *parts = comm.reduce(mine)
         return Collected(
             decisions, rewards, plan.steps, {spec.name: part for spec, part in zip(self.trained, parts, strict=True)},
@@ -274,7 +274,7 @@ class Collector:
             for thumbnail, row in zip(seen, plan.rows, strict=True):
                 if row.parent is None:
                     roots[row.unit.prompt, row.unit.seed] = thumbnail
-            found["diversity/seeds"] = float(mean_distance(comm.reduce(roots)).mean())
+            found["diversity/seeds"] = _mean_of_known(mean_distance(comm.reduce(roots)))
         if plan.width > 1:
             siblings = defaultdict(list)
             for i, row in enumerate(plan.rows):
@@ -283,5 +283,11 @@ class Collector:
             apart = np.zeros((prompts, seeds, len(plan.steps)))
             for place, members in siblings.items():
                 apart[place] = mean_distance(seen[members])
-            found["diversity/children"] = float(comm.reduce(apart).mean())
+            found["diversity/children"] = _mean_of_known(comm.reduce(apart))
         return found
+
+
+def _mean_of_known(values: np.ndarray) -> float:
+    """Of groups that have a pair of images; NaN where none has."""
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if len(known) else float("nan")

@@ -22,12 +22,13 @@ from tempflow.config import Config
 from tempflow.console import Console
 from tempflow.curation import Curation
 from tempflow.errors import UserError
+from tempflow.failures import TooManyFailed, check_failed
 from tempflow.logs import MetricsLog, Trackers, read_metrics, write_atomic
 from tempflow.machine import device_name, versions
-from tempflow.objective import Batch, make_batches, select
+from tempflow.objective import Batch, make_batches, padding_of, select
 from tempflow.profiling import Profile, span
 from tempflow.prompts import Prompt, PromptOrder
-from tempflow.rewards import RewardPool, RewardSpec
+from tempflow.rewards import RewardPool, RewardSpec, probe
 from tempflow.rollout.plan import Unit
 from tempflow.sde import noise_weights
 from tempflow.stopping import StopRule
@@ -74,10 +75,23 @@ class Trainer:
         self.iteration, self.elapsed, self.images, self.skipped_in_a_row = 0, 0.0, 0, 0
         self.saved = 0  # iteration of the newest checkpoint; before the first update there is nothing to save
         self.base_reward: float | None = None
+        self.base_rewards: np.ndarray | None = None  # of each held-out prompt, [n]: gains are measured prompt by prompt
         self.rule = StopRule(config.eval.stop) if config.eval.stop else None
         self.ended: str | None = None  # by the rule, for which reason
         self.evaluated_at, self.evaluation = -1, {}
+        self._probe_rewards()
+
+    def _probe_rewards(self) -> None:
+        """Refuse a reward that answers anything but numbers before the base is evaluated; one rank's test speaks for all."""
         self.pool.wait_ready()
+        trouble, prompts, r = None, self.heldout + self.prompts, self.config.rollout
+        if comm.rank() == 0:
+            try:
+                probe(self.pool, self.specs, [p.text for p in prompts], [p.metadata for p in prompts], r.height, r.width)
+            except UserError as error:
+                trouble = str(error)
+        if trouble := comm.agree_on(trouble):
+            raise UserError(trouble)
 
     def _check_equal_shares(self, units: int) -> None:
         """Under ZeRO-3 a forward of the engine is a collective: a rank with fewer of them would leave the others waiting."""
@@ -142,12 +156,20 @@ class Trainer:
                     metrics = self._iterate()
             except Stopped:
                 break
+            except TooManyFailed as error:
+                self._save_before(error)
+                raise
             self.iteration += 1
             spent = time.perf_counter() - started
             self.elapsed += spent
             metrics |= {"iteration": self.iteration, "time/total": spent, "time/elapsed": self.elapsed}
             if self._due(self.config.eval.every):
-                metrics |= self._evaluate()
+                try:
+                    metrics |= self._evaluate()
+                except TooManyFailed as error:
+                    self._record(metrics)
+                    self._save_before(error)
+                    raise
             self._judge(self._record(metrics))
             if self._due(self.config.checkpoint.every):
                 self._save()
@@ -159,6 +181,11 @@ class Trainer:
             self.console.note(f"stopped by {self.stop.received} after iteration {self.iteration}; continue with --resume")
         elif self.ended:
             self.console.note(f"stopped after iteration {self.iteration} by {self.ended}; to go on: --resume with another eval.stop")
+
+    def _save_before(self, error: TooManyFailed) -> None:
+        """Keep the work so far where the rewards failed; where the model did, the checkpoints before stay as they are."""
+        if not error.model_broken and self.saved != self.iteration:
+            self._save()
 
     def _done(self) -> bool:
         """All ranks together: the last iteration, the time limit, the stopping rule, or a signal."""
@@ -239,7 +266,7 @@ class Trainer:
         if count == 0:
             return [], int(np.prod(data.rewards.shape[:3]))
         weights = noise_weights(self.collector.sde.tau, data.steps, t.weighting)
-        batches = make_batches(chosen, data.decisions[0], count, size, self.collector.sigmas,
+        batches = make_batches(chosen, padding_of(data.decisions), count, size, self.collector.sigmas,
                                self.collector.sde, weights, self.policy.device)  # fmt: skip
         return batches, int(np.prod(data.rewards.shape[:3]))
 
@@ -313,8 +340,8 @@ class Trainer:
     # ------------------------------------------------------------------------------------- evaluation and records
     @contextmanager
     def _averaged_weights(self):
-        """The average in the rollout copy, where there is one; yields which weights are evaluated."""
-        if self.ema is None or not self.config.rollout.replica or self.ema.updates == 0:
+        """The average in the rollout copy, where one was taken; yields which weights are evaluated."""
+        if self.ema is None or not self.config.rollout.replica or not self.ema.taken:
             yield "raw"
             return
         self.runtime.refresh(self.policy.transformer, self.ema.gather)
@@ -337,6 +364,8 @@ class Trainer:
                 advance=advance,
             )  # fmt: skip
             scored = evaluation.evaluate(self.pool, self.specs, self.heldout, drawn, e.keep_samples)
+        check_failed(f"the evaluation at iteration {self.iteration}", *map(int, comm.reduce(scored.counts())),
+                     self.config.reward_pool.max_failed, comm.first_of_any(self.pool.last_error))  # fmt: skip
         self.evaluated_at = self.iteration
         gathered = comm.gather_objects(scored)
         if gathered is None:
@@ -346,11 +375,9 @@ class Trainer:
         facts = {"iteration": self.iteration, "num_steps": steps, "seed": evaluation.EVAL_SEED, "weights": weights}
         evaluation.write_samples(folder, scored, self.heldout, facts)
         self.trackers.samples(folder)
-        reward = float(np.nanmean(scored.reward))
+        self.evaluation = evaluation.metrics(scored, self.base_rewards) | {"time/eval": time.perf_counter() - started}
         if self.iteration == 0:
-            self.base_reward = reward
-        parts = {f"eval/{name}": float(np.nanmean(values)) for name, values in scored.parts.items()}
-        self.evaluation = {"eval/reward": reward, **parts, "time/eval": time.perf_counter() - started}
+            self.base_reward, self.base_rewards = self.evaluation["eval/reward"], scored.reward
         return self.evaluation
 
     def _record(self, metrics: dict) -> dict:
@@ -371,9 +398,12 @@ class Trainer:
             return None
         if final and not known:
             self._merge_into_last_row(final)
+        if self.ema and not self.ema.taken:
+            self.console.note(f"training.ema: no average was taken in {self.ema.updates} updates (training.ema.every: {self.ema.every}); "
+                              "the raw weights were evaluated, and are what will be exported")  # fmt: skip
         r = self.config.rollout
         summary = {
-            "base_reward": self.base_reward, "tuned_reward": final.get("eval/reward"), "minutes": self.elapsed / 60,
+            "base_reward": self.base_reward, "tuned_reward": final.get("eval/reward"), **_sureness(final), "minutes": self.elapsed / 60,
             "iterations": self.iteration, "images": self.images, "model": self.config.model.path, "plan": r.plan,
             "device": device_name(), "world_size": comm.world_size(), "versions": versions(), "stopped": self.ended,
         }  # fmt: skip
@@ -393,6 +423,7 @@ class Trainer:
     def _save(self) -> None:
         state = {
             "iteration": self.iteration, "elapsed": self.elapsed, "images": self.images, "base_reward": self.base_reward,
+            "base_rewards": None if self.base_rewards is None else [None if np.isnan(x) else float(x) for x in self.base_rewards],
             "curation": self.curation.state() if self.curation else None,
             "ema_updates": self.ema.updates if self.ema else 0, "world_size": comm.world_size(),
             "config": self.config.model_dump(), "versions": versions(),
@@ -409,9 +440,18 @@ class Trainer:
         if self.curation:
             self.curation.load(state["curation"])
         self.images, self.base_reward = state["images"], state["base_reward"]
+        if state.get("base_rewards"):  # checkpoints of earlier versions lack it
+            self.base_rewards = np.array(state["base_rewards"], dtype=np.float32)  # None becomes NaN
         self.saved = self.iteration
         if self.config.rollout.replica:
             self.runtime.refresh(self.policy.transformer)
+
+
+def _sureness(evaluated: dict) -> dict:
+    """What the last evaluation's reward is made of, and the gain since the base with its standard error, prompt by prompt."""
+    names = {"tuned_stderr": "eval/reward/stderr", "scored": "eval/scored", "failed": "eval/failed", "gain": "eval/gain",
+             "gain_stderr": "eval/gain/stderr"}  # fmt: skip
+    return {name: evaluated[key] for name, key in names.items() if key in evaluated}
 
 
 def _alone(parts: dict[str, np.ndarray]) -> dict[str, float]:
