@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,10 +69,20 @@ def load_tuned(run_dir: Path, checkpoint: int | str | None = None, which: str = 
         if trouble:
             held = ", ".join(str(int(p.name)) for p in manifest.folders(run_dir)) or "none"
             raise UserError(f"--checkpoint {checkpoint}: {trouble}; this run has {held}")
-    averaged = which == "ema" and (chosen / "ema.safetensors").exists()
+    averaged = which == "ema" and config.training.ema is not None and _average_taken(chosen, config.training.ema.every)
     which = "ema" if averaged else "raw"
     weights = load_file(chosen / ("ema.safetensors" if averaged else "weights.safetensors"))
     return Tuned(config, int(chosen.name), which, weights)
+
+
+def _average_taken(checkpoint: Path, every: int) -> bool:
+    """Whether a checkpoint's average is one; said where it is not, because it then holds the weights before training."""
+    updates = json.loads((checkpoint / "state.json").read_text())["ema_updates"]
+    if updates >= every:
+        return True
+    print(f"training.ema: no average was taken in the {updates} updates until iteration {int(checkpoint.name)} (training.ema.every: "
+          f"{every}); the raw weights are used", file=sys.stderr)  # fmt: skip
+    return False
 
 
 def device() -> str:

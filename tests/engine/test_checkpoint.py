@@ -154,6 +154,8 @@ class Engine:
 
 
 class Average:
+    every, taken = 1, True
+
     def __init__(self):
         self.loaded = None
 

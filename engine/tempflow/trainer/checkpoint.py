@@ -1,7 +1,8 @@
 """Checkpoints: DeepSpeed's own state for resuming, consolidated safetensors for everything else.
 
     checkpoints/000040/deepspeed/   optimizer and weights, DeepSpeed's format, read back by this run alone
-                       weights.safetensors, ema.safetensors   trained weights, whole, fp32
+                       weights.safetensors   trained weights, whole, fp32
+                       ema.safetensors   their average, once one was taken
                        state.json   iteration, totals, config, versions
                        manifest.json   size and SHA-256 of every other file, written last
     checkpoints/latest
@@ -46,7 +47,7 @@ def save(runtime: Runtime, ema: Average | None, run_dir: Path, state: dict, keep
         universal.save_state(runtime.engine, draft / "deepspeed")
         weights = ((name, runtime.full_fp32(parameter)) for name, parameter in runtime.trainable.items())
         write_together(draft / "weights.safetensors", runtime.trainable_shapes(), weights)
-        if ema:
+        if ema and ema.taken:
             ema.write(draft / "ema.safetensors")
         comm.barrier()
         if comm.rank() == 0:
@@ -102,7 +103,7 @@ def restore(runtime: Runtime, ema: Average | None, checkpoint: Path, note=lambda
         raise UserError(f"checkpoint {checkpoint}: DeepSpeed could not read it")
     if ema:
         averages = checkpoint / "ema.safetensors"
-        if not averages.exists():
+        if state["ema_updates"] >= ema.every and not averages.exists():
             raise UserError(f"training.ema: checkpoint {checkpoint} holds no average; resume with ema null")
         ema.read(averages, state["ema_updates"])
     return state

@@ -21,13 +21,18 @@ class Average:
     """mean <- decay mean + (1 - decay) weights, every `every` updates; starts as a copy of the weights."""
 
     def __init__(self, runtime: Runtime, decay: float, every: int):
-        self._runtime, self._decay, self._every = runtime, decay, every
+        self._runtime, self._decay, self.every = runtime, decay, every
         self.updates = 0
         self._shapes = runtime.trainable_shapes()
         self._owner = deal(self._shapes, comm.world_size())
         self._mine: dict[str, torch.Tensor] = {}
         for name, value in self._current():
             self._mine[name] = value.cpu().clone()
+
+    @property
+    def taken(self) -> bool:
+        """Whether it is an average yet; until the first one it holds the weights before training."""
+        return self.updates >= self.every
 
     def _current(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The trained weights this rank averages; every rank walks through all, since reading one is a collective."""
@@ -40,7 +45,7 @@ class Average:
     def update(self) -> None:
         """To be called after every optimizer step."""
         self.updates += 1
-        if self.updates % self._every == 0:
+        if self.updates % self.every == 0:
             for name, value in self._current():
                 self._mine[name].lerp_(value.cpu(), 1 - self._decay)
 
@@ -59,8 +64,10 @@ class Average:
         write_together(file, self._shapes, ((name, self.gather([name])[name]) for name in self._shapes))
 
     def read(self, file: Path, updates: int) -> None:
-        """Take over this rank's share of averages that `write` wrote on any number of ranks."""
+        """Take over this rank's share of averages that `write` wrote on any number of ranks, if one was taken."""
         self.updates = updates
+        if not self.taken:
+            return
         with safe_open(file, "pt") as averages:
             self._mine = {name: averages.get_tensor(name).float() for name in self._mine}
 
