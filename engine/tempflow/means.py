@@ -25,11 +25,10 @@ class Mean:
 
 def mean_of(values: np.ndarray, asked: np.ndarray | None = None) -> Mean:
     """The mean of values, [n], NaN where one failed. asked: bool [n], those that count at all; None: all."""
-    values = np.asarray(values, dtype=np.float64)
-    values = values if asked is None else values[asked]
+    values = np.asarray(values) if asked is None else np.asarray(values)[asked]
     finite = values[np.isfinite(values)]
     n = len(finite)
-    stderr = float(finite.std(ddof=1)) / math.sqrt(n) if n > 1 else None
+    stderr = float(finite.std(ddof=1, dtype=np.float64)) / math.sqrt(n) if n > 1 else None
     return Mean(float(finite.mean()) if n else None, stderr, n, len(values) - n)
 
 

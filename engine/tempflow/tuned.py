@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from safetensors.torch import load_file
 
 from tempflow.arguments import path
 from tempflow.config import Config
-from tempflow.errors import UserError, shown
+from tempflow.errors import UserError, note, shown
 from tempflow.policy import Policy, load_policy
 from tempflow.rundir import read_config
 from tempflow.trainer import manifest
@@ -60,7 +59,7 @@ def load_tuned(run_dir: Path, checkpoint: int | str | None = None, which: str = 
             raise UserError(f"--checkpoint best: no checkpoint of this run has {metric}; eval.every and checkpoint.every must meet")
         checkpoint = int(found.name)
     if checkpoint is None:
-        chosen = manifest.newest(run_dir, note=print)
+        chosen = manifest.newest(run_dir, note=note)
         if chosen is None:
             raise UserError(f"{run_dir} has no whole checkpoint yet")
     else:
@@ -80,8 +79,8 @@ def _average_taken(checkpoint: Path, every: int) -> bool:
     updates = json.loads((checkpoint / "state.json").read_text())["ema_updates"]
     if updates >= every:
         return True
-    print(f"training.ema: no average was taken in the {updates} updates until iteration {int(checkpoint.name)} (training.ema.every: "
-          f"{every}); the raw weights are used", file=sys.stderr)  # fmt: skip
+    note(f"training.ema: no average was taken in the {updates} updates until iteration {int(checkpoint.name)} (training.ema.every: "
+         f"{every}); the raw weights are used")  # fmt: skip
     return False
 
 

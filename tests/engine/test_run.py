@@ -176,8 +176,8 @@ def test_existing_run_directory_is_refused(launched):
 
 
 # ------------------------------------------------------------------------------------------- stopping and resuming
-# Batches of pictures that are scored: 1 in the first evaluation; 2 an iteration; 1 in that after iteration 2.
-IN_ITERATION_3, IN_ITERATION_4 = 7, 9
+# Batches that are scored: 1 to test the reward at each start; 1 in the first evaluation; 2 an iteration; 1 after iteration 2.
+IN_ITERATION_3, IN_ITERATION_4 = 8, 10
 
 
 @pytest.fixture(scope="session")
@@ -232,7 +232,7 @@ def test_sigterm_saves_and_resume_goes_on(interrupted, whole):
 
 def test_kill_and_resume(interrupted, folder, whole):
     """Three times: in iteration 4, then in iteration 3, which is on record already and done again after iteration 2, then in 4."""
-    kills = {"at": [IN_ITERATION_4, IN_ITERATION_4 + 2, IN_ITERATION_4 + 5], "signal_name": "SIGKILL"}
+    kills = {"at": [IN_ITERATION_4, IN_ITERATION_4 + 3, IN_ITERATION_4 + 7], "signal_name": "SIGKILL"}
     for resume, last in (([], 3), (["--resume"], 2), (["--resume"], 3)):
         with pytest.raises(AssertionError, match=f"status -{int(signal.SIGKILL)}"):
             interrupted("killed", *resume, **kills)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 
-from tempflow.errors import UserError
+from tempflow.errors import UserError, shown
 from tempflow.rewards.protocol import locate
 from tempflow.rewards.registry import RewardSpec, build_reward
 
@@ -49,11 +49,11 @@ def _check_names(specs: list[RewardSpec], prompts: list[str], metadata: list[dic
         if named is None:
             continue
         if not isinstance(named, list) or not named or not all(isinstance(name, str) for name in named):
-            raise UserError(f'{locate(prompt, entry)}: "{KEY}" must be a list of names of rewards, got {named!r:.80}')
+            raise UserError(f'{locate(prompt, entry)}: "{KEY}" must be a list of names of rewards, got {shown(named)}')
         for name in named:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else "."
-                raise UserError(f'{locate(prompt, entry)}: "{KEY}" names {name!r}{hint} This run has {", ".join(known)}')
+                raise UserError(f'{locate(prompt, entry)}: "{KEY}" names {shown(name)}{hint} This run has {", ".join(known)}')
         if not trained & set(named):
             raise UserError(f'{locate(prompt, entry)}: "{KEY}" names only rewards of weight 0, which train nothing; name another as well')
