@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from tempflow import cli
 from tempflow.config import Config, load_config
+from tempflow.device import check_gpu
 from tempflow.errors import UserError, note
 from tempflow.profiling import Profile
 from tempflow.prompts import PromptOrder, load_prompts
@@ -89,6 +90,7 @@ def main() -> int:
     from tempflow.trainer.section import check_machine
     from tempflow.trainer.start import claim_run
 
+    check_gpu()
     check_machine(config.deepspeed)
     stop = StopSignal().install()
     run_dir, resume_from = claim_run(config, args.resume)

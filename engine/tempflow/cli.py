@@ -9,29 +9,23 @@ import sys
 import warnings
 from typing import Callable
 
+from tempflow.device import prefer_cpu
 from tempflow.errors import RankError, UserError
 
 
 def quiet_libraries() -> None:
-    """Keep the libraries' advice out of the progress display; their errors stay. Before they are imported."""
+    """Keep the libraries' advice out of the progress display, and set their defaults; their errors stay. Before they are imported."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # Compiled code outlives the machine's temporary folder. To be set before torch's compiler reads it.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.expanduser("~/.cache/tempflow/inductor"))
-    if not torch_sees_a_gpu():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    prefer_cpu()
     warnings.filterwarnings("ignore", category=UserWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
     for name in ("DeepSpeed", "transformers", "diffusers"):
         logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def torch_sees_a_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def run(main: Callable[[], int | None]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,11 +19,18 @@ def versions() -> dict[str, str]:
     return found
 
 
-def device_name() -> str:
-    """The GPU's name, or the processor's where there is none."""
+def uses_gpu() -> bool:
+    """Whether this process computes on a GPU: torch has one, and DS_ACCELERATOR does not ask for the CPU."""
     import torch
 
-    if torch.cuda.is_available():
+    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+
+
+def device_name() -> str:
+    """The name of the GPU in use, or the processor's."""
+    import torch
+
+    if uses_gpu():
         return torch.cuda.get_device_name()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,9 @@ from safetensors.torch import load_file
 
 from tempflow.arguments import path
 from tempflow.config import Config
+from tempflow.device import check_gpu, describe
 from tempflow.errors import UserError, note, shown
+from tempflow.machine import uses_gpu
 from tempflow.policy import Policy, load_policy
 from tempflow.rundir import read_config
 from tempflow.trainer import manifest
@@ -85,8 +88,10 @@ def _average_taken(checkpoint: Path, every: int) -> bool:
 
 
 def device() -> str:
-    """The GPU where there is one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """The GPU where there is one, said on stderr; UserError where it cannot be used."""
+    check_gpu()
+    print(describe(), file=sys.stderr, flush=True)
+    return "cuda" if uses_gpu() else "cpu"
 
 
 def base_policy(config: Config, dtype: str | None = None) -> Policy:

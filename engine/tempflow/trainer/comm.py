@@ -11,6 +11,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from tempflow.trainer.process import device
+
 T = TypeVar("T")
 
 
@@ -29,6 +31,8 @@ def init_distributed() -> None:
             port = str(free.getsockname()[1])
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ.update(alone)
+    # NCCL's group is bound to this rank's GPU, but its collectives of objects go through the current one: GPU 0 until told otherwise.
+    device()
     deepspeed.init_distributed(verbose=False)
 
 

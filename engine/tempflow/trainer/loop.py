@@ -21,6 +21,7 @@ from tempflow.advantages import Advantages, advantages, decoupled_advantages, ra
 from tempflow.config import Config
 from tempflow.console import Console
 from tempflow.curation import Curation
+from tempflow.device import describe
 from tempflow.errors import UserError
 from tempflow.failures import TooManyFailed, check_failed
 from tempflow.logs import MetricsLog, Trackers, read_metrics, write_atomic
@@ -66,6 +67,7 @@ class Trainer:
             raise UserError(f"data.heldout, eval.prompts: {len(self.heldout)} prompts for {comm.world_size()} ranks")
         self._check_equal_shares(units)
         reached = range(len(train)) if self.curation else self.order.reached(config.training.iterations)
+        self._note(describe(comm.world_size()))
         self.policy, self.embeddings = open_policy(config, [train[i] for i in reached] + self.heldout, device(), self._note)
         self.runtime = Runtime(config, self.policy)
         ema = config.training.ema

@@ -10,13 +10,12 @@ from contextlib import contextmanager
 import torch
 
 from tempflow.config import Config
+from tempflow.machine import uses_gpu
 
 
 def device() -> torch.device:
-    """This rank's GPU, or the CPU where there is none."""
-    from deepspeed.accelerator import get_accelerator
-
-    if get_accelerator().device_name() != "cuda":
+    """This rank's GPU, made the current one, or the CPU where there is none."""
+    if not uses_gpu():
         return torch.device("cpu")
     chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(chosen)
