@@ -9,7 +9,7 @@ import torch.distributed as dist
 from engine_cases import small_config, write_config
 from run_cases import script_here
 
-from tempflow import device, machine
+from tempflow import cli, device, machine
 from tempflow.errors import UserError
 from tempflow.trainer import comm, process, start
 
@@ -146,3 +146,19 @@ def test_a_gpu_is_named_with_its_memory_and_driver(gpu_machine, monkeypatch):
     assert device.describe(8) == "device: CARD, 85 GB, CUDA 13.0, driver 535.104.05; 8 processes"
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     assert device.describe() == f"device: CPU, {machine.device_name()}; DS_ACCELERATOR=cpu leaves the GPU alone"
+
+
+# ------------------------------------------------------------------------------------------------ the allocator
+@pytest.mark.parametrize("given, expected", [
+    ({}, "expandable_segments:True"), ({"PYTORCH_ALLOC_CONF": "backend:native"}, "backend:native"),
+    ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512"}, None),
+])  # fmt: skip
+def test_memory_grows_in_place_unless_the_user_says_otherwise(monkeypatch, given, expected):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+        if name in given:
+            monkeypatch.setenv(name, given[name])
+    with monkeypatch.context() as here:
+        here.setattr(os, "environ", os.environ.copy())  # what the libraries are told is none of the other tests' business
+        cli.quiet_libraries()
+        assert os.environ.get("PYTORCH_ALLOC_CONF") == expected
