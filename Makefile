@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# A GPU machine gets torch's CUDA build and the project's GPU wheels; a machine without one must not fetch them.
+# A GPU machine gets torch's CUDA build and the extra `gpu` (xformers), as wheels; a machine without one must not fetch them.
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
 CONSTRAINTS := $(if $(HAS_GPU),constraints-gpu.txt,constraints.txt)
 CONFIG ?= configs/tiny_ocr.json

@@ -41,7 +41,8 @@ setup(
         "ninja",
     ],
     extras_require={
-        "gpu": ["triton>=3.5", "xformers", "flash-attn"],
+        "gpu": ["triton>=3.5", "xformers>=0.0.33"],  # all with wheels: no compiler, no CUDA toolkit
+        "flash": ["flash-attn>=2.6.3"],  # no wheel: compiled on the spot with nvcc, after torch
         "wandb": ["wandb"],
         "server": SERVER,
         "geneval": GENEVAL,

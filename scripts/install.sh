@@ -23,8 +23,12 @@ if [ "$constraints" = constraints.txt ] && [ "$(uname -s)-$(uname -m)" = Linux-x
 else
     $pip install -q -c "$constraints" "$torch"
 fi
-DS_BUILD_OPS=0 $pip install -q -c "$constraints" --no-build-isolation deepspeed
-$pip install -q -c "$constraints" -e '.[dev]'
+# Its build asks every op whether it could be compiled, even where none is; on a machine with a GPU's driver and without nvcc the
+# answer of some is an exception, unless they are told not to look.
+DS_BUILD_OPS=0 DS_IGNORE_CUDA_DETECTION=1 $pip install -q -c "$constraints" --no-build-isolation deepspeed
+extras=dev
+[ "$constraints" = constraints.txt ] || extras=dev,gpu
+$pip install -q -c "$constraints" -e ".[$extras]"
 "$venv/bin/python" - <<'DONE'
 import torch
 device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU only"
