@@ -84,13 +84,16 @@ def main() -> int:
     config = load_config(args.config, args.set)
     specs, train, heldout = checked_inputs(config)
 
+    from tempflow.policy.attention import check_attention
     from tempflow.report import write_report
     from tempflow.trainer.loop import Trainer
     from tempflow.trainer.process import StopSignal
+    from tempflow.trainer.runtime import dtypes
     from tempflow.trainer.section import check_machine
     from tempflow.trainer.start import claim_run
 
     check_gpu()
+    check_attention(config.model.attention_backend, config.model.path, dtypes(config))
     check_machine(config.deepspeed)
     stop = StopSignal().install()
     run_dir, resume_from = claim_run(config, args.resume)

@@ -299,7 +299,7 @@ def test_blocks_can_be_compiled(pairs, folders, name):
 
 def test_an_attention_backend_is_set_or_refused(pairs):
     """Never ignored: the attention of SD3 is not among those that diffusers can switch."""
-    from tempflow.trainer.runtime import set_attention_backend
+    from tempflow.policy.attention import set_attention_backend
 
     set_attention_backend(pairs("qwen_image")[0].transformer, "native")
     with pytest.raises(UserError, match="model.attention_backend: 'native': .* SD3Transformer2DModel"):

@@ -53,13 +53,14 @@ class Policy(ABC):
 
     transformer: the module that predicts velocities; pipe: the diffusers pipeline it came from. text_length,
     longest_text: its pipeline's default and limit of max_sequence_length. default_negative_prompt: of training and evaluation
-    where a prompt brings none; None where the family takes none at all.
+    where a prompt brings none; None where the family takes none at all. masks_text: whether its attention is given a mask.
     """
 
     lora_targets: tuple[str, ...]
     text_length: int
     longest_text: int
     default_negative_prompt: str | None = None
+    masks_text = False
 
     def __init__(self, pipe: Any, *, device: str | torch.device, max_sequence_length: int):
         self.pipe = pipe

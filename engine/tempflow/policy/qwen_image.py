@@ -20,6 +20,7 @@ class QwenImagePolicy(GuidedPolicy):
     """Guided velocities of a QwenImageTransformer2DModel as its pipeline asks for them; guidance_scale is `true_cfg_scale`."""
 
     text_length, longest_text = 512, 1024
+    masks_text = True
     default_negative_prompt = " "  # what the model's authors use for "nothing in particular"
     lora_targets = (
         "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",

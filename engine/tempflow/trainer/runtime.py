@@ -17,8 +17,10 @@ from deepspeed.utils import safe_get_full_fp32_param
 
 from tempflow.config import Config, Lora
 from tempflow.errors import UserError
-from tempflow.policy import Policy, load_transformer
+from tempflow.machine import uses_gpu
+from tempflow.policy import Policy, load_transformer, resolve_dtype
 from tempflow.policy.adapters import fill, layers_of, read_adapters
+from tempflow.policy.attention import set_attention_backend
 from tempflow.trainer.reference import make_reference
 
 ADAPTER = "default"
@@ -29,6 +31,12 @@ def engine_dtype(ds: dict) -> torch.dtype:
     if ds.get("bf16", {}).get("enabled"):
         return torch.bfloat16
     return torch.float16 if ds.get("fp16", {}).get("enabled") else torch.float32
+
+
+def dtypes(config: Config) -> dict[str, torch.dtype]:
+    """Of the rollout's and the training's forwards, by the config key that decides."""
+    rollout = resolve_dtype(config.model.dtype, "cuda" if uses_gpu() else "cpu")
+    return {"model.dtype": rollout, "the deepspeed section": engine_dtype(config.deepspeed)}
 
 
 def add_lora(module: torch.nn.Module, lora: Lora, targets: tuple[str, ...], seed: int) -> None:
@@ -212,15 +220,3 @@ def compile_blocks(module: torch.nn.Module, how: str) -> None:
         return
     module._repeated_blocks = module._repeated_blocks or module._no_split_modules  # SD3 names its blocks as the latter only
     module.compile_repeated_blocks(mode="max-autotune-no-cudagraphs" if how == "compile-max" else "default")
-
-
-def set_attention_backend(module: torch.nn.Module, name: str | None) -> None:
-    """Choose a diffusers attention backend; UserError with the reason where it is unknown or cannot run here."""
-    if name is None:
-        return
-    if not any(hasattr(getattr(part, "processor", None), "_attention_backend") for part in module.modules()):
-        raise UserError(f"model.attention_backend: {name!r}: diffusers offers no choice for {type(module).__name__}; leave it null")
-    try:
-        module.set_attention_backend(name)
-    except (ValueError, RuntimeError, ImportError) as error:
-        raise UserError(f"model.attention_backend: {name!r}: {error}") from None
