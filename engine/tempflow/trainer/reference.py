@@ -12,9 +12,10 @@ import deepspeed
 import torch
 
 from tempflow.config import Config
+from tempflow.trainer.leaves import leaf_section
 
 GATHERING = ("stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size",
-             "stage3_param_persistence_threshold")  # fmt: skip
+             "stage3_param_persistence_threshold", "leaf_module")  # fmt: skip
 
 
 def placement(config: Config) -> str | None:
@@ -36,12 +37,13 @@ def make_reference(config: Config, module: torch.nn.Module, device: torch.device
     frozen = copy.deepcopy(module).requires_grad_(False).eval()
     if where == "whole":
         return frozen.to(device)
-    return deepspeed.initialize(model=frozen, config=_inference(config.deepspeed, where == "offloaded", device))[0]
+    return deepspeed.initialize(model=frozen, config=_inference(config.deepspeed, frozen, where == "offloaded", device))[0]
 
 
-def _inference(ds: dict, offload: bool, device: torch.device) -> dict:
+def _inference(ds: dict, module: torch.nn.Module, offload: bool, device: torch.device) -> dict:
     """A DeepSpeed config without an optimizer, of the training's precision and gathering."""
     zero = {"stage": 3, **{key: value for key, value in ds.get("zero_optimization", {}).items() if key in GATHERING}}
+    zero = leaf_section(zero, module)
     if offload:
         zero["offload_param"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
     precision = {key: ds[key] for key in ("bf16", "fp16") if key in ds}

@@ -21,6 +21,7 @@ from tempflow.machine import uses_gpu
 from tempflow.policy import Policy, load_transformer, resolve_dtype
 from tempflow.policy.adapters import fill, layers_of, read_adapters
 from tempflow.policy.attention import set_attention_backend
+from tempflow.trainer.leaves import call_by_position, leaf_section
 from tempflow.trainer.reference import make_reference
 
 ADAPTER = "default"
@@ -88,9 +89,9 @@ class Runtime:
             compile_blocks(policy.transformer, config.rollout.compile)
         self.reference = make_reference(config, module, policy.device)
         self.trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self.engine, *_ = deepspeed.initialize(
-            model=module, model_parameters=list(self.trainable.values()), config=self._deepspeed_config()
-        )
+        ds = self._deepspeed_config(module)
+        call_by_position(module, ds.get("zero_optimization", {}))
+        self.engine, *_ = deepspeed.initialize(model=module, model_parameters=list(self.trainable.values()), config=ds)
         self.module = self.engine.module
         self._base_lrs = [group["lr"] for group in self.engine.optimizer.param_groups]
         self._sources = self._replica_sources()
@@ -99,8 +100,10 @@ class Runtime:
         elif config.model.lora and config.model.lora.start:
             self.refresh(policy.transformer)
 
-    def _deepspeed_config(self) -> dict:
+    def _deepspeed_config(self, module: torch.nn.Module) -> dict:
         ds = copy.deepcopy(self.config.deepspeed)
+        if "zero_optimization" in ds:
+            ds["zero_optimization"] = leaf_section(ds["zero_optimization"], module)
         ds.setdefault("steps_per_print", 10**9)
         ds.setdefault("zero_allow_untested_optimizer", True)
         return {**ds, "train_micro_batch_size_per_gpu": self.config.training.micro_batch,

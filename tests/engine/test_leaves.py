@@ -1,0 +1,93 @@
+"""Transformer blocks as ZeRO-3's units: in force for every family, with the update that DeepSpeed's own units give."""
+
+import pytest
+import torch
+from engine_cases import MODEL, small_config
+from family_cases import qwen_pipeline, sd3_pipeline
+from run_cases import SGD
+
+from tempflow.trainer import comm, leaves, runtime
+
+OWN = {"leaf_module": {"classes": []}}  # what a user writes who wants DeepSpeed's own units
+SIZE = dict(height=32, width=96)
+SUMS = 1e-6  # fp32, relative: gradients of a block's inputs are added in another order
+BLOCKS = {"flux": 6, "sd3": 2, "qwen_image": 2}
+
+
+@pytest.fixture(scope="module")
+def policies(tmp_path_factory):
+    """The policy and the folder of each family, loaded once; a runtime leaves it alone."""
+    from tempflow.policy import load_policy
+
+    comm.init_distributed()
+    root = tmp_path_factory.mktemp("families")
+    folders = {"flux": MODEL, "sd3": sd3_pipeline(root / "sd3"), "qwen_image": qwen_pipeline(root / "qwen_image")}
+    return {name: (load_policy(str(folder), max_sequence_length=20), folder) for name, folder in folders.items()}
+
+
+def updated(family, lora, checkpointing, **zero):
+    """The runtime after one update on two micro-batches, and its trained weights. family: policy and folder."""
+    policy, folder = family
+    config = small_config(
+        model={"path": str(folder), "lora": {"rank": 2, "alpha": 4.0} if lora else None, "gradient_checkpointing": checkpointing},
+        training={"kl_coef": 0.1},
+        deepspeed={**SGD, "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, **zero}},
+    )
+    made = runtime.Runtime(config, policy)
+    generator, text = torch.Generator().manual_seed(3), policy.encode(["one", "another"])
+    for last in (False, True):
+        x = torch.randn(2, *policy.latent_shape(**SIZE), generator=generator)
+        goal = torch.randn(x.shape, generator=generator)
+        v = policy.velocity(made.engine, x, torch.tensor([0.9, 0.4]), text, guidance_scale=1.0, **SIZE)
+        made.accumulate((v - goal).square().mean(), last=last)
+    made.step(1.0)
+    return made, {name: made.full_fp32(p) for name, p in made.trainable.items()}
+
+
+def leaf_count(module):
+    return sum(getattr(part, "_z3_leaf", False) for part in module.modules())
+
+
+@pytest.mark.parametrize("family, lora, checkpointing", [
+    ("flux", False, False), ("flux", True, True), ("sd3", False, False), ("qwen_image", True, False),
+])  # fmt: skip
+def test_an_update_in_whole_blocks_is_the_same(policies, monkeypatch, family, lora, checkpointing):
+    """To the bit, against DeepSpeed's own units with blocks called alike. The sharded reference has the same units."""
+    made, got = updated(policies[family], lora, checkpointing)
+    assert leaf_count(made.module) == BLOCKS[family]
+    assert lora or leaf_count(made.reference.module) == BLOCKS[family]
+
+    def as_for_leaves(module, zero):
+        leaves.call_by_position(module, leaves.leaf_section({"stage": 3}, module))
+        for part in module.modules():
+            part._z3_leaf = False
+
+    monkeypatch.setattr(runtime, "call_by_position", as_for_leaves)
+    alike, same = updated(policies[family], lora, checkpointing, **OWN)
+    assert leaf_count(alike.module) == 0
+    assert all(torch.equal(value, same[name]) for name, value in got.items())
+
+
+def test_hooks_run_once_a_block_and_gradients_stay(policies, monkeypatch):
+    """Against blocks called by keyword, as diffusers does, the update is the same but for the order of sums."""
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+
+    seen, real = [], DeepSpeedZeRoOffload.pre_sub_module_forward_function
+    monkeypatch.setattr(DeepSpeedZeRoOffload, "pre_sub_module_forward_function",
+                        lambda self, module: (seen.append(type(module).__name__), real(self, module))[1])  # fmt: skip
+    _, got = updated(policies["flux"], False, False)
+    blocks = [name for name in seen if "TransformerBlock" in name]
+    assert len(blocks) == 2 * BLOCKS["flux"] and "FluxAttention" not in seen
+    outside, seen[:] = len(seen) - len(blocks), []
+    _, plain = updated(policies["flux"], False, False, **OWN)
+    assert "FluxAttention" in seen and len(seen) - outside > 10 * len(blocks)
+    for name, value in got.items():
+        assert (value - plain[name]).norm() <= SUMS * plain[name].norm(), name
+
+
+@pytest.mark.parametrize("zero", [{"stage": 2}, {"stage": 3, "leaf_module": {"names": ["proj_out"]}}])
+def test_other_stages_and_a_users_own_leaves_stay(zero):
+    module = torch.nn.Linear(2, 2)
+    module._no_split_modules = ["Linear"]
+    assert leaves.leaf_section(zero, module) == zero
+    assert leaves.leaf_section({"stage": 3}, module)["leaf_module"] == {"classes": ["Linear"]}
