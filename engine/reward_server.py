@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
-import json
 import math
 import signal
 import socket
 from contextlib import ExitStack, closing
 
-from tempflow import cli
-from tempflow.errors import UserError
+from tempflow import cli, strict_json
+from tempflow.arguments import filled, positive, whole
+from tempflow.errors import VALUE, UserError, shortened
 from tempflow.rewards import RewardSpec, parse_rewards
 from tempflow.rewards.web import token_of
 
@@ -25,17 +25,17 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--reward", action="append", required=True, metavar="NAME[=OPTIONS]", help="an id, module:Name, or any name with options as JSON")
     add("--host", default="127.0.0.1", help="address to listen on; any but this machine's own needs --token-env")
-    add("--port", type=int, default=8600, help="0 takes a free one (default: 8600)")
-    add("--token-env", default="", metavar="VARIABLE", help="environment variable that holds the token clients must send")
-    add("--gpus", default="", metavar="I,J,...", help="one worker process on each of these GPUs")
-    add("--workers", type=int, default=1, help="without --gpus: worker processes per reward (default: 1)")
-    add("--threads", type=int, default=1, help="CPU threads of each worker (default: 1)")
-    add("--batch", type=int, default=16, help="most pictures scored at once, of one request or several (default: 16)")
+    add("--port", type=whole(0, 65535), default=8600, help="0 takes a free one (default: 8600)")
+    add("--token-env", type=filled, metavar="VARIABLE", help="environment variable that holds the token clients must send")
+    add("--gpus", type=filled, metavar="I,J,...", help="one worker process on each of these GPUs")
+    add("--workers", type=whole(1, 1024), default=1, help="without --gpus: worker processes per reward (default: 1)")
+    add("--threads", type=positive, default=1, help="CPU threads of each worker (default: 1)")
+    add("--batch", type=positive, default=16, help="most pictures scored at once, of one request or several (default: 16)")
     add("--wait-ms", type=float, default=5.0, help="how long a batch that is not full waits for other requests (default: 5)")
     add("--timeout-s", type=float, default=60.0, help="from a request's arrival to its answer (default: 60)")
-    add("--max-request-mb", type=int, default=256, help="most of one request's body (default: 256)")
+    add("--max-request-mb", type=positive, default=256, help="most of one request's body (default: 256)")
     add("--max-megapixels", type=float, default=128.0, help="most of one request's pictures together (default: 128)")
-    add("--memory-mb", type=int, default=4096, help="most that all requests being served may hold (default: 4096)")
+    add("--memory-mb", type=positive, default=4096, help="most that all requests being served may hold (default: 4096)")
     return parser.parse_args()
 
 
@@ -47,7 +47,7 @@ def main() -> int:
         raise UserError("--reward: two rewards of one name; write 'NAME={\"type\": \"ocr\"}' to serve one under another name")
     if not args.gpus and (needy := [spec.name for spec in specs if spec.options.get("device") == "cuda"]):
         raise UserError(f"--gpus: {needy[0]} has \"device\": \"cuda\"; name the GPUs to use, as in --gpus 0,1")
-    token = token_of("--token-env", args.token_env)
+    token = token_of("--token-env", args.token_env or "")
     if token is None and not is_loopback(args.host):
         raise UserError(
             f"--host {args.host}: whoever reaches this address could use the server; put a token into an environment "
@@ -91,7 +91,7 @@ def main() -> int:
 
 
 def check_numbers(args: argparse.Namespace) -> None:
-    for name in ("workers", "threads", "batch", "timeout_s", "max_request_mb", "max_megapixels", "memory_mb"):
+    for name in ("timeout_s", "max_megapixels"):
         if not 0 < getattr(args, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')}: must be above 0, got {getattr(args, name)}")
     if not 0 <= args.wait_ms < math.inf:
@@ -104,13 +104,14 @@ def check_numbers(args: argparse.Namespace) -> None:
 
 def read_reward(text: str) -> RewardSpec:
     """--reward 'ocr={"detect": false}' as a spec."""
-    name, _, options = text.partition("=")
+    name, given, options = text.partition("=")
+    shown = shortened(text, VALUE)
     try:
-        table = json.loads(options) if options else {}
-    except ValueError as error:
-        raise UserError(f"--reward {text}: the options are not JSON: {error}") from None
+        table = strict_json.loads(options) if given else {}
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--reward {shown}: the options are not JSON: {error}") from None
     if not isinstance(table, dict) or "weight" in table:
-        raise UserError(f"--reward {text}: expected a table of the reward's options (its weight belongs into the run's config)")
+        raise UserError(f"--reward {shown}: expected a table of the reward's options (its weight belongs into the run's config)")
     return parse_rewards({name: table})[0]
 
 

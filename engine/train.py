@@ -8,6 +8,7 @@ import os
 from dataclasses import replace
 
 from tempflow import cli
+from tempflow.arguments import filled, positive
 from tempflow.config import Config, load_config
 from tempflow.device import check_gpu
 from tempflow.errors import UserError, note
@@ -18,12 +19,12 @@ from tempflow.rewards import check_asked, check_prompts, check_watched, parse_re
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Align a flow-matching text-to-image model with TempFlow-GRPO.")
-    parser.add_argument("--config", required=True, help="JSON config file")
+    parser.add_argument("--config", type=filled, required=True, help="JSON config file")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a config key")
     parser.add_argument("--resume", action="store_true", help="continue the run directory from its newest checkpoint")
     parser.add_argument("--dry-run", action="store_true", help="print the memory and time a run needs; load and write nothing")
     dry = parser.add_argument_group("with --dry-run")
-    dry.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs of the run")
+    dry.add_argument("--gpus", type=positive, default=1, metavar="N", help="GPUs of the run")
     dry.add_argument("--mfu", type=float, default=0.4, help="share of the peak speed that the model's operations reach")
     dry.add_argument("--card-gb", type=float, default=80.0, metavar="GB", help="memory of a GPU, in 10^9 bytes")
     dry.add_argument("--peak-tflops", type=float, default=989.0, metavar="TFLOPS", help="its peak speed; 989: H100, bf16, dense")
@@ -62,8 +63,8 @@ def checked_inputs(config: Config):
 def dry_run(args: argparse.Namespace) -> int:
     """What the run will need, from JSON files alone; a run's own checks come first."""
     finite = all(math.isfinite(value) and value > 0 for value in (args.mfu, args.card_gb, args.peak_tflops))
-    if args.gpus < 1 or not finite or args.mfu > 1:
-        raise UserError("--gpus: at least 1; --mfu: above 0, at most 1; --card-gb, --peak-tflops: above 0")
+    if not finite or args.mfu > 1:
+        raise UserError("--mfu: above 0, at most 1; --card-gb, --peak-tflops: above 0")
     config = load_config(args.config, args.set)
     cli.quiet_libraries()
     from tempflow.dryrun import estimate, local_model, show

@@ -14,22 +14,28 @@ from typing import Annotated, Any, Literal, Union
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from tempflow.errors import UserError
+from tempflow import strict_json
+from tempflow.errors import VALUE, UserError, note, shortened, shown
 
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, lt=2**31)]
+Count = Annotated[int, Field(ge=0, lt=2**31)]
+Steps = Annotated[int, Field(ge=1, le=1000)]
 Pixels = Annotated[int, Field(ge=1, le=16384)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Compile = Literal["eager", "compile", "compile-max"]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=(), allow_inf_nan=False)
+    # An empty text (`--set logging.name=$UNSET`) is no name, and is not taken for null.
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=(), allow_inf_nan=False, str_min_length=1)
 
 
 class Lora(Section):
     rank: Annotated[int, Field(ge=1, le=65536)] = Field(32, description="rank of the adapters")
     alpha: Annotated[float, Field(gt=0)] = Field(64.0, description="their scale is alpha / rank")
-    targets: list[str] | None = Field(None, description="module names to adapt; null: those of `start`, else the family's own list")
+    targets: Annotated[list[str], Field(min_length=1)] | None = Field(
+        None, description="module names to adapt; null: those of `start`, else the family's own list"
+    )
     start: str | None = Field(None, description="adapters to begin with: a folder or .safetensors file of diffusers or peft; null: none")
 
 
@@ -101,13 +107,13 @@ class Window(Section):
 
 
 class Suffix(Section):
-    stride: Annotated[int, Field(ge=1)] = Field(2, description="after its last decision a row takes every stride-th grid point")
+    stride: Positive = Field(2, description="after its last decision a row takes every stride-th grid point")
     order: Literal[1, 2] = Field(2, description="1: one Euler step; 2: extrapolated between forwards, and put right at the next one")
-    exact_steps: Annotated[int, Field(ge=0)] = Field(0, description="steps after the last decision that are taken exactly")
+    exact_steps: Count = Field(0, description="steps after the last decision that are taken exactly")
     weights: Literal["same", "float8"] = Field(
         "same", description="float8: a copy of the transformer whose large layers multiply in float8 takes the others"
     )
-    audit_every: Annotated[int, Field(ge=0)] = Field(
+    audit_every: Count = Field(
         0, description="iterations between comparisons with the exact suffix, as metrics; 0: never"
     )
 
@@ -125,7 +131,7 @@ class Rollout(Section):
     num_steps: Annotated[int, Field(ge=2, le=1000)] = Field(10, description="T, steps of the sampling grid")
     seeds: Positive = Field(4, description="S, initial noises per prompt")
     children: Annotated[int, Field(ge=1, le=64)] = Field(6, description="B, children per (seed, branch step)")
-    branch_steps: Union[Literal["all"], list[Annotated[int, Field(ge=0)]], RandomSteps] = Field(
+    branch_steps: Union[Literal["all"], list[Count], RandomSteps] = Field(
         "all", description='steps that take noise: "all" but the last, a list, or {"random": n}'
     )
     window: Window = Field(Window(), description="the stochastic window of mix_grpo")
@@ -157,11 +163,11 @@ class Rollout(Section):
 
 
 class RewardPoolSection(Section):
-    workers: Annotated[int, Field(ge=0)] = Field(1, description="processes per rank; 0 scores in the training process")
+    workers: Count = Field(1, description="processes per rank; 0 scores in the training process")
     threads_per_worker: Positive = Field(1, description="CPU threads of each")
     timeout_s: Annotated[float, Field(gt=0)] = Field(120.0, description="for one batch of one reward")
     start_timeout_s: Annotated[float, Field(gt=0)] = Field(300.0, description="for a worker to load (and download) its rewards' models")
-    retries: Annotated[int, Field(ge=0)] = Field(2, description="further tries of a failed batch")
+    retries: Count = Field(2, description="further tries of a failed batch")
     max_failed: Fraction = Field(0.5, description="share of an iteration's values that may fail before the run stops")
 
     def pool(self) -> dict[str, Any]:
@@ -178,7 +184,7 @@ class Training(Section):
     iterations: Positive = Field(100, description="rollouts, each followed by its updates")
     minutes: Annotated[float, Field(gt=0)] | None = Field(None, description="stop after this much training, if sooner")
     updates_per_rollout: Positive = Field(1, description="optimizer steps, each over all decisions of the rollout")
-    max_skipped: Annotated[int, Field(ge=0)] = Field(
+    max_skipped: Count = Field(
         3, description="updates in a row that may be skipped because the gradient is not finite, before the run stops"
     )
     micro_batch: Positive = Field(8, description="decisions in one forward and backward")
@@ -216,8 +222,8 @@ class Stop(Section):
 
 
 class Eval(Section):
-    every: Annotated[int, Field(ge=0)] = Field(10, description="iterations between evaluations; 0: never")
-    num_steps: Annotated[int, Field(ge=1)] | None = Field(None, description="ODE steps; null: as in the rollout")
+    every: Count = Field(10, description="iterations between evaluations; 0: never")
+    num_steps: Steps | None = Field(None, description="ODE steps; null: as in the rollout")
     guidance_scale: Annotated[float, Field(ge=0)] | None = Field(None, description="null: as in the rollout")
     prompts: Positive = Field(128, description="held-out prompts used, from the top of the file")
     keep_samples: Positive = Field(24, description="pictures written per evaluation, the first prompts'")
@@ -225,7 +231,7 @@ class Eval(Section):
 
 
 class Checkpoint(Section):
-    every: Annotated[int, Field(ge=0)] = Field(20, description="iterations between checkpoints; 0: only at the end")
+    every: Count = Field(20, description="iterations between checkpoints; 0: only at the end")
     keep: Positive = Field(2, description="newest checkpoints kept")
     keep_best: bool = Field(True, description="of those evaluated keep the best as well: by eval/reward, or what eval.stop waits for")
 
@@ -308,10 +314,10 @@ def _check_deepspeed(config: Config) -> None:
             raise ValueError(f"deepspeed.{key}: the engine sets it; use training.micro_batch and data.prompts_per_iteration")
     for key in ("optimizer", "bf16", "fp16"):
         if not isinstance(ds.get(key, {}), dict):
-            raise ValueError(f"deepspeed.{key}: expected a table, got {ds[key]!r}")
+            raise ValueError(f"deepspeed.{key}: expected a table, got {shown(ds[key])}")
     zero = ds.get("zero_optimization", {})
     if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
-        raise ValueError(f"deepspeed.zero_optimization: expected a table with stage 0, 1, 2 or 3, got {zero!r}")
+        raise ValueError(f"deepspeed.zero_optimization: expected a table with stage 0, 1, 2 or 3, got {shown(zero)}")
     half = [name for name in ("bf16", "fp16") if isinstance(ds.get(name), dict) and ds[name].get("enabled")]
     if half and zero.get("stage", 0) == 0:
         raise ValueError(
@@ -354,40 +360,50 @@ def _check_stop(config: Config) -> None:
     known += ["diversity/seeds"] if r.seeds > 1 else []
     known += ["diversity/children"] if r.plan == "tempflow" and r.children > 1 else []
     if rule.metric not in known:
-        raise ValueError(f"eval.stop.metric: {rule.metric!r}; this run has {', '.join(known)}")
+        raise ValueError(f"eval.stop.metric: {shown(rule.metric)}; this run has {', '.join(known)}")
 
 
 def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
-    """Read a JSON config, apply `section.key=value` overrides (JSON values, or bare strings), and check it.
+    """Read a JSON config, apply `section.key=value` overrides (JSON values, or bare strings), and check it. Of overrides that
+    set one key the last counts, and a note says so.
 
     Raises UserError naming the key, the value that came and what is allowed.
     """
     file = Path(path)
-    try:
-        data = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise UserError(f"config file {file} does not exist") from None
-    except IsADirectoryError:
-        raise UserError(f"config file {file} is a folder") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"config file {file} is not JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"config file {file}: expected a table of sections, got {type(data).__name__}")
+    data = _read_tables(file)
     data.pop("$schema", None)  # for editors: configs/schema.json
-    for override in overrides:
-        _apply_override(data, override)
+    _apply_overrides(data, overrides)
     config = parse_config(data)
     config.model.path = _found_from("model.path", config.model.path, file)
-    if config.model.lora and config.model.lora.start:
+    if config.model.lora and config.model.lora.start is not None:
         config.model.lora.start = _found_from("model.lora.start", config.model.lora.start, file)
     for key in ("train", "heldout"):
         given = getattr(config.data, key)
         if isinstance(given, HubDataset):
             given.dataset = _found_from(f"data.{key}.dataset", given.dataset, file)
-        elif given:
+        elif given is not None:
             setattr(config.data, key, _found_from(f"data.{key}", given, file))
-    config.logging.name = config.logging.name or file.stem
+    if config.logging.name is None:
+        config.logging.name = file.stem
     return config
+
+
+def _read_tables(file: Path) -> dict:
+    try:
+        data = strict_json.loads(file.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise UserError(f"config file {file} does not exist") from None
+    except IsADirectoryError:
+        raise UserError(f"config file {file} is a folder") from None
+    except OSError as error:
+        raise UserError(f"config file {file} cannot be read: {error}") from None
+    except strict_json.RepeatedKey as error:
+        raise UserError(f"config file {file}: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"config file {file} is not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"config file {file}: expected a table of sections, got {type(data).__name__}")
+    return data
 
 
 def parse_config(data: dict) -> Config:
@@ -398,19 +414,36 @@ def parse_config(data: dict) -> Config:
         raise UserError("\n".join(_explain(item) for item in error.errors())) from None
 
 
-def _apply_override(data: dict, override: str) -> None:
-    name, equals, text = override.partition("=")
-    if not equals or not name:
-        raise UserError(f"--set {override}: expected section.key=value")
+def _apply_overrides(data: dict, overrides: list[str]) -> None:
+    seen: list[str] = []
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        if not equals or not name:
+            raise UserError(f"--set {shortened(override, VALUE)}: expected section.key=value")
+        _set(data, name, _value_of(name, text))
+        for earlier in seen:
+            if earlier == name or earlier.startswith(f"{name}."):
+                note(f"--set {earlier} is given before --set {name}={shortened(text, VALUE)}, which replaces it")
+        seen.append(name)
+
+
+def _set(data: dict, name: str, value) -> None:
     *sections, key = name.split(".")
     for section in sections:
         data = data.setdefault(section, {})
         if not isinstance(data, dict):
-            raise UserError(f"--set {override}: {section} is not a table")
+            raise UserError(f"--set {name}: {section} is not a table")
+    data[key] = value
+
+
+def _value_of(name: str, text: str):
+    """The JSON value of an override, or the bare text where it is none."""
     try:
-        data[key] = json.loads(text)
+        return strict_json.loads(text)
     except json.JSONDecodeError:
-        data[key] = text
+        return text
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--set {name}: {error}, in {shortened(text, VALUE)}") from None
 
 
 def _found_from(key: str, path: str, config_file: Path) -> str:
@@ -422,8 +455,11 @@ def _found_from(key: str, path: str, config_file: Path) -> str:
             if (folder / path).exists():
                 return str(folder / path)
     except (OSError, ValueError) as error:  # too long for a file name, or characters that none can have
-        raise UserError(f"{key}: {path!r:.100} cannot be a path: {error if isinstance(error, ValueError) else error.strerror}") from None
+        raise UserError(f"{key}: {shown(path)} cannot be a path: {error if isinstance(error, ValueError) else error.strerror}") from None
     return path
+
+
+_EMPTY = {"string_too_short": "expected a text that is not empty, got ''", "too_short": "expected a list that is not empty, got []"}
 
 
 def _explain(error: dict) -> str:
@@ -439,7 +475,11 @@ def _explain(error: dict) -> str:
         return f"{name}: required, and missing"
     if error["type"] == "value_error" and not name:
         return str(error["ctx"]["error"])
-    return f"{name}: {error['msg'][0].lower() + error['msg'][1:]}, got {error['input']!r:.100}"
+    if parts[-1:] == ["[key]"]:
+        return f"{'.'.join(parts[:-2])}: expected keys that are texts and not empty, got {shown(error['input'])}"
+    if error["type"] in _EMPTY:
+        return f"{name}: {_EMPTY[error['type']]}"
+    return f"{name}: {error['msg'][0].lower() + error['msg'][1:]}, got {shown(error['input'])}"
 
 
 def _known_keys(parts: list[str]) -> list[str]:

@@ -15,7 +15,7 @@ import uuid
 import warnings
 from pathlib import Path
 
-from tempflow.errors import UserError
+from tempflow.errors import UserError, shown
 
 METRICS_FILE = "metrics.jsonl"
 GRID_COLUMNS, GRID_PICTURES, GRID_SIDE = 8, 32, 256
@@ -83,9 +83,9 @@ def read_metrics(run_dir) -> list[dict]:
         if row is not None:
             rows.append(row)
         elif number == last:
-            warnings.warn(f"{path}, line {number + 1}: half-written last line left out: {line[:60]!r}", stacklevel=2)
+            warnings.warn(f"{path}, line {number + 1}: half-written last line left out: {shown(line)}", stacklevel=2)
         else:
-            raise UserError(f"{path}, line {number + 1} is not a JSON object: {line[:60]!r}")
+            raise UserError(f"{path}, line {number + 1} is not a JSON object: {shown(line)}")
     return rows
 
 

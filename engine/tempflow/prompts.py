@@ -113,6 +113,8 @@ def _read_jsonl(line: str, source: str) -> Prompt:
         json.dumps(entry, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise UserError(f"{source}: {_unfit(error.object[error.start])}") from None
+    except strict_json.RepeatedKey as error:
+        raise UserError(f"{source}: {error}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{source}: not JSON: {error}") from None
     if not isinstance(entry, dict):

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from tempflow.config import Config, parse_config
-from tempflow.errors import UserError
+from tempflow.errors import UserError, shown
 from tempflow.logs import write_atomic
 
 # Keys that may change between a run and its continuation; the rest decides what the run computes.
@@ -49,7 +49,7 @@ def _check_same(old: Config, new: Config, run_dir: Path) -> None:
         for key in {**a[section], **b[section]}:
             was, now = a[section].get(key), b[section].get(key)
             if was != now and (section, key) not in FREE_KEYS:
-                raise UserError(f"--resume: {section}.{key} is {now!r}, but the run in {run_dir} has {was!r}")
+                raise UserError(f"--resume: {section}.{key} is {shown(now)}, but the run in {run_dir} has {shown(was)}")
 
 
 def read_config(run_dir: Path) -> Config:

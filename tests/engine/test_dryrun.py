@@ -381,7 +381,7 @@ def test_dry_run_says_that_it_does_not_fit(tmp_path):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--gpus", 0], ["--gpus", "at least 1"]),
+    (["--gpus", 0], ["--gpus", "from 1 to"]),
     (["--mfu", "nan"], ["--mfu"]),
     (["--card-gb", -1], ["--card-gb"]),
     (["--gpus", 5], ["data.prompts_per_iteration x rollout.seeds", "4 units for 5 GPUs"]),
@@ -412,6 +412,7 @@ def test_a_family_without_inputs_is_refused(tmp_path, skeleton):
 
 
 def test_numbers_beyond_all_machines_are_printed():
-    config = small_config(data={"prompts_per_iteration": 10**40}, training={"micro_batch": 10**30, "updates_per_rollout": 10**320})
+    most = 2**31 - 1
+    config = small_config(data={"prompts_per_iteration": most}, rollout={"seeds": most}, training={"updates_per_rollout": most})
     result = estimate(config)
     assert not result.fits and printed(dataclasses.replace(result)) and config_table()

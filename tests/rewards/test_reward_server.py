@@ -438,7 +438,6 @@ def run_script(*arguments, **options):
         (['--reward=pickscore={"device": "cuda"}'], ["--gpus", "pickscore"]),
         (["--reward", "orc"], ["did you mean 'ocr'"]),
         (['--reward=ocr={"detct": false}'], ["did you mean 'detect'"]),
-        (["--reward", "served_rewards:listed", "--port", "-1"], ["--port -1"]),
     ],
 )
 def test_command_refuses(arguments, words):

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from tempflow.errors import UserError
+from tempflow.errors import UserError, shown
 
 STATES = {"adam": 2, "adamw": 2, "lamb": 2, "onebitadam": 3, "onebitlamb": 3, "zerooneadam": 3, "muadam": 2, "muadamw": 2, "radam": 2,
           "nadam": 2, "adamax": 2, "sgd": 0, "musgd": 0, "lion": 1, "adagrad": 1, "rmsprop": 1, "muon": 1}  # fmt: skip
@@ -99,7 +99,7 @@ class Zero:
         if asked is None:
             return self._dtype
         if not isinstance(asked, str) or asked not in ACCUMULATE:
-            raise UserError(f"deepspeed.data_types.grad_accum_dtype: expected one of {', '.join(ACCUMULATE)}, got {asked!r:.100}")
+            raise UserError(f"deepspeed.data_types.grad_accum_dtype: expected one of {', '.join(ACCUMULATE)}, got {shown(asked)}")
         return ACCUMULATE[asked]
 
     def _offloads(self, key: str) -> bool:
@@ -108,14 +108,14 @@ class Zero:
             return False
         device = value.get("device", "none") if isinstance(value, dict) else None
         if device not in ("none", "cpu", "nvme", None) or device is None:
-            raise UserError(f'deepspeed.zero_optimization.{key}: expected a table with device "cpu", "nvme" or "none", got {value!r:.100}')
+            raise UserError(f'deepspeed.zero_optimization.{key}: expected a table with device "cpu", "nvme" or "none", got {shown(value)}')
         return device != "none"
 
     def _number(self, key: str, default: float) -> int:
         value = self._zero.get(key, default)
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not number or not 0 <= value < math.inf:  # no isfinite, which has no answer for the largest integers
-            raise UserError(f"deepspeed.zero_optimization.{key}: expected a number of elements, got {value!r:.100}")
+            raise UserError(f"deepspeed.zero_optimization.{key}: expected a number of elements, got {shown(value)}")
         return int(value)
 
 
@@ -123,9 +123,9 @@ def _optimizer(table: dict) -> tuple[int, bool]:
     """(state tensors per weight, whether it is torch's Adam) of the `optimizer` table."""
     kind, params = table.get("type"), table.get("params", {})
     if not isinstance(kind, str):
-        raise UserError(f"deepspeed.optimizer.type: expected a name such as \"AdamW\", got {kind!r:.100}")
+        raise UserError(f"deepspeed.optimizer.type: expected a name such as \"AdamW\", got {shown(kind)}")
     if not isinstance(params, dict):
-        raise UserError(f"deepspeed.optimizer.params: expected a table, got {params!r:.100}")
+        raise UserError(f"deepspeed.optimizer.params: expected a table, got {shown(params)}")
     states = STATES.get(kind.lower(), 2)
     if kind.lower() in ("sgd", "musgd", "rmsprop") and params.get("momentum"):
         states += 1

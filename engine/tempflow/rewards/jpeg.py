@@ -6,7 +6,7 @@ import io
 
 import numpy as np
 
-from tempflow.errors import UserError
+from tempflow.errors import UserError, shown
 from tempflow.rewards.protocol import Reward, Scores
 
 
@@ -19,9 +19,9 @@ class JpegReward(Reward):
 
     def __init__(self, goal: str = "small", quality: int = 95):
         if goal not in ("small", "large"):
-            raise UserError(f'goal: expected "small" or "large", got {goal!r}')
+            raise UserError(f'goal: expected "small" or "large", got {shown(goal)}')
         if not 1 <= quality <= 95:
-            raise UserError(f"quality: expected 1 to 95, got {quality!r}")
+            raise UserError(f"quality: expected 1 to 95, got {shown(quality)}")
         self._sign = -1.0 if goal == "small" else 1.0
         self._quality = quality
 

@@ -16,7 +16,7 @@ import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from tempflow.errors import UserError
+from tempflow.errors import UserError, shown
 from tempflow.rewards.protocol import FunctionReward, Reward
 
 REWARDS = {
@@ -69,14 +69,18 @@ def parse_rewards(section: dict) -> list[RewardSpec]:
     by `build_reward`.
     """
     if not isinstance(section, dict) or not section:
-        raise UserError(f"rewards: expected at least one reward, as in {_FORMS}, got {section!r}")
+        raise UserError(f"rewards: expected at least one reward, as in {_FORMS}, got {shown(section)}")
     specs = []
     for name, value in section.items():
+        if not str(name).strip():
+            raise UserError(f"rewards: every reward needs a name, got {shown(name)}")
         if name in TAKEN:
             raise UserError(f"rewards.{name}: metrics have this name; choose another, and give the reward as its \"type\"")
         options = dict(value) if isinstance(value, dict) else {"weight": value}
         weight = _checked_weight(name, options.pop("weight", 1.0))
         kind = options.pop("type", "")
+        if not isinstance(kind, str) or isinstance(value, dict) and "type" in value and not kind:
+            raise UserError(f"rewards.{name}.type: expected a reward's id or module:Name, got {shown(kind)}")
         _reward_path(kind or name)
         specs.append(RewardSpec(name, weight, options, kind))
     if all(spec.weight == 0 for spec in specs):
@@ -139,7 +143,7 @@ def _named(name: str, target):
 
 def _checked_weight(name: str, weight) -> float:
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
-        raise UserError(f"rewards.{name}: the weight must be a finite number, got {weight!r}; write {_FORMS}")
+        raise UserError(f"rewards.{name}: the weight must be a finite number, got {shown(weight)}; write {_FORMS}")
     return float(weight)
 
 
@@ -153,7 +157,7 @@ def _reward_path(name: str) -> str:
     near = difflib.get_close_matches(str(name), REWARDS, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else "."
     raise UserError(
-        f"rewards: unknown reward {name!r}{hint} Known: {', '.join(sorted(REWARDS))}; "
+        f"rewards: unknown reward {shown(name)}{hint} Known: {', '.join(sorted(REWARDS))}; "
         "or your own as 'my_module:MyReward'"
     )
 
@@ -201,4 +205,4 @@ def _check_type(key: str, value, annotation) -> None:
     kind, words = _TYPES.get(getattr(annotation, "__name__", annotation), (object, ""))
     is_bool_elsewhere = isinstance(value, bool) and kind not in (bool, object)
     if is_bool_elsewhere or not isinstance(value, kind):
-        raise UserError(f"{key}: expected {words}, got {value!r}")
+        raise UserError(f"{key}: expected {words}, got {shown(value)}")

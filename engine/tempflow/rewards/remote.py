@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 
-from tempflow.errors import UserError
+from tempflow.errors import UserError, shown
 from tempflow.rewards.protocol import Reward, locate
 from tempflow.rewards.web import Service, ServiceError, checked_url, token_of, wait_for
 from tempflow.rewards.wire import read_answer, write_request
@@ -20,9 +20,9 @@ class HttpReward(Reward):
     def __init__(self, url: str | list[str], reward: str = "", timeout_s: float = 60.0, wait_s: float = 30.0, token_env: str = ""):
         urls = [url] if isinstance(url, str) else url
         if not isinstance(urls, list) or not urls:
-            raise UserError(f"url: expected an address or a list of addresses, got {url!r}")
+            raise UserError(f"url: expected an address or a list of addresses, got {shown(url)}")
         if not timeout_s > 0 or not wait_s >= 0:
-            raise UserError(f"timeout_s must be above 0 and wait_s at least 0, got {timeout_s!r} and {wait_s!r}")
+            raise UserError(f"timeout_s must be above 0 and wait_s at least 0, got {shown(timeout_s)} and {shown(wait_s)}")
         token = token_of("token_env", token_env)
         self._servers = [Service(checked_url("url", each), token, timeout_s) for each in urls]
         self._reward, self._wait_s = reward, wait_s

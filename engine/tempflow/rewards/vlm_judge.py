@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tempflow.errors import UserError
+from tempflow.errors import UserError, shown
 from tempflow.rewards.protocol import Reward, Scores
 from tempflow.rewards.web import Service, ServiceError, checked_url, token_of, wait_for
 from tempflow.rewards.wire import encode_png
@@ -66,13 +66,13 @@ class VlmJudge(Reward):
         extra: dict | None = None,
     ):
         if not -math.inf < lowest < highest < math.inf:
-            raise UserError(f"lowest must be below highest, got {lowest!r} and {highest!r}")
+            raise UserError(f"lowest must be below highest, got {shown(lowest)} and {shown(highest)}")
         if max_tokens < 1 or concurrency < 1 or retries < 0 or not timeout_s > 0 or not wait_s >= 0:
             raise UserError("max_tokens, concurrency, timeout_s must be above 0; retries, wait_s at least 0")
         if yes_no and pattern:
             raise UserError("pattern: yes_no reads no written answer; give one of the two")
         if extra is not None and (not isinstance(extra, dict) or set(extra) & set(_OURS)):
-            raise UserError(f"extra: expected a table without {', '.join(_OURS)}, got {extra!r:.100}")
+            raise UserError(f"extra: expected a table without {', '.join(_OURS)}, got {shown(extra)}")
         self._rubric = _rubric(rubric, rubric_file) or (ASK if yes_no else RATE)
         self._pattern = _compiled(pattern) if pattern else None
         self._lowest, self._highest, self._yes_no = lowest, highest, yes_no
@@ -129,7 +129,7 @@ class VlmJudge(Reward):
         try:
             return dict(answer["choices"][0])
         except (KeyError, IndexError, TypeError, ValueError):
-            raise ValueError(f"the answer has no choices: {answer!r:.80}") from None
+            raise ValueError(f"the answer has no choices: {shown(answer)}") from None
 
     def _read(self, choice: dict) -> tuple[float, str]:
         if self._yes_no:
@@ -198,18 +198,21 @@ def _rubric(rubric: str, file: str) -> str:
     if rubric:
         raise UserError("give rubric or rubric_file, not both")
     try:
-        return Path(file).read_text(encoding="utf-8")
+        text = Path(file).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"rubric_file: cannot read {file}: {error}") from None
+    if not text.strip():
+        raise UserError(f"rubric_file: {file} is empty")
+    return text
 
 
 def _compiled(pattern: str) -> re.Pattern:
     try:
         compiled = re.compile(pattern)
     except re.error as error:
-        raise UserError(f"pattern: {pattern!r} is no regular expression: {error}") from None
+        raise UserError(f"pattern: {shown(pattern)} is no regular expression: {error}") from None
     if compiled.groups != 1:
-        raise UserError(f"pattern: {pattern!r} must have one group, the number; it has {compiled.groups}")
+        raise UserError(f"pattern: {shown(pattern)} must have one group, the number; it has {compiled.groups}")
     return compiled
 
 

@@ -16,7 +16,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 
-from tempflow.errors import UserError
+from tempflow.errors import UserError, shown
 
 ANSWER_LIMIT = 16 << 20  # bytes; an answer is some numbers and short texts
 _LATER = {408, 425, 429, 500, 502, 503, 504}
@@ -71,7 +71,7 @@ class Service:
         try:
             return json.loads(text, parse_constant=_refuse_constant)
         except (ValueError, RecursionError) as error:
-            raise ServiceError(f"{request.full_url} answered no JSON ({error}): {text[:80]!r}", transient=False) from None
+            raise ServiceError(f"{request.full_url} answered no JSON ({error}): {shown(text)}", transient=False) from None
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -90,7 +90,7 @@ def checked_url(key: str, url) -> str:
     if usable and "@" in parts.netloc:
         raise UserError(f"{key}: no user name or password in the address; name an environment variable that holds a token instead")
     if not usable:
-        raise UserError(f'{key}: expected an address such as "http://127.0.0.1:8600", got {url!r}')
+        raise UserError(f'{key}: expected an address such as "http://127.0.0.1:8600", got {shown(url)}')
     return url.rstrip("/")
 
 

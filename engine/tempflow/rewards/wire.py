@@ -18,6 +18,7 @@ import zlib
 
 import numpy as np
 
+from tempflow.errors import shown
 from tempflow.rewards.protocol import Scores
 
 _LARGEST = float(np.finfo(np.float32).max)
@@ -48,13 +49,13 @@ def write_answer(scores: Scores) -> dict:
 def read_answer(answer, n: int) -> Scores:
     """Scores of n pictures; ValueError unless the answer is n finite numbers or nulls and, if any, n texts."""
     if not isinstance(answer, dict) or not isinstance(answer.get("scores"), list):
-        raise ValueError(f'expected an object with a list "scores", got {answer!r:.80}')
+        raise ValueError(f'expected an object with a list "scores", got {shown(answer)}')
     values, details = answer["scores"], answer.get("details")
     if len(values) != n:
         raise ValueError(f"{len(values)} scores for {n} pictures")
     for i, value in enumerate(values):
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= _LARGEST):
-            raise ValueError(f"score {i} is {value!r:.40}, neither a finite number nor null")
+            raise ValueError(f"score {i} is {shown(value)}, neither a finite number nor null")
     if details is not None and not (isinstance(details, list) and len(details) == n and all(isinstance(d, str) for d in details)):
         raise ValueError(f'"details" must be {n} texts or null')
     return Scores(np.array([math.nan if value is None else value for value in values], dtype=np.float32), details)

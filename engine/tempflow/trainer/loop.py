@@ -22,7 +22,7 @@ from tempflow.config import Config
 from tempflow.console import Console
 from tempflow.curation import Curation
 from tempflow.device import describe
-from tempflow.errors import UserError
+from tempflow.errors import UserError, shown
 from tempflow.failures import TooManyFailed, check_failed
 from tempflow.logs import MetricsLog, Trackers, read_metrics, write_atomic
 from tempflow.machine import device_name, versions
@@ -277,7 +277,7 @@ class Trainer:
         self.skipped_in_a_row += 1
         gathered = comm.gather_objects([self.prompts[unit.prompt_id].text for unit in broken])
         texts = list(dict.fromkeys(text for texts in gathered or [] for text in texts))
-        named = ", ".join(map(repr, texts[:5])) + (" and others" if len(texts) > 5 else "")
+        named = ", ".join(map(shown, texts[:5])) + (" and others" if len(texts) > 5 else "")
         cause = f"log-probabilities of {named}" if texts else "gradient"
         self._note(f"warning: iteration {self.iteration + 1}, update {number + 1} skipped: {cause} not finite; weights unchanged")
         if self.skipped_in_a_row > self.config.training.max_skipped:

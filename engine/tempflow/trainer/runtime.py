@@ -47,7 +47,7 @@ def add_lora(module: torch.nn.Module, lora: Lora, targets: tuple[str, ...], seed
 
     module.requires_grad_(False)
     start = read_adapters(lora) if lora.start else {}
-    wanted = list(lora.targets or layers_of(start) or targets)
+    wanted = list(lora.targets if lora.targets is not None else layers_of(start) or targets)
     layers = [name for name, _ in module.named_modules()]
     unknown = [t for t in wanted if not any(name == t or name.endswith("." + t) for name in layers)]
     if unknown and (lora.targets or start):

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 
-from tempflow.errors import UserError
+from tempflow.errors import UserError, shown
 
 NUMBERS = ("gradient_clipping", "gradient_predivide_factor", "steps_per_print")
 OPTIMIZER_NUMBERS = ("lr", "eps", "weight_decay", "momentum")
@@ -81,9 +81,9 @@ def _read(values: dict, key: str | None) -> _Watched:
     except ValidationError as error:
         first = error.errors()[0]
         where = _name(key or "", *(part for part in first["loc"] if part != key))
-        raise UserError(f"{where}: {first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r:.100}") from None
+        raise UserError(f"{where}: {first['msg'][0].lower()}{first['msg'][1:]}, got {shown(first['input'])}") from None
     except Exception as error:  # whatever DeepSpeed's parsing runs into
-        given = f", got {values[key]!r:.100}" if key else ""
+        given = f", got {shown(values[key])}" if key else ""
         reason = f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
         raise UserError(f"{name}: DeepSpeed does not take it ({reason}){given}") from None
     return watched
@@ -96,7 +96,7 @@ def _name(*parts) -> str:
 
 def _check_number(name: str, value) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-        raise UserError(f"{name}: expected a number from 0 on, got {value!r:.100}")
+        raise UserError(f"{name}: expected a number from 0 on, got {shown(value)}")
 
 
 def _check_optimizer(table: dict) -> None:
@@ -106,9 +106,9 @@ def _check_optimizer(table: dict) -> None:
     of_torch = [name for name, value in vars(torch.optim).items() if isinstance(value, type) and name not in ("Optimizer", "LBFGS")]
     if not isinstance(kind, str) or kind.lower() not in DEEPSPEED_OPTIMIZERS and kind not in of_torch:
         known = sorted({*of_torch, *DEEPSPEED_OPTIMIZERS}, key=str.lower)
-        raise UserError(f"deepspeed.optimizer.type: expected one of {', '.join(known)}, got {kind!r:.100}")
+        raise UserError(f"deepspeed.optimizer.type: expected one of {', '.join(known)}, got {shown(kind)}")
     if not isinstance(params, dict):
-        raise UserError(f"deepspeed.optimizer.params: expected a table, got {params!r:.100}")
+        raise UserError(f"deepspeed.optimizer.params: expected a table, got {shown(params)}")
     for key in OPTIMIZER_NUMBERS:
         _check_number(f"deepspeed.optimizer.params.{key}", params.get(key, 0))
     if kind.lower() in ("adam", "adamw"):  # of the several that DeepSpeed chooses from, what they have in common

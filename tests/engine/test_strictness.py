@@ -1,0 +1,239 @@
+"""Nothing is silently taken for "not given": empty texts and lists, keys given twice, numbers that cannot be meant."""
+
+import copy
+import importlib.util
+import json
+import typing
+
+import pytest
+from engine_cases import ROOT, config_table, write_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel
+
+from tempflow import strict_json
+from tempflow.arguments import filled, seed, steps, whole
+from tempflow.config import Config, load_config, parse_config
+from tempflow.errors import UserError
+from tempflow.rewards import parse_rewards
+
+TABLES = {  # what optional tables need beside the key that is tried
+    "model.lora": {}, "data.train": {"dataset": "a"}, "data.heldout": {"dataset": "a"}, "data.curation": {}, "rollout.suffix": {},
+    "training.ema": {}, "eval.stop": {"metric": "kl", "patience": 1}, "rollout.branch_steps": {"random": 2},
+}  # fmt: skip
+
+
+def keys_of(model=Config, before=""):
+    """(name, types allowed) of every key of the config that is no table."""
+    for name, field in model.model_fields.items():
+        given = typing.get_args(field.annotation)
+        options = [field.annotation, *given, *(inner for option in given for inner in typing.get_args(option))]
+        inside = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
+        for table in inside:
+            yield from keys_of(table, f"{before}{name}.")
+        yield f"{before}{name}", [option for option in options if option in (str, int, list[str])]
+
+
+KEYS = dict(pair for pair in keys_of() if pair[1])
+
+
+def with_value(key: str, value) -> dict:
+    table = config_table()
+    *sections, name = key.split(".")
+    inner, path = table, []
+    for section in sections:
+        path.append(section)
+        default = TABLES.get(".".join(path))
+        if default is not None:
+            inner[section] = copy.deepcopy(default)
+        inner = inner.setdefault(section, {})
+    inner[name] = value
+    return table
+
+
+def refused(key, value):
+    with pytest.raises(UserError) as error:
+        parse_config(with_value(key, value))
+    text = str(error.value)
+    assert text.startswith(key.removesuffix(".random")) and len(text) < 400, text
+
+
+@pytest.mark.parametrize("key", [key for key, kinds in KEYS.items() if str in kinds])
+def test_no_key_takes_an_empty_text(key):
+    refused(key, "")
+
+
+@pytest.mark.parametrize("key", [key for key, kinds in KEYS.items() if int in kinds])
+def test_no_key_takes_numbers_that_cannot_be_meant(key):
+    for value in (-1, 2**63, 10**40):
+        refused(key, value)
+
+
+def test_the_walk_finds_the_keys():
+    """So that the two tests above are about something."""
+    texts, numbers = ({key for key, kinds in KEYS.items() if kind in kinds} for kind in (str, int))
+    assert {"model.path", "model.lora.start", "data.train.dataset", "logging.name", "eval.stop.metric"} <= texts
+    assert {"rollout.seeds", "training.seed", "eval.num_steps", "checkpoint.every"} <= numbers
+
+
+def test_lists_without_entries_or_with_empty_ones():
+    for value in ([], [""], ["attn.to_q", ""]):
+        refused("model.lora.targets", value)
+    with pytest.raises(UserError, match="^model.lora.targets: expected a list that is not empty"):
+        parse_config(with_value("model.lora.targets", []))
+    with pytest.raises(UserError, match="^rewards: expected keys that are texts and not empty, got ''"):
+        parse_config({**config_table(), "rewards": {"": 1.0}})
+    with pytest.raises(UserError, match="^logging.name: expected a text that is not empty"):
+        parse_config(with_value("logging.name", ""))
+
+
+@pytest.mark.parametrize("section", [{}, {"": 1.0}, {"": {"type": "jpeg"}}, {"x": {"type": ""}}, {"jpeg": {"type": None}},
+                                     {"jpeg": {"type": 0}}, {"jpeg": {"type": []}}, {"jpeg": None}, {"jpeg": ""}])  # fmt: skip
+def test_rewards_without_a_name(section):
+    with pytest.raises(UserError, match="^rewards"):
+        parse_rewards(section)
+
+
+# ------------------------------------------------------------------------------------------------------- twice
+def places(value, path=()):
+    """Paths of all tables in a JSON value that have a key."""
+    if isinstance(value, dict):
+        if value:
+            yield path
+        for key, inner in value.items():
+            yield from places(inner, (*path, key))
+
+
+WHOLE = config_table(model={"lora": {"rank": 4}}, training={"ema": {"decay": 0.5}})
+PLACES = list(places(WHOLE))
+
+
+def text_with_a_key_twice(value, path, n):
+    """JSON of a value in which the table at `path` gives its n-th key twice."""
+    if not isinstance(value, dict):
+        return json.dumps(value), None
+    pairs, name = [], None
+    for key, inner in value.items():
+        text, found = text_with_a_key_twice(inner, path[1:], n) if path and path[0] == key else (json.dumps(inner), None)
+        name = f"{key}.{found}" if found else name
+        pairs.append(f"{json.dumps(key)}: {text}")
+    if not path:
+        name = list(value)[n % len(value)]
+        pairs.append(f"{json.dumps(name)}: null")
+    return "{" + ", ".join(pairs) + "}", name
+
+
+@given(st.sampled_from(PLACES), st.integers(0, 20))
+@settings(max_examples=40)
+def test_a_key_given_twice_is_named(path, n):
+    text, name = text_with_a_key_twice(WHOLE, path, n)
+    json.loads(text)  # Python's reader takes it
+    with pytest.raises(strict_json.RepeatedKey) as error:
+        strict_json.loads(text)
+    assert str(error.value) == f"the key {name!r} is given twice"
+
+
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=4), lambda inner: st.lists(inner, max_size=3)
+                    | st.dictionaries(st.text(max_size=4), inner, max_size=3), max_leaves=8))  # fmt: skip
+def test_all_else_is_read_as_python_reads_it(value):
+    assert strict_json.loads(json.dumps(value)) == value
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1,]", "nan", '{"a" 1}', "[" * 100_000])
+def test_what_is_no_json_is_still_none(text):
+    with pytest.raises((ValueError, RecursionError)):
+        strict_json.loads(text)
+
+
+def test_a_config_with_a_section_twice(tmp_path):
+    file = tmp_path / "twice.json"
+    file.write_text(json.dumps(config_table())[:-1] + ', "rollout": {"seeds": 3}}')
+    with pytest.raises(UserError) as error:
+        load_config(file)
+    assert str(error.value) == f"config file {file}: the key 'rollout' is given twice"
+
+
+def test_a_config_with_a_byte_order_mark(tmp_path):
+    file = write_config(tmp_path)
+    plain = load_config(file)
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert load_config(file) == plain
+
+
+@pytest.mark.parametrize("settings, values, told", [
+    (["training.seed=1", "training.seed=2"], {"seed": 2}, ["--set training.seed is given before --set training.seed=2"]),
+    (["training.seed=1", "training.iterations=5"], {"seed": 1, "iterations": 5}, []),
+    (['training={"seed": 1}', "training.iterations=5"], {"seed": 1, "iterations": 5}, []),
+    (["training.seed=1", 'training={"iterations": 5}'], {"seed": 0, "iterations": 5},
+     ['--set training.seed is given before --set training={"iterations": 5}, which replaces it']),
+    (["training.seed=1", "training.seed=2", "training.seed=3"], {"seed": 3}, ["--set training.seed=2", "--set training.seed=3"]),
+])  # fmt: skip
+def test_of_settings_given_twice_the_last_counts_and_it_is_told(tmp_path, capsys, settings, values, told):
+    config = load_config(write_config(tmp_path), settings)
+    assert {key: getattr(config.training, key) for key in values} == values
+    lines = capsys.readouterr().err.splitlines()
+    assert bool(lines) == bool(told) and all(any(words in line for line in lines) for words in told), lines
+    assert all(line.startswith("note: ") for line in lines)
+
+
+@pytest.mark.parametrize("setting, words", [
+    ('rewards={"jpeg": 1, "jpeg": 2}', ["--set rewards", "'jpeg' is given twice"]),
+    ("training.seed=" + "9" * 5000, ["--set training.seed", "digits"]),
+    ("training.seed=" + "[" * 100_000, ["--set training.seed", "recursion"]),
+    ("logging.name=", ["logging.name", "not empty"]),
+    ("data.heldout=", ["data.heldout", "got ''"]),
+    ("x" * 10**6, ["--set xxx", "expected section.key=value"]),
+    ("training.seed=" + "x" * 10**6, ["training.seed", "integer"]),
+])  # fmt: skip
+def test_settings_that_are_refused(tmp_path, setting, words):
+    with pytest.raises(UserError) as error:
+        load_config(write_config(tmp_path), [setting])
+    assert all(word in str(error.value) for word in words) and len(str(error.value)) < 500, error.value
+
+
+# ----------------------------------------------------------------------------------------------- command lines
+@pytest.mark.parametrize("read, good, bad", [
+    (whole(1), ["1", "7", str(2**31 - 1)], ["0", "-1", str(2**31), "9" * 5000, "1.0", "1e3", "", " 1", "+1", "--1", "٣", "one"]),
+    (whole(-2, 2), ["-2", "0", "2"], ["-3", "3", "-"]),
+    (steps, ["1", "1000"], ["0", "1001"]),
+    (seed, ["0", str(2**63 - 1)], ["-1", str(2**63)]),
+    (filled, ["a", " a "], ["", " ", "\t"]),
+], ids=["count", "range", "steps", "seed", "text"])  # fmt: skip
+def test_types_of_options(read, good, bad):
+    from argparse import ArgumentTypeError
+
+    for text in good:
+        assert str(read(text)) == text
+    for text in bad:
+        with pytest.raises(ArgumentTypeError) as error:
+            read(text)
+        assert len(str(error.value)) < 200
+
+
+@pytest.fixture(scope="module")
+def server():
+    spec = importlib.util.spec_from_file_location("reward_server_options", ROOT / "engine/reward_server.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
+
+
+@pytest.mark.parametrize("option, value", [
+    ("--port", "-1"), ("--port", "65536"), ("--workers", "0"), ("--workers", "9" * 30), ("--threads", "0"), ("--batch", "-1"),
+    ("--memory-mb", "0"), ("--token-env", ""), ("--gpus", ""),
+])  # fmt: skip
+def test_the_reward_servers_options(server, monkeypatch, capsys, option, value):
+    monkeypatch.setattr("sys.argv", ["reward_server.py", "--reward", "jpeg", f"{option}={value}"])
+    with pytest.raises(SystemExit) as end:
+        server.parse_args()
+    assert end.value.code == 2 and f"argument {option}: expected" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text, words", [
+    ("ocr=", ["--reward ocr=", "not JSON"]), ('ocr={"detect": true, "detect": false}', ["'detect' is given twice"]),
+    ("ocr=" + "[" * 100_000, ["not JSON"]), ("=", ["not JSON"]), ("", ["rewards", "name"]),
+])  # fmt: skip
+def test_the_reward_servers_rewards(server, text, words):
+    with pytest.raises(UserError) as error:
+        server.read_reward(text)
+    assert all(word in str(error.value) for word in words) and len(str(error.value)) < 500
