@@ -27,19 +27,22 @@ class Advantages:
     spread: np.ndarray
 
 
-def advantages(rewards: np.ndarray, *, group: str, global_std: bool, clip: float) -> Advantages:
+def advantages(rewards: np.ndarray, *, group: str, global_std: bool, clip: float, kinds: np.ndarray | None = None) -> Advantages:
     """A = (r - mean) / (std + 1e-4), clipped to +-clip.
 
     rewards: [P, S, K, B] over prompts, seeds, stochastic steps and children; NaN marks a failed reward, which is left out
     of its group. group: "seed" normalises over B, "prompt" over S x B. global_std divides by the standard
-    deviation of all valid rewards instead of the group's. A group without spread has advantage exactly 0.
+    deviation of all valid rewards instead of the group's; kinds: int [P], prompts with the same rewards, of which each kind has
+    a standard deviation of its own, since sums of different rewards differ in level and scale; None: all are of one kind. A
+    group without spread has advantage exactly 0.
     """
-    found = _normalise(rewards, group, global_std)
+    found = _normalise(rewards, group, global_std, kinds)
     return _advantages(found.values, found.flat, found, clip)
 
 
 def decoupled_advantages(
-    rewards: np.ndarray, parts: list[np.ndarray], weights: list[float], *, group: str, global_std: bool, clip: float
+    rewards: np.ndarray, parts: list[np.ndarray], weights: list[float], *, group: str, global_std: bool, clip: float,
+    applies: list[np.ndarray] | None = None,
 ) -> Advantages:  # fmt: skip
     """Advantages of several rewards, each normalised by itself: GDPO (arXiv 2601.05242, equations 4 to 6).
 
@@ -49,11 +52,12 @@ def decoupled_advantages(
     weight, whatever its scale, and only the weights' ratios matter.
 
     rewards: [P, S, K, B], the weighted sum, whose spread is reported. parts: R arrays of that shape, those that are trained
-    on, with their R weights. A picture that any of them failed to score is left out of every group. A group has no spread
-    where none of its rewards has.
+    on, with their R weights. applies: R times bool [P], the prompts that each is for; None: all. An image that any of its prompt's
+    rewards failed to score is left out of every group. A group has no spread where none of its rewards has.
     """
-    valid = np.logical_and.reduce([np.isfinite(part) for part in parts])
-    found = [_normalise(np.where(valid, part, np.nan), group, global_std) for part in parts]
+    asked = [np.reshape(one, (-1, 1, 1, 1)) for one in applies] if applies else [np.ones((len(rewards), 1, 1, 1), dtype=bool)] * len(parts)
+    valid = np.logical_and.reduce([np.isfinite(rewards), *(np.isfinite(part) | ~one for part, one in zip(parts, asked, strict=True))])
+    found = [_normalise(np.where(valid & one, part, np.nan), group, global_std) for part, one in zip(parts, asked, strict=True)]
     total = sum(weight * one.values for weight, one in zip(weights, found, strict=True))
     scale = np.std(total[valid]) if valid.any() else 0.0
     flat = np.logical_and.reduce([one.flat for one in found])
@@ -71,7 +75,7 @@ class _Normalised:
     axes: tuple[int, ...]
 
 
-def _normalise(rewards: np.ndarray, group: str, global_std: bool) -> _Normalised:
+def _normalise(rewards: np.ndarray, group: str, global_std: bool, kinds: np.ndarray | None = None) -> _Normalised:
     rewards = np.asarray(rewards, dtype=np.float64)
     axes = {"seed": (3,), "prompt": (1, 3)}[group]
     valid = np.isfinite(rewards)
@@ -83,9 +87,19 @@ def _normalise(rewards: np.ndarray, group: str, global_std: bool) -> _Normalised
     highest = np.where(valid, rewards, -np.inf).max(axes, keepdims=True)
     lowest = np.where(valid, rewards, np.inf).min(axes, keepdims=True)
     flat = highest <= lowest
-    scale = np.std(rewards[valid]) if global_std and valid.any() else std
+    scale = _std_of_kinds(rewards, valid, kinds) if global_std else std
     values = np.where(flat | ~valid, 0.0, deviation / (scale + EPSILON))
     return _Normalised(values, valid, flat, std, axes)
+
+
+def _std_of_kinds(rewards: np.ndarray, valid: np.ndarray, kinds: np.ndarray | None) -> np.ndarray:
+    """The standard deviation of all valid rewards of each prompt's kind, [P, 1, 1, 1]; 0 where there is none."""
+    kinds = np.zeros(len(rewards), dtype=int) if kinds is None else kinds
+    scale = np.zeros((len(rewards), 1, 1, 1))
+    for kind in np.unique(kinds):
+        seen = rewards[kinds == kind][valid[kinds == kind]]
+        scale[kinds == kind] = np.std(seen) if len(seen) else 0.0
+    return scale
 
 
 def _advantages(values: np.ndarray, flat: np.ndarray, rewards: _Normalised, clip: float) -> Advantages:

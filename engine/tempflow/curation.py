@@ -33,9 +33,11 @@ class Curation:
     `draw` changes nothing; `update` makes a draw count, with the rewards that it brought.
     """
 
-    def __init__(self, settings: Settings, order: PromptOrder, group: str):
-        """group: "seed" or "prompt", whose rewards are normalised together."""
+    def __init__(self, settings: Settings, order: PromptOrder, group: str, kinds: np.ndarray | None = None):
+        """group: "seed" or "prompt", whose rewards are normalised together. kinds: int [count], prompts with the same rewards, which
+        alone can be compared; None: all are of one kind."""
         self.settings, self.order, self.group = settings, order, group
+        self.kinds = np.zeros(order.count, dtype=int) if kinds is None else kinds
         self.cursor = 0
         self.signal = np.full(order.count, np.nan)  # running spread of a prompt's groups; NaN: never seen
         self.level = np.full(order.count, np.nan)  # running mean reward
@@ -61,20 +63,28 @@ class Curation:
             if np.isfinite(one):
                 self.signal[index] = _running(self.signal[index], one)
                 self.level[index] = _running(self.level[index], np.nanmean(values))
-        least = self.settings.spread * np.nanmean(self.signal) if np.isfinite(self.signal).any() else 0.0
+        least = self.settings.spread * self._average(self.signal)
         for index in draw.indices:
-            if self.signal[index] < least:
+            if self.signal[index] < least[index]:
                 self.until[index] = iteration + 1 + self.settings.rest
 
     def metrics(self, draw: Draw, iteration: int) -> dict[str, float]:
         """Shares: of the prompts met in this iteration those passed over; of all prompts those at rest after it, solved (their
         rewards above the average prompt's) and hopeless."""
         resting = self.until > iteration + 1
-        above = np.zeros_like(resting) if np.isnan(self.level).all() else self.level >= np.nanmean(self.level)
+        above = self.level >= self._average(self.level)
         return {
             "prompts/skipped": len(draw.passed) / (len(draw.passed) + len(draw.indices)),
             "prompts/solved": float((resting & above).mean()), "prompts/hopeless": float((resting & ~above).mean()),
         }  # fmt: skip
+
+    def _average(self, values: np.ndarray) -> np.ndarray:
+        """For each prompt the mean over those of its kind that were seen, [count]; NaN where none was."""
+        means = np.full(len(values), np.nan)
+        for kind in np.unique(self.kinds):
+            seen = values[self.kinds == kind]
+            means[self.kinds == kind] = np.nanmean(seen) if np.isfinite(seen).any() else np.nan
+        return means
 
     def state(self) -> dict:
         """JSON values from which `load` goes on exactly; only prompts that were seen."""

@@ -7,7 +7,7 @@ in the config as `my_module:MyReward`. Importing this package loads neither torc
 """
 
 from tempflow.rewards.combine import Combined, combine
-from tempflow.rewards.fit import applies, check_asked, check_prompts
+from tempflow.rewards.fit import applies, check_asked, check_prompts, fits, kinds_of
 from tempflow.rewards.pool import RewardPool, Ticket
 from tempflow.rewards.probe import probe
 from tempflow.rewards.protocol import Reward, Scores
@@ -26,6 +26,8 @@ __all__ = [
     "check_prompts",
     "check_watched",
     "combine",
+    "fits",
+    "kinds_of",
     "parse_rewards",
     "probe",
 ]

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import difflib
 
+import numpy as np
+
 from tempflow.errors import UserError, shown
 from tempflow.rewards.protocol import locate
 from tempflow.rewards.registry import RewardSpec, build_reward
@@ -18,6 +20,16 @@ KEY = "rewards"
 def applies(name: str, metadata: dict) -> bool:
     """Whether a prompt is for the reward of that name."""
     return metadata.get(KEY) is None or name in metadata[KEY]
+
+
+def fits(specs: list[RewardSpec], metadata: list[dict]) -> np.ndarray:
+    """Which of R rewards each of P prompts is for, bool [P, R]."""
+    return np.array([[applies(spec.name, entry) for spec in specs] for entry in metadata], dtype=bool).reshape(len(metadata), len(specs))
+
+
+def kinds_of(fitting: np.ndarray) -> np.ndarray:
+    """Prompts with the same rewards share a number, int [P]; fitting: bool [P, R], from `fits`."""
+    return np.unique(fitting, axis=0, return_inverse=True)[1].reshape(-1)
 
 
 def check_prompts(specs: list[RewardSpec], prompts: list[str], metadata: list[dict], *, watched: bool | None = None) -> list[str]:

@@ -186,7 +186,7 @@ class RewardPool:
     def _score(self, worker: WorkerProcess, task: _Task) -> tuple[Scores, float]:
         """Scores of a task and the seconds they took; NaN when all tries have failed."""
         n, error = len(task.images), "the reward pool was closed"
-        failed = None
+        failed, answered = None, False
         for attempt in range(self._retries + 1):
             if self._closed.wait(self._backoff_s * 2 ** (attempt - 1) if attempt else 0):
                 break
@@ -194,12 +194,12 @@ class RewardPool:
                 scores, seconds = worker.score(task.name, task.images, task.prompts, task.metadata, self._timeout_s)
                 if n == 0 or not np.isnan(scores.values).all():
                     return scores, seconds
-                failed = scores if scores.details else None
+                failed, answered = scores if scores.details else None, True
                 error = f"NaN for every image of the batch{f' ({scores.details[0]})' if scores.details else ''}"
             except Exception as failure:  # besides WorkerFailure: metadata that cannot be sent
-                failed, error = None, str(failure)
-            error = self._note(f"reward {task.name!r}: {error}")
-        if failed is None:
+                failed, answered, error = None, False, str(failure)
+            self._note(f"reward {task.name!r}: {error}")
+        if not answered:
             task.ticket.errors[task.name] = error
         return failed or Scores(np.full(n, np.nan, dtype=np.float32), [f"not scored: {_last_line(error)}"] * n), 0.0
 
@@ -214,10 +214,9 @@ class RewardPool:
             task.ticket.seconds += seconds
         task.ticket._scores[task.name].set_result(scores)
 
-    def _note(self, error: str) -> str:
+    def _note(self, error: str) -> None:
         with self._lock:
             self._last_error = error
-        return error
 
 
 def _last_line(error: str) -> str:

@@ -29,7 +29,7 @@ from tempflow.machine import device_name, versions
 from tempflow.objective import Batch, make_batches, padding_of, select
 from tempflow.profiling import Profile, span
 from tempflow.prompts import Prompt, PromptOrder
-from tempflow.rewards import RewardPool, RewardSpec, probe
+from tempflow.rewards import RewardPool, RewardSpec, fits, kinds_of, probe
 from tempflow.rollout.plan import Unit
 from tempflow.sde import noise_weights
 from tempflow.stopping import StopRule
@@ -59,7 +59,8 @@ class Trainer:
         self.console: Console | None = None
         self.order = PromptOrder(len(train), config.data.prompts_per_iteration, config.training.seed)
         choice = config.data.curation
-        self.curation = Curation(choice, self.order, config.training.advantage_group) if choice else None
+        self.fitting = fits([spec for spec in specs if not spec.watched], [p.metadata for p in train])
+        self.curation = Curation(choice, self.order, config.training.advantage_group, kinds_of(self.fitting)) if choice else None
         units = config.data.prompts_per_iteration * config.rollout.seeds
         if units < comm.world_size():
             raise UserError(f"data.prompts_per_iteration x rollout.seeds: {units} units for {comm.world_size()} ranks")
@@ -221,7 +222,8 @@ class Trainer:
         with self.console.phase("rollout", self.collector.forwards(prompt_ids, self.iteration)) as advance:
             with self.threads.shared():
                 data = self.collector.collect(self.iteration, prompt_ids, advance)
-        adv = self._advantages(data.rewards, data.parts)
+        fitting = self.fitting[prompt_ids]
+        adv = self._advantages(data.rewards, data.parts, fitting)
         started = time.perf_counter()
         batches, total = self._batches(data, adv)
         updates: list[dict] = []
@@ -242,7 +244,7 @@ class Trainer:
                 self.runtime.refresh(self.policy.transformer)
         synced = time.perf_counter()
         self.images += data.images
-        metrics = self._reward_metrics(data, adv) | self._update_metrics(updates)
+        metrics = self._reward_metrics(data, adv) | self._suffix_metrics(data, adv, fitting) | self._update_metrics(updates)
         if drawn:
             self.curation.update(drawn, self.iteration, data.rewards)
             metrics |= self.curation.metrics(drawn, self.iteration)
@@ -250,13 +252,14 @@ class Trainer:
         names = [*data.times, "train", "sync"]
         return metrics | {f"time/{name}": float(value) for name, value in zip(names, seconds, strict=True)}
 
-    def _advantages(self, rewards: np.ndarray, parts: dict[str, np.ndarray]) -> Advantages:
+    def _advantages(self, rewards: np.ndarray, parts: dict[str, np.ndarray], fitting: np.ndarray) -> Advantages:
+        """fitting: bool [P, R], the rewards of `parts` that apply to each prompt."""
         t = self.config.training
         how = {"group": t.advantage_group, "global_std": t.global_std, "clip": t.adv_clip}
         if t.advantage_of == "sum":
-            return advantages(rewards, **how)
+            return advantages(rewards, kinds=kinds_of(fitting), **how)
         weights = {spec.name: spec.weight for spec in self.specs}
-        return decoupled_advantages(rewards, list(parts.values()), [weights[name] for name in parts], **how)
+        return decoupled_advantages(rewards, list(parts.values()), [weights[name] for name in parts], applies=list(fitting.T), **how)
 
     def _batches(self, data: Collected, adv: Advantages) -> tuple[list[Batch], int]:
         """This rank's micro-batches, as many as any rank needs, and the decisions of all ranks."""
@@ -310,14 +313,14 @@ class Trainer:
             "images": data.images, "images/total": self.images, "forwards/rollout": int(forwards),
             "rollout/rows_per_forward": forwards / max(batches, 1), "rollout/peak_latents": data.stats.peak_latents,
             "rollout/padded_rows": int(padded),
-            **spread, **self._suffix_metrics(data, adv),
+            **spread,
         }  # fmt: skip
 
-    def _suffix_metrics(self, data: Collected, adv: Advantages) -> dict:
+    def _suffix_metrics(self, data: Collected, adv: Advantages, fitting: np.ndarray) -> dict:
         """How well the rewards read after a coarser suffix rank what the exact one would have."""
         if data.exact_rewards is None:
             return {}
-        exact = self._advantages(data.exact_rewards, data.exact_parts)
+        exact = self._advantages(data.exact_rewards, data.exact_parts, fitting)
         both = adv.valid & exact.valid
         return {
             "suffix/reward_rank_correlation": rank_correlation(data.rewards[both], data.exact_rewards[both]),

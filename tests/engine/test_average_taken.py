@@ -1,0 +1,93 @@
+"""An average that was never taken holds the weights before training: it is not written, loaded, exported or evaluated."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from engine_cases import small_config
+from run_cases import train
+from safetensors.torch import save_file
+
+from tempflow import tuned
+from tempflow.errors import UserError
+from tempflow.trainer import checkpoint, manifest
+from tempflow.trainer.ema import Average
+
+
+def saved_by_hand(folder, updates, every, file):
+    """A run directory with one checkpoint, as this version and older ones write them; raw weights are 1, the average is 0."""
+    config = small_config(training={"ema": every and {"decay": 0.9, "every": every}})
+    (folder / "config.json").write_text(config.model_dump_json())
+    draft = manifest.folder(folder, 5)
+    draft.mkdir(parents=True)
+    save_file({"w": torch.ones(2)}, draft / "weights.safetensors")
+    if file:
+        save_file({"w": torch.zeros(2)}, draft / "ema.safetensors")
+    (draft / "state.json").write_text(json.dumps({"iteration": 5, "ema_updates": updates}))
+    manifest.seal(draft)
+
+
+@pytest.mark.parametrize("updates, every, file, which", [
+    (3, 8, True, "raw"),  # of an older version, which wrote it all the same
+    (7, 8, True, "raw"),
+    (3, 8, False, "raw"),
+    (0, 1, True, "raw"),
+    (8, 8, True, "ema"),
+    (9, 8, True, "ema"),
+    (1, 1, True, "ema"),
+    (0, None, False, "raw"),
+])  # fmt: skip
+def test_which_weights_are_read(tmp_path, capsys, updates, every, file, which):
+    saved_by_hand(tmp_path, updates, every, file)
+    found = tuned.load_tuned(tmp_path)
+    assert found.which == which and found.weights["w"].tolist() == ([0, 0] if which == "ema" else [1, 1])
+    out, err = capsys.readouterr()
+    told = f"no average was taken in the {updates} updates until iteration 5 (training.ema.every: {every}); the raw weights are used"
+    assert out == "" and (told in err) == (every is not None and which == "raw")
+    assert tuned.load_tuned(tmp_path, which="raw").which == "raw" and capsys.readouterr().err == "", "which was asked for"
+
+
+def average_of(weights, every=3):
+    runtime = SimpleNamespace(trainable=weights, trainable_shapes=lambda: {n: tuple(t.shape) for n, t in weights.items()},
+                              full_fp32=lambda t: t.float(), policy=SimpleNamespace(device="cpu"))  # fmt: skip
+    return Average(runtime, 0.5, every)
+
+
+@pytest.mark.parametrize("cut", [1, 2])
+def test_a_run_resumed_before_the_first_average_takes_the_same_one(tmp_path, cut):
+    """It begins with the weights before training, which a resumed run has anew."""
+    steps = [torch.full((2,), float(n)) for n in range(1, 5)]
+    weights, resumed = {"w": torch.zeros(2)}, {"w": torch.zeros(2)}
+    whole, again = average_of(weights), average_of(resumed)
+    again.read(tmp_path / "absent.safetensors", cut)
+    for n, step in enumerate(steps):
+        weights["w"].copy_(step)
+        whole.update()
+        if n >= cut:
+            resumed["w"].copy_(step)
+            again.update()
+        assert whole.taken == (n >= 2)
+    assert again.taken and again.updates == whole.updates == 4
+    assert torch.equal(whole.gather(["w"])["w"], again.gather(["w"])["w"])
+
+
+def test_an_average_that_was_taken_must_be_there(tmp_path, monkeypatch):
+    (tmp_path / "state.json").write_text(json.dumps({"iteration": 5, "ema_updates": 3, "world_size": 1}))
+    monkeypatch.setattr(checkpoint.universal, "load_state", lambda engine, folder: True)
+    runtime = SimpleNamespace(stage=0, engine=None)
+    with pytest.raises(UserError, match="holds no average"):
+        checkpoint.restore(runtime, average_of({"w": torch.zeros(2)}, every=3), tmp_path)
+    assert checkpoint.restore(runtime, average_of({"w": torch.zeros(2)}, every=4), tmp_path)["ema_updates"] == 3
+
+
+@pytest.mark.slow
+def test_a_run_without_an_average_is_taken_for_what_it_trained(tmp_path):
+    run = train(tmp_path, "never", processes=None, model={"lora": {"rank": 4, "alpha": 8.0}},
+                rollout={"num_steps": 3, "branch_steps": [0, 1]}, training={"iterations": 1, "ema": {"every": 8}},
+                eval={"every": 1, "prompts": 2})  # fmt: skip
+    assert "no average was taken in 1 updates" in run.done.stdout
+    assert json.loads((run.folder / "samples/000001/samples.json").read_text())["weights"] == "raw"
+    assert not (run.folder / "checkpoints/000001/ema.safetensors").exists()
+    found = tuned.load_tuned(run.folder)
+    assert found.which == "raw" and all(t.abs().max() > 0 for name, t in found.weights.items() if "lora_B" in name)
