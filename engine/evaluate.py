@@ -73,7 +73,7 @@ def main() -> int:
     if args.out:
         evaluation.write_samples(args.out, scored, prompts, facts)
     reward = f"reward {with_error(total.value, total.stderr)} on {total.scored} of {len(prompts)} prompts ({total.failed} failed)"
-    Console(highlight=False, stderr=True).print(f"{which}: {reward}, {steps} steps")
+    Console(highlight=False, stderr=True, soft_wrap=True).print(f"{which}: {reward}, {steps} steps")
     print(json.dumps(result, allow_nan=False))
     return 0
 

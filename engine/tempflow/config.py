@@ -168,7 +168,7 @@ class RewardPoolSection(Section):
     timeout_s: Annotated[float, Field(gt=0)] = Field(120.0, description="for one batch of one reward")
     start_timeout_s: Annotated[float, Field(gt=0)] = Field(300.0, description="for a worker to load (and download) its rewards' models")
     retries: Count = Field(2, description="further tries of a failed batch")
-    max_failed: Fraction = Field(0.5, description="share of an iteration's values that may fail before the run stops")
+    max_failed: Fraction = Field(0.5, description="share of an iteration's or an evaluation's images that may fail before the run stops")
 
     def pool(self) -> dict[str, Any]:
         """What `RewardPool` takes."""

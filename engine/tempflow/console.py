@@ -190,7 +190,7 @@ def _summary_rows(summary: dict, run_dir: Path) -> list[tuple[str, str]]:
     base, tuned = _finite(summary.get("base_reward")), _finite(summary.get("tuned_reward"))
     rows = []
     if base is not None:
-        rows.append(("base held-out reward", f"{base:.3f}"))
+        rows.append(("base held-out reward", with_error(base, _finite(summary.get("base_stderr")))))
     if tuned is not None:
         made_of = f" on {summary['scored']} prompts ({summary['failed']} failed)" if "scored" in summary else ""
         rows.append(("tuned held-out reward", with_error(tuned, _finite(summary.get("tuned_stderr"))) + made_of))

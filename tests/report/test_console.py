@@ -58,6 +58,32 @@ def test_watched_rewards_stand_beside_the_held_out_one(terminal):
     assert len(shown) == 1 and "jpeg -2.500" in shown[0] and "clip" not in out.getvalue()
 
 
+BASE = {"iteration": 0, "eval/reward": 0.48, "eval/reward/stderr": 0.01, "eval/scored": 128, "eval/failed": 0}
+EVALUATED = {"eval/reward": 0.561, "eval/reward/stderr": 0.012, "eval/scored": 125, "eval/failed": 3, "eval/gain": 0.079,
+             "eval/gain/stderr": 0.015, "eval/jpeg": -2.5, "eval/jpeg/stderr": 0.125, "eval/jpeg/failed": 0, "eval/clip/failed": 128}
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_an_evaluation_is_shown_with_what_it_is_made_of(terminal):
+    """The gain is the one measured prompt by prompt, not the difference of the means; a watched reward that failed is told of."""
+    console, out = recorded(terminal, watched=["jpeg", "clip"])
+    with console:
+        console.iteration(BASE)
+        console.iteration({**ROW, **EVALUATED})
+    text = out.getvalue()
+    assert "0.480 ± 0.010  128 scored, 0 failed" in text
+    assert "0.561 ± 0.012 (+0.079 ± 0.015)  125 scored, 3 failed  jpeg -2.500 ± 0.125  clip (128 failed)" in text
+
+
+@pytest.mark.parametrize("gain, stderr, words", [(0.31, 0.021, "+0.310 ± 0.021 "), (0.03, 0.021, "+0.030 ± 0.021, within two standard"),
+                                                 (-0.31, 0.021, "-0.310 ± 0.021 "), (0.0, 0.0, "+0.000 ± 0.000, within")])  # fmt: skip
+def test_the_summary_says_whether_the_gain_is_beyond_its_error(tmp_path, gain, stderr, words):
+    console, out = recorded(terminal=False)
+    console.summary({"base_reward": 0.48, "base_stderr": 0.01, "tuned_reward": 0.79, "tuned_stderr": 0.02, "scored": 125, "failed": 3,
+                     "gain": gain, "gain_stderr": stderr}, tmp_path)  # fmt: skip
+    assert words in out.getvalue() and "0.790 ± 0.020 on 125 prompts (3 failed)" in out.getvalue() and "0.480 ± 0.010" in out.getvalue()
+
+
 def test_nested_and_failing_phases_are_taken_away():
     console, _ = recorded(terminal=True)
     with console:

@@ -279,3 +279,30 @@ def test_report_replaces_the_old_one_and_leaves_no_scratch(run_factory):
     write_report(run_dir)
     assert write_report(run_dir) == run_dir / "report.html"
     assert [path.name for path in run_dir.iterdir() if "report" in path.name] == ["report.html"]
+
+
+def with_evaluation(run_dir, **last):
+    """The newest evaluation of a run of `make_run`, as runs write it now."""
+    rows = load_run(run_dir).rows
+    rows[0] |= {"eval/reward/stderr": 0.03, "eval/scored": 128, "eval/failed": 0, "eval/ocr/stderr": 0.03}
+    rows[-1] |= {"eval/reward/stderr": 0.02, "eval/scored": 128, "eval/failed": 0, **last}
+    return rows
+
+
+@pytest.mark.parametrize("gain, stderr, words, tile", [
+    (0.295, 0.012, "rose from 0.480 to 0.775 (+0.295 ± 0.012 prompt by prompt)", "+0.295 ± 0.012"),
+    (0.295, 0.2, "shows no difference beyond two standard errors, from 0.480 to 0.775 (+0.295 ± 0.200 prompt by prompt)", "+0.295 ± 0.200"),
+    (0.004, 0.001, "hardly moved, from 0.480 to 0.775 (+0.004 ± 0.001 prompt by prompt)", "+0.004 ± 0.001"),
+])  # fmt: skip
+def test_the_verdict_says_how_sure_it_is(run_factory, row_writer, gain, stderr, words, tile):
+    """The change is the one that was measured prompt by prompt."""
+    run_dir = run_factory(iterations=20, total=20, sets=())
+    summary = json.loads((run_dir / "summary.json").read_text()) | {"base_reward": 0.48, "tuned_reward": 0.775}
+    (run_dir / "summary.json").write_text(json.dumps(summary))
+    row_writer(run_dir, with_evaluation(run_dir, **{"eval/gain": gain, "eval/gain/stderr": stderr, "eval/failed": 3, "eval/scored": 125}))
+    found = page(run_dir)
+    assert f"Held-out reward {words} in " in found.text and tile in found.text
+    assert "3 of its 128 images could not be scored." in found.text and "125" in found.text
+    held = found.chart("Reward")["series"][0]
+    assert held["error"] == [0.03, None, 0.02] and len(held["y"]) == 3
+    assert found.chart("Failed held-out images") and not any("stderr" in chart["title"] for chart in found.data["charts"])

@@ -45,7 +45,8 @@ function tickLabel(v, step) {
 }
 
 function yRange(chart) {
-  const values = known(chart.series.flatMap(s => s.y).concat(chart.level ? [chart.level.y] : []));
+  const ends = s => s.error ? s.y.flatMap((v, n) => v === null || s.error[n] === null ? [v] : [v - s.error[n], v + s.error[n]]) : s.y;
+  const values = known(chart.series.flatMap(ends).concat(chart.level ? [chart.level.y] : []));
   let lo = Math.min(...values), hi = Math.max(...values);
   if (chart.from_zero) lo = Math.min(0, lo);
   if (hi === lo) { const pad = Math.abs(hi) * 0.1 || 1; return [chart.from_zero ? lo : lo - pad, hi + pad]; }
@@ -100,8 +101,10 @@ function drawLines(chart, width, height) {
     body += `<path class="line ${s.style}" d="${path(xs, s.y, x, area.y, s.frame === "eval" || s.style.includes("bridge"))}"/>`;
     s.y.forEach((v, n) => {
       if (v === null) return;
+      const error = s.error ? s.error[n] : null;
+      if (error !== null) body += `<line class="error ${s.style}" x1="${x(xs[n])}" x2="${x(xs[n])}" y1="${area.y(v - error)}" y2="${area.y(v + error)}"/>`;
       if (s.style.includes("dots")) body += `<circle class="dot ${s.style}" cx="${x(xs[n])}" cy="${area.y(v)}" r="3.5"/>`;
-      if (s.tip !== false) points.push({ px: x(xs[n]), py: area.y(v), at: xs[n], name: s.name, style: s.style, v });
+      if (s.tip !== false) points.push({ px: x(xs[n]), py: area.y(v), at: xs[n], name: s.name, style: s.style, v, error });
     });
   }
   return { area, body, points };
@@ -211,7 +214,7 @@ function show(plot, drawn, px, py) {
   plot.querySelector(".cursor").innerHTML = `<line x1="${px}" x2="${px}" y1="${area.top}" y2="${area.bottom}"/>` +
     near.filter(p => !p.bare).map(p => `<circle class="dot ${p.style}" cx="${p.px}" cy="${p.py}" r="4.5"/>`).join("");
   tip.innerHTML = `<b>${AXES[axis]} ${number(near[0].at, 5)}</b>` +
-    near.map(p => `<span><span>${escape(p.name)}</span><span>${number(p.v)}</span></span>`).join("");
+    near.map(p => `<span><span>${escape(p.name)}</span><span>${number(p.v)}${p.error ? ` ± ${number(p.error, 2)}` : ""}</span></span>`).join("");
   tip.hidden = false;
   const left = px + 14 + tip.offsetWidth > area.width ? px - 14 - tip.offsetWidth : px + 14;
   tip.style.left = `${Math.max(0, left)}px`;

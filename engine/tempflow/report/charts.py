@@ -12,6 +12,7 @@ import re
 from tempflow.report.run import Run, number
 
 FINE, COARSE = 600, 120
+MADE_OF = re.compile(r"eval/.*(stderr|scored|failed)$")  # stand beside the means that they are of
 SPREAD = re.compile(r"reward_std/step_(\d+)$")
 TRAINING = [
     ("kl", "KL to the reference", "Mean over decisions; the price of the reward in distance from the base model."),
@@ -28,6 +29,7 @@ SIGNAL = [
     ("prompts/solved", "Prompts at rest, solved", "Share of all prompts, with rewards above the average prompt's."),
     ("prompts/hopeless", "Prompts at rest, hopeless", "Share of all prompts, with rewards below it."),
     ("reward/failed", "Failed rewards", "Images whose reward could not be computed; masked out of their group."),
+    ("eval/failed", "Failed held-out images", "Images of an evaluation without a reward; they are in no mean."),
 ]
 DIVERSITY = [
     ("diversity/seeds", "Difference between seeds", "Mean pixel distance of a prompt's pictures of different noises; falls towards 0 as "
@@ -76,7 +78,9 @@ def reward_chart(run: Run) -> dict | None:
     series = []
     training = run.column("reward/mean")
     if run.heldout:
-        series.append({"name": "held-out", "style": "main dots", "frame": "eval", "y": [y for _, y in run.heldout]})
+        held = {"name": "held-out", "style": "main dots", "frame": "eval", "y": [y for _, y in run.heldout]}
+        errors = [run.stderr(iteration) for iteration, _ in run.heldout]
+        series.append(held | ({"error": errors} if _any(errors) else {}))
     if _any(training):
         width = max(1, len(training) // 15)
         series.append(_series("training", smooth(training, width), "second"))
@@ -87,7 +91,7 @@ def reward_chart(run: Run) -> dict | None:
     base = run.heldout[0][1] if run.heldout and run.heldout[0][0] == 0 else None
     note = "Training: rewards of the rollouts, which explore with noise" + \
         (f", running mean over {width} iterations." if _any(training) and width > 1 else ".")
-    held = "Held-out: fixed prompts and noise, ODE sampling. " if run.heldout else ""
+    held = "Held-out: fixed prompts and noise, ODE sampling, with the standard error over prompts. " if run.heldout else ""
     return {"kind": "line", "title": "Reward", "help": held + note, "series": series, "height": 300,
             "level": {"name": "base", "y": base} if base is not None and len(run.heldout) > 1 else None}
 
@@ -175,7 +179,7 @@ def other_charts(run: Run, used: list[str]) -> list[dict]:
     """A small chart for every metric that no other chart shows."""
     shown = set(used) | {"iteration", "images", "images/total", "reward/mean", "eval/reward"}
     return [_single(run, key, key, "") for key in run.keys
-            if key not in shown and not SPREAD.match(key) and (key in WORKERS or not key.startswith("time/"))]
+            if key not in shown and not SPREAD.match(key) and not MADE_OF.match(key) and (key in WORKERS or not key.startswith("time/"))]
 
 
 def _single(run: Run, key: str, title: str, text: str) -> dict:

@@ -100,6 +100,10 @@ class Run:
                       if number(row.get("eval/reward")) is not None})
         return sorted(found.items())
 
+    def stderr(self, iteration: int) -> float | None:
+        """Standard error of the held-out reward at an iteration."""
+        return number(next((row.get("eval/reward/stderr") for row in self.rows if row["iteration"] == iteration), None))
+
     def at(self, iteration: int) -> tuple[float, float]:
         """(minutes, images) spent when the given iteration had ended."""
         past = [n for n, row in enumerate(self.rows) if row["iteration"] <= iteration]

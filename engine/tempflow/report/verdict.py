@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
+from tempflow.means import is_sure
 from tempflow.report.charts import mean
 from tempflow.report.run import Run, number
 from tempflow.report.samples import signed
@@ -22,14 +23,33 @@ def rewards(run: Run) -> tuple[float | None, float | None]:
     return base, tuned
 
 
+def gain(run: Run) -> tuple[float | None, float | None]:
+    """How far the newest evaluated model is from the base, prompt by prompt where that was measured, and its standard error."""
+    base, tuned = rewards(run)
+    if base is None or tuned is None:
+        return None, None
+    found = evaluated(run)
+    change = number(found.get("eval/gain"))
+    return (tuned - base, None) if change is None else (change, number(found.get("eval/gain/stderr")))
+
+
+def evaluated(run: Run) -> dict:
+    """The row of the newest evaluation."""
+    return next((row for row in reversed(run.rows) if number(row.get("eval/reward")) is not None), {})
+
+
 def verdict(run: Run) -> str:
     """One sentence that claims no more than the run shows."""
     base, tuned = rewards(run)
-    if base is not None and tuned is not None:
-        change = tuned - base
+    change, stderr = gain(run)
+    if change is not None:
         how = "rose" if change > TRIFLE else "fell" if change < -TRIFLE else "hardly moved,"
+        sure = ""
+        if stderr is not None:
+            how = how if is_sure(change, stderr) else "shows no difference beyond two standard errors,"
+            sure = f" ({signed(change)} ± {stderr:.3f} prompt by prompt)"
         so_far = "Held-out" if run.summary else "So far, held-out"
-        return f"{so_far} reward {how} from {base:.3f} to {tuned:.3f}{_spent(run)}.{_peak(run, tuned)}{_stopped(run)}"
+        return f"{so_far} reward {how} from {base:.3f} to {tuned:.3f}{sure}{_spent(run)}.{_lost(run)}{_peak(run, tuned)}{_stopped(run)}"
     training = [value for value in run.column("reward/mean") if value is not None]
     if len(training) > 1:
         tenth = max(1, len(training) // 10)
@@ -53,12 +73,14 @@ def tiles(run: Run) -> str:
     """The headline numbers as a description list."""
     base, tuned = rewards(run)
     forwards = sum(value or 0 for key in ("forwards/rollout", "forwards/train") for value in run.column(key))
-    found = [("Base reward", base, "{:.3f}"), ("Tuned reward", tuned, "{:.3f}"), ("Minutes", minutes(run), "{:.1f}"),
-             ("Iterations", run.iterations or None, "{:,.0f}"), ("Rewarded images", images(run), "{:,.0f}"),
+    found = [("Base reward", base, "{:.3f}"), ("Tuned reward", tuned, "{:.3f}"), ("Held-out images scored", _scored(run), "{:,.0f}"),
+             ("Minutes", minutes(run), "{:.1f}"), ("Iterations", run.iterations or None, "{:,.0f}"),
+             ("Rewarded images", images(run), "{:,.0f}"),
              ("Forwards", forwards or None, "{:,.0f}")]
     cells = [(name, form.format(value)) for name, value, form in found if value is not None]
-    if base is not None and tuned is not None:
-        cells.insert(2, ("Gain", signed(tuned - base)))
+    change, stderr = gain(run)
+    if change is not None:
+        cells.insert(2, ("Gain", signed(change) + ("" if stderr is None else f" ± {stderr:.3f}")))
     inner = "".join(f'<div{" class=gain" if name == "Gain" else ""}><dt>{name}</dt><dd>{text}</dd></div>' for name, text in cells)
     return f'<dl class="tiles">{inner}</dl>' if cells else ""
 
@@ -84,6 +106,16 @@ def minutes(run: Run) -> float | None:
 def images(run: Run) -> float | None:
     found = number((run.summary or {}).get("images"))
     return found if found is not None else run.images[-1] if run.images and run.images[-1] else None
+
+
+def _scored(run: Run) -> float | None:
+    return number(evaluated(run).get("eval/scored"))
+
+
+def _lost(run: Run) -> str:
+    """What of the newest evaluation has no reward."""
+    failed, scored = number(evaluated(run).get("eval/failed")), _scored(run)
+    return f" {failed:.0f} of its {failed + scored:.0f} images could not be scored." if failed else ""
 
 
 def _spent(run: Run) -> str:

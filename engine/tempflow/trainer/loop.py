@@ -26,6 +26,7 @@ from tempflow.errors import UserError, shown
 from tempflow.failures import TooManyFailed, check_failed
 from tempflow.logs import MetricsLog, Trackers, read_metrics, write_atomic
 from tempflow.machine import device_name, versions
+from tempflow.means import mean_of
 from tempflow.objective import Batch, make_batches, padding_of, select
 from tempflow.profiling import Profile, span
 from tempflow.prompts import Prompt, PromptOrder
@@ -408,7 +409,8 @@ class Trainer:
                               "the raw weights were evaluated, and are what will be exported")  # fmt: skip
         r = self.config.rollout
         summary = {
-            "base_reward": self.base_reward, "tuned_reward": final.get("eval/reward"), **_sureness(final), "minutes": self.elapsed / 60,
+            "base_reward": self.base_reward, "tuned_reward": final.get("eval/reward"), **_sureness(final, self.base_rewards),
+            "minutes": self.elapsed / 60,
             "iterations": self.iteration, "images": self.images, "model": self.config.model.path, "plan": r.plan,
             "device": device_name(), "world_size": comm.world_size(), "versions": versions(), "stopped": self.ended,
         }  # fmt: skip
@@ -452,11 +454,12 @@ class Trainer:
             self.runtime.refresh(self.policy.transformer)
 
 
-def _sureness(evaluated: dict) -> dict:
-    """What the last evaluation's reward is made of, and the gain since the base with its standard error, prompt by prompt."""
+def _sureness(evaluated: dict, base: np.ndarray | None) -> dict:
+    """What the rewards of the base and the last evaluation are made of, and the gain with its standard error, prompt by prompt."""
     names = {"tuned_stderr": "eval/reward/stderr", "scored": "eval/scored", "failed": "eval/failed", "gain": "eval/gain",
              "gain_stderr": "eval/gain/stderr"}  # fmt: skip
-    return {name: evaluated[key] for name, key in names.items() if key in evaluated}
+    stderr = None if base is None else mean_of(base).stderr
+    return ({} if stderr is None else {"base_stderr": stderr}) | {name: evaluated[key] for name, key in names.items() if key in evaluated}
 
 
 def _alone(parts: dict[str, np.ndarray]) -> dict[str, float]:
