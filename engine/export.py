@@ -40,7 +40,7 @@ def main() -> int:
     from tempflow import tuned
     from tempflow.errors import UserError
     from tempflow.policy import check_model
-    from tempflow.policy.loading import DTYPES
+    from tempflow.policy.arguments import DTYPES
 
     if args.out.exists():
         raise UserError(f"--out {args.out} exists; choose another folder")

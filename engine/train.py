@@ -33,8 +33,11 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def checked_inputs(config: Config):
-    """Everything that can be found wrong without loading a model: prompts, rewards, the checkpoint's folder, sizes."""
+def checked_inputs(config: Config, *, dry: bool = False):
+    """Everything that can be found wrong without loading a model: prompts, rewards, the checkpoint's folder, sizes.
+
+    dry: the folder may hold no more than a description of the model.
+    """
     specs = parse_rewards(config.rewards)
     train = load_prompts(config.data.train, "data.train")
     heldout = load_prompts(config.data.heldout, "data.heldout") if config.data.heldout else []
@@ -45,7 +48,7 @@ def checked_inputs(config: Config):
     check_asked(specs, [p.metadata for p in train])
     PromptOrder(len(train), config.data.prompts_per_iteration, config.training.seed)
     cli.quiet_libraries()
-    from tempflow.policy import check_model, check_size, check_text_length
+    from tempflow.policy import check_checkpoint, check_model, check_size, check_text_length
     from tempflow.policy.adapters import read_adapters
     from tempflow.trainer.section import check_deepspeed
 
@@ -55,6 +58,7 @@ def checked_inputs(config: Config):
         read_adapters(config.model.lora)
     check_size(config.model.path, config.rollout.height, config.rollout.width)
     check_deepspeed(config.deepspeed)
+    check_checkpoint(config.model.path, description=dry)
     for line in told:
         note(line)
     return specs, train, heldout
@@ -70,7 +74,7 @@ def dry_run(args: argparse.Namespace) -> int:
     from tempflow.dryrun import estimate, local_model, show
 
     asked, config.model.path = config.model.path, local_model(config.model.path)  # configs of some hub models are kept here
-    _, train, _ = checked_inputs(config)
+    _, train, _ = checked_inputs(config, dry=True)
     result = estimate(config, gpus=args.gpus, mfu=args.mfu, card_gb=args.card_gb, peak_tflops=args.peak_tflops, prompts=len(train))
     if int(os.environ.get("RANK", 0)) == 0:
         show(replace(result, model=asked))

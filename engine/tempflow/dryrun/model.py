@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,6 +12,7 @@ import torch
 from tempflow.config import Lora
 from tempflow.dryrun.families import INPUTS, Forward, Size
 from tempflow.errors import UserError
+from tempflow.policy.component import skeleton
 from tempflow.policy.loading import family_of
 
 CARDS = Path(__file__).parents[3] / "configs/models"
@@ -87,7 +87,7 @@ class Model:
         return dict(config) if isinstance(config, dict) else config.to_dict()
 
     def _build(self, part: str, library: str, name: str, dtype: torch.dtype) -> torch.nn.Module:
-        module = _make(library, name, self._config(part), part)
+        module = skeleton(library, name, self._config(part), part)
         keep = list(getattr(module, "_keep_in_fp32_modules", None) or []) if dtype == torch.float16 or library == "diffusers" else []
         keep += list(getattr(module, "_keep_in_fp32_modules_strict", None) or [])
         for key, tensor in [*module.named_parameters(), *module.named_buffers()]:
@@ -98,18 +98,7 @@ class Model:
 
 @lru_cache(maxsize=64)
 def _skeleton(folder: str, part: str, library: str, name: str) -> torch.nn.Module:
-    return _make(library, name, _read(folder, f"{part}/config.json"), part)
-
-
-def _make(library: str, name: str, config: dict, part: str) -> torch.nn.Module:
-    kind = getattr(importlib.import_module(library), name, None)
-    if kind is None:
-        raise UserError(f"model.path: {part}: the installed {library} has no {name}")
-    try:
-        with torch.device("meta"):
-            return kind.from_config(config) if library == "diffusers" else kind(kind.config_class.from_dict(config))
-    except (TypeError, ValueError, LookupError, AttributeError) as error:
-        raise UserError(f"model.path: {part}/config.json does not describe a {name}: {error}") from None
+    return skeleton(library, name, _read(folder, f"{part}/config.json"), part)
 
 
 @lru_cache(maxsize=64)

@@ -2,6 +2,7 @@
 
 from tempflow.policy.base import Conditioning, Policy, take
 from tempflow.policy.loading import (
+    check_checkpoint,
     check_model,
     check_size,
     check_text_length,
@@ -13,6 +14,6 @@ from tempflow.policy.loading import (
 )
 
 __all__ = [
-    "Conditioning", "Policy", "check_model", "check_size", "check_text_length", "encoder_identity", "family_of", "load_policy",
-    "load_transformer", "resolve_dtype", "take",
+    "Conditioning", "Policy", "check_checkpoint", "check_model", "check_size", "check_text_length", "encoder_identity", "family_of",
+    "load_policy", "load_transformer", "resolve_dtype", "take",
 ]  # fmt: skip

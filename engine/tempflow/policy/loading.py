@@ -1,4 +1,8 @@
-"""From a checkpoint's path to a Policy. Families are named by the pipeline class in model_index.json."""
+"""From a checkpoint's path to a Policy. Families are named by the pipeline class in model_index.json.
+
+`check_model`, `check_size`, `check_text_length` and `check_checkpoint` read JSON files and headers only, so that a run can be refused
+before anything is loaded; `load_policy` makes the same checks for those who call it alone.
+"""
 
 from __future__ import annotations
 
@@ -10,39 +14,43 @@ from typing import Literal
 import torch
 
 from tempflow.errors import UserError
+from tempflow.policy.arguments import as_dtype, check_device, one_of, positive_int
 from tempflow.policy.base import Policy, check_multiple
+from tempflow.policy.checking import check_components, components_of, is_description
+from tempflow.policy.component import brief
 from tempflow.policy.embedding_store import folder_hash
+from tempflow.policy.hub import fetch, local_folder, model_index
 
 FAMILIES = {
     "FluxPipeline": "tempflow.policy.flux:FluxPolicy",
     "QwenImagePipeline": "tempflow.policy.qwen_image:QwenImagePolicy",
     "StableDiffusion3Pipeline": "tempflow.policy.sd3:SD3Policy",
 }
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PARTS = ("all", "text", "picture")
 
 
 def resolve_dtype(name: str, device: torch.device | str) -> torch.dtype:
     """The torch dtype of a config name; "auto" is bfloat16 on GPUs and on CPUs that multiply it, else float32."""
     if name != "auto":
-        return DTYPES[name]
+        return as_dtype(name)
     fast = torch.device(device).type == "cuda" or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if fast else torch.float32
 
 
-def check_model(path: str) -> str:
+def check_model(path: str | Path) -> str:
     """The pipeline class of a checkpoint, read without loading it.
 
     Raises UserError for a missing folder or component, or a family that the engine does not know. A hub id is fetched
     as far as its model_index.json.
     """
-    folder, index_file = Path(path), _index_file(path)
+    folder, index_file = Path(path), model_index(path)
     try:
-        index = json.loads(index_file.read_text())
+        index = json.loads(index_file.read_text(encoding="utf-8"))
         name = index.get("_class_name")
-    except (ValueError, AttributeError) as error:  # no JSON, no UTF-8, no table
-        raise UserError(f"model.path: {index_file} is damaged: {error}") from None
-    if name not in FAMILIES:
-        raise UserError(f"model.path: {path} is a {name}; known are {', '.join(FAMILIES)}")
+    except (OSError, ValueError, RecursionError, AttributeError) as error:  # unreadable, no JSON, no UTF-8, no table
+        raise UserError(f"model.path: {index_file} is damaged: {brief(error)}") from None
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise UserError(f"model.path: {path} is a {name!s:.80}; known are {', '.join(FAMILIES)}")
     if folder.is_dir():
         needed = [part for part, value in index.items() if isinstance(value, list) and value[0]]
         missing = [part for part in needed if not (folder / part).is_dir()]
@@ -54,20 +62,22 @@ def check_model(path: str) -> str:
 def check_size(path: str, height: int, width: int) -> None:
     """UserError for a picture size that a checkpoint cannot make, read from its VAE's config; after `check_model`."""
     file = Path(path) / "vae/config.json"
-    file = file if Path(path).is_dir() else _fetch(path, "vae/config.json")
+    file = file if Path(path).is_dir() else fetch(path, "vae/config.json")
     try:
-        multiple = family_of(path).size_multiple(json.loads(file.read_text()))
-    except (OSError, ValueError, LookupError) as error:
-        raise UserError(f"model.path: {file} is missing or damaged: {error}") from None
+        multiple = family_of(path).size_multiple(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"model.path: {file} is missing or damaged: {brief(error)}") from None
     check_multiple(height, width, multiple)
 
 
 def check_text_length(path: str, asked: int | None) -> int:
     """Text tokens of a checkpoint's policy: as many as asked for, or its pipeline's default. UserError where it takes fewer."""
     family = family_of(path)
-    if asked and asked > family.longest_text:
+    if asked is None:
+        return family.text_length
+    if asked > family.longest_text:
         raise UserError(f"model.max_sequence_length: {asked}; {check_model(path)} takes {family.longest_text} at most")
-    return asked or family.text_length
+    return asked
 
 
 def family_of(path: str) -> type[Policy]:
@@ -79,66 +89,74 @@ def family_of(path: str) -> type[Policy]:
 def encoder_identity(path: str) -> str:
     """What a checkpoint's text encoders and tokenizers are known by: the hub's commit, or a hash of their files."""
     if not Path(path).is_dir():
-        return _index_file(path).parent.name  # .../snapshots/COMMIT/model_index.json
+        return model_index(path).parent.name  # .../snapshots/COMMIT/model_index.json
     return folder_hash([p for p in Path(path).iterdir() if p.is_dir() and p.name.startswith(("text_encoder", "tokenizer"))])
 
 
-def _index_file(path: str) -> Path:
-    folder = Path(path)
-    if not folder.is_dir():
-        return _fetch(path, "model_index.json")
-    if not (folder / "model_index.json").exists():
-        raise UserError(f"model.path: {folder} has no model_index.json; a folder written by save_pretrained is expected")
-    return folder / "model_index.json"
+def check_checkpoint(path: str | Path, *, description: bool = False) -> None:
+    """UserError for a checkpoint's folder that cannot be trained as it is, by component and file; after `check_model`.
+
+    A hub id is checked when it has been downloaded. description: a folder without any weights is checked as far as its configs go.
+    """
+    if Path(path).is_dir():
+        _quiet()
+        components = components_of(Path(path))
+        check_components(components, weights=not (description and is_description(components)))
 
 
-def _left_out(path: str, parts: str) -> list[str]:
+def _left_out(path: str, parts: str, transformer: bool) -> list[str]:
+    """Names of the components that are not loaded."""
     if parts == "text":
         return ["transformer", "vae"]
-    index = json.loads(_index_file(path).read_text())
-    return [name for name in index if parts == "picture" and name.startswith("text_encoder")]
+    index = json.loads(model_index(path).read_text(encoding="utf-8"))
+    text = [name for name in index if parts == "picture" and name.startswith("text_encoder")]
+    return text if transformer else [*text, "transformer"]
 
 
-def _fetch(path: str, file: str) -> Path:
-    from huggingface_hub import hf_hub_download
+def _quiet() -> None:
+    import diffusers
+    import transformers
 
-    if path.startswith((".", "/", "~")) or path.count("/") != 1:
-        raise UserError(f"model.path: folder {path} does not exist (a hub id has the form owner/name)")
-    try:
-        return Path(hf_hub_download(path, file))
-    except Exception as error:
-        raise UserError(f"model.path: no folder {path}, and no such model on the hub: {type(error).__name__}") from None
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def load_policy(
-    path: str, *, dtype: str | torch.dtype = "float32", device: str | torch.device = "cpu",
+    path: str | Path, *, dtype: str | torch.dtype = "float32", device: str | torch.device = "cpu",
     max_sequence_length: int | None = None, parts: Literal["all", "text", "picture"] = "all", transformer: bool = True,
 ) -> Policy:  # fmt: skip
     """Load a diffusers pipeline folder (or hub id) as a Policy; the family is read from its model_index.json.
 
     dtype: "float32", "bfloat16", "float16", "auto", or a torch dtype. max_sequence_length: text tokens; default: as many as
     the family's pipeline takes by default. parts: "text" loads the text encoders alone, for `embed`; "picture" everything but
-    them. transformer=False leaves it out, for the caller to register one. Raises UserError as `check_model` does.
+    them. transformer=False leaves it out, for the caller to register one. Every component is checked before the first is loaded:
+    raises UserError as `check_model` and `check_checkpoint` do, and for an argument that is not allowed.
     """
     import diffusers
-    import transformers
 
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    pipeline_class = check_model(str(path))
-    dtype = resolve_dtype(dtype, device) if isinstance(dtype, str) else dtype
-    length = check_text_length(str(path), max_sequence_length)
-    absent = dict.fromkeys([*_left_out(str(path), parts), *([] if transformer else ["transformer"])])
-    try:
-        pipe = getattr(diffusers, pipeline_class).from_pretrained(str(path), torch_dtype=dtype, use_safetensors=True, **absent)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.path: cannot load {path}: {error}") from None
-    return family_of(str(path))(pipe, device=device, max_sequence_length=length)
+    if not isinstance(path, (str, Path)) or not str(path):
+        raise UserError(f"path: expected a pipeline folder or a hub id, got {path!r:.80}")
+    path, _ = str(path), one_of("parts", parts, PARTS)
+    if max_sequence_length is not None:
+        positive_int("max_sequence_length", max_sequence_length)
+    check_device(device)
+    dtype = resolve_dtype(dtype, device) if dtype == "auto" else as_dtype(dtype)
+    pipeline = getattr(diffusers, check_model(path))
+    length, left_out = check_text_length(path, max_sequence_length), _left_out(path, parts, transformer)
+    _quiet()
+    folder = local_folder(path, pipeline, left_out)
+    components = [c for c in components_of(folder) if c.name not in left_out]
+    check_components(components)
+    loaded = {component.name: component.load(dtype) for component in components}
+    pipe = pipeline.from_pretrained(str(folder), **loaded, **dict.fromkeys(left_out))
+    return family_of(path)(pipe, device=device, max_sequence_length=length)
 
 
 def load_transformer(path: str, dtype: torch.dtype) -> torch.nn.Module:
-    """Another copy of a checkpoint's transformer, in `dtype` on the CPU; after `check_model`."""
+    """Another copy of a checkpoint's transformer, in `dtype` on the CPU; after `check_model`. UserError as `load_policy`."""
     import diffusers
 
-    kind = getattr(diffusers, json.loads(_index_file(path).read_text())["transformer"][1])
-    return kind.from_pretrained(str(path), subfolder="transformer", torch_dtype=dtype, use_safetensors=True)
+    index = json.loads(model_index(path).read_text(encoding="utf-8"))
+    others = [name for name, value in index.items() if isinstance(value, list) and name != "transformer"]
+    folder = local_folder(path, getattr(diffusers, check_model(path)), others)
+    return next(c for c in components_of(folder) if c.name == "transformer").load(dtype)

@@ -1,0 +1,89 @@
+"""Arguments of the library surface, `load_policy` and `Policy.sample`: each is checked by name, and the error lists what is allowed."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+
+import torch
+
+from tempflow.errors import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def one_of(name: str, value, allowed: Sequence[str]) -> str:
+    if not isinstance(value, str) or value not in allowed:
+        raise UserError(f"{name}: {value!r:.80}; allowed are {', '.join(map(repr, allowed))}")
+    return value
+
+
+def as_dtype(value: str | torch.dtype) -> torch.dtype:
+    """A torch dtype by name, or as it is."""
+    if isinstance(value, torch.dtype) and value in DTYPES.values():
+        return value
+    return DTYPES[one_of("dtype", str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value, [*DTYPES, "auto"])]
+
+
+def check_device(value: str | torch.device) -> None:
+    """UserError for a device that is none, or is not there."""
+    try:
+        torch.empty(1, device=torch.device(value))
+    except Exception as error:  # RuntimeError, AssertionError, NotImplementedError: as the backend likes
+        here = ["cpu", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        raise UserError(f"device: {value!r:.80} is not there ({reason}); this machine has {', '.join(here)}") from None
+
+
+def positive_int(name: str, value) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+        raise ValueError(f"{name}: expected a whole number from 1 on, got {value!r:.80}")
+    return int(value)
+
+
+def finite(name: str, value) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value!r:.80}")
+    return float(value)
+
+
+def as_prompts(prompts: str | Sequence[str]) -> list[str]:
+    """A list of prompts; one text is one prompt, as in diffusers' pipelines."""
+    texts = [prompts] if isinstance(prompts, str) else _texts("prompts", prompts)
+    if not texts:
+        raise ValueError("prompts: expected at least one, got an empty list")
+    return texts
+
+
+def as_negative_prompts(negatives: str | Sequence[str] | None, count: int) -> list[str] | None:
+    """As many negative prompts as prompts; one text is for all of them, as in diffusers' pipelines."""
+    if negatives is None:
+        return None
+    texts = [negatives] * count if isinstance(negatives, str) else _texts("negative_prompts", negatives)
+    if len(texts) != count:
+        raise ValueError(f"negative_prompts: {len(texts)} for {count} prompts")
+    return texts
+
+
+def _texts(name: str, values) -> list[str]:
+    if isinstance(values, (bytes, dict, set)) or not hasattr(values, "__iter__"):
+        raise ValueError(f"{name}: expected a text or a list of texts, got {type(values).__name__}")
+    texts = list(values)
+    for n, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"{name}: expected texts, but number {n} is {text!r:.80}")
+    return texts
+
+
+def check_latents(latents, expected: tuple[int, ...], size: str) -> None:
+    """ValueError unless latents are a finite floating-point tensor of the expected shape."""
+    if not isinstance(latents, torch.Tensor):
+        hint = "; torch.from_numpy converts it" if type(latents).__module__ == "numpy" else ""
+        raise ValueError(f"latents: expected a tensor of shape {expected} for {size}, got {type(latents).__name__}{hint}")
+    if tuple(latents.shape) != expected:
+        raise ValueError(f"latents: expected shape {expected} for {size}, got {tuple(latents.shape)}")
+    if not latents.is_floating_point():
+        raise ValueError(f"latents: expected floating-point numbers, got {latents.dtype}")
+    if not torch.isfinite(latents).all():
+        raise ValueError("latents: hold NaN or infinity")

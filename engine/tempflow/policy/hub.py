@@ -1,0 +1,81 @@
+"""A model's files on this machine: its folder, or what the Hugging Face hub has under its id."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tempflow.errors import UserError
+
+ONE_FILE = (".safetensors", ".sft", ".ckpt", ".gguf", ".pt", ".pth", ".bin")
+
+
+def model_index(path: str) -> Path:
+    """model_index.json of a pipeline folder or hub id, fetched where it must be. UserError where there is none."""
+    folder = Path(path)
+    try:
+        if folder.is_file():
+            raise UserError(f"model.path: {_one_file(folder)}")
+        if not folder.is_dir():
+            return fetch(path, "model_index.json")
+        if (folder / "model_index.json").is_file():
+            return folder / "model_index.json"
+    except (OSError, ValueError) as error:  # no permission, too long, or characters that no path has
+        raise UserError(f"model.path: {path!r:.200} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if (folder / "config.json").is_file():
+        raise UserError(f"model.path: {folder} is one component of a pipeline; name the folder with model_index.json, often the one above")
+    raise UserError(f"model.path: {folder} has no model_index.json; a folder written by save_pretrained is expected")
+
+
+def fetch(path: str, file: str) -> Path:
+    """One file of a hub id. UserError where it cannot be had."""
+    from huggingface_hub import hf_hub_download
+
+    if path.endswith(ONE_FILE):
+        raise UserError(f"model.path: file {path} does not exist")
+    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise UserError(f"model.path: folder {path} does not exist (a hub id has the form owner/name)")
+    try:
+        return Path(hf_hub_download(path, file))
+    except Exception as error:
+        raise UserError(f"model.path: {hub_fault(path, file, error)}") from None
+
+
+def local_folder(path: str, pipeline: type, left_out: list[str]) -> Path:
+    """The folder of a checkpoint, all but the components in left_out downloaded where `path` is a hub id. UserError otherwise."""
+    if Path(path).is_dir():
+        return Path(path)
+    try:
+        return Path(pipeline.download(path, use_safetensors=True, **dict.fromkeys(left_out)))
+    except Exception as error:
+        raise UserError(f"model.path: {hub_fault(path, 'its files', error)}") from None
+
+
+def hub_fault(path: str, file: str, error: Exception) -> str:
+    """Why a file of a hub id could not be had, and what to do."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.HFValidationError):
+        return f"no folder {path}, and a hub id has the form owner/name, of letters, digits, '-', '_' and '.'"
+    if isinstance(error, errors.GatedRepoError):
+        return f"{path} is gated: accept its conditions on the hub, and log in with `hf auth login`"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"no folder {path}, and no such model on the hub (of a private one: log in with `hf auth login`)"
+    if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
+        return f"{path} on the hub has no {file}: it is no diffusers pipeline"
+    cause = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    return (f"no folder {path}, and {file} of that name cannot be had from the hub ({type(cause).__name__}: {str(cause)[:160]}); check the "
+            "network, HTTPS_PROXY, HF_ENDPOINT and HF_HUB_OFFLINE, or name a local folder")  # fmt: skip
+
+
+def _one_file(file: Path) -> str:
+    if file.name == "model_index.json":
+        return f"{file} is a file; name its folder, {file.parent}"
+    if not file.name.endswith(ONE_FILE):
+        return f"{file} is a file; a folder with model_index.json is expected"
+    if file.suffix == ".gguf":
+        return f"{file} is a checkpoint in one file, and quantised; a diffusers pipeline folder with whole weights is expected"
+    return (f"{file} is a checkpoint in one file; convert it with diffusers, FluxPipeline (or StableDiffusion3Pipeline)"
+            f".from_single_file({json.dumps(str(file))}).save_pretrained(FOLDER), and name the folder")  # fmt: skip
