@@ -140,3 +140,97 @@ def test_files_that_are_no_adapters(saved, tmp_path):
     refused("use_dora")
     save_file({}, tmp_path / "pytorch_lora_weights.safetensors")
     refused("holds pytorch_lora_weights.safetensors and adapter_model.safetensors")
+
+
+# ------------------------------------------------------------------------------- how the adapters were made
+TARGETS = ["to_q", "to_out.0", "proj_mlp"]
+
+
+def made_by_peft(plain, folder, **settings):
+    """Adapters that peft made and trained a little, and their velocities in peft on the base that it was given."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    config = LoraConfig(**{"r": RANK, "lora_alpha": ALPHA, "target_modules": TARGETS, **settings})
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = get_peft_model(copy.deepcopy(plain.transformer), config)
+        with torch.no_grad():
+            for parameter in (p for p in model.parameters() if p.requires_grad):
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return velocity(plain, PeftModel.from_pretrained(copy.deepcopy(plain.transformer), folder))
+
+
+@pytest.mark.parametrize("settings", [
+    {"init_lora_weights": "gaussian"}, {"init_lora_weights": False}, {"init_lora_weights": "orthogonal", "r": 4},
+    {"lora_dropout": 0.3, "exclude_modules": ["x"]}, {"layers_to_transform": [0], "layers_pattern": "single_transformer_blocks"},
+    {"rank_pattern": {"to_q": RANK}}, {"qalora_group_size": 8}, {"fan_in_fan_out": True},
+], ids=str)  # fmt: skip
+def test_what_peft_computes_otherwise_or_not_at_all_is_the_same_policy(plain, tmp_path, settings):
+    expected = made_by_peft(plain, tmp_path, **settings)
+    module = adapted(plain, start=str(tmp_path), rank=settings.get("r", RANK))
+    assert_close("velocity", velocity(plain, module), expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("settings, words", [
+    ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa'.*path_initial_model_for_weight_conversion"),
+    ({"init_lora_weights": "pissa_niter_2"}, "init_lora_weights 'pissa_niter_2'"),
+    ({"init_lora_weights": "olora"}, "init_lora_weights 'olora'"),
+    ({"use_rslora": True}, "use_rslora"), ({"use_dora": True}, "DoRA|use_dora"),
+    ({"lora_bias": True, "init_lora_weights": True}, "lora_B.bias|lora_bias"),
+    ({"alpha_pattern": {"to_q": 1.0}}, "alpha_pattern"), ({"bias": "lora_only"}, "bias"),
+    ({"rank_pattern": {"to_q": 5}}, "different ranks \\(3 in .*; 5 in .*to_q\\)"),
+], ids=str)  # fmt: skip
+def test_other_kinds_of_peft_are_refused(plain, tmp_path, settings, words):
+    made_by_peft(plain, tmp_path, **settings)
+    with pytest.raises(UserError, match=f"model.lora.start: .*({words})"):
+        read_adapters(Lora(rank=RANK, alpha=ALPHA, start=str(tmp_path)))
+
+
+@pytest.mark.parametrize("settings", [
+    {"init_lora_weights": kind} for kind in ("corda", "loftq", "lora_ga", "mica", "PiSSA", "of_tomorrow", None, 3, ["pissa"])
+] + [{"peft_type": "LOHA"}, {"peft_type": None}, {"use_tomorrow": True}, {"kasa_config": {"beta": 1}}, {"modules_to_save": ["x_embedder"]},
+     {"layer_replication": [[0, 1]]}, {"target_parameters": ["w"]}, {"megatron_config": {"a": 1}}], ids=str)  # fmt: skip
+@pytest.mark.parametrize("layout", ["peft", "diffusers"])
+def test_settings_that_are_not_known_to_be_plain_are_refused(saved, tmp_path, settings, layout):
+    """Allowed by name, so that a kind that peft does not have yet is refused as well."""
+    name = next(iter(settings))
+    if layout == "peft":
+        file = tmp_path / "adapter_model.safetensors"
+        save_file(load_file(saved / "peft/adapter_model.safetensors"), file)
+        config = json.loads((saved / "peft/adapter_config.json").read_text())
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config | settings))
+    else:
+        file = tmp_path / "pytorch_lora_weights.safetensors"
+        metadata = {f"transformer.{key}": value for key, value in {"lora_alpha": ALPHA, **settings}.items()}
+        save_file(load_file(saved / "diffusers/pytorch_lora_weights.safetensors"), file,
+                  metadata={"format": "pt", "lora_adapter_metadata": json.dumps(metadata)})  # fmt: skip
+    with pytest.raises(UserError, match=f"model.lora.start: .*{name}"):
+        read_adapters(Lora(rank=RANK, alpha=ALPHA, start=str(tmp_path)))
+
+
+TENSORS = {
+    "text encoder": (lambda w: {**w, "text_encoder.text_model.q.lora_A.weight": torch.zeros(3, 4)}, "adapter of a text encoder"),
+    "kohya's": (lambda w: {**w, "lora_te1_text_model.lora_down.weight": torch.zeros(3, 4)}, "adapter of a text encoder"),
+    "NaN": (lambda w: {name: t * float("nan") for name, t in w.items()}, "NaN"),
+    "whole numbers": (lambda w: {name: t.to(torch.int8) for name, t in w.items()}, "whole numbers"),
+    "convolution": (lambda w: {name: t[..., None, None] for name, t in w.items()}, "4 dimensions"),
+    "two ranks": (lambda w: {name: t[:2] if "to_q.lora_A" in name else t[:, :2] if "to_q.lora_B" in name else t
+                             for name, t in w.items()}, "different ranks"),
+    "halves of two ranks": (lambda w: {name: t[:2] if "to_q.lora_A" in name else t for name, t in w.items()}, "different ranks"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("edit, words", TENSORS.values(), ids=TENSORS)
+def test_tensors_that_are_no_adapters_of_the_transformer(saved, tmp_path, edit, words):
+    weights = edit(load_file(saved / "diffusers/pytorch_lora_weights.safetensors"))
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=f"model.lora.start: .*{words}"):
+        read_adapters(Lora(rank=RANK, alpha=RANK, start=str(tmp_path)))
+
+
+@pytest.mark.parametrize("content, words", [(b"", "is empty"), (b"version https://git-lfs.github.com/spec/v1", "git-lfs pointer")])
+def test_files_that_were_not_downloaded(tmp_path, content, words):
+    (tmp_path / "adapter_model.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=f"model.lora.start: .*{words}"):
+        read_adapters(Lora(rank=RANK, alpha=ALPHA, start=str(tmp_path)))
