@@ -235,3 +235,58 @@ def test_sample_refuses_what_does_not_fit(policy):
     refused(["latents", "(2, 48, 32)", "(3, 48, 32)"], policy.sample, PROMPTS[:2], latents=x, kind=ValueError, **call)
     refused(["latents", "(3, 24, 32)"], policy.sample, PROMPTS, latents=x, kind=ValueError, **{**call, "width": 48})
     refused(["negative_prompts"], policy.sample, PROMPTS, latents=x, negative_prompts=[""] * 3, **call)
+
+
+def sample_arguments(policy, **changes):
+    return {"prompts": PROMPTS, "latents": latents_for(policy, 32, 96), "height": 32, "width": 96, "num_steps": 2,
+            "guidance_scale": 0.0, **changes}  # fmt: skip
+
+
+SAMPLE = {
+    "prompts": ([], None, 3, b"bytes", {"a": 1}, ["a", "b", 3], ["a", None, "b"], [["a"], ["b"], ["c"]], ["a", "b", "half \ud83d"],
+                ["one too few"], "one"),
+    "latents": (None, 0, [1.0], np.zeros((3, 48, 32), np.float32), torch.zeros(3, 48, 32, dtype=torch.int64), torch.zeros(3, 48),
+                torch.zeros(3, 48, 32, dtype=torch.complex64), torch.full((3, 48, 32), float("nan")), torch.full((3, 48, 32), -torch.inf)),
+    "num_steps": (0, -1, 2.0, "4", None, True, float("nan")),
+    "height": (0, -32, 33, 32.0, "32", None),
+    "width": (0, -8, 100, 96.5, False),
+    "guidance_scale": (float("nan"), float("inf"), "3.5", None, 1j, True),
+    "negative_prompts": (["a"], [], 3, ["a", "b", None]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, value", [(name, value) for name, values in SAMPLE.items() for value in values],
+                         ids=lambda value: value if isinstance(value, str) else type(value).__name__)  # fmt: skip
+def test_sample_names_the_argument(policy, monkeypatch, name, value):
+    """Before anything is encoded. A wrong count of prompts is one of latents, whose shape is told."""
+    monkeypatch.setattr(policy, "embed", lambda texts: pytest.fail("encoded"))
+    few = name == "prompts" and value in ("one", ["one too few"])
+    refused(["latents" if few else name], policy.sample, kind=(ValueError, UserError), **sample_arguments(policy, **{name: value}))
+
+
+def test_one_text_is_one_prompt(policy):
+    """As in diffusers. A tuple is as good as a list, and what numpy makes of numbers as good as Python's."""
+    x = latents_for(policy, 32, 96)[:1]
+    call = {"latents": x, "height": 32, "width": 96, "num_steps": 2, "guidance_scale": 0.0, "decode": False}
+    expected = policy.sample(PROMPTS[:1], **call)
+    assert torch.equal(policy.sample(PROMPTS[0], **call), expected)
+    others = {"latents": x.double(), "height": np.int64(32), "num_steps": np.int32(2), "guidance_scale": np.float32(0)}
+    assert torch.equal(policy.sample(tuple(PROMPTS[:1]), **{**call, **others}), expected)
+
+
+LOADED = {
+    "dtype": ("fp16", "bf16", "half", "", "float64", None, 16, torch.float64, torch.int8, torch.float8_e4m3fn),
+    "device": ("gpu", "cuda:99", "cuda:-1", "tpu", "", None, 1.5, "cpu:x"),
+    "max_sequence_length": (0, -5, 2.0, "20", True, 10**12),
+    "parts": ("images", "", None, 1),
+    "path": (None, "", 3, b"folder"),
+}
+
+
+@pytest.mark.parametrize("name, value", [(name, value) for name, values in LOADED.items() for value in values], ids=repr)
+def test_load_policy_names_the_argument(monkeypatch, name, value):
+    from tempflow.policy.component import Component
+
+    monkeypatch.setattr(Component, "load", lambda *args: pytest.fail("loaded"))
+    allowed = {"dtype": ["'bfloat16'", "'auto'"], "device": ["cpu"], "parts": ["'text'"]}.get(name, [])
+    refused([name, *allowed], load_policy, kind=(ValueError, UserError), **{"path": str(MODEL), name: value})

@@ -73,6 +73,8 @@ def _texts(name: str, values) -> list[str]:
     for n, text in enumerate(texts):
         if not isinstance(text, str):
             raise ValueError(f"{name}: expected texts, but number {n} is {text!r:.80}")
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError(f"{name}: number {n} holds half a character (a lone surrogate), which no tokenizer takes: {text!r:.80}")
     return texts
 
 

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from tempflow.errors import UserError
+from tempflow.policy.arguments import as_negative_prompts, as_prompts, check_latents, finite, positive_int
 from tempflow.sde import ode_coefficients
 from tempflow_kernels import sde_step
 
@@ -149,21 +150,23 @@ class Policy(ABC):
         return x
 
     def sample(
-        self, prompts: list[str], *, latents: torch.Tensor, height: int, width: int, num_steps: int,
-        guidance_scale: float, negative_prompts: list[str] | None = None, decode: bool = True,
+        self, prompts: str | list[str], *, latents: torch.Tensor, height: int, width: int, num_steps: int,
+        guidance_scale: float, negative_prompts: str | list[str] | None = None, decode: bool = True,
     ) -> list[Image.Image] | torch.Tensor:  # fmt: skip
         """ODE sampling from given initial latents; equals the family's diffusers pipeline to 1e-5 in fp32.
 
-        latents: [n, ...] in the layout that the pipeline accepts as `latents=`. negative_prompts: n, as the pipeline takes
-        them; unused without guidance. Returns PIL pictures, or with decode=False the final fp32 latents as the pipeline
-        does with output_type="latent".
-        Raises UserError for sizes or negative prompts that the family does not take, ValueError where shapes disagree.
+        prompts: n texts, or one. latents: [n, ...] in the layout that the pipeline accepts as `latents=`. negative_prompts: n, or
+        one for all, as the pipeline takes them; unused without guidance. Returns PIL pictures, or with decode=False the final
+        fp32 latents as the pipeline does with output_type="latent".
+        Raises UserError for sizes or negative prompts that the family does not take, ValueError for any other argument that is not
+        as described, naming it.
         """
-        if negative_prompts is not None and len(negative_prompts) != len(prompts):
-            raise ValueError(f"negative_prompts: {len(negative_prompts)} for {len(prompts)} prompts")
-        expected = (len(prompts), *self.latent_shape(height, width))
-        if tuple(latents.shape) != expected:
-            raise ValueError(f"latents: expected shape {expected} for {height} x {width}, got {tuple(latents.shape)}")
+        prompts = as_prompts(prompts)
+        negative_prompts = as_negative_prompts(negative_prompts, len(prompts))
+        height, width, num_steps = (positive_int(name, value) for name, value in
+                                    (("height", height), ("width", width), ("num_steps", num_steps)))  # fmt: skip
+        guidance_scale = finite("guidance_scale", guidance_scale)
+        check_latents(latents, (len(prompts), *self.latent_shape(height, width)), f"{height} x {width}")
         conditioning = self.encode(prompts, negative_prompts)
         final = self.integrate(latents.to(self.device, torch.float32), conditioning, height=height, width=width,
                                num_steps=num_steps, guidance_scale=guidance_scale)  # fmt: skip
