@@ -42,7 +42,7 @@ def positive_int(name: str, value) -> int:
     return int(value)
 
 
-def finite(name: str, value) -> float:
+def finite_number(name: str, value) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
         raise ValueError(f"{name}: expected a finite number, got {value!r:.80}")
     return float(value)

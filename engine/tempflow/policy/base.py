@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from tempflow.errors import UserError
-from tempflow.policy.arguments import as_negative_prompts, as_prompts, check_latents, finite, positive_int
+from tempflow.policy.arguments import as_negative_prompts, as_prompts, check_latents, finite_number, positive_int
 from tempflow.sde import ode_coefficients
 from tempflow_kernels import sde_step
 
@@ -165,7 +165,7 @@ class Policy(ABC):
         negative_prompts = as_negative_prompts(negative_prompts, len(prompts))
         height, width, num_steps = (positive_int(name, value) for name, value in
                                     (("height", height), ("width", width), ("num_steps", num_steps)))  # fmt: skip
-        guidance_scale = finite("guidance_scale", guidance_scale)
+        guidance_scale = finite_number("guidance_scale", guidance_scale)
         check_latents(latents, (len(prompts), *self.latent_shape(height, width)), f"{height} x {width}")
         conditioning = self.encode(prompts, negative_prompts)
         final = self.integrate(latents.to(self.device, torch.float32), conditioning, height=height, width=width,

@@ -12,7 +12,7 @@ import warnings
 import numpy as np
 import torch
 
-from tempflow.policy.arguments import finite
+from tempflow.policy.arguments import finite_number
 from tempflow.policy.base import Conditioning, check_multiple, resolution_shift
 from tempflow.policy.guided import GuidedPolicy
 
@@ -36,7 +36,7 @@ class QwenImagePolicy(GuidedPolicy):
     def sample(self, prompts, *, guidance_scale, negative_prompts=None, **call):
         """As `Policy.sample`. Without negative prompts there is no guidance here, because the pipeline gives none; training
         and evaluation, which have none to give, guide away from `default_negative_prompt`."""
-        if negative_prompts is None and finite("guidance_scale", guidance_scale) > 1:
+        if negative_prompts is None and finite_number("guidance_scale", guidance_scale) > 1:
             warnings.warn("negative_prompts: none, so guidance_scale has no effect, as in QwenImagePipeline", stacklevel=2)
             guidance_scale = 1.0
         return super().sample(prompts, guidance_scale=guidance_scale, negative_prompts=negative_prompts, **call)
