@@ -45,6 +45,12 @@ def shortened(text: str, most: int) -> str:
     return text[: kept - kept // 4] + cut + text[len(text) - kept // 4 :]
 
 
+def brief(error: BaseException, most: int = 3 * VALUE) -> str:
+    """What a library's error says in its first line, or its type where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return shortened(lines[0], most) if lines else type(error).__name__
+
+
 def note(text: str) -> None:
     """Tell something that is no error, on stderr: stdout may be a script's result. The first rank alone speaks."""
     if int(os.environ.get("RANK", 0)) == 0:

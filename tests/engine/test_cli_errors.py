@@ -267,7 +267,7 @@ def test_evaluate_refuses_prompts_that_a_reward_cannot_use(tmp_path, skeleton):
     arguments = ["--run", run, "--base", "--prompts", prompts]
     refused([f"{prompts}:2", "'a grey heron'", "no text in quotation marks", "'ocr'"], "evaluate", *arguments)
     done = script_here("evaluate", *arguments, "--count", 1)
-    assert done.stderr.startswith("note: OCR targets: 'ONE'\nerror: model.path"), done.stderr
+    assert done.stderr.startswith("note: OCR targets: 'ONE'\n") and "\nerror: model.path" in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("rank, local, error, printed", [

@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from tempflow.config import Lora
-from tempflow.errors import UserError
-from tempflow.policy.component import brief, is_finite, tensor_file_fault
+from tempflow.errors import UserError, brief, shown
+from tempflow.policy.component import is_finite, tensor_file_fault
 
 KEY = "model.lora.start"
 FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
@@ -89,7 +89,7 @@ def _find(path: Path) -> Path:
 def _plain_name(name: str, file: Path) -> str:
     prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), None)
     if prefix is None or not name.endswith((".lora_A.weight", ".lora_B.weight")):
-        raise UserError(f"{KEY}: {file} holds {name!r:.120}, {_what_it_is(name)}")
+        raise UserError(f"{KEY}: {file} holds {shown(name)}, {_what_it_is(name)}")
     return name.removeprefix(prefix)
 
 
@@ -128,8 +128,8 @@ def _check_settings(settings: dict, file: Path) -> None:
     start = start.lower() if isinstance(start, str) else start
     if not isinstance(start, (bool, str)) or start not in STARTS:
         raise UserError(
-            f"{KEY}: {file} was made with init_lora_weights {start!r:.60}, which fits a base that peft has changed; save it from peft with "
-            "path_initial_model_for_weight_conversion, which makes plain adapters of twice the rank"
+            f"{KEY}: {file} was made with init_lora_weights {shown(start)}, which fits a base that peft has changed; save it from "
+            "peft with path_initial_model_for_weight_conversion, which makes plain adapters of twice the rank"
         )
     default = LoraConfig().to_dict()
     unusual = [name for name, value in settings.items() if name not in HARMLESS and name not in PLAIN and name != "init_lora_weights"

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 
 import torch
 
-from tempflow.errors import UserError
+from tempflow.errors import UserError, brief, shown
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def one_of(name: str, value, allowed: Sequence[str]) -> str:
     if not isinstance(value, str) or value not in allowed:
-        raise UserError(f"{name}: {value!r:.80}; allowed are {', '.join(map(repr, allowed))}")
+        raise UserError(f"{name}: {shown(value)}; allowed are {', '.join(map(repr, allowed))}")
     return value
 
 
@@ -32,19 +32,18 @@ def check_device(value: str | torch.device) -> None:
         torch.empty(1, device=torch.device(value))
     except Exception as error:  # RuntimeError, AssertionError, NotImplementedError: as the backend likes
         here = ["cpu", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))]
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-        raise UserError(f"device: {value!r:.80} is not there ({reason}); this machine has {', '.join(here)}") from None
+        raise UserError(f"device: {shown(value)} is not there ({brief(error, 160)}); this machine has {', '.join(here)}") from None
 
 
 def positive_int(name: str, value) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
-        raise ValueError(f"{name}: expected a whole number from 1 on, got {value!r:.80}")
+        raise ValueError(f"{name}: expected a whole number from 1 on, got {shown(value)}")
     return int(value)
 
 
 def finite_number(name: str, value) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
-        raise ValueError(f"{name}: expected a finite number, got {value!r:.80}")
+        raise ValueError(f"{name}: expected a finite number, got {shown(value)}")
     return float(value)
 
 
@@ -72,9 +71,9 @@ def _texts(name: str, values) -> list[str]:
     texts = list(values)
     for n, text in enumerate(texts):
         if not isinstance(text, str):
-            raise ValueError(f"{name}: expected texts, but number {n} is {text!r:.80}")
+            raise ValueError(f"{name}: expected texts, but number {n} is {shown(text)}")
         if any("\ud800" <= character <= "\udfff" for character in text):
-            raise ValueError(f"{name}: number {n} holds half a character (a lone surrogate), which no tokenizer takes: {text!r:.80}")
+            raise ValueError(f"{name}: number {n} holds half a character (a lone surrogate), which no tokenizer takes: {shown(text)}")
     return texts
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tempflow.errors import UserError
-from tempflow.policy.component import Component, brief, listed, skeleton, tensor_file_fault
+from tempflow.errors import UserError, brief
+from tempflow.policy.component import Component, listed, skeleton, tensor_file_fault
 
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 TIMESTEPS = 1000  # of a grid from 1 to 0, as every family's velocity takes them

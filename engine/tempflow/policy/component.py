@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from tempflow.errors import UserError
+from tempflow.errors import UserError, brief
 
 STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}  # of tensor files, by library
 INDEX = ".safetensors.index"
@@ -224,9 +224,3 @@ def listed(names: list[str], most: int = 3) -> str:
     """The first names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
-
-
-def brief(error: Exception, length: int = 300) -> str:
-    """An error's first line, or its type where it says nothing."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:length] if lines else type(error).__name__

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tempflow.errors import UserError
+from tempflow.errors import UserError, brief, shown
 
 ONE_FILE = (".safetensors", ".sft", ".ckpt", ".gguf", ".pt", ".pth", ".bin")
 
@@ -21,7 +21,7 @@ def model_index(path: str) -> Path:
         if (folder / "model_index.json").is_file():
             return folder / "model_index.json"
     except (OSError, ValueError) as error:  # no permission, too long, or characters that no path has
-        raise UserError(f"model.path: {path!r:.200} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        raise UserError(f"model.path: {shown(path, 200)} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if (folder / "config.json").is_file():
         raise UserError(f"model.path: {folder} is one component of a pipeline; name the folder with model_index.json, often the one above")
     raise UserError(f"model.path: {folder} has no model_index.json; a folder written by save_pretrained is expected")
@@ -66,8 +66,8 @@ def hub_fault(path: str, file: str, error: Exception) -> str:
     cause = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
-    return (f"no folder {path}, and {file} of that name cannot be had from the hub ({type(cause).__name__}: {str(cause)[:160]}); check the "
-            "network, HTTPS_PROXY, HF_ENDPOINT and HF_HUB_OFFLINE, or name a local folder")  # fmt: skip
+    return (f"no folder {path}, and {file} of that name cannot be had from the hub ({type(cause).__name__}: {brief(cause, 160)}); check "
+            "the network, HTTPS_PROXY, HF_ENDPOINT and HF_HUB_OFFLINE, or name a local folder")  # fmt: skip
 
 
 def _one_file(file: Path) -> str:

@@ -13,11 +13,10 @@ from typing import Literal
 
 import torch
 
-from tempflow.errors import UserError
+from tempflow.errors import UserError, brief, shown
 from tempflow.policy.arguments import as_dtype, check_device, one_of, positive_int
 from tempflow.policy.base import Policy, check_multiple
 from tempflow.policy.checking import check_components, components_of, is_description
-from tempflow.policy.component import brief
 from tempflow.policy.embedding_store import folder_hash
 from tempflow.policy.hub import fetch, local_folder, model_index
 
@@ -135,7 +134,7 @@ def load_policy(
     import diffusers
 
     if not isinstance(path, (str, Path)) or not str(path):
-        raise UserError(f"path: expected a pipeline folder or a hub id, got {path!r:.80}")
+        raise UserError(f"path: expected a pipeline folder or a hub id, got {shown(path)}")
     path, _ = str(path), one_of("parts", parts, PARTS)
     if max_sequence_length is not None:
         positive_int("max_sequence_length", max_sequence_length)

@@ -11,13 +11,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from tempflow.errors import RankError, UserError, brief
 from tempflow.trainer.process import device
 
 T = TypeVar("T")
+LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what a launcher says in the environment
 
 
 def init_distributed() -> None:
-    """Join the launcher's process group, or make one of a single process where no launcher set it up."""
+    """Join the launcher's process group, or make one of a single process where no launcher set it up. UserError where it cannot."""
     import deepspeed
 
     # On CPUs DeepSpeed compiles a faster all-reduce at its first start, behind a lock file: a process killed meanwhile leaves
@@ -33,7 +35,22 @@ def init_distributed() -> None:
         os.environ.update(alone)
     # NCCL's group is bound to this rank's GPU, but its collectives of objects go through the current one: GPU 0 until told otherwise.
     device()
-    deepspeed.init_distributed(verbose=False)
+    missing = [name for name in LAUNCH if name not in os.environ]
+    if missing:
+        raise UserError(f"the environment has RANK but not {', '.join(missing)}: start with `deepspeed engine/train.py`, or unset RANK")
+    try:
+        deepspeed.init_distributed(verbose=False)
+    except (RuntimeError, ValueError, OSError) as error:  # of torch's store, or of a backend
+        raise RankError(_cannot_join(error)) from None
+
+
+def _cannot_join(error: Exception) -> str:
+    rank, address, port = (os.environ[name] for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
+    if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+        return (f"port {port} of {address} is taken, perhaps by another run on this machine; choose another for this one: "
+                "`deepspeed --master_port PORT engine/train.py ...`, which torchrun has as well")  # fmt: skip
+    return (f"rank {rank} cannot join the others at {address}:{port} ({type(error).__name__}: {brief(error)}); check --master_addr, "
+            "--master_port, the firewall between the machines, and GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME")  # fmt: skip
 
 
 def rank() -> int:

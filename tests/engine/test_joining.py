@@ -1,0 +1,63 @@
+"""Joining the process group: what goes wrong is said in one message that names the launcher's option."""
+
+import socket
+
+import deepspeed
+import pytest
+import torch.distributed as dist
+
+from tempflow.errors import RankError, UserError
+from tempflow.trainer import comm
+
+VARIABLES = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The environment that a launcher makes, with changes; a value of None is left out."""
+
+    def set_up(**changes):
+        for name, value in {**VARIABLES, **changes}.items():
+            if value is None:
+                monkeypatch.delenv(name, raising=False)
+            else:
+                monkeypatch.setenv(name, value)
+
+    return set_up
+
+
+def test_a_port_that_is_taken(launched, monkeypatch):
+    """With the error that torch's own store raises."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        launched(MASTER_PORT=str(port))
+        monkeypatch.setattr(deepspeed, "init_distributed", lambda **_: dist.TCPStore("127.0.0.1", port, 1, is_master=True))
+        with pytest.raises(RankError, match=f"port {port} of 127.0.0.1 is taken.*deepspeed --master_port PORT"):
+            comm.init_distributed()
+
+
+@pytest.mark.parametrize("error", [
+    dist.DistNetworkError("The client socket has timed out after 60s\nstack"), dist.DistStoreError("wait timeout"),
+    ValueError("invalid literal for int() with base 10: 'x'"), OSError("no route to host"), RuntimeError("Gloo: unable to resolve"),
+], ids=lambda error: type(error).__name__)  # fmt: skip
+def test_other_ranks_that_cannot_be_reached(launched, monkeypatch, error):
+    launched(RANK="3", MASTER_ADDR="node1", MASTER_PORT="29500")
+
+    def fail(**_):
+        raise error
+
+    monkeypatch.setattr(deepspeed, "init_distributed", fail)
+    with pytest.raises(RankError) as refused:
+        comm.init_distributed()
+    words = ["rank 3", "node1:29500", type(error).__name__, str(error).splitlines()[0], "--master_addr", "GLOO_SOCKET_IFNAME"]
+    assert all(word in str(refused.value) for word in words) and "\n" not in str(refused.value), refused.value
+
+
+@pytest.mark.parametrize("missing", ["LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"])
+def test_launch_variables_that_are_incomplete(launched, monkeypatch, missing):
+    launched(**{missing: None})
+    monkeypatch.setattr(deepspeed, "init_distributed", lambda **_: pytest.fail("asked for MPI"))
+    with pytest.raises(UserError, match=f"has RANK but not {missing}"):
+        comm.init_distributed()
