@@ -130,6 +130,7 @@ def metrics(scored: Scored, base: np.ndarray | None = None) -> dict[str, float]:
     """What a row of metrics.jsonl says of an evaluation; base: the rewards [n] before training, to which the gain is measured."""
     total = scored.mean()
     found = {"eval/reward": total.value, "eval/reward/stderr": total.stderr, "eval/scored": total.scored, "eval/failed": total.failed}
+    found["eval/not_finite"] = int((~scored.finite).sum()) or None
     for name, one in scored.means().items():
         found |= {f"eval/{name}": one.value, f"eval/{name}/stderr": one.stderr, f"eval/{name}/scored": one.scored,
                   f"eval/{name}/failed": one.failed}  # fmt: skip

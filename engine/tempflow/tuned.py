@@ -73,7 +73,12 @@ def load_tuned(run_dir: Path, checkpoint: int | str | None = None, which: str = 
             raise UserError(f"--checkpoint {checkpoint}: {trouble}; this run has {held}")
     averaged = which == "ema" and config.training.ema is not None and _average_taken(chosen, config.training.ema.every)
     which = "ema" if averaged else "raw"
-    weights = load_file(chosen / ("ema.safetensors" if averaged else "weights.safetensors"))
+    file = chosen / ("ema.safetensors" if averaged else "weights.safetensors")
+    weights = load_file(file)
+    broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
+    if broken:
+        raise UserError(f"{file}: {len(broken)} of {len(weights)} tensors hold NaN or infinity, {broken[0]} first: the run diverged. "
+                        "An earlier one, or the best, may be whole: --checkpoint N, --checkpoint best")  # fmt: skip
     return Tuned(config, int(chosen.name), which, weights)
 
 

@@ -48,6 +48,19 @@ def test_which_weights_are_read(tmp_path, capsys, updates, every, file, which):
     assert tuned.load_tuned(tmp_path, which="raw").which == "raw" and capsys.readouterr().err == "", "which was asked for"
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_diverged_are_refused(tmp_path, value):
+    saved_by_hand(tmp_path, 9, 8, True)
+    folder = manifest.folder(tmp_path, 5)
+    for name in ("weights", "ema"):
+        save_file({"v": torch.ones(2), "w": torch.tensor([0.0, value])}, folder / f"{name}.safetensors")
+    (folder / manifest.MANIFEST).unlink()
+    manifest.seal(folder)
+    for which in ("raw", "ema"):
+        with pytest.raises(UserError, match="1 of 2 tensors hold NaN or infinity, w first"):
+            tuned.load_tuned(tmp_path, which=which)
+
+
 def average_of(weights, every=3):
     runtime = SimpleNamespace(trainable=weights, trainable_shapes=lambda: {n: tuple(t.shape) for n, t in weights.items()},
                               full_fp32=lambda t: t.float(), policy=SimpleNamespace(device="cpu"))  # fmt: skip

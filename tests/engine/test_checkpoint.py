@@ -216,6 +216,16 @@ def test_save_keeps_the_best(runtime, tmp_path, metric, expected):
     assert int(manifest.best(tmp_path, metric).name) == expected[-1][0]
 
 
+def test_an_evaluation_with_broken_images_is_never_the_best(runtime, tmp_path):
+    """Its mean is over the prompts at which the weights did not fail."""
+    rows = [{"iteration": n, "eval/reward": reward} for n, reward in ((1, 0.5), (2, 0.9), (3, 0.4))]
+    rows[1]["eval/not_finite"] = 3
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for iteration in (1, 2, 3):
+        checkpoint.save(runtime, None, tmp_path, state_of(iteration), keep=9)
+    assert int(manifest.best(tmp_path, "eval/reward").name) == 1
+
+
 def test_without_evaluations_there_is_no_best(runtime, tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"iteration": 1}\n')
     for iteration in (1, 2):

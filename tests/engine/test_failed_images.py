@@ -104,7 +104,7 @@ def test_an_evaluation_says_what_it_is_made_of(images, batch):
     assert found.counts() == [len(images), len(images) - len(good), finite.count(False)]
     row = evaluation.metrics(found)
     assert row["eval/scored"] == len(good) and row["eval/failed"] == len(images) - len(good)
-    assert row["eval/jpeg/failed"] == finite.count(False)
+    assert row["eval/jpeg/failed"] == finite.count(False) == row.get("eval/not_finite", 0)
     assert ("eval/reward" in row) == bool(good) and (not good or row["eval/reward"] == pytest.approx(np.mean(good)))
     if len(good) > 1:
         assert row["eval/reward/stderr"] == pytest.approx(np.std(good, ddof=1) / len(good) ** 0.5, abs=1e-9)

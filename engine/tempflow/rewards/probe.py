@@ -38,9 +38,10 @@ def probe(pool: RewardPool, specs: list[RewardSpec], prompts: list[str], metadat
 def _message(name: str, error: str) -> str:
     """The error's last line, and where in the reward's own file it was raised."""
     lines = error.strip().splitlines()
+    cause = lines[-1].removeprefix(f"{BadScores.__module__}.{BadScores.__name__}: ")
     frames = [line.strip() for line in lines if line.startswith('  File "') and "tempflow/rewards/" not in line]
     place = f" ({frames[-1]})" if frames else ""
     return (
-        f"rewards.{name}: cannot score a test batch of {IMAGES} plain gray images: {lines[-1]}{place}. A reward returns one number for "
+        f"rewards.{name}: cannot score a test batch of {IMAGES} plain gray images: {cause}{place}. A reward returns one number for "
         "each image, NaN for one that it cannot score"
     )

@@ -447,8 +447,9 @@ class Trainer:
         if self.curation:
             self.curation.load(state["curation"])
         self.images, self.base_reward = state["images"], state["base_reward"]
-        if state.get("base_rewards"):  # checkpoints of earlier versions lack it
-            self.base_rewards = np.array(state["base_rewards"], dtype=np.float32)  # None becomes NaN
+        known = state.get("base_rewards")  # checkpoints of earlier versions lack it
+        if known and len(known) == len(self.heldout):
+            self.base_rewards = np.array(known, dtype=np.float32)  # None becomes NaN
         self.saved = self.iteration
         if self.config.rollout.replica:
             self.runtime.refresh(self.policy.transformer)

@@ -84,8 +84,11 @@ def fault(checkpoint: Path) -> str | None:
 
 
 def best(run_dir: Path, metric: str) -> Path | None:
-    """Of the checkpoints whose iteration was evaluated, the one with the highest `metric`, the first of equals; None without any."""
-    rows = (row for row in read_metrics(run_dir) if "eval/reward" in row and row.get(metric) is not None)
+    """Of the checkpoints whose iteration was evaluated, the one with the highest `metric`, the first of equals; None without any.
+
+    An evaluation in which an image was not finite is passed over: its mean is over the prompts that the weights did not fail at.
+    """
+    rows = (row for row in read_metrics(run_dir) if "eval/reward" in row and row.get(metric) is not None and not row.get("eval/not_finite"))
     seen = {row["iteration"]: row[metric] for row in rows}
     evaluated = [checkpoint for checkpoint in folders(run_dir) if int(checkpoint.name) in seen]
     return max(evaluated, key=lambda checkpoint: seen[int(checkpoint.name)], default=None)
