@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import nullcontext
 from dataclasses import asdict
+from pathlib import Path
 
-from tempflow import cli
+from tempflow import cli, outputs
 
 
 def parse_args() -> argparse.Namespace:
@@ -19,13 +21,20 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--prompts", type=filled, help="prompt file (default: the run's held-out prompts)")
     parser.add_argument("--count", type=positive, help="prompts used, from the top of the file (default: as in the run)")
     parser.add_argument("--num-steps", type=steps, help="ODE steps (default: the run's eval.num_steps)")
-    parser.add_argument("--out", type=path, help="folder for pictures and samples.json")
+    parser.add_argument("--out", type=path, help="folder for pictures and samples.json; must not exist, or be empty")
     return parser.parse_args()
 
 
 def main() -> int:
     cli.quiet_libraries()
     args = parse_args()
+    with outputs.new_folder(args.out, args.run) if args.out else nullcontext() as draft:
+        score(args, draft)
+    return 0
+
+
+def score(args: argparse.Namespace, draft: Path | None) -> None:
+    """Evaluate, print the numbers, and write the pictures into `draft` if there is one."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -61,7 +70,7 @@ def main() -> int:
             guidance_scale=config.eval_guidance(), micro_batch=r.micro_batch, decode_batch=r.decode_batch,
             advance=lambda n: progress.advance(task, n),
         )  # fmt: skip
-        scored = evaluation.evaluate(scorers, specs, prompts, drawn, keep=len(prompts) if args.out else 0)
+        scored = evaluation.evaluate(scorers, specs, prompts, drawn, keep=len(prompts) if draft else 0)
         check_failed("this evaluation", *scored.counts(), config.reward_pool.max_failed, scorers.last_error)
     which = f"iteration {chosen.iteration}, {chosen.which} weights" if chosen else "base"
     facts = {"iteration": chosen.iteration if chosen else 0, "num_steps": steps, "seed": evaluation.EVAL_SEED,
@@ -70,12 +79,11 @@ def main() -> int:
     result = {**{name: mean.value for name, mean in alone.items()}, **facts, "prompts": len(prompts), "reward": total.value,
               "stderr": total.stderr, "scored": total.scored, "failed": total.failed,
               "rewards": {name: asdict(mean) for name, mean in alone.items()}}  # fmt: skip
-    if args.out:
-        evaluation.write_samples(args.out, scored, prompts, facts)
     reward = f"reward {with_error(total.value, total.stderr)} on {total.scored} of {len(prompts)} prompts ({total.failed} failed)"
     Console(highlight=False, stderr=True, soft_wrap=True).print(f"{which}: {reward}, {steps} steps")
-    print(json.dumps(result, allow_nan=False))
-    return 0
+    print(json.dumps(result, allow_nan=False), flush=True)
+    if draft:
+        evaluation.write_samples(draft, scored, prompts, facts)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 from pathlib import Path
 
-from tempflow import cli
+from tempflow import cli, outputs
 
 
 def parse_args() -> argparse.Namespace:
@@ -15,7 +14,7 @@ def parse_args() -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(description="Write a diffusers pipeline folder, or LoRA weights, from a checkpoint.")
     add_arguments(parser)
-    parser.add_argument("--out", type=path, required=True, help="folder to write; must not exist")
+    parser.add_argument("--out", type=path, required=True, help="folder to write; must not exist, or be empty")
     parser.add_argument("--merge", action="store_true", help="of a LoRA run: a whole pipeline with the adapters merged")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the weights written")
     return parser.parse_args()
@@ -35,18 +34,21 @@ def write_lora(tuned, policy_class, folder: Path, dtype) -> None:
 def main() -> int:
     cli.quiet_libraries()
     args = parse_args()
+    with outputs.new_folder(args.out, args.run) as draft:
+        written = export(args, draft)
+    print(written)
+    return 0
+
+
+def export(args: argparse.Namespace, draft: Path) -> str:
+    """Write the model into `draft`; returns what to say of it."""
     import diffusers
 
     from tempflow import tuned
-    from tempflow.errors import UserError
     from tempflow.policy import check_model
     from tempflow.policy.arguments import DTYPES
 
-    if args.out.exists():
-        raise UserError(f"--out {args.out} exists; choose another folder")
     chosen = tuned.load_tuned(args.run, args.checkpoint, args.weights)
-    draft = args.out.with_name(f".{args.out.name}.part")
-    shutil.rmtree(draft, ignore_errors=True)
     if chosen.config.model.lora and not args.merge:
         pipeline = getattr(diffusers, check_model(chosen.config.model.path))
         write_lora(chosen, pipeline, draft, DTYPES[args.dtype])
@@ -54,9 +56,7 @@ def main() -> int:
     else:
         tuned.apply(chosen, tuned.base_policy(chosen.config, args.dtype)).pipe.to("cpu").save_pretrained(draft)
         kind = "diffusers pipeline"
-    draft.rename(args.out)
-    print(f"{kind} of iteration {chosen.iteration} ({chosen.which} weights): {args.out}")
-    return 0
+    return f"{kind} of iteration {chosen.iteration} ({chosen.which} weights): {args.out}"
 
 
 if __name__ == "__main__":

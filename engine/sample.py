@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import numpy as np
 
-from tempflow import cli
+from tempflow import cli, outputs
 
 GAP = 4
 
@@ -47,15 +48,20 @@ def beside(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 def main() -> int:
     cli.quiet_libraries()
     args = parse_args()
+    with outputs.new_folder(args.out, args.run) as draft:
+        written = draw_pairs(args, draft)
+    print(written)
+    return 0
+
+
+def draw_pairs(args: argparse.Namespace, draft: Path) -> str:
+    """Write the pairs into `draft`; returns what to say of them."""
     from PIL import Image
     from rich.progress import Progress
 
     from tempflow import evaluation, tuned
-    from tempflow.errors import UserError
     from tempflow.trainer.opening import open_policy
 
-    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        raise UserError(f"--out {args.out} exists and is not an empty folder")
     chosen = tuned.load_tuned(args.run, args.checkpoint, args.weights)
     config, r = chosen.config, chosen.config.rollout
     prompts = chosen_prompts(args, config)
@@ -75,16 +81,13 @@ def main() -> int:
             parts = [(images, finite) for _, images, finite in drawn]
             pictures.append(np.concatenate([images for images, _ in parts]))
             missing += sum(int((~finite).sum()) for _, finite in parts)
-    args.out.mkdir(parents=True, exist_ok=True)
     pairs = [beside(base, new) for base, new in zip(*pictures, strict=True)]
     for n, pair in enumerate(pairs):
-        Image.fromarray(pair).save(args.out / f"{n:04d}.png")
-    Image.fromarray(np.concatenate(pairs)).save(args.out / "all.png")
-    (args.out / "prompts.txt").write_text("".join(f"{n:04d}.png\t{p.text}\n" for n, p in enumerate(prompts)))
-    print(f"{len(pairs)} pairs in {args.out}: left base, right iteration {chosen.iteration} ({chosen.which} weights)")
-    if missing:
-        print(f"warning: {missing} images hold NaN or infinity; a checkerboard stands for each")
-    return 0
+        Image.fromarray(pair).save(draft / f"{n:04d}.png")
+    Image.fromarray(np.concatenate(pairs)).save(draft / "all.png")
+    (draft / "prompts.txt").write_text("".join(f"{n:04d}.png\t{p.text}\n" for n, p in enumerate(prompts)), encoding="utf-8")
+    written = f"{len(pairs)} pairs in {args.out}: left base, right iteration {chosen.iteration} ({chosen.which} weights)"
+    return written + (f"\nwarning: {missing} images hold NaN or infinity; a checkerboard stands for each" if missing else "")
 
 
 if __name__ == "__main__":

@@ -141,16 +141,14 @@ def metrics(scored: Scored, base: np.ndarray | None = None) -> dict[str, float]:
 
 
 def write_samples(folder: Path, scored: Scored, prompts: list[Prompt], facts: dict) -> None:
-    """Write the pictures and samples.json with `facts` into `folder`, all or nothing."""
-    draft = folder.with_name(f".{folder.name}")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
+    """Write the pictures and samples.json with `facts` into `folder`, which is new or empty."""
+    folder.mkdir(parents=True, exist_ok=True)
     items = []
     for n, index in enumerate(scored.indices):
         if index not in scored.pictures:
             continue
         file = f"{n:04d}.png"
-        Image.fromarray(scored.pictures[index]).save(draft / file)
+        Image.fromarray(scored.pictures[index]).save(folder / file)
         items.append({
             "prompt": prompts[index].text, "file": file, "reward": _number(scored.reward[n]),
             "rewards": {name: _number(values[n]) for name, values in scored.parts.items() if scored.applies[name][n]},
@@ -159,9 +157,22 @@ def write_samples(folder: Path, scored: Scored, prompts: list[Prompt], facts: di
         })  # fmt: skip
     total = scored.mean()
     content = {**facts, "reward": total.value, "stderr": total.stderr, "scored": total.scored, "failed": total.failed, "items": items}
-    write_atomic(draft / "samples.json", json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False))
-    shutil.rmtree(folder, ignore_errors=True)
-    draft.rename(folder)
+    write_atomic(folder / "samples.json", json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False))
+
+
+def replace_samples(run_dir: Path, scored: Scored, prompts: list[Prompt], facts: dict) -> Path:
+    """The sample set of facts["iteration"] in a run's own samples/, all or nothing; one that is there is replaced."""
+    folder = run_dir / "samples" / f"{facts['iteration']:06d}"
+    draft = folder.with_name(f".{folder.name}")
+    shutil.rmtree(draft, ignore_errors=True)  # by a start that was killed
+    try:
+        write_samples(draft, scored, prompts, facts)
+        shutil.rmtree(folder, ignore_errors=True)
+        draft.rename(folder)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    return folder
 
 
 def _number(value) -> float | None:

@@ -226,14 +226,6 @@ def test_scripts_refuse_a_run_without_checkpoints(claimed_run, tmp_path, monkeyp
     refused(["--checkpoint 7", "this run has none"], name, "--run", claimed_run, "--checkpoint", 7, *more)
 
 
-def test_export_refuses_to_overwrite(claimed_run, tmp_path):
-    refused(["--out", tmp_path, "exists"], "export", "--run", claimed_run, "--out", tmp_path)
-
-
-def test_sample_refuses_to_mix_pictures(claimed_run, tmp_path):
-    refused(["--out", tmp_path, "not an empty folder"], "sample", "--run", claimed_run, "--out", tmp_path)
-
-
 NO_NUMBERS = {
     "evaluate sample": [("--count", "0"), ("--count", "9" * 40), ("--count", "1.5"), ("--num-steps", "-3"), ("--num-steps", "ten"),
                         ("--num-steps", "100000"), ("--checkpoint", "-1"), ("--checkpoint", "9" * 40), ("--prompts", ""), ("--run", "")],

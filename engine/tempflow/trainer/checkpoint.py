@@ -13,7 +13,6 @@ is never taken for whole.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -23,12 +22,11 @@ from typing import Iterator
 
 from tempflow.errors import RankError, UserError
 from tempflow.logs import write_atomic
+from tempflow.outputs import disk_is_full
 from tempflow.trainer import comm, manifest, universal
 from tempflow.trainer.ema import Average
 from tempflow.trainer.runtime import Runtime
 from tempflow.trainer.streaming import write_together
-
-FULL, NEARLY_FULL = (errno.ENOSPC, errno.EDQUOT), 16 << 20  # bytes
 
 
 def save(runtime: Runtime, ema: Average | None, run_dir: Path, state: dict, keep: int, best_by: str | None = None) -> Path:
@@ -70,9 +68,10 @@ def _full_disk_named(draft: Path, run_dir: Path) -> Iterator[None]:
     """What did not fit is removed, so that the run's other files still find room."""
     try:
         yield
-    except (OSError, RuntimeError) as error:  # torch.save tells of a full disk by a RuntimeError
-        full = error.errno in FULL if isinstance(error, OSError) else shutil.disk_usage(run_dir).free < NEARLY_FULL
-        if not full:
+    except UserError:
+        raise
+    except Exception as error:
+        if not disk_is_full(error, run_dir):
             raise
         written = sum(file.stat().st_size for file in draft.rglob("*") if file.is_file())
         shutil.rmtree(draft, ignore_errors=True)

@@ -377,10 +377,8 @@ class Trainer:
         if gathered is None:
             return {}
         scored = evaluation.merge(gathered)
-        folder = self.run_dir / "samples" / f"{self.iteration:06d}"
         facts = {"iteration": self.iteration, "num_steps": steps, "seed": evaluation.EVAL_SEED, "weights": weights}
-        evaluation.write_samples(folder, scored, self.heldout, facts)
-        self.trackers.samples(folder)
+        self.trackers.samples(evaluation.replace_samples(self.run_dir, scored, self.heldout, facts))
         self.evaluation = evaluation.metrics(scored, self.base_rewards) | {"time/eval": time.perf_counter() - started}
         if self.iteration == 0:
             self.base_reward, self.base_rewards = self.evaluation["eval/reward"], scored.reward
