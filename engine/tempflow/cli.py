@@ -6,11 +6,14 @@ import atexit
 import logging
 import os
 import sys
+import tempfile
 import warnings
+from pathlib import Path
 from typing import Callable
 
 from tempflow.device import prefer_cpu
 from tempflow.errors import RankError, UserError
+from tempflow.streams import steady
 
 
 def quiet_libraries() -> None:
@@ -19,6 +22,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    _ensure_home()
     # Compiled code outlives the machine's temporary folder. To be set before torch's compiler reads it.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.expanduser("~/.cache/tempflow/inductor"))
     # torch's allocator grows its segments instead of adding new ones: decoding takes 6 GB between small forwards, and on a full card
@@ -33,9 +37,23 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def _ensure_home() -> None:
+    """Without a home folder (a container's user without a name) libraries make one named ~ where the command is run."""
+    if not os.path.expanduser("~").startswith("~"):
+        return
+    home = Path(tempfile.gettempdir(), f"tempflow-home-{os.getuid()}")
+    try:
+        home.mkdir(mode=0o700, exist_ok=True)
+        trusted = home.stat().st_uid == os.getuid() and not home.is_symlink()
+    except OSError:
+        trusted = False
+    os.environ["HOME"] = str(home) if trusted else tempfile.mkdtemp(prefix="tempflow-home-")
+
+
 def run(main: Callable[[], int | None]) -> None:
     """Run a script's main and exit: 2 with the bare message for a user's error, 1 with the traceback for any other, main's
-    own status otherwise."""
+    own status otherwise. Output that cannot be written does not end it."""
+    steady()
     try:
         status = main() or 0
     except UserError as error:
