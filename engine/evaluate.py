@@ -44,7 +44,7 @@ def score(args: argparse.Namespace, draft: Path | None) -> None:
     from tempflow.means import with_error
     from tempflow.prompts import load_prompts
     from tempflow.rewards import RewardPool, check_prompts, parse_rewards, probe
-    from tempflow.rundir import read_config
+    from tempflow.rundir import find_modules, read_config
     from tempflow.trainer.opening import open_policy
 
     chosen = None if args.base else tuned.load_tuned(args.run, args.checkpoint, args.weights)
@@ -53,6 +53,7 @@ def score(args: argparse.Namespace, draft: Path | None) -> None:
     if not file:
         raise UserError("--prompts: the run has no held-out prompts; name a prompt file")
     prompts = load_prompts(file, "--prompts" if args.prompts else "data.heldout")[: args.count or config.eval.prompts]
+    find_modules(args.run)
     specs = parse_rewards(config.rewards)
     texts, metadata = [p.text for p in prompts], [p.metadata for p in prompts]
     for line in check_prompts(specs, texts, metadata):

@@ -7,7 +7,7 @@ import math
 import os
 from dataclasses import replace
 
-from tempflow import cli
+from tempflow import cli, rundir
 from tempflow.arguments import filled, positive
 from tempflow.config import Config, load_config
 from tempflow.device import check_gpu
@@ -38,6 +38,7 @@ def checked_inputs(config: Config, *, dry: bool = False):
 
     dry: the folder may hold no more than a description of the model.
     """
+    rundir.check_place(config)
     specs = parse_rewards(config.rewards)
     train = load_prompts(config.data.train, "data.train")
     heldout = load_prompts(config.data.heldout, "data.heldout") if config.data.heldout else []
@@ -87,6 +88,8 @@ def main() -> int:
         return dry_run(args)
     profile = Profile(args.profile)
     config = load_config(args.config, args.set)
+    if args.resume:
+        rundir.find_modules(rundir.path_of(config))
     specs, train, heldout = checked_inputs(config)
 
     from tempflow.policy.attention import check_attention
@@ -101,9 +104,9 @@ def main() -> int:
     check_attention(config.model.attention_backend, config.model.path, dtypes(config))
     check_machine(config.deepspeed)
     stop = StopSignal().install()
-    run_dir, resume_from = claim_run(config, args.resume)
-    trainer = Trainer(config, run_dir, train, heldout, specs, stop, write_report, profile)
-    trainer.run(resume_from)
+    with claim_run(config, args.resume) as (run_dir, resume_from):
+        trainer = Trainer(config, run_dir, train, heldout, specs, stop, write_report, profile)
+        trainer.run(resume_from)
     return 0
 
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Union
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from tempflow import strict_json
+from tempflow import places, strict_json
 from tempflow.errors import VALUE, UserError, note, shortened, shown
 
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
@@ -238,9 +238,22 @@ class Checkpoint(Section):
 
 class Logging(Section):
     dir: str = Field("runs", description="folder of run directories")
-    name: str | None = Field(None, description="run directory; null: the config file's name")
+    name: str | None = Field(None, description="run directory, below `dir`; null: the config file's name")
     tensorboard: bool = Field(True, description="write TensorBoard events")
     wandb: dict[str, Any] | None = Field(None, description="arguments of wandb.init, or null")
+
+    @field_validator("dir", "name")
+    @classmethod
+    def _a_folder(cls, value: str | None, info) -> str | None:
+        """A name that leaves logging.dir would put the run where nobody looks for it."""
+        if value is None:
+            return None
+        if not value.strip() or "\0" in value:
+            raise PydanticCustomError("folder", "expected the name of a folder")
+        path = Path(value)
+        if info.field_name == "name" and (not path.parts or ".." in path.parts or path.is_absolute()):
+            raise PydanticCustomError("folder", "expected a name below logging.dir, without .. and not absolute")
+        return value
 
 
 class Config(Section):
@@ -371,8 +384,11 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
     """
     file = Path(path)
     data = _read_tables(file)
-    data.pop("$schema", None)  # for editors: configs/schema.json
+    if places.STARTED_IN in data:  # a run's own config.json
+        places.relocate(data, file.parent)
+    data = {key: value for key, value in data.items() if key not in ("$schema", places.STARTED_IN)}  # for editors; for scripts
     _apply_overrides(data, overrides)
+    places.expanded(data)
     config = parse_config(data)
     config.model.path = _found_from("model.path", config.model.path, file)
     if config.model.lora and config.model.lora.start is not None:

@@ -142,7 +142,8 @@ def claim_apart(folder: Path) -> None:
     here.mkdir(parents=True)
     os.chdir(here)
     try:
-        claim_run(small_config(logging={"dir": "runs", "name": "run"}), resume=False)
+        with claim_run(small_config(logging={"dir": "runs", "name": "run"}), resume=False):
+            pass
     except UserError as error:
         Path("error.txt").write_text(str(error))
 

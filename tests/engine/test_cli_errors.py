@@ -56,6 +56,9 @@ CASES = {
     "bucket": ("deepspeed.zero_optimization.reduce_bucket_size=big", ["deepspeed.zero_optimization.reduce_bucket_size", "'big'"]),
     "setting": ("training.seed", ["--set training.seed", "section.key=value"]),
     "model folder": ("model.path=/nowhere", ["model.path", "/nowhere", "does not exist"]),
+    "run directory": ("logging.dir=/dev/null/runs", ["logging.dir", "/dev/null", "not a folder"]),
+    "run's name": ("logging.name=../outside", ["logging.name", "below logging.dir", "'../outside'"]),
+    "home": ("logging.dir=~nobody-here/runs", ["logging.dir", "~nobody-here/runs", "home folder"]),
 }
 
 
@@ -145,7 +148,7 @@ def test_claim_writes_the_resolved_config(tmp_path):
 def test_claim_refuses_a_directory_that_is_in_use(tmp_path):
     config, run_dir = claimed(tmp_path)
     rundir.claim(config, resume=False)
-    (run_dir / "metrics.jsonl").write_text("")
+    (run_dir / "metrics.jsonl").write_text('{"iteration": 1}\n')
     before = (run_dir / "config.json").read_bytes()
     with pytest.raises(UserError) as error:
         rundir.claim(claimed(tmp_path, training={"seed": 5})[0], resume=False)
