@@ -8,6 +8,7 @@ be noise, so each iteration is one plain line. Only rank 0 is enabled; a disable
 from __future__ import annotations
 
 import math
+import shlex
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -29,17 +30,22 @@ class Console:
     total_iterations  iterations the run ends at
     enabled           False on every rank but 0: nothing is printed
     start             iterations done before this process (a resumed run)
+    minutes           training.minutes, where the run ends sooner by it
+    elapsed           seconds of training before this process
     base_reward       held-out reward before training, where it is already known
     watched           names of rewards whose held-out mean is shown beside it
     output            a rich Console to write to (default: stdout)
     """
 
     def __init__(self, total_iterations: int, enabled: bool = True, *, start: int = 0,
-                 base_reward: float | None = None, watched: Sequence[str] = (), output: RichConsole | None = None):
+                 base_reward: float | None = None, minutes: float | None = None, elapsed: float = 0.0,
+                 watched: Sequence[str] = (), output: RichConsole | None = None):  # fmt: skip
         self.total, self.start, self.done = total_iterations, start, start
         self.base_reward, self.heldout, self.watched = base_reward, None, watched
         self._out = output or RichConsole(highlight=False, soft_wrap=True)
         self.enabled, self.live = enabled, enabled and self._out.is_terminal
+        self._limit, self._elapsed = (math.inf if minutes is None else 60 * minutes - elapsed), elapsed
+        self._trained = 0.0
         self._began = time.monotonic()
         self._evaluation: dict = {}  # the row of the newest evaluation
         self._build()
@@ -89,6 +95,7 @@ class Console:
     def iteration(self, metrics: dict) -> None:
         """Report one finished row of metrics.jsonl; a row of iteration 0 is the evaluation of the base."""
         self.done = int(metrics.get("iteration", self.done + 1))
+        self._trained = (_finite(metrics.get("time/elapsed")) or self._elapsed) - self._elapsed
         evaluated = _finite(metrics.get("eval/reward"))
         if evaluated is not None:
             self.heldout, self._evaluation = evaluated, metrics
@@ -118,8 +125,9 @@ class Console:
             table.add_row(label, escape(value))
         self._out.print(table)
         self._print("Next:")
-        self._print(f"  python engine/sample.py --run {run_dir} --out pictures   (base and tuned, side by side)")
-        self._print(f"  python engine/export.py --run {run_dir} --out model      (a model that diffusers loads)")
+        quoted = shlex.quote(str(run_dir))
+        self._print(f"  python engine/sample.py --run {quoted} --out pictures   (base and tuned, side by side)")
+        self._print(f"  python engine/export.py --run {quoted} --out model      (a model that diffusers loads)")
 
     def _print(self, text: str) -> None:
         self._out.print(text, markup=False)
@@ -165,10 +173,12 @@ class Console:
         return text if gain is None else f"{text} ({with_error(gain, stderr, '+')})"
 
     def _seconds_left(self) -> float | None:
+        """By iterations, or by training.minutes where that ends the run sooner; evaluations are taken to go on as they did."""
         finished = self.done - self.start
-        if finished <= 0 or self.done >= self.total:
+        if finished <= 0 or self.done >= self.total or self._trained >= self._limit:
             return None
-        return (time.monotonic() - self._began) / finished * (self.total - self.done)
+        share = max(finished / (self.total - self.start), self._trained / self._limit)
+        return (time.monotonic() - self._began) * (1 - share) / share
 
 
 def duration(seconds: float) -> str:

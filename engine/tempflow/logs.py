@@ -1,50 +1,76 @@
-"""What a run writes down as it goes: metrics.jsonl, TensorBoard events, a W&B run.
-
-metrics.jsonl is the record: one JSON object per iteration, on disk before the next iteration starts, and strict
-JSON (NaN and infinity become null). The trackers are copies of it for people who have such a server open. Nothing
-here imports torch, tensorboard or wandb before a run asks for them.
+"""The record of a run, metrics.jsonl: one JSON object per iteration, on disk before the next iteration starts, and strict JSON
+(NaN and infinity become null). Nothing here imports torch.
 """
 
 from __future__ import annotations
 
-import importlib
+import errno
 import json
 import math
 import os
-import uuid
 import warnings
 from pathlib import Path
 
 from tempflow.errors import UserError, shown
 
 METRICS_FILE = "metrics.jsonl"
-GRID_COLUMNS, GRID_PICTURES, GRID_SIDE = 8, 32, 256
+NO_FOLDER_FSYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # what file systems say that cannot flush a folder
+
+
+class AppendFile:
+    """A file of records, open for appending: each is written whole, or not at all."""
+
+    def __init__(self, path: Path):
+        self._file = open(path, "ab", buffering=0)
+
+    def append(self, record: bytes, sync: bool = False) -> None:
+        """Write a record; sync: wait until it is on the disk. OSError where that fails: then the file is as it was."""
+        end, left = os.fstat(self._file.fileno()).st_size, memoryview(record)
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+            if sync:
+                os.fsync(self._file.fileno())
+        except OSError:
+            self._file.truncate(end)
+            raise
+
+    def close(self) -> None:
+        self._file.close()
 
 
 class MetricsLog:
     """The metrics file of one run, open for appending.
 
-    A last line that a crash cut short is removed on opening, so that the next row starts a line of its own.
+    A last line that a crash cut short is removed on opening, so that the next row starts a line of its own. A row that cannot be
+    written (a full disk) is kept and written with the next one.
     """
 
     def __init__(self, run_dir):
         self.path = Path(run_dir) / METRICS_FILE
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._mend_last_line()
-        self._file = open(self.path, "a", encoding="utf-8")
+        self._file, self._unwritten = AppendFile(self.path), []
 
     def append(self, metrics: dict) -> None:
         """Write one row and wait until it is on the disk; values are numbers, 0-d arrays or tensors, strings or None."""
-        self._file.write(_line(metrics))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._unwritten.append(_line(metrics))
+        self._write()
+
+    def replace_last(self, metrics: dict) -> None:
+        """Put another row in the place of the last one."""
+        if self._unwritten:
+            self._unwritten[-1] = _line(metrics)
+            self._write()
+        else:
+            self._rewrite([*map(_line, read_metrics(self.path.parent)[:-1]), _line(metrics)])
 
     def truncate_after(self, iteration: int) -> None:
         """Drop the rows past `iteration`, at which a resumed run takes up again; all or nothing."""
-        rows = [row for row in read_metrics(self.path.parent) if row.get("iteration", 0) <= iteration]
-        self._file.close()
-        write_atomic(self.path, "".join(map(_line, rows)))
-        self._file = open(self.path, "a", encoding="utf-8")
+        rows = read_metrics(self.path.parent)
+        kept = [row for row in rows if row.get("iteration", 0) <= iteration]
+        if len(kept) < len(rows):
+            self._rewrite(list(map(_line, kept)))
 
     def close(self) -> None:
         self._file.close()
@@ -54,6 +80,15 @@ class MetricsLog:
 
     def __exit__(self, *exc) -> None:
         self.close()
+
+    def _write(self) -> None:
+        self._file.append("".join(self._unwritten).encode(), sync=True)
+        self._unwritten.clear()
+
+    def _rewrite(self, lines: list[str]) -> None:
+        write_atomic(self.path, "".join(lines))
+        self._file.close()
+        self._file = AppendFile(self.path)
 
     def _mend_last_line(self) -> None:
         if not self.path.exists():
@@ -89,137 +124,35 @@ def read_metrics(run_dir) -> list[dict]:
     return rows
 
 
-class Trackers:
-    """Copies of metrics and sample pictures to TensorBoard and to W&B; with neither, every call does nothing.
-
-    run_dir      the run directory; events go to its tensorboard/ folder
-    tensorboard  write TensorBoard events
-    wandb        None, or keyword arguments of wandb.init ({"project": "..."}); the run's name, folder and config
-                 are filled in, and a resumed run continues its W&B run
-    resume_after the last iteration kept on resume: later TensorBoard events of the earlier attempt are hidden
-    """
-
-    def __init__(self, run_dir, tensorboard: bool = False, wandb: dict | None = None, resume_after: int | None = None):
-        self.run_dir = Path(run_dir)
-        self._board = self._open_tensorboard(resume_after) if tensorboard else None
-        self._wandb = self._open_wandb(wandb) if wandb is not None else None
-
-    def log(self, metrics: dict) -> None:
-        """Write the finite numbers of one row of metrics.jsonl."""
-        step = int(metrics["iteration"])
-        scalars = {key: value for key, value in _plain_row(metrics).items() if _is_number(value) and key != "iteration"}
-        if self._board:
-            for key, value in scalars.items():
-                self._board.add_scalar(key, value, step)
-        if self._wandb:
-            self._wandb.log({"iteration": step, **scalars})
-
-    def samples(self, folder) -> None:
-        """Write one sample set (a folder with samples.json and its pictures) as a grid, prompts as its caption."""
-        if not (self._board or self._wandb):
-            return
-        info = json.loads((Path(folder) / "samples.json").read_text(encoding="utf-8"))
-        items = info["items"][:GRID_PICTURES]
-        if not items:
-            return
-        grid = picture_grid([Path(folder) / item["file"] for item in items])
-        caption = "\n".join(f"{n + 1}. {item['prompt']}" for n, item in enumerate(items))
-        if self._board:
-            self._board_grid(grid, caption, info["iteration"])
-        if self._wandb:
-            image = importlib.import_module("wandb").Image(grid, caption=caption)
-            self._wandb.log({"iteration": info["iteration"], "samples": image})
-
-    def close(self) -> None:
-        if self._board:
-            self._board.close()
-        if self._wandb:
-            self._wandb.finish()
-
-    def __enter__(self) -> Trackers:
-        return self
-
-    def __exit__(self, *exc) -> None:
-        self.close()
-
-    def _board_grid(self, grid, caption: str, step: int) -> None:
-        import numpy
-
-        self._board.add_image("samples", numpy.asarray(grid), step, dataformats="HWC")
-        self._board.add_text("samples/prompts", caption.replace("\n", "  \n"), step)
-        self._board.flush()
-
-    def _open_tensorboard(self, resume_after: int | None):
-        module = _load("torch.utils.tensorboard", "logging.tensorboard", "tensorboard")
-        purge = None if resume_after is None else resume_after + 1
-        return module.SummaryWriter(log_dir=str(self.run_dir / "tensorboard"), purge_step=purge, flush_secs=10)
-
-    def _open_wandb(self, options: dict):
-        module = _load("wandb", "logging.wandb", "wandb")
-        config_file = self.run_dir / "config.json"
-        config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.exists() else {}
-        defaults = {"name": self.run_dir.name, "dir": str(self.run_dir), "config": config, "resume": "allow"}
-        run = module.init(**{**defaults, "id": self._wandb_id(), **options})
-        # A resumed run logs some iterations again; W&B refuses a step that goes back, not a metric that does.
-        run.define_metric("iteration")
-        run.define_metric("*", step_metric="iteration")
-        return run
-
-    def _wandb_id(self) -> str:
-        path = self.run_dir / "wandb_id.txt"
-        if not path.exists():
-            write_atomic(path, uuid.uuid4().hex[:12])
-        return path.read_text(encoding="utf-8").strip()
-
-
-def picture_grid(paths: list, columns: int = GRID_COLUMNS, side: int = GRID_SIDE):
-    """One PIL image with the pictures of `paths` in rows, each at most `side` pixels a side."""
-    from PIL import Image
-
-    pictures = []
-    for path in paths:
-        with Image.open(path) as picture:
-            picture = picture.convert("RGB")
-            picture.thumbnail((side, side), Image.Resampling.LANCZOS)
-            pictures.append(picture)
-    width, height = (2 + max(getattr(p, axis) for p in pictures) for axis in ("width", "height"))
-    columns = min(columns, len(pictures))
-    grid = Image.new("RGB", (columns * width, -(-len(pictures) // columns) * height), "white")
-    for n, picture in enumerate(pictures):
-        grid.paste(picture, (n % columns * width, n // columns * height))
-    return grid
-
-
 def write_atomic(path, content: str | bytes) -> Path:
-    """Replace a file by `content` so that a crash leaves either the old one or the new one, whole."""
+    """Replace a file by `content` so that a crash leaves either the old one or the new one, whole; so does an error."""
     path = Path(path)
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(scratch, "wb") as file:
-        file.write(content.encode("utf-8") if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, path)
+    try:
+        with open(scratch, "wb") as file:
+            file.write(content.encode("utf-8") if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)  # the rename itself
+    except OSError as error:
+        if error.errno not in NO_FOLDER_FSYNC:
+            raise
     finally:
         os.close(folder)
     return path
 
 
-def _load(module: str, key: str, package: str):
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        message = f"{key} is set, but {module} cannot be imported ({error}): pip install {package}, or unset {key}"
-        raise UserError(message) from error
-
-
 def _line(metrics: dict) -> str:
-    return json.dumps(_plain_row(metrics), allow_nan=False, ensure_ascii=False) + "\n"
+    return json.dumps(plain_row(metrics), allow_nan=False, ensure_ascii=False) + "\n"
 
 
-def _plain_row(metrics: dict) -> dict:
+def plain_row(metrics: dict) -> dict:
     return {str(key): _plain(value) for key, value in metrics.items()}
 
 
@@ -229,10 +162,6 @@ def _plain(value):
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _parse(line: bytes) -> dict | None:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from tempflow.errors import UserError
-from tempflow.logs import MetricsLog, Trackers, picture_grid, read_metrics, write_atomic
+from tempflow.logs import MetricsLog, read_metrics, write_atomic
+from tempflow.trackers import Trackers, picture_grid
 
 
 def test_rows_are_on_disk_after_append(tmp_path):
@@ -83,7 +84,7 @@ def test_failed_atomic_write_keeps_the_old_file(tmp_path, monkeypatch):
 
 
 def test_importing_needs_no_torch_or_tracker():
-    code = "import sys, tempflow.logs, tempflow.console, tempflow.report; " \
+    code = "import sys, tempflow.logs, tempflow.trackers, tempflow.console, tempflow.report; " \
            "print([m for m in ('torch', 'tensorboard', 'wandb', 'plotly') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
@@ -92,6 +93,7 @@ def test_tensorboard_gets_scalars_and_a_grid(run_factory):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     run_dir = run_factory(iterations=3, sets=(0,))
     with Trackers(run_dir, tensorboard=True) as trackers:
+        trackers.begin(after=-1)
         for row in read_metrics(run_dir):
             trackers.log({**row, "bad": math.nan, "word": "x"})
         trackers.samples(run_dir / "samples/000000")
@@ -123,7 +125,7 @@ def test_wandb_gets_config_scalars_and_grid_and_resumes(run_factory, monkeypatch
 
 
 @pytest.mark.parametrize("module, options, package", [("wandb", {"wandb": {}}, "wandb"),
-                                                      ("torch.utils.tensorboard", {"tensorboard": True}, "tensorboard")])
+                                                      ("torch.utils.tensorboard.summary", {"tensorboard": True}, "tensorboard")])
 def test_missing_tracker_names_the_pip_command(tmp_path, monkeypatch, module, options, package):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError, match=f"logging.{package} .*pip install {package}"):

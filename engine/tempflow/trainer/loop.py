@@ -18,13 +18,14 @@ import torch
 
 from tempflow import evaluation
 from tempflow.advantages import Advantages, advantages, decoupled_advantages, rank_correlation
+from tempflow.byproducts import ByProducts
 from tempflow.config import Config
 from tempflow.console import Console
 from tempflow.curation import Curation
 from tempflow.device import describe
-from tempflow.errors import UserError, shown
+from tempflow.errors import RankError, UserError, shown
 from tempflow.failures import TooManyFailed, check_failed
-from tempflow.logs import MetricsLog, Trackers, read_metrics, write_atomic
+from tempflow.logs import METRICS_FILE, MetricsLog, read_metrics, write_atomic
 from tempflow.machine import device_name, versions
 from tempflow.means import mean_of
 from tempflow.objective import Batch, make_batches, padding_of, select
@@ -34,12 +35,14 @@ from tempflow.rewards import RewardPool, RewardSpec, fits, kinds_of, probe
 from tempflow.rollout.plan import Unit
 from tempflow.sde import noise_weights
 from tempflow.stopping import StopRule
+from tempflow.trackers import Trackers
 from tempflow.trainer import checkpoint, comm
 from tempflow.trainer.collect import Collected, Collector, Stopped
 from tempflow.trainer.ema import Average
 from tempflow.trainer.opening import open_policy
 from tempflow.trainer.process import StopSignal, Threads, device
 from tempflow.trainer.runtime import Runtime
+from tempflow.trainer.start import on_first_rank
 from tempflow.trainer.update import Updater
 
 
@@ -68,6 +71,8 @@ class Trainer:
         if self.heldout and len(self.heldout) < comm.world_size():
             raise UserError(f"data.heldout, eval.prompts: {len(self.heldout)} prompts for {comm.world_size()} ranks")
         self._check_equal_shares(units)
+        self.byproducts = ByProducts()
+        self.trackers = on_first_rank(self._open_trackers) or Trackers(run_dir)
         reached = range(len(train)) if self.curation else self.order.reached(config.training.iterations)
         self._note(describe(comm.world_size()))
         self.policy, self.embeddings = open_policy(config, [train[i] for i in reached] + self.heldout, device(), self._note)
@@ -80,6 +85,7 @@ class Trainer:
         self.saved = 0  # iteration of the newest checkpoint; before the first update there is nothing to save
         self.base_reward: float | None = None
         self.base_rewards: np.ndarray | None = None  # of each held-out prompt, [n]: gains are measured prompt by prompt
+        self.last_row: dict | None = None  # of this process
         self.rule = StopRule(config.eval.stop) if config.eval.stop else None
         self.ended: str | None = None  # by the rule, for which reason
         self.evaluated_at, self.evaluation = -1, {}
@@ -112,6 +118,11 @@ class Trainer:
                     "have as many"
                 )
 
+    def _open_trackers(self) -> Trackers:
+        """Before the model is loaded: what is wrong with their settings is said at once."""
+        chosen = self.config.logging
+        return Trackers(self.run_dir, tensorboard=chosen.tensorboard, wandb=chosen.wandb, byproducts=self.byproducts)
+
     def _note(self, text: str) -> None:
         if comm.rank() == 0:
             self.console.note(text) if self.console else print(text)
@@ -126,14 +137,12 @@ class Trainer:
         main = comm.rank() == 0
         if resume_from:
             self._restore(resume_from)
-        self.log = MetricsLog(self.run_dir) if main else None
-        if main:  # rows past the point of resuming, or of a run that never reached a checkpoint
-            self.log.truncate_after(self.iteration if resume_from else -1)
-        logging = self.config.logging
-        self.trackers = Trackers(self.run_dir, tensorboard=main and logging.tensorboard,
-                                 wandb=logging.wandb if main else None,
-                                 resume_after=self.iteration if resume_from else None)  # fmt: skip
-        self.console = Console(self.config.training.iterations, main, start=self.iteration, base_reward=self.base_reward,
+        reached = self.iteration if resume_from else -1  # rows past it are of a run that never reached a checkpoint, or go again
+        self.log = self._open_log(reached) if main else None
+        self.trackers.begin(after=reached)
+        t = self.config.training
+        self.console = Console(t.iterations, main, start=self.iteration, base_reward=self.base_reward,
+                               minutes=t.minutes, elapsed=self.elapsed,
                                watched=[spec.name for spec in self.specs if spec.watched])  # fmt: skip
         with self.console:
             if resume_from and self.rule:
@@ -148,6 +157,14 @@ class Trainer:
                 self.console.summary(summary, self.run_dir)
         self.pool.close()
         return summary
+
+    def _open_log(self, reached: int) -> MetricsLog:
+        try:
+            log = MetricsLog(self.run_dir)
+            log.truncate_after(reached)
+        except OSError as error:
+            raise RankError(f"{self.run_dir / METRICS_FILE} cannot be written: {error.strerror}") from None
+        return log
 
     def _train(self, first: bool) -> None:
         if first:
@@ -378,20 +395,24 @@ class Trainer:
             return {}
         scored = evaluation.merge(gathered)
         facts = {"iteration": self.iteration, "num_steps": steps, "seed": evaluation.EVAL_SEED, "weights": weights}
-        self.trackers.samples(evaluation.replace_samples(self.run_dir, scored, self.heldout, facts))
+        self.byproducts.attempt("samples", self._show_samples, scored, facts)
         self.evaluation = evaluation.metrics(scored, self.base_rewards) | {"time/eval": time.perf_counter() - started}
         if self.iteration == 0:
             self.base_reward, self.base_rewards = self.evaluation["eval/reward"], scored.reward
         return self.evaluation
 
+    def _show_samples(self, scored: evaluation.Scored, facts: dict) -> None:
+        self.trackers.samples(evaluation.replace_samples(self.run_dir, scored, self.heldout, facts))
+
     def _record(self, metrics: dict) -> dict:
         if comm.rank() != 0:
             return metrics
-        self.log.append(metrics)
+        self.byproducts.attempt(METRICS_FILE, self.log.append, metrics)
         self.trackers.log(metrics)
         self.console.iteration(metrics)
         if "eval/reward" in metrics:
-            self.report(self.run_dir)
+            self.byproducts.attempt("report.html", self.report, self.run_dir)
+        self.last_row = metrics
         return metrics
 
     def _finish(self) -> dict | None:
@@ -412,17 +433,17 @@ class Trainer:
             "iterations": self.iteration, "images": self.images, "model": self.config.model.path, "plan": r.plan,
             "device": device_name(), "world_size": comm.world_size(), "versions": versions(), "stopped": self.ended,
         }  # fmt: skip
-        write_atomic(self.run_dir / "summary.json", json.dumps(summary, indent=1))
-        self.console.note(f"report: {self.report(self.run_dir)}")
+        self.byproducts.attempt("summary.json", write_atomic, self.run_dir / "summary.json", json.dumps(summary, indent=1))
+        if report := self.byproducts.attempt("report.html", self.report, self.run_dir):
+            self.console.note(f"report: {report}")
         return summary
 
     def _merge_into_last_row(self, final: dict) -> None:
         """The final evaluation belongs to the last iteration, which is on record already."""
-        rows = read_metrics(self.run_dir)
-        self.log.truncate_after(rows[-1]["iteration"] - 1)
-        self.log.append(rows[-1] | final)
+        row = (self.last_row or read_metrics(self.run_dir)[-1]) | final
+        self.byproducts.attempt(METRICS_FILE, self.log.replace_last, row)
         self.trackers.log({"iteration": self.iteration, **final})
-        self.console.iteration(rows[-1] | final)
+        self.console.iteration(row)
 
     # ---------------------------------------------------------------------------------------------- checkpoints
     def _save(self) -> None:
