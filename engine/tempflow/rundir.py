@@ -17,7 +17,8 @@ from tempflow.runlock import LOCK, lock
 
 # Keys that may change between a run and its continuation; the rest decides what the run computes.
 FREE_ON_RESUME = ("logging", "checkpoint", "reward_pool")
-FREE_KEYS = (("training", "iterations"), ("training", "minutes"), ("eval", "stop"), ("data", "embedding_cache"))
+FREE_KEYS = (("training", "iterations"), ("training", "minutes"), ("eval", "stop"), ("data", "embedding_cache"),
+             ("rollout", "graphs"), ("rollout", "graph_limit_mb"), ("rollout", "graph_verify"))  # fmt: skip
 
 # What a start leaves that fails before its first iteration has ended: nothing is lost by starting over.
 BEFORE_TRAINING = ("config.json", LOCK, METRICS_FILE, "report.html", "samples", "tensorboard", "wandb", "wandb_id.txt")

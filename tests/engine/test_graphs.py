@@ -1,23 +1,31 @@
-"""The graph cache's logic with the capture stood in for; capture and replay for real under the marker `gpu`."""
+"""The graph cache's logic with the capture stood in for, and the capture with torch.cuda stood in for; both for real under the
+marker `gpu`."""
+
+import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
 from engine_cases import small_config
 from rollout_cases import Rollout
+from run_cases import run_command
 
-from tempflow.rollout.graphs import Captured, CudaCapture, GraphCache
+from tempflow.errors import UserError
+from tempflow.rollout.graphs import CannotCapture, Captured, CudaCapture, GraphCache
 from tempflow.rollout.plan import iteration_units
 
 
 class Recorded:
     """A capture that behaves as a graph does: replay reads the static inputs, and writes over the outputs."""
 
-    def __init__(self, nbytes=10, fail=(), wrong=()):
-        self.nbytes, self.fail, self.wrong, self.shapes = nbytes, fail, wrong, []
+    def __init__(self, nbytes=10, refuse=(), fail=(), wrong=(), off=0.0):
+        self.nbytes, self.refuse, self.fail, self.wrong, self.off, self.shapes = nbytes, refuse, fail, wrong, off, []
 
     def __call__(self, function, inputs):
         rows = len(inputs["x"])
         self.shapes.append(rows)
+        if rows in self.refuse:
+            raise CannotCapture("RuntimeError: called a synchronizing CUDA operation")
         if rows in self.fail:
             raise RuntimeError("operation not permitted when stream is capturing")
         static = {name: tensor.clone() for name, tensor in inputs.items()}
@@ -25,7 +33,7 @@ class Recorded:
 
         def replay():
             for buffer, value in zip(outputs, function(**static), strict=True):
-                buffer.copy_(value + 1 if rows in self.wrong else value)
+                buffer.copy_(value + 1 if rows in self.wrong else value * (1 + self.off))
 
         return Captured(static, outputs, replay, self.nbytes)
 
@@ -90,12 +98,36 @@ def test_one_graph_larger_than_the_limit_is_kept():
 
 
 def test_what_cannot_be_captured_runs_eagerly_and_says_so_once():
-    capture = Recorded(fail=(2, 3))
+    capture = Recorded(refuse=(2, 3))
     cache, notes = cache_of(capture)
     for rows in (2, 2, 3, 4, 4):
         check(cache, rows)
     assert capture.shapes == [2, 3, 4], "what was refused is not tried again"
-    assert len(notes) == 1 and "2 rows" in notes[0] and "stream is capturing" in notes[0] and "eagerly" in notes[0]
+    assert len(notes) == 1 and "2 rows" in notes[0] and "synchronizing" in notes[0] and "eagerly" in notes[0]
+
+
+def test_a_capture_that_fails_ends_the_run():
+    """Nothing runs in that process any more: neither the function nor another capture."""
+    capture, calls = Recorded(fail=(2,)), []
+    cache, notes = cache_of(capture)
+
+    def counted(x, y):
+        calls.append(len(x))
+        return (x + y,)
+
+    with pytest.raises(UserError, match="rollout.graphs: .* 2 rows failed .*stream is capturing.* set rollout.graphs to false"):
+        cache(counted, inputs(2))
+    assert not calls and not notes and len(cache) == 0
+
+
+@pytest.mark.parametrize("off, dtype, taken", [
+    (1e-3, torch.bfloat16, True), (1e-1, torch.bfloat16, False), (1e-3, torch.float32, False), (1e-7, torch.float32, True),
+])  # fmt: skip
+def test_replays_are_compared_as_the_loosest_dtype_allows(off, dtype, taken):
+    """The fp32 latent that a bf16 velocity moves may be as far off as the velocity."""
+    cache, notes = cache_of(Recorded(off=off))
+    cache(lambda x, y: (x, x.float() + y), inputs(4, dtype=dtype))
+    assert (len(cache), len(notes)) == ((1, 0) if taken else (0, 1))
 
 
 def test_a_wrong_replay_is_found_by_verification_only():
@@ -129,6 +161,76 @@ def test_weights_that_moved_invalidate():
     cache.watch(module.parameters())
     check(cache, 4)
     assert capture.shapes == [4, 4] and "moved" in notes[0]
+
+
+# ------------------------------------------------------------------------------------------------- torch.cuda's part
+class Cuda:
+    """torch.cuda as far as a capture uses it: a cache that is emptied first, waits that can be errors, and a capture that fails as
+    torch's does, in ending, before its stream is left."""
+
+    def __init__(self, monkeypatch, ends_well=True):
+        self.reserved, self.cached, self.mode, self.stream, self.modes, self.ends_well = 1000, 400, 0, "main", [], ends_well
+        stream = type("Stream", (), {"wait_stream": lambda self, other: None})
+        graph = type("Graph", (), {"replay": lambda self: None})
+        for name in ("empty_cache", "graph", "stream"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name if name != "stream" else "on_stream"))
+        for name, value in {
+            "Stream": stream, "CUDAGraph": graph, "current_stream": lambda: stream(), "synchronize": lambda: None,
+            "set_stream": lambda chosen: setattr(self, "stream", "main"), "graph_pool_handle": lambda: (0, 1),
+            "memory_reserved": lambda: self.reserved, "get_sync_debug_mode": lambda: self.mode,
+            "set_sync_debug_mode": lambda mode: setattr(self, "mode", mode),
+        }.items():  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    def empty_cache(self):
+        self.reserved, self.cached = self.reserved - self.cached, 0
+
+    @contextmanager
+    def on_stream(self, stream):
+        yield
+
+    @contextmanager
+    def graph(self, graph, pool, capture_error_mode):
+        assert capture_error_mode == "thread_local", "NCCL's own thread must not end a capture"
+        self.empty_cache()
+        self.stream = "capture"
+        yield
+        if not self.ends_well:
+            raise RuntimeError("operation failed due to a previous error during capture")
+        self.stream = "main"
+        self.reserved += 64
+
+    def forward(self, x):
+        self.modes.append((self.mode, self.stream))
+        return (2 * x,)
+
+    def waiting(self, x):
+        if self.mode == "error":
+            raise RuntimeError("called a synchronizing CUDA operation\n  in this line")
+        return self.forward(x)
+
+
+def test_a_capture_is_preceded_by_a_run_that_must_not_wait(monkeypatch):
+    cuda = Cuda(monkeypatch)
+    x = torch.ones(3, 4)
+    captured = CudaCapture()(cuda.forward, {"x": x})
+    assert cuda.modes == [(0, "main")] * 2 + [("error", "main"), (0, "capture")]
+    assert captured.nbytes == x.nbytes + 64, "what the capture reserved, though it emptied the cache first"
+
+
+def test_what_waits_is_refused_before_a_capture_begins(monkeypatch):
+    cuda = Cuda(monkeypatch)
+    with pytest.raises(CannotCapture, match=r"RuntimeError: called a synchronizing CUDA operation$"):
+        CudaCapture()(cuda.waiting, {"x": torch.ones(3)})
+    assert cuda.mode == 0 and {stream for _, stream in cuda.modes} == {"main"}
+
+
+def test_a_failed_capture_leaves_its_stream(monkeypatch):
+    cuda = Cuda(monkeypatch, ends_well=False)
+    cache, _ = cache_of(CudaCapture())
+    with pytest.raises(UserError, match="previous error during capture"):
+        cache(cuda.forward, {"x": torch.ones(3, 1)})
+    assert cuda.stream == "main"
 
 
 # ----------------------------------------------------------------------------------------------- in the scheduler
@@ -186,3 +288,49 @@ def test_capture_and_replay_of_the_shipped_model(dtype):
         got, want = cache(forward, given(seed))[0], forward(**given(seed))[0]
         assert (got.float() - want.float()).norm() <= tolerance * want.float().norm()
     assert cache.captures == 1 and cache.replays == 3 and not notes
+
+
+@pytest.mark.gpu
+def test_a_forward_that_reads_a_value_runs_eagerly():
+    """Refused in its checked run, after which captures go on as ever."""
+    cache, notes = cache_of(CudaCapture(), limit_bytes=1 << 30)
+    before = torch.cuda.current_stream()
+
+    def reads(x):
+        return (x * x.sum().item(),)
+
+    def plain(x):
+        return (3 * x,)
+
+    x = torch.randn(4, 8, device="cuda")
+    for _ in range(2):
+        assert torch.equal(cache(reads, {"x": x})[0], reads(x)[0])
+        assert torch.equal(cache(plain, {"x": x})[0], 3 * x)
+    assert "synchroniz" in notes[0] and cache.captures == 1 and cache.nbytes > 0
+    assert torch.cuda.current_stream() == before and torch.cuda.get_sync_debug_mode() == 0
+
+
+@pytest.mark.gpu
+def test_a_capture_that_fails_on_hardware_ends_in_one_message():
+    """In a process of its own, which it spoils: a wait for the whole device is no error in the checked run."""
+    code = """if True:
+        import torch
+        from tempflow import cli
+        from tempflow.rollout.graphs import CudaCapture, GraphCache
+
+        def waits(x):
+            torch.cuda.synchronize()
+            return (2 * x,)
+
+        def main():
+            before = torch.cuda.current_stream()
+            cache = GraphCache(CudaCapture(), limit_bytes=1 << 30, verify=True, note=print)
+            try:
+                cache(waits, {"x": torch.ones(4, 4, device="cuda")})
+            finally:
+                print("same stream" if torch.cuda.current_stream() == before else "another stream")
+        cli.run(main)
+    """
+    done = run_command([sys.executable, "-c", code])
+    assert done.returncode == 2 and "same stream" in done.stdout, done.stdout + done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("error: rollout.graphs: the capture of a forward of 4 rows failed")

@@ -1,20 +1,35 @@
 """CUDA graphs of the rollout's forwards: captured once per set of input shapes, replayed from static buffers.
 
 A replay costs one launch instead of some thousand. It reads the weights where they lay at capture, so weights must be
-refreshed in place; `watch` notices when they were not, and drops what was captured. What cannot be captured runs eagerly,
-and says why, once.
+refreshed in place; `watch` notices when they were not, and drops what was captured.
+
+A capture that fails cannot be undone in its process: torch leaves the allocator believing that it goes on (`graph.__exit__` and
+`CUDAGraph::capture_end` up to torch 2.11), and the next `empty_cache` or capture ends in an internal assertion. So a capture begins only
+after a run in which anything that makes the host wait is an error. What fails there runs eagerly, and says why, once; what fails in
+the capture itself ends the run.
 """
 
 from __future__ import annotations
 
+import gc
 from collections import OrderedDict
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Callable, Iterable
 
 import torch
 
+from tempflow.errors import RankError
+
 Inputs = dict[str, torch.Tensor]
 Function = Callable[..., tuple]
+
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}  # relative, of a replay against an eager run
+
+
+class CannotCapture(Exception):
+    """A function that would fail in a capture, found before one began."""
 
 
 @dataclass
@@ -29,28 +44,69 @@ class Captured:
 
 
 class CudaCapture:
-    """Captures on the current device; all graphs share one memory pool, because only one runs at a time."""
+    """Captures on the current device; all graphs share one memory pool, because only one runs at a time.
 
-    WARM_UP = 3  # eager runs first, so that lazily made workspaces and compiled kernels exist
+    Raises CannotCapture before a capture begins, and anything else when one has failed.
+    """
+
+    WARM_UP = 2  # eager runs first, so that lazily made workspaces and compiled kernels exist
 
     def __init__(self):
         self._pool = None
 
     def __call__(self, function: Function, inputs: Inputs) -> Captured:
         static = {name: tensor.clone() for name, tensor in inputs.items()}
+        try:
+            self._warm_up(function, static)
+        except Exception as error:  # whatever a driver, a kernel or a model refuses with
+            raise CannotCapture(_in_words(error)) from error
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        gc.collect()
+        torch.cuda.empty_cache()  # the capture's first act, which would hide what the capture itself reserves
+        before, graph = torch.cuda.memory_reserved(), torch.cuda.CUDAGraph()
+        with _stream_kept():
+            # "thread_local": NCCL's watchdog asks for events in a thread of its own, which would end a "global" capture.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                outputs = tuple(function(**static))
+        held = sum(t.numel() * t.element_size() for t in static.values())
+        return Captured(static, outputs, graph.replay, held + torch.cuda.memory_reserved() - before)
+
+    def _warm_up(self, function: Function, static: Inputs) -> None:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(self.WARM_UP):
                 function(**static)
+            with _waiting_is_an_error():
+                function(**static)
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
-        before, graph = torch.cuda.memory_reserved(), torch.cuda.CUDAGraph()
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(graph, pool=self._pool):
-            outputs = tuple(function(**static))
-        held = sum(t.numel() * t.element_size() for t in static.values())
-        return Captured(static, outputs, graph.replay, held + torch.cuda.memory_reserved() - before)
+
+
+@contextmanager
+def _waiting_is_an_error():
+    """Whatever makes the host wait for the GPU raises."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+@contextmanager
+def _stream_kept():
+    """The current stream is what it was, also where a failed capture leaves its own."""
+    before = torch.cuda.current_stream()
+    try:
+        yield
+    except Exception:
+        torch.cuda.set_stream(before)
+        raise
+
+
+def _in_words(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 class GraphCache:
@@ -58,8 +114,9 @@ class GraphCache:
 
     Functions are told apart by name, because each rollout brings its own of the same.
 
-    capture(function, inputs) -> Captured; raises where it cannot. limit_bytes: least recently used graphs leave beyond it.
-    verify: compare the first replay of each graph with an eager run. note(text) is told what is not captured, and why.
+    capture(function, inputs) -> Captured; raises CannotCapture for what is to run eagerly. limit_bytes: least recently used graphs
+    leave beyond it. verify: compare the first replay of each graph with an eager run. note(text) is told what is not captured, and why.
+    A call raises UserError where a capture has begun and failed.
     """
 
     def __init__(self, capture: Callable[[Function, Inputs], Captured], *, limit_bytes: int, verify: bool,
@@ -101,13 +158,18 @@ class GraphCache:
     def _first(self, key: tuple, function: Function, inputs: Inputs) -> tuple:
         try:
             captured = self._capture(function, inputs)
-        except Exception as error:  # whatever a driver, a kernel or a model refuses with
-            return self._refuse(key, function, inputs, f"cannot be captured ({type(error).__name__}: {error})")
+        except CannotCapture as error:
+            return self._refuse(key, function, inputs, f"cannot be captured ({error})")
+        except Exception as error:
+            raise RankError(
+                f"rollout.graphs: the capture of a forward of {len(inputs['x'])} rows failed ({_in_words(error)}). This process cannot use "
+                "the GPU's memory safely after that; set rollout.graphs to false, and go on with --resume if there is a checkpoint"
+            ) from error
         self.captures += 1
         outputs = self._replay(captured, inputs)
         if self._verify:
             eager = function(**inputs)
-            if not all(_agree(one, other) for one, other in zip(outputs, eager, strict=True)):
+            if not _agree(outputs, eager):
                 return self._refuse(key, function, inputs, "gives other values when replayed")
         self._graphs[key] = captured
         while self.nbytes > self._limit and len(self._graphs) > 1:
@@ -128,9 +190,16 @@ class GraphCache:
         return function(**inputs)
 
 
-def _agree(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Equal but for the order of sums: libraries may choose another algorithm while capturing."""
-    tolerance = 1e-5 if one.dtype == torch.float32 else 2e-2
+def _agree(outputs: tuple[torch.Tensor, ...], eager: tuple[torch.Tensor, ...]) -> bool:
+    """Equal but for the order of sums: libraries may choose another algorithm while capturing.
+
+    All to the tolerance of the loosest dtype: an fp32 output is made of the others, too.
+    """
+    tolerance = max(TOLERANCE.get(t.dtype, 0.0) for t in eager)
+    return all(_close(one, other, tolerance) for one, other in zip(outputs, eager, strict=True))
+
+
+def _close(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
     same_nan = torch.equal(one.isnan(), other.isnan())
     one, other = one.double().nan_to_num(), other.double().nan_to_num()
     return same_nan and bool((one - other).norm() <= tolerance * other.norm())
