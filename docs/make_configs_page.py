@@ -61,6 +61,8 @@ WHY = {
     "authors' `true_cfg_scale`. The small model has none.",
     "rollout.micro_batch": "The largest that leaves room on the card; `--dry-run` says how much. It changes speed alone.",
     "rollout.decode_batch": "The decoder at 1024 px holds more than the transformer's forward does; it changes speed alone.",
+    "rollout.graphs": "A forward is one launch instead of some thousand. Not tried on a GPU yet: a rehearsal at the start turns it off "
+    "where it fails.",
     "rollout.suffix.stride": "Coarser steps after the decision of a child; measured on the small model alone, see the log.",
     "rollout.suffix.exact_steps": "The first step after the decision stays exact.",
     "rewards.ocr.weight": "The only reward.",

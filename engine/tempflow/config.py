@@ -144,7 +144,7 @@ class Rollout(Section):
     )
     decode_batch: Positive = Field(16, description="most latents decoded at once")
     suffix: Suffix | None = Field(None, description="coarser steps after a row's last decision; null: the exact ones")
-    graphs: bool = Field(False, description="replay forwards as CUDA graphs where there is a GPU; needs replica")
+    graphs: bool = Field(False, description="replay forwards as CUDA graphs where there is a GPU, after a rehearsal; needs replica")
     graph_limit_mb: Positive = Field(4096, description="device memory for graphs; the least recently used leave beyond it")
     graph_verify: bool = Field(True, description="compare every graph's first replay with an eager forward")
     compile: Compile = Field("eager", description="torch.compile of the rollout copy's blocks; compile-max tunes kernels too")

@@ -116,7 +116,8 @@ class Collector:
 
     def __init__(self, config: Config, policy: Policy, prompts: list[Prompt], embeddings: EmbeddingCache,
                  pool: RewardPool, specs: list[RewardSpec], should_stop=lambda: False,
-                 note: Callable[[str], None] = print):  # fmt: skip
+                 note: Callable[[str], None] = print, graphs: GraphCache | bool = True):  # fmt: skip
+        """graphs: what captures forwards; True: what `rollout.graphs` says, False: nothing."""
         self.config, self.policy, self.prompts = config, policy, prompts
         self.embeddings, self.pool, self.should_stop = embeddings, pool, should_stop
         self.trained = [spec for spec in specs if not spec.watched]
@@ -129,10 +130,10 @@ class Collector:
         self._float8: Float8Copy | None = None
         if r.suffix and r.suffix.weights == "float8":
             self._float8 = self._make_float8()
-        self.graphs = None
-        if r.graphs and policy.device.type == "cuda":
+        self.graphs = None if isinstance(graphs, bool) else graphs
+        if graphs is True and r.graphs and policy.device.type == "cuda":
             self.graphs = GraphCache(CudaCapture(), limit_bytes=r.graph_limit_mb << 20, verify=r.graph_verify, note=note)
-        elif r.graphs:
+        elif graphs is True and r.graphs:
             note("rollout.graphs: no GPU, so rollouts run eagerly")
 
     def _make_float8(self) -> Float8Copy:

@@ -41,6 +41,7 @@ from tempflow.trainer.collect import Collected, Collector, Stopped
 from tempflow.trainer.ema import Average
 from tempflow.trainer.opening import open_policy
 from tempflow.trainer.process import StopSignal, Threads, device
+from tempflow.trainer.rehearsal import may_capture
 from tempflow.trainer.runtime import Runtime
 from tempflow.trainer.start import on_first_rank
 from tempflow.trainer.update import Updater
@@ -75,11 +76,12 @@ class Trainer:
         self.trackers = on_first_rank(self._open_trackers) or Trackers(run_dir)
         reached = range(len(train)) if self.curation else self.order.reached(config.training.iterations)
         self._note(describe(comm.world_size()))
+        graphs = may_capture(config, device(), self._note)
         self.policy, self.embeddings = open_policy(config, [train[i] for i in reached] + self.heldout, device(), self._note)
         self.runtime = Runtime(config, self.policy)
         ema = config.training.ema
         self.ema = Average(self.runtime, ema.decay, ema.every) if ema else None
-        self.collector = Collector(config, self.policy, train, self.embeddings, self.pool, specs, stop, self._note)
+        self.collector = Collector(config, self.policy, train, self.embeddings, self.pool, specs, stop, self._note, graphs)
         self.updater = Updater(config, self.runtime, self._embed)
         self.iteration, self.elapsed, self.images, self.skipped_in_a_row = 0, 0.0, 0, 0
         self.saved = 0  # iteration of the newest checkpoint; before the first update there is nothing to save
