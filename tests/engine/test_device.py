@@ -1,6 +1,7 @@
 """Which device a run takes, and what it says of it, with CUDA, the driver and NCCL stood in for."""
 
 import os
+from unittest import mock
 
 import deepspeed
 import pytest
@@ -20,7 +21,7 @@ OLD = "The NVIDIA driver on your system is too old (found version 12020)."
 def test_the_gpu_is_chosen_before_the_first_collective(monkeypatch, tmp_path):
     """Rank 3 of 8: NCCL's object collectives take the current device, and refuse another one than the rank's own."""
     events = []
-    for name, value in {"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "8"}.items():
+    for name, value in {"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "8", "MASTER_ADDR": "node", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(process, "uses_gpu", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda chosen: events.append(("device", torch.device(chosen).index)))
@@ -39,8 +40,8 @@ def test_a_rank_without_a_gpu_chooses_none(monkeypatch):
     monkeypatch.setattr(deepspeed, "init_distributed", lambda **how: None)
     monkeypatch.setattr(process, "uses_gpu", lambda: False)
     monkeypatch.setattr(torch.cuda, "set_device", lambda chosen: pytest.fail("there is no GPU"))
-    with monkeypatch.context() as here:
-        here.setenv("RANK", "0")
+    with mock.patch.dict(os.environ):
+        os.environ.pop("RANK", None)
         comm.init_distributed()
     assert process.device() == torch.device("cpu")
 
@@ -106,10 +107,10 @@ def test_who_asks_for_the_cpu_gets_it(gpu_machine, monkeypatch, variable, value)
     assert machine.uses_gpu() is False and device.describe().startswith("device: CPU, ")
 
 
-def test_a_run_ends_before_it_begins(gpu_machine, tmp_path, skeleton):
+def test_a_run_ends_before_it_begins(gpu_machine, tmp_path):
     """Not as a silent run on the CPU: status 2, no run directory, and DeepSpeed was not told to take the CPU."""
     gpu_machine()
-    config = write_config(tmp_path, model={"path": str(skeleton)}, logging={"dir": str(tmp_path / "runs")})
+    config = write_config(tmp_path, logging={"dir": str(tmp_path / "runs")})
     done = script_here("train", "--config", config)
     assert done.returncode == 2 and done.stderr.startswith("error: no usable GPU: the NVIDIA driver is 535.104.05"), done.stderr
     assert not (tmp_path / "runs").exists() and "DS_ACCELERATOR" not in os.environ

@@ -19,7 +19,7 @@ from typing import Callable, Iterable
 
 import torch
 
-from tempflow.errors import RankError
+from tempflow.errors import RankError, brief
 
 Inputs = dict[str, torch.Tensor]
 Function = Callable[..., tuple]
@@ -106,7 +106,7 @@ def _stream_kept():
 
 
 def _in_words(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return f"{type(error).__name__}: {brief(error)}"
 
 
 class GraphCache:

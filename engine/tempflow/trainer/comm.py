@@ -33,11 +33,11 @@ def init_distributed() -> None:
             port = str(free.getsockname()[1])
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ.update(alone)
-    # NCCL's group is bound to this rank's GPU, but its collectives of objects go through the current one: GPU 0 until told otherwise.
-    device()
     missing = [name for name in LAUNCH if name not in os.environ]
     if missing:
         raise UserError(f"the environment has RANK but not {', '.join(missing)}: start with `deepspeed engine/train.py`, or unset RANK")
+    # NCCL's group is bound to this rank's GPU, but its collectives of objects go through the current one: GPU 0 until told otherwise.
+    device()
     try:
         deepspeed.init_distributed(verbose=False)
     except (RuntimeError, ValueError, OSError) as error:  # of torch's store, or of a backend
