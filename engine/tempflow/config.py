@@ -329,7 +329,8 @@ def _check_deepspeed(config: Config) -> None:
         if not isinstance(ds.get(key, {}), dict):
             raise ValueError(f"deepspeed.{key}: expected a table, got {shown(ds[key])}")
     zero = ds.get("zero_optimization", {})
-    if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else None
+    if type(stage) is not int or not 0 <= stage <= 3:  # true is no stage, though it equals 1
         raise ValueError(f"deepspeed.zero_optimization: expected a table with stage 0, 1, 2 or 3, got {shown(zero)}")
     half = [name for name in ("bf16", "fp16") if isinstance(ds.get(name), dict) and ds[name].get("enabled")]
     if half and zero.get("stage", 0) == 0:
@@ -434,7 +435,7 @@ def _apply_overrides(data: dict, overrides: list[str]) -> None:
     seen: list[str] = []
     for override in overrides:
         name, equals, text = override.partition("=")
-        if not equals or not name:
+        if not equals or not all(name.split(".")):
             raise UserError(f"--set {shortened(override, VALUE)}: expected section.key=value")
         _set(data, name, _value_of(name, text))
         for earlier in seen:
@@ -481,7 +482,7 @@ _EMPTY = {"string_too_short": "expected a text that is not empty, got ''", "too_
 def _explain(error: dict) -> str:
     """One line of a pydantic error, in the user's key names."""
     parts = [str(p) for p in error["loc"]]
-    name = ".".join(part if part.isprintable() else repr(part) for part in parts)
+    name = ".".join(part if part.isprintable() and len(part) < VALUE else shown(part) for part in parts)
     if error["type"] == "extra_forbidden":
         known = _known_keys(parts[:-1])
         near = difflib.get_close_matches(parts[-1], known, n=1)

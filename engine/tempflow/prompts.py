@@ -46,7 +46,7 @@ def load_prompts(given: str | Path | HubDataset, key: str = "data.train") -> lis
     prompts = _read_dataset(given, key) if isinstance(given, HubDataset) else _read_file(Path(given), key)
     long = [i for i, prompt in enumerate(prompts) if max(len(prompt.text), len(prompt.negative or "")) > LONGEST]
     if long:
-        note(f"{key}: {len(long)} prompts are cut to {LONGEST} characters; the first is {prompts[long[0]].metadata['source']}")
+        note(f"{key}: prompts cut to {LONGEST} characters: {len(long)}, the first at {prompts[long[0]].metadata['source']}")
     for i in long:
         text, negative = prompts[i].text, prompts[i].negative
         prompts[i] = replace(prompts[i], text=text[:LONGEST], negative=negative and negative[:LONGEST])
@@ -71,7 +71,7 @@ def _read_file(file: Path, key: str) -> list[Prompt]:
         raise UserError(f"{key}: {file} holds no prompts")
     cells = [] if kind == ".jsonl" else [i for i, line in enumerate(lines, 1) if _is_cell(line.strip())]
     if cells:
-        note(f"{key}: the quoting of a spreadsheet is taken off {len(cells)} prompts; the first is {file}:{cells[0]}")
+        note(f"{key}: prompts read without the quoting of a spreadsheet: {len(cells)}, the first at {file}:{cells[0]}")
     return prompts
 
 

@@ -132,6 +132,15 @@ def test_samples_mark_what_is_missing(tmp_path):
     assert (np.asarray(Image.open(tmp_path / "000000/0002.png")) == no_image(16, 16)).all()
 
 
+def test_samples_name_a_target_that_the_metadata_names(tmp_path):
+    """For the report, which marks the letters of a reading against it."""
+    found, prompts = scored([5, 9], [True, True], 2, keep=2)
+    prompts[1].metadata["ocr_target"] = "OPEN"
+    evaluation.write_samples(tmp_path / "000000", found, prompts, {"iteration": 0})
+    items = json.loads((tmp_path / "000000/samples.json").read_text())["items"]
+    assert [item.get("ocr_target") for item in items] == [None, "OPEN"]
+
+
 @pytest.mark.parametrize("images, failed, not_finite, allowed, words", [
     (4, 2, 0, 0.5, None),
     (4, 0, 0, 0.01, None),

@@ -116,7 +116,7 @@ def test_a_spreadsheets_quoting_is_taken_off(tmp_path, capsys):
     file = written(tmp_path, "p.txt", "\r\n".join(lines))
     found = [p.text for p in load_prompts(file, "--prompts")]
     assert found == ['a cup, white, that says "TEA"', "a plain line", '"TEA" on a cup, white', *lines[3:]]
-    assert capsys.readouterr().err == f"note: --prompts: the quoting of a spreadsheet is taken off 2 prompts; the first is {file}:1\n"
+    assert capsys.readouterr().err == f"note: --prompts: prompts read without the quoting of a spreadsheet: 2, the first at {file}:1\n"
     load_prompts(written(tmp_path, "q.jsonl", json.dumps({"prompt": lines[0]})))
     assert capsys.readouterr().err == ""
 
@@ -125,7 +125,7 @@ def test_long_prompts_are_cut_and_told(tmp_path, capsys):
     whole = "x" * LONGEST
     file = written(tmp_path, "p.txt", f"{whole}\n{whole}y\n\n{'z' * 10**6}\n")
     assert [p.text for p in load_prompts(file)] == [whole, whole, "z" * LONGEST]
-    assert capsys.readouterr().err == f"note: data.train: 2 prompts are cut to {LONGEST} characters; the first is {file}:2\n"
+    assert capsys.readouterr().err == f"note: data.train: prompts cut to {LONGEST} characters: 2, the first at {file}:2\n"
 
 
 def test_prompts_of_a_command_line_are_held_to_the_same():

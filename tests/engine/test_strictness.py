@@ -182,6 +182,9 @@ def test_of_settings_given_twice_the_last_counts_and_it_is_told(tmp_path, capsys
     ("training.seed=" + "[" * 100_000, ["--set training.seed", "recursion"]),
     ("logging.name=", ["logging.name", "not empty"]),
     ("data.heldout=", ["data.heldout", "got ''"]),
+    *((name, [f"--set {name}: expected section.key=value"]) for name in (".seed=1", "training.=1", "training..seed=1")),
+    ("training." + "x" * 10**6 + "=1", ["training.'xxx", "unknown key"]),
+    ("deepspeed.zero_optimization.stage=true", ["deepspeed.zero_optimization", "True"]),
     ("x" * 10**6, ["--set xxx", "expected section.key=value"]),
     ("training.seed=" + "x" * 10**6, ["training.seed", "integer"]),
 ])  # fmt: skip

@@ -245,6 +245,7 @@ def test_sample_sets_of_other_noise_are_not_called_the_same(run_factory, sample_
 @pytest.mark.parametrize("reading, target, marks", [
     ("HELLO", "hello", "rrrrr"), ("HELO", "HELLO", "rrmrr"), ("HEXLO", "HELLO", "rrwrr"), ("HELLOO", "HELLO", "rrrrrw"),
     ("", "AB", "mm"), ("H I", "HI", "rr"), ("XJLG", "XVZJ", "rwww"), ("QQ", "ABC", "wwm"),
+    ("Don't", "Don’t", "rrrrr"), ("½", "1/2", "rrr"), ("ＡＢ", "abc", "rrm"), ("cafe\u0301", "Café", "rrrr"), ("a\u200bb", "AB", "rr"),
 ])
 def test_letters_are_marked_by_edit_distance(reading, target, marks):
     found = "".join(state[0] for _, state in compare(reading, target))
@@ -259,6 +260,16 @@ def test_scene_text_that_contains_the_target_is_right(run_factory):
     path.write_text(json.dumps(info))
     found = page(run_dir)
     assert "CAFE OPEN 24H" in found.text and not found.all("mark")
+
+
+def test_a_target_that_the_metadata_names_is_marked(run_factory):
+    run_dir = run_factory(iterations=5, sets=(0,), prompts=['a "7 inch" sleeve'])
+    path = run_dir / "samples/000000/samples.json"
+    info = json.loads(path.read_text())
+    info["items"][0].update(reward=0.5, rewards={"ocr": 0.5}, details={"ocr": "SIDX"}, ocr_target="SIDE")
+    path.write_text(json.dumps(info))
+    found = page(run_dir)
+    assert len(found.all("mark")) == 1 and "SIDX" in found.text.replace(" ", "")
 
 
 def test_long_runs_are_thinned_over_all_iterations(run_factory):

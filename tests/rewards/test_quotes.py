@@ -134,4 +134,4 @@ def test_a_line_may_name_its_target():
 def test_targets_are_told():
     prompts = [f'the word "W{n}"' for n in range(9)] * 2 + ['"W0" over "W1" here']
     told = OcrReward().check_prompts(prompts, [{}] * len(prompts))
-    assert told == "OCR targets: 'W0', 'W1', 'W2', 'W3', 'W4' and 4 more; 1 prompts quote several texts, of which the first counts"
+    assert told == "OCR targets: 'W0', 'W1', 'W2', 'W3', 'W4' and 4 more; prompts that quote several texts, of which the first counts: 1"

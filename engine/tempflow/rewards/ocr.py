@@ -98,7 +98,7 @@ def target_of(prompt: str, metadata: dict) -> tuple[str, bool]:
 
 def _told(targets: list[str], several: int) -> str:
     more = f" and {len(targets) - SHOWN} more" if len(targets) > SHOWN else ""
-    first = f"; {several} prompts quote several texts, of which the first counts" if several else ""
+    first = f"; prompts that quote several texts, of which the first counts: {several}" if several else ""
     return f"OCR targets: {', '.join(shown(target, 40) for target in targets[:SHOWN])}{more}{first}"
 
 

@@ -7,7 +7,7 @@ silence: both are refused. What those classes leave unchecked (the optimizer, pl
 from __future__ import annotations
 
 import difflib
-import math
+import sys
 from pathlib import Path
 
 import torch
@@ -95,7 +95,7 @@ def _name(*parts) -> str:
 
 
 def _check_number(name: str, value) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= sys.float_info.max:
         raise UserError(f"{name}: expected a number from 0 on, got {shown(value)}")
 
 
