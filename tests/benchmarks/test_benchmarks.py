@@ -1,87 +1,12 @@
 """The benchmarks measure what they say: equal work, ratios to the right thing, figures that come from the data."""
 
 import json
-import sys
 
 import learning
 import numpy as np
 import pytest
 import suffix_fidelity
-import throughput
-import torch
-from engine_cases import small_config, write_config
-from kernel_cases import assert_close
-
-SMALL = {
-    "rollout": {"num_steps": 5, "children": 3, "branch_steps": "all", "micro_batch": 16},
-    "training": {"kl_coef": 0.01, "micro_batch": 16, "ema": None},
-}
-
-
-@pytest.fixture(scope="module")
-def bench():
-    made = throughput.Bench(small_config(**SMALL))
-    with made.pool:
-        yield made
-
-
-def test_the_papers_procedure_does_the_same_work(bench):
-    """Its states, children and rewards are the engine's: only order, batches and sharing differ."""
-    from tempflow.advantages import advantages
-
-    collector = bench.collector(bench.config)
-    data = collector.collect(0, bench.order.indices(0))
-    sequential = throughput.Sequential(bench, bench.config)
-    kept = {}
-    train = throughput.train
-
-    def keep(bench, config, collector, data, micro_batch):
-        kept["data"] = data
-        return train(bench, config, collector, data, micro_batch)
-
-    throughput.train = keep
-    try:
-        result = sequential(0)
-    finally:
-        throughput.train = train
-    assert len(kept["data"].decisions) == len(data.decisions) == 2 * 2 * 4
-    for one, other in zip(sorted(kept["data"].decisions, key=lambda d: (d.unit.index, d.step)), data.decisions, strict=True):
-        assert one.unit == other.unit and one.step == other.step
-        assert_close("state", one.x, other.x, 1e-5)
-        assert_close("children", one.x_next, other.x_next, 1e-5)
-    np.testing.assert_allclose(kept["data"].rewards, data.rewards, atol=2e-3)
-    assert advantages(data.rewards, group="seed", global_std=False, clip=5).values.any()
-    # 4 units: a trunk of 4 forwards, and 3 children at each of 4 branch steps, each with a first forward and its suffix
-    assert result.forwards["rollout"] == 4 * (4 + 3 * (5 + 4 + 3 + 2))
-
-
-def test_variants_count_what_they_run(bench):
-    rows = throughput.measure(bench, rounds=1, only=None)
-    by_name = {row["variant"]: row for row in rows}
-    assert list(by_name)[0] == "paper's procedure"
-    engine, separate = by_name["engine"], by_name["engine, one forward per child"]
-    assert separate["forwards"]["train"] == by_name["paper's procedure"]["forwards"]["train"] == 3 * engine["forwards"]["train"]
-    assert separate["forwards"]["rollout"] == engine["forwards"]["rollout"] == 4 * (5 + 3 * (4 + 3 + 2 + 1))
-    assert by_name["Flow-GRPO, as many pictures"]["images"] == 2 * 2 * 4 * 3
-    peaks = {"rollout": 1e9, "train": 1e9}
-    throughput.add_ratios(rows, 10**6, peaks, bench.config)
-    assert rows[0]["times_faster"] == rows[0]["train_times_faster"] == 1
-    rollout = engine["forwards"]["rollout"] * 1e6 / engine["seconds"]["rollout"] / 1e9
-    assert engine["mfu_rollout"] == pytest.approx(rollout)
-    # one update and one pass of the reference: rows count 3 and 1 forwards
-    assert engine["mfu_train"] == pytest.approx(engine["forwards"]["train"] * 2 * 1e6 / engine["seconds"]["train"] / 1e9)
-
-
-@pytest.mark.slow
-def test_throughput_as_a_command(tmp_path, monkeypatch):
-    config = write_config(tmp_path, **SMALL)
-    monkeypatch.setattr(sys, "argv", ["throughput.py", "--config", str(config), "--rounds", "1", "--only", "paper", "engine",
-                                      "--output", str(tmp_path)])  # fmt: skip
-    assert throughput.main() == 0
-    (report,) = tmp_path.glob("throughput-small-*.json")
-    record = json.loads(report.read_text())
-    assert {"date", "device", "versions", "config", "rows"} <= record.keys() and len(record["rows"]) == 4
-    assert report.with_suffix(".png").stat().st_size > 5000
+from engine_cases import small_config
 
 
 # --------------------------------------------------------------------------------------------------- suffix fidelity
@@ -139,7 +64,3 @@ def test_every_variant_is_a_config():
     for variant, changes in learning.VARIANTS.items():
         config = load_config(learning.ROOT / "configs/tiny_ocr.json", changes)
         assert (config.rollout.plan == "flow_grpo") == (variant in ("flow_grpo", "without branching"))
-
-
-def test_peak_is_a_rate():
-    assert 1e8 < throughput.matmul_peak(torch.float32, torch.device("cpu")) < 1e14

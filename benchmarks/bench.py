@@ -1,0 +1,153 @@
+"""What the variants of throughput.py share: one loaded engine, and the timed parts of an iteration on it."""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from tempflow import cli
+from tempflow.config import Config
+from tempflow.prompts import PromptOrder, load_prompts
+from tempflow.rewards import RewardPool, check_prompts, parse_rewards
+
+PHASES = ("rollout", "decode", "reward", "train", "sync")
+
+
+class Bench:
+    """The engine's own parts on one config.
+
+    The prompts of the first `iterations` iterations are embedded by text encoders that are gone before the rest is loaded, as in
+    a run with data.embedding_cache; without that key the embeddings go to a temporary folder.
+    pool: the rewards of another bench, to be used again.
+    """
+
+    def __init__(self, config: Config, iterations: int, pool: RewardPool | None = None):
+        cli.quiet_libraries()
+        from tempflow.policy import check_model
+        from tempflow.trainer import comm
+        from tempflow.trainer.opening import open_policy
+        from tempflow.trainer.process import Threads, device
+        from tempflow.trainer.runtime import Runtime
+
+        comm.init_distributed()
+        self.config = config
+        self.specs = parse_rewards(config.rewards)
+        self.prompts = load_prompts(config.data.train, "data.train")
+        check_prompts(self.specs, [p.text for p in self.prompts], [p.metadata for p in self.prompts])
+        check_model(config.model.path)
+        self.threads = Threads(config)
+        self.pool = pool or RewardPool(self.specs, **config.reward_pool.pool())
+        self.order = PromptOrder(len(self.prompts), config.data.prompts_per_iteration, config.training.seed)
+        self._scratch = tempfile.TemporaryDirectory(prefix="tempflow-embeddings-")
+        opened = changed(config, data={"embedding_cache": config.data.embedding_cache or self._scratch.name})
+        self.policy, self.embeddings = open_policy(opened, [self.prompts[i] for i in self.order.reached(iterations)], device())
+        self.runtime = Runtime(config, self.policy)
+        self.pool.wait_ready()
+
+    def collector(self, config: Config):
+        from tempflow.trainer.collect import Collector
+
+        return Collector(config, self.policy, self.prompts, self.embeddings, self.pool, self.specs)
+
+    def embed(self, units):
+        chosen = [self.prompts[unit.prompt_id] for unit in units]
+        return self.embeddings.get([p.text for p in chosen], [p.negative for p in chosen])
+
+
+def changed(config: Config, **sections) -> Config:
+    """The config with some keys of some sections changed."""
+    config = config.model_copy(deep=True)
+    for section, keys in sections.items():
+        for key, value in keys.items():
+            setattr(getattr(config, section), key, value)
+    return config
+
+
+@dataclass
+class Iteration:
+    """What one iteration took. seconds: per phase. forwards: rows in the rollout and in training (no backward)."""
+
+    seconds: dict[str, float]
+    images: int
+    forwards: dict[str, int] = field(default_factory=dict)
+
+
+class Engine:
+    """Iterations as the trainer runs them: on one collector, whose graphs and float8 copy last until `free`."""
+
+    def __init__(self, bench: Bench, config: Config):
+        self.bench, self.config, self._collector = bench, config, None
+
+    def __call__(self, iteration: int) -> Iteration:
+        bench = self.bench
+        self._collector = self._collector or bench.collector(self.config)
+        with bench.threads.shared():
+            data = self._collector.collect(iteration, bench.order.indices(iteration))
+        started = time.perf_counter()
+        trained = train(bench, self.config, self._collector, data, self.config.training.micro_batch)
+        synchronize()
+        seconds = {**{k: data.times[k] for k in ("rollout", "decode", "reward")}, "train": time.perf_counter() - started}
+        return Iteration(seconds | {"sync": refresh(bench)}, data.images, {"rollout": data.stats.forwards, "train": trained})
+
+    def free(self) -> None:
+        """Give back what the variant holds on the device."""
+        self._collector = None
+        release()
+
+
+def release() -> None:
+    """Give the device's memory back: engines and policies live on in reference cycles until a collection."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def train(bench: Bench, config: Config, collector, data, micro_batch: int) -> int:
+    """The updates on a rollout's decisions; returns the rows forwarded."""
+    from tempflow.advantages import advantages
+    from tempflow.objective import make_batches, select
+    from tempflow.sde import noise_weights
+    from tempflow.trainer.update import Updater
+
+    t = config.training
+    adv = advantages(data.rewards, group=t.advantage_group, global_std=t.global_std, clip=t.adv_clip)
+    chosen = select(data.decisions, adv, data.steps, keep_all=t.kl_coef > 0)
+    count = -(-len(chosen) // micro_batch)
+    weights = noise_weights(collector.sde.tau, data.steps, t.weighting)
+    batches = make_batches(chosen, data.decisions[0], count, -(-len(chosen) // count), collector.sigmas, collector.sde, weights,
+                           bench.policy.device)  # fmt: skip
+    updater = Updater(config, bench.runtime, bench.embed)
+    total = int(np.prod(data.rewards.shape[:3]))
+    return sum(updater.update(batches, total, 1.0, u == 0)["forwards"] for u in range(t.updates_per_rollout))
+
+
+def refresh(bench: Bench) -> float:
+    """Seconds of a weight sync."""
+    started = time.perf_counter()
+    bench.runtime.refresh(bench.policy.transformer)
+    synchronize()
+    return time.perf_counter() - started
+
+
+def matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s of a large square matrix product, the best of several."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(10):
+        synchronize()
+        started = time.perf_counter()
+        a @ b
+        synchronize()
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best

@@ -1,0 +1,37 @@
+"""What a benchmark of several variants will need, by the dry run's arithmetic: nothing is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bench import changed
+
+from tempflow.config import Config
+from tempflow.dryrun.estimate import Memory, estimate
+
+MFU = 0.4  # of a matrix product's speed, which transformers of this size reach about
+CONTEXT = 1.5e9  # bytes of a CUDA context, of cuDNN's workspaces and of what the allocator cannot use
+TIMED = ("rollout", "decode", "reference", "training")
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """seconds: of one iteration of every variant, rewards not counted. bytes: on the device at most."""
+
+    seconds: float
+    bytes: int
+
+
+def forecast(configs: list[Config], flops_per_s: float, engines: int = 1) -> Forecast:
+    """Of variants that share `engines` loaded engines. What each holds besides (float8 copies, graphs) is there until the end."""
+    embedded = [changed(config, data={"embedding_cache": "unused"}) for config in configs]
+    made = [estimate(config, mfu=MFU, peak_tflops=flops_per_s / 1e12, advise=False) for config in embedded]
+    seconds = sum(phase.seconds for each in made for phase in each.phases if phase.name in TIMED)
+    resident = [_resident(each.memory) for each in made]
+    extra = sum(size - min(resident) for size in resident)
+    moment = max(item.bytes for each in made for item in each.memory.moments)
+    return Forecast(seconds, engines * min(resident) + extra + moment)
+
+
+def _resident(memory: Memory) -> int:
+    return sum(item.bytes for item in memory.resident)

@@ -1,0 +1,189 @@
+"""throughput.py measures equal work, forecasts what it needs, loses nothing in a crash and gives back what it held."""
+
+import json
+import sys
+import weakref
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import sequential
+import throughput
+import torch
+from bench import Bench, Iteration, matmul_peak
+from engine_cases import small_config, write_config
+from forecast import CONTEXT, forecast
+from kernel_cases import assert_close
+
+SMALL = {
+    "rollout": {"num_steps": 5, "children": 3, "branch_steps": "all", "micro_batch": 16},
+    "training": {"kl_coef": 0.01, "micro_batch": 16, "ema": None},
+}
+
+
+@pytest.fixture(scope="module")
+def bench():
+    made = Bench(small_config(**SMALL), iterations=2)
+    with made.pool:
+        yield made
+
+
+def test_the_text_encoders_are_gone_before_the_rest_is_loaded(bench):
+    assert bench.policy.pipe.text_encoder is None and bench.policy.pipe.text_encoder_2 is None
+    assert bench.policy.transformer is not None and bench.embed(throughput.iteration_units(bench.order.indices(1), 2))
+
+
+def test_the_papers_procedure_does_the_same_work(bench, monkeypatch):
+    """Its states, children and rewards are the engine's: only order, batches and sharing differ."""
+    from tempflow.advantages import advantages
+
+    collector = bench.collector(bench.config)
+    data = collector.collect(0, bench.order.indices(0))
+    kept, train = {}, sequential.train
+
+    def keep(bench, config, collector, data, micro_batch):
+        kept["data"] = data
+        return train(bench, config, collector, data, micro_batch)
+
+    monkeypatch.setattr(sequential, "train", keep)
+    result = sequential.Sequential(bench, bench.config)(0)
+    assert len(kept["data"].decisions) == len(data.decisions) == 2 * 2 * 4
+    for one, other in zip(sorted(kept["data"].decisions, key=lambda d: (d.unit.index, d.step)), data.decisions, strict=True):
+        assert one.unit == other.unit and one.step == other.step
+        assert_close("state", one.x, other.x, 1e-5)
+        assert_close("children", one.x_next, other.x_next, 1e-5)
+    np.testing.assert_allclose(kept["data"].rewards, data.rewards, atol=2e-3)
+    assert advantages(data.rewards, group="seed", global_std=False, clip=5).values.any()
+    # 4 units: a trunk of 4 forwards, and 3 children at each of 4 branch steps, each with a first forward and its suffix
+    assert result.forwards["rollout"] == 4 * (4 + 3 * (5 + 4 + 3 + 2))
+
+
+def test_variants_count_what_they_run(bench):
+    wanted, kept = throughput.variants(bench.config, compiled=False, gpu=False), []
+    rows = throughput.measure({False: bench}, wanted, 1, lambda rows: kept.append([row["variant"] for row in rows]))
+    assert kept == [[v.name for v in wanted][: n + 1] for n in range(len(wanted))], "rows are kept as they come"
+    by_name = {row["variant"]: row for row in rows}
+    assert list(by_name)[0] == "paper's procedure"
+    engine, separate = by_name["engine"], by_name["engine, one forward per child"]
+    assert separate["forwards"]["train"] == by_name["paper's procedure"]["forwards"]["train"] == 3 * engine["forwards"]["train"]
+    assert separate["forwards"]["rollout"] == engine["forwards"]["rollout"] == 4 * (5 + 3 * (4 + 3 + 2 + 1))
+    assert by_name["Flow-GRPO, as many images"]["images"] == 2 * 2 * 4 * 3
+    peaks = {"rollout": 1e9, "train": 1e9}
+    throughput.add_ratios(rows, 10**6, peaks, bench.config)
+    assert rows[0]["times_faster"] == rows[0]["train_times_faster"] == 1
+    rollout = engine["forwards"]["rollout"] * 1e6 / engine["seconds"]["rollout"] / 1e9
+    assert engine["mfu_rollout"] == pytest.approx(rollout)
+    # one update and one pass of the reference: rows count 3 and 1 forwards
+    assert engine["mfu_train"] == pytest.approx(engine["forwards"]["train"] * 2 * 1e6 / engine["seconds"]["train"] / 1e9)
+
+
+class Stub:
+    """A variant that holds memory from its first iteration until `free`."""
+
+    holding: set = set()
+    most = 0
+
+    def __init__(self, bench, config):
+        self.config = config
+
+    def __call__(self, iteration):
+        if iteration == self.config.get("fails_in"):
+            raise RuntimeError("out of memory")
+        self.holding.add(id(self))
+        Stub.most = max(Stub.most, len(self.holding))
+        return Iteration(dict.fromkeys(throughput.PHASES, 1.0), 4, {"rollout": 1, "train": 1})
+
+    def free(self):
+        self.holding.discard(id(self))
+
+
+def test_a_variant_gives_back_what_it_holds_in_its_last_round():
+    wanted = [throughput.Variant(name, {}, Stub) for name in "abc"]
+    throughput.measure({False: None}, wanted, 2, lambda rows: None)
+    assert not Stub.holding and Stub.most == 3
+
+
+def test_a_crash_loses_nothing():
+    kept = []
+    wanted = [throughput.Variant("a", {}, Stub), throughput.Variant("b", {"fails_in": 2}, Stub)]
+    with pytest.raises(RuntimeError):
+        throughput.measure({False: None}, wanted, 3, kept.append)
+    assert {row["variant"]: len(row["totals_s"]) for row in kept[-1]} == {"a": 2, "b": 1}
+
+
+def test_an_engine_variant_lets_its_collector_go(bench):
+    from bench import Engine
+
+    run = Engine(bench, bench.config)
+    run(0)
+    collector = weakref.ref(run._collector)
+    run.free()
+    assert collector() is None
+
+
+# ------------------------------------------------------------------------------------------------------- forecast
+def arguments(**changes):
+    return Namespace(**{"only": None, "compile": False, "set": [], "rounds": 3, **changes})
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_is_refused_before_anything_is_made(monkeypatch, capsys):
+    """The default at 1024 pixels fits the 81 559 MiB of an H100, which it would not with the text encoders' 9.8 GB and both
+    variants' leftovers; two engines (--compile) or a smaller card are refused."""
+    from tempflow.errors import UserError
+
+    card = Namespace(total_memory=81559 << 20)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: card)
+    monkeypatch.setattr(throughput, "matmul_peak", lambda dtype, device: 600e12)
+    monkeypatch.setattr(throughput, "device_name", lambda: "CARD")
+    args = arguments()
+    config = throughput.large_config(1024, args)
+    throughput.announce({"flux-dev-1024": config}, args)
+    said = capsys.readouterr().out
+    assert "flux-dev-1024: about 24.1 minutes for 3 rounds and one to warm up" in said and "up to 74.6 GB" in said
+    wanted = throughput.variants(config, compiled=False, gpu=True)
+    assert forecast([v.config for v in wanted], 600e12).bytes + CONTEXT < card.total_memory
+    card.total_memory = 48 << 30
+    with pytest.raises(UserError, match=r"flux-dev-1024: needs 76.1 GB with the CUDA context, CARD has 51.5"):
+        throughput.announce({"flux-dev-1024": config}, args)
+    card.total_memory = 81559 << 20
+    with pytest.raises(UserError, match="leave --compile out"):
+        throughput.announce({"flux-dev-1024": config}, arguments(compile=True, only=["engine"]))
+
+
+def test_an_unknown_variant_is_refused():
+    from tempflow.errors import UserError
+
+    with pytest.raises(UserError, match="--only nonsense: no such variant; there are paper's procedure, "):
+        throughput.chosen(small_config(), arguments(only=["nonsense"]))
+
+
+# -------------------------------------------------------------------------------------------------------- command
+@pytest.mark.slow
+def test_throughput_as_a_command(tmp_path, monkeypatch):
+    """And once more in the same process, beside nothing of the first."""
+    engines = []
+
+    class Watched(Bench):
+        def __init__(self, *args):
+            throughput.release()
+            assert not any(engine() for engine in engines), "the engine before is still there"
+            super().__init__(*args)
+            engines.append(weakref.ref(self.runtime.engine))
+
+    monkeypatch.setattr(throughput, "Bench", Watched)
+    config = write_config(tmp_path, **SMALL)
+    monkeypatch.setattr(sys, "argv", ["throughput.py", "--config", str(config), "--quick", "--only", "engine",
+                                      "--output", str(tmp_path)])  # fmt: skip
+    for _ in range(2):
+        assert throughput.main() == 0
+    (report,) = tmp_path.glob("throughput-small-*.json")
+    record = json.loads(report.read_text())
+    assert {"date", "device", "versions", "config", "rows"} <= record.keys() and len(record["rows"]) == 3
+    assert record["complete"] is True and [len(row["totals_s"]) for row in record["rows"]] == [1, 1, 1]
+    assert report.with_suffix(".png").stat().st_size > 5000 and len(engines) == 2
+
+
+def test_peak_is_a_rate():
+    assert 1e8 < matmul_peak(torch.float32, torch.device("cpu")) < 1e14
