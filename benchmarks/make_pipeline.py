@@ -95,15 +95,15 @@ def make_pipeline(shape: str, out: Path, *, scale: float = 1.0, device: str = "c
 
 
 @torch.no_grad()
-def random_model(library: str, name: str, config: dict, device: str) -> torch.nn.Module:
-    """A bfloat16 model with weights as its class initialises them, made on the device; always the same ones."""
+def random_model(library: str, name: str, config: dict, device: str, dtype: torch.dtype = torch.bfloat16) -> torch.nn.Module:
+    """A model with weights as its class initialises them, made on the device; always the same ones."""
     import diffusers
     import transformers
 
     torch.manual_seed(0)
     kind = getattr({"diffusers": diffusers, "transformers": transformers}[library], name)
     default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
             if library == "diffusers":

@@ -13,7 +13,10 @@ import torch
 from bench import Bench, Iteration, matmul_peak
 from engine_cases import small_config, write_config
 from forecast import CONTEXT, forecast
+from gpu_steps.models import card_folder
 from kernel_cases import assert_close
+
+from tempflow.errors import UserError
 
 SMALL = {
     "rollout": {"num_steps": 5, "children": 3, "branch_steps": "all", "micro_batch": 16},
@@ -126,35 +129,49 @@ def arguments(**changes):
     return Namespace(**{"only": None, "compile": False, "set": [], "rounds": 3, **changes})
 
 
-@pytest.mark.slow
-def test_what_does_not_fit_is_refused_before_anything_is_made(monkeypatch, capsys):
-    """The default at 1024 pixels fits the 81 559 MiB of an H100, which it would not with the text encoders' 9.8 GB and both
-    variants' leftovers; two engines (--compile) or a smaller card are refused."""
-    from tempflow.errors import UserError
-
-    card = Namespace(total_memory=81559 << 20)
+@pytest.fixture
+def announce(monkeypatch, tmp_path):
+    """announce(bytes of the card, --compile) of the default variants on a GPU, at FLUX.1-dev's shape with few layers and heads."""
+    config = throughput.large_config(256, arguments(), card_folder("flux-dev", tmp_path, 2, rehearse=True))
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: card)
     monkeypatch.setattr(throughput, "matmul_peak", lambda dtype, device: 600e12)
     monkeypatch.setattr(throughput, "device_name", lambda: "CARD")
-    args = arguments()
-    config = throughput.large_config(1024, args)
-    throughput.announce({"flux-dev-1024": config}, args)
+
+    def announce(total: int, compiled: bool = False) -> None:
+        monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: Namespace(total_memory=total))
+        throughput.announce({"small": config}, arguments(compile=compiled))
+
+    announce.configs = [variant.config for variant in throughput.variants(config, compiled=False, gpu=True)]
+    return announce
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_made(announce, capsys):
+    found = forecast(announce.configs, 600e12)
+    needed = int(found.bytes + CONTEXT)
+    announce(needed + 1)
     said = capsys.readouterr().out
-    assert "flux-dev-1024: about 24.1 minutes for 3 rounds and one to warm up" in said and "up to 74.6 GB" in said
-    wanted = throughput.variants(config, compiled=False, gpu=True)
-    assert forecast([v.config for v in wanted], 600e12).bytes + CONTEXT < card.total_memory
-    card.total_memory = 48 << 30
-    with pytest.raises(UserError, match=r"flux-dev-1024: needs 76.1 GB with the CUDA context, CARD has 51.5"):
-        throughput.announce({"flux-dev-1024": config}, args)
-    card.total_memory = 81559 << 20
-    with pytest.raises(UserError, match="leave --compile out"):
-        throughput.announce({"flux-dev-1024": config}, arguments(compile=True, only=["engine"]))
+    assert f"small: about {found.seconds * 4 / 60:.1f} minutes for 3 rounds and one to warm up" in said
+    assert f"up to {found.bytes / 1e9:.1f} GB" in said
+    with pytest.raises(UserError, match="small: needs .* GB with the CUDA context, CARD has .*--only.*leave --compile out.*--quick"):
+        announce(needed - 1)
+    with pytest.raises(UserError):  # a second engine
+        announce(needed + 1, compiled=True)
+
+
+def test_the_forecast_is_the_dry_runs_largest_moment_over_what_all_variants_hold(announce):
+    from tempflow.dryrun.estimate import estimate
+
+    made = [estimate(config, advise=False).memory for config in announce.configs]
+    items = [{item.name: item.bytes for item in memory.resident if item.name != "text encoders"} for memory in made]
+    shared, names = min(sum(one.values()) for one in items), {name for one in items for name in one}
+    assert {"CUDA graph of the rollout", "float8 copy for suffixes"} <= names
+    extra = sum(sum(one.values()) - shared for one in items)
+    moments = {item.name: item.bytes for memory in made for item in memory.moments}
+    assert forecast(announce.configs, 1e12).bytes == shared + extra + max(moments.values())
+    assert forecast(announce.configs, 1e12).seconds == pytest.approx(10 * forecast(announce.configs, 1e13).seconds)
 
 
 def test_an_unknown_variant_is_refused():
-    from tempflow.errors import UserError
-
     with pytest.raises(UserError, match="--only nonsense: no such variant; there are paper's procedure, "):
         throughput.chosen(small_config(), arguments(only=["nonsense"]))
 

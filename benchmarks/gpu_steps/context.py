@@ -1,0 +1,103 @@
+"""What a step is given: the device, whether this is a rehearsal, and where its findings go."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+import traceback
+from pathlib import Path
+from typing import Callable
+
+import torch
+
+from tempflow.logs import write_atomic
+
+ROOT = Path(__file__).parents[2]
+
+
+class Skipped(Exception):
+    """A step has nothing to do on this machine; the message says why."""
+
+
+class Context:
+    """file: the step's findings, written anew with each of them, so that a step that is ended early leaves what it had.
+
+    rehearse: every step's code on a CPU, at sizes that mean nothing. scratch: a folder of the step's own.
+    """
+
+    def __init__(self, file: Path, rehearse: bool):
+        self.file, self.rehearse = file, rehearse
+        self.scratch = file.parent
+        self.device = torch.device("cpu" if rehearse else "cuda")
+        self.dtype = torch.float32 if rehearse else torch.bfloat16  # of weights: many CPUs compute bf16 very slowly
+        self._found = {"status": "running", "reason": None, "result": {}, "proved": []}
+
+    def note(self, **found) -> None:
+        """Add findings (JSON values). `headline`: the line of the summary; `table`: rows for it, as dictionaries of the same keys."""
+        self._found["result"] |= found
+        self._write()
+
+    def prove(self, *paths: str) -> None:
+        """These paths of hardware.json have run here, and rightly; a rehearsal proves none."""
+        if self.rehearse:
+            return
+        self._found["proved"] += [path for path in paths if path not in self._found["proved"]]
+        self._write()
+
+    def run(self, function: Callable[[Context], None]) -> None:
+        """Do a step; how it ended is written down, never raised."""
+        try:
+            function(self)
+            self._end("rehearsed" if self.rehearse else "ok")
+        except Skipped as why:
+            self._end("skipped", str(why))
+        except torch.OutOfMemoryError as error:
+            self._end("out of memory", str(error).splitlines()[0])
+        except (Exception, SystemExit) as error:
+            traceback.print_exc()
+            self._end("failed", f"{type(error).__name__}: {error}".strip()[:2000])
+
+    def _end(self, status: str, reason: str | None = None) -> None:
+        self._found |= {"status": status, "reason": reason}
+        self._write()
+
+    def _write(self) -> None:
+        write_atomic(self.file, json.dumps(self._found, indent=1))
+
+    # ---------------------------------------------------------------------------------------------------- measuring
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def seconds(self, function: Callable[[], object], repeats: int = 3) -> float:
+        """The median time of a call, after one to warm up."""
+        function()
+        taken = []
+        for _ in range(1 if self.rehearse else repeats):
+            self.synchronize()
+            started = time.perf_counter()
+            function()
+            self.synchronize()
+            taken.append(time.perf_counter() - started)
+        return statistics.median(taken)
+
+    def allocated(self) -> int | None:
+        """Bytes of tensors on the card now; None without one."""
+        return torch.cuda.memory_allocated() if self.device.type == "cuda" else None
+
+    def peak_of(self, function: Callable[[], object]) -> tuple[object, int | None]:
+        """(what a call returns, the most bytes it allocated on top of what was there; None without a card)."""
+        if self.device.type != "cuda":
+            return function(), None
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        result = function()
+        torch.cuda.synchronize()
+        return result, torch.cuda.max_memory_allocated() - before
+
+
+def ratio(measured: float | None, expected: float) -> float | None:
+    """Measured over expected; None where nothing was measured."""
+    return None if measured is None else round(measured / expected, 3)

@@ -1,0 +1,62 @@
+"""The card, the versions, and two speeds that the other steps are measured against."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import torch
+from bench import matmul_peak
+
+from gpu_steps.context import Context
+from tempflow.machine import device_name, versions
+
+PROPERTIES = ("total_memory", "multi_processor_count", "L2_cache_size", "clock_rate", "memory_clock_rate")
+
+
+def facts(context: Context) -> None:
+    """What is read first, because everything else depends on it."""
+    found = {"card": device_name(), "versions": versions() | {"cuda": torch.version.cuda, "hip": torch.version.hip}, "cpus": os.cpu_count(),
+             "kernels_package": _origin("kernels"), "builds_triton_launchers": _builds()}  # fmt: skip
+    context.note(**found, headline=f"{found['card']}, torch {torch.__version__}")
+    if context.device.type == "cuda":
+        context.note(driver=_driver(), gpus=torch.cuda.device_count(), capability=torch.cuda.get_device_capability(),
+                     properties=properties(torch.cuda.get_device_properties(0)), free_and_total=torch.cuda.mem_get_info())  # fmt: skip
+    speed, copied = matmul_peak(context.dtype, context.device), _copy_speed(context)
+    speeds = f"{speed / 1e12:.3g} TFLOP/s in {str(context.dtype).removeprefix('torch.')}, copies {copied / 1e12:.3g} TB/s"
+    context.note(matmul_flops_per_s=speed, copy_bytes_per_s=copied, headline=f"{found['card']}, torch {torch.__version__}: {speeds}")
+
+
+def properties(given) -> dict:
+    """Fields that the benchmarks read, and whether they are there: CUDA 13 took some away."""
+    return {name: getattr(given, name, "missing") for name in PROPERTIES}
+
+
+def _driver() -> str | None:
+    if not shutil.which("nvidia-smi"):
+        return None
+    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(asked, capture_output=True, text=True, timeout=20).stdout.split("\n")[0] or None
+
+
+def _builds() -> dict[str, bool]:
+    """What Triton's launcher needs at run time."""
+    return {"compiler": any(shutil.which(name) for name in ("cc", "gcc", "clang")),
+            "python_headers": Path(sysconfig.get_paths()["include"], "Python.h").exists()}  # fmt: skip
+
+
+def _origin(name: str) -> str | None:
+    """The file that `import name` would read."""
+    found = importlib.util.find_spec(name)
+    return found.origin if found else None
+
+
+def _copy_speed(context: Context) -> float:
+    """Bytes a second, read plus written, of the device's own copy."""
+    source = torch.randn((1 if context.rehearse else 64) * 2**22, device=context.device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / context.seconds(lambda: target.copy_(source))

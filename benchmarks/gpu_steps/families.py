@@ -1,0 +1,89 @@
+"""Two layers of every family at their real width: what a rollout, decoding and an update hold on the card, and how often the host
+waits for it, beside what the dry run and the simulated GPU say."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from contextlib import contextmanager
+from typing import Iterator
+
+import torch
+from bench import train
+
+from gpu_steps.context import Context, ratio
+from gpu_steps.models import CONFIGS, RandomEngine
+from tempflow.dryrun.estimate import Estimate, estimate
+
+NAMES = {"flux-dev": "FLUX.1", "sd35-medium": "Stable Diffusion 3.5", "qwen-image": "Qwen-Image"}
+ALLOWED = 0.1  # by which a peak may differ from the dry run's
+
+
+def families(context: Context) -> None:
+    rows = []
+    for card in CONFIGS:
+        rows += _family(context, card)
+        context.note(table=rows)
+        gc.collect()
+        if context.device.type == "cuda":
+            torch.cuda.empty_cache()
+    measured = [row["ratio"] for row in rows if row["ratio"] is not None]
+    close = sum(abs(value - 1) <= ALLOWED for value in measured)
+    context.note(headline=f"{close} of {len(measured)} measured peaks within {ALLOWED:.0%} of the dry run")
+
+
+def _family(context: Context, card: str) -> list[dict]:
+    """Rows of one family: measured and expected GB."""
+    engine = RandomEngine(context, card, 2)
+    expected = estimate(engine.config, advise=False)
+    collector = engine.collector()
+    with host_waits(context) as waits:
+        data, rolled = context.peak_of(lambda: collector.collect(0, engine.order.indices(0)))
+    if not data.stats.forwards or data.failed:
+        raise AssertionError(f"{card}: {data.stats.forwards} forwards, {data.failed} failed images")
+    if not all(decision.x_next.isfinite().all() for decision in data.decisions):
+        raise AssertionError(f"{card}: latents that are not finite")
+    context.prove(NAMES[card], "rollout", "decoding")
+    rows = [
+        _row(card, "weights", engine.weights, _item(expected, "VAE") + _transformer_bytes(engine)),
+        _row(card, "rollout and decoding", rolled, max(_moment(expected, "rollout"), _moment(expected, "decoding"))),
+    ]
+    rows[1]["host waits a forward"] = None if waits is None else round(len(waits) / data.stats.batches, 1)
+    engine.start_training()
+    _, trained = context.peak_of(lambda: train(engine, engine.config, collector, data, engine.config.training.micro_batch))
+    context.prove("LoRA", "ZeRO-1")
+    return [*rows, _row(card, "an update", trained, _moment(expected, "training"))]
+
+
+@contextmanager
+def host_waits(context: Context) -> Iterator[list | None]:
+    """The warnings of what makes the host wait for the card; None without one."""
+    if context.device.type != "cuda":
+        yield None
+        return
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        found: list = []
+        try:
+            yield found
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+            found += [one for one in seen if "synchronizing" in str(one.message)]
+
+
+def _row(card: str, what: str, measured: int | None, expected: int) -> dict:
+    gigabytes = None if measured is None else measured / 1e9
+    return {"model": card, "what": what, "GB": gigabytes, "dry run": expected / 1e9, "ratio": ratio(measured, expected)}
+
+
+def _item(expected: Estimate, name: str) -> int:
+    return sum(item.bytes for item in expected.memory.resident if item.name == name)
+
+
+def _moment(expected: Estimate, start: str) -> int:
+    return max(item.bytes for item in expected.memory.moments if item.name.startswith(start))
+
+
+def _transformer_bytes(engine: RandomEngine) -> int:
+    return sum(t.nbytes for t in (*engine.policy.transformer.parameters(), *engine.policy.transformer.buffers()))

@@ -1,0 +1,108 @@
+"""One forward of FLUX.1-dev's transformer in every way the engine has, on the same inputs, and the decoding of four images."""
+
+from __future__ import annotations
+
+import torch
+from bench import matmul_peak
+from throughput import forward_flops
+
+from gpu_steps.context import Context
+from gpu_steps.models import RandomEngine
+
+ROWS, IMAGES = 4, 4
+
+
+def forwards(context: Context) -> None:
+    """Later ways need more: what was found before one of them fails stays in the report."""
+    engine = RandomEngine(context, "flux-dev", None, f"rollout.micro_batch={ROWS}")
+    r, policy = engine.config.rollout, engine.policy
+    flops, peak = forward_flops(engine), matmul_peak(policy.dtype, context.device)
+    x = torch.randn(ROWS, *policy.latent_shape(r.height, r.width), device=context.device)
+    inputs = {"x": x, "sigma": torch.linspace(0.9, 0.3, ROWS, device=context.device), **policy.embed(["a"] * ROWS)}
+    rows, exact = [], None
+
+    def forward_with(transformer):
+        def forward(x, sigma, **conditioning):
+            return (policy.velocity(transformer, x, sigma, conditioning, height=r.height, width=r.width, guidance_scale=r.guidance_scale),)
+
+        return forward
+
+    def measure(way: str, function) -> None:
+        nonlocal exact
+        (velocity,), held = context.peak_of(lambda: function(**inputs))
+        exact = velocity.float() if exact is None else exact
+        seconds = context.seconds(lambda: function(**inputs))
+        distance = ((velocity.float() - exact).norm() / exact.norm()).item()
+        rows.append({"forward of 4 rows": way, "s": seconds, "MFU": flops * ROWS / seconds / peak,
+                     "GB on top": None if held is None else held / 1e9, "relative distance": distance})  # fmt: skip
+        context.note(table=rows, flops_a_row=flops, matmul_flops_per_s=peak, weights_bytes=engine.weights, headline=_headline(rows))
+
+    with torch.no_grad():
+        plain = forward_with(policy.transformer)
+        measure("eager", plain)
+        _decode(context, policy, r)
+        measure("CUDA graph", _graphed(context, plain))
+        coarse = _float8(policy.transformer)
+        measure("float8", forward_with(coarse))
+        if not context.rehearse:  # a minute of compiling on a CPU, of code that a GPU does not run
+            measure("float8, compiled", forward_with(_compiled(coarse)))
+
+
+def _headline(rows: list[dict]) -> str:
+    return "; ".join(f"{row['forward of 4 rows']} {row['s']:.3g} s, {row['MFU']:.0%}" for row in rows)
+
+
+def _decode(context: Context, policy, rollout) -> None:
+    latents = torch.randn(IMAGES, *policy.latent_shape(rollout.height, rollout.width), device=context.device)
+    images, held = context.peak_of(lambda: policy.decode(latents, rollout.height, rollout.width))
+    assert images.shape == (IMAGES, rollout.height, rollout.width, 3)
+    seconds = context.seconds(lambda: policy.decode(latents, rollout.height, rollout.width), repeats=1)
+    context.note(decode={"images": IMAGES, "seconds": seconds, "bytes": held})
+    context.prove("decoding")
+
+
+def _graphed(context: Context, function):
+    """The function through the engine's graph cache. In a rehearsal the stand-in computes anew instead of replaying."""
+    from tempflow.rollout.graphs import CudaCapture, GraphCache
+
+    notes: list[str] = []
+    cache = GraphCache(recomputing if context.rehearse else CudaCapture(), limit_bytes=8 << 30, verify=True, note=notes.append)
+
+    def run(**inputs):
+        out = cache(function, inputs)
+        context.note(graphs={"captures": cache.captures, "replays": cache.replays, "bytes": cache.nbytes, "notes": notes,
+                             "stand-in": context.rehearse})  # fmt: skip
+        if notes:
+            raise AssertionError(f"not replayed: {notes[0]}")
+        return out
+
+    return run
+
+
+def recomputing(function, inputs):
+    """What a capture is on a machine without graphs: its replay calls the function."""
+    from tempflow.rollout.graphs import Captured
+
+    static = {name: tensor.clone() for name, tensor in inputs.items()}
+    outputs = tuple(function(**static))
+
+    def replay() -> None:
+        for out, new in zip(outputs, function(**static), strict=True):
+            out.copy_(new)
+
+    return Captured(static, outputs, replay, 0)
+
+
+def _float8(transformer):
+    from tempflow.rollout.float8 import Float8Copy
+
+    made = Float8Copy(transformer)
+    made.refresh()
+    return made.transformer
+
+
+def _compiled(transformer):
+    from tempflow.trainer.runtime import compile_blocks
+
+    compile_blocks(transformer, "compile")
+    return transformer

@@ -1,0 +1,124 @@
+"""Models of real shapes with random weights made on the device, and the engine's parts around them. Nothing is read but JSON."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from unittest import mock
+
+import torch
+from bench import changed
+from make_pipeline import random_model, shrunk
+
+from gpu_steps.context import ROOT, Context
+from tempflow.config import Config, load_config
+from tempflow.dryrun.families import Size
+from tempflow.dryrun.model import Model
+
+CONFIGS = {"flux-dev": "flux_lora", "sd35-medium": "sd35_lora", "qwen-image": "qwen_image_lora"}
+TINY = 0.02  # scale of a rehearsal's models
+PIXELS, TOKENS = 64, 16  # of a rehearsal's images and texts
+
+
+def card_folder(card: str, scratch: Path, layers: int | None, rehearse: bool) -> Path:
+    """A copy of configs/models/CARD whose transformer has fewer layers; in a rehearsal also fewer heads."""
+    folder = scratch / f"{card}-{layers or 'all'}"
+    shutil.copytree(ROOT / "configs/models" / card, folder)
+    file = folder / "transformer/config.json"
+    config = json.loads(file.read_text())
+    if rehearse:
+        config = shrunk(config, TINY)
+        _narrow(folder / "vae/config.json")
+    elif layers:
+        config |= {key: layers for key in ("num_layers", "num_single_layers") if key in config}
+        config |= {"dual_attention_layers": [0]} if config.get("dual_attention_layers") else {}
+    file.write_text(json.dumps(config))
+    return folder
+
+
+def _narrow(file: Path) -> None:
+    """A VAE of as many blocks, with few channels."""
+    config = json.loads(file.read_text())
+    config |= {"block_out_channels": [32] * len(config["block_out_channels"])} if "block_out_channels" in config else {"base_dim": 16}
+    file.write_text(json.dumps(config))
+
+
+def card_config(card: str, folder: Path, rehearse: bool, *settings: str) -> Config:
+    """The shipped config of a card on a folder: one unit, the JPEG reward in this process, no second copy of the transformer."""
+    own = [
+        f"model.path={folder}", "data.prompts_per_iteration=1", "rollout.seeds=1", "rollout.branch_steps=[0,4,8]",
+        "rollout.replica=false", "rollout.graphs=false", "rollout.suffix=null", 'rewards={"jpeg": 1.0}', "reward_pool.workers=0",
+        "training.updates_per_rollout=1", "training.ema=null", "eval.every=0",
+    ]  # fmt: skip
+    if rehearse:
+        own += [f"rollout.height={PIXELS}", f"rollout.width={PIXELS}", f"model.max_sequence_length={TOKENS}", "rollout.children=2",
+                "rollout.branch_steps=[0,2]", "rollout.num_steps=4", "model.dtype=float32", "deepspeed.bf16={}"]  # fmt: skip
+    config = load_config(ROOT / f"configs/{CONFIGS[card]}.json", [*own, *settings])
+    return changed(config, data={"embedding_cache": None})
+
+
+def random_policy(config: Config, device: torch.device, dtype: torch.dtype):
+    """The policy of a config whose folder holds JSON alone: transformer and VAE on the device, and made-up embeddings of texts."""
+    import diffusers
+
+    from tempflow.policy import check_text_length, family_of
+
+    folder = Path(config.model.path)
+    index = json.loads((folder / "model_index.json").read_text())
+    parts = {}
+    for name in ("transformer", "vae"):
+        settings = json.loads((folder / name / "config.json").read_text())
+        parts[name] = random_model("diffusers", index[name][1], settings, str(device), dtype)
+    parts["scheduler"] = getattr(diffusers, index["scheduler"][1]).from_pretrained(folder / "scheduler")
+    named = {name: parts.get(name) for name, value in index.items() if isinstance(value, list)}
+    length = check_text_length(str(folder), config.model.max_sequence_length)
+    policy = family_of(str(folder))(getattr(diffusers, index["_class_name"])(**named), device=device, max_sequence_length=length)
+    given = Model(str(folder)).forward(Size(1, config.rollout.height, config.rollout.width, length), policy.dtype)
+
+    def embed(texts: list[str]) -> dict[str, torch.Tensor]:
+        made = {name: given.arguments[name] for name in given.conditioning}
+        return {name: _embedding(like, len(texts), device) for name, like in made.items()}
+
+    policy.embed = embed
+    return policy
+
+
+def _embedding(like: torch.Tensor, texts: int, device: torch.device) -> torch.Tensor:
+    """A mask of ones or normal numbers, in the shape of one text's."""
+    shape = (texts, *like.shape[1:])
+    make = torch.ones if like.dtype == torch.bool else torch.randn
+    return make(shape, dtype=like.dtype, device=device)
+
+
+class RandomEngine:
+    """What `bench.train` asks of a Bench, on a random policy. `start_training` wraps its own transformer into DeepSpeed."""
+
+    def __init__(self, context: Context, card: str, layers: int | None, *settings: str):
+        from tempflow.policy.embeddings import EmbeddingCache
+        from tempflow.prompts import PromptOrder, load_prompts
+        from tempflow.rewards import RewardPool, parse_rewards
+        from tempflow.trainer import comm
+
+        comm.init_distributed()
+        self.config = card_config(card, card_folder(card, context.scratch, layers, context.rehearse), context.rehearse, *settings)
+        self.policy, self.weights = context.peak_of(lambda: random_policy(self.config, context.device, context.dtype))
+        self.specs = parse_rewards(self.config.rewards)
+        self.pool = RewardPool(self.specs, workers=0)
+        self.prompts = load_prompts(self.config.data.train)
+        self.embeddings, self.order = EmbeddingCache(self.policy), PromptOrder(len(self.prompts), 1, 0)
+        self.runtime = None
+
+    def collector(self):
+        from tempflow.trainer.collect import Collector
+
+        return Collector(self.config, self.policy, self.prompts, self.embeddings, self.pool, self.specs)
+
+    def embed(self, units):
+        return self.embeddings.get([self.prompts[unit.prompt_id].text for unit in units])
+
+    def start_training(self) -> None:
+        from tempflow.trainer import runtime
+
+        with mock.patch.object(runtime, "load_transformer", lambda path, dtype: self.policy.transformer.to(dtype)):
+            self.runtime = runtime.Runtime(self.config, self.policy)

@@ -1,0 +1,53 @@
+"""FLUX.1-dev, 12 billion random weights: the rollout of one unit, and LoRA updates on it of one, two and three states at a time."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from bench import changed, matmul_peak, train
+from throughput import forward_flops
+
+from gpu_steps.context import Context, ratio
+from gpu_steps.models import RandomEngine
+from tempflow.dryrun.estimate import estimate
+
+POLICY, REFERENCE = 2, 1  # forwards that a row of an update costs: with the adapters' backward, and of the reference
+
+
+def training(context: Context) -> None:
+    engine = RandomEngine(context, "flux-dev", None)
+    collector = engine.collector()
+    flops, peak = forward_flops(engine), matmul_peak(engine.policy.dtype, context.device)
+    rows: list[dict] = []
+
+    def measure(what: str, function, passes: float):
+        started = time.perf_counter()
+        result, held = context.peak_of(function)
+        context.synchronize()
+        seconds = time.perf_counter() - started
+        forwards = result if isinstance(result, int) else result.stats.forwards
+        rows.append({"what": what, "rows": forwards, "s": seconds, "MFU": flops * passes * forwards / seconds / peak,
+                     "GB on top": None if held is None else held / 1e9})  # fmt: skip
+        context.note(table=rows, flops_a_row=flops, matmul_flops_per_s=peak, weights_bytes=engine.weights,
+                     headline="; ".join(f"{row['what']} {row['s']:.3g} s, {row['MFU']:.0%}" for row in rows))  # fmt: skip
+        return result
+
+    data = measure("rollout of a unit", lambda: collector.collect(0, engine.order.indices(0)), 1)
+    engine.start_training()
+    context.note(trained_bytes=context.allocated())
+    passes = (POLICY + REFERENCE) / 2 if engine.config.training.kl_coef else POLICY
+    for size in (1, 2, 3):
+        measure(f"update, micro_batch {size}", lambda size=size: train(engine, engine.config, collector, data, size), passes)
+        assert torch.isfinite(torch.stack([p.detach().float().norm() for p in engine.runtime.trainable.values()])).all()
+    context.prove("FLUX.1", "rollout", "LoRA", "ZeRO-1")
+    _expect(context, engine, rows)
+
+
+def _expect(context: Context, engine: RandomEngine, rows: list[dict]) -> None:
+    """Beside each update's memory the dry run's. At the end: at full depth it takes a CPU some seconds each."""
+    for row, size in zip(rows[1:], (1, 2, 3), strict=True):
+        expected = estimate(changed(engine.config, training={"micro_batch": size}), advise=False)
+        activations = max(item.bytes for item in expected.memory.moments if item.name.startswith("training"))
+        row |= {"dry run": activations / 1e9, "ratio": ratio(row["GB on top"], activations / 1e9)}
+        context.note(table=rows)

@@ -1,0 +1,42 @@
+"""Writes README's table of what has run on which hardware from benchmarks/results/hardware.json: python docs/make_hardware_table.py"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+README, SOURCE = ROOT / "README.md", ROOT / "benchmarks/results/hardware.json"
+BEGIN, END = "<!-- hardware:begin (python docs/make_hardware_table.py) -->", "<!-- hardware:end -->"
+COLUMNS = {"unit": "tests on a CPU only", "simulated GPU": "and on a simulated GPU", "hardware": "on hardware"}
+
+
+def table(entries: list[dict]) -> str:
+    """A row for every area; in each column the parts whose best evidence is of that kind."""
+    lines = ["| | " + " | ".join(COLUMNS.values()) + " |", "|---|" + "---|" * len(COLUMNS)]
+    for area in dict.fromkeys(entry["area"] for entry in entries):
+        own = [entry for entry in entries if entry["area"] == area]
+        lines.append(f"| {area} | " + " | ".join(_cell(own, status) for status in COLUMNS) + " |")
+    return "\n".join(lines)
+
+
+def _cell(entries: list[dict], status: str) -> str:
+    return ", ".join(_name(entry) for entry in entries if entry["status"] == status)
+
+
+def _name(entry: dict) -> str:
+    return f"{entry['path']} ({entry['card']}, {entry['date']})" if entry["status"] == "hardware" else entry["path"]
+
+
+def files() -> dict[Path, str]:
+    """What is generated: the text of README with its table. ValueError where its markers are missing."""
+    text, entries = README.read_text(encoding="utf-8"), json.loads(SOURCE.read_text(encoding="utf-8"))["paths"]
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    return {README: f"{before}{BEGIN}\n{table(entries)}\n{END}{after}"}
+
+
+if __name__ == "__main__":
+    for file, text in files().items():
+        file.write_text(text, encoding="utf-8")
+        print(file)
