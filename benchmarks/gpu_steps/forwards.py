@@ -54,7 +54,7 @@ def _headline(rows: list[dict]) -> str:
 
 def _decode(context: Context, policy, rollout) -> None:
     latents = torch.randn(IMAGES, *policy.latent_shape(rollout.height, rollout.width), device=context.device)
-    images, held = context.peak_of(lambda: policy.decode(latents, rollout.height, rollout.width))
+    (images, _), held = context.peak_of(lambda: policy.decode(latents, rollout.height, rollout.width))
     assert images.shape == (IMAGES, rollout.height, rollout.width, 3)
     seconds = context.seconds(lambda: policy.decode(latents, rollout.height, rollout.width), repeats=1)
     context.note(decode={"images": IMAGES, "seconds": seconds, "bytes": held})
