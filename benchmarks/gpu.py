@@ -34,7 +34,9 @@ from gpu_steps import BY_NAME, STEPS, Step, hardware
 from gpu_steps.report import Report
 
 from tempflow import cli
+from tempflow.device import check_gpu
 from tempflow.errors import UserError
+from tempflow.machine import uses_gpu
 
 ROOT = Path(__file__).parent.parent
 GOOD = ("ok", "rehearsed", "skipped")
@@ -142,7 +144,9 @@ def main() -> int:
     if args.step:
         return _be_a_step(*args.step, args.rehearse)
     steps = chosen(args.only)
-    if not args.rehearse and not cli.torch_sees_a_gpu():
+    if not args.rehearse:
+        check_gpu()
+    if not args.rehearse and not uses_gpu():
         raise UserError("no CUDA GPU is usable here; --rehearse runs every step's code on the CPU")
     report = Report(date=str(date.today()), command=sys.argv, rehearsed=args.rehearse, minutes=args.minutes)
     run_steps(steps, args, report)

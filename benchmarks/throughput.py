@@ -44,7 +44,7 @@ from tempflow import cli
 from tempflow.config import Config, Suffix, load_config
 from tempflow.errors import UserError
 from tempflow.logs import write_atomic
-from tempflow.machine import device_name, versions
+from tempflow.machine import device_name, uses_gpu, versions
 from tempflow.rollout.plan import iteration_units
 
 ROOT = Path(__file__).parent.parent
@@ -103,7 +103,7 @@ def compiled_config(config: Config) -> Config:
 
 def chosen(config: Config, args: argparse.Namespace) -> list[Variant]:
     """The variants of the command line. UserError where --only names none."""
-    every = variants(config, args.compile, torch.cuda.is_available())
+    every = variants(config, args.compile, uses_gpu())
     found = [v for v in every if not args.only or any(part in v.name for part in args.only)]
     if not found:
         raise UserError(f"--only {' '.join(args.only)}: no such variant; there are {', '.join(v.name for v in every)}")
@@ -247,7 +247,7 @@ def possible(wanted: list[Variant], transformer: torch.nn.Module) -> list[Varian
 
 def announce(configs: dict[str, Config], args: argparse.Namespace) -> None:
     """Say how long it will take and how much memory it needs. UserError where the GPU has less."""
-    gpu = torch.cuda.is_available()
+    gpu = uses_gpu()
     device = torch.device("cuda" if gpu else "cpu")
     for name, config in configs.items():
         speed = matmul_peak(torch.bfloat16 if gpu else torch.float32, device)
@@ -281,7 +281,7 @@ def random_flux() -> Iterator[Path]:
 
 def main() -> int:
     args = parse_arguments()
-    if args.config or not torch.cuda.is_available():
+    if args.config or not uses_gpu():
         name = Path(args.config).stem if args.config else "tiny_flux"
         own = [] if args.config else [*SHIPPED, *(QUICK if args.quick else [])]
         config = load_config(args.config or ROOT / "configs/tiny_ocr.json", [*own, *args.set])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-import subprocess
 import sysconfig
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch
 from bench import matmul_peak
 
 from gpu_steps.context import Context
+from tempflow.device import nvidia_driver
 from tempflow.machine import device_name, versions
 
 PROPERTIES = ("total_memory", "multi_processor_count", "L2_cache_size", "clock_rate", "memory_clock_rate")
@@ -24,7 +24,7 @@ def facts(context: Context) -> None:
              "kernels_package": _origin("kernels"), "builds_triton_launchers": _builds()}  # fmt: skip
     context.note(**found, headline=f"{found['card']}, torch {torch.__version__}")
     if context.device.type == "cuda":
-        context.note(driver=_driver(), gpus=torch.cuda.device_count(), capability=torch.cuda.get_device_capability(),
+        context.note(driver=nvidia_driver(), gpus=torch.cuda.device_count(), capability=torch.cuda.get_device_capability(),
                      properties=properties(torch.cuda.get_device_properties(0)), free_and_total=torch.cuda.mem_get_info())  # fmt: skip
     speed, copied = matmul_peak(context.dtype, context.device), _copy_speed(context)
     speeds = f"{speed / 1e12:.3g} TFLOP/s in {str(context.dtype).removeprefix('torch.')}, copies {copied / 1e12:.3g} TB/s"
@@ -34,13 +34,6 @@ def facts(context: Context) -> None:
 def properties(given) -> dict:
     """Fields that the benchmarks read, and whether they are there: CUDA 13 took some away."""
     return {name: getattr(given, name, "missing") for name in PROPERTIES}
-
-
-def _driver() -> str | None:
-    if not shutil.which("nvidia-smi"):
-        return None
-    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    return subprocess.run(asked, capture_output=True, text=True, timeout=20).stdout.split("\n")[0] or None
 
 
 def _builds() -> dict[str, bool]:

@@ -109,7 +109,7 @@ def canned(monkeypatch, tmp_path, *options, status="ok"):
     entries = hardware.load()
     monkeypatch.setattr(hardware, "FILE", tmp_path / "hardware.json")
     hardware.write(entries)
-    monkeypatch.setattr(gpu.cli, "torch_sees_a_gpu", lambda: True)
+    monkeypatch.setattr(gpu, "uses_gpu", lambda: True)
     step = {"reason": None, "result": {"card": "CARD"}, "proved": ["rollout"], "seconds": 1.0, "status": status}
     monkeypatch.setattr(gpu, "run_step", lambda *args: step)
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path / "out.json"), *options])
@@ -209,7 +209,7 @@ def test_the_page_has_a_line_for_every_step():
     ([], "no CUDA GPU is usable here; --rehearse"),
 ])  # fmt: skip
 def test_refusals(monkeypatch, options, words):
-    monkeypatch.setattr(gpu.cli, "torch_sees_a_gpu", lambda: False)
+    monkeypatch.setattr(gpu, "uses_gpu", lambda: False)
     monkeypatch.setattr(sys, "argv", ["gpu.py", *options])
     with pytest.raises(UserError, match=re.escape(words)):
         gpu.main()
