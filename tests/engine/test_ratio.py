@@ -3,12 +3,14 @@
 The chain: log-probability taken in the rollout == taken from what was stored == taken by training's forward == taken again.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from engine_cases import Iteration, PlainRuntime, small_config
 from kernel_cases import assert_close
 
-from tempflow.trainer.update import Updater
+from tempflow.trainer.update import Updater, UpdateStats
 from tempflow_kernels import group_loss, sde_step
 
 KINDS = ("flow", "dance", "cps")
@@ -120,3 +122,24 @@ def test_stored_children_have_the_log_probability_that_was_taken(iterations, sde
     unrounded, _ = sde_step(x, v, *scalars, key=key, children=3)
     shift = (stats(unrounded, taken).ratio - 1).abs().max()
     assert (shift > 1e-6) == (storage != torch.float32), "the rounding is one that could be seen"
+
+
+@pytest.mark.parametrize("low, high", [(0.2, 0.1), (0.05, 0.3)])
+@pytest.mark.parametrize("reals", [[3, 2], [3, 0], [4]])
+def test_clip_fractions_above_and_below(low, high, reals):
+    """Together they are the clip fraction; padding counts in neither."""
+    config = small_config(training={"clip_low": low, "clip_high": high})
+    updater, stats, counted = Updater(config, None, None), UpdateStats(), []
+    generator = torch.Generator().manual_seed(0)
+    for real in reals:
+        ratio = 0.6 + 0.8 * torch.rand(4, 5, generator=generator)
+        chosen = ratio[:real].double()
+        outside = ((chosen < 1 - low) | (chosen > 1 + high)).double()
+        seen = SimpleNamespace(ratio=ratio, log_prob=ratio, kl=torch.zeros(()), clip_fraction=outside.mean() if real else torch.zeros(()))
+        batch = SimpleNamespace(real=real, units=[None] * 4)
+        updater._note(batch, batch, seen, first=False, stats=stats)
+        counted.append(chosen)
+    counted, found = torch.cat(counted), stats.reduced()
+    assert found["clip_fraction/high"] == pytest.approx((counted > 1 + high).double().mean().item(), abs=1e-6)
+    assert found["clip_fraction/low"] == pytest.approx((counted < 1 - low).double().mean().item(), abs=1e-6)
+    assert 0 < found["clip_fraction/high"] < found["clip_fraction"] < 1

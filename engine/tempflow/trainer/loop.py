@@ -350,12 +350,13 @@ class Trainer:
     def _update_metrics(self, updates: list[dict]) -> dict:
         lr = self.runtime.learning_rate()
         if not updates:  # no group had any spread: nothing to learn from, and the weights stay
-            return {"loss": 0.0, "kl": 0.0, "ratio/max_dev": 0.0, "clip_fraction": 0.0, "grad_norm": 0.0,
-                    "forwards/train": 0, "lr": lr}  # fmt: skip
+            return {"loss": 0.0, "kl": 0.0, "ratio/max_dev": 0.0, "clip_fraction": 0.0, "clip_fraction/high": 0.0,
+                    "clip_fraction/low": 0.0, "grad_norm": 0.0, "forwards/train": 0, "lr": lr}  # fmt: skip
         first, last = updates[0], updates[-1]
         return {
             "updates/skipped": sum(u["skipped"] for u in updates),
             "loss": first["loss"], "kl": last["kl"], "clip_fraction": last["clip_fraction"],
+            "clip_fraction/high": last["clip_fraction/high"], "clip_fraction/low": last["clip_fraction/low"],
             "ratio/max_dev": last["ratio/max_dev"], "ratio/min": last["ratio/min"], "ratio/max": last["ratio/max"],
             "ratio/first_max_dev": first["ratio/max_dev"], "mismatch/log_prob": first["mismatch/log_prob"],
             "grad_norm": float(np.mean([u["grad_norm"] for u in updates if not u["skipped"]] or [math.nan])), "lr": lr,

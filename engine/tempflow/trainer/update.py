@@ -24,6 +24,7 @@ class UpdateStats:
     loss: float = 0.0
     kl: float = 0.0
     clipped: float = 0.0
+    above: float = 0.0  # of `clipped`, with a ratio above the range; the others lie below it
     decisions: int = 0
     forwards: int = 0
     mismatch: float = 0.0
@@ -32,12 +33,13 @@ class UpdateStats:
     broken: list[Unit] = field(default_factory=list)  # whose log-probabilities are not finite
 
     def reduced(self) -> dict[str, float]:
-        sums = comm.reduce([self.loss, self.kl, self.clipped, self.decisions, self.mismatch, self.forwards])
-        loss, kl, clipped, decisions, mismatch, forwards = sums
+        sums = comm.reduce([self.loss, self.kl, self.clipped, self.above, self.decisions, self.mismatch, self.forwards])
+        loss, kl, clipped, above, decisions, mismatch, forwards = sums
         least, most = -comm.reduce(-self.ratio_range[0], "max"), comm.reduce(self.ratio_range[1], "max")
         n = max(decisions, 1)
         return {
-            "loss": float(loss), "kl": kl / n, "clip_fraction": clipped / n, "mismatch/log_prob": mismatch / n,
+            "loss": float(loss), "kl": kl / n, "clip_fraction": clipped / n, "clip_fraction/high": above / n,
+            "clip_fraction/low": (clipped - above) / n, "mismatch/log_prob": mismatch / n,
             "ratio/max_dev": float(comm.reduce(self.max_dev, "max")), "ratio/min": float(least),
             "ratio/max": float(most), "forwards": int(forwards),
         }  # fmt: skip
@@ -108,11 +110,13 @@ class Updater:
         stats.forwards += used.real
         stats.decisions += batch.real
         stats.kl += seen.kl.item() * batch.real
-        stats.clipped += seen.clip_fraction.item() * batch.real
         finite = seen.log_prob.isfinite().all(1)[: used.real].tolist()
         stats.broken += [unit for unit, good in zip(used.units, finite) if not good]
         ratio = seen.ratio[: used.real]
         if used.real:
+            above = (ratio > 1 + self.config.training.clip_high).to(seen.clip_fraction.dtype).mean()
+            clipped, above = torch.stack([seen.clip_fraction, above]).tolist()
+            stats.clipped, stats.above = stats.clipped + clipped * batch.real, stats.above + above * batch.real
             stats.max_dev = max(stats.max_dev, (ratio - 1).abs().max().item())
             stats.ratio_range = [min(stats.ratio_range[0], ratio.min().item()), max(stats.ratio_range[1], ratio.max().item())]
         if first and used.real:
