@@ -414,7 +414,7 @@ def _read_tables(file: Path) -> dict:
         raise UserError(f"config file {file} is a folder") from None
     except OSError as error:
         raise UserError(f"config file {file} cannot be read: {error}") from None
-    except strict_json.RepeatedKey as error:
+    except strict_json.Refused as error:
         raise UserError(f"config file {file}: {error}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"config file {file} is not JSON: {error}") from None
@@ -458,9 +458,16 @@ def _value_of(name: str, text: str):
     try:
         return strict_json.loads(text)
     except json.JSONDecodeError:
-        return text
+        return _bare(name, text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"--set {name}: {error}, in {shortened(text, VALUE)}") from None
+
+
+def _bare(name: str, text: str) -> str:
+    try:
+        return strict_json.check_text(text)
+    except strict_json.Refused as error:
+        raise UserError(f"--set {name}: {error}") from None
 
 
 def _found_from(key: str, path: str, config_file: Path) -> str:

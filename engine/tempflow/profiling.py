@@ -10,7 +10,7 @@ from typing import Iterator
 
 import nvtx
 
-from tempflow.errors import UserError
+from tempflow.errors import VALUE, UserError, shortened
 
 DOMAIN = "tempflow"
 
@@ -34,8 +34,9 @@ class Profile:
         if text is None:
             return
         first, colon, stop = text.partition(":")
-        if not (colon and first.isdecimal() and stop.isdecimal() and int(first) < int(stop)):
-            raise UserError(f"--profile {text}: expected START:STOP, iterations from 0 on, for example 2:4")
+        numbers = first.isdecimal() and stop.isdecimal() and len(text) < 30  # more digits than that are not read at all
+        if not (colon and numbers and int(first) < int(stop)):
+            raise UserError(f"--profile {shortened(text, VALUE)}: expected START:STOP, iterations from 0 on, for example 2:4")
         self.first, self.stop = int(first), int(stop)
 
     def before(self, iteration: int) -> None:

@@ -5,7 +5,6 @@ The order is a function of (seed, cursor) alone: a resumed run, or one on anothe
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -20,8 +19,8 @@ from tempflow.errors import VALUE, UserError, note, shortened, shown
 LONGEST = 32768  # characters of a prompt: far beyond the 1024 tokens that the longest text encoder takes
 
 _CELL = re.compile(r'"(?:[^"]|"")*"')
-# What a tokenizer refuses or nobody sees: controls but tab and line ends, a byte order mark inside, halves of surrogate pairs.
-_UNFIT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff\ud800-\udfff]")
+# What nobody sees and no prompt means: controls but tab and line ends, a byte order mark inside.
+_UNFIT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff]")
 
 
 @dataclass(frozen=True)
@@ -110,10 +109,7 @@ def _read_text(line: str, source: str) -> Prompt:
 def _read_jsonl(line: str, source: str) -> Prompt:
     try:
         entry = strict_json.loads(line)
-        json.dumps(entry, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{source}: {_unfit(error.object[error.start])}") from None
-    except strict_json.RepeatedKey as error:
+    except strict_json.Refused as error:
         raise UserError(f"{source}: {error}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{source}: not JSON: {error}") from None
@@ -130,15 +126,20 @@ def _prompt(entry: dict, source: str, column: str = "prompt") -> Prompt:
         raise UserError(f'{source}: expected a non-empty text as "{column}", got {shown(text)} (keys: {keys})')
     if not isinstance(negative, str | None):
         raise UserError(f'{source}: "negative_prompt" must be a text, got {shown(negative)}')
-    if found := _UNFIT.search(text) or _UNFIT.search(negative or ""):
-        raise UserError(f"{source}: {_unfit(found[0])}")
+    for name, given in ((column, text), ("negative_prompt", negative or "")):
+        _check_characters(given, name, source)
     return Prompt(text, {**entry, "source": source}, negative)
 
 
-def _unfit(char: str) -> str:
-    if "\ud800" <= char <= "\udfff":
-        return f"holds half a character (U+{ord(char):04X}), as where an emoji was cut in two; remove it or write the whole one"
-    return f"holds the control character U+{ord(char):04X}, which no prompt can mean; is the file UTF-8 text?"
+def _check_characters(text: str, name: str, source: str) -> None:
+    try:
+        strict_json.check_text(text, name)
+    except strict_json.Refused as error:
+        raise UserError(f"{source}: {error}") from None
+    if found := _UNFIT.search(text):
+        raise UserError(
+            f"{source}: {name} holds the control character U+{ord(found[0]):04X}, which no prompt can mean; is the file UTF-8 text?"
+        )
 
 
 def _read_dataset(given: HubDataset, key: str) -> list[Prompt]:

@@ -1,12 +1,13 @@
-"""JSON in which no table names a key twice. Python's reader keeps the last value and drops the others without a word."""
+"""JSON without what Python's reader takes in silence: a table that names a key twice, of which it keeps the last value, and halves of
+surrogate pairs, which no file and no tokenizer takes."""
 
 from __future__ import annotations
 
 import json
 
 
-class RepeatedKey(ValueError):
-    """A table that gives a key twice."""
+class Refused(ValueError):
+    """JSON by its grammar, but not taken here; the message names the place."""
 
 
 class _Pairs(list):
@@ -14,18 +15,33 @@ class _Pairs(list):
 
 
 def loads(text: str):
-    """Parse JSON. Raises ValueError for what is no JSON, RepeatedKey naming one as `section.key`, RecursionError where it is
-    nested too deeply."""
+    """Parse JSON. Raises Refused as above, naming keys as `section.key`, ValueError for what is no JSON, naming line and column,
+    and RecursionError where it is nested too deeply."""
     return _built(json.loads(text, object_pairs_hook=_Pairs), "")
 
 
+def check_text(text: str, name: str = "") -> str:
+    """`text` itself. Raises Refused where it holds half a surrogate pair, which escapes and undecodable arguments make."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        where = f"{name} holds" if name else "it holds"
+        half = f"half a character (U+{ord(text[error.start]):04X}), as where an emoji was cut in two"
+        raise Refused(f"{where} {half}; remove it or write the whole one") from None
+    return text
+
+
 def _built(value, name: str):
-    if isinstance(value, _Pairs):
-        table = {}
-        for key, inner in value:
-            inside = f"{name}.{key}" if name else key
-            if key in table:
-                raise RepeatedKey(f"the key {inside!r} is given twice")
-            table[key] = _built(inner, inside)
-        return table
-    return [_built(inner, f"{name}[{i}]") for i, inner in enumerate(value)] if isinstance(value, list) else value
+    if isinstance(value, str):
+        return check_text(value, name)
+    if isinstance(value, list) and not isinstance(value, _Pairs):
+        return [_built(inner, f"{name}[{i}]") for i, inner in enumerate(value)]
+    if not isinstance(value, _Pairs):
+        return value
+    table = {}
+    for key, inner in value:
+        inside = f"{name}.{key}" if name else check_text(key, "a key")
+        if key in table:
+            raise Refused(f"the key {inside!r} is given twice")
+        table[key] = _built(inner, check_text(inside, "a key"))
+    return table

@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import json
+import re
 import typing
 
 import pytest
@@ -15,7 +16,8 @@ from tempflow import strict_json
 from tempflow.arguments import filled, seed, steps, whole
 from tempflow.config import Config, load_config, parse_config
 from tempflow.errors import UserError
-from tempflow.rewards import parse_rewards
+from tempflow.profiling import Profile
+from tempflow.rewards import build_reward, parse_rewards
 
 TABLES = {  # what optional tables need beside the key that is tried
     "model.lora": {}, "data.train": {"dataset": "a"}, "data.heldout": {"dataset": "a"}, "data.curation": {}, "rollout.suffix": {},
@@ -94,6 +96,14 @@ def test_rewards_without_a_name(section):
         parse_rewards(section)
 
 
+@pytest.mark.parametrize("value", [10**400, -(10**400), float("inf"), float("nan"), "1", True, None, [1]])
+def test_numbers_of_rewards(value):
+    with pytest.raises(UserError, match="^rewards.jpeg: the weight must be a finite number"):
+        parse_rewards({"jpeg": {"weight": value}})
+    with pytest.raises(UserError, match="^rewards.http.timeout_s: expected a number"):
+        build_reward("http", {"url": "http://127.0.0.1:1", "timeout_s": value})
+
+
 # ------------------------------------------------------------------------------------------------------- twice
 def places(value, path=()):
     """Paths of all tables in a JSON value that have a key."""
@@ -128,7 +138,7 @@ def text_with_a_key_twice(value, path, n):
 def test_a_key_given_twice_is_named(path, n):
     text, name = text_with_a_key_twice(WHOLE, path, n)
     json.loads(text)  # Python's reader takes it
-    with pytest.raises(strict_json.RepeatedKey) as error:
+    with pytest.raises(strict_json.Refused) as error:
         strict_json.loads(text)
     assert str(error.value) == f"the key {name!r} is given twice"
 
@@ -143,6 +153,30 @@ def test_all_else_is_read_as_python_reads_it(value):
 def test_what_is_no_json_is_still_none(text):
     with pytest.raises((ValueError, RecursionError)):
         strict_json.loads(text)
+
+
+HALVES = ["\\ud83d", "a\\ude00", "\\ude00\\ud83d", "\\ud83d x"]
+
+
+@pytest.mark.parametrize("half", HALVES)
+@pytest.mark.parametrize("text, place", [('"%s"', "it"), ('{"a": {"b": ["x", "%s"]}}', "a.b[1]"), ('{"%s": 1}', "a key"),
+                                         ('{"a": {"%s": 1}}', "a key")])  # fmt: skip
+def test_half_a_character_is_named_by_its_place(half, text, place):
+    """In escapes, which is how programs write it; both halves together are one character."""
+    with pytest.raises(strict_json.Refused, match=re.escape(f"{place} holds half a character (U+D")):
+        strict_json.loads(text % half)
+    assert strict_json.loads(text % "\\ud83d\\ude00") == json.loads(text % "😀")
+
+
+def test_half_a_character_in_a_config(tmp_path):
+    """Also where only a library reads it, which would fail late, with a traceback."""
+    file = tmp_path / "half.json"
+    file.write_text(json.dumps(config_table(logging={"wandb": {"project": "\ud83d"}})))
+    with pytest.raises(UserError, match=r"half\.json: logging\.wandb\.project holds half a character"):
+        load_config(file)
+    for setting in ("logging.wandb.project=\udcff", 'logging.wandb={"project": "\\ud83d"}'):
+        with pytest.raises(UserError, match="^--set logging.wandb.* holds half a character"):
+            load_config(write_config(tmp_path), [setting])
 
 
 def test_a_config_with_a_section_twice(tmp_path):
@@ -211,6 +245,13 @@ def test_types_of_options(read, good, bad):
         with pytest.raises(ArgumentTypeError) as error:
             read(text)
         assert len(str(error.value)) < 200
+
+
+@pytest.mark.parametrize("text", ["", ":", "2", "2:", "2:2", "4:2", "-1:2", "a:b", "1:" + "9" * 5000])
+def test_the_profilers_iterations(text):
+    with pytest.raises(UserError, match="expected START:STOP") as error:
+        Profile(text)
+    assert len(str(error.value)) < 300
 
 
 @pytest.fixture(scope="module")

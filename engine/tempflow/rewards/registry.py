@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-import math
 import os
 import sys
 import traceback
@@ -142,7 +141,7 @@ def _named(name: str, target):
 
 
 def _checked_weight(name: str, weight) -> float:
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not abs(weight) <= sys.float_info.max:
         raise UserError(f"rewards.{name}: the weight must be a finite number, got {shown(weight)}; write {_FORMS}")
     return float(weight)
 
@@ -204,5 +203,6 @@ def _check_type(key: str, value, annotation) -> None:
     """Refuse a value that contradicts an annotation of a plain type; other annotations are the reward's affair."""
     kind, words = _TYPES.get(getattr(annotation, "__name__", annotation), (object, ""))
     is_bool_elsewhere = isinstance(value, bool) and kind not in (bool, object)
-    if is_bool_elsewhere or not isinstance(value, kind):
+    beyond_all = isinstance(value, (int, float)) and kind is not object and not abs(value) <= sys.float_info.max
+    if is_bool_elsewhere or beyond_all or not isinstance(value, kind):
         raise UserError(f"{key}: expected {words}, got {shown(value)}")
