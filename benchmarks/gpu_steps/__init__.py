@@ -24,14 +24,14 @@ class Step:
 
 STEPS = (
     Step("facts", 25, "facts:facts", "versions, the card, the speed of a matrix product and of a copy"),
-    Step("families", 75, "families:families", "two layers of every family: memory and host waits against the dry run"),
-    Step("tests", 60, "suites:tests", "pytest -m gpu of the engine and the rewards"),
+    Step("families", 60, "families:families", "two layers of every family: memory and host waits against the dry run"),
+    Step("tests", 50, "suites:tests", "pytest -m gpu of the engine and the rewards"),
     Step("sweeps", 60, "suites:sweeps", "the kernels against float64 on the card"),
-    Step("runs", 110, "suites:runs", "tiny_ocr through the launcher: LoRA at ZeRO-1, all weights at ZeRO-3, resume, float8"),
+    Step("runs", 130, "suites:runs", "tiny_ocr through the launcher: LoRA at ZeRO-1, all weights at ZeRO-3, resume, float8"),
     Step("kernels", 30, "kernel_speed:kernel_speed", "the kernels' share of copy bandwidth at FLUX-1024"),
-    Step("forwards", 85, "forwards:forwards", "FLUX.1-dev: a forward eager, as a graph, in float8, compiled; decoding"),
-    Step("training", 75, "training:training", "FLUX.1-dev: a rollout, then LoRA updates of 1, 2 and 3 states at a time"),
-    Step("capture", 25, "capture:capture", "what a failed graph capture leaves behind"),
-    Step("trace", 50, "trace:trace", "torch.profiler: kernels and gaps of a forward and of a micro-batch"),
+    Step("forwards", 90, "forwards:forwards", "FLUX.1-dev: a forward eager, as a graph, in float8, compiled; decoding"),
+    Step("training", 80, "training:training", "FLUX.1-dev: a rollout, then LoRA updates of 1, 2 and 3 states at a time"),
+    Step("capture", 20, "capture:capture", "what a failed graph capture leaves behind"),
+    Step("trace", 45, "trace:trace", "torch.profiler: kernels and gaps of a forward and of a micro-batch"),
 )
 BY_NAME = {step.name: step for step in STEPS}

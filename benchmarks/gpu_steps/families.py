@@ -34,7 +34,7 @@ def families(context: Context) -> None:
 
 def _family(context: Context, card: str) -> list[dict]:
     """Rows of one family: measured and expected GB."""
-    engine = RandomEngine(context, card, 2)
+    engine = RandomEngine(context, card, 2, "rollout.children=3", "rollout.branch_steps=[0,2]")
     expected = estimate(engine.config, advise=False)
     collector = engine.collector()
     with host_waits(context) as waits:
@@ -69,7 +69,7 @@ def host_waits(context: Context) -> Iterator[list | None]:
             yield found
         finally:
             torch.cuda.set_sync_debug_mode("default")
-            found += [one for one in seen if "synchronizing" in str(one.message)]
+            found += [one for one in seen if "called a synchronizing" in str(one.message)]
 
 
 def _row(card: str, what: str, measured: int | None, expected: int) -> dict:

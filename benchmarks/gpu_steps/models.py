@@ -102,7 +102,9 @@ class RandomEngine:
 
         comm.init_distributed()
         self.config = card_config(card, card_folder(card, context.scratch, layers, context.rehearse), context.rehearse, *settings)
-        self.policy, self.weights = context.peak_of(lambda: random_policy(self.config, context.device, context.dtype))
+        before = context.allocated()
+        self.policy = random_policy(self.config, context.device, context.dtype)
+        self.weights = None if before is None else context.allocated() - before  # bytes
         self.specs = parse_rewards(self.config.rewards)
         self.pool = RewardPool(self.specs, workers=0)
         self.prompts = load_prompts(self.config.data.train)

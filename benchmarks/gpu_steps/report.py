@@ -47,7 +47,7 @@ class Report:
 def summary(head: dict, steps: list[dict]) -> str:
     """The report on a page: a line a step, then the tables that steps have made."""
     title = "# Rehearsal on a CPU: no number below says anything about a GPU" if head["rehearsed"] else f"# {head['card']}, {head['date']}"
-    versions = ", ".join(f"{name} {version}" for name, version in head.get("versions", {}).items())
+    versions = ", ".join(f"{name} {version}" for name, version in head.get("versions", {}).items() if version)
     lines = [title, "", f"`python benchmarks/gpu.py`; {versions}.", "", "| step | status | s | |", "|---|---|---|---|"]
     for step in steps:
         said = step["result"].get("headline") or BY_NAME[step["name"]].about

@@ -64,3 +64,11 @@ def test_every_variant_is_a_config():
     for variant, changes in learning.VARIANTS.items():
         config = load_config(learning.ROOT / "configs/tiny_ocr.json", changes)
         assert (config.rollout.plan == "flow_grpo") == (variant in ("flow_grpo", "without branching"))
+
+
+def test_no_script_hides_the_package_kernels():
+    """A script's folder comes first on sys.path, and this one has a kernels.py, which transformers would take for Hugging Face's."""
+    loading = [file for file in (learning.ROOT / "benchmarks").glob("*.py") if "quiet_libraries()" in file.read_text()]
+    last = "sys.path.append(sys.path.pop(0))"
+    lacking = [file.name for file in loading if "__main__" in file.read_text() and last not in file.read_text().split("import torch\n")[0]]
+    assert len(loading) > 3 and not lacking
