@@ -29,7 +29,7 @@ class Context:
     def __init__(self, file: Path, rehearse: bool):
         self.file, self.rehearse = file, rehearse
         self.scratch = file.parent
-        self.device = torch.device("cpu" if rehearse else "cuda")
+        self.device = torch.device("cpu" if rehearse else "cuda:0")
         self.dtype = torch.float32 if rehearse else torch.bfloat16  # of weights: many CPUs compute bf16 very slowly
         self._found = {"status": "running", "reason": None, "result": {}, "proved": []}
 

@@ -24,16 +24,18 @@ def facts(context: Context) -> None:
              "kernels_package": _origin("kernels"), "builds_triton_launchers": _builds()}  # fmt: skip
     context.note(**found, headline=f"{found['card']}, torch {torch.__version__}")
     if context.device.type == "cuda":
-        context.note(driver=nvidia_driver(), gpus=torch.cuda.device_count(), capability=torch.cuda.get_device_capability(),
-                     properties=properties(torch.cuda.get_device_properties(0)), free_and_total=torch.cuda.mem_get_info())  # fmt: skip
+        context.note(**_card())
     speed, copied = matmul_peak(context.dtype, context.device), _copy_speed(context)
     speeds = f"{speed / 1e12:.3g} TFLOP/s in {str(context.dtype).removeprefix('torch.')}, copies {copied / 1e12:.3g} TB/s"
     context.note(matmul_flops_per_s=speed, copy_bytes_per_s=copied, headline=f"{found['card']}, torch {torch.__version__}: {speeds}")
 
 
-def properties(given) -> dict:
-    """Fields that the benchmarks read, and whether they are there: CUDA 13 took some away."""
-    return {name: getattr(given, name, "missing") for name in PROPERTIES}
+def _card() -> dict:
+    """Of the properties those that the benchmarks read, "missing" where CUDA has taken them away."""
+    given = torch.cuda.get_device_properties(0)
+    return {"driver": nvidia_driver(), "gpus": torch.cuda.device_count(), "capability": torch.cuda.get_device_capability(),
+            "properties": {name: getattr(given, name, "missing") for name in PROPERTIES},
+            "free_and_total": torch.cuda.mem_get_info()}  # fmt: skip
 
 
 def _builds() -> dict[str, bool]:

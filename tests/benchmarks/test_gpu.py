@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from argparse import Namespace
 
 import gpu
@@ -13,7 +14,7 @@ import psutil
 import pytest
 import torch
 from engine_cases import ROOT
-from gpu_steps import BY_NAME, STEPS, Step, families, hardware, kernel_speed, suites, trace
+from gpu_steps import BY_NAME, STEPS, Step, capture, facts, families, hardware, kernel_speed, suites, trace
 from gpu_steps.context import Context, Skipped
 from gpu_steps.report import summary
 
@@ -200,6 +201,70 @@ def test_the_page_has_a_line_for_every_step():
     assert "| kernels | failed | 3 | " + BY_NAME["kernels"].about + "; SystemExit: sde: differs |" in page
     assert "| op | us | share |" in page and "| ode | 1.235 |  |" in page and len(page.splitlines()) < 60
     assert "Rehearsal" in summary(HEAD | {"rehearsed": True}, steps).splitlines()[0]
+
+
+# ------------------------------------------------------------------------- what asks torch.cuda, on a torch.cuda that is not there
+ON_CUDA = Namespace(device=Namespace(type="cuda"))
+
+
+def stand_in(monkeypatch, **functions):
+    for name, function in functions.items():
+        monkeypatch.setattr(f"torch.cuda.{name}", function, raising=False)
+
+
+def test_a_peak_is_what_was_allocated_on_top(monkeypatch):
+    marks = []
+    stand_in(monkeypatch, synchronize=lambda: None, memory_allocated=lambda: 100, max_memory_allocated=lambda: 350,
+             reset_peak_memory_stats=lambda: marks.append("reset"))  # fmt: skip
+    assert Context.peak_of(ON_CUDA, lambda: marks.append("ran") or 7) == (7, 250) and marks == ["reset", "ran"]
+
+
+def test_host_waits_are_the_warnings_of_waiting(monkeypatch):
+    modes = []
+    stand_in(monkeypatch, set_sync_debug_mode=modes.append)
+    with families.host_waits(ON_CUDA) as waits:
+        warnings.warn("Synchronization debug mode does not yet detect all synchronizing operations", UserWarning, stacklevel=1)
+        for _ in range(3):
+            warnings.warn("called a synchronizing CUDA operation", UserWarning, stacklevel=1)
+    assert len(waits) == 3 and modes == ["warn", "default"]
+
+
+def test_the_cards_facts(monkeypatch):
+    stand_in(monkeypatch, get_device_properties=lambda index: Namespace(total_memory=80, multi_processor_count=132, L2_cache_size=50),
+             device_count=lambda: 1, get_device_capability=lambda: (9, 0), mem_get_info=lambda: (79, 80))  # fmt: skip
+    monkeypatch.setattr(facts, "nvidia_driver", lambda: "580.1")
+    found = facts._card()
+    assert found["properties"]["clock_rate"] == "missing" and found["properties"]["total_memory"] == 80 and found["driver"] == "580.1"
+
+
+def test_what_a_failed_capture_breaks_is_written_down(monkeypatch, tmp_path):
+    """A torch.cuda whose failed capture leaves its stream and breaks the next empty_cache, as torch's does."""
+    state = {"stream": "main", "spoiled": False}
+
+    class Graph:
+        def __init__(self, graph):
+            pass
+
+        def __enter__(self):
+            if state["spoiled"]:
+                raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
+
+        def __exit__(self, *error):
+            state.update(stream="side", spoiled=True)
+            raise RuntimeError("operation failed due to a previous error during capture\nmore")
+
+    def empty_cache():
+        raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
+
+    stand_in(monkeypatch, graph=Graph, CUDAGraph=object, current_stream=lambda: state["stream"], synchronize=lambda: None,
+             set_stream=lambda stream: state.update(stream=stream), empty_cache=empty_cache)  # fmt: skip
+    context, found = Context(tmp_path / "f.json", rehearse=True), {}
+    capture._spoil(context, found)
+    assert found["error"] == "RuntimeError: operation failed due to a previous error during capture"
+    assert found["stream_restored"] is False and state["stream"] == "main"
+    assert {what: how[:12] for what, how in found["afterwards"].items()} == {
+        "synchronize": "ok", "a matrix product": "ok", "empty_cache": "RuntimeError", "another capture": "RuntimeError"}  # fmt: skip
+    assert json.loads((tmp_path / "f.json").read_text())["result"]["torch"] == found
 
 
 # ------------------------------------------------------------------------------------------------------------ command
