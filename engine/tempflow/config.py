@@ -19,6 +19,8 @@ from tempflow.errors import VALUE, UserError, note, shortened, shown
 
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
 Count = Annotated[int, Field(ge=0, lt=2**31)]
+Threads = Annotated[int, Field(ge=1, le=1024)]  # and processes: each is made, whatever the machine has
+Seconds = Annotated[float, Field(gt=0, le=1e6)]  # a timer of more than 292 years is an error
 Steps = Annotated[int, Field(ge=1, le=1000)]
 Pixels = Annotated[int, Field(ge=1, le=16384)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
@@ -139,7 +141,7 @@ class Rollout(Section):
     eta: Annotated[float, Field(gt=0)] = Field(0.7, description="noise level of the stochastic step")
     guidance_scale: Annotated[float, Field(ge=0)] = Field(3.5, description="as in the diffusers pipeline's call")
     micro_batch: Positive = Field(48, description="most rows in one forward of the rollout")
-    lanes: Positive | None = Field(
+    lanes: Threads | None = Field(
         None, description="parts of a rank's rollout that run side by side, in a thread each; null: on a CPU as many as cores"
     )
     decode_batch: Positive = Field(16, description="most latents decoded at once")
@@ -163,10 +165,10 @@ class Rollout(Section):
 
 
 class RewardPoolSection(Section):
-    workers: Count = Field(1, description="processes per rank; 0 scores in the training process")
-    threads_per_worker: Positive = Field(1, description="CPU threads of each")
-    timeout_s: Annotated[float, Field(gt=0)] = Field(120.0, description="for one batch of one reward")
-    start_timeout_s: Annotated[float, Field(gt=0)] = Field(300.0, description="for a worker to load (and download) its rewards' models")
+    workers: Annotated[int, Field(ge=0, le=1024)] = Field(1, description="processes per rank; 0 scores in the training process")
+    threads_per_worker: Threads = Field(1, description="CPU threads of each")
+    timeout_s: Seconds = Field(120.0, description="for one batch of one reward")
+    start_timeout_s: Seconds = Field(300.0, description="for a worker to load (and download) its rewards' models")
     retries: Count = Field(2, description="further tries of a failed batch")
     max_failed: Fraction = Field(0.5, description="share of an iteration's or an evaluation's images that may fail before the run stops")
 

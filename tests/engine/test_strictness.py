@@ -281,3 +281,12 @@ def test_the_reward_servers_rewards(server, text, words):
     with pytest.raises(UserError) as error:
         server.read_reward(text)
     assert all(word in str(error.value) for word in words) and len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("key, value", [
+    ("reward_pool.workers", 2000), ("reward_pool.threads_per_worker", 10**6), ("rollout.lanes", 2**30),
+    ("reward_pool.timeout_s", 1e10), ("reward_pool.start_timeout_s", 1e300),
+])  # fmt: skip
+def test_what_is_made_or_waited_for_has_a_limit(key, value):
+    """Processes and threads are made, so that too many end the machine; a timer of more than 292 years is an OverflowError."""
+    refused(key, value)

@@ -7,7 +7,7 @@ import os
 
 from tempflow.errors import UserError, shown
 from tempflow.rewards.protocol import Reward, locate
-from tempflow.rewards.web import Service, ServiceError, checked_url, token_of, wait_for
+from tempflow.rewards.web import LONGEST_S, Service, ServiceError, checked_url, token_of, wait_for
 from tempflow.rewards.wire import read_answer, write_request
 
 
@@ -21,8 +21,9 @@ class HttpReward(Reward):
         urls = [url] if isinstance(url, str) else url
         if not isinstance(urls, list) or not urls:
             raise UserError(f"url: expected an address or a list of addresses, got {shown(url)}")
-        if not timeout_s > 0 or not wait_s >= 0:
-            raise UserError(f"timeout_s must be above 0 and wait_s at least 0, got {shown(timeout_s)} and {shown(wait_s)}")
+        if not 0 < timeout_s <= LONGEST_S or not 0 <= wait_s <= LONGEST_S:
+            given = f"{shown(timeout_s)} and {shown(wait_s)}"
+            raise UserError(f"timeout_s must be above 0 and wait_s at least 0, both at most {LONGEST_S:g}, got {given}")
         token = token_of("token_env", token_env)
         self._servers = [Service(checked_url("url", each), token, timeout_s) for each in urls]
         self._reward, self._wait_s = reward, wait_s

@@ -19,7 +19,7 @@ import numpy as np
 
 from tempflow.errors import UserError, shown
 from tempflow.rewards.protocol import Reward, Scores
-from tempflow.rewards.web import Service, ServiceError, checked_url, token_of, wait_for
+from tempflow.rewards.web import LONGEST_S, Service, ServiceError, checked_url, token_of, wait_for
 from tempflow.rewards.wire import encode_png
 
 RATE = """You judge pictures that were generated from a prompt. The prompt is:
@@ -67,8 +67,9 @@ class VlmJudge(Reward):
     ):
         if not -math.inf < lowest < highest < math.inf:
             raise UserError(f"lowest must be below highest, got {shown(lowest)} and {shown(highest)}")
-        if max_tokens < 1 or concurrency < 1 or retries < 0 or not timeout_s > 0 or not wait_s >= 0:
-            raise UserError("max_tokens, concurrency, timeout_s must be above 0; retries, wait_s at least 0")
+        if max_tokens < 1 or concurrency < 1 or retries < 0 or not 0 < timeout_s <= LONGEST_S or not 0 <= wait_s <= LONGEST_S:
+            raise UserError("max_tokens, concurrency, timeout_s must be above 0; retries, wait_s at least 0; "
+                            f"timeout_s and wait_s at most {LONGEST_S:g}")  # fmt: skip
         if yes_no and pattern:
             raise UserError("pattern: yes_no reads no written answer; give one of the two")
         if extra is not None and (not isinstance(extra, dict) or set(extra) & set(_OURS)):

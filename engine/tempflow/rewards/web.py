@@ -19,6 +19,7 @@ import urllib.request
 from tempflow.errors import UserError, shown
 
 ANSWER_LIMIT = 16 << 20  # bytes; an answer is some numbers and short texts
+LONGEST_S = 1e6  # of a timeout; sockets refuse those of more than 292 years
 _LATER = {408, 425, 429, 500, 502, 503, 504}
 _AWAY = {None, 429, 502, 503}  # nobody there, starting, or too busy to look at the request
 
