@@ -4,10 +4,17 @@ surrogate pairs, which no file and no tokenizer takes."""
 from __future__ import annotations
 
 import json
+import re
+
+_ESCAPED_HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class Refused(ValueError):
     """JSON by its grammar, but not taken here; the message names the place."""
+
+
+class _Repeated(Exception):
+    pass
 
 
 class _Pairs(list):
@@ -17,6 +24,12 @@ class _Pairs(list):
 def loads(text: str):
     """Parse JSON. Raises Refused as above, naming keys as `section.key`, ValueError for what is no JSON, naming line and column,
     and RecursionError where it is nested too deeply."""
+    if not _ESCAPED_HALF.search(text):
+        try:
+            text.encode()
+            return json.loads(text, object_pairs_hook=_table)
+        except (UnicodeEncodeError, _Repeated):  # the way below, several times slower, finds the place
+            pass
     return _built(json.loads(text, object_pairs_hook=_Pairs), "")
 
 
@@ -29,6 +42,13 @@ def check_text(text: str, name: str = "") -> str:
         half = f"half a character (U+{ord(text[error.start]):04X}), as where an emoji was cut in two"
         raise Refused(f"{where} {half}; remove it or write the whole one") from None
     return text
+
+
+def _table(pairs: list) -> dict:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        raise _Repeated
+    return table
 
 
 def _built(value, name: str):
