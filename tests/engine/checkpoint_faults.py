@@ -113,6 +113,12 @@ def a_folder_for(part: str):
     return edit
 
 
+def a_broken_link(folder: Path) -> None:
+    file = tensor_file(folder, "text_encoder_2")
+    file.unlink()
+    file.symlink_to("../../blobs/gone")
+
+
 def two_variants(folder: Path) -> None:
     file = tensor_file(folder, "vae")
     shutil.copy(file, file.with_suffix(".bf16.safetensors"))
@@ -131,7 +137,8 @@ SHOWN = {
     "a pointer": (content_of("transformer", lambda data: POINTER.encode()), ["transformer", "git-lfs pointer"]),
     "a web page": (content_of("vae", lambda data: b"<!DOCTYPE html><html>not found"), ["vae", "damaged"]),
     "a folder for a file": (a_folder_for("vae"), ["vae", "is a folder"]),
-    "no file": (moved("transformer", "old.safetensors"), ["transformer", "has no tensor file"]),
+    "no file": (moved("transformer", "old.safetensors"), ["transformer", "has no tensor file", "it holds old.safetensors"]),
+    "a broken link": (a_broken_link, ["text_encoder_2", "model.safetensors is a link to a file that does not exist"]),
     "pickles": (moved("text_encoder", "pytorch_model.bin"), ["text_encoder", "pytorch_model.bin", "safe_serialization"]),
     "two variants": (two_variants, ["vae", "bf16, fp16"]),
     "a lost shard": (lambda folder: split(folder, "transformer", lose=True), ["transformer", "00002-of-00002"]),
@@ -166,6 +173,8 @@ SHOWN = {
     "heads that do not divide": (config_of("text_encoder/config.json", num_attention_heads=7), ["text_encoder/config.json"]),
     "an unknown class": (config_of("model_index.json", vae=["diffusers", "AutoencoderOfTomorrow"]), ["vae", "AutoencoderOfTomorrow"]),
     "an unknown library": (config_of("model_index.json", text_encoder=["mylib", "Encoder"]), ["text_encoder", "mylib", "Encoder"]),
+    "a class that is no name": (config_of("model_index.json", vae=["diffusers", 7]), ["vae", "has no 7"]),
+    "a library that is no name": (config_of("model_index.json", vae=[7, "AutoencoderKL"]), ["vae", "7"]),
     "no encoder": (config_of("model_index.json", text_encoder=[None, None]), ["text_encoder", "needs"]),
     "no transformer": (config_of("model_index.json", transformer=[None, None]), ["transformer", "needs"]),
     "an emptied tokenizer": (emptied("tokenizer"), ["tokenizer", "vocabulary"]),

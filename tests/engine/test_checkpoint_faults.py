@@ -64,6 +64,22 @@ def test_what_is_whole_is_loaded(folder, policy, edit):
         assert held.keys() == expected.keys() and all(torch.equal(held[name], expected[name]) for name in held), part
 
 
+@pytest.mark.parametrize("part", ["tokenizer_2", "text_encoder", "vae"])
+def test_a_folder_that_may_not_be_listed(folder, monkeypatch, part):
+    """As an operating system refuses it to others than root."""
+
+    def listing(self):
+        if self.name == part:
+            raise PermissionError(13, "Permission denied", str(self))
+        return iterate(self)
+
+    iterate = Path.iterdir
+    tensor_file(folder, part).unlink(missing_ok=True)
+    (folder / part / "tokenizer.json").unlink(missing_ok=True)
+    monkeypatch.setattr(Path, "iterdir", listing)
+    assert f"{part} cannot be read: Permission denied" in refusal(check_checkpoint, folder)
+
+
 def test_every_missing_tensor_is_missed(folder):
     """Whichever it is, of the whole model: one after the other by its header, with the rest in place."""
     for component in components_of(folder):
@@ -158,6 +174,9 @@ PATHS = {
     "one file that is not there": ("models/flux1-dev.safetensors", ["models/flux1-dev.safetensors does not exist"]),
     "the index": ("{tmp}/model/model_index.json", ["name its folder, {tmp}/model"]),
     "a component": ("{tmp}/model/transformer", ["one component of a pipeline"]),
+    "a run": ("{tmp}/run", ["is a run directory", "engine/export.py"]),
+    "adapters": ("{tmp}/lora", ["LoRA adapters", "model.lora.start"]),
+    "any folder": ("{tmp}", ["has no model_index.json"]),
     "a text": ("{tmp}/notes.txt", ["is a file; a folder with model_index.json"]),
     "too long": ("x" * 5000, ["too long"]),
     "no hub id": ("own er/name", ["hub id has the form owner/name"]),
@@ -170,6 +189,10 @@ PATHS = {
 def test_paths_that_are_no_pipeline(folder, tmp_path, path, words):
     for name in ("flux1-dev.safetensors", "flux.gguf", "notes.txt"):
         (tmp_path / name).write_bytes(bytes(64))
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    (tmp_path / "run/config.json").touch()
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora/adapter_config.json").touch()
     message = refusal(check_model, path.format(tmp=tmp_path))
     assert all(word.format(tmp=tmp_path) in message for word in words), message
 

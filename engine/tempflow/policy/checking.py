@@ -46,12 +46,15 @@ def components_of(folder: Path) -> list[Component]:
 def check_components(components: list[Component], *, weights: bool = True) -> None:
     """UserError for the first thing that is wrong with any of them. weights=False: configs alone, for a folder that has no more."""
     for component in components:
-        if component.name == "scheduler":
-            check_scheduler(component)
-        elif component.is_module:
-            check_module(component, weights)
-        elif component.name.startswith("tokenizer") and weights:
-            check_tokenizer(component)
+        try:
+            if component.name == "scheduler":
+                check_scheduler(component)
+            elif component.is_module:
+                check_module(component, weights)
+            elif component.name.startswith("tokenizer") and weights:
+                check_tokenizer(component)
+        except OSError as error:  # a folder that may not be listed, a disk that fails
+            raise component.fault(f"cannot be read: {error.strerror or error}") from None
 
 
 def is_description(components: list[Component]) -> bool:

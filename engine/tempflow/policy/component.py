@@ -46,7 +46,7 @@ class Component:
     def type(self) -> type:
         try:
             return getattr(importlib.import_module(self.library), self.kind)
-        except (ImportError, AttributeError, ValueError):
+        except (ImportError, AttributeError, ValueError, TypeError):
             raise UserError(f"model.path: {self.name}: the installed {self.library} has no {self.kind}") from None
 
     @property
@@ -106,9 +106,19 @@ class Component:
             raise self.fault(f"holds the variants {', '.join(variants)} and no plain {stem}.safetensors; leave one of them there")
         if variants:
             return self.path / min(self._variants, key=lambda name: (INDEX not in name, name))
-        pickles = [file.name for file in self.path.iterdir() if file.suffix in PICKLES]
-        held = f"; pickled weights ({listed(sorted(pickles))}) are not read, save them with safe_serialization=True" if pickles else ""
-        raise self.fault(f"has no tensor file {stem}.safetensors{held}")
+        raise self.fault(f"has no tensor file {stem}.safetensors{self._instead()}")
+
+    def _instead(self) -> str:
+        """What the folder holds where the tensor file should be."""
+        files = sorted(self.path.iterdir())
+        broken = [file.name for file in files if file.is_symlink() and not file.exists()]
+        pickles = [file.name for file in files if file.suffix in PICKLES]
+        others = [file.name for file in files if file.suffix in (".safetensors", ".gguf")]
+        if broken:
+            return f"; {listed(broken)} is a link to a file that does not exist"
+        if pickles:
+            return f"; pickled weights ({listed(pickles)}) are not read, save them with safe_serialization=True"
+        return f"; it holds {listed(others)}" if others else ""
 
     @cached_property
     def shapes(self) -> Shapes:

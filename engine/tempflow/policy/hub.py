@@ -22,9 +22,7 @@ def model_index(path: str) -> Path:
             return folder / "model_index.json"
     except (OSError, ValueError) as error:  # no permission, too long, or characters that no path has
         raise UserError(f"model.path: {shown(path, 200)} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    if (folder / "config.json").is_file():
-        raise UserError(f"model.path: {folder} is one component of a pipeline; name the folder with model_index.json, often the one above")
-    raise UserError(f"model.path: {folder} has no model_index.json; a folder written by save_pretrained is expected")
+    raise UserError(f"model.path: {_another_folder(folder)}")
 
 
 def fetch(path: str, file: str) -> Path:
@@ -68,6 +66,21 @@ def hub_fault(path: str, file: str, error: Exception) -> str:
         cause = cause.__cause__
     return (f"no folder {path}, and {file} of that name cannot be had from the hub ({type(cause).__name__}: {brief(cause, 160)}); check "
             "the network, HTTPS_PROXY, HF_ENDPOINT and HF_HUB_OFFLINE, or name a local folder")  # fmt: skip
+
+
+def _another_folder(folder: Path) -> str:
+    """What a folder without model_index.json is, by what lies in it."""
+
+    def holds(*names: str) -> bool:
+        return any((folder / name).exists() for name in names)
+
+    if holds("checkpoints", "metrics.jsonl"):
+        return f"{folder} is a run directory; engine/export.py writes its model as a pipeline folder, or as adapters"
+    if holds("adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"):
+        return f"{folder} holds LoRA adapters: name their base model here, and this folder in model.lora.start"
+    if holds("config.json", "scheduler_config.json", "tokenizer_config.json"):
+        return f"{folder} is one component of a pipeline; name the folder with model_index.json, often the one above"
+    return f"{folder} has no model_index.json; a folder written by save_pretrained is expected"
 
 
 def _one_file(file: Path) -> str:

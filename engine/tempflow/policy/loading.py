@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -52,7 +53,7 @@ def check_model(path: str | Path) -> str:
         raise UserError(f"model.path: {path} is a {name!s:.80}; known are {', '.join(FAMILIES)}")
     if folder.is_dir():
         needed = [part for part, value in index.items() if isinstance(value, list) and value[0]]
-        missing = [part for part in needed if not (folder / part).is_dir()]
+        missing = [part for part in needed if not os.path.isdir(folder / part)]  # False as well where it may not be seen
         if missing:
             raise UserError(f"model.path: {folder} lacks the component{'s' * (len(missing) > 1)} {', '.join(missing)}")
     return name
