@@ -3,10 +3,10 @@
 A replay costs one launch instead of some thousand. It reads the weights where they lay at capture, so weights must be
 refreshed in place; `watch` notices when they were not, and drops what was captured.
 
-A capture that fails cannot be undone in its process: torch leaves the allocator believing that it goes on (`graph.__exit__` and
-`CUDAGraph::capture_end` up to torch 2.11), and the next `empty_cache` or capture ends in an internal assertion. So a capture begins only
-after a run in which anything that makes the host wait is an error. What fails there runs eagerly, and says why, once; what fails in
-the capture itself ends the run.
+A capture that fails cannot be undone in its process. `torch.cuda.graph` then leaves the capture's stream the current one (2.13), and
+`CUDAGraph::capture_end` may leave the allocator believing that the capture goes on (mended in parts in 2.12 and after), so that the
+next `empty_cache` or capture ends in an internal assertion. So a capture begins only after a run in which anything that makes the host
+wait is an error. What fails there runs eagerly, and says why, once; what fails in the capture itself ends the run.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ def call_by_position(module: torch.nn.Module, zero: dict) -> None:
     """Prepare the leaves that a section names for their backward hook; before DeepSpeed adds its own hooks."""
     if zero.get("stage") != 3:
         return
-    for leaf in apply_zero_leaf_module_config(module, DeepSpeedZeroLeafModuleConfig(**zero.get("leaf_module", {}))):
+    for leaf in apply_zero_leaf_module_config(module, DeepSpeedZeroLeafModuleConfig(**(zero.get("leaf_module") or {}))):
         leaf.register_forward_pre_hook(_by_position, with_kwargs=True)
 
 
