@@ -15,6 +15,9 @@ REPLAYED = ["rollout", "decoding", "evaluation", "weight sync", "weight average"
 SHOWN = {  # start of "module::test" -> the paths that such tests show, where some passed and none failed
     "test_noise": ["normal"], "test_sde_step": ["sde_step"], "test_group_loss": ["group_loss"], "test_graphs": ["CUDA graphs"],
     "test_float8": ["float8 suffix"], "test_reward_models": ["reward models on the GPU"],
+    "test_gpu_families::test_graphs_on_the_gpu[flux": ["FLUX.1", "CUDA graphs"],
+    "test_gpu_families::test_graphs_on_the_gpu[sd3": ["Stable Diffusion 3.5", "CUDA graphs"],
+    "test_gpu_families::test_graphs_on_the_gpu[qwen": ["Qwen-Image", "CUDA graphs"],
     "test_gpu_runs::test_lora": [*REPLAYED, "checkpoint and resume"], "test_gpu_runs::test_float8": [*REPLAYED, "float8 suffix"],
     "test_gpu_runs::test_full": ["full fine-tuning", "ZeRO-3", "checkpoint and resume"], "test_gpu_runs::test_two_gpus": ["several GPUs"],
 }  # fmt: skip
