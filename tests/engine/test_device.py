@@ -32,7 +32,8 @@ def test_the_gpu_is_chosen_before_the_first_collective(monkeypatch, tmp_path):
         monkeypatch.setattr(dist, name, lambda *given, name=name: events.append(name))
     config = small_config(logging={"dir": str(tmp_path), "name": "run"})
     (tmp_path / "run").mkdir()
-    start.claim_run(config, resume=False)
+    with start.claim_run(config, resume=False):
+        pass
     assert events[:2] == [("device", 3), "group"] and "broadcast_object_list" in events[2:]
 
 
