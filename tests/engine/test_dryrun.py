@@ -14,7 +14,7 @@ from run_cases import script_here, train
 
 from tempflow.config import load_config
 from tempflow.dryrun import estimate, local_model, show
-from tempflow.dryrun.measure import SavedBytes
+from tempflow.dryrun.measure import PeakBytes, passing_gradients
 from tempflow.dryrun.model import KNOWN, Model, module_bytes
 from tempflow.errors import UserError
 from tempflow.rollout.float8 import Float8Copy
@@ -74,6 +74,13 @@ def training_forward(policy, module, scale, rows, size):
     return (x, sigma, *conditioning.values()), lambda: policy.velocity(module, x, sigma, conditioning, guidance_scale=scale, **size)
 
 
+def training_peak(module, velocity) -> int:
+    """The most bytes that a forward and its backward hold."""
+    with passing_gradients(module), PeakBytes() as held:
+        velocity().square().mean().backward()
+    return held.peak
+
+
 @pytest.mark.parametrize("family, variant", [*[("flux", v) for v in VARIANTS], *[(f, v) for f in GUIDED for v in ("full", "lora")]])
 def test_bytes_of_a_real_runtime(folders, family, variant):
     """Every resident byte at ZeRO stage 0 after one step, and the activations of its training module, in one process."""
@@ -92,10 +99,8 @@ def test_bytes_of_a_real_runtime(folders, family, variant):
     copied = policy.transformer
     runtime = Runtime(config, policy)
     average = Average(runtime, 0.5, 1) if config.training.ema else None
-    inputs, velocity = training_forward(policy, runtime.engine, scale, rows, size)
-    with SavedBytes(*runtime.module.parameters(), *runtime.module.buffers(), *inputs) as saved:
-        v = velocity()
-    runtime.accumulate(v.square().mean(), last=True)
+    held = training_peak(runtime.module, training_forward(policy, runtime.module, scale, rows, size)[1])
+    runtime.accumulate(training_forward(policy, runtime.engine, scale, rows, size)[1]().square().mean(), last=True)
     gradients = total(p.grad for p in runtime.trainable.values())
     assert runtime.step(1.0) is not None
 
@@ -114,15 +119,15 @@ def test_bytes_of_a_real_runtime(folders, family, variant):
         assert seen["average"] == total(average._mine.values()) == total(average.gather(runtime.trainable).values())
     # 12 decisions of a micro-batch of 6
     measured = items(estimate(small_config(**{**changes, "training": {**changes.get("training", {}), "micro_batch": rows}})))
-    assert measured["training"] == pytest.approx(saved.total, rel=0.15)
+    assert measured["training"] == pytest.approx(held, rel=0.15)
 
 
 @pytest.mark.parametrize("family, scale", [("flux", 0.0), *[(f, s) for f in GUIDED for s in (1.0, 4.5)]])
 @pytest.mark.parametrize("rows", [1, 2, 5])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_activations_of_a_real_forward(folders, family, scale, rows, checkpointing):
-    """What the real model's forward keeps, on the CPU with its fused attention; one block more where it is computed again."""
-    from tempflow.dryrun.estimate import _block, _line, _saved
+    """The most that the real model's forward and backward hold, on the CPU with its fused attention."""
+    from tempflow.dryrun.estimate import _line, _training_peak
     from tempflow.dryrun.families import Size
     from tempflow.policy import load_policy
 
@@ -130,18 +135,13 @@ def test_activations_of_a_real_forward(folders, family, scale, rows, checkpointi
     module = policy.transformer.requires_grad_(True).train()
     if checkpointing:
         module.enable_gradient_checkpointing()
-    inputs, velocity = training_forward(policy, module, scale, rows, size)
-    with SavedBytes(*module.parameters(), *module.buffers(), *inputs) as saved:
-        velocity()
+    held = training_peak(module, training_forward(policy, module, scale, rows, size)[1])
 
     def at(n):
         return Size(n, 32, 96, TEXT, scale > 1)
 
-    predicted = _line(lambda n: _saved(str(folders(family)), torch.float32, None, checkpointing, at(n)), rows)
-    assert predicted == pytest.approx(saved.total, rel=0.15)
-    if not checkpointing:
-        block = _line(lambda n: _block(str(folders(family)), torch.float32, None, at(n)), rows)
-        assert saved.total / 12 < block < saved.total, "one of two to six blocks"
+    predicted = _line(lambda n: _training_peak(str(folders(family)), torch.float32, None, checkpointing, at(n)), rows)
+    assert predicted == pytest.approx(held, rel=0.15)
 
 
 @pytest.mark.parametrize("family", ["flux", *GUIDED])
@@ -149,7 +149,6 @@ def test_a_forward_without_gradients(folders, family):
     """The most that the real model holds at once in a forward of the rollout, guided where the family is, and embeddings."""
     from tempflow.dryrun.estimate import _embedding_bytes, _forward_pass, _line
     from tempflow.dryrun.families import Size
-    from tempflow.dryrun.measure import PeakBytes
     from tempflow.policy import load_policy
 
     policy, rows, size = load_policy(str(folders(family)), max_sequence_length=TEXT), 4, dict(height=32, width=96)
@@ -294,6 +293,18 @@ def test_a_graph_keeps_what_a_forward_holds():
     assert graphs.total - plain.total == items(graphs)["CUDA graph of the rollout"] == forward > 0
     assert [advice.bytes for advice in graphs.advice if advice.setting == "rollout.graphs=false"] == [forward]
     assert "CUDA graph of the rollout" not in items(plain)
+
+
+def test_evaluations_may_be_guided_where_rollouts_are_not(folders):
+    """Then their forward holds twice as much."""
+    def moments(rollout, guidance):
+        config = small_config(model={"path": str(folders("sd3")), "max_sequence_length": TEXT}, rollout={"guidance_scale": rollout},
+                              eval={"prompts": 48, "guidance_scale": guidance})  # fmt: skip
+        return {item.name.split(":")[0]: item.bytes for item in estimate(config).memory.moments}
+
+    plain, guided = moments(1, 1), moments(1, 4.5)
+    assert "evaluation" not in plain and "evaluation" not in moments(4.5, 1)
+    assert guided["evaluation"] == moments(4.5, None)["rollout"] > 1.5 * guided["rollout"] and guided["rollout"] == plain["rollout"]
 
 
 def test_each_saving_is_what_the_changed_config_takes():

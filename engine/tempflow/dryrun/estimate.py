@@ -1,6 +1,6 @@
 """The numbers of a dry run: bytes on each GPU and in host memory, forwards and seconds of an iteration.
 
-Weights, gradients, optimizer state, averages and forwards are counted exactly. What a forward keeps and holds is measured on
+Weights, gradients, optimizer state, averages and forwards are counted exactly. What a forward and a backward hold is measured on
 the meta device at one to three rows and continued along a line. Seconds are floating point operations over the stated speed.
 """
 
@@ -15,7 +15,7 @@ import torch
 from tempflow.config import Config, Lora
 from tempflow.dryrun import measure
 from tempflow.dryrun.advice import Advice, changes
-from tempflow.dryrun.families import Size
+from tempflow.dryrun.families import Forward, Size
 from tempflow.dryrun.model import Model, local_model, module_bytes, tensor_bytes
 from tempflow.dryrun.zero import Zero
 from tempflow.errors import UserError
@@ -132,7 +132,7 @@ def _memory(config: Config, model: Model, gpus: int, prompts: int) -> Memory:
     reference, offloaded = _reference(where, zero, weights)
     encoders = sum(size for name, size in frozen.items() if name != "vae")
     size = _size(config, model)
-    forward = _line(lambda n: _forward_pass(folder, dtype, _at(size, n))[0], r.micro_batch)
+    forward, evaluated = _inference(config, model, gpus, dtype)
     stay = config.data.embedding_cache is None  # otherwise they are gone before the rest is loaded
     resident = [
         Item("text encoders", encoders if stay else 0, "data.embedding_cache, model.dtype"),
@@ -153,6 +153,7 @@ def _memory(config: Config, model: Model, gpus: int, prompts: int) -> Memory:
         Item(f"training: activations of {_rows(_training_rows(config, gpus))}", _activations(config, model, gpus),
              "gradient_checkpointing, training.micro_batch"),
         Item(f"rollout: a forward of {_rows(r.micro_batch)}", forward, "rollout.micro_batch"),
+        Item("evaluation: a forward", evaluated if evaluated > forward else 0, "eval.guidance_scale, rollout.micro_batch"),
         Item(f"decoding {_rows(r.decode_batch)}", _decode_pass(folder, dtype, size)[0] * r.decode_batch, "rollout.decode_batch"),
         Item("optimizer step", zero.step, "zero_optimization.stage, sub_group_size"),
         Item("refreshing the rollout copy", _refresh(config, weights, trained_in), "rollout.refresh_bucket"),
@@ -172,6 +173,19 @@ def _memory(config: Config, model: Model, gpus: int, prompts: int) -> Memory:
     return Memory(resident, moments, host, start)
 
 
+def _inference(config: Config, model: Model, gpus: int, dtype: torch.dtype) -> tuple[int, int]:
+    """The most that a forward holds in a rollout, and in an evaluation, whose guidance may be another. Both decode alike."""
+    size, rows = _size(config, model), config.rollout.micro_batch
+
+    def held(size: Size, rows: int) -> int:
+        return _line(lambda n: _forward_pass(model.folder, dtype, _at(size, n))[0], rows)
+
+    if not (config.data.heldout and config.eval.every):
+        return held(size, rows), 0
+    evaluated = min(rows, -(-config.eval.prompts // gpus))
+    return held(size, rows), held(replace(size, guided=config.eval_guidance() > 1), evaluated)
+
+
 def _reference(where: str | None, zero: Zero, weights: Weights) -> tuple[int, int]:
     """(on the GPU, in host memory) of the frozen copy, without the layers gathered while it runs."""
     if where in (None, "whole"):
@@ -181,11 +195,12 @@ def _reference(where: str | None, zero: Zero, weights: Weights) -> tuple[int, in
 
 
 def _refresh(config: Config, weights: Weights, dtype: torch.dtype) -> int:
-    """The weights under way from the training engine, or from the average, to the rollout copy."""
+    """The weights under way from the training engine, or from the average, to the rollout copy, and one with its adapter merged."""
     averaged = config.training.ema is not None and config.model.lora is None
     stage = config.deepspeed.get("zero_optimization", {}).get("stage", 0)
     each = 4 if averaged else dtype.itemsize if stage == 3 else 0
-    return min(config.rollout.refresh_bucket, weights.parameters) * each if config.rollout.replica else 0
+    bucket = min(config.rollout.refresh_bucket, weights.parameters) * each
+    return bucket + 4 * weights.largest_adapted if config.rollout.replica else 0
 
 
 def _float8(config: Config, folder: str, dtype: torch.dtype) -> int:
@@ -216,12 +231,13 @@ def _prompts_seen(config: Config, gpus: int, prompts: int) -> int:
 
 
 def _activations(config: Config, model: Model, gpus: int) -> int:
-    """What the forward of a micro-batch keeps; with checkpointing also what the backward computes again, a block at a time."""
-    key = (model.folder, engine_dtype(config.deepspeed), _lora_key(config))
-    size, rows = _size(config, model), _training_rows(config, gpus)
-    if not config.model.gradient_checkpointing:
-        return _line(lambda n: _saved(*key, False, _at(size, n)), rows)
-    return _line(lambda n: _saved(*key, True, _at(size, n)) + _block(*key, _at(size, n)), rows)
+    """The most that the forward and the backward of a micro-batch hold."""
+    size = _size(config, model)
+    return _line(lambda n: _training_peak(*_training_key(config, model), _at(size, n)), _training_rows(config, gpus))
+
+
+def _training_key(config: Config, model: Model) -> tuple:
+    return model.folder, engine_dtype(config.deepspeed), _lora_key(config), config.model.gradient_checkpointing
 
 
 def _training_rows(config: Config, gpus: int) -> int:
@@ -256,7 +272,7 @@ def _line(measured, rows: int) -> int:
 # ---------------------------------------------------------------------------------------------------------- phases
 def _phases(config: Config, model: Model, gpus: int, speed: float) -> list[Phase]:
     r, t, folder = config.rollout, config.training, model.folder
-    dtype, trained_in = resolve_dtype(config.model.dtype, "cuda"), engine_dtype(config.deepspeed)
+    dtype = resolve_dtype(config.model.dtype, "cuda")
     one = _at(_size(config, model), 1)
     units, busiest = config.data.prompts_per_iteration * r.seeds, _busiest_units(config, gpus)
     plan = build_plan(config, [Unit(0, 0, 0, 0)], 0)
@@ -270,7 +286,7 @@ def _phases(config: Config, model: Model, gpus: int, speed: float) -> list[Phase
     phases = [phase("rollout", count_forwards(plan, r.num_steps, r.suffix), flops), phase("decode", len(plan.rows), decode)]
     if t.kl_coef:
         phases.append(phase("reference", decisions, flops))
-    trained = _training_flops(folder, trained_in, _lora_key(config), config.model.gradient_checkpointing, one)
+    trained = _training_flops(*_training_key(config, model), one)
     phases.append(phase("training", decisions * t.updates_per_rollout, trained))
     if r.suffix and r.suffix.audit_every:
         audited = count_forwards(plan, r.num_steps, None)
@@ -292,13 +308,14 @@ def _seconds(flops: int, speed: float) -> float:
 @dataclass(frozen=True)
 class Weights:
     """Of a transformer as trained. parameters, trained: numbers of elements; tensors: trained ones; bytes: with buffers;
-    lasting: bytes of parameters alone."""
+    lasting: bytes of parameters alone; largest_adapted: elements of the largest weight that has an adapter."""
 
     parameters: int
     trained: int
     tensors: int
     bytes: int
     lasting: int
+    largest_adapted: int
 
 
 def _lora_key(config: Config) -> str | None:
@@ -326,8 +343,9 @@ def _weights(folder: str, dtype: torch.dtype, lora: str | None) -> Weights:
     module = _module(folder, dtype, lora)
     parameters = list(module.parameters())
     trained = [p for p in parameters if p.requires_grad]
+    adapted = max((p.numel() for name, p in module.named_parameters() if name.endswith("base_layer.weight")), default=0)
     return Weights(sum(p.numel() for p in parameters), sum(p.numel() for p in trained), len(trained), module_bytes(module),
-                   tensor_bytes(parameters))  # fmt: skip
+                   tensor_bytes(parameters), adapted)  # fmt: skip
 
 
 @lru_cache(maxsize=64)
@@ -336,13 +354,9 @@ def _frozen_bytes(folder: str, dtype: torch.dtype) -> dict[str, int]:
 
 
 @lru_cache(maxsize=256)
-def _saved(folder: str, dtype: torch.dtype, lora: str | None, checkpointing: bool, size: Size) -> int:
-    return measure.saved_bytes(_prepared(folder, dtype, lora, checkpointing), Model(folder).forward(size, dtype))
-
-
-@lru_cache(maxsize=256)
-def _block(folder: str, dtype: torch.dtype, lora: str | None, size: Size) -> int:
-    return measure.largest_block(_prepared(folder, dtype, lora, False), Model(folder).forward(size, dtype))
+def _training_peak(folder: str, dtype: torch.dtype, lora: str | None, checkpointing: bool, size: Size) -> int:
+    forward = Model(folder).forward(size, dtype)
+    return measure.training_peak(_prepared(folder, dtype, lora, checkpointing), forward.arguments) + _joined(forward)
 
 
 @lru_cache(maxsize=256)
@@ -361,7 +375,12 @@ def _forward_pass(folder: str, dtype: torch.dtype, size: Size) -> tuple[int, int
     """(most bytes held, operations) of a forward of the rollout."""
     module, forward = _prepared(folder, dtype, None, False), Model(folder).forward(size, dtype)
     held, flops = measure.inference_pass(lambda: module(**forward.arguments))
-    return held + (tensor_bytes(measure.tensors(forward)) if forward.halves > 1 else 0), flops
+    return held + _joined(forward), flops
+
+
+def _joined(forward: Forward) -> int:
+    """Inputs that are made for the forward, of a row's two halves."""
+    return tensor_bytes(measure.tensors(forward)) if forward.halves > 1 else 0
 
 
 @lru_cache(maxsize=256)

@@ -1,9 +1,9 @@
-"""Forwards without data: what they keep for the backward, the most they hold at once, and their floating point operations."""
+"""Forwards and backwards without data: the most they hold at once, and their floating point operations."""
 
 from __future__ import annotations
 
 import weakref
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from unittest import mock
 
 import torch
@@ -46,35 +46,6 @@ def flop_counter() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping={ATTENTION: forward, ATTENTION_BACKWARD: backward})
 
 
-class SavedBytes:
-    """A context that adds up what autograd saves in it, storages once, less those given (weights and inputs).
-
-    Tells real forwards from meta ones in nothing, so the tests measure both with it.
-    """
-
-    def __init__(self, *known: torch.Tensor):
-        self._known = {t.untyped_storage()._cdata for t in known}
-        self._held: dict[int, torch.UntypedStorage] = {}
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda t: t)
-
-    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._known:
-            self._held[storage._cdata] = storage
-        return tensor
-
-    @property
-    def total(self) -> int:
-        return sum(storage.nbytes() for storage in self._held.values())
-
-    def __enter__(self) -> SavedBytes:
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *error) -> None:
-        self._hooks.__exit__(*error)
-
-
 class PeakBytes(TorchDispatchMode):
     """The most bytes of new tensors that were alive at once while it was active."""
 
@@ -104,51 +75,42 @@ class PeakBytes(TorchDispatchMode):
         self._seen.discard(address)
 
 
-def saved_bytes(module: torch.nn.Module, forward: Forward) -> int:
-    """What a forward in training keeps for its backward."""
-    with fused_attention(), SavedBytes(*_known(module, forward)) as saved:
-        module(**forward.arguments)
-    return saved.total
+@contextmanager
+def passing_gradients(module: torch.nn.Module):
+    """Weights' gradients go as they come: a trainer adds them to its own sums."""
+    def drop(parameter):
+        parameter.grad = None
+
+    handles = [p.register_post_accumulate_grad_hook(drop) for p in module.parameters() if p.requires_grad]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def training_flops(module: torch.nn.Module, arguments: dict) -> int:
     """Floating point operations of a forward and its backward, with what checkpointing computes again."""
-    with fused_attention(), flop_counter() as flops:
+    with flop_counter() as flops:
+        _train(module, arguments)
+    return flops.get_total_flops()
+
+
+def training_peak(module: torch.nn.Module, arguments: dict) -> int:
+    """The most bytes held at once in a forward and its backward."""
+    with PeakBytes() as held:  # apart from the operations, because their counter keeps what checkpointing computes again
+        _train(module, arguments)
+    return held.peak
+
+
+def _train(module: torch.nn.Module, arguments: dict) -> None:
+    with fused_attention(), passing_gradients(module):
         out = module(**arguments)[0]
         out.backward(torch.empty_like(out))
-    module.zero_grad(set_to_none=True)
-    return flops.get_total_flops()
 
 
 def tensors(forward: Forward) -> list[torch.Tensor]:
     return [t for t in forward.arguments.values() if isinstance(t, torch.Tensor)]
-
-
-def _known(module: torch.nn.Module, forward: Forward) -> list[torch.Tensor]:
-    """What is there anyway: weights, and inputs unless they were made by joining two halves."""
-    return [*module.parameters(), *module.buffers(), *(tensors(forward) if forward.halves == 1 else ())]
-
-
-def largest_block(module: torch.nn.Module, forward: Forward) -> int:
-    """The most that one of the repeated blocks keeps for its backward, when nothing is checkpointed."""
-    kept, before, handles = [0], [0], []
-    with ExitStack() as stack:
-        stack.enter_context(fused_attention())
-        saved = stack.enter_context(SavedBytes(*_known(module, forward)))
-
-        def enter(*_):
-            before[0] = saved.total
-
-        def leave(*_):
-            kept.append(saved.total - before[0])
-
-        for layers in (child for child in module.children() if isinstance(child, torch.nn.ModuleList)):
-            for layer in layers:
-                handles += [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)]
-        module(**forward.arguments)
-    for handle in handles:
-        handle.remove()
-    return max(kept)
 
 
 @torch.no_grad()

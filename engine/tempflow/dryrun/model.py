@@ -58,8 +58,11 @@ class Model:
         """The pipeline's modules but the transformer, by name."""
         index = self.index
         parts = [name for name, value in index.items() if isinstance(value, list) and value[0]]
-        return {name: self._build(name, *index[name], dtype) for name in parts
-                if name.startswith(("text_encoder", "image_encoder", "vae"))}  # fmt: skip
+        return {name: self.frozen_part(name, dtype) for name in parts if name.startswith(("text_encoder", "image_encoder", "vae"))}
+
+    def frozen_part(self, name: str, dtype: torch.dtype) -> torch.nn.Module:
+        """One of them."""
+        return self._build(name, *self.index[name], dtype)
 
     def transformer(self, dtype: torch.dtype, lora: Lora | None = None) -> torch.nn.Module:
         """As the engine trains it: all of it, or frozen with adapters."""
