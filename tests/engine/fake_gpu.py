@@ -1,7 +1,7 @@
 """A simulated GPU: tensors on "cuda:0" without hardware or data, and a record of what real code does to them.
 
     gpu = FakeGpu()
-    with gpu:                                    # may be entered again; its tensors belong to it
+    with gpu:                                    # may be entered again
         x = torch.zeros(4, 8, device=gpu.device)
         with gpu.watch() as seen:
             value = x.sum().item()
@@ -10,7 +10,7 @@
     seen.bytes    # the most that was allocated above what was there at the start
 
 CUDA tensors are fake (shape, dtype, device), CPU tensors stay real. An operation that mixes devices raises, as on a GPU. Values
-that the host reads are made up: 1, or False.
+that the host reads are made up: 1, in arrays True, and a single bool is False.
 
 It cannot see: values, and so what depends on them, a NaN included; what a kernel itself refuses, such as an alignment; time,
 streams and races; host waits inside libraries below PyTorch's dispatcher; and of memory the CUDA context, the allocator's
@@ -43,10 +43,36 @@ from torch.utils._pytree import tree_leaves
 
 BLOCK = 512  # bytes that the allocator rounds up to
 READ = "value read by the host"
-GUARD = """
+# What a CPU build of torch lacks: a device guard, which indexing and autograd ask for, and autograd's word that CUDA was built.
+STAND_IN = """
+#include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
-namespace { struct Guard final : public c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA> {}; static Guard guard; }
-static c10::impl::DeviceGuardImplRegistrar registrar(c10::DeviceType::CUDA, &guard);
+#include <cstring>
+namespace {
+using namespace c10;
+struct Guard final : public impl::NoOpDeviceGuardImpl<DeviceType::CUDA> {
+  Device getDevice() const override { return Device(DeviceType::CUDA, 0); }
+  Device exchangeDevice(Device) const override { return getDevice(); }
+  Stream getStream(Device) const noexcept override { return Stream(Stream::DEFAULT, getDevice()); }
+  Stream exchangeStream(Stream) const noexcept override { return getStream(getDevice()); }
+  Stream getDefaultStream(Device) const override { return getStream(getDevice()); }
+  void record(void**, const Stream&, const DeviceIndex, const EventFlag) const override {}
+  void block(void*, const Stream&) const override {}
+} guard;
+impl::DeviceGuardImplRegistrar registrar(DeviceType::CUDA, &guard);
+struct Hooks final : public at::CUDAHooksInterface {
+  bool isBuilt() const override { return true; }
+  bool hasPrimaryContext(DeviceIndex) const override { return false; }
+} hooks;
+}
+extern "C" void swap_hooks() {  // torch's hooks are a base class without data: exchanging the tables exchanges the objects
+  void* theirs = const_cast<at::CUDAHooksInterface*>(&at::detail::getCUDAHooks());
+  void* ours = &hooks;
+  void* table;
+  std::memcpy(&table, theirs, sizeof table);
+  std::memcpy(theirs, ours, sizeof table);
+  std::memcpy(ours, &table, sizeof table);
+}
 """
 # They launch nothing: views, and memory that is not filled.
 FREE = {
@@ -59,21 +85,41 @@ INDEXING = {"_index_put_impl_", "index", "index_put", "index_put_"}
 
 
 @cache
-def allow_cuda_devices() -> None:
-    """Register a device guard that does nothing: a CPU build of torch has none, and indexing and autograd ask for one."""
+def stand_in() -> ctypes.CDLL | None:
+    """STAND_IN, compiled and loaded; its guard is registered for good. None where torch has the real thing."""
     if torch.version.cuda or torch.version.hip:
-        return
+        return None
     compiler = shutil.which("c++")
     if compiler is None:
         pytest.skip("a simulated GPU on a CPU build of torch needs a C++ compiler")
     root = Path(torch.__file__).parent
     with tempfile.TemporaryDirectory() as folder:
-        source, library = Path(folder) / "guard.cpp", Path(folder) / "guard.so"
-        source.write_text(GUARD)
+        source, library = Path(folder) / "stand_in.cpp", Path(folder) / "stand_in.so"
+        source.write_text(STAND_IN)
         includes = [f"-I{root}/include", f"-I{sysconfig.get_paths()['include']}"]
         subprocess.run([compiler, "-O0", "-shared", "-fPIC", "-std=c++20", *includes, str(source), "-o", str(library),
-                        f"-L{root}/lib", "-lc10"], check=True)  # fmt: skip
-        ctypes.CDLL(str(library))
+                        f"-L{root}/lib", "-lc10", "-ltorch_cpu"], check=True)  # fmt: skip
+        return ctypes.CDLL(str(library))
+
+
+@cache
+def _mode() -> FakeTensorMode:
+    """One for all simulated GPUs, because tensors of two cannot meet, and code under test keeps some in caches."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+@contextmanager
+def built_with_cuda():
+    """Autograd takes CUDA for a device that it knows."""
+    library = stand_in()
+    if library is None:
+        yield
+        return
+    library.swap_hooks()
+    try:
+        yield
+    finally:
+        library.swap_hooks()
 
 
 def on_gpu(value) -> bool:
@@ -111,9 +157,8 @@ class FakeGpu:
     device = torch.device("cuda:0")
 
     def __init__(self):
-        allow_cuda_devices()
+        stand_in()
         self.live = 0
-        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._storages: set[int] = set()
         self._watches: list[Seen] = []
         self._entered = ExitStack()
@@ -158,7 +203,8 @@ class FakeGpu:
         stack = ExitStack()
         try:
             for context in (
-                self._mode, _Recorder(self),
+                built_with_cuda(), _mode(), _Recorder(self),
+                torch.autograd.set_multithreading_enabled(False),  # a backward would want a thread for the GPU
                 mock.patch.object(torch.Tensor, "numpy", _numpy(torch.Tensor.numpy)),
                 mock.patch.object(FakeTensor, "tolist", self._tolist(), create=True),
                 mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", attention),
@@ -231,7 +277,7 @@ class _Recorder(TorchDispatchMode):
 def _numpy(real):
     def numpy(tensor, *args, **more):
         if isinstance(tensor, FakeTensor):
-            return np.zeros(tuple(tensor.shape), dtype=str(tensor.dtype).removeprefix("torch."))
+            return np.ones(tuple(tensor.shape), dtype=str(tensor.dtype).removeprefix("torch."))
         return real(tensor, *args, **more)
 
     return numpy

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from fake_gpu import READ, FakeGpu
+from torch.utils.checkpoint import checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +69,25 @@ def test_bytes(gpu):
         torch.empty(100, device=gpu.device)
         assert gpu.live == start
     assert seen.bytes == 4096
+
+
+def test_a_backward_runs_in_the_simulation(gpu):
+    """Whatever ran before in this process; a checkpointed block is computed again. Three matrices beside weight and input at
+    the most: block's inside, its gradient and the weight's."""
+    torch.ones(2, requires_grad=True).sum().backward()
+    size = 512
+    with gpu:
+        weight = torch.nn.Parameter(torch.empty(size, size, device=gpu.device))
+        x = torch.empty(size, size, device=gpu.device)
+        with gpu.watch() as seen:
+            y = checkpoint(lambda x: (x @ weight).exp(), x, use_reentrant=False)
+            held = gpu.live - seen.start
+            y.sum().backward()
+        assert weight.grad.device == gpu.device and held == 4 * size**2 and not seen.waits
+        del y
+        assert gpu.live == seen.start + 4 * size**2
+        assert 3 * 4 * size**2 <= seen.bytes <= 4 * 4 * size**2 + 8 * 512
+    assert torch.ones(2, requires_grad=True).square().sum().backward() is None
 
 
 @pytest.mark.parametrize("heads, mask", [(128, False), (512, False), (128, True)])

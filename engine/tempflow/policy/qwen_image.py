@@ -11,10 +11,22 @@ import warnings
 
 import numpy as np
 import torch
+from diffusers.models.transformers import transformer_qwenimage
 
 from tempflow.policy.arguments import finite_number
 from tempflow.policy.base import Conditioning, check_multiple, resolution_shift
 from tempflow.policy.guided import GuidedPolicy
+
+
+def _text_length(embeddings: torch.Tensor, mask: torch.Tensor | None) -> tuple[int, None, torch.Tensor | None]:
+    """Tokens of the text, and the mask as bools: diffusers' own function without the samples' lengths, which its caller drops.
+
+    Making those copies a number to the GPU in every forward: the host waits for it, and no CUDA graph can capture it.
+    """
+    return embeddings.shape[1], None, None if mask is None else mask.bool()
+
+
+transformer_qwenimage.compute_text_seq_len_from_mask = _text_length
 
 
 class QwenImagePolicy(GuidedPolicy):

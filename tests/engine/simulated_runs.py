@@ -1,0 +1,251 @@
+"""The shipped configs on the simulated GPU: real shapes, fewer layers, one unit of work. All of the engine is real but the
+loading of weights, prompts' embeddings (zeros), and DeepSpeed's engine, for which `PlainEngine` stands.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+from engine_cases import ROOT, quiet_pool
+from fake_gpu import FakeGpu, Seen
+
+from tempflow import evaluation
+from tempflow.advantages import advantages
+from tempflow.config import load_config
+from tempflow.dryrun.families import Size
+from tempflow.dryrun.model import Model, local_model
+from tempflow.objective import Batch, make_batches, select
+from tempflow.policy.embeddings import EmbeddingCache
+from tempflow.policy.loading import family_of
+from tempflow.prompts import load_prompts
+from tempflow.sde import noise_weights
+from tempflow.trainer import runtime as trainer_runtime
+from tempflow.trainer.collect import Collected, Collector
+from tempflow.trainer.runtime import Runtime, engine_dtype
+
+ONE_UNIT = ["data.prompts_per_iteration=1", "rollout.seeds=1", 'rewards={"engine_rewards:contrast": 1.0}', "reward_pool.workers=0"]
+# States enough for SD3.5's micro-batch of four.
+SHORT = ["rollout.num_steps=5", "rollout.branch_steps=[0, 1, 2, 3]"]
+
+
+def cut_card(path: str, folder: Path, layers: int) -> Path:
+    """A copy of a model's card whose transformer has `layers` blocks of each kind; a half of SD3.5's, as it has, with two attentions."""
+    card = Path(shutil.copytree(local_model(path), folder / Path(local_model(path)).name))
+    file = card / "transformer/config.json"
+    config = json.loads(file.read_text())
+    config |= {key: layers for key in ("num_layers", "num_single_layers") if key in config}
+    if "dual_attention_layers" in config:
+        config["dual_attention_layers"] = list(range(layers // 2))
+    file.write_text(json.dumps(config))
+    return card
+
+
+class PlainEngine:
+    """What a Runtime asks of DeepSpeed's engine. A gradient is added to its fp32 sum as it comes, as ZeRO's optimizers do."""
+
+    dp_world_size = 1
+
+    def __init__(self, module: torch.nn.Module, parameters: list[torch.nn.Parameter]):
+        self.module, self.sums = module, {p: torch.zeros_like(p, dtype=torch.float32) for p in parameters}
+        self.optimizer = mock.Mock(param_groups=[{"lr": 1e-4}])
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(self._take)
+
+    def _take(self, parameter: torch.nn.Parameter) -> None:
+        self.sums[parameter].add_(parameter.grad)
+        parameter.grad = None
+
+    def __call__(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+    def set_gradient_accumulation_boundary(self, last: bool) -> None:
+        pass
+
+    def backward(self, loss: torch.Tensor, scale_wrt_gas: bool) -> None:
+        loss.backward()
+
+    def step(self) -> None:
+        pass
+
+    def was_step_applied(self) -> bool:
+        return True
+
+    def get_global_grad_norm(self) -> float:
+        return 1.0
+
+
+def already_there():
+    """Modules are not moved: they are made where they belong, and a fake weight cannot be exchanged for another."""
+    return mock.patch.object(torch.nn.Module, "to", lambda module, *args, **more: module)
+
+
+@contextmanager
+def adapters_in(dtype: torch.dtype):
+    """New layers have the dtype that DeepSpeed would cast them to."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(default)
+
+
+class Forwards:
+    """Takes the graph cache's place in a Collector: runs what would be captured, and sees what each run does.
+
+    Of every function the first run is apart, as a capture is warmed up before.
+    """
+
+    def __init__(self, gpu: FakeGpu):
+        self._gpu, self._warm = gpu, set()
+        self.seen: dict[str, list[Seen]] = {}
+
+    def watch(self, tensors) -> None:
+        assert all(tensor.device == self._gpu.device for tensor in tensors)
+
+    def __call__(self, function, inputs):
+        assert {tensor.device for tensor in inputs.values()} == {self._gpu.device}
+        name = function.__name__
+        if name not in self._warm:
+            self._warm.add(name)
+            function(**inputs)
+        with self._gpu.watch() as seen:
+            out = function(**inputs)
+        self.seen.setdefault(name, []).append(seen)
+        return out
+
+
+@dataclass
+class Rolled:
+    """An iteration's rollout. whole: all of it; forwards: by function; decodes: each decoding."""
+
+    data: Collected
+    collector: Collector
+    whole: Seen
+    forwards: dict[str, list[Seen]]
+    decodes: list[Seen]
+
+    def outside(self) -> Counter:
+        """Host waits of the scheduler around its forwards, decoding apart."""
+        waits = Counter(self.whole.waits)
+        for seen in [*self.decodes, *(one for ones in self.forwards.values() for one in ones)]:
+            waits.subtract(seen.waits)
+        return +waits
+
+
+class SimulatedModel:
+    """A policy on `gpu` of a card's shapes, with embeddings of zeros, and what runs of it need."""
+
+    def __init__(self, gpu: FakeGpu, card: Path, length: int | None):
+        import diffusers
+
+        self.gpu, self.card, dtype, model = gpu, str(card), torch.bfloat16, Model(str(card))
+        family = family_of(self.card)
+        self.length = length or family.text_length
+        modules = {"transformer": model.transformer(dtype), "vae": model.frozen_part("vae", dtype)}
+        parts = {name: self.on_gpu(module.eval().requires_grad_(False)) for name, module in modules.items()}
+        parts["scheduler"] = getattr(diffusers, model.index["scheduler"][1]).from_pretrained(str(card / "scheduler"))
+        named = {name: parts.get(name) for name, value in model.index.items() if isinstance(value, list)}
+        with already_there():
+            pipe = getattr(diffusers, model.index["_class_name"])(**named)
+            self.policy = family(pipe, device=gpu.device, max_sequence_length=self.length)
+        self.policy.embed = self._embed
+        self.embeddings = EmbeddingCache(self.policy)
+
+    def on_gpu(self, module: torch.nn.Module) -> torch.nn.Module:
+        """A module from the meta device with weights on the GPU."""
+        def there(t):
+            return torch.empty(t.shape, dtype=t.dtype, device=self.gpu.device)
+
+        for part in module.modules():
+            for name, p in part.named_parameters(recurse=False):
+                setattr(part, name, torch.nn.Parameter(there(p), p.requires_grad))
+            for name, buffer in part.named_buffers(recurse=False):
+                setattr(part, name, there(buffer))
+        return module
+
+    def _embed(self, texts: list[str]) -> dict[str, torch.Tensor]:
+        forward = Model(self.card).forward(Size(1, 512, 512, self.length), torch.bfloat16)
+        one = {name: forward.arguments[name] for name in forward.conditioning}
+        return {name: torch.zeros(len(texts), *t.shape[1:], dtype=t.dtype) for name, t in one.items()}
+
+
+class SimulatedRun:
+    """A shipped config with one unit of work on a SimulatedModel."""
+
+    def __init__(self, model: SimulatedModel, name: str, changes: list[str] = SHORT):
+        self.model, self.gpu, self.policy = model, model.gpu, model.policy
+        self.config = load_config(ROOT / f"configs/{name}.json", [f"model.path={model.card}", *ONE_UNIT, *changes])
+        self.prompts = load_prompts(self.config.data.train)
+
+    def make_runtime(self) -> Runtime:
+        dtype = engine_dtype(self.config.deepspeed)
+        module = self.model.on_gpu(Model(self.model.card).transformer(dtype))
+
+        def initialize(model, model_parameters, config):
+            return (PlainEngine(model, model_parameters),)
+
+        with mock.patch.object(trainer_runtime, "load_transformer", lambda path, dtype: module), \
+                mock.patch.object(trainer_runtime.deepspeed, "initialize", initialize), \
+                already_there(), adapters_in(dtype), torch.device(self.gpu.device):  # fmt: skip
+            return Runtime(self.config, self.policy)
+
+    def embed(self, units) -> dict[str, torch.Tensor]:
+        chosen = [self.prompts[unit.prompt_id] for unit in units]
+        return self.model.embeddings.get([p.text for p in chosen], [p.negative for p in chosen])
+
+    def roll_out(self) -> Rolled:
+        """One iteration's collection, every forward padded to full size."""
+        forwards, decodes = Forwards(self.gpu), []
+        with quiet_pool(self.config) as (pool, specs), self._watched("decode", decodes):
+            collector = Collector(self.config, self.policy, self.prompts, self.model.embeddings, pool, specs, graphs=forwards)
+            with self.gpu.watch() as whole:
+                data = collector.collect(0, [0])
+        return Rolled(data, collector, whole, forwards.seen, decodes)
+
+    @contextmanager
+    def _watched(self, method: str, into: list[Seen]):
+        """Every call of a method of the policy is watched."""
+        real = getattr(self.policy, method)
+
+        def call(*args, **kwargs):
+            with self.gpu.watch() as seen:
+                out = real(*args, **kwargs)
+            into.append(seen)
+            return out
+
+        setattr(self.policy, method, call)
+        try:
+            yield
+        finally:
+            delattr(self.policy, method)
+
+    def batches(self, rolled: Rolled) -> list[Batch]:
+        """The micro-batches of every decision, as the trainer makes them, with made-up rewards."""
+        t, data, collector = self.config.training, rolled.data, rolled.collector
+        rewards = np.random.default_rng(0).normal(size=data.rewards.shape)
+        seen = advantages(rewards, group=t.advantage_group, global_std=t.global_std, clip=t.adv_clip)
+        chosen = select(data.decisions, seen, data.steps, keep_all=True)
+        count = -(-len(chosen) // t.micro_batch)
+        weights = noise_weights(collector.sde.tau, data.steps, t.weighting)
+        return make_batches(chosen, data.decisions[0], count, -(-len(chosen) // count), collector.sigmas, collector.sde, weights,
+                            self.policy.device)  # fmt: skip
+
+    def evaluate(self, num_steps: int = 2) -> Seen:
+        """Draw as many prompts as are integrated together, as the trainer's evaluation does."""
+        r = self.config.rollout
+        with self.gpu.watch() as seen:
+            drawn = evaluation.draw(
+                self.policy, self.model.embeddings, self.prompts, list(range(r.micro_batch)), height=r.height, width=r.width,
+                num_steps=num_steps, guidance_scale=self.config.eval_guidance(), micro_batch=r.micro_batch, decode_batch=r.decode_batch,
+            )  # fmt: skip
+            assert sum(len(part[0]) for part in drawn) == r.micro_batch
+        return seen
