@@ -44,9 +44,10 @@ def _family(context: Context, card: str) -> list[dict]:
     if not all(decision.x_next.isfinite().all() for decision in data.decisions):
         raise AssertionError(f"{card}: latents that are not finite")
     context.prove(NAMES[card], "rollout", "decoding")
+    most = max(_moment(expected, "rollout"), _moment(expected, "decoding")) + _item(expected, "latents, embeddings")
     rows = [
         _row(card, "weights", engine.weights, _item(expected, "VAE") + _transformer_bytes(engine)),
-        _row(card, "rollout and decoding", rolled, max(_moment(expected, "rollout"), _moment(expected, "decoding"))),
+        _row(card, "rollout and decoding", rolled, most),
     ]
     rows[1]["host waits a forward"] = None if waits is None else round(len(waits) / data.stats.batches, 1)
     engine.start_training()
