@@ -133,7 +133,7 @@ class Wandb:
             self._run.define_metric("iteration")
             self._run.define_metric("*", step_metric="iteration")
         except Exception as error:  # of many kinds: no login, no network, an argument that wandb.init does not take
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:500].rstrip(".: ")
             advice = "log in with `wandb login`, set WANDB_MODE=offline, or set it null"
             raise UserError(f"logging.wandb: wandb.init failed: {reason}. Its keys are arguments of wandb.init; {advice}") from None
 

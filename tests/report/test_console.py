@@ -2,6 +2,7 @@
 
 import io
 import re
+import shlex
 
 import pytest
 from rich.console import Console as RichConsole
@@ -129,6 +130,29 @@ def test_resumed_run_estimates_from_its_own_iterations(monkeypatch):
     with console:
         console.iteration({"iteration": 92})
     assert out.getvalue().strip() == "iteration  92/100  left 40s"
+
+
+@pytest.mark.parametrize("minutes, elapsed, trained, left", [
+    (None, 0, 50, "15m00s"),  # 10 of 100 iterations in 100 s
+    (1000, 0, 50, "15m00s"), (2, 0, 60, "1m40s"),  # half of the training time in 100 s, evaluations and all
+    (2, 60, 90, "1m40s"),  # 60 s of it were before this process, which took half of the rest
+    (1, 0, 60, None), (1, 70, 75, None),
+])  # fmt: skip
+def test_time_left_knows_the_limit_in_minutes(monkeypatch, minutes, elapsed, trained, left):
+    now = iter([0.0, 0.0, 100.0])
+    monkeypatch.setattr("tempflow.console.time.monotonic", lambda: next(now))
+    console, out = recorded(terminal=False, total=100, minutes=minutes, elapsed=elapsed)
+    with console:
+        console.iteration({"iteration": 10, "time/elapsed": trained})
+    assert out.getvalue().strip() == "  ".join(["iteration  10/100", *([f"left {left}"] if left else [])])
+
+
+@pytest.mark.parametrize("name", ["a b", "it's", "$(rm -rf x)", "ä;b", "line\nend", "-r"])
+def test_the_next_commands_can_be_pasted(tmp_path, name):
+    console, out = recorded(terminal=False)
+    console.summary({"minutes": 1.0}, tmp_path / name)
+    quoted = re.findall(r"--run (.*?) --out", out.getvalue(), re.DOTALL)
+    assert [shlex.split(text) for text in quoted] == [[str(tmp_path / name)]] * 2
 
 
 @pytest.mark.parametrize("seconds, text", [(0, "0s"), (45.4, "45s"), (400, "6m40s"), (3599.6, "1h00m"), (11100, "3h05m"), (-1, "0s")])

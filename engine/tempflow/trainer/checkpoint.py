@@ -76,7 +76,7 @@ def _full_disk_named(draft: Path, run_dir: Path) -> Iterator[None]:
         written = sum(file.stat().st_size for file in draft.rglob("*") if file.is_file())
         shutil.rmtree(draft, ignore_errors=True)
         last = manifest.newest(run_dir)
-        then = f"go on with --resume from {last.name}, which is whole" if last else "begin again: there is no earlier one"
+        then = f"go on with --resume from {last.name}, which is whole" if last else "begin again with --resume: there is no earlier one"
         raise RankError(
             f"{draft.parent}: no space left for a checkpoint, of which {written / 1e6:.1f} MB were written. Free more than that, "
             f"or lower checkpoint.keep, and {then}"
