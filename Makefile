@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 # A GPU machine gets torch's CUDA build and the extra `gpu` (xformers), as wheels; a machine without one must not fetch them.
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
 CONSTRAINTS := $(if $(HAS_GPU),constraints-gpu.txt,constraints.txt)
+# What torch's CUDA build pins; tests compile the kernels with it beside the project's own, and skip that where it cannot be had.
+CUDA_TRITON := 3.7.1
 CONFIG ?= configs/tiny_ocr.json
 
 .PHONY: install train test clean
@@ -18,8 +20,11 @@ $(VENV)/.installed: setup.py constraints.txt constraints-gpu.txt scripts/install
 train: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed engine/train.py --config $(CONFIG) $(ARGS)
 
-test: install
+test: install $(VENV)/triton-$(CUDA_TRITON)
 	$(BIN)/python -m pytest tests $(ARGS)
+
+$(VENV)/triton-$(CUDA_TRITON): | install
+	-$(BIN)/python -m pip --disable-pip-version-check install -q --no-deps --target $@ triton==$(CUDA_TRITON)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache engine/*.egg-info

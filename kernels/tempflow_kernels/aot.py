@@ -26,23 +26,27 @@ CUDA_ARCHITECTURES = (80, 90, 100)
 HIP_ARCHITECTURE = "gfx942"
 PHILOX_MULTIPLIER = re.compile(r"-0x2daee0ad|0xd2511f53")
 INTEGERS = {"numel", "rows", "children", "blocks"}
+ROW = {"numel": 16}  # a multiple of 16, as FLUX's and SD3's rows are
 FLOATS = {"guidance_scale", "lower", "upper", "kl_coef", "inv_numel", "inv_rows", "inv_children"}
-CHILDREN = {"TILE_B": 8, "PARTS": PARTS}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A kernel with the dtypes of its pointers (fp32 where not given) and its constants."""
+    """A kernel with the dtypes of its pointers (fp32 where not given), its constants, and the sizes for which the launcher would
+    specialise it: one that is 1 becomes a constant, of a multiple of 16 the compiler is told; others can be any."""
 
     name: str
     kernel: object
     module: object
     pointers: dict
     constants: dict
-    aligned: bool = True
+    sizes: dict = field(default_factory=lambda: ROW)
     types: dict = field(init=False)
 
     def __post_init__(self):
+        ones = {name: 1 for name, size in self.sizes.items() if size == 1 and name in self.kernel.arg_names}
+        object.__setattr__(self, "constants", {**self.constants, **ones})
+
         def type_of(name):
             if name in self.constants:
                 return "constexpr"
@@ -56,15 +60,16 @@ class Variant:
         return self.module.BLOCK // (32 * self.module.NUM_WARPS)
 
 
-def step(name, x, velocity, x_next, guided=False, children=None, **options):
+def tiles(sizes):
+    """Constants of a kernel that sums over children: 8 of them unless `sizes` says."""
+    return {"TILE_B": triton.next_power_of_2(sizes.get("children", 8)), "PARTS": PARTS}
+
+
+def step(name, x, velocity, x_next, guided=False, sizes=ROW):
     pointers = {"x": x, "velocity": velocity, "uncond": velocity, "x_next": x_next, "key": "i64", "counter": "i32"}
     width = 4 if {x, velocity, x_next} == {"fp32"} else 8
-    constants = {"GUIDED": guided, "WIDTH": width, "BLOCK": triton_sde_step.BLOCK, **CHILDREN}
-    if children:
-        constants["TILE_B"] = children
-    if children == 1:  # triton compiles an integer argument equal to 1 as a constant
-        constants["children"] = 1
-    return Variant(f"sde_step {name}", triton_sde_step.sde_step_kernel, triton_sde_step, pointers, constants, **options)
+    constants = {"GUIDED": guided, "WIDTH": width, "BLOCK": triton_sde_step.BLOCK, **tiles(sizes)}
+    return Variant(f"sde_step {name}", triton_sde_step.sde_step_kernel, triton_sde_step, pointers, constants, sizes)
 
 
 def latents(x, velocity, x_next):
@@ -72,17 +77,17 @@ def latents(x, velocity, x_next):
             "x_next": x_next, "counter": "i32"}
 
 
-def forward(name, mode, kl, *dtypes):
+def forward(name, mode, kl, *dtypes, sizes=ROW):
     module = triton_group_loss
-    constants = {"MODE": mode, "KL": kl, "BLOCK": module.BLOCK, "COLUMNS": module.COLUMNS, **CHILDREN}
-    return Variant(f"group_loss {name}", module.group_loss_kernel, module, latents(*dtypes), constants)
+    constants = {"MODE": mode, "KL": kl, "BLOCK": module.BLOCK, "COLUMNS": module.COLUMNS, **tiles(sizes)}
+    return Variant(f"group_loss {name}", module.group_loss_kernel, module, latents(*dtypes), constants, sizes)
 
 
-def backward(name, old_centre, kl, *dtypes):
+def backward(name, old_centre, kl, *dtypes, sizes=ROW):
     module = triton_group_loss
     constants = {"OLD_CENTRE": old_centre, "KL": kl, "BLOCK": module.BLOCK}
     kernel = module.group_loss_backward_kernel
-    return Variant(f"group_loss_backward {name}", kernel, module, latents(*dtypes), constants)
+    return Variant(f"group_loss_backward {name}", kernel, module, latents(*dtypes), constants, sizes)
 
 
 def variants():
@@ -91,7 +96,8 @@ def variants():
     return [
         Variant("normal", triton_noise.normal_kernel, triton_noise, {"key": "i64"}, {"BLOCK": triton_noise.BLOCK}),
         step("fp32", *fp32), step("fp32, velocity bf16", *mixed), step("bf16", *bf16),
-        step("fp32, velocity bf16, 1 child", *mixed, children=1), step("fp32, 64 children", *fp32, children=64),
+        step("fp32, velocity bf16, 1 child", *mixed, sizes={**ROW, "children": 1}),
+        step("fp32, 64 children", *fp32, sizes={**ROW, "children": 64}),
         step("fp32, velocity bf16, guided", *mixed, guided=True), step("bf16, guided", *bf16, guided=True),
         forward("fp32", "plain_old", "none", *fp32), forward("fp32, first update, KL x", "plain", "x", *fp32),
         forward("velocity bf16, KL x", "plain_old", "x", *mixed), forward("bf16, KL v", "plain_old", "v", *bf16),
@@ -101,10 +107,28 @@ def variants():
     ]
 
 
+def launches():
+    """What the launcher makes of the kernels for sizes of real runs: FLUX at 1024 px, one row or several, and single elements."""
+    mixed, flux, one = ("fp32", "bf16", "fp32"), {"numel": 262144, "blocks": 128}, {"numel": 1, "blocks": 1, "children": 1, "rows": 1}
+
+    def sized(make, *arguments, **sizes):
+        return make(" ".join(f"{name}={size}" for name, size in sizes.items()), *arguments, sizes=sizes)
+
+    def noise(name, sizes):
+        return Variant(f"normal {name}", triton_noise.normal_kernel, triton_noise, {"key": "i64"}, {"BLOCK": triton_noise.BLOCK}, sizes)
+
+    return [
+        sized(noise, **flux), sized(noise, **one), *(sized(step, *mixed, **flux, children=n) for n in (1, 6, 16)),
+        sized(step, *mixed, **one), sized(forward, "plain", "x", *mixed, **flux, children=6, rows=1),
+        sized(forward, "plain_old", "x", *mixed, **flux, children=16, rows=48), sized(forward, "plain", "x", *mixed, **one),
+        sized(backward, False, True, *mixed, **flux, children=6), sized(backward, False, True, *mixed, **one),
+    ]  # fmt: skip
+
+
 def compile_for(variant, target):
-    """The compiled kernel. Pointers are 16-byte aligned and rows a multiple of 16 elements, as FLUX's and SD3's are."""
+    """The compiled kernel. Pointers are 16-byte aligned, as torch's are."""
     aligned = [i for i, (name, kind) in enumerate(variant.types.items())
-               if kind.startswith("*") or (name == "numel" and variant.aligned)]
+               if kind.startswith("*") or kind == "i32" and variant.sizes.get(name, 1) % 16 == 0]
     source = ASTSource(variant.kernel, signature=variant.types, constexprs=variant.constants,
                        attrs={(i,): [["tt.divisibility", 16]] for i in aligned})
     options = {"num_warps": variant.module.NUM_WARPS, "enable_fp_fusion": False}
@@ -231,12 +255,19 @@ def report():
     """One dict per variant and target. A variant that does not compile for a target raises."""
     rows = []
     for variant in variants():
-        for arch in CUDA_ARCHITECTURES:
-            compiled = compile_for(variant, GPUTarget("cuda", arch, 32))
-            rows.append({"kernel": variant.name, "target": f"sm_{arch}", **inspect_cuda(variant, compiled)})
+        rows += [cuda_row(variant, arch) for arch in CUDA_ARCHITECTURES]
         compiled = compile_for(variant, GPUTarget("hip", HIP_ARCHITECTURE, 64))
         rows.append({"kernel": variant.name, "target": HIP_ARCHITECTURE, **inspect_hip(compiled)})
     return rows
+
+
+def cuda_row(variant, arch):
+    return {"kernel": variant.name, "target": f"sm_{arch}", **inspect_cuda(variant, compile_for(variant, GPUTarget("cuda", arch, 32)))}
+
+
+def launch_report():
+    """The rows of what the launcher makes, for one target."""
+    return [cuda_row(variant, 90) for variant in launches()]
 
 
 def inspect_hip(compiled):

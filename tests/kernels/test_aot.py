@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -13,9 +14,11 @@ pytest.importorskip("triton", reason="compiling the kernels needs triton")
 MOST_NARROW_LOADS = 12
 
 
-def run_aot(*arguments):
-    """In a process of its own: this one may hold interpreted kernels."""
+def run_aot(*arguments, path=None):
+    """In a process of its own: this one may hold interpreted kernels. path: where to look for packages first."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    if path:
+        environment["PYTHONPATH"] = os.pathsep.join([str(path), *filter(None, [environment.get("PYTHONPATH")])])
     result = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
@@ -68,11 +71,40 @@ def test_noise_stays_within_its_instruction_budget(cuda_rows):
     assert not names(row for row, count in counts if count is not None and count > 42)
 
 
+def launch_rows(path=None):
+    """(version of Triton, rows) of what the launcher makes of the kernels."""
+    code = "import json, triton; from tempflow_kernels import aot; print(json.dumps([triton.__version__, aot.launch_report()]))"
+    return json.loads(run_aot("-c", code, path=path).splitlines()[-1])
+
+
+def check_launches(rows):
+    assert len(rows) == 11 and {row["kernel"].split()[0] for row in rows} == {"normal", "sde_step", "group_loss", "group_loss_backward"}
+    assert not names(row for row in rows if row["local"] or row["local_accesses"] or row["stack"])
+    flux = [row for row in rows if "numel=262144" in row["kernel"]]
+    assert len(flux) == 7 and not names(row for row in flux if row["wide_loads"] < row["wide_loads_expected"])
+    assert not names(row for row in flux if row["wide_stores"] < row["wide_stores_expected"] or row["narrow_loads"] > MOST_NARROW_LOADS)
+
+
+def test_what_the_launcher_makes():
+    """It turns sizes of 1 into constants and tells the compiler of multiples of 16: other code than `variants` of any size."""
+    check_launches(launch_rows()[1])
+
+
+def test_what_the_launcher_makes_with_the_triton_of_cuda_builds():
+    """torch's CUDA build pins an older Triton than the one that is newest here."""
+    found = sorted(Path(sys.prefix).glob("triton-*"))
+    if not found:
+        pytest.skip(f"no {sys.prefix}/triton-VERSION; `make test` installs one")
+    version, rows = launch_rows(found[-1])
+    assert version == found[-1].name.removeprefix("triton-")
+    check_launches(rows)
+
+
 def test_the_checks_see_narrow_accesses():
     """Rows of a length that is no multiple of 16 cannot move in 16-byte accesses: the same inspection must say so."""
     code = (
         "import json; from triton.backends.compiler import GPUTarget; from tempflow_kernels import aot; "
-        "v = aot.step('odd', 'fp32', 'fp32', 'fp32', aligned=False); "
+        "v = aot.step('odd', 'fp32', 'fp32', 'fp32', sizes={}); "
         "print(json.dumps(aot.inspect_cuda(v, aot.compile_for(v, GPUTarget('cuda', 90, 32)))))"
     )
     row = json.loads(run_aot("-c", code).splitlines()[-1])
