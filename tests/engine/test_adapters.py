@@ -2,6 +2,8 @@
 
 import copy
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -129,7 +131,7 @@ def test_files_that_are_no_adapters(saved, tmp_path):
     refused("pickle files are not read")
     file = tmp_path / "adapter_model.safetensors"
     file.write_bytes(b"nonsense")
-    refused("cannot be read")
+    refused("is damaged")
     save_file({}, file)
     refused("holds no adapter")
     save_file({"lora_unet_double_blocks_0.lora_down.weight": torch.zeros(3, 4)}, file)
@@ -227,6 +229,22 @@ def test_tensors_that_are_no_adapters_of_the_transformer(saved, tmp_path, edit, 
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(UserError, match=f"model.lora.start: .*{words}"):
         read_adapters(Lora(rank=RANK, alpha=RANK, start=str(tmp_path)))
+
+
+def test_files_that_may_not_be_read(saved, tmp_path, monkeypatch):
+    """As an operating system refuses them to others than root; and settings that are no table."""
+
+    def refuse(self):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    shutil.copytree(saved / "peft", tmp_path / "peft")
+    (tmp_path / "peft/adapter_config.json").write_text("[1]")
+    lora = Lora(rank=RANK, alpha=ALPHA, start=str(tmp_path / "peft"))
+    with pytest.raises(UserError, match="model.lora.start: .*has unreadable settings"):
+        read_adapters(lora)
+    monkeypatch.setattr(Path, "is_file", refuse)
+    with pytest.raises(UserError, match="model.lora.start: .*peft' cannot be read: Permission denied"):
+        read_adapters(lora)
 
 
 @pytest.mark.parametrize("content, words", [(b"", "is empty"), (b"version https://git-lfs.github.com/spec/v1", "git-lfs pointer")])

@@ -41,7 +41,10 @@ def read_adapters(lora: Lora) -> Adapters:
 
     A file without settings has the scale 1 that diffusers gives it.
     """
-    file = _find(Path(lora.start))
+    try:
+        file = _find(Path(lora.start))
+    except (OSError, ValueError) as error:  # no permission, or characters that no path has
+        raise UserError(f"{KEY}: {shown(lora.start)} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     try:
         with safe_open(file, framework="pt") as opened:
             settings = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
@@ -50,7 +53,7 @@ def read_adapters(lora: Lora) -> Adapters:
             settings |= json.loads(file.with_name("adapter_config.json").read_text())
         settings = {name.removeprefix("transformer."): value for name, value in settings.items() if not name.startswith("text_encoder")}
     except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
-        raise UserError(f"{KEY}: {file} cannot be read: {tensor_file_fault(file) or brief(error)}") from None
+        raise UserError(f"{KEY}: {file} {tensor_file_fault(file) or f'has unreadable settings: {brief(error)}'}") from None
     adapters = {_plain_name(name, file): weight for name, weight in weights.items()}
     _check(adapters, settings, lora, file)
     return adapters
