@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Callable
 
 from tempflow.device import prefer_cpu
-from tempflow.errors import RankError, UserError
+from tempflow.errors import RankError, UserError, shown
 from tempflow.streams import steady
 
 
@@ -50,10 +50,20 @@ def _ensure_home() -> None:
     os.environ["HOME"] = str(home) if trusted else tempfile.mkdtemp(prefix="tempflow-home-")
 
 
+def _check_launch() -> None:
+    """Exit with status 2 where a launcher's variables are no numbers; read before anything else asks which rank this is."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        value = os.environ.get(name, "0")
+        if not (value.isascii() and value.isdecimal()):
+            print(f"error: the environment has {name}={shown(value)}; expected a whole number, as launchers set it", file=sys.stderr)
+            sys.exit(2)
+
+
 def run(main: Callable[[], int | None]) -> None:
     """Run a script's main and exit: 2 with the bare message for a user's error, 1 with the traceback for any other, main's
     own status otherwise. Output that cannot be written does not end it."""
     steady()
+    _check_launch()
     try:
         status = main() or 0
     except UserError as error:

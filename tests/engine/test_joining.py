@@ -1,4 +1,4 @@
-"""Joining the process group: what goes wrong is said in one message that names the launcher's option."""
+"""What the environment says of the launch: what is wrong is told in one message that names the variable or the launcher's option."""
 
 import socket
 
@@ -6,8 +6,11 @@ import deepspeed
 import pytest
 import torch.distributed as dist
 
+from tempflow import cli
 from tempflow.errors import RankError, UserError
+from tempflow.policy.arguments import check_device
 from tempflow.trainer import comm
+from tempflow_kernels import dispatch
 
 VARIABLES = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 
@@ -61,3 +64,23 @@ def test_launch_variables_that_are_incomplete(launched, monkeypatch, missing):
     monkeypatch.setattr(deepspeed, "init_distributed", lambda **_: pytest.fail("asked for MPI"))
     with pytest.raises(UserError, match=f"has RANK but not {missing}"):
         comm.init_distributed()
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"])
+@pytest.mark.parametrize("value", ["x", "", "-1", "1.5", "\u0663"])
+def test_launch_variables_that_are_no_numbers(launched, monkeypatch, capsys, name, value):
+    launched(**{name: value})
+    with pytest.raises(SystemExit) as end:
+        cli.run(lambda: pytest.fail("begun"))
+    assert end.value.code == 2
+    assert capsys.readouterr().err == f"error: the environment has {name}={value!r}; expected a whole number, as launchers set it\n"
+
+
+@pytest.mark.parametrize("choice, words", [("gpu", "expected one of auto, reference, triton"), ("", "expected one of"),
+                                           ("triton", "cannot run on cpu")])  # fmt: skip
+def test_kernels_that_cannot_run(monkeypatch, choice, words):
+    """Before a model is loaded, and not at the first step of the first rollout."""
+    monkeypatch.setattr(dispatch, "why_not_triton", lambda device_type: "it is not installed")
+    monkeypatch.setenv("TEMPFLOW_KERNELS", choice)
+    with pytest.raises(UserError, match=f"TEMPFLOW_KERNELS=.*{words}"):
+        check_device("cpu")

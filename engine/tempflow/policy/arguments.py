@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from tempflow.errors import UserError, brief, shown
+from tempflow_kernels.dispatch import use_triton
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -27,12 +28,16 @@ def as_dtype(value: str | torch.dtype) -> torch.dtype:
 
 
 def check_device(value: str | torch.device) -> None:
-    """UserError for a device that is none, or is not there."""
+    """UserError for a device that is none, is not there, or cannot run the kernels that TEMPFLOW_KERNELS asks for."""
     try:
         torch.empty(1, device=torch.device(value))
     except Exception as error:  # RuntimeError, AssertionError, NotImplementedError: as the backend likes
         here = ["cpu", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))]
         raise UserError(f"device: {shown(value)} is not there ({brief(error, 160)}); this machine has {', '.join(here)}") from None
+    try:
+        use_triton(torch.device(value))
+    except (ValueError, RuntimeError) as error:
+        raise UserError(str(error)) from None
 
 
 def positive_int(name: str, value) -> int:
