@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import signal
 import sys
 import tempfile
 import warnings
@@ -63,6 +64,7 @@ def run(main: Callable[[], int | None]) -> None:
     """Run a script's main and exit: 2 with the bare message for a user's error, 1 with the traceback for any other, main's
     own status otherwise. Output that cannot be written does not end it."""
     steady()
+    unwind_on_signals()
     _check_launch()
     try:
         status = main() or 0
@@ -76,6 +78,14 @@ def run(main: Callable[[], int | None]) -> None:
     if in_process_group():
         end_process(status)
     sys.exit(status)
+
+
+def unwind_on_signals() -> None:
+    """A scheduler's SIGTERM and the SIGHUP of a closed terminal end a script as Ctrl-C does: drafts are taken away. Training takes
+    them over; what a parent has this process ignore (nohup) stays ignored."""
+    for kind in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(kind) is signal.SIG_DFL:
+            signal.signal(kind, lambda number, frame: sys.exit(128 + number))
 
 
 def in_process_group() -> bool:

@@ -67,7 +67,7 @@ def script_here(name: str, *arguments) -> subprocess.CompletedProcess:
     Its end is an ordinary one, whatever process group it joined.
     """
     out, err, threads = io.StringIO(), io.StringIO(), torch.get_num_threads()
-    handlers = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         with mock.patch.object(sys, "argv", [name, *map(str, arguments)]), mock.patch.dict(os.environ), \
                 mock.patch.object(cli, "in_process_group", lambda: False), \

@@ -3,9 +3,11 @@
 import contextlib
 import errno
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -273,6 +275,32 @@ def test_a_full_disk_is_named_and_cleared(runtime, tmp_path, monkeypatch, error,
     error = RuntimeError("something else")
     with pytest.raises(RuntimeError, match="something else"):
         checkpoint.save(runtime, None, tmp_path, state_of(2), keep=2)
+
+
+def test_a_disk_too_full_for_a_folder(runtime, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempflow.trainer.checkpoint.Path.mkdir", mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(RankError, match="no space left for a checkpoint, of which 0.0 MB"):
+        checkpoint.save(runtime, None, tmp_path, state_of(2), keep=2)
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.EIO])
+def test_a_disk_that_cannot_be_written_is_named(runtime, tmp_path, monkeypatch, code):
+    first = checkpoint.save(runtime, None, tmp_path, state_of(1), keep=2)
+    monkeypatch.setattr("tempflow.trainer.checkpoint.write_together", mock.Mock(side_effect=OSError(code, os.strerror(code))))
+    with pytest.raises(RankError, match=f"checkpoints: a checkpoint cannot be written .*{os.strerror(code)}.*--resume from 000001"):
+        checkpoint.save(runtime, None, tmp_path, state_of(2), keep=2)
+    assert manifest.newest(tmp_path) == first and not list((tmp_path / "checkpoints").glob(".*"))
+
+
+def test_an_old_one_that_stays_ends_nothing(runtime, tmp_path, monkeypatch):
+    """As on NFS while another process has one of its files open: the next save removes it."""
+    checkpoint.save(runtime, None, tmp_path, state_of(1), keep=1)
+    with monkeypatch.context() as busy:
+        busy.setattr(os, "rmdir", mock.Mock(side_effect=OSError(errno.EBUSY, os.strerror(errno.EBUSY))))
+        second = checkpoint.save(runtime, None, tmp_path, state_of(2), keep=1)
+    assert manifest.newest(tmp_path) == second and len(manifest.folders(tmp_path)) == 2
+    third = checkpoint.save(runtime, None, tmp_path, state_of(3), keep=1)
+    assert manifest.folders(tmp_path) == [third]
 
 
 @pytest.mark.parametrize("crash_at", ["manifest.seal", "os.rename", "write_together"])

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import socket
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from engine_cases import MODEL, config_table
 from run_cases import script_here
 
-from tempflow import outputs, rundir
+from tempflow import cli, outputs, rundir
 from tempflow.config import parse_config
 from tempflow.errors import UserError
 
@@ -214,3 +215,18 @@ def test_evaluate_writes_its_pictures_and_nothing_else(tmp_path, run_dir):
     assert done.returncode == 0, done.stderr
     assert sorted(os.listdir(tmp_path / "pictures")) == ["0000.png", "samples.json"]
     assert before.items() <= everything(tmp_path).items() and MODEL.is_dir()
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_what_was(tmp_path, run_dir, kind):
+    """A job that is ended can be started again: its own draft does not stand in its way."""
+    (tmp_path / "empty").mkdir()
+    before, handler = everything(tmp_path), signal.signal(kind, signal.SIG_DFL)
+    try:
+        cli.unwind_on_signals()
+        with pytest.raises(SystemExit) as end, outputs.new_folder(tmp_path / "empty", run_dir) as draft:
+            write(draft)
+            os.kill(os.getpid(), kind)
+    finally:
+        signal.signal(kind, handler)
+    assert end.value.code == 128 + kind and everything(tmp_path) == before

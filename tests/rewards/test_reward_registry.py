@@ -129,6 +129,13 @@ def test_as_scores_accepts():
         as_scores(Scores(np.zeros(2), ["a"]), 2)
 
 
+def test_what_is_masked_is_a_failure_of_that_image():
+    """What lies under a mask is some number, which is none of the reward's."""
+    for masked in (np.ma.masked_invalid([1.0, np.inf, 3.0]), np.ma.array([1, 999, 3], mask=[False, True, False])):
+        assert np.array_equal(as_scores(masked, 3).values, [1, np.nan, 3], equal_nan=True)
+    assert as_scores(np.ma.array([1.0, 2.0]), 2).values.tolist() == [1, 2]
+
+
 def test_import_is_light():
     """Workers import this package; torch there would cost seconds and memory each."""
     code = "import sys, tempflow.rewards; print({'torch', 'cv2', 'onnxruntime', 'rapidocr'} & set(sys.modules))"

@@ -74,6 +74,7 @@ class FunctionReward(Reward):
 
 def as_scores(result, n: int) -> Scores:
     """What `score` returned, checked. Infinity, and what is too large for float32, is a failure of that image: NaN.
+    So is what numpy has masked.
 
     Raises BadScores unless it is n real numbers and, if present, n texts.
     """
@@ -86,12 +87,15 @@ def as_scores(result, n: int) -> Scores:
         values = np.asarray(result)
     except ValueError:  # ragged lists
         values = np.empty(0, dtype=object)
+    masked = np.ma.getmaskarray(result) if isinstance(result, np.ma.MaskedArray) else None  # asarray gives what lies under the mask
     if values.dtype.kind not in "fiub":
         raise BadScores(f"the reward returned {shown(result)}, not {n} numbers")
     with np.errstate(over="ignore"):  # too large for float32 becomes infinite
         values = values.astype(np.float32)
     if values.shape != (n,):
         raise BadScores(f"the reward returned shape {list(values.shape)} for {n} images, expected [{n}]")
+    if masked is not None:
+        values = np.where(masked, np.float32(np.nan), values)
     if details is not None and len(details) != n:
         raise BadScores(f"the reward returned {len(details)} details for {n} images")
     infinite = np.isinf(values)

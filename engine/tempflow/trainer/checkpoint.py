@@ -32,16 +32,16 @@ from tempflow.trainer.streaming import write_together
 def save(runtime: Runtime, ema: Average | None, run_dir: Path, state: dict, keep: int, best_by: str | None = None) -> Path:
     """Write a checkpoint of all ranks and drop the oldest beyond `keep`, but not the one with the highest metric `best_by`.
 
-    state: JSON values, with "iteration". UserError where the disk is full: then those before are as they were.
+    state: JSON values, with "iteration". UserError where it cannot be written: then those before are as they were.
     """
     final = manifest.folder(run_dir, state["iteration"])
     draft = final.with_name(f".saving-{final.name}")
-    if comm.rank() == 0:
-        for left in (*final.parent.glob(".saving-*"), *final.parent.glob(".universal-*")):  # by a start that was killed
-            shutil.rmtree(left, ignore_errors=True)
-        draft.mkdir(parents=True)
-    comm.barrier()
-    with _full_disk_named(draft, run_dir):
+    with _failures_named(draft, run_dir):
+        if comm.rank() == 0:
+            for left in (*final.parent.glob(".saving-*"), *final.parent.glob(".universal-*")):  # by a start that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            draft.mkdir(parents=True)
+        comm.barrier()
         universal.save_state(runtime.engine, draft / "deepspeed")
         weights = ((name, runtime.full_fp32(parameter)) for name, parameter in runtime.trainable.items())
         write_together(draft / "weights.safetensors", runtime.trainable_shapes(), weights)
@@ -57,26 +57,29 @@ def save(runtime: Runtime, ema: Average | None, run_dir: Path, state: dict, keep
             write_atomic(run_dir / "checkpoints/latest", final.name + "\n")
             spared = manifest.best(run_dir, best_by) if best_by else None
             for old in manifest.folders(run_dir)[:-keep]:
-                if old != spared:
-                    shutil.rmtree(old)
+                if old != spared:  # NFS keeps a folder while another process reads a file of it; the next save tries again
+                    shutil.rmtree(old, ignore_errors=True)
         comm.barrier()
     return final
 
 
 @contextmanager
-def _full_disk_named(draft: Path, run_dir: Path) -> Iterator[None]:
-    """What did not fit is removed, so that the run's other files still find room."""
+def _failures_named(draft: Path, run_dir: Path) -> Iterator[None]:
+    """RankError for a disk that is full or cannot be written. What did not fit is removed, so that the run's other files find room."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        if not disk_is_full(error, run_dir):
+        full = disk_is_full(error, run_dir)
+        if not full and getattr(error, "errno", None) is None:
             raise
         written = sum(file.stat().st_size for file in draft.rglob("*") if file.is_file())
         shutil.rmtree(draft, ignore_errors=True)
         last = manifest.newest(run_dir)
         then = f"go on with --resume from {last.name}, which is whole" if last else "begin again with --resume: there is no earlier one"
+        if not full:
+            raise RankError(f"{draft.parent}: a checkpoint cannot be written ({error}); mend that, and {then}") from None
         raise RankError(
             f"{draft.parent}: no space left for a checkpoint, of which {written / 1e6:.1f} MB were written. Free more than that, "
             f"or lower checkpoint.keep, and {then}"

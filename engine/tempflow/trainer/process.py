@@ -51,7 +51,8 @@ class Threads:
 
 
 class StopSignal:
-    """Remembers SIGINT and SIGTERM, so that the run can stop at a safe point; an impatient second one ends it at once."""
+    """Remembers SIGINT, SIGTERM and SIGHUP (the terminal was closed), so that the run can stop at a safe point; an impatient second
+    SIGINT ends it at once."""
 
     PATIENCE_S = 3.0  # a launcher passes the same Ctrl-C on a second time
 
@@ -62,6 +63,8 @@ class StopSignal:
     def install(self) -> StopSignal:
         for kind in (signal.SIGINT, signal.SIGTERM):
             signal.signal(kind, self._handle)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(signal.SIGHUP, self._handle)
         return self
 
     def __call__(self) -> bool:
