@@ -12,13 +12,13 @@ from tempflow import cli, outputs
 
 
 def parse_args() -> argparse.Namespace:
-    from tempflow.arguments import filled, path, positive, steps
+    from tempflow.arguments import path, positive, steps
     from tempflow.tuned import add_arguments
 
     parser = argparse.ArgumentParser(description="Score a run's model on held-out prompts, with fixed noise.")
     add_arguments(parser)
     parser.add_argument("--base", action="store_true", help="score the model before training instead")
-    parser.add_argument("--prompts", type=filled, help="prompt file (default: the run's held-out prompts)")
+    parser.add_argument("--prompts", type=path, help="prompt file (default: the run's held-out prompts)")
     parser.add_argument("--count", type=positive, help="prompts used, from the top of the file (default: as in the run)")
     parser.add_argument("--num-steps", type=steps, help="ODE steps (default: the run's eval.num_steps)")
     parser.add_argument("--out", type=path, help="folder for pictures and samples.json; must not exist, or be empty")

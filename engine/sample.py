@@ -20,7 +20,7 @@ def parse_args() -> argparse.Namespace:
     add_arguments(parser)
     parser.add_argument("--out", type=path, required=True, help="folder for the pictures; must not exist, or be empty")
     parser.add_argument("--prompt", type=filled, action="append", help="a prompt; may be given again (default: held-out prompts)")
-    parser.add_argument("--prompts", type=filled, help="prompt file")
+    parser.add_argument("--prompts", type=path, help="prompt file")
     parser.add_argument("--count", type=positive, default=16, help="prompts used, from the top of a file")
     parser.add_argument("--num-steps", type=steps, help="ODE steps (default: the run's eval.num_steps)")
     parser.add_argument("--seed", type=seed, default=0, help="of the noise")

@@ -8,7 +8,7 @@ import os
 from dataclasses import replace
 
 from tempflow import cli, rundir
-from tempflow.arguments import filled, positive
+from tempflow.arguments import path, positive
 from tempflow.config import Config, load_config
 from tempflow.device import check_gpu
 from tempflow.errors import UserError, note
@@ -19,7 +19,7 @@ from tempflow.rewards import check_asked, check_prompts, check_watched, parse_re
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Align a flow-matching text-to-image model with TempFlow-GRPO.")
-    parser.add_argument("--config", type=filled, required=True, help="JSON config file")
+    parser.add_argument("--config", type=path, required=True, help="JSON config file")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a config key")
     parser.add_argument("--resume", action="store_true", help="continue the run directory from its newest checkpoint")
     parser.add_argument("--dry-run", action="store_true", help="print the memory and time a run needs; load and write nothing")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Callable
 
 from tempflow.errors import shown
+from tempflow.places import at_home
 
 LARGEST = 2**31 - 1
 
@@ -31,8 +32,11 @@ def filled(text: str) -> str:
 
 
 def path(text: str) -> Path:
-    """A file or folder; an empty name would be the working folder."""
-    return Path(filled(text))
+    """A file or folder; an empty name would be the working folder. Shells leave the ~ of --out=~/pictures as it is."""
+    try:
+        return Path(at_home(filled(text)))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 positive = whole(1)

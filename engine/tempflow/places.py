@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Callable
 
-from tempflow.errors import UserError
+from tempflow.errors import VALUE, UserError, shortened
 
 STARTED_IN = "$started_in"  # in config.json: folders of the commands that started or resumed the run, where its modules lie
 _MADE = ("data.embedding_cache", "logging.dir")  # made by the run where they do not exist; of the others some are hub ids
@@ -81,11 +81,20 @@ def _followed(path: str, began: str, here: str) -> str:
     return os.path.normpath(os.path.join(here, os.path.relpath(path, began)))
 
 
-def _expand(key: str, value: str) -> str:
-    found = os.path.expanduser(value)
+def at_home(path: str) -> str:
+    """A path with the home folder for a leading ~. ValueError where there is none."""
+    found = os.path.expanduser(path)
     if found.startswith("~") and not os.path.exists(found):
-        raise UserError(f"{key}: {value} begins with ~, and no such home folder is known here; set HOME, or write the path in full")
+        given = shortened(path, VALUE)
+        raise ValueError(f"{given} begins with ~, and no such home folder is known here; set HOME, or write the path in full")
     return found
+
+
+def _expand(key: str, value: str) -> str:
+    try:
+        return at_home(value)
+    except ValueError as error:
+        raise UserError(f"{key}: {error}") from None
 
 
 def _change(table: dict, change: Callable[[str, str], str]) -> None:

@@ -5,13 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 import pytest
 from engine_cases import HELDOUT, MODEL, PROMPTS
 from run_cases import environment, script_here
 
-from tempflow import cli, places, rundir
+from tempflow import arguments, cli, places, rundir
 from tempflow.config import load_config
 from tempflow.errors import UserError
 
@@ -176,6 +177,16 @@ def test_home_is_put_in_or_missed(clone, tmp_path, monkeypatch, key):
     assert changed == str(clone / "adapters")
     with pytest.raises(UserError, match=rf"{key}: ~no-such-user/x begins with ~"):
         load_config("one.json", [f"{key}=~no-such-user/x"])
+
+
+def test_home_on_a_command_line(tmp_path, monkeypatch):
+    """A shell leaves --out=~/new as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert arguments.path("~/new") == tmp_path / "new" and arguments.path("./a/~") == Path("a/~")
+    for unknown in ("~no-such-user/x", "~" + "x" * 9999):
+        with pytest.raises(ArgumentTypeError, match="begins with ~") as error:
+            arguments.path(unknown)
+        assert len(str(error.value)) < 300
 
 
 def test_tables_of_any_shape_are_left_to_the_config():
