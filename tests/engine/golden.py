@@ -80,6 +80,7 @@ def run_case(name: str, folder: Path) -> dict:
     if family:
         changes["model"] = changes.get("model", {}) | _tiny(family, folder)
         changes["rollout"] = {"height": 32, "width": 64} | changes["rollout"]
+    changes["rollout"] = {"lanes": 1 if processes else 2} | changes.get("rollout", {})  # else by cores, which shapes batches
     changes["training"] = {"iterations": ITERATIONS} | changes.get("training", {})
     if resume_at:
         train(folder, name, processes=processes, **changes | {"training": changes["training"] | {"iterations": resume_at}})
