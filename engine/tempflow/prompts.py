@@ -19,8 +19,8 @@ from tempflow.errors import VALUE, UserError, note, shortened, shown
 LONGEST = 32768  # characters of a prompt: far beyond the 1024 tokens that the longest text encoder takes
 
 _CELL = re.compile(r'"(?:[^"]|"")*"')
-# What nobody sees and no prompt means: controls but tab and line ends, a byte order mark inside.
-_UNFIT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff]")
+# What nobody sees and no prompt means: controls but tab and line ends.
+_UNFIT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def _read_file(file: Path, key: str) -> list[Prompt]:
 
 def _text_of(file: Path, key: str) -> str:
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        text = file.read_text(encoding="utf-8").replace("\ufeff", "")  # byte order marks, also of files that were joined or pasted from
     except FileNotFoundError:
         raise UserError(f"{key}: prompt file {file} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -62,7 +62,6 @@ def test_shipped_prompts():
     ("P.TXT", "a barn\n\na fox\n".encode("utf-16-be"), [":1", "not UTF-8 text"]),
     ("p.jsonl", '{"prompt": "a"}\n'.encode("utf-32-le"), [":1", "not UTF-8 text"]),
     ("p.txt", "fine\na \x93quoted\x94 word\n", [":2", "control character U+0093", "UTF-8"]),
-    ("p.txt", "one\n\ufefftwo", [":2", "U+FEFF"]),
     ("p.txt", "a \x1b[31mred\x1b[0m barn", [":1", "U+001B"]),
     ("p.jsonl", r'{"prompt": "a\u0000b"}', [":1", "U+0000"]),
     ("p.jsonl", '{"prompt": "a"}\n' + r'{"prompt": "a smile \ud83d"}', [":2", "half a character (U+D83D)"]),
@@ -172,10 +171,13 @@ def test_negative_prompts(tmp_path):
 
 
 def test_what_editors_leave_in_a_file(tmp_path):
-    """A byte order mark, Windows' line ends, and separators that end no line: Unicode's may stand in a JSON text."""
+    """Byte order marks (of joined files too, and inside pasted text), Windows' line ends, and separators that end no line: Unicode's
+    may stand in a JSON text."""
     file = written(tmp_path, "p.txt", "\ufeffone\r\ntwo\u2028still two\r\n")
     assert [(p.text, p.metadata["source"]) for p in load_prompts(file)] == [("one", f"{file}:1"), ("two\u2028still two", f"{file}:2")]
-    file = written(tmp_path, "p.jsonl", '{"prompt": "a\u2028b"}\r\n{"prompt": "c"}')
+    file = written(tmp_path, "q.txt", '\ufeffone\n\ufeff"two ""2"""\n\ufeff\nthree\ufeff, four\n')
+    assert [p.text for p in load_prompts(file)] == ["one", 'two "2"', "three, four"]
+    file = written(tmp_path, "p.jsonl", '{"prompt": "a\u2028b"}\r\n\ufeff{"prompt": "c"}')
     assert [p.text for p in load_prompts(file)] == ["a\u2028b", "c"]
 
 
