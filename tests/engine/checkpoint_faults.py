@@ -168,6 +168,11 @@ SHOWN = {
     "a config that is a list": (text_of("text_encoder/config.json", "[]"), ["text_encoder", "expected a table"]),
     "half a config": (text_of("transformer/config.json", '{"num_la'), ["transformer", "config.json is damaged"]),
     "a config of nothing": (config_of("transformer/config.json", num_layers="many"), ["transformer", "config.json"]),
+    "a number of layers past all memory": (config_of("transformer/config.json", num_layers=10**12), ["transformer", "num_layers"]),
+    "the same in an encoder": (config_of("text_encoder/config.json", num_hidden_layers=10**12), ["text_encoder", "num_hidden_layers"]),
+    "a scale that is NaN": (config_of("vae/config.json", scaling_factor=float("nan")), ["vae/config.json", "scaling_factor", "nan"]),
+    "a scale of 0": (config_of("vae/config.json", scaling_factor=0), ["vae/config.json", "scaling_factor"]),
+    "a VAE without a shift": (config_of("vae/config.json", shift_factor=None), ["vae/config.json", "shift_factor", "None"]),
     "more layers than tensors": (config_of("transformer/config.json", num_layers=9), ["transformer", "lacks", "transformer_blocks.2"]),
     "a negative width": (config_of("text_encoder/config.json", hidden_size=-8), ["text_encoder/config.json"]),
     "heads that do not divide": (config_of("text_encoder/config.json", num_attention_heads=7), ["text_encoder/config.json"]),
@@ -194,6 +199,10 @@ SHOWN = {
     "a shift that is NaN": (config_of(SCHEDULER, shift=float("nan")), [SCHEDULER, "falls from 1 to 0"]),
     "a shift in words": (config_of(SCHEDULER, shift="three"), [SCHEDULER]),
     "two kinds of grid": (config_of(SCHEDULER, use_karras_sigmas=True, use_exponential_sigmas=True), [SCHEDULER]),
+    "shifts at one length": (config_of(SCHEDULER, base_image_seq_len=256, max_image_seq_len=256), [SCHEDULER, "division"]),
+    "an infinite shift": (config_of(SCHEDULER, base_shift=float("inf"), use_dynamic_shifting=True), [SCHEDULER, "falls from 1 to 0"]),
+    "a scheduler config that is a list": (text_of(SCHEDULER, "[]"), [SCHEDULER, "expected a table"]),
+    "a scheduler config that is a number": (text_of(SCHEDULER, "Infinity"), [SCHEDULER, "expected a table"]),
     "no scheduler config": (lambda folder: (folder / SCHEDULER).unlink(), ["scheduler"]),
 }  # fmt: skip
 

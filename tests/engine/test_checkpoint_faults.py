@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_faults import HELD, SHOWN, WHOLE, content_of, edit_tensors, tensor_file
+from checkpoint_faults import HELD, SHOWN, WHOLE, config_of, content_of, edit_tensors, tensor_file
 from engine_cases import MODEL, ROOT, write_config
 from run_cases import script_here
 
@@ -62,6 +62,20 @@ def test_what_is_whole_is_loaded(folder, policy, edit):
         expected = getattr(policy.pipe, part).state_dict()
         held = getattr(loaded.pipe, part).state_dict()
         assert held.keys() == expected.keys() and all(torch.equal(held[name], expected[name]) for name in held), part
+
+
+def test_tensors_that_are_left_out_are_told(folder, capsys):
+    """As of a config with fewer layers than the file: diffusers loads the rest."""
+    config_of("transformer/config.json", num_layers=1)(folder)
+    load_policy(folder, max_sequence_length=LENGTH)
+    told = capsys.readouterr().err
+    assert told.startswith("note: model.path: transformer: left out transformer_blocks.1.") and "more, which" in told
+
+
+@pytest.mark.parametrize("index", ["[]", "7", "null", "{}", '{"_class_name": null}', '{"_class_name": ["FluxPipeline"]}'])
+def test_an_index_without_a_pipeline(folder, index):
+    (folder / "model_index.json").write_text(index)
+    assert "model_index.json is damaged: it names no _class_name" in refusal(check_model, folder)
 
 
 @pytest.mark.parametrize("part", ["tokenizer_2", "text_encoder", "vae"])

@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tempflow.errors import UserError, brief
-from tempflow.policy.component import Component, listed, skeleton, tensor_file_fault
+from tempflow.errors import UserError, brief, shown
+from tempflow.policy.base import resolution_shift
+from tempflow.policy.component import Component, listed, read_table, skeleton, tensor_file_fault
 
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 TIMESTEPS = 1000  # of a grid from 1 to 0, as every family's velocity takes them
@@ -75,6 +76,20 @@ def check_module(component: Component, weights: bool = True) -> None:
     fault = _quantised(component) or compared
     if fault:
         raise component.fault(fault, component.files[0] if len(component.files) == 1 else None)
+    if component.name == "vae":
+        check_scales(component, whole.config)
+
+
+def check_scales(component: Component, config: dict) -> None:
+    """UserError for numbers between latents and the VAE's own that are none: they would show when the first image is decoded."""
+    lists = config.get("z_dim") is not None  # Qwen-Image's: a mean and a deviation by channel
+    for key in ("latents_mean", "latents_std") if lists else ("shift_factor", "scaling_factor"):
+        value, count = config.get(key), config["z_dim"] if lists else 1
+        numbers = value if lists else [value]
+        real = isinstance(numbers, (list, tuple)) and all(type(n) in (int, float) and math.isfinite(n) for n in numbers)
+        if not real or len(numbers) != count or (key in ("latents_std", "scaling_factor") and 0 in numbers):
+            expected = f"{count} finite numbers" if lists else "a finite number"
+            raise component.fault(f"sets {key} to {shown(value)}; expected {expected}, not 0 for a scale", component.path / "config.json")
 
 
 def _compared(component: Component, whole: torch.nn.Module) -> str | None:
@@ -149,6 +164,7 @@ def check_scheduler(component: Component) -> None:
             f"names the scheduler {component.kind}; this engine integrates with {SCHEDULER}: write that class there and its options "
             f"into {file}", component.folder / "model_index.json",
         )  # fmt: skip
+    read_table(component, file)  # where there is none, diffusers asks the hub
     try:
         scheduler = component.type.from_pretrained(str(component.path))
         sigmas = _grid(scheduler)
@@ -161,14 +177,14 @@ def check_scheduler(component: Component) -> None:
         raise component.fault(f"sets num_train_timesteps {scheduler.config.num_train_timesteps}; only {TIMESTEPS} is allowed", file)
     falls = bool((sigmas.diff() < 0).all()) and math.isclose(sigmas[0], 1, abs_tol=1e-5) and sigmas[-1] == 0
     if not falls:
-        shown = ", ".join(f"{sigma:.3g}" for sigma in sigmas.tolist())
-        raise component.fault(f"makes the grid {shown}; the engine needs one that falls from 1 to 0", file)
+        grid = ", ".join(f"{sigma:.3g}" for sigma in sigmas.tolist())
+        raise component.fault(f"makes the grid {grid}; the engine needs one that falls from 1 to 0", file)
 
 
 def _grid(scheduler) -> torch.Tensor:
     """A short grid, made as the pipelines make theirs."""
-    steps = 4
-    mu = 0.5 if scheduler.config.get("use_dynamic_shifting") else None
+    steps, mu = 4, resolution_shift(scheduler, 1024, 1.15)  # computed for every model, and used where shifting is dynamic
+    mu = mu if scheduler.config.get("use_dynamic_shifting") else None
     with np.errstate(all="ignore"):
         scheduler.set_timesteps(steps, sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
     return scheduler.sigmas

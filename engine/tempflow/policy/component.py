@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from tempflow.errors import UserError, brief
+from tempflow.errors import UserError, brief, note, shown
 
 STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}  # of tensor files, by library
 INDEX = ".safetensors.index"
+MOST_LAYERS = 1000  # the modules of a damaged number would fill the memory before anything is compared
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 Shapes = dict[str, tuple[str, tuple[int, ...]]]  # tensor name -> (dtype as safetensors writes it, shape)
 
@@ -63,6 +64,9 @@ class Component:
             method = settings.get("quant_method", "of an unnamed kind") if isinstance(settings, dict) else settings
             raise self.fault(f"says that its weights are quantised ({method}), which this engine does not train; "
                               "name a folder with float32, bfloat16 or float16 weights", file)  # fmt: skip
+        for key, value in [*config.items(), *(pair for inner in config.values() if isinstance(inner, dict) for pair in inner.items())]:
+            if key.startswith("num_") and key.endswith("layers") and isinstance(value, (int, float)) and value > MOST_LAYERS:
+                raise self.fault(f"sets {key} to {shown(value)}; at most {MOST_LAYERS} are built", file)
         return config
 
     @cached_property
@@ -137,7 +141,10 @@ class Component:
         return found
 
     def load(self, dtype: torch.dtype) -> Any:
-        """The component; a module in `dtype` on the CPU, every weight from the files and finite. UserError otherwise."""
+        """The component; a module in `dtype` on the CPU, every weight from the files and finite. UserError otherwise.
+
+        A note tells of tensors that the module does not have: config.json may be of another model.
+        """
         try:
             if not self.is_module:
                 return self.type.from_pretrained(str(self.path))
@@ -153,6 +160,9 @@ class Component:
         missing = _unfilled(module, found["missing_keys"]) if self.library == "diffusers" else found["missing_keys"]
         if missing:
             raise self.fault(f"lacks {listed(sorted(missing))}")
+        if self.library == "diffusers" and found["unexpected_keys"]:
+            surplus = listed(sorted(found["unexpected_keys"]))
+            note(f"model.path: {self.name}: left out {surplus}, which {self.path / 'config.json'} does not ask for")
         name = first_not_finite(module)
         if name:
             raise self.fault(f"holds NaN or infinity in {name}{_overflow(dtype)}")

@@ -7,6 +7,7 @@ before anything is loaded; `load_policy` makes the same checks for those who cal
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import os
 from pathlib import Path
@@ -46,10 +47,12 @@ def check_model(path: str | Path) -> str:
     folder, index_file = Path(path), model_index(path)
     try:
         index = json.loads(index_file.read_text(encoding="utf-8"))
-        name = index.get("_class_name")
-    except (OSError, ValueError, RecursionError, AttributeError) as error:  # unreadable, no JSON, no UTF-8, no table
+    except (OSError, ValueError, RecursionError) as error:  # unreadable, no JSON, no UTF-8
         raise UserError(f"model.path: {index_file} is damaged: {brief(error)}") from None
-    if not isinstance(name, str) or name not in FAMILIES:
+    name = index.get("_class_name") if isinstance(index, dict) else None
+    if not isinstance(name, str):
+        raise UserError(f"model.path: {index_file} is damaged: it names no _class_name of a pipeline")
+    if name not in FAMILIES:
         raise UserError(f"model.path: {path} is a {name!s:.80}; known are {', '.join(FAMILIES)}")
     if folder.is_dir():
         needed = [part for part, value in index.items() if isinstance(value, list) and value[0]]
@@ -148,7 +151,8 @@ def load_policy(
     components = [c for c in components_of(folder) if c.name not in left_out]
     check_components(components)
     loaded = {component.name: component.load(dtype) for component in components}
-    pipe = pipeline.from_pretrained(str(folder), **loaded, **dict.fromkeys(left_out))
+    absent = [name for name in inspect.signature(pipeline).parameters if name not in loaded]  # SD3's T5 need not be there
+    pipe = pipeline.from_pretrained(str(folder), **loaded, **dict.fromkeys(absent))
     return family_of(path)(pipe, device=device, max_sequence_length=length)
 
 
