@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from tempflow import cli, outputs
+from tempflow.streams import check_result
 
 
 def parse_args() -> argparse.Namespace:
@@ -30,6 +31,7 @@ def main() -> int:
     args = parse_args()
     with outputs.new_folder(args.out, args.run) if args.out else nullcontext() as draft:
         score(args, draft)
+    check_result()
     return 0
 
 

@@ -6,14 +6,19 @@ import errno
 import os
 import sys
 
+from tempflow.errors import UserError
+
 GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO)  # what was at the other end will not come back
 
 
 class Steady:
-    """A text stream whose writes never raise. The first one that fails is told of on stderr, if this is another stream."""
+    """A text stream whose writes never raise. The first one that fails is told of on stderr, if this is another stream.
+
+    lost: whether one has failed.
+    """
 
     def __init__(self, stream, name: str):
-        self._stream, self._name, self._told = stream, name, False
+        self._stream, self._name, self.lost = stream, name, False
 
     def write(self, text: str) -> int:
         try:
@@ -43,10 +48,16 @@ class Steady:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
-        if not self._told and sys.stderr is not self:
-            self._told = True
+        told, self.lost = self.lost, True
+        if not told and sys.stderr is not self:
             reason = getattr(error, "strerror", None) or error
             print(f"warning: {self._name} cannot be written ({reason}); the command goes on without it", file=sys.stderr, flush=True)
+
+
+def check_result() -> None:
+    """UserError where standard output, whose content is a command's result, did not take all of it."""
+    if isinstance(sys.stdout, Steady) and sys.stdout.lost:
+        raise UserError("the result could not be written to standard output")
 
 
 def steady() -> None:

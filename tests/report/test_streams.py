@@ -11,7 +11,8 @@ from rich.console import Console as RichConsole
 from rich.progress import Progress
 
 from tempflow.console import Console
-from tempflow.streams import Steady
+from tempflow.errors import UserError
+from tempflow.streams import Steady, check_result
 
 ENGINE = Path(__file__).parents[2] / "engine"
 
@@ -50,6 +51,17 @@ def test_the_console_goes_on(make, terminal, capsys, tmp_path):
     said = capsys.readouterr()
     assert said.err.count("warning: standard output cannot be written") == 1 and len(said.err.splitlines()) == 1, said.err
     assert said.out == ""
+
+
+@broken
+def test_a_result_that_is_lost_is_an_error(make, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", Steady(io.StringIO(), "standard output"))
+    print("a result", flush=True)
+    check_result()
+    monkeypatch.setattr(sys, "stdout", Steady(make(), "standard output"))
+    print("a result", flush=True)
+    with pytest.raises(UserError, match="result could not be written"):
+        check_result()
 
 
 def test_letters_that_an_encoding_lacks():
