@@ -21,7 +21,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from tempflow.means import gain_text, with_error
+from tempflow.means import gain_text, unpaired_gain, with_error
 
 
 class Console:
@@ -169,7 +169,7 @@ class Console:
         text = with_error(self.heldout, _finite(self._evaluation.get("eval/reward/stderr")))
         gain, stderr = (_finite(self._evaluation.get(key)) for key in ("eval/gain", "eval/gain/stderr"))
         if gain is None and self.base_reward is not None and self.done > 0:
-            gain = self.heldout - self.base_reward
+            gain = unpaired_gain(self.base_reward, self.heldout, self._evaluation.get("eval/failed"))
         return text if gain is None else f"{text} ({with_error(gain, stderr, '+')})"
 
     def _seconds_left(self) -> float | None:
@@ -206,7 +206,9 @@ def _summary_rows(summary: dict, run_dir: Path) -> list[tuple[str, str]]:
         rows.append(("tuned held-out reward", with_error(tuned, _finite(summary.get("tuned_stderr"))) + made_of))
     if base is not None and tuned is not None:
         gain = _finite(summary.get("gain"))
-        rows.append(("gain", gain_text(tuned - base if gain is None else gain, _finite(summary.get("gain_stderr")))))
+        gain = unpaired_gain(base, tuned, summary.get("failed")) if gain is None else gain
+        none = "unknown: no prompt was scored before and after"
+        rows.append(("gain", none if gain is None else gain_text(gain, _finite(summary.get("gain_stderr")))))
     if (minutes := _finite(summary.get("minutes"))) is not None:
         rows.append(("time", f"{minutes:.1f} minutes"))
     for label, key in (("iterations", "iterations"), ("rewarded images", "images")):

@@ -40,6 +40,12 @@ def gain_of(base: np.ndarray, tuned: np.ndarray) -> Mean:
     return mean_of(np.asarray(tuned, dtype=np.float64) - np.asarray(base, dtype=np.float64))
 
 
+def unpaired_gain(base: float, tuned: float, failed: int | None) -> float | None:
+    """The difference of two means, for records that hold no paired gain. None where prompts of the second have failed: then the two
+    may have no prompt in common."""
+    return None if failed else tuned - base
+
+
 def is_sure(change: float, stderr: float) -> bool:
     """Whether a change is larger than chance explains: beyond two standard errors."""
     return abs(change) > SURE * stderr

@@ -85,6 +85,16 @@ def test_the_summary_says_whether_the_gain_is_beyond_its_error(tmp_path, gain, s
     assert words in out.getvalue() and "0.790 ± 0.020 on 125 prompts (3 failed)" in out.getvalue() and "0.480 ± 0.010" in out.getvalue()
 
 
+def test_no_gain_is_shown_where_no_prompt_has_one(tmp_path):
+    """Each of two prompts was scored once: the first before training, the second after it."""
+    console, out = recorded(terminal=False)
+    with console:
+        console.iteration({"iteration": 0, "eval/reward": 0.2, "eval/scored": 1, "eval/failed": 1})
+        console.iteration({"iteration": 1, "eval/reward": 0.9, "eval/scored": 1, "eval/failed": 1})
+        console.summary({"base_reward": 0.2, "tuned_reward": 0.9, "scored": 1, "failed": 1}, tmp_path)
+    assert "held-out 0.900  1 scored" in out.getvalue() and "unknown: no prompt" in out.getvalue() and "0.700" not in out.getvalue()
+
+
 def test_nested_and_failing_phases_are_taken_away():
     console, _ = recorded(terminal=True)
     with console:

@@ -317,3 +317,14 @@ def test_the_verdict_says_how_sure_it_is(run_factory, row_writer, gain, stderr, 
     held = found.chart("Reward")["series"][0]
     assert held["error"] == [0.03, None, 0.02] and len(held["y"]) == 3
     assert found.chart("Failed held-out images") and not any("stderr" in chart["title"] for chart in found.data["charts"])
+
+
+def test_no_gain_is_claimed_where_no_prompt_has_one(run_factory, row_writer):
+    """What was scored before training and what after are other prompts."""
+    run_dir = run_factory(iterations=20, total=20, sets=())
+    summary = json.loads((run_dir / "summary.json").read_text()) | {"base_reward": 0.48, "tuned_reward": 0.775}
+    (run_dir / "summary.json").write_text(json.dumps(summary))
+    row_writer(run_dir, with_evaluation(run_dir, **{"eval/failed": 64, "eval/scored": 64}))
+    found = page(run_dir).text
+    assert "No held-out prompt was scored both before training (0.480) and after (0.775): the gain is unknown" in found
+    assert "+0.295" not in found

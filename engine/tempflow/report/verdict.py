@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
-from tempflow.means import is_sure
+from tempflow.means import is_sure, unpaired_gain
 from tempflow.report.charts import mean
 from tempflow.report.run import Run, number
 from tempflow.report.samples import signed
@@ -30,7 +30,9 @@ def gain(run: Run) -> tuple[float | None, float | None]:
         return None, None
     found = evaluated(run)
     change = number(found.get("eval/gain"))
-    return (tuned - base, None) if change is None else (change, number(found.get("eval/gain/stderr")))
+    if change is None:
+        return unpaired_gain(base, tuned, found.get("eval/failed")), None
+    return change, number(found.get("eval/gain/stderr"))
 
 
 def evaluated(run: Run) -> dict:
@@ -42,6 +44,8 @@ def verdict(run: Run) -> str:
     """One sentence that claims no more than the run shows."""
     base, tuned = rewards(run)
     change, stderr = gain(run)
+    if change is None and None not in (base, tuned):
+        return f"No held-out prompt was scored both before training ({base:.3f}) and after ({tuned:.3f}): the gain is unknown.{_lost(run)}"
     if change is not None:
         how = "rose" if change > TRIFLE else "fell" if change < -TRIFLE else "hardly moved,"
         sure = ""
