@@ -92,6 +92,7 @@ def main() -> int:
         rundir.find_modules(rundir.path_of(config))
     specs, train, heldout = checked_inputs(config)
 
+    from tempflow.dryrun import check_room, disk_of
     from tempflow.policy.attention import check_attention
     from tempflow.report import write_report
     from tempflow.trainer.loop import Trainer
@@ -104,7 +105,7 @@ def main() -> int:
     check_attention(config.model.attention_backend, config.model.path, dtypes(config))
     check_machine(config.deepspeed)
     stop = StopSignal().install()
-    with claim_run(config, args.resume) as (run_dir, resume_from):
+    with claim_run(config, args.resume, lambda: check_room(config, disk_of(config))) as (run_dir, resume_from):
         trainer = Trainer(config, run_dir, train, heldout, specs, stop, write_report, profile)
         trainer.run(resume_from)
     return 0

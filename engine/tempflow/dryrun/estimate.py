@@ -15,8 +15,11 @@ import torch
 from tempflow.config import Config, Lora
 from tempflow.dryrun import measure
 from tempflow.dryrun.advice import Advice, changes
+from tempflow.dryrun.disk import Disk, disk
 from tempflow.dryrun.families import Forward, Size
+from tempflow.dryrun.item import Item
 from tempflow.dryrun.model import Model, local_model, module_bytes, tensor_bytes
+from tempflow.dryrun.processes import process_items
 from tempflow.dryrun.zero import Zero
 from tempflow.errors import UserError
 from tempflow.policy.embeddings import KEPT, KEPT_OF_STORE
@@ -26,15 +29,6 @@ from tempflow.rollout.plan import Unit, build_plan
 from tempflow.rollout.suffix import count_forwards
 from tempflow.trainer.reference import placement
 from tempflow.trainer.runtime import engine_dtype
-
-
-@dataclass(frozen=True)
-class Item:
-    """Bytes of one kind. keys: the config keys that decide them."""
-
-    name: str
-    bytes: int
-    keys: str = ""
 
 
 @dataclass(frozen=True)
@@ -53,12 +47,13 @@ class Phase:
 @dataclass(frozen=True)
 class Memory:
     """resident: on every GPU, all the time. moments: on top, one at a time. host: of every process, at most; start: of
-    every process while it loads."""
+    every process while it loads. unknown: rewards on the GPU whose models are not counted, because their size is not known."""
 
     resident: list[Item]
     moments: list[Item]
     host: list[Item]
     start: int
+    unknown: list[str]
 
     @property
     def total(self) -> int:
@@ -76,6 +71,7 @@ class Estimate:
     parameters: int
     trained: int
     memory: Memory
+    disk: Disk
     phases: list[Phase]
     advice: list[Advice]
 
@@ -118,7 +114,15 @@ def estimate(config: Config, *, gpus: int = 1, mfu: float = 0.4, card_gb: float 
     worth = sorted((a for a in advice if a.bytes > 0.005 * card), key=lambda a: -a.bytes)
     weights = _weights(model.folder, engine_dtype(config.deepspeed), _lora_key(config))
     phases = _phases(config, model, gpus, speed)
-    return Estimate(config.model.path, gpus, card, speed, weights.parameters, weights.trained, memory, phases, worth)
+    return Estimate(config.model.path, gpus, card, speed, weights.parameters, weights.trained, memory, disk_of(config), phases, worth)
+
+
+def disk_of(config: Config) -> Disk:
+    """The disk that a run's checkpoints take, from the config and the model's JSON files; as quick as making the transformer on the
+    meta device. UserError as `estimate`."""
+    trained_in = engine_dtype(config.deepspeed)
+    weights = _weights(local_model(config.model.path), trained_in, _lora_key(config))
+    return disk(config, Zero(config.deepspeed, 1, weights, trained_in))
 
 
 # ---------------------------------------------------------------------------------------------------------- memory
@@ -134,7 +138,9 @@ def _memory(config: Config, model: Model, gpus: int, prompts: int) -> Memory:
     size = _size(config, model)
     forward, evaluated = _inference(config, model, gpus, dtype)
     stay = config.data.embedding_cache is None  # otherwise they are gone before the rest is loaded
+    processes, unknown = process_items(config)
     resident = [
+        *processes,
         Item("text encoders", encoders if stay else 0, "data.embedding_cache, model.dtype"),
         Item("VAE", frozen.get("vae", 0), "model.dtype"),
         Item("rollout copy", plain if r.replica else 0, "rollout.replica, model.dtype"),
@@ -170,7 +176,7 @@ def _memory(config: Config, model: Model, gpus: int, prompts: int) -> Memory:
     rest = frozen.get("vae", 0) + plain
     start = max(encoders + rest if stay else max(encoders, rest), weights.bytes)
     resident, moments, host = ([item for item in items if item.bytes] for items in (resident, moments, host))
-    return Memory(resident, moments, host, start)
+    return Memory(resident, moments, host, start, unknown)
 
 
 def _inference(config: Config, model: Model, gpus: int, dtype: torch.dtype) -> tuple[int, int]:

@@ -9,7 +9,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from tempflow.console import duration
-from tempflow.dryrun.estimate import Estimate, Item
+from tempflow.dryrun.disk import Disk
+from tempflow.dryrun.estimate import Estimate
+from tempflow.dryrun.item import Item
 
 NAMES = {
     "rollout": "rollout", "decode": "decoding pictures", "reference": "reference policy",
@@ -18,7 +20,7 @@ NAMES = {
 
 
 def show(estimate: Estimate, output: Console | None = None) -> None:
-    """Memory, costs and, where the run does not fit, what to change."""
+    """Memory, costs, disk and, where the run does not fit, what to change."""
     out = output or Console(highlight=False, width=None if Console().is_terminal else 120)
     share = "" if estimate.trained == estimate.parameters else f", {amount(estimate.trained)} of them trained"
     out.print(f"[bold]{escape(estimate.model)}[/] on {count(estimate.gpus, 'GPU')} of {size(estimate.card)}: "
@@ -29,6 +31,7 @@ def show(estimate: Estimate, output: Console | None = None) -> None:
     out.print(f"At {estimate.speed / 1e12:.0f} TFLOP/s a GPU (--peak-tflops x --mfu), without rewards, communication and waiting; "
               "training if every group has a spread to learn from.")  # fmt: skip
     out.print(_host(estimate))
+    out.print(_disk(estimate.disk))
 
 
 def _memory(estimate: Estimate) -> Table:
@@ -46,11 +49,13 @@ def _memory(estimate: Estimate) -> Table:
 
 
 def _verdict(estimate: Estimate, out: Console) -> None:
+    for name in estimate.memory.unknown:
+        out.print(f"[bold yellow]Not counted[/]: the model of reward {escape(name)}, whose size is unknown here; it lies on the same GPU.")
     left = estimate.card - estimate.total
     if estimate.fits and left < 0.05 * estimate.card:
-        out.print(f"[bold yellow]Fits barely[/]: {size(left)} left, and the CUDA context and fragmentation are not counted.")
+        out.print(f"[bold yellow]Fits barely[/]: {size(left)} left, and fragmentation and NCCL's buffers are not counted.")
     elif estimate.fits:
-        out.print(f"[bold green]Fits[/]: {size(left)} left for the CUDA context and fragmentation, which are not counted.")
+        out.print(f"[bold green]Fits[/]: {size(left)} left for fragmentation and NCCL's buffers, which are not counted.")
     else:
         out.print(f"[bold red]Does not fit[/]: {size(-left)} too much.")
         _advice(estimate, out)
@@ -93,6 +98,17 @@ def _host(estimate: Estimate) -> Table:
     for name, single in (("while it runs, at most", each), ("while it loads", memory.start)):
         machine = f"{estimate.gpus} processes on one machine: {size(single * estimate.gpus)}"
         table.add_row(name, size(single), machine if estimate.gpus > 1 else "")
+    return table
+
+
+def _disk(disk: Disk) -> Table:
+    table = _table("Disk under logging.dir: checkpoints", "decided by")
+    for item in disk.parts:
+        _row(table, item)
+    table.add_section()
+    table.add_row("a checkpoint", size(disk.checkpoint))
+    keys = "checkpoint.every, keep, keep_best; one more while it is written"
+    table.add_row(f"at most at once: {count(disk.most, 'checkpoint')}", size(disk.total), keys)
     return table
 
 

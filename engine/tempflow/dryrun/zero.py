@@ -85,6 +85,16 @@ class Zero:
         """Of weights spread over the GPUs, those of one."""
         return -(-self._weights.lasting // self._gpus)
 
+    @property
+    def saved_weights(self) -> int:
+        """Of the weights in a checkpoint's DeepSpeed files, all ranks together; at stage 3 they hold the fp32 masters alone."""
+        return self._weights.trained * self._dtype.itemsize if self.stage < 3 else 0
+
+    @property
+    def saved_optimizer(self) -> int:
+        """Of the optimizer's state there, with fp32 master weights from stage 1 on."""
+        return self._weights.trained * (4 * (1 + self._states) if self.stage else self._dtype.itemsize * self._states)
+
     def _step(self) -> int:
         """torch's AdamW makes a temporary of the size of what it updates at a time; gradients become fp32 first."""
         updated = self._own

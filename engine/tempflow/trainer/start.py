@@ -15,15 +15,18 @@ T = TypeVar("T")
 
 
 @contextmanager
-def claim_run(config: Config, resume: bool) -> Iterator[tuple[Path, Path | None]]:
+def claim_run(config: Config, resume: bool, check: Callable[[], str | None] = lambda: None) -> Iterator[tuple[Path, Path | None]]:
     """The run directory, held by rank 0 for all while the block runs, and the checkpoint to resume from, if any.
 
+    check: what rank 0 finds wrong with the machine, before anything is written: raises UserError, or returns a warning.
     Raises UserError on every rank alike.
     """
     comm.init_distributed()
     with ExitStack() as stack:
 
         def claim() -> Path | None:
+            if warning := check():
+                print(warning, flush=True)
             run_dir = stack.enter_context(rundir.held(config, resume))
             return manifest.newest(run_dir, note=lambda text: print(text, flush=True)) if resume else None
 

@@ -38,7 +38,10 @@ class ModelReward(Reward):
             raise UserError(f"dtype: expected one of {', '.join(_DTYPES)}, got {self.dtype!r}")
         if self.batch_size < 1:
             raise UserError(f"batch_size: expected 1 or more, got {self.batch_size}")
-        self._dtype = _DTYPES[self.dtype]
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return _DTYPES[self.dtype]
 
     def load(self, threads=1):
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -54,7 +57,7 @@ class ModelReward(Reward):
 
     @abstractmethod
     def _load(self) -> None:
-        """Load the model onto `self.device` in `self._dtype`."""
+        """Load the model onto `self.device` in `self.torch_dtype`."""
 
     @abstractmethod
     def _score(self, images: np.ndarray, prompts: list[str]) -> torch.Tensor:

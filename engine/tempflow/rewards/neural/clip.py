@@ -69,7 +69,7 @@ class ClipReward(ModelReward):
     """A reward on a CLIP model, which `path` holds whole."""
 
     def _load(self):
-        self._clip = ClipEncoder("path", fetch("path", self.path, self.revision), self._dtype, self.device)
+        self._clip = ClipEncoder("path", fetch("path", self.path, self.revision), self.torch_dtype, self.device)
 
     def _cosine(self, pixels: torch.Tensor, texts: list[str]) -> torch.Tensor:
         """fp32 [n, 3, size, size] and n texts -> [n]: the similarity of each picture to its text."""
@@ -123,7 +123,7 @@ class HpsV2(ClipReward):
         tensors = read_tensors("path", fetch("path", self.path, self.revision))
         if not any(name.startswith("vision_model.") for name in tensors):
             tensors = to_transformers("path", tensors)
-        self._clip = ClipEncoder("path", folder, self._dtype, self.device, tensors)
+        self._clip = ClipEncoder("path", folder, self.torch_dtype, self.device, tensors)
 
     def _score(self, images, prompts):
         pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 255

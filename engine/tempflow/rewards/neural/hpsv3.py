@@ -90,7 +90,7 @@ class HpsV3(ModelReward):
                 f"path: the weights know {config.text_config.vocab_size} tokens, of which {REWARD_TOKEN} ({self._reward_id}) is none"
             )
         self._head = Head(head, self.device, between=F.relu)
-        self._model = build("path", Qwen2VLModel, config, tensors, self._dtype, self.device)
+        self._model = build("path", Qwen2VLModel, config, tensors, self.torch_dtype, self.device)
 
     def _score(self, images: np.ndarray, prompts: list[str]) -> torch.Tensor:
         area = {"shortest_edge": PIXELS, "longest_edge": PIXELS}
@@ -108,7 +108,7 @@ class HpsV3(ModelReward):
             input_ids=tokens["input_ids"],
             attention_mask=tokens["attention_mask"],
             position_ids=positions,
-            pixel_values=seen["pixel_values"].to(self.device, self._dtype),
+            pixel_values=seen["pixel_values"].to(self.device, self.torch_dtype),
             image_grid_thw=grid.to(self.device),
             use_cache=False,
         ).last_hidden_state

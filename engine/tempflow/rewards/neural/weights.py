@@ -49,7 +49,7 @@ def read_tensors(key: str, source: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     tensors: dict[str, torch.Tensor] = {}
-    for file in _weight_files(key, source):
+    for file in weight_files(key, source):
         try:
             tensors.update(load_file(file))
         except (SafetensorError, OSError) as error:
@@ -109,7 +109,7 @@ def _part(key: str, what: str, folder: Path, load: Callable[[], T]) -> T:
         raise UserError(f"{key}: {folder} has no usable {what} ({type(error).__name__}: {error})") from None
 
 
-def _weight_files(key: str, source: Path) -> list[Path]:
+def weight_files(key: str, source: Path) -> list[Path]:
     if source.is_file():
         if source.suffix != ".safetensors":
             raise UserError(f"{key}: {source} is not a .safetensors file; {_how_to_convert(source)}")
