@@ -1,17 +1,42 @@
-"""Set before anything imports triton, which diffusers and transformers do: without a GPU its kernels run interpreted."""
+"""What a machine with a GPU and one without do differently in the tests.
+
+Without a GPU the Triton kernels run interpreted, which has to be set before anything imports triton, as diffusers and transformers do,
+and tests marked `gpu` are skipped. With one, every test that runs a kernel on it is marked `gpu`, so that `-m gpu` is all of a GPU's part.
+Tests marked `cpu` stay on the CPU wherever they run.
+"""
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+
+sys.path.append(str(Path(__file__).parent / "engine"))
+from cpu_cases import on_cpu  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
-        return
+    there = torch.cuda.is_available()
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if there and _parameters(item).get("device") == "triton":
+            item.add_marker("gpu")
+        if not there and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA or ROCm GPU"))
+
+
+def _parameters(item) -> dict:
+    return item.callspec.params if hasattr(item, "callspec") else {}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Around a test's fixtures, too, whatever their scope, since one that many tests share belongs to the first."""
+    if not item.get_closest_marker("cpu"):
+        return (yield)
+    with on_cpu():
+        return (yield)

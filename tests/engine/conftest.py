@@ -4,8 +4,11 @@ import os
 import sys
 from pathlib import Path
 
+import torch
+
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 HERE = Path(__file__).parent
 # The tests' own helpers and rewards, the kernel tests' comparison, and the recipe of the small model.
 for folder in (HERE, HERE.parent / "kernels", HERE.parent.parent / "recipes"):

@@ -13,6 +13,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from cpu_cases import VARIABLE, on_cpu
 from engine_cases import HERE, ROOT, write_config
 from safetensors.torch import load_file
 
@@ -28,12 +29,15 @@ ADAMW = {"type": "AdamW", "params": {"lr": 1e-4, "betas": [0.9, 0.99], "torch_ad
 
 
 def environment() -> dict:
-    """The caller's, without what an earlier run in this process may have left, and with this project's commands and rewards."""
+    """The caller's, without what an earlier run in this process may have left, and with this project's commands and rewards.
+
+    A run with it takes the machine's GPU where there is one, unless its test is marked `cpu`.
+    """
     env = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", "")])
     env["PYTHONPATH"] = os.pathsep.join([str(HERE), env.get("PYTHONPATH", "")])
     if not torch.cuda.is_available():
-        env["DS_ACCELERATOR"] = "cpu"
+        env[VARIABLE] = "cpu"
     return env
 
 
@@ -62,14 +66,14 @@ def load_script(name: str):
 
 
 def script_here(name: str, *arguments) -> subprocess.CompletedProcess:
-    """engine/NAME.py in this process, which has the libraries loaded already; what it sets globally is put back.
+    """engine/NAME.py in this process, on the CPU, with the libraries loaded already; what it sets globally is put back.
 
     Its end is an ordinary one, whatever process group it joined.
     """
     out, err, threads = io.StringIO(), io.StringIO(), torch.get_num_threads()
     handlers = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
-        with mock.patch.object(sys, "argv", [name, *map(str, arguments)]), mock.patch.dict(os.environ), \
+        with mock.patch.object(sys, "argv", [name, *map(str, arguments)]), mock.patch.dict(os.environ), on_cpu(), \
                 mock.patch.object(cli, "in_process_group", lambda: False), \
                 contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):  # fmt: skip
             for variable in LAUNCHED:

@@ -282,6 +282,7 @@ def test_one_message_on_each_machine(monkeypatch, capsys, rank, local, error, pr
     assert end.value.code == 2 and capsys.readouterr().err == ("error: refused\n" if printed else "")
 
 
+@pytest.mark.cpu  # gloo's threads
 @pytest.mark.parametrize("main, status, error", [("lambda: 0", 0, ""), ("refuse", 2, "error: refused"), ("fail", 1, "KeyError: 7")])
 def test_the_end_of_a_rank(main, status, error):
     """Exit handlers are run, the interpreter is not taken down: gloo's threads would abort in it. A good end leaves the group."""

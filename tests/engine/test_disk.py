@@ -15,6 +15,7 @@ from tempflow.dryrun.item import Item
 from tempflow.errors import UserError
 from tempflow.trainer import checkpoint, manifest
 
+pytestmark = pytest.mark.cpu  # checkpoints of a runtime in this process
 BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
 LORA = {"lora": {"rank": 32, "alpha": 64.0}}
 REAL = {  # weights, stage, more of the deepspeed section

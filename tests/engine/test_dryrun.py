@@ -19,6 +19,7 @@ from tempflow.dryrun.model import KNOWN, Model, module_bytes
 from tempflow.errors import UserError
 from tempflow.rollout.float8 import Float8Copy
 
+pytestmark = pytest.mark.cpu  # bytes of a runtime in this process
 CARD = ROOT / "configs/models/flux-dev"
 BF16 = {"bf16": {"enabled": True}, "optimizer": {"type": "AdamW", "params": {"lr": 1e-5, "torch_adam": True}}}
 

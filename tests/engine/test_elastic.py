@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from tempflow.errors import UserError
 from tempflow.trainer import checkpoint, comm, manifest
 
+pytestmark = pytest.mark.cpu  # two ranks on any machine, compared to the last bit
 ROUNDING = 1e-5  # relative, fp32
 BF16 = 2e-2  # gradients of half the rows, rounded to bf16 before they are summed
 

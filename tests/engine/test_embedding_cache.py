@@ -15,6 +15,7 @@ from tempflow.policy.embedding_store import EmbeddingStore
 from tempflow.prompts import Prompt
 from tempflow.trainer import opening
 
+pytestmark = pytest.mark.cpu  # a run with the cache and one without it, to the last bit
 PROMPTS = [Prompt('the word "ABC"'), Prompt("something else", {}, "blurred"), Prompt('the word "ABC"', {}, "")]
 TENSORS = {
     "half": torch.randn(5, 3).bfloat16(), "mask": torch.tensor([True, False, True]), "shared": torch.ones(1).expand(4),

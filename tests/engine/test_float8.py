@@ -257,8 +257,9 @@ def test_every_rollout_converts_the_weights_of_then():
 
 
 @pytest.mark.gpu
-def test_on_the_hardware_eagerly_and_as_a_graph():
-    policy = load_policy(MODEL, dtype="bfloat16", device="cuda", max_sequence_length=20)
+@pytest.mark.parametrize("family", BUILDERS)
+def test_on_the_hardware_eagerly_and_as_a_graph(tmp_path, family):
+    policy = load_policy(str(BUILDERS[family](tmp_path / "model")), dtype="bfloat16", device="cuda", max_sequence_length=20)
     reason = obstacle(policy.transformer)
     if reason:
         pytest.skip(reason)

@@ -11,6 +11,7 @@ from tempflow.trainer.ema import Average, deal
 from tempflow.trainer.reference import placement
 from tempflow.trainer.streaming import write_safetensors
 
+pytestmark = pytest.mark.cpu  # two ranks on any machine, compared to the last bit
 SIZE = dict(height=32, width=96)
 
 

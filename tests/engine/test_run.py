@@ -18,7 +18,8 @@ from PIL import Image
 from run_cases import ADAMW, SGD, Run, launch, script, script_here, timeless, train
 from safetensors.torch import load_file
 
-pytestmark = pytest.mark.slow
+# One rank against two, a run against its resumed half, bit for bit: the CPU's part. A GPU's is test_gpu_runs.py.
+pytestmark = [pytest.mark.slow, pytest.mark.cpu]
 
 CONTRACT = """iteration reward/mean reward/std reward/zero_std_groups loss kl ratio/max_dev clip_fraction grad_norm images
 forwards/rollout forwards/train time/rollout time/decode time/reward time/train time/sync time/total""".split()

@@ -8,7 +8,7 @@ from engine_cases import MODEL
 from run_cases import ADAMW, train
 from safetensors.torch import load_file
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.cpu]
 
 
 def break_calls(monkeypatch, numbers):

@@ -24,11 +24,11 @@ def test_philox_known_answers(name):
     assert [int(w) for w in got] == words
 
 
+@pytest.mark.parametrize("device", ["triton"], indirect=True)
 @pytest.mark.parametrize("key", [0, -1, 0x299F31D0A4093822, -(2**63)])
-def test_kernel_words_equal_reference_bit_for_bit(key, monkeypatch):
+def test_kernel_words_equal_reference_bit_for_bit(device, key):
     from kernel_words import triton_words
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     got = triton_words(key, 512, device).cpu() & reference.WORD
     counter = torch.arange(512)
     zero = torch.zeros_like(counter)
@@ -48,8 +48,9 @@ def test_normals_match_float64(device, numel):
 EXTREMES = [(0, 0), (0, 2**31), (2**32 - 1, 2**32 - 1), (2**32 - 1, 2**31), (12345, 2**30), (0, 3 * 2**30)]
 
 
+@pytest.mark.parametrize("device", ["triton"], indirect=True)
 @pytest.mark.parametrize("words", EXTREMES)
-def test_extreme_words_give_finite_normals(words):
+def test_extreme_words_give_finite_normals(device, words):
     w0, w1 = (torch.tensor([w]) for w in words)
     got = torch.stack(reference.box_muller(w0, w1))
     radius = math.sqrt(-2 * math.log((w0.float() * 2.0**-32 + 2.0**-33).double()))
@@ -58,7 +59,6 @@ def test_extreme_words_give_finite_normals(words):
     assert_close("pair", got[:, 0], want, rel=1.5e-7, scale=max(radius, 1e-6))
     from kernel_words import triton_box_muller
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     assert_close("kernel's pair", triton_box_muller(w0, w1, device), got[:, 0], rel=2e-7, scale=max(radius, 1e-6))
 
 

@@ -1,0 +1,80 @@
+"""Rollouts of every family as CUDA graphs: through the real collector, equal to the same batches run eagerly.
+
+On the CPU the capture is stood in for, so that the comparison itself has run on any machine.
+"""
+
+from functools import cache
+
+import pytest
+import torch
+from engine_cases import MODEL, PROMPTS, quiet_pool, small_config
+from family_cases import qwen_pipeline, sd3_pipeline
+from test_graphs import Recorded, cache_of
+
+from tempflow.policy import load_policy
+from tempflow.policy.embeddings import EmbeddingCache
+from tempflow.prompts import load_prompts
+from tempflow.rollout.graphs import Captured, CudaCapture
+from tempflow.trainer.collect import Collector
+
+BUILDERS = {"flux": lambda folder: MODEL, "sd3": sd3_pipeline, "qwen_image": qwen_pipeline}
+GUIDANCE = {"flux": 0.0, "sd3": 4.5, "qwen_image": 4.0}
+TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return cache(lambda family: str(BUILDERS[family](tmp_path_factory.mktemp(family) / "model")))
+
+
+def eager(function, inputs):
+    """A capture that runs the function at every replay: the same batches as of a graph, padded rows included."""
+    static = {name: tensor.clone() for name, tensor in inputs.items()}
+    outputs = tuple(t.clone() for t in function(**static))
+
+    def replay():
+        for buffer, value in zip(outputs, function(**static), strict=True):
+            buffer.copy_(value)
+
+    return Captured(static, outputs, replay, 1)
+
+
+def check_graphs(folder, family, dtype, device, capture):
+    """Two rollouts, the second with weights changed in place: the same states and children as eagerly, one capture per size."""
+    policy = load_policy(folder, dtype=dtype, device=device, max_sequence_length=20)
+    config = small_config(model={"path": folder, "dtype": dtype, "max_sequence_length": 20}, data={"prompts_per_iteration": 2},
+                          rollout={"height": 32, "width": 32, "num_steps": 4, "branch_steps": [0, 2], "micro_batch": 8, "seeds": 1,
+                                   "guidance_scale": GUIDANCE[family]})  # fmt: skip
+    weight = next(p for name, p in policy.transformer.named_parameters() if name.endswith("to_q.weight"))
+    original, found = weight.clone(), []
+    for how in (capture, eager):
+        graphs, notes = cache_of(how, limit_bytes=1 << 30)
+        with quiet_pool(config) as (pool, specs):
+            collector = Collector(config, policy, load_prompts(PROMPTS), EmbeddingCache(policy), pool, specs)
+            collector.graphs = graphs
+            data = [collector.collect(0, [0, 1])]
+            with torch.no_grad():
+                weight.mul_(1.5)
+            data.append(collector.collect(0, [0, 1]))
+        with torch.no_grad():
+            weight.copy_(original)
+        assert graphs.captures == len(graphs) <= 2 and graphs.replays > 4 and not notes
+        found.append([decision for one in data for decision in one.decisions])
+    assert len(found[0]) == 2 * 2 * 2
+    for one, other in zip(*found, strict=True):
+        for name in ("x", "x_next", "log_prob"):
+            got, want = (getattr(decision, name).float() for decision in (one, other))
+            assert (got - want).norm() <= TOLERANCE[dtype] * want.norm(), name
+    assert not torch.equal(found[0][0].x_next, found[0][4].x_next), "the graphs follow the weights"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", BUILDERS)
+def test_graphs_on_the_gpu(folders, family):
+    for dtype in TOLERANCE:
+        check_graphs(folders(family), family, dtype, "cuda", CudaCapture())
+
+
+@pytest.mark.parametrize("family", BUILDERS)
+def test_the_same_comparison_on_the_cpu(folders, family):
+    check_graphs(folders(family), family, "float32", "cpu", Recorded(nbytes=1))
