@@ -47,6 +47,8 @@ def test_bytes_of_a_real_checkpoint(tmp_path, model, stage, section):
                                policy.encode(['the word "ABC"']), dtype=runtime.dtype, **size)  # fmt: skip
     runtime.accumulate(velocity.float().square().mean(), last=True)
     assert runtime.step(1.0) is not None
+    if average:
+        average.update()
     saved = checkpoint.save(runtime, average, tmp_path, {"iteration": 1}, keep=1)
     written = sum(file.stat().st_size for file in saved.rglob("*") if file.is_file())
     expected = disk_of(config).checkpoint
