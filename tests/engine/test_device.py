@@ -1,6 +1,7 @@
 """Which device a run takes, and what it says of it, with CUDA, the driver and NCCL stood in for."""
 
 import os
+from contextlib import nullcontext
 from unittest import mock
 
 import deepspeed
@@ -108,9 +109,10 @@ def test_who_asks_for_the_cpu_gets_it(gpu_machine, monkeypatch, variable, value)
     assert machine.uses_gpu() is False and device.describe().startswith("device: CPU, ")
 
 
-def test_a_run_ends_before_it_begins(gpu_machine, tmp_path):
+def test_a_run_ends_before_it_begins(gpu_machine, monkeypatch, tmp_path):
     """Not as a silent run on the CPU: status 2, no run directory, and DeepSpeed was not told to take the CPU."""
     gpu_machine()
+    monkeypatch.setattr("run_cases.on_cpu", nullcontext)  # as a user starts it, pinned to nothing
     config = write_config(tmp_path, logging={"dir": str(tmp_path / "runs")})
     done = script_here("train", "--config", config)
     assert done.returncode == 2 and done.stderr.startswith("error: no usable GPU: the NVIDIA driver is 535.104.05"), done.stderr
