@@ -271,7 +271,9 @@ def test_what_does_not_fit_is_said(flux):
     result = estimate(config)
     settings = {advice.setting.split("=")[0]: advice for advice in result.advice}
     assert not result.fits and {"model.lora", "rollout.replica", "deepspeed.zero_optimization.offload_optimizer"} <= set(settings)
-    assert settings["model.lora"].bytes > 100e9 and settings["rollout.replica"].bytes == 2 * 11_901_408_320
+    seen = items(result)
+    without = seen["rollout copy"] + seen["CUDA graph of the rollout"]  # which needs the copy
+    assert settings["model.lora"].bytes > 100e9 and settings["rollout.replica"].bytes == without
     assert [a.bytes for a in result.advice] == sorted((a.bytes for a in result.advice), reverse=True)
     text = printed(result)
     assert "Does not fit" in text and "rollout.replica=false" in text and "23.8 GB" in text
