@@ -10,7 +10,7 @@ from tempflow.config import Config
 from tempflow.dryrun.estimate import Memory, estimate
 
 MFU = 0.4  # of a matrix product's speed, which transformers of this size reach about
-CONTEXT = 1.5e9  # bytes of a CUDA context, of cuDNN's workspaces and of what the allocator cannot use
+SPARE = 0.5e9  # bytes that the allocator cannot use
 TIMED = ("rollout", "decode", "reference", "training")
 
 

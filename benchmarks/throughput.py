@@ -32,7 +32,7 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 from bench import PHASES, Bench, Engine, Iteration, changed, matmul_peak, release
-from forecast import CONTEXT, forecast
+from forecast import SPARE, forecast
 from make_pipeline import make_pipeline
 from rich.console import Console
 from rich.progress import Progress
@@ -255,8 +255,8 @@ def announce(configs: dict[str, Config], args: argparse.Namespace) -> None:
         minutes = found.seconds * (args.rounds + 1) / 60
         print(f"{name}: about {minutes:.1f} minutes for {args.rounds} rounds and one to warm up, rewards and loading not counted; "
               f"up to {found.bytes / 1e9:.1f} GB of device memory")  # fmt: skip
-        if gpu and found.bytes + CONTEXT > torch.cuda.get_device_properties(0).total_memory:
-            raise UserError(f"{name}: needs {(found.bytes + CONTEXT) / 1e9:.1f} GB with the CUDA context, {device_name()} has "
+        if gpu and found.bytes + SPARE > torch.cuda.get_device_properties(0).total_memory:
+            raise UserError(f"{name}: needs {(found.bytes + SPARE) / 1e9:.1f} GB, {device_name()} has "
                             f"{torch.cuda.get_device_properties(0).total_memory / 1e9:.1f}; choose fewer variants (--only), leave "
                             "--compile out, or take a smaller size (--quick, --set rollout.height)")  # fmt: skip
 

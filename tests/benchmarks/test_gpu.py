@@ -298,6 +298,7 @@ def test_a_rehearsal_as_a_command(tmp_path):
     assert "Rehearsal" in out.with_suffix(".md").read_text() and hardware.FILE.read_bytes() == before
 
 
+@pytest.mark.cpu
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["kernels", "forwards", "training"])
 def test_a_steps_code_runs(tmp_path, name):

@@ -12,7 +12,7 @@ import throughput
 import torch
 from bench import Bench, Iteration, matmul_peak
 from engine_cases import small_config, write_config
-from forecast import CONTEXT, forecast
+from forecast import SPARE, forecast
 from gpu_steps.models import card_folder
 from kernel_cases import assert_close
 
@@ -148,12 +148,12 @@ def announce(monkeypatch, tmp_path):
 
 def test_what_does_not_fit_is_refused_before_anything_is_made(announce, capsys):
     found = forecast(announce.configs, 600e12)
-    needed = int(found.bytes + CONTEXT)
+    needed = int(found.bytes + SPARE)
     announce(needed + 1)
     said = capsys.readouterr().out
     assert f"small: about {found.seconds * 4 / 60:.1f} minutes for 3 rounds and one to warm up" in said
     assert f"up to {found.bytes / 1e9:.1f} GB" in said
-    with pytest.raises(UserError, match="small: needs .* GB with the CUDA context, CARD has .*--only.*leave --compile out.*--quick"):
+    with pytest.raises(UserError, match="small: needs .* GB, CARD has .*--only.*leave --compile out.*--quick"):
         announce(needed - 1)
     with pytest.raises(UserError):  # a second engine
         announce(needed + 1, compiled=True)
