@@ -24,8 +24,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     _ensure_home()
-    # Compiled code outlives the machine's temporary folder. To be set before torch's compiler reads it.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.expanduser("~/.cache/tempflow/inductor"))
+    _choose_caches()
     # torch's allocator grows its segments instead of adding new ones: decoding takes 6 GB between small forwards, and on a full card
     # what such a mix fragments is missing. It reads this when CUDA is first used; both names are the user's to set. CUDA graphs'
     # private pools may consist of such segments too (alloc_block in c10/cuda/CUDACachingAllocator.cpp of torch 2.11 to 2.13).
@@ -39,16 +38,37 @@ def quiet_libraries() -> None:
 
 
 def _ensure_home() -> None:
-    """Without a home folder (a container's user without a name) libraries make one named ~ where the command is run."""
-    if not os.path.expanduser("~").startswith("~"):
-        return
+    """Without a home folder (a container's user without a name) libraries make one named ~ where the command is run; with a relative
+    one, one there."""
+    if not os.path.isabs(os.path.expanduser("~")):
+        os.environ["HOME"] = str(_temporary_home())
+
+
+def _temporary_home() -> Path:
     home = Path(tempfile.gettempdir(), f"tempflow-home-{os.getuid()}")
     try:
         home.mkdir(mode=0o700, exist_ok=True)
         trusted = home.stat().st_uid == os.getuid() and not home.is_symlink()
     except OSError:
         trusted = False
-    os.environ["HOME"] = str(home) if trusted else tempfile.mkdtemp(prefix="tempflow-home-")
+    return home if trusted else Path(tempfile.mkdtemp(prefix="tempflow-home-"))
+
+
+def _choose_caches() -> None:
+    """Where compiled code is kept: in the home folder, which outlives the machine's temporary folder; there, where the home cannot be
+    written (a container's /). To be set before torch's compiler reads it."""
+    inductor = Path(os.path.expanduser("~"), ".cache/tempflow/inductor")
+    try:
+        inductor.mkdir(parents=True, exist_ok=True)
+        writable = os.access(inductor, os.W_OK | os.X_OK)
+    except OSError:
+        writable = False
+    home = None if writable else _temporary_home()
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(inductor if writable else home / "inductor"))
+    if home:
+        os.environ.setdefault("TRITON_HOME", str(home))
+        os.environ.setdefault("TRITON_CACHE_DIR", str(home / ".triton/cache"))
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(home / "torch_extensions"))
 
 
 def _check_launch() -> None:

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from argparse import ArgumentTypeError
 from pathlib import Path
 
@@ -197,6 +198,24 @@ def test_tables_of_any_shape_are_left_to_the_config():
         assert json.dumps(table) == before
 
 
+@pytest.mark.parametrize("writable", [True, False])
+def test_compiled_code_is_kept_in_the_home_or_where_there_is_room(tmp_path, monkeypatch, writable):
+    """As in a container whose user may not write its home."""
+    home = "/proc" if not writable else str(tmp_path / "home")
+    for name in (caches := ["TORCHINDUCTOR_CACHE_DIR", "TRITON_HOME", "TRITON_CACHE_DIR", "TORCH_EXTENSIONS_DIR"]):
+        monkeypatch.setenv(name, "")  # put back afterwards
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", home)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    cli._choose_caches()
+    chosen = [os.environ.get(name) for name in caches]
+    if writable:
+        assert chosen == [f"{home}/.cache/tempflow/inductor", None, None, None]
+    else:
+        assert all(Path(place).is_relative_to(tmp_path / f"tempflow-home-{os.getuid()}") for place in chosen)
+    assert os.environ["HOME"] == home, "paths that begin with ~ mean what they did"
+
+
 def test_a_process_without_a_home_gets_one_elsewhere(tmp_path, monkeypatch):
     """As in a container whose user has no name."""
     code = "import os; from tempflow import cli; cli._ensure_home(); print(os.path.expanduser('~/x'))"
@@ -206,6 +225,8 @@ def test_a_process_without_a_home_gets_one_elsewhere(tmp_path, monkeypatch):
     done = subprocess.run([sys.executable, "-c", unknown], env=env, cwd=tmp_path, capture_output=True, text=True)
     home = tmp_path / f"tempflow-home-{os.getuid()}"
     assert done.stdout.strip() == str(home / "x") and os.listdir(tmp_path) == [home.name], done.stderr
+    done = subprocess.run([sys.executable, "-c", code], env={**env, "HOME": "relative"}, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip() == str(home / "x"), done.stderr
     monkeypatch.setenv("HOME", str(tmp_path))
     cli._ensure_home()
     assert os.environ["HOME"] == str(tmp_path)
