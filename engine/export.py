@@ -20,12 +20,14 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def write_lora(tuned, policy_class, folder: Path, dtype) -> None:
+def write_lora(chosen, policy_class, folder: Path, dtype) -> None:
     """pytorch_lora_weights.safetensors, as `pipe.load_lora_weights(folder)` reads it."""
     from peft import LoraConfig
 
-    lora = tuned.config.model.lora
-    state = {name.replace(".default.weight", ".weight"): value.to(dtype) for name, value in tuned.weights.items()}
+    from tempflow import tuned
+
+    lora = chosen.config.model.lora
+    state = {name.replace(".default.weight", ".weight"): tuned.cast(name, value, dtype) for name, value in chosen.weights.items()}
     layers = sorted({name.split(".lora_")[0] for name in state})
     settings = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=layers).to_dict()
     policy_class.save_lora_weights(folder, transformer_lora_layers=state, transformer_lora_adapter_metadata=settings)

@@ -105,17 +105,26 @@ def base_policy(config: Config, dtype: str | None = None) -> Policy:
                        max_sequence_length=config.model.max_sequence_length)  # fmt: skip
 
 
+def cast(name: str, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A trained weight in the dtype of its use. UserError where that cannot hold it: float16 ends at 65504."""
+    found = weight.to(dtype)
+    if not found.isfinite().all():
+        narrow = str(dtype).removeprefix("torch.")
+        raise UserError(f"{name} holds values too large for {narrow}; use bfloat16 or float32 (--dtype of export.py, else model.dtype)")
+    return found
+
+
 @torch.no_grad()
 def apply(tuned: Tuned, policy: Policy) -> Policy:
-    """Write the trained weights into the policy's transformer, adapters merged; returns the policy."""
+    """Write the trained weights into the policy's transformer, adapters merged; returns the policy. UserError as `cast`."""
     target = dict(policy.transformer.named_parameters())
     lora = tuned.config.model.lora
     for name, value in tuned.weights.items():
         if lora is None:
-            target[name].copy_(value)
+            target[name].copy_(cast(name, value, target[name].dtype))
         elif name.endswith(LORA_DOWN):
             layer = name.removesuffix(LORA_DOWN)
             weight = target[f"{layer}.weight"]
             delta = tuned.weights[layer + LORA_UP] @ value * (lora.alpha / lora.rank)
-            weight.copy_(weight.float() + delta.to(weight.device))
+            weight.copy_(cast(layer, weight.float() + delta.to(weight.device), weight.dtype))
     return policy

@@ -61,6 +61,19 @@ def test_weights_that_diverged_are_refused(tmp_path, value):
             tuned.load_tuned(tmp_path, which=which)
 
 
+@pytest.mark.parametrize("lora", [False, True])
+def test_weights_too_large_for_a_dtype_are_refused(lora):
+    """Not written as infinity. Beyond float16 is 1e5; of the adapters it is their product."""
+    layer = torch.nn.ModuleDict({"w": torch.nn.Linear(2, 2, bias=False)})
+    names = {"w" + tuned.LORA_DOWN: torch.full((1, 2), 1e3), "w" + tuned.LORA_UP: torch.full((2, 1), 1e2)}
+    config = small_config(model={"lora": {"rank": 1, "alpha": 1.0} if lora else None})
+    large = tuned.Tuned(config, 1, "raw", names if lora else {"w.weight": torch.full((2, 2), 1e5)})
+    with pytest.raises(UserError, match="w.* holds values too large for float16"):
+        tuned.apply(large, SimpleNamespace(transformer=layer.half()))
+    tuned.apply(large, SimpleNamespace(transformer=layer.bfloat16()))
+    assert layer["w"].weight.isfinite().all() and (layer["w"].weight > 9e4).all()
+
+
 def average_of(weights, every=3):
     runtime = SimpleNamespace(trainable=weights, trainable_shapes=lambda: {n: tuple(t.shape) for n, t in weights.items()},
                               full_fp32=lambda t: t.float(), policy=SimpleNamespace(device="cpu"))  # fmt: skip
