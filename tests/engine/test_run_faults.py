@@ -4,12 +4,15 @@ import errno
 import os
 import sys
 import types
+from unittest import mock
 
 import pytest
 from engine_cases import write_config
 from run_cases import script_here, train
 
 from tempflow import evaluation, logs, trackers
+from tempflow.byproducts import ByProducts
+from tempflow.trainer.loop import Trainer
 
 SMALL = {"rollout": {"num_steps": 3, "branch_steps": [0, 1]}, "training": {"iterations": 1}, "checkpoint": {"every": 1},
          "eval": {"every": 1, "prompts": 2}}  # fmt: skip
@@ -34,6 +37,22 @@ def test_by_products_fail_and_the_run_goes_on(tmp_path, monkeypatch):
     assert run.checkpoints == [1] and not list((run.folder / "samples").iterdir())
     assert not [path for path in run.folder.rglob("*") if path.name.endswith(".tmp")]
     assert "iteration 1/1" in run.done.stdout and "report:" not in run.done.stdout
+
+
+@pytest.mark.parametrize("rows, expected", [
+    ([], [{"iteration": 3, "eval/reward": 0.5}]),
+    ([{"iteration": 2, "loss": 0.1}], [{"iteration": 2, "loss": 0.1}, {"iteration": 3, "eval/reward": 0.5}]),
+    ([{"iteration": 3, "loss": 0.1}], [{"iteration": 3, "loss": 0.1, "eval/reward": 0.5}]),
+])  # fmt: skip
+def test_a_last_evaluation_is_not_put_down_to_another_iteration(tmp_path, rows, expected):
+    """A finished run that is resumed evaluates again; rows of metrics.jsonl may have been lost on a full disk."""
+    with logs.MetricsLog(tmp_path) as log:
+        for row in rows:
+            log.append(row)
+        run = types.SimpleNamespace(run_dir=tmp_path, log=log, last_row=None, iteration=3, byproducts=ByProducts(),
+                                    trackers=mock.Mock(), console=mock.Mock())  # fmt: skip
+        Trainer._merge_into_last_row(run, {"eval/reward": 0.5})
+    assert logs.read_metrics(tmp_path) == expected
 
 
 @pytest.mark.parametrize("error", [TypeError("init() got an unexpected keyword argument 'projct'"), RuntimeError("api_key not configured")])

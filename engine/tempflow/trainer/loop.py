@@ -442,9 +442,11 @@ class Trainer:
         return summary
 
     def _merge_into_last_row(self, final: dict) -> None:
-        """The final evaluation belongs to the last iteration, which is on record already."""
-        row = (self.last_row or read_metrics(self.run_dir)[-1]) | final
-        self.byproducts.attempt(METRICS_FILE, self.log.replace_last, row)
+        """The final evaluation belongs to the last iteration, which is on record already unless its row was lost."""
+        last = self.last_row or next(reversed(read_metrics(self.run_dir)), {})
+        kept = last.get("iteration") == self.iteration
+        row = {"iteration": self.iteration, **(last if kept else {}), **final}
+        self.byproducts.attempt(METRICS_FILE, self.log.replace_last if kept else self.log.append, row)
         self.trackers.log({"iteration": self.iteration, **final})
         self.console.iteration(row)
 
