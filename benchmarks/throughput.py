@@ -56,6 +56,7 @@ SHIPPED = [
 LARGE = [
     "data.prompts_per_iteration=1", "rollout.seeds=1", "rollout.children=6", "rollout.branch_steps=[0,4,8]",
     'rewards={"jpeg": 1.0}', "eval.every=0", "training.ema=null", "training.updates_per_rollout=1", "rollout.micro_batch=6",
+    "rollout.graphs=false",
 ]  # fmt: skip
 QUICK = ["data.prompts_per_iteration=1", "rollout.seeds=1"]
 PIPELINE_BYTES = 34e9  # of the random FLUX.1-dev pipeline on disk

@@ -172,6 +172,11 @@ def test_the_forecast_is_the_dry_runs_largest_moment_over_what_all_variants_hold
     assert forecast(announce.configs, 1e12).seconds == pytest.approx(10 * forecast(announce.configs, 1e13).seconds)
 
 
+def test_graphs_are_what_sets_one_variant_apart():
+    wanted = throughput.variants(throughput.large_config(512, arguments()), compiled=False, gpu=True)
+    assert [v.name for v in wanted if v.config.rollout.graphs] == ["engine, CUDA graphs"]
+
+
 def test_an_unknown_variant_is_refused():
     with pytest.raises(UserError, match="--only nonsense: no such variant; there are paper's procedure, "):
         throughput.chosen(small_config(), arguments(only=["nonsense"]))
