@@ -217,6 +217,7 @@ TENSORS = {
     "NaN": (lambda w: {name: t * float("nan") for name, t in w.items()}, "NaN"),
     "whole numbers": (lambda w: {name: t.to(torch.int8) for name, t in w.items()}, "whole numbers"),
     "convolution": (lambda w: {name: t[..., None, None] for name, t in w.items()}, "4 dimensions"),
+    "half a pair": (lambda w: {name: t for name, t in w.items() if name != min(w)}, "lora_B.weight without .*lora_A.weight"),
     "two ranks": (lambda w: {name: t[:2] if "to_q.lora_A" in name else t[:, :2] if "to_q.lora_B" in name else t
                              for name, t in w.items()}, "different ranks"),
     "halves of two ranks": (lambda w: {name: t[:2] if "to_q.lora_A" in name else t for name, t in w.items()}, "different ranks"),
@@ -232,15 +233,20 @@ def test_tensors_that_are_no_adapters_of_the_transformer(saved, tmp_path, edit, 
 
 
 def test_files_that_may_not_be_read(saved, tmp_path, monkeypatch):
-    """As an operating system refuses them to others than root; and settings that are no table."""
+    """As an operating system refuses them to others than root; and settings that are no table, or a link to nothing."""
 
     def refuse(self):
         raise PermissionError(13, "Permission denied", str(self))
 
     shutil.copytree(saved / "peft", tmp_path / "peft")
-    (tmp_path / "peft/adapter_config.json").write_text("[1]")
-    lora = Lora(rank=RANK, alpha=ALPHA, start=str(tmp_path / "peft"))
-    with pytest.raises(UserError, match="model.lora.start: .*has unreadable settings"):
+    settings, lora = tmp_path / "peft/adapter_config.json", Lora(rank=RANK, alpha=RANK, start=str(tmp_path / "peft"))
+    for text in ("[1]", "[]", "7", "null", "[" * 100_000, '{"r": '):
+        settings.write_text(text)
+        with pytest.raises(UserError, match="model.lora.start: .*has unreadable settings"):
+            read_adapters(lora)
+    settings.unlink()
+    settings.symlink_to(tmp_path / "nothing")
+    with pytest.raises(UserError, match="model.lora.start: .*has unreadable settings: .*No such file"):
         read_adapters(lora)
     monkeypatch.setattr(Path, "is_file", refuse)
     with pytest.raises(UserError, match="model.lora.start: .*peft' cannot be read: Permission denied"):

@@ -224,6 +224,22 @@ def test_what_the_hub_says_is_passed_on():
         assert re.search("cannot be had from the hub .*HTTPS_PROXY", fault(kind))
 
 
+def test_a_hub_out_of_reach_is_asked_once(monkeypatch):
+    """Not six times over half a minute, as downloads do; one that answers is left to the download."""
+    import httpx
+    import huggingface_hub as hub
+
+    def ask(error):
+        monkeypatch.setattr(hub, "get_hf_file_metadata", lambda url: (_ for _ in ()).throw(error))
+        return refusal(check_model, "owner/name")
+
+    monkeypatch.setattr(hub, "hf_hub_download", lambda *args: pytest.fail("asked again"))
+    assert "ConnectError: no route" in ask(httpx.ConnectError("no route"))
+    monkeypatch.setattr(hub, "hf_hub_download", lambda *args: (_ for _ in ()).throw(OSError("after six tries")))
+    busy = hub.errors.HfHubHTTPError.__new__(hub.errors.HfHubHTTPError)
+    assert "after six tries" in ask(busy)
+
+
 def test_a_model_of_the_hub_is_checked_where_it_was_downloaded(folder, tmp_path, monkeypatch):
     import huggingface_hub.constants as constants
 

@@ -246,11 +246,12 @@ SAMPLE = {
     "prompts": ([], None, 3, b"bytes", {"a": 1}, ["a", "b", 3], ["a", None, "b"], [["a"], ["b"], ["c"]], ["a", "b", "half \ud83d"],
                 ["one too few"], "one"),
     "latents": (None, 0, [1.0], np.zeros((3, 48, 32), np.float32), torch.zeros(3, 48, 32, dtype=torch.int64), torch.zeros(3, 48),
-                torch.zeros(3, 48, 32, dtype=torch.complex64), torch.full((3, 48, 32), float("nan")), torch.full((3, 48, 32), -torch.inf)),
-    "num_steps": (0, -1, 2.0, "4", None, True, float("nan")),
+                torch.zeros(3, 48, 32, dtype=torch.complex64), torch.full((3, 48, 32), float("nan")), torch.full((3, 48, 32), -torch.inf),
+                torch.zeros(3, 48, 32, device="meta"), torch.zeros(3, 48, 32).to_sparse()),
+    "num_steps": (1001, 10**30, 0, -1, 2.0, "4", None, True, float("nan")),
     "height": (0, -32, 33, 32.0, "32", None),
     "width": (0, -8, 100, 96.5, False),
-    "guidance_scale": (float("nan"), float("inf"), "3.5", None, 1j, True),
+    "guidance_scale": (float("nan"), float("inf"), -float("inf"), 10**400, "3.5", None, 1j, True),
     "negative_prompts": (["a"], [], 3, ["a", "b", None]),
 }  # fmt: skip
 
@@ -276,7 +277,7 @@ def test_one_text_is_one_prompt(policy):
 
 LOADED = {
     "dtype": ("fp16", "bf16", "half", "", "float64", None, 16, torch.float64, torch.int8, torch.float8_e4m3fn),
-    "device": ("gpu", "cuda:99", "cuda:-1", "tpu", "", None, 1.5, "cpu:x"),
+    "device": ("gpu", "cuda:99", "cuda:-1", "tpu", "", None, 1.5, "cpu:x", "meta"),
     "max_sequence_length": (0, -5, 2.0, "20", True, 10**12),
     "parts": ("images", "", None, 1),
     "path": (None, "", 3, b"folder"),

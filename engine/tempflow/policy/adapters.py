@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -47,16 +48,23 @@ def read_adapters(lora: Lora) -> Adapters:
         raise UserError(f"{KEY}: {shown(lora.start)} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     try:
         with safe_open(file, framework="pt") as opened:
-            settings = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
+            settings = _table((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
             weights = {name: opened.get_tensor(name) for name in opened.keys()}
-        if file.with_name("adapter_config.json").exists():
-            settings |= json.loads(file.with_name("adapter_config.json").read_text())
+        if os.path.lexists(beside := file.with_name("adapter_config.json")):  # a link to nothing is no lack of settings
+            settings |= _table(beside.read_text(encoding="utf-8"))
         settings = {name.removeprefix("transformer."): value for name, value in settings.items() if not name.startswith("text_encoder")}
-    except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise UserError(f"{KEY}: {file} {tensor_file_fault(file) or f'has unreadable settings: {brief(error)}'}") from None
     adapters = {_plain_name(name, file): weight for name, weight in weights.items()}
     _check(adapters, settings, lora, file)
     return adapters
+
+
+def _table(text: str) -> dict:
+    table = json.loads(text)
+    if not isinstance(table, dict):
+        raise ValueError(f"expected a table, got {shown(table)}")
+    return table
 
 
 def layers_of(adapters: Adapters) -> list[str]:
@@ -115,12 +123,16 @@ def _check(adapters: Adapters, settings: dict, lora: Lora, file: Path) -> None:
             raise UserError(f"{KEY}: {file} holds {name} with {weight.ndim} dimensions; only adapters of linear layers are trained here")
         if not weight.is_floating_point() or not is_finite(weight):
             raise UserError(f"{KEY}: {file} holds whole numbers, NaN or infinity in {name}")
+    for name in adapters:
+        pair = name.replace(".lora_A.", ".lora_B.") if ".lora_A." in name else name.replace(".lora_B.", ".lora_A.")
+        if pair not in adapters:
+            raise UserError(f"{KEY}: {file} holds {name} without {pair}; it was not saved whole")
     rank = _rank(adapters, file)
     alpha = settings.get("lora_alpha", rank)
     if rank != lora.rank:
         raise UserError(f"model.lora.rank: {lora.rank}, but {file} has rank {rank}")
     if alpha != lora.alpha:
-        raise UserError(f"model.lora.alpha: {lora.alpha:g}, but {file} has {alpha} (its scale is alpha / rank)")
+        raise UserError(f"model.lora.alpha: {lora.alpha:g}, but {file} has {shown(alpha)} (its scale is alpha / rank)")
 
 
 def _check_settings(settings: dict, file: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -30,7 +31,7 @@ def as_dtype(value: str | torch.dtype) -> torch.dtype:
 def check_device(value: str | torch.device) -> None:
     """UserError for a device that is none, is not there, or cannot run the kernels that TEMPFLOW_KERNELS asks for."""
     try:
-        torch.empty(1, device=torch.device(value))
+        torch.zeros(1, device=torch.device(value)).tolist()  # which "meta" cannot
     except Exception as error:  # RuntimeError, AssertionError, NotImplementedError: as the backend likes
         here = ["cpu", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))]
         raise UserError(f"device: {shown(value)} is not there ({brief(error, 160)}); this machine has {', '.join(here)}") from None
@@ -40,14 +41,14 @@ def check_device(value: str | torch.device) -> None:
         raise UserError(str(error)) from None
 
 
-def positive_int(name: str, value) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
-        raise ValueError(f"{name}: expected a whole number from 1 on, got {shown(value)}")
+def positive_int(name: str, value, most: float = math.inf) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not 1 <= value <= most:
+        raise ValueError(f"{name}: expected a whole number from 1 {'on' if most == math.inf else f'to {most}'}, got {shown(value)}")
     return int(value)
 
 
 def finite_number(name: str, value) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not abs(value) <= sys.float_info.max:
         raise ValueError(f"{name}: expected a finite number, got {shown(value)}")
     return float(value)
 
@@ -89,6 +90,8 @@ def check_latents(latents, expected: tuple[int, ...], size: str) -> None:
         raise ValueError(f"latents: expected a tensor of shape {expected} for {size}, got {type(latents).__name__}{hint}")
     if tuple(latents.shape) != expected:
         raise ValueError(f"latents: expected shape {expected} for {size}, got {tuple(latents.shape)}")
+    if latents.is_meta or latents.layout != torch.strided:
+        raise ValueError(f"latents: expected a dense tensor with its numbers, got one on {latents.device} of layout {latents.layout}")
     if not latents.is_floating_point():
         raise ValueError(f"latents: expected floating-point numbers, got {latents.dtype}")
     if not torch.isfinite(latents).all():

@@ -163,8 +163,8 @@ class Policy(ABC):
         """
         prompts = as_prompts(prompts)
         negative_prompts = as_negative_prompts(negative_prompts, len(prompts))
-        height, width, num_steps = (positive_int(name, value) for name, value in
-                                    (("height", height), ("width", width), ("num_steps", num_steps)))  # fmt: skip
+        height, width = positive_int("height", height), positive_int("width", width)
+        num_steps = positive_int("num_steps", num_steps, most=1000)
         guidance_scale = finite_number("guidance_scale", guidance_scale)
         check_latents(latents, (len(prompts), *self.latent_shape(height, width)), f"{height} x {width}")
         conditioning = self.encode(prompts, negative_prompts)

@@ -27,16 +27,28 @@ def model_index(path: str) -> Path:
 
 def fetch(path: str, file: str) -> Path:
     """One file of a hub id. UserError where it cannot be had."""
-    from huggingface_hub import hf_hub_download
+    import huggingface_hub as hub
 
     if path.endswith(ONE_FILE):
         raise UserError(f"model.path: file {path} does not exist")
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
         raise UserError(f"model.path: folder {path} does not exist (a hub id has the form owner/name)")
     try:
-        return Path(hf_hub_download(path, file))
+        if not isinstance(hub.try_to_load_from_cache(path, file), str):
+            _reach(path, file)
+        return Path(hub.hf_hub_download(path, file))
     except Exception as error:
         raise UserError(f"model.path: {hub_fault(path, file, error)}") from None
+
+
+def _reach(path: str, file: str) -> None:
+    """Ask the hub once. Without a network the download itself would ask six times, for half a minute and a screen of warnings."""
+    import huggingface_hub as hub
+
+    try:
+        hub.get_hf_file_metadata(hub.hf_hub_url(path, file))
+    except hub.errors.HfHubHTTPError:
+        pass  # it answers: the download knows what to make of that, or tries again
 
 
 def local_folder(path: str, pipeline: type, left_out: list[str]) -> Path:
