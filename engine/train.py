@@ -13,7 +13,7 @@ from tempflow.config import Config, load_config
 from tempflow.device import check_gpu
 from tempflow.errors import UserError, note
 from tempflow.profiling import Profile
-from tempflow.prompts import PromptOrder, load_prompts
+from tempflow.prompts import PromptOrder, check_unchanged, digests, load_prompts
 from tempflow.rewards import check_asked, check_prompts, check_watched, parse_rewards
 
 
@@ -95,6 +95,7 @@ def main() -> int:
     from tempflow.dryrun import check_room, disk_of
     from tempflow.policy.attention import check_attention
     from tempflow.report import write_report
+    from tempflow.trainer.checkpoint import read_state
     from tempflow.trainer.loop import Trainer
     from tempflow.trainer.process import StopSignal
     from tempflow.trainer.runtime import dtypes
@@ -106,6 +107,8 @@ def main() -> int:
     check_machine(config.deepspeed)
     stop = StopSignal().install()
     with claim_run(config, args.resume, lambda: check_room(config, disk_of(config))) as (run_dir, resume_from):
+        if resume_from:
+            check_unchanged(read_state(resume_from).get("prompts", {}), digests(train, heldout[: config.eval.prompts]))
         trainer = Trainer(config, run_dir, train, heldout, specs, stop, write_report, profile)
         trainer.run(resume_from)
     return 0

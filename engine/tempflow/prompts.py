@@ -5,6 +5,8 @@ The order is a function of (seed, cursor) alone: a resumed run, or one on anothe
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -50,6 +52,20 @@ def load_prompts(given: str | Path | HubDataset, key: str = "data.train") -> lis
         text, negative = prompts[i].text, prompts[i].negative
         prompts[i] = replace(prompts[i], text=text[:LONGEST], negative=negative and negative[:LONGEST])
     return prompts
+
+
+def digests(train: list[Prompt], heldout: list[Prompt]) -> dict[str, str]:
+    """What a checkpoint keeps of the prompts, to know them again: SHA-256 of their texts, by config key."""
+    texts = {"data.train": train, "data.heldout": heldout}
+    return {key: hashlib.sha256(json.dumps([[p.text, p.negative] for p in prompts]).encode()).hexdigest() for key, prompts in texts.items()}
+
+
+def check_unchanged(saved: dict[str, str], now: dict[str, str]) -> None:
+    """UserError where a run that is resumed has other prompts than its checkpoint; what a checkpoint does not say is not compared."""
+    for key, digest in now.items():
+        if saved.get(key, digest) != digest:
+            raise UserError(f"--resume: {key} holds other prompts than when the run was saved, so its gain and its order of prompts would "
+                            "mean nothing; put the file back, or begin another run with --set logging.name=NAME")  # fmt: skip
 
 
 def typed_prompts(texts: list[str], option: str) -> list[Prompt]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tempflow.config import HubDataset, load_config, parse_config
 from tempflow.errors import UserError
-from tempflow.prompts import LONGEST, Prompt, PromptOrder, load_prompts, typed_prompts
+from tempflow.prompts import LONGEST, Prompt, PromptOrder, check_unchanged, digests, load_prompts, typed_prompts
 from tempflow.rewards.quotes import quoted_text
 
 
@@ -283,3 +283,24 @@ def test_every_prompt_is_reached():
 def test_more_prompts_an_iteration_than_there_are():
     with pytest.raises(UserError, match="data.prompts_per_iteration: 5, but data.train holds 4"):
         PromptOrder(4, 5, 0)
+
+
+# ------------------------------------------------------------------------------------------------------- resuming
+CHANGED = {
+    "a word": [Prompt("a"), Prompt("c")],
+    "the order": [Prompt("b"), Prompt("a")],
+    "one more": [Prompt("a"), Prompt("b"), Prompt("c")],
+    "a negative": [Prompt("a"), Prompt("b", negative="blur")],
+    "none": [],
+}
+
+
+@pytest.mark.parametrize("other", CHANGED.values(), ids=CHANGED)
+def test_other_prompts_are_known(other):
+    same, moved = [Prompt("a"), Prompt("b")], [Prompt("a", {"source": "elsewhere:1"}), Prompt("b")]
+    check_unchanged(digests(same, same), digests(moved, moved))
+    check_unchanged({}, digests(other, same))  # of a version that kept no digests
+    with pytest.raises(UserError, match="--resume: data.train holds other prompts"):
+        check_unchanged(digests(same, same), digests(other, same))
+    with pytest.raises(UserError, match="--resume: data.heldout holds other prompts"):
+        check_unchanged(digests(same, same), digests(same, other))

@@ -71,3 +71,14 @@ def test_a_tracker_that_cannot_start_costs_nothing(tmp_path, monkeypatch, error)
             assert f"error: logging.wandb: wandb.init failed: {type(error).__name__}" in done.stderr, done.stderr
     settings["logging"]["wandb"] = None
     assert script_here("train", "--config", write_config(tmp_path, **settings)).returncode == 0
+
+
+def test_resume_refuses_other_heldout_prompts(tmp_path, monkeypatch):
+    file = tmp_path / "heldout.txt"
+    file.write_text("one\ntwo\n")
+    settings = {**SMALL, "data": {"heldout": str(file)}}
+    train(tmp_path, "prompts", processes=None, **settings)
+    file.write_text("one\nfour\n")
+    monkeypatch.setattr("tempflow.trainer.loop.open_policy", None)
+    refused = train(tmp_path, "prompts", "--resume", processes=None, status=2, **settings)
+    assert "--resume: data.heldout holds other prompts" in refused.done.stderr

@@ -30,7 +30,7 @@ from tempflow.machine import device_name, versions
 from tempflow.means import mean_of
 from tempflow.objective import Batch, make_batches, padding_of, select
 from tempflow.profiling import Profile, span
-from tempflow.prompts import Prompt, PromptOrder
+from tempflow.prompts import Prompt, PromptOrder, digests
 from tempflow.rewards import RewardPool, RewardSpec, fits, kinds_of, probe
 from tempflow.rollout.plan import Unit
 from tempflow.sde import noise_weights
@@ -457,7 +457,7 @@ class Trainer:
             "base_rewards": None if self.base_rewards is None else [None if np.isnan(x) else float(x) for x in self.base_rewards],
             "curation": self.curation.state() if self.curation else None,
             "ema_updates": self.ema.updates if self.ema else 0, "world_size": comm.world_size(),
-            "config": self.config.model_dump(), "versions": versions(),
+            "config": self.config.model_dump(), "prompts": digests(self.prompts, self.heldout), "versions": versions(),
         }  # fmt: skip
         with self.console.phase("checkpoint"), span("checkpoint"):
             kept = self.config.checkpoint
