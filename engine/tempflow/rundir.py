@@ -88,11 +88,11 @@ def _never_began(run_dir: Path) -> bool:
     """Whether it holds nothing but what starts leave that did not finish an iteration."""
     if not run_dir.is_dir():
         return False
-    names = [p.name for p in run_dir.iterdir() if not (p.name.startswith(".") and p.name.endswith(".tmp"))]
-    sets = [p.name for p in (run_dir / "samples").iterdir()] if "samples" in names else []
-    if not set(names) <= set(BEFORE_TRAINING) or not set(sets) <= {"000000", ".000000"}:
-        return False
     try:
+        names = [p.name for p in run_dir.iterdir() if not (p.name.startswith(".") and p.name.endswith(".tmp"))]
+        sets = [p.name for p in (run_dir / "samples").iterdir()] if "samples" in names else []
+        if not set(names) <= set(BEFORE_TRAINING) or not set(sets) <= {"000000", ".000000"}:
+            return False
         return all(row.get("iteration") == 0 for row in read_metrics(run_dir))
     except (UserError, OSError):
         return False

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from tempflow.arguments import path
@@ -71,10 +72,13 @@ def load_tuned(run_dir: Path, checkpoint: int | str | None = None, which: str = 
         if trouble:
             held = ", ".join(str(int(p.name)) for p in manifest.folders(run_dir)) or "none"
             raise UserError(f"--checkpoint {checkpoint}: {trouble}; this run has {held}")
-    averaged = which == "ema" and config.training.ema is not None and _average_taken(chosen, config.training.ema.every)
-    which = "ema" if averaged else "raw"
-    file = chosen / ("ema.safetensors" if averaged else "weights.safetensors")
-    weights = load_file(file)
+    try:
+        averaged = which == "ema" and config.training.ema is not None and _average_taken(chosen, config.training.ema.every)
+        which = "ema" if averaged else "raw"
+        file = chosen / ("ema.safetensors" if averaged else "weights.safetensors")
+        weights = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{chosen} cannot be read any more ({error}); a run that trains removes its older checkpoints: try again") from None
     broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
     if broken:
         raise UserError(f"{file}: {len(broken)} of {len(weights)} tensors hold NaN or infinity, {broken[0]} first: the run diverged. "

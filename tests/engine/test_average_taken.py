@@ -1,6 +1,7 @@
 """An average that was never taken holds the weights before training: it is not written, loaded, exported or evaluated."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -46,6 +47,16 @@ def test_which_weights_are_read(tmp_path, capsys, updates, every, file, which):
     told = f"no average was taken in the {updates} updates until iteration 5 (training.ema.every: {every}); the raw weights are used"
     assert out == "" and (told in err) == (every is not None and which == "raw")
     assert tuned.load_tuned(tmp_path, which="raw").which == "raw" and capsys.readouterr().err == "", "which was asked for"
+
+
+@pytest.mark.parametrize("which", ["ema", "raw"])
+def test_a_checkpoint_that_a_training_run_removes_meanwhile(tmp_path, monkeypatch, which):
+    saved_by_hand(tmp_path, 9, 8, True)
+    newest = manifest.newest(tmp_path)
+    shutil.rmtree(newest)
+    monkeypatch.setattr(tuned.manifest, "newest", lambda run_dir, note: newest)
+    with pytest.raises(UserError, match="000005 cannot be read any more .*: try again"):
+        tuned.load_tuned(tmp_path, which=which)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -181,7 +181,7 @@ TAKEN = {
 KEPT = {
     "a row": ([], [0, 1]), "a checkpoint": (["checkpoints/000001/state.json"], None), "a summary": (["summary.json"], [0]),
     "later pictures": (["samples/000010/samples.json"], [0]), "notes": (["notes.md"], None), "hidden notes": ([".notes"], None),
-    "broken rows": (["metrics.jsonl/"], None),
+    "broken rows": (["metrics.jsonl/"], None), "a file named samples": (["samples"], None),
 }
 
 
