@@ -27,11 +27,16 @@ SD35 = COMMON | {"rollout.height": 512, "rollout.width": 512, "rollout.eta": 0.7
 SHIPPED = {  # config: (what it is for, the paper's values that it is held against)
     "flux_zero3": ("FLUX.1-dev, all weights, one node of 8 GPUs with 80 GB", FLUX),
     "flux_lora": ("FLUX.1-dev, LoRA, one GPU with 80 GB", FLUX),
+    "flux_first": ("FLUX.1-dev, LoRA, one GPU with 80 GB: a first run, with a curve in an hour (below)", FLUX),
     "sd35_zero2_lora": ("Stable Diffusion 3.5-medium, LoRA, one node of up to 8 GPUs", SD35),
     "sd35_lora": ("the same, one GPU", SD35),
     "qwen_image_lora": ("Qwen-Image, LoRA, one GPU with 141 GB, or one with 80 GB and `rollout.replica=false`", SD35),
     "tiny_ocr": ("the small model that ships with the project, a CPU of 2 cores", SD35),
 }
+
+# What `python engine/train.py --config configs/flux_first.json --dry-run --mfu 0.3` says: tests/engine/test_dryrun.py holds it to that.
+FIRST = {"mfu": 0.3, "tflops": 297, "gb": 57.2, "forwards": 472, "tflop": 21.5, "rollout": 34.2, "decode": 0.6, "reference": 0.9,
+         "training": 5.5, "evaluation": 23.2}  # fmt: skip
 
 WHY = {
     "model.path": "Hub ids; the small model is a folder of this repository.",
@@ -47,14 +52,17 @@ WHY = {
     "data.embedding_cache": "T5-XXL or Qwen2.5-VL leaves the GPU once the prompts are embedded; the small model's encoders are in "
                             "nobody's way.",
     "data.prompts_per_iteration": "With 4 seeds these are the paper's 48 groups an iteration. Qwen-Image is four times as dear, "
-    "so it has a third of them; tiny_ocr has one seed, so 8 groups, as many as two CPU cores roll out in seconds.",
+    "so it has a third of them; flux_first: 4, as an hour has room for; tiny_ocr has one seed, so 8 groups, as many as two CPU "
+    "cores roll out in seconds.",
     "rollout.plan": "Trunks with children at every branch step.",
-    "rollout.height": "Qwen-Image below its native 1328, to be affordable; tiny_ocr: what the small model makes.",
+    "rollout.height": "flux_first: a quarter of the pixels costs a quarter; Qwen-Image below its native 1328, to be affordable; "
+    "tiny_ocr: what the small model makes.",
     "rollout.width": "As above.",
     "rollout.num_steps": "Training needs a reward's order, not the best picture.",
-    "rollout.seeds": "tiny_ocr: one seed of more prompts covers more words in the same time.",
+    "rollout.seeds": "flux_first, tiny_ocr: one seed of more prompts covers more words in the same time.",
     "rollout.children": "Rewards of six children of one state are what an advantage is normalised over.",
-    "rollout.branch_steps": "Every step but the last, which takes no noise.",
+    "rollout.branch_steps": "Every step but the last, which takes no noise. flux_first: three, spread over the grid, for 2.4 times fewer "
+    "forwards.",
     "rollout.sde": "The stochastic step of Flow-GRPO.",
     "rollout.eta": "Noise of a step: enough to change the picture, not to destroy it.",
     "rollout.guidance_scale": "FLUX embeds it; SD3.5 and Qwen-Image pay a second half of each forward for it. Qwen-Image: its "
@@ -65,14 +73,18 @@ WHY = {
     "where it fails.",
     "rollout.suffix.stride": "Coarser steps after the decision of a child; measured on the small model alone, see the log.",
     "rollout.suffix.exact_steps": "The first step after the decision stays exact.",
-    "rewards.ocr.weight": "The only reward.",
+    "rewards.jpeg": "flux_first: the size of the image as a JPEG file. It costs nothing and any model can change it, so that a curve that "
+    "stays flat points at a fault. It says nothing about quality; give it your reward next.",
+    "rewards.ocr.weight": "The only reward; flux_first watches it at evaluations alone, to see whether the words stay legible.",
     "rewards.ocr.detect": "True finds the text in a large picture first; the small model's pictures are text from edge to edge.",
     "reward_pool.workers": "OCR on CPU cores beside each GPU; one where there are two cores in all.",
     "reward_pool.threads_per_worker": "More workers are better than more threads for pictures scored one by one.",
-    "training.iterations": "The paper gives no end; watch the held-out reward. tiny_ocr: as many as its minutes hold.",
+    "training.iterations": "The paper gives no end; watch the held-out reward. flux_first: an hour's; tiny_ocr: as many as its "
+    "minutes hold.",
     "training.minutes": "A promise to whoever tries it.",
     "training.updates_per_rollout": "The first is on-policy; in the second the ratio and its clip begin to matter.",
-    "training.micro_batch": "As many states in a forward as activations leave room for; it changes speed alone.",
+    "training.micro_batch": "As many states in a forward as activations leave room for; it changes speed alone. FLUX: 3 at 1024 px hold "
+    "little more than decoding does anyway, for a third of the gathers, launches and host reads of 1.",
     "training.advantage_group": "The initial noise is held fixed, so that only exploration is compared.",
     "training.adv_clip": "A bound for groups with one outlier.",
     "training.clip_low": "So small because the log-probability is a mean over latent elements. tiny_ocr: its latents have few.",
@@ -82,14 +94,14 @@ WHY = {
     "and memory; for where one is kept, see `training.reference` in the [config page](config.md). tiny_ocr: nothing to keep but spelling.",
     "training.kl_form": "Between the means of the steps.",
     "training.ema.decay": "What is evaluated and exported is the average.",
-    "training.ema.every": "tiny_ocr: every update, because it makes few.",
+    "training.ema.every": "flux_first, tiny_ocr: every update, because they make few.",
     "training.lr_decay": "tiny_ocr ends after minutes, and the end is what one sees; the large runs are open-ended.",
     "training.seed": "Any.",
-    "eval.every": "By the dry run, a fiftieth of the time between two of them for FLUX.",
-    "eval.num_steps": "As one would use the model. Qwen-Image: its authors' number.",
+    "eval.every": "By the dry run, a fiftieth of the time between two of them for FLUX; flux_first: ten in the run.",
+    "eval.num_steps": "As one would use the model. flux_first: enough to see. Qwen-Image: its authors' number.",
     "eval.prompts": "The paper does not say. More prompts, less noise in the curve.",
     "checkpoint.every": "What a crash may cost at most.",
-    "checkpoint.keep": "The newest two, and the best.",
+    "checkpoint.keep": "The newest two, and the best. flux_first: the newest, and the best.",
     "logging.dir": "Below the working directory.",
     "deepspeed.optimizer.type": "As the paper's code.",
     "deepspeed.optimizer.params.lr": "flux_zero3: all weights move, so a thirtieth of LoRA's; Qwen-Image: a third, for a model "
@@ -113,10 +125,33 @@ HEAD = """# The shipped configs
 Generated by `python docs/make_configs_page.py` from the files in [configs/](../configs) and from the notes in that script.
 Keys that a config leaves out have the defaults of the [config page](config.md).
 
-A value in **bold** is what the paper's own code uses for that model; every other one is ours. flux_zero3 and flux_lora are
+A value in **bold** is what the paper's own code uses for that model; every other one is ours. The FLUX configs are
 held against the paper's FLUX.1-dev, the others against its SD3.5-medium, though Qwen-Image and the small model are not in the
 paper. Where two configs differ for the same model, the key's reason says why.
 
+"""
+
+
+def first_run() -> str:
+    """How an hour holds configs/flux_first.json, from the dry run's seconds."""
+    values, f = shipped("flux_first"), FIRST
+    iterations, every = values["training.iterations"], values["eval.every"]
+    parts = [f["rollout"], f["decode"], f["reference"], f["training"]]
+    evaluations = 1 + -(-iterations // every)
+    trained, evaluated = iterations * sum(parts) / 60, evaluations * f["evaluation"] / 60
+    return f"""## An hour of flux_first
+
+`python engine/train.py --config configs/flux_first.json --dry-run --mfu {f["mfu"]}` counts {f["gb"]} of 80 GB, and at {f["tflops"]}
+TFLOP/s ({f["mfu"]} of an H100's peak):
+
+- an iteration: {f["forwards"]} rollout forwards of {f["tflop"]} TFLOP in {parts[0]} s, decoding {parts[1]} s, the reference policy
+  {parts[2]} s, training {parts[3]} s; {sum(parts):.1f} s together;
+- {iterations} iterations: {trained:.0f} minutes;
+- {evaluations} evaluations, one before the first iteration and one every {every}, of {f["evaluation"]} s: {evaluated:.0f} minutes.
+
+That makes {trained + evaluated:.0f} minutes, and leaves {60 - trained - evaluated:.0f} for loading the model, embedding the prompts and the
+rehearsal of graphs. These are operations over a stated speed: no GPU has run it yet. On a faster or slower card change
+`training.iterations`.
 """
 
 
@@ -148,7 +183,7 @@ def page() -> str:
     lines += ["", "| key | " + " | ".join(SHIPPED) + " |", "|---" * (len(SHIPPED) + 1) + "|"]
     lines += [f"| `{key}` | " + " | ".join(cell(key, configs[name], paper) for name, (_, paper) in SHIPPED.items()) + " |" for key in keys]
     lines += ["", "## Why", "", "| key | reason |", "|---|---|", *(f"| `{key}` | {WHY[key]} |" for key in keys)]
-    return HEAD + "\n".join(lines) + "\n"
+    return HEAD + "\n".join(lines) + "\n\n" + first_run()
 
 
 if __name__ == "__main__":

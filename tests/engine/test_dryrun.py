@@ -1,6 +1,7 @@
 """The dry run against reality: bytes of a real runtime's tensors, what real forwards keep, and the forwards of a real run."""
 
 import dataclasses
+import importlib.util
 import io
 import json
 from pathlib import Path
@@ -241,6 +242,24 @@ def test_shipped_guided_configs_fit_their_cards(name, changes):
     assert estimate(load_config(file, changes), advise=False).fits
     assert estimate(load_config(file), card_gb=141, advise=False).fits
     assert estimate(load_config(file), advise=False).fits == (not changes)
+
+
+def test_an_hour_of_the_first_run_on_flux():
+    """The page's numbers are the dry run's; ten evaluations, and minutes left to load the model."""
+    spec = importlib.util.spec_from_file_location("make_configs_page", ROOT / "docs/make_configs_page.py")
+    page = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(page)
+    said, config = page.FIRST, load_config(ROOT / "configs/flux_first.json")
+    result = estimate(config, mfu=said["mfu"], advise=False)
+    assert result.fits and result.total / 1e9 == pytest.approx(said["gb"], abs=0.06)
+    assert result.speed / 1e12 == pytest.approx(said["tflops"], abs=0.5)
+    seconds = {phase.name: phase.seconds for phase in result.phases}
+    assert seconds == pytest.approx({name: said[name] for name in seconds}, abs=0.06)
+    rollout = result.phase("rollout")
+    assert (rollout.forwards, rollout.flops / 1e12) == (said["forwards"], pytest.approx(said["tflop"], abs=0.06))
+    iterations, evaluation = config.training.iterations, seconds.pop("evaluation")
+    evaluations = 1 + -(-iterations // config.eval.every)
+    assert evaluations == 10 and iterations * sum(seconds.values()) + evaluations * evaluation < 55 * 60
 
 
 def test_shipped_flux_configs_fit_their_cards(flux):

@@ -163,7 +163,7 @@ def test_graphs_may_be_given_up_on_resume(tmp_path):
     assert rundir.read_config(tmp_path / "run").rollout.graphs is False
 
 
-@pytest.mark.parametrize("name", ["flux_zero3", "flux_lora"])
+@pytest.mark.parametrize("name", ["flux_zero3", "flux_lora", "flux_first"])
 def test_the_flux_configs_capture(name):
     assert load_config(ROOT / f"configs/{name}.json").rollout.graphs
 

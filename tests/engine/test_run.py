@@ -425,12 +425,12 @@ def test_plans_without_branches_train_alike(folder, plan):
     assert [key for key in row if key.startswith("reward_std/")] == [f"reward_std/step_{k}" for k in range(steps)]
 
 
-@pytest.mark.parametrize("name", ["flux_lora", "flux_zero3"])
-def test_flux_configs_run_on_the_small_model(folder, name):
+@pytest.mark.parametrize("name, steps", [("flux_first", [0, 2]), ("flux_lora", "all"), ("flux_zero3", "all")])
+def test_flux_configs_run_on_the_small_model(folder, name, steps):
     """The configs for FLUX.1-dev, but for the model, the size and the amounts: half precision, ZeRO, checkpointing."""
     settings = {
         "model.path": str(MODEL), "model.max_sequence_length": 20, "data.prompts_per_iteration": 1, "rollout.height": 32,
-        "rollout.width": 96, "rollout.num_steps": 4, "rollout.seeds": 1, "rollout.children": 2,
+        "rollout.width": 96, "rollout.num_steps": 4, "rollout.branch_steps": steps, "rollout.seeds": 1, "rollout.children": 2,
         "rewards": {"engine_rewards:contrast": 1.0}, "reward_pool.workers": 0, "training.iterations": 1, "eval.prompts": 2,
         "eval.num_steps": 2, "logging.dir": str(folder), "logging.tensorboard": False, "data.embedding_cache": str(folder / "cache"),
     }  # fmt: skip
