@@ -32,8 +32,7 @@ from tempflow.trainer.collect import Collected, Collector
 from tempflow.trainer.runtime import Runtime, engine_dtype
 
 ONE_UNIT = ["data.prompts_per_iteration=1", "rollout.seeds=1", 'rewards={"engine_rewards:contrast": 1.0}', "reward_pool.workers=0"]
-# States enough for SD3.5's micro-batch of four.
-SHORT = ["rollout.num_steps=5", "rollout.branch_steps=[0, 1, 2, 3]"]
+STATES = 4  # at most: enough for SD3.5's micro-batch of four
 
 
 def cut_card(path: str, folder: Path, layers: int) -> Path:
@@ -181,9 +180,13 @@ class SimulatedModel:
 class SimulatedRun:
     """A shipped config with one unit of work on a SimulatedModel."""
 
-    def __init__(self, model: SimulatedModel, name: str, changes: list[str] = SHORT):
+    def __init__(self, model: SimulatedModel, name: str, changes: list[str] | None = None):
         self.model, self.gpu, self.policy = model, model.gpu, model.policy
-        self.config = load_config(ROOT / f"configs/{name}.json", [f"model.path={model.card}", *ONE_UNIT, *changes])
+        file = ROOT / f"configs/{name}.json"
+        if changes is None:  # whole micro-batches of states
+            full = STATES - STATES % load_config(file).training.micro_batch
+            changes = ["rollout.num_steps=5", f"rollout.branch_steps={list(range(full))}"]
+        self.config = load_config(file, [f"model.path={model.card}", *ONE_UNIT, *changes])
         self.prompts = load_prompts(self.config.data.train)
 
     def make_runtime(self) -> Runtime:
