@@ -35,6 +35,7 @@ REFUSED = {
     "no optimizer": ({"optimizer": {}}, ["deepspeed.optimizer.type", "got None"]),
     "parameters": ({"optimizer": {"type": "AdamW", "params": [1]}}, ["deepspeed.optimizer.params", "table", "got [1]"]),
     "rate": ({"optimizer": {"type": "Adam", "params": {"lr": "1e-4"}}}, ["deepspeed.optimizer.params.lr", "number", "got '1e-4'"]),
+    "half of the betas": ({"optimizer": {"type": "AdamW", "params": {"betas": [0.9]}}}, ["deepspeed.optimizer.params"]),
     "betas": ({"optimizer": {"type": "AdamW", "params": {"betas": [0.9, 2]}}}, ["deepspeed.optimizer.params", "beta", "2"]),
     "parameter": ({"optimizer": {"type": "RMSprop", "params": {"beta": 1}}}, ["deepspeed.optimizer.params", "'beta'"]),
 }  # fmt: skip

@@ -116,7 +116,7 @@ def _check_optimizer(table: dict) -> None:
     if kind in of_torch:
         try:
             getattr(torch.optim, kind)([torch.nn.Parameter(torch.zeros(2, 2))], **params)
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # TypeError, ValueError, IndexError: as the optimizer likes
             raise UserError(f"deepspeed.optimizer.params: {error}") from None
 
 
