@@ -60,8 +60,9 @@ def _built(value, name: str):
         return value
     table = {}
     for key, inner in value:
-        inside = f"{name}.{key}" if name else check_text(key, "a key")
+        label = check_text(key, "a key") if key and key.isprintable() else repr(check_text(key, "a key"))
+        inside = f"{name}.{label}" if name else label
         if key in table:
             raise Refused(f"the key {inside!r} is given twice")
-        table[key] = _built(inner, check_text(inside, "a key"))
+        table[key] = _built(inner, inside)
     return table

@@ -65,9 +65,13 @@ def mutated(draw) -> dict:
     return table
 
 
-def names_a_key(line: str, table: dict) -> bool:
-    """Each line opens with a key: one of the config, or the unknown one that was given."""
-    given = [key if key.isprintable() else repr(key) for key in table]
+def names_a_key(line: str, table: dict, file) -> bool:
+    """Each line opens with a key: one of the config, or the unknown one that was given. Of text that no JSON should hold, the file
+    comes first."""
+    given = [key if key.isprintable() else repr(key) for key in table] + [repr("")]
+    unfit = line.removeprefix(f"config file {file}: ")
+    if unfit != line:
+        return unfit.startswith(("a key holds", *(f"{key}{end}" for key in [*Config.model_fields, *given] for end in (".", "[", " holds"))))
     return any(line.startswith((f"{key}.", f"{key}:")) for key in [*Config.model_fields, *given])
 
 
@@ -89,6 +93,9 @@ def with_value(*path, value) -> dict:
 @example(with_value("data", "prompts_per_iteration", value=10**400))
 @example(with_value("model", "path", value="\x00"))
 @example(with_value("training", "seed", value=-1))
+@example(with_value("", value="\ud800"))
+@example(with_value("rollout", "\ud800", value=1))
+@example(with_value("data", "train", value="\udfff"))
 @settings(max_examples=1000, database=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(table=mutated())
 def test_any_mistake_is_refused_or_estimated(folder, table):
@@ -98,7 +105,7 @@ def test_any_mistake_is_refused_or_estimated(folder, table):
         result = estimate(load_config(file), gpus=2, prompts=4000, card_gb=0.05)
     except UserError as error:
         table.pop("$schema", None)
-        assert str(error) and all(names_a_key(line, table) for line in str(error).split("\n")), str(error)
+        assert str(error) and all(names_a_key(line, table, file) for line in str(error).split("\n")), str(error)
     else:
         assert result.total > 0 and result.phase("rollout").forwards > 0 and result.seconds >= 0
 
