@@ -27,7 +27,7 @@ def quiet_libraries() -> None:
     _choose_caches()
     # torch's allocator grows its segments instead of adding new ones: decoding takes 6 GB between small forwards, and on a full card
     # what such a mix fragments is missing. It reads this when CUDA is first used; both names are the user's to set. CUDA graphs'
-    # private pools may consist of such segments too (alloc_block in c10/cuda/CUDACachingAllocator.cpp of torch 2.11 to 2.13).
+    # private pools may consist of such segments too (alloc_block in c10/cuda/CUDACachingAllocator.cpp).
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # which goes before the other
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     prefer_cpu()

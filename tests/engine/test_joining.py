@@ -1,10 +1,16 @@
 """What the environment says of the launch: what is wrong is told in one message that names the variable or the launcher's option."""
 
+import os
+import signal
 import socket
+import subprocess
+import sys
+import time
 
 import deepspeed
 import pytest
 import torch.distributed as dist
+from run_cases import free_port
 
 from tempflow import cli
 from tempflow.errors import RankError, UserError
@@ -46,7 +52,7 @@ def test_a_port_that_is_taken(launched, monkeypatch):
     ValueError("invalid literal for int() with base 10: 'x'"), OSError("no route to host"), RuntimeError("Gloo: unable to resolve"),
 ], ids=lambda error: type(error).__name__)  # fmt: skip
 def test_other_ranks_that_cannot_be_reached(launched, monkeypatch, error):
-    launched(RANK="3", MASTER_ADDR="node1", MASTER_PORT="29500")
+    launched(RANK="3", MASTER_ADDR="127.0.0.2", MASTER_PORT="29500")
 
     def fail(**_):
         raise error
@@ -54,8 +60,33 @@ def test_other_ranks_that_cannot_be_reached(launched, monkeypatch, error):
     monkeypatch.setattr(deepspeed, "init_distributed", fail)
     with pytest.raises(RankError) as refused:
         comm.init_distributed()
-    words = ["rank 3", "node1:29500", type(error).__name__, str(error).splitlines()[0], "--master_addr", "GLOO_SOCKET_IFNAME"]
+    words = ["rank 3", "127.0.0.2:29500", type(error).__name__, str(error).splitlines()[0], "--master_addr", "GLOO_SOCKET_IFNAME"]
     assert all(word in str(refused.value) for word in words) and "\n" not in str(refused.value), refused.value
+
+
+def test_an_address_that_nobody_knows(launched, monkeypatch):
+    launched(RANK="0", WORLD_SIZE="2", MASTER_ADDR="no host")
+    monkeypatch.setattr(deepspeed, "init_distributed", lambda **_: pytest.fail("waits for minutes"))
+    with pytest.raises(RankError, match="rank 0 cannot join the others at no host:1 .*--master_addr"):
+        comm.init_distributed()
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_wait_for_missing_ranks(launched, kind):
+    """With the handlers that training installs before; the wait has begun once the store listens."""
+    port = free_port()
+    launched(WORLD_SIZE="2", MASTER_PORT=str(port))
+    code = ("from tempflow.trainer import comm; from tempflow.trainer.process import StopSignal; "
+            "StopSignal().install(); comm.init_distributed()")  # fmt: skip
+    env = os.environ | {"DS_ACCELERATOR": "cpu"}
+    with subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as waiting:
+        try:
+            while waiting.poll() is None and socket.socket().connect_ex(("127.0.0.1", port)) != 0:
+                time.sleep(0.1)
+            waiting.send_signal(kind)
+            assert waiting.wait(60) == -kind
+        finally:
+            waiting.kill()
 
 
 @pytest.mark.parametrize("missing", ["LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"])

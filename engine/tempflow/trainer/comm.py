@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from tempflow.errors import RankError, UserError, brief
-from tempflow.trainer.process import device
+from tempflow.trainer.process import device, ended_by_signals
 
 T = TypeVar("T")
 LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what a launcher says in the environment
@@ -39,7 +39,9 @@ def init_distributed() -> None:
     # NCCL's group is bound to this rank's GPU, but its collectives of objects go through the current one: GPU 0 until told otherwise.
     device()
     try:
-        deepspeed.init_distributed(verbose=False)
+        socket.getaddrinfo(os.environ["MASTER_ADDR"], None)  # torch would go on trying a name that nobody knows
+        with ended_by_signals():  # for minutes, while other ranks are missing; nothing is written yet
+            deepspeed.init_distributed(verbose=False)
     except (RuntimeError, ValueError, OSError) as error:  # of torch's store, or of a backend
         raise RankError(_cannot_join(error)) from None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from contextlib import contextmanager
 
@@ -48,6 +49,23 @@ class Threads:
             yield
         finally:
             torch.set_num_threads(self.alone)
+
+
+@contextmanager
+def ended_by_signals():
+    """SIGINT, SIGTERM and SIGHUP end this process at once: around a wait in C++, where Python's handlers never run."""
+    if threading.current_thread() is not threading.main_thread():  # signals belong to that one
+        yield
+        return
+    before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    for kind, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(kind, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
 
 
 class StopSignal:
