@@ -327,7 +327,9 @@ class Weights:
 def _lora_key(config: Config) -> str | None:
     """Of a config's adapters, to find measurements by; their scale does not matter."""
     lora = config.model.lora
-    return None if lora is None else lora.model_copy(update={"alpha": 1.0}).model_dump_json()
+    if lora is None:
+        return None
+    return (lora if lora.start else lora.model_copy(update={"alpha": 1.0})).model_dump_json()  # alpha has to be that of `start`
 
 
 def _size(config: Config, model: Model) -> Size:
