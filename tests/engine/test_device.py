@@ -22,7 +22,7 @@ OLD = "The NVIDIA driver on your system is too old (found version 12020)."
 def test_the_gpu_is_chosen_before_the_first_collective(monkeypatch, tmp_path):
     """Rank 3 of 8: NCCL's object collectives take the current device, and refuse another one than the rank's own."""
     events = []
-    for name, value in {"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "8", "MASTER_ADDR": "node", "MASTER_PORT": "1"}.items():
+    for name, value in {"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "8", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(process, "uses_gpu", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda chosen: events.append(("device", torch.device(chosen).index)))
