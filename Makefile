@@ -8,6 +8,8 @@ CONSTRAINTS := $(if $(HAS_GPU),constraints-gpu.txt,constraints.txt)
 # What torch's CUDA build pins; tests compile the kernels with it beside the project's own, and skip that where it cannot be had.
 CUDA_TRITON := 3.7.1
 CONFIG ?= configs/tiny_ocr.json
+# Test processes side by side; each gets its share of the cores.
+WORKERS ?= 2
 
 .PHONY: install train test clean
 
@@ -21,7 +23,7 @@ train: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed engine/train.py --config $(CONFIG) $(ARGS)
 
 test: install $(VENV)/triton-$(CUDA_TRITON)
-	$(BIN)/python -m pytest tests $(ARGS)
+	$(BIN)/python -m pytest tests -n $(WORKERS) --dist loadfile $(ARGS)
 
 $(VENV)/triton-$(CUDA_TRITON): | install
 	-$(BIN)/python -m pip --disable-pip-version-check install -q --no-deps --target $@ triton==$(CUDA_TRITON)

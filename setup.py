@@ -19,7 +19,7 @@ setup(
     python_requires=">=3.10,<3.13",
     packages=find_packages("engine") + find_packages("kernels"),
     package_dir={"tempflow": "engine/tempflow", "tempflow_kernels": "kernels/tempflow_kernels"},
-    package_data={"tempflow": ["assets/**/*", "report/*.html", "report/*.css", "report/*.js"]},
+    package_data={"tempflow": ["assets/**/*", "run/report/*.html", "run/report/*.css", "run/report/*.js"]},
     install_requires=[
         "torch>=2.9",
         "diffusers>=0.38",
@@ -47,6 +47,6 @@ setup(
         "server": SERVER,
         "geneval": GENEVAL,
         "datasets": DATASETS,
-        "dev": ["pytest>=8", "hypothesis>=6", "matplotlib>=3.8", "triton>=3.5", "ruff", *SERVER, *GENEVAL, *DATASETS],
+        "dev": ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "matplotlib>=3.8", "triton>=3.5", "ruff", *SERVER, *GENEVAL, *DATASETS],
     },
 )

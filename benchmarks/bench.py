@@ -12,7 +12,7 @@ import torch
 
 from tempflow import cli
 from tempflow.config import Config
-from tempflow.prompts import PromptOrder, load_prompts
+from tempflow.data.prompts import PromptOrder, load_prompts
 from tempflow.rewards import RewardPool, check_prompts, parse_rewards
 
 PHASES = ("rollout", "decode", "reward", "train", "sync")
@@ -28,11 +28,11 @@ class Bench:
 
     def __init__(self, config: Config, iterations: int, pool: RewardPool | None = None):
         cli.quiet_libraries()
-        from tempflow.policy import check_model
-        from tempflow.trainer import comm
-        from tempflow.trainer.opening import open_policy
-        from tempflow.trainer.process import Threads, device
-        from tempflow.trainer.runtime import Runtime
+        from tempflow.models import check_model
+        from tempflow.models.opening import open_policy
+        from tempflow.training import comm
+        from tempflow.training.engine import Runtime
+        from tempflow.training.process import Threads, device
 
         comm.init_distributed()
         self.config = config
@@ -50,7 +50,7 @@ class Bench:
         self.pool.wait_ready()
 
     def collector(self, config: Config):
-        from tempflow.trainer.collect import Collector
+        from tempflow.training.rollout import Collector
 
         return Collector(config, self.policy, self.prompts, self.embeddings, self.pool, self.specs)
 
@@ -115,9 +115,9 @@ def synchronize() -> None:
 def train(bench: Bench, config: Config, collector, data, micro_batch: int) -> int:
     """The updates on a rollout's decisions; returns the rows forwarded."""
     from tempflow.advantages import advantages
-    from tempflow.objective import make_batches, select
-    from tempflow.sde import noise_weights
-    from tempflow.trainer.update import Updater
+    from tempflow.sampling.steps import noise_weights
+    from tempflow.training.batches import make_batches, select
+    from tempflow.training.update import Updater
 
     t = config.training
     adv = advantages(data.rewards, group=t.advantage_group, global_std=t.global_std, clip=t.adv_clip)

@@ -27,8 +27,8 @@ from rich.table import Table
 
 from tempflow import cli
 from tempflow.errors import UserError
-from tempflow.logs import read_metrics, write_atomic
-from tempflow.machine import device_name, versions
+from tempflow.run.environment import device_name, versions
+from tempflow.run.logs import read_metrics, write_atomic
 
 ROOT = Path(__file__).parent.parent
 SHORT = [

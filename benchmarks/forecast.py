@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from bench import changed
 
 from tempflow.config import Config
-from tempflow.dryrun.estimate import Memory, estimate
+from tempflow.estimate.estimate import Memory, estimate
 
 MFU = 0.4  # of a matrix product's speed, which transformers of this size reach about
 SPARE = 0.5e9  # bytes that the allocator cannot use

@@ -34,9 +34,9 @@ from gpu_steps import BY_NAME, STEPS, Step, hardware
 from gpu_steps.report import Report
 
 from tempflow import cli
-from tempflow.device import check_gpu
 from tempflow.errors import UserError
-from tempflow.machine import uses_gpu
+from tempflow.run.device import check_gpu
+from tempflow.run.environment import uses_gpu
 
 ROOT = Path(__file__).parent.parent
 GOOD = ("ok", "rehearsed", "skipped")

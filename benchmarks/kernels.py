@@ -30,8 +30,8 @@ from pathlib import Path
 
 import torch
 
-from tempflow.logs import write_atomic
-from tempflow.machine import device_name
+from tempflow.run.environment import device_name
+from tempflow.run.logs import write_atomic
 from tempflow_kernels import group_loss, sde_step
 
 RESULTS = Path(__file__).parent / "results"

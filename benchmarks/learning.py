@@ -23,7 +23,7 @@ import numpy as np
 from tempflow import cli
 from tempflow.config import load_config
 from tempflow.errors import UserError
-from tempflow.logs import read_metrics, write_atomic
+from tempflow.run.logs import read_metrics, write_atomic
 
 ROOT = Path(__file__).parent.parent
 UNIFORM = ["training.weighting=uniform"]

@@ -22,7 +22,7 @@ import torch
 
 from tempflow import cli
 from tempflow.errors import UserError
-from tempflow.machine import device_name
+from tempflow.run.environment import device_name
 
 ROOT = Path(__file__).parent.parent
 CARDS, SMALL = ROOT / "configs/models", ROOT / "engine/tempflow/assets/tiny-flux"

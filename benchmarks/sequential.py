@@ -12,10 +12,10 @@ import torch
 from bench import PHASES, Bench, Iteration, refresh, synchronize, train
 
 from tempflow.config import Config
-from tempflow.rollout.noise import INITIAL, key_tensor, noise_key
-from tempflow.rollout.plan import Unit, iteration_units
-from tempflow.rollout.scheduler import Decision, RolloutStats
-from tempflow.sde import ode_coefficients
+from tempflow.sampling.noise import INITIAL, key_tensor, noise_key
+from tempflow.sampling.plans import Unit, iteration_units
+from tempflow.sampling.scheduler import Decision, RolloutStats
+from tempflow.sampling.steps import ode_coefficients
 from tempflow_kernels import normal, sde_step
 
 

@@ -29,11 +29,11 @@ from rich.table import Table
 from tempflow import cli
 from tempflow.advantages import advantages, rank_correlation
 from tempflow.config import Config, Suffix, load_config
-from tempflow.logs import write_atomic
-from tempflow.machine import device_name, versions
-from tempflow.prompts import PromptOrder, load_prompts
+from tempflow.data.prompts import PromptOrder, load_prompts
 from tempflow.rewards import RewardPool, check_prompts, parse_rewards
-from tempflow.rollout.plan import build_plan
+from tempflow.run.environment import device_name, versions
+from tempflow.run.logs import write_atomic
+from tempflow.sampling.plans import build_plan
 
 ROOT = Path(__file__).parent.parent
 REGROUPED = "exact, in other batches"
@@ -59,10 +59,10 @@ OPTIONS: dict[str, Suffix | None] = {
 def build(config: Config):
     """A collector on the config's own model, prompts and rewards, and its reward pool."""
     cli.quiet_libraries()
-    from tempflow.policy import check_model, load_policy
-    from tempflow.policy.embeddings import EmbeddingCache
-    from tempflow.trainer.collect import Collector
-    from tempflow.trainer.process import Threads, device
+    from tempflow.models import check_model, load_policy
+    from tempflow.models.embeddings import EmbeddingCache
+    from tempflow.training.process import Threads, device
+    from tempflow.training.rollout import Collector
 
     specs = parse_rewards(config.rewards)
     prompts = load_prompts(config.data.train, "data.train")
@@ -78,7 +78,7 @@ def build(config: Config):
 
 def possible(transformer: torch.nn.Module) -> list[str]:
     """Names of the options that this machine can run."""
-    from tempflow.rollout.float8 import obstacle
+    from tempflow.sampling.float8 import obstacle
 
     reason = obstacle(transformer)
     if reason:

@@ -43,9 +43,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from tempflow import cli
 from tempflow.config import Config, Suffix, load_config
 from tempflow.errors import UserError
-from tempflow.logs import write_atomic
-from tempflow.machine import device_name, uses_gpu, versions
-from tempflow.rollout.plan import iteration_units
+from tempflow.run.environment import device_name, uses_gpu, versions
+from tempflow.run.logs import write_atomic
+from tempflow.sampling.plans import iteration_units
 
 ROOT = Path(__file__).parent.parent
 CARD = ROOT / "configs/models/flux-dev"
@@ -235,7 +235,7 @@ def benchmark(name: str, config: Config, args: argparse.Namespace) -> None:
 
 def possible(wanted: list[Variant], transformer: torch.nn.Module) -> list[Variant]:
     """The variants without those in float8 where the machine has none."""
-    from tempflow.rollout.float8 import obstacle
+    from tempflow.sampling.float8 import obstacle
 
     def in_float8(variant: Variant) -> bool:
         return variant.config.rollout.suffix is not None and variant.config.rollout.suffix.weights == "float8"

@@ -8,13 +8,14 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
-from tempflow import cli, outputs
-from tempflow.streams import check_result
+from tempflow import cli
+from tempflow.run import outputs
+from tempflow.run.streams import check_result
 
 
 def parse_args() -> argparse.Namespace:
     from tempflow.arguments import path, positive, steps
-    from tempflow.tuned import add_arguments
+    from tempflow.checkpoints.tuned import add_arguments
 
     parser = argparse.ArgumentParser(description="Score a run's model on held-out prompts, with fixed noise.")
     add_arguments(parser)
@@ -40,14 +41,15 @@ def score(args: argparse.Namespace, draft: Path | None) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
-    from tempflow import evaluation, tuned
+    from tempflow.checkpoints import tuned
+    from tempflow.data.prompts import load_prompts
     from tempflow.errors import UserError, note
-    from tempflow.failures import check_failed
-    from tempflow.means import with_error
-    from tempflow.prompts import load_prompts
+    from tempflow.models.opening import open_policy
     from tempflow.rewards import RewardPool, check_prompts, parse_rewards, probe
-    from tempflow.rundir import find_modules, read_config
-    from tempflow.trainer.opening import open_policy
+    from tempflow.run import evaluation
+    from tempflow.run.failures import check_failed
+    from tempflow.run.means import with_error
+    from tempflow.run.rundir import find_modules, read_config
 
     chosen = None if args.base else tuned.load_tuned(args.run, args.checkpoint, args.weights)
     config = chosen.config if chosen else read_config(args.run)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tempflow import cli, outputs
+from tempflow import cli
+from tempflow.run import outputs
 
 
 def parse_args() -> argparse.Namespace:
     from tempflow.arguments import path
-    from tempflow.tuned import add_arguments
+    from tempflow.checkpoints.tuned import add_arguments
 
     parser = argparse.ArgumentParser(description="Write a diffusers pipeline folder, or LoRA weights, from a checkpoint.")
     add_arguments(parser)
@@ -24,7 +25,7 @@ def write_lora(chosen, policy_class, folder: Path, dtype) -> None:
     """pytorch_lora_weights.safetensors, as `pipe.load_lora_weights(folder)` reads it."""
     from peft import LoraConfig
 
-    from tempflow import tuned
+    from tempflow.checkpoints import tuned
 
     lora = chosen.config.model.lora
     state = {name.replace(".default.weight", ".weight"): tuned.cast(name, value, dtype) for name, value in chosen.weights.items()}
@@ -46,9 +47,9 @@ def export(args: argparse.Namespace, draft: Path) -> str:
     """Write the model into `draft`; returns what to say of it."""
     import diffusers
 
-    from tempflow import tuned
-    from tempflow.policy import check_model
-    from tempflow.policy.arguments import DTYPES
+    from tempflow.checkpoints import tuned
+    from tempflow.models import check_model
+    from tempflow.models.arguments import DTYPES
 
     chosen = tuned.load_tuned(args.run, args.checkpoint, args.weights)
     if chosen.config.model.lora and not args.merge:

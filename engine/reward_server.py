@@ -13,8 +13,9 @@ import signal
 import socket
 from contextlib import ExitStack, closing
 
-from tempflow import cli, strict_json
+from tempflow import cli
 from tempflow.arguments import filled, positive, whole
+from tempflow.config import strict_json
 from tempflow.errors import VALUE, UserError, shortened
 from tempflow.rewards import RewardSpec, parse_rewards
 from tempflow.rewards.web import token_of

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import numpy as np
 
-from tempflow import cli, outputs
+from tempflow import cli
+from tempflow.run import outputs
 
 GAP = 4
 
 
 def parse_args() -> argparse.Namespace:
     from tempflow.arguments import filled, path, positive, seed, steps
-    from tempflow.tuned import add_arguments
+    from tempflow.checkpoints.tuned import add_arguments
 
     parser = argparse.ArgumentParser(description="Draw the same prompts and noise with the base and the tuned model.")
     add_arguments(parser)
@@ -28,8 +29,8 @@ def parse_args() -> argparse.Namespace:
 
 
 def chosen_prompts(args, config):
+    from tempflow.data.prompts import load_prompts, typed_prompts
     from tempflow.errors import UserError
-    from tempflow.prompts import load_prompts, typed_prompts
 
     if args.prompt:
         return typed_prompts(args.prompt, "--prompt")
@@ -59,8 +60,9 @@ def draw_pairs(args: argparse.Namespace, draft: Path) -> str:
     from PIL import Image
     from rich.progress import Progress
 
-    from tempflow import evaluation, tuned
-    from tempflow.trainer.opening import open_policy
+    from tempflow.checkpoints import tuned
+    from tempflow.models.opening import open_policy
+    from tempflow.run import evaluation
 
     chosen = tuned.load_tuned(args.run, args.checkpoint, args.weights)
     config, r = chosen.config, chosen.config.rollout

@@ -7,14 +7,15 @@ import math
 import os
 from dataclasses import replace
 
-from tempflow import cli, rundir
+from tempflow import cli
 from tempflow.arguments import path, positive
 from tempflow.config import Config, load_config
-from tempflow.device import check_gpu
+from tempflow.data.prompts import PromptOrder, check_unchanged, digests, load_prompts
 from tempflow.errors import UserError, note
 from tempflow.profiling import Profile
-from tempflow.prompts import PromptOrder, check_unchanged, digests, load_prompts
 from tempflow.rewards import check_asked, check_prompts, check_watched, parse_rewards
+from tempflow.run import rundir
+from tempflow.run.device import check_gpu
 
 
 def parse_args() -> argparse.Namespace:
@@ -49,9 +50,9 @@ def checked_inputs(config: Config, *, dry: bool = False):
     check_asked(specs, [p.metadata for p in train])
     PromptOrder(len(train), config.data.prompts_per_iteration, config.training.seed)
     cli.quiet_libraries()
-    from tempflow.policy import check_checkpoint, check_model, check_size, check_text_length
-    from tempflow.policy.adapters import read_adapters
-    from tempflow.trainer.section import check_deepspeed
+    from tempflow.config.deepspeed import check_deepspeed
+    from tempflow.models import check_checkpoint, check_model, check_size, check_text_length
+    from tempflow.models.lora import read_adapters
 
     check_model(config.model.path)
     check_text_length(config.model.path, config.model.max_sequence_length)
@@ -72,7 +73,7 @@ def dry_run(args: argparse.Namespace) -> int:
         raise UserError("--mfu: above 0, at most 1; --card-gb, --peak-tflops: above 0")
     config = load_config(args.config, args.set)
     cli.quiet_libraries()
-    from tempflow.dryrun import estimate, local_model, show
+    from tempflow.estimate import estimate, local_model, show
 
     asked, config.model.path = config.model.path, local_model(config.model.path)  # configs of some hub models are kept here
     _, train, _ = checked_inputs(config, dry=True)
@@ -92,15 +93,15 @@ def main() -> int:
         rundir.find_modules(rundir.path_of(config))
     specs, train, heldout = checked_inputs(config)
 
-    from tempflow.dryrun import check_room, disk_of
-    from tempflow.policy.attention import check_attention
-    from tempflow.report import write_report
-    from tempflow.trainer.checkpoint import read_state
-    from tempflow.trainer.loop import Trainer
-    from tempflow.trainer.process import StopSignal
-    from tempflow.trainer.runtime import dtypes
-    from tempflow.trainer.section import check_machine
-    from tempflow.trainer.start import claim_run
+    from tempflow.checkpoints.checkpoint import read_state
+    from tempflow.config.deepspeed import check_machine
+    from tempflow.estimate import check_room, disk_of
+    from tempflow.models.attention import check_attention
+    from tempflow.run.report import write_report
+    from tempflow.training.engine import dtypes
+    from tempflow.training.loop import Trainer
+    from tempflow.training.process import StopSignal
+    from tempflow.training.start import claim_run
 
     check_gpu()
     check_attention(config.model.attention_backend, config.model.path, dtypes(config))

@@ -12,6 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
+# Workers side by side (pytest -n) share out the cores: torch's threads wait in busy loops, many times slower where two need one core.
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    cores, count = sorted(os.sched_getaffinity(0)), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    mine = cores[int(worker.removeprefix("gw")) % len(cores) :: count]
+    os.sched_setaffinity(0, mine)
+    torch.set_num_threads(len(mine))
+    os.environ["OMP_NUM_THREADS"] = str(len(mine))  # of processes that tests start
+
 sys.path.append(str(Path(__file__).parent / "engine"))
 from cpu_cases import on_cpu  # noqa: E402
 

@@ -31,7 +31,7 @@ def _reading(x: torch.Tensor) -> tuple:
 
 def _engine(context: Context) -> dict:
     """Its graph cache on a function that reads a value: it should run eagerly, for a reason, without beginning a capture."""
-    from tempflow.rollout.graphs import CudaCapture, GraphCache
+    from tempflow.sampling.graphs import CudaCapture, GraphCache
 
     said: list[str] = []
     cache = GraphCache(recomputing if context.rehearse else CudaCapture(), limit_bytes=1 << 30, verify=True, note=said.append)

@@ -11,7 +11,7 @@ from typing import Callable
 
 import torch
 
-from tempflow.logs import write_atomic
+from tempflow.run.logs import write_atomic
 
 ROOT = Path(__file__).parents[2]
 

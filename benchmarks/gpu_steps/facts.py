@@ -12,8 +12,8 @@ import torch
 from bench import matmul_peak
 
 from gpu_steps.context import Context
-from tempflow.device import nvidia_driver
-from tempflow.machine import device_name, versions
+from tempflow.run.device import nvidia_driver
+from tempflow.run.environment import device_name, versions
 
 PROPERTIES = ("total_memory", "multi_processor_count", "L2_cache_size", "clock_rate", "memory_clock_rate")
 

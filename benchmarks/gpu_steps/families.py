@@ -13,7 +13,7 @@ from bench import train
 
 from gpu_steps.context import Context, ratio
 from gpu_steps.models import CONFIGS, RandomEngine
-from tempflow.dryrun.estimate import Estimate, estimate
+from tempflow.estimate.estimate import Estimate, estimate
 
 NAMES = {"flux-dev": "FLUX.1", "sd35-medium": "Stable Diffusion 3.5", "qwen-image": "Qwen-Image"}
 ALLOWED = 0.1  # by which a peak may differ from the dry run's

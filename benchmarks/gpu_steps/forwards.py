@@ -63,7 +63,7 @@ def _decode(context: Context, policy, rollout) -> None:
 
 def _graphed(context: Context, function):
     """The function through the engine's graph cache. In a rehearsal the stand-in computes anew instead of replaying."""
-    from tempflow.rollout.graphs import CudaCapture, GraphCache
+    from tempflow.sampling.graphs import CudaCapture, GraphCache
 
     notes: list[str] = []
     cache = GraphCache(recomputing if context.rehearse else CudaCapture(), limit_bytes=8 << 30, verify=True, note=notes.append)
@@ -81,7 +81,7 @@ def _graphed(context: Context, function):
 
 def recomputing(function, inputs):
     """What a capture is on a machine without graphs: its replay calls the function."""
-    from tempflow.rollout.graphs import Captured
+    from tempflow.sampling.graphs import Captured
 
     static = {name: tensor.clone() for name, tensor in inputs.items()}
     outputs = tuple(function(**static))
@@ -94,7 +94,7 @@ def recomputing(function, inputs):
 
 
 def _float8(transformer):
-    from tempflow.rollout.float8 import Float8Copy
+    from tempflow.sampling.float8 import Float8Copy
 
     made = Float8Copy(transformer)
     made.refresh()
@@ -102,7 +102,7 @@ def _float8(transformer):
 
 
 def _compiled(transformer):
-    from tempflow.trainer.runtime import compile_blocks
+    from tempflow.training.engine import compile_blocks
 
     compile_blocks(transformer, "compile")
     return transformer

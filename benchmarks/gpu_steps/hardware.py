@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 from tempflow.errors import UserError
-from tempflow.logs import write_atomic
+from tempflow.run.logs import write_atomic
 
 FILE = Path(__file__).parents[1] / "results/hardware.json"
 STATUSES = ("unit", "simulated GPU", "hardware")

@@ -13,8 +13,8 @@ from make_pipeline import random_model, shrunk
 
 from gpu_steps.context import ROOT, Context
 from tempflow.config import Config, load_config
-from tempflow.dryrun.families import Size
-from tempflow.dryrun.model import Model
+from tempflow.estimate.families import Size
+from tempflow.estimate.model import Model
 
 CONFIGS = {"flux-dev": "flux_lora", "sd35-medium": "sd35_lora", "qwen-image": "qwen_image_lora"}
 TINY = 0.02  # scale of a rehearsal's models
@@ -62,7 +62,7 @@ def random_policy(config: Config, device: torch.device, dtype: torch.dtype):
     """The policy of a config whose folder holds JSON alone: transformer and VAE on the device, and made-up embeddings of texts."""
     import diffusers
 
-    from tempflow.policy import check_text_length, family_of
+    from tempflow.models import check_text_length, family_of
 
     folder = Path(config.model.path)
     index = json.loads((folder / "model_index.json").read_text())
@@ -95,10 +95,10 @@ class RandomEngine:
     """What `bench.train` asks of a Bench, on a random policy. `start_training` wraps its own transformer into DeepSpeed."""
 
     def __init__(self, context: Context, card: str, layers: int | None, *settings: str):
-        from tempflow.policy.embeddings import EmbeddingCache
-        from tempflow.prompts import PromptOrder, load_prompts
+        from tempflow.data.prompts import PromptOrder, load_prompts
+        from tempflow.models.embeddings import EmbeddingCache
         from tempflow.rewards import RewardPool, parse_rewards
-        from tempflow.trainer import comm
+        from tempflow.training import comm
 
         comm.init_distributed()
         self.config = card_config(card, card_folder(card, context.scratch, layers, context.rehearse), context.rehearse, *settings)
@@ -112,7 +112,7 @@ class RandomEngine:
         self.runtime = None
 
     def collector(self):
-        from tempflow.trainer.collect import Collector
+        from tempflow.training.rollout import Collector
 
         return Collector(self.config, self.policy, self.prompts, self.embeddings, self.pool, self.specs)
 
@@ -120,7 +120,7 @@ class RandomEngine:
         return self.embeddings.get([self.prompts[unit.prompt_id].text for unit in units])
 
     def start_training(self) -> None:
-        from tempflow.trainer import runtime
+        from tempflow.training import engine as runtime
 
         with mock.patch.object(runtime, "load_transformer", lambda path, dtype: self.policy.transformer.to(dtype)):
             self.runtime = runtime.Runtime(self.config, self.policy)

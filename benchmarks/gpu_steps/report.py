@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from gpu_steps import BY_NAME
-from tempflow.logs import write_atomic
+from tempflow.run.logs import write_atomic
 
 SHOWN = 160  # characters of a reason on the page
 

@@ -10,7 +10,7 @@ from throughput import forward_flops
 
 from gpu_steps.context import Context, ratio
 from gpu_steps.models import RandomEngine
-from tempflow.dryrun.estimate import estimate
+from tempflow.estimate.estimate import estimate
 
 POLICY, REFERENCE = 2, 1  # forwards that a row of an update costs: with the adapters' backward, and of the reference
 

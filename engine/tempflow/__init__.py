@@ -9,7 +9,7 @@ __all__ = ["load_policy"]
 
 def __getattr__(name: str):
     if name == "load_policy":
-        from tempflow.policy import load_policy
+        from tempflow.models import load_policy
 
         return load_policy
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

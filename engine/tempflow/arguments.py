@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Callable
 
 from tempflow.errors import shown
-from tempflow.places import at_home
+from tempflow.run.places import at_home
 
 LARGEST = 2**31 - 1
 

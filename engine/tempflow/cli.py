@@ -12,9 +12,9 @@ import warnings
 from pathlib import Path
 from typing import Callable
 
-from tempflow.device import prefer_cpu
 from tempflow.errors import RankError, UserError, shown
-from tempflow.streams import steady
+from tempflow.run.device import prefer_cpu
+from tempflow.run.streams import steady
 
 
 def quiet_libraries() -> None:

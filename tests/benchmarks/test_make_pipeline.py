@@ -9,7 +9,7 @@ from make_pipeline import VOCABULARY, make_pipeline, shrunk, write_tokenizer
 from run_cases import Run, launch
 
 from tempflow.errors import UserError
-from tempflow.policy import load_policy
+from tempflow.models import load_policy
 
 CARDS = ROOT / "configs/models"
 

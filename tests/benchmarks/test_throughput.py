@@ -160,7 +160,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_made(announce, capsys):
 
 
 def test_the_forecast_is_the_dry_runs_largest_moment_over_what_all_variants_hold(announce):
-    from tempflow.dryrun.estimate import estimate
+    from tempflow.estimate.estimate import estimate
 
     made = [estimate(config, advise=False).memory for config in announce.configs]
     items = [{item.name: item.bytes for item in memory.resident if item.name != "text encoders"} for memory in made]

@@ -27,7 +27,7 @@ settings.load_profile("engine")
 @pytest.fixture(scope="session")
 def policy():
     """The shipped model in fp32; its text length as in configs/tiny_ocr.json."""
-    from tempflow.policy import load_policy
+    from tempflow.models import load_policy
 
     return load_policy(str(MODEL), max_sequence_length=20)
 

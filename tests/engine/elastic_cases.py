@@ -32,7 +32,7 @@ ROWS = 4
 
 @lru_cache
 def policy():
-    from tempflow.policy import load_policy
+    from tempflow.models import load_policy
 
     return load_policy(MODEL, max_sequence_length=20)
 
@@ -41,8 +41,8 @@ class Toy:
     """Its loss is the squared distance of velocities from a target; every rank takes its share of the rows."""
 
     def __init__(self, case: str, seed: int = 0, optimizer: dict = ADAMW):
-        from tempflow.trainer.ema import Average
-        from tempflow.trainer.runtime import Runtime
+        from tempflow.training.ema import Average
+        from tempflow.training.engine import Runtime
 
         self.optimizer = optimizer
         stage, lora, bf16 = CASES[case]
@@ -55,7 +55,7 @@ class Toy:
 
     def train(self, updates: range) -> torch.Tensor:
         """Returns the gradients' norms."""
-        from tempflow.trainer import comm
+        from tempflow.training import comm
 
         shape, norms = policy().latent_shape(32, 96), []
         with torch.no_grad():
@@ -87,7 +87,8 @@ class Toy:
 
     def save(self, folder: Path, updates: int) -> dict[str, torch.Tensor]:
         """Write a checkpoint; returns what it holds."""
-        from tempflow.trainer import checkpoint, comm
+        from tempflow.checkpoints import checkpoint
+        from tempflow.training import comm
 
         state = {"iteration": updates, "world_size": comm.world_size(), "ema_updates": self.ema.updates}
         checkpoint.save(self.runtime, self.ema, folder, state, keep=9)
@@ -95,7 +96,7 @@ class Toy:
 
     def restore(self, folder: Path) -> list[str]:
         """Take up the newest checkpoint; returns what was said."""
-        from tempflow.trainer import checkpoint, manifest
+        from tempflow.checkpoints import checkpoint, manifest
 
         notes = []
         checkpoint.restore(self.runtime, self.ema, manifest.newest(folder), notes.append)
@@ -106,7 +107,7 @@ class Toy:
 
 
 def main(folder: Path) -> None:
-    from tempflow.trainer import comm
+    from tempflow.training import comm
 
     comm.init_distributed()
     for case in CASES:
@@ -124,7 +125,8 @@ def main(folder: Path) -> None:
 
 def seal_together(draft: Path) -> None:
     """Seal a folder; leaves beside it what each rank read."""
-    from tempflow.trainer import comm, manifest
+    from tempflow.checkpoints import manifest
+    from tempflow.training import comm
 
     read, flushed = [], manifest._flushed
     manifest._flushed = lambda file: read.append(str(file.relative_to(draft))) or flushed(file)
@@ -135,8 +137,8 @@ def seal_together(draft: Path) -> None:
 def claim_apart(folder: Path) -> None:
     """Claim a run directory from a working directory of each rank's own; leaves what that brings."""
     from tempflow.errors import UserError
-    from tempflow.trainer import comm
-    from tempflow.trainer.start import claim_run
+    from tempflow.training import comm
+    from tempflow.training.start import claim_run
 
     here = folder / str(comm.rank())
     here.mkdir(parents=True)

@@ -135,9 +135,9 @@ class Iteration:
     """One real iteration's rollout, and what its updates need, as the trainer puts them together."""
 
     def __init__(self, policy, config, prompt_ids=(0, 1)):
-        from tempflow.policy.embeddings import EmbeddingCache
-        from tempflow.prompts import load_prompts
-        from tempflow.trainer.collect import Collector
+        from tempflow.data.prompts import load_prompts
+        from tempflow.models.embeddings import EmbeddingCache
+        from tempflow.training.rollout import Collector
 
         self.policy, self.config = policy, config
         self.prompts, self.embeddings = load_prompts(config.data.train), EmbeddingCache(policy)
@@ -157,8 +157,8 @@ class Iteration:
 
     def batches(self, advantages, size, extra=0, config=None):
         """Micro-batches of `size` decisions; `extra` more of nothing but padding."""
-        from tempflow.objective import make_batches, padding_of, select
-        from tempflow.sde import noise_weights
+        from tempflow.sampling.steps import noise_weights
+        from tempflow.training.batches import make_batches, padding_of, select
 
         t = (config or self.config).training
         chosen = select(self.data.decisions, advantages, self.data.steps, keep_all=t.kl_coef > 0)
@@ -193,13 +193,13 @@ def step_scalars(kind: str, sigmas, k: int, eta: float) -> tuple[float, float, f
 
 
 def initial_noise(config, unit, shape, iteration=0):
-    from tempflow.rollout.noise import INITIAL
+    from tempflow.sampling.noise import INITIAL
 
     return step_noise(config, unit, INITIAL, 0, shape, iteration)
 
 
 def step_noise(config, unit, step, child, shape, iteration=0):
-    from tempflow.rollout.noise import key_tensor, noise_key
+    from tempflow.sampling.noise import key_tensor, noise_key
     from tempflow_kernels import normal
 
     key = noise_key(config.training.seed, iteration, unit.prompt_id, unit.seed, step, child)

@@ -118,7 +118,7 @@ def machine() -> dict:
     """What bits depend on besides the code."""
     import torch
 
-    from tempflow.machine import device_name
+    from tempflow.run.environment import device_name
 
     return {"processor": device_name(), "capability": torch.backends.cpu.get_cpu_capability(),
             "cores": len(os.sched_getaffinity(0)), "torch": torch.__version__.split("+")[0]}  # fmt: skip

@@ -2,9 +2,9 @@
 
 import torch
 
-from tempflow.rollout.plan import build_plan
-from tempflow.rollout.scheduler import RowScheduler
-from tempflow.sde import sde_coefficients
+from tempflow.sampling.plans import build_plan
+from tempflow.sampling.scheduler import RowScheduler
+from tempflow.sampling.steps import sde_coefficients
 
 GRID = torch.linspace(1, 0, 11)
 SHAPE = (5, 3)

@@ -17,19 +17,19 @@ import torch
 from engine_cases import ROOT, quiet_pool
 from fake_gpu import FakeGpu, Seen
 
-from tempflow import evaluation
 from tempflow.advantages import advantages
 from tempflow.config import load_config
-from tempflow.dryrun.families import Size
-from tempflow.dryrun.model import Model, local_model
-from tempflow.objective import Batch, make_batches, select
-from tempflow.policy.embeddings import EmbeddingCache
-from tempflow.policy.loading import family_of
-from tempflow.prompts import load_prompts
-from tempflow.sde import noise_weights
-from tempflow.trainer import runtime as trainer_runtime
-from tempflow.trainer.collect import Collected, Collector
-from tempflow.trainer.runtime import Runtime, engine_dtype
+from tempflow.data.prompts import load_prompts
+from tempflow.estimate.families import Size
+from tempflow.estimate.model import Model, local_model
+from tempflow.models.embeddings import EmbeddingCache
+from tempflow.models.loading import family_of
+from tempflow.run import evaluation
+from tempflow.sampling.steps import noise_weights
+from tempflow.training import engine as trainer_runtime
+from tempflow.training.batches import Batch, make_batches, select
+from tempflow.training.engine import Runtime, engine_dtype
+from tempflow.training.rollout import Collected, Collector
 
 ONE_UNIT = ["data.prompts_per_iteration=1", "rollout.seeds=1", 'rewards={"engine_rewards:contrast": 1.0}', "reward_pool.workers=0"]
 STATES = 4  # at most: enough for SD3.5's micro-batch of four

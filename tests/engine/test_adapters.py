@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from tempflow.config import Lora
 from tempflow.errors import UserError
-from tempflow.policy import load_policy
-from tempflow.policy.adapters import read_adapters
-from tempflow.trainer.runtime import add_lora
+from tempflow.models import load_policy
+from tempflow.models.lora import read_adapters
+from tempflow.training.engine import add_lora
 
 RANK, ALPHA = 3, 5.0
 

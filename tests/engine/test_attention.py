@@ -6,8 +6,8 @@ from engine_cases import ROOT, write_config
 from run_cases import script_here
 
 from tempflow.errors import UserError
-from tempflow.policy import attention
-from tempflow.policy.attention import check_attention
+from tempflow.models import attention
+from tempflow.models.attention import check_attention
 
 CARDS = ROOT / "configs/models"
 HALF = {"model.dtype": torch.bfloat16, "the deepspeed section": torch.bfloat16}

@@ -10,10 +10,9 @@ from engine_cases import small_config
 from run_cases import train
 from safetensors.torch import save_file
 
-from tempflow import tuned
+from tempflow.checkpoints import checkpoint, manifest, tuned
 from tempflow.errors import UserError
-from tempflow.trainer import checkpoint, manifest
-from tempflow.trainer.ema import Average
+from tempflow.training.ema import Average
 
 
 def saved_by_hand(folder, updates, every, file):

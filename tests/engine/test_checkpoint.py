@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from tempflow.checkpoints import checkpoint, manifest
 from tempflow.errors import RankError, UserError
-from tempflow.trainer import checkpoint, manifest
 
 FILES = {"weights.safetensors": b"w" * 1000, "state.json": b'{"iteration": 3}', "deepspeed/state/rank_0.pt": b"d" * 500}
 
@@ -266,19 +266,20 @@ def test_a_full_disk_is_named_and_cleared(runtime, tmp_path, monkeypatch, error,
         raise error
 
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr("tempflow.trainer.checkpoint.write_together", full)
-    monkeypatch.setattr("tempflow.trainer.checkpoint.shutil.disk_usage", lambda path: usage._replace(free=free))
+    monkeypatch.setattr("tempflow.checkpoints.checkpoint.write_together", full)
+    monkeypatch.setattr("tempflow.checkpoints.checkpoint.shutil.disk_usage", lambda path: usage._replace(free=free))
     with pytest.raises(RankError, match="no space left .* MB were written.*--resume from 000001, which is whole"):
         checkpoint.save(runtime, None, tmp_path, state_of(2), keep=2)
     assert manifest.newest(tmp_path) == first and not list((tmp_path / "checkpoints").glob(".*"))
-    monkeypatch.setattr("tempflow.trainer.checkpoint.shutil.disk_usage", lambda path: usage._replace(free=1 << 40))
+    monkeypatch.setattr("tempflow.checkpoints.checkpoint.shutil.disk_usage", lambda path: usage._replace(free=1 << 40))
     error = RuntimeError("something else")
     with pytest.raises(RuntimeError, match="something else"):
         checkpoint.save(runtime, None, tmp_path, state_of(2), keep=2)
 
 
 def test_a_disk_too_full_for_a_folder(runtime, tmp_path, monkeypatch):
-    monkeypatch.setattr("tempflow.trainer.checkpoint.Path.mkdir", mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr("tempflow.checkpoints.checkpoint.Path.mkdir", mock.Mock(side_effect=full))
     with pytest.raises(RankError, match="no space left for a checkpoint, of which 0.0 MB"):
         checkpoint.save(runtime, None, tmp_path, state_of(2), keep=2)
 
@@ -286,7 +287,7 @@ def test_a_disk_too_full_for_a_folder(runtime, tmp_path, monkeypatch):
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.EIO])
 def test_a_disk_that_cannot_be_written_is_named(runtime, tmp_path, monkeypatch, code):
     first = checkpoint.save(runtime, None, tmp_path, state_of(1), keep=2)
-    monkeypatch.setattr("tempflow.trainer.checkpoint.write_together", mock.Mock(side_effect=OSError(code, os.strerror(code))))
+    monkeypatch.setattr("tempflow.checkpoints.checkpoint.write_together", mock.Mock(side_effect=OSError(code, os.strerror(code))))
     with pytest.raises(RankError, match=f"checkpoints: a checkpoint cannot be written .*{os.strerror(code)}.*--resume from 000001"):
         checkpoint.save(runtime, None, tmp_path, state_of(2), keep=2)
     assert manifest.newest(tmp_path) == first and not list((tmp_path / "checkpoints").glob(".*"))
@@ -310,7 +311,7 @@ def test_a_crash_at_any_point_of_saving(runtime, tmp_path, monkeypatch, crash_at
     def crash(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"tempflow.trainer.checkpoint.{crash_at}", crash)
+    monkeypatch.setattr(f"tempflow.checkpoints.checkpoint.{crash_at}", crash)
     with pytest.raises(KeyboardInterrupt):
         checkpoint.save(runtime, None, tmp_path, state_of(2), keep=2)
     assert manifest.newest(tmp_path) == first

@@ -12,10 +12,10 @@ from engine_cases import MODEL, ROOT, write_config
 from run_cases import script_here
 
 from tempflow.errors import UserError
-from tempflow.policy import check_checkpoint, check_model, load_policy, load_transformer
-from tempflow.policy import hub as hub_files
-from tempflow.policy.checking import check_module, components_of
-from tempflow.policy.component import Component, first_not_finite, is_finite, skeleton
+from tempflow.models import check_checkpoint, check_model, load_policy, load_transformer
+from tempflow.models import hub as hub_files
+from tempflow.models.checking import check_module, components_of
+from tempflow.models.component import Component, first_not_finite, is_finite, skeleton
 
 LENGTH = 20
 

@@ -11,8 +11,9 @@ import pytest
 from engine_cases import HELDOUT, ROOT, config_table, small_config, write_config
 from run_cases import environment, script_here
 
-from tempflow import cli, rundir
+from tempflow import cli
 from tempflow.errors import RankError, UserError
+from tempflow.run import rundir
 
 
 def refused(words, name, *arguments):
@@ -101,7 +102,7 @@ def test_train_needs_a_config():
 
 def test_the_skeleton_is_one(config_file):
     """What makes the cases above say that no model is loaded: with nothing wrong, it is the weights that are missed."""
-    from tempflow.policy import check_model, load_policy
+    from tempflow.models import check_model, load_policy
 
     path = json.loads(config_file().read_text())["model"]["path"]
     assert check_model(path) == "FluxPipeline"
@@ -291,7 +292,7 @@ import atexit
 import torch.distributed as dist
 from tempflow import cli
 from tempflow.errors import UserError
-from tempflow.trainer.comm import init_distributed
+from tempflow.training.comm import init_distributed
 
 class Last:
     def __del__(self):

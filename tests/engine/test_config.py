@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from tempflow.config import Config, RandomSteps, load_config, parse_config
+from tempflow.data.prompts import load_prompts
 from tempflow.errors import UserError
-from tempflow.prompts import load_prompts
 from tempflow.rewards import parse_rewards
 
 MINIMAL = {

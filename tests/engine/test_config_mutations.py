@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tempflow.config import Config, load_config
-from tempflow.dryrun import estimate
 from tempflow.errors import UserError
+from tempflow.estimate import estimate
 
 TABLE = config_table(
     model={"dtype": "float32", "lora": {"rank": 4, "alpha": 8.0, "targets": None}, "gradient_checkpointing": True},

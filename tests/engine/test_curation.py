@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from run_cases import timeless, train
 
 from tempflow.config import Curation as Settings
-from tempflow.curation import Curation
-from tempflow.prompts import PromptOrder
+from tempflow.data.curation import Curation
+from tempflow.data.prompts import PromptOrder
 
 SOLVED, HOPELESS = {0, 1}, {2}
 

@@ -11,9 +11,11 @@ import torch.distributed as dist
 from engine_cases import small_config, write_config
 from run_cases import script_here
 
-from tempflow import cli, device, machine
+from tempflow import cli
 from tempflow.errors import UserError
-from tempflow.trainer import comm, process, start
+from tempflow.run import device
+from tempflow.run import environment as machine
+from tempflow.training import comm, process, start
 
 OLD = "The NVIDIA driver on your system is too old (found version 12020)."
 

@@ -9,11 +9,11 @@ import torch
 from engine_cases import MODEL, small_config, write_config
 from run_cases import ADAMW, script_here
 
-from tempflow.dryrun.disk import Disk, check_room, disk
-from tempflow.dryrun.estimate import disk_of
-from tempflow.dryrun.item import Item
+from tempflow.checkpoints import checkpoint, manifest
 from tempflow.errors import UserError
-from tempflow.trainer import checkpoint, manifest
+from tempflow.estimate.disk import Disk, check_room, disk
+from tempflow.estimate.estimate import disk_of
+from tempflow.estimate.item import Item
 
 pytestmark = pytest.mark.cpu  # checkpoints of a runtime in this process
 BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
@@ -31,10 +31,10 @@ REAL = {  # weights, stage, more of the deepspeed section
 @pytest.mark.parametrize("model, stage, section", REAL.values(), ids=REAL)
 def test_bytes_of_a_real_checkpoint(tmp_path, model, stage, section):
     """After a step, so that the optimizer has its state. The rest is names, shapes and DeepSpeed's scripts, some 100 kB."""
-    from tempflow.policy import load_policy
-    from tempflow.trainer.comm import init_distributed
-    from tempflow.trainer.ema import Average
-    from tempflow.trainer.runtime import Runtime
+    from tempflow.models import load_policy
+    from tempflow.training.comm import init_distributed
+    from tempflow.training.ema import Average
+    from tempflow.training.engine import Runtime
 
     init_distributed()
     config = small_config(model=model, training={"ema": {"decay": 0.5}} if "lora" not in model else {},
@@ -106,7 +106,7 @@ def test_room_for_none_is_refused(tmp_path, monkeypatch):
 def test_a_start_is_refused_before_anything_is_loaded_or_written(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
-    monkeypatch.setattr("tempflow.trainer.loop.Trainer", None)
+    monkeypatch.setattr("tempflow.training.loop.Trainer", None)
     file = write_config(tmp_path, logging={"dir": str(tmp_path / "runs")})
     done = script_here("train", "--config", file)
     assert done.returncode == 2 and "1.0 MB free, and one checkpoint takes 36.8 MB" in done.stderr, done.stderr

@@ -14,11 +14,11 @@ from rich.console import Console
 from run_cases import script_here, train
 
 from tempflow.config import load_config
-from tempflow.dryrun import estimate, local_model, show
-from tempflow.dryrun.measure import PeakBytes, passing_gradients
-from tempflow.dryrun.model import KNOWN, Model, module_bytes
 from tempflow.errors import UserError
-from tempflow.rollout.float8 import Float8Copy
+from tempflow.estimate import estimate, local_model, show
+from tempflow.estimate.measure import PeakBytes, passing_gradients
+from tempflow.estimate.model import KNOWN, Model, module_bytes
+from tempflow.sampling.float8 import Float8Copy
 
 pytestmark = pytest.mark.cpu  # bytes of a runtime in this process
 CARD = ROOT / "configs/models/flux-dev"
@@ -86,10 +86,10 @@ def training_peak(module, velocity) -> int:
 @pytest.mark.parametrize("family, variant", [*[("flux", v) for v in VARIANTS], *[(f, v) for f in GUIDED for v in ("full", "lora")]])
 def test_bytes_of_a_real_runtime(folders, family, variant):
     """Every resident byte at ZeRO stage 0 after one step, and the activations of its training module, in one process."""
-    from tempflow.policy import load_policy
-    from tempflow.trainer.comm import init_distributed
-    from tempflow.trainer.ema import Average
-    from tempflow.trainer.runtime import Runtime
+    from tempflow.models import load_policy
+    from tempflow.training.comm import init_distributed
+    from tempflow.training.ema import Average
+    from tempflow.training.engine import Runtime
 
     init_distributed()
     scale, rows, size = 0.0 if family == "flux" else 4.5, 6, dict(height=32, width=96)
@@ -129,9 +129,9 @@ def test_bytes_of_a_real_runtime(folders, family, variant):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_activations_of_a_real_forward(folders, family, scale, rows, checkpointing):
     """The most that the real model's forward and backward hold, on the CPU with its fused attention."""
-    from tempflow.dryrun.estimate import _line, _training_peak
-    from tempflow.dryrun.families import Size
-    from tempflow.policy import load_policy
+    from tempflow.estimate.estimate import _line, _training_peak
+    from tempflow.estimate.families import Size
+    from tempflow.models import load_policy
 
     policy, size = load_policy(str(folders(family)), max_sequence_length=TEXT), dict(height=32, width=96)
     module = policy.transformer.requires_grad_(True).train()
@@ -149,9 +149,9 @@ def test_activations_of_a_real_forward(folders, family, scale, rows, checkpointi
 @pytest.mark.parametrize("family", ["flux", *GUIDED])
 def test_a_forward_without_gradients(folders, family):
     """The most that the real model holds at once in a forward of the rollout, guided where the family is, and embeddings."""
-    from tempflow.dryrun.estimate import _embedding_bytes, _forward_pass, _line
-    from tempflow.dryrun.families import Size
-    from tempflow.policy import load_policy
+    from tempflow.estimate.estimate import _embedding_bytes, _forward_pass, _line
+    from tempflow.estimate.families import Size
+    from tempflow.models import load_policy
 
     policy, rows, size = load_policy(str(folders(family)), max_sequence_length=TEXT), 4, dict(height=32, width=96)
     inputs, velocity = training_forward(policy, policy.transformer, 4.5, rows, size)
@@ -359,9 +359,9 @@ def test_zero_stages(stage, more, parameters, gradients, optimizer):
 @pytest.mark.parametrize("where", ["sharded", "offloaded"])
 def test_bytes_of_a_spread_reference(where):
     """Its partitions on the one rank that this process is."""
-    from tempflow.policy import load_policy
-    from tempflow.trainer.comm import init_distributed
-    from tempflow.trainer.runtime import Runtime
+    from tempflow.models import load_policy
+    from tempflow.training.comm import init_distributed
+    from tempflow.training.engine import Runtime
 
     init_distributed()
     config = small_config(training={"kl_coef": 0.01, "reference": where})

@@ -8,9 +8,9 @@ import torch
 from engine_cases import HERE, small_config
 from rich.console import Console
 
-from tempflow.dryrun import estimate, show
-from tempflow.dryrun.advice import changes
-from tempflow.dryrun.processes import CONTEXT, PARAMETERS, WORKSPACES, process_items
+from tempflow.estimate import estimate, show
+from tempflow.estimate.advice import changes
+from tempflow.estimate.processes import CONTEXT, PARAMETERS, WORKSPACES, process_items
 
 sys.path.append(str(HERE.parent / "rewards"))
 

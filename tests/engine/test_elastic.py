@@ -13,8 +13,9 @@ from run_cases import TIMEOUT_S, Run, environment, free_port, run_command, train
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from tempflow.checkpoints import checkpoint, manifest
 from tempflow.errors import UserError
-from tempflow.trainer import checkpoint, comm, manifest
+from tempflow.training import comm
 
 pytestmark = pytest.mark.cpu  # two ranks on any machine, compared to the last bit
 ROUNDING = 1e-5  # relative, fp32

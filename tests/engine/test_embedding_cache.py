@@ -9,11 +9,10 @@ from engine_cases import MODEL, small_config
 from family_cases import qwen_pipeline, sd3_pipeline
 from run_cases import script_here, timeless, train
 
+from tempflow.data.prompts import Prompt
 from tempflow.errors import UserError
-from tempflow.policy import load_policy
-from tempflow.policy.embedding_store import EmbeddingStore
-from tempflow.prompts import Prompt
-from tempflow.trainer import opening
+from tempflow.models import load_policy, opening
+from tempflow.models.embedding_store import EmbeddingStore
 
 pytestmark = pytest.mark.cpu  # a run with the cache and one without it, to the last bit
 PROMPTS = [Prompt('the word "ABC"'), Prompt("something else", {}, "blurred"), Prompt('the word "ABC"', {}, "")]
@@ -206,7 +205,7 @@ def test_unused_negative_prompts_are_noted(folders, name, scale, words):
 def test_runs_with_negative_prompts_and_a_cache(folders, tmp_path, monkeypatch, loads):
     """A run of lines that carry a negative prompt, with a cache, is one without of plain lines whose default is that one: in the
     rollout, the updates and the evaluation. evaluate.py and sample.py read the cache."""
-    from tempflow.policy.sd3 import SD3Policy
+    from tempflow.models.sd3 import SD3Policy
 
     def lines(name, **more):
         file = tmp_path / f"{name}.jsonl"

@@ -3,9 +3,9 @@
 import numpy as np
 from engine_cases import HELDOUT
 
-from tempflow import evaluation
-from tempflow.policy.embeddings import EmbeddingCache
-from tempflow.prompts import load_prompts
+from tempflow.data.prompts import load_prompts
+from tempflow.models.embeddings import EmbeddingCache
+from tempflow.run import evaluation
 
 
 def drawn(policy, micro_batch, decode_batch):

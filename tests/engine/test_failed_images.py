@@ -14,14 +14,14 @@ from kernel_cases import assert_close
 from PIL import Image
 from run_cases import train
 
-from tempflow import evaluation
-from tempflow.failures import TooManyFailed, check_failed
-from tempflow.means import gain_of, is_sure, mean_of
-from tempflow.objective import padding_of
-from tempflow.policy.base import no_image
-from tempflow.prompts import Prompt
+from tempflow.data.prompts import Prompt
+from tempflow.models.base import no_image
 from tempflow.rewards import RewardPool, parse_rewards
-from tempflow.trainer.update import Updater
+from tempflow.run import evaluation
+from tempflow.run.failures import TooManyFailed, check_failed
+from tempflow.run.means import gain_of, is_sure, mean_of
+from tempflow.training.batches import padding_of
+from tempflow.training.update import Updater
 
 NAN, INF = float("nan"), float("inf")
 
@@ -251,7 +251,7 @@ def test_padding_is_finite_even_where_no_decision_is(policy):
 
 @pytest.mark.slow
 def test_a_run_that_diverges_reports_no_gain(tmp_path):
-    from tempflow.trainer import manifest
+    from tempflow.checkpoints import manifest
 
     run = train(tmp_path, "diverges", processes=None, status=2, rollout={"num_steps": 3, "branch_steps": [0, 1]},
                 training={"iterations": 3}, eval={"every": 1, "prompts": 4}, checkpoint={"every": 1},

@@ -17,9 +17,9 @@ from PIL import Image
 from run_cases import ADAMW, Run, script_here, train
 
 from tempflow.errors import UserError
-from tempflow.evaluation import fixed_noise
-from tempflow.policy import check_checkpoint, check_model, check_size, load_policy, take
-from tempflow.policy.embeddings import EmbeddingCache
+from tempflow.models import check_checkpoint, check_model, check_size, load_policy, take
+from tempflow.models.embeddings import EmbeddingCache
+from tempflow.run.evaluation import fixed_noise
 
 FP32 = 1e-5
 PROMPTS = ['the word "ABC"', "something else, and longer"]
@@ -305,7 +305,7 @@ def test_sample_refuses_what_does_not_fit(pairs, name):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_blocks_can_be_compiled(pairs, folders, name):
     """Every repeated block is marked for it; compiling itself waits for the first forward."""
-    from tempflow.trainer.runtime import compile_blocks
+    from tempflow.training.engine import compile_blocks
 
     transformer = load_policy(str(folders(name))).transformer
     compile_blocks(transformer, "compile")
@@ -314,7 +314,7 @@ def test_blocks_can_be_compiled(pairs, folders, name):
 
 def test_an_attention_backend_is_set_or_refused(pairs):
     """Never ignored: the attention of SD3 is not among those that diffusers can switch."""
-    from tempflow.policy.attention import set_attention_backend
+    from tempflow.models.attention import set_attention_backend
 
     set_attention_backend(pairs("qwen_image")[0].transformer, "native")
     with pytest.raises(UserError, match="model.attention_backend: 'native': .* SD3Transformer2DModel"):
@@ -373,7 +373,7 @@ def test_export_is_read_by_plain_diffusers(runs, folders, tmp_path, name, kind):
     """And gives the latents of the tuned policy, which are not the base model's."""
     import diffusers
 
-    from tempflow import tuned
+    from tempflow.checkpoints import tuned
 
     run = runs(name, kind)
     done = script_here("export", "--run", run.folder, "--out", tmp_path / "out")

@@ -11,11 +11,11 @@ from rollout_cases import Rollout, toy_velocity
 from test_graphs import Recorded, cache_of
 
 from tempflow.errors import UserError
-from tempflow.policy import load_policy
-from tempflow.rollout.float8 import FLOAT8, Float8Copy, Float8Linear, float8_bytes, float8_layers, obstacle, quantize_rows
-from tempflow.rollout.graphs import CudaCapture
-from tempflow.rollout.plan import iteration_units
-from tempflow.rollout.suffix import count_forwards, last_decisions, suffix_path
+from tempflow.models import load_policy
+from tempflow.sampling.float8 import FLOAT8, Float8Copy, Float8Linear, float8_bytes, float8_layers, obstacle, quantize_rows
+from tempflow.sampling.graphs import CudaCapture
+from tempflow.sampling.plans import iteration_units
+from tempflow.sampling.suffix import count_forwards, last_decisions, suffix_path
 
 STEP = 2.0**-4  # half of the spacing of float8's mantissas of three bits, at their lower end
 SIZE = dict(height=32, width=96)
@@ -238,9 +238,9 @@ def test_an_iteration_with_it_and_its_audit(policy):
 
 
 def test_every_rollout_converts_the_weights_of_then():
-    from tempflow.policy.embeddings import EmbeddingCache
-    from tempflow.prompts import load_prompts
-    from tempflow.trainer.collect import Collector
+    from tempflow.data.prompts import load_prompts
+    from tempflow.models.embeddings import EmbeddingCache
+    from tempflow.training.rollout import Collector
 
     policy = load_policy(MODEL, max_sequence_length=20)
     suffix = {"stride": 3, "weights": "float8"}

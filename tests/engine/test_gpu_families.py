@@ -11,11 +11,11 @@ from engine_cases import MODEL, PROMPTS, quiet_pool, small_config
 from family_cases import qwen_pipeline, sd3_pipeline
 from test_graphs import Recorded, cache_of
 
-from tempflow.policy import load_policy
-from tempflow.policy.embeddings import EmbeddingCache
-from tempflow.prompts import load_prompts
-from tempflow.rollout.graphs import Captured, CudaCapture
-from tempflow.trainer.collect import Collector
+from tempflow.data.prompts import load_prompts
+from tempflow.models import load_policy
+from tempflow.models.embeddings import EmbeddingCache
+from tempflow.sampling.graphs import Captured, CudaCapture
+from tempflow.training.rollout import Collector
 
 BUILDERS = {"flux": lambda folder: MODEL, "sd3": sd3_pipeline, "qwen_image": qwen_pipeline}
 GUIDANCE = {"flux": 0.0, "sd3": 4.5, "qwen_image": 4.0}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from run_cases import timeless
 
-from tempflow.machine import device_name
+from tempflow.run.environment import device_name
 
 pytestmark = pytest.mark.slow
 

@@ -11,8 +11,8 @@ from rollout_cases import Rollout
 from run_cases import run_command
 
 from tempflow.errors import UserError
-from tempflow.rollout.graphs import CannotCapture, Captured, CudaCapture, GraphCache
-from tempflow.rollout.plan import iteration_units
+from tempflow.sampling.graphs import CannotCapture, Captured, CudaCapture, GraphCache
+from tempflow.sampling.plans import iteration_units
 
 
 class Recorded:
@@ -265,7 +265,7 @@ def test_capture_and_replay_of_the_shipped_model(dtype):
     """A captured forward equals an eager one, follows its inputs, and follows weights refreshed in place."""
     from engine_cases import MODEL
 
-    from tempflow.policy import load_policy
+    from tempflow.models import load_policy
 
     policy = load_policy(MODEL, dtype=str(dtype).removeprefix("torch."), device="cuda", max_sequence_length=20)
     conditioning = policy.encode(['the word "HELLO"'] * 4)
@@ -316,7 +316,7 @@ def test_a_capture_that_fails_on_hardware_ends_in_one_message():
     code = """if True:
         import torch
         from tempflow import cli
-        from tempflow.rollout.graphs import CudaCapture, GraphCache
+        from tempflow.sampling.graphs import CudaCapture, GraphCache
 
         def waits(x):
             torch.cuda.synchronize()

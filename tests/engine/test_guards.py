@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tempflow.config import Stop
-from tempflow.diversity import mean_distance, thumbnails
 from tempflow.errors import UserError
 from tempflow.rewards import check_watched, parse_rewards
-from tempflow.rollout.plan import iteration_units
-from tempflow.stopping import StopRule
+from tempflow.run.diversity import mean_distance, thumbnails
+from tempflow.run.stopping import StopRule
+from tempflow.sampling.plans import iteration_units
 
 
 # ------------------------------------------------------------------------------------------------------ diversity

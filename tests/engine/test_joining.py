@@ -14,8 +14,8 @@ from run_cases import free_port
 
 from tempflow import cli
 from tempflow.errors import RankError, UserError
-from tempflow.policy.arguments import check_device
-from tempflow.trainer import comm
+from tempflow.models.arguments import check_device
+from tempflow.training import comm
 from tempflow_kernels import dispatch
 
 VARIABLES = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
@@ -76,7 +76,7 @@ def test_a_signal_ends_the_wait_for_missing_ranks(launched, kind):
     """With the handlers that training installs before; the wait has begun once the store listens."""
     port = free_port()
     launched(WORLD_SIZE="2", MASTER_PORT=str(port))
-    code = ("from tempflow.trainer import comm; from tempflow.trainer.process import StopSignal; "
+    code = ("from tempflow.training import comm; from tempflow.training.process import StopSignal; "
             "StopSignal().install(); comm.init_distributed()")  # fmt: skip
     env = os.environ | {"DS_ACCELERATOR": "cpu"}
     with subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as waiting:

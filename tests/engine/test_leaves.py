@@ -6,7 +6,8 @@ from engine_cases import MODEL, small_config
 from family_cases import qwen_pipeline, sd3_pipeline
 from run_cases import SGD
 
-from tempflow.trainer import comm, leaves, runtime
+from tempflow.training import comm, leaves
+from tempflow.training import engine as runtime
 
 OWN = {"leaf_module": {"classes": []}}  # what a user writes who wants DeepSpeed's own units
 SIZE = dict(height=32, width=96)
@@ -17,7 +18,7 @@ BLOCKS = {"flux": 6, "sd3": 2, "qwen_image": 2}
 @pytest.fixture(scope="module")
 def policies(tmp_path_factory):
     """The policy and the folder of each family, loaded once; a runtime leaves it alone."""
-    from tempflow.policy import load_policy
+    from tempflow.models import load_policy
 
     comm.init_distributed()
     root = tmp_path_factory.mktemp("families")

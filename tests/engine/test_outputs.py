@@ -10,9 +10,10 @@ import pytest
 from engine_cases import MODEL, config_table
 from run_cases import script_here
 
-from tempflow import cli, outputs, rundir
+from tempflow import cli
 from tempflow.config import parse_config
 from tempflow.errors import UserError
+from tempflow.run import outputs, rundir
 
 SCRIPTS = ["evaluate", "sample", "export"]
 

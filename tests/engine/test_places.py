@@ -13,9 +13,10 @@ import pytest
 from engine_cases import HELDOUT, MODEL, PROMPTS
 from run_cases import environment, script_here
 
-from tempflow import arguments, cli, places, rundir
+from tempflow import arguments, cli
 from tempflow.config import load_config
 from tempflow.errors import UserError
+from tempflow.run import places, rundir
 
 REWARD = "def brightness(images, prompts, metadata):\n    return [float(image.mean()) for image in images]\n"
 

@@ -10,8 +10,8 @@ from engine_cases import MODEL
 from kernel_cases import assert_close
 
 from tempflow.errors import UserError
-from tempflow.policy import check_model, load_policy, load_transformer, take
-from tempflow.policy.embeddings import EmbeddingCache
+from tempflow.models import check_model, load_policy, load_transformer, take
+from tempflow.models.embeddings import EmbeddingCache
 
 FP32 = 1e-5
 PROMPTS = ['the word "ABC"', 'the word "HELLO"', "something else, and rather longer than the others"]
@@ -286,7 +286,7 @@ LOADED = {
 
 @pytest.mark.parametrize("name, value", [(name, value) for name, values in LOADED.items() for value in values], ids=repr)
 def test_load_policy_names_the_argument(monkeypatch, name, value):
-    from tempflow.policy.component import Component
+    from tempflow.models.component import Component
 
     monkeypatch.setattr(Component, "load", lambda *args: pytest.fail("loaded"))
     allowed = {"dtype": ["'bfloat16'", "'auto'"], "device": ["cpu"], "parts": ["'text'"]}.get(name, [])

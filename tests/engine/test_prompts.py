@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tempflow.config import HubDataset, load_config, parse_config
+from tempflow.data.prompts import LONGEST, Prompt, PromptOrder, check_unchanged, digests, load_prompts, typed_prompts
 from tempflow.errors import UserError
-from tempflow.prompts import LONGEST, Prompt, PromptOrder, check_unchanged, digests, load_prompts, typed_prompts
 from tempflow.rewards.quotes import quoted_text
 
 

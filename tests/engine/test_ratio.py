@@ -10,7 +10,7 @@ import torch
 from engine_cases import Iteration, PlainRuntime, small_config
 from kernel_cases import assert_close
 
-from tempflow.trainer.update import Updater, UpdateStats
+from tempflow.training.update import Updater, UpdateStats
 from tempflow_kernels import group_loss, sde_step
 
 KINDS = ("flow", "dance", "cps")

@@ -6,10 +6,10 @@ from engine_cases import MODEL, small_config
 from run_cases import ADAMW, timeless, train
 from safetensors.torch import load_file
 
-from tempflow.trainer import comm
-from tempflow.trainer.ema import Average, deal
-from tempflow.trainer.reference import placement
-from tempflow.trainer.streaming import write_safetensors
+from tempflow.checkpoints.safetensors_writer import write_safetensors
+from tempflow.training import comm
+from tempflow.training.ema import Average, deal
+from tempflow.training.reference_policy import placement
 
 pytestmark = pytest.mark.cpu  # two ranks on any machine, compared to the last bit
 SIZE = dict(height=32, width=96)
@@ -59,8 +59,8 @@ def test_where_the_reference_is(stage, lora, kl_coef, asked, where):
 @pytest.mark.parametrize("stage, where", [(0, "whole"), (0, "sharded"), (2, "offloaded"), (3, "sharded"), (3, "offloaded")])
 def test_the_reference_stays_and_the_average_follows(tmp_path, stage, where):
     """After an update: the reference's velocities are the base model's, bit for bit; the average goes through the copy and a file."""
-    from tempflow.policy import load_policy
-    from tempflow.trainer.runtime import Runtime
+    from tempflow.models import load_policy
+    from tempflow.training.engine import Runtime
 
     comm.init_distributed()
     zero = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})

@@ -9,11 +9,11 @@ import torch
 from engine_cases import MODEL, ROOT, small_config
 from family_cases import qwen_pipeline, sd3_pipeline
 
-from tempflow import rehearse, rundir
 from tempflow.config import load_config
-from tempflow.rollout import graphs
-from tempflow.rollout.graphs import CannotCapture, Captured
-from tempflow.trainer import rehearsal
+from tempflow.run import rundir
+from tempflow.sampling import graphs
+from tempflow.sampling.graphs import CannotCapture, Captured
+from tempflow.training import rehearsal, rehearse
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 SUFFIX = {"stride": 2, "order": 2, "exact_steps": 1, "audit_every": 0, "weights": "float8"}
@@ -147,8 +147,8 @@ def test_the_trainer_is_told_and_says_why(monkeypatch, answer, expected):
 
 
 def test_a_refused_run_captures_nothing(policy):
-    from tempflow.policy.embeddings import EmbeddingCache
-    from tempflow.trainer.collect import Collector
+    from tempflow.models.embeddings import EmbeddingCache
+    from tempflow.training.rollout import Collector
 
     given, notes = (config_of(MODEL), policy, [], EmbeddingCache(policy), None, []), []
     made = [Collector(*given, note=notes.append, graphs=how) for how in (True, False)]

@@ -15,10 +15,10 @@ from kernel_cases import assert_close
 from rollout_cases import GRID, SHAPE, Rollout, toy_velocity
 
 from tempflow.config import Suffix
-from tempflow.evaluation import EVAL_ITERATION, fixed_noise
-from tempflow.policy.embeddings import EmbeddingCache
-from tempflow.rollout.noise import INITIAL, noise_key
-from tempflow.rollout.plan import build_plan, chosen_steps, iteration_units, split_plan
+from tempflow.models.embeddings import EmbeddingCache
+from tempflow.run.evaluation import EVAL_ITERATION, fixed_noise
+from tempflow.sampling.noise import INITIAL, noise_key
+from tempflow.sampling.plans import build_plan, chosen_steps, iteration_units, split_plan
 
 PROMPTS = ['the word "ABC"', 'the word "HELLO"', 'the word "TREE"']
 

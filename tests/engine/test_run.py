@@ -314,7 +314,7 @@ def through_diffusers(pipe, latents):
 
 def tuned_latents(run: Run, which="ema"):
     """What the run's own loading code makes of PROMPTS: before training, tuned, and from which noise."""
-    from tempflow import tuned
+    from tempflow.checkpoints import tuned
 
     chosen = tuned.load_tuned(run.folder, which=which)
     policy = tuned.base_policy(chosen.config)

@@ -10,9 +10,9 @@ import pytest
 from engine_cases import write_config
 from run_cases import script_here, train
 
-from tempflow import evaluation, logs, trackers
-from tempflow.byproducts import ByProducts
-from tempflow.trainer.loop import Trainer
+from tempflow.run import evaluation, logs, trackers
+from tempflow.run.byproducts import ByProducts
+from tempflow.training.loop import Trainer
 
 SMALL = {"rollout": {"num_steps": 3, "branch_steps": [0, 1]}, "training": {"iterations": 1}, "checkpoint": {"every": 1},
          "eval": {"every": 1, "prompts": 2}}  # fmt: skip
@@ -26,7 +26,7 @@ def test_by_products_fail_and_the_run_goes_on(tmp_path, monkeypatch):
     """Every picture, report, event, summary and row of metrics; nothing half-written stays."""
     append = logs.AppendFile.append
     monkeypatch.setattr(evaluation.Image.Image, "save", fail)
-    monkeypatch.setattr("tempflow.report.page.render", fail)
+    monkeypatch.setattr("tempflow.run.report.page.render", fail)
     monkeypatch.setattr(trackers.Board, "log", fail)
     monkeypatch.setattr(logs.AppendFile, "append", lambda self, record, sync=False: fail() if sync else append(self, record))
     run = train(tmp_path, "full", processes=None, logging={"tensorboard": True}, **SMALL)
@@ -64,7 +64,7 @@ def test_a_tracker_that_cannot_start_costs_nothing(tmp_path, monkeypatch, error)
     settings = {**SMALL, "logging": {"dir": str(tmp_path / "runs"), "name": "one", "wandb": {"projct": "p"}}}
     with monkeypatch.context() as patched:
         patched.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
-        patched.setattr("tempflow.trainer.loop.open_policy", None)
+        patched.setattr("tempflow.training.loop.open_policy", None)
         for _ in range(2):
             done = script_here("train", "--config", write_config(tmp_path, **settings))
             assert done.returncode == 2 and done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
@@ -79,6 +79,6 @@ def test_resume_refuses_other_heldout_prompts(tmp_path, monkeypatch):
     settings = {**SMALL, "data": {"heldout": str(file)}}
     train(tmp_path, "prompts", processes=None, **settings)
     file.write_text("one\nfour\n")
-    monkeypatch.setattr("tempflow.trainer.loop.open_policy", None)
+    monkeypatch.setattr("tempflow.training.loop.open_policy", None)
     refused = train(tmp_path, "prompts", "--resume", processes=None, status=2, **settings)
     assert "--resume: data.heldout holds other prompts" in refused.done.stderr

@@ -15,8 +15,8 @@ import pytest
 from engine_cases import small_config
 from run_cases import environment
 
-from tempflow import rundir, runlock
 from tempflow.errors import UserError
+from tempflow.run import rundir, runlock
 
 # Two processes that wait for each other before they claim; the one that holds the run says so and waits to be ended.
 CLAIM = """

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kernel_cases import assert_close
 
-from tempflow.sde import noise_weights, ode_coefficients, sde_coefficients
+from tempflow.sampling.steps import noise_weights, ode_coefficients, sde_coefficients
 
 FP32 = 1.2e-7  # one rounding to fp32
 KINDS = ("flow", "dance", "cps")

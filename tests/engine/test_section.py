@@ -5,8 +5,8 @@ import json
 import pytest
 from engine_cases import ROOT
 
+from tempflow.config.deepspeed import check_deepspeed, check_machine
 from tempflow.errors import UserError
-from tempflow.trainer.section import check_deepspeed, check_machine
 
 ADAMW = {"type": "AdamW", "params": {"lr": 1e-4}}
 

@@ -10,8 +10,8 @@ import torch
 from engine_cases import Iteration, PlainRuntime, flat, naive_loss, small_config
 from kernel_cases import assert_close
 
-from tempflow.objective import one_child_per_state
-from tempflow.trainer.update import Updater
+from tempflow.training.batches import one_child_per_state
+from tempflow.training.update import Updater
 
 FP32 = 1e-5
 PLAIN = {"clip_low": 2e-3, "clip_high": 1e-3}

@@ -5,8 +5,8 @@ import pytest
 import torch
 from engine_cases import HELDOUT, MODEL
 
-from tempflow.policy import load_policy
-from tempflow.prompts import load_prompts
+from tempflow.data.prompts import load_prompts
+from tempflow.models import load_policy
 from tempflow.rewards.ocr import OcrReward
 
 

@@ -11,11 +11,11 @@ from fake_gpu import READ, FakeGpu
 from simulated_runs import SimulatedModel, SimulatedRun, cut_card
 
 from tempflow.config import load_config
-from tempflow.dryrun import estimate, local_model
-from tempflow.dryrun.estimate import _forward_pass, _line
-from tempflow.dryrun.families import Size
-from tempflow.trainer.ema import Average
-from tempflow.trainer.update import Updater
+from tempflow.estimate import estimate, local_model
+from tempflow.estimate.estimate import _forward_pass, _line
+from tempflow.estimate.families import Size
+from tempflow.training.ema import Average
+from tempflow.training.update import Updater
 
 FAMILIES = {"flux": "flux_lora", "sd3": "sd35_lora", "qwen_image": "qwen_image_lora"}
 CONFIGS = ("flux_zero3", "flux_lora", "sd35_lora", "sd35_zero2_lora", "qwen_image_lora")

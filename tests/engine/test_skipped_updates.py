@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.cpu]
 
 def break_calls(monkeypatch, numbers):
     """Make these calls of the loss (from 0) NaN in their first state."""
-    from tempflow.trainer import update
+    from tempflow.training import update
 
     real, count = update.group_loss, itertools.count()
 

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from tempflow.trainer.process import StopSignal
+from tempflow.training.process import StopSignal
 
 KINDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 

@@ -12,9 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from tempflow import strict_json
 from tempflow.arguments import filled, seed, steps, whole
-from tempflow.config import Config, load_config, parse_config
+from tempflow.config import Config, load_config, parse_config, strict_json
 from tempflow.errors import UserError
 from tempflow.profiling import Profile
 from tempflow.rewards import build_reward, parse_rewards

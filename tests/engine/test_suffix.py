@@ -11,8 +11,8 @@ from rollout_cases import GRID, Rollout, toy_velocity
 
 from tempflow.advantages import rank_correlation
 from tempflow.config import Suffix
-from tempflow.rollout.plan import build_plan, iteration_units
-from tempflow.rollout.suffix import count_forwards, suffix_path
+from tempflow.sampling.plans import build_plan, iteration_units
+from tempflow.sampling.suffix import count_forwards, suffix_path
 
 suffixes = st.builds(Suffix, stride=st.integers(2, 12), exact_steps=st.integers(0, 12))
 

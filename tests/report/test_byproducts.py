@@ -10,11 +10,11 @@ from contextlib import contextmanager
 
 import pytest
 
-from tempflow import logs, trackers
-from tempflow.byproducts import ByProducts
 from tempflow.errors import UserError
-from tempflow.logs import AppendFile, MetricsLog, read_metrics, write_atomic
-from tempflow.trackers import Trackers
+from tempflow.run import logs, trackers
+from tempflow.run.byproducts import ByProducts
+from tempflow.run.logs import AppendFile, MetricsLog, read_metrics, write_atomic
+from tempflow.run.trackers import Trackers
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 

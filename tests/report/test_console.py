@@ -7,7 +7,7 @@ import shlex
 import pytest
 from rich.console import Console as RichConsole
 
-from tempflow.console import Console, duration
+from tempflow.run.console import Console, duration
 
 ROW = {"iteration": 2, "reward/mean": 0.512, "reward/std": 0.2, "kl": 1e-4, "grad_norm": 0.5, "time/total": 5.1}
 
@@ -135,7 +135,7 @@ def test_summary_of_an_unevaluated_run(tmp_path):
 
 def test_resumed_run_estimates_from_its_own_iterations(monkeypatch):
     now = iter([0.0, 0.0, 10.0])
-    monkeypatch.setattr("tempflow.console.time.monotonic", lambda: next(now))
+    monkeypatch.setattr("tempflow.run.console.time.monotonic", lambda: next(now))
     console, out = recorded(terminal=False, total=100, start=90)
     with console:
         console.iteration({"iteration": 92})
@@ -150,7 +150,7 @@ def test_resumed_run_estimates_from_its_own_iterations(monkeypatch):
 ])  # fmt: skip
 def test_time_left_knows_the_limit_in_minutes(monkeypatch, minutes, elapsed, trained, left):
     now = iter([0.0, 0.0, 100.0])
-    monkeypatch.setattr("tempflow.console.time.monotonic", lambda: next(now))
+    monkeypatch.setattr("tempflow.run.console.time.monotonic", lambda: next(now))
     console, out = recorded(terminal=False, total=100, minutes=minutes, elapsed=elapsed)
     with console:
         console.iteration({"iteration": 10, "time/elapsed": trained})

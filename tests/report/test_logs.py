@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from tempflow.errors import UserError
-from tempflow.logs import MetricsLog, read_metrics, write_atomic
-from tempflow.trackers import Trackers, picture_grid
+from tempflow.run.logs import MetricsLog, read_metrics, write_atomic
+from tempflow.run.trackers import Trackers, picture_grid
 
 
 def test_rows_are_on_disk_after_append(tmp_path):
@@ -84,7 +84,7 @@ def test_failed_atomic_write_keeps_the_old_file(tmp_path, monkeypatch):
 
 
 def test_importing_needs_no_torch_or_tracker():
-    code = "import sys, tempflow.logs, tempflow.trackers, tempflow.console, tempflow.report; " \
+    code = "import sys, tempflow.run.logs, tempflow.run.trackers, tempflow.run.console, tempflow.run.report; " \
            "print([m for m in ('torch', 'tensorboard', 'wandb', 'plotly') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 

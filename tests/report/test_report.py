@@ -7,12 +7,12 @@ from html.parser import HTMLParser
 import pytest
 
 from tempflow.errors import UserError
-from tempflow.report import write_report
-from tempflow.report.charts import thin
-from tempflow.report.page import flatten
-from tempflow.report.readings import compare
-from tempflow.report.run import load_run
-from tempflow.report.thumbnails import Thumbnails
+from tempflow.run.report import write_report
+from tempflow.run.report.charts import thin
+from tempflow.run.report.page import flatten
+from tempflow.run.report.readings import compare
+from tempflow.run.report.run import load_run
+from tempflow.run.report.thumbnails import Thumbnails
 
 VOID = {"meta", "img", "input", "br", "link"}
 
@@ -218,7 +218,7 @@ def test_large_pictures_become_small(run_factory):
 
 
 def test_size_budget_drops_pictures_and_says_so(run_factory, monkeypatch):
-    monkeypatch.setattr("tempflow.report.page.Thumbnails", lambda: Thumbnails(budget=20_000))
+    monkeypatch.setattr("tempflow.run.report.page.Thumbnails", lambda: Thumbnails(budget=20_000))
     run_dir = run_factory()
     found = page(run_dir)
     assert "more not included" in found.text and (run_dir / "report.html").stat().st_size < 120_000

@@ -10,9 +10,9 @@ import pytest
 from rich.console import Console as RichConsole
 from rich.progress import Progress
 
-from tempflow.console import Console
 from tempflow.errors import UserError
-from tempflow.streams import Steady, check_result
+from tempflow.run.console import Console
+from tempflow.run.streams import Steady, check_result
 
 ENGINE = Path(__file__).parents[2] / "engine"
 

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from tempflow.advantages import advantages, decoupled_advantages
 from tempflow.config import Curation as Settings
-from tempflow.curation import Curation
+from tempflow.data.curation import Curation
+from tempflow.data.prompts import PromptOrder, load_prompts
 from tempflow.errors import UserError
-from tempflow.prompts import PromptOrder, load_prompts
 from tempflow.rewards import RewardPool, RewardSpec, check_asked, check_prompts, combine, fits, kinds_of, parse_rewards
 from tempflow.rewards.pool import NOT_FINITE
 

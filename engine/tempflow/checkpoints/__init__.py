@@ -1,0 +1,1 @@
+"""Checkpoints: saving, sealing, finding and reading them."""

@@ -1,0 +1,112 @@
+"""Checkpoints: DeepSpeed's own state for resuming, consolidated safetensors for everything else.
+
+    checkpoints/000040/deepspeed/   optimizer and weights, DeepSpeed's format, read back by this run alone
+                       weights.safetensors   trained weights, whole, fp32
+                       ema.safetensors   their average, once one was taken
+                       state.json   iteration, totals, config, versions
+                       manifest.json   size and SHA-256 of every other file, written last
+    checkpoints/latest
+
+A checkpoint is written into a temporary folder that is renamed when complete. One without a manifest that matches its files
+is never taken for whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Iterator
+
+from tempflow.checkpoints import manifest, universal
+from tempflow.checkpoints.safetensors_writer import write_together
+from tempflow.errors import RankError, UserError
+from tempflow.run.logs import write_atomic
+from tempflow.run.outputs import disk_is_full
+from tempflow.training import comm
+from tempflow.training.ema import Average
+from tempflow.training.engine import Runtime
+
+
+def save(runtime: Runtime, ema: Average | None, run_dir: Path, state: dict, keep: int, best_by: str | None = None) -> Path:
+    """Write a checkpoint of all ranks and drop the oldest beyond `keep`, but not the one with the highest metric `best_by`.
+
+    state: JSON values, with "iteration". UserError where it cannot be written: then those before are as they were.
+    """
+    final = manifest.folder(run_dir, state["iteration"])
+    draft = final.with_name(f".saving-{final.name}")
+    with _failures_named(draft, run_dir):
+        if comm.rank() == 0:
+            for left in (*final.parent.glob(".saving-*"), *final.parent.glob(".universal-*")):  # by a start that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            draft.mkdir(parents=True)
+        comm.barrier()
+        universal.save_state(runtime.engine, draft / "deepspeed")
+        weights = ((name, runtime.full_fp32(parameter)) for name, parameter in runtime.trainable.items())
+        write_together(draft / "weights.safetensors", runtime.trainable_shapes(), weights)
+        if ema and ema.taken:
+            ema.write(draft / "ema.safetensors")
+        comm.barrier()
+        if comm.rank() == 0:
+            (draft / "state.json").write_text(json.dumps(state, indent=1))
+        manifest.seal(draft)
+        if comm.rank() == 0:
+            shutil.rmtree(final, ignore_errors=True)
+            os.rename(draft, final)
+            write_atomic(run_dir / "checkpoints/latest", final.name + "\n")
+            spared = manifest.best(run_dir, best_by) if best_by else None
+            for old in manifest.folders(run_dir)[:-keep]:
+                if old != spared:  # NFS keeps a folder while another process reads a file of it; the next save tries again
+                    shutil.rmtree(old, ignore_errors=True)
+        comm.barrier()
+    return final
+
+
+@contextmanager
+def _failures_named(draft: Path, run_dir: Path) -> Iterator[None]:
+    """RankError for a disk that is full or cannot be written. What did not fit is removed, so that the run's other files find room."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        full = disk_is_full(error, run_dir)
+        if not full and getattr(error, "errno", None) is None:
+            raise
+        written = sum(file.stat().st_size for file in draft.rglob("*") if file.is_file())
+        shutil.rmtree(draft, ignore_errors=True)
+        last = manifest.newest(run_dir)
+        then = f"go on with --resume from {last.name}, which is whole" if last else "begin again with --resume: there is no earlier one"
+        if not full:
+            raise RankError(f"{draft.parent}: a checkpoint cannot be written ({error}); mend that, and {then}") from None
+        raise RankError(
+            f"{draft.parent}: no space left for a checkpoint, of which {written / 1e6:.1f} MB were written. Free more than that, "
+            f"or lower checkpoint.keep, and {then}"
+        ) from None
+
+
+def read_state(checkpoint: Path) -> dict:
+    return json.loads((checkpoint / "state.json").read_text())
+
+
+def restore(runtime: Runtime, ema: Average | None, checkpoint: Path, note=lambda text: None) -> dict:
+    """Put a run back to a checkpoint, written by any number of ranks; returns its state.
+
+    UserError where another number's state cannot be converted: then the checkpoint is as it was.
+    """
+    state = read_state(checkpoint)
+    ranks, written_by = comm.world_size(), state["world_size"]
+    if ranks != written_by:
+        note(f"checkpoint {checkpoint.name} was written by {written_by} ranks and is resumed on {ranks}")
+    if ranks != written_by and runtime.stage > 0:
+        universal.restore(runtime.engine, checkpoint, written_by)
+    elif not universal.load_state(runtime.engine, checkpoint / "deepspeed"):
+        raise UserError(f"checkpoint {checkpoint}: DeepSpeed could not read it")
+    if ema:
+        averages = checkpoint / "ema.safetensors"
+        if state["ema_updates"] >= ema.every and not averages.exists():
+            raise UserError(f"training.ema: checkpoint {checkpoint} holds no average; resume with ema null")
+        ema.read(averages, state["ema_updates"])
+    return state

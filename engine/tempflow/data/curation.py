@@ -1,0 +1,108 @@
+"""Which prompts are worth a rollout: those whose rewards never spread rest for a while (after SAGE's idea).
+
+The signal of a prompt is the standard deviation of the rewards within its groups; what all children of a state share teaches
+nothing, be it success or failure. A prompt whose running signal is far below the average prompt's rests, and is tried again
+after some iterations, because the model has changed. Nothing is random but the order, so a run's choices follow from its
+rewards, the same on every rank; the state is small and goes into the checkpoint.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from tempflow.config import Curation as Settings
+from tempflow.data.prompts import PromptOrder
+
+MEMORY = 0.5  # weight of a prompt's earlier values in its running means
+
+
+@dataclass(frozen=True)
+class Draw:
+    """An iteration's prompts. passed: resting prompts passed over on the way; cursor: place in the endless order after it."""
+
+    indices: list[int]
+    passed: list[int]
+    cursor: int
+
+
+class Curation:
+    """Draws prompts of an endless shuffled order, passing over those that rest.
+
+    `draw` changes nothing; `update` makes a draw count, with the rewards that it brought.
+    """
+
+    def __init__(self, settings: Settings, order: PromptOrder, group: str, kinds: np.ndarray | None = None):
+        """group: "seed" or "prompt", whose rewards are normalised together. kinds: int [count], prompts with the same rewards, which
+        alone can be compared; None: all are of one kind."""
+        self.settings, self.order, self.group = settings, order, group
+        self.kinds = np.zeros(order.count, dtype=int) if kinds is None else kinds
+        self.cursor = 0
+        self.signal = np.full(order.count, np.nan)  # running spread of a prompt's groups; NaN: never seen
+        self.level = np.full(order.count, np.nan)  # running mean reward
+        self.until = np.zeros(order.count, dtype=np.int64)  # first iteration in which it is drawn again
+
+    def draw(self, iteration: int) -> Draw:
+        """The next prompts that do not rest, each once. Where too few are awake, those that would wake first join them."""
+        chosen: list[int] = []
+        passed: list[int] = []
+        cursor, size = self.cursor, self.order.per_iteration
+        while len(chosen) < size and len(chosen) + len(passed) < self.order.count:
+            index = self.order.at(cursor)
+            cursor += 1
+            if index not in chosen and index not in passed:  # met again where an epoch ends
+                (passed if self.until[index] > iteration else chosen).append(index)
+        woken = sorted(passed, key=lambda index: self.until[index])[: size - len(chosen)]
+        return Draw(chosen + woken, [index for index in passed if index not in woken], cursor)
+
+    def update(self, draw: Draw, iteration: int, rewards: np.ndarray) -> None:
+        """Take up an iteration's rewards, [P, S, K, B] with NaN where scoring failed, of the draw's prompts in their order."""
+        self.cursor = draw.cursor
+        for index, one, values in zip(draw.indices, _spread(rewards, self.group), rewards, strict=True):
+            if np.isfinite(one):
+                self.signal[index] = _running(self.signal[index], one)
+                self.level[index] = _running(self.level[index], np.nanmean(values))
+        least = self.settings.spread * self._average(self.signal)
+        for index in draw.indices:
+            if self.signal[index] < least[index]:
+                self.until[index] = iteration + 1 + self.settings.rest
+
+    def metrics(self, draw: Draw, iteration: int) -> dict[str, float]:
+        """Shares: of the prompts met in this iteration those passed over; of all prompts those at rest after it, solved (their
+        rewards above the average prompt's) and hopeless."""
+        resting = self.until > iteration + 1
+        above = self.level >= self._average(self.level)
+        return {
+            "prompts/skipped": len(draw.passed) / (len(draw.passed) + len(draw.indices)),
+            "prompts/solved": float((resting & above).mean()), "prompts/hopeless": float((resting & ~above).mean()),
+        }  # fmt: skip
+
+    def _average(self, values: np.ndarray) -> np.ndarray:
+        """For each prompt the mean over those of its kind that were seen, [count]; NaN where none was."""
+        means = np.full(len(values), np.nan)
+        for kind in np.unique(self.kinds):
+            seen = values[self.kinds == kind]
+            means[self.kinds == kind] = np.nanmean(seen) if np.isfinite(seen).any() else np.nan
+        return means
+
+    def state(self) -> dict:
+        """JSON values from which `load` goes on exactly; only prompts that were seen."""
+        seen = np.flatnonzero(np.isfinite(self.signal)).tolist()
+        table = {str(i): [float(self.signal[i]), float(self.level[i]), int(self.until[i])] for i in seen}
+        return {"cursor": self.cursor, "prompts": table}
+
+    def load(self, state: dict) -> None:
+        self.cursor = state["cursor"]
+        for index, (signal, level, until) in state["prompts"].items():
+            self.signal[int(index)], self.level[int(index)], self.until[int(index)] = signal, level, until
+
+
+def _spread(rewards: np.ndarray, group: str) -> np.ndarray:
+    """Mean standard deviation of each prompt's groups, [P]; NaN where no reward of a prompt came."""
+    groups = np.ma.masked_invalid(rewards).std(axis={"seed": (3,), "prompt": (1, 3)}[group])
+    return np.ma.filled(groups.reshape(len(rewards), -1).mean(axis=1), np.nan)
+
+
+def _running(mean: float, value: float) -> float:
+    return value if np.isnan(mean) else MEMORY * mean + (1 - MEMORY) * value

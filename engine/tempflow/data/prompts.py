@@ -1,0 +1,213 @@
+"""Prompts from files and datasets, and the order in which an iteration's prompts are drawn.
+
+The order is a function of (seed, cursor) alone: a resumed run, or one on another number of ranks, sees the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from tempflow.config import HubDataset, strict_json
+from tempflow.errors import VALUE, UserError, note, shortened, shown
+
+LONGEST = 32768  # characters of a prompt: far beyond the 1024 tokens that the longest text encoder takes
+
+_CELL = re.compile(r'"(?:[^"]|"")*"')
+# What nobody sees and no prompt means: controls but tab and line ends.
+_UNFIT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt's text and what its file says besides; metadata["source"] is "file:line", or "dataset[split]:row" from row 0.
+
+    negative: what to guide away from, for families with classifier-free guidance; None: the family's default.
+    """
+
+    text: str
+    metadata: dict = field(default_factory=dict)
+    negative: str | None = None
+
+
+def load_prompts(given: str | Path | HubDataset, key: str = "data.train") -> list[Prompt]:
+    """Read .txt (one prompt a line) or .jsonl (objects with `prompt`, and `negative_prompt` if need be; other keys become
+    metadata). Of a folder, the file of the key's split: train or test, .txt, .jsonl or _metadata.jsonl. Or a dataset.
+
+    Blank lines are skipped. A note tells of what is changed in reading: a spreadsheet's quoting, prompts that are cut short.
+    Raises UserError naming the config key, the file and the line.
+    """
+    prompts = _read_dataset(given, key) if isinstance(given, HubDataset) else _read_file(Path(given), key)
+    long = [i for i, prompt in enumerate(prompts) if max(len(prompt.text), len(prompt.negative or "")) > LONGEST]
+    if long:
+        note(f"{key}: prompts cut to {LONGEST} characters: {len(long)}, the first at {prompts[long[0]].metadata['source']}")
+    for i in long:
+        text, negative = prompts[i].text, prompts[i].negative
+        prompts[i] = replace(prompts[i], text=text[:LONGEST], negative=negative and negative[:LONGEST])
+    return prompts
+
+
+def digests(train: list[Prompt], heldout: list[Prompt]) -> dict[str, str]:
+    """What a checkpoint keeps of the prompts, to know them again: SHA-256 of their texts, by config key."""
+    texts = {"data.train": train, "data.heldout": heldout}
+    return {key: hashlib.sha256(json.dumps([[p.text, p.negative] for p in prompts]).encode()).hexdigest() for key, prompts in texts.items()}
+
+
+def check_unchanged(saved: dict[str, str], now: dict[str, str]) -> None:
+    """UserError where a run that is resumed has other prompts than its checkpoint; what a checkpoint does not say is not compared."""
+    for key, digest in now.items():
+        if saved.get(key, digest) != digest:
+            raise UserError(f"--resume: {key} holds other prompts than when the run was saved, so its gain and its order of prompts would "
+                            "mean nothing; put the file back, or begin another run with --set logging.name=NAME")  # fmt: skip
+
+
+def typed_prompts(texts: list[str], option: str) -> list[Prompt]:
+    """Prompts of a command line, held to what files are held to."""
+    return [replace(_prompt({"prompt": text[:LONGEST]}, option), metadata={}) for text in texts]
+
+
+def _read_file(file: Path, key: str) -> list[Prompt]:
+    if file.is_dir():
+        file = _file_of_split(file, "train" if key == "data.train" else "test", key)
+    kind = file.suffix.lower()
+    if kind not in (".txt", ".jsonl"):
+        raise UserError(f"{key}: {file} must end in .txt or .jsonl")
+    lines = _text_of(file, key).split("\n")  # the other line ends of str.splitlines may stand in a prompt
+    read = _read_jsonl if kind == ".jsonl" else _read_text
+    prompts = [read(line, f"{file}:{i}") for i, line in enumerate(lines, 1) if line.strip()]
+    if not prompts:
+        raise UserError(f"{key}: {file} holds no prompts")
+    cells = [] if kind == ".jsonl" else [i for i, line in enumerate(lines, 1) if _is_cell(line.strip())]
+    if cells:
+        note(f"{key}: prompts read without the quoting of a spreadsheet: {len(cells)}, the first at {file}:{cells[0]}")
+    return prompts
+
+
+def _text_of(file: Path, key: str) -> str:
+    try:
+        text = file.read_text(encoding="utf-8").replace("\ufeff", "")  # byte order marks, also of files that were joined or pasted from
+    except FileNotFoundError:
+        raise UserError(f"{key}: prompt file {file} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{key}: cannot read {file}: {error}") from None
+    if (place := text.find("\0")) >= 0:
+        line = text.count("\n", 0, place) + 1
+        raise UserError(f"{key}: {file}:{line} is not UTF-8 text: it holds zero bytes, as UTF-16 does; save the file as UTF-8")
+    return text
+
+
+def _file_of_split(folder: Path, split: str, key: str) -> Path:
+    names = [f"{split}.txt", f"{split}.jsonl", f"{split}_metadata.jsonl"]
+    found = sorted(file.name for file in folder.iterdir() if file.name.lower() in names and file.is_file())
+    if len(found) != 1:
+        raise UserError(f"{key}: folder {folder} holds {' and '.join(found) or 'none'} of {', '.join(names)}; one is expected")
+    return folder / found[0]
+
+
+def _is_cell(line: str) -> bool:
+    """Whether a line is quoted as spreadsheets export it: as a whole, and with every quotation mark inside, of which there are
+    some, doubled."""
+    return _CELL.fullmatch(line) is not None and '""' in line[1:-1]
+
+
+def _read_text(line: str, source: str) -> Prompt:
+    text = line.strip()
+    return _prompt({"prompt": text[1:-1].replace('""', '"') if _is_cell(text) else text}, source)
+
+
+def _read_jsonl(line: str, source: str) -> Prompt:
+    try:
+        entry = strict_json.loads(line)
+    except strict_json.Refused as error:
+        raise UserError(f"{source}: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{source}: not JSON: {error}") from None
+    if not isinstance(entry, dict):
+        raise UserError(f'{source}: expected an object with a "prompt", got {shortened(line.strip(), VALUE)}')
+    return _prompt(entry, source)
+
+
+def _prompt(entry: dict, source: str, column: str = "prompt") -> Prompt:
+    """A prompt of the text in `column`; the other entries are its metadata. UserError naming `source`."""
+    keys = shortened(", ".join(entry), VALUE)
+    text, negative = entry.pop(column, None), entry.pop("negative_prompt", None)
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(f'{source}: expected a non-empty text as "{column}", got {shown(text)} (keys: {keys})')
+    if not isinstance(negative, str | None):
+        raise UserError(f'{source}: "negative_prompt" must be a text, got {shown(negative)}')
+    for name, given in ((column, text), ("negative_prompt", negative or "")):
+        _check_characters(given, name, source)
+    return Prompt(text, {**entry, "source": source}, negative)
+
+
+def _check_characters(text: str, name: str, source: str) -> None:
+    try:
+        strict_json.check_text(text, name)
+    except strict_json.Refused as error:
+        raise UserError(f"{source}: {error}") from None
+    if found := _UNFIT.search(text):
+        raise UserError(
+            f"{source}: {name} holds the control character U+{ord(found[0]):04X}, which no prompt can mean; is the file UTF-8 text?"
+        )
+
+
+def _read_dataset(given: HubDataset, key: str) -> list[Prompt]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(f"{key}: a dataset needs the package datasets ({error}): pip install datasets, or name a file") from None
+    try:
+        table = datasets.load_dataset(given.dataset, given.subset, split=given.split, revision=given.revision)
+    except Exception as error:  # of many kinds: no such dataset, subset or split, no network, a damaged file
+        cause = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"{key}: cannot read split {given.split!r} of dataset {given.dataset}: {cause}") from None
+    for setting, columns in (("column", [given.column]), ("metadata", given.metadata)):
+        if unknown := [name for name in columns if name not in table.column_names]:
+            known = ", ".join(table.column_names)
+            raise UserError(f"{key}.{setting}: {given.dataset} has no column {', '.join(unknown)}; it has {known}")
+    wanted = {given.column, *given.metadata, "negative_prompt"}
+    # Columns left out are never decoded, as pictures would be.
+    table = table.select_columns([name for name in table.column_names if name in wanted])
+    prompts = [_prompt(row, f"{given.dataset}[{given.split}]:{i}", given.column) for i, row in enumerate(table)]
+    if not prompts:
+        raise UserError(f"{key}: split {given.split!r} of dataset {given.dataset} holds no prompts")
+    return prompts
+
+
+class PromptOrder:
+    """Draws `per_iteration` different prompts for each iteration, every prompt once per epoch.
+
+    An epoch is cut to a whole number of iterations, so no iteration holds a prompt twice.
+    """
+
+    def __init__(self, count: int, per_iteration: int, seed: int):
+        if per_iteration > count:
+            raise UserError(f"data.prompts_per_iteration: {per_iteration}, but data.train holds {count} prompts")
+        self.count, self.per_iteration, self._seed = count, per_iteration, seed
+        self._epoch = lru_cache(maxsize=2)(self._shuffled)
+
+    def indices(self, iteration: int) -> list[int]:
+        """Prompt indices of an iteration, counted from 0."""
+        per_epoch = self.count // self.per_iteration
+        epoch, place = divmod(iteration, per_epoch)
+        return self._epoch(epoch)[place * self.per_iteration : (place + 1) * self.per_iteration].tolist()
+
+    def at(self, cursor: int) -> int:
+        """The prompt index at a place of the endless order, whole epochs one after another."""
+        epoch, place = divmod(cursor, self.count)
+        return int(self._epoch(epoch)[place])
+
+    def reached(self, iterations: int) -> list[int]:
+        """Indices of the prompts that the first `iterations` iterations may draw, in rising order: after an epoch, all."""
+        if iterations >= self.count // self.per_iteration:
+            return list(range(self.count))
+        return sorted(i for iteration in range(iterations) for i in self.indices(iteration))
+
+    def _shuffled(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self._seed, epoch]).permutation(self.count)

@@ -1,0 +1,158 @@
+"""Prints an estimate as tables."""
+
+from __future__ import annotations
+
+import math
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from tempflow.estimate.disk import Disk
+from tempflow.estimate.estimate import Estimate
+from tempflow.estimate.item import Item
+from tempflow.run.console import duration
+
+NAMES = {
+    "rollout": "rollout", "decode": "decoding pictures", "reference": "reference policy",
+    "training": "training (with backward)", "audit": "audit of the suffix", "evaluation": "evaluation",
+}  # fmt: skip
+
+
+def show(estimate: Estimate, output: Console | None = None) -> None:
+    """Memory, costs, disk and, where the run does not fit, what to change."""
+    out = output or Console(highlight=False, width=None if Console().is_terminal else 120)
+    share = "" if estimate.trained == estimate.parameters else f", {amount(estimate.trained)} of them trained"
+    out.print(f"[bold]{escape(estimate.model)}[/] on {count(estimate.gpus, 'GPU')} of {size(estimate.card)}: "
+              f"transformer of {amount(estimate.parameters)} parameters{share}. 1 GB = 10^9 bytes; no weights were loaded.")  # fmt: skip
+    out.print(_memory(estimate))
+    _verdict(estimate, out)
+    out.print(_costs(estimate))
+    out.print(f"At {estimate.speed / 1e12:.0f} TFLOP/s a GPU (--peak-tflops x --mfu), without rewards, communication and waiting; "
+              "training if every group has a spread to learn from.")  # fmt: skip
+    out.print(_host(estimate))
+    out.print(_disk(estimate.disk))
+
+
+def _memory(estimate: Estimate) -> Table:
+    table = _table("Memory of each GPU", "bytes decided by")
+    memory = estimate.memory
+    for item in memory.resident:
+        _row(table, item)
+    table.add_section()
+    largest = max(memory.moments, key=lambda item: item.bytes)
+    for item in memory.moments:
+        _row(table, item, "+ " if item is largest else "", "" if item is largest else "dim")
+    table.add_section()
+    table.add_row("[bold]total, with the largest of the moments", f"[bold]{size(estimate.total)}", f"of {size(estimate.card)}")
+    return table
+
+
+def _verdict(estimate: Estimate, out: Console) -> None:
+    for name in estimate.memory.unknown:
+        out.print(f"[bold yellow]Not counted[/]: the model of reward {escape(name)}, whose size is unknown here; it lies on the same GPU.")
+    left = estimate.card - estimate.total
+    if estimate.fits and left < 0.05 * estimate.card:
+        out.print(f"[bold yellow]Fits barely[/]: {size(left)} left, and fragmentation and NCCL's buffers are not counted.")
+    elif estimate.fits:
+        out.print(f"[bold green]Fits[/]: {size(left)} left for fragmentation and NCCL's buffers, which are not counted.")
+    else:
+        out.print(f"[bold red]Does not fit[/]: {size(-left)} too much.")
+        _advice(estimate, out)
+
+
+def _advice(estimate: Estimate, out: Console) -> None:
+    if not estimate.advice:
+        out.print("No single key saves much; try more or larger GPUs (--gpus, --card-gb), or a smaller rollout.height and width.")
+        return
+    table = Table(title="What each change saves by itself", title_justify="left", title_style="bold")
+    table.add_column("--set", overflow="fold")
+    table.add_column("saves", justify="right", no_wrap=True)
+    table.add_column("then")
+    for advice in estimate.advice:
+        table.add_row(escape(advice.setting), size(advice.bytes), "[green]fits[/]" if advice.fits else "still too much")
+    out.print(table)
+
+
+def _costs(estimate: Estimate) -> Table:
+    table = Table(title="An iteration", title_justify="left", title_style="bold")
+    table.add_column("phase", no_wrap=True)
+    for name in ("forwards", "of the busiest GPU", "TFLOP each", "time"):
+        table.add_column(name, justify="right")
+    for phase in estimate.phases:
+        name = NAMES[phase.name] + ("" if phase.share == 1 else f", every {round(1 / phase.share)}")
+        each = f"{min(phase.flops, 10**300) / 1e12:.3g}"
+        table.add_row(name, grouped(phase.forwards), grouped(phase.busiest), each, spent(phase.seconds))
+    table.add_section()
+    table.add_row("[bold]an iteration, on average", "", "", "", f"[bold]{spent(estimate.seconds)}")
+    return table
+
+
+def _host(estimate: Estimate) -> Table:
+    table = _table("Host memory of each process", "decided by")
+    memory = estimate.memory
+    for item in memory.host:
+        _row(table, item)
+    table.add_section()
+    each = sum(item.bytes for item in memory.host)
+    for name, single in (("while it runs, at most", each), ("while it loads", memory.start)):
+        machine = f"{estimate.gpus} processes on one machine: {size(single * estimate.gpus)}"
+        table.add_row(name, size(single), machine if estimate.gpus > 1 else "")
+    return table
+
+
+def _disk(disk: Disk) -> Table:
+    table = _table("Disk under logging.dir: checkpoints", "decided by")
+    for item in disk.parts:
+        _row(table, item)
+    table.add_section()
+    table.add_row("a checkpoint", size(disk.checkpoint))
+    keys = "checkpoint.every, keep, keep_best; one more while it is written"
+    table.add_row(f"at most at once: {count(disk.most, 'checkpoint')}", size(disk.total), keys)
+    return table
+
+
+def _table(title: str, last: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column("what", overflow="fold")
+    table.add_column("bytes", justify="right", no_wrap=True)
+    table.add_column(last.removeprefix("bytes "), style="dim", overflow="fold")
+    return table
+
+
+def _row(table: Table, item: Item, sign: str = "", style: str = "") -> None:
+    table.add_row(escape(item.name), sign + size(item.bytes), escape(item.keys), style=style)
+
+
+def spent(seconds: float) -> str:
+    """Seconds from thousandths to hours."""
+    if seconds > 1e10:
+        return "centuries"
+    if seconds < 1:
+        return f"{1000 * seconds:.2g}ms"
+    return f"{seconds:.1f}s" if seconds < 60 else duration(seconds)
+
+
+def size(number: int) -> str:
+    """Bytes in decimal units; a number beyond all machines as a power of ten."""
+    if abs(number) >= 10**18:
+        return f"10^{int(math.log10(abs(number)))} B"
+    for unit, scale in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if abs(number) >= scale:
+            return f"{number / scale:.1f} {unit}"
+    return f"{number} B"
+
+
+def amount(number: int) -> str:
+    for unit, scale in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= scale:
+            return f"{number / scale:.2f} {unit}"
+    return str(number)
+
+
+def grouped(number: int) -> str:
+    return f"{number:,}".replace(",", " ") if number < 10**15 else f"10^{int(math.log10(number))}"
+
+
+def count(number: int, word: str) -> str:
+    return f"{number} {word}{'s' * (number != 1)}"

@@ -1,0 +1,244 @@
+"""Whether a checkpoint's folder is what the engine can train, before anything is loaded: JSON files and headers of tensor files.
+
+Every component that the pipeline loads: the class is known, its tensors are there with the shapes that config.json asks for, none is
+quantised; the scheduler is the one whose grid the engine integrates; tokenizers turn text into tokens. What tensors hold is seen
+only when they are loaded (`Component.load`). A component that the libraries cannot build without weights is left to loading.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tempflow.errors import UserError, brief, shown
+from tempflow.models.base import resolution_shift
+from tempflow.models.component import Component, listed, read_table, skeleton, tensor_file_fault
+
+SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+TIMESTEPS = 1000  # of a grid from 1 to 0, as every family's velocity takes them
+REFUSED_OPTIONS = {
+    "invert_sigmas": "its grid runs from 0 to 1, the engine's from 1 to 0",
+    "stochastic_sampling": "it adds noise of its own at every step",
+}
+NEEDED = ("transformer", "vae", "scheduler", "tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
+# What tools that quantise leave beside or in place of a weight.
+QUANTISED = ("absmax", "quant_map", "SCB", "weight_scale", "scale_weight", "input_scale", "scale_input", "qweight", "scaled_fp8")
+PROBE = "a photo of a cat, 123"
+
+
+def components_of(folder: Path) -> list[Component]:
+    """The components that the pipeline in a folder loads. UserError where one is missing that the family needs."""
+    import diffusers
+
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    taken = inspect.signature(getattr(diffusers, index["_class_name"]).__init__).parameters
+    given = {name: value for name, value in index.items() if name in taken and isinstance(value, list) and len(value) == 2}
+    lacking = [name for name in NEEDED if name in taken and given.get(name, [None])[0] is None]
+    if lacking:
+        raise UserError(f"model.path: {folder / 'model_index.json'} names no {listed(lacking)}, which a {index['_class_name']} needs")
+    return [Component(folder, name, *value) for name, value in given.items() if value[0] is not None]
+
+
+def check_components(components: list[Component], *, weights: bool = True) -> None:
+    """UserError for the first thing that is wrong with any of them. weights=False: configs alone, for a folder that has no more."""
+    for component in components:
+        try:
+            if component.name == "scheduler":
+                check_scheduler(component)
+            elif component.is_module:
+                check_module(component, weights)
+            elif component.name.startswith("tokenizer") and weights:
+                check_tokenizer(component)
+        except OSError as error:  # a folder that may not be listed, a disk that fails
+            raise component.fault(f"cannot be read: {error.strerror or error}") from None
+
+
+def is_description(components: list[Component]) -> bool:
+    """Whether a folder holds configs and no tensors at all, as those in configs/models do."""
+    tensors = (".safetensors", ".bin", ".gguf", ".msgpack")
+    return not any(file.suffix in tensors for c in components if c.path.is_dir() for file in c.path.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------- modules
+def check_module(component: Component, weights: bool = True) -> None:
+    """Config, class and tensors of a module; UserError naming the first tensors that are missing or of another shape."""
+    config = component.config
+    if component.library != "transformers":
+        whole = skeleton(component.library, component.kind, config, component.name)
+    if not weights:
+        return
+    compared = _compared_by_transformers(component) if component.library == "transformers" else _compared(component, whole)
+    fault = _quantised(component) or compared
+    if fault:
+        raise component.fault(fault, component.files[0] if len(component.files) == 1 else None)
+    if component.name == "vae":
+        check_scales(component, whole.config)
+
+
+def check_scales(component: Component, config: dict) -> None:
+    """UserError for numbers between latents and the VAE's own that are none: they would show when the first image is decoded."""
+    lists = config.get("z_dim") is not None  # Qwen-Image's: a mean and a deviation by channel
+    for key in ("latents_mean", "latents_std") if lists else ("shift_factor", "scaling_factor"):
+        value, count = config.get(key), config["z_dim"] if lists else 1
+        numbers = value if lists else [value]
+        real = isinstance(numbers, (list, tuple)) and all(type(n) in (int, float) and math.isfinite(n) for n in numbers)
+        if not real or len(numbers) != count or (key in ("latents_std", "scaling_factor") and 0 in numbers):
+            expected = f"{count} finite numbers" if lists else "a finite number"
+            raise component.fault(f"sets {key} to {shown(value)}; expected {expected}, not 0 for a scale", component.path / "config.json")
+
+
+def _compared(component: Component, whole: torch.nn.Module) -> str | None:
+    """What a diffusers module lacks. Buffers may be missing: its constructor computes them."""
+    held = {name: torch.empty(shape, device="meta") for name, (_, shape) in component.shapes.items()}
+    if len(component.files) == 1 and hasattr(whole, "_fix_state_dict_keys_on_load"):
+        whole._fix_state_dict_keys_on_load(held)  # names of older versions
+    parameters = dict(whole.named_parameters())
+    missing = [name for name in parameters if name not in held]
+    other = [(name, tuple(held[name].shape), tuple(tensor.shape)) for name, tensor in whole.state_dict().items()
+             if name in held and held[name].shape != tensor.shape]  # fmt: skip
+    whole_numbers = [name for name in parameters if component.shapes.get(name, "F")[0][0] in "IU"]
+    if whole_numbers and not missing:
+        return f"holds whole numbers in {listed(whole_numbers)}: quantised weights, which this engine does not train"
+    return _said(component, missing, other)
+
+
+def _compared_by_transformers(component: Component) -> str | None:
+    """What a transformers module lacks: its own loading, with renamed, tied and converted tensors, on the meta device."""
+    held = {name: torch.empty(shape, device="meta") for name, (_, shape) in component.shapes.items()}
+    try:
+        config = component.type.config_class.from_pretrained(str(component.path))
+        _, found = component.type.from_pretrained(
+            None, config=config, state_dict=held, device_map={"": "meta"}, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        missing, other = sorted(found["missing_keys"]), sorted(found["mismatched_keys"])
+    except Exception:  # a config that describes no model, or a class that cannot do this: then loading will tell
+        skeleton(component.library, component.kind, component.config, component.name)
+        return None
+    return _said(component, missing, other)
+
+
+def _said(component: Component, missing: list[str], other: list[tuple]) -> str | None:
+    if missing:
+        return f"lacks {listed(missing)}, which config.json asks for; {_why_missing(component, missing)}"
+    if other:
+        name, held, expected = other[0]
+        return (f"holds {name} as {list(held)} where config.json asks for {list(expected)}{_more(other)}; config and tensors are of "
+                "different models")  # fmt: skip
+    return None
+
+
+def _more(others: list) -> str:
+    return f" (and {len(others) - 1} more)" if len(others) > 1 else ""
+
+
+def _why_missing(component: Component, missing: list[str]) -> str:
+    names = list(component.shapes)
+    if any("_orig_mod." in name for name in names):
+        return "its names hold the prefix '_orig_mod.' of torch.compile: save the module inside (module._orig_mod), or rename them"
+    if any(".lora_" in name for name in names):
+        return "it holds LoRA adapters: name the base model here, and the adapters in model.lora.start"
+    prefix = next((name.removesuffix(missing[0]) for name in names if name.endswith("." + missing[0])), None)
+    if prefix:
+        return f"its names begin with {prefix!r}: save the module without that wrapper, or rename them"
+    return "download it again, or save the whole module with save_pretrained"
+
+
+def _quantised(component: Component) -> str | None:
+    marks = [name for name in component.shapes if name.rsplit(".", 1)[-1] in QUANTISED or ".quant_state." in name]
+    if marks:
+        return f"holds {listed(marks)}: quantised weights, which this engine does not train"
+    return None
+
+
+# -------------------------------------------------------------------------------------------------- scheduler
+def check_scheduler(component: Component) -> None:
+    """UserError for a scheduler other than Euler's on a grid from 1 to 0, or options that change what a step does."""
+    file = component.path / "scheduler_config.json"
+    if component.kind != SCHEDULER:
+        raise component.fault(
+            f"names the scheduler {component.kind}; this engine integrates with {SCHEDULER}: write that class there and its options "
+            f"into {file}", component.folder / "model_index.json",
+        )  # fmt: skip
+    read_table(component, file)  # where there is none, diffusers asks the hub
+    try:
+        scheduler = component.type.from_pretrained(str(component.path))
+        sigmas = _grid(scheduler)
+    except Exception as error:
+        raise component.fault(f"does not describe a {SCHEDULER}: {brief(error)}", file) from None
+    for name, reason in REFUSED_OPTIONS.items():
+        if scheduler.config.get(name):
+            raise component.fault(f"sets {name}: {reason}; set it to false", file)
+    if scheduler.config.num_train_timesteps != TIMESTEPS:
+        raise component.fault(f"sets num_train_timesteps {scheduler.config.num_train_timesteps}; only {TIMESTEPS} is allowed", file)
+    falls = bool((sigmas.diff() < 0).all()) and math.isclose(sigmas[0], 1, abs_tol=1e-5) and sigmas[-1] == 0
+    if not falls:
+        grid = ", ".join(f"{sigma:.3g}" for sigma in sigmas.tolist())
+        raise component.fault(f"makes the grid {grid}; the engine needs one that falls from 1 to 0", file)
+
+
+def _grid(scheduler) -> torch.Tensor:
+    """A short grid, made as the pipelines make theirs."""
+    steps, mu = 4, resolution_shift(scheduler, 1024, 1.15)  # computed for every model, and used where shifting is dynamic
+    mu = mu if scheduler.config.get("use_dynamic_shifting") else None
+    with np.errstate(all="ignore"):
+        scheduler.set_timesteps(steps, sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+    return scheduler.sigmas
+
+
+# -------------------------------------------------------------------------------------------------- tokenizers
+def check_tokenizer(component: Component) -> None:
+    """UserError where a tokenizer cannot be loaded, knows no words, or makes tokens that its text encoder does not have."""
+    try:
+        tokenizer = component.type.from_pretrained(str(component.path))
+        tokens = tokenizer(PROBE, add_special_tokens=False, verbose=False).input_ids
+    except Exception as error:
+        raise component.fault(_tokenizer_fault(component) or f"cannot be loaded as a {component.kind}: {brief(error)}") from None
+    known = set(tokens) - {tokenizer.unk_token_id, *tokenizer.all_special_ids}
+    if 2 * sum(token in known for token in tokens) <= len(tokens):  # an empty T5 still knows the space between words
+        raise component.fault(_tokenizer_fault(component) or "has an empty vocabulary; download it again")
+    encoder = component.folder / component.name.replace("tokenizer", "text_encoder") / "config.json"
+    size, highest = _vocabulary(encoder), max(tokens + ([] if tokenizer.pad_token_id is None else [tokenizer.pad_token_id]))
+    if size is not None and highest >= size:
+        raise component.fault(f"makes token {highest}, but {encoder} has vocab_size {size}; they are of different models")
+
+
+def _vocabulary(config: Path) -> int | None:
+    try:
+        table = json.loads(config.read_text(encoding="utf-8"))
+        return table.get("vocab_size") or table.get("text_config", {}).get("vocab_size")
+    except (OSError, ValueError, AttributeError):  # the encoder's own check tells
+        return None
+
+
+def _tokenizer_fault(component: Component) -> str | None:
+    """What is wrong with the files of a tokenizer that does not work."""
+    files = sorted(file for file in component.path.iterdir() if file.is_file()) if component.path.is_dir() else []
+    for file in files:
+        fault = tensor_file_fault(file) if file.suffix == ".safetensors" else _text_file_fault(file)
+        if fault:
+            return f"does not work: {file.name} {fault}"
+    vocabularies = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
+    if not {file.name for file in files} & set(vocabularies):
+        return f"holds no vocabulary (none of {', '.join(vocabularies)}); download it again"
+    return None
+
+
+def _text_file_fault(file: Path) -> str | None:
+    try:
+        start = file.read_bytes()
+        if not start:
+            return "is empty"
+        if start.startswith(b"version https://git-lfs"):
+            return "is a git-lfs pointer, not the file itself; fetch it with `git lfs pull`"
+        if file.suffix == ".json":
+            json.loads(start)
+    except OSError as error:
+        return f"cannot be read: {error.strerror or error}"
+    except (ValueError, RecursionError):
+        return "is damaged: it is no JSON"
+    return None

@@ -1,0 +1,80 @@
+"""FLUX.1 (dev, schnell and finetunes): packed 2 x 2 latents, guidance as an embedding, resolution-dependent shift."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
+
+from tempflow.models.base import Conditioning, Policy, check_multiple, resolution_shift
+
+
+@lru_cache(maxsize=16)
+def position_ids(rows: int, columns: int, text: int, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids of the picture's and the text's tokens. Kept, because copying them to a GPU anew cannot be captured in a graph."""
+    return FluxPipeline._prepare_latent_image_ids(1, rows, columns, device, dtype), torch.zeros(text, 3, device=device, dtype=dtype)
+
+
+class FluxPolicy(Policy):
+    """Velocities of a FluxTransformer2DModel as its pipeline asks for them."""
+
+    text_length, longest_text = 512, 512
+    lora_targets = (
+        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+        "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",
+    )  # fmt: skip
+
+    @staticmethod
+    def size_multiple(vae_config) -> int:
+        # The VAE halves the size between its blocks, packing once more.
+        return 2 ** len(vae_config["block_out_channels"])
+
+    @torch.no_grad()
+    def embed(self, texts: list[str]) -> Conditioning:
+        embeds, pooled, _ = self.pipe.encode_prompt(
+            prompt=texts, prompt_2=None, device=self.device, max_sequence_length=self.max_sequence_length
+        )
+        return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
+
+    def _packed_size(self, height: int, width: int) -> tuple[int, int]:
+        multiple = self.size_multiple(self.pipe.vae.config)
+        check_multiple(height, width, multiple)
+        return height // multiple, width // multiple
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int]:
+        rows, columns = self._packed_size(height, width)
+        return rows * columns, self.pipe.transformer.config.in_channels
+
+    def sigmas(self, num_steps: int, height: int, width: int) -> torch.Tensor:
+        scheduler, length = self.pipe.scheduler, self.latent_shape(height, width)[0]
+        given = None if scheduler.config.get("use_flow_sigmas") else np.linspace(1.0, 1 / num_steps, num_steps)
+        scheduler.set_timesteps(num_steps, sigmas=given, mu=resolution_shift(scheduler, length, 1.15))
+        return scheduler.sigmas.float().cpu()
+
+    def velocity(self, transformer, x, sigma, conditioning, *, height, width, guidance_scale, dtype=None):
+        dtype = dtype or self.dtype
+        text = conditioning["encoder_hidden_states"]
+        img_ids, txt_ids = position_ids(*self._packed_size(height, width), text.shape[1], x.device, dtype)
+        guidance = None
+        if self.pipe.transformer.config.guidance_embeds:
+            guidance = torch.full((len(x),), guidance_scale, device=x.device, dtype=torch.float32)
+        return transformer(
+            hidden_states=x.to(dtype),
+            # The pipeline's own arithmetic: timesteps are 1000 sigma, rounded to the model's dtype.
+            timestep=(sigma * 1000).to(dtype) / 1000,
+            guidance=guidance,
+            encoder_hidden_states=text.to(dtype),
+            pooled_projections=conditioning["pooled_projections"].to(dtype),
+            img_ids=img_ids,
+            txt_ids=txt_ids,
+            return_dict=False,
+        )[0]
+
+    def _decode(self, latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        vae = self.pipe.vae
+        x = self.pipe._unpack_latents(latents, height, width, self.pipe.vae_scale_factor)
+        x = x / vae.config.scaling_factor + vae.config.shift_factor
+        return vae.decode(x.to(vae.dtype), return_dict=False)[0]

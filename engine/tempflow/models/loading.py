@@ -1,0 +1,166 @@
+"""From a checkpoint's path to a Policy. Families are named by the pipeline class in model_index.json.
+
+`check_model`, `check_size`, `check_text_length` and `check_checkpoint` read JSON files and headers only, so that a run can be refused
+before anything is loaded; `load_policy` makes the same checks for those who call it alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import os
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from tempflow.errors import UserError, brief, shown
+from tempflow.models.arguments import as_dtype, check_device, one_of, positive_int
+from tempflow.models.base import Policy, check_multiple
+from tempflow.models.checking import check_components, components_of, is_description
+from tempflow.models.embedding_store import folder_hash
+from tempflow.models.hub import fetch, local_folder, model_index
+
+FAMILIES = {
+    "FluxPipeline": "tempflow.models.flux:FluxPolicy",
+    "QwenImagePipeline": "tempflow.models.qwen_image:QwenImagePolicy",
+    "StableDiffusion3Pipeline": "tempflow.models.sd3:SD3Policy",
+}
+PARTS = ("all", "text", "picture")
+
+
+def resolve_dtype(name: str, device: torch.device | str) -> torch.dtype:
+    """The torch dtype of a config name; "auto" is bfloat16 on GPUs and on CPUs that multiply it, else float32."""
+    if name != "auto":
+        return as_dtype(name)
+    fast = torch.device(device).type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def check_model(path: str | Path) -> str:
+    """The pipeline class of a checkpoint, read without loading it.
+
+    Raises UserError for a missing folder or component, or a family that the engine does not know. A hub id is fetched
+    as far as its model_index.json.
+    """
+    folder, index_file = Path(path), model_index(path)
+    try:
+        index = json.loads(index_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:  # unreadable, no JSON, no UTF-8
+        raise UserError(f"model.path: {index_file} is damaged: {brief(error)}") from None
+    name = index.get("_class_name") if isinstance(index, dict) else None
+    if not isinstance(name, str):
+        raise UserError(f"model.path: {index_file} is damaged: it names no _class_name of a pipeline")
+    if name not in FAMILIES:
+        raise UserError(f"model.path: {path} is a {name!s:.80}; known are {', '.join(FAMILIES)}")
+    if folder.is_dir():
+        needed = [part for part, value in index.items() if isinstance(value, list) and value[0]]
+        missing = [part for part in needed if not os.path.isdir(folder / part)]  # False as well where it may not be seen
+        if missing:
+            raise UserError(f"model.path: {folder} lacks the component{'s' * (len(missing) > 1)} {', '.join(missing)}")
+    return name
+
+
+def check_size(path: str, height: int, width: int) -> None:
+    """UserError for a picture size that a checkpoint cannot make, read from its VAE's config; after `check_model`."""
+    file = Path(path) / "vae/config.json"
+    file = file if Path(path).is_dir() else fetch(path, "vae/config.json")
+    try:
+        multiple = family_of(path).size_multiple(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"model.path: {file} is missing or damaged: {brief(error)}") from None
+    check_multiple(height, width, multiple)
+
+
+def check_text_length(path: str, asked: int | None) -> int:
+    """Text tokens of a checkpoint's policy: as many as asked for, or its pipeline's default. UserError where it takes fewer."""
+    family = family_of(path)
+    if asked is None:
+        return family.text_length
+    if asked > family.longest_text:
+        raise UserError(f"model.max_sequence_length: {asked}; {check_model(path)} takes {family.longest_text} at most")
+    return asked
+
+
+def family_of(path: str) -> type[Policy]:
+    """The policy class of a checkpoint; UserError as `check_model`."""
+    module, _, name = FAMILIES[check_model(path)].partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def encoder_identity(path: str) -> str:
+    """What a checkpoint's text encoders and tokenizers are known by: the hub's commit, or a hash of their files."""
+    if not Path(path).is_dir():
+        return model_index(path).parent.name  # .../snapshots/COMMIT/model_index.json
+    return folder_hash([p for p in Path(path).iterdir() if p.is_dir() and p.name.startswith(("text_encoder", "tokenizer"))])
+
+
+def check_checkpoint(path: str | Path, *, description: bool = False) -> None:
+    """UserError for a checkpoint's folder that cannot be trained as it is, by component and file; after `check_model`.
+
+    A hub id is checked when it has been downloaded. description: a folder without any weights is checked as far as its configs go.
+    """
+    if Path(path).is_dir():
+        _quiet()
+        components = components_of(Path(path))
+        check_components(components, weights=not (description and is_description(components)))
+
+
+def _left_out(path: str, parts: str, transformer: bool) -> list[str]:
+    """Names of the components that are not loaded."""
+    if parts == "text":
+        return ["transformer", "vae"]
+    index = json.loads(model_index(path).read_text(encoding="utf-8"))
+    text = [name for name in index if parts == "picture" and name.startswith("text_encoder")]
+    return text if transformer else [*text, "transformer"]
+
+
+def _quiet() -> None:
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def load_policy(
+    path: str | Path, *, dtype: str | torch.dtype = "float32", device: str | torch.device = "cpu",
+    max_sequence_length: int | None = None, parts: Literal["all", "text", "picture"] = "all", transformer: bool = True,
+) -> Policy:  # fmt: skip
+    """Load a diffusers pipeline folder (or hub id) as a Policy; the family is read from its model_index.json.
+
+    dtype: "float32", "bfloat16", "float16", "auto", or a torch dtype. max_sequence_length: text tokens; default: as many as
+    the family's pipeline takes by default. parts: "text" loads the text encoders alone, for `embed`; "picture" everything but
+    them. transformer=False leaves it out, for the caller to register one. Every component is checked before the first is loaded:
+    raises UserError as `check_model` and `check_checkpoint` do, and for an argument that is not allowed.
+    """
+    import diffusers
+
+    if not isinstance(path, (str, Path)) or not str(path):
+        raise UserError(f"path: expected a pipeline folder or a hub id, got {shown(path)}")
+    path, _ = str(path), one_of("parts", parts, PARTS)
+    if max_sequence_length is not None:
+        positive_int("max_sequence_length", max_sequence_length)
+    check_device(device)
+    dtype = resolve_dtype(dtype, device) if dtype == "auto" else as_dtype(dtype)
+    pipeline = getattr(diffusers, check_model(path))
+    length, left_out = check_text_length(path, max_sequence_length), _left_out(path, parts, transformer)
+    _quiet()
+    folder = local_folder(path, pipeline, left_out)
+    components = [c for c in components_of(folder) if c.name not in left_out]
+    check_components(components)
+    loaded = {component.name: component.load(dtype) for component in components}
+    absent = [name for name in inspect.signature(pipeline).parameters if name not in loaded]  # SD3's T5 need not be there
+    pipe = pipeline.from_pretrained(str(folder), **loaded, **dict.fromkeys(absent))
+    return family_of(path)(pipe, device=device, max_sequence_length=length)
+
+
+def load_transformer(path: str, dtype: torch.dtype) -> torch.nn.Module:
+    """Another copy of a checkpoint's transformer, in `dtype` on the CPU; after `check_model`. UserError as `load_policy`."""
+    import diffusers
+
+    index = json.loads(model_index(path).read_text(encoding="utf-8"))
+    others = [name for name, value in index.items() if isinstance(value, list) and name != "transformer"]
+    folder = local_folder(path, getattr(diffusers, check_model(path)), others)
+    return next(c for c in components_of(folder) if c.name == "transformer").load(dtype)

@@ -1,0 +1,165 @@
+"""LoRA adapters that others saved, as the start of a run: diffusers' file layout and peft's, safetensors only.
+
+    pytorch_lora_weights.safetensors   "transformer.LAYER.lora_A.weight", settings in the file's metadata (diffusers,
+                                       engine/export.py)
+    adapter_model.safetensors          "base_model.model.LAYER.lora_A.weight", settings in adapter_config.json beside it (peft,
+                                       which Flow-GRPO and the paper's code save with)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from tempflow.config import Lora
+from tempflow.errors import UserError, brief, shown
+from tempflow.models.component import is_finite, tensor_file_fault
+
+KEY = "model.lora.start"
+FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+PREFIXES = ("transformer.", "base_model.model.")
+# Settings that leave peft's layer at base + alpha / rank x B A, whatever their value; every other must have its default.
+HARMLESS = frozenset((
+    "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "task_type",
+    "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "megatron_core", "runtime_config",
+    "fan_in_fan_out", "qalora_group_size", "eva_config", "corda_config", "lora_ga_config", "loftq_config", "ephemeral_gpu_offload",
+    "rank_pattern", "ensure_weight_tying",  # the tensors' own shapes say whether ranks differ
+))  # fmt: skip
+PLAIN = {"peft_type": ("LORA",), "bias": ("none",)}
+# How adapters began: without a change of the base's weights. PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA and others change it, and fit that
+# changed base alone; peft saves them as plain adapters (of twice the rank) with path_initial_model_for_weight_conversion.
+STARTS = (True, False, "gaussian", "orthogonal", "eva")
+
+Adapters = dict[str, torch.Tensor]  # "LAYER.lora_A.weight" [rank, in] and "LAYER.lora_B.weight" [out, rank]
+
+
+def read_adapters(lora: Lora) -> Adapters:
+    """The adapters at `lora.start`. UserError where they cannot be read, or are of another rank or scale than `lora` says.
+
+    A file without settings has the scale 1 that diffusers gives it.
+    """
+    try:
+        file = _find(Path(lora.start))
+    except (OSError, ValueError) as error:  # no permission, or characters that no path has
+        raise UserError(f"{KEY}: {shown(lora.start)} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    try:
+        with safe_open(file, framework="pt") as opened:
+            settings = _table((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
+            weights = {name: opened.get_tensor(name) for name in opened.keys()}
+        if os.path.lexists(beside := file.with_name("adapter_config.json")):  # a link to nothing is no lack of settings
+            settings |= _table(beside.read_text(encoding="utf-8"))
+        settings = {name.removeprefix("transformer."): value for name, value in settings.items() if not name.startswith("text_encoder")}
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+        raise UserError(f"{KEY}: {file} {tensor_file_fault(file) or f'has unreadable settings: {brief(error)}'}") from None
+    adapters = {_plain_name(name, file): weight for name, weight in weights.items()}
+    _check(adapters, settings, lora, file)
+    return adapters
+
+
+def _table(text: str) -> dict:
+    table = json.loads(text)
+    if not isinstance(table, dict):
+        raise ValueError(f"expected a table, got {shown(table)}")
+    return table
+
+
+def layers_of(adapters: Adapters) -> list[str]:
+    """Names of the layers that they adapt."""
+    return sorted({name.rsplit(".lora_", 1)[0] for name in adapters})
+
+
+def fill(module: torch.nn.Module, adapters: Adapters, adapter: str) -> None:
+    """Copy adapters into those that the module has under the name `adapter`; UserError where their layers differ."""
+    held = {name.replace(f".{adapter}.weight", ".weight"): p for name, p in module.named_parameters() if f".{adapter}.weight" in name}
+    for name in sorted(held.keys() ^ adapters.keys()):
+        who = "adapts a layer that the run does not" if name in adapters else "lacks an adapter that the run has"
+        raise UserError(f"{KEY}: it {who}: {name}; set model.lora.targets to its layers, or leave it null")
+    with torch.no_grad():
+        for name, parameter in held.items():
+            if parameter.shape != adapters[name].shape:
+                shapes = f"{list(adapters[name].shape)}, the model's {list(parameter.shape)}"
+                raise UserError(f"{KEY}: {name} is {shapes}; it was made for another model")
+            parameter.copy_(adapters[name])
+
+
+def _find(path: Path) -> Path:
+    if path.is_file() and path.suffix == ".safetensors":
+        return path
+    found = [path / name for name in FILES if (path / name).is_file()]
+    if len(found) != 1:
+        held = f"holds {' and '.join(file.name for file in found) or 'none'}" if path.is_dir() else "is neither"
+        expected = f"a .safetensors file, or a folder with {' or '.join(FILES)} (pickle files are not read)"
+        raise UserError(f"{KEY}: expected {expected}; {path} {held}")
+    return found[0]
+
+
+def _plain_name(name: str, file: Path) -> str:
+    prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), None)
+    if prefix is None or not name.endswith((".lora_A.weight", ".lora_B.weight")):
+        raise UserError(f"{KEY}: {file} holds {shown(name)}, {_what_it_is(name)}")
+    return name.removeprefix(prefix)
+
+
+def _what_it_is(name: str) -> str:
+    if name.startswith(("text_encoder", "lora_te")):
+        return ("an adapter of a text encoder; only the transformer is trained here: save the file again without the tensors whose names "
+                "begin so (their effect is lost)")  # fmt: skip
+    if name.endswith((".lora_magnitude_vector", ".dora_scale")):
+        return "of DoRA, which this engine does not train"
+    return ("which is no transformer adapter in diffusers' or peft's layout; loading it in diffusers and saving it with "
+            "save_lora_weights converts other layouts")  # fmt: skip
+
+
+def _check(adapters: Adapters, settings: dict, lora: Lora, file: Path) -> None:
+    if not adapters:
+        raise UserError(f"{KEY}: {file} holds no adapter")
+    _check_settings(settings, file)
+    for name, weight in adapters.items():
+        if weight.ndim != 2:
+            raise UserError(f"{KEY}: {file} holds {name} with {weight.ndim} dimensions; only adapters of linear layers are trained here")
+        if not weight.is_floating_point() or not is_finite(weight):
+            raise UserError(f"{KEY}: {file} holds whole numbers, NaN or infinity in {name}")
+    for name in adapters:
+        pair = name.replace(".lora_A.", ".lora_B.") if ".lora_A." in name else name.replace(".lora_B.", ".lora_A.")
+        if pair not in adapters:
+            raise UserError(f"{KEY}: {file} holds {name} without {pair}; it was not saved whole")
+    rank = _rank(adapters, file)
+    alpha = settings.get("lora_alpha", rank)
+    if rank != lora.rank:
+        raise UserError(f"model.lora.rank: {lora.rank}, but {file} has rank {rank}")
+    if alpha != lora.alpha:
+        raise UserError(f"model.lora.alpha: {lora.alpha:g}, but {file} has {shown(alpha)} (its scale is alpha / rank)")
+
+
+def _check_settings(settings: dict, file: Path) -> None:
+    """UserError unless they are known to mean base + alpha / rank x B A."""
+    from peft import LoraConfig
+
+    start = settings.get("init_lora_weights", True)
+    start = start.lower() if isinstance(start, str) else start
+    if not isinstance(start, (bool, str)) or start not in STARTS:
+        raise UserError(
+            f"{KEY}: {file} was made with init_lora_weights {shown(start)}, which fits a base that peft has changed; save it from "
+            "peft with path_initial_model_for_weight_conversion, which makes plain adapters of twice the rank"
+        )
+    default = LoraConfig().to_dict()
+    unusual = [name for name, value in settings.items() if name not in HARMLESS and name not in PLAIN and name != "init_lora_weights"
+               and value and value != default.get(name)]  # fmt: skip
+    unusual += [name for name, plain in PLAIN.items() if str(settings.get(name, plain[0])).removeprefix("PeftType.") not in plain]
+    if unusual:
+        raise UserError(f"{KEY}: {file} was made with {', '.join(sorted(unusual))}, which this engine does not train")
+
+
+def _rank(adapters: Adapters, file: Path) -> int:
+    """The rank of all layers; UserError where they differ."""
+    layers: dict[int, list[str]] = {}
+    for name, weight in adapters.items():
+        layers.setdefault(weight.shape[0 if ".lora_A." in name else 1], []).append(name.rsplit(".lora_", 1)[0])
+    if len(layers) > 1:
+        some = "; ".join(f"{rank} in {sorted(names)[0]}" for rank, names in sorted(layers.items())[:3])
+        raise UserError(f"{KEY}: {file} has layers of different ranks ({some}), which this engine does not train: one rank for all")
+    return next(iter(layers))

@@ -1,0 +1,99 @@
+"""Qwen-Image: classifier-free guidance rescaled to the length of the unguided prediction, packed latents, a video VAE.
+
+Its text has no fixed length: embeddings are padded to `max_sequence_length`, with a mask that the attention heeds, so
+that those of different prompts can be stacked, and every forward has the same shape. Padding changes nothing but the last
+bits: masked tokens are keys to nobody, and a token's position does not depend on what follows it.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import torch
+from diffusers.models.transformers import transformer_qwenimage
+
+from tempflow.models.arguments import finite_number
+from tempflow.models.base import Conditioning, check_multiple, resolution_shift
+from tempflow.models.guidance import GuidedPolicy
+
+
+def _text_length(embeddings: torch.Tensor, mask: torch.Tensor | None) -> tuple[int, None, torch.Tensor | None]:
+    """Tokens of the text, and the mask as bools: diffusers' own function without the samples' lengths, which its caller drops.
+
+    Making those copies a number to the GPU in every forward: the host waits for it, and no CUDA graph can capture it.
+    """
+    return embeddings.shape[1], None, None if mask is None else mask.bool()
+
+
+transformer_qwenimage.compute_text_seq_len_from_mask = _text_length
+
+
+class QwenImagePolicy(GuidedPolicy):
+    """Guided velocities of a QwenImageTransformer2DModel as its pipeline asks for them; guidance_scale is `true_cfg_scale`."""
+
+    text_length, longest_text = 512, 1024
+    masks_text = True
+    default_negative_prompt = " "  # what the model's authors use for "nothing in particular"
+    lora_targets = (
+        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+    )  # fmt: skip
+
+    @staticmethod
+    def size_multiple(vae_config) -> int:
+        # The VAE halves the size at each of these, packing once more.
+        return 2 ** (len(vae_config["temperal_downsample"]) + 1)
+
+    def sample(self, prompts, *, guidance_scale, negative_prompts=None, **call):
+        """As `Policy.sample`. Without negative prompts there is no guidance here, because the pipeline gives none; training
+        and evaluation, which have none to give, guide away from `default_negative_prompt`."""
+        if negative_prompts is None and finite_number("guidance_scale", guidance_scale) > 1:
+            warnings.warn("negative_prompts: none, so guidance_scale has no effect, as in QwenImagePipeline", stacklevel=2)
+            guidance_scale = 1.0
+        return super().sample(prompts, guidance_scale=guidance_scale, negative_prompts=negative_prompts, **call)
+
+    @torch.no_grad()
+    def embed(self, texts: list[str]) -> Conditioning:
+        embeds, mask = self.pipe.encode_prompt(texts, device=self.device, max_sequence_length=self.max_sequence_length)
+        if mask is None:  # the pipeline's word for "no padding"
+            mask = torch.ones(embeds.shape[:2], device=embeds.device)
+        missing = self.max_sequence_length - embeds.shape[1]
+        embeds = torch.nn.functional.pad(embeds, (0, 0, 0, missing))
+        return {"encoder_hidden_states": embeds, "encoder_hidden_states_mask": torch.nn.functional.pad(mask.bool(), (0, missing))}
+
+    def _packed_size(self, height: int, width: int) -> tuple[int, int]:
+        multiple = self.size_multiple(self.pipe.vae.config)
+        check_multiple(height, width, multiple)
+        return height // multiple, width // multiple
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int]:
+        rows, columns = self._packed_size(height, width)
+        return rows * columns, self.pipe.transformer.config.in_channels
+
+    def sigmas(self, num_steps: int, height: int, width: int) -> torch.Tensor:
+        scheduler, length = self.pipe.scheduler, self.latent_shape(height, width)[0]
+        given = np.linspace(1.0, 1 / num_steps, num_steps)
+        scheduler.set_timesteps(sigmas=given, mu=resolution_shift(scheduler, length, 1.15))
+        return scheduler.sigmas.float().cpu()
+
+    def _forward(self, transformer, x, sigma, conditioning, height, width):
+        return transformer(
+            hidden_states=x,
+            # The pipeline's own arithmetic: timesteps are 1000 sigma, rounded to the model's dtype.
+            timestep=(sigma * 1000).to(x.dtype) / 1000,
+            img_shapes=[[(1, *self._packed_size(height, width))]] * len(x),
+            **conditioning,
+            return_dict=False,
+        )[0]
+
+    def _combine(self, positive, negative, scale):
+        guided = super()._combine(positive, negative, scale)
+        return guided * (positive.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
+
+    def _decode(self, latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        vae = self.pipe.vae
+        x = self.pipe._unpack_latents(latents, height, width, self.pipe.vae_scale_factor)
+        mean, std = (torch.tensor(values, device=x.device).reshape(1, -1, 1, 1, 1) for values in
+                     (vae.config.latents_mean, vae.config.latents_std))  # fmt: skip
+        return vae.decode((x * std + mean).to(vae.dtype), return_dict=False)[0][:, :, 0]

@@ -1,0 +1,65 @@
+"""Stable Diffusion 3 and 3.5: classifier-free guidance, unpacked latents, two CLIP encoders and T5."""
+
+from __future__ import annotations
+
+import torch
+
+from tempflow.errors import UserError
+from tempflow.models.base import Conditioning, check_multiple, resolution_shift
+from tempflow.models.guidance import GuidedPolicy
+
+PATCH = 2  # latent pixels a side of a token, in every checkpoint of the family
+
+
+def token_grid(height: int, width: int, vae_config: dict, transformer_config: dict) -> tuple[int, int]:
+    """Rows and columns of a picture's tokens; UserError where the transformer has no positions for so many."""
+    multiple = SD3Policy.size_multiple(vae_config)
+    check_multiple(height, width, multiple)
+    most = transformer_config["pos_embed_max_size"] * multiple
+    if max(height, width) > most:
+        raise UserError(f"rollout.height, rollout.width: {height} x {width}; this model makes at most {most} a side")
+    return height // multiple, width // multiple
+
+
+class SD3Policy(GuidedPolicy):
+    """Guided velocities of an SD3Transformer2DModel as its pipeline asks for them (without skip-layer guidance)."""
+
+    text_length, longest_text = 256, 512
+    lora_targets = (
+        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+    )  # fmt: skip
+
+    @staticmethod
+    def size_multiple(vae_config) -> int:
+        return PATCH * 2 ** (len(vae_config["block_out_channels"]) - 1)
+
+    @torch.no_grad()
+    def embed(self, texts: list[str]) -> Conditioning:
+        embeds, _, pooled, _ = self.pipe.encode_prompt(
+            prompt=texts, prompt_2=None, prompt_3=None, device=self.device, do_classifier_free_guidance=False,
+            max_sequence_length=self.max_sequence_length,
+        )  # fmt: skip
+        return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
+
+    def _tokens(self, height: int, width: int) -> tuple[int, int]:
+        return token_grid(height, width, self.pipe.vae.config, self.pipe.transformer.config)
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        rows, columns = self._tokens(height, width)
+        return self.pipe.transformer.config.in_channels, PATCH * rows, PATCH * columns
+
+    def sigmas(self, num_steps: int, height: int, width: int) -> torch.Tensor:
+        scheduler, (rows, columns) = self.pipe.scheduler, self._tokens(height, width)
+        dynamic = scheduler.config.get("use_dynamic_shifting")
+        scheduler.set_timesteps(num_steps, mu=resolution_shift(scheduler, rows * columns, 1.16) if dynamic else None)
+        return scheduler.sigmas.float().cpu()
+
+    def _forward(self, transformer, x, sigma, conditioning, height, width):
+        # The pipeline leaves timesteps in fp32, 1000 sigma.
+        return transformer(hidden_states=x, timestep=sigma * 1000, **conditioning, return_dict=False)[0]
+
+    def _decode(self, latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        vae = self.pipe.vae
+        x = latents / vae.config.scaling_factor + vae.config.shift_factor
+        return vae.decode(x.to(vae.dtype), return_dict=False)[0]

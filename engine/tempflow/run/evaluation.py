@@ -1,0 +1,179 @@
+"""Held-out evaluation: ODE pictures of fixed prompts from fixed noise, scored, with the first ones kept.
+
+The noise of a prompt depends on the evaluation seed and the prompt's place in the file alone, so base and tuned pictures,
+runs and numbers of ranks compare like with like.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from tempflow.data.prompts import Prompt
+from tempflow.models import Policy
+from tempflow.models.embeddings import EmbeddingCache
+from tempflow.rewards import RewardPool, RewardSpec, combine
+from tempflow.run.logs import write_atomic
+from tempflow.run.means import Mean, gain_of, mean_of
+from tempflow.sampling.noise import INITIAL, key_tensor, noise_key
+from tempflow_kernels import normal
+
+EVAL_SEED = 0
+EVAL_ITERATION = -1  # no training iteration has this number, so evaluation noise is never trained on
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Prompts by index, the weighted reward [n], each reward alone, and its readings; pictures, uint8 [H, W, 3], of some of them.
+
+    reward: NaN where it failed. parts: NaN where a reward failed or does not apply. applies: bool [n] by reward. finite: bool
+    [n], False where there is no image to score.
+    """
+
+    indices: list[int]
+    pictures: dict[int, np.ndarray]
+    finite: np.ndarray
+    reward: np.ndarray
+    parts: dict[str, np.ndarray]
+    applies: dict[str, np.ndarray]
+    details: dict[str, list[str] | None]
+
+    def counts(self) -> list[int]:
+        """Images, those without a reward, and those of them that are not finite."""
+        return [len(self.reward), int(np.isnan(self.reward).sum()), int((~self.finite).sum())]
+
+    def mean(self) -> Mean:
+        """Of the weighted reward, over the prompts."""
+        return mean_of(self.reward)
+
+    def means(self) -> dict[str, Mean]:
+        """Of each reward alone, over the prompts that are for it; rewards that no prompt is for are left out."""
+        return {name: mean_of(values, self.applies[name]) for name, values in self.parts.items() if self.applies[name].any()}
+
+
+def fixed_noise(indices: list[int], shape: tuple[int, ...], device, seed: int = EVAL_SEED) -> torch.Tensor:
+    """Initial latents of evaluation prompts by their place in the file, fp32 [n, *shape]."""
+    keys = key_tensor([noise_key(seed, EVAL_ITERATION, i, 0, INITIAL, 0) for i in indices], device)
+    return normal(keys, torch.Size(shape).numel()).reshape(len(indices), *shape)
+
+
+def draw(
+    policy: Policy, embeddings: EmbeddingCache, prompts: list[Prompt], indices: list[int], *,
+    height: int, width: int, num_steps: int, guidance_scale: float, micro_batch: int, decode_batch: int, seed: int = EVAL_SEED,
+    advance=lambda n: None,
+):  # fmt: skip
+    """Yield (indices, uint8 images, which are finite) of the prompts at `indices`: `micro_batch` are integrated together, and at
+    most `decode_batch` of them decoded and yielded together."""
+    shape = policy.latent_shape(height, width)
+    for first in range(0, len(indices), micro_batch):
+        part = indices[first : first + micro_batch]
+        conditioning = embeddings.get([prompts[i].text for i in part], [prompts[i].negative for i in part])
+        latents = policy.integrate(fixed_noise(part, shape, policy.device, seed), conditioning, height=height, width=width,
+                                   num_steps=num_steps, guidance_scale=guidance_scale)  # fmt: skip
+        for start in range(0, len(part), decode_batch):
+            some = slice(start, start + decode_batch)
+            yield part[some], *policy.decode(latents[some], height, width)
+            advance(len(part[some]))
+
+
+def evaluate(pool: RewardPool, specs: list[RewardSpec], prompts: list[Prompt], drawn, keep: int) -> Scored:
+    """Score what `draw` yields while it goes on drawing; pictures of the first `keep` prompts are kept."""
+    indices, pictures, tickets, finite = [], {}, [], []
+    for part, images, made in drawn:
+        chosen = [prompts[i] for i in part]
+        tickets.append(pool.submit(images, [p.text for p in chosen], [p.metadata for p in chosen], finite=made))
+        indices += part
+        finite.append(made)
+        pictures |= {i: image for i, image in zip(part, images, strict=True) if i < keep}
+    scores = pool.gather(tickets)
+    combined = [combine(score, specs) for score in scores]
+    details = {}
+    for spec in specs:
+        texts = [score[spec.name].details for score in scores]
+        known = any(t is not None for t in texts)
+        details[spec.name] = [text for t, made in zip(texts, finite, strict=True) for text in t or [""] * len(made)] if known else None
+    return Scored(
+        indices, pictures, np.concatenate(finite), np.concatenate([c.values for c in combined]),
+        {spec.name: np.concatenate([c.parts[spec.name] for c in combined]) for spec in specs},
+        {spec.name: np.concatenate([c.applies[spec.name] for c in combined]) for spec in specs}, details,
+    )  # fmt: skip
+
+
+def merge(parts: list[Scored]) -> Scored:
+    """The evaluations of several ranks as one, in the order of the prompts."""
+    order = np.argsort(np.concatenate([p.indices for p in parts]))
+
+    def join(arrays):
+        return np.concatenate(arrays)[order]
+
+    def by_name(of):
+        return {name: join([of(p)[name] for p in parts]) for name in parts[0].parts}
+
+    details = {}
+    for name in parts[0].details:
+        known = any(p.details[name] is not None for p in parts)
+        texts = [np.array(p.details[name] or [""] * len(p.indices), dtype=object) for p in parts]
+        details[name] = list(join(texts)) if known else None
+    return Scored(
+        np.concatenate([p.indices for p in parts])[order].tolist(), {i: picture for p in parts for i, picture in p.pictures.items()},
+        join([p.finite for p in parts]), join([p.reward for p in parts]), by_name(lambda p: p.parts), by_name(lambda p: p.applies), details,
+    )  # fmt: skip
+
+
+def metrics(scored: Scored, base: np.ndarray | None = None) -> dict[str, float]:
+    """What a row of metrics.jsonl says of an evaluation; base: the rewards [n] before training, to which the gain is measured."""
+    total = scored.mean()
+    found = {"eval/reward": total.value, "eval/reward/stderr": total.stderr, "eval/scored": total.scored, "eval/failed": total.failed}
+    found["eval/not_finite"] = int((~scored.finite).sum()) or None
+    for name, one in scored.means().items():
+        found |= {f"eval/{name}": one.value, f"eval/{name}/stderr": one.stderr, f"eval/{name}/scored": one.scored,
+                  f"eval/{name}/failed": one.failed}  # fmt: skip
+    if base is not None:
+        gain = gain_of(base, scored.reward)
+        found |= {"eval/gain": gain.value, "eval/gain/stderr": gain.stderr}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def write_samples(folder: Path, scored: Scored, prompts: list[Prompt], facts: dict) -> None:
+    """Write the pictures and samples.json with `facts` into `folder`, which is new or empty."""
+    folder.mkdir(parents=True, exist_ok=True)
+    items = []
+    for n, index in enumerate(scored.indices):
+        if index not in scored.pictures:
+            continue
+        file = f"{n:04d}.png"
+        Image.fromarray(scored.pictures[index]).save(folder / file)
+        items.append({
+            "prompt": prompts[index].text, "file": file, "reward": _number(scored.reward[n]),
+            "rewards": {name: _number(values[n]) for name, values in scored.parts.items() if scored.applies[name][n]},
+            "details": {name: texts[n] for name, texts in scored.details.items() if texts is not None and scored.applies[name][n]},
+            **{key: prompts[index].metadata[key] for key in ("ocr_target",) if key in prompts[index].metadata},
+        })  # fmt: skip
+    total = scored.mean()
+    content = {**facts, "reward": total.value, "stderr": total.stderr, "scored": total.scored, "failed": total.failed, "items": items}
+    write_atomic(folder / "samples.json", json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False))
+
+
+def replace_samples(run_dir: Path, scored: Scored, prompts: list[Prompt], facts: dict) -> Path:
+    """The sample set of facts["iteration"] in a run's own samples/, all or nothing; one that is there is replaced."""
+    folder = run_dir / "samples" / f"{facts['iteration']:06d}"
+    draft = folder.with_name(f".{folder.name}")
+    shutil.rmtree(draft, ignore_errors=True)  # by a start that was killed
+    try:
+        write_samples(draft, scored, prompts, facts)
+        shutil.rmtree(folder, ignore_errors=True)
+        draft.rename(folder)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    return folder
+
+
+def _number(value) -> float | None:
+    return round(float(value), 6) if np.isfinite(value) else None

@@ -1,0 +1,163 @@
+"""Assembles report.html from a run directory: verdict, numbers, pictures, charts, config."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from functools import cache
+from html import escape
+from pathlib import Path
+from string import Template
+
+from tempflow.run.logs import write_atomic
+from tempflow.run.report import charts
+from tempflow.run.report.run import Run, load_run
+from tempflow.run.report.samples import samples_html
+from tempflow.run.report.thumbnails import Thumbnails
+from tempflow.run.report.verdict import facts, status, tiles, verdict
+
+HERE = Path(__file__).parent
+
+
+def write_report(run_dir) -> Path:
+    """Write run_dir/report.html from what the run directory holds so far, and return its path.
+
+    The file is whole or absent at any moment, loads nothing from anywhere, and stays below 15 MB. An unfinished run,
+    missing metrics, no evaluation and no pictures are all fine; a missing run directory is a UserError.
+    """
+    run = load_run(run_dir)
+    return write_atomic(run.folder / "report.html", render(run))
+
+
+def render(run: Run) -> str:
+    """The page as text."""
+    figures = Figures()
+    reward = figures.html(charts.reward_chart(run), wide=True)
+    body = [samples_html(run, Thumbnails()), _optimisation(run, figures), _exploration(run, figures), _guards(run, figures),
+            _cost(run, figures), _others(run, figures), _configuration(run), _about(run)]
+    return Template(_part("template.html")).substitute(
+        title=escape(f"{run.name}: TempFlow-GRPO run"), name=escape(run.name), style=_part("style.css"),
+        script=_part("charts.js"), status=status(run), verdict=escape(verdict(run)), facts=facts(run), tiles=tiles(run),
+        reward=f"<section>{reward}</section>" if reward else "", switch=_switch(run), body="\n".join(filter(None, body)),
+        data=_json({"frames": charts.frames(run), "charts": figures.drawn}),
+        generated=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"))
+
+
+class Figures:
+    """Collects the charts of the page; each becomes a figure that the script fills."""
+
+    def __init__(self):
+        self.drawn: list[dict] = []
+
+    def html(self, chart: dict | None, wide: bool = False) -> str:
+        if chart is None:
+            return ""
+        self.drawn.append(chart)
+        text = f'<p class="help">{escape(chart["help"])}</p>' if chart.get("help") else ""
+        return f'<figure class="chart{" wide" if wide else ""}"><figcaption><h3>{escape(chart["title"])}</h3>{text}' \
+               f'</figcaption><div class="plot" data-chart="{len(self.drawn) - 1}"></div></figure>'
+
+    def grid(self, many: list[dict]) -> str:
+        return f'<div class="charts">{"".join(self.html(chart) for chart in many)}</div>' if many else ""
+
+
+def _section(anchor: str, title: str, *parts: str) -> str:
+    content = "".join(parts)
+    return f'<section id="{anchor}"><h2>{title}</h2>{content}</section>' if content else ""
+
+
+def _optimisation(run: Run, figures: Figures) -> str:
+    breakdown = charts.breakdown_chart(run)
+    return _section("optimisation", "Optimisation",
+                    figures.grid(([breakdown] if breakdown else []) + charts.small_charts(run, charts.TRAINING)))
+
+
+def _exploration(run: Run, figures: Figures) -> str:
+    heat = figures.html(charts.spread_chart(run))
+    means = [(f"step {step}", charts.mean(values)) for step, values in charts.spread_columns(run)]
+    bars = _bars("Mean spread", "Over all iterations; step 0 is the one nearest to pure noise.", means, "{:.3f}")
+    pair = f'<div class="charts{" uneven" if heat else ""}">{heat}{bars}</div>' if bars else ""
+    return _section("exploration", "Exploration", pair, figures.grid(charts.small_charts(run, charts.SIGNAL)))
+
+
+def _guards(run: Run, figures: Figures) -> str:
+    return _section("guards", "Guards", figures.grid(charts.guard_charts(run)))
+
+
+def _cost(run: Run, figures: Figures) -> str:
+    totals = [(name, sum(value or 0 for value in values)) for name, values in charts.phase_columns(run)]
+    whole = sum(value for _, value in totals) or 1
+    bars = _bars("Time by phase", "Seconds of the whole run.", totals, "{:,.1f}", [value / whole for _, value in totals])
+    drawn = [figures.html(chart) for chart in charts.cost_charts(run)]
+    parts = drawn[:1] + [bars] + drawn[1:] if totals else drawn
+    return _section("cost", "Cost", f'<div class="charts">{"".join(parts)}</div>' if any(parts) else "")
+
+
+def _others(run: Run, figures: Figures) -> str:
+    used = [key for key, *_ in charts.TRAINING + charts.SIGNAL + charts.DIVERSITY + charts.COST]
+    used += [f"eval/{name}" for name in run.watched]
+    many = charts.other_charts(run, used)
+    return f'<details class="block"><summary>{len(many)} more metrics</summary>{figures.grid(many)}</details>' if many else ""
+
+
+def _bars(title: str, text: str, rows: list[tuple[str, float | None]], form: str, shares: list[float] | None = None) -> str:
+    rows = [(name, value) for name, value in rows if value is not None]
+    if not rows:
+        return ""
+    top = max(value for _, value in rows) or 1
+    lines = []
+    for n, (name, value) in enumerate(rows):
+        colour, share = (f"c{n}", f'<td class="num">{shares[n]:.0%}</td>') if shares else ("main", "")
+        lines.append(f'<tr><th scope="row">{escape(name)}</th><td class="track">'
+                     f'<span class="{colour}" style="width:{max(0, value / top):.1%}"></span></td>'
+                     f'<td class="num">{form.format(value)}</td>{share}</tr>')
+    return f'<figure class="chart"><figcaption><h3>{title}</h3><p class="help">{text}</p></figcaption>' \
+           f'<table class="bars"><tbody>{"".join(lines)}</tbody></table></figure>'
+
+
+def _switch(run: Run) -> str:
+    """The choice of x axis, where there is more than one point to look at."""
+    if len(run.rows) < 2:
+        return ""
+    axes = [("iteration", "iterations")] + ([("minutes", "minutes")] if run.minutes[-1] else []) \
+        + ([("images", "rewarded images")] if run.images[-1] else [])
+    options = "".join(f'<label><input type="radio" name="axis" value="{key}"{" checked" if key == "iteration" else ""}>'
+                      f"<span>{text}</span></label>" for key, text in axes)
+    return f'<fieldset class="switch" id="axis"><legend>Charts against</legend>{options}</fieldset>'
+
+
+def _configuration(run: Run) -> str:
+    if not run.config:
+        return ""
+    rows = "".join(f'<tr><th scope="row">{escape(key)}</th><td>{escape(json.dumps(value, ensure_ascii=False))}</td></tr>'
+                   for key, value in flatten(run.config))
+    return f'<details class="block" id="config"><summary>Configuration</summary>' \
+           f'<input type="search" id="config-search" placeholder="Search keys and values" aria-label="Search the configuration">' \
+           f'<table class="pairs"><tbody>{rows}</tbody></table><p class="note" id="config-none" hidden>Nothing found.</p></details>'
+
+
+def flatten(value, prefix: str = "") -> list[tuple[str, object]]:
+    """(dotted key, leaf) pairs of nested sections; lists and empty sections are leaves."""
+    if not isinstance(value, dict) or not value:
+        return [(prefix, value)]
+    return [leaf for key, inner in value.items() for leaf in flatten(inner, f"{prefix}.{key}" if prefix else str(key))]
+
+
+def _about(run: Run) -> str:
+    summary = run.summary or {}
+    rows = [(key, summary.get(key)) for key in ("model", "device")] + list((summary.get("versions") or {}).items())
+    rows = [(key, value) for key, value in rows if value not in (None, "")]
+    lines = "".join(f'<tr><th scope="row">{escape(str(key))}</th><td>{escape(str(value))}</td></tr>' for key, value in rows)
+    table = f'<table class="pairs"><tbody>{lines}</tbody></table>' if lines else ""
+    return f'<details class="block" id="versions"><summary>Versions</summary>{table}</details>' if table else ""
+
+
+def _json(value) -> str:
+    """JSON that no content can end early or turn into markup inside a script element."""
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+@cache
+def _part(name: str) -> str:
+    return (HERE / name).read_text(encoding="utf-8")

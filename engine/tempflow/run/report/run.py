@@ -1,0 +1,159 @@
+"""A run directory as the report reads it: config, rows, sample sets, summary; each may be missing or unfinished."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from tempflow.errors import UserError
+from tempflow.run.logs import read_metrics
+
+
+@dataclass
+class SampleSet:
+    """The pictures of one iteration's model for the held-out prompts: samples/ITER/."""
+
+    iteration: int
+    folder: Path
+    info: dict
+
+    @property
+    def items(self) -> list[dict]:
+        return self.info["items"]
+
+    @property
+    def reward(self) -> float | None:
+        return number(self.info.get("reward"))
+
+
+@dataclass
+class Run:
+    """One run directory; `rows` are sorted by iteration, one per iteration, the last written winning."""
+
+    folder: Path
+    config: dict = field(default_factory=dict)
+    rows: list[dict] = field(default_factory=list)
+    samples: list[SampleSet] = field(default_factory=list)
+    summary: dict | None = None
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    @property
+    def iterations(self) -> int:
+        return self.rows[-1]["iteration"] if self.rows else 0
+
+    def setting(self, section: str, key: str, default=None):
+        values = self.config.get(section)
+        return values.get(key, default) if isinstance(values, dict) else default
+
+    @cached_property
+    def watched(self) -> list[str]:
+        """Names of the rewards that are watched and not trained on."""
+        rewards = self.config.get("rewards")
+        weights = {name: value.get("weight", 1.0) if isinstance(value, dict) else value for name, value in (rewards or {}).items()}
+        return [name for name, weight in weights.items() if weight == 0]
+
+    def column(self, key: str) -> list[float | None]:
+        return [number(row.get(key)) for row in self.rows]
+
+    @cached_property
+    def keys(self) -> list[str]:
+        """Every metric that has at least one number, in order of first appearance."""
+        return list(dict.fromkeys(key for row in self.rows for key, value in row.items() if number(value) is not None))
+
+    @cached_property
+    def images(self) -> list[float]:
+        """Rewarded images up to each row."""
+        total, out = 0.0, []
+        for row in self.rows:
+            total = number(row.get("images/total")) or total + (number(row.get("images")) or 0)
+            out.append(total)
+        return out
+
+    @cached_property
+    def minutes(self) -> list[float]:
+        """Minutes of running up to each row; a clock that a resume set back to zero is carried on."""
+        carried = elapsed = 0.0
+        out = []
+        for row in self.rows:
+            clock = number(row.get("time/elapsed"))
+            if clock is None:
+                clock = elapsed + (number(row.get("time/total")) or 0)
+            elif clock < elapsed:
+                carried += elapsed
+            elapsed = clock
+            out.append((carried + elapsed) / 60)
+        return out
+
+    @cached_property
+    def heldout(self) -> list[tuple[int, float]]:
+        """(iteration, held-out reward) from the metrics, else from the sample sets of iterations that lack it."""
+        found = {sample.iteration: sample.reward for sample in self.samples if sample.reward is not None}
+        if self.summary and number(self.summary.get("base_reward")) is not None:
+            found.setdefault(0, number(self.summary["base_reward"]))
+        found.update({row["iteration"]: number(row["eval/reward"]) for row in self.rows
+                      if number(row.get("eval/reward")) is not None})
+        return sorted(found.items())
+
+    def stderr(self, iteration: int) -> float | None:
+        """Standard error of the held-out reward at an iteration."""
+        return number(next((row.get("eval/reward/stderr") for row in self.rows if row["iteration"] == iteration), None))
+
+    def at(self, iteration: int) -> tuple[float, float]:
+        """(minutes, images) spent when the given iteration had ended."""
+        past = [n for n, row in enumerate(self.rows) if row["iteration"] <= iteration]
+        return (self.minutes[past[-1]], self.images[past[-1]]) if past and iteration else (0.0, 0.0)
+
+
+def load_run(run_dir) -> Run:
+    """Read a run directory; a missing one is a UserError, a missing file in it is not."""
+    folder = Path(run_dir)
+    if not folder.is_dir():
+        raise UserError(f"no run directory at {folder}")
+    rows = {}
+    for position, row in enumerate(read_metrics(folder)):
+        row["iteration"] = int(number(row.get("iteration")) or (0 if "iteration" in row else position + 1))
+        rows[row["iteration"]] = row
+    run = Run(folder, _read_json(folder / "config.json") or {}, [rows[key] for key in sorted(rows)],
+              _sample_sets(folder / "samples"), _read_json(folder / "summary.json"))
+    return _without_leftovers(run)
+
+
+def _without_leftovers(run: Run) -> Run:
+    """Without what an earlier attempt left past the iteration that the run was resumed from."""
+    if run.rows:
+        run.samples = [sample for sample in run.samples if sample.iteration <= run.iterations]
+    if run.summary and (number(run.summary.get("iterations")) or run.iterations) < run.iterations:
+        run.summary = None  # of a run that has since been trained further
+    return run
+
+
+def number(value) -> float | None:
+    """A finite number as float; None for everything else (null, NaN, text, true)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def _sample_sets(folder: Path) -> list[SampleSet]:
+    """The whole sample sets, by iteration; one whose list is missing or cut short was never finished."""
+    sets = []
+    for path in sorted(folder.glob("*/samples.json")):
+        info = _read_json(path)
+        if info and isinstance(info.get("items"), list) and path.parent.name.isdigit():
+            info["items"] = [item for item in info["items"] if isinstance(item, dict) and "file" in item]
+            sets.append(SampleSet(int(path.parent.name), path.parent, info))
+    return sorted(sets, key=lambda sample: sample.iteration)
+
+
+def _read_json(path: Path) -> dict | None:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None

@@ -1,0 +1,180 @@
+"""The pictures of the report: base against tuned for the same prompts and noise, and the way between them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from html import escape
+
+from tempflow.rewards.quotes import quoted_text
+from tempflow.run.report.readings import reading_html
+from tempflow.run.report.run import Run, SampleSet, number
+from tempflow.run.report.thumbnails import Thumbnails
+
+SHOWN = 24
+STRIP_PROMPTS, STRIP_COLUMNS = 6, 8
+SAME = 5e-4  # smaller changes of a reward read 0.000
+
+
+@dataclass
+class Pair:
+    """One prompt with its item of the base's sample set and of the tuned one's."""
+
+    prompt: str
+    base: dict | None
+    tuned: dict | None
+
+    @property
+    def change(self) -> float | None:
+        before, after = (number(item.get("reward")) if item else None for item in (self.base, self.tuned))
+        return None if before is None or after is None else after - before
+
+
+def samples_html(run: Run, thumbnails: Thumbnails) -> str:
+    """The samples section, "" where no sample set was written."""
+    if not run.samples:
+        return ""
+    base, tuned = run.samples[0], run.samples[-1]
+    pairs = match(base, tuned)
+    strip = _strip(run, thumbnails)  # first: the budget should go to what is always shown
+    cards = [_card(pair, base, tuned, thumbnails) for pair in pairs]
+    shown = [card for card in cards if card]
+    more = ""
+    if len(shown) > SHOWN:
+        more = f'<details class="more"><summary>{len(shown) - SHOWN} more prompts</summary>' \
+               f'<div class="grid{" solo" if tuned is base else ""}">{"".join(shown[SHOWN:])}</div></details>'
+    lost = len(cards) - len(shown)
+    note = f'<p class="note">{lost} more not included: missing, or left out to keep this file small.</p>' if lost else ""
+    return f'<section id="samples"><h2>Samples</h2>{_intro(pairs, base, tuned)}' \
+           f'<div class="grid{" solo" if tuned is base else ""}">{"".join(shown[:SHOWN])}</div>{more}{note}{strip}</section>'
+
+
+def match(base: SampleSet, tuned: SampleSet) -> list[Pair]:
+    """Pairs of the tuned set's items with the base's: same place and prompt, else the same prompt elsewhere."""
+    if tuned is base:
+        return [Pair(str(item.get("prompt", "")), item, None) for item in base.items]
+    by_prompt = {item.get("prompt"): item for item in reversed(base.items)}
+    pairs = []
+    for place, item in enumerate(tuned.items):
+        twin = base.items[place] if place < len(base.items) else {}
+        if twin.get("prompt") != item.get("prompt"):
+            twin = by_prompt.get(item.get("prompt"))
+        pairs.append(Pair(str(item.get("prompt", "")), twin, item))
+    return pairs
+
+
+def exact_share(sample: SampleSet) -> float | None:
+    """Share of pictures whose OCR reading is the quoted word, None where the set has no readings."""
+    marks = [_solved(item) for item in sample.items if _reading(item) is not None]
+    return sum(marks) / len(marks) if marks else None
+
+
+def _intro(pairs: list[Pair], base: SampleSet, tuned: SampleSet) -> str:
+    if tuned is base:
+        what = "the model before training" if base.iteration == 0 else f"iteration {base.iteration}"
+        return f'<p class="lead">Pictures of {what}; no later ones have been written yet.</p>'
+    same = all(base.info.get(key) == tuned.info.get(key) for key in ("seed", "num_steps"))
+    noise = "the same prompts and initial noise" if same else "the same prompts, but another seed or step count"
+    changes = [pair.change for pair in pairs if pair.change is not None]
+    up, down = sum(change > SAME for change in changes), sum(change < -SAME for change in changes)
+    count = f" Of {len(changes)} pictures {up} scored higher after training, {down} lower, {len(changes) - up - down} the same."
+    weights = " (averaged weights)" if tuned.info.get("weights") == "ema" else ""
+    before, after = exact_share(base), exact_share(tuned)
+    words = f" Exact words: {before:.0%} before, {after:.0%} after." if None not in (before, after) else ""
+    return f'<p class="lead">Left {_title(base)}, right {_title(tuned)}{weights}: {noise}. The held-out prompts ' \
+           f'come in file order, not picked by result.{count if changes else ""}{words}</p>'
+
+
+def _title(sample: SampleSet) -> str:
+    return "the base model" if sample.iteration == 0 else f"iteration {sample.iteration}"
+
+
+def _card(pair: Pair, base: SampleSet, tuned: SampleSet, thumbnails: Thumbnails) -> str:
+    sides = [_side(item, sample, pair.prompt, thumbnails) for item, sample in ((pair.base, base), (pair.tuned, tuned)) if item]
+    if not all(sides) or not sides:
+        return ""
+    badge = ""
+    if pair.change is not None:
+        kind = "up" if pair.change > SAME else "down" if pair.change < -SAME else "same"
+        badge = f'<span class="change {kind}">{signed(pair.change)}</span>'
+    return f'<article class="pair"><header><p class="prompt" title="{escape(pair.prompt)}">{escape(pair.prompt)}</p>{badge}</header>' \
+           f'<div class="duo">{"".join(sides)}</div></article>'
+
+
+def _side(item: dict, sample: SampleSet, prompt: str, thumbnails: Thumbnails) -> str:
+    thumbnail = thumbnails.get(sample.folder / str(item["file"]))
+    if thumbnail is None:
+        return ""
+    label = "base" if sample.iteration == 0 else f"iteration {sample.iteration}"
+    reading = _reading(item)
+    read = "" if reading is None else reading_html(reading, _target(item, prompt), _solved(item))
+    return f'<figure>{_img(thumbnail, f"{label}: {prompt}")}<figcaption><span class="row">' \
+           f'<span class="who">{label}</span>{_reward(item)}</span>{read}{_parts(item)}</figcaption></figure>'
+
+
+def _img(thumbnail, alt: str) -> str:
+    return f'<img src="{thumbnail.uri}" width="{thumbnail.width}" height="{thumbnail.height}" ' \
+           f'alt="{escape(alt)}">'
+
+
+def _part(item: dict, key: str) -> dict:
+    return item[key] if isinstance(item.get(key), dict) else {}
+
+
+def _reading(item: dict) -> str | None:
+    """What OCR read; where it failed its detail says why, which is no reading."""
+    reading = _part(item, "details").get("ocr")
+    return reading if isinstance(reading, str) and number(_part(item, "rewards").get("ocr")) is not None else None
+
+
+def _target(item: dict, prompt: str) -> str:
+    given = item.get("ocr_target")
+    return given if isinstance(given, str) else quoted_text(prompt)
+
+
+def _solved(item: dict) -> bool:
+    return (number(_part(item, "rewards").get("ocr")) or 0) > 1 - SAME
+
+
+def _reward(item: dict) -> str:
+    value = number(item.get("reward"))
+    return '<span class="num failed">failed</span>' if value is None else f'<span class="num">{value:.3f}</span>'
+
+
+def _parts(item: dict) -> str:
+    """Each reward by name where there is more than one, and what was noted about the picture besides a reading."""
+    rewards, details, read = _part(item, "rewards"), _part(item, "details"), _reading(item) is not None
+    parts = []
+    if len(rewards) > 1:
+        parts = [f"{name} {'failed' if number(value) is None else format(value, '.3f')}" for name, value in rewards.items()]
+    parts += [f"{name}: {str(value)[:120]}" for name, value in details.items() if value not in (None, "") and not (read and name == "ocr")]
+    return f'<span class="parts">{escape(" · ".join(parts))}</span>' if parts else ""
+
+
+def _strip(run: Run, thumbnails: Thumbnails) -> str:
+    """The first prompts through training, where there are sets between the first and the last."""
+    if len(run.samples) < 3:
+        return ""
+    columns = min(STRIP_COLUMNS, len(run.samples))
+    sets = [run.samples[round(n * (len(run.samples) - 1) / (columns - 1))] for n in range(columns)]
+    head = "".join(f'<th scope="col">{"base" if s.iteration == 0 else s.iteration}</th>' for s in sets)
+    body = "".join(f"<tr>{_strip_row(n, sets, thumbnails)}</tr>" for n in range(min(STRIP_PROMPTS, len(sets[0].items))))
+    return f'<h3>Over training</h3><p class="lead">The first prompts, same noise, by iteration.</p>' \
+           f'<div class="scroll" tabindex="0" role="region" aria-label="Samples over training">' \
+           f'<table class="strip"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _strip_row(place: int, sets: list[SampleSet], thumbnails: Thumbnails) -> str:
+    cells = []
+    for sample in sets:
+        item = sample.items[place] if place < len(sample.items) else None
+        thumbnail = thumbnails.get(sample.folder / str(item["file"])) if item else None
+        alt = f"iteration {sample.iteration}: {item.get('prompt', '')}" if item else ""
+        cells.append(f"<td>{_img(thumbnail, alt)}{_reward(item)}</td>" if thumbnail else "<td></td>")
+    return "".join(cells)
+
+
+def signed(value: float, digits: int = 3) -> str:
+    """+0.310, −0.020, 0.000: with a sign that is as wide as a digit."""
+    if abs(value) < 0.5 * 10**-digits:
+        return f"{0:.{digits}f}"
+    return f"{value:+.{digits}f}".replace("-", "−")

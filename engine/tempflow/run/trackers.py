@@ -1,0 +1,184 @@
+"""Copies of a run's metrics and pictures for people who have TensorBoard or W&B open.
+
+They are by-products: what fails after the start is told of once, and the run goes on. Events are written here and now, not in
+TensorBoard's own thread, which prints a traceback when the disk is full and never writes again. Nothing here imports torch,
+tensorboard or wandb before a run asks for them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import socket
+import time
+import uuid
+from pathlib import Path
+from types import ModuleType
+
+from tempflow.errors import UserError
+from tempflow.run.byproducts import ByProducts
+from tempflow.run.logs import AppendFile, plain_row, write_atomic
+
+GRID_COLUMNS, GRID_PICTURES, GRID_SIDE = 8, 32, 256
+
+
+class Trackers:
+    """Copies of metrics and sample pictures to TensorBoard and to W&B; with neither, every call does nothing.
+
+    run_dir      the run directory; events go to its tensorboard/ folder
+    tensorboard  write TensorBoard events
+    wandb        None, or keyword arguments of wandb.init ({"project": "..."}); the run's name, folder and config
+                 are filled in, and a resumed run continues its W&B run
+    byproducts   reports what fails later on
+
+    UserError where a package is missing or W&B cannot start.
+    """
+
+    def __init__(self, run_dir, tensorboard: bool = False, wandb: dict | None = None, byproducts: ByProducts | None = None):
+        self._try = (byproducts or ByProducts()).attempt
+        self._wandb = Wandb(Path(run_dir), wandb) if wandb is not None else None
+        self._board = Board(Path(run_dir) / "tensorboard") if tensorboard else None
+        self._all = {"logging.tensorboard": self._board, "logging.wandb": self._wandb}
+
+    def begin(self, after: int) -> None:
+        """Hide what an earlier attempt wrote past the iteration `after`; -1: all of it."""
+        if self._board:
+            self._try("logging.tensorboard", self._board.begin, after + 1)
+
+    def log(self, metrics: dict) -> None:
+        """Write the finite numbers of one row of metrics.jsonl."""
+        step = int(metrics["iteration"])
+        scalars = {key: value for key, value in plain_row(metrics).items() if _is_number(value) and key != "iteration"}
+        self._each("log", scalars, step)
+
+    def samples(self, folder) -> None:
+        """Write one sample set (a folder with samples.json and its pictures) as a grid, prompts as its caption."""
+        if not (self._board or self._wandb):
+            return
+        info = json.loads((Path(folder) / "samples.json").read_text(encoding="utf-8"))
+        items = info["items"][:GRID_PICTURES]
+        if not items:
+            return
+        grid = picture_grid([Path(folder) / item["file"] for item in items])
+        caption = "\n".join(f"{n + 1}. {item['prompt']}" for n, item in enumerate(items))
+        self._each("samples", grid, caption, info["iteration"])
+
+    def close(self) -> None:
+        self._each("close")
+
+    def __enter__(self) -> Trackers:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()
+
+    def _each(self, method: str, *arguments) -> None:
+        for name, tracker in self._all.items():
+            if tracker:
+                self._try(name, getattr(tracker, method), *arguments)
+
+
+class Board:
+    """TensorBoard's event file; made with its first event, so that a start that fails leaves none."""
+
+    def __init__(self, folder: Path):
+        self._summary = _load("torch.utils.tensorboard.summary", "logging.tensorboard", "tensorboard")
+        self._events = _load("tensorboard.compat.proto.event_pb2", "logging.tensorboard", "tensorboard")
+        self._framed = _load("tensorboard.summary.writer.record_writer", "logging.tensorboard", "tensorboard").RecordWriter(self)
+        self._path = folder / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+        self._file: AppendFile | None = None
+
+    def begin(self, purge_step: int) -> None:
+        """Open the file. Events of older files from `purge_step` on are not shown."""
+        self._add(purge_step, file_version="brain.Event:2")
+        self._add(purge_step, session_log=self._events.SessionLog(status=self._events.SessionLog.START))
+
+    def log(self, scalars: dict, step: int) -> None:
+        for key, value in scalars.items():
+            self._add(step, summary=self._summary.scalar(key, value))
+
+    def samples(self, grid, caption: str, step: int) -> None:
+        import numpy
+
+        self._add(step, summary=self._summary.image("samples", numpy.asarray(grid), dataformats="HWC"))
+        self._add(step, summary=self._summary.text("samples/prompts", caption.replace("\n", "  \n")))
+
+    def write(self, record: bytes) -> None:
+        """Called by the RecordWriter with a whole framed record."""
+        if self._file is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = AppendFile(self._path)
+        self._file.append(record)
+
+    def close(self) -> None:
+        if self._file:
+            self._file.close()
+
+    def _add(self, step: int, **content) -> None:
+        self._framed.write(self._events.Event(wall_time=time.time(), step=step, **content).SerializeToString())
+
+
+class Wandb:
+    """A W&B run, continued where the run directory names one."""
+
+    def __init__(self, run_dir: Path, options: dict):
+        self._module = _load("wandb", "logging.wandb", "wandb")
+        config_file = run_dir / "config.json"
+        config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.exists() else {}
+        defaults = {"name": run_dir.name, "dir": str(run_dir), "config": config, "resume": "allow", "id": _wandb_id(run_dir)}
+        try:
+            self._run = self._module.init(**{**defaults, **options})
+            # A resumed run logs some iterations again; W&B refuses a step that goes back, not a metric that does.
+            self._run.define_metric("iteration")
+            self._run.define_metric("*", step_metric="iteration")
+        except Exception as error:  # of many kinds: no login, no network, an argument that wandb.init does not take
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:500].rstrip(".: ")
+            advice = "log in with `wandb login`, set WANDB_MODE=offline, or set it null"
+            raise UserError(f"logging.wandb: wandb.init failed: {reason}. Its keys are arguments of wandb.init; {advice}") from None
+
+    def log(self, scalars: dict, step: int) -> None:
+        self._run.log({"iteration": step, **scalars})
+
+    def samples(self, grid, caption: str, step: int) -> None:
+        self._run.log({"iteration": step, "samples": self._module.Image(grid, caption=caption)})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _wandb_id(run_dir: Path) -> str:
+    path = run_dir / "wandb_id.txt"
+    if not path.exists():
+        write_atomic(path, uuid.uuid4().hex[:12])
+    return path.read_text(encoding="utf-8").strip()
+
+
+def picture_grid(paths: list, columns: int = GRID_COLUMNS, side: int = GRID_SIDE):
+    """One PIL image with the pictures of `paths` in rows, each at most `side` pixels a side."""
+    from PIL import Image
+
+    pictures = []
+    for path in paths:
+        with Image.open(path) as picture:
+            picture = picture.convert("RGB")
+            picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+            pictures.append(picture)
+    width, height = (2 + max(getattr(p, axis) for p in pictures) for axis in ("width", "height"))
+    columns = min(columns, len(pictures))
+    grid = Image.new("RGB", (columns * width, -(-len(pictures) // columns) * height), "white")
+    for n, picture in enumerate(pictures):
+        grid.paste(picture, (n % columns * width, n // columns * height))
+    return grid
+
+
+def _load(module: str, key: str, package: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        message = f"{key} is set, but {module} cannot be imported ({error}): pip install {package}, or unset {key}"
+        raise UserError(message) from error
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,0 +1,108 @@
+"""The few collectives that the trainer needs, on small host-side values. With one process they do nothing."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import socket
+from typing import TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from tempflow.errors import RankError, UserError, brief
+from tempflow.training.process import device, ended_by_signals
+
+T = TypeVar("T")
+LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what a launcher says in the environment
+
+
+def init_distributed() -> None:
+    """Join the launcher's process group, or make one of a single process where no launcher set it up. UserError where it cannot."""
+    import deepspeed
+
+    # On CPUs DeepSpeed compiles a faster all-reduce at its first start, behind a lock file: a process killed meanwhile leaves
+    # it, and every later start waits for it for ever. Gloo's serves as well.
+    # (`import deepspeed.comm.torch` would give PyTorch itself, which the package holds by that name.)
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update(alone)
+    missing = [name for name in LAUNCH if name not in os.environ]
+    if missing:
+        raise UserError(f"the environment has RANK but not {', '.join(missing)}: start with `deepspeed engine/train.py`, or unset RANK")
+    # NCCL's group is bound to this rank's GPU, but its collectives of objects go through the current one: GPU 0 until told otherwise.
+    device()
+    try:
+        socket.getaddrinfo(os.environ["MASTER_ADDR"], None)  # torch would go on trying a name that nobody knows
+        with ended_by_signals():  # for minutes, while other ranks are missing; nothing is written yet
+            deepspeed.init_distributed(verbose=False)
+    except (RuntimeError, ValueError, OSError) as error:  # of torch's store, or of a backend
+        raise RankError(_cannot_join(error)) from None
+
+
+def _cannot_join(error: Exception) -> str:
+    rank, address, port = (os.environ[name] for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
+    if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+        return (f"port {port} of {address} is taken, perhaps by another run on this machine; choose another for this one: "
+                "`deepspeed --master_port PORT engine/train.py ...`, which torchrun has as well")  # fmt: skip
+    return (f"rank {rank} cannot join the others at {address}:{port} ({type(error).__name__}: {brief(error)}); check --master_addr, "
+            "--master_port, the firewall between the machines, and GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME")  # fmt: skip
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def reduce(values, op: str = "sum") -> np.ndarray:
+    """Element-wise "sum", "max" or "min" over ranks, float64 of the same shape, the same bits on every rank."""
+    array = np.asarray(values, dtype=np.float64)
+    if world_size() == 1:
+        return array
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    tensor = torch.from_numpy(np.array(array, copy=True)).to(device)
+    dist.all_reduce(tensor, getattr(dist.ReduceOp, op.upper()))
+    return tensor.cpu().numpy()
+
+
+def gather_objects(value) -> list | None:
+    """Every rank's value on rank 0, in rank order; None elsewhere."""
+    if world_size() == 1:
+        return [value]
+    gathered = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(value, gathered)
+    return gathered
+
+
+def broadcast(tensor: torch.Tensor, source: int) -> torch.Tensor:
+    """`source`'s values, in place on every rank."""
+    if world_size() > 1:
+        dist.broadcast(tensor, source)
+    return tensor
+
+
+def agree_on(value: T) -> T:
+    """Rank 0's value on every rank."""
+    box = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def first_of_any(value: str | None) -> str | None:
+    """On every rank the value of the first rank that has one."""
+    return agree_on(next(filter(None, gather_objects(value) or []), None))

@@ -1,0 +1,151 @@
+"""A small rollout of a run's own kind, captured: `python -m tempflow.training.rehearse`, for `trainer.rehearsal`.
+
+Reads {"config": ..., "device": ...} from stdin and writes {"refusal": reason or null} as the last line of stdout. The transformer has
+two layers of the checkpoint's config and random weights, in the run's dtype, attention backend and compilation; the rollout is the
+trainer's own, with the run's plan and suffix at a small size. The VAE and the text encoders are not made: embeddings are random,
+images are black.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from tempflow.config import Config, parse_config
+from tempflow.errors import UserError
+
+SIDE = 256  # pixels, at most
+LAYERS = {"num_layers": 2, "num_single_layers": 1}  # FLUX.1 has blocks of two kinds, and then gets one of each
+
+
+def rehearse(config: Config, device: torch.device, capture) -> str | None:
+    """Roll out twice through a graph cache with `capture`; why forwards would not be captured in the run, or None."""
+    from tempflow.data.prompts import Prompt
+    from tempflow.models.embeddings import EmbeddingCache
+    from tempflow.rewards import RewardPool, parse_rewards
+    from tempflow.sampling.graphs import GraphCache
+    from tempflow.training.rollout import Collector
+
+    policy, notes = small_policy(config, device), []
+    config = small_config(config, type(policy).size_multiple(policy.pipe.vae.config))
+    graphs = GraphCache(capture, limit_bytes=config.rollout.graph_limit_mb << 20, verify=config.rollout.graph_verify, note=notes.append)
+    specs = parse_rewards(config.rewards)
+    with RewardPool(specs, **config.reward_pool.pool()) as pool:
+        collector = Collector(config, policy, [Prompt("a word")], EmbeddingCache(policy), pool, specs, note=notes.append, graphs=graphs)
+        for iteration in range(2):
+            collector.collect(iteration, [0])
+    if notes:
+        return notes[0].removeprefix("rollout.graphs: ")
+    return None if graphs.captures else "nothing was captured"
+
+
+def small_config(config: Config, multiple: int) -> Config:
+    """The config with a rollout of a few rows at a small size, and a reward that needs nothing."""
+    table = json.loads(config.model_dump_json())
+    r = table["rollout"]
+    side = multiple * max(1, SIDE // multiple)
+    r |= {"height": min(r["height"], side), "width": min(r["width"], side), "seeds": 2, "children": 2, "micro_batch": 2, "lanes": 1}
+    table |= {"rewards": {"jpeg": 1.0}, "reward_pool": {"workers": 0}}
+    table["eval"]["stop"] = None  # it may wait for another reward
+    return parse_config(table)
+
+
+def small_policy(config: Config, device: torch.device):
+    """The run's policy with two layers on a device, and made-up embeddings of the run's length."""
+    import diffusers
+
+    from tempflow.models import check_text_length, family_of, resolve_dtype
+    from tempflow.models.attention import set_attention_backend
+    from tempflow.training.engine import compile_blocks
+
+    path, dtype = config.model.path, resolve_dtype(config.model.dtype, device)
+    index = diffusers.DiffusionPipeline.load_config(path)
+    parts = {name: None for name, value in index.items() if isinstance(value, (list, tuple))}
+    parts["transformer"] = transformer = _small_transformer(path, getattr(diffusers, index["transformer"][1]), dtype, device)
+    parts["scheduler"] = getattr(diffusers, index["scheduler"][1]).from_pretrained(path, subfolder="scheduler")
+    parts["vae"] = _described(path, getattr(diffusers, index["vae"][1]))
+    policy = family_of(path)(getattr(diffusers, index["_class_name"])(**parts), device=device,
+                             max_sequence_length=check_text_length(path, config.model.max_sequence_length))  # fmt: skip
+    set_attention_backend(transformer, config.model.attention_backend)
+    compile_blocks(transformer, config.rollout.compile)
+    policy.embed = _embeddings(config, policy, dtype)
+    policy.decode = lambda latents, height, width: (np.zeros((len(latents), height, width, 3), np.uint8), np.ones(len(latents), bool))
+    return policy
+
+
+def _small_transformer(path: str, kind, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
+    table = kind.load_config(path, subfolder="transformer")
+    layers = {key: most for key, most in LAYERS.items() if key in table}
+    layers = dict.fromkeys(layers, 1) if len(layers) == 2 else layers
+    table |= {key: min(table[key], most) for key, most in layers.items()}
+    if table.get("dual_attention_layers"):
+        table["dual_attention_layers"] = [0]
+    with torch.device(device):
+        module = kind.from_config(table)
+    kept = set(module._keep_in_fp32_modules or [])
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if tensor.is_floating_point() and not kept & set(name.split(".")):
+            tensor.data = tensor.data.to(dtype)
+    return module
+
+
+@dataclass
+class _Described:
+    """What pipelines and policies ask a VAE for that is not to decode."""
+
+    config: dict
+    temperal_downsample: list | None
+
+
+def _described(path: str, kind) -> _Described:
+    with torch.device("meta"):
+        vae = kind.from_config(kind.load_config(path, subfolder="vae"))
+    return _Described(vae.config, getattr(vae, "temperal_downsample", None))
+
+
+def _embeddings(config: Config, policy, dtype: torch.dtype):
+    from tempflow.estimate.families import Size
+    from tempflow.estimate.model import Model
+
+    r = config.rollout
+    forward = Model(config.model.path).forward(Size(1, r.height, r.width, policy.max_sequence_length), dtype)
+    shapes = {name: forward.arguments[name] for name in forward.conditioning}
+
+    def embed(texts: list[str]) -> dict[str, torch.Tensor]:
+        made = {}
+        for name, like in shapes.items():
+            shape = len(texts), *like.shape[1:]
+            if like.is_floating_point():
+                made[name] = torch.randn(shape, device=policy.device, dtype=dtype)
+            else:  # a mask, which must leave something out to be taken for one
+                made[name] = torch.ones(shape, device=policy.device, dtype=like.dtype)
+                made[name][:, shape[1] // 2 + 1 :] = 0
+        return made
+
+    return embed
+
+
+def main() -> None:
+    from tempflow import cli
+
+    cli.quiet_libraries()
+    request = json.load(sys.stdin)
+    from tempflow.sampling.graphs import CudaCapture
+
+    device = torch.device(request["device"])
+    torch.cuda.set_device(device)
+    try:
+        refusal = rehearse(parse_config(request["config"]), device, CudaCapture())
+    except UserError as error:  # among them the end of a run whose capture failed
+        refusal = str(error)
+    except Exception as error:
+        refusal = f"{type(error).__name__}: {error}"
+    print(json.dumps({"refusal": refusal}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
