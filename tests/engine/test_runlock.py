@@ -123,10 +123,11 @@ HERE, DEAD = socket.gethostname(), 2**22 + 1  # above the highest pid
 
 
 @pytest.mark.parametrize("host, pid, age, refused", [
-    (HERE, os.getpid(), 0, True), (HERE, os.getpid(), 10**6, True), (HERE, DEAD, 0, False),
+    (HERE, "own", 0, True), (HERE, "own", 10**6, True), (HERE, DEAD, 0, False),
     ("elsewhere", DEAD, 0, True), ("elsewhere", DEAD, 10**6, False), (None, None, 0, False),
 ])  # fmt: skip
 def test_without_locks_the_record_decides(tmp_path, no_flock, host, pid, age, refused):
+    pid = os.getpid() if pid == "own" else pid
     lock = tmp_path / "one/.lock"
     lock.parent.mkdir()
     lock.write_text(json.dumps({"host": host, "pid": pid, "started": "today"}) if host else "")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from PIL import Image
 from tempflow.errors import UserError
 from tempflow.models.arguments import as_negative_prompts, as_prompts, check_latents, finite_number, positive_int
 from tempflow.sampling.steps import ode_coefficients
+from tempflow.types import Size
 from tempflow_kernels import sde_step
 
 TILE, NO_IMAGE = 8, (255, 0, 255)  # pixels a side and color of the tiles that stand for a missing image
@@ -133,6 +135,10 @@ class Policy(ABC):
         images[~finite] = no_image(height, width)
         return images, finite
 
+    def at(self, size: Size, guidance_scale: float) -> Sampler:
+        """The policy at one image size and guidance scale."""
+        return Sampler(self, size, guidance_scale)
+
     @torch.no_grad()
     def integrate(
         self, x: torch.Tensor, conditioning: Conditioning, *, height: int, width: int, num_steps: int,
@@ -176,3 +182,32 @@ class Policy(ABC):
         if not finite.all():
             warnings.warn(f"{(~finite).sum()} of {len(finite)} images hold NaN or infinity; a checkerboard stands for each", stacklevel=2)
         return [Image.fromarray(image) for image in images]
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A policy at one image size and guidance scale: all that the scheduler, the updater and evaluations see of it."""
+
+    policy: Policy
+    size: Size
+    guidance_scale: float
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Of one latent."""
+        return self.policy.latent_shape(self.size.height, self.size.width)
+
+    def sigmas(self, num_steps: int) -> torch.Tensor:
+        """The sampling grid, fp32 [num_steps + 1] on the CPU, from 1 to 0."""
+        return self.policy.sigmas(num_steps, self.size.height, self.size.width)
+
+    def velocity(self, transformer, x: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning, dtype=None) -> torch.Tensor:
+        """v of a batch of rows, as `Policy.velocity`."""
+        return self.policy.velocity(
+            transformer, x, sigma, conditioning, height=self.size.height, width=self.size.width,
+            guidance_scale=self.guidance_scale, dtype=dtype,
+        )  # fmt: skip
+
+    def decode(self, latents: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Images of final latents and which of them are finite, as `Policy.decode`."""
+        return self.policy.decode(latents, self.size.height, self.size.width)

@@ -1,0 +1,218 @@
+"""The data that the parts of a run hand to each other: frozen, with the meaning of every field beside it.
+
+Nothing here computes a method. A plan makes rows, `sampling.scheduler` turns rows into states, `Slots` numbers their
+children alike on every rank, rewards and advantages are arrays over those slots, and an objective weighs states with them.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of one image, or of one video."""
+
+    height: int
+    """In pixels."""
+    width: int
+    """In pixels."""
+    frames: int = 1
+    """1 for an image."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One (prompt, seed) of an iteration: what is dealt to ranks."""
+
+    index: int
+    """Its place in the iteration."""
+    prompt: int
+    """Its prompt's place among the iteration's prompts."""
+    prompt_id: int
+    """Its prompt's place in the prompt file."""
+    seed: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One latent that is integrated to sigma = 0."""
+
+    unit: Unit
+    """The unit whose initial noise it starts from."""
+    start: int = 0
+    """The step at which it leaves its parent; 0 without one."""
+    noise: frozenset[int] = frozenset()
+    """The steps that it takes by the SDE; all others follow the ODE. A child's first step is `start`."""
+    parent: int | None = None
+    """The row that it branches off, by its place in the list of the unit's rows; None: it starts from the initial noise."""
+    path: tuple[int, ...] = ()
+    """Names its noise: two rows of a unit that take noise at the same step need different paths."""
+
+
+@dataclass(frozen=True)
+class State:
+    """What training forwards once: a latent and the B children that left it.
+
+    The scalars tie the children to the velocity there: log p_i is the log density of y_i under N(a x + b v, tau^2).
+    """
+
+    unit: Unit
+    step: int
+    """Its place in the sampling grid, which decides its weight in the loss."""
+    sigma: float
+    a: float
+    b: float
+    tau: float
+    x: torch.Tensor
+    """fp32 [...]."""
+    children: torch.Tensor
+    """fp32 [B, ...]."""
+    slots: np.ndarray
+    """int [B]: the children's places in `Slots`."""
+    log_prob: torch.Tensor | None = None
+    """fp32 [B], under the rollout's own velocity; None where the rollout has none."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A row that has reached sigma = 0, for objectives that learn from finished latents."""
+
+    unit: Unit
+    latent: torch.Tensor
+    """fp32 [...]."""
+    slot: int
+    """Its place in `Slots`."""
+
+
+@dataclass(frozen=True)
+class Slots:
+    """One line per child of a state, of all ranks and the same on every rank: what rewards and advantages are arrays over."""
+
+    prompt: np.ndarray
+    """int [n]: place among the iteration's prompts."""
+    seed: np.ndarray
+    """int [n]."""
+    step: np.ndarray
+    """int [n]: the step at which the child took its noise; -1 where the slots are endpoints."""
+    state: np.ndarray
+    """int [n]: number of the state that it left."""
+    child: np.ndarray
+    """int [n]: its number among the state's children."""
+    leaves: tuple[tuple[int, ...], ...] = field(repr=False, default=())
+    """n tuples: the rows below it, numbered over all units, whose rewards are its own."""
+
+    OVER = {"state": ("state",), "seed": ("prompt", "seed", "step"), "prompt": ("prompt", "step"), "step": ("step",)}
+
+    def __len__(self) -> int:
+        return len(self.state)
+
+    def groups(self, over: str) -> np.ndarray:
+        """int [n], labels from 0 on in order of first appearance: slots whose rewards are normalised together.
+
+        "state" has the children of one state together, "seed" those of one prompt, seed and step, "prompt" those of one prompt
+        and step, "step" all of one step.
+        """
+        keys = np.stack([getattr(self, name) for name in self.OVER[over]], axis=1)
+        _, first, inverse = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+        return np.argsort(np.argsort(first))[inverse.reshape(-1)]
+
+    def steps(self) -> list[int]:
+        """The different steps, rising."""
+        return np.unique(self.step).tolist()
+
+    def means(self, rewards: np.ndarray) -> np.ndarray:
+        """Each slot's reward, [n], from those of all rows: the mean of the finite ones below it; NaN where none is.
+
+        rewards: float64 [..., rows]. Returns [..., n].
+        """
+        found = np.full((*rewards.shape[:-1], len(self)), np.nan)
+        for slot, rows in enumerate(self.leaves):
+            below = rewards[..., list(rows)]
+            known = np.isfinite(below)
+            total = np.where(known, below, 0.0).sum(-1)
+            np.divide(total, known.sum(-1), out=found[..., slot], where=known.any(-1))
+        return found
+
+
+def slots_of(units: list[list[Row]], endpoints: bool = False) -> Slots:
+    """The slots of an iteration; units: the rows of each of its units, in the units' order.
+
+    endpoints: one slot per row, whatever noise it took.
+    """
+    lines, leaves, offset, states = [], [], 0, 0
+    for rows in units:
+        if endpoints:
+            lines += [(row.unit.prompt, row.unit.seed, -1, states + n, 0) for n, row in enumerate(rows)]
+            leaves += [(offset + n,) for n in range(len(rows))]
+            states += len(rows)
+        else:
+            below = _branches(rows)
+            for (_, step), members in states_of(rows).items():
+                for child, row in enumerate(members):
+                    lines.append((rows[row].unit.prompt, rows[row].unit.seed, step, states, child))
+                    leaves.append(tuple(offset + leaf for leaf in sorted(_leaves(row, step, below))))
+                states += 1
+        offset += len(rows)
+    columns = np.array(lines, dtype=np.int64).reshape(-1, 5).T
+    return Slots(*columns, leaves=tuple(leaves))
+
+
+def states_of(rows: list[Row]) -> dict[tuple[int, int], list[int]]:
+    """The states of a unit's rows, by (row, step), in order of step and row: the rows that take noise there, as its children.
+
+    A row that goes on by the SDE is the first child of its own state; rows that branch off there follow.
+    """
+    found = defaultdict(list)
+    for n, row in enumerate(rows):
+        for step in sorted(row.noise):
+            if row.parent is not None and step == row.start:
+                found[row.parent, step].append(n)
+            else:
+                found[n, step].insert(0, n)
+    return {key: found[key] for key in sorted(found, key=lambda key: (key[1], key[0]))}
+
+
+def _branches(rows: list[Row]) -> dict[int, list[int]]:
+    below = defaultdict(list)
+    for n, row in enumerate(rows):
+        if row.parent is not None:
+            below[row.parent].append(n)
+    return below, rows
+
+
+def _leaves(row: int, step: int, tree) -> list[int]:
+    """The rows that share what `row` is after `step`: itself and all that branch off later, or off those."""
+    below, rows = tree
+    return [row] + [leaf for child in below[row] if rows[child].start > step for leaf in _leaves(child, rows[child].start - 1, tree)]
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """Rewards of all ranks by slot; NaN where one failed."""
+
+    total: np.ndarray
+    """float64 [n]: the weighted sum."""
+    parts: dict[str, np.ndarray]
+    """float64 [n] each: every reward that is trained on, unweighted."""
+    weights: dict[str, float]
+    applies: dict[str, np.ndarray]
+    """bool [n] each: whether the reward is for the slot's prompt."""
+
+
+@dataclass(frozen=True)
+class Advantages:
+    """What an iteration learns from, by slot."""
+
+    values: np.ndarray
+    """float32 [n]; 0 where masked."""
+    valid: np.ndarray
+    """bool [n]: False where a reward failed."""
+    zero_spread: np.ndarray
+    """bool [groups]: groups whose valid rewards are all equal."""
+    spread: dict[int, float]
+    """Mean standard deviation of the groups of each step; NaN where none is valid."""
