@@ -63,7 +63,7 @@ class Process:
         """Do it; False where there is nobody to do it to yet. A worker's death does not end the run."""
         everybody = psutil.Process(self.launcher.pid).children(recursive=True)
         ranks = [p for p in everybody if "--local_rank" in " ".join(_command(p)) and "launch" not in " ".join(_command(p)[:4])]
-        workers = [p for p in everybody if "tempflow.rewards.worker" in _command(p)]
+        workers = [p for p in everybody if "tempflow.rewards.worker_main" in _command(p)]
         victims = {FAULTS[0]: [psutil.Process(self.launcher.pid), *everybody], FAULTS[1]: ranks[-1:], FAULTS[2]: ranks,
                    FAULTS[3]: rng.sample(workers, 1) if workers else []}[fault]  # fmt: skip
         for victim in victims:

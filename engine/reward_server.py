@@ -18,7 +18,7 @@ from tempflow.arguments import filled, positive, whole
 from tempflow.config import strict_json
 from tempflow.errors import VALUE, UserError, shortened
 from tempflow.rewards import RewardSpec, parse_rewards
-from tempflow.rewards.web import token_of
+from tempflow.rewards.http.client import token_of
 
 
 def parse_args() -> argparse.Namespace:
@@ -57,10 +57,10 @@ def main() -> int:
     try:
         import uvicorn
 
-        from tempflow.rewards.serving.app import Limits, create_app
+        from tempflow.rewards.http.server import Limits, create_app
     except ModuleNotFoundError as error:
         raise UserError(f"the reward server needs {error.name}: pip install fastapi uvicorn") from None
-    from tempflow.rewards.serving import Batcher
+    from tempflow.rewards.http.batching import Batcher
 
     limits = Limits(args.max_request_mb << 20, int(args.max_megapixels * 1e6), args.memory_mb << 20, args.timeout_s)
     gpus = args.gpus.split(",") if args.gpus else [""] * args.workers

@@ -16,7 +16,7 @@ import numpy as np
 
 from tempflow.errors import UserError
 from tempflow.rewards import Reward, Scores
-from tempflow.rewards.protocol import locate
+from tempflow.rewards.base import locate
 
 # COCO's classes in their order, under the names that GenEval's prompts use.
 CLASSES = """person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,bench,bird,

@@ -28,8 +28,8 @@ from transformers import AutoTokenizer
 from tempflow.errors import UserError
 from tempflow.rewards import RewardPool, RewardSpec, build_reward
 from tempflow.rewards.neural import convert
-from tempflow.rewards.process import rank_gpu
 from tempflow.rewards.registry import load_rewards
+from tempflow.rewards.workers import rank_gpu
 
 MEAN, STD = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
 PROMPTS = ["a cat", "two dogs on a hill", "a cat", "a b " * 60, "a man, 30 years old"]

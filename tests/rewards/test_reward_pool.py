@@ -107,13 +107,13 @@ def test_fault_is_retried_and_a_worker_that_answers_is_kept(fault, words, tmp_pa
     spec = faulty(tmp_path, fault, times=1)
     with pool_of(spec, timeout_s=2.0 if fault == "hanging" else 30.0) as pool:
         pool.wait_ready()
-        (before,) = pool.worker_pids
+        (before,) = pool.workers.pids
         (scores,) = pool.gather([pool.submit(*batch(1, 2, 3))])
         assert scores[spec.name].values.tolist() == [1, 1, 1]
         assert pool.failures == 0
         assert words in pool.last_error
         kept = fault in ANSWERS
-        assert (pool.worker_pids == [before]) == kept and alive(before) == kept
+        assert (pool.workers.pids == [before]) == kept and alive(before) == kept
 
 
 @pytest.mark.parametrize("fault", ["raising", "nan", "killed"])
@@ -123,7 +123,7 @@ def test_fault_that_stays_is_a_mask(fault, tmp_path):
     spec = faulty(tmp_path, fault, times=3)
     with pool_of(spec, "faulty_rewards:first_pixel", retries=2) as pool:
         pool.wait_ready()
-        before = pool.worker_pids
+        before = pool.workers.pids
         first, second = pool.gather([pool.submit(*batch(1, 2, 3)), pool.submit(*batch(4, 5))])
         assert np.isnan(first[spec.name].values).all() and len(first[spec.name].values) == 3
         assert first[spec.name].details[0].startswith("not scored: ")
@@ -131,7 +131,7 @@ def test_fault_that_stays_is_a_mask(fault, tmp_path):
         assert second[spec.name].values.tolist() == [1, 1]
         assert pool.failures == 3
         assert {**ANSWERS, **BREAKDOWNS}[fault] in pool.last_error
-        assert (pool.worker_pids == before) == (fault == "nan")
+        assert (pool.workers.pids == before) == (fault == "nan")
 
 
 def test_details_of_a_batch_without_scores_are_kept():
@@ -144,17 +144,17 @@ def test_details_of_a_batch_without_scores_are_kept():
 def test_partly_nan_keeps_the_rest():
     with pool_of("faulty_rewards:PartlyNan") as pool:
         pool.wait_ready()
-        before = pool.worker_pids
+        before = pool.workers.pids
         (scores,) = pool.gather([pool.submit(*batch(1, 2, 3))])
         values = scores["faulty_rewards:PartlyNan"].values
         assert np.isnan(values).tolist() == [True, False, False]
-        assert pool.failures == 1 and pool.worker_pids == before
+        assert pool.failures == 1 and pool.workers.pids == before
 
 
 def test_idle_worker_killed_from_outside():
     with pool_of("faulty_rewards:first_pixel") as pool:
         pool.wait_ready()
-        os.kill(pool.worker_pids[0], signal.SIGKILL)
+        os.kill(pool.workers.pids[0], signal.SIGKILL)
         (scores,) = pool.gather([pool.submit(*batch(9))])
         assert scores["faulty_rewards:first_pixel"].values.tolist() == [9]
         assert pool.failures == 0
@@ -164,7 +164,7 @@ def test_stopped_worker_with_a_batch_larger_than_the_pipe():
     """A worker that does not even read must not block the pool: the time-out covers the sending too."""
     with pool_of("faulty_rewards:first_pixel", timeout_s=2.0) as pool:
         pool.wait_ready()
-        os.kill(pool.worker_pids[0], signal.SIGSTOP)
+        os.kill(pool.workers.pids[0], signal.SIGSTOP)
         images = np.full((2, 512, 512, 3), 6, np.uint8)
         (scores,) = pool.gather([pool.submit(images, ["a", "b"], [{}, {}])])
         assert scores["faulty_rewards:first_pixel"].values.tolist() == [6, 6]
@@ -226,7 +226,7 @@ def test_batches_that_make_no_sense(images, prompts):
 def test_close_with_work_in_flight():
     pool = pool_of(RewardSpec("faulty_rewards:Slow", 1.0, {"seconds": 60}))
     pool.wait_ready()
-    pids = pool.worker_pids
+    pids = pool.workers.pids
     tickets = [pool.submit(*batch(1)) for _ in range(3)]
     start = time.monotonic()
     pool.close()
@@ -241,7 +241,7 @@ def test_close_while_starting():
     pool = pool_of("faulty_rewards:StartsSlowly")
     start = time.monotonic()
     pool.close()
-    assert time.monotonic() - start < 10 and pool.worker_pids == []
+    assert time.monotonic() - start < 10 and pool.workers.pids == []
 
 
 PARENT = """
@@ -256,7 +256,7 @@ if {fork} and os.fork() == 0:
     time.sleep(15)
     os._exit(0)
 try:
-    print(*pool.worker_pids, flush=True)
+    print(*pool.workers.pids, flush=True)
     while True:
         time.sleep(0.1)
 except KeyboardInterrupt:

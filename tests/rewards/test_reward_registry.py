@@ -9,7 +9,7 @@ from reward_helpers import refused
 
 from tempflow.errors import UserError
 from tempflow.rewards import RewardSpec, build_reward, check_prompts, parse_rewards
-from tempflow.rewards.protocol import Scores, as_scores
+from tempflow.rewards.base import Scores, as_scores
 from tempflow.rewards.registry import load_rewards
 
 IMAGES = np.zeros((2, 4, 4, 3), np.uint8)

@@ -29,10 +29,10 @@ from reward_helpers import answering, refused
 
 from tempflow.errors import UserError
 from tempflow.rewards import RewardPool, RewardSpec, Scores, build_reward
-from tempflow.rewards.serving import Batcher
-from tempflow.rewards.serving.app import Limits, create_app
-from tempflow.rewards.web import ServiceError
-from tempflow.rewards.wire import encode_png, read_answer, write_answer
+from tempflow.rewards.http.batching import Batcher
+from tempflow.rewards.http.client import ServiceError
+from tempflow.rewards.http.protocol import encode_png, read_answer, write_answer
+from tempflow.rewards.http.server import Limits, create_app
 
 SCRIPT = Path(__file__).parents[2] / "engine/reward_server.py"
 TOKEN = "s3cret-token"

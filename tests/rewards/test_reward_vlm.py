@@ -14,7 +14,7 @@ from PIL import Image
 from reward_helpers import answering, refused
 
 from tempflow.rewards import RewardPool, RewardSpec, build_reward
-from tempflow.rewards.web import ServiceError
+from tempflow.rewards.http.client import ServiceError
 
 NAN = float("nan")
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 8, 6, 3), np.uint8)

@@ -13,9 +13,9 @@ from safetensors import safe_open
 
 from tempflow.config import Config
 from tempflow.estimate.item import Item
+from tempflow.rewards.base import Reward
 from tempflow.rewards.neural.base import ModelReward
 from tempflow.rewards.neural.weights import weight_files
-from tempflow.rewards.protocol import Reward
 from tempflow.rewards.registry import RewardSpec, build_reward, parse_rewards
 
 CONTEXT = 500_000_000  # bytes that a process takes for its CUDA context before its first tensor; 0.4 to 0.6 GB on recent cards

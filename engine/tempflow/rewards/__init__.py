@@ -6,11 +6,11 @@ processes; `combine` makes the weighted sum. A new reward is a subclass of `Rewa
 in the config as `my_module:MyReward`. Importing this package loads neither torch nor any reward's model.
 """
 
+from tempflow.rewards.base import Reward, Scores
 from tempflow.rewards.combine import Combined, combine
 from tempflow.rewards.fit import applies, check_asked, check_prompts, fits, kinds_of
 from tempflow.rewards.pool import RewardPool, Ticket
 from tempflow.rewards.probe import probe
-from tempflow.rewards.protocol import Reward, Scores
 from tempflow.rewards.registry import RewardSpec, build_reward, check_watched, parse_rewards
 
 __all__ = [

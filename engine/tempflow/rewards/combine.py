@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tempflow.rewards.protocol import Scores
+from tempflow.rewards.base import Scores
 from tempflow.rewards.registry import RewardSpec
 
 

@@ -11,7 +11,7 @@ import difflib
 import numpy as np
 
 from tempflow.errors import UserError, shown
-from tempflow.rewards.protocol import locate
+from tempflow.rewards.base import locate
 from tempflow.rewards.registry import RewardSpec, build_reward
 
 KEY = "rewards"

@@ -7,7 +7,7 @@ import io
 import numpy as np
 
 from tempflow.errors import UserError, shown
-from tempflow.rewards.protocol import Reward, Scores
+from tempflow.rewards.base import Reward, Scores
 
 
 class JpegReward(Reward):

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from tempflow.errors import UserError, shown
+from tempflow.rewards.base import Reward, Scores, locate
 from tempflow.rewards.normal_form import normalise, similarity
-from tempflow.rewards.protocol import Reward, Scores, locate
 from tempflow.rewards.quotes import ACCEPTED, Unreadable, read_quotes
 
 RECOGNISER = "PP-OCRv6_rec_small.onnx"

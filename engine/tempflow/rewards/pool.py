@@ -3,7 +3,7 @@
 One thread a worker hands it batches from a shared queue and waits for it, so submitting never blocks. What
 goes wrong ends as a mask: where the reward raises, answers nonsense or NaN for every picture, or its worker dies or hangs,
 the batch is tried again after a pause, and when all tries are spent its values are NaN and counted. When a worker is
-replaced is `process.py`'s affair. Batches are neither split nor merged: their size is the caller's choice, and one
+replaced is `workers.py`'s affair. Batches are neither split nor merged: their size is the caller's choice, and one
 batch occupies one worker.
 """
 
@@ -18,11 +18,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from tempflow.errors import UserError
-from tempflow.rewards.crew import Crew
+from tempflow.rewards.base import Scores, as_scores
 from tempflow.rewards.fit import applies
-from tempflow.rewards.process import WorkerProcess, rank_gpu
-from tempflow.rewards.protocol import Scores, as_scores
 from tempflow.rewards.registry import RewardSpec, build_reward, load_rewards
+from tempflow.rewards.workers import WorkerProcess, Workers, rank_gpu
 
 NOT_FINITE = "not scored: the image holds NaN or infinity"
 
@@ -105,7 +104,7 @@ class RewardPool:
         self._local = load_rewards(self._specs, threads_per_worker) if workers == 0 else {}
         gpu = rank_gpu() if any(spec.options.get("device") == "cuda" for spec in self._specs) else ""
         self._size = workers
-        self._crew = Crew(self._specs, self._serve, gpus=[gpu] * workers, threads=threads_per_worker, start_timeout_s=start_timeout_s)
+        self.workers = Workers(self._specs, self._serve, gpus=[gpu] * workers, threads=threads_per_worker, start_timeout_s=start_timeout_s)
 
     def __enter__(self) -> RewardPool:
         return self
@@ -123,14 +122,9 @@ class RewardPool:
         """Text of the last thing that went wrong in a worker, retried with success or not."""
         return self._last_error
 
-    @property
-    def worker_pids(self) -> list[int]:
-        """Process ids of the running workers."""
-        return self._crew.pids
-
     def wait_ready(self) -> None:
         """Wait until every worker has loaded its rewards; `UserError` with the reason if one cannot."""
-        self._crew.wait_ready()
+        self.workers.wait_ready()
 
     def submit(
         self, images: np.ndarray, prompts: list[str], metadata: list[dict], *, finite: np.ndarray | None = None,
@@ -176,7 +170,7 @@ class RewardPool:
         self._closed.set()
         for _ in range(self._size):
             self._tasks.put(None)
-        self._crew.close()
+        self.workers.close()
 
     def _serve(self, worker: WorkerProcess) -> None:
         """Score what is queued until told to stop."""

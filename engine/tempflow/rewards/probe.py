@@ -9,9 +9,9 @@ from __future__ import annotations
 import numpy as np
 
 from tempflow.errors import UserError
+from tempflow.rewards.base import BadScores
 from tempflow.rewards.fit import applies
 from tempflow.rewards.pool import RewardPool
-from tempflow.rewards.protocol import BadScores
 from tempflow.rewards.registry import RewardSpec
 
 IMAGES = 2  # with one, [1, 1] and a single number would pass for [1] in careless code

@@ -16,14 +16,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from tempflow.errors import UserError, shown
-from tempflow.rewards.protocol import FunctionReward, Reward
+from tempflow.rewards.base import FunctionReward, Reward
 
 REWARDS = {
     "aesthetic": "tempflow.rewards.neural.clip:Aesthetic",
     "clipscore": "tempflow.rewards.neural.clip:ClipScore",
     "hpsv2": "tempflow.rewards.neural.clip:HpsV2",
     "hpsv3": "tempflow.rewards.neural.hpsv3:HpsV3",
-    "http": "tempflow.rewards.remote:HttpReward",
+    "http": "tempflow.rewards.http.client:HttpReward",
     "imagereward": "tempflow.rewards.neural.imagereward:ImageReward",
     "jpeg": "tempflow.rewards.jpeg:JpegReward",
     "ocr": "tempflow.rewards.ocr:OcrReward",

@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from tempflow.errors import UserError, shown
-from tempflow.rewards.protocol import Reward, Scores
-from tempflow.rewards.web import LONGEST_S, Service, ServiceError, checked_url, token_of, wait_for
-from tempflow.rewards.wire import encode_png
+from tempflow.rewards.base import Reward, Scores
+from tempflow.rewards.http.client import LONGEST_S, Service, ServiceError, checked_url, token_of, wait_for
+from tempflow.rewards.http.protocol import encode_png
 
 RATE = """You judge pictures that were generated from a prompt. The prompt is:
 

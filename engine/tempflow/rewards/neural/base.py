@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from tempflow.errors import UserError
-from tempflow.rewards.protocol import Reward, Scores
+from tempflow.rewards.base import Reward, Scores
 
 _DEVICES = ("cpu", "cuda")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from tempflow.errors import UserError
+from tempflow.rewards.base import locate
 from tempflow.rewards.neural.base import ModelReward
 from tempflow.rewards.neural.heads import Head
 from tempflow.rewards.neural.weights import build, fetch, read_config, read_processor, read_tensors, read_tokenizer
-from tempflow.rewards.protocol import locate
 
 REWARD_TOKEN = "<|Reward|>"
 PIXELS = 256 * 28 * 28  # the area a picture is resized to, its sides multiples of 28

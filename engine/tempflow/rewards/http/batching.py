@@ -2,7 +2,7 @@
 
 A request's pictures are queued in pieces of at most one batch. A free worker takes the oldest piece and waits a few
 milliseconds for others of the same picture size to fill its batch. Where a batch of several pieces fails, each is
-scored again alone, so that one request cannot spoil another. When a worker is replaced is `process.py`'s affair.
+scored again alone, so that one request cannot spoil another. When a worker is replaced is `workers.py`'s affair.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tempflow.rewards.crew import Crew
-from tempflow.rewards.process import WorkerProcess
-from tempflow.rewards.protocol import Scores
+from tempflow.rewards.base import Scores
 from tempflow.rewards.registry import RewardSpec
+from tempflow.rewards.workers import WorkerProcess, Workers
 
 
 class ScoringFailed(Exception):
@@ -52,12 +51,12 @@ class Batcher:
         self._changed = threading.Condition()
         self._closed = False
         self._counts = Counter(pictures=0, batches=0, failed_batches=0)
-        self._crew = Crew([spec], self._serve, gpus=gpus, threads=threads, start_timeout_s=start_timeout_s)
+        self._workers = Workers([spec], self._serve, gpus=gpus, threads=threads, start_timeout_s=start_timeout_s)
 
     @property
     def healthy(self) -> bool:
         """Whether a worker is left that could be started when last needed."""
-        return self._crew.healthy
+        return self._workers.healthy
 
     def counts(self) -> dict[str, int]:
         """Pictures and batches scored, batches that failed, pieces waiting."""
@@ -66,7 +65,7 @@ class Batcher:
 
     def wait_ready(self) -> None:
         """Wait until every worker has loaded the reward; `UserError` with the reason if one cannot."""
-        self._crew.wait_ready()
+        self._workers.wait_ready()
 
     def submit(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> list[Future]:
         """Queue the pictures of a request; a future of `Scores` per piece, in order, or of ScoringFailed."""
@@ -84,7 +83,7 @@ class Batcher:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self._crew.close()
+        self._workers.close()
         for piece in self._queue:
             _settle(piece, ScoringFailed("the server was stopped"))
 

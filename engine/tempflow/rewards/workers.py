@@ -1,4 +1,5 @@
-"""The parent's handle on one reward worker process: start it, exchange messages with it, end it, start it anew.
+"""Reward worker processes seen from their parent: `WorkerProcess` starts one, exchanges messages with it, ends it and starts it
+anew; `Workers` holds several that load their rewards side by side, each driven by a thread of its own.
 
 A new process loads its models anew, gigabytes perhaps. So one that answers is kept, whatever it answers, until it has failed
 `FAILURES_IN_A_ROW` batches: the state of a GPU, for one, can be past repair without the process ending.
@@ -12,9 +13,12 @@ import subprocess
 import sys
 import tempfile
 import threading
+from concurrent.futures import Future
 from multiprocessing import Pipe
+from typing import Callable
 
-from tempflow.rewards.protocol import Scores
+from tempflow.errors import UserError
+from tempflow.rewards.base import Scores
 from tempflow.rewards.registry import RewardSpec
 
 FAILURES_IN_A_ROW = 3
@@ -99,7 +103,7 @@ class WorkerProcess:
     def _spawn(self) -> None:
         self._connection, theirs = Pipe()
         self._output = tempfile.TemporaryFile()
-        command = [sys.executable, "-m", "tempflow.rewards.worker", str(theirs.fileno()), str(os.getpid())]
+        command = [sys.executable, "-m", "tempflow.rewards.worker_main", str(theirs.fileno()), str(os.getpid())]
         with self._lock, theirs:
             if self._closed:
                 raise WorkerFailure("the reward workers are closed")
@@ -150,6 +154,64 @@ class WorkerProcess:
         size = os.fstat(descriptor).st_size
         tail = os.pread(descriptor, _STDERR_TAIL, max(0, size - _STDERR_TAIL)).decode(errors="replace").strip()
         return f"; it wrote:\n{tail}" if tail else ""
+
+
+class Workers:
+    """One worker per entry of `gpus`, which is what it sees ("": no GPU), with every reward of `specs`.
+
+    serve: called with each worker, in its thread, once it has loaded its rewards or failed to; it returns when its owner is closed.
+    """
+
+    def __init__(
+        self,
+        specs: list[RewardSpec],
+        serve: Callable[[WorkerProcess], None],
+        *,
+        gpus: list[str],
+        threads: int,
+        start_timeout_s: float,
+    ):
+        self._serve = serve
+        self._workers = [WorkerProcess(specs, threads, gpu, start_timeout_s) for gpu in gpus]
+        self._started: list[Future] = [Future() for _ in gpus]
+        pairs = zip(self._workers, self._started)
+        self._threads = [threading.Thread(target=self._live, args=pair, daemon=True) for pair in pairs]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the running workers."""
+        return [pid for worker in self._workers if (pid := worker.pid) is not None]
+
+    @property
+    def healthy(self) -> bool:
+        """Whether a worker is left that could be started when last needed."""
+        return not all(worker.broken for worker in self._workers)
+
+    def wait_ready(self) -> None:
+        """Wait until every worker has loaded its rewards; `UserError` with the reason if one cannot."""
+        for started in self._started:
+            try:
+                started.result()
+            except WorkerFailure as error:
+                raise UserError(str(error)) from None
+
+    def close(self) -> None:
+        """Kill the workers and wait for their threads, whose `serve` must be about to return."""
+        for worker in self._workers:
+            worker.close()
+        for thread in self._threads:
+            thread.join()
+
+    def _live(self, worker: WorkerProcess, started: Future) -> None:
+        try:
+            worker.start()
+            started.set_result(None)
+        except WorkerFailure as error:
+            started.set_exception(error)
+        self._serve(worker)
+        worker.kill()
 
 
 def rank_gpu() -> str:

@@ -1,4 +1,4 @@
-"""The messages between `remote.py` and the reward server: JSON, with pictures as PNG files in base64.
+"""The messages between `HttpReward` and the reward server: JSON, with pictures as PNG files in base64.
 
     POST /score   {"reward": "ocr", "images": ["iVBORw0..."], "prompts": ["..."], "metadata": [{...}]}
     200           {"scores": [0.75, null], "details": ["HELO", "not scored: ..."] or null}
@@ -6,28 +6,29 @@
     GET /rewards  {"rewards": {"ocr": {...counts}}}         GET /health  {"status": "ok"}
 
 PNG is lossless, and a float32 survives the way through JSON's decimal numbers, so a reward's value is the same bits
-wherever it is computed. A picture that could not be scored is null, never a number.
+wherever it is computed. An image that could not be scored is null, never a number.
+A PNG of some kilobytes can hold gigapixels: sizes are read from the headers, and refused, before any pixel is unpacked.
 """
 
 from __future__ import annotations
 
 import base64
+import binascii
 import io
 import math
 import zlib
 
 import numpy as np
+from PIL import Image
 
 from tempflow.errors import shown
-from tempflow.rewards.protocol import Scores
+from tempflow.rewards.base import Scores
 
 _LARGEST = float(np.finfo(np.float32).max)
 
 
 def encode_png(image: np.ndarray) -> str:
     """uint8 RGB [H, W, 3] -> base64 of a PNG file."""
-    from PIL import Image
-
     buffer = io.BytesIO()
     # Of a noisy 1024 x 1024 photo: 77 ms of one EPYC core and 1.81 MB; level 1 without Z_RLE 103 ms, 2.05 MB; level 0 52 ms, 3.15 MB.
     Image.fromarray(image).save(buffer, format="PNG", compress_level=1, compress_type=zlib.Z_RLE)
@@ -38,6 +39,50 @@ def write_request(reward: str, images: np.ndarray, prompts: list[str], metadata:
     """The message that asks for n scores; an empty `reward` is left out and means the only one served."""
     message = {"images": [encode_png(image) for image in images], "prompts": prompts, "metadata": metadata}
     return {"reward": reward, **message} if reward else message
+
+
+def open_pictures(encoded: list[str], max_pixels: int) -> list[Image.Image]:
+    """PNG files in base64 -> pictures, not yet decoded.
+
+    Raises ValueError naming the picture that is no 8-bit RGB PNG or not of the first one's size, and for more than
+    `max_pixels` in all.
+    """
+    pictures, pixels = [], 0
+    for i, text in enumerate(encoded):
+        try:
+            picture = Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"])
+        except Image.DecompressionBombError:
+            raise ValueError(f"image {i} alone has more pixels than any picture may have") from None
+        except (binascii.Error, ValueError, OSError) as error:
+            raise ValueError(f"image {i} is no PNG file in base64 ({type(error).__name__})") from None
+        if picture.mode != "RGB":
+            raise ValueError(f"image {i} has mode {picture.mode}, expected 8-bit RGB")
+        if pictures and picture.size != pictures[0].size:
+            raise ValueError(f"image {i} is {_size(picture)}, image 0 {_size(pictures[0])}; a request holds one size")
+        pixels += picture.width * picture.height
+        if pixels > max_pixels:
+            raise ValueError(f"more than {max_pixels} pixels in one request; send fewer or smaller pictures")
+        pictures.append(picture)
+    return pictures
+
+
+def decode(pictures: list[Image.Image]) -> np.ndarray:
+    """uint8 RGB [n, H, W, 3]; ValueError naming the picture that is broken."""
+    arrays = []
+    for i, picture in enumerate(pictures):
+        try:
+            arrays.append(np.asarray(picture))
+        except (OSError, SyntaxError, ValueError) as error:
+            raise ValueError(f"image {i} is a broken PNG file: {error}") from None
+    return np.stack(arrays)
+
+
+def decoded_bytes(pictures: list[Image.Image]) -> int:
+    return sum(3 * picture.width * picture.height for picture in pictures)
+
+
+def _size(picture: Image.Image) -> str:
+    return f"{picture.width} x {picture.height}"
 
 
 def write_answer(scores: Scores) -> dict:

@@ -1,4 +1,4 @@
-"""The program of one reward worker: `python -m tempflow.rewards.worker PIPE PARENT`, started by `process.py`.
+"""The program of one reward worker: `python -m tempflow.rewards.worker_main PIPE PARENT`, started by `workers.py`.
 
 It is a program of its own, not a multiprocessing child: those import the parent's main script again, and
 with it torch and DeepSpeed. It answers one message at a time. Only the end of its parent ends it.
@@ -16,7 +16,7 @@ import traceback
 from multiprocessing.connection import Connection
 
 from tempflow.errors import UserError
-from tempflow.rewards.protocol import as_scores
+from tempflow.rewards.base import as_scores
 from tempflow.rewards.registry import load_rewards
 
 

@@ -1,4 +1,4 @@
-"""The web application of the reward server: who may ask, how much at once, and what is answered when (see `wire.py`).
+"""The web application of the reward server: who may ask, how much at once, and what is answered when (see `protocol.py`).
 
 Memory is bounded before it is taken: a request must say its length, and is refused with 503 while those being served
 fill `Limits.memory_bytes`; sizes of pictures are checked before they are decoded. Nothing is written to disk.
@@ -19,10 +19,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 
-from tempflow.rewards.protocol import Scores
-from tempflow.rewards.serving.batching import Batcher, ScoringFailed
-from tempflow.rewards.serving.pictures import decode, decoded_bytes, open_pictures
-from tempflow.rewards.wire import write_answer
+from tempflow.rewards.base import Scores
+from tempflow.rewards.http.batching import Batcher, ScoringFailed
+from tempflow.rewards.http.protocol import decode, decoded_bytes, open_pictures, write_answer
 
 
 @dataclass(frozen=True)
