@@ -30,11 +30,11 @@ class Bench:
         cli.quiet_libraries()
         from tempflow.models import check_model
         from tempflow.models.opening import open_policy
-        from tempflow.training import comm
+        from tempflow.training import distributed
+        from tempflow.training.device import Threads, device
         from tempflow.training.engine import Runtime
-        from tempflow.training.process import Threads, device
 
-        comm.init_distributed()
+        distributed.init_distributed()
         self.config = config
         self.specs = parse_rewards(config.rewards)
         self.prompts = load_prompts(config.data.train, "data.train")

@@ -35,8 +35,7 @@ from gpu_steps.report import Report
 
 from tempflow import cli
 from tempflow.errors import UserError
-from tempflow.run.device import check_gpu
-from tempflow.run.environment import uses_gpu
+from tempflow.run.environment import check_gpu, uses_gpu
 
 ROOT = Path(__file__).parent.parent
 GOOD = ("ok", "rehearsed", "skipped")

@@ -61,7 +61,7 @@ def build(config: Config):
     cli.quiet_libraries()
     from tempflow.models import check_model, load_policy
     from tempflow.models.embeddings import EmbeddingCache
-    from tempflow.training.process import Threads, device
+    from tempflow.training.device import Threads, device
     from tempflow.training.rollout import Collector
 
     specs = parse_rewards(config.rewards)

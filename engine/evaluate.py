@@ -47,9 +47,9 @@ def score(args: argparse.Namespace, draft: Path | None) -> None:
     from tempflow.models.opening import open_policy
     from tempflow.rewards import RewardPool, check_prompts, parse_rewards, probe
     from tempflow.run import evaluation
+    from tempflow.run.directory import find_modules, read_config
     from tempflow.run.failures import check_failed
     from tempflow.run.means import with_error
-    from tempflow.run.rundir import find_modules, read_config
 
     chosen = None if args.base else tuned.load_tuned(args.run, args.checkpoint, args.weights)
     config = chosen.config if chosen else read_config(args.run)

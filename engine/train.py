@@ -14,8 +14,8 @@ from tempflow.data.prompts import PromptOrder, check_unchanged, digests, load_pr
 from tempflow.errors import UserError, note
 from tempflow.profiling import Profile
 from tempflow.rewards import check_asked, check_prompts, check_watched, parse_rewards
-from tempflow.run import rundir
-from tempflow.run.device import check_gpu
+from tempflow.run import directory
+from tempflow.run.environment import check_gpu
 
 
 def parse_args() -> argparse.Namespace:
@@ -39,7 +39,7 @@ def checked_inputs(config: Config, *, dry: bool = False):
 
     dry: the folder may hold no more than a description of the model.
     """
-    rundir.check_place(config)
+    directory.check_place(config)
     specs = parse_rewards(config.rewards)
     train = load_prompts(config.data.train, "data.train")
     heldout = load_prompts(config.data.heldout, "data.heldout") if config.data.heldout else []
@@ -90,7 +90,7 @@ def main() -> int:
     profile = Profile(args.profile)
     config = load_config(args.config, args.set)
     if args.resume:
-        rundir.find_modules(rundir.path_of(config))
+        directory.find_modules(directory.path_of(config))
     specs, train, heldout = checked_inputs(config)
 
     from tempflow.checkpoints.checkpoint import read_state
@@ -100,14 +100,13 @@ def main() -> int:
     from tempflow.run.report import write_report
     from tempflow.training.engine import dtypes
     from tempflow.training.loop import Trainer
-    from tempflow.training.process import StopSignal
-    from tempflow.training.start import claim_run
+    from tempflow.training.signals import StopSignal
 
     check_gpu()
     check_attention(config.model.attention_backend, config.model.path, dtypes(config))
     check_machine(config.deepspeed)
     stop = StopSignal().install()
-    with claim_run(config, args.resume, lambda: check_room(config, disk_of(config))) as (run_dir, resume_from):
+    with directory.claim_run(config, args.resume, lambda: check_room(config, disk_of(config))) as (run_dir, resume_from):
         if resume_from:
             check_unchanged(read_state(resume_from).get("prompts", {}), digests(train, heldout[: config.eval.prompts]))
         trainer = Trainer(config, run_dir, train, heldout, specs, stop, write_report, profile)

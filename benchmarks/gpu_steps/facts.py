@@ -12,8 +12,7 @@ import torch
 from bench import matmul_peak
 
 from gpu_steps.context import Context
-from tempflow.run.device import nvidia_driver
-from tempflow.run.environment import device_name, versions
+from tempflow.run.environment import device_name, nvidia_driver, versions
 
 PROPERTIES = ("total_memory", "multi_processor_count", "L2_cache_size", "clock_rate", "memory_clock_rate")
 

@@ -98,9 +98,9 @@ class RandomEngine:
         from tempflow.data.prompts import PromptOrder, load_prompts
         from tempflow.models.embeddings import EmbeddingCache
         from tempflow.rewards import RewardPool, parse_rewards
-        from tempflow.training import comm
+        from tempflow.training import distributed
 
-        comm.init_distributed()
+        distributed.init_distributed()
         self.config = card_config(card, card_folder(card, context.scratch, layers, context.rehearse), context.rehearse, *settings)
         before = context.allocated()
         self.policy = random_policy(self.config, context.device, context.dtype)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Callable
 
 from tempflow.errors import RankError, UserError, shown
-from tempflow.run.device import prefer_cpu
+from tempflow.run.environment import prefer_cpu
 from tempflow.run.streams import steady
 
 

@@ -55,12 +55,12 @@ class Toy:
 
     def train(self, updates: range) -> torch.Tensor:
         """Returns the gradients' norms."""
-        from tempflow.training import comm
+        from tempflow.training import distributed
 
         shape, norms = policy().latent_shape(32, 96), []
         with torch.no_grad():
             text = policy().embed(['the word "FLOW"'] * ROWS)
-        mine = slice(comm.rank(), None, comm.world_size())
+        mine = slice(distributed.rank(), None, distributed.world_size())
         for number in updates:
             generator = torch.Generator().manual_seed(number)
             x, target = torch.randn(2, ROWS, *shape, generator=generator)
@@ -88,9 +88,9 @@ class Toy:
     def save(self, folder: Path, updates: int) -> dict[str, torch.Tensor]:
         """Write a checkpoint; returns what it holds."""
         from tempflow.checkpoints import checkpoint
-        from tempflow.training import comm
+        from tempflow.training import distributed
 
-        state = {"iteration": updates, "world_size": comm.world_size(), "ema_updates": self.ema.updates}
+        state = {"iteration": updates, "world_size": distributed.world_size(), "ema_updates": self.ema.updates}
         checkpoint.save(self.runtime, self.ema, folder, state, keep=9)
         return self.held()
 
@@ -107,15 +107,15 @@ class Toy:
 
 
 def main(folder: Path) -> None:
-    from tempflow.training import comm
+    from tempflow.training import distributed
 
-    comm.init_distributed()
+    distributed.init_distributed()
     for case in CASES:
         toy = Toy(case, seed=1)  # other adapters than those that are restored
         notes = toy.restore(folder / case)
         restored, norms = toy.held(), toy.train(MIDDLE)
         saved = toy.save(folder / case, MIDDLE.stop)
-        if comm.rank() == 0:
+        if distributed.rank() == 0:
             for name, tensors in {"restored": restored, "saved": saved, "norms": {"norms": norms}}.items():
                 save_file(tensors, folder / case / f"{name}.safetensors", {"notes": "\n".join(notes)})
         toy.close()
@@ -126,21 +126,21 @@ def main(folder: Path) -> None:
 def seal_together(draft: Path) -> None:
     """Seal a folder; leaves beside it what each rank read."""
     from tempflow.checkpoints import manifest
-    from tempflow.training import comm
+    from tempflow.training import distributed
 
     read, flushed = [], manifest._flushed
     manifest._flushed = lambda file: read.append(str(file.relative_to(draft))) or flushed(file)
     manifest.seal(draft)
-    (draft.parent / f"read-{comm.rank()}.json").write_text(json.dumps(read))
+    (draft.parent / f"read-{distributed.rank()}.json").write_text(json.dumps(read))
 
 
 def claim_apart(folder: Path) -> None:
     """Claim a run directory from a working directory of each rank's own; leaves what that brings."""
     from tempflow.errors import UserError
-    from tempflow.training import comm
-    from tempflow.training.start import claim_run
+    from tempflow.run.directory import claim_run
+    from tempflow.training import distributed
 
-    here = folder / str(comm.rank())
+    here = folder / str(distributed.rank())
     here.mkdir(parents=True)
     os.chdir(here)
     try:

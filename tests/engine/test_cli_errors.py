@@ -13,7 +13,7 @@ from run_cases import environment, script_here
 
 from tempflow import cli
 from tempflow.errors import RankError, UserError
-from tempflow.run import rundir
+from tempflow.run import directory
 
 
 def refused(words, name, *arguments):
@@ -141,18 +141,18 @@ def claimed(tmp_path, **changes):
 
 def test_claim_writes_the_resolved_config(tmp_path):
     config, run_dir = claimed(tmp_path)
-    assert rundir.claim(config, resume=False) == run_dir
-    assert rundir.read_config(run_dir) == config
+    assert directory.claim(config, resume=False) == run_dir
+    assert directory.read_config(run_dir) == config
     assert sorted(p.name for p in run_dir.iterdir()) == ["config.json"]
 
 
 def test_claim_refuses_a_directory_that_is_in_use(tmp_path):
     config, run_dir = claimed(tmp_path)
-    rundir.claim(config, resume=False)
+    directory.claim(config, resume=False)
     (run_dir / "metrics.jsonl").write_text('{"iteration": 1}\n')
     before = (run_dir / "config.json").read_bytes()
     with pytest.raises(UserError) as error:
-        rundir.claim(claimed(tmp_path, training={"seed": 5})[0], resume=False)
+        directory.claim(claimed(tmp_path, training={"seed": 5})[0], resume=False)
     assert all(word in str(error.value) for word in (str(run_dir), "exists", "--resume", "logging.name"))
     assert (run_dir / "config.json").read_bytes() == before
 
@@ -161,9 +161,9 @@ def test_claim_takes_a_directory_in_which_nothing_began(tmp_path):
     """Empty, or as a start leaves it that fails while the model is loading: the mended config takes it over."""
     config, run_dir = claimed(tmp_path)
     run_dir.mkdir(parents=True)
-    assert rundir.claim(config, resume=False) == run_dir
+    assert directory.claim(config, resume=False) == run_dir
     mended, _ = claimed(tmp_path, training={"seed": 5})
-    assert rundir.claim(mended, resume=False) == run_dir and rundir.read_config(run_dir) == mended
+    assert directory.claim(mended, resume=False) == run_dir and directory.read_config(run_dir) == mended
 
 
 def test_claim_refuses_a_file(tmp_path):
@@ -171,13 +171,13 @@ def test_claim_refuses_a_file(tmp_path):
     run_dir.parent.mkdir(parents=True)
     run_dir.write_text("")
     with pytest.raises(UserError, match="exists"):
-        rundir.claim(config, resume=False)
+        directory.claim(config, resume=False)
 
 
 def test_resume_needs_a_run(tmp_path):
     config, run_dir = claimed(tmp_path)
     with pytest.raises(UserError, match="--resume: .*one holds no run"):
-        rundir.claim(config, resume=True)
+        directory.claim(config, resume=True)
     assert not run_dir.exists()
 
 
@@ -189,17 +189,17 @@ def test_resume_needs_a_run(tmp_path):
     ({"training": {"iterations": 9, "kl_coef": 0.1}}, "training.kl_coef", "0.0", "0.1"),
 ])  # fmt: skip
 def test_resume_refuses_another_config(tmp_path, changes, key, was, now):
-    rundir.claim(claimed(tmp_path)[0], resume=False)
+    directory.claim(claimed(tmp_path)[0], resume=False)
     with pytest.raises(UserError) as error:
-        rundir.claim(claimed(tmp_path, **changes)[0], resume=True)
+        directory.claim(claimed(tmp_path, **changes)[0], resume=True)
     assert all(word in str(error.value) for word in ("--resume", key, was, now)), error.value
 
 
 def test_resume_takes_what_may_change(tmp_path):
-    rundir.claim(claimed(tmp_path)[0], resume=False)
+    directory.claim(claimed(tmp_path)[0], resume=False)
     config, _ = claimed(tmp_path, training={"iterations": 9, "minutes": 3.0}, checkpoint={"keep": 7})
-    run_dir = rundir.claim(config, resume=True)
-    assert rundir.read_config(run_dir) == config
+    run_dir = directory.claim(config, resume=True)
+    assert directory.read_config(run_dir) == config
 
 
 # ------------------------------------------------------------------------------------------------ other scripts
@@ -209,7 +209,7 @@ def claimed_run(tmp_path, skeleton):
     table = config_table(model={"path": str(skeleton)}, logging={"dir": str(tmp_path / "runs"), "name": "one"})
     from tempflow.config import parse_config
 
-    return rundir.claim(parse_config(table), resume=False)
+    return directory.claim(parse_config(table), resume=False)
 
 
 SCRIPTS = {"evaluate": [], "sample": ["--out", "pictures"], "export": ["--out", "model"]}
@@ -257,7 +257,7 @@ def test_evaluate_refuses_prompts_that_a_reward_cannot_use(tmp_path, skeleton):
     from tempflow.config import parse_config
 
     table = config_table(model={"path": str(skeleton)}, rewards={"ocr": 1.0}, logging={"dir": str(tmp_path / "runs"), "name": "one"})
-    run = rundir.claim(parse_config(table), resume=False)
+    run = directory.claim(parse_config(table), resume=False)
     prompts = tmp_path / "plain.txt"
     prompts.write_text('the word "ONE"\na grey heron\n')
     arguments = ["--run", run, "--base", "--prompts", prompts]
@@ -292,7 +292,7 @@ import atexit
 import torch.distributed as dist
 from tempflow import cli
 from tempflow.errors import UserError
-from tempflow.training.comm import init_distributed
+from tempflow.training.distributed import init_distributed
 
 class Last:
     def __del__(self):

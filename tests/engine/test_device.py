@@ -13,9 +13,9 @@ from run_cases import script_here
 
 from tempflow import cli
 from tempflow.errors import UserError
-from tempflow.run import device
-from tempflow.run import environment as machine
-from tempflow.training import comm, process, start
+from tempflow.run import environment
+from tempflow.run.directory import claim_run
+from tempflow.training import device, distributed
 
 OLD = "The NVIDIA driver on your system is too old (found version 12020)."
 
@@ -26,7 +26,7 @@ def test_the_gpu_is_chosen_before_the_first_collective(monkeypatch, tmp_path):
     events = []
     for name, value in {"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "8", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(process, "uses_gpu", lambda: True)
+    monkeypatch.setattr(device, "uses_gpu", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda chosen: events.append(("device", torch.device(chosen).index)))
     monkeypatch.setattr(deepspeed, "init_distributed", lambda **how: events.append("group"))
     for name, value in {"is_initialized": True, "get_rank": 3, "get_world_size": 8, "get_backend": "gloo"}.items():
@@ -35,19 +35,19 @@ def test_the_gpu_is_chosen_before_the_first_collective(monkeypatch, tmp_path):
         monkeypatch.setattr(dist, name, lambda *given, name=name: events.append(name))
     config = small_config(logging={"dir": str(tmp_path), "name": "run"})
     (tmp_path / "run").mkdir()
-    with start.claim_run(config, resume=False):
+    with claim_run(config, resume=False):
         pass
     assert events[:2] == [("device", 3), "group"] and "broadcast_object_list" in events[2:]
 
 
 def test_a_rank_without_a_gpu_chooses_none(monkeypatch):
     monkeypatch.setattr(deepspeed, "init_distributed", lambda **how: None)
-    monkeypatch.setattr(process, "uses_gpu", lambda: False)
+    monkeypatch.setattr(device, "uses_gpu", lambda: False)
     monkeypatch.setattr(torch.cuda, "set_device", lambda chosen: pytest.fail("there is no GPU"))
     with mock.patch.dict(os.environ):
         os.environ.pop("RANK", None)
-        comm.init_distributed()
-    assert process.device() == torch.device("cpu")
+        distributed.init_distributed()
+    assert device.device() == torch.device("cpu")
 
 
 # ------------------------------------------------------------------------------------------ a GPU out of reach
@@ -58,7 +58,7 @@ def gpu_machine(monkeypatch, tmp_path):
     def make(built_for="13.0", version="NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023"):
         if version is not None:
             (tmp_path / "version").write_text(version + "\nGCC version:  gcc 12\n")
-        monkeypatch.setattr(device, "PROC", tmp_path if version is not None else tmp_path / "none")
+        monkeypatch.setattr(environment, "PROC", tmp_path if version is not None else tmp_path / "none")
         monkeypatch.setattr(torch.version, "cuda", built_for)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         monkeypatch.setattr(torch.cuda, "init", lambda: (_ for _ in ()).throw(RuntimeError(OLD)))
@@ -66,9 +66,9 @@ def gpu_machine(monkeypatch, tmp_path):
             monkeypatch.setenv(name, "")  # so that what is set later is taken back, too
             monkeypatch.delenv(name)
 
-    device.nvidia_driver.cache_clear()
+    environment.nvidia_driver.cache_clear()
     yield make
-    device.nvidia_driver.cache_clear()
+    environment.nvidia_driver.cache_clear()
 
 
 def smi(tmp_path, monkeypatch, answer):
@@ -87,7 +87,7 @@ def smi(tmp_path, monkeypatch, answer):
 def test_the_error_names_driver_and_cuda(gpu_machine, version, driver):
     gpu_machine(version=version)
     with pytest.raises(UserError) as refused:
-        device.check_gpu()
+        environment.check_gpu()
     words = ["no usable GPU", driver, "CUDA 13.0", "580 or later", OLD, "DS_ACCELERATOR=cpu"]
     assert all(word in str(refused.value) for word in words), refused.value
 
@@ -99,16 +99,16 @@ def test_nvidia_smi_is_asked_where_the_kernel_says_nothing(gpu_machine, tmp_path
     smi(tmp_path, monkeypatch, answer)
     gpu_machine(version=None)
     with pytest.raises(UserError, match=f"driver is {driver}"):
-        device.check_gpu()
+        environment.check_gpu()
 
 
 @pytest.mark.parametrize("variable, value", [("DS_ACCELERATOR", "cpu"), ("CUDA_VISIBLE_DEVICES", ""), ("CUDA_VISIBLE_DEVICES", "-1")])
 def test_who_asks_for_the_cpu_gets_it(gpu_machine, monkeypatch, variable, value):
     gpu_machine()
     monkeypatch.setenv(variable, value)
-    device.check_gpu()
-    device.prefer_cpu()
-    assert machine.uses_gpu() is False and device.describe().startswith("device: CPU, ")
+    environment.check_gpu()
+    environment.prefer_cpu()
+    assert environment.uses_gpu() is False and environment.describe().startswith("device: CPU, ")
 
 
 def test_a_run_ends_before_it_begins(gpu_machine, monkeypatch, tmp_path):
@@ -130,18 +130,18 @@ def test_a_dry_run_needs_no_gpu(gpu_machine, tmp_path):
 # ------------------------------------------------------------------------------------------------- what is said
 def test_a_cpu_build_on_a_gpu_machine_says_so(gpu_machine):
     gpu_machine(built_for=None)
-    device.check_gpu()
-    line = device.describe(2)
-    assert line.startswith(f"device: CPU, {machine.device_name()}; 2 processes; this machine has an NVIDIA driver (535.104.05)")
+    environment.check_gpu()
+    line = environment.describe(2)
+    assert line.startswith(f"device: CPU, {environment.device_name()}; 2 processes; this machine has an NVIDIA driver (535.104.05)")
     assert "built without CUDA" in line and "make install" in line and "\n" not in line
 
 
 def test_a_machine_without_a_gpu_says_no_more_than_that(gpu_machine, monkeypatch):
     gpu_machine(version=None)
     monkeypatch.setenv("PATH", "")
-    device.check_gpu()
-    device.prefer_cpu()
-    assert device.describe() == f"device: CPU, {machine.device_name()}" and os.environ["DS_ACCELERATOR"] == "cpu"
+    environment.check_gpu()
+    environment.prefer_cpu()
+    assert environment.describe() == f"device: CPU, {environment.device_name()}" and os.environ["DS_ACCELERATOR"] == "cpu"
 
 
 def test_a_gpu_is_named_with_its_memory_and_driver(gpu_machine, monkeypatch):
@@ -149,9 +149,9 @@ def test_a_gpu_is_named_with_its_memory_and_driver(gpu_machine, monkeypatch):
     card = type("Card", (), {"total_memory": 85_000_000_000})
     for name, value in {"is_available": True, "get_device_name": "CARD", "get_device_properties": card, "current_device": 0}.items():
         monkeypatch.setattr(torch.cuda, name, lambda *given, value=value: value)
-    assert device.describe(8) == "device: CARD, 85 GB, CUDA 13.0, driver 535.104.05; 8 processes"
+    assert environment.describe(8) == "device: CARD, 85 GB, CUDA 13.0, driver 535.104.05; 8 processes"
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    assert device.describe() == f"device: CPU, {machine.device_name()}; DS_ACCELERATOR=cpu leaves the GPU alone"
+    assert environment.describe() == f"device: CPU, {environment.device_name()}; DS_ACCELERATOR=cpu leaves the GPU alone"
 
 
 # ------------------------------------------------------------------------------------------------ the allocator

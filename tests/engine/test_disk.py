@@ -32,7 +32,7 @@ REAL = {  # weights, stage, more of the deepspeed section
 def test_bytes_of_a_real_checkpoint(tmp_path, model, stage, section):
     """After a step, so that the optimizer has its state. The rest is names, shapes and DeepSpeed's scripts, some 100 kB."""
     from tempflow.models import load_policy
-    from tempflow.training.comm import init_distributed
+    from tempflow.training.distributed import init_distributed
     from tempflow.training.ema import Average
     from tempflow.training.engine import Runtime
 

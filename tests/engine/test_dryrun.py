@@ -87,7 +87,7 @@ def training_peak(module, velocity) -> int:
 def test_bytes_of_a_real_runtime(folders, family, variant):
     """Every resident byte at ZeRO stage 0 after one step, and the activations of its training module, in one process."""
     from tempflow.models import load_policy
-    from tempflow.training.comm import init_distributed
+    from tempflow.training.distributed import init_distributed
     from tempflow.training.ema import Average
     from tempflow.training.engine import Runtime
 
@@ -360,7 +360,7 @@ def test_zero_stages(stage, more, parameters, gradients, optimizer):
 def test_bytes_of_a_spread_reference(where):
     """Its partitions on the one rank that this process is."""
     from tempflow.models import load_policy
-    from tempflow.training.comm import init_distributed
+    from tempflow.training.distributed import init_distributed
     from tempflow.training.engine import Runtime
 
     init_distributed()

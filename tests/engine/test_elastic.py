@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from tempflow.checkpoints import checkpoint, manifest
 from tempflow.errors import UserError
-from tempflow.training import comm
+from tempflow.training import distributed
 
 pytestmark = pytest.mark.cpu  # two ranks on any machine, compared to the last bit
 ROUNDING = 1e-5  # relative, fp32
@@ -24,7 +24,7 @@ BF16 = 2e-2  # gradients of half the rows, rounded to bf16 before they are summe
 
 @pytest.fixture(scope="session", autouse=True)
 def one_rank():
-    comm.init_distributed()
+    distributed.init_distributed()
 
 
 def test_no_compiler_is_needed_to_start():

@@ -15,7 +15,7 @@ from run_cases import free_port
 from tempflow import cli
 from tempflow.errors import RankError, UserError
 from tempflow.models.arguments import check_device
-from tempflow.training import comm
+from tempflow.training import distributed
 from tempflow_kernels import dispatch
 
 VARIABLES = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
@@ -44,7 +44,7 @@ def test_a_port_that_is_taken(launched, monkeypatch):
         launched(MASTER_PORT=str(port))
         monkeypatch.setattr(deepspeed, "init_distributed", lambda **_: dist.TCPStore("127.0.0.1", port, 1, is_master=True))
         with pytest.raises(RankError, match=f"port {port} of 127.0.0.1 is taken.*deepspeed --master_port PORT"):
-            comm.init_distributed()
+            distributed.init_distributed()
 
 
 @pytest.mark.parametrize("error", [
@@ -59,7 +59,7 @@ def test_other_ranks_that_cannot_be_reached(launched, monkeypatch, error):
 
     monkeypatch.setattr(deepspeed, "init_distributed", fail)
     with pytest.raises(RankError) as refused:
-        comm.init_distributed()
+        distributed.init_distributed()
     words = ["rank 3", "127.0.0.2:29500", type(error).__name__, str(error).splitlines()[0], "--master_addr", "GLOO_SOCKET_IFNAME"]
     assert all(word in str(refused.value) for word in words) and "\n" not in str(refused.value), refused.value
 
@@ -68,7 +68,7 @@ def test_an_address_that_nobody_knows(launched, monkeypatch):
     launched(RANK="0", WORLD_SIZE="2", MASTER_ADDR="no host")
     monkeypatch.setattr(deepspeed, "init_distributed", lambda **_: pytest.fail("waits for minutes"))
     with pytest.raises(RankError, match="rank 0 cannot join the others at no host:1 .*--master_addr"):
-        comm.init_distributed()
+        distributed.init_distributed()
 
 
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
@@ -76,8 +76,8 @@ def test_a_signal_ends_the_wait_for_missing_ranks(launched, kind):
     """With the handlers that training installs before; the wait has begun once the store listens."""
     port = free_port()
     launched(WORLD_SIZE="2", MASTER_PORT=str(port))
-    code = ("from tempflow.training import comm; from tempflow.training.process import StopSignal; "
-            "StopSignal().install(); comm.init_distributed()")  # fmt: skip
+    code = ("from tempflow.training import distributed; from tempflow.training.signals import StopSignal; "
+            "StopSignal().install(); distributed.init_distributed()")  # fmt: skip
     env = os.environ | {"DS_ACCELERATOR": "cpu"}
     with subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as waiting:
         try:
@@ -94,7 +94,7 @@ def test_launch_variables_that_are_incomplete(launched, monkeypatch, missing):
     launched(**{missing: None})
     monkeypatch.setattr(deepspeed, "init_distributed", lambda **_: pytest.fail("asked for MPI"))
     with pytest.raises(UserError, match=f"has RANK but not {missing}"):
-        comm.init_distributed()
+        distributed.init_distributed()
 
 
 @pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"])

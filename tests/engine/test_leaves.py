@@ -6,7 +6,7 @@ from engine_cases import MODEL, small_config
 from family_cases import qwen_pipeline, sd3_pipeline
 from run_cases import SGD
 
-from tempflow.training import comm, leaves
+from tempflow.training import distributed, leaves
 from tempflow.training import engine as runtime
 
 OWN = {"leaf_module": {"classes": []}}  # what a user writes who wants DeepSpeed's own units
@@ -20,7 +20,7 @@ def policies(tmp_path_factory):
     """The policy and the folder of each family, loaded once; a runtime leaves it alone."""
     from tempflow.models import load_policy
 
-    comm.init_distributed()
+    distributed.init_distributed()
     root = tmp_path_factory.mktemp("families")
     folders = {"flux": MODEL, "sd3": sd3_pipeline(root / "sd3"), "qwen_image": qwen_pipeline(root / "qwen_image")}
     return {name: (load_policy(str(folder), max_sequence_length=20), folder) for name, folder in folders.items()}

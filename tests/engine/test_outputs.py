@@ -13,7 +13,7 @@ from run_cases import script_here
 from tempflow import cli
 from tempflow.config import parse_config
 from tempflow.errors import UserError
-from tempflow.run import outputs, rundir
+from tempflow.run import directory, outputs
 
 SCRIPTS = ["evaluate", "sample", "export"]
 
@@ -22,7 +22,7 @@ SCRIPTS = ["evaluate", "sample", "export"]
 def run_dir(tmp_path):
     """A run that evaluate --base could score; sample and export would say that it has no checkpoint."""
     table = config_table(logging={"dir": str(tmp_path / "runs"), "name": "one"}, eval={"prompts": 1})
-    rundir.claim(parse_config(table), resume=False)
+    directory.claim(parse_config(table), resume=False)
     return tmp_path / "runs/one"
 
 

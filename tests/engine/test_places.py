@@ -16,7 +16,7 @@ from run_cases import environment, script_here
 from tempflow import arguments, cli
 from tempflow.config import load_config
 from tempflow.errors import UserError
-from tempflow.run import places, rundir
+from tempflow.run import directory, places
 
 REWARD = "def brightness(images, prompts, metadata):\n    return [float(image.mean()) for image in images]\n"
 
@@ -43,11 +43,11 @@ def clone(tmp_path, monkeypatch):
 
 
 def begun(config_file="one.json", *overrides) -> Path:
-    return rundir.claim(load_config(config_file, list(overrides)), resume=False).absolute()
+    return directory.claim(load_config(config_file, list(overrides)), resume=False).absolute()
 
 
 def named(run_dir: Path) -> dict:
-    config = rundir.read_config(run_dir)
+    config = directory.read_config(run_dir)
     options = config.rewards["jpeg"]
     return {"model": config.model.path, "start": config.model.lora.start, "train": config.data.train,
             "heldout": config.data.heldout.dataset, "cache": config.data.embedding_cache,
@@ -69,7 +69,7 @@ def test_from_any_working_directory(clone, tmp_path, monkeypatch, where):
     for folder in (tmp_path, "/", run_dir):
         monkeypatch.chdir(folder)
         assert named(Path(os.path.relpath(run_dir))) == expected(clone)
-    options = rundir.read_config(run_dir).rewards["jpeg"]
+    options = directory.read_config(run_dir).rewards["jpeg"]
     assert options["base"] == "openai/clip" and options["model"] == "adapters", "what is no path stays"
 
 
@@ -88,9 +88,9 @@ def test_the_clone_was_moved(clone, tmp_path, monkeypatch, how):
     assert {key: os.path.realpath(path) for key, path in named(there).items()} == expected(root)
     monkeypatch.chdir(root)
     config = load_config("one.json")
-    assert rundir.claim(config, resume=True).absolute() == there
+    assert directory.claim(config, resume=True).absolute() == there
     again = load_config(there / "config.json")
-    assert rundir.path_of(again).samefile(there) and os.path.realpath(again.model.path) == str(root / "models/small")
+    assert directory.path_of(again).samefile(there) and os.path.realpath(again.model.path) == str(root / "models/small")
 
 
 @pytest.mark.parametrize("through", ["itself", "a link"])
@@ -104,7 +104,7 @@ def test_the_run_alone_was_moved(clone, tmp_path, monkeypatch, through):
     monkeypatch.chdir("/")
     assert named(there) | {"cache": ""} == expected(clone) | {"cache": ""}, "what is made anew may lie anywhere"
     again = load_config(there / "config.json")
-    assert rundir.claim(again, resume=True) == there
+    assert directory.claim(again, resume=True) == there
 
 
 def test_runs_behind_a_link(clone, tmp_path, monkeypatch):
@@ -126,14 +126,14 @@ def test_a_run_of_an_older_version(clone, monkeypatch):
     found = named(run_dir)
     assert found | {"cache": ""} == expected(clone) | {"cache": ""}
     monkeypatch.chdir(clone)
-    assert rundir.claim(load_config("one.json"), resume=True).absolute() == run_dir
+    assert directory.claim(load_config("one.json"), resume=True).absolute() == run_dir
 
 
 def test_resuming_with_other_files_is_refused(clone):
     begun()
     shutil.copy("train.txt", "other.txt")
     with pytest.raises(UserError, match="--resume: data.train is .*other.txt.*train.txt"):
-        rundir.claim(load_config("one.json", ["data.train=other.txt"]), resume=True)
+        directory.claim(load_config("one.json", ["data.train=other.txt"]), resume=True)
 
 
 def test_modules_of_the_start_folder(clone, tmp_path, monkeypatch):
@@ -141,11 +141,11 @@ def test_modules_of_the_start_folder(clone, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     run_dir = begun()
     monkeypatch.chdir(tmp_path)
-    rundir.claim(load_config(run_dir / "config.json"), resume=True)
+    directory.claim(load_config(run_dir / "config.json"), resume=True)
     root = moved(tmp_path, shutil.move)
-    rundir.find_modules(root / "runs/one")
+    directory.find_modules(root / "runs/one")
     assert str(root) in sys.path and str(clone) not in sys.path
-    rundir.find_modules(tmp_path / "nowhere")
+    directory.find_modules(tmp_path / "nowhere")
 
 
 def test_evaluating_a_moved_clone_from_elsewhere(clone, tmp_path, monkeypatch):

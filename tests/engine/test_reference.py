@@ -7,7 +7,7 @@ from run_cases import ADAMW, timeless, train
 from safetensors.torch import load_file
 
 from tempflow.checkpoints.safetensors_writer import write_safetensors
-from tempflow.training import comm
+from tempflow.training import distributed
 from tempflow.training.ema import Average, deal
 from tempflow.training.reference_policy import placement
 
@@ -62,7 +62,7 @@ def test_the_reference_stays_and_the_average_follows(tmp_path, stage, where):
     from tempflow.models import load_policy
     from tempflow.training.engine import Runtime
 
-    comm.init_distributed()
+    distributed.init_distributed()
     zero = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})
     config = small_config(training={"kl_coef": 0.1, "reference": where}, rollout={"refresh_bucket": 50_000},
                           deepspeed={"optimizer": {**ADAMW, "params": {**ADAMW["params"], "lr": 1e-2}}, "zero_optimization": zero})

@@ -10,7 +10,7 @@ from engine_cases import MODEL, ROOT, small_config
 from family_cases import qwen_pipeline, sd3_pipeline
 
 from tempflow.config import load_config
-from tempflow.run import rundir
+from tempflow.run import directory
 from tempflow.sampling import graphs
 from tempflow.sampling.graphs import CannotCapture, Captured
 from tempflow.training import rehearsal, rehearse
@@ -158,9 +158,9 @@ def test_a_refused_run_captures_nothing(policy):
 def test_graphs_may_be_given_up_on_resume(tmp_path):
     """What the message of a failed capture advises."""
     logging = {"dir": str(tmp_path), "name": "run"}
-    rundir.claim(small_config(rollout={"graphs": True}, logging=logging), resume=False)
-    rundir.claim(small_config(rollout={"graphs": False}, logging=logging), resume=True)
-    assert rundir.read_config(tmp_path / "run").rollout.graphs is False
+    directory.claim(small_config(rollout={"graphs": True}, logging=logging), resume=False)
+    directory.claim(small_config(rollout={"graphs": False}, logging=logging), resume=True)
+    assert directory.read_config(tmp_path / "run").rollout.graphs is False
 
 
 @pytest.mark.parametrize("name", ["flux_zero3", "flux_lora", "flux_first"])

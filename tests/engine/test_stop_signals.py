@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from tempflow.training.process import StopSignal
+from tempflow.training.signals import StopSignal
 
 KINDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 

@@ -25,7 +25,7 @@ from tempflow.checkpoints.safetensors_writer import write_together
 from tempflow.errors import RankError, UserError
 from tempflow.run.logs import write_atomic
 from tempflow.run.outputs import disk_is_full
-from tempflow.training import comm
+from tempflow.training import distributed
 from tempflow.training.ema import Average
 from tempflow.training.engine import Runtime
 
@@ -38,21 +38,21 @@ def save(runtime: Runtime, ema: Average | None, run_dir: Path, state: dict, keep
     final = manifest.folder(run_dir, state["iteration"])
     draft = final.with_name(f".saving-{final.name}")
     with _failures_named(draft, run_dir):
-        if comm.rank() == 0:
+        if distributed.rank() == 0:
             for left in (*final.parent.glob(".saving-*"), *final.parent.glob(".universal-*")):  # by a start that was killed
                 shutil.rmtree(left, ignore_errors=True)
             draft.mkdir(parents=True)
-        comm.barrier()
+        distributed.barrier()
         universal.save_state(runtime.engine, draft / "deepspeed")
         weights = ((name, runtime.full_fp32(parameter)) for name, parameter in runtime.trainable.items())
         write_together(draft / "weights.safetensors", runtime.trainable_shapes(), weights)
         if ema and ema.taken:
             ema.write(draft / "ema.safetensors")
-        comm.barrier()
-        if comm.rank() == 0:
+        distributed.barrier()
+        if distributed.rank() == 0:
             (draft / "state.json").write_text(json.dumps(state, indent=1))
         manifest.seal(draft)
-        if comm.rank() == 0:
+        if distributed.rank() == 0:
             shutil.rmtree(final, ignore_errors=True)
             os.rename(draft, final)
             write_atomic(run_dir / "checkpoints/latest", final.name + "\n")
@@ -60,7 +60,7 @@ def save(runtime: Runtime, ema: Average | None, run_dir: Path, state: dict, keep
             for old in manifest.folders(run_dir)[:-keep]:
                 if old != spared:  # NFS keeps a folder while another process reads a file of it; the next save tries again
                     shutil.rmtree(old, ignore_errors=True)
-        comm.barrier()
+        distributed.barrier()
     return final
 
 
@@ -97,7 +97,7 @@ def restore(runtime: Runtime, ema: Average | None, checkpoint: Path, note=lambda
     UserError where another number's state cannot be converted: then the checkpoint is as it was.
     """
     state = read_state(checkpoint)
-    ranks, written_by = comm.world_size(), state["world_size"]
+    ranks, written_by = distributed.world_size(), state["world_size"]
     if ranks != written_by:
         note(f"checkpoint {checkpoint.name} was written by {written_by} ranks and is resumed on {ranks}")
     if ranks != written_by and runtime.stage > 0:

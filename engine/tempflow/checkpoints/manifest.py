@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tempflow.run.logs import read_metrics, write_atomic
-from tempflow.training import comm
+from tempflow.training import distributed
 
 MANIFEST = "manifest.json"
 READERS = 8  # files at a time: disks and their networks serve several faster, and hashing one takes one core
@@ -43,11 +43,11 @@ def seal(draft: Path) -> None:
     Rank 0 says which files there are. The largest are dealt first, each rank takes as many, and none is listed before it is read.
     """
     names = None
-    if comm.rank() == 0:
+    if distributed.rank() == 0:
         found = [file for file in draft.rglob("*") if file.is_file()]
         names = [str(file.relative_to(draft)) for file in sorted(found, key=lambda file: (-file.stat().st_size, file))]
-    share = comm.agree_on(names)[comm.rank() :: comm.world_size()]
-    shares = comm.gather_objects({name: _flushed(draft / name) for name in share})
+    share = distributed.agree_on(names)[distributed.rank() :: distributed.world_size()]
+    shares = distributed.gather_objects({name: _flushed(draft / name) for name in share})
     if shares is not None:
         files = {name: seen for share in shares for name, seen in share.items()}
         write_atomic(draft / MANIFEST, json.dumps(files, indent=1, sort_keys=True))

@@ -12,14 +12,14 @@ from typing import Iterable
 
 import torch
 
-from tempflow.training import comm
+from tempflow.training import distributed
 
 ALIGNMENT = 8
 
 
 def write_together(file: Path, shapes: dict[str, tuple[int, ...]], tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
     """`write_safetensors` by the first rank, of tensors that all ranks must help to make (a collective)."""
-    if comm.rank() == 0:
+    if distributed.rank() == 0:
         write_safetensors(file, shapes, tensors)
     else:
         for _ in tensors:

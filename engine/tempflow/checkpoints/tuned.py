@@ -17,9 +17,8 @@ from tempflow.checkpoints import manifest
 from tempflow.config import Config
 from tempflow.errors import UserError, note, shown
 from tempflow.models import Policy, load_policy
-from tempflow.run.device import check_gpu, describe
-from tempflow.run.environment import uses_gpu
-from tempflow.run.rundir import read_config
+from tempflow.run.directory import read_config
+from tempflow.run.environment import check_gpu, describe, uses_gpu
 
 LORA_DOWN, LORA_UP = ".lora_A.default.weight", ".lora_B.default.weight"
 

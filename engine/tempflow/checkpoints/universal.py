@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from tempflow.errors import UserError
-from tempflow.training import comm
+from tempflow.training import distributed
 
 TAG = "state"  # of DeepSpeed's part of a checkpoint
 CONVERTIBLE = ("adam", "adamw", "lamb")  # whose state is exp_avg and exp_avg_sq
@@ -47,12 +47,12 @@ def restore(engine, checkpoint: Path, written_by: int) -> None:
         if trouble:
             raise UserError(
                 f"checkpoint {checkpoint} was written by {written_by} ranks and could not be converted for "
-                f"{comm.world_size()}: {trouble}. Resume with {written_by}, or remove the cause; the checkpoint is unchanged"
+                f"{distributed.world_size()}: {trouble}. Resume with {written_by}, or remove the cause; the checkpoint is unchanged"
             )
         _load(engine, folder)
-        comm.barrier()
+        distributed.barrier()
     finally:
-        if comm.rank() == 0:
+        if distributed.rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -69,10 +69,10 @@ def _inconvertible(engine) -> str | None:
 def _on_rank_0(work) -> str | None:
     """What work() on rank 0 returns, on every rank. They meet all along: it may take longer than a rank may wait for another."""
     with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(work) if comm.rank() == 0 else None
-        while not comm.reduce(future is None or future.done(), "min"):
+        future = pool.submit(work) if distributed.rank() == 0 else None
+        while not distributed.reduce(future is None or future.done(), "min"):
             time.sleep(0.1)
-        return comm.agree_on(future.result() if future else None)
+        return distributed.agree_on(future.result() if future else None)
 
 
 def _convert(source: Path, target: Path) -> str | None:

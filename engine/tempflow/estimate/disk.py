@@ -14,7 +14,7 @@ from tempflow.config import Config
 from tempflow.errors import UserError
 from tempflow.estimate.item import Item
 from tempflow.estimate.zero import Zero
-from tempflow.run.rundir import path_of
+from tempflow.run.directory import path_of
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from tempflow.errors import UserError
 from tempflow.models import Policy, check_text_length, encoder_identity, family_of, load_policy, resolve_dtype
 from tempflow.models.embedding_store import EmbeddingStore
 from tempflow.models.embeddings import EmbeddingCache, embed_one
-from tempflow.training import comm
+from tempflow.training import distributed
 
 
 def open_policy(
@@ -49,9 +49,9 @@ def open_policy(
 
 def _store(config: Config, device: torch.device | str) -> EmbeddingStore:
     m = config.model
-    identity = encoder_identity(m.path) if comm.rank() == 0 else None  # reads all their weights
+    identity = encoder_identity(m.path) if distributed.rank() == 0 else None  # reads all their weights
     return EmbeddingStore(config.data.embedding_cache, {
-        "family": family_of(m.path).__name__, "encoders": comm.agree_on(identity),
+        "family": family_of(m.path).__name__, "encoders": distributed.agree_on(identity),
         "dtype": str(resolve_dtype(m.dtype, device)), "max_sequence_length": check_text_length(m.path, m.max_sequence_length),
     })  # fmt: skip
 
@@ -64,15 +64,15 @@ def _texts(prompts: list[Prompt], default: str | None) -> list[str]:
 
 def _fill(store: EmbeddingStore, texts: list[str], load: Callable[..., Policy], note: Callable[[str], None]) -> None:
     """Have every text in the store; each rank sees to its share."""
-    mine, trouble = texts[comm.rank() :: comm.world_size()], None
+    mine, trouble = texts[distributed.rank() :: distributed.world_size()], None
     try:
         missing = _lacking(store, mine)
         if missing:
             _embed(store, missing, load, note)
     except (UserError, OSError) as error:
         trouble = str(error) if isinstance(error, UserError) else f"data.embedding_cache: {store.folder}: {error}"
-    found = comm.first_of_any(trouble)
-    if not found and comm.reduce(not all(store.path(text).exists() for text in texts), "max"):
+    found = distributed.first_of_any(trouble)
+    if not found and distributed.reduce(not all(store.path(text).exists() for text in texts), "max"):
         found = f"data.embedding_cache: {store.folder} is not the same folder for all ranks; it must be on a file system they share"
     if found:
         raise UserError(found)
@@ -92,7 +92,7 @@ def _lacking(store: EmbeddingStore, texts: list[str]) -> list[str]:
 
 
 def _embed(store: EmbeddingStore, texts: list[str], load: Callable[..., Policy], note: Callable[[str], None]) -> None:
-    note(f"embedding {len(texts)} texts on each rank into {store.folder}" if comm.world_size() > 1 else
+    note(f"embedding {len(texts)} texts on each rank into {store.folder}" if distributed.world_size() > 1 else
          f"embedding {len(texts)} texts into {store.folder}")  # fmt: skip
     store.folder.mkdir(parents=True, exist_ok=True)
     policy = load(parts="text")
@@ -101,7 +101,7 @@ def _embed(store: EmbeddingStore, texts: list[str], load: Callable[..., Policy],
         for done, text in enumerate(texts, 1):
             size = store.write(text, embed_one(policy, text))
             if done == 1:
-                _check_space(store, size * (len(texts) - 1) * comm.world_size())
+                _check_space(store, size * (len(texts) - 1) * distributed.world_size())
             progress.advance(task)
     del policy
     gc.collect()
@@ -119,7 +119,7 @@ def _check_space(store: EmbeddingStore, needed: int) -> None:
 
 
 def _progress() -> Progress:
-    return Progress(transient=True, disable=comm.rank() != 0)
+    return Progress(transient=True, disable=distributed.rank() != 0)
 
 
 def _note_unused(policy: Policy, prompts: list[Prompt], guidance_scale: float, note: Callable[[str], None]) -> None:

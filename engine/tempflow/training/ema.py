@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 
 from tempflow.checkpoints.safetensors_writer import write_together
-from tempflow.training import comm
+from tempflow.training import distributed
 from tempflow.training.engine import Runtime
 
 
@@ -24,7 +24,7 @@ class Average:
         self._runtime, self._decay, self.every = runtime, decay, every
         self.updates = 0
         self._shapes = runtime.trainable_shapes()
-        self._owner = deal(self._shapes, comm.world_size())
+        self._owner = deal(self._shapes, distributed.world_size())
         self._mine: dict[str, torch.Tensor] = {}
         for name, value in self._current():
             self._mine[name] = value.cpu().clone()
@@ -38,7 +38,7 @@ class Average:
         """The trained weights this rank averages; every rank walks through all, since reading one is a collective."""
         for name, parameter in self._runtime.trainable.items():
             value = self._runtime.full_fp32(parameter)
-            if self._owner[name] == comm.rank():
+            if self._owner[name] == distributed.rank():
                 yield name, value
 
     @torch.no_grad()
@@ -56,7 +56,7 @@ class Average:
         for name in (name for name in names if name in self._owner):
             mine = self._mine.get(name)
             value = torch.empty(self._shapes[name], device=device) if mine is None else mine.to(device)
-            found[name] = comm.broadcast(value, self._owner[name])
+            found[name] = distributed.broadcast(value, self._owner[name])
         return found
 
     def write(self, file: Path) -> None:

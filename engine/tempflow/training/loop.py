@@ -28,8 +28,7 @@ from tempflow.rewards import RewardPool, RewardSpec, fits, kinds_of, probe
 from tempflow.run import evaluation
 from tempflow.run.byproducts import ByProducts
 from tempflow.run.console import Console
-from tempflow.run.device import describe
-from tempflow.run.environment import device_name, versions
+from tempflow.run.environment import describe, device_name, versions
 from tempflow.run.failures import TooManyFailed, check_failed
 from tempflow.run.logs import METRICS_FILE, MetricsLog, read_metrics, write_atomic
 from tempflow.run.means import mean_of
@@ -37,19 +36,20 @@ from tempflow.run.stopping import StopRule
 from tempflow.run.trackers import Trackers
 from tempflow.sampling.plans import Unit
 from tempflow.sampling.steps import noise_weights
-from tempflow.training import comm
+from tempflow.training import distributed as comm
 from tempflow.training.batches import Batch, make_batches, padding_of, select
+from tempflow.training.device import Threads, device
+from tempflow.training.distributed import on_first_rank
 from tempflow.training.ema import Average
 from tempflow.training.engine import Runtime
-from tempflow.training.process import StopSignal, Threads, device
 from tempflow.training.rehearsal import may_capture
 from tempflow.training.rollout import Collected, Collector, Stopped
-from tempflow.training.start import on_first_rank
+from tempflow.training.signals import StopSignal
 from tempflow.training.update import Updater
 
 
 class Trainer:
-    """One run. `run()` trains to the end, or to a signal; the run directory must have been claimed (`rundir.claim`).
+    """One run. `run()` trains to the end, or to a signal; the run directory must have been claimed (`directory.claim`).
 
     report(run_dir) is called on rank 0 after each evaluation, to draw the run so far; it returns the file it wrote.
     """

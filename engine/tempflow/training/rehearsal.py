@@ -15,7 +15,7 @@ from typing import Callable, Sequence
 import torch
 
 from tempflow.config import Config
-from tempflow.training import comm
+from tempflow.training import distributed
 
 COMMAND = (sys.executable, "-m", "tempflow.training.rehearse")
 LIMIT_S = 900.0  # the child takes seconds, or minutes where it compiles
@@ -25,7 +25,7 @@ def may_capture(config: Config, device: torch.device, note: Callable[[str], None
     """Whether rollouts on this GPU may capture their forwards (a collective); tells why not. True where nothing is to be captured."""
     if not config.rollout.graphs or device.type != "cuda":
         return True
-    reason = comm.agree_on(refusal(config, device) if comm.rank() == 0 else None)
+    reason = distributed.agree_on(refusal(config, device) if distributed.rank() == 0 else None)
     if reason:
         note(f"rollout.graphs: the rehearsal on a copy of two layers failed, so rollouts run eagerly: {reason}")
     return reason is None

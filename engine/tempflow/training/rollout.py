@@ -27,9 +27,9 @@ from tempflow.sampling.plans import Plan, Unit, build_plan, iteration_units, spl
 from tempflow.sampling.scheduler import Decision, RolloutStats, RowScheduler
 from tempflow.sampling.steps import Coefficients, sde_coefficients
 from tempflow.sampling.suffix import count_forwards
-from tempflow.training import comm
+from tempflow.training import distributed as comm
+from tempflow.training.device import cores_per_rank
 from tempflow.training.engine import compile_blocks
-from tempflow.training.process import cores_per_rank
 
 
 class Stopped(Exception):

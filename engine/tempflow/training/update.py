@@ -11,7 +11,7 @@ import torch
 from tempflow.config import Config
 from tempflow.profiling import span
 from tempflow.sampling.plans import Unit
-from tempflow.training import comm
+from tempflow.training import distributed as comm
 from tempflow.training.batches import Batch, one_child_per_state
 from tempflow.training.engine import Runtime
 from tempflow_kernels import group_loss

@@ -5,14 +5,15 @@ from __future__ import annotations
 import importlib
 import os
 import socket
-from typing import TypeVar
+from typing import Callable, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from tempflow.errors import RankError, UserError, brief
-from tempflow.training.process import device, ended_by_signals
+from tempflow.training.device import device
+from tempflow.training.signals import ended_by_signals
 
 T = TypeVar("T")
 LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what a launcher says in the environment
@@ -106,3 +107,17 @@ def agree_on(value: T) -> T:
 def first_of_any(value: str | None) -> str | None:
     """On every rank the value of the first rank that has one."""
     return agree_on(next(filter(None, gather_objects(value) or []), None))
+
+
+def on_first_rank(action: Callable[[], T]) -> T | None:
+    """Do it on rank 0 and return the result there, None elsewhere; its UserError is raised on every rank."""
+    trouble, result = None, None
+    if rank() == 0:
+        try:
+            result = action()
+        except UserError as error:
+            trouble = str(error)
+    trouble = agree_on(trouble)
+    if trouble:
+        raise UserError(trouble)
+    return result

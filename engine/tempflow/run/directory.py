@@ -7,13 +7,13 @@ import os
 import sys
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Iterator
+from typing import Callable, Iterator
 
 from tempflow.config import Config, parse_config
 from tempflow.errors import UserError, shown
 from tempflow.run import places
+from tempflow.run.lock import LOCK, lock
 from tempflow.run.logs import METRICS_FILE, read_metrics, write_atomic
-from tempflow.run.runlock import LOCK, lock
 
 # Keys that may change between a run and its continuation; the rest decides what the run computes.
 FREE_ON_RESUME = ("logging", "checkpoint", "reward_pool")
@@ -37,6 +37,32 @@ def check_place(config: Config) -> None:
             raise UserError(f"logging.dir, logging.name: {run_dir} cannot be a run directory: {found} exists and is not a folder")
         if not os.access(found, os.W_OK | os.X_OK):
             raise UserError(f"logging.dir, logging.name: {run_dir} cannot be a run directory: {found} cannot be written")
+
+
+@contextmanager
+def claim_run(config: Config, resume: bool, check: Callable[[], str | None] = lambda: None) -> Iterator[tuple[Path, Path | None]]:
+    """The run directory, held by rank 0 for all while the block runs, and the checkpoint to resume from, if any.
+
+    check: what rank 0 finds wrong with the machine, before anything is written: raises UserError, or returns a warning.
+    Raises UserError on every rank alike.
+    """
+    from tempflow.checkpoints import manifest
+    from tempflow.training import distributed  # loads torch, which the checks before do without
+
+    distributed.init_distributed()
+    with ExitStack() as stack:
+
+        def claim() -> Path | None:
+            if warning := check():
+                print(warning, flush=True)
+            run_dir = stack.enter_context(held(config, resume))
+            return manifest.newest(run_dir, note=lambda text: print(text, flush=True)) if resume else None
+
+        found = distributed.on_first_rank(claim)
+        run_dir = path_of(config)
+        if distributed.reduce(not run_dir.is_dir(), "max"):
+            raise UserError(f"logging.dir: {run_dir} is not the same folder for all ranks; it must be on a file system they share")
+        yield run_dir, distributed.agree_on(found)
 
 
 @contextmanager

@@ -16,21 +16,22 @@ from engine_cases import small_config
 from run_cases import environment
 
 from tempflow.errors import UserError
-from tempflow.run import rundir, runlock
+from tempflow.run import directory
+from tempflow.run import lock as run_lock
 
 # Two processes that wait for each other before they claim; the one that holds the run says so and waits to be ended.
 CLAIM = """
 import json, os, sys
-from tempflow import rundir
 from tempflow.config import parse_config
 from tempflow.errors import UserError
+from tempflow.run import directory
 config = parse_config(json.loads(sys.argv[1]))
 root, number = config.logging.dir, config.training.seed
 open(f"{root}/ready-{number}", "w").close()
 while not os.path.exists(f"{root}/ready-{1 - number}"):
     pass
 try:
-    with rundir.held(config, resume=False):
+    with directory.held(config, resume=False):
         print("held", flush=True)
         sys.stdin.read()
 except UserError as error:
@@ -69,13 +70,13 @@ def test_of_two_starts_one_holds_and_a_killed_one_lets_go(tmp_path, holder):
     assert f"process {held.pid} on {socket.gethostname()}" in refused and "logging.name" in refused
     assert json.loads((tmp_path / "one/config.json").read_text())["training"]["seed"] == number, "the other wrote nothing"
     for resume in (False, True):
-        with pytest.raises(UserError, match=f"being written by process {held.pid} "), rundir.held(configured(tmp_path), resume):
+        with pytest.raises(UserError, match=f"being written by process {held.pid} "), directory.held(configured(tmp_path), resume):
             pass
     held.send_signal(signal.SIGKILL)
     held.wait()
-    with rundir.held(configured(tmp_path, training={"seed": number}), resume=True) as run_dir:  # at once, over a stale record
+    with directory.held(configured(tmp_path, training={"seed": number}), resume=True) as run_dir:  # at once, over a stale record
         assert json.loads((run_dir / ".lock").read_text())["pid"] == os.getpid()
-    with rundir.held(configured(tmp_path), resume=False):  # a failed start is no run, though it left a lock
+    with directory.held(configured(tmp_path), resume=False):  # a failed start is no run, though it left a lock
         pass
 
 
@@ -83,18 +84,18 @@ def test_reading_a_run_needs_no_lock_and_a_copy_holds_none(tmp_path):
     import shutil
 
     config = configured(tmp_path)
-    with rundir.held(config, resume=False) as run_dir:
-        assert rundir.read_config(run_dir) == config
+    with directory.held(config, resume=False) as run_dir:
+        assert directory.read_config(run_dir) == config
         shutil.copytree(run_dir, tmp_path / "copy")
         copied = small_config(logging={"dir": str(tmp_path), "name": "copy"})
-        with rundir.held(copied, resume=True):
+        with directory.held(copied, resume=True):
             pass
     assert (run_dir / ".lock").read_bytes() == b""
 
 
 def test_a_child_that_outlives_its_parent_keeps_no_lock(tmp_path):
     """As a forked data loader would. The child closes its copy, and its end leaves the parent's lock alone."""
-    with rundir.held(configured(tmp_path), resume=False) as run_dir:
+    with directory.held(configured(tmp_path), resume=False) as run_dir:
         reading, writing = os.pipe()
         if (child := os.fork()) == 0:
             descriptors = [os.readlink(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")
@@ -103,7 +104,7 @@ def test_a_child_that_outlives_its_parent_keeps_no_lock(tmp_path):
             os._exit(0)
         os.waitpid(child, 0)
         assert os.read(reading, 4) == b"free"
-        with pytest.raises(UserError, match="being written"), rundir.held(configured(tmp_path), resume=True):
+        with pytest.raises(UserError, match="being written"), directory.held(configured(tmp_path), resume=True):
             pass
     os.close(reading)
     os.close(writing)
@@ -116,7 +117,7 @@ def no_flock(monkeypatch, request):
         raise OSError(request.param, os.strerror(request.param))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    monkeypatch.setattr(runlock, "SETTLE_S", 0.0)
+    monkeypatch.setattr(run_lock, "SETTLE_S", 0.0)
 
 
 HERE, DEAD = socket.gethostname(), 2**22 + 1  # above the highest pid
@@ -134,18 +135,18 @@ def test_without_locks_the_record_decides(tmp_path, no_flock, host, pid, age, re
     os.utime(lock, (time.time() - age,) * 2)
     before = lock.read_text()
     if refused:
-        with pytest.raises(UserError, match=f"process {pid} on {host}"), runlock.lock(lock.parent):
+        with pytest.raises(UserError, match=f"process {pid} on {host}"), run_lock.lock(lock.parent):
             pass
         assert lock.read_text() == before
     else:
-        with runlock.lock(lock.parent):
+        with run_lock.lock(lock.parent):
             assert json.loads(lock.read_text())["pid"] == os.getpid()
 
 
 def test_without_locks_the_last_of_two_signatures_wins(tmp_path, no_flock, monkeypatch):
     other = {"host": "elsewhere", "pid": 7, "started": "now"}
     monkeypatch.setattr(time, "sleep", lambda seconds: (tmp_path / ".lock").write_text(json.dumps(other)))
-    with pytest.raises(UserError, match="process 7 on elsewhere"), runlock.lock(tmp_path):
+    with pytest.raises(UserError, match="process 7 on elsewhere"), run_lock.lock(tmp_path):
         pass
     assert json.loads((tmp_path / ".lock").read_text()) == other
 
@@ -154,9 +155,9 @@ def test_without_locks_the_holder_keeps_touching_its_record(tmp_path, no_flock, 
     import threading
 
     beats = threading.Semaphore(0)
-    monkeypatch.setattr(runlock, "HEARTBEAT_S", 0.001)
+    monkeypatch.setattr(run_lock, "HEARTBEAT_S", 0.001)
     monkeypatch.setattr(os, "utime", lambda file: beats.release())
-    with runlock.lock(tmp_path):
+    with run_lock.lock(tmp_path):
         assert beats.acquire(timeout=60) and beats.acquire(timeout=60)
 
 
@@ -189,8 +190,8 @@ KEPT = {
 @pytest.mark.parametrize("names, rows", TAKEN.values(), ids=TAKEN)
 def test_a_start_that_failed_before_training_is_taken_over(tmp_path, names, rows):
     leave(tmp_path / "one", *names, rows=rows)
-    with rundir.held(configured(tmp_path, training={"seed": 5}), resume=False) as run_dir:
-        assert rundir.read_config(run_dir).training.seed == 5
+    with directory.held(configured(tmp_path, training={"seed": 5}), resume=False) as run_dir:
+        assert directory.read_config(run_dir).training.seed == 5
 
 
 @pytest.mark.parametrize("names, rows", KEPT.values(), ids=KEPT)
@@ -198,7 +199,7 @@ def test_a_start_that_failed_before_training_is_taken_over(tmp_path, names, rows
 def test_what_may_be_worth_something_is_refused(tmp_path, names, rows, locked):
     leave(tmp_path / "one", *names, *([".lock"] if locked else []), rows=rows)
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(UserError, match="exists; continue it with --resume"), rundir.held(configured(tmp_path), resume=False):
+    with pytest.raises(UserError, match="exists; continue it with --resume"), directory.held(configured(tmp_path), resume=False):
         pass
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -220,16 +221,17 @@ def test_places_where_no_run_can_be(tmp_path, make, when):
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError, match="logging.dir, logging.name: "):
         if when == "early":
-            rundir.check_place(config)
+            directory.check_place(config)
         else:
-            with rundir.held(config, resume=False):
+            with directory.held(config, resume=False):
                 pass
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_parent_that_only_trying_shows():
     config = small_config(logging={"dir": "/proc/nowhere/runs", "name": "one"})
-    with pytest.raises(UserError, match="logging.dir, logging.name: /proc/nowhere/runs/one cannot be"), rundir.held(config, resume=False):
+    match = "logging.dir, logging.name: /proc/nowhere/runs/one cannot be"
+    with pytest.raises(UserError, match=match), directory.held(config, resume=False):
         pass
 
 
@@ -241,5 +243,5 @@ def test_names_that_leave_the_folder(name):
 
 @pytest.mark.parametrize("name", ["a/b/c", "..a", "a..b", "ä b", "a\nb", "x" * 200])
 def test_names_below_the_folder(tmp_path, name):
-    with rundir.held(small_config(logging={"dir": str(tmp_path), "name": name}), resume=False) as run_dir:
+    with directory.held(small_config(logging={"dir": str(tmp_path), "name": name}), resume=False) as run_dir:
         assert run_dir == tmp_path / name
