@@ -2,7 +2,7 @@
 
     python benchmarks/make_pipeline.py --shape flux-dev --out DIR [--scale 0.1] [--device cuda]
 
-The shapes are those of the model cards in configs/models/; the tokenizers are small ones, of characters, as long as the real
+The shapes are those of the model cards in engine/tempflow/assets/cards/; the tokenizers are small ones, of characters, as long as the real
 ones. --scale shrinks depth, heads and vocabularies, for a machine that cannot hold the whole. Weights are bfloat16 in sharded
 safetensors. Any config then runs unchanged with `--set model.path=DIR`.
 """
@@ -22,10 +22,11 @@ import torch
 
 from tempflow import cli
 from tempflow.errors import UserError
+from tempflow.models.hub import CARDS
 from tempflow.run.environment import device_name
 
 ROOT = Path(__file__).parent.parent
-CARDS, SMALL = ROOT / "configs/models", ROOT / "engine/tempflow/assets/tiny-flux"
+SMALL = ROOT / "engine/tempflow/assets/tiny-flux"
 DEPTHS = ("num_layers", "num_single_layers", "num_hidden_layers", "depth")  # at least 1 each
 BLOCKS = {"dual_attention_layers": "num_layers", "fullatt_block_indexes": "depth"}  # lists of blocks by number
 VOCABULARY = 2048  # at least as much: the small tokenizers' fit into it

@@ -43,12 +43,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from tempflow import cli
 from tempflow.config import Config, Suffix, load_config
 from tempflow.errors import UserError
+from tempflow.models.hub import CARDS
 from tempflow.run.environment import device_name, uses_gpu, versions
 from tempflow.run.logs import write_atomic
 from tempflow.sampling.plans import iteration_units
 
 ROOT = Path(__file__).parent.parent
-CARD = ROOT / "configs/models/flux-dev"
+CARD = CARDS / "flux-dev"
 SHIPPED = [
     "data.prompts_per_iteration=2", "rollout.seeds=4", "rollout.children=6", "rollout.branch_steps=all", "rollout.suffix=null",
     "training.kl_coef=0.004", "training.updates_per_rollout=1", "training.ema=null", "training.minutes=null", "eval.every=0",

@@ -15,6 +15,7 @@ from gpu_steps.context import ROOT, Context
 from tempflow.config import Config, load_config
 from tempflow.estimate.families import Size
 from tempflow.estimate.model import Model
+from tempflow.models.hub import CARDS
 
 CONFIGS = {"flux-dev": "flux_lora", "sd35-medium": "sd35_lora", "qwen-image": "qwen_image_lora"}
 TINY = 0.02  # scale of a rehearsal's models
@@ -22,9 +23,9 @@ PIXELS, TOKENS = 64, 16  # of a rehearsal's images and texts
 
 
 def card_folder(card: str, scratch: Path, layers: int | None, rehearse: bool) -> Path:
-    """A copy of configs/models/CARD whose transformer has fewer layers; in a rehearsal also fewer heads."""
+    """A copy of a card's folder whose transformer has fewer layers; in a rehearsal also fewer heads."""
     folder = scratch / f"{card}-{layers or 'all'}"
-    shutil.copytree(ROOT / "configs/models" / card, folder)
+    shutil.copytree(CARDS / card, folder)
     file = folder / "transformer/config.json"
     config = json.loads(file.read_text())
     if rehearse:

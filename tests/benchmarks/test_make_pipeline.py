@@ -10,8 +10,7 @@ from run_cases import Run, launch
 
 from tempflow.errors import UserError
 from tempflow.models import load_policy
-
-CARDS = ROOT / "configs/models"
+from tempflow.models.hub import CARDS
 
 
 def test_shrunk_keeps_what_heads_do_not_decide():

@@ -21,8 +21,9 @@ from tempflow.advantages import advantages
 from tempflow.config import load_config
 from tempflow.data.prompts import load_prompts
 from tempflow.estimate.families import Size
-from tempflow.estimate.model import Model, local_model
+from tempflow.estimate.model import Model
 from tempflow.models.embeddings import EmbeddingCache
+from tempflow.models.hub import local_model
 from tempflow.models.loading import family_of
 from tempflow.run import evaluation
 from tempflow.sampling.steps import noise_weights

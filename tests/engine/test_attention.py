@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from engine_cases import ROOT, write_config
+from engine_cases import write_config
 from run_cases import script_here
 
 from tempflow.errors import UserError
 from tempflow.models import attention
 from tempflow.models.attention import check_attention
+from tempflow.models.hub import CARDS
 
-CARDS = ROOT / "configs/models"
 HALF = {"model.dtype": torch.bfloat16, "the deepspeed section": torch.bfloat16}
 PACKAGES = {"xformers": "xformers", "flash": "flash_attn", "_flash_3_hub": "kernels"}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_faults import HELD, SHOWN, WHOLE, config_of, content_of, edit_tensors, tensor_file
-from engine_cases import MODEL, ROOT, write_config
+from engine_cases import MODEL, write_config
 from run_cases import script_here
 
 from tempflow.errors import UserError
@@ -16,6 +16,7 @@ from tempflow.models import check_checkpoint, check_model, load_policy, load_tra
 from tempflow.models import hub as hub_files
 from tempflow.models.checking import check_module, components_of
 from tempflow.models.component import Component, first_not_finite, is_finite, skeleton
+from tempflow.models.hub import CARDS
 
 LENGTH = 20
 
@@ -122,8 +123,8 @@ REAL = {  # published models: names in their files by the names of today's class
 def test_published_models_are_whole(place):
     """From their configs, in the layout of the files on the hub; and a tensor less is missed."""
     card, part = place.split("/")
-    index = json.loads((ROOT / f"configs/models/{card}/model_index.json").read_text())
-    component = Component(ROOT / "configs/models" / card, part, *index[part])
+    index = json.loads((CARDS / card / "model_index.json").read_text())
+    component = Component(CARDS / card, part, *index[part])
     module = skeleton(component.library, component.kind, component.config, part)
     names = {name for name, _ in module.named_parameters()}
     shapes = {REAL[place](name): ("BF16", tuple(tensor.shape)) for name, tensor in module.state_dict().items() if name in names}
@@ -135,8 +136,8 @@ def test_published_models_are_whole(place):
 
 
 def test_a_description_has_no_weights_to_check():
-    """configs/models for the dry run; for training there is nothing to load."""
-    card = ROOT / "configs/models/flux-schnell"
+    """A card is for the dry run; for training there is nothing to load."""
+    card = CARDS / "flux-schnell"
     check_checkpoint(card, description=True)
     assert "text_encoder" in refusal(check_checkpoint, card)
 

@@ -17,11 +17,12 @@ from tempflow.config import load_config
 from tempflow.errors import UserError
 from tempflow.estimate import estimate, local_model, show
 from tempflow.estimate.measure import PeakBytes, passing_gradients
-from tempflow.estimate.model import KNOWN, Model, module_bytes
+from tempflow.estimate.model import Model, module_bytes
+from tempflow.models.hub import CARDS, KNOWN
 from tempflow.sampling.float8 import Float8Copy
 
 pytestmark = pytest.mark.cpu  # bytes of a runtime in this process
-CARD = ROOT / "configs/models/flux-dev"
+CARD = CARDS / "flux-dev"
 BF16 = {"bf16": {"enabled": True}, "optimizer": {"type": "AdamW", "params": {"lr": 1e-5, "torch_adam": True}}}
 
 

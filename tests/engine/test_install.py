@@ -1,4 +1,5 @@
-"""`make install` on a machine with a GPU's driver and nothing else of CUDA; what it would fetch is not fetched."""
+"""`make install` on a machine with a GPU's driver and nothing else of CUDA, where what it would fetch is not fetched; and what a wheel
+holds."""
 
 import importlib
 import inspect
@@ -8,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -15,6 +17,8 @@ import setuptools
 import torch
 import torch.utils.cpp_extension
 from engine_cases import ROOT
+
+from tempflow.models.hub import KNOWN
 
 MAKE = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 
@@ -103,3 +107,14 @@ def test_the_gpu_extra_needs_no_compiler():
     names = {re.match(r"[\w-]+", requirement)[0] for requirement in extras()["gpu"]}
     assert "flash-attn" not in names and names - {"triton"} <= pinned
     assert [re.match(r"[\w-]+", requirement)[0] for requirement in extras()["flash"]] == ["flash-attn"]
+
+
+def test_a_wheel_has_all_that_the_package_reads(tmp_path):
+    """The model cards and the tiny model, whose files are data and not modules; and every module."""
+    build = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", tmp_path / "wheel"]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    for package in ("engine/tempflow", "kernels/tempflow_kernels"):
+        source, built = ROOT / package, tmp_path / "wheel" / Path(package).name
+        wanted = {file.relative_to(source) for file in source.rglob("*") if file.is_file() and "__pycache__" not in file.parts}
+        assert {Path(f"assets/cards/{card}/transformer/config.json") for card in KNOWN.values()} <= wanted or "kernels" in package
+        assert {file.relative_to(built) for file in built.rglob("*") if file.is_file()} == wanted

@@ -10,6 +10,7 @@ from engine_cases import MODEL, ROOT, small_config
 from family_cases import qwen_pipeline, sd3_pipeline
 
 from tempflow.config import load_config
+from tempflow.models.hub import CARDS
 from tempflow.run import directory
 from tempflow.sampling import graphs
 from tempflow.sampling.graphs import CannotCapture, Captured
@@ -62,7 +63,7 @@ def test_every_familys_rollout_is_captured_in_two_layers(folders, family, layers
 @pytest.mark.parametrize("card", ["flux-dev", "sd35-medium", "sd35-large", "qwen-image"])
 def test_two_layers_of_a_large_model_are_small(card):
     """Made without weights: 3 GB at most, beside which a GPU that is to hold the whole model has room."""
-    policy = rehearse.small_policy(config_of(ROOT / f"configs/models/{card}", {"dtype": "bfloat16"}), torch.device("meta"))
+    policy = rehearse.small_policy(config_of(CARDS / card, {"dtype": "bfloat16"}), torch.device("meta"))
     weights = sum(p.nbytes for p in policy.transformer.parameters())
     assert 1e8 < weights < 3e9 and policy.velocity(
         policy.transformer, torch.empty(2, *policy.latent_shape(256, 256), device="meta"), torch.empty(2, device="meta"),

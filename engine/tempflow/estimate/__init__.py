@@ -6,7 +6,7 @@ Left out: the allocator's fragmentation, NCCL's buffers and the time that ranks 
 
 from tempflow.estimate.disk import check_room
 from tempflow.estimate.estimate import Estimate, disk_of, estimate
-from tempflow.estimate.model import local_model
 from tempflow.estimate.show import show
+from tempflow.models.hub import local_model
 
 __all__ = ["Estimate", "check_room", "disk_of", "estimate", "local_model", "show"]

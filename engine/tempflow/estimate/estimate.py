@@ -19,10 +19,11 @@ from tempflow.estimate.advice import Advice, changes
 from tempflow.estimate.disk import Disk, disk
 from tempflow.estimate.families import Forward, Size
 from tempflow.estimate.item import Item
-from tempflow.estimate.model import Model, local_model, module_bytes, tensor_bytes
+from tempflow.estimate.model import Model, module_bytes, tensor_bytes
 from tempflow.estimate.processes import process_items
 from tempflow.estimate.zero import Zero
 from tempflow.models.embeddings import KEPT, KEPT_OF_STORE
+from tempflow.models.hub import local_model
 from tempflow.models.loading import check_model, check_size, check_text_length, resolve_dtype
 from tempflow.sampling.float8 import float8_bytes
 from tempflow.sampling.plans import Unit, build_plan

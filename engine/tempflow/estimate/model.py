@@ -15,18 +15,6 @@ from tempflow.estimate.families import INPUTS, Forward, Size
 from tempflow.models.component import skeleton
 from tempflow.models.loading import family_of
 
-CARDS = Path(__file__).parents[3] / "configs/models"
-KNOWN = {  # hub ids whose configs are kept there
-    "black-forest-labs/FLUX.1-dev": "flux-dev", "black-forest-labs/FLUX.1-schnell": "flux-schnell", "Qwen/Qwen-Image": "qwen-image",
-    "stabilityai/stable-diffusion-3.5-large": "sd35-large", "stabilityai/stable-diffusion-3.5-medium": "sd35-medium",
-}  # fmt: skip
-
-
-def local_model(path: str) -> str:
-    """The folder that describes a model: itself, or the card of a known hub id; other hub ids stay as they are."""
-    card = CARDS / KNOWN.get(path, "-")
-    return str(card) if not Path(path).exists() and card.is_dir() else path
-
 
 def module_bytes(module: torch.nn.Module) -> int:
     """Of all parameters and buffers, shared ones once."""

@@ -59,7 +59,7 @@ def check_components(components: list[Component], *, weights: bool = True) -> No
 
 
 def is_description(components: list[Component]) -> bool:
-    """Whether a folder holds configs and no tensors at all, as those in configs/models do."""
+    """Whether a folder holds configs and no tensors at all, as those in assets/cards do."""
     tensors = (".safetensors", ".bin", ".gguf", ".msgpack")
     return not any(file.suffix in tensors for c in components if c.path.is_dir() for file in c.path.iterdir())
 

@@ -7,7 +7,18 @@ from pathlib import Path
 
 from tempflow.errors import UserError, brief, shown
 
+CARDS = Path(__file__).parent.parent / "assets/cards"  # folders of configs without weights
+KNOWN = {  # hub ids that one of them describes
+    "black-forest-labs/FLUX.1-dev": "flux-dev", "black-forest-labs/FLUX.1-schnell": "flux-schnell", "Qwen/Qwen-Image": "qwen-image",
+    "stabilityai/stable-diffusion-3.5-large": "sd35-large", "stabilityai/stable-diffusion-3.5-medium": "sd35-medium",
+}  # fmt: skip
 ONE_FILE = (".safetensors", ".sft", ".ckpt", ".gguf", ".pt", ".pth", ".bin")
+
+
+def local_model(path: str) -> str:
+    """The folder that describes a model: itself, or the card of a known hub id; other hub ids stay as they are."""
+    card = CARDS / KNOWN.get(path, "-")
+    return str(card) if not Path(path).exists() and card.is_dir() else path
 
 
 def model_index(path: str) -> Path:
