@@ -29,7 +29,7 @@ class Bench:
     def __init__(self, config: Config, iterations: int, pool: RewardPool | None = None):
         cli.quiet_libraries()
         from tempflow.models import check_model
-        from tempflow.models.opening import open_policy
+        from tempflow.models.embeddings import open_policy
         from tempflow.training import distributed
         from tempflow.training.device import Threads, device
         from tempflow.training.engine import Runtime
@@ -55,8 +55,7 @@ class Bench:
         return Collector(config, self.policy, self.prompts, self.embeddings, self.pool, self.specs)
 
     def embed(self, units):
-        chosen = [self.prompts[unit.prompt_id] for unit in units]
-        return self.embeddings.get([p.text for p in chosen], [p.negative for p in chosen])
+        return self.embeddings.get([self.prompts[unit.prompt_id] for unit in units])
 
 
 def changed(config: Config, **sections) -> Config:
@@ -134,7 +133,7 @@ def train(bench: Bench, config: Config, collector, data, micro_batch: int) -> in
 def refresh(bench: Bench) -> float:
     """Seconds of a weight sync."""
     started = time.perf_counter()
-    bench.runtime.refresh(bench.policy.transformer)
+    bench.runtime.refresh(bench.policy.denoiser())
     synchronize()
     return time.perf_counter() - started
 

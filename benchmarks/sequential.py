@@ -70,7 +70,7 @@ class Sequential:
         synchronize()
         self.seconds["rollout"] += time.perf_counter() - started
         started = time.perf_counter()
-        images, _ = self.bench.policy.decode(latents, r.height, r.width)
+        images, _ = self.collector.sampler.decode(latents)
         self.seconds["decode"] += time.perf_counter() - started
         return Decision(unit, k, x[0], children, log_prob), self.score(unit, images)
 
@@ -88,11 +88,9 @@ class Sequential:
         return self.transition(x, k, unit, (ode.a[k], ode.b[k], ode.tau[k]), [[0]] * len(x))[0]
 
     def transition(self, x, k: int, unit: Unit, scalars, keys):
-        r, n, device = self.config.rollout, len(x), x.device
-        v = self.bench.policy.velocity(
-            self.bench.policy.transformer, x, self.collector.sigmas[k].expand(n).to(device), self.bench.embed([unit] * n),
-            height=r.height, width=r.width, guidance_scale=r.guidance_scale,
-        )  # fmt: skip
+        n, device = len(x), x.device
+        sigma = self.collector.sigmas[k].expand(n).to(device)
+        v = self.collector.sampler.velocity(self.bench.policy.denoiser(), x, sigma, self.bench.embed([unit] * n))
         self.stats.forwards += n
         a, b, tau = (s.expand(n).to(device) for s in scalars)
         x_next, log_prob = sde_step(x, v, a, b, tau, key=key_tensor(keys, device), out_dtype=torch.float32)

@@ -47,6 +47,7 @@ from tempflow.models.hub import CARDS
 from tempflow.run.environment import device_name, uses_gpu, versions
 from tempflow.run.logs import write_atomic
 from tempflow.sampling.plans import iteration_units
+from tempflow.types import Size
 
 ROOT = Path(__file__).parent.parent
 CARD = CARDS / "flux-dev"
@@ -116,11 +117,11 @@ def chosen(config: Config, args: argparse.Namespace) -> list[Variant]:
 def forward_flops(bench: Bench) -> int:
     """FLOPs of one row's forward."""
     r, policy = bench.config.rollout, bench.policy
-    x = torch.zeros(1, *policy.latent_shape(r.height, r.width), device=policy.device)
+    sampler = policy.at(Size(r.height, r.width), r.guidance_scale)
+    x = torch.zeros(1, *sampler.latent_shape, device=policy.device)
     unit = iteration_units(bench.order.indices(0), 1)[:1]
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        policy.velocity(policy.transformer, x, torch.ones(1, device=policy.device), bench.embed(unit), height=r.height,
-                        width=r.width, guidance_scale=r.guidance_scale)  # fmt: skip
+        sampler.velocity(policy.denoiser(), x, torch.ones(1, device=policy.device), bench.embed(unit))
     return counter.get_total_flops()
 
 

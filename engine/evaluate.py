@@ -44,12 +44,13 @@ def score(args: argparse.Namespace, draft: Path | None) -> None:
     from tempflow.checkpoints import tuned
     from tempflow.data.prompts import load_prompts
     from tempflow.errors import UserError, note
-    from tempflow.models.opening import open_policy
+    from tempflow.models.embeddings import open_policy
     from tempflow.rewards import RewardPool, check_prompts, parse_rewards, probe
     from tempflow.run import evaluation
     from tempflow.run.directory import find_modules, read_config
     from tempflow.run.failures import check_failed
     from tempflow.run.means import with_error
+    from tempflow.types import Size
 
     chosen = None if args.base else tuned.load_tuned(args.run, args.checkpoint, args.weights)
     config = chosen.config if chosen else read_config(args.run)
@@ -67,13 +68,13 @@ def score(args: argparse.Namespace, draft: Path | None) -> None:
         tuned.apply(chosen, policy)
     steps = args.num_steps or config.eval.num_steps or config.rollout.num_steps
     r = config.rollout
+    sampler = policy.at(Size(r.height, r.width), config.eval_guidance())
     with RewardPool(specs, **config.reward_pool.pool()) as scorers, Progress(transient=True) as progress:
-        probe(scorers, specs, texts, metadata, r.height, r.width)
+        probe(scorers, specs, texts, metadata, sampler.size)
         task = progress.add_task("sampling", total=len(prompts))
         drawn = evaluation.draw(
-            policy, embeddings, prompts, list(range(len(prompts))), height=r.height, width=r.width, num_steps=steps,
-            guidance_scale=config.eval_guidance(), micro_batch=r.micro_batch, decode_batch=r.decode_batch,
-            advance=lambda n: progress.advance(task, n),
+            sampler, embeddings, prompts, list(range(len(prompts))), num_steps=steps, micro_batch=r.micro_batch,
+            decode_batch=r.decode_batch, advance=lambda n: progress.advance(task, n),
         )  # fmt: skip
         scored = evaluation.evaluate(scorers, specs, prompts, drawn, keep=len(prompts) if draft else 0)
         check_failed("this evaluation", *scored.counts(), config.reward_pool.max_failed, scorers.last_error)

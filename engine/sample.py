@@ -41,7 +41,7 @@ def chosen_prompts(args, config):
 
 
 def beside(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Two pictures [H, W, 3] with a white gap between them."""
+    """Two images [H, W, 3] with a white gap between them."""
     gap = np.full((left.shape[0], GAP, 3), 255, np.uint8)
     return np.concatenate([left, gap, right], axis=1)
 
@@ -61,13 +61,16 @@ def draw_pairs(args: argparse.Namespace, draft: Path) -> str:
     from rich.progress import Progress
 
     from tempflow.checkpoints import tuned
-    from tempflow.models.opening import open_policy
+    from tempflow.media import still
+    from tempflow.models.embeddings import open_policy
     from tempflow.run import evaluation
+    from tempflow.types import Size
 
     chosen = tuned.load_tuned(args.run, args.checkpoint, args.weights)
     config, r = chosen.config, chosen.config.rollout
     prompts = chosen_prompts(args, config)
     policy, embeddings = open_policy(config, prompts, tuned.device())
+    sampler = policy.at(Size(r.height, r.width), config.eval_guidance())
     steps = args.num_steps or config.eval.num_steps or r.num_steps
     pictures, missing = [], 0
     with Progress(transient=True) as progress:
@@ -76,14 +79,13 @@ def draw_pairs(args: argparse.Namespace, draft: Path) -> str:
                 tuned.apply(chosen, policy)
             task = progress.add_task(name, total=len(prompts))
             drawn = evaluation.draw(
-                policy, embeddings, prompts, list(range(len(prompts))), height=r.height, width=r.width, num_steps=steps,
-                guidance_scale=config.eval_guidance(), micro_batch=r.micro_batch, decode_batch=r.decode_batch,
-                seed=args.seed, advance=lambda n, task=task: progress.advance(task, n),
+                sampler, embeddings, prompts, list(range(len(prompts))), num_steps=steps, micro_batch=r.micro_batch,
+                decode_batch=r.decode_batch, seed=args.seed, advance=lambda n, task=task: progress.advance(task, n),
             )  # fmt: skip
             parts = [(images, finite) for _, images, finite in drawn]
             pictures.append(np.concatenate([images for images, _ in parts]))
             missing += sum(int((~finite).sum()) for _, finite in parts)
-    pairs = [beside(base, new) for base, new in zip(*pictures, strict=True)]
+    pairs = [beside(still(base), still(new)) for base, new in zip(*pictures, strict=True)]
     for n, pair in enumerate(pairs):
         Image.fromarray(pair).save(draft / f"{n:04d}.png")
     Image.fromarray(np.concatenate(pairs)).save(draft / "all.png")

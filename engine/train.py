@@ -16,6 +16,7 @@ from tempflow.profiling import Profile
 from tempflow.rewards import check_asked, check_prompts, check_watched, parse_rewards
 from tempflow.run import directory
 from tempflow.run.environment import check_gpu
+from tempflow.types import Size
 
 
 def parse_args() -> argparse.Namespace:
@@ -58,7 +59,7 @@ def checked_inputs(config: Config, *, dry: bool = False):
     check_text_length(config.model.path, config.model.max_sequence_length)
     if config.model.lora and config.model.lora.start:
         read_adapters(config.model.lora)
-    check_size(config.model.path, config.rollout.height, config.rollout.width)
+    check_size(config.model.path, Size(config.rollout.height, config.rollout.width))
     check_deepspeed(config.deepspeed)
     check_checkpoint(config.model.path, description=dry)
     for line in told:

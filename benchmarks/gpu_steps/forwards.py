@@ -8,6 +8,8 @@ from throughput import forward_flops
 
 from gpu_steps.context import Context
 from gpu_steps.models import RandomEngine
+from tempflow.models import Sampler
+from tempflow.types import Example, Size
 
 ROWS, IMAGES = 4, 4
 
@@ -16,14 +18,15 @@ def forwards(context: Context) -> None:
     """Later ways need more: what was found before one of them fails stays in the report."""
     engine = RandomEngine(context, "flux-dev", None, f"rollout.micro_batch={ROWS}")
     r, policy = engine.config.rollout, engine.policy
+    sampler = policy.at(Size(r.height, r.width), r.guidance_scale)
     flops, peak = forward_flops(engine), matmul_peak(policy.dtype, context.device)
-    x = torch.randn(ROWS, *policy.latent_shape(r.height, r.width), device=context.device)
-    inputs = {"x": x, "sigma": torch.linspace(0.9, 0.3, ROWS, device=context.device), **policy.embed(["a"] * ROWS)}
+    x = torch.randn(ROWS, *sampler.latent_shape, device=context.device)
+    inputs = {"x": x, "sigma": torch.linspace(0.9, 0.3, ROWS, device=context.device), **policy.embed([Example("a")] * ROWS)}
     rows, exact = [], None
 
     def forward_with(transformer):
         def forward(x, sigma, **conditioning):
-            return (policy.velocity(transformer, x, sigma, conditioning, height=r.height, width=r.width, guidance_scale=r.guidance_scale),)
+            return (sampler.velocity(transformer, x, sigma, conditioning),)
 
         return forward
 
@@ -40,7 +43,7 @@ def forwards(context: Context) -> None:
     with torch.no_grad():
         plain = forward_with(policy.transformer)
         measure("eager", plain)
-        _decode(context, policy, r)
+        _decode(context, sampler)
         measure("CUDA graph", _graphed(context, plain))
         coarse = _float8(policy.transformer)
         measure("float8", forward_with(coarse))
@@ -52,11 +55,11 @@ def _headline(rows: list[dict]) -> str:
     return "; ".join(f"{row['forward of 4 rows']} {row['s']:.3g} s, {row['MFU']:.0%}" for row in rows)
 
 
-def _decode(context: Context, policy, rollout) -> None:
-    latents = torch.randn(IMAGES, *policy.latent_shape(rollout.height, rollout.width), device=context.device)
-    (images, _), held = context.peak_of(lambda: policy.decode(latents, rollout.height, rollout.width))
-    assert images.shape == (IMAGES, rollout.height, rollout.width, 3)
-    seconds = context.seconds(lambda: policy.decode(latents, rollout.height, rollout.width), repeats=1)
+def _decode(context: Context, sampler: Sampler) -> None:
+    latents = torch.randn(IMAGES, *sampler.latent_shape, device=context.device)
+    (images, _), held = context.peak_of(lambda: sampler.decode(latents))
+    assert images.shape == (IMAGES, sampler.size.height, sampler.size.width, 3)
+    seconds = context.seconds(lambda: sampler.decode(latents), repeats=1)
     context.note(decode={"images": IMAGES, "seconds": seconds, "bytes": held})
     context.prove("decoding")
 

@@ -16,6 +16,7 @@ from tempflow.config import Config, load_config
 from tempflow.estimate.families import Size
 from tempflow.estimate.model import Model
 from tempflow.models.hub import CARDS
+from tempflow.types import Example
 
 CONFIGS = {"flux-dev": "flux_lora", "sd35-medium": "sd35_lora", "qwen-image": "qwen_image_lora"}
 TINY = 0.02  # scale of a rehearsal's models
@@ -77,9 +78,9 @@ def random_policy(config: Config, device: torch.device, dtype: torch.dtype):
     policy = family_of(str(folder))(getattr(diffusers, index["_class_name"])(**named), device=device, max_sequence_length=length)
     given = Model(str(folder)).forward(Size(1, config.rollout.height, config.rollout.width, length), policy.dtype)
 
-    def embed(texts: list[str]) -> dict[str, torch.Tensor]:
+    def embed(examples: list[Example]) -> dict[str, torch.Tensor]:
         made = {name: given.arguments[name] for name in given.conditioning}
-        return {name: _embedding(like, len(texts), device) for name, like in made.items()}
+        return {name: _embedding(like, len(examples), device) for name, like in made.items()}
 
     policy.embed = embed
     return policy
@@ -118,10 +119,10 @@ class RandomEngine:
         return Collector(self.config, self.policy, self.prompts, self.embeddings, self.pool, self.specs)
 
     def embed(self, units):
-        return self.embeddings.get([self.prompts[unit.prompt_id].text for unit in units])
+        return self.embeddings.get([self.prompts[unit.prompt_id] for unit in units])
 
     def start_training(self) -> None:
         from tempflow.training import engine as runtime
 
-        with mock.patch.object(runtime, "load_transformer", lambda path, dtype: self.policy.transformer.to(dtype)):
+        with mock.patch.object(runtime, "load_denoiser", lambda path, dtype: self.policy.transformer.to(dtype)):
             self.runtime = runtime.Runtime(self.config, self.policy)

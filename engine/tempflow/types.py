@@ -6,11 +6,17 @@ children alike on every rank, rewards and advantages are arrays over those slots
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:  # reading prompts needs no torch
+    import torch
 
 
 @dataclass(frozen=True)
@@ -23,6 +29,33 @@ class Size:
     """In pixels."""
     frames: int = 1
     """1 for an image."""
+
+    def __str__(self) -> str:
+        return f"{self.height} x {self.width}" + (f" x {self.frames} frames" if self.frames > 1 else "")
+
+
+@dataclass(frozen=True)
+class Example:
+    """What the model is asked for: a prompt, and what stands beside it in the prompt file."""
+
+    text: str
+    negative: str | None = None
+    """What to guide away from, for families with classifier-free guidance; None: the family's default."""
+    images: tuple[str | Path | np.ndarray, ...] = ()
+    """Condition images, for families that edit: files, or uint8 [H, W, 3]."""
+    metadata: dict = field(default_factory=dict)
+    """Everything else that the prompt file says; "source" is "file:line", or "dataset[split]:row" from row 0."""
+
+    @cached_property
+    def image_digests(self) -> tuple[str, ...]:
+        """SHA-256 of each condition image. OSError for a file that cannot be read."""
+        return tuple(map(_digest, self.images))
+
+
+def _digest(image: str | Path | np.ndarray) -> str:
+    if isinstance(image, np.ndarray):
+        return hashlib.sha256(f"{image.dtype} {image.shape} ".encode() + image.tobytes()).hexdigest()
+    return hashlib.sha256(Path(image).read_bytes()).hexdigest()
 
 
 @dataclass(frozen=True)

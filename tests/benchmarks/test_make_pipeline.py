@@ -4,13 +4,14 @@ import json
 
 import pytest
 import torch
-from engine_cases import ROOT
+from engine_cases import ROOT, examples
 from make_pipeline import VOCABULARY, make_pipeline, shrunk, write_tokenizer
 from run_cases import Run, launch
 
 from tempflow.errors import UserError
 from tempflow.models import load_policy
 from tempflow.models.hub import CARDS
+from tempflow.types import Size
 
 
 def test_shrunk_keeps_what_heads_do_not_decide():
@@ -62,11 +63,11 @@ def test_refusals(tmp_path):
 def test_guided_shapes_load_and_predict(tmp_path, shape, text):
     """With prompts as long as the real ones; tests/engine/test_families.py trains both families with their configs."""
     policy = load_policy(str(make_pipeline(shape, tmp_path / "model", scale=0.02)), dtype="bfloat16", max_sequence_length=256)
-    conditioning, size = policy.encode(["a word"]), {"height": 32, "width": 64}
+    conditioning, size = policy.encode(examples(["a word"])), Size(32, 64)
     assert conditioning["encoder_hidden_states"].shape == (1, *text)
-    x = torch.randn(1, *policy.latent_shape(**size))
+    x = torch.randn(1, *policy.latent_shape(size))
     with torch.no_grad():
-        v = policy.velocity(policy.transformer, x, torch.full((1,), 0.5), conditioning, guidance_scale=4.5, **size)
+        v = policy.velocity(policy.transformer, x, torch.full((1,), 0.5), conditioning, size, 4.5)
     assert v.shape == x.shape and v.isfinite().all()
 
 

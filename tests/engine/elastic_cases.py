@@ -11,10 +11,11 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from engine_cases import MODEL, small_config
+from engine_cases import MODEL, examples, small_config
 from safetensors.torch import save_file
 
 from tempflow import cli
+from tempflow.types import Size
 
 # name: (ZeRO stage, LoRA, bf16). Stage 1 in bf16 has an optimizer of its own in DeepSpeed.
 CASES = {
@@ -57,16 +58,16 @@ class Toy:
         """Returns the gradients' norms."""
         from tempflow.training import distributed
 
-        shape, norms = policy().latent_shape(32, 96), []
+        shape, norms = policy().latent_shape(Size(32, 96)), []
         with torch.no_grad():
-            text = policy().embed(['the word "FLOW"'] * ROWS)
+            text = policy().embed(examples(['the word "FLOW"'] * ROWS))
         mine = slice(distributed.rank(), None, distributed.world_size())
         for number in updates:
             generator = torch.Generator().manual_seed(number)
             x, target = torch.randn(2, ROWS, *shape, generator=generator)
             sigma = torch.rand(ROWS, generator=generator)
-            v = policy().velocity(self.runtime.engine, x[mine], sigma[mine], {k: t[mine] for k, t in text.items()}, height=32,
-                                  width=96, guidance_scale=0.0, dtype=self.runtime.dtype)  # fmt: skip
+            own = {name: tensor[mine] for name, tensor in text.items()}
+            v = policy().velocity(self.runtime.engine, x[mine], sigma[mine], own, Size(32, 96), 0.0, self.runtime.dtype)
             self.runtime.accumulate((v.float() - target[mine]).square().sum() / target.numel(), last=True)
             norms.append(self.runtime.step(1.0))
             self.ema.update()

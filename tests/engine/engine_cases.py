@@ -12,11 +12,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from tempflow.types import Example
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 MODEL = ROOT / "engine/tempflow/assets/tiny-flux"
 PROMPTS = ROOT / "engine/tempflow/assets/prompts/words_train.txt"
 HELDOUT = ROOT / "engine/tempflow/assets/prompts/words_heldout.txt"
+
+
+def examples(texts, negatives=None) -> list[Example]:
+    """Prompts without metadata, with a negative prompt each or the family's default."""
+    return [Example(text, negative) for text, negative in zip(texts, negatives or [None] * len(texts), strict=True)]
 
 
 def config_table(**changes) -> dict:
@@ -146,7 +153,7 @@ class Iteration:
             self.data = self.collector.collect(0, list(prompt_ids))
 
     def embed(self, units):
-        return self.embeddings.get([self.prompts[unit.prompt_id].text for unit in units])
+        return self.embeddings.get([self.prompts[unit.prompt_id] for unit in units])
 
     def advantages(self, rewards=None):
         from tempflow.advantages import advantages

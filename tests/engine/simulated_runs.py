@@ -17,6 +17,7 @@ import torch
 from engine_cases import ROOT, quiet_pool
 from fake_gpu import FakeGpu, Seen
 
+from tempflow import types
 from tempflow.advantages import advantages
 from tempflow.config import load_config
 from tempflow.data.prompts import load_prompts
@@ -172,10 +173,10 @@ class SimulatedModel:
                 setattr(part, name, there(buffer))
         return module
 
-    def _embed(self, texts: list[str]) -> dict[str, torch.Tensor]:
+    def _embed(self, examples: list[types.Example]) -> dict[str, torch.Tensor]:
         forward = Model(self.card).forward(Size(1, 512, 512, self.length), torch.bfloat16)
         one = {name: forward.arguments[name] for name in forward.conditioning}
-        return {name: torch.zeros(len(texts), *t.shape[1:], dtype=t.dtype) for name, t in one.items()}
+        return {name: torch.zeros(len(examples), *t.shape[1:], dtype=t.dtype) for name, t in one.items()}
 
 
 class SimulatedRun:
@@ -197,14 +198,13 @@ class SimulatedRun:
         def initialize(model, model_parameters, config):
             return (PlainEngine(model, model_parameters),)
 
-        with mock.patch.object(trainer_runtime, "load_transformer", lambda path, dtype: module), \
+        with mock.patch.object(trainer_runtime, "load_denoiser", lambda path, dtype: module), \
                 mock.patch.object(trainer_runtime.deepspeed, "initialize", initialize), \
                 already_there(), adapters_in(dtype), torch.device(self.gpu.device):  # fmt: skip
             return Runtime(self.config, self.policy)
 
     def embed(self, units) -> dict[str, torch.Tensor]:
-        chosen = [self.prompts[unit.prompt_id] for unit in units]
-        return self.model.embeddings.get([p.text for p in chosen], [p.negative for p in chosen])
+        return self.model.embeddings.get([self.prompts[unit.prompt_id] for unit in units])
 
     def roll_out(self) -> Rolled:
         """One iteration's collection, every forward padded to full size."""
@@ -248,8 +248,8 @@ class SimulatedRun:
         r = self.config.rollout
         with self.gpu.watch() as seen:
             drawn = evaluation.draw(
-                self.policy, self.model.embeddings, self.prompts, list(range(r.micro_batch)), height=r.height, width=r.width,
-                num_steps=num_steps, guidance_scale=self.config.eval_guidance(), micro_batch=r.micro_batch, decode_batch=r.decode_batch,
+                self.policy.at(types.Size(r.height, r.width), self.config.eval_guidance()), self.model.embeddings, self.prompts,
+                list(range(r.micro_batch)), num_steps=num_steps, micro_batch=r.micro_batch, decode_batch=r.decode_batch,
             )  # fmt: skip
             assert sum(len(part[0]) for part in drawn) == r.micro_batch
         return seen

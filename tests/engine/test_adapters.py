@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_cases import randomise
+from engine_cases import examples, randomise
 from kernel_cases import assert_close
 from safetensors.torch import load_file, save_file
 
@@ -16,6 +16,7 @@ from tempflow.errors import UserError
 from tempflow.models import load_policy
 from tempflow.models.lora import read_adapters
 from tempflow.training.engine import add_lora
+from tempflow.types import Size
 
 RANK, ALPHA = 3, 5.0
 
@@ -33,10 +34,10 @@ def adapted(policy, **lora):
 
 def velocity(policy, module):
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, *policy.latent_shape(32, 48), generator=generator)
-    conditioning = policy.encode(["a cat", "two dogs"])
+    x = torch.randn(2, *policy.latent_shape(Size(32, 48)), generator=generator)
+    conditioning = policy.encode(examples(["a cat", "two dogs"]))
     with torch.no_grad():
-        return policy.velocity(module, x, torch.tensor([0.9, 0.3]), conditioning, height=32, width=48, guidance_scale=0.0)
+        return policy.velocity(module, x, torch.tensor([0.9, 0.3]), conditioning, Size(32, 48), 0.0)
 
 
 def state(module):

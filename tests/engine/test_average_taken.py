@@ -79,8 +79,8 @@ def test_weights_too_large_for_a_dtype_are_refused(lora):
     config = small_config(model={"lora": {"rank": 1, "alpha": 1.0} if lora else None})
     large = tuned.Tuned(config, 1, "raw", names if lora else {"w.weight": torch.full((2, 2), 1e5)})
     with pytest.raises(UserError, match="w.* holds values too large for float16"):
-        tuned.apply(large, SimpleNamespace(transformer=layer.half()))
-    tuned.apply(large, SimpleNamespace(transformer=layer.bfloat16()))
+        tuned.apply(large, SimpleNamespace(denoiser=layer.half))
+    tuned.apply(large, SimpleNamespace(denoiser=layer.bfloat16))
     assert layer["w"].weight.isfinite().all() and (layer["w"].weight > 9e4).all()
 
 

@@ -12,7 +12,7 @@ from engine_cases import MODEL, write_config
 from run_cases import script_here
 
 from tempflow.errors import UserError
-from tempflow.models import check_checkpoint, check_model, load_policy, load_transformer
+from tempflow.models import check_checkpoint, check_model, load_denoiser, load_policy
 from tempflow.models import hub as hub_files
 from tempflow.models.checking import check_module, components_of
 from tempflow.models.component import Component, first_not_finite, is_finite, skeleton
@@ -51,7 +51,7 @@ def test_seen_while_loading(folder, edit, words):
     message = refusal(load_policy, folder)
     assert all(word in message for word in words), message
     if words[0] == "transformer":
-        assert refusal(load_transformer, str(folder), torch.float32) == message
+        assert refusal(load_denoiser, str(folder), torch.float32) == message
 
 
 @pytest.mark.parametrize("edit", WHOLE.values(), ids=WHOLE)
@@ -250,6 +250,6 @@ def test_a_model_of_the_hub_is_checked_where_it_was_downloaded(folder, tmp_path,
     downloaded = Path(shutil.move(folder, home / "snapshots" / commit))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     assert load_policy("owner/tiny", max_sequence_length=LENGTH, parts="text").pipe.transformer is None
-    assert isinstance(load_transformer("owner/tiny", torch.bfloat16), torch.nn.Module)
+    assert isinstance(load_denoiser("owner/tiny", torch.bfloat16), torch.nn.Module)
     content_of("vae", lambda data: data[:1000])(downloaded)
     assert str(tensor_file(downloaded, "vae")) in refusal(load_policy, "owner/tiny")

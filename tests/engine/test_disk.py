@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from engine_cases import MODEL, small_config, write_config
+from engine_cases import MODEL, examples, small_config, write_config
 from run_cases import ADAMW, script_here
 
 from tempflow.checkpoints import checkpoint, manifest
@@ -14,6 +14,7 @@ from tempflow.errors import UserError
 from tempflow.estimate.disk import Disk, check_room, disk
 from tempflow.estimate.estimate import disk_of
 from tempflow.estimate.item import Item
+from tempflow.types import Size
 
 pytestmark = pytest.mark.cpu  # checkpoints of a runtime in this process
 BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
@@ -42,9 +43,8 @@ def test_bytes_of_a_real_checkpoint(tmp_path, model, stage, section):
     policy = load_policy(str(MODEL), max_sequence_length=20)
     runtime = Runtime(config, policy)
     average = Average(runtime, 0.5, 1) if config.training.ema else None
-    size = {"height": 32, "width": 96, "guidance_scale": 0.0}
-    velocity = policy.velocity(runtime.engine, torch.randn(1, *policy.latent_shape(32, 96)), torch.full((1,), 0.5),
-                               policy.encode(['the word "ABC"']), dtype=runtime.dtype, **size)  # fmt: skip
+    sampler, conditioning = policy.at(Size(32, 96), 0.0), policy.encode(examples(['the word "ABC"']))
+    velocity = sampler.velocity(runtime.engine, torch.randn(1, *sampler.latent_shape), torch.full((1,), 0.5), conditioning, runtime.dtype)
     runtime.accumulate(velocity.float().square().mean(), last=True)
     assert runtime.step(1.0) is not None
     if average:

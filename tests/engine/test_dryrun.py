@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_cases import MODEL, ROOT, config_table, small_config, write_config
+from engine_cases import MODEL, ROOT, config_table, examples, small_config, write_config
 from family_cases import qwen_pipeline, sd3_pipeline
 from rich.console import Console
 from run_cases import script_here, train
 
+from tempflow import types
 from tempflow.config import load_config
 from tempflow.errors import UserError
 from tempflow.estimate import estimate, local_model, show
@@ -72,9 +73,9 @@ def folders(tmp_path_factory):
 
 def training_forward(policy, module, scale, rows, size):
     """Conditioning, latents and sigmas of some rows, and a function that makes their velocities with `module`."""
-    conditioning = {name: tensor.clone() for name, tensor in policy.encode(['the word "ABC"'] * rows).items()}
-    x, sigma = torch.randn(rows, *policy.latent_shape(**size)), torch.full((rows,), 0.5)
-    return (x, sigma, *conditioning.values()), lambda: policy.velocity(module, x, sigma, conditioning, guidance_scale=scale, **size)
+    conditioning = {name: tensor.clone() for name, tensor in policy.encode(examples(['the word "ABC"'] * rows)).items()}
+    x, sigma = torch.randn(rows, *policy.latent_shape(size)), torch.full((rows,), 0.5)
+    return (x, sigma, *conditioning.values()), lambda: policy.velocity(module, x, sigma, conditioning, size, scale)
 
 
 def training_peak(module, velocity) -> int:
@@ -93,7 +94,7 @@ def test_bytes_of_a_real_runtime(folders, family, variant):
     from tempflow.training.engine import Runtime
 
     init_distributed()
-    scale, rows, size = 0.0 if family == "flux" else 4.5, 6, dict(height=32, width=96)
+    scale, rows, size = 0.0 if family == "flux" else 4.5, 6, types.Size(32, 96)
     changes = VARIANTS[variant]
     changes = {**changes, "model": {"path": str(folders(family)), **changes.get("model", {})},
                "rollout": {"guidance_scale": scale, **changes.get("rollout", {})}}  # fmt: skip
@@ -134,7 +135,7 @@ def test_activations_of_a_real_forward(folders, family, scale, rows, checkpointi
     from tempflow.estimate.families import Size
     from tempflow.models import load_policy
 
-    policy, size = load_policy(str(folders(family)), max_sequence_length=TEXT), dict(height=32, width=96)
+    policy, size = load_policy(str(folders(family)), max_sequence_length=TEXT), types.Size(32, 96)
     module = policy.transformer.requires_grad_(True).train()
     if checkpointing:
         module.enable_gradient_checkpointing()
@@ -154,7 +155,7 @@ def test_a_forward_without_gradients(folders, family):
     from tempflow.estimate.families import Size
     from tempflow.models import load_policy
 
-    policy, rows, size = load_policy(str(folders(family)), max_sequence_length=TEXT), 4, dict(height=32, width=96)
+    policy, rows, size = load_policy(str(folders(family)), max_sequence_length=TEXT), 4, types.Size(32, 96)
     inputs, velocity = training_forward(policy, policy.transformer, 4.5, rows, size)
     with torch.no_grad(), PeakBytes() as held:
         velocity()

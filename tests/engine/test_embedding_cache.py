@@ -9,13 +9,13 @@ from engine_cases import MODEL, small_config
 from family_cases import qwen_pipeline, sd3_pipeline
 from run_cases import script_here, timeless, train
 
-from tempflow.data.prompts import Prompt
 from tempflow.errors import UserError
-from tempflow.models import load_policy, opening
-from tempflow.models.embedding_store import EmbeddingStore
+from tempflow.models import embeddings, load_policy
+from tempflow.models.embeddings import EmbeddingStore
+from tempflow.types import Example
 
 pytestmark = pytest.mark.cpu  # a run with the cache and one without it, to the last bit
-PROMPTS = [Prompt('the word "ABC"'), Prompt("something else", {}, "blurred"), Prompt('the word "ABC"', {}, "")]
+PROMPTS = [Example('the word "ABC"'), Example("something else", "blurred"), Example('the word "ABC"', "")]
 TENSORS = {
     "half": torch.randn(5, 3).bfloat16(), "mask": torch.tensor([True, False, True]), "shared": torch.ones(1).expand(4),
     "whole": torch.randn(2, 2, dtype=torch.float64).t(),
@@ -44,7 +44,7 @@ def loads(monkeypatch):
         seen.append(parts)
         return load_policy(*args, parts=parts, **options)
 
-    monkeypatch.setattr(opening, "load_policy", load)
+    monkeypatch.setattr(embeddings, "load_policy", load)
     return seen
 
 
@@ -54,8 +54,8 @@ def config_for(model, cache, **more):
 
 
 def open_with(model, cache, prompts=PROMPTS, **more):
-    policy, embeddings = opening.open_policy(config_for(model, cache, **more), prompts, "cpu", note=lambda text: None)
-    return policy, embeddings.get([p.text for p in prompts], [p.negative for p in prompts])
+    policy, cached = embeddings.open_policy(config_for(model, cache, **more), prompts, "cpu", note=lambda text: None)
+    return policy, cached.get(prompts)
 
 
 def same_bits(one, other):
@@ -71,18 +71,18 @@ def files(folder):
 # -------------------------------------------------------------------------------------------------------- files
 def test_what_is_written_is_read(tmp_path):
     store = EmbeddingStore(tmp_path, {"encoders": "a"})
-    assert store.fault("ein Café") == "missing"
-    size = store.write("ein Café", TENSORS)
-    assert store.fault("ein Café") is None and store.path("ein Café").stat().st_size == size
-    same_bits(store.read("ein Café"), TENSORS)
-    assert [p.suffix for p in store.path("ein Café").parent.iterdir()] == [".safetensors"], "nothing half written is left"
+    assert store.problem_with(("ein Café",)) == "missing"
+    size = store.write(("ein Café",), TENSORS)
+    assert store.problem_with(("ein Café",)) is None and store.path(("ein Café",)).stat().st_size == size
+    same_bits(store.read(("ein Café",)), TENSORS)
+    assert [p.suffix for p in store.path(("ein Café",)).parent.iterdir()] == [".safetensors"], "nothing half written is left"
 
 
 def test_the_key_is_all_that_an_embedding_depends_on(tmp_path):
     kind = {"family": "F", "encoders": "a", "dtype": "torch.float32", "max_sequence_length": 20}
     other = [dict(kind, **change) for change in ({"encoders": "b"}, {"dtype": "torch.bfloat16"}, {"max_sequence_length": 21})]
-    paths = [EmbeddingStore(tmp_path, one).path("x") for one in (kind, *other)] + [EmbeddingStore(tmp_path, kind).path("x ")]
-    assert len(set(paths)) == 5 and paths[0] == EmbeddingStore(tmp_path, dict(reversed(kind.items()))).path("x")
+    paths = [EmbeddingStore(tmp_path, one).path(("x",)) for one in (kind, *other)] + [EmbeddingStore(tmp_path, kind).path(("x ",))]
+    assert len(set(paths)) == 5 and paths[0] == EmbeddingStore(tmp_path, dict(reversed(kind.items()))).path(("x",))
 
 
 DAMAGE = {
@@ -96,19 +96,19 @@ DAMAGE = {
 @pytest.mark.parametrize("harm", DAMAGE.values(), ids=DAMAGE)
 def test_damage_is_noticed(tmp_path, harm):
     store = EmbeddingStore(tmp_path, {})
-    store.write("x", TENSORS)
-    store.path("x").write_bytes(harm(store.path("x").read_bytes()))
-    assert store.fault("x").startswith("damaged: ")
+    store.write(("x",), TENSORS)
+    store.path(("x",)).write_bytes(harm(store.path(("x",)).read_bytes()))
+    assert store.problem_with(("x",)).startswith("damaged: ")
     with pytest.raises(UserError, match="data.embedding_cache: .*safetensors was whole when .* start again"):
-        store.read("x")
+        store.read(("x",))
 
 
 def test_a_file_of_another_text_is_noticed(tmp_path):
     store = EmbeddingStore(tmp_path, {})
-    store.write("x", TENSORS)
-    store.path("y").parent.mkdir(parents=True, exist_ok=True)
-    store.path("x").rename(store.path("y"))
-    assert store.fault("y").startswith("damaged") and store.fault("x") == "missing"
+    store.write(("x",), TENSORS)
+    store.path(("y",)).parent.mkdir(parents=True, exist_ok=True)
+    store.path(("x",)).rename(store.path(("y",)))
+    assert store.problem_with(("y",)).startswith("damaged") and store.problem_with(("x",)) == "missing"
 
 
 # -------------------------------------------------------------------------------------------------------- models
@@ -167,9 +167,9 @@ def test_a_folder_that_cannot_be_used(tmp_path, loads, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="data.embedding_cache: .*file"):
         open_with(MODEL, tmp_path / "file")
-    many = [Prompt(f"number {n}") for n in range(40)]
-    usage = opening.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(opening.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    many = [Example(f"number {n}") for n in range(40)]
+    usage = embeddings.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(embeddings.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(UserError, match="data.embedding_cache: .* needs 0.0 GB more and has 0.0 GB free"):
         open_with(MODEL, tmp_path / "cache", many)
     assert "picture" not in loads
@@ -179,7 +179,7 @@ def test_a_folder_that_cannot_be_used(tmp_path, loads, monkeypatch):
 def test_the_vae_may_decode_in_slices_and_tiles(folders, name):
     for chosen in (False, True):
         config = config_for(folders(name), None, vae_slicing=chosen, vae_tiling=chosen)
-        vae = opening.open_policy(config, PROMPTS[:1], "cpu", note=lambda text: None)[0].pipe.vae
+        vae = embeddings.open_policy(config, PROMPTS[:1], "cpu", note=lambda text: None)[0].pipe.vae
         assert vae.use_slicing is chosen and vae.use_tiling is chosen
 
 
@@ -193,10 +193,10 @@ def test_unused_negative_prompts_are_noted(folders, name, scale, words):
     config = config_for(folders(name), None)
     config.rollout.guidance_scale = scale
     said = []
-    opening.open_policy(config, PROMPTS, "cpu", note=said.append)
+    embeddings.open_policy(config, PROMPTS, "cpu", note=said.append)
     assert said == ([words] if words else [])
     del said[:]
-    opening.open_policy(config, PROMPTS[:1], "cpu", note=said.append)
+    embeddings.open_policy(config, PROMPTS[:1], "cpu", note=said.append)
     assert said == []
 
 

@@ -6,21 +6,22 @@ from engine_cases import HELDOUT
 from tempflow.data.prompts import load_prompts
 from tempflow.models.embeddings import EmbeddingCache
 from tempflow.run import evaluation
+from tempflow.types import Size
 
 
 def drawn(policy, micro_batch, decode_batch):
     """(indices, images) of five prompts, and how many were decoded at a time."""
     prompts, sizes, decode = load_prompts(HELDOUT)[:5], [], policy.decode
 
-    def counted(latents, *size):
+    def counted(latents, size):
         sizes.append(len(latents))
-        return decode(latents, *size)
+        return decode(latents, size)
 
     policy.decode, told = counted, []
     try:
         parts = list(evaluation.draw(
-            policy, EmbeddingCache(policy), prompts, list(range(5)), height=32, width=96, num_steps=2, guidance_scale=0.0,
-            micro_batch=micro_batch, decode_batch=decode_batch, advance=told.append,
+            policy.at(Size(32, 96), 0.0), EmbeddingCache(policy), prompts, list(range(5)), num_steps=2, micro_batch=micro_batch,
+            decode_batch=decode_batch, advance=told.append,
         ))  # fmt: skip
     finally:
         del policy.decode

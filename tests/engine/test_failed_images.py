@@ -14,14 +14,15 @@ from kernel_cases import assert_close
 from PIL import Image
 from run_cases import train
 
-from tempflow.data.prompts import Prompt
-from tempflow.models.base import no_image
+from tempflow.media import no_image
+from tempflow.models import Sampler
 from tempflow.rewards import RewardPool, parse_rewards
 from tempflow.run import evaluation
 from tempflow.run.failures import TooManyFailed, check_failed
 from tempflow.run.means import gain_of, is_sure, mean_of
 from tempflow.training.batches import padding_of
 from tempflow.training.update import Updater
+from tempflow.types import Example, Size
 
 NAN, INF = float("nan"), float("inf")
 
@@ -40,11 +41,11 @@ BROKEN = {
 @pytest.mark.parametrize("row", [0, 2])
 def test_what_is_not_finite_is_no_image(policy, how, row):
     """It is marked and told apart; the images beside it are the same bits as without it."""
-    latents = torch.randn(3, *policy.latent_shape(32, 96), generator=torch.Generator().manual_seed(0))
-    whole, finite = policy.decode(latents, 32, 96)
+    latents = torch.randn(3, *policy.latent_shape(Size(32, 96)), generator=torch.Generator().manual_seed(0))
+    whole, finite = policy.decode(latents, Size(32, 96))
     assert finite.tolist() == [True] * 3 and whole.dtype == np.uint8
     how(latents[row])
-    images, finite = policy.decode(latents, 32, 96)
+    images, finite = policy.decode(latents, Size(32, 96))
     assert finite.tolist() == [i != row for i in range(3)]
     assert (images[row] == no_image(32, 96)).all() and (images[finite] == whole[finite]).all()
     assert len(np.unique(no_image(32, 96).reshape(-1, 3), axis=0)) == 2, "no plain image, which a reward or a person takes for one"
@@ -59,14 +60,14 @@ def test_a_decoder_that_overflows_makes_no_image(policy, monkeypatch):
         return (pixels,)
 
     monkeypatch.setattr(policy.pipe.vae, "decode", decode)
-    _, finite = policy.decode(torch.zeros(3, *policy.latent_shape(32, 96)), 32, 96)
+    _, finite = policy.decode(torch.zeros(3, *policy.latent_shape(Size(32, 96))), Size(32, 96))
     assert finite.tolist() == [True, False, True]
 
 
 def test_the_library_says_that_an_image_is_missing(policy, monkeypatch):
-    latents, broken = torch.zeros(2, *policy.latent_shape(32, 96)), torch.zeros(2, *policy.latent_shape(32, 96))
+    latents, broken = torch.zeros(2, *policy.latent_shape(Size(32, 96))), torch.zeros(2, *policy.latent_shape(Size(32, 96)))
     broken[0, 0, 0] = NAN
-    monkeypatch.setattr(policy, "integrate", lambda *args, **call: broken)
+    monkeypatch.setattr(Sampler, "integrate", lambda *args, **call: broken)
     call = {"latents": latents, "height": 32, "width": 96, "num_steps": 2, "guidance_scale": 0.0}
     with pytest.warns(UserWarning, match="1 of 2 images hold NaN or infinity"):
         images = policy.sample(["a", "b"], **call)
@@ -88,7 +89,7 @@ def scored(levels, finite, batch, keep=0):
     places = range(0, len(levels), batch)
     drawn = ((list(range(i, min(i + batch, len(levels)))), images[i : i + batch], np.array(finite[i : i + batch])) for i in places)
     specs = parse_rewards({f"{__name__}:level": 1.0, "jpeg": 0})
-    prompts = [Prompt(f"prompt {i}") for i in range(len(levels))]
+    prompts = [Example(f"prompt {i}") for i in range(len(levels))]
     with RewardPool(specs, workers=0) as pool:
         return evaluation.evaluate(pool, specs, prompts, drawn, keep), prompts
 
@@ -189,12 +190,12 @@ def breaking(policy, monkeypatch, numbers):
     """Latents number `numbers`, in the order in which they are decoded, are NaN."""
     real, count = type(policy).decode, itertools.count()
 
-    def decode(latents, height, width):
+    def decode(latents, size):
         latents = latents.clone()
         for row in range(len(latents)):
             if next(count) in numbers:
                 latents[row, 0] = NAN
-        return real(policy, latents, height, width)
+        return real(policy, latents, size)
 
     monkeypatch.setattr(policy, "decode", decode)
 

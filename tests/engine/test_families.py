@@ -4,22 +4,24 @@ import copy
 import json
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Callable
 
 import numpy as np
 import pytest
 import torch
-from engine_cases import ROOT
+from engine_cases import ROOT, examples
 from family_cases import qwen_pipeline, sd3_pipeline
 from kernel_cases import assert_close
 from PIL import Image
 from run_cases import ADAMW, Run, script_here, train
 
 from tempflow.errors import UserError
-from tempflow.models import check_checkpoint, check_model, check_size, load_policy, take
+from tempflow.models import check_checkpoint, check_model, check_size, index_rows, load_policy
 from tempflow.models.embeddings import EmbeddingCache
 from tempflow.run.evaluation import fixed_noise
+from tempflow.types import Size
 
 FP32 = 1e-5
 PROMPTS = ['the word "ABC"', "something else, and longer"]
@@ -96,7 +98,7 @@ def pairs(folders):
 
 
 def latents_for(policy, height, width, count=2):
-    shape = policy.latent_shape(height, width)
+    shape = policy.latent_shape(Size(height, width))
     return torch.randn(count, *shape, generator=torch.Generator().manual_seed(0))
 
 
@@ -171,7 +173,7 @@ def test_text_length_is_the_pipelines(pairs, folders, name):
 def test_template_of_qwen_is_dropped(pairs):
     """What is left is the prompt and the five tokens after it; the rest is padding."""
     policy, pipe = pairs("qwen_image")
-    mask = policy.encode(PROMPTS)["encoder_hidden_states_mask"]
+    mask = policy.encode(examples(PROMPTS))["encoder_hidden_states_mask"]
     lengths = [len(pipe.tokenizer(prompt).input_ids) + 5 for prompt in PROMPTS]
     assert mask.dtype == torch.bool and mask.shape == (2, 512)
     assert torch.equal(mask, torch.arange(512)[None] < torch.tensor(lengths)[:, None])
@@ -181,12 +183,12 @@ def test_template_of_qwen_is_dropped(pairs):
 def test_conditioning_is_by_prompt(pairs, name):
     """Rows of prompts, encoded together or one at a time; the default negative prompt, kept once in the cache."""
     policy, _ = pairs(name)
-    together = policy.encode(PROMPTS)
+    together = policy.encode(examples(PROMPTS))
     assert {len(tensor) for tensor in together.values()} == {2}
-    explicit = policy.encode(PROMPTS, [FAMILIES[name].default_negative] * 2)
+    explicit = policy.encode(examples(PROMPTS, [FAMILIES[name].default_negative] * 2))
     cache = EmbeddingCache(policy)
     for i, prompt in enumerate(PROMPTS):
-        for other in (policy.encode([prompt]), take(explicit, [i]), cache.get([prompt])):
+        for other in (policy.encode(examples([prompt])), index_rows(explicit, [i]), cache.get(examples([prompt]))):
             assert other.keys() == together.keys()
             for part, tensor in other.items():
                 assert tensor.shape == together[part][i : i + 1].shape
@@ -198,10 +200,10 @@ def test_cache_is_by_prompt_and_negative_prompt(pairs, name, monkeypatch):
     """A prompt with two negative prompts has two conditionings; each text is encoded once, be it prompt or negative."""
     policy, _ = pairs(name)
     default, asked, embed = FAMILIES[name].default_negative, [], policy.embed
-    expected = policy.encode([PROMPTS[0]] * 3 + [NEGATIVES[0]], [NEGATIVES[0], default, PROMPTS[1], NEGATIVES[1]])
-    monkeypatch.setattr(policy, "embed", lambda texts: asked.extend(texts) or embed(texts))
+    expected = policy.encode(examples([PROMPTS[0]] * 3 + [NEGATIVES[0]], [NEGATIVES[0], default, PROMPTS[1], NEGATIVES[1]]))
+    monkeypatch.setattr(policy, "embed", lambda given: asked.extend(example.text for example in given) or embed(given))
     cache = EmbeddingCache(policy)
-    got = cache.get([PROMPTS[0]] * 3 + [NEGATIVES[0]], [NEGATIVES[0], None, PROMPTS[1], NEGATIVES[1]])
+    got = cache.get(examples([PROMPTS[0]] * 3 + [NEGATIVES[0]], [NEGATIVES[0], None, PROMPTS[1], NEGATIVES[1]]))
     for part, tensor in got.items():
         assert_close(part, tensor.float(), expected[part].float(), FP32)
     rows = got["negative_encoder_hidden_states"]
@@ -214,14 +216,14 @@ def test_cache_is_by_prompt_and_negative_prompt(pairs, name, monkeypatch):
 def test_rows_may_be_at_different_steps(pairs, name, scale):
     """One forward of rows at their own sigmas is each row's forward."""
     policy, _ = pairs(name)
-    conditioning = take(policy.encode(PROMPTS), [0, 1, 1])
+    conditioning = index_rows(policy.encode(examples(PROMPTS)), [0, 1, 1])
     x, sigma = latents_for(policy, 32, 96, 3), torch.tensor([1.0, 0.55, 0.1])
-    call = {"height": 32, "width": 96, "guidance_scale": scale}
+    call = Size(32, 96), scale
     with torch.no_grad():
-        together = policy.velocity(policy.transformer, x, sigma, conditioning, **call)
+        together = policy.velocity(policy.transformer, x, sigma, conditioning, *call)
         assert together.shape == x.shape
         for i in range(3):
-            alone = policy.velocity(policy.transformer, x[i : i + 1], sigma[i : i + 1], take(conditioning, [i]), **call)
+            alone = policy.velocity(policy.transformer, x[i : i + 1], sigma[i : i + 1], index_rows(conditioning, [i]), *call)
             assert_close(f"row {i}", together[i : i + 1], alone, FP32)
 
 
@@ -235,8 +237,7 @@ def test_guidance_is_one_forward(pairs, name, scale, rows):
         seen.append(len(inputs["hidden_states"]))
         return policy.transformer(**inputs)
 
-    policy.velocity(transformer, latents_for(policy, 32, 32), torch.ones(2), policy.encode(PROMPTS), height=32, width=32,
-                    guidance_scale=scale)  # fmt: skip
+    policy.velocity(transformer, latents_for(policy, 32, 32), torch.ones(2), policy.encode(examples(PROMPTS)), Size(32, 32), scale)
     assert seen == [rows]
 
 
@@ -248,7 +249,7 @@ def test_gradient_flows_through_both_halves(pairs, name):
     x, sigma, target = latents_for(policy, 32, 32), torch.tensor([0.9, 0.4]), latents_for(policy, 32, 32, 4)[2:]
 
     def velocity(scale, prompts, negatives):
-        return policy.velocity(transformer, x, sigma, policy.encode(prompts, negatives), height=32, width=32, guidance_scale=scale)
+        return policy.velocity(transformer, x, sigma, policy.encode(examples(prompts, negatives)), Size(32, 32), scale)
 
     def gradient(v):
         (v - target).square().sum().backward()
@@ -266,10 +267,10 @@ def test_gradient_flows_through_both_halves(pairs, name):
 def test_grid_falls_from_one_to_zero(pairs, name, kind):
     policy, _ = pairs(name, kind)
     for steps in (2, 10, 28):
-        sigmas = policy.sigmas(steps, 32, 96)
+        sigmas = policy.sigmas(steps, Size(32, 96))
         assert sigmas.dtype == torch.float32 and sigmas.shape == (steps + 1,)
         assert sigmas[0] == 1 and sigmas[-1] == 0 and (sigmas.diff() < 0).all()
-    same = torch.equal(policy.sigmas(4, 32, 32), policy.sigmas(4, 128, 128))
+    same = torch.equal(policy.sigmas(4, Size(32, 32)), policy.sigmas(4, Size(128, 128)))
     assert same != FAMILIES[name].schedulers[kind].get("use_dynamic_shifting", False)
 
 
@@ -278,18 +279,18 @@ def test_grid_falls_from_one_to_zero(pairs, name, kind):
 def test_impossible_size(pairs, folders, name, height, width):
     policy, _ = pairs(name)
     assert check_model(str(folders(name))) == FAMILIES[name].pipeline
-    check_size(str(folders(name)), 32, 96)
-    for call in (policy.latent_shape, lambda h, w: policy.sigmas(4, h, w), lambda h, w: check_size(str(folders(name)), h, w)):
+    check_size(str(folders(name)), Size(32, 96))
+    for call in (policy.latent_shape, partial(policy.sigmas, 4), partial(check_size, str(folders(name)))):
         with pytest.raises(UserError, match=f"rollout.height, rollout.width: {height} x {width}; both must be multiples of 8"):
-            call(height, width)
+            call(Size(height, width))
 
 
 def test_size_beyond_the_position_embedding(pairs):
     policy, _ = pairs("sd3")
-    assert policy.latent_shape(128, 128) == (8, 32, 32)
-    for call in (policy.latent_shape, lambda h, w: policy.sigmas(4, h, w)):
+    assert policy.latent_shape(Size(128, 128)) == (8, 32, 32)
+    for call in (policy.latent_shape, partial(policy.sigmas, 4)):
         with pytest.raises(UserError, match="rollout.height, rollout.width: 32 x 136; this model makes at most 128 a side"):
-            call(32, 136)
+            call(Size(32, 136))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -327,9 +328,10 @@ def test_qwen_without_negative_prompts_says_that_it_does_not_guide(pairs):
     x, call = latents_for(policy, 32, 32), {"height": 32, "width": 32, "num_steps": 2}
     with pytest.warns(UserWarning, match="guidance_scale has no effect"):
         got = policy.sample(PROMPTS, latents=x, guidance_scale=4.0, decode=False, **call)
-    assert torch.equal(got, policy.integrate(x, policy.encode(PROMPTS), guidance_scale=1.0, **call))
+    assert torch.equal(got, policy.at(Size(32, 32), 1.0).integrate(x, policy.encode(examples(PROMPTS)), 2))
     guided = policy.sample(PROMPTS, latents=x, guidance_scale=4.0, negative_prompts=[" "] * 2, decode=False, **call)
-    assert_close("latents", policy.integrate(x, EmbeddingCache(policy).get(PROMPTS), guidance_scale=4.0, **call), guided, FP32)
+    again = policy.at(Size(32, 32), 4.0).integrate(x, EmbeddingCache(policy).get(examples(PROMPTS)), 2)
+    assert_close("latents", again, guided, FP32)
     assert (got - guided).norm() > 1e-3 * got.norm()
 
 
@@ -400,7 +402,7 @@ def test_evaluation_has_a_guidance_of_its_own(runs, folders):
     first = json.loads((folder / "samples.json").read_text())["items"][0]
     kept = np.asarray(Image.open(folder / first["file"])).astype(int)
     policy = load_policy(folders("sd3"), max_sequence_length=32)
-    noise = fixed_noise([0], policy.latent_shape(32, 32), "cpu")
+    noise = fixed_noise([0], policy.latent_shape(Size(32, 32)), "cpu")
 
     def distance(scale):
         (drawn,) = policy.sample([first["prompt"]], latents=noise, height=32, width=32, num_steps=4, guidance_scale=scale)

@@ -5,7 +5,7 @@ from functools import cache
 
 import pytest
 import torch
-from engine_cases import MODEL, PROMPTS, Iteration, quiet_pool, small_config
+from engine_cases import MODEL, PROMPTS, Iteration, examples, quiet_pool, small_config
 from family_cases import qwen_pipeline, sd3_pipeline
 from rollout_cases import Rollout, toy_velocity
 from test_graphs import Recorded, cache_of
@@ -16,9 +16,10 @@ from tempflow.sampling.float8 import FLOAT8, Float8Copy, Float8Linear, float8_by
 from tempflow.sampling.graphs import CudaCapture
 from tempflow.sampling.plans import iteration_units
 from tempflow.sampling.suffix import count_forwards, last_decisions, suffix_path
+from tempflow.types import Size
 
 STEP = 2.0**-4  # half of the spacing of float8's mantissas of three bits, at their lower end
-SIZE = dict(height=32, width=96)
+SIZE = Size(32, 96)
 
 
 # ------------------------------------------------------------------------------------------------------ arithmetic
@@ -75,10 +76,10 @@ def policies(tmp_path_factory):
 
 
 def velocity(policy, transformer, seed=0):
-    conditioning = policy.encode(['the word "ABC"'] * 3)
-    x = torch.randn(3, *policy.latent_shape(**SIZE), generator=torch.Generator().manual_seed(seed))
+    conditioning = policy.encode(examples(['the word "ABC"'] * 3))
+    x = torch.randn(3, *policy.latent_shape(SIZE), generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
-        return policy.velocity(transformer, x, torch.tensor([0.9, 0.5, 0.1]), conditioning, guidance_scale=0.0, **SIZE)
+        return policy.velocity(transformer, x, torch.tensor([0.9, 0.5, 0.1]), conditioning, SIZE, 0.0)
 
 
 @pytest.mark.parametrize("family", BUILDERS)
@@ -264,12 +265,12 @@ def test_on_the_hardware_eagerly_and_as_a_graph(tmp_path, family):
     if reason:
         pytest.skip(reason)
     made = Float8Copy(policy.transformer)
-    conditioning = policy.encode(['the word "ABC"'] * 4)
-    x = torch.randn(4, *policy.latent_shape(**SIZE), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    conditioning = policy.encode(examples(['the word "ABC"'] * 4))
+    x = torch.randn(4, *policy.latent_shape(SIZE), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
     given = {"x": x, "sigma": torch.tensor([0.9, 0.6, 0.4, 0.1], device="cuda"), **conditioning}
 
     def forward(transformer, x, sigma, **conditioning):
-        return (policy.velocity(transformer, x, sigma, conditioning, guidance_scale=0.0, **SIZE),)
+        return (policy.velocity(transformer, x, sigma, conditioning, SIZE, 0.0),)
 
     def coarse(**inputs):
         return forward(made.transformer, **inputs)

@@ -6,13 +6,14 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from engine_cases import small_config
+from engine_cases import examples, small_config
 from rollout_cases import Rollout
 from run_cases import run_command
 
 from tempflow.errors import UserError
 from tempflow.sampling.graphs import CannotCapture, Captured, CudaCapture, GraphCache
 from tempflow.sampling.plans import iteration_units
+from tempflow.types import Size
 
 
 class Recorded:
@@ -268,11 +269,11 @@ def test_capture_and_replay_of_the_shipped_model(dtype):
     from tempflow.models import load_policy
 
     policy = load_policy(MODEL, dtype=str(dtype).removeprefix("torch."), device="cuda", max_sequence_length=20)
-    conditioning = policy.encode(['the word "HELLO"'] * 4)
-    shape = policy.latent_shape(32, 96)
+    conditioning = policy.encode(examples(['the word "HELLO"'] * 4))
+    shape = policy.latent_shape(Size(32, 96))
 
     def forward(x, sigma, **given):
-        return (policy.velocity(policy.transformer, x, sigma, given, height=32, width=96, guidance_scale=0.0),)
+        return (policy.velocity(policy.transformer, x, sigma, given, Size(32, 96), 0.0),)
 
     def given(seed):
         generator = torch.Generator("cuda").manual_seed(seed)

@@ -15,6 +15,7 @@ from tempflow.rewards import check_watched, parse_rewards
 from tempflow.run.diversity import mean_distance, thumbnails
 from tempflow.run.stopping import StopRule
 from tempflow.sampling.plans import iteration_units
+from tempflow.types import Size
 
 
 # ------------------------------------------------------------------------------------------------------ diversity
@@ -59,11 +60,11 @@ def test_diversity_of_a_rollout(rollout, policy):
     units = iteration_units([0, 1], 3)
 
     def velocity(x, sigma, rows):
-        return policy.velocity(policy.transformer, x, sigma, rollout.embed(rows), height=32, width=96, guidance_scale=0.0)
+        return policy.velocity(policy.transformer, x, sigma, rollout.embed(rows), Size(32, 96), 0.0)
 
     with torch.no_grad():
-        finished, _ = naive_trajectories(rollout.config, velocity, units, rollout.collector.sigmas, policy.latent_shape(32, 96))
-    small = {place: thumbnails(policy.decode(latent[None], 32, 96)[0])[0] for place, latent in finished.items()}
+        finished, _ = naive_trajectories(rollout.config, velocity, units, rollout.collector.sigmas, policy.latent_shape(Size(32, 96)))
+    small = {place: thumbnails(policy.decode(latent[None], Size(32, 96))[0])[0] for place, latent in finished.items()}
     trunks = [[small[unit.index, None, 0] for unit in units if unit.prompt == p] for p in (0, 1)]
     children = [[small[unit.index, k, i] for i in (0, 1)] for unit in units for k in (0, 1)]
     for name, groups in (("seeds", trunks), ("children", children)):

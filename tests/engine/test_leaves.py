@@ -2,15 +2,16 @@
 
 import pytest
 import torch
-from engine_cases import MODEL, small_config
+from engine_cases import MODEL, examples, small_config
 from family_cases import qwen_pipeline, sd3_pipeline
 from run_cases import SGD
 
 from tempflow.training import distributed, leaves
 from tempflow.training import engine as runtime
+from tempflow.types import Size
 
 OWN = {"leaf_module": {"classes": []}}  # what a user writes who wants DeepSpeed's own units
-SIZE = dict(height=32, width=96)
+SIZE = Size(32, 96)
 SUMS = 1e-6  # fp32, relative: gradients of a block's inputs are added in another order
 BLOCKS = {"flux": 6, "sd3": 2, "qwen_image": 2}
 
@@ -35,11 +36,11 @@ def updated(family, lora, checkpointing, **zero):
         deepspeed={**SGD, "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, **zero}},
     )
     made = runtime.Runtime(config, policy)
-    generator, text = torch.Generator().manual_seed(3), policy.encode(["one", "another"])
+    generator, text = torch.Generator().manual_seed(3), policy.encode(examples(["one", "another"]))
     for last in (False, True):
-        x = torch.randn(2, *policy.latent_shape(**SIZE), generator=generator)
+        x = torch.randn(2, *policy.latent_shape(SIZE), generator=generator)
         goal = torch.randn(x.shape, generator=generator)
-        v = policy.velocity(made.engine, x, torch.tensor([0.9, 0.4]), text, guidance_scale=1.0, **SIZE)
+        v = policy.velocity(made.engine, x, torch.tensor([0.9, 0.4]), text, SIZE, 1.0)
         made.accumulate((v - goal).square().mean(), last=last)
     made.step(1.0)
     return made, {name: made.full_fp32(p) for name, p in made.trainable.items()}

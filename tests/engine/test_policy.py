@@ -2,16 +2,18 @@
 
 import json
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from engine_cases import MODEL
+from engine_cases import MODEL, examples
 from kernel_cases import assert_close
 
 from tempflow.errors import UserError
-from tempflow.models import check_model, load_policy, load_transformer, take
+from tempflow.models import Policy, check_model, index_rows, load_denoiser, load_policy
 from tempflow.models.embeddings import EmbeddingCache
+from tempflow.types import Size
 
 FP32 = 1e-5
 PROMPTS = ['the word "ABC"', 'the word "HELLO"', "something else, and rather longer than the others"]
@@ -43,7 +45,7 @@ def pairs(pipelines):
 
 
 def latents_for(policy, height, width, seed=0):
-    shape = policy.latent_shape(height, width)
+    shape = policy.latent_shape(Size(height, width))
     return torch.randn(len(PROMPTS), *shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -82,8 +84,8 @@ def test_what_the_variants_change_matters(pairs):
     assert (sample(guidance_scale=5.0) - base).norm() > 1e-3 * base.norm()
     assert (sample(num_steps=5) - base).norm() > 1e-3 * base.norm()
     plain, _ = pairs("plain")
-    assert torch.allclose(plain.sigmas(4, 32, 96), torch.linspace(1, 0, 5))
-    assert not torch.allclose(policy.sigmas(4, 32, 96), policy.sigmas(4, 128, 128), rtol=1e-3)
+    assert torch.allclose(plain.sigmas(4, Size(32, 96)), torch.linspace(1, 0, 5))
+    assert not torch.allclose(policy.sigmas(4, Size(32, 96)), policy.sigmas(4, Size(128, 128)), rtol=1e-3)
     assert (base[0] - base[1]).norm() > 0.1
 
 
@@ -95,19 +97,19 @@ def test_text_length_is_the_pipelines(pairs, pipelines):
     expected = pipe(PROMPTS, latents=x.clone(), num_inference_steps=2, output_type="latent", max_sequence_length=20, **call)
     got = policy.sample(PROMPTS, latents=x, num_steps=2, decode=False, **call)
     assert_close("latents", got, expected.images, FP32)
-    assert policy.encode(PROMPTS)["encoder_hidden_states"].shape[1] == 20
-    assert pairs("plain")[0].encode(PROMPTS)["encoder_hidden_states"].shape[1] == 512
+    assert policy.encode(examples(PROMPTS))["encoder_hidden_states"].shape[1] == 20
+    assert pairs("plain")[0].encode(examples(PROMPTS))["encoder_hidden_states"].shape[1] == 512
 
 
 def test_rows_may_be_at_different_steps(policy):
     """One forward of rows at their own sigmas is each row's forward."""
-    conditioning = policy.encode(PROMPTS)
+    conditioning = policy.encode(examples(PROMPTS))
     x, sigma = latents_for(policy, 32, 96), torch.tensor([1.0, 0.55, 0.1])
-    call = arguments(32, 96, 0.0)
+    call = Size(32, 96), 0.0
     with torch.no_grad():
-        together = policy.velocity(policy.transformer, x, sigma, conditioning, **call)
+        together = policy.velocity(policy.transformer, x, sigma, conditioning, *call)
         for i in range(3):
-            alone = policy.velocity(policy.transformer, x[i : i + 1], sigma[i : i + 1], take(conditioning, [i]), **call)
+            alone = policy.velocity(policy.transformer, x[i : i + 1], sigma[i : i + 1], index_rows(conditioning, [i]), *call)
             assert_close(f"row {i}", together[i : i + 1], alone, FP32)
 
 
@@ -115,7 +117,7 @@ def test_rows_may_be_at_different_steps(policy):
 def test_grid_falls_from_one_to_zero(pairs, kind):
     policy, _ = pairs(kind)
     for steps in (2, 10, 28):
-        sigmas = policy.sigmas(steps, 32, 96)
+        sigmas = policy.sigmas(steps, Size(32, 96))
         assert sigmas.dtype == torch.float32 and sigmas.shape == (steps + 1,)
         assert sigmas[0] == 1 and sigmas[-1] == 0 and (sigmas.diff() < 0).all()
 
@@ -126,8 +128,8 @@ def test_frozen_and_in_evaluation_mode(policy):
     assert not any(module.training for module in modules)
 
 
-def test_load_transformer_is_another_copy_of_the_same_weights(policy):
-    copy = load_transformer(str(MODEL), torch.bfloat16)
+def test_load_denoiser_is_another_copy_of_the_same_weights(policy):
+    copy = load_denoiser(str(MODEL), torch.bfloat16)
     own = dict(policy.transformer.named_parameters())
     for name, parameter in copy.named_parameters():
         assert parameter.dtype == torch.bfloat16 and parameter.data_ptr() != own[name].data_ptr()
@@ -138,7 +140,7 @@ def test_load_transformer_is_another_copy_of_the_same_weights(policy):
 def test_dtype(pipelines, name, dtype):
     policy = load_policy(str(pipelines["plain"]), dtype=name)
     assert policy.dtype == dtype
-    assert policy.encode(PROMPTS)["encoder_hidden_states"].dtype == dtype
+    assert policy.encode(examples(PROMPTS))["encoder_hidden_states"].dtype == dtype
     if dtype != torch.float16:  # what a CPU may lack
         x = latents_for(policy, 32, 32)
         assert policy.sample(PROMPTS, latents=x, num_steps=2, decode=False, **arguments(32, 32, 0.0)).dtype == torch.float32
@@ -149,12 +151,13 @@ class CountingPolicy:
     """Encodes a prompt as its length, and writes down what it was asked for."""
 
     device = torch.device("cpu")
-    default_negative_prompt = None
+    identity, opposed = Policy.identity, Policy.opposed
 
     def __init__(self):
         self.asked = []
 
-    def embed(self, texts):
+    def embed(self, given):
+        texts = [example.text for example in given]
         self.asked += texts
         return {"length": torch.tensor([[float(len(text))] for text in texts])}
 
@@ -162,8 +165,8 @@ class CountingPolicy:
 def test_embeddings_are_computed_once():
     policy = CountingPolicy()
     cache = EmbeddingCache(policy)
-    assert cache.get(["a", "bb", "a"])["length"].tolist() == [[1], [2], [1]]
-    assert cache.get(["ccc", "bb"])["length"].tolist() == [[3], [2]]
+    assert cache.get(examples(["a", "bb", "a"]))["length"].tolist() == [[1], [2], [1]]
+    assert cache.get(examples(["ccc", "bb"]))["length"].tolist() == [[3], [2]]
     assert policy.asked == ["a", "bb", "ccc"]
 
 
@@ -171,9 +174,9 @@ def test_embeddings_forget_the_least_recently_used():
     policy = CountingPolicy()
     cache = EmbeddingCache(policy, capacity=2)
     for prompts in (["a", "bb"], ["a"], ["ccc"], ["a"], ["bb"]):
-        cache.get(prompts)
+        cache.get(examples(prompts))
     assert policy.asked == ["a", "bb", "ccc", "bb"]
-    assert cache.get(list("vwxyz"))["length"].shape == (5, 1), "more prompts at once than are kept"
+    assert cache.get(examples(list("vwxyz")))["length"].shape == (5, 1), "more prompts at once than are kept"
 
 
 # -------------------------------------------------------------------------------------------------------- errors
@@ -225,8 +228,8 @@ def test_weights_that_are_missing(skeleton):
 
 @pytest.mark.parametrize("height, width", [(30, 96), (32, 100), (33, 97)])
 def test_impossible_size(policy, height, width):
-    for call in (policy.latent_shape, lambda h, w: policy.sigmas(4, h, w)):
-        refused(["rollout.height", "rollout.width", f"{height} x {width}", "multiples of 8"], call, height, width)
+    for call in (policy.latent_shape, partial(policy.sigmas, 4)):
+        refused(["rollout.height", "rollout.width", f"{height} x {width}", "multiples of 8"], call, Size(height, width))
 
 
 def test_sample_refuses_what_does_not_fit(policy):

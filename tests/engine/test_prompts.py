@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tempflow.config import HubDataset, load_config, parse_config
-from tempflow.data.prompts import LONGEST, Prompt, PromptOrder, check_unchanged, digests, load_prompts, typed_prompts
+from tempflow.data.prompts import LONGEST, PromptOrder, check_unchanged, digests, load_prompts, typed_prompts
 from tempflow.errors import UserError
 from tempflow.rewards.quotes import quoted_text
+from tempflow.types import Example
 
 
 def written(tmp_path, name, content):
@@ -24,16 +25,16 @@ def written(tmp_path, name, content):
 def test_text_file(tmp_path):
     file = written(tmp_path, "p.txt", '  a shop "OPEN"  \n\n   \nein Café\n')
     assert load_prompts(file) == [
-        Prompt('a shop "OPEN"', {"source": f"{file}:1"}),
-        Prompt("ein Café", {"source": f"{file}:4"}),
+        Example('a shop "OPEN"', metadata={"source": f"{file}:1"}),
+        Example("ein Café", metadata={"source": f"{file}:4"}),
     ]
 
 
 def test_jsonl_file(tmp_path):
     file = written(tmp_path, "p.jsonl", '{"prompt": "a", "tag": 3}\n\n{"prompt": "b"}\n')
     assert load_prompts(file) == [
-        Prompt("a", {"tag": 3, "source": f"{file}:1"}),
-        Prompt("b", {"source": f"{file}:3"}),
+        Example("a", metadata={"tag": 3, "source": f"{file}:1"}),
+        Example("b", metadata={"source": f"{file}:3"}),
     ]
 
 
@@ -128,7 +129,7 @@ def test_long_prompts_are_cut_and_told(tmp_path, capsys):
 
 
 def test_prompts_of_a_command_line_are_held_to_the_same():
-    assert typed_prompts(["a", "b"], "--prompt") == [Prompt("a"), Prompt("b")]
+    assert typed_prompts(["a", "b"], "--prompt") == [Example("a"), Example("b")]
     for bad in ("cut \ud83d", "a\x00b", " "):
         with pytest.raises(UserError, match="^--prompt: "):
             typed_prompts(["a", bad], "--prompt")
@@ -159,7 +160,7 @@ def test_folders_as_flow_grpo_and_flow_factory_lay_them_out(tmp_path):
         assert [p.text for p in load_prompts(tmp_path, key)] == [f"{split} prompt"]
         (prompt,) = load_prompts(tmp_path / "geneval", key)
         source = f"{tmp_path}/geneval/{split}_metadata.jsonl:1"
-        assert prompt == Prompt(f"a photo of two benches, {split}", {**entry, "source": source})
+        assert prompt == Example(f"a photo of two benches, {split}", metadata={**entry, "source": source})
 
 
 def test_negative_prompts(tmp_path):
@@ -202,8 +203,8 @@ def dataset(tmp_path, monkeypatch):
 def test_dataset(dataset):
     given = HubDataset(dataset=str(dataset), column="caption", metadata=["tag"])
     assert load_prompts(given) == [
-        Prompt("a red cube", {"tag": 1, "source": f"{dataset}[train]:0"}, "blue"),
-        Prompt("two dogs", {"tag": 2, "source": f"{dataset}[train]:1"}, None),
+        Example("a red cube", "blue", metadata={"tag": 1, "source": f"{dataset}[train]:0"}),
+        Example("two dogs", metadata={"tag": 2, "source": f"{dataset}[train]:1"}),
     ]
 
 
@@ -287,17 +288,17 @@ def test_more_prompts_an_iteration_than_there_are():
 
 # ------------------------------------------------------------------------------------------------------- resuming
 CHANGED = {
-    "a word": [Prompt("a"), Prompt("c")],
-    "the order": [Prompt("b"), Prompt("a")],
-    "one more": [Prompt("a"), Prompt("b"), Prompt("c")],
-    "a negative": [Prompt("a"), Prompt("b", negative="blur")],
+    "a word": [Example("a"), Example("c")],
+    "the order": [Example("b"), Example("a")],
+    "one more": [Example("a"), Example("b"), Example("c")],
+    "a negative": [Example("a"), Example("b", negative="blur")],
     "none": [],
 }
 
 
 @pytest.mark.parametrize("other", CHANGED.values(), ids=CHANGED)
 def test_other_prompts_are_known(other):
-    same, moved = [Prompt("a"), Prompt("b")], [Prompt("a", {"source": "elsewhere:1"}), Prompt("b")]
+    same, moved = [Example("a"), Example("b")], [Example("a", metadata={"source": "elsewhere:1"}), Example("b")]
     check_unchanged(digests(same, same), digests(moved, moved))
     check_unchanged({}, digests(other, same))  # of a version that kept no digests
     with pytest.raises(UserError, match="--resume: data.train holds other prompts"):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from engine_cases import MODEL, small_config
+from engine_cases import MODEL, examples, small_config
 from run_cases import ADAMW, timeless, train
 from safetensors.torch import load_file
 
@@ -10,9 +10,10 @@ from tempflow.checkpoints.safetensors_writer import write_safetensors
 from tempflow.training import distributed
 from tempflow.training.ema import Average, deal
 from tempflow.training.reference_policy import placement
+from tempflow.types import Size
 
 pytestmark = pytest.mark.cpu  # two ranks on any machine, compared to the last bit
-SIZE = dict(height=32, width=96)
+SIZE = Size(32, 96)
 
 
 # ---------------------------------------------------------------------------------------------------- pieces
@@ -69,10 +70,10 @@ def test_the_reference_stays_and_the_average_follows(tmp_path, stage, where):
     policy, base = (load_policy(str(MODEL), max_sequence_length=20) for _ in range(2))
     runtime = Runtime(config, policy)
     average = Average(runtime, 0.75, 1)
-    x, text = torch.randn(2, *policy.latent_shape(**SIZE)), policy.encode(["one", "another"])
+    x, text = torch.randn(2, *policy.latent_shape(SIZE)), policy.encode(examples(["one", "another"]))
 
     def velocity(transformer):
-        return policy.velocity(transformer, x, torch.tensor([0.9, 0.4]), text, guidance_scale=0.0, **SIZE)
+        return policy.velocity(transformer, x, torch.tensor([0.9, 0.4]), text, SIZE, 0.0)
 
     runtime.accumulate(velocity(runtime.engine).square().mean(), last=True)
     runtime.step(1.0)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from engine_cases import MODEL, ROOT, small_config
+from engine_cases import MODEL, ROOT, examples, small_config
 from family_cases import qwen_pipeline, sd3_pipeline
 
 from tempflow.config import load_config
@@ -15,6 +15,7 @@ from tempflow.run import directory
 from tempflow.sampling import graphs
 from tempflow.sampling.graphs import CannotCapture, Captured
 from tempflow.training import rehearsal, rehearse
+from tempflow.types import Size
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 SUFFIX = {"stride": 2, "order": 2, "exact_steps": 1, "audit_every": 0, "weights": "float8"}
@@ -66,9 +67,9 @@ def test_two_layers_of_a_large_model_are_small(card):
     policy = rehearse.small_policy(config_of(CARDS / card, {"dtype": "bfloat16"}), torch.device("meta"))
     weights = sum(p.nbytes for p in policy.transformer.parameters())
     assert 1e8 < weights < 3e9 and policy.velocity(
-        policy.transformer, torch.empty(2, *policy.latent_shape(256, 256), device="meta"), torch.empty(2, device="meta"),
-        policy.encode(["one", "another"]), height=256, width=256, guidance_scale=4.0,
-    ).shape == (2, *policy.latent_shape(256, 256))  # fmt: skip
+        policy.transformer, torch.empty(2, *policy.latent_shape(Size(256, 256)), device="meta"), torch.empty(2, device="meta"),
+        policy.encode(examples(["one", "another"])), Size(256, 256), 4.0,
+    ).shape == (2, *policy.latent_shape(Size(256, 256)))  # fmt: skip
 
 
 @pytest.mark.slow
@@ -79,7 +80,7 @@ def test_the_runs_own_settings_are_rehearsed():
     assert rehearse.rehearse(config, CPU, capture) is None
     assert {name for name, _ in capture.seen} == {"_forward_and_step", "_suffix_forward_and_step"}
     policy = rehearse.small_policy(config, CPU)
-    assert policy.dtype == torch.bfloat16 and policy.embed(["a"])["encoder_hidden_states"].shape[:2] == (1, 12)
+    assert policy.dtype == torch.bfloat16 and policy.embed(examples(["a"]))["encoder_hidden_states"].shape[:2] == (1, 12)
 
 
 def test_a_refusal_comes_back_as_the_reason():

@@ -8,7 +8,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from engine_cases import Iteration, naive_trajectories, small_config, step_noise, step_scalars
+from engine_cases import Iteration, examples, naive_trajectories, small_config, step_noise, step_scalars
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_cases import assert_close
@@ -19,6 +19,7 @@ from tempflow.models.embeddings import EmbeddingCache
 from tempflow.run.evaluation import EVAL_ITERATION, fixed_noise
 from tempflow.sampling.noise import INITIAL, noise_key
 from tempflow.sampling.plans import build_plan, chosen_steps, iteration_units, split_plan
+from tempflow.types import Size
 
 PROMPTS = ['the word "ABC"', 'the word "HELLO"', 'the word "TREE"']
 
@@ -241,10 +242,10 @@ def model(policy):
     cache = EmbeddingCache(policy)
 
     def velocity(x, sigma, units):
-        conditioning = cache.get([PROMPTS[unit.prompt_id] for unit in units])
-        return policy.velocity(policy.transformer, x, sigma, conditioning, height=32, width=96, guidance_scale=0.0)
+        conditioning = cache.get(examples([PROMPTS[unit.prompt_id] for unit in units]))
+        return policy.velocity(policy.transformer, x, sigma, conditioning, Size(32, 96), 0.0)
 
-    return velocity, policy.sigmas(6, 32, 96), policy.latent_shape(32, 96)
+    return velocity, policy.sigmas(6, Size(32, 96)), policy.latent_shape(Size(32, 96))
 
 
 @pytest.fixture(scope="module")

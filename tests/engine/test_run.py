@@ -18,6 +18,8 @@ from PIL import Image
 from run_cases import ADAMW, SGD, Run, launch, script, script_here, timeless, train
 from safetensors.torch import load_file
 
+from tempflow.types import Size
+
 # One rank against two, a run against its resumed half, bit for bit: the CPU's part. A GPU's is test_gpu_runs.py.
 pytestmark = [pytest.mark.slow, pytest.mark.cpu]
 
@@ -297,7 +299,7 @@ def test_a_run_that_its_rule_stops(folder):
 
 # --------------------------------------------------------------------------------------------------- using a run
 def sampled(policy, prompts, decode=False):
-    shape = policy.latent_shape(32, 96)
+    shape = policy.latent_shape(Size(32, 96))
     latents = torch.randn(len(prompts), *shape, generator=torch.Generator().manual_seed(3))
     call = {"latents": latents, "height": 32, "width": 96, "num_steps": 6, "guidance_scale": 0.0}
     return policy.sample(prompts, decode=decode, **call), latents

@@ -88,10 +88,8 @@ def naive_gradients(iteration, rewards, **training):
     advantages, gradients = iteration.advantages(rewards), []
 
     def forward(transformer, decision):
-        r = config.rollout
         sigma = iteration.collector.sigmas[decision.step : decision.step + 1]
-        return iteration.policy.velocity(transformer, decision.x[None], sigma, iteration.embed([decision.unit]),
-                                         height=r.height, width=r.width, guidance_scale=0.0)[0]  # fmt: skip
+        return iteration.collector.sampler.velocity(transformer, decision.x[None], sigma, iteration.embed([decision.unit]))[0]
 
     with torch.no_grad():
         old = {id(d): forward(runtime.engine, d) for d in iteration.data.decisions}

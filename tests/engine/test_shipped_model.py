@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from engine_cases import HELDOUT, MODEL
+from engine_cases import HELDOUT, MODEL, examples
 
 from tempflow.data.prompts import load_prompts
 from tempflow.models import load_policy
 from tempflow.rewards.ocr import OcrReward
+from tempflow.types import Size
 
 
 def test_small_and_without_pickles():
@@ -39,8 +40,7 @@ def test_padding_of_the_text_hardly_matters(length, most):
     velocities = []
     for tokens in (length, 512):
         policy = load_policy(str(MODEL), max_sequence_length=tokens)
-        x = torch.randn(3, *policy.latent_shape(32, 96), generator=torch.Generator().manual_seed(0))
+        x = torch.randn(3, *policy.latent_shape(Size(32, 96)), generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
-            velocities.append(policy.velocity(policy.transformer, x, sigma, policy.encode(prompts), height=32, width=96,
-                                              guidance_scale=0.0))  # fmt: skip
+            velocities.append(policy.velocity(policy.transformer, x, sigma, policy.encode(examples(prompts)), Size(32, 96), 0.0))
     assert (velocities[0] - velocities[1]).norm() < most * velocities[1].norm()

@@ -119,8 +119,8 @@ def cast(name: str, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 @torch.no_grad()
 def apply(tuned: Tuned, policy: Policy) -> Policy:
-    """Write the trained weights into the policy's transformer, adapters merged; returns the policy. UserError as `cast`."""
-    target = dict(policy.transformer.named_parameters())
+    """Write the trained weights into the policy's denoiser, adapters merged; returns the policy. UserError as `cast`."""
+    target = dict(policy.denoiser().named_parameters())
     lora = tuned.config.model.lora
     for name, value in tuned.weights.items():
         if lora is None:

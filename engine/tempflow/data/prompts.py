@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from tempflow.config import HubDataset, strict_json
 from tempflow.errors import VALUE, UserError, note, shortened, shown
+from tempflow.types import Example
 
 LONGEST = 32768  # characters of a prompt: far beyond the 1024 tokens that the longest text encoder takes
 
@@ -24,19 +25,7 @@ _CELL = re.compile(r'"(?:[^"]|"")*"')
 _UNFIT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt's text and what its file says besides; metadata["source"] is "file:line", or "dataset[split]:row" from row 0.
-
-    negative: what to guide away from, for families with classifier-free guidance; None: the family's default.
-    """
-
-    text: str
-    metadata: dict = field(default_factory=dict)
-    negative: str | None = None
-
-
-def load_prompts(given: str | Path | HubDataset, key: str = "data.train") -> list[Prompt]:
+def load_prompts(given: str | Path | HubDataset, key: str = "data.train") -> list[Example]:
     """Read .txt (one prompt a line) or .jsonl (objects with `prompt`, and `negative_prompt` if need be; other keys become
     metadata). Of a folder, the file of the key's split: train or test, .txt, .jsonl or _metadata.jsonl. Or a dataset.
 
@@ -53,10 +42,11 @@ def load_prompts(given: str | Path | HubDataset, key: str = "data.train") -> lis
     return prompts
 
 
-def digests(train: list[Prompt], heldout: list[Prompt]) -> dict[str, str]:
-    """What a checkpoint keeps of the prompts, to know them again: SHA-256 of their texts, by config key."""
-    texts = {"data.train": train, "data.heldout": heldout}
-    return {key: hashlib.sha256(json.dumps([[p.text, p.negative] for p in prompts]).encode()).hexdigest() for key, prompts in texts.items()}
+def digests(train: list[Example], heldout: list[Example]) -> dict[str, str]:
+    """What a checkpoint keeps of the prompts, to know them again: SHA-256 of all that embeddings depend on, by config key."""
+    given = {"data.train": train, "data.heldout": heldout}
+    known = {key: json.dumps([[p.text, p.negative, *p.image_digests] for p in prompts]) for key, prompts in given.items()}
+    return {key: hashlib.sha256(text.encode()).hexdigest() for key, text in known.items()}
 
 
 def check_unchanged(saved: dict[str, str], now: dict[str, str]) -> None:
@@ -67,12 +57,12 @@ def check_unchanged(saved: dict[str, str], now: dict[str, str]) -> None:
                             "mean nothing; put the file back, or begin another run with --set logging.name=NAME")  # fmt: skip
 
 
-def typed_prompts(texts: list[str], option: str) -> list[Prompt]:
+def typed_prompts(texts: list[str], option: str) -> list[Example]:
     """Prompts of a command line, held to what files are held to."""
     return [replace(_prompt({"prompt": text[:LONGEST]}, option), metadata={}) for text in texts]
 
 
-def _read_file(file: Path, key: str) -> list[Prompt]:
+def _read_file(file: Path, key: str) -> list[Example]:
     if file.is_dir():
         file = _file_of_split(file, "train" if key == "data.train" else "test", key)
     kind = file.suffix.lower()
@@ -116,12 +106,12 @@ def _is_cell(line: str) -> bool:
     return _CELL.fullmatch(line) is not None and '""' in line[1:-1]
 
 
-def _read_text(line: str, source: str) -> Prompt:
+def _read_text(line: str, source: str) -> Example:
     text = line.strip()
     return _prompt({"prompt": text[1:-1].replace('""', '"') if _is_cell(text) else text}, source)
 
 
-def _read_jsonl(line: str, source: str) -> Prompt:
+def _read_jsonl(line: str, source: str) -> Example:
     try:
         entry = strict_json.loads(line)
     except strict_json.Refused as error:
@@ -133,7 +123,7 @@ def _read_jsonl(line: str, source: str) -> Prompt:
     return _prompt(entry, source)
 
 
-def _prompt(entry: dict, source: str, column: str = "prompt") -> Prompt:
+def _prompt(entry: dict, source: str, column: str = "prompt") -> Example:
     """A prompt of the text in `column`; the other entries are its metadata. UserError naming `source`."""
     keys = shortened(", ".join(entry), VALUE)
     text, negative = entry.pop(column, None), entry.pop("negative_prompt", None)
@@ -143,7 +133,7 @@ def _prompt(entry: dict, source: str, column: str = "prompt") -> Prompt:
         raise UserError(f'{source}: "negative_prompt" must be a text, got {shown(negative)}')
     for name, given in ((column, text), ("negative_prompt", negative or "")):
         _check_characters(given, name, source)
-    return Prompt(text, {**entry, "source": source}, negative)
+    return Example(text, negative, metadata={**entry, "source": source})
 
 
 def _check_characters(text: str, name: str, source: str) -> None:
@@ -157,7 +147,7 @@ def _check_characters(text: str, name: str, source: str) -> None:
         )
 
 
-def _read_dataset(given: HubDataset, key: str) -> list[Prompt]:
+def _read_dataset(given: HubDataset, key: str) -> list[Example]:
     try:
         import datasets
     except ImportError as error:

@@ -12,6 +12,7 @@ from functools import lru_cache
 
 import torch
 
+from tempflow import types
 from tempflow.config import Config, Lora
 from tempflow.errors import UserError
 from tempflow.estimate import measure
@@ -101,7 +102,7 @@ def estimate(config: Config, *, gpus: int = 1, mfu: float = 0.4, card_gb: float 
     """
     model = Model(local_model(config.model.path))
     check_model(model.folder)
-    check_size(model.folder, config.rollout.height, config.rollout.width)
+    check_size(model.folder, types.Size(config.rollout.height, config.rollout.width))
     units = config.data.prompts_per_iteration * config.rollout.seeds
     if units < gpus:
         raise UserError(f"data.prompts_per_iteration x rollout.seeds: {units} units for {gpus} GPUs")

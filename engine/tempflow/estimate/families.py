@@ -10,6 +10,7 @@ from typing import Callable
 
 import torch
 
+from tempflow import types
 from tempflow.models.sd3 import PATCH, token_grid
 
 Configs = Callable[[str], dict]  # the config of one of the checkpoint's parts, defaults filled in
@@ -67,7 +68,7 @@ def flux(configs: Configs, size: Size, dtype: torch.dtype) -> Forward:
 def sd3(configs: Configs, size: Size, dtype: torch.dtype) -> Forward:
     """Stable Diffusion 3: latents as they are; the CLIP encoders' tokens stand before T5's."""
     transformer, vae = configs("transformer"), configs("vae")
-    rows, columns = token_grid(size.height, size.width, vae, transformer)
+    rows, columns = token_grid(types.Size(size.height, size.width), vae, transformer)
     tokens, halves = configs("text_encoder")["max_position_embeddings"] + size.text, 1 + size.guided
     n, latent = halves * size.rows, (transformer["in_channels"], PATCH * rows, PATCH * columns)
     arguments = {

@@ -1,14 +1,15 @@
 """What the engine needs to know of a model family: the `Policy` protocol, and sampling written once on top of it.
 
-A policy owns the frozen parts (text encoders, VAE, scheduler) and one copy of the transformer. `velocity` takes the
-transformer to evaluate as an argument, because training, rollout and reference run different copies of it.
+A policy owns the frozen parts (text encoders, VAE, scheduler) and one copy of the denoiser. `velocity` takes the denoiser to
+evaluate as an argument, because training, rollout and reference run different copies of it. `Policy.at` gives a `Sampler`, which
+fixes the size and the guidance scale of a run.
 """
 
 from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,28 +17,30 @@ import torch
 from PIL import Image
 
 from tempflow.errors import UserError
+from tempflow.media import no_image, still
 from tempflow.models.arguments import as_negative_prompts, as_prompts, check_latents, finite_number, positive_int
 from tempflow.sampling.steps import ode_coefficients
-from tempflow.types import Size
+from tempflow.types import Example, Size
 from tempflow_kernels import sde_step
 
-TILE, NO_IMAGE = 8, (255, 0, 255)  # pixels a side and color of the tiles that stand for a missing image
 Conditioning = dict[str, torch.Tensor]  # prompt embeddings by name, leading dimension = prompts
 
 
-def take(conditioning: Conditioning, indices: list[int]) -> Conditioning:
+def index_rows(conditioning: Conditioning, indices: list[int]) -> Conditioning:
     """The conditioning of a batch of rows, by prompt index."""
     return {name: tensor[indices] for name, tensor in conditioning.items()}
 
 
-def check_multiple(height: int, width: int, multiple: int) -> None:
-    """UserError for a picture size that the model cannot make."""
-    if height % multiple or width % multiple:
-        raise UserError(f"rollout.height, rollout.width: {height} x {width}; both must be multiples of {multiple}")
+def check_multiple(size: Size, multiple: int) -> None:
+    """UserError for a size that a model of images cannot make."""
+    if size.height % multiple or size.width % multiple:
+        raise UserError(f"rollout.height, rollout.width: {size}; both must be multiples of {multiple}")
+    if size.frames != 1:
+        raise UserError(f"{size}: this model makes images, of one frame")
 
 
 def resolution_shift(scheduler, length: int, max_shift: float) -> float:
-    """mu of a scheduler's dynamic shifting for pictures of `length` tokens; max_shift: where its config does not say."""
+    """mu of a scheduler's dynamic shifting for images of `length` tokens; max_shift: where its config does not say."""
     config = scheduler.config
     short, long = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     low, high = config.get("base_shift", 0.5), config.get("max_shift", max_shift)
@@ -45,21 +48,18 @@ def resolution_shift(scheduler, length: int, max_shift: float) -> float:
     return length * slope + (low - slope * short)
 
 
-def no_image(height: int, width: int) -> np.ndarray:
-    """What stands for an image that could not be made, uint8 [height, width, 3]: a magenta and black checkerboard."""
-    rows, columns = np.ogrid[:height, :width]
-    return np.where(((rows // TILE + columns // TILE) % 2 == 0)[..., None], NO_IMAGE, 0).astype(np.uint8)
-
-
 class Policy(ABC):
-    """A flow-matching text-to-image model of one family, loaded from a diffusers folder.
+    """A flow-matching model of images or videos of one family, loaded from a diffusers folder.
 
-    transformer: the module that predicts velocities; pipe: the diffusers pipeline it came from. text_length,
-    longest_text: its pipeline's default and limit of max_sequence_length. default_negative_prompt: of training and evaluation
-    where a prompt brings none; None where the family takes none at all. masks_text: whether its attention is given a mask.
+    pipe: the diffusers pipeline it came from.
+    denoiser_parts: those of its components that `join_denoiser` makes one module of.
+    text_length, longest_text: its default and limit of max_sequence_length.
+    default_negative_prompt: of training and evaluation where a prompt brings none; None where the family takes none at all.
+    masks_text: whether its attention is given a mask.
     """
 
     lora_targets: tuple[str, ...]
+    denoiser_parts: tuple[str, ...] = ("transformer",)
     text_length: int
     longest_text: int
     default_negative_prompt: str | None = None
@@ -75,85 +75,108 @@ class Policy(ABC):
     def _modules(self) -> list[torch.nn.Module]:
         return [part for part in self.pipe.components.values() if isinstance(part, torch.nn.Module)]
 
+    # ------------------------------------------------------------------------------------------------- denoiser
+    @staticmethod
+    def join_denoiser(part: torch.nn.Module) -> torch.nn.Module:
+        """One module of the `denoiser_parts` of a checkpoint."""
+        return part
+
+    def denoiser(self) -> torch.nn.Module:
+        """The module that predicts velocities: what is trained, copied and saved, as one, also where it holds several experts."""
+        return self.pipe.transformer
+
+    def set_denoiser(self, module: torch.nn.Module) -> None:
+        """Predict with another module of the same kind from now on."""
+        self.pipe.register_modules(transformer=module)
+
     @property
     def transformer(self) -> torch.nn.Module:
-        return self.pipe.transformer
+        """`denoiser()`, for those who know the family to have one transformer."""
+        return self.denoiser()
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.pipe.transformer.dtype
+        return self.denoiser().dtype
 
+    # ---------------------------------------------------------------------------------------------- conditioning
+    @abstractmethod
+    def embed(self, examples: list[Example]) -> Conditioning:
+        """Embeddings of n examples, [n, ...] each, in the policy's dtype on its device. They depend on `identity` alone: not on
+        the other examples of the call, and not on negative prompts, which are embedded as examples of their own (`opposed`)."""
+
+    @classmethod
+    def identity(cls, example: Example) -> tuple[str, ...]:
+        """What the embedding of an example depends on: its text and its condition images. Embeddings are cached and stored by it."""
+        return example.text, *example.image_digests
+
+    @classmethod
+    def opposed(cls, example: Example) -> Example | None:
+        """What an example is guided away from: the same one with its negative prompt, or the family's default, for a text. None
+        where the family takes no negative prompts."""
+        if cls.default_negative_prompt is None:
+            return None
+        return replace(example, text=cls.default_negative_prompt if example.negative is None else example.negative, negative=None)
+
+    def encode(self, examples: list[Example]) -> Conditioning:
+        """All that `velocity` wants to know of n examples, [n, ...] each: their embeddings, and those of what they are guided away
+        from."""
+        return self.embed(examples)
+
+    # --------------------------------------------------------------------------------------------------- sampling
     @staticmethod
     @abstractmethod
     def size_multiple(vae_config: dict) -> int:
         """What height and width must be multiples of, in pixels."""
 
     @abstractmethod
-    def embed(self, texts: list[str]) -> Conditioning:
-        """Embeddings of texts, [n, ...] each, in the policy's dtype on its device. They depend on nothing but the text."""
-
-    def encode(self, prompts: list[str], negative_prompts: list[str] | None = None) -> Conditioning:
-        """Prompt embeddings, [n, ...] each, in the policy's dtype on its device; with those of n negative prompts, or of the
-        family's default one. UserError for negative prompts where the family takes none."""
-        if negative_prompts is not None:
-            raise UserError(f"negative_prompts: {type(self).__name__} has its guidance built in and takes none")
-        return self.embed(prompts)
-
-    @abstractmethod
-    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+    def latent_shape(self, size: Size) -> tuple[int, ...]:
         """Shape of one latent in the layout that the pipeline accepts as `latents=`; UserError for impossible sizes."""
 
     @abstractmethod
-    def sigmas(self, num_steps: int, height: int, width: int) -> torch.Tensor:
+    def sigmas(self, num_steps: int, size: Size) -> torch.Tensor:
         """The sampling grid of the checkpoint's scheduler, fp32 [num_steps + 1] on the CPU, from 1 to 0."""
 
     @abstractmethod
     def velocity(
-        self, transformer, x: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning, *,
-        height: int, width: int, guidance_scale: float, dtype: torch.dtype | None = None,
-    ) -> torch.Tensor:  # fmt: skip
-        """v = transformer(x, sigma) for a batch of rows, each at its own sigma; guided, where the family has guidance.
+        self,
+        denoiser: torch.nn.Module,
+        x: torch.Tensor,
+        sigma: torch.Tensor,
+        conditioning: Conditioning,
+        size: Size,
+        guidance: float,
+        dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        """v = denoiser(x, sigma) for a batch of rows, each at its own sigma; guided, where the family has guidance.
 
-        x: [n, ...] of any float dtype, cast to `dtype` (default: the policy's); sigma: fp32 [n]. Returns `dtype`.
+        x: [n, ...] of any float dtype, cast to `dtype` (default: the policy's).
+        sigma: fp32 [n].
+        guidance: the scale, as in the pipeline's call.
+        Returns [n, ...] of `dtype`.
         """
 
     @abstractmethod
-    def _decode(self, latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """What the VAE makes of final latents, in its own range, [n, 3, height, width]."""
+    def _decode(self, latents: torch.Tensor, size: Size) -> torch.Tensor:
+        """What the VAE makes of final latents, about in [-1, 1], [n, 3, H, W], or of videos [n, 3, F, H, W]."""
 
     @torch.no_grad()
-    def decode(self, latents: torch.Tensor, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-        """Images of final latents, uint8 [n, height, width, 3], and which of them are finite, bool [n].
+    def decode(self, latents: torch.Tensor, size: Size) -> tuple[np.ndarray, np.ndarray]:
+        """Images of final latents, uint8 [n, H, W, 3], or videos [n, F, H, W, 3], and which of them are finite, bool [n].
 
         NaN or infinity in a latent, or in what the VAE makes of it, is no image: a cast to uint8 would make it a black one, which
-        rewards score like any other. Its place is taken by `no_image`.
+        rewards score like any other. Its place is taken by `no_image`, in every frame.
         """
-        decoded = self._decode(latents, height, width).float()
+        decoded = self._decode(latents, size).float()
         finite = (latents.isfinite().flatten(1).all(1) & decoded.isfinite().flatten(1).all(1)).cpu().numpy()
         torch.nan_to_num_(decoded)  # the other images stay as they are
-        images = (self.pipe.image_processor.postprocess(decoded, output_type="np") * 255).round().astype(np.uint8)
-        images[~finite] = no_image(height, width)
+        pixels = (decoded * 0.5 + 0.5).clamp(0, 1).movedim(1, -1)  # as diffusers' processors of images and of videos
+        images = (pixels.cpu().numpy() * 255).round().astype(np.uint8)
+        images[~finite] = no_image(size.height, size.width)
         return images, finite
 
     def at(self, size: Size, guidance_scale: float) -> Sampler:
-        """The policy at one image size and guidance scale."""
+        """The policy at one size and guidance scale."""
         return Sampler(self, size, guidance_scale)
-
-    @torch.no_grad()
-    def integrate(
-        self, x: torch.Tensor, conditioning: Conditioning, *, height: int, width: int, num_steps: int,
-        guidance_scale: float,
-    ) -> torch.Tensor:  # fmt: skip
-        """The ODE from sigma = 1 to 0 on the policy's own transformer. x: fp32 [n, ...]; returns fp32 [n, ...]."""
-        sigmas = self.sigmas(num_steps, height, width)
-        grid = ode_coefficients(sigmas)
-        no_key = torch.zeros(len(x), 1, dtype=torch.int64, device=x.device)
-        for k in range(num_steps):
-            sigma, a, b, tau = (s[k].expand(len(x)).to(x.device) for s in (sigmas, grid.a, grid.b, grid.tau))
-            v = self.velocity(self.transformer, x, sigma, conditioning, height=height, width=width,
-                              guidance_scale=guidance_scale)  # fmt: skip
-            x = sde_step(x, v, a, b, tau, key=no_key)[0][:, 0]
-        return x
 
     def sample(
         self, prompts: str | list[str], *, latents: torch.Tensor, height: int, width: int, num_steps: int,
@@ -162,31 +185,32 @@ class Policy(ABC):
         """ODE sampling from given initial latents; equals the family's diffusers pipeline to 1e-5 in fp32.
 
         prompts: n texts, or one. latents: [n, ...] in the layout that the pipeline accepts as `latents=`. negative_prompts: n, or
-        one for all, as the pipeline takes them; unused without guidance. Returns PIL pictures, or with decode=False the final
+        one for all, as the pipeline takes them; unused without guidance. Returns PIL images, or with decode=False the final
         fp32 latents as the pipeline does with output_type="latent".
         Raises UserError for sizes or negative prompts that the family does not take, ValueError for any other argument that is not
         as described, naming it.
         """
         prompts = as_prompts(prompts)
-        negative_prompts = as_negative_prompts(negative_prompts, len(prompts))
-        height, width = positive_int("height", height), positive_int("width", width)
+        negatives = as_negative_prompts(negative_prompts, len(prompts))
+        size = Size(positive_int("height", height), positive_int("width", width))
         num_steps = positive_int("num_steps", num_steps, most=1000)
-        guidance_scale = finite_number("guidance_scale", guidance_scale)
-        check_latents(latents, (len(prompts), *self.latent_shape(height, width)), f"{height} x {width}")
-        conditioning = self.encode(prompts, negative_prompts)
-        final = self.integrate(latents.to(self.device, torch.float32), conditioning, height=height, width=width,
-                               num_steps=num_steps, guidance_scale=guidance_scale)  # fmt: skip
+        sampler = self.at(size, finite_number("guidance_scale", guidance_scale))
+        check_latents(latents, (len(prompts), *sampler.latent_shape), str(size))
+        if negatives is not None and self.default_negative_prompt is None:
+            raise UserError(f"negative_prompts: {type(self).__name__} has its guidance built in and takes none")
+        conditioning = self.encode([Example(*texts) for texts in zip(prompts, negatives or [None] * len(prompts), strict=True)])
+        final = sampler.integrate(latents.to(self.device, torch.float32), conditioning, num_steps)
         if not decode:
             return final
-        images, finite = self.decode(final, height, width)
+        images, finite = sampler.decode(final)
         if not finite.all():
             warnings.warn(f"{(~finite).sum()} of {len(finite)} images hold NaN or infinity; a checkerboard stands for each", stacklevel=2)
-        return [Image.fromarray(image) for image in images]
+        return [Image.fromarray(still(image)) for image in images]
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """A policy at one image size and guidance scale: all that the scheduler, the updater and evaluations see of it."""
+    """A policy at one size and guidance scale: all that the scheduler, the updater and evaluations see of it."""
 
     policy: Policy
     size: Size
@@ -195,19 +219,28 @@ class Sampler:
     @property
     def latent_shape(self) -> tuple[int, ...]:
         """Of one latent."""
-        return self.policy.latent_shape(self.size.height, self.size.width)
+        return self.policy.latent_shape(self.size)
 
     def sigmas(self, num_steps: int) -> torch.Tensor:
         """The sampling grid, fp32 [num_steps + 1] on the CPU, from 1 to 0."""
-        return self.policy.sigmas(num_steps, self.size.height, self.size.width)
+        return self.policy.sigmas(num_steps, self.size)
 
     def velocity(self, transformer, x: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning, dtype=None) -> torch.Tensor:
         """v of a batch of rows, as `Policy.velocity`."""
-        return self.policy.velocity(
-            transformer, x, sigma, conditioning, height=self.size.height, width=self.size.width,
-            guidance_scale=self.guidance_scale, dtype=dtype,
-        )  # fmt: skip
+        return self.policy.velocity(transformer, x, sigma, conditioning, self.size, self.guidance_scale, dtype)
 
     def decode(self, latents: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Images of final latents and which of them are finite, as `Policy.decode`."""
-        return self.policy.decode(latents, self.size.height, self.size.width)
+        """Images or videos of final latents and which of them are finite, as `Policy.decode`."""
+        return self.policy.decode(latents, self.size)
+
+    @torch.no_grad()
+    def integrate(self, x: torch.Tensor, conditioning: Conditioning, num_steps: int) -> torch.Tensor:
+        """The ODE from sigma = 1 to 0 with the policy's own denoiser. x: fp32 [n, ...]; returns fp32 [n, ...]."""
+        sigmas = self.sigmas(num_steps)
+        grid = ode_coefficients(sigmas)
+        no_key = torch.zeros(len(x), 1, dtype=torch.int64, device=x.device)
+        for k in range(num_steps):
+            sigma, a, b, tau = (s[k].expand(len(x)).to(x.device) for s in (sigmas, grid.a, grid.b, grid.tau))
+            v = self.velocity(self.policy.denoiser(), x, sigma, conditioning)
+            x = sde_step(x, v, a, b, tau, key=no_key)[0][:, 0]
+        return x

@@ -17,7 +17,7 @@ import torch
 
 from tempflow.errors import UserError, brief, shown
 from tempflow.models.base import resolution_shift
-from tempflow.models.component import Component, listed, read_table, skeleton, tensor_file_fault
+from tempflow.models.component import Component, listed, problem_with_file, read_table, skeleton
 
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 TIMESTEPS = 1000  # of a grid from 1 to 0, as every family's velocity takes them
@@ -55,7 +55,7 @@ def check_components(components: list[Component], *, weights: bool = True) -> No
             elif component.name.startswith("tokenizer") and weights:
                 check_tokenizer(component)
         except OSError as error:  # a folder that may not be listed, a disk that fails
-            raise component.fault(f"cannot be read: {error.strerror or error}") from None
+            raise component.error(f"cannot be read: {error.strerror or error}") from None
 
 
 def is_description(components: list[Component]) -> bool:
@@ -73,9 +73,9 @@ def check_module(component: Component, weights: bool = True) -> None:
     if not weights:
         return
     compared = _compared_by_transformers(component) if component.library == "transformers" else _compared(component, whole)
-    fault = _quantised(component) or compared
-    if fault:
-        raise component.fault(fault, component.files[0] if len(component.files) == 1 else None)
+    problem = _quantised(component) or compared
+    if problem:
+        raise component.error(problem, component.files[0] if len(component.files) == 1 else None)
     if component.name == "vae":
         check_scales(component, whole.config)
 
@@ -89,7 +89,7 @@ def check_scales(component: Component, config: dict) -> None:
         real = isinstance(numbers, (list, tuple)) and all(type(n) in (int, float) and math.isfinite(n) for n in numbers)
         if not real or len(numbers) != count or (key in ("latents_std", "scaling_factor") and 0 in numbers):
             expected = f"{count} finite numbers" if lists else "a finite number"
-            raise component.fault(f"sets {key} to {shown(value)}; expected {expected}, not 0 for a scale", component.path / "config.json")
+            raise component.error(f"sets {key} to {shown(value)}; expected {expected}, not 0 for a scale", component.path / "config.json")
 
 
 def _compared(component: Component, whole: torch.nn.Module) -> str | None:
@@ -160,7 +160,7 @@ def check_scheduler(component: Component) -> None:
     """UserError for a scheduler other than Euler's on a grid from 1 to 0, or options that change what a step does."""
     file = component.path / "scheduler_config.json"
     if component.kind != SCHEDULER:
-        raise component.fault(
+        raise component.error(
             f"names the scheduler {component.kind}; this engine integrates with {SCHEDULER}: write that class there and its options "
             f"into {file}", component.folder / "model_index.json",
         )  # fmt: skip
@@ -169,16 +169,16 @@ def check_scheduler(component: Component) -> None:
         scheduler = component.type.from_pretrained(str(component.path))
         sigmas = _grid(scheduler)
     except Exception as error:
-        raise component.fault(f"does not describe a {SCHEDULER}: {brief(error)}", file) from None
+        raise component.error(f"does not describe a {SCHEDULER}: {brief(error)}", file) from None
     for name, reason in REFUSED_OPTIONS.items():
         if scheduler.config.get(name):
-            raise component.fault(f"sets {name}: {reason}; set it to false", file)
+            raise component.error(f"sets {name}: {reason}; set it to false", file)
     if scheduler.config.num_train_timesteps != TIMESTEPS:
-        raise component.fault(f"sets num_train_timesteps {scheduler.config.num_train_timesteps}; only {TIMESTEPS} is allowed", file)
+        raise component.error(f"sets num_train_timesteps {scheduler.config.num_train_timesteps}; only {TIMESTEPS} is allowed", file)
     falls = bool((sigmas.diff() < 0).all()) and math.isclose(sigmas[0], 1, abs_tol=1e-5) and sigmas[-1] == 0
     if not falls:
         grid = ", ".join(f"{sigma:.3g}" for sigma in sigmas.tolist())
-        raise component.fault(f"makes the grid {grid}; the engine needs one that falls from 1 to 0", file)
+        raise component.error(f"makes the grid {grid}; the engine needs one that falls from 1 to 0", file)
 
 
 def _grid(scheduler) -> torch.Tensor:
@@ -197,14 +197,14 @@ def check_tokenizer(component: Component) -> None:
         tokenizer = component.type.from_pretrained(str(component.path))
         tokens = tokenizer(PROBE, add_special_tokens=False, verbose=False).input_ids
     except Exception as error:
-        raise component.fault(_tokenizer_fault(component) or f"cannot be loaded as a {component.kind}: {brief(error)}") from None
+        raise component.error(_problem_with_tokenizer(component) or f"cannot be loaded as a {component.kind}: {brief(error)}") from None
     known = set(tokens) - {tokenizer.unk_token_id, *tokenizer.all_special_ids}
     if 2 * sum(token in known for token in tokens) <= len(tokens):  # an empty T5 still knows the space between words
-        raise component.fault(_tokenizer_fault(component) or "has an empty vocabulary; download it again")
+        raise component.error(_problem_with_tokenizer(component) or "has an empty vocabulary; download it again")
     encoder = component.folder / component.name.replace("tokenizer", "text_encoder") / "config.json"
     size, highest = _vocabulary(encoder), max(tokens + ([] if tokenizer.pad_token_id is None else [tokenizer.pad_token_id]))
     if size is not None and highest >= size:
-        raise component.fault(f"makes token {highest}, but {encoder} has vocab_size {size}; they are of different models")
+        raise component.error(f"makes token {highest}, but {encoder} has vocab_size {size}; they are of different models")
 
 
 def _vocabulary(config: Path) -> int | None:
@@ -215,20 +215,20 @@ def _vocabulary(config: Path) -> int | None:
         return None
 
 
-def _tokenizer_fault(component: Component) -> str | None:
+def _problem_with_tokenizer(component: Component) -> str | None:
     """What is wrong with the files of a tokenizer that does not work."""
     files = sorted(file for file in component.path.iterdir() if file.is_file()) if component.path.is_dir() else []
     for file in files:
-        fault = tensor_file_fault(file) if file.suffix == ".safetensors" else _text_file_fault(file)
-        if fault:
-            return f"does not work: {file.name} {fault}"
+        problem = problem_with_file(file) if file.suffix == ".safetensors" else _problem_with_text_file(file)
+        if problem:
+            return f"does not work: {file.name} {problem}"
     vocabularies = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
     if not {file.name for file in files} & set(vocabularies):
         return f"holds no vocabulary (none of {', '.join(vocabularies)}); download it again"
     return None
 
 
-def _text_file_fault(file: Path) -> str | None:
+def _problem_with_text_file(file: Path) -> str | None:
     try:
         start = file.read_bytes()
         if not start:

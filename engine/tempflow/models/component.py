@@ -40,7 +40,7 @@ class Component:
     def path(self) -> Path:
         return self.folder / self.name
 
-    def fault(self, reason: str, file: Path | None = None) -> UserError:
+    def error(self, reason: str, file: Path | None = None) -> UserError:
         return UserError(f"model.path: {self.name}: {file or self.path} {reason}")
 
     @cached_property
@@ -62,11 +62,11 @@ class Component:
         if config.get("quantization_config"):
             settings = config["quantization_config"]
             method = settings.get("quant_method", "of an unnamed kind") if isinstance(settings, dict) else settings
-            raise self.fault(f"says that its weights are quantised ({method}), which this engine does not train; "
+            raise self.error(f"says that its weights are quantised ({method}), which this engine does not train; "
                               "name a folder with float32, bfloat16 or float16 weights", file)  # fmt: skip
         for key, value in [*config.items(), *(pair for inner in config.values() if isinstance(inner, dict) for pair in inner.items())]:
             if key.startswith("num_") and key.endswith("layers") and isinstance(value, (int, float)) and value > MOST_LAYERS:
-                raise self.fault(f"sets {key} to {shown(value)}; at most {MOST_LAYERS} are built", file)
+                raise self.error(f"sets {key} to {shown(value)}; at most {MOST_LAYERS} are built", file)
         return config
 
     @cached_property
@@ -77,11 +77,11 @@ class Component:
             return [chosen]
         shards = read_table(self, chosen).get("weight_map")
         if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
-            raise self.fault("is damaged: it names no tensor files", chosen)
+            raise self.error("is damaged: it names no tensor files", chosen)
         files = [self.path / name for name in sorted(set(shards.values()))]
         missing = [file.name for file in files if not file.exists()]
         if missing:
-            raise self.fault(f"lacks {listed(missing)} of the {len(files)} files that {chosen.name} names; download it again")
+            raise self.error(f"lacks {listed(missing)} of the {len(files)} files that {chosen.name} names; download it again")
         return files
 
     @property
@@ -107,10 +107,10 @@ class Component:
                 return self.path / name
         variants = sorted(set(self._variants.values()))
         if len(variants) > 1:
-            raise self.fault(f"holds the variants {', '.join(variants)} and no plain {stem}.safetensors; leave one of them there")
+            raise self.error(f"holds the variants {', '.join(variants)} and no plain {stem}.safetensors; leave one of them there")
         if variants:
             return self.path / min(self._variants, key=lambda name: (INDEX not in name, name))
-        raise self.fault(f"has no tensor file {stem}.safetensors{self._instead()}")
+        raise self.error(f"has no tensor file {stem}.safetensors{self._instead()}")
 
     def _instead(self) -> str:
         """What the folder holds where the tensor file should be."""
@@ -129,15 +129,15 @@ class Component:
         """Of every tensor in the files, from their headers."""
         found: Shapes = {}
         for file in self.files:
-            trouble = tensor_file_fault(file)
+            trouble = problem_with_file(file)
             if trouble:
-                raise self.fault(trouble, file)
+                raise self.error(trouble, file)
             with safe_open(file, framework="pt") as opened:
                 for name in opened.keys():
                     part = opened.get_slice(name)
                     found[name] = part.get_dtype(), tuple(part.get_shape())
         if not found:
-            raise self.fault("holds no tensors", self.files[0])
+            raise self.error("holds no tensors", self.files[0])
         return found
 
     def load(self, dtype: torch.dtype) -> Any:
@@ -156,16 +156,16 @@ class Component:
         except UserError:
             raise
         except Exception as error:  # whatever a library makes of a damaged file
-            raise self.fault(f"cannot be loaded as a {self.kind}: {brief(error)}") from None
+            raise self.error(f"cannot be loaded as a {self.kind}: {brief(error)}") from None
         missing = _unfilled(module, found["missing_keys"]) if self.library == "diffusers" else found["missing_keys"]
         if missing:
-            raise self.fault(f"lacks {listed(sorted(missing))}")
+            raise self.error(f"lacks {listed(sorted(missing))}")
         if self.library == "diffusers" and found["unexpected_keys"]:
             surplus = listed(sorted(found["unexpected_keys"]))
             note(f"model.path: {self.name}: left out {surplus}, which {self.path / 'config.json'} does not ask for")
         name = first_not_finite(module)
         if name:
-            raise self.fault(f"holds NaN or infinity in {name}{_overflow(dtype)}")
+            raise self.error(f"holds NaN or infinity in {name}{_overflow(dtype)}")
         return module
 
 
@@ -196,7 +196,7 @@ def is_finite(tensor: torch.Tensor) -> bool:
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
-def tensor_file_fault(file: Path) -> str | None:
+def problem_with_file(file: Path) -> str | None:
     """What is wrong with a .safetensors file as a whole, seen from its beginning and length; None where nothing is."""
     if file.is_dir():
         return "is a folder, not a file"
@@ -220,11 +220,11 @@ def read_table(component: Component, file: Path) -> dict:
     try:
         table = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise component.fault(f"cannot be read: {error.strerror or error}", file) from None
+        raise component.error(f"cannot be read: {error.strerror or error}", file) from None
     except (ValueError, RecursionError) as error:
-        raise component.fault(f"is damaged: {brief(error)}", file) from None
+        raise component.error(f"is damaged: {brief(error)}", file) from None
     if not isinstance(table, dict):
-        raise component.fault(f"is damaged: expected a table, got {type(table).__name__}", file)
+        raise component.error(f"is damaged: expected a table, got {type(table).__name__}", file)
     return table
 
 

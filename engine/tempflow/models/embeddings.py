@@ -1,59 +1,251 @@
-"""Embeddings of prompts and negative prompts, once per text, kept on the CPU, least recently used first to go.
+"""Embeddings of a run's prompts: on disk, in memory, and opening the model together with them.
 
-They come from the policy's text encoders as they are asked for, or from a store on disk that holds them all.
+They are known by `Policy.identity`, what an embedding depends on, and encoded once for each; a negative prompt is embedded as
+an example of its own, so prompts share it. With `data.embedding_cache` the text encoders are loaded alone, only where an
+embedding is missing, and are gone before the denoiser and the VAE are loaded, so the two never share a device. Without it they
+stay, and embed when a prompt comes up.
 """
 
 from __future__ import annotations
 
+import gc
+import hashlib
+import json
+import shutil
+import zlib
 from collections import OrderedDict
+from functools import partial
+from pathlib import Path
+from typing import Callable
 
 import torch
+from rich.progress import Progress
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
-from tempflow.models.base import Conditioning, Policy
-from tempflow.models.embedding_store import EmbeddingStore
-from tempflow.models.guidance import against
+from tempflow.config import Config
+from tempflow.errors import RankError, UserError
+from tempflow.models import Conditioning, Policy, check_text_length, encoder_identity, family_of, load_policy, resolve_dtype
+from tempflow.models.guidance import with_negatives
+from tempflow.run.logs import write_atomic
+from tempflow.training import distributed
+from tempflow.types import Example
 
-KEPT, KEPT_OF_STORE = 4096, 256  # texts; reading one again takes milliseconds, encoding it again a good part of a second
+KEPT, KEPT_OF_STORE = 4096, 256  # embeddings; reading one again takes milliseconds, encoding it again a good part of a second
+FORMAT = 1  # of the files; another number finds none of the old ones
+Identity = tuple[str, ...]
 
 
-def embed_one(policy: Policy, text: str) -> Conditioning:
-    """A text's embedding, on the CPU. Alone, for a batch's other texts would show in its last bits."""
-    return {name: tensor[0].cpu() for name, tensor in policy.embed([text]).items()}
-
-
+# ---------------------------------------------------------------------------------------------------- in memory
 class EmbeddingCache:
-    """Embeddings of up to `capacity` texts of one policy; store: holds every text that will be asked for."""
+    """Embeddings of one policy on the CPU, up to `capacity` of them; least recently used first to go.
+
+    store: holds all that will be asked for; without one they come from the policy's encoders.
+    """
 
     def __init__(self, policy: Policy, store: EmbeddingStore | None = None, *, capacity: int | None = None):
         self._policy, self._store = policy, store
         self._capacity = capacity or (KEPT if store is None else KEPT_OF_STORE)
-        self._held: OrderedDict[str, Conditioning] = OrderedDict()
+        self._held: OrderedDict[Identity, Conditioning] = OrderedDict()
 
-    def get(self, prompts: list[str], negatives: list[str | None] | None = None) -> Conditioning:
-        """The conditioning of `prompts`, [n, ...] on the policy's device; a text that comes again is encoded once.
-
-        negatives: n negative prompts, None for the family's default one. A family that takes none passes over them.
-        """
-        default = self._policy.default_negative_prompt
-        opposed = [] if default is None else [default if n is None else n for n in negatives or [None] * len(prompts)]
-        self._hold(list(dict.fromkeys([*prompts, *opposed])))
-        found = self._rows(prompts)
+    def get(self, examples: list[Example]) -> Conditioning:
+        """The conditioning of n examples, [n, ...] on the policy's device, as `Policy.encode`."""
+        opposed = [other for example in examples if (other := self._policy.opposed(example)) is not None]
+        self._hold([*examples, *opposed])
+        found = self._rows(examples)
         if opposed:
-            found = against(found, self._rows(opposed))
+            found = with_negatives(found, self._rows(opposed))
         while len(self._held) > self._capacity:
             self._held.popitem(last=False)
         return found
 
-    def _hold(self, texts: list[str]) -> None:
-        missing = [text for text in texts if text not in self._held]
-        if self._store:
-            self._held |= {text: self._store.read(text) for text in missing}
-            missing = []
-        for text in missing:
-            self._held[text] = embed_one(self._policy, text)
-        for text in texts:
-            self._held.move_to_end(text)
+    def _hold(self, examples: list[Example]) -> None:
+        for identity, example in by_identity(self._policy, examples).items():
+            if identity not in self._held:
+                self._held[identity] = self._store.read(identity) if self._store else embed_one(self._policy, example)
+            self._held.move_to_end(identity)
 
-    def _rows(self, texts: list[str]) -> Conditioning:
-        names = self._held[texts[0]].keys()
-        return {n: torch.stack([self._held[text][n] for text in texts]).to(self._policy.device) for n in names}
+    def _rows(self, examples: list[Example]) -> Conditioning:
+        held = [self._held[self._policy.identity(example)] for example in examples]
+        return {name: torch.stack([one[name] for one in held]).to(self._policy.device) for name in held[0]}
+
+
+def embed_one(policy: Policy, example: Example) -> Conditioning:
+    """An example's embedding, on the CPU. Alone, because a batch's other texts would show in its last bits."""
+    return {name: tensor[0].cpu() for name, tensor in policy.embed([example]).items()}
+
+
+def by_identity(family: Policy | type[Policy], examples: list[Example]) -> dict[Identity, Example]:
+    """One example for each different embedding."""
+    found: dict[Identity, Example] = {}
+    for example in examples:
+        found.setdefault(family.identity(example), example)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------ on disk
+class EmbeddingStore:
+    """A folder of embeddings: a safetensors file for each, found by what it depends on.
+
+    A file is replaced as a whole and carries a checksum, so it is either right or known to be damaged.
+    kind: what all of them depend on (JSON values): encoders, dtype, length.
+    """
+
+    def __init__(self, folder: str | Path, kind: dict):
+        self.folder, self._kind = Path(folder), kind
+
+    def path(self, identity: Identity) -> Path:
+        key = json.dumps([FORMAT, self._kind, *identity], sort_keys=True)
+        name = hashlib.sha256(key.encode()).hexdigest()
+        return self.folder / name[:2] / f"{name}.safetensors"
+
+    def problem_with(self, identity: Identity) -> str | None:
+        """What is wrong with a file, read whole: None where nothing is, "missing", or how it is damaged."""
+        try:
+            self._read(identity)
+        except FileNotFoundError:
+            return "missing"
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
+            return f"damaged: {error}"
+        return None
+
+    def read(self, identity: Identity) -> Conditioning:
+        """One example's embeddings, [...] each, on the CPU. RankError where they are missing or damaged."""
+        try:
+            return self._read(identity)
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
+            raise RankError(
+                f"data.embedding_cache: {self.path(identity)} was whole when the run began and cannot be read now: {error}; "
+                "start again, with --resume, and it is made anew"
+            ) from None
+
+    def write(self, identity: Identity, embeddings: Conditioning) -> int:
+        """Write one example's embeddings, [...] each; returns the size in bytes."""
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in embeddings.items()}
+        content = save(tensors, metadata={"text": "\n".join(identity), "crc32": str(_checksum(tensors))})
+        file = self.path(identity)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(file, content)
+        return len(content)
+
+    def _read(self, identity: Identity) -> Conditioning:
+        with safe_open(self.path(identity), "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            noted = file.metadata()
+        if noted is None or noted["text"] != "\n".join(identity) or int(noted["crc32"]) != _checksum(tensors):
+            raise ValueError("its checksum is wrong")
+        return tensors
+
+
+def _checksum(tensors: Conditioning) -> int:
+    value = 0
+    for name in sorted(tensors):
+        value = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), zlib.crc32(name.encode(), value))
+    return value
+
+
+# ------------------------------------------------------------------------------------------- at a run's beginning
+def open_policy(
+    config: Config, examples: list[Example], device: torch.device | str, note: Callable[[str], None] = print
+) -> tuple[Policy, EmbeddingCache]:
+    """The policy before training and the embeddings of `examples` and of what they are guided away from (a collective).
+
+    Without rollout.replica it has no denoiser yet: the one that is trained will be its own.
+    Raises UserError as `load_policy` does, and on every rank alike where the cache cannot be written.
+    """
+    m = config.model
+    load = partial(load_policy, m.path, dtype=m.dtype, device=device, max_sequence_length=m.max_sequence_length,
+                   denoiser=config.rollout.replica)  # fmt: skip
+    if config.data.embedding_cache is None:
+        policy, store = load(), None
+    else:
+        store, family = _store(config, device), family_of(m.path)
+        opposed = [other for example in examples if (other := family.opposed(example)) is not None]
+        write_missing(store, by_identity(family, [*examples, *opposed]), load, note)
+        policy = load(parts="picture")
+    for wanted, enable in ((m.vae_slicing, "enable_slicing"), (m.vae_tiling, "enable_tiling")):
+        if wanted:
+            getattr(policy.pipe.vae, enable)()
+    _note_unused(policy, examples, max(config.rollout.guidance_scale, config.eval_guidance()), note)
+    return policy, EmbeddingCache(policy, store)
+
+
+def _store(config: Config, device: torch.device | str) -> EmbeddingStore:
+    m = config.model
+    encoders = encoder_identity(m.path) if distributed.rank() == 0 else None  # reads all their weights
+    return EmbeddingStore(config.data.embedding_cache, {
+        "family": family_of(m.path).__name__, "encoders": distributed.agree_on(encoders),
+        "dtype": str(resolve_dtype(m.dtype, device)), "max_sequence_length": check_text_length(m.path, m.max_sequence_length),
+    })  # fmt: skip
+
+
+def write_missing(
+    store: EmbeddingStore, examples: dict[Identity, Example], load: Callable[..., Policy], note: Callable[[str], None]
+) -> None:
+    """Have the embedding of every example in the store; each rank makes its share."""
+    mine, trouble = list(examples)[distributed.rank() :: distributed.world_size()], None
+    try:
+        missing = _missing(store, mine)
+        if missing:
+            _embed(store, {identity: examples[identity] for identity in missing}, load, note)
+    except (UserError, OSError) as error:
+        trouble = str(error) if isinstance(error, UserError) else f"data.embedding_cache: {store.folder}: {error}"
+    found = distributed.first_of_any(trouble)
+    if not found and distributed.reduce(not all(store.path(identity).exists() for identity in examples), "max"):
+        found = f"data.embedding_cache: {store.folder} is not the same folder for all ranks; it must be on a file system they share"
+    if found:
+        raise UserError(found)
+
+
+def _missing(store: EmbeddingStore, identities: list[Identity]) -> list[Identity]:
+    """Those without a whole file; damaged ones are named."""
+    missing = []
+    with _progress() as progress:
+        for identity in progress.track(identities, description="checking prompt embeddings"):
+            problem = store.problem_with(identity)
+            if problem:
+                missing.append(identity)
+            if problem not in (None, "missing"):
+                print(f"warning: data.embedding_cache: {store.path(identity)} is {problem}; it is made anew", flush=True)
+    return missing
+
+
+def _embed(
+    store: EmbeddingStore, examples: dict[Identity, Example], load: Callable[..., Policy], note: Callable[[str], None]
+) -> None:
+    note(f"embedding {len(examples)} texts on each rank into {store.folder}" if distributed.world_size() > 1 else
+         f"embedding {len(examples)} texts into {store.folder}")  # fmt: skip
+    store.folder.mkdir(parents=True, exist_ok=True)
+    policy = load(parts="text")
+    with _progress() as progress:
+        task = progress.add_task("embedding prompts", total=len(examples))
+        for done, (identity, example) in enumerate(examples.items(), 1):
+            size = store.write(identity, embed_one(policy, example))
+            if done == 1:
+                _check_space(store, size * (len(examples) - 1) * distributed.world_size())
+            progress.advance(task)
+    del policy
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _check_space(store: EmbeddingStore, needed: int) -> None:
+    free = shutil.disk_usage(store.folder).free
+    if needed > free:
+        raise UserError(
+            f"data.embedding_cache: {store.folder} needs {needed / 1e9:.1f} GB more and has {free / 1e9:.1f} GB free; name another "
+            "folder, lower model.max_sequence_length, or set null to keep the text encoders instead"
+        )
+
+
+def _progress() -> Progress:
+    return Progress(transient=True, disable=distributed.rank() != 0)
+
+
+def _note_unused(policy: Policy, examples: list[Example], guidance_scale: float, note: Callable[[str], None]) -> None:
+    given = sum(example.negative is not None for example in examples)
+    if given and policy.default_negative_prompt is None:
+        note(f"warning: {given} prompts bring a negative_prompt without effect: {type(policy.pipe).__name__} has its guidance built in")
+    elif given and guidance_scale <= 1:
+        note(f"warning: {given} prompts bring a negative_prompt without effect: guidance_scale {guidance_scale:g} is no guidance")

@@ -9,11 +9,12 @@ import torch
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 
 from tempflow.models.base import Conditioning, Policy, check_multiple, resolution_shift
+from tempflow.types import Example, Size
 
 
 @lru_cache(maxsize=16)
 def position_ids(rows: int, columns: int, text: int, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids of the picture's and the text's tokens. Kept, because copying them to a GPU anew cannot be captured in a graph."""
+    """Ids of the image's and the text's tokens. Kept, because copying them to a GPU anew cannot be captured in a graph."""
     return FluxPipeline._prepare_latent_image_ids(1, rows, columns, device, dtype), torch.zeros(text, 3, device=device, dtype=dtype)
 
 
@@ -33,39 +34,40 @@ class FluxPolicy(Policy):
         return 2 ** len(vae_config["block_out_channels"])
 
     @torch.no_grad()
-    def embed(self, texts: list[str]) -> Conditioning:
+    def embed(self, examples: list[Example]) -> Conditioning:
+        texts = [example.text for example in examples]
         embeds, pooled, _ = self.pipe.encode_prompt(
             prompt=texts, prompt_2=None, device=self.device, max_sequence_length=self.max_sequence_length
         )
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
-    def _packed_size(self, height: int, width: int) -> tuple[int, int]:
+    def _packed_size(self, size: Size) -> tuple[int, int]:
         multiple = self.size_multiple(self.pipe.vae.config)
-        check_multiple(height, width, multiple)
-        return height // multiple, width // multiple
+        check_multiple(size, multiple)
+        return size.height // multiple, size.width // multiple
 
-    def latent_shape(self, height: int, width: int) -> tuple[int, int]:
-        rows, columns = self._packed_size(height, width)
+    def latent_shape(self, size: Size) -> tuple[int, int]:
+        rows, columns = self._packed_size(size)
         return rows * columns, self.pipe.transformer.config.in_channels
 
-    def sigmas(self, num_steps: int, height: int, width: int) -> torch.Tensor:
-        scheduler, length = self.pipe.scheduler, self.latent_shape(height, width)[0]
+    def sigmas(self, num_steps: int, size: Size) -> torch.Tensor:
+        scheduler, length = self.pipe.scheduler, self.latent_shape(size)[0]
         given = None if scheduler.config.get("use_flow_sigmas") else np.linspace(1.0, 1 / num_steps, num_steps)
         scheduler.set_timesteps(num_steps, sigmas=given, mu=resolution_shift(scheduler, length, 1.15))
         return scheduler.sigmas.float().cpu()
 
-    def velocity(self, transformer, x, sigma, conditioning, *, height, width, guidance_scale, dtype=None):
+    def velocity(self, denoiser, x, sigma, conditioning, size, guidance, dtype=None):
         dtype = dtype or self.dtype
         text = conditioning["encoder_hidden_states"]
-        img_ids, txt_ids = position_ids(*self._packed_size(height, width), text.shape[1], x.device, dtype)
-        guidance = None
+        img_ids, txt_ids = position_ids(*self._packed_size(size), text.shape[1], x.device, dtype)
+        scale = None
         if self.pipe.transformer.config.guidance_embeds:
-            guidance = torch.full((len(x),), guidance_scale, device=x.device, dtype=torch.float32)
-        return transformer(
+            scale = torch.full((len(x),), guidance, device=x.device, dtype=torch.float32)
+        return denoiser(
             hidden_states=x.to(dtype),
             # The pipeline's own arithmetic: timesteps are 1000 sigma, rounded to the model's dtype.
             timestep=(sigma * 1000).to(dtype) / 1000,
-            guidance=guidance,
+            guidance=scale,
             encoder_hidden_states=text.to(dtype),
             pooled_projections=conditioning["pooled_projections"].to(dtype),
             img_ids=img_ids,
@@ -73,8 +75,8 @@ class FluxPolicy(Policy):
             return_dict=False,
         )[0]
 
-    def _decode(self, latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    def _decode(self, latents: torch.Tensor, size: Size) -> torch.Tensor:
         vae = self.pipe.vae
-        x = self.pipe._unpack_latents(latents, height, width, self.pipe.vae_scale_factor)
+        x = self.pipe._unpack_latents(latents, size.height, size.width, self.pipe.vae_scale_factor)
         x = x / vae.config.scaling_factor + vae.config.shift_factor
         return vae.decode(x.to(vae.dtype), return_dict=False)[0]

@@ -11,13 +11,14 @@ from abc import abstractmethod
 
 import torch
 
-from tempflow.models.base import Conditioning, Policy
+from tempflow.models.base import Conditioning, Policy, index_rows
+from tempflow.types import Example, Size
 
 NEGATIVE = "negative_"
 
 
-def against(positive: Conditioning, negative: Conditioning) -> Conditioning:
-    """The conditioning of guided rows: embeddings of n prompts and of their n negative prompts."""
+def with_negatives(positive: Conditioning, negative: Conditioning) -> Conditioning:
+    """The conditioning of guided rows: embeddings of n examples and of what each of them is guided away from."""
     return positive | {NEGATIVE + name: tensor for name, tensor in negative.items()}
 
 
@@ -27,34 +28,31 @@ class GuidedPolicy(Policy):
     default_negative_prompt = ""
 
     @abstractmethod
-    def _forward(
-        self, transformer, x: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning, height: int, width: int
-    ) -> torch.Tensor:
-        """The transformer's own prediction of n rows without guidance. x: [n, ...], its dtype the transformer's."""
+    def _forward(self, denoiser, x: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning, size: Size) -> torch.Tensor:
+        """The denoiser's own prediction of n rows without guidance. x: [n, ...], its dtype the denoiser's."""
 
     def _combine(self, positive: torch.Tensor, negative: torch.Tensor, scale: float) -> torch.Tensor:
         """The guided velocity of two predictions, [n, ...] each, in their dtype as the pipeline does."""
         return negative + scale * (positive - negative)
 
-    def encode(self, prompts: list[str], negative_prompts: list[str] | None = None) -> Conditioning:
-        if negative_prompts is None:  # embedded once; the rows share its storage
-            shared = self.embed([self.default_negative_prompt])
-            negative = {name: tensor.expand(len(prompts), *tensor.shape[1:]) for name, tensor in shared.items()}
-        else:
-            negative = self.embed(negative_prompts)
-        return against(self.embed(prompts), negative)
+    def encode(self, examples: list[Example]) -> Conditioning:
+        opposed = [self.opposed(example) for example in examples]
+        distinct = {self.identity(example): example for example in opposed}  # most often one
+        places = {identity: n for n, identity in enumerate(distinct)}
+        negative = index_rows(self.embed(list(distinct.values())), [places[self.identity(example)] for example in opposed])
+        return with_negatives(self.embed(examples), negative)
 
-    def velocity(self, transformer, x, sigma, conditioning, *, height, width, guidance_scale, dtype=None):
+    def velocity(self, denoiser, x, sigma, conditioning, size, guidance, dtype=None):
         dtype = dtype or self.dtype
         positive = {name: tensor for name, tensor in conditioning.items() if not name.startswith(NEGATIVE)}
-        if guidance_scale > 1:
+        if guidance > 1:
             both = {name: torch.cat([conditioning[NEGATIVE + name], tensor]) for name, tensor in positive.items()}
             x, sigma = torch.cat([x, x]), torch.cat([sigma, sigma])
         else:
             both = positive
         both = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in both.items()}
-        predicted = self._forward(transformer, x.to(dtype), sigma, both, height, width)
-        if guidance_scale > 1:
+        predicted = self._forward(denoiser, x.to(dtype), sigma, both, size)
+        if guidance > 1:
             negative, positive = predicted.chunk(2)
-            return self._combine(positive, negative, guidance_scale)
+            return self._combine(positive, negative, guidance)
         return predicted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -115,3 +116,15 @@ def _one_file(file: Path) -> str:
         return f"{file} is a checkpoint in one file, and quantised; a diffusers pipeline folder with whole weights is expected"
     return (f"{file} is a checkpoint in one file; convert it with diffusers, FluxPipeline (or StableDiffusion3Pipeline)"
             f".from_single_file({json.dumps(str(file))}).save_pretrained(FOLDER), and name the folder")  # fmt: skip
+
+
+def folder_hash(folders: list[Path]) -> str:
+    """SHA-256 over the names and contents of all files of some folders."""
+    whole = hashlib.sha256()
+    for folder in sorted(folders):
+        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+            whole.update(f"{folder.name}/{file.relative_to(folder)}\0{file.stat().st_size}\0".encode())
+            with open(file, "rb") as content:
+                while block := content.read(1 << 24):
+                    whole.update(block)
+    return whole.hexdigest()

@@ -19,8 +19,8 @@ from tempflow.errors import UserError, brief, shown
 from tempflow.models.arguments import as_dtype, check_device, one_of, positive_int
 from tempflow.models.base import Policy, check_multiple
 from tempflow.models.checking import check_components, components_of, is_description
-from tempflow.models.embedding_store import folder_hash
-from tempflow.models.hub import fetch, local_folder, model_index
+from tempflow.models.hub import fetch, folder_hash, local_folder, model_index
+from tempflow.types import Size
 
 FAMILIES = {
     "FluxPipeline": "tempflow.models.flux:FluxPolicy",
@@ -62,15 +62,15 @@ def check_model(path: str | Path) -> str:
     return name
 
 
-def check_size(path: str, height: int, width: int) -> None:
-    """UserError for a picture size that a checkpoint cannot make, read from its VAE's config; after `check_model`."""
+def check_size(path: str, size: Size) -> None:
+    """UserError for a size that a checkpoint cannot make, read from its VAE's config; after `check_model`."""
     file = Path(path) / "vae/config.json"
     file = file if Path(path).is_dir() else fetch(path, "vae/config.json")
     try:
         multiple = family_of(path).size_multiple(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"model.path: {file} is missing or damaged: {brief(error)}") from None
-    check_multiple(height, width, multiple)
+    check_multiple(size, multiple)
 
 
 def check_text_length(path: str, asked: int | None) -> int:
@@ -107,13 +107,13 @@ def check_checkpoint(path: str | Path, *, description: bool = False) -> None:
         check_components(components, weights=not (description and is_description(components)))
 
 
-def _left_out(path: str, parts: str, transformer: bool) -> list[str]:
+def _left_out(path: str, parts: str, denoiser: bool) -> list[str]:
     """Names of the components that are not loaded."""
     if parts == "text":
-        return ["transformer", "vae"]
+        return [*family_of(path).denoiser_parts, "vae"]
     index = json.loads(model_index(path).read_text(encoding="utf-8"))
     text = [name for name in index if parts == "picture" and name.startswith("text_encoder")]
-    return text if transformer else [*text, "transformer"]
+    return text if denoiser else [*text, *family_of(path).denoiser_parts]
 
 
 def _quiet() -> None:
@@ -126,14 +126,14 @@ def _quiet() -> None:
 
 def load_policy(
     path: str | Path, *, dtype: str | torch.dtype = "float32", device: str | torch.device = "cpu",
-    max_sequence_length: int | None = None, parts: Literal["all", "text", "picture"] = "all", transformer: bool = True,
+    max_sequence_length: int | None = None, parts: Literal["all", "text", "picture"] = "all", denoiser: bool = True,
 ) -> Policy:  # fmt: skip
     """Load a diffusers pipeline folder (or hub id) as a Policy; the family is read from its model_index.json.
 
     dtype: "float32", "bfloat16", "float16", "auto", or a torch dtype. max_sequence_length: text tokens; default: as many as
     the family's pipeline takes by default. parts: "text" loads the text encoders alone, for `embed`; "picture" everything but
-    them. transformer=False leaves it out, for the caller to register one. Every component is checked before the first is loaded:
-    raises UserError as `check_model` and `check_checkpoint` do, and for an argument that is not allowed.
+    them. denoiser=False leaves it out, for the caller to set one (`Policy.set_denoiser`). Every component is checked before the
+    first is loaded: raises UserError as `check_model` and `check_checkpoint` do, and for an argument that is not allowed.
     """
     import diffusers
 
@@ -145,7 +145,7 @@ def load_policy(
     check_device(device)
     dtype = resolve_dtype(dtype, device) if dtype == "auto" else as_dtype(dtype)
     pipeline = getattr(diffusers, check_model(path))
-    length, left_out = check_text_length(path, max_sequence_length), _left_out(path, parts, transformer)
+    length, left_out = check_text_length(path, max_sequence_length), _left_out(path, parts, denoiser)
     _quiet()
     folder = local_folder(path, pipeline, left_out)
     components = [c for c in components_of(folder) if c.name not in left_out]
@@ -156,11 +156,13 @@ def load_policy(
     return family_of(path)(pipe, device=device, max_sequence_length=length)
 
 
-def load_transformer(path: str, dtype: torch.dtype) -> torch.nn.Module:
-    """Another copy of a checkpoint's transformer, in `dtype` on the CPU; after `check_model`. UserError as `load_policy`."""
+def load_denoiser(path: str, dtype: torch.dtype) -> torch.nn.Module:
+    """Another copy of a checkpoint's denoiser, in `dtype` on the CPU; after `check_model`. UserError as `load_policy`."""
     import diffusers
 
     index = json.loads(model_index(path).read_text(encoding="utf-8"))
-    others = [name for name, value in index.items() if isinstance(value, list) and name != "transformer"]
+    family = family_of(path)
+    others = [name for name, value in index.items() if isinstance(value, list) and name not in family.denoiser_parts]
     folder = local_folder(path, getattr(diffusers, check_model(path)), others)
-    return next(c for c in components_of(folder) if c.name == "transformer").load(dtype)
+    components = {component.name: component for component in components_of(folder)}
+    return family.join_denoiser(*(components[name].load(dtype) for name in family.denoiser_parts))

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from tempflow.config import Lora
 from tempflow.errors import UserError, brief, shown
-from tempflow.models.component import is_finite, tensor_file_fault
+from tempflow.models.component import is_finite, problem_with_file
 
 KEY = "model.lora.start"
 FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
@@ -54,7 +54,7 @@ def read_adapters(lora: Lora) -> Adapters:
             settings |= _table(beside.read_text(encoding="utf-8"))
         settings = {name.removeprefix("transformer."): value for name, value in settings.items() if not name.startswith("text_encoder")}
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
-        raise UserError(f"{KEY}: {file} {tensor_file_fault(file) or f'has unreadable settings: {brief(error)}'}") from None
+        raise UserError(f"{KEY}: {file} {problem_with_file(file) or f'has unreadable settings: {brief(error)}'}") from None
     adapters = {_plain_name(name, file): weight for name, weight in weights.items()}
     _check(adapters, settings, lora, file)
     return adapters

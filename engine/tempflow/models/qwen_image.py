@@ -2,7 +2,7 @@
 
 Its text has no fixed length: embeddings are padded to `max_sequence_length`, with a mask that the attention heeds, so
 that those of different prompts can be stacked, and every forward has the same shape. Padding changes nothing but the last
-bits: masked tokens are keys to nobody, and a token's position does not depend on what follows it.
+bits: masked tokens are never attended to, and a token's position does not depend on what follows it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from diffusers.models.transformers import transformer_qwenimage
 from tempflow.models.arguments import finite_number
 from tempflow.models.base import Conditioning, check_multiple, resolution_shift
 from tempflow.models.guidance import GuidedPolicy
+from tempflow.types import Example, Size
 
 
 def _text_length(embeddings: torch.Tensor, mask: torch.Tensor | None) -> tuple[int, None, torch.Tensor | None]:
@@ -54,7 +55,8 @@ class QwenImagePolicy(GuidedPolicy):
         return super().sample(prompts, guidance_scale=guidance_scale, negative_prompts=negative_prompts, **call)
 
     @torch.no_grad()
-    def embed(self, texts: list[str]) -> Conditioning:
+    def embed(self, examples: list[Example]) -> Conditioning:
+        texts = [example.text for example in examples]
         embeds, mask = self.pipe.encode_prompt(texts, device=self.device, max_sequence_length=self.max_sequence_length)
         if mask is None:  # the pipeline's word for "no padding"
             mask = torch.ones(embeds.shape[:2], device=embeds.device)
@@ -62,27 +64,27 @@ class QwenImagePolicy(GuidedPolicy):
         embeds = torch.nn.functional.pad(embeds, (0, 0, 0, missing))
         return {"encoder_hidden_states": embeds, "encoder_hidden_states_mask": torch.nn.functional.pad(mask.bool(), (0, missing))}
 
-    def _packed_size(self, height: int, width: int) -> tuple[int, int]:
+    def _packed_size(self, size: Size) -> tuple[int, int]:
         multiple = self.size_multiple(self.pipe.vae.config)
-        check_multiple(height, width, multiple)
-        return height // multiple, width // multiple
+        check_multiple(size, multiple)
+        return size.height // multiple, size.width // multiple
 
-    def latent_shape(self, height: int, width: int) -> tuple[int, int]:
-        rows, columns = self._packed_size(height, width)
+    def latent_shape(self, size: Size) -> tuple[int, int]:
+        rows, columns = self._packed_size(size)
         return rows * columns, self.pipe.transformer.config.in_channels
 
-    def sigmas(self, num_steps: int, height: int, width: int) -> torch.Tensor:
-        scheduler, length = self.pipe.scheduler, self.latent_shape(height, width)[0]
+    def sigmas(self, num_steps: int, size: Size) -> torch.Tensor:
+        scheduler, length = self.pipe.scheduler, self.latent_shape(size)[0]
         given = np.linspace(1.0, 1 / num_steps, num_steps)
         scheduler.set_timesteps(sigmas=given, mu=resolution_shift(scheduler, length, 1.15))
         return scheduler.sigmas.float().cpu()
 
-    def _forward(self, transformer, x, sigma, conditioning, height, width):
-        return transformer(
+    def _forward(self, denoiser, x, sigma, conditioning, size):
+        return denoiser(
             hidden_states=x,
             # The pipeline's own arithmetic: timesteps are 1000 sigma, rounded to the model's dtype.
             timestep=(sigma * 1000).to(x.dtype) / 1000,
-            img_shapes=[[(1, *self._packed_size(height, width))]] * len(x),
+            img_shapes=[[(1, *self._packed_size(size))]] * len(x),
             **conditioning,
             return_dict=False,
         )[0]
@@ -91,9 +93,9 @@ class QwenImagePolicy(GuidedPolicy):
         guided = super()._combine(positive, negative, scale)
         return guided * (positive.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
 
-    def _decode(self, latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    def _decode(self, latents: torch.Tensor, size: Size) -> torch.Tensor:
         vae = self.pipe.vae
-        x = self.pipe._unpack_latents(latents, height, width, self.pipe.vae_scale_factor)
+        x = self.pipe._unpack_latents(latents, size.height, size.width, self.pipe.vae_scale_factor)
         mean, std = (torch.tensor(values, device=x.device).reshape(1, -1, 1, 1, 1) for values in
                      (vae.config.latents_mean, vae.config.latents_std))  # fmt: skip
         return vae.decode((x * std + mean).to(vae.dtype), return_dict=False)[0][:, :, 0]

@@ -7,18 +7,19 @@ import torch
 from tempflow.errors import UserError
 from tempflow.models.base import Conditioning, check_multiple, resolution_shift
 from tempflow.models.guidance import GuidedPolicy
+from tempflow.types import Example, Size
 
 PATCH = 2  # latent pixels a side of a token, in every checkpoint of the family
 
 
-def token_grid(height: int, width: int, vae_config: dict, transformer_config: dict) -> tuple[int, int]:
-    """Rows and columns of a picture's tokens; UserError where the transformer has no positions for so many."""
+def token_grid(size: Size, vae_config: dict, transformer_config: dict) -> tuple[int, int]:
+    """Rows and columns of an image's tokens; UserError where the transformer has no positions for so many."""
     multiple = SD3Policy.size_multiple(vae_config)
-    check_multiple(height, width, multiple)
+    check_multiple(size, multiple)
     most = transformer_config["pos_embed_max_size"] * multiple
-    if max(height, width) > most:
-        raise UserError(f"rollout.height, rollout.width: {height} x {width}; this model makes at most {most} a side")
-    return height // multiple, width // multiple
+    if max(size.height, size.width) > most:
+        raise UserError(f"rollout.height, rollout.width: {size}; this model makes at most {most} a side")
+    return size.height // multiple, size.width // multiple
 
 
 class SD3Policy(GuidedPolicy):
@@ -35,31 +36,32 @@ class SD3Policy(GuidedPolicy):
         return PATCH * 2 ** (len(vae_config["block_out_channels"]) - 1)
 
     @torch.no_grad()
-    def embed(self, texts: list[str]) -> Conditioning:
+    def embed(self, examples: list[Example]) -> Conditioning:
+        texts = [example.text for example in examples]
         embeds, _, pooled, _ = self.pipe.encode_prompt(
             prompt=texts, prompt_2=None, prompt_3=None, device=self.device, do_classifier_free_guidance=False,
             max_sequence_length=self.max_sequence_length,
         )  # fmt: skip
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
-    def _tokens(self, height: int, width: int) -> tuple[int, int]:
-        return token_grid(height, width, self.pipe.vae.config, self.pipe.transformer.config)
+    def _tokens(self, size: Size) -> tuple[int, int]:
+        return token_grid(size, self.pipe.vae.config, self.pipe.transformer.config)
 
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        rows, columns = self._tokens(height, width)
+    def latent_shape(self, size: Size) -> tuple[int, int, int]:
+        rows, columns = self._tokens(size)
         return self.pipe.transformer.config.in_channels, PATCH * rows, PATCH * columns
 
-    def sigmas(self, num_steps: int, height: int, width: int) -> torch.Tensor:
-        scheduler, (rows, columns) = self.pipe.scheduler, self._tokens(height, width)
+    def sigmas(self, num_steps: int, size: Size) -> torch.Tensor:
+        scheduler, (rows, columns) = self.pipe.scheduler, self._tokens(size)
         dynamic = scheduler.config.get("use_dynamic_shifting")
         scheduler.set_timesteps(num_steps, mu=resolution_shift(scheduler, rows * columns, 1.16) if dynamic else None)
         return scheduler.sigmas.float().cpu()
 
-    def _forward(self, transformer, x, sigma, conditioning, height, width):
+    def _forward(self, denoiser, x, sigma, conditioning, size):
         # The pipeline leaves timesteps in fp32, 1000 sigma.
-        return transformer(hidden_states=x, timestep=sigma * 1000, **conditioning, return_dict=False)[0]
+        return denoiser(hidden_states=x, timestep=sigma * 1000, **conditioning, return_dict=False)[0]
 
-    def _decode(self, latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    def _decode(self, latents: torch.Tensor, size: Size) -> torch.Tensor:
         vae = self.pipe.vae
         x = latents / vae.config.scaling_factor + vae.config.shift_factor
         return vae.decode(x.to(vae.dtype), return_dict=False)[0]

@@ -42,7 +42,11 @@ class Reward(ABC):
     The constructor's keyword arguments are the reward's options in the config. It must be cheap and load
     nothing: the training process builds every reward too, only to call `check_prompts`. A `UserError` of the constructor or of
     `load` is shown after the entry's key; it begins with the option at fault, as in "url: expected ..., got ...".
+
+    takes_videos: whether `score` takes videos too, [n, F, H, W, 3]; the pool refuses them for rewards that do not say so.
     """
+
+    takes_videos = False
 
     def check_prompts(self, prompts: list[str], metadata: list[dict]) -> str | None:  # noqa: B027 (optional)
         """Raise `UserError` naming the first prompt that this reward cannot use (see `locate`). May return a line for people
@@ -53,11 +57,11 @@ class Reward(ABC):
 
     @abstractmethod
     def score(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> Scores:
-        """Score pictures.
+        """Score images, or videos where `takes_videos`.
 
-        images: uint8 RGB [n, H, W, 3]; prompts and metadata: n entries each. Returns `Scores`; a plain
+        images: uint8 RGB [n, H, W, 3], videos [n, F, H, W, 3]; prompts and metadata: n entries each. Returns `Scores`; a plain
         array or list of n numbers does as well. An exception fails the whole batch (it is retried); NaN
-        fails one picture.
+        fails one image.
         """
 
 
@@ -66,6 +70,7 @@ class FunctionReward(Reward):
 
     def __init__(self, function, options: dict):
         self._function = function
+        self.takes_videos = getattr(function, "takes_videos", False)
         self._options = options
 
     def score(self, images, prompts, metadata):

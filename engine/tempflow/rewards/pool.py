@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tempflow.errors import UserError
+from tempflow.media import check_media, is_video
 from tempflow.rewards.base import Scores, as_scores
 from tempflow.rewards.fit import applies
 from tempflow.rewards.registry import RewardSpec, build_reward, load_rewards
@@ -93,8 +94,7 @@ class RewardPool:
         if workers < 0:
             raise UserError(f"reward workers: expected 0 or more, got {workers}")
         self._specs = list(specs)
-        for spec in self._specs:
-            build_reward(spec.name, spec.options, spec.type)
+        self._take_videos = {spec.name for spec in self._specs if build_reward(spec.name, spec.options, spec.type).takes_videos}
         self._timeout_s, self._retries, self._backoff_s = timeout_s, retries, backoff_s
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._closed = threading.Event()
@@ -132,19 +132,21 @@ class RewardPool:
     ) -> Ticket:  # fmt: skip
         """Queue a batch for every reward that applies to it; returns at once (unless workers=0).
 
-        images: uint8 RGB [n, H, W, 3], copied here; prompts and metadata: n entries each. finite: bool [n], as `Policy.decode`
-        returns it; no reward is asked about the others, which are failures. rewards: names of those asked; None: all. Raises
-        ValueError where these disagree, RuntimeError on a closed pool.
+        images: uint8 RGB [n, H, W, 3], or videos [n, F, H, W, 3], copied here; prompts and metadata: n entries each. finite: bool
+        [n], as `Policy.decode` returns it; no reward is asked about the others, which are failures. rewards: names of those asked;
+        None: all. Raises UserError for videos where one of them takes images only, ValueError where the arguments disagree,
+        RuntimeError on a closed pool.
         """
         if self._closed.is_set():
             raise RuntimeError("the reward pool is closed")
         images = np.array(images, copy=True, order="C")
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
-            raise ValueError(f"images must be uint8 [n, H, W, 3], got {images.dtype} {list(images.shape)}")
+        check_media(images)
         finite = np.ones(len(images), dtype=bool) if finite is None else finite
         if not len(images) == len(prompts) == len(metadata) == len(finite):
             raise ValueError(f"{len(images)} images, {len(prompts)} prompts, {len(metadata)} metadata and {len(finite)} of finite")
         names = [spec.name for spec in self._specs] if rewards is None else rewards
+        if is_video(images) and (unfit := [name for name in names if name not in self._take_videos]):
+            raise UserError(f"rewards.{unfit[0]}: scores images, and the model makes videos; a reward for these sets takes_videos = True")
         ticket = Ticket(names, metadata, finite)
         for name in names:
             rows = ticket.rows(name)

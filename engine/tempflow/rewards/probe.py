@@ -6,20 +6,20 @@ refused like one that returns the wrong shape: it must return NaN for an image t
 
 from __future__ import annotations
 
-import numpy as np
-
 from tempflow.errors import UserError
+from tempflow.media import plain
 from tempflow.rewards.base import BadScores
 from tempflow.rewards.fit import applies
 from tempflow.rewards.pool import RewardPool
 from tempflow.rewards.registry import RewardSpec
+from tempflow.types import Size
 
 IMAGES = 2  # with one, [1, 1] and a single number would pass for [1] in careless code
 
 
-def probe(pool: RewardPool, specs: list[RewardSpec], prompts: list[str], metadata: list[dict], height: int, width: int) -> None:
+def probe(pool: RewardPool, specs: list[RewardSpec], prompts: list[str], metadata: list[dict], size: Size) -> None:
     """UserError for a reward that does not return a number, or NaN, for each image; prompts: those that the run will use."""
-    images = np.full((IMAGES, height, width, 3), 128, dtype=np.uint8)
+    images = plain(IMAGES, size, 128)
     tickets = {}
     for spec in specs:
         fitting = [(prompt, entry) for prompt, entry in zip(prompts, metadata, strict=True) if applies(spec.name, entry)][:IMAGES]

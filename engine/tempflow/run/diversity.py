@@ -1,8 +1,8 @@
-"""How different the pictures of one prompt are: the distance that shrinks when a policy collapses onto one picture.
+"""How different the images of one prompt are: the distance that shrinks when a policy collapses onto one image.
 
-The distance of two pictures is the root mean square difference of their pixels, which lie in [0, 1], after both were averaged
-down to at most 32 x 32. That sees layout and colour, not grain, and costs nothing beside a rollout; embeddings would see
-meaning as well, at the price of another model on every picture.
+The distance of two images is the root mean square difference of their pixels, which lie in [0, 1], after both were averaged
+down to at most 32 x 32; that of two videos takes a few frames of each. That sees layout and color, not grain, and costs nothing
+beside a rollout; embeddings would see meaning as well, at the price of another model on every image.
 """
 
 from __future__ import annotations
@@ -11,14 +11,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-SIDE = 32
+from tempflow.media import some_frames
+
+SIDE = 32  # pixels of a thumbnail, at most
+FRAMES = 4  # of a video, at most
 
 
-def thumbnails(pictures: np.ndarray) -> np.ndarray:
-    """Pictures uint8 [n, H, W, 3] averaged down to at most SIDE pixels a side, in [0, 1], as float32 [n, D]."""
-    pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+def thumbnails(media: np.ndarray) -> np.ndarray:
+    """Images or videos averaged down to at most SIDE pixels a side, in [0, 1], as float32 [n, D]."""
+    frames = some_frames(media, FRAMES)
+    pixels = torch.from_numpy(frames).flatten(0, 1).permute(0, 3, 1, 2).float() / 255
     sides = [min(SIDE, side) for side in pixels.shape[2:]]
-    return F.adaptive_avg_pool2d(pixels, sides).flatten(1).numpy()
+    return F.adaptive_avg_pool2d(pixels, sides).reshape(len(media), -1).numpy()
 
 
 def mean_distance(groups: np.ndarray) -> np.ndarray:

@@ -1,6 +1,6 @@
-"""Held-out evaluation: ODE pictures of fixed prompts from fixed noise, scored, with the first ones kept.
+"""Held-out evaluation: ODE images or videos of fixed prompts from fixed noise, scored, with the first ones kept.
 
-The noise of a prompt depends on the evaluation seed and the prompt's place in the file alone, so base and tuned pictures,
+The noise of a prompt depends on the evaluation seed and the prompt's place in the file alone, so base and tuned images,
 runs and numbers of ranks compare like with like.
 """
 
@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tempflow.data.prompts import Prompt
-from tempflow.models import Policy
+from tempflow.media import still
+from tempflow.models import Sampler
 from tempflow.models.embeddings import EmbeddingCache
 from tempflow.rewards import RewardPool, RewardSpec, combine
 from tempflow.run.logs import write_atomic
 from tempflow.run.means import Mean, gain_of, mean_of
 from tempflow.sampling.noise import INITIAL, key_tensor, noise_key
+from tempflow.types import Example
 from tempflow_kernels import normal
 
 EVAL_SEED = 0
@@ -30,14 +31,14 @@ EVAL_ITERATION = -1  # no training iteration has this number, so evaluation nois
 
 @dataclass(frozen=True)
 class Scored:
-    """Prompts by index, the weighted reward [n], each reward alone, and its readings; pictures, uint8 [H, W, 3], of some of them.
+    """Prompts by index, the weighted reward [n], each reward alone, and its readings; images (or videos) of some of them.
 
     reward: NaN where it failed. parts: NaN where a reward failed or does not apply. applies: bool [n] by reward. finite: bool
     [n], False where there is no image to score.
     """
 
     indices: list[int]
-    pictures: dict[int, np.ndarray]
+    images: dict[int, np.ndarray]
     finite: np.ndarray
     reward: np.ndarray
     parts: dict[str, np.ndarray]
@@ -64,33 +65,30 @@ def fixed_noise(indices: list[int], shape: tuple[int, ...], device, seed: int = 
 
 
 def draw(
-    policy: Policy, embeddings: EmbeddingCache, prompts: list[Prompt], indices: list[int], *,
-    height: int, width: int, num_steps: int, guidance_scale: float, micro_batch: int, decode_batch: int, seed: int = EVAL_SEED,
-    advance=lambda n: None,
+    sampler: Sampler, embeddings: EmbeddingCache, prompts: list[Example], indices: list[int], *,
+    num_steps: int, micro_batch: int, decode_batch: int, seed: int = EVAL_SEED, advance=lambda n: None,
 ):  # fmt: skip
-    """Yield (indices, uint8 images, which are finite) of the prompts at `indices`: `micro_batch` are integrated together, and at
-    most `decode_batch` of them decoded and yielded together."""
-    shape = policy.latent_shape(height, width)
+    """Yield (indices, images or videos, which are finite) of the prompts at `indices`: `micro_batch` are integrated together, and
+    at most `decode_batch` of them decoded and yielded together."""
     for first in range(0, len(indices), micro_batch):
         part = indices[first : first + micro_batch]
-        conditioning = embeddings.get([prompts[i].text for i in part], [prompts[i].negative for i in part])
-        latents = policy.integrate(fixed_noise(part, shape, policy.device, seed), conditioning, height=height, width=width,
-                                   num_steps=num_steps, guidance_scale=guidance_scale)  # fmt: skip
+        noise = fixed_noise(part, sampler.latent_shape, sampler.policy.device, seed)
+        latents = sampler.integrate(noise, embeddings.get([prompts[i] for i in part]), num_steps)
         for start in range(0, len(part), decode_batch):
             some = slice(start, start + decode_batch)
-            yield part[some], *policy.decode(latents[some], height, width)
+            yield part[some], *sampler.decode(latents[some])
             advance(len(part[some]))
 
 
-def evaluate(pool: RewardPool, specs: list[RewardSpec], prompts: list[Prompt], drawn, keep: int) -> Scored:
-    """Score what `draw` yields while it goes on drawing; pictures of the first `keep` prompts are kept."""
-    indices, pictures, tickets, finite = [], {}, [], []
+def evaluate(pool: RewardPool, specs: list[RewardSpec], prompts: list[Example], drawn, keep: int) -> Scored:
+    """Score what `draw` yields while it goes on drawing; images of the first `keep` prompts are kept."""
+    indices, kept, tickets, finite = [], {}, [], []
     for part, images, made in drawn:
         chosen = [prompts[i] for i in part]
         tickets.append(pool.submit(images, [p.text for p in chosen], [p.metadata for p in chosen], finite=made))
         indices += part
         finite.append(made)
-        pictures |= {i: image for i, image in zip(part, images, strict=True) if i < keep}
+        kept |= {i: image for i, image in zip(part, images, strict=True) if i < keep}
     scores = pool.gather(tickets)
     combined = [combine(score, specs) for score in scores]
     details = {}
@@ -99,7 +97,7 @@ def evaluate(pool: RewardPool, specs: list[RewardSpec], prompts: list[Prompt], d
         known = any(t is not None for t in texts)
         details[spec.name] = [text for t, made in zip(texts, finite, strict=True) for text in t or [""] * len(made)] if known else None
     return Scored(
-        indices, pictures, np.concatenate(finite), np.concatenate([c.values for c in combined]),
+        indices, kept, np.concatenate(finite), np.concatenate([c.values for c in combined]),
         {spec.name: np.concatenate([c.parts[spec.name] for c in combined]) for spec in specs},
         {spec.name: np.concatenate([c.applies[spec.name] for c in combined]) for spec in specs}, details,
     )  # fmt: skip
@@ -121,7 +119,7 @@ def merge(parts: list[Scored]) -> Scored:
         texts = [np.array(p.details[name] or [""] * len(p.indices), dtype=object) for p in parts]
         details[name] = list(join(texts)) if known else None
     return Scored(
-        np.concatenate([p.indices for p in parts])[order].tolist(), {i: picture for p in parts for i, picture in p.pictures.items()},
+        np.concatenate([p.indices for p in parts])[order].tolist(), {i: image for p in parts for i, image in p.images.items()},
         join([p.finite for p in parts]), join([p.reward for p in parts]), by_name(lambda p: p.parts), by_name(lambda p: p.applies), details,
     )  # fmt: skip
 
@@ -140,15 +138,15 @@ def metrics(scored: Scored, base: np.ndarray | None = None) -> dict[str, float]:
     return {key: value for key, value in found.items() if value is not None}
 
 
-def write_samples(folder: Path, scored: Scored, prompts: list[Prompt], facts: dict) -> None:
-    """Write the pictures and samples.json with `facts` into `folder`, which is new or empty."""
+def write_samples(folder: Path, scored: Scored, prompts: list[Example], facts: dict) -> None:
+    """Write the images and samples.json with `facts` into `folder`, which is new or empty; of a video a contact strip."""
     folder.mkdir(parents=True, exist_ok=True)
     items = []
     for n, index in enumerate(scored.indices):
-        if index not in scored.pictures:
+        if index not in scored.images:
             continue
         file = f"{n:04d}.png"
-        Image.fromarray(scored.pictures[index]).save(folder / file)
+        Image.fromarray(still(scored.images[index])).save(folder / file)
         items.append({
             "prompt": prompts[index].text, "file": file, "reward": _number(scored.reward[n]),
             "rewards": {name: _number(values[n]) for name, values in scored.parts.items() if scored.applies[name][n]},
@@ -160,7 +158,7 @@ def write_samples(folder: Path, scored: Scored, prompts: list[Prompt], facts: di
     write_atomic(folder / "samples.json", json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False))
 
 
-def replace_samples(run_dir: Path, scored: Scored, prompts: list[Prompt], facts: dict) -> Path:
+def replace_samples(run_dir: Path, scored: Scored, prompts: list[Example], facts: dict) -> Path:
     """The sample set of facts["iteration"] in a run's own samples/, all or nothing; one that is there is replaced."""
     folder = run_dir / "samples" / f"{facts['iteration']:06d}"
     draft = folder.with_name(f".{folder.name}")

@@ -17,7 +17,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 
 from tempflow.config import Config, Lora
 from tempflow.errors import UserError
-from tempflow.models import Policy, load_transformer, resolve_dtype
+from tempflow.models import Policy, load_denoiser, resolve_dtype
 from tempflow.models.attention import set_attention_backend
 from tempflow.models.lora import fill, layers_of, read_adapters
 from tempflow.run.environment import uses_gpu
@@ -66,7 +66,7 @@ def add_lora(module: torch.nn.Module, lora: Lora, targets: tuple[str, ...], seed
 
 
 class Runtime:
-    """Trains the transformer of `policy`; without rollout.replica it becomes the policy's own.
+    """Trains the denoiser of `policy`; without rollout.replica it becomes the policy's own.
 
     engine: the DeepSpeed engine. dtype: of its weights and activations. trainable: name -> parameter.
     """
@@ -75,7 +75,7 @@ class Runtime:
         self.config, self.policy = config, policy
         self.dtype = engine_dtype(config.deepspeed)
         self.stage = config.deepspeed.get("zero_optimization", {}).get("stage", 0)
-        module = load_transformer(config.model.path, self.dtype).train()
+        module = load_denoiser(config.model.path, self.dtype).train()
         if config.model.lora:
             add_lora(module, config.model.lora, policy.lora_targets, config.training.seed)
         else:
@@ -85,8 +85,8 @@ class Runtime:
         set_attention_backend(module, config.model.attention_backend)
         compile_blocks(module, config.training.compile)
         if config.rollout.replica:
-            set_attention_backend(policy.transformer, config.model.attention_backend)
-            compile_blocks(policy.transformer, config.rollout.compile)
+            set_attention_backend(policy.denoiser(), config.model.attention_backend)
+            compile_blocks(policy.denoiser(), config.rollout.compile)
         self.reference = make_reference(config, module, policy.device)
         self.trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
         ds = self._deepspeed_config(module)
@@ -96,9 +96,9 @@ class Runtime:
         self._base_lrs = [group["lr"] for group in self.engine.optimizer.param_groups]
         self._sources = self._replica_sources()
         if not config.rollout.replica:
-            policy.pipe.register_modules(transformer=self.module)
+            policy.set_denoiser(self.module)
         elif config.model.lora and config.model.lora.start:
-            self.refresh(policy.transformer)
+            self.refresh(policy.denoiser())
 
     def _deepspeed_config(self, module: torch.nn.Module) -> dict:
         ds = copy.deepcopy(self.config.deepspeed)

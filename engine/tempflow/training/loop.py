@@ -20,9 +20,9 @@ from tempflow.advantages import Advantages, advantages, decoupled_advantages, ra
 from tempflow.checkpoints import checkpoint
 from tempflow.config import Config
 from tempflow.data.curation import Curation
-from tempflow.data.prompts import Prompt, PromptOrder, digests
+from tempflow.data.prompts import PromptOrder, digests
 from tempflow.errors import RankError, UserError, shown
-from tempflow.models.opening import open_policy
+from tempflow.models.embeddings import open_policy
 from tempflow.profiling import Profile, span
 from tempflow.rewards import RewardPool, RewardSpec, fits, kinds_of, probe
 from tempflow.run import evaluation
@@ -46,6 +46,7 @@ from tempflow.training.rehearsal import may_capture
 from tempflow.training.rollout import Collected, Collector, Stopped
 from tempflow.training.signals import StopSignal
 from tempflow.training.update import Updater
+from tempflow.types import Example, Size
 
 
 class Trainer:
@@ -54,7 +55,7 @@ class Trainer:
     report(run_dir) is called on rank 0 after each evaluation, to draw the run so far; it returns the file it wrote.
     """
 
-    def __init__(self, config: Config, run_dir: Path, train: list[Prompt], heldout: list[Prompt],
+    def __init__(self, config: Config, run_dir: Path, train: list[Example], heldout: list[Example],
                  specs: list[RewardSpec], stop: StopSignal, report: Callable[[Path], Path],
                  profile: Profile | None = None):  # fmt: skip
         self.config, self.run_dir, self.stop, self.report = config, run_dir, stop, report
@@ -100,7 +101,7 @@ class Trainer:
         trouble, prompts, r = None, self.heldout + self.prompts, self.config.rollout
         if comm.rank() == 0:
             try:
-                probe(self.pool, self.specs, [p.text for p in prompts], [p.metadata for p in prompts], r.height, r.width)
+                probe(self.pool, self.specs, [p.text for p in prompts], [p.metadata for p in prompts], Size(r.height, r.width))
             except UserError as error:
                 trouble = str(error)
         if trouble := comm.agree_on(trouble):
@@ -131,8 +132,7 @@ class Trainer:
             self.console.note(text) if self.console else print(text)
 
     def _embed(self, units) -> dict[str, torch.Tensor]:
-        chosen = [self.prompts[unit.prompt_id] for unit in units]
-        return self.embeddings.get([p.text for p in chosen], [p.negative for p in chosen])
+        return self.embeddings.get([self.prompts[unit.prompt_id] for unit in units])
 
     # ------------------------------------------------------------------------------------------------------ run
     def run(self, resume_from: Path | None) -> dict | None:
@@ -262,7 +262,7 @@ class Trainer:
         trained = time.perf_counter()
         if r.replica:
             with span("weight sync"):
-                self.runtime.refresh(self.policy.transformer)
+                self.runtime.refresh(self.policy.denoiser())
         synced = time.perf_counter()
         self.images += data.images
         metrics = self._reward_metrics(data, adv) | self._suffix_metrics(data, adv, fitting) | self._update_metrics(updates)
@@ -371,11 +371,11 @@ class Trainer:
         if self.ema is None or not self.config.rollout.replica or not self.ema.taken:
             yield "raw"
             return
-        self.runtime.refresh(self.policy.transformer, self.ema.gather)
+        self.runtime.refresh(self.policy.denoiser(), self.ema.gather)
         try:
             yield "ema"
         finally:
-            self.runtime.refresh(self.policy.transformer)
+            self.runtime.refresh(self.policy.denoiser())
 
     def _evaluate(self) -> dict:
         if not self.heldout or self.config.eval.every == 0:
@@ -386,9 +386,8 @@ class Trainer:
         started = time.perf_counter()
         with self._averaged_weights() as weights, self.console.phase("eval", len(mine)) as advance, self.threads.shared():
             drawn = evaluation.draw(
-                self.policy, self.embeddings, self.heldout, mine, height=r.height, width=r.width, num_steps=steps,
-                guidance_scale=self.config.eval_guidance(), micro_batch=r.micro_batch, decode_batch=r.decode_batch,
-                advance=advance,
+                self.policy.at(Size(r.height, r.width), self.config.eval_guidance()), self.embeddings, self.heldout, mine,
+                num_steps=steps, micro_batch=r.micro_batch, decode_batch=r.decode_batch, advance=advance,
             )  # fmt: skip
             scored = evaluation.evaluate(self.pool, self.specs, self.heldout, drawn, e.keep_samples)
         check_failed(f"the evaluation at iteration {self.iteration}", *map(int, comm.reduce(scored.counts())),
@@ -477,7 +476,7 @@ class Trainer:
             self.base_rewards = np.array(known, dtype=np.float32)  # None becomes NaN
         self.saved = self.iteration
         if self.config.rollout.replica:
-            self.runtime.refresh(self.policy.transformer)
+            self.runtime.refresh(self.policy.denoiser())
 
 
 def _sureness(evaluated: dict, base: np.ndarray | None) -> dict:

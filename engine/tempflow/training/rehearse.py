@@ -17,6 +17,8 @@ import torch
 
 from tempflow.config import Config, parse_config
 from tempflow.errors import UserError
+from tempflow.media import plain
+from tempflow.types import Example
 
 SIDE = 256  # pixels, at most
 LAYERS = {"num_layers": 2, "num_single_layers": 1}  # FLUX.1 has blocks of two kinds, and then gets one of each
@@ -24,7 +26,6 @@ LAYERS = {"num_layers": 2, "num_single_layers": 1}  # FLUX.1 has blocks of two k
 
 def rehearse(config: Config, device: torch.device, capture) -> str | None:
     """Roll out twice through a graph cache with `capture`; why forwards would not be captured in the run, or None."""
-    from tempflow.data.prompts import Prompt
     from tempflow.models.embeddings import EmbeddingCache
     from tempflow.rewards import RewardPool, parse_rewards
     from tempflow.sampling.graphs import GraphCache
@@ -35,7 +36,7 @@ def rehearse(config: Config, device: torch.device, capture) -> str | None:
     graphs = GraphCache(capture, limit_bytes=config.rollout.graph_limit_mb << 20, verify=config.rollout.graph_verify, note=notes.append)
     specs = parse_rewards(config.rewards)
     with RewardPool(specs, **config.reward_pool.pool()) as pool:
-        collector = Collector(config, policy, [Prompt("a word")], EmbeddingCache(policy), pool, specs, note=notes.append, graphs=graphs)
+        collector = Collector(config, policy, [Example("a word")], EmbeddingCache(policy), pool, specs, note=notes.append, graphs=graphs)
         for iteration in range(2):
             collector.collect(iteration, [0])
     if notes:
@@ -73,7 +74,7 @@ def small_policy(config: Config, device: torch.device):
     set_attention_backend(transformer, config.model.attention_backend)
     compile_blocks(transformer, config.rollout.compile)
     policy.embed = _embeddings(config, policy, dtype)
-    policy.decode = lambda latents, height, width: (np.zeros((len(latents), height, width, 3), np.uint8), np.ones(len(latents), bool))
+    policy.decode = lambda latents, size: (plain(len(latents), size, 0), np.ones(len(latents), bool))
     return policy
 
 
@@ -115,10 +116,10 @@ def _embeddings(config: Config, policy, dtype: torch.dtype):
     forward = Model(config.model.path).forward(Size(1, r.height, r.width, policy.max_sequence_length), dtype)
     shapes = {name: forward.arguments[name] for name in forward.conditioning}
 
-    def embed(texts: list[str]) -> dict[str, torch.Tensor]:
+    def embed(examples: list[Example]) -> dict[str, torch.Tensor]:
         made = {}
         for name, like in shapes.items():
-            shape = len(texts), *like.shape[1:]
+            shape = len(examples), *like.shape[1:]
             if like.is_floating_point():
                 made[name] = torch.randn(shape, device=policy.device, dtype=dtype)
             else:  # a mask, which must leave something out to be taken for one

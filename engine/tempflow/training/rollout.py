@@ -14,8 +14,7 @@ import numpy as np
 import torch
 
 from tempflow.config import Config, Suffix
-from tempflow.data.prompts import Prompt
-from tempflow.models import Policy, take
+from tempflow.models import Policy, index_rows
 from tempflow.models.embeddings import EmbeddingCache
 from tempflow.profiling import span
 from tempflow.rewards import RewardPool, RewardSpec, combine
@@ -30,6 +29,7 @@ from tempflow.sampling.suffix import count_forwards
 from tempflow.training import distributed as comm
 from tempflow.training.device import cores_per_rank
 from tempflow.training.engine import compile_blocks
+from tempflow.types import Example, Size
 
 
 class Stopped(Exception):
@@ -97,9 +97,8 @@ class _Finished:
         size = self.collector.config.rollout.decode_batch
         part, self._waiting = self._waiting[:size], self._waiting[size:]
         started = time.perf_counter()
-        rollout = self.collector.config.rollout
         with span("decode", rows=len(part)):
-            images, finite = self.collector.policy.decode(torch.stack([x for _, x in part]), rollout.height, rollout.width)
+            images, finite = self.collector.sampler.decode(torch.stack([x for _, x in part]))
         self.decode_seconds += time.perf_counter() - started
         chosen = [self.collector.prompts[self.plan.rows[i].unit.prompt_id] for i, _ in part]
         self.rows += [i for i, _ in part]
@@ -114,7 +113,7 @@ class _Finished:
 class Collector:
     """Rollouts of one run."""
 
-    def __init__(self, config: Config, policy: Policy, prompts: list[Prompt], embeddings: EmbeddingCache,
+    def __init__(self, config: Config, policy: Policy, prompts: list[Example], embeddings: EmbeddingCache,
                  pool: RewardPool, specs: list[RewardSpec], should_stop=lambda: False,
                  note: Callable[[str], None] = print, graphs: GraphCache | bool = True):  # fmt: skip
         """graphs: what captures forwards; True: what `rollout.graphs` says, False: nothing."""
@@ -122,8 +121,9 @@ class Collector:
         self.embeddings, self.pool, self.should_stop = embeddings, pool, should_stop
         self.trained = [spec for spec in specs if not spec.watched]
         r = config.rollout
-        self.latent_shape = policy.latent_shape(r.height, r.width)
-        self.sigmas = policy.sigmas(r.num_steps, r.height, r.width)
+        self.sampler = policy.at(Size(r.height, r.width), r.guidance_scale)
+        self.latent_shape = self.sampler.latent_shape
+        self.sigmas = self.sampler.sigmas(r.num_steps)
         self.sde: Coefficients = sde_coefficients(self.sigmas, r.sde, r.eta)
         self.submitting = Lock()
         self.lanes = r.lanes or (cores_per_rank() if policy.device.type == "cpu" and r.replica else 1)
@@ -137,7 +137,7 @@ class Collector:
             note("rollout.graphs: no GPU, so rollouts run eagerly")
 
     def _make_float8(self) -> Float8Copy:
-        made = Float8Copy(self.policy.transformer)
+        made = Float8Copy(self.policy.denoiser())
         compile_blocks(made.transformer, self.config.rollout.compile)
         return made
 
@@ -193,10 +193,10 @@ class Collector:
         r = self.config.rollout
         places = {id: i for i, id in enumerate(dict.fromkeys(row.unit.prompt_id for row in plan.rows))}
         chosen = [self.prompts[id] for id in places]
-        conditioning = self.embeddings.get([p.text for p in chosen], [p.negative for p in chosen])
+        conditioning = self.embeddings.get(chosen)
         parts = split_plan(plan, self.lanes) or [(plan, [])]
         threads = max(1, torch.get_num_threads() // len(parts))
-        velocity, suffix_velocity = partial(self._velocity, self.policy.transformer), None
+        velocity, suffix_velocity = partial(self._velocity, self.policy.denoiser()), None
         if suffix and suffix.weights == "float8":
             self._float8 = self._float8 or self._make_float8()
             self._float8.refresh()
@@ -206,7 +206,7 @@ class Collector:
             # Under ZeRO-3 without a replica a forward is a collective, which no rank may leave alone.
             if r.replica and self.should_stop():
                 raise Stopped
-            return take(conditioning, [places[unit.prompt_id] for unit in units])
+            return index_rows(conditioning, [places[unit.prompt_id] for unit in units])
 
         def told(n: int) -> None:
             with self.submitting:
@@ -221,7 +221,7 @@ class Collector:
             )  # fmt: skip
             if self.graphs is not None:
                 own = self._float8.tensors() if self._float8 else ()
-                self.graphs.watch((*self.policy.transformer.parameters(), *self.policy.transformer.buffers(), *own))
+                self.graphs.watch((*self.policy.denoiser().parameters(), *self.policy.denoiser().buffers(), *own))
                 scheduler.run = self.graphs
             decisions = scheduler.roll_out(self.latent_shape)
             finished.drain()
@@ -237,9 +237,7 @@ class Collector:
                 sum(stats[1:], stats[0]))  # fmt: skip
 
     def _velocity(self, transformer, x, sigma, **conditioning):
-        r = self.config.rollout
-        return self.policy.velocity(transformer, x, sigma, conditioning, height=r.height, width=r.width,
-                                    guidance_scale=r.guidance_scale)  # fmt: skip
+        return self.sampler.velocity(transformer, x, sigma, conditioning)
 
     def _share(self, plan: Plan, finished: _Finished, scores, prompts: int, decisions, stats, times) -> Collected:
         """Every rank's rewards in one array on every rank."""

@@ -14,6 +14,7 @@ from tempflow.sampling.plans import Unit
 from tempflow.training import distributed as comm
 from tempflow.training.batches import Batch, one_child_per_state
 from tempflow.training.engine import Runtime
+from tempflow.types import Size
 from tempflow_kernels import group_loss
 
 
@@ -53,10 +54,8 @@ class Updater:
 
     def velocity(self, transformer, batch: Batch) -> torch.Tensor:
         r = self.config.rollout
-        return self.runtime.policy.velocity(
-            transformer, batch.x, batch.sigma, self.embed(batch.units), height=r.height, width=r.width,
-            guidance_scale=r.guidance_scale, dtype=self.runtime.dtype,
-        )  # fmt: skip
+        sampler = self.runtime.policy.at(Size(r.height, r.width), r.guidance_scale)
+        return sampler.velocity(transformer, batch.x, batch.sigma, self.embed(batch.units), self.runtime.dtype)
 
     def update(self, batches: list[Batch], total: int, lr_factor: float, first: bool, advance=lambda n: None) -> dict:
         """One optimizer step over all micro-batches; returns metrics.
