@@ -1,17 +1,22 @@
 """Prompt embeddings on disk: kept to the bit, found by what they depend on, made anew when damaged; encoders gone after."""
 
+import hashlib
 import json
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from engine_cases import MODEL, small_config
 from family_cases import qwen_pipeline, sd3_pipeline
+from PIL import Image
 from run_cases import script_here, timeless, train
+from stub_policies import VideoPolicy
 
 from tempflow.errors import UserError
 from tempflow.models import embeddings, load_policy
-from tempflow.models.embeddings import EmbeddingStore
+from tempflow.models.embeddings import EmbeddingCache, EmbeddingStore
+from tempflow.models.flux import FluxPolicy
 from tempflow.types import Example
 
 pytestmark = pytest.mark.cpu  # a run with the cache and one without it, to the last bit
@@ -231,3 +236,42 @@ def test_runs_with_negative_prompts_and_a_cache(folders, tmp_path, monkeypatch, 
     done = script_here("sample", "--run", cached.folder, "--out", tmp_path / "out", "--prompt", "a new one", "--num-steps", 2)
     assert done.returncode == 0 and len(list((tmp_path / "out").glob("*.png"))) == 2, done.stderr
     assert len(files(tmp_path / "cache")) == len(before) + 2, "the prompt and the default negative prompt"
+
+
+# ------------------------------------------------------------------------------------------------ condition images
+def test_condition_images_are_part_of_an_embeddings_identity(tmp_path):
+    """The same text with another image is another embedding; with the same image, be it a file or a copy, it is encoded once."""
+    policy, black, white = VideoPolicy(), np.zeros((4, 4, 3), np.uint8), np.full((4, 4, 3), 255, np.uint8)
+    for name, image in (("one", white), ("other", white), ("third", black)):
+        Image.fromarray(image).save(tmp_path / f"{name}.png")
+    files = [tmp_path / f"{name}.png" for name in ("one", "other", "third")]
+    given = [Example("edit", images=(image,)) for image in (black, white, white.copy(), *files)] + [Example("edit")]
+    found = EmbeddingCache(policy).get(given)
+    assert found["given"][:, 1].tolist() == [0, 255, 255, 255, 255, 0, 0]
+    assert len(policy.embedded) == 2 * 5, "five different ones, and what each of them is guided away from"
+    assert len({policy.identity(example) for example in given}) == 5
+    for name, tensor in policy.encode(given).items():
+        assert torch.equal(tensor, found[name]), name
+
+
+def test_an_example_is_guided_away_from_its_negative_with_the_same_images():
+    image = np.zeros((4, 4, 3), np.uint8)
+    opposed = VideoPolicy.opposed(Example("edit", "blurred", (image,)))
+    assert (opposed.text, opposed.negative, opposed.images) == ("blurred", None, (image,))
+    assert VideoPolicy.opposed(Example("edit")).text == "" and FluxPolicy.opposed(Example("edit", "blurred")) is None
+
+
+def test_each_identity_has_a_file_of_its_own(tmp_path):
+    store, image = EmbeddingStore(tmp_path, {"encoders": "a"}), np.zeros((4, 4, 3), np.uint8)
+    plain, edit = (VideoPolicy.identity(Example("x", images=images)) for images in ((), (image,)))
+    store.write(plain, TENSORS)
+    assert store.problem_with(edit) == "missing"
+    store.path(edit).parent.mkdir(exist_ok=True)
+    store.path(plain).rename(store.path(edit))
+    assert store.problem_with(edit).startswith("damaged"), "it is of the text alone"
+
+
+def test_files_of_texts_alone_keep_their_names(tmp_path):
+    """A folder that was filled before condition images were known goes on serving."""
+    key = json.dumps([1, {"encoders": "a"}, "ein Café"], sort_keys=True)
+    assert EmbeddingStore(tmp_path, {"encoders": "a"}).path(("ein Café",)).stem == hashlib.sha256(key.encode()).hexdigest()

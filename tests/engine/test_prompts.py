@@ -4,6 +4,7 @@ import json
 import sys
 from collections import Counter
 
+import numpy as np
 import pytest
 from engine_cases import HELDOUT, PROMPTS, config_table
 from hypothesis import given
@@ -292,6 +293,7 @@ CHANGED = {
     "the order": [Example("b"), Example("a")],
     "one more": [Example("a"), Example("b"), Example("c")],
     "a negative": [Example("a"), Example("b", negative="blur")],
+    "a condition image": [Example("a"), Example("b", images=(np.zeros((2, 2, 3), np.uint8),))],
     "none": [],
 }
 
