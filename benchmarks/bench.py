@@ -79,6 +79,8 @@ class Iteration:
 class Engine:
     """Iterations as the trainer runs them: on one collector, whose graphs and float8 copy last until `free`."""
 
+    share_forward = True
+
     def __init__(self, bench: Bench, config: Config):
         self.bench, self.config, self._collector = bench, config, None
 
@@ -88,7 +90,7 @@ class Engine:
         with bench.threads.shared():
             data = self._collector.collect(iteration, bench.order.indices(iteration))
         started = time.perf_counter()
-        trained = train(bench, self.config, self._collector, data, self.config.training.micro_batch)
+        trained = train(bench, self.config, self._collector, data, self.config.training.micro_batch, self.share_forward)
         synchronize()
         seconds = {**{k: data.times[k] for k in ("rollout", "decode", "reward")}, "train": time.perf_counter() - started}
         return Iteration(seconds | {"sync": refresh(bench)}, data.images, {"rollout": data.stats.forwards, "train": trained})
@@ -97,6 +99,12 @@ class Engine:
         """Give back what the variant holds on the device."""
         self._collector = None
         release()
+
+
+class OneForwardPerChild(Engine):
+    """The same, but training forwards every child by itself."""
+
+    share_forward = False
 
 
 def release() -> None:
@@ -111,23 +119,23 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def train(bench: Bench, config: Config, collector, data, micro_batch: int) -> int:
-    """The updates on a rollout's decisions; returns the rows forwarded."""
+def train(bench: Bench, config: Config, collector, data, micro_batch: int, share_forward: bool = True) -> int:
+    """The updates on a rollout's decisions; returns the rows forwarded. share_forward: as of `Updater`."""
     from tempflow.advantages import advantages
     from tempflow.sampling.steps import noise_weights
     from tempflow.training.batches import make_batches, select
     from tempflow.training.update import Updater
 
-    t = config.training
-    adv = advantages(data.rewards, group=t.advantage_group, global_std=t.global_std, clip=t.adv_clip)
-    chosen = select(data.decisions, adv, data.steps, keep_all=t.kl_coef > 0)
+    t, how = config.training, config.advantage()
+    adv = advantages(data.rewards, group=how.over, global_std=how.global_std, clip=how.clip)
+    chosen = select(data.decisions, adv, data.steps, keep_all=t.penalty is not None)
     count = -(-len(chosen) // micro_batch)
     weights = noise_weights(collector.sde.tau, data.steps, t.weighting)
     batches = make_batches(chosen, data.decisions[0], count, -(-len(chosen) // count), collector.sigmas, collector.sde, weights,
                            bench.policy.device)  # fmt: skip
-    updater = Updater(config, bench.runtime, bench.embed)
+    updater = Updater(config, bench.runtime, bench.embed, share_forward)
     total = int(np.prod(data.rewards.shape[:3]))
-    return sum(updater.update(batches, total, 1.0, u == 0)["forwards"] for u in range(t.updates_per_rollout))
+    return sum(updater.update(batches, total, 1.0, u == 0)["forwards"] for u in range(t.updates.passes))
 
 
 def refresh(bench: Bench) -> float:

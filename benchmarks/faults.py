@@ -32,7 +32,7 @@ from tempflow.run.logs import read_metrics, write_atomic
 
 ROOT = Path(__file__).parent.parent
 SHORT = [
-    "data.prompts_per_iteration=2", "rollout.children=2", "rollout.branch_steps=[0,4,8]", "rollout.num_steps=10",
+    "data.prompts_per_iteration=2", "rollout.plan.children=2", "rollout.plan.branch_steps=[0,4,8]", "rollout.num_steps=10",
     'rewards={"jpeg": 1.0}', "training.iterations=8", "training.minutes=null", "training.micro_batch=4", "eval.every=4",
     "eval.prompts=8", "checkpoint.every=2", "checkpoint.keep=9", "logging.tensorboard=false",
 ]  # fmt: skip

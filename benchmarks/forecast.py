@@ -22,15 +22,30 @@ class Forecast:
     bytes: int
 
 
-def forecast(configs: list[Config], flops_per_s: float, engines: int = 1) -> Forecast:
-    """Of variants that share `engines` loaded engines. What each holds besides (float8 copies, graphs) is there until the end."""
-    embedded = [changed(config, data={"embedding_cache": "unused"}) for config in configs]
-    made = [estimate(config, mfu=MFU, peak_tflops=flops_per_s / 1e12, advise=False) for config in embedded]
-    seconds = sum(phase.seconds for each in made for phase in each.phases if phase.name in TIMED)
+def forecast(configs: list[Config], flops_per_s: float, engines: int = 1, per_child: list[bool] | None = None) -> Forecast:
+    """Of variants that share `engines` loaded engines. What each holds besides (float8 copies, graphs) is there until the end.
+
+    per_child: which of them train with a forward for every child.
+    """
+    def of(config: Config):
+        embedded = changed(config, data={"embedding_cache": "unused"})
+        return estimate(embedded, mfu=MFU, peak_tflops=flops_per_s / 1e12, advise=False)
+
+    made = [of(config) for config in configs]
+    trained = [of(_each_a_state(config)) if alone else one for config, one, alone in zip(configs, made, per_child or [False] * len(made))]
+    seconds = sum(phase.seconds for each in made for phase in each.phases if phase.name in TIMED[:2])
+    seconds += sum(phase.seconds for each in trained for phase in each.phases if phase.name in TIMED[2:])
     resident = [_resident(each.memory) for each in made]
     extra = sum(size - min(resident) for size in resident)
-    moment = max(item.bytes for each in made for item in each.memory.moments)
+    moment = max(item.bytes for each in trained for item in each.memory.moments)
     return Forecast(seconds, engines * min(resident) + extra + moment)
+
+
+def _each_a_state(config: Config) -> Config:
+    """The config whose training forwards as many states as this one has children."""
+    siblings = config.plan().children
+    return changed(config, data={"prompts_per_iteration": config.data.prompts_per_iteration * siblings},
+                   training={"micro_batch": config.training.micro_batch * siblings})  # fmt: skip
 
 
 def _resident(memory: Memory) -> int:

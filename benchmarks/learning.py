@@ -28,15 +28,15 @@ from tempflow.run.logs import read_metrics, write_atomic
 ROOT = Path(__file__).parent.parent
 UNIFORM = ["training.weighting=uniform"]
 PATHS = [
-    "rollout.plan=flow_grpo", "rollout.seeds=12", "training.advantage_group=prompt", "training.updates_per_rollout=1",
+    "rollout.plan=flow_grpo", "rollout.plan.seeds=12", "training.advantage.over=prompt", "training.updates.passes=1",
 ]  # fmt: skip
 VARIANTS = {
     "tempflow": [],
     "flow_grpo": [*PATHS, *UNIFORM],
     "without branching": PATHS,
     "uniform weights": UNIFORM,
-    "prompt groups": ["training.advantage_group=prompt"],
-    "one update": ["training.updates_per_rollout=1"],
+    "prompt groups": ["training.advantage.over=prompt"],
+    "one update": ["training.updates.passes=1"],
     "suffix every 2nd": ["rollout.suffix={}"],
     "exact suffix": ["rollout.suffix=null"],
 }

@@ -30,10 +30,9 @@ class Sequential:
 
     def __call__(self, iteration: int) -> Iteration:
         self.seconds, self.stats = dict.fromkeys(PHASES, 0.0), RolloutStats()
-        r = self.config.rollout
-        units = iteration_units(self.bench.order.indices(iteration), r.seeds)
-        steps = self.config.steps_with_noise()
-        rewards = np.zeros((self.config.data.prompts_per_iteration, r.seeds, len(steps), r.children))
+        plan = self.config.plan()
+        units, steps = iteration_units(self.bench.order.indices(iteration), plan.seeds), plan.steps(iteration)
+        rewards = np.zeros((self.config.data.prompts_per_iteration, plan.seeds, len(steps), plan.children))
         decisions = []
         with torch.no_grad():  # rewards are waited for, so all cores are the model's
             for unit in units:
@@ -44,7 +43,7 @@ class Sequential:
                     rewards[unit.prompt, unit.seed, place] = values
         data = _Data(decisions, rewards, steps)
         started = time.perf_counter()
-        trained = train(self.bench, self.config, self.collector, data, micro_batch=1)
+        trained = train(self.bench, self.config, self.collector, data, micro_batch=1, share_forward=False)
         self.seconds["train"] = time.perf_counter() - started
         self.seconds["sync"] = refresh(self.bench)
         return Iteration(self.seconds, rewards.size, {"rollout": self.stats.forwards, "train": trained})
@@ -61,8 +60,9 @@ class Sequential:
 
     def branch(self, unit: Unit, iteration: int, k: int, x: torch.Tensor) -> tuple[Decision, np.ndarray]:
         r, sde, started = self.config.rollout, self.collector.sde, time.perf_counter()
-        keys = [[self.key(unit, iteration, k, i)] for i in range(r.children)]
-        copies = x.expand(r.children, *x.shape[1:])
+        siblings = self.config.plan().children
+        keys = [[self.key(unit, iteration, k, i)] for i in range(siblings)]
+        copies = x.expand(siblings, *x.shape[1:])
         children, log_prob = self.transition(copies, k, unit, (sde.a[k], sde.b[k], sde.tau[k]), keys)
         latents = children
         for later in range(k + 1, r.num_steps):

@@ -115,12 +115,12 @@ def measure(config: Config, iterations: int) -> dict:
 
 def compare(config: Config, seen: dict) -> list[dict]:
     """One row an option: ratios to the exact suffix, and rank correlations with it."""
-    t = config.training
+    how = config.advantage()
     exact = seen["options"]["exact"]
     rows = []
     for name, one in seen["options"].items():
         pairs = list(zip(one["rewards"], exact["rewards"], strict=True))
-        values = [[advantages(r, group=t.advantage_group, global_std=t.global_std, clip=t.adv_clip) for r in pair] for pair in pairs]
+        values = [[advantages(r, group=how.over, global_std=how.global_std, clip=how.clip) for r in pair] for pair in pairs]
         valid = [a.valid & b.valid for a, b in values]
 
         def correlate(kept, of=values, masks=valid):

@@ -31,7 +31,7 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-from bench import PHASES, Bench, Engine, Iteration, changed, matmul_peak, release
+from bench import PHASES, Bench, Engine, Iteration, OneForwardPerChild, changed, matmul_peak, release
 from forecast import SPARE, forecast
 from make_pipeline import make_pipeline
 from rich.console import Console
@@ -52,15 +52,16 @@ from tempflow.types import Size
 ROOT = Path(__file__).parent.parent
 CARD = CARDS / "flux-dev"
 SHIPPED = [
-    "data.prompts_per_iteration=2", "rollout.seeds=4", "rollout.children=6", "rollout.branch_steps=all", "rollout.suffix=null",
-    "training.kl_coef=0.004", "training.updates_per_rollout=1", "training.ema=null", "training.minutes=null", "eval.every=0",
+    "data.prompts_per_iteration=2", "rollout.plan.seeds=4", "rollout.plan.children=6", "rollout.plan.branch_steps=all",
+    "rollout.suffix=null",
+    "training.penalty.coef=0.004", "training.updates.passes=1", "training.ema=null", "training.minutes=null", "eval.every=0",
 ]  # fmt: skip
 LARGE = [
-    "data.prompts_per_iteration=1", "rollout.seeds=1", "rollout.children=6", "rollout.branch_steps=[0,4,8]",
-    'rewards={"jpeg": 1.0}', "eval.every=0", "training.ema=null", "training.updates_per_rollout=1", "rollout.micro_batch=6",
+    "data.prompts_per_iteration=1", "rollout.plan.seeds=1", "rollout.plan.children=6", "rollout.plan.branch_steps=[0,4,8]",
+    'rewards={"jpeg": 1.0}', "eval.every=0", "training.ema=null", "training.updates.passes=1", "rollout.micro_batch=6",
     "rollout.graphs=false",
 ]  # fmt: skip
-QUICK = ["data.prompts_per_iteration=1", "rollout.seeds=1"]
+QUICK = ["data.prompts_per_iteration=1", "rollout.plan.seeds=1"]
 PIPELINE_BYTES = 34e9  # of the random FLUX.1-dev pipeline on disk
 
 
@@ -77,15 +78,14 @@ class Variant:
 
 def variants(config: Config, compiled: bool, gpu: bool) -> list[Variant]:
     """What is compared: the paper's procedure, Flow-GRPO at as many rewarded images, and the engine part by part."""
-    r = config.rollout
-    separate = changed(config, training={"share_group_forward": False})
-    flow = changed(config, rollout={"plan": "flow_grpo", "seeds": r.seeds * len(config.steps_with_noise()) * r.children},
-                   training={"advantage_group": "prompt"})  # fmt: skip
+    plan = config.plan()
+    images = plan.seeds * len(plan.steps(0)) * plan.children
+    flow = changed(config, rollout={"plan": {"type": "flow_grpo", "seeds": images}}, training={"advantage": {"over": "prompt"}})
     float8 = {"suffix": Suffix(weights="float8")}
     found = [
-        Variant("paper's procedure", separate, Sequential),
+        Variant("paper's procedure", config, Sequential),
         Variant("Flow-GRPO, as many images", flow),
-        Variant("engine, one forward per child", separate),
+        Variant("engine, one forward per child", config, OneForwardPerChild),
         Variant("engine", config),
         Variant("engine, suffix every 2nd step", changed(config, rollout={"suffix": Suffix()})),
     ]
@@ -159,7 +159,7 @@ def add_ratios(rows: list[dict], flops: int, peaks: dict[str, float], config: Co
     Every variant trains on as many pictures; the engine's trunks, scored besides, count as its work, not as its output.
     A backward counts as two forwards, as one where only adapters are trained; recomputation is not counted.
     """
-    updates, references = config.training.updates_per_rollout, int(config.training.kl_coef > 0)
+    updates, references = config.training.updates.passes, int(config.training.penalty is not None)
     policy = 2 if config.model.lora else 3
     per_row = (updates * policy + references) / (updates + references)
     for row in rows:
@@ -254,7 +254,8 @@ def announce(configs: dict[str, Config], args: argparse.Namespace) -> None:
     device = torch.device("cuda" if gpu else "cpu")
     for name, config in configs.items():
         speed = matmul_peak(torch.bfloat16 if gpu else torch.float32, device)
-        found = forecast([v.config for v in chosen(config, args)], speed, engines=1 + args.compile)
+        wanted = chosen(config, args)
+        found = forecast([v.config for v in wanted], speed, engines=1 + args.compile, per_child=[v.kind is not Engine for v in wanted])
         minutes = found.seconds * (args.rounds + 1) / 60
         print(f"{name}: about {minutes:.1f} minutes for {args.rounds} rounds and one to warm up, rewards and loading not counted; "
               f"up to {found.bytes / 1e9:.1f} GB of device memory")  # fmt: skip

@@ -13,16 +13,18 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 TARGET = Path(__file__).with_name("configs.md")
 
 COMMON = {
-    "rollout.plan": "tempflow", "rollout.num_steps": 10, "rollout.seeds": 4, "rollout.children": 6, "rollout.branch_steps": "all",
-    "rollout.sde": "flow", "data.prompts_per_iteration": 12, "model.lora.rank": 32, "model.lora.alpha": 64,
-    "training.updates_per_rollout": 2, "training.advantage_group": "seed", "training.adv_clip": 5.0, "training.clip_low": 1e-4,
-    "training.clip_high": 1e-4, "training.weighting": "noise", "training.kl_coef": 0.004, "training.kl_form": "x",
+    "rollout.plan.type": "tempflow", "rollout.num_steps": 10, "rollout.plan.seeds": 4, "rollout.plan.children": 6,
+    "rollout.plan.branch_steps": "all", "rollout.sde.type": "flow", "data.prompts_per_iteration": 12,
+    "model.lora.rank": 32, "model.lora.alpha": 64,
+    "training.updates.passes": 2, "training.advantage.type": "group", "training.advantage.over": "seed", "training.advantage.clip": 5.0,
+    "training.objective.type": "grpo", "training.objective.clip_low": 1e-4, "training.objective.clip_high": 1e-4,
+    "training.weighting": "noise", "training.penalty.type": "kl", "training.penalty.coef": 0.004, "training.penalty.form": "x",
     "training.ema.decay": 0.9, "training.ema.every": 8, "deepspeed.optimizer.type": "AdamW", "deepspeed.optimizer.params.lr": 3e-4,
     "deepspeed.optimizer.params.betas": [0.9, 0.999], "deepspeed.optimizer.params.eps": 1e-8,
     "deepspeed.optimizer.params.weight_decay": 1e-4, "deepspeed.gradient_clipping": 1.0,
 }  # fmt: skip
-FLUX = COMMON | {"rollout.height": 1024, "rollout.width": 1024, "rollout.eta": 0.9, "rollout.guidance_scale": 3.5, "eval.num_steps": 50}
-SD35 = COMMON | {"rollout.height": 512, "rollout.width": 512, "rollout.eta": 0.7, "rollout.guidance_scale": 4.5, "eval.num_steps": 40}
+FLUX = COMMON | {"rollout.height": 1024, "rollout.width": 1024, "rollout.sde.eta": 0.9, "rollout.guidance_scale": 3.5, "eval.num_steps": 50}
+SD35 = COMMON | {"rollout.height": 512, "rollout.width": 512, "rollout.sde.eta": 0.7, "rollout.guidance_scale": 4.5, "eval.num_steps": 40}
 
 SHIPPED = {  # config: (what it is for, the paper's values that it is held against)
     "flux_zero3": ("FLUX.1-dev, all weights, one node of 8 GPUs with 80 GB", FLUX),
@@ -54,17 +56,17 @@ WHY = {
     "data.prompts_per_iteration": "With 4 seeds these are the paper's 48 groups an iteration. Qwen-Image is four times as dear, "
     "so it has a third of them; flux_first: 4, as an hour has room for; tiny_ocr has one seed, so 8 groups, as many as two CPU "
     "cores roll out in seconds.",
-    "rollout.plan": "Trunks with children at every branch step.",
+    "rollout.plan.type": "Trunks with children at every branch step.",
     "rollout.height": "flux_first: a quarter of the pixels costs a quarter; Qwen-Image below its native 1328, to be affordable; "
     "tiny_ocr: what the small model makes.",
     "rollout.width": "As above.",
     "rollout.num_steps": "Training needs a reward's order, not the best picture.",
-    "rollout.seeds": "flux_first, tiny_ocr: one seed of more prompts covers more words in the same time.",
-    "rollout.children": "Rewards of six children of one state are what an advantage is normalised over.",
-    "rollout.branch_steps": "Every step but the last, which takes no noise. flux_first: three, spread over the grid, for 2.4 times fewer "
-    "forwards.",
-    "rollout.sde": "The stochastic step of Flow-GRPO.",
-    "rollout.eta": "Noise of a step: enough to change the picture, not to destroy it.",
+    "rollout.plan.seeds": "flux_first, tiny_ocr: one seed of more prompts covers more words in the same time.",
+    "rollout.plan.children": "Rewards of six children of one state are what an advantage is normalised over.",
+    "rollout.plan.branch_steps": "Every step but the last, which takes no noise. flux_first: three, spread over the grid, for 2.4 "
+    "times fewer forwards.",
+    "rollout.sde.type": "The stochastic step of Flow-GRPO.",
+    "rollout.sde.eta": "Noise of a step: enough to change the picture, not to destroy it.",
     "rollout.guidance_scale": "FLUX embeds it; SD3.5 and Qwen-Image pay a second half of each forward for it. Qwen-Image: its "
     "authors' `true_cfg_scale`. The small model has none.",
     "rollout.micro_batch": "The largest that leaves room on the card; `--dry-run` says how much. It changes speed alone.",
@@ -82,17 +84,21 @@ WHY = {
     "training.iterations": "The paper gives no end; watch the held-out reward. flux_first: an hour's; tiny_ocr: as many as its "
     "minutes hold.",
     "training.minutes": "A promise to whoever tries it.",
-    "training.updates_per_rollout": "The first is on-policy; in the second the ratio and its clip begin to matter.",
+    "training.updates.passes": "The first is on-policy; in the second the ratio and its clip begin to matter.",
     "training.micro_batch": "As many states in a forward as activations leave room for; it changes speed alone. FLUX: 3 at 1024 px hold "
     "little more than decoding does anyway, for a third of the gathers, launches and host reads of 1.",
-    "training.advantage_group": "The initial noise is held fixed, so that only exploration is compared.",
-    "training.adv_clip": "A bound for groups with one outlier.",
-    "training.clip_low": "So small because the log-probability is a mean over latent elements. tiny_ocr: its latents have few.",
-    "training.clip_high": "As above.",
+    "training.advantage.type": "The weighted sum of the rewards, in groups.",
+    "training.advantage.over": "The initial noise is held fixed, so that only exploration is compared.",
+    "training.advantage.clip": "A bound for groups with one outlier.",
+    "training.objective.type": "GRPO's clipped loss.",
+    "training.objective.clip_low": "So small because the log-probability is a mean over latent elements. tiny_ocr: its latents have few.",
+    "training.objective.clip_high": "As above.",
     "training.weighting": "A step's loss weighs as much as its noise could change.",
-    "training.kl_coef": "The paper's for HPSv3 and for OCR. flux_zero3: 0 saves a reference's forwards "
+    "training.penalty": "flux_zero3: none, which saves a reference's forwards "
     "and memory; for where one is kept, see `training.reference` in the [config page](config.md). tiny_ocr: nothing to keep but spelling.",
-    "training.kl_form": "Between the means of the steps.",
+    "training.penalty.type": "The paper's.",
+    "training.penalty.coef": "The paper's for HPSv3 and for OCR.",
+    "training.penalty.form": "Between the means of the steps.",
     "training.ema.decay": "What is evaluated and exported is the average.",
     "training.ema.every": "flux_first, tiny_ocr: every update, because they make few.",
     "training.lr_decay": "tiny_ocr ends after minutes, and the end is what one sees; the large runs are open-ended.",

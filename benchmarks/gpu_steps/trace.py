@@ -18,7 +18,7 @@ TOP = 12
 
 
 def trace(context: Context) -> None:
-    engine = RandomEngine(context, "flux-dev", None, "rollout.branch_steps=[0]", "rollout.children=2", "rollout.num_steps=2")
+    engine = RandomEngine(context, "flux-dev", None, "rollout.plan.branch_steps=[0]", "rollout.plan.children=2", "rollout.num_steps=2")
     collector, rows = engine.collector(), []
 
     def profile(what: str, function: Callable) -> None:

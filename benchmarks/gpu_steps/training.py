@@ -36,7 +36,7 @@ def training(context: Context) -> None:
     data = measure("rollout of a unit", lambda: collector.collect(0, engine.order.indices(0)), 1)
     engine.start_training()
     context.note(trained_bytes=context.allocated())
-    passes = (POLICY + REFERENCE) / 2 if engine.config.training.kl_coef else POLICY
+    passes = (POLICY + REFERENCE) / 2 if engine.config.training.penalty else POLICY
     for size in (1, 2, 3):
         measure(f"update, micro_batch {size}", lambda size=size: train(engine, engine.config, collector, data, size), passes)
         assert torch.isfinite(torch.stack([p.detach().float().norm() for p in engine.runtime.trainable.values()])).all()

@@ -45,6 +45,15 @@ def shortened(text: str, most: int) -> str:
     return text[: kept - kept // 4] + cut + text[len(text) - kept // 4 :]
 
 
+def check_range(name: str, value: float, *, least=None, above=None, most=None, below=None) -> None:
+    """UserError, which begins with the option's name, for a number outside its range. least, most: included; above, below: not."""
+    said = [(least, "at least", lambda v, b: v >= b), (above, "above", lambda v, b: v > b),
+            (most, "at most", lambda v, b: v <= b), (below, "below", lambda v, b: v < b)]  # fmt: skip
+    bounds = [(bound, words, holds) for bound, words, holds in said if bound is not None]
+    if not all(holds(value, bound) for bound, _, holds in bounds):
+        raise UserError(f"{name}: expected a number {' and '.join(f'{words} {bound}' for bound, words, _ in bounds)}, got {shown(value)}")
+
+
 def brief(error: BaseException, most: int = 3 * VALUE) -> str:
     """What a library's error says in its first line, or its type where it says nothing."""
     lines = str(error).strip().splitlines()

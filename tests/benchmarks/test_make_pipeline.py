@@ -78,7 +78,7 @@ def test_the_cards_command_trains_a_shrunk_flux(tmp_path):
     assert not list(folder.rglob("*.bin")) and (folder / "transformer/diffusion_pytorch_model.safetensors").exists()
     settings = {
         "model.path": str(folder), "model.max_sequence_length": 32, "data.prompts_per_iteration": 2, "rollout.height": 32,
-        "rollout.width": 64, "rollout.num_steps": 3, "rollout.seeds": 1, "rollout.children": 2, "rollout.branch_steps": [0],
+        "rollout.width": 64, "rollout.num_steps": 3, "rollout.plan.seeds": 1, "rollout.plan.children": 2, "rollout.plan.branch_steps": [0],
         "rewards": {"jpeg": 1.0}, "reward_pool.workers": 0, "training.iterations": 1, "eval.every": 0,
         "logging.dir": str(tmp_path), "logging.tensorboard": False, "data.embedding_cache": str(tmp_path / "cache"),
     }  # fmt: skip

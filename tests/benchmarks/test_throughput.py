@@ -20,8 +20,8 @@ from tempflow.errors import UserError
 
 pytestmark = pytest.mark.cpu  # in this process
 SMALL = {
-    "rollout": {"num_steps": 5, "children": 3, "branch_steps": "all", "micro_batch": 16},
-    "training": {"kl_coef": 0.01, "micro_batch": 16, "ema": None},
+    "rollout": {"num_steps": 5, "plan": {"children": 3, "branch_steps": "all"}, "micro_batch": 16},
+    "training": {"penalty": {"coef": 0.01}, "micro_batch": 16, "ema": None},
 }
 
 

@@ -31,18 +31,35 @@ def config_table(**changes) -> dict:
     table = {
         "model": {"path": str(MODEL), "max_sequence_length": 20},
         "data": {"train": str(PROMPTS), "heldout": str(HELDOUT), "prompts_per_iteration": 2},
-        "rollout": {"height": 32, "width": 96, "num_steps": 10, "seeds": 2, "children": 2, "branch_steps": [0, 4, 8],
-                    "guidance_scale": 0.0},
+        "rollout": {"height": 32, "width": 96, "num_steps": 10, "guidance_scale": 0.0,
+                    "plan": {"type": "tempflow", "seeds": 2, "children": 2, "branch_steps": [0, 4, 8]}},
         "rewards": {"engine_rewards:contrast": 1.0},
         "reward_pool": {"workers": 0},
-        "training": {"iterations": 2, "micro_batch": 8, "clip_low": 1e-3, "clip_high": 1e-3},
+        "training": {"iterations": 2, "micro_batch": 8, "objective": {"type": "grpo", "clip_low": 1e-3, "clip_high": 1e-3}},
         "eval": {"every": 2, "prompts": 8},
         "logging": {"tensorboard": False},
         "deepspeed": {"optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "torch_adam": True}}},
     }
     for section, keys in changes.items():
-        table[section] = {**table[section], **keys} if section in table and section != "rewards" else keys
+        table[section] = _merged(table[section], keys) if section in table and section != "rewards" else keys
     return table
+
+
+def _merged(was: dict, keys: dict) -> dict:
+    """A section with some keys changed, and of a component of the same type its options."""
+    merged = {**was, **keys}
+    for key, value in keys.items():
+        before = was.get(key)
+        if isinstance(value, dict) and isinstance(before, dict) and value.get("type", before.get("type")) == before.get("type"):
+            merged[key] = {**before, **value}
+    return merged
+
+
+def plan_table(kind: str, **options) -> dict:
+    """A plan with those of the options that it has."""
+    from tempflow.registry import find, options_of
+
+    return {"type": kind} | {option.name: options[option.name] for option in options_of(find("plan", kind)) if option.name in options}
 
 
 def small_config(**changes):
@@ -158,9 +175,9 @@ class Iteration:
     def advantages(self, rewards=None):
         from tempflow.advantages import advantages
 
-        t = self.config.training
+        how = self.config.advantage()
         rewards = self.data.rewards if rewards is None else rewards
-        return advantages(rewards, group=t.advantage_group, global_std=t.global_std, clip=t.adv_clip)
+        return advantages(rewards, group=how.over, global_std=how.global_std, clip=how.clip)
 
     def batches(self, advantages, size, extra=0, config=None):
         """Micro-batches of `size` decisions; `extra` more of nothing but padding."""
@@ -168,7 +185,7 @@ class Iteration:
         from tempflow.training.batches import make_batches, padding_of, select
 
         t = (config or self.config).training
-        chosen = select(self.data.decisions, advantages, self.data.steps, keep_all=t.kl_coef > 0)
+        chosen = select(self.data.decisions, advantages, self.data.steps, keep_all=t.penalty is not None)
         weights = noise_weights(self.collector.sde.tau, self.data.steps, t.weighting)
         count = -(-len(chosen) // size) + extra
         return make_batches(chosen, padding_of(self.data.decisions), count, size, self.collector.sigmas, self.collector.sde, weights,
@@ -219,10 +236,10 @@ def naive_trajectories(config, velocity, units, sigmas, shape) -> tuple[dict, di
     velocity(x [1, ...], sigma [1], [unit]) -> [1, ...]. Returns the finished latents by (unit index, step or None for the
     trunk, child), and by (unit index, step) the state and the children that left it.
     """
-    r, last = config.rollout, len(sigmas) - 1
+    plan, sde, last = config.rollout.plan, config.rollout.sde, len(sigmas) - 1
 
     def step(x, unit, k, noise=None):
-        a, b, tau = step_scalars("ode" if noise is None else r.sde, sigmas, k, r.eta)
+        a, b, tau = step_scalars("ode" if noise is None else sde["type"], sigmas, k, sde["eta"])
         v = velocity(x[None], sigmas[k : k + 1], [unit])[0]
         return a * x + b * v if noise is None else a * x + b * v + tau * noise
 
@@ -235,8 +252,8 @@ def naive_trajectories(config, velocity, units, sigmas, shape) -> tuple[dict, di
     for unit in units:
         x = initial_noise(config, unit, shape)
         for k in range(last):
-            if k in r.branch_steps:
-                noise = [step_noise(config, unit, k, i, shape) for i in range(r.children)]
+            if k in plan["branch_steps"]:
+                noise = [step_noise(config, unit, k, i, shape) for i in range(plan["children"])]
                 children = [step(x, unit, k, one) for one in noise]
                 states[unit.index, k] = x, torch.stack(children)
                 for i, child in enumerate(children):
@@ -253,12 +270,13 @@ def naive_loss(config, velocity, velocity_old, velocity_ref, decisions, advantag
     velocity(decision) -> [1, ...], with gradient; the other two without. Children whose reward failed are left out of
     their group; a state without a scored child teaches nothing, its KL included.
     """
-    r, t = config.rollout, config.training
-    scalars = {k: step_scalars(r.sde, sigmas, k, r.eta) for k in r.branch_steps}
+    t, steps, sde, penalty = config.training, config.rollout.plan["branch_steps"], config.rollout.sde, config.training.penalty
+    clip_low, clip_high = t.objective["clip_low"], t.objective["clip_high"]
+    scalars = {k: step_scalars(sde["type"], sigmas, k, sde["eta"]) for k in steps}
     mean_tau = np.mean([tau for _, _, tau in scalars.values()])
     total = 0.0
     for decision in decisions:
-        place = decision.unit.prompt, decision.unit.seed, r.branch_steps.index(decision.step)
+        place = decision.unit.prompt, decision.unit.seed, steps.index(decision.step)
         a, b, tau = scalars[decision.step]
         x = decision.x.double()
         old, reference = velocity_old(decision).double(), velocity_ref(decision).double()
@@ -267,16 +285,17 @@ def naive_loss(config, velocity, velocity_old, velocity_ref, decisions, advantag
         for i in np.flatnonzero(advantages.valid[place]):
             v = velocity(decision).double()
             child, mean, mean_old = decision.x_next[i].double(), a * x + b * v, a * x + b * old
-            if t.ratio == "guard":
+            if t.objective["ratio"] == "guard":
                 log_ratio = ((child - mean_old) / tau * (mean - mean_old)).mean()
             else:
                 density, density_old = (-((child - m) ** 2) / (2 * tau**2) for m in (mean, mean_old))
                 log_ratio = density.mean() - density_old.mean()
             ratio, advantage = log_ratio.exp(), float(advantages.values[place][i])
-            clipped = ratio.clamp(1 - t.clip_low, 1 + t.clip_high)
+            clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
             terms.append(torch.maximum(-advantage * ratio, -advantage * clipped))
-            gap = (b * (v - reference)) ** 2 / (2 * tau**2) if t.kl_form == "x" else (v - reference) ** 2
+            gap = (b * (v - reference)) ** 2 / (2 * tau**2) if penalty is None or penalty["form"] == "x" else (v - reference) ** 2
             divergences.append(gap.mean())
         if terms:
-            total = total + weight * torch.stack(terms).mean() + t.kl_coef * torch.stack(divergences).mean()
+            total = total + weight * torch.stack(terms).mean()
+            total = total + (penalty["coef"] * torch.stack(divergences).mean() if penalty else 0.0)
     return total / len(decisions)

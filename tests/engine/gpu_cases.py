@@ -16,14 +16,16 @@ BF16 = {
     "rewards": {"jpeg": 1.0}, "training.iterations": 2, "checkpoint.every": 1, "eval.prompts": 4, "logging.tensorboard": False,
 }  # fmt: skip
 LORA = BF16 | {
-    "model.lora": {"rank": 4, "alpha": 8.0}, "training.kl_coef": 0.01, "rollout.graphs": True, "deepspeed.zero_optimization": {"stage": 1},
+    "model.lora": {"rank": 4, "alpha": 8.0}, "training.penalty.coef": 0.01, "rollout.graphs": True,
+    "deepspeed.zero_optimization": {"stage": 1},
 }  # fmt: skip
 # ZeRO-3 keeps small weights whole, as all of this model's are, unless told otherwise.
 FULL = BF16 | {"deepspeed.zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
 FLOAT8 = LORA | {"rollout.suffix": {"stride": 2, "exact_steps": 1, "weights": "float8", "audit_every": 1}}
 SMALL = {  # in float32: most CPUs have no fast convolution in bf16
     "model.dtype": "float32",
-    "data.prompts_per_iteration": 2, "rollout.children": 2, "rollout.num_steps": 4, "rollout.branch_steps": [0, 2], "eval.prompts": 2,
+    "data.prompts_per_iteration": 2, "rollout.plan.children": 2, "rollout.num_steps": 4, "rollout.plan.branch_steps": [0, 2],
+    "eval.prompts": 2,
     "reward_pool.workers": 0,
 }  # fmt: skip
 

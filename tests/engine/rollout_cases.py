@@ -4,7 +4,6 @@ import torch
 
 from tempflow.sampling.plans import build_plan
 from tempflow.sampling.scheduler import RowScheduler
-from tempflow.sampling.steps import sde_coefficients
 
 GRID = torch.linspace(1, 0, 11)
 SHAPE = (5, 3)
@@ -25,7 +24,7 @@ class Rollout:
         scheduler = RowScheduler(
             self.plan, lambda units: {"place": torch.tensor([unit.index for unit in units])},
             lambda x, sigma, place: velocity(x, sigma, [by_index[i] for i in place.tolist()]), sigmas,
-            sde_coefficients(sigmas, r.sde, r.eta), micro_batch, config.training.seed, iteration,
+            config.sde().coefficients(sigmas), micro_batch, config.training.seed, iteration,
             self._keep, self._tell, suffix=r.suffix, **more,
         )  # fmt: skip
         self.decisions = {(d.unit.index, d.step): d for d in scheduler.roll_out(shape)}

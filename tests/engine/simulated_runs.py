@@ -33,7 +33,7 @@ from tempflow.training.batches import Batch, make_batches, select
 from tempflow.training.engine import Runtime, engine_dtype
 from tempflow.training.rollout import Collected, Collector
 
-ONE_UNIT = ["data.prompts_per_iteration=1", "rollout.seeds=1", 'rewards={"engine_rewards:contrast": 1.0}', "reward_pool.workers=0"]
+ONE_UNIT = ["data.prompts_per_iteration=1", "rollout.plan.seeds=1", 'rewards={"engine_rewards:contrast": 1.0}', "reward_pool.workers=0"]
 STATES = 4  # at most: enough for SD3.5's micro-batch of four
 
 
@@ -187,7 +187,7 @@ class SimulatedRun:
         file = ROOT / f"configs/{name}.json"
         if changes is None:  # whole micro-batches of states
             full = STATES - STATES % load_config(file).training.micro_batch
-            changes = ["rollout.num_steps=5", f"rollout.branch_steps={list(range(full))}"]
+            changes = ["rollout.num_steps=5", f"rollout.plan.branch_steps={list(range(full))}"]
         self.config = load_config(file, [f"model.path={model.card}", *ONE_UNIT, *changes])
         self.prompts = load_prompts(self.config.data.train)
 
@@ -236,7 +236,8 @@ class SimulatedRun:
         """The micro-batches of every decision, as the trainer makes them, with made-up rewards."""
         t, data, collector = self.config.training, rolled.data, rolled.collector
         rewards = np.random.default_rng(0).normal(size=data.rewards.shape)
-        seen = advantages(rewards, group=t.advantage_group, global_std=t.global_std, clip=t.adv_clip)
+        how = self.config.advantage()
+        seen = advantages(rewards, group=how.over, global_std=how.global_std, clip=how.clip)
         chosen = select(data.decisions, seen, data.steps, keep_all=True)
         count = -(-len(chosen) // t.micro_batch)
         weights = noise_weights(collector.sde.tau, data.steps, t.weighting)

@@ -120,7 +120,7 @@ def test_an_average_that_was_taken_must_be_there(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_run_without_an_average_is_taken_for_what_it_trained(tmp_path):
     run = train(tmp_path, "never", processes=None, model={"lora": {"rank": 4, "alpha": 8.0}},
-                rollout={"num_steps": 3, "branch_steps": [0, 1]}, training={"iterations": 1, "ema": {"every": 8}},
+                rollout={"num_steps": 3, "plan": {"branch_steps": [0, 1]}}, training={"iterations": 1, "ema": {"every": 8}},
                 eval={"every": 1, "prompts": 2})  # fmt: skip
     assert "no average was taken in 1 updates" in run.done.stdout
     assert json.loads((run.folder / "samples/000001/samples.json").read_text())["weights"] == "raw"

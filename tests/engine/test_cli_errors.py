@@ -43,9 +43,9 @@ CASES = {
     "wrong type": ("training.iterations=many", ["training.iterations", "integer", "'many'"]),
     "no prompt file": ("data.train=nowhere.txt", ["data.train", "nowhere.txt", "does not exist"]),
     "no held-out file": ("data.heldout=nowhere.txt", ["data.heldout", "nowhere.txt", "does not exist"]),
-    "no children": ("rollout.children=0", ["rollout.children", "greater than or equal to 1", "0"]),
-    "no seeds": ("rollout.seeds=0", ["rollout.seeds", "greater than or equal to 1", "0"]),
-    "steps outside the grid": ("rollout.branch_steps=[0,9]", ["rollout.branch_steps", "step 9", "0 to 8"]),
+    "no children": ("rollout.plan.children=0", ["rollout.plan.children", "at least 1 and at most 64", "0"]),
+    "no seeds": ("rollout.plan.seeds=0", ["rollout.plan.seeds", "at least 1", "0"]),
+    "steps outside the grid": ("rollout.plan.branch_steps=[0,9]", ["rollout.plan.branch_steps", "step 9", "0 to 8"]),
     "unknown reward": ("rewards.orc=1.0", ["rewards", "'orc'", "did you mean 'ocr'"]),
     "reward option": ('rewards={"ocr": {"detekt": true}}', ["rewards.ocr.detekt", "did you mean 'detect'"]),
     "weight of a reward": ('rewards={"ocr": "much"}', ["rewards.ocr", "finite number"]),
@@ -183,10 +183,10 @@ def test_resume_needs_a_run(tmp_path):
 
 @pytest.mark.parametrize("changes, key, was, now", [
     ({"training": {"seed": 5}}, "training.seed", "0", "5"),
-    ({"rollout": {"eta": 0.5}}, "rollout.eta", "0.7", "0.5"),
+    ({"rollout": {"sde": {"eta": 0.5}}}, "rollout.sde.eta", "0.7", "0.5"),
     ({"rewards": {"jpeg": 1.0}}, "rewards", "None", "1.0"),
     ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "deepspeed.zero_optimization", "None", "2"),
-    ({"training": {"iterations": 9, "kl_coef": 0.1}}, "training.kl_coef", "0.0", "0.1"),
+    ({"training": {"iterations": 9, "penalty": {"coef": 0.1}}}, "training.penalty", "None", "0.1"),
 ])  # fmt: skip
 def test_resume_refuses_another_config(tmp_path, changes, key, was, now):
     directory.claim(claimed(tmp_path)[0], resume=False)

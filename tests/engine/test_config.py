@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from tempflow.config import Config, RandomSteps, load_config, parse_config
+from tempflow.config import Config, load_config, parse_config
 from tempflow.data.prompts import load_prompts
 from tempflow.errors import UserError
 from tempflow.rewards import parse_rewards
@@ -79,17 +79,17 @@ def test_only_what_names_the_task_is_required():
     assert {key for section in ("model", "data") for key, field in Config.model_fields[section].annotation.model_fields.items()
             if field.is_required()} == {"path", "train"}  # fmt: skip
     config = parse_config(MINIMAL)
-    assert config.rollout.branch_steps == "all" and config.steps_with_noise() == list(range(9))
-    assert (config.rollout.seeds, config.rollout.children, config.rollout.num_steps) == (4, 6, 10)
+    assert config.rollout.plan == {"type": "tempflow", "seeds": 4, "children": 6, "branch_steps": "all"}
+    assert config.plan().steps(0) == list(range(9)) and config.rollout.num_steps == 10
+    assert config.training.penalty is None and config.penalty() is None
 
 
 CONTRACT = {
     "model": "path dtype lora attention_backend gradient_checkpointing",
     "data": "train heldout prompts_per_iteration",
-    "rollout": "plan height width num_steps seeds children branch_steps sde eta guidance_scale micro_batch replica "
+    "rollout": "plan height width num_steps sde guidance_scale micro_batch replica "
     "graphs compile suffix",
-    "training": "iterations updates_per_rollout micro_batch advantage_group global_std adv_clip clip_low clip_high ratio "
-    "weighting kl_coef kl_form share_group_forward ema seed",
+    "training": "iterations updates micro_batch advantage objective penalty weighting ema seed",
     "eval": "every num_steps prompts",
     "checkpoint": "every keep",
     "logging": "dir name tensorboard wandb",
@@ -116,8 +116,8 @@ def test_every_key_has_its_help():
 
 
 def test_resolved_config_reads_back():
-    config = parse_config(config_table(rollout={"branch_steps": {"random": 3}}, training={"ema": {"decay": 0.5}}))
-    assert isinstance(config.rollout.branch_steps, RandomSteps)
+    config = parse_config(config_table(rollout={"plan": {"branch_steps": {"random": 3}}}, training={"ema": {"decay": 0.5}}))
+    assert config.rollout.plan["branch_steps"] == {"random": 3}
     assert parse_config(json.loads(config.model_dump_json())) == config
 
 
@@ -125,13 +125,13 @@ def test_resolved_config_reads_back():
 def test_overrides(tmp_path):
     file = write_config(tmp_path)
     settings = [
-        "training.iterations=7", "training.ema={\"decay\": 0.5}", "model.lora=null", "rollout.branch_steps=[1,2]",
-        "training.ratio=guard", "logging.name=x=y", "deepspeed.zero_optimization.stage=2", "rewards.ocr.weight=0.5",
+        "training.iterations=7", "training.ema={\"decay\": 0.5}", "model.lora=null", "rollout.plan.branch_steps=[1,2]",
+        "training.objective.ratio=guard", "logging.name=x=y", "deepspeed.zero_optimization.stage=2", "rewards.ocr.weight=0.5",
         "rewards.ocr.detect=false",
     ]  # fmt: skip
     config = load_config(file, settings)
     assert config.training.iterations == 7 and config.training.ema.decay == 0.5 and config.training.ema.every == 8
-    assert config.rollout.branch_steps == [1, 2] and config.training.ratio == "guard" and config.logging.name == "x=y"
+    assert config.rollout.plan["branch_steps"] == [1, 2] and config.training.objective["ratio"] == "guard" and config.logging.name == "x=y"
     assert config.deepspeed["zero_optimization"]["stage"] == 2 and "optimizer" in config.deepspeed
     assert config.rewards["ocr"] == {"weight": 0.5, "detect": False}
     assert load_config(file, ["training.seed=1", "training.seed=2"]).training.seed == 2
@@ -155,18 +155,18 @@ def test_relative_paths_are_looked_up_from_the_config(tmp_path, monkeypatch):
 # -------------------------------------------------------------------------------------------------- refusals
 REFUSED = [
     # unknown keys
-    ("training.iteratons", 5, ["training.iteratons", "unknown key", "did you mean 'iterations'", "kl_coef"]),
+    ("training.iteratons", 5, ["training.iteratons", "unknown key", "did you mean 'iterations'", "penalty"]),
     ("trainig", {"seed": 1}, ["trainig", "did you mean 'training'", "rollout"]),
-    ("rollout.window.sise", 3, ["rollout.window.sise", "did you mean 'size'"]),
+    ("training.updates.parst", 3, ["training.updates.parst", "did you mean 'parts'"]),
     ("model.lora", {"rnk": 4}, ["model.lora.rnk", "did you mean 'rank'", "alpha"]),
-    ("rollout.branch_steps", {"randm": 4}, ["rollout.branch_steps", "random"]),
+    ("rollout.plan.branch_steps", {"randm": 4}, ["rollout.plan.branch_steps", "random"]),
     ("data.zzz", 1, ["data.zzz", "unknown key", "train, heldout, prompts_per_iteration"]),
     # wrong types
     ("training.iterations", "five", ["training.iterations", "integer", "'five'"]),
     ("training.iterations", 5.5, ["training.iterations", "integer", "5.5"]),
     ("training.iterations", True, ["training.iterations", "integer", "True"]),
-    ("training.global_std", 1, ["training.global_std", "boolean", "1"]),
-    ("training.clip_low", "1e-4", ["training.clip_low", "number", "'1e-4'"]),
+    ("training.advantage.global_std", 1, ["training.advantage.global_std", "true or false", "1"]),
+    ("training.objective.clip_low", "1e-4", ["training.objective.clip_low", "number", "'1e-4'"]),
     ("data.train", 3, ["data.train", "expected a file, a folder or a table", "got 3"]),
     ("data.train", {"dataset": "a/b", "colum": "c"}, ["data.train.colum", "did you mean 'column'", "split"]),
     ("data.heldout", {"split": "test"}, ["data.heldout.dataset: required"]),
@@ -174,19 +174,20 @@ REFUSED = [
     ("model.lora", 32, ["model.lora", "32"]),
     ("rollout", [], ["rollout", "[]"]),
     ("rewards", "ocr", ["rewards", "dictionary", "'ocr'"]),
-    ("rollout.eta", float("nan"), ["rollout.eta", "finite", "nan"]),
+    ("rollout.sde.eta", float("nan"), ["rollout.sde.eta", "number", "nan"]),
     # values outside what is allowed
-    ("rollout.plan", "tempflo", ["rollout.plan", "'tempflow', 'flow_grpo' or 'mix_grpo'", "'tempflo'"]),
-    ("rollout.sde", "ode", ["rollout.sde", "'flow', 'dance' or 'cps'", "'ode'"]),
-    ("training.advantage_group", "batch", ["training.advantage_group", "'seed' or 'prompt'", "'batch'"]),
-    ("rollout.seeds", 0, ["rollout.seeds", "greater than or equal to 1", "0"]),
-    ("rollout.children", 0, ["rollout.children", "greater than or equal to 1", "0"]),
-    ("rollout.children", 65, ["rollout.children", "less than or equal to 64", "65"]),
+    ("rollout.plan", "tempflo", ["rollout.plan", "did you mean 'tempflow'", "flow_grpo, mix_grpo", "my_module:MyPlan", "'tempflo'"]),
+    ("rollout.sde", "ode", ["rollout.sde", "cps, dance, flow", "'ode'"]),
+    ("training.advantage.over", "batch", ["training.advantage.over", "'seed' or 'prompt'", "'batch'"]),
+    ("rollout.plan.seeds", 0, ["rollout.plan.seeds", "at least 1", "0"]),
+    ("rollout.plan.children", 0, ["rollout.plan.children", "at least 1", "0"]),
+    ("rollout.plan.children", 65, ["rollout.plan.children", "at most 64", "65"]),
     ("rollout.num_steps", 1, ["rollout.num_steps", "greater than or equal to 2", "1"]),
     ("rollout.height", -32, ["rollout.height", "greater than or equal to 1", "-32"]),
-    ("rollout.eta", 0, ["rollout.eta", "greater than 0", "0"]),
-    ("training.clip_low", 1.5, ["training.clip_low", "less than 1", "1.5"]),
-    ("training.kl_coef", -0.1, ["training.kl_coef", "greater than or equal to 0", "-0.1"]),
+    ("rollout.sde.eta", 0, ["rollout.sde.eta", "above 0", "0"]),
+    ("training.objective.clip_low", 1.5, ["training.objective.clip_low", "below 1", "1.5"]),
+    ("training.penalty", {"coef": -0.1}, ["training.penalty.coef", "above 0", "-0.1"]),
+    ("training.updates.parts", 0, ["training.updates.parts", "greater than or equal to 1", "0"]),
     ("training.lr_decay", 2, ["training.lr_decay", "less than or equal to 1", "2"]),
     ("rollout.suffix", {"stride": 0}, ["rollout.suffix.stride", "greater than or equal to 1", "0"]),
     ("rollout.suffix", {"stride": 1}, ["rollout.suffix", "stride 1 changes nothing", "2 and more", '"float8"', "null"]),
@@ -195,17 +196,17 @@ REFUSED = [
     ("rollout.suffix", "fast", ["rollout.suffix", "'fast'"]),
     ("rollout.compile", "max", ["rollout.compile", "'eager', 'compile' or 'compile-max'", "'max'"]),
     # a group of one
-    ("rollout.children", 1, ["rollout.children", "group of one", "at least 2"]),
+    ("rollout.plan.children", 1, ["rollout.plan.children", "group of one", "at least 2"]),
     # the grid
-    ("rollout.branch_steps", [0, 9], ["rollout.branch_steps", "step 9", "0 to 8", "num_steps 10"]),
-    ("rollout.branch_steps", [0, 20], ["rollout.branch_steps", "step 20", "0 to 8"]),
-    ("rollout.branch_steps", [-1, 2], ["rollout.branch_steps", "steps from 0 on", "[-1, 2]"]),
-    ("rollout.branch_steps", [3, 1], ["rollout.branch_steps", "rising", "[3, 1]"]),
-    ("rollout.branch_steps", [1, 1], ["rollout.branch_steps", "without repeats", "[1, 1]"]),
-    ("rollout.branch_steps", [], ["rollout.branch_steps", "[]"]),
-    ("rollout.branch_steps", "some", ["rollout.branch_steps", '"all"', '{"random": n}', "'some'"]),
-    ("rollout.branch_steps", {"random": 10}, ["rollout.branch_steps.random", "10 of 9"]),
-    ("rollout.branch_steps", {"random": 0}, ["rollout.branch_steps", "n from 1 on", "{'random': 0}"]),
+    ("rollout.plan.branch_steps", [0, 9], ["rollout.plan.branch_steps", "step 9", "0 to 8", "num_steps 10"]),
+    ("rollout.plan.branch_steps", [0, 20], ["rollout.plan.branch_steps", "step 20", "0 to 8"]),
+    ("rollout.plan.branch_steps", [-1, 2], ["rollout.plan.branch_steps", "steps from 0 on", "[-1, 2]"]),
+    ("rollout.plan.branch_steps", [3, 1], ["rollout.plan.branch_steps", "rising", "[3, 1]"]),
+    ("rollout.plan.branch_steps", [1, 1], ["rollout.plan.branch_steps", "without repeats", "[1, 1]"]),
+    ("rollout.plan.branch_steps", [], ["rollout.plan.branch_steps", "[]"]),
+    ("rollout.plan.branch_steps", "some", ["rollout.plan.branch_steps", '"all"', '{"random": n}', "'some'"]),
+    ("rollout.plan.branch_steps", {"random": 10}, ["rollout.plan.branch_steps.random", "10 of 9"]),
+    ("rollout.plan.branch_steps", {"random": 0}, ["rollout.plan.branch_steps", "n from 1 on", "{'random': 0}"]),
     # deepspeed keys that are the engine's
     ("deepspeed.train_batch_size", 8, ["deepspeed.train_batch_size", "training.micro_batch"]),
     ("deepspeed.gradient_accumulation_steps", 2, ["deepspeed.gradient_accumulation_steps"]),
@@ -222,7 +223,8 @@ def changed(key, value):
     *sections, name = key.split(".")
     inner = table
     for section in sections:
-        inner = inner.setdefault(section, {})
+        inner[section] = inner.get(section) or {}
+        inner = inner[section]
     inner[name] = value
     return table
 
@@ -236,18 +238,20 @@ def test_refused(key, value, words):
 
 
 @pytest.mark.parametrize("section, words", [
-    ({"rollout": {"plan": "flow_grpo"}}, ["training.advantage_group", '"seed"', "flow_grpo", '"prompt"']),
-    ({"rollout": {"plan": "mix_grpo", "window": {"size": 10}}, "training": {"advantage_group": "prompt"}},
-     ["rollout.window.size", "10 of 9"]),
-    ({"rollout": {"plan": "flow_grpo", "seeds": 1}, "training": {"advantage_group": "prompt"}},
-     ["rollout.seeds", "at least 2"]),
-    ({"rollout": {"children": 1, "seeds": 1}, "training": {"advantage_group": "prompt"}}, ["rollout.children", "at least 2"]),
+    ({"rollout": {"plan": {"type": "flow_grpo", "branch_steps": [0, 4, 8]}}},
+     ["training.advantage.over", '"seed"', "flow_grpo", '"prompt"']),
+    ({"rollout": {"plan": {"type": "mix_grpo", "window": 10}}, "training": {"advantage": {"over": "prompt"}}},
+     ["rollout.plan.window", "10 of 9"]),
+    ({"rollout": {"plan": {"type": "flow_grpo", "seeds": 1, "branch_steps": [0, 4, 8]}}, "training": {"advantage": {"over": "prompt"}}},
+     ["rollout.plan.seeds", "at least 2"]),
+    ({"rollout": {"plan": {"children": 1, "seeds": 1}}, "training": {"advantage": {"over": "prompt"}}},
+     ["rollout.plan.children", "at least 2"]),
     ({"rollout": {"graphs": True, "replica": False}}, ["rollout.graphs", "rollout.replica"]),
     ({"rollout": {"suffix": {"weights": "float8"}, "replica": False}}, ['rollout.suffix.weights: "float8"', "rollout.replica"]),
     ({"rollout": {"compile": "compile", "replica": False}}, ["rollout.compile", "training.compile"]),
     ({"training": {"compile": "compile"}, "deepspeed": {"optimizer": {"type": "AdamW"}, "zero_optimization": {"stage": 3}}},
      ["training.compile", "ZeRO stage 3", '"eager"']),
-    ({"rollout": {"sde": "cps", "eta": 1.5}}, ["rollout.eta", "1.5", "cps allows 0 to 1"]),
+    ({"rollout": {"sde": {"type": "cps", "eta": 1.5}}}, ["rollout.sde.eta", "1.5", "above 0 and at most 1"]),
 ])  # fmt: skip
 def test_refused_together(section, words):
     with pytest.raises(UserError) as error:
@@ -276,7 +280,7 @@ def test_one_mistake_in_branch_steps_is_one_line():
     """Three kinds of value are allowed there; only one of them can have been meant."""
     for value in ([0, "x"], {"random": "x"}, {"randm": 2}, "some", 3.5):
         with pytest.raises(UserError) as error:
-            parse_config(changed("rollout.branch_steps", value))
+            parse_config(changed("rollout.plan.branch_steps", value))
         assert len(str(error.value).splitlines()) == 1, error.value
 
 
@@ -317,8 +321,9 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=5,
 )
-KEYS = [*CONTRACT, *(f"{s}.{k}" for s, keys in CONTRACT.items() for k in keys.split()), "rewards", "deepspeed", "rollout.window",
-        "model.lora.rank", "deepspeed.bf16", "deepspeed.zero_optimization.stage", "rollout.window.size", "anything"]  # fmt: skip
+KEYS = [*CONTRACT, *(f"{s}.{k}" for s, keys in CONTRACT.items() for k in keys.split()), "rewards", "deepspeed", "rollout.plan.seeds",
+        "model.lora.rank", "deepspeed.bf16", "deepspeed.zero_optimization.stage", "rollout.plan.branch_steps", "training.penalty.coef",
+        "anything"]  # fmt: skip
 
 
 @given(st.sampled_from(KEYS), json_values)

@@ -14,10 +14,10 @@ from tempflow.estimate import estimate
 
 TABLE = config_table(
     model={"dtype": "float32", "lora": {"rank": 4, "alpha": 8.0, "targets": None}, "gradient_checkpointing": True},
-    rollout={"suffix": {"stride": 2, "order": 1, "exact_steps": 1, "audit_every": 5}, "window": {"size": 4}, "eta": 0.7, "sde": "flow",
-             "plan": "tempflow", "micro_batch": 48, "decode_batch": 16, "replica": True},
-    training={"kl_coef": 0.01, "ema": {"decay": 0.9, "every": 8}, "minutes": 3.0, "updates_per_rollout": 2, "seed": 0,
-              "share_group_forward": True, "advantage_group": "seed", "ratio": "plain"},
+    rollout={"suffix": {"stride": 2, "order": 1, "exact_steps": 1, "audit_every": 5}, "sde": {"type": "flow", "eta": 0.7},
+             "micro_batch": 48, "decode_batch": 16, "replica": True},
+    training={"penalty": {"coef": 0.01}, "ema": {"decay": 0.9, "every": 8}, "minutes": 3.0, "updates": {"passes": 2}, "seed": 0,
+              "advantage": {"over": "seed"}, "objective": {"ratio": "plain"}},
     deepspeed={"optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "torch_adam": True}},
                "bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"},
                "zero_optimization": {"stage": 2, "reduce_bucket_size": 1000, "overlap_comm": True,

@@ -49,8 +49,8 @@ def total(tensors) -> int:
 # ----------------------------------------------------------------------------------------------------- against reality
 VARIANTS = {
     "float8": {"rollout": {"suffix": {"weights": "float8"}}},
-    "full": {"training": {"ema": {"decay": 0.5}, "kl_coef": 0.01}},
-    "lora": {"model": {"lora": {"rank": 4, "alpha": 8.0}}, "training": {"ema": {"decay": 0.5}, "kl_coef": 0.01}},
+    "full": {"training": {"ema": {"decay": 0.5}, "penalty": {"coef": 0.01}}},
+    "lora": {"model": {"lora": {"rank": 4, "alpha": 8.0}}, "training": {"ema": {"decay": 0.5}, "penalty": {"coef": 0.01}}},
     "sgd, no copy": {"rollout": {"replica": False},
                      "deepspeed": {"optimizer": {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}}}},
 }  # fmt: skip
@@ -169,9 +169,10 @@ def test_a_forward_without_gradients(folders, family):
 
 
 RUNS = {
-    "tempflow": {"rollout": {"suffix": {"stride": 2, "exact_steps": 1}}, "training": {"updates_per_rollout": 2, "kl_coef": 0.01}},
-    "random steps, a child a row": {"rollout": {"branch_steps": {"random": 2}}, "training": {"share_group_forward": False}},
-    "flow_grpo": {"rollout": {"plan": "flow_grpo", "branch_steps": "all", "seeds": 3}, "training": {"advantage_group": "prompt"}},
+    "tempflow": {"rollout": {"suffix": {"stride": 2, "exact_steps": 1}}, "training": {"updates": {"passes": 2}, "penalty": {"coef": 0.01}}},
+    "random steps": {"rollout": {"plan": {"branch_steps": {"random": 2}}}},
+    "flow_grpo": {"rollout": {"plan": {"type": "flow_grpo", "branch_steps": "all", "seeds": 3}},
+                  "training": {"advantage": {"over": "prompt"}}},
 }
 
 
@@ -332,12 +333,12 @@ def test_evaluations_may_be_guided_where_rollouts_are_not(folders):
 
 
 def test_each_saving_is_what_the_changed_config_takes():
-    config = small_config(training={"kl_coef": 0.1, "micro_batch": 8}, deepspeed={"optimizer": {"type": "AdamW"}})
+    config = small_config(training={"penalty": {"coef": 0.1}, "micro_batch": 8}, deepspeed={"optimizer": {"type": "AdamW"}})
     result = estimate(config, card_gb=0.001)
     settings = {advice.setting: advice.bytes for advice in result.advice}
-    assert settings["training.kl_coef=0"] == items(result)["reference copy"] + 12 * 48 * 32 * 4
+    assert settings["training.penalty=null"] == items(result)["reference copy"] + 12 * 48 * 32 * 4
     assert result.total - settings["model.gradient_checkpointing=true"] == estimate(
-        small_config(training={"kl_coef": 0.1, "micro_batch": 8}, model={"gradient_checkpointing": True},
+        small_config(training={"penalty": {"coef": 0.1}, "micro_batch": 8}, model={"gradient_checkpointing": True},
                      deepspeed={"optimizer": {"type": "AdamW"}})).total  # fmt: skip
 
 
@@ -366,7 +367,7 @@ def test_bytes_of_a_spread_reference(where):
     from tempflow.training.engine import Runtime
 
     init_distributed()
-    config = small_config(training={"kl_coef": 0.01, "reference": where})
+    config = small_config(training={"penalty": {"coef": 0.01}, "reference": where})
     runtime = Runtime(config, load_policy(str(MODEL), max_sequence_length=TEXT))
     parameters = list(runtime.reference.parameters())
     seen = items(estimate(config))
@@ -377,7 +378,7 @@ def test_where_the_reference_is():
     """Bytes of the copy on one of four GPUs, and in host memory."""
     def of(stage, reference=None):
         deepspeed = {**BF16, "zero_optimization": {"stage": stage}}
-        memory = estimate(small_config(training={"kl_coef": 0.01, "reference": reference}, deepspeed=deepspeed), gpus=4).memory
+        memory = estimate(small_config(training={"penalty": {"coef": 0.01}, "reference": reference}, deepspeed=deepspeed), gpus=4).memory
         return [sum(i.bytes for i in part if i.name.startswith("reference copy"))
                 for part in (memory.resident, memory.host)]  # fmt: skip
 
@@ -419,7 +420,7 @@ def test_dry_run_says_that_it_does_not_fit(tmp_path):
     (["--gpus", 0], ["--gpus", "from 1 to"]),
     (["--mfu", "nan"], ["--mfu"]),
     (["--card-gb", -1], ["--card-gb"]),
-    (["--gpus", 5], ["data.prompts_per_iteration x rollout.seeds", "4 units for 5 GPUs"]),
+    (["--gpus", 5], ["data.prompts_per_iteration x rollout.plan.seeds", "4 units for 5 GPUs"]),
     (["--set", "model.path=someone/else"], ["model.path", "someone/else"]),
     (["--set", "rollout.height=30"], ["rollout.height", "multiples of 8"]),
     (["--set", "model.path=stabilityai/stable-diffusion-3.5-large", "--set", "rollout.height=3088"],
@@ -448,6 +449,6 @@ def test_a_family_without_inputs_is_refused(tmp_path, skeleton):
 
 def test_numbers_beyond_all_machines_are_printed():
     most = 2**31 - 1
-    config = small_config(data={"prompts_per_iteration": most}, rollout={"seeds": most}, training={"updates_per_rollout": most})
+    config = small_config(data={"prompts_per_iteration": most}, rollout={"plan": {"seeds": most}}, training={"updates": {"passes": most}})
     result = estimate(config)
     assert not result.fits and printed(dataclasses.replace(result)) and config_table()

@@ -161,8 +161,8 @@ def test_an_optimizer_that_cannot_be_converted_is_named(tmp_path):
 def settings(folder, name):
     """Whole iterations at ZeRO-3; no ratio comes near its bounds, where rounding would decide."""
     return {
-        "training": {"iterations": 4, "updates_per_rollout": 2, "clip_low": 0.2, "clip_high": 0.2, "kl_coef": 0.1,
-                     "ema": {"decay": 0.5, "every": 3}},
+        "training": {"iterations": 4, "updates": {"passes": 2}, "objective": {"clip_low": 0.2, "clip_high": 0.2},
+                     "penalty": {"coef": 0.1}, "ema": {"decay": 0.5, "every": 3}},
         "deepspeed": {"optimizer": ADAMW, "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}},
         "eval": {"every": 0}, "checkpoint": {"every": 2, "keep": 9}, "logging": {"dir": str(folder), "name": name},
     }  # fmt: skip

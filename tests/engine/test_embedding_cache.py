@@ -219,8 +219,9 @@ def test_runs_with_negative_prompts_and_a_cache(folders, tmp_path, monkeypatch, 
 
     run = partial(
         train, tmp_path, processes=None, model={"path": str(folders("sd3")), "max_sequence_length": 16},
-        rollout={"height": 32, "width": 32, "num_steps": 3, "branch_steps": [0], "guidance_scale": 3.0, "micro_batch": 8},
-        training={"iterations": 1, "updates_per_rollout": 2, "clip_low": 0.1, "clip_high": 0.1}, eval={"every": 1, "prompts": 4},
+        rollout={"height": 32, "width": 32, "num_steps": 3, "plan": {"branch_steps": [0]}, "guidance_scale": 3.0, "micro_batch": 8},
+        training={"iterations": 1, "updates": {"passes": 2}, "objective": {"clip_low": 0.1, "clip_high": 0.1}},
+        eval={"every": 1, "prompts": 4},
     )  # fmt: skip
     plain, negative = lines("plain"), lines("negative", negative_prompt="blurred, too many words")
     cached = run("cached", data={"train": negative, "heldout": negative, "embedding_cache": str(tmp_path / "cache")})

@@ -254,7 +254,7 @@ def test_padding_is_finite_even_where_no_decision_is(policy):
 def test_a_run_that_diverges_reports_no_gain(tmp_path):
     from tempflow.checkpoints import manifest
 
-    run = train(tmp_path, "diverges", processes=None, status=2, rollout={"num_steps": 3, "branch_steps": [0, 1]},
+    run = train(tmp_path, "diverges", processes=None, status=2, rollout={"num_steps": 3, "plan": {"branch_steps": [0, 1]}},
                 training={"iterations": 3}, eval={"every": 1, "prompts": 4}, checkpoint={"every": 1},
                 deepspeed={"optimizer": {"type": "AdamW", "params": {"lr": 1e6, "torch_adam": True}}})  # fmt: skip
     assert "4 of 4 images of the evaluation at iteration 1" in run.done.stderr and "diverged" in run.done.stderr

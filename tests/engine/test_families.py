@@ -347,8 +347,10 @@ def runs(folders, tmp_path_factory):
             made[name, kind] = train(
                 root, f"{name}-{kind}", processes=None, model={"path": str(folders(name)), "lora": lora, "max_sequence_length": 32},
                 data={"prompts_per_iteration": 1},
-                rollout={"height": 32, "width": 32, "num_steps": 4, "branch_steps": [0, 2], "guidance_scale": 3.0, "micro_batch": 8},
-                training={"iterations": 1, "updates_per_rollout": 2, "kl_coef": 0.01, "clip_low": 0.1, "clip_high": 0.1},
+                rollout={"height": 32, "width": 32, "num_steps": 4, "plan": {"branch_steps": [0, 2]}, "guidance_scale": 3.0,
+                         "micro_batch": 8},
+                training={"iterations": 1, "updates": {"passes": 2}, "penalty": {"coef": 0.01},
+                          "objective": {"clip_low": 0.1, "clip_high": 0.1}},
                 eval={"every": 1, "prompts": 2, "guidance_scale": 1.5},
                 deepspeed={"optimizer": {**ADAMW, "params": {**ADAMW["params"], "lr": 1e-3}}},
             )  # fmt: skip
@@ -429,7 +431,7 @@ def test_shipped_configs_run_on_tiny_pipelines(folders, tmp_path, name, config):
     """But for the model, the size and the amounts: half precision, ZeRO, checkpointing, guidance."""
     settings = {
         "model.path": str(folders(name)), "model.max_sequence_length": 32, "data.prompts_per_iteration": 1, "rollout.height": 32,
-        "rollout.width": 32, "rollout.num_steps": 4, "rollout.seeds": 1, "rollout.children": 2,
+        "rollout.width": 32, "rollout.num_steps": 4, "rollout.plan.seeds": 1, "rollout.plan.children": 2,
         "rewards": {"engine_rewards:contrast": 1.0}, "reward_pool.workers": 0, "training.iterations": 1, "eval.prompts": 2,
         "eval.num_steps": 2, "logging.dir": str(tmp_path), "logging.tensorboard": False, "data.embedding_cache": str(tmp_path / "cache"),
     }  # fmt: skip

@@ -192,7 +192,7 @@ def test_only_coarse_steps_use_it_and_decisions_keep_their_bits(plan, exact_step
 
 def test_both_kinds_of_forwards_have_a_graph_and_a_size_of_their_own():
     """Two units' trunks make batches of two; their children fill the micro-batch."""
-    config = small_config(rollout={"branch_steps": "all", "children": 3, "suffix": {"weights": "float8"}})
+    config = small_config(rollout={"plan": {"branch_steps": "all", "children": 3}, "suffix": {"weights": "float8"}})
     units = iteration_units([5, 9], 1)
 
     def halved(x, sigma, place):
@@ -245,7 +245,7 @@ def test_every_rollout_converts_the_weights_of_then():
 
     policy = load_policy(MODEL, max_sequence_length=20)
     suffix = {"stride": 3, "weights": "float8"}
-    config = small_config(rollout={"num_steps": 4, "branch_steps": [0], "seeds": 1, "suffix": suffix})
+    config = small_config(rollout={"num_steps": 4, "plan": {"branch_steps": [0], "seeds": 1}, "suffix": suffix})
     with quiet_pool(config) as (pool, specs):
         collector = Collector(config, policy, load_prompts(PROMPTS), EmbeddingCache(policy), pool, specs)
         collector.collect(0, [0, 1])

@@ -243,7 +243,7 @@ def plain(x, sigma, units):
 @pytest.mark.parametrize("suffix", [None, {}])
 def test_a_rollout_through_the_cache_equals_an_eager_one(suffix):
     """With every forward of one size, so that one graph does."""
-    config = small_config(rollout={"branch_steps": "all", "children": 3, "suffix": suffix})
+    config = small_config(rollout={"plan": {"branch_steps": "all", "children": 3}, "suffix": suffix})
     units = iteration_units([5, 9], 1)
     capture = Recorded()
     cache, notes = cache_of(capture)

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from engine_cases import Iteration, naive_trajectories, small_config
+from engine_cases import Iteration, naive_trajectories, plan_table, small_config
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -45,7 +45,7 @@ def test_thumbnails_are_means_of_blocks():
 def rollout(policy):
     """Two rewards and a watched one; the pictures that were scored are kept."""
     rewards = {"engine_rewards:contrast": 0.5, "jpeg": -0.1, "engine_rewards:never": 0}
-    return Iteration(policy, small_config(rewards=rewards, rollout={"num_steps": 3, "branch_steps": [0, 1], "seeds": 3}))
+    return Iteration(policy, small_config(rewards=rewards, rollout={"num_steps": 3, "plan": {"branch_steps": [0, 1], "seeds": 3}}))
 
 
 def test_each_reward_is_kept_alone_and_watched_ones_are_not_scored(rollout):
@@ -76,8 +76,8 @@ def test_diversity_of_a_rollout(rollout, policy):
 def test_diversity_where_there_are_pairs(policy, plan, known):
     """Rows that are their own trunks, and a single seed."""
     seeds = 2 if plan == "flow_grpo" else 1
-    table = {"plan": plan, "num_steps": 2, "branch_steps": [0], "seeds": seeds}
-    data = Iteration(policy, small_config(rollout=table, training={"advantage_group": "prompt"}), [0]).data
+    table = {"plan": plan_table(plan, branch_steps=[0], seeds=seeds, children=2), "num_steps": 2}
+    data = Iteration(policy, small_config(rollout=table, training={"advantage": {"over": "prompt"}}), [0]).data
     assert data.diversity.keys() == known and all(value > 0 for value in data.diversity.values())
 
 
@@ -143,7 +143,7 @@ def test_the_reason_says_what_was_seen():
 )
 def test_rules_that_are_refused(stop, words):
     with pytest.raises(UserError) as error:
-        small_config(rollout={"seeds": 1}, eval={"every": 2, "stop": stop})
+        small_config(rollout={"plan": {"seeds": 1}}, eval={"every": 2, "stop": stop})
     assert all(word in str(error.value) for word in words), error.value
 
 
@@ -154,7 +154,7 @@ def test_rules_that_are_refused(stop, words):
     ({"metric": "diversity/seeds", "below": 0.1, "patience": 2}, "diversity/seeds"),
 ])  # fmt: skip
 def test_the_best_is_what_the_rule_waits_for(stop, metric):
-    assert small_config(rollout={"seeds": 2}, eval={"every": 2, "stop": stop}).best_metric() == metric
+    assert small_config(rollout={"plan": {"seeds": 2}}, eval={"every": 2, "stop": stop}).best_metric() == metric
 
 
 @pytest.mark.parametrize("changes", [{"data": {"heldout": None}}, {"eval": {"every": 0}}])

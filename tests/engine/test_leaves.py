@@ -32,7 +32,7 @@ def updated(family, lora, checkpointing, **zero):
     policy, folder = family
     config = small_config(
         model={"path": str(folder), "lora": {"rank": 2, "alpha": 4.0} if lora else None, "gradient_checkpointing": checkpointing},
-        training={"kl_coef": 0.1},
+        training={"penalty": {"coef": 0.1}},
         deepspeed={**SGD, "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, **zero}},
     )
     made = runtime.Runtime(config, policy)

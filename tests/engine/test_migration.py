@@ -1,12 +1,15 @@
 """docs/migration.md: its config is one, it misses no key of the peers, and the keys that it names of ours exist."""
 
+import inspect
 import json
+import pkgutil
 import re
 
 import pytest
 from engine_cases import ROOT
 
 from tempflow.config import Config, Lora, parse_config
+from tempflow.registry import IN_CONFIG, KINDS
 
 PAGE = (ROOT / "docs/migration.md").read_text()
 
@@ -43,7 +46,7 @@ def rows(heading: str) -> list[list[str]]:
 def test_the_example_is_a_config():
     (text,) = re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)
     config = parse_config(json.loads(text))
-    assert config.rollout.plan == "flow_grpo" and config.steps_with_noise() == list(range(9))
+    assert config.rollout.plan["type"] == "flow_grpo" and config.plan().steps(0) == list(range(9))
 
 
 @pytest.mark.parametrize("heading, keys", [("Flow-GRPO: ", FLOW_GRPO), ("Flow-Factory: ", FLOW_FACTORY)])
@@ -63,6 +66,10 @@ def test_every_key_of_ours_exists(heading):
                 owner, key = (Lora, rest.removeprefix("lora.")) if rest.startswith("lora.") else (None, rest.split(".")[0])
                 owner = owner or Config.model_fields[section].annotation
                 assert key in owner.model_fields, name
+                option = rest.partition(".")[2]
+                if f"{section}.{key}" in IN_CONFIG and option not in ("", "type"):
+                    kind = KINDS[IN_CONFIG[f"{section}.{key}"]]
+                    assert any(option in inspect.signature(pkgutil.resolve_name(path)).parameters for path in kind.ids.values()), name
 
 
 def test_links_lead_somewhere():

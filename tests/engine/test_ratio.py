@@ -18,7 +18,7 @@ LOG_PROB = 2e-6  # fp32, of values of size 1: forwards of other batch shapes dif
 
 
 def config_of(sde, **training):
-    return small_config(rollout={"sde": sde, "num_steps": 5, "branch_steps": [0, 2, 3]}, training=training)
+    return small_config(rollout={"sde": sde, "num_steps": 5, "plan": {"branch_steps": [0, 2, 3]}}, training=training)
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +34,10 @@ def iterations(policy):
     return get
 
 
-def prepared(iteration, size=5, **training):
+def prepared(iteration, size=5, share=True, **training):
     """An updater of that rollout under other training options, and its micro-batches."""
     config = config_of(iteration.config.rollout.sde, **training)
-    updater = Updater(config, PlainRuntime(iteration.policy), iteration.embed)
+    updater = Updater(config, PlainRuntime(iteration.policy), iteration.embed, share_forward=share)
     return updater, iteration.batches(iteration.advantages(), size, config=config)
 
 
@@ -47,7 +47,7 @@ def prepared(iteration, size=5, **training):
 def test_first_update_has_ratio_one(iterations, sde, ratio, share):
     """And so has a second one that finds the weights unchanged, by the old policy that the first has left."""
     iteration = iterations(sde)
-    updater, batches = prepared(iteration, ratio=ratio, share_group_forward=share)
+    updater, batches = prepared(iteration, share=share, objective={"ratio": ratio})
     for first in (True, False):
         metrics = updater.update(batches, iteration.total, 1.0, first=first)
         assert metrics["ratio/max_dev"] == 0 and metrics["ratio/min"] == metrics["ratio/max"] == 1
@@ -128,7 +128,7 @@ def test_stored_children_have_the_log_probability_that_was_taken(iterations, sde
 @pytest.mark.parametrize("reals", [[3, 2], [3, 0], [4]])
 def test_clip_fractions_above_and_below(low, high, reals):
     """Together they are the clip fraction; padding counts in neither."""
-    config = small_config(training={"clip_low": low, "clip_high": high})
+    config = small_config(training={"objective": {"clip_low": low, "clip_high": high}})
     updater, stats, counted = Updater(config, None, None), UpdateStats(), []
     generator = torch.Generator().manual_seed(0)
     for real in reals:

@@ -47,13 +47,14 @@ def test_weights_are_dealt_evenly():
         assert owner.keys() == shapes.keys() and max(held) - min(held) <= 64 * 256
 
 
-@pytest.mark.parametrize("stage, lora, kl_coef, asked, where", [
-    (3, None, 0.1, None, "sharded"), (2, None, 0.1, None, "whole"), (3, None, 0.1, "whole", "whole"),
-    (0, None, 0.1, "offloaded", "offloaded"), (3, None, 0.0, "sharded", None), (3, {"rank": 4}, 0.1, "sharded", None),
+@pytest.mark.parametrize("stage, lora, penalty, asked, where", [
+    (3, None, {"coef": 0.1}, None, "sharded"), (2, None, {"coef": 0.1}, None, "whole"), (3, None, {"coef": 0.1}, "whole", "whole"),
+    (0, None, {"coef": 0.1}, "offloaded", "offloaded"), (3, None, None, "sharded", None), (3, {"rank": 4}, {"coef": 0.1}, "sharded", None),
 ])  # fmt: skip
-def test_where_the_reference_is(stage, lora, kl_coef, asked, where):
+def test_where_the_reference_is(stage, lora, penalty, asked, where):
     deepspeed = {"optimizer": ADAMW, "zero_optimization": {"stage": stage}}
-    assert placement(small_config(model={"lora": lora}, training={"kl_coef": kl_coef, "reference": asked}, deepspeed=deepspeed)) == where
+    training = {"penalty": penalty, "reference": asked}
+    assert placement(small_config(model={"lora": lora}, training=training, deepspeed=deepspeed)) == where
 
 
 # ------------------------------------------------------------------------------------------- in one process
@@ -65,7 +66,7 @@ def test_the_reference_stays_and_the_average_follows(tmp_path, stage, where):
 
     distributed.init_distributed()
     zero = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})
-    config = small_config(training={"kl_coef": 0.1, "reference": where}, rollout={"refresh_bucket": 50_000},
+    config = small_config(training={"penalty": {"coef": 0.1}, "reference": where}, rollout={"refresh_bucket": 50_000},
                           deepspeed={"optimizer": {**ADAMW, "params": {**ADAMW["params"], "lr": 1e-2}}, "zero_optimization": zero})
     policy, base = (load_policy(str(MODEL), max_sequence_length=20) for _ in range(2))
     runtime = Runtime(config, policy)
@@ -100,8 +101,9 @@ def test_runs_are_the_same_wherever_the_reference_is(tmp_path):
     """All metrics and the average, of two ranks at ZeRO stage 3, bit for bit; the average is what is evaluated."""
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
     whole, offloaded = (
-        train(tmp_path, where, processes=2, rollout={"refresh_bucket": 50_000, "num_steps": 3, "branch_steps": [0, 1]},
-              training={"iterations": 2, "kl_coef": 0.1, "reference": where, "updates_per_rollout": 2, "ema": {"decay": 0.5, "every": 1}},
+        train(tmp_path, where, processes=2, rollout={"refresh_bucket": 50_000, "num_steps": 3, "plan": {"branch_steps": [0, 1]}},
+              training={"iterations": 2, "penalty": {"coef": 0.1}, "reference": where, "updates": {"passes": 2},
+                        "ema": {"decay": 0.5, "every": 1}},
               deepspeed={"optimizer": ADAMW, "zero_optimization": zero})
         for where in ("whole", "offloaded")
     )  # fmt: skip

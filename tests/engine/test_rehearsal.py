@@ -90,7 +90,7 @@ def test_a_refusal_comes_back_as_the_reason():
 
 def test_no_size_is_larger_than_it_must_be():
     stop = {"metric": "eval/reward", "above": 1.0}
-    config = small_config(rollout={"height": 1024, "width": 64, "branch_steps": "all"}, eval={"stop": stop})
+    config = small_config(rollout={"height": 1024, "width": 64, "plan": {"branch_steps": "all"}}, eval={"stop": stop})
     small = rehearse.small_config(config, 48)
     assert (small.rollout.height, small.rollout.width) == (240, 64) and small.rewards == {"jpeg": 1.0}
 

@@ -8,7 +8,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from engine_cases import Iteration, examples, naive_trajectories, small_config, step_noise, step_scalars
+from engine_cases import Iteration, examples, naive_trajectories, plan_table, small_config, step_noise, step_scalars
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_cases import assert_close
@@ -18,7 +18,7 @@ from tempflow.config import Suffix
 from tempflow.models.embeddings import EmbeddingCache
 from tempflow.run.evaluation import EVAL_ITERATION, fixed_noise
 from tempflow.sampling.noise import INITIAL, noise_key
-from tempflow.sampling.plans import build_plan, chosen_steps, iteration_units, split_plan
+from tempflow.sampling.plans import build_plan, iteration_units, split_plan
 from tempflow.types import Size
 
 PROMPTS = ['the word "ABC"', 'the word "HELLO"', 'the word "TREE"']
@@ -61,7 +61,7 @@ def test_evaluation_noise_follows_the_prompt_not_the_batch():
 # -------------------------------------------------------------------------------------------------- scheduler
 @pytest.mark.parametrize("sde", ["flow", "dance", "cps"])
 def test_equals_one_row_at_a_time(sde):
-    config = small_config(rollout={"sde": sde, "children": 3, "branch_steps": [0, 1, 5, 8]})
+    config = small_config(rollout={"sde": sde, "plan": {"children": 3, "branch_steps": [0, 1, 5, 8]}})
     units = iteration_units([11, 4], 2)
     run = Rollout(config, units)
     finished, states = naive_trajectories(config, toy_velocity, units, GRID, SHAPE)
@@ -77,14 +77,15 @@ def test_equals_one_row_at_a_time(sde):
 @pytest.mark.parametrize("plan", ["tempflow", "flow_grpo", "mix_grpo"])
 def test_batch_shape_changes_nothing(plan, micro_batch):
     group = "seed" if plan == "tempflow" else "prompt"
-    config = small_config(rollout={"plan": plan, "branch_steps": "all"}, training={"advantage_group": group})
+    config = small_config(rollout={"plan": plan_table(plan, seeds=2, children=2, branch_steps="all")},
+                          training={"advantage": {"over": group}})
     units = iteration_units([5, 9, 2], 2)
     assert_same(Rollout(config, units, micro_batch=micro_batch), Rollout(config, units, micro_batch=7), rel=0)
 
 
 def test_ranks_share_nothing_change_nothing():
     """Two ranks' units, each alone, are the units of one rank; and children may be fewer without changing the others."""
-    config = small_config(rollout={"children": 4})
+    config = small_config(rollout={"plan": {"children": 4}})
     units = iteration_units([5, 9, 2], 2)
     whole, shares = Rollout(config, units), [Rollout(config, units[rank::2]) for rank in range(2)]
     for share in shares:
@@ -93,13 +94,13 @@ def test_ranks_share_nothing_change_nothing():
         for place, decision in share.decisions.items():
             assert torch.equal(decision.x_next, whole.decisions[place].x_next)
     assert sum(len(share.finished) for share in shares) == len(whole.finished)
-    fewer = Rollout(small_config(rollout={"children": 2}), units)
+    fewer = Rollout(small_config(rollout={"plan": {"children": 2}}), units)
     assert torch.equal(fewer.decisions[3, 4].x_next, whole.decisions[3, 4].x_next[:2])
 
 
 def test_noise_differs_wherever_the_sample_does():
     """Iterations, prompts, seeds, steps and children: no two samples share their noise."""
-    config = small_config(rollout={"children": 3, "branch_steps": "all"})
+    config = small_config(rollout={"plan": {"children": 3, "branch_steps": "all"}})
     units = iteration_units([5, 9], 2)
     seen = []
     for iteration in (0, 1):
@@ -119,7 +120,7 @@ def test_noise_differs_wherever_the_sample_does():
 @pytest.mark.parametrize("units", [1, 3])
 def test_forwards_are_those_of_the_cost_table(units):
     """DESIGN section 2: 10 + 6 * 45 = 280 forwards per (prompt, seed) for T = 10, B = 6, branch steps 0 .. 8."""
-    config = small_config(rollout={"children": 6, "branch_steps": "all"})
+    config = small_config(rollout={"plan": {"children": 6, "branch_steps": "all"}})
     rows = []
 
     def counted(x, sigma, units):
@@ -134,7 +135,7 @@ def test_forwards_are_those_of_the_cost_table(units):
 
 def test_rows_at_different_steps_share_forwards():
     """3 units give 18 children a step, which do not fill a batch of 24: step by step it would take 10 + 45 forwards."""
-    config = small_config(rollout={"children": 6, "branch_steps": "all"})
+    config = small_config(rollout={"plan": {"children": 6, "branch_steps": "all"}})
     run = Rollout(config, iteration_units([1, 2, 3], 1), micro_batch=24)
     assert run.stats.batches <= 280 * 3 / 24 + 10, "all forwards are full but those of the first and last rows"
 
@@ -143,7 +144,7 @@ def test_rows_at_different_steps_share_forwards():
 @pytest.mark.parametrize(("units", "micro_batch"), [(1, 24), (3, 48), (8, 48), (8, 100)])
 def test_no_row_is_left_behind_to_end_in_small_batches(units, micro_batch, suffix):
     """No more batches than the forwards fill, but for the first steps, when there are trunks alone."""
-    config = small_config(rollout={"children": 6, "branch_steps": "all"})
+    config = small_config(rollout={"plan": {"children": 6, "branch_steps": "all"}})
     config.rollout.suffix = suffix
     run = Rollout(config, iteration_units([3], units), micro_batch=micro_batch)
     assert run.stats.batches <= -(-run.stats.forwards // micro_batch) + 4
@@ -153,7 +154,8 @@ def test_no_row_is_left_behind_to_end_in_small_batches(units, micro_batch, suffi
 @pytest.mark.parametrize("parts", [1, 2, 4, 9])
 def test_a_split_plan_makes_the_same_rows(plan, parts):
     group = "seed" if plan == "tempflow" else "prompt"
-    config = small_config(rollout={"plan": plan, "branch_steps": "all"}, training={"advantage_group": group})
+    config = small_config(rollout={"plan": plan_table(plan, seeds=2, children=2, branch_steps="all")},
+                          training={"advantage": {"over": group}})
     units = iteration_units([5, 9, 2], 2)
     whole = build_plan(config, units, 0)
     split = split_plan(whole, parts)
@@ -172,7 +174,7 @@ def test_lanes_change_nothing(policy, suffix):
     """Three units in two threads against one after another: the same decisions and counts; and from run to run the same bits."""
 
     def collect(lanes):
-        config = small_config(data={"prompts_per_iteration": 3}, rollout={"seeds": 1, "lanes": lanes})
+        config = small_config(data={"prompts_per_iteration": 3}, rollout={"plan": {"seeds": 1}, "lanes": lanes})
         config.rollout.suffix = suffix
         return Iteration(policy, config, prompt_ids=(0, 1, 2)).data
 
@@ -188,8 +190,8 @@ def test_lanes_change_nothing(policy, suffix):
 
 def test_chain_of_a_row_with_noise_everywhere():
     """flow_grpo: each state is the child of the one before, with that step's noise; the last step is the ODE's."""
-    config = small_config(rollout={"plan": "flow_grpo", "branch_steps": "all", "seeds": 3},
-                          training={"advantage_group": "prompt"})  # fmt: skip
+    config = small_config(rollout={"plan": {"type": "flow_grpo", "branch_steps": "all", "seeds": 3}},
+                          training={"advantage": {"over": "prompt"}})  # fmt: skip
     units = iteration_units([5, 9], 3)
     run = Rollout(config, units)
     assert run.stats.forwards == 10 * len(units)
@@ -210,9 +212,9 @@ def test_chain_of_a_row_with_noise_everywhere():
 
 
 def test_mix_grpo_takes_noise_inside_its_window_only():
-    config = small_config(rollout={"plan": "mix_grpo", "branch_steps": "all", "seeds": 2, "window": {"size": 3, "every": 2}},
-                          training={"advantage_group": "prompt"})  # fmt: skip
-    windows = [chosen_steps(config, iteration) for iteration in range(16)]
+    config = small_config(rollout={"plan": {"type": "mix_grpo", "seeds": 2, "window": 3, "every": 2}},
+                          training={"advantage": {"over": "prompt"}})  # fmt: skip
+    windows = [config.plan().steps(iteration) for iteration in range(16)]
     assert windows[:5] == [[0, 1, 2], [0, 1, 2], [1, 2, 3], [1, 2, 3], [2, 3, 4]]
     assert windows[13] == [6, 7, 8] and windows[14] == [0, 1, 2], "the window starts over before the last step"
     run = Rollout(config, iteration_units([5], 2), iteration=4)
@@ -250,7 +252,7 @@ def model(policy):
 
 @pytest.fixture(scope="module")
 def model_config():
-    return small_config(rollout={"num_steps": 6, "children": 2, "branch_steps": [0, 3]})
+    return small_config(rollout={"num_steps": 6, "plan": {"children": 2, "branch_steps": [0, 3]}})
 
 
 def test_model_rollout_equals_one_row_at_a_time(model, model_config):
@@ -278,22 +280,22 @@ def test_model_rollout_does_not_depend_on_the_batch(model, model_config, micro_b
 # ----------------------------------------------------------------------------------------------- branch steps
 @given(st.integers(1, 9), st.integers(0, 1000), st.integers(0, 50))
 def test_random_branch_steps_are_spread_and_seeded(count, iteration, seed):
-    config = small_config(rollout={"branch_steps": {"random": count}}, training={"seed": seed})
-    steps = chosen_steps(config, iteration)
-    assert steps == chosen_steps(config, iteration) and all(type(k) is int for k in steps)
+    config = small_config(rollout={"plan": {"branch_steps": {"random": count}}}, training={"seed": seed})
+    steps = config.plan().steps(iteration)
+    assert steps == config.plan().steps(iteration) and all(type(k) is int for k in steps)
     assert len(steps) == count and steps == sorted(set(steps))
     for n, k in enumerate(steps):  # one in each of `count` strata whose sizes differ by at most one
         assert (9 // count) * n <= k <= -(-9 // count) * (n + 1) - 1
 
 
 def test_random_branch_steps_reach_every_step():
-    config = small_config(rollout={"branch_steps": {"random": 3}})
-    drawn = [tuple(chosen_steps(config, iteration)) for iteration in range(100)]
+    config = small_config(rollout={"plan": {"branch_steps": {"random": 3}}})
+    drawn = [tuple(config.plan().steps(iteration)) for iteration in range(100)]
     assert {k for steps in drawn for k in steps} == set(range(9))
     assert all(steps[0] <= 2 < steps[1] <= 5 < steps[2] for steps in drawn)
     assert len(set(drawn)) > 15, "27 are possible"
-    other = small_config(rollout={"branch_steps": {"random": 3}}, training={"seed": 1})
-    assert drawn != [tuple(chosen_steps(other, iteration)) for iteration in range(100)]
+    other = small_config(rollout={"plan": {"branch_steps": {"random": 3}}}, training={"seed": 1})
+    assert drawn != [tuple(other.plan().steps(iteration)) for iteration in range(100)]
 
 
 def test_units_are_numbered_prompt_by_prompt():

@@ -12,7 +12,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from engine_cases import HELDOUT, MODEL, ROOT, write_config
+from engine_cases import HELDOUT, MODEL, ROOT, plan_table, write_config
 from kernel_cases import assert_close
 from PIL import Image
 from run_cases import ADAMW, SGD, Run, launch, script, script_here, timeless, train
@@ -146,7 +146,7 @@ def test_without_the_rollout_copy_there_is_one_transformer(folder, monkeypatch):
 
     loaded, load = [], FluxTransformer2DModel.from_pretrained
     monkeypatch.setattr(FluxTransformer2DModel, "from_pretrained", lambda *a, **k: loaded.append(1) or load(*a, **k))
-    changes = {"training": {"iterations": 1, "kl_coef": 0.1}, "eval": {"every": 0}}
+    changes = {"training": {"iterations": 1, "penalty": {"coef": 0.1}}, "eval": {"every": 0}}
     run = train(folder, "single", processes=None, rollout={"replica": False}, **changes)
     assert len(loaded) == 1
     copied = train(folder, "copied", processes=None, rollout={"lanes": 1}, **changes)  # the same batches
@@ -157,14 +157,14 @@ def test_without_the_rollout_copy_there_is_one_transformer(folder, monkeypatch):
 
 def test_unequal_shares_of_the_engines_own_forwards_are_refused(folder):
     """They would wait for each other for ever: a forward under ZeRO-3 is a collective."""
-    settings = {"data.prompts_per_iteration": 3, "rollout.seeds": 1, "rollout.replica": "false"}
+    settings = {"data.prompts_per_iteration": 3, "rollout.plan.seeds": 1, "rollout.replica": "false"}
     zero = json.dumps({"stage": 3})
     config = write_config(folder, "unequal.json", logging={"dir": str(folder)})
     pairs = [part for item in settings.items() for part in ("--set", "=".join(map(str, item)))]
     done = launch(2, "--config", config, *pairs, "--set", f"deepspeed.zero_optimization={zero}")
     text = done.stdout + done.stderr
     assert done.returncode == 2 and text.count("error: ") == 1, text
-    assert "data.prompts_per_iteration x rollout.seeds: 3 for 2 ranks" in text and "rollout.replica" in text
+    assert "data.prompts_per_iteration x rollout.plan.seeds: 3 for 2 ranks" in text and "rollout.replica" in text
 
 
 def test_existing_run_directory_is_refused(launched):
@@ -198,8 +198,7 @@ def interrupted(folder):
 def train_checked(folder, name, more, reward, every, processes=0, rank=0, **deepspeed):
     return train(
         folder, name, *more, processes=processes, rewards={"engine_rewards:Signalling": {**reward, "rank": rank}},
-        training={"iterations": 4, "updates_per_rollout": 2, "ema": {"decay": 0.5, "every": 3}, "lr_decay": 0.1,
-                  "kl_coef": 0.01},
+        training={"iterations": 4, "updates": {"passes": 2}, "ema": {"decay": 0.5, "every": 3}, "lr_decay": 0.1, "penalty": {"coef": 0.01}},
         checkpoint={"every": every, "keep": 9}, deepspeed={"optimizer": ADAMW, **deepspeed},
     )  # fmt: skip
 
@@ -276,7 +275,7 @@ def test_stop_and_resume_under_zero(folder):
 
 def test_a_run_that_its_rule_stops(folder):
     """It saves, says why and finishes; resumed it stays stopped, until the rule is taken away."""
-    small = {"rollout": {"num_steps": 3, "branch_steps": [0, 1]}, "rewards": {"engine_rewards:contrast": 1.0, "jpeg": 0}}
+    small = {"rollout": {"num_steps": 3, "plan": {"branch_steps": [0, 1]}}, "rewards": {"engine_rewards:contrast": 1.0, "jpeg": 0}}
 
     def start(*more, iterations=5, patience=2):
         stop = patience and {"metric": "eval/jpeg", "patience": patience, "min_delta": 1e6}  # there never is a new best
@@ -348,7 +347,7 @@ def test_export_loads_in_diffusers(whole, tmp_path, which, run_script):
 def lora_run(folder):
     return train(
         folder, "lora", processes=None, model={"lora": {"rank": 4, "alpha": 8.0}},
-        training={"iterations": 2, "updates_per_rollout": 2, "kl_coef": 0.05, "kl_form": "v"},
+        training={"iterations": 2, "updates": {"passes": 2}, "penalty": {"coef": 0.05, "form": "v"}},
         deepspeed={"optimizer": {**ADAMW, "params": {**ADAMW["params"], "lr": 1e-2}}},
     )  # fmt: skip
 
@@ -384,7 +383,7 @@ def test_a_run_starts_where_an_exported_one_ended(lora_run, folder, tmp_path):
     """Its first evaluation is the last of the run that was exported, and its policy is what the replica holds."""
     assert "LoRA" in exported(lora_run, tmp_path / "adapters")
     lora = {"rank": 4, "alpha": 8.0, "start": str(tmp_path / "adapters")}
-    run = train(folder, "started", processes=None, model={"lora": lora}, training={"iterations": 1, "kl_coef": 0.05})
+    run = train(folder, "started", processes=None, model={"lora": lora}, training={"iterations": 1, "penalty": {"coef": 0.05}})
     assert run.rows[0]["eval/reward"] == pytest.approx(lora_run.rows[-1]["eval/reward"], abs=1e-6)
     assert run.rows[1]["ratio/first_max_dev"] == 0 and run.rows[1]["kl"] > 0, "the reference is the model without adapters"
     assert run.rows[1]["mismatch/log_prob"] < 1e-4, "rollouts came from the same policy"
@@ -417,8 +416,8 @@ def test_sample_shows_base_beside_tuned(whole, tmp_path):
 # ------------------------------------------------------------------------------------------------- other settings
 @pytest.mark.parametrize("plan", ["flow_grpo", "mix_grpo"])
 def test_plans_without_branches_train_alike(folder, plan):
-    run = train(folder, plan, processes=None, rollout={"plan": plan, "branch_steps": "all", "window": {"size": 3}, "sde": "cps"},
-                training={"advantage_group": "prompt", "iterations": 1, "ratio": "guard", "updates_per_rollout": 2},
+    run = train(folder, plan, processes=None, rollout={"plan": plan_table(plan, seeds=2, branch_steps="all", window=3), "sde": "cps"},
+                training={"advantage": {"over": "prompt"}, "iterations": 1, "objective": {"ratio": "guard"}, "updates": {"passes": 2}},
                 eval={"every": 0})  # fmt: skip
     (row,) = [row for row in run.rows if row["iteration"] == 1]
     steps = 9 if plan == "flow_grpo" else 3
@@ -432,7 +431,8 @@ def test_flux_configs_run_on_the_small_model(folder, name, steps):
     """The configs for FLUX.1-dev, but for the model, the size and the amounts: half precision, ZeRO, checkpointing."""
     settings = {
         "model.path": str(MODEL), "model.max_sequence_length": 20, "data.prompts_per_iteration": 1, "rollout.height": 32,
-        "rollout.width": 96, "rollout.num_steps": 4, "rollout.branch_steps": steps, "rollout.seeds": 1, "rollout.children": 2,
+        "rollout.width": 96, "rollout.num_steps": 4, "rollout.plan.branch_steps": steps, "rollout.plan.seeds": 1,
+        "rollout.plan.children": 2,
         "rewards": {"engine_rewards:contrast": 1.0}, "reward_pool.workers": 0, "training.iterations": 1, "eval.prompts": 2,
         "eval.num_steps": 2, "logging.dir": str(folder), "logging.tensorboard": False, "data.embedding_cache": str(folder / "cache"),
     }  # fmt: skip

@@ -14,7 +14,7 @@ from tempflow.run import evaluation, logs, trackers
 from tempflow.run.byproducts import ByProducts
 from tempflow.training.loop import Trainer
 
-SMALL = {"rollout": {"num_steps": 3, "branch_steps": [0, 1]}, "training": {"iterations": 1}, "checkpoint": {"every": 1},
+SMALL = {"rollout": {"num_steps": 3, "plan": {"branch_steps": [0, 1]}}, "training": {"iterations": 1}, "checkpoint": {"every": 1},
          "eval": {"every": 1, "prompts": 2}}  # fmt: skip
 
 

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kernel_cases import assert_close
 
-from tempflow.sampling.steps import noise_weights, ode_coefficients, sde_coefficients
+from tempflow.sampling.steps import Cps, Dance, Flow, noise_weights, ode_coefficients
 
 FP32 = 1.2e-7  # one rounding to fp32
-KINDS = ("flow", "dance", "cps")
+KINDS = {"flow": Flow, "dance": Dance, "cps": Cps}
 
 
 def shifted(steps, shift):
@@ -36,7 +36,7 @@ grids = pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
 
 
 def coefficients(grid, kind, eta):
-    return ode_coefficients(grid) if kind == "ode" else sde_coefficients(grid, kind, eta)
+    return ode_coefficients(grid) if kind == "ode" else KINDS[kind](eta).coefficients(grid)
 
 
 @grids
@@ -65,7 +65,7 @@ def test_by_hand(kind, a, b, tau):
 
 
 def test_flow_at_pure_noise_takes_the_next_sigma():
-    found = sde_coefficients(torch.tensor([1.0, 0.8, 0.4, 0.0]), "flow", 0.5)
+    found = Flow(0.5).coefficients(torch.tensor([1.0, 0.8, 0.4, 0.0]))
     std = 0.5 * np.sqrt(1 / (1 - 0.8))
     np.testing.assert_allclose(found.tau[0], std * np.sqrt(0.2), rtol=1e-6)
     np.testing.assert_allclose(found.a[0], 1 - std**2 * 0.2 / 2, rtol=1e-6)
@@ -76,8 +76,8 @@ def test_flow_at_pure_noise_takes_the_next_sigma():
 def test_flow_at_pure_noise_up_to_rounding(first):
     """diffusers' static shift makes such first sigmas (0.35 and 0.4 do); 1 - s would be a rounding error, or negative."""
     grid = torch.tensor([first, 0.8, 0.4, 0.0])
-    exact = sde_coefficients(torch.tensor([1.0, 0.8, 0.4, 0.0]), "flow", 0.7)
-    found = sde_coefficients(grid, "flow", 0.7)
+    exact = Flow(0.7).coefficients(torch.tensor([1.0, 0.8, 0.4, 0.0]))
+    found = Flow(0.7).coefficients(grid)
     assert grid[0] != 1
     np.testing.assert_allclose(found.tau, exact.tau, rtol=1e-6)
     np.testing.assert_allclose(found.a, exact.a, rtol=1e-6)
@@ -101,7 +101,7 @@ def test_data_part_follows_the_flow(grid, eta, kind):
 @given(falling, etas)
 def test_cps_keeps_the_marginal_variance(grid, eta):
     """The noise part, old and fresh together, has variance s'^2: FlowCPS's promise, exact at any step size."""
-    found, s = sde_coefficients(grid, "cps", eta), grid.double()
+    found, s = Cps(eta).coefficients(grid), grid.double()
     old = found.a.double() * s[:-1] + found.b.double()
     variance = old**2 + found.tau.double() ** 2
     np.testing.assert_allclose(variance.numpy(), (s[1:] ** 2).numpy(), rtol=1e-5, atol=1e-6)
@@ -113,7 +113,7 @@ def test_langevin_keeps_the_marginal_variance_to_first_order(kind):
     errors = []
     for dt in (0.02, 0.01):
         grid = torch.tensor([1.0, 0.6, 0.6 - dt, 0.0], dtype=torch.float64)
-        found = sde_coefficients(grid, kind, 0.7)
+        found = KINDS[kind](0.7).coefficients(grid)
         old = found.a[1].double() * 0.6 + found.b[1].double()
         errors.append(abs(old**2 + found.tau[1].double() ** 2 - (0.6 - dt) ** 2).item())
     assert 3.5 < errors[0] / errors[1] < 4.5
@@ -122,19 +122,14 @@ def test_langevin_keeps_the_marginal_variance_to_first_order(kind):
 @grids
 @pytest.mark.parametrize("kind", KINDS)
 def test_steps_take_noise_up_to_the_last(kind, grid):
-    tau = sde_coefficients(grid, kind, 0.7).tau
+    tau = KINDS[kind](0.7).coefficients(grid).tau
     assert (tau[:-1] > 0).all() and torch.isfinite(tau).all()
     assert (tau[-1] == 0) == (kind == "cps"), "only cps ends without noise"
 
 
-def test_unknown_kind_is_refused():
-    with pytest.raises(KeyError, match="euler"):
-        sde_coefficients(GRIDS["even-10"], "euler", 0.7)
-
-
-@given(st.data(), falling, etas, st.sampled_from(KINDS))
+@given(st.data(), falling, etas, st.sampled_from(list(KINDS)))
 def test_noise_weights_have_mean_one(data, grid, eta, kind):
-    tau = sde_coefficients(grid, kind, eta).tau
+    tau = KINDS[kind](eta).coefficients(grid).tau
     allowed = list(range(len(tau) - 1))
     steps = sorted(data.draw(st.sets(st.sampled_from(allowed), min_size=1)))
     weights = noise_weights(tau, steps, "noise")

@@ -14,22 +14,22 @@ from tempflow.training.batches import one_child_per_state
 from tempflow.training.update import Updater
 
 FP32 = 1e-5
-PLAIN = {"clip_low": 2e-3, "clip_high": 1e-3}
+CLIP = {"clip_low": 2e-3, "clip_high": 1e-3}
 VARIANTS = {
     "plain": {},
-    "guard": {"ratio": "guard"},
+    "guard": {"objective": {**CLIP, "ratio": "guard"}},
     "uniform": {"weighting": "uniform"},
-    "kl-x": {"kl_coef": 0.3},
-    "kl-v": {"kl_coef": 0.3, "kl_form": "v"},
-    "guard-kl-x": {"ratio": "guard", "kl_coef": 0.3},
-    "guard-kl-v": {"ratio": "guard", "kl_coef": 0.3, "kl_form": "v"},
+    "kl-x": {"penalty": {"coef": 0.3}},
+    "kl-v": {"penalty": {"coef": 0.3, "form": "v"}},
+    "guard-kl-x": {"objective": {**CLIP, "ratio": "guard"}, "penalty": {"coef": 0.3}},
+    "guard-kl-v": {"objective": {**CLIP, "ratio": "guard"}, "penalty": {"coef": 0.3, "form": "v"}},
 }
 variants = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 
 
 def config_of(**training):
-    rollout = {"num_steps": 4, "seeds": 2, "children": 3, "branch_steps": [0, 2]}
-    return small_config(rollout=rollout, training={**PLAIN, **training})
+    rollout = {"num_steps": 4, "plan": {"seeds": 2, "children": 3, "branch_steps": [0, 2]}}
+    return small_config(rollout=rollout, training={"objective": CLIP, **training})
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +57,9 @@ class Engine:
     """The engine's gradients of an iteration at the first and at the second update."""
 
     def __init__(self, iteration, rewards, size, extra=0, share=True, **training):
-        config = config_of(share_group_forward=share, **training)
+        config = config_of(**training)
         self.runtime = PlainRuntime(iteration.policy, drift=0.05)
-        updater = Updater(config, self.runtime, iteration.embed)
+        updater = Updater(config, self.runtime, iteration.embed, share_forward=share)
         self.batches = iteration.batches(iteration.advantages(rewards), size, extra, config)
         self.metrics, self.gradients = [], []
         for first in (True, False):
@@ -142,7 +142,7 @@ def test_groups_without_advantage_are_skipped_but_counted(iteration, rewards):
     """8 states; one has no spread, one no rewards, and one a single reward: 5 forwards, the mean over 8."""
     engine = Engine(iteration, rewards, size=8)
     assert engine.metrics[0]["forwards"] == engine.metrics[1]["forwards"] == 5
-    with_kl = Engine(iteration, rewards, size=8, kl_coef=0.3)
+    with_kl = Engine(iteration, rewards, size=8, penalty={"coef": 0.3})
     assert with_kl.metrics[0]["forwards"] == 2 * 7, "a KL term needs every state with a reward, and its reference"
     assert with_kl.metrics[1]["forwards"] == 7, "the reference is kept for the second update"
 

@@ -88,7 +88,7 @@ def test_nothing_captured_copies_or_reads(simulations, family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nothing_captured_copies_or_reads_in_a_coarser_suffix(simulations, family):
     """In float8 and of second order."""
-    changes = ["rollout.num_steps=5", "rollout.branch_steps=[0]", "rollout.children=2",
+    changes = ["rollout.num_steps=5", "rollout.plan.branch_steps=[0]", "rollout.plan.children=2",
                'rollout.suffix={"stride": 2, "order": 2, "weights": "float8"}']  # fmt: skip
     with simulations.gpu:
         rolled = simulations.run(FAMILIES[family], changes=changes).roll_out()
@@ -155,7 +155,7 @@ def test_memory_of_a_refresh(simulations, name):
 @pytest.mark.slow
 def test_flux_at_its_full_depth(gpu):
     """A rollout of 57 blocks against the dry run's line through two and three rows."""
-    changes = ["rollout.num_steps=2", "rollout.branch_steps=[0]", "rollout.children=3"]
+    changes = ["rollout.num_steps=2", "rollout.plan.branch_steps=[0]", "rollout.plan.children=3"]
     with gpu:
         run = SimulatedRun(SimulatedModel(gpu, Path(local_model("black-forest-labs/FLUX.1-dev")), None), "flux_lora", changes)
         rolled = run.roll_out()

@@ -20,7 +20,7 @@ from tempflow.rewards import build_reward, parse_rewards
 
 TABLES = {  # what optional tables need beside the key that is tried
     "model.lora": {}, "data.train": {"dataset": "a"}, "data.heldout": {"dataset": "a"}, "data.curation": {}, "rollout.suffix": {},
-    "training.ema": {}, "eval.stop": {"metric": "kl", "patience": 1}, "rollout.branch_steps": {"random": 2},
+    "training.ema": {}, "eval.stop": {"metric": "kl", "patience": 1}, "rollout.plan.branch_steps": {"random": 2},
 }  # fmt: skip
 
 
@@ -74,7 +74,7 @@ def test_the_walk_finds_the_keys():
     """So that the two tests above are about something."""
     texts, numbers = ({key for key, kinds in KEYS.items() if kind in kinds} for kind in (str, int))
     assert {"model.path", "model.lora.start", "data.train.dataset", "logging.name", "eval.stop.metric"} <= texts
-    assert {"rollout.seeds", "training.seed", "eval.num_steps", "checkpoint.every"} <= numbers
+    assert {"rollout.plan.seeds", "training.seed", "eval.num_steps", "checkpoint.every"} <= numbers
 
 
 def test_lists_without_entries_or_with_empty_ones():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from engine_cases import Iteration, small_config
+from engine_cases import Iteration, plan_table, small_config
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_cases import assert_close
@@ -43,8 +43,8 @@ def test_path_is_whole_and_never_longer_than_the_stride(first, length, suffix):
 @pytest.mark.parametrize("suffix", [None, {}, {"stride": 3, "order": 1}, {"stride": 2, "exact_steps": 2}])
 @pytest.mark.parametrize("plan", ["tempflow", "flow_grpo", "mix_grpo"])
 def test_forwards_are_counted_beforehand(plan, suffix):
-    config = small_config(rollout={"plan": plan, "branch_steps": "all", "suffix": suffix, "window": {"size": 3}},
-                          training={"advantage_group": "seed" if plan == "tempflow" else "prompt"})  # fmt: skip
+    config = small_config(rollout={"plan": plan_table(plan, seeds=2, children=2, branch_steps="all", window=3), "suffix": suffix},
+                          training={"advantage": {"over": "seed" if plan == "tempflow" else "prompt"}})  # fmt: skip
     units = iteration_units([5, 9], 2)
     run = Rollout(config, units)
     assert run.stats.forwards == run.told == count_forwards(build_plan(config, units, 0), 10, config.rollout.suffix)
@@ -52,7 +52,7 @@ def test_forwards_are_counted_beforehand(plan, suffix):
 
 def test_every_second_step_needs_the_forwards_of_the_cost_table():
     """280 exact forwards per unit at T = 10, B = 6 become 10 + 6 * 25."""
-    config = small_config(rollout={"children": 6, "branch_steps": "all", "suffix": {}})
+    config = small_config(rollout={"plan": {"children": 6, "branch_steps": "all"}, "suffix": {}})
     assert Rollout(config, iteration_units([3], 1)).stats.forwards == 160
 
 
@@ -78,7 +78,7 @@ def test_equals_the_formula_step_by_step(order, exact_steps):
     """A jump is Euler's steps with velocities on the line through the last two; the first, with nothing behind it, one of
     Euler's. Before the next jump it is made again with velocities on the line through its own two ends."""
     suffix = {"stride": 2, "order": order, "exact_steps": exact_steps}
-    config = small_config(rollout={"children": 2, "branch_steps": [0, 3, 8], "suffix": suffix})
+    config = small_config(rollout={"plan": {"children": 2, "branch_steps": [0, 3, 8]}, "suffix": suffix})
     units = iteration_units([5, 9], 1)
     run = Rollout(config, units, micro_batch=5)
     grid = GRID.double()
@@ -118,8 +118,9 @@ def test_distance_to_the_exact_suffix_falls_as_the_order_says(order, least):
     for num_steps in (20, 40, 80):
         ends = []
         for suffix in ({"stride": 2, "order": order}, None):
-            config = small_config(rollout={"num_steps": num_steps, "children": 1, "branch_steps": [1], "seeds": 2, "suffix": suffix},
-                                  training={"advantage_group": "prompt"})  # fmt: skip
+            config = small_config(rollout={"num_steps": num_steps, "plan": {"children": 1, "branch_steps": [1], "seeds": 2},
+                                           "suffix": suffix},
+                                  training={"advantage": {"over": "prompt"}})  # fmt: skip
             run = Rollout(config, iteration_units([1], 2), velocity=velocity, sigmas=torch.linspace(1, 0, num_steps + 1))
             ends.append(run.finished[0, 1, 0])
         distances.append((ends[0] - ends[1]).norm().item())

@@ -71,10 +71,10 @@ def write_rows(run_dir, rows):
 CONFIG = {
     "model": {"path": "tiny-flux", "dtype": "float32", "lora": None},
     "data": {"train": "words.txt", "heldout": "heldout.txt", "prompts_per_iteration": 8},
-    "rollout": {"plan": "tempflow", "height": 32, "width": 96, "num_steps": 10, "seeds": 1, "children": 6,
-                "branch_steps": "all", "sde": "flow", "eta": 0.7},
+    "rollout": {"plan": {"type": "tempflow", "seeds": 1, "children": 6, "branch_steps": "all"}, "height": 32, "width": 96,
+                "num_steps": 10, "sde": {"type": "flow", "eta": 0.7}},
     "rewards": {"ocr": {"weight": 1.0}},
-    "training": {"iterations": 90, "clip_low": 1e-3, "clip_high": 1e-3, "kl_coef": 0.0, "seed": 0},
+    "training": {"iterations": 90, "objective": {"clip_low": 1e-3, "clip_high": 1e-3}, "penalty": None, "seed": 0},
     "deepspeed": {"zero_optimization": {"stage": 0}},
 }
 

@@ -119,7 +119,7 @@ def test_wandb_gets_config_scalars_and_grid_and_resumes(run_factory, monkeypatch
         trackers.samples(run_dir / "samples/000000")
     Trackers(run_dir, wandb={"project": "p", "name": "mine"})
     first, again = calls[0], calls[-1]
-    assert first["project"] == "p" and first["name"] == "demo" and first["config"]["rollout"]["children"] == 6
+    assert first["project"] == "p" and first["name"] == "demo" and first["config"]["rollout"]["plan"]["children"] == 6
     assert calls[1] == {"iteration": 1, "loss": 0.5} and calls[2]["samples"][2].startswith('1. the word "')
     assert calls[3] == "finished" and again["id"] == first["id"] and again["name"] == "mine"
 

@@ -1,5 +1,6 @@
 """The JSON config of a run: its keys, loading it, and the checks that need no model."""
 
+from tempflow.config.load import load_config, parse_config
 from tempflow.config.schema import (
     Checkpoint,
     Config,
@@ -11,15 +12,12 @@ from tempflow.config.schema import (
     Logging,
     Lora,
     Model,
-    RandomSteps,
     RewardPoolSection,
     Rollout,
     Stop,
     Suffix,
     Training,
-    Window,
-    load_config,
-    parse_config,
+    Updates,
 )
 
 __all__ = [
@@ -33,13 +31,12 @@ __all__ = [
     "Logging",
     "Lora",
     "Model",
-    "RandomSteps",
     "RewardPoolSection",
     "Rollout",
     "Stop",
     "Suffix",
     "Training",
-    "Window",
+    "Updates",
     "load_config",
     "parse_config",
 ]

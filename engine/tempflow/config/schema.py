@@ -1,22 +1,27 @@
-"""The JSON config of a run: its keys, their types, defaults and meaning, and the checks that need no model.
+"""The JSON config of a run: its keys, their types, defaults and meaning.
 
-Every key is a field below with its help beside it. Unknown and ill-typed keys are refused with the nearest valid
-name. The `deepspeed` section is passed on verbatim, less the batch sizes, which the engine sets itself.
+Every key is a field below with its help beside it. A component's value is a name or a table; its options are those of its class,
+which `tempflow.registry` finds, and after parsing the table holds all of them. The `deepspeed` section is passed on verbatim, less the
+batch sizes, which the engine sets itself.
 """
 
 from __future__ import annotations
 
-import difflib
-import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from tempflow.config import strict_json
-from tempflow.errors import VALUE, UserError, note, shortened, shown
-from tempflow.run import places
+from tempflow import registry
+from tempflow.config.checks import check_compiled, check_deepspeed, check_groups, check_stop, resolve_components
+
+if TYPE_CHECKING:
+    from tempflow.advantages.base import Advantage
+    from tempflow.objectives.base import Objective
+    from tempflow.penalties import Penalty
+    from tempflow.sampling.plans.base import Plan
+    from tempflow.sampling.steps import Sde
 
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
 Count = Annotated[int, Field(ge=0, lt=2**31)]
@@ -26,6 +31,16 @@ Steps = Annotated[int, Field(ge=1, le=1000)]
 Pixels = Annotated[int, Field(ge=1, le=16384)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Compile = Literal["eager", "compile", "compile-max"]
+
+
+def _component(value: Any) -> Any:
+    """Only the form; what `tempflow.registry` knows of it is checked once all other keys are right."""
+    if isinstance(value, str) and value or isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return value
+    raise PydanticCustomError("component", 'expected an id, "module:Name" or a table {"type": ..., and its options}')
+
+
+Component = Annotated[Any, BeforeValidator(_component)]
 
 
 class Section(BaseModel):
@@ -100,15 +115,6 @@ class Data(Section):
             raise PydanticCustomError("prompts", allowed) from None
 
 
-class RandomSteps(Section):
-    random: Positive = Field(description="number of branch steps drawn anew each iteration, spread over the grid")
-
-
-class Window(Section):
-    size: Positive = Field(4, description="stochastic steps per iteration of mix_grpo")
-    every: Positive = Field(25, description="iterations after which the window moves on by one step")
-
-
 class Suffix(Section):
     stride: Positive = Field(2, description="after its last decision a row takes every stride-th grid point")
     order: Literal[1, 2] = Field(2, description="1: one Euler step; 2: extrapolated between forwards, and put right at the next one")
@@ -128,18 +134,11 @@ class Suffix(Section):
 
 
 class Rollout(Section):
-    plan: Literal["tempflow", "flow_grpo", "mix_grpo"] = Field("tempflow", description="which rows take noise where")
+    plan: Component = Field("tempflow", description="which rows take noise where")
     height: Pixels = Field(512, description="pixels")
     width: Pixels = Field(512, description="pixels")
     num_steps: Annotated[int, Field(ge=2, le=1000)] = Field(10, description="T, steps of the sampling grid")
-    seeds: Positive = Field(4, description="S, initial noises per prompt")
-    children: Annotated[int, Field(ge=1, le=64)] = Field(6, description="B, children per (seed, branch step)")
-    branch_steps: Union[Literal["all"], list[Count], RandomSteps] = Field(
-        "all", description='steps that take noise: "all" but the last, a list, or {"random": n}'
-    )
-    window: Window = Field(Window(), description="the stochastic window of mix_grpo")
-    sde: Literal["flow", "dance", "cps"] = Field("flow", description="kind of the stochastic step")
-    eta: Annotated[float, Field(gt=0)] = Field(0.7, description="noise level of the stochastic step")
+    sde: Component = Field("flow", description="the stochastic step")
     guidance_scale: Annotated[float, Field(ge=0)] = Field(3.5, description="as in the diffusers pipeline's call")
     micro_batch: Positive = Field(48, description="most rows in one forward of the rollout")
     lanes: Threads | None = Field(
@@ -153,16 +152,6 @@ class Rollout(Section):
     compile: Compile = Field("eager", description="torch.compile of the rollout copy's blocks; compile-max tunes kernels too")
     replica: bool = Field(True, description="roll out on a static copy of the weights, not through the training engine")
     refresh_bucket: Positive = Field(100_000_000, description="most weights gathered at a time when that copy is refreshed")
-
-    @field_validator("branch_steps", mode="wrap")
-    @classmethod
-    def _one_message(cls, value, read):
-        """One line, where pydantic would list what each of the allowed kinds misses."""
-        try:
-            return read(value)
-        except ValidationError:
-            allowed = 'expected "all", a list of steps from 0 on, or {"random": n} with n from 1 on'
-            raise PydanticCustomError("branch_steps", allowed) from None
 
 
 class RewardPoolSection(Section):
@@ -183,32 +172,28 @@ class Ema(Section):
     every: Positive = Field(8, description="updates between two averagings")
 
 
+class Updates(Section):
+    passes: Positive = Field(1, description="times that an iteration goes over its states")
+    parts: Positive = Field(1, description="disjoint shares of the states in a pass, an optimizer step each")
+
+
 class Training(Section):
     iterations: Positive = Field(100, description="rollouts, each followed by its updates")
     minutes: Annotated[float, Field(gt=0)] | None = Field(None, description="stop after this much training, if sooner")
-    updates_per_rollout: Positive = Field(1, description="optimizer steps, each over all decisions of the rollout")
+    updates: Updates = Field(Updates(), description="optimizer steps of an iteration")
     max_skipped: Count = Field(
         3, description="updates in a row that may be skipped because the gradient is not finite, before the run stops"
     )
     micro_batch: Positive = Field(8, description="decisions in one forward and backward")
-    advantage_of: Literal["sum", "each"] = Field(
-        "sum", description="of the weighted sum of the rewards, or the weighted sum of each reward's own (GDPO)"
-    )
-    advantage_group: Literal["seed", "prompt"] = Field("seed", description="whose rewards are normalised together")
-    global_std: bool = Field(False, description="divide by the whole batch's standard deviation, not the group's")
-    adv_clip: Annotated[float, Field(gt=0)] = Field(5.0, description="advantages are clipped to +- this")
-    clip_low: Fraction = Field(1e-4, description="the ratio is clipped below at 1 - this")
-    clip_high: Annotated[float, Field(gt=0)] = Field(1e-4, description="and above at 1 + this")
-    ratio: Literal["plain", "guard"] = Field("plain", description="guard: the normalised ratio of GRPO-Guard")
+    advantage: Component = Field("group", description="from rewards to advantages")
+    objective: Component = Field("grpo", description="what an update minimizes")
+    penalty: Component | None = Field(None, description="what holds the policy to the one before training; null: nothing")
     weighting: Literal["noise", "uniform"] = Field("noise", description="loss weight of a step: its tau, or 1")
     compile: Compile = Field("eager", description="torch.compile of the trained transformer's blocks; not with ZeRO stage 3")
-    kl_coef: Annotated[float, Field(ge=0)] = Field(0.0, description="beta; 0 keeps no reference policy")
     reference: Literal["whole", "sharded", "offloaded"] | None = Field(
         None, description="the reference policy of full fine-tuning: a copy on each GPU, one over all, or one in host memory; "
         "null: sharded at ZeRO stage 3, else whole"
     )
-    kl_form: Literal["x", "v"] = Field("x", description="KL of step means over tau, or plain velocity distance")
-    share_group_forward: bool = Field(True, description="one forward per state; false: one per child, for comparison")
     ema: Ema | None = Field(None, description="average of the trained weights, evaluated and exported where present")
     lr_decay: Annotated[float, Field(ge=0, le=1)] = Field(
         1.0, description="learning rate at the end over that at the start, along a cosine; 1: constant"
@@ -273,9 +258,34 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _agree(self) -> Config:
-        for check in (_check_branch_steps, _check_groups, _check_deepspeed, _check_compiled, _check_stop):
+        check_deepspeed(self)
+        resolve_components(self)
+        for check in (check_groups, check_compiled, check_stop):
             check(self)
         return self
+
+    def plan(self) -> Plan:
+        """Which latents an iteration integrates, prepared for this run."""
+        plan = registry.build("plan", self.rollout.plan)
+        with registry.keyed("rollout.plan", type(plan)):
+            plan.prepare(self.rollout.num_steps, self.training.seed)
+        return plan
+
+    def sde(self) -> Sde:
+        """The stochastic step."""
+        return registry.build("sde", self.rollout.sde)
+
+    def advantage(self) -> Advantage:
+        """From rewards to advantages."""
+        return registry.build("advantage", self.training.advantage)
+
+    def objective(self) -> Objective:
+        """What an update minimizes."""
+        return registry.build("objective", self.training.objective)
+
+    def penalty(self) -> Penalty | None:
+        """What holds the policy to the one before training; None: nothing."""
+        return registry.build("penalty", self.training.penalty) if self.training.penalty else None
 
     def eval_guidance(self) -> float:
         """Guidance scale of evaluations."""
@@ -286,233 +296,3 @@ class Config(Section):
         """Whose highest value makes a checkpoint the best: what `eval.stop` waits to rise, else the held-out reward."""
         rule = self.eval.stop
         return rule.metric if rule and rule.patience else "eval/reward"
-
-    def steps_with_noise(self) -> list[int]:
-        """Every step that the plan may ever make stochastic: all but the last, or the list given."""
-        steps = self.rollout.branch_steps
-        return steps if isinstance(steps, list) else list(range(self.rollout.num_steps - 1))
-
-
-def _check_branch_steps(config: Config) -> None:
-    r = config.rollout
-    last = r.num_steps - 2
-    if isinstance(r.branch_steps, list):
-        if not r.branch_steps or sorted(set(r.branch_steps)) != r.branch_steps:
-            raise ValueError(f"rollout.branch_steps: expected rising steps without repeats, got {r.branch_steps}")
-        if r.branch_steps[-1] > last:
-            raise ValueError(
-                f"rollout.branch_steps: step {r.branch_steps[-1]} is outside the grid; allowed are 0 to {last} "
-                f"(num_steps {r.num_steps}, the last step takes no noise)"
-            )
-    if isinstance(r.branch_steps, RandomSteps) and r.branch_steps.random > last + 1:
-        raise ValueError(f"rollout.branch_steps.random: {r.branch_steps.random} of {last + 1} steps")
-    if r.plan == "mix_grpo" and r.window.size > last + 1:
-        raise ValueError(f"rollout.window.size: {r.window.size} of {last + 1} steps")
-    if r.sde == "cps" and r.eta > 1:
-        raise ValueError(f"rollout.eta: {r.eta}; cps allows 0 to 1")
-
-
-def _check_groups(config: Config) -> None:
-    r, t = config.rollout, config.training
-    branching = r.plan == "tempflow"
-    if t.advantage_group == "seed" and not branching:
-        raise ValueError(f'training.advantage_group: "seed" groups the children of a branch; plan {r.plan} needs "prompt"')
-    size = r.children if t.advantage_group == "seed" else r.seeds * (r.children if branching else 1)
-    if size < 2:
-        keys = "rollout.children" if branching else "rollout.seeds"
-        raise ValueError(f"{keys}: a group of one has no advantage; at least 2 are needed")
-
-
-def _check_deepspeed(config: Config) -> None:
-    ds = config.deepspeed
-    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
-        if key in ds:
-            raise ValueError(f"deepspeed.{key}: the engine sets it; use training.micro_batch and data.prompts_per_iteration")
-    for key in ("optimizer", "bf16", "fp16"):
-        if not isinstance(ds.get(key, {}), dict):
-            raise ValueError(f"deepspeed.{key}: expected a table, got {shown(ds[key])}")
-    zero = ds.get("zero_optimization", {})
-    stage = zero.get("stage", 0) if isinstance(zero, dict) else None
-    if type(stage) is not int or not 0 <= stage <= 3:  # true is no stage, though it equals 1
-        raise ValueError(f"deepspeed.zero_optimization: expected a table with stage 0, 1, 2 or 3, got {shown(zero)}")
-    half = [name for name in ("bf16", "fp16") if isinstance(ds.get(name), dict) and ds[name].get("enabled")]
-    if half and zero.get("stage", 0) == 0:
-        raise ValueError(
-            f"deepspeed.{half[0]}: at ZeRO stage 0 DeepSpeed keeps no fp32 weights to update; set "
-            "deepspeed.zero_optimization.stage to 1, 2 or 3"
-        )
-    if "scheduler" in ds:
-        raise ValueError("deepspeed.scheduler: the engine sets the learning rate itself; use training.lr_decay")
-    if "optimizer" not in ds:
-        raise ValueError('deepspeed.optimizer: missing; for example {"type": "AdamW", "params": {"lr": 1e-4}}')
-
-
-def _check_compiled(config: Config) -> None:
-    if config.rollout.graphs and not config.rollout.replica:
-        raise ValueError("rollout.graphs: true needs rollout.replica; graphs read weights from fixed addresses")
-    stage = config.deepspeed.get("zero_optimization", {}).get("stage", 0)
-    if config.training.compile != "eager" and stage == 3:
-        raise ValueError(f"training.compile: {config.training.compile!r}; at ZeRO stage 3 only \"eager\" is allowed")
-    if config.training.compile != "eager" and config.training.reference in ("sharded", "offloaded"):
-        raise ValueError(f"training.reference: {config.training.reference!r} needs training.compile \"eager\"")
-    if (config.rollout.lanes or 1) > 1 and (config.rollout.graphs or not config.rollout.replica):
-        raise ValueError("rollout.lanes: with rollout.graphs, or without rollout.replica, only 1 is allowed")
-    suffix = config.rollout.suffix
-    if suffix and suffix.weights == "float8" and not config.rollout.replica:
-        raise ValueError('rollout.suffix.weights: "float8" needs rollout.replica, whose weights it is made from')
-    if config.rollout.compile != "eager" and not config.rollout.replica:
-        raise ValueError("rollout.compile: without rollout.replica rollouts use training.compile")
-
-
-def _check_stop(config: Config) -> None:
-    rule, r = config.eval.stop, config.rollout
-    if rule is None:
-        return
-    if not config.data.heldout or not config.eval.every:
-        raise ValueError("eval.stop: there are no evaluations; set data.heldout and eval.every")
-    if rule.patience is None and rule.below is None and rule.above is None:
-        raise ValueError("eval.stop: set patience, below or above")
-    known = ["eval/reward", *(f"eval/{name}" for name in config.rewards)]
-    known += ["kl"] if config.training.kl_coef else []
-    known += ["diversity/seeds"] if r.seeds > 1 else []
-    known += ["diversity/children"] if r.plan == "tempflow" and r.children > 1 else []
-    if rule.metric not in known:
-        raise ValueError(f"eval.stop.metric: {shown(rule.metric)}; this run has {', '.join(known)}")
-
-
-def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
-    """Read a JSON config, apply `section.key=value` overrides (JSON values, or bare strings), and check it. Of overrides that
-    set one key the last counts, and a note says so.
-
-    Raises UserError naming the key, the value that came and what is allowed.
-    """
-    file = Path(path)
-    data = _read_tables(file)
-    if places.STARTED_IN in data:  # a run's own config.json
-        places.relocate(data, file.parent)
-    data = {key: value for key, value in data.items() if key not in ("$schema", places.STARTED_IN)}  # for editors; for scripts
-    _apply_overrides(data, overrides)
-    places.expanded(data)
-    config = parse_config(data)
-    config.model.path = _found_from("model.path", config.model.path, file)
-    if config.model.lora and config.model.lora.start is not None:
-        config.model.lora.start = _found_from("model.lora.start", config.model.lora.start, file)
-    for key in ("train", "heldout"):
-        given = getattr(config.data, key)
-        if isinstance(given, HubDataset):
-            given.dataset = _found_from(f"data.{key}.dataset", given.dataset, file)
-        elif given is not None:
-            setattr(config.data, key, _found_from(f"data.{key}", given, file))
-    if config.logging.name is None:
-        config.logging.name = file.stem
-    return config
-
-
-def _read_tables(file: Path) -> dict:
-    try:
-        data = strict_json.loads(file.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise UserError(f"config file {file} does not exist") from None
-    except IsADirectoryError:
-        raise UserError(f"config file {file} is a folder") from None
-    except OSError as error:
-        raise UserError(f"config file {file} cannot be read: {error}") from None
-    except strict_json.Refused as error:
-        raise UserError(f"config file {file}: {error}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"config file {file} is not JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"config file {file}: expected a table of sections, got {type(data).__name__}")
-    return data
-
-
-def parse_config(data: dict) -> Config:
-    """A checked Config of nested tables; UserError as in `load_config`."""
-    try:
-        return Config.model_validate(data)
-    except ValidationError as error:
-        raise UserError("\n".join(_explain(item) for item in error.errors())) from None
-
-
-def _apply_overrides(data: dict, overrides: list[str]) -> None:
-    seen: list[str] = []
-    for override in overrides:
-        name, equals, text = override.partition("=")
-        if not equals or not all(name.split(".")):
-            raise UserError(f"--set {shortened(override, VALUE)}: expected section.key=value")
-        _set(data, name, _value_of(name, text))
-        for earlier in seen:
-            if earlier == name or earlier.startswith(f"{name}."):
-                note(f"--set {earlier} is given before --set {name}={shortened(text, VALUE)}, which replaces it")
-        seen.append(name)
-
-
-def _set(data: dict, name: str, value) -> None:
-    *sections, key = name.split(".")
-    for section in sections:
-        data = data.setdefault(section, {})
-        if not isinstance(data, dict):
-            raise UserError(f"--set {name}: {section} is not a table")
-    data[key] = value
-
-
-def _value_of(name: str, text: str):
-    """The JSON value of an override, or the bare text where it is none."""
-    try:
-        return strict_json.loads(text)
-    except json.JSONDecodeError:
-        return _bare(name, text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"--set {name}: {error}, in {shortened(text, VALUE)}") from None
-
-
-def _bare(name: str, text: str) -> str:
-    try:
-        return strict_json.check_text(text)
-    except strict_json.Refused as error:
-        raise UserError(f"--set {name}: {error}") from None
-
-
-def _found_from(key: str, path: str, config_file: Path) -> str:
-    """A relative path is looked up from the working directory, then from each folder above the config file."""
-    try:
-        if Path(path).exists() or Path(path).is_absolute():
-            return path
-        for folder in config_file.resolve().parents:
-            if (folder / path).exists():
-                return str(folder / path)
-    except (OSError, ValueError) as error:  # too long for a file name, or characters that none can have
-        raise UserError(f"{key}: {shown(path)} cannot be a path: {error if isinstance(error, ValueError) else error.strerror}") from None
-    return path
-
-
-_EMPTY = {"string_too_short": "expected a text that is not empty, got ''", "too_short": "expected a list that is not empty, got []"}
-
-
-def _explain(error: dict) -> str:
-    """One line of a pydantic error, in the user's key names."""
-    parts = [str(p) for p in error["loc"]]
-    name = ".".join(part if part.isprintable() and len(part) < VALUE else shown(part) for part in parts)
-    if error["type"] == "extra_forbidden":
-        known = _known_keys(parts[:-1])
-        near = difflib.get_close_matches(parts[-1], known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        return f"{name}: unknown key{hint} Allowed here: {', '.join(known)}"
-    if error["type"] == "missing":
-        return f"{name}: required, and missing"
-    if error["type"] == "value_error" and not name:
-        return str(error["ctx"]["error"])
-    if parts[-1:] == ["[key]"]:
-        return f"{'.'.join(parts[:-2])}: expected keys that are texts and not empty, got {shown(error['input'])}"
-    if error["type"] in _EMPTY:
-        return f"{name}: {_EMPTY[error['type']]}"
-    return f"{name}: {error['msg'][0].lower() + error['msg'][1:]}, got {shown(error['input'])}"
-
-
-def _known_keys(parts: list[str]) -> list[str]:
-    model: type[BaseModel] = Config
-    for part in parts:
-        annotation = model.model_fields[part].annotation
-        options = [annotation, *getattr(annotation, "__args__", ())]
-        model = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
-    return list(model.model_fields)

@@ -23,7 +23,7 @@ CANDIDATES: list[tuple[str, dict]] = [
      {"deepspeed.zero_optimization.offload_optimizer": {"device": "cpu"}}),
     ("rollout.replica=false", {"rollout.replica": False, "rollout.graphs": False, "rollout.compile": "eager"}),
     ("reward_pool.workers=1", {"reward_pool.workers": 1}),
-    ("training.kl_coef=0", {"training.kl_coef": 0.0}),
+    ("training.penalty=null", {"training.penalty": None}),
     ("training.reference=offloaded", {"training.reference": "offloaded"}),
     ("model.dtype=bfloat16", {"model.dtype": "bfloat16"}),
     ('deepspeed.bf16={"enabled": true}', {"deepspeed.bf16": {"enabled": True}}),

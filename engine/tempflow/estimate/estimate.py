@@ -103,9 +103,9 @@ def estimate(config: Config, *, gpus: int = 1, mfu: float = 0.4, card_gb: float 
     model = Model(local_model(config.model.path))
     check_model(model.folder)
     check_size(model.folder, types.Size(config.rollout.height, config.rollout.width))
-    units = config.data.prompts_per_iteration * config.rollout.seeds
+    units = config.data.prompts_per_iteration * config.plan().seeds
     if units < gpus:
-        raise UserError(f"data.prompts_per_iteration x rollout.seeds: {units} units for {gpus} GPUs")
+        raise UserError(f"data.prompts_per_iteration x rollout.plan.seeds: {units} units for {gpus} GPUs")
     memory = _memory(config, model, gpus, prompts)
     card, speed = int(card_gb * 1e9), peak_tflops * 1e12 * mfu
     advice: list[Advice] = []
@@ -151,7 +151,7 @@ def _memory(config: Config, model: Model, gpus: int, prompts: int) -> Memory:
         Item("training engine: gradients", zero.gradients, "model.lora, zero_optimization.stage"),
         Item("training engine: optimizer", zero.optimizer, "model.lora, zero_optimization.stage, offload_optimizer"),
         Item("training engine: buffers", zero.buffers, "zero_optimization: bucket sizes"),
-        Item("reference copy", reference, "training.kl_coef, training.reference, model.lora"),
+        Item("reference copy", reference, "training.penalty, training.reference, model.lora"),
         Item("layers of the reference, gathered", zero.gathered if where in ("sharded", "offloaded") else 0,
              "zero_optimization.stage3_max_live_parameters"),
         Item("CUDA graph of the rollout", forward if r.graphs else 0, "rollout.graphs, rollout.micro_batch"),
@@ -225,7 +225,8 @@ def _held(config: Config, model: Model, gpus: int, dtype: torch.dtype, trained_i
     decisions = units * len(plan.steps)
     stored = decisions * (1 + plan.width) * 4
     batched = decisions * (1 + plan.width) * 4
-    velocities = decisions * trained_in.itemsize * ((t.kl_coef > 0) + (t.ratio == "guard" and t.updates_per_rollout > 1))
+    keeps_velocity = t.objective.get("ratio") == "guard" and t.updates.passes > 1
+    velocities = decisions * trained_in.itemsize * ((t.penalty is not None) + keeps_velocity)
     under_way = (units + r.micro_batch) * 4
     embeddings = sum(_embedding_bytes(model.folder, dtype, size)) * min(config.data.prompts_per_iteration, units)
     return (stored + batched + velocities + under_way) * elements + embeddings
@@ -251,22 +252,15 @@ def _training_key(config: Config, model: Model) -> tuple:
 def _training_rows(config: Config, gpus: int) -> int:
     """Rows of the largest micro-batch: the trainer makes them even. Every decision is taken to have something to teach."""
     decisions = _busiest_units(config, gpus) * len(build_plan(config, [Unit(0, 0, 0, 0)], 0).steps)
-    rows = -(-decisions // -(-decisions // config.training.micro_batch))
-    return rows * _children(config)
+    return -(-decisions // -(-decisions // config.training.micro_batch))
 
 
 def _rows(number: int) -> str:
     return "one row" if number == 1 else f"{number} rows" if number < 10**9 else "very many rows"
 
 
-def _children(config: Config) -> int:
-    """Rows that training forwards for a decision."""
-    branching = config.rollout.plan == "tempflow"
-    return config.rollout.children if branching and not config.training.share_group_forward else 1
-
-
 def _busiest_units(config: Config, gpus: int) -> int:
-    return -(-config.data.prompts_per_iteration * config.rollout.seeds // gpus)
+    return -(-config.data.prompts_per_iteration * config.plan().seeds // gpus)
 
 
 def _line(measured, rows: int) -> int:
@@ -282,7 +276,7 @@ def _phases(config: Config, model: Model, gpus: int, speed: float) -> list[Phase
     r, t, folder = config.rollout, config.training, model.folder
     dtype = resolve_dtype(config.model.dtype, "cuda")
     one = _at(_size(config, model), 1)
-    units, busiest = config.data.prompts_per_iteration * r.seeds, _busiest_units(config, gpus)
+    units, busiest = config.data.prompts_per_iteration * config.plan().seeds, _busiest_units(config, gpus)
     plan = build_plan(config, [Unit(0, 0, 0, 0)], 0)
     flops = _forward_pass(folder, dtype, one)[1]
     decode = _decode_pass(folder, dtype, one)[1]
@@ -290,12 +284,12 @@ def _phases(config: Config, model: Model, gpus: int, speed: float) -> list[Phase
     def phase(name: str, each: int, flops: int, share: float = 1.0) -> Phase:
         return Phase(name, units * each, busiest * each, flops, _seconds(busiest * each * flops, speed), share)
 
-    decisions = len(plan.steps) * _children(config)
+    decisions = len(plan.steps)
     phases = [phase("rollout", count_forwards(plan, r.num_steps, r.suffix), flops), phase("decode", len(plan.rows), decode)]
-    if t.kl_coef:
+    if t.penalty:
         phases.append(phase("reference", decisions, flops))
     trained = _training_flops(*_training_key(config, model), one)
-    phases.append(phase("training", decisions * t.updates_per_rollout, trained))
+    phases.append(phase("training", decisions * t.updates.passes, trained))
     if r.suffix and r.suffix.audit_every:
         audited = count_forwards(plan, r.num_steps, None)
         phases.append(phase("audit", audited, flops, 1 / min(r.suffix.audit_every, 10**9)))

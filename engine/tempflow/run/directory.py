@@ -9,7 +9,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Callable, Iterator
 
+from tempflow import registry
 from tempflow.config import Config, parse_config
+from tempflow.config.moved import translate
 from tempflow.errors import UserError, shown
 from tempflow.run import places
 from tempflow.run.lock import LOCK, lock
@@ -141,7 +143,16 @@ def _check_same(old: dict, new: dict, run_dir: Path) -> None:
         for key in {**a[section], **b[section]}:
             was, now = a[section].get(key), b[section].get(key)
             if was != now and (section, key) not in FREE_KEYS:
-                raise UserError(f"--resume: {section}.{key} is {shown(now)}, but the run in {run_dir} has {shown(was)}")
+                name, was, now = _first_difference(f"{section}.{key}", was, now)
+                raise UserError(f"--resume: {name} is {shown(now)}, but the run in {run_dir} has {shown(was)}")
+
+
+def _first_difference(name: str, was, now) -> tuple[str, object, object]:
+    """Of components of one type, the first option that differs; of anything else, the whole."""
+    if name in registry.IN_CONFIG and was and now and was["type"] == now["type"]:
+        option = next(key for key in {**was, **now} if was.get(key) != now.get(key))
+        return f"{name}.{option}", was.get(option), now.get(option)
+    return name, was, now
 
 
 def _read_table(run_dir: Path) -> tuple[dict, list[str]]:
@@ -154,15 +165,17 @@ def _read_table(run_dir: Path) -> tuple[dict, list[str]]:
         raise UserError(f"{run_dir} is no run directory: {error}") from None
     folders = places.module_folders(table, run_dir)
     places.relocate(table, run_dir)
+    translate(table)
     return {key: value for key, value in table.items() if key != places.STARTED_IN}, folders
 
 
 def read_config(run_dir: Path) -> Config:
     """The resolved config of a run. UserError where there is none."""
+    find_modules(run_dir)
     return parse_config(_read_table(run_dir)[0])
 
 
 def find_modules(run_dir: Path) -> None:
-    """Let modules of the run's own rewards be imported from where the run was started, wherever this process was."""
+    """Let modules of the run's own components and rewards be imported from where the run was started, wherever this process was."""
     if (run_dir / "config.json").exists():
         sys.path.extend(folder for folder in _read_table(run_dir)[1] if folder not in sys.path)

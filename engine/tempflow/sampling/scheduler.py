@@ -15,7 +15,8 @@ import torch
 from tempflow.config import Suffix
 from tempflow.profiling import span
 from tempflow.sampling.noise import INITIAL, key_tensor, noise_key
-from tempflow.sampling.plans import Plan, Row, Unit
+from tempflow.sampling.plans import Row, Unit
+from tempflow.sampling.plans import RowPlan as Plan
 from tempflow.sampling.steps import Coefficients
 from tempflow.sampling.suffix import count_forwards, first_forward, last_decisions, lead, suffix_path
 from tempflow_kernels import normal, sde_step

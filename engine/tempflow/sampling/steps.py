@@ -1,15 +1,18 @@
 """The sampling step as numbers: for each step of a sigma grid the scalars (a, b, tau) of x' = a x + b v + tau eps.
 
-Formulas: DESIGN section 2. `flow` is the SDE of Flow-GRPO (arXiv 2505.05470, eq. 9), `dance` that of DanceGRPO
-(arXiv 2505.07818), `cps` the coefficients-preserving step of FlowCPS (arXiv 2509.05952); tau = 0 is the ODE step.
+Formulas: DESIGN section 2. tau = 0 is the ODE step; each SDE is a class here.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Callable
 
 import torch
+
+from tempflow.errors import check_range
 
 
 @dataclass(frozen=True)
@@ -27,37 +30,78 @@ def ode_coefficients(sigmas: torch.Tensor) -> Coefficients:
     return Coefficients(torch.ones_like(dt), dt, torch.zeros_like(dt))
 
 
-def sde_coefficients(sigmas: torch.Tensor, kind: str, eta: float) -> Coefficients:
-    """Scalars of the stochastic step of `kind` ("flow", "dance" or "cps"); sigmas: [T + 1], falling from 1 to 0.
+class Sde(ABC):
+    """A kind of stochastic step."""
 
-    Raises KeyError for another kind.
+    @abstractmethod
+    def coefficients(self, sigmas: torch.Tensor) -> Coefficients:
+        """The scalars of every step. sigmas: [T + 1], falling from 1 to 0."""
+
+
+class Flow(Sde):
+    """The SDE of Flow-GRPO (arXiv 2505.05470): noise that grows towards sigma 1.
+
+    Args:
+        eta: noise level, above 0.
     """
-    step = {"flow": _flow, "dance": _dance, "cps": _cps}[kind]
+
+    def __init__(self, eta: float = 0.7):
+        check_range("eta", eta, above=0)
+        self.eta = eta
+
+    def coefficients(self, sigmas):
+        # A static shift can leave the first sigma an fp32 rounding away from 1, where the next one stands in.
+        first = sigmas.double()[1].item()
+        return _steps(sigmas, lambda s, s_next: _langevin(s, s_next, self.eta * math.sqrt(s / (1 - (first if s > 1 - 1e-6 else s)))))
+
+
+class Dance(Sde):
+    """The SDE of DanceGRPO (arXiv 2505.07818): the same noise at every sigma.
+
+    Args:
+        eta: noise level, above 0.
+    """
+
+    def __init__(self, eta: float = 0.7):
+        check_range("eta", eta, above=0)
+        self.eta = eta
+
+    def coefficients(self, sigmas):
+        return _steps(sigmas, lambda s, s_next: _langevin(s, s_next, self.eta))
+
+
+class Cps(Sde):
+    """The coefficients-preserving step of FlowCPS (arXiv 2509.05952): the noise that it adds is noise that it took away.
+
+    Args:
+        eta: noise level, above 0, at most 1.
+    """
+
+    def __init__(self, eta: float = 0.7):
+        check_range("eta", eta, above=0, most=1)
+        self.eta = eta
+
+    def coefficients(self, sigmas):
+        return _steps(sigmas, self._step)
+
+    def _step(self, s: float, s_next: float) -> tuple[float, float, float]:
+        tau = s_next * math.sin(self.eta * math.pi / 2)
+        q = math.sqrt(s_next * s_next - tau * tau)
+        return (1 - s_next) + q, q * (1 - s) - s * (1 - s_next), tau
+
+
+def _steps(sigmas: torch.Tensor, step: Callable[[float, float], tuple[float, float, float]]) -> Coefficients:
+    """(a, b, tau) of step(sigma, next sigma) along a grid."""
     grid = sigmas.double().tolist()
-    rows = [step(s, s_next, grid[1], eta) for s, s_next in zip(grid[:-1], grid[1:], strict=True)]
+    rows = [step(s, s_next) for s, s_next in zip(grid[:-1], grid[1:], strict=True)]
     a, b, tau = torch.tensor(rows, dtype=torch.float64).float().unbind(1)
     return Coefficients(a, b, tau)
-
-
-def _flow(s: float, s_next: float, s_first: float, eta: float) -> tuple[float, float, float]:
-    # A static shift can leave the first sigma an fp32 rounding away from 1.
-    return _langevin(s, s_next, eta * math.sqrt(s / (1 - (s_first if s > 1 - 1e-6 else s))))
-
-
-def _dance(s: float, s_next: float, s_first: float, eta: float) -> tuple[float, float, float]:
-    return _langevin(s, s_next, eta)
 
 
 def _langevin(s: float, s_next: float, std: float) -> tuple[float, float, float]:
     dt = s_next - s
     drift = std * std / (2 * s)
     return 1 + drift * dt, (1 + drift * (1 - s)) * dt, std * math.sqrt(-dt)
-
-
-def _cps(s: float, s_next: float, s_first: float, eta: float) -> tuple[float, float, float]:
-    tau = s_next * math.sin(eta * math.pi / 2)
-    q = math.sqrt(s_next * s_next - tau * tau)
-    return (1 - s_next) + q, q * (1 - s) - s * (1 - s_next), tau
 
 
 def noise_weights(tau: torch.Tensor, steps: list[int], weighting: str) -> torch.Tensor:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 
 from tempflow.config import Suffix
-from tempflow.sampling.plans import Plan, Row
+from tempflow.sampling.plans import Row
+from tempflow.sampling.plans import RowPlan as Plan
 
 
 def suffix_path(first: int, last: int, suffix: Suffix | None) -> list[int]:

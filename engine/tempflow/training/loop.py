@@ -16,7 +16,7 @@ from typing import Callable
 import numpy as np
 import torch
 
-from tempflow.advantages import Advantages, advantages, decoupled_advantages, rank_correlation
+from tempflow.advantages import Advantages, rank_correlation
 from tempflow.checkpoints import checkpoint
 from tempflow.config import Config
 from tempflow.data.curation import Curation
@@ -67,10 +67,10 @@ class Trainer:
         self.order = PromptOrder(len(train), config.data.prompts_per_iteration, config.training.seed)
         choice = config.data.curation
         self.fitting = fits([spec for spec in specs if not spec.watched], [p.metadata for p in train])
-        self.curation = Curation(choice, self.order, config.training.advantage_group, kinds_of(self.fitting)) if choice else None
-        units = config.data.prompts_per_iteration * config.rollout.seeds
+        self.curation = Curation(choice, self.order, config.advantage().over, kinds_of(self.fitting)) if choice else None
+        units = config.data.prompts_per_iteration * config.plan().seeds
         if units < comm.world_size():
-            raise UserError(f"data.prompts_per_iteration x rollout.seeds: {units} units for {comm.world_size()} ranks")
+            raise UserError(f"data.prompts_per_iteration x rollout.plan.seeds: {units} units for {comm.world_size()} ranks")
         if self.heldout and len(self.heldout) < comm.world_size():
             raise UserError(f"data.heldout, eval.prompts: {len(self.heldout)} prompts for {comm.world_size()} ranks")
         self._check_equal_shares(units)
@@ -112,7 +112,7 @@ class Trainer:
         stage = self.config.deepspeed.get("zero_optimization", {}).get("stage", 0)
         if self.config.rollout.replica or stage < 3:
             return
-        shared = {"data.prompts_per_iteration x rollout.seeds": units}
+        shared = {"data.prompts_per_iteration x rollout.plan.seeds": units}
         if self.config.eval.every:
             shared["data.heldout, eval.prompts"] = len(self.heldout)
         for key, count in shared.items():
@@ -248,10 +248,10 @@ class Trainer:
         started = time.perf_counter()
         batches, total = self._batches(data, adv)
         updates: list[dict] = []
-        with self.console.phase("train", t.updates_per_rollout * len(batches)) as advance:
+        with self.console.phase("train", t.updates.passes * len(batches)) as advance:
             if self.iteration == 0 and batches:
                 self._check_replay(batches[0])
-            for u in range(t.updates_per_rollout if batches else 0):
+            for u in range(t.updates.passes if batches else 0):
                 updates.append(self.updater.update(batches, total, self._lr_factor(), u == 0, advance))
                 if updates[-1]["skipped"]:
                     self._skipped(u, updates[-1]["broken"])
@@ -275,17 +275,12 @@ class Trainer:
 
     def _advantages(self, rewards: np.ndarray, parts: dict[str, np.ndarray], fitting: np.ndarray) -> Advantages:
         """fitting: bool [P, R], the rewards of `parts` that apply to each prompt."""
-        t = self.config.training
-        how = {"group": t.advantage_group, "global_std": t.global_std, "clip": t.adv_clip}
-        if t.advantage_of == "sum":
-            return advantages(rewards, kinds=kinds_of(fitting), **how)
-        weights = {spec.name: spec.weight for spec in self.specs}
-        return decoupled_advantages(rewards, list(parts.values()), [weights[name] for name in parts], applies=list(fitting.T), **how)
+        return self.config.advantage()(rewards, parts, {spec.name: spec.weight for spec in self.specs}, fitting)
 
     def _batches(self, data: Collected, adv: Advantages) -> tuple[list[Batch], int]:
         """This rank's micro-batches, as many as any rank needs, and the decisions of all ranks."""
         t = self.config.training
-        chosen = select(data.decisions, adv, data.steps, keep_all=t.kl_coef > 0)
+        chosen = select(data.decisions, adv, data.steps, keep_all=t.penalty is not None)
         most = int(comm.reduce(len(chosen), "max"))
         count = math.ceil(most / t.micro_batch)
         size = math.ceil(most / max(1, count))  # even micro-batches: the least padding
@@ -315,10 +310,11 @@ class Trainer:
 
     def _check_replay(self, batch: Batch) -> None:
         deviation = float(comm.reduce(self.updater.replay_deviation(batch), "max"))
-        if deviation > 0.1 * self.config.training.clip_high:
+        clip_high = self.updater.objective.clip_high
+        if deviation > 0.1 * clip_high:
             self.console.note(
                 f"warning: two passes over the same states with the same weights give ratios up to {deviation:.1e} from 1 "
-                f"(clip_high {self.config.training.clip_high:.1e}). Dropout, non-deterministic kernels or too low a "
+                f"(clip_high {clip_high:.1e}). Dropout, non-deterministic kernels or too low a "
                 "precision in the deepspeed section cause this."
             )
 
@@ -429,11 +425,10 @@ class Trainer:
         if self.ema and not self.ema.taken:
             self.console.note(f"training.ema: no average was taken in {self.ema.updates} updates (training.ema.every: {self.ema.every}); "
                               "the raw weights were evaluated, and are what will be exported")  # fmt: skip
-        r = self.config.rollout
         summary = {
             "base_reward": self.base_reward, "tuned_reward": final.get("eval/reward"), **_sureness(final, self.base_rewards),
             "minutes": self.elapsed / 60,
-            "iterations": self.iteration, "images": self.images, "model": self.config.model.path, "plan": r.plan,
+            "iterations": self.iteration, "images": self.images, "model": self.config.model.path, "plan": self.config.rollout.plan["type"],
             "device": device_name(), "world_size": comm.world_size(), "versions": versions(), "stopped": self.ended,
         }  # fmt: skip
         self.byproducts.attempt("summary.json", write_atomic, self.run_dir / "summary.json", json.dumps(summary, indent=1))

@@ -20,7 +20,7 @@ GATHERING = ("stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_
 
 def placement(config: Config) -> str | None:
     """Where the copy is: "whole", "sharded" or "offloaded"; None where there is none."""
-    if not config.training.kl_coef or config.model.lora:
+    if config.training.penalty is None or config.model.lora:
         return None
     stage = config.deepspeed.get("zero_optimization", {}).get("stage", 0)
     return config.training.reference or ("sharded" if stage == 3 else "whole")

@@ -49,7 +49,8 @@ def small_config(config: Config, multiple: int) -> Config:
     table = json.loads(config.model_dump_json())
     r = table["rollout"]
     side = multiple * max(1, SIDE // multiple)
-    r |= {"height": min(r["height"], side), "width": min(r["width"], side), "seeds": 2, "children": 2, "micro_batch": 2, "lanes": 1}
+    r |= {"height": min(r["height"], side), "width": min(r["width"], side), "micro_batch": 2, "lanes": 1}
+    r["plan"] |= {key: 2 for key in ("seeds", "children") if key in r["plan"]}
     table |= {"rewards": {"jpeg": 1.0}, "reward_pool": {"workers": 0}}
     table["eval"]["stop"] = None  # it may wait for another reward
     return parse_config(table)

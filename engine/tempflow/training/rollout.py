@@ -22,9 +22,10 @@ from tempflow.run.diversity import mean_distance, thumbnails
 from tempflow.run.failures import check_failed
 from tempflow.sampling.float8 import Float8Copy
 from tempflow.sampling.graphs import CudaCapture, GraphCache
-from tempflow.sampling.plans import Plan, Unit, build_plan, iteration_units, split_plan
+from tempflow.sampling.plans import RowPlan as Plan
+from tempflow.sampling.plans import Unit, build_plan, iteration_units, split_plan
 from tempflow.sampling.scheduler import Decision, RolloutStats, RowScheduler
-from tempflow.sampling.steps import Coefficients, sde_coefficients
+from tempflow.sampling.steps import Coefficients
 from tempflow.sampling.suffix import count_forwards
 from tempflow.training import distributed as comm
 from tempflow.training.device import cores_per_rank
@@ -124,7 +125,7 @@ class Collector:
         self.sampler = policy.at(Size(r.height, r.width), r.guidance_scale)
         self.latent_shape = self.sampler.latent_shape
         self.sigmas = self.sampler.sigmas(r.num_steps)
-        self.sde: Coefficients = sde_coefficients(self.sigmas, r.sde, r.eta)
+        self.sde: Coefficients = config.sde().coefficients(self.sigmas)
         self.submitting = Lock()
         self.lanes = r.lanes or (cores_per_rank() if policy.device.type == "cpu" and r.replica else 1)
         self._float8: Float8Copy | None = None
@@ -143,7 +144,7 @@ class Collector:
 
     def my_units(self, prompt_ids: list[int]) -> list[Unit]:
         """Units dealt to this rank: every world-size-th."""
-        return iteration_units(prompt_ids, self.config.rollout.seeds)[comm.rank() :: comm.world_size()]
+        return iteration_units(prompt_ids, self.config.plan().seeds)[comm.rank() :: comm.world_size()]
 
     def forwards(self, prompt_ids: list[int], iteration: int) -> int:
         """Rows that this rank will forward in an iteration."""
@@ -245,7 +246,7 @@ class Collector:
         columns = [np.concatenate([c.values for c in combined])]
         columns += [np.concatenate([c.parts[spec.name] for c in combined]) for spec in self.trained]
         values = dict(zip(finished.rows, np.stack(columns, axis=1), strict=True))  # the sum, then each reward
-        mine = np.zeros((len(columns), prompts, self.config.rollout.seeds, len(plan.steps), plan.width))
+        mine = np.zeros((len(columns), prompts, self.config.plan().seeds, len(plan.steps), plan.width))
         trunks = []
         for index, row in enumerate(plan.rows):
             taken = [plan.steps.index(k) for k in sorted(row.noise)]
@@ -267,7 +268,7 @@ class Collector:
     def _diversity(self, plan: Plan, finished: _Finished, prompts: int) -> dict[str, float]:
         """Mean distances between a prompt's pictures of different seeds, and between the children of one state."""
         seen = np.stack(finished.thumbnails)[np.argsort(finished.rows)]  # by row
-        seeds, found = self.config.rollout.seeds, {}
+        seeds, found = self.config.plan().seeds, {}
         if seeds > 1:  # a prompt's seeds lie on several ranks
             roots = np.zeros((prompts, seeds, seen.shape[1]), dtype=np.float32)
             for thumbnail, row in zip(seen, plan.rows, strict=True):

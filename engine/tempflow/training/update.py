@@ -47,10 +47,14 @@ class UpdateStats:
 
 
 class Updater:
-    """Turns micro-batches into optimizer steps. embed(units) gives the conditioning of a batch's units."""
+    """Turns micro-batches into optimizer steps. embed(units) gives the conditioning of a batch's units.
 
-    def __init__(self, config: Config, runtime: Runtime, embed):
-        self.config, self.runtime, self.embed = config, runtime, embed
+    share_forward: one forward per state; False: one per child, which benchmarks compare with.
+    """
+
+    def __init__(self, config: Config, runtime: Runtime, embed, share_forward: bool = True):
+        self.config, self.runtime, self.embed, self.share_forward = config, runtime, embed, share_forward
+        self.objective, self.penalty = config.objective(), config.penalty()
 
     def velocity(self, transformer, batch: Batch) -> torch.Tensor:
         r = self.config.rollout
@@ -77,21 +81,21 @@ class Updater:
         return metrics | {"grad_norm": math.nan if norm is None else norm, "skipped": int(norm is None), "broken": stats.broken}
 
     def _loss(self, batch: Batch, total: int, first: bool, stats: UpdateStats) -> torch.Tensor:
-        t = self.config.training
-        used = batch if t.share_group_forward else one_child_per_state(batch)
-        if t.kl_coef and used.velocity_ref is None:
+        objective, penalty = self.objective, self.penalty
+        used = batch if self.share_forward else one_child_per_state(batch)
+        if penalty and used.velocity_ref is None:
             used.velocity_ref = self._reference(used, stats)
             batch.velocity_ref = used.velocity_ref[:: len(used.x) // len(batch.x)]
         v = self.velocity(self.runtime.engine, used)
         loss, seen = group_loss(
             v, used.x, used.x_next, used.a, used.b, used.tau, None if first else used.log_prob_old, used.advantage,
-            used.weight, clip_low=t.clip_low, clip_high=t.clip_high, velocity_ref=used.velocity_ref,
-            kl_coef=t.kl_coef, kl_form=t.kl_form, ratio=t.ratio,
+            used.weight, clip_low=objective.clip_low, clip_high=objective.clip_high, velocity_ref=used.velocity_ref,
+            kl_coef=penalty.coef if penalty else 0.0, kl_form=penalty.form if penalty else "x", ratio=objective.ratio,
             velocity_old=None if first else used.velocity_old,
         )  # fmt: skip
         if first:
             batch.log_prob_old = seen.log_prob.reshape(batch.advantage.shape)
-            if t.ratio == "guard":
+            if objective.ratio == "guard":
                 batch.velocity_old = v.detach()[:: len(v) // len(batch.x)]
         rows = len(batch.x)
         self._note(batch, used, seen, first, stats)
@@ -113,7 +117,7 @@ class Updater:
         stats.broken += [unit for unit, good in zip(used.units, finite) if not good]
         ratio = seen.ratio[: used.real]
         if used.real:
-            above = (ratio > 1 + self.config.training.clip_high).to(seen.clip_fraction.dtype).mean()
+            above = (ratio > 1 + self.objective.clip_high).to(seen.clip_fraction.dtype).mean()
             clipped, above = torch.stack([seen.clip_fraction, above]).tolist()
             stats.clipped, stats.above = stats.clipped + clipped * batch.real, stats.above + above * batch.real
             stats.max_dev = max(stats.max_dev, (ratio - 1).abs().max().item())

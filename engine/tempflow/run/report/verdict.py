@@ -95,8 +95,10 @@ def facts(run: Run) -> str:
     size = f"{rollout['width']} × {rollout['height']} px" if {"width", "height"} <= set(rollout) else None
     lora = run.setting("model", "lora")
     tuned = f"LoRA rank {lora.get('rank', '?')}" if isinstance(lora, dict) else "full weights" if run.config else None
+    plan = rollout.get("plan")
+    plan = plan.get("type") if isinstance(plan, dict) else plan
     values = [("Model", run.setting("model", "path") or summary.get("model")), ("Tuned", tuned),
-              ("Plan", rollout.get("plan")), ("Reward", ", ".join(run.config.get("rewards") or {}) or None),
+              ("Plan", plan), ("Reward", ", ".join(run.config.get("rewards") or {}) or None),
               ("Pictures", size), ("Device", summary.get("device"))]
     shown = "".join(f"<div><dt>{name}</dt><dd>{escape(str(value))}</dd></div>" for name, value in values if value)
     return f'<dl class="facts">{shown}</dl>' if shown else ""

@@ -1,0 +1,99 @@
+"""What the keys of a config must agree on, beyond the type and range of each; nothing here needs a model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tempflow import registry
+from tempflow.errors import UserError, shown
+
+if TYPE_CHECKING:
+    from tempflow.config.schema import Config
+
+
+def resolve_components(config: Config) -> None:
+    """Replace every component's value by the table of its type and all options. ValueError with a line for each that is refused."""
+    refused = []
+    for key, kind in registry.IN_CONFIG.items():
+        section, name = key.split(".")
+        table = getattr(config, section)
+        try:
+            if getattr(table, name) is not None:
+                setattr(table, name, registry.resolve(kind, getattr(table, name)))
+                getattr(config, name)()
+        except UserError as error:
+            refused.append(str(error))
+    if refused:
+        raise ValueError("\n".join(refused))
+
+
+def check_groups(config: Config) -> None:
+    plan, over = config.plan(), getattr(config.advantage(), "over", None)
+    size = plan.children if over == "seed" else plan.seeds * plan.children
+    if size > 1:
+        return
+    if "children" in config.rollout.plan:
+        raise ValueError("rollout.plan.children: a group of one has no advantage; at least 2 are needed")
+    if over == "seed":
+        raise ValueError(
+            'training.advantage.over: "seed" groups the children of a state; '
+            f'plan {config.rollout.plan["type"]} has one child each and needs "prompt"'
+        )
+    raise ValueError("rollout.plan.seeds: a group of one has no advantage; at least 2 are needed")
+
+
+def check_deepspeed(config: Config) -> None:
+    ds = config.deepspeed
+    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        if key in ds:
+            raise ValueError(f"deepspeed.{key}: the engine sets it; use training.micro_batch and data.prompts_per_iteration")
+    for key in ("optimizer", "bf16", "fp16"):
+        if not isinstance(ds.get(key, {}), dict):
+            raise ValueError(f"deepspeed.{key}: expected a table, got {shown(ds[key])}")
+    zero = ds.get("zero_optimization", {})
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else None
+    if type(stage) is not int or not 0 <= stage <= 3:  # true is no stage, though it equals 1
+        raise ValueError(f"deepspeed.zero_optimization: expected a table with stage 0, 1, 2 or 3, got {shown(zero)}")
+    half = [name for name in ("bf16", "fp16") if isinstance(ds.get(name), dict) and ds[name].get("enabled")]
+    if half and zero.get("stage", 0) == 0:
+        raise ValueError(
+            f"deepspeed.{half[0]}: at ZeRO stage 0 DeepSpeed keeps no fp32 weights to update; set "
+            "deepspeed.zero_optimization.stage to 1, 2 or 3"
+        )
+    if "scheduler" in ds:
+        raise ValueError("deepspeed.scheduler: the engine sets the learning rate itself; use training.lr_decay")
+    if "optimizer" not in ds:
+        raise ValueError('deepspeed.optimizer: missing; for example {"type": "AdamW", "params": {"lr": 1e-4}}')
+
+
+def check_compiled(config: Config) -> None:
+    if config.rollout.graphs and not config.rollout.replica:
+        raise ValueError("rollout.graphs: true needs rollout.replica; graphs read weights from fixed addresses")
+    stage = config.deepspeed.get("zero_optimization", {}).get("stage", 0)
+    if config.training.compile != "eager" and stage == 3:
+        raise ValueError(f"training.compile: {config.training.compile!r}; at ZeRO stage 3 only \"eager\" is allowed")
+    if config.training.compile != "eager" and config.training.reference in ("sharded", "offloaded"):
+        raise ValueError(f"training.reference: {config.training.reference!r} needs training.compile \"eager\"")
+    if (config.rollout.lanes or 1) > 1 and (config.rollout.graphs or not config.rollout.replica):
+        raise ValueError("rollout.lanes: with rollout.graphs, or without rollout.replica, only 1 is allowed")
+    suffix = config.rollout.suffix
+    if suffix and suffix.weights == "float8" and not config.rollout.replica:
+        raise ValueError('rollout.suffix.weights: "float8" needs rollout.replica, whose weights it is made from')
+    if config.rollout.compile != "eager" and not config.rollout.replica:
+        raise ValueError("rollout.compile: without rollout.replica rollouts use training.compile")
+
+
+def check_stop(config: Config) -> None:
+    rule, plan = config.eval.stop, config.plan()
+    if rule is None:
+        return
+    if not config.data.heldout or not config.eval.every:
+        raise ValueError("eval.stop: there are no evaluations; set data.heldout and eval.every")
+    if rule.patience is None and rule.below is None and rule.above is None:
+        raise ValueError("eval.stop: set patience, below or above")
+    known = ["eval/reward", *(f"eval/{name}" for name in config.rewards)]
+    known += ["kl"] if config.training.penalty else []
+    known += ["diversity/seeds"] if plan.seeds > 1 else []
+    known += ["diversity/children"] if plan.children > 1 else []
+    if rule.metric not in known:
+        raise ValueError(f"eval.stop.metric: {shown(rule.metric)}; this run has {', '.join(known)}")

@@ -1,0 +1,261 @@
+"""Components by name: what a run is made of, where each class lies, and the check of the options that a config gives it.
+
+An id maps to `module:Name`, imported only when the component is used, so its packages are needed only by those who use it. The
+options of a component are the arguments of its constructor: their names, types and defaults are read from its signature, their help
+from the `Args:` of its docstring. To add a component, add its line to `KINDS`; a user's own is named `my_module:MyName` in the config.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import os
+import re
+import sys
+import traceback
+import typing
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from tempflow.errors import UserError, shown
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What components of one kind have in common."""
+
+    key: str
+    """Where a config names it."""
+    base: str
+    """The class that they are subclasses of."""
+    default: str
+    """The type of a table without one; "" where each has to name its own."""
+    ids: dict[str, str]
+    """Where each class lies."""
+
+
+KINDS = {
+    "plan": Kind("rollout.plan", "tempflow.sampling.plans.base:Plan", "tempflow", {
+        "flow_grpo": "tempflow.sampling.plans.flow_grpo:FlowGrpo",
+        "mix_grpo": "tempflow.sampling.plans.mix_grpo:MixGrpo",
+        "tempflow": "tempflow.sampling.plans.tempflow:TempFlow",
+    }),
+    "sde": Kind("rollout.sde", "tempflow.sampling.steps:Sde", "flow", {
+        "cps": "tempflow.sampling.steps:Cps",
+        "dance": "tempflow.sampling.steps:Dance",
+        "flow": "tempflow.sampling.steps:Flow",
+    }),
+    "advantage": Kind("training.advantage", "tempflow.advantages.base:Advantage", "group", {
+        "gdpo": "tempflow.advantages.gdpo:Gdpo",
+        "group": "tempflow.advantages.group:Group",
+    }),
+    "objective": Kind("training.objective", "tempflow.objectives.base:Objective", "grpo", {
+        "grpo": "tempflow.objectives.grpo:Grpo",
+    }),
+    "penalty": Kind("training.penalty", "tempflow.penalties:Penalty", "kl", {
+        "kl": "tempflow.penalties:Kl",
+    }),
+    "reward": Kind("rewards", "tempflow.rewards.base:Reward", "", {
+        "aesthetic": "tempflow.rewards.neural.clip:Aesthetic",
+        "clipscore": "tempflow.rewards.neural.clip:ClipScore",
+        "hpsv2": "tempflow.rewards.neural.clip:HpsV2",
+        "hpsv3": "tempflow.rewards.neural.hpsv3:HpsV3",
+        "http": "tempflow.rewards.http.client:HttpReward",
+        "imagereward": "tempflow.rewards.neural.imagereward:ImageReward",
+        "jpeg": "tempflow.rewards.jpeg:JpegReward",
+        "ocr": "tempflow.rewards.ocr:OcrReward",
+        "pickscore": "tempflow.rewards.neural.clip:PickScore",
+        "vlm_judge": "tempflow.rewards.vlm_judge:VlmJudge",
+    }),
+}  # fmt: skip
+IN_CONFIG = {kind.key: name for name, kind in KINDS.items() if kind.default}  # keys whose value is one component
+
+_TYPES = {
+    "bool": (bool, "true or false"),
+    "int": (int, "a whole number"),
+    "float": ((int, float), "a number"),
+    "str": (str, "a text"),
+}
+_PLAIN = (bool, int, float, str, list, dict, type(None))
+
+
+@dataclass(frozen=True)
+class Option:
+    """An argument of a component's constructor."""
+
+    name: str
+    annotation: object
+    default: object
+    """`inspect.Parameter.empty` where it must be given."""
+    help: str
+
+
+# ------------------------------------------------------------------------------------------------------------ building
+def build(kind: str, given: str | dict, key: str | None = None):
+    """A component of a config's value: an id, `module:Name`, or a table of a `type` and options.
+
+    Raises `UserError`, which begins with the key, for an unknown name, an import that fails, a class of another kind, and an
+    option that the component lacks, that has the wrong type or that its constructor refuses.
+    """
+    key = key or KINDS[kind].key
+    name, options = _split(kind, given, key)
+    target = find(kind, name, key)
+    check_options(key, target, options, also=("type",))
+    with keyed(key, target):
+        return target(**options)
+
+
+def resolve(kind: str, given: str | dict) -> dict:
+    """The table of a component with every option in it, defaults included. UserError as `build`."""
+    build(kind, given)
+    name, options = _split(kind, given, KINDS[kind].key)
+    known = {option.name: options.get(option.name, option.default) for option in options_of(find(kind, name))}
+    return {"type": name, **{key: value for key, value in known.items() if isinstance(value, _PLAIN)}, **options}
+
+
+def _split(kind: str, given: str | dict, key: str) -> tuple[str, dict]:
+    options = dict(given) if isinstance(given, dict) else {"type": given}
+    name = options.pop("type", KINDS[kind].default)
+    if not isinstance(name, str):
+        raise UserError(f"{key}.type: expected a {kind}'s id or module:Name, got {shown(name)}")
+    return name, options
+
+
+def find(kind: str, name: str, key: str | None = None):
+    """The class of a component. UserError as `build`."""
+    key = key or KINDS[kind].key
+    target, base = import_from(key, path_of(kind, name, key)), KINDS[kind].base
+    if not (inspect.isclass(target) and issubclass(target, import_from(key, base))):
+        raise UserError(f"{key}: {name} is no {kind}: expected a subclass of {base.replace(':', '.')}, got {target!r}")
+    check_concrete(key, target)
+    return target
+
+
+def path_of(kind: str, name: str, key: str) -> str:
+    """The dotted path of an id, or the name itself where it is one."""
+    ids = KINDS[kind].ids
+    if str(name) in ids:
+        return ids[name]
+    module, _, attribute = str(name).partition(":")
+    if module and attribute:
+        return name
+    near = difflib.get_close_matches(str(name), ids, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    raise UserError(
+        f"{key}: unknown {kind} {shown(name)}{hint} Known: {', '.join(sorted(ids))}; or your own as 'my_module:My{kind.title()}'"
+    )
+
+
+def import_from(key: str, path: str):
+    """What `module:Name` names; UserError, after `key`, where it cannot be imported."""
+    module, _, attribute = path.partition(":")
+    # A user's module usually lies where the command is run, which a script's sys.path does not hold.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except Exception as error:
+        text = f"{key}: cannot import {path!r}: {type(error).__name__}: {error}{_place(error, module)}"
+        raise UserError(text) from error
+
+
+def _place(error: Exception, module: str) -> str:
+    """Where an import failed: the line in the user's file, or where the module was looked for."""
+    if isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]:
+        return f"; it must lie in the folder of the command ({os.getcwd()}), in one of PYTHONPATH, or be installed"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__)[1:] if "importlib" not in frame.filename]
+    return f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+
+
+def check_concrete(key: str, target) -> None:
+    """UserError for a class that leaves methods of its protocol out."""
+    if inspect.isabstract(target):
+        raise UserError(f"{key}: {target!r} does not define {', '.join(sorted(target.__abstractmethods__))}")
+
+
+@contextmanager
+def keyed(key: str, target):
+    """Put the key before what a component finds wrong, as `key.option: ` where that begins with one of its options."""
+    try:
+        yield
+    except UserError as error:
+        is_option = str(error).partition(":")[0].partition(".")[0] in inspect.signature(target).parameters
+        raise UserError(f"{key}{'.' if is_option else ': '}{error}") from error
+
+
+# ------------------------------------------------------------------------------------------------------------- options
+def options_of(target, skip: int = 0) -> list[Option]:
+    """The options of a class, or of a function less its first `skip` arguments."""
+    help_of = _help(inspect.getdoc(target) or "")
+    hints = _hints(target)
+    return [
+        Option(p.name, hints.get(p.name, p.annotation), p.default, help_of.get(p.name, ""))
+        for p in list(inspect.signature(target).parameters.values())[skip:]
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    ]
+
+
+def check_options(key: str, target, options: dict, *, also: tuple[str, ...] = (), skip: int = 0) -> None:
+    """UserError for options that the signature of `target` does not have, or that contradict it.
+
+    also: other keys of the table, named in the messages. skip: arguments of a function that are not options.
+    """
+    known = {option.name: option for option in options_of(target, skip)}
+    takes_any = any(p.kind == p.VAR_KEYWORD for p in inspect.signature(target).parameters.values())
+    for name, value in options.items():
+        if name in known:
+            check_type(f"{key}.{name}", value, known[name].annotation)
+        elif not takes_any:
+            near = difflib.get_close_matches(name, [*also, *known], n=1)
+            hint = f", did you mean {near[0]!r}?" if near else "."
+            raise UserError(f"{_joined(key, name)}: no such option{hint} Allowed: {', '.join([*also, *known])}")
+    missing = [name for name, option in known.items() if option.default is inspect.Parameter.empty and name not in options]
+    if missing:
+        raise UserError(f"{key}.{missing[0]}: this option has no default and must be given")
+
+
+def check_type(key: str, value, annotation) -> None:
+    """Refuse a value that contradicts an annotation of a plain type or of choices; other annotations are the component's affair."""
+    if typing.get_origin(annotation) is typing.Literal:
+        choices = typing.get_args(annotation)
+        if not any(type(value) is type(choice) and value == choice for choice in choices):
+            raise UserError(f"{key}: expected {' or '.join(map(repr, choices))}, got {shown(value)}")
+        return
+    kind, words = _TYPES.get(getattr(annotation, "__name__", annotation), (object, ""))
+    is_bool_elsewhere = isinstance(value, bool) and kind not in (bool, object)
+    beyond_all = isinstance(value, (int, float)) and kind is not object and not abs(value) <= sys.float_info.max
+    if is_bool_elsewhere or beyond_all or not isinstance(value, kind):
+        raise UserError(f"{key}: expected {words}, got {shown(value)}")
+
+
+def _joined(key: str, name: str) -> str:
+    return f"{key}.{name if name.isprintable() and name else shown(name)}"
+
+
+def _hints(target) -> dict:
+    """Annotations as objects; as they are written where a name in them cannot be found."""
+    try:
+        return typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    except Exception:  # whatever a user's annotation runs into
+        return {}
+
+
+def _help(doc: str) -> dict[str, str]:
+    """The `Args:` of a docstring, by name."""
+    found, name = {}, None
+    for line in doc.partition("Args:\n")[2].splitlines():
+        if not line.strip() or not line.startswith(" "):
+            break
+        start = re.match(r" {4}(\w+): (.*)", line)
+        if start:
+            name = start[1]
+            found[name] = start[2].strip()
+        elif name:
+            found[name] += " " + line.strip()
+    return found
+
+
+def summary_of(target) -> str:
+    """The first line of a component's docstring."""
+    return (inspect.getdoc(target) or "").partition("\n")[0]

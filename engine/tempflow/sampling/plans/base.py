@@ -1,0 +1,79 @@
+"""The protocol of plans: the rows of a (prompt, seed), and the steps at which they take noise."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import numpy as np
+
+from tempflow.errors import UserError, check_range, shown
+from tempflow.types import Row, Unit
+
+
+class Plan(ABC):
+    """Which latents an iteration integrates.
+
+    The constructor takes the options and checks each by itself; `prepare` checks them against the sampling grid. Everything that a
+    plan does is a function of its options, the run's seed, the unit and the iteration, so every rank and every resumed run finds
+    the same rows.
+    """
+
+    seeds: int
+    """Initial noises per prompt."""
+    children: int = 1
+    """Rows that leave one state, at least: 1 for a plan that does not branch."""
+    num_steps: int
+    """Steps of the sampling grid."""
+    run_seed: int
+    """Of the run's random choices."""
+
+    def prepare(self, num_steps: int, run_seed: int) -> None:
+        """Set what the run decides. Raises UserError, which begins with the option, for one that does not fit the grid."""
+        self.num_steps, self.run_seed = num_steps, run_seed
+
+    @abstractmethod
+    def steps(self, iteration: int) -> list[int]:
+        """The stochastic steps of an iteration, rising; at most `num_steps - 2`, since the last step takes no noise."""
+
+    @abstractmethod
+    def rows(self, unit: Unit, iteration: int) -> list[Row]:
+        """The rows of a unit, parents before their children."""
+
+
+def check_seeds(seeds: int) -> int:
+    """UserError for a number of seeds that no run has."""
+    check_range("seeds", seeds, least=1, below=2**31)
+    return seeds
+
+
+class BranchSteps:
+    """The steps that a `branch_steps` option means: "all" but the last, a list of them, or {"random": n}."""
+
+    def __init__(self, given: str | list | dict):
+        listed = isinstance(given, list) and all(type(step) is int and step >= 0 for step in given)
+        self.random = given["random"] if isinstance(given, dict) and set(given) == {"random"} else None
+        if not (given == "all" or listed or type(self.random) is int and self.random >= 1):
+            allowed = 'expected "all", a list of steps from 0 on, or {"random": n} with n from 1 on'
+            raise UserError(f"branch_steps: {allowed}, got {shown(given)}")
+        if listed and (not given or sorted(set(given)) != given):
+            raise UserError(f"branch_steps: expected rising steps without repeats, got {shown(given)}")
+        self.listed = given if listed else None
+
+    def check(self, num_steps: int) -> None:
+        """UserError for steps that the grid does not have."""
+        last = num_steps - 2
+        if self.listed and self.listed[-1] > last:
+            raise UserError(
+                f"branch_steps: step {shown(self.listed[-1])} is outside the grid; allowed are 0 to {last} "
+                f"(num_steps {num_steps}, the last step takes no noise)"
+            )
+        if self.random and self.random > last + 1:
+            raise UserError(f"branch_steps.random: {shown(self.random)} of {last + 1} steps")
+
+    def at(self, iteration: int, num_steps: int, run_seed: int) -> list[int]:
+        """The steps of an iteration; of random ones, one in each of n equal parts of the grid."""
+        steps = self.listed or list(range(num_steps - 1))
+        if not self.random:
+            return steps
+        rng = np.random.default_rng([run_seed, iteration])
+        return [int(rng.choice(stratum)) for stratum in np.array_split(np.array(steps), self.random)]

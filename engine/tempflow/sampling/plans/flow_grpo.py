@@ -1,0 +1,29 @@
+"""The plan of Flow-GRPO (arXiv 2505.05470): every row takes noise along its whole way."""
+
+from __future__ import annotations
+
+from tempflow.sampling.plans.base import BranchSteps, Plan, check_seeds
+from tempflow.types import Row, Unit
+
+
+class FlowGrpo(Plan):
+    """One row for each seed, which takes noise at every step but the last.
+
+    Args:
+        seeds: rows per prompt, whose rewards are compared.
+        branch_steps: steps that take noise: "all" but the last, a list, or {"random": n} for n drawn anew each iteration, spread
+            over the grid.
+    """
+
+    def __init__(self, seeds: int = 4, branch_steps: str | list | dict = "all"):
+        self.seeds, self.branch_steps = check_seeds(seeds), BranchSteps(branch_steps)
+
+    def prepare(self, num_steps: int, run_seed: int) -> None:
+        super().prepare(num_steps, run_seed)
+        self.branch_steps.check(num_steps)
+
+    def steps(self, iteration: int) -> list[int]:
+        return self.branch_steps.at(iteration, self.num_steps, self.run_seed)
+
+    def rows(self, unit: Unit, iteration: int) -> list[Row]:
+        return [Row(unit, noise=frozenset(self.steps(iteration)))]

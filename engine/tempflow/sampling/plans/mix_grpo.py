@@ -1,0 +1,34 @@
+"""The plan of MixGRPO (arXiv 2507.21802): noise in a window of steps that moves over the grid."""
+
+from __future__ import annotations
+
+from tempflow.errors import UserError, check_range
+from tempflow.sampling.plans.base import Plan, check_seeds
+from tempflow.types import Row, Unit
+
+
+class MixGrpo(Plan):
+    """One row for each seed, which takes noise in a window of steps that moves along the grid during the run.
+
+    Args:
+        seeds: rows per prompt, whose rewards are compared.
+        window: stochastic steps per iteration.
+        every: iterations after which the window moves on by one step.
+    """
+
+    def __init__(self, seeds: int = 4, window: int = 4, every: int = 25):
+        check_range("window", window, least=1)
+        check_range("every", every, least=1, below=2**31)
+        self.seeds, self.window, self.every = check_seeds(seeds), window, every
+
+    def prepare(self, num_steps: int, run_seed: int) -> None:
+        super().prepare(num_steps, run_seed)
+        if self.window > num_steps - 1:
+            raise UserError(f"window: {self.window} of {num_steps - 1} steps")
+
+    def steps(self, iteration: int) -> list[int]:
+        first = iteration // self.every % (self.num_steps - self.window)
+        return list(range(first, first + self.window))
+
+    def rows(self, unit: Unit, iteration: int) -> list[Row]:
+        return [Row(unit, noise=frozenset(self.steps(iteration)))]
