@@ -110,7 +110,8 @@ def components(key: str) -> str:
         lines.append(f"| `{name}` | | | | {cell(summary_of(target))} |")
         for option in options_of(target):
             default = "required" if option.default is inspect.Parameter.empty else f"`{json.dumps(option.default)}`"
-            lines.append(f"| | `{option.name}` | {cell(kind(option_schema(option)))} | {cell(default)} | {cell(option.help)} |")
+            words = kind(option_schema(option) or {"type": "any"})
+            lines.append(f"| | `{option.name}` | {cell(words)} | {cell(default)} | {cell(option.help)} |")
     return "\n".join(lines)
 
 
@@ -122,7 +123,7 @@ def option_schema(option) -> dict:
     if option.annotation in plain:
         return {"type": plain[option.annotation]}
     return {"anyOf": [{"type": "array", "items": {"type": "integer"}} if each is list else {"type": plain[each]}
-                      for each in typing.get_args(option.annotation)]}  # fmt: skip
+                      for each in typing.get_args(option.annotation)]} if typing.get_args(option.annotation) else {}  # fmt: skip
 
 
 def component_schema(name: str) -> dict:

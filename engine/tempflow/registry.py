@@ -68,6 +68,11 @@ KINDS = {
         "pickscore": "tempflow.rewards.neural.clip:PickScore",
         "vlm_judge": "tempflow.rewards.vlm_judge:VlmJudge",
     }),
+    "policy": Kind("model.path", "tempflow.models.base:Policy", "", {  # by the pipeline class of the checkpoint
+        "FluxPipeline": "tempflow.models.flux:FluxPolicy",
+        "QwenImagePipeline": "tempflow.models.qwen_image:QwenImagePolicy",
+        "StableDiffusion3Pipeline": "tempflow.models.sd3:SD3Policy",
+    }),
 }  # fmt: skip
 IN_CONFIG = {kind.key: name for name, kind in KINDS.items() if kind.default}  # keys whose value is one component
 
@@ -257,5 +262,6 @@ def _help(doc: str) -> dict[str, str]:
 
 
 def summary_of(target) -> str:
-    """The first line of a component's docstring."""
-    return (inspect.getdoc(target) or "").partition("\n")[0]
+    """The first sentence of a component's docstring."""
+    paragraph = " ".join((inspect.getdoc(target) or "").partition("\n\n")[0].split())
+    return re.split(r"(?<=\.)\s", paragraph, maxsplit=1)[0]

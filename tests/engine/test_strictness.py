@@ -16,11 +16,12 @@ from tempflow.arguments import filled, seed, steps, whole
 from tempflow.config import Config, load_config, parse_config, strict_json
 from tempflow.errors import UserError
 from tempflow.profiling import Profile
+from tempflow.registry import IN_CONFIG, KINDS, find, options_of
 from tempflow.rewards import build_reward, parse_rewards
 
 TABLES = {  # what optional tables need beside the key that is tried
     "model.lora": {}, "data.train": {"dataset": "a"}, "data.heldout": {"dataset": "a"}, "data.curation": {}, "rollout.suffix": {},
-    "training.ema": {}, "eval.stop": {"metric": "kl", "patience": 1}, "rollout.plan.branch_steps": {"random": 2},
+    "training.ema": {}, "eval.stop": {"metric": "kl", "patience": 1},
 }  # fmt: skip
 
 
@@ -35,7 +36,20 @@ def keys_of(model=Config, before=""):
         yield f"{before}{name}", [option for option in options if option in (str, int, list[str])]
 
 
-KEYS = dict(pair for pair in keys_of() if pair[1])
+TYPES = {}  # of components, by option: a table whose type has it
+
+
+def component_keys():
+    """The same of the options of components, each with the type that has it."""
+    for key, kind in IN_CONFIG.items():
+        for name in KINDS[kind].ids:
+            for option in options_of(find(kind, name)):
+                words = typing.get_origin(option.annotation) is typing.Literal
+                yield f"{key}.{option.name}", [str] if words else [option.annotation] * (option.annotation is int)
+                TYPES[f"{key}.{option.name}"] = {"type": name} | ({"coef": 0.1} if name == "kl" else {})
+
+
+KEYS = dict(pair for pair in (*keys_of(), *component_keys()) if pair[1])
 
 
 def with_value(key: str, value) -> dict:
@@ -44,7 +58,7 @@ def with_value(key: str, value) -> dict:
     inner, path = table, []
     for section in sections:
         path.append(section)
-        default = TABLES.get(".".join(path))
+        default = TYPES.get(key) if ".".join(path) in IN_CONFIG else TABLES.get(".".join(path))
         if default is not None:
             inner[section] = copy.deepcopy(default)
         inner = inner.setdefault(section, {})

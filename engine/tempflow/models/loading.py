@@ -20,13 +20,10 @@ from tempflow.models.arguments import as_dtype, check_device, one_of, positive_i
 from tempflow.models.base import Policy, check_multiple
 from tempflow.models.checking import check_components, components_of, is_description
 from tempflow.models.hub import fetch, folder_hash, local_folder, model_index
+from tempflow.registry import KINDS
 from tempflow.types import Size
 
-FAMILIES = {
-    "FluxPipeline": "tempflow.models.flux:FluxPolicy",
-    "QwenImagePipeline": "tempflow.models.qwen_image:QwenImagePolicy",
-    "StableDiffusion3Pipeline": "tempflow.models.sd3:SD3Policy",
-}
+FAMILIES = KINDS["policy"].ids
 PARTS = ("all", "text", "picture")
 
 

@@ -1,0 +1,51 @@
+"""What the package can say about itself: `python -m tempflow components`."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+
+from tempflow import cli
+from tempflow.errors import UserError
+from tempflow.registry import KINDS, Kind, find, options_of, summary_of
+
+EPILOG = "Training, evaluation, sampling and export are the scripts in engine/: train.py, evaluate.py, sample.py, export.py."
+
+
+def components() -> str:
+    """Every kind with its ids, a line each: the options with their defaults, and what it is."""
+    return "\n\n".join(_of_kind(name, kind) for name, kind in KINDS.items())
+
+
+def _of_kind(name: str, kind: Kind) -> str:
+    return "\n".join([f"{name}: {kind.key}", *(f"  {_line(name, id)}" for id in kind.ids)])
+
+
+def _line(name: str, id: str) -> str:
+    try:
+        target = find(name, id)
+    except UserError as error:  # a package of its own that is not installed
+        return f"{id}: {error}"
+    options = "" if name == "policy" else f"({', '.join(_option(o) for o in options_of(target))})"  # a policy is made from a checkpoint
+    return f"{id}{options}: {summary_of(target)}"
+
+
+def _option(option) -> str:
+    return option.name if option.default is inspect.Parameter.empty else f"{option.name}={json.dumps(option.default, default=repr)}"
+
+
+def main() -> int:
+    cli.quiet_libraries()
+    parser = argparse.ArgumentParser(prog="python -m tempflow", description=__doc__, epilog=EPILOG)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands.add_parser("components", help="list what a config can name, with the options of each")
+    if parser.parse_args().command is None:
+        parser.print_help()
+    else:
+        print(components())
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)
