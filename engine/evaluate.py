@@ -14,11 +14,10 @@ from tempflow.run.streams import check_result
 
 
 def parse_args() -> argparse.Namespace:
-    from tempflow.arguments import path, positive, steps
-    from tempflow.checkpoints.tuned import add_arguments
+    from tempflow.arguments import add_checkpoint_arguments, path, positive, steps
 
     parser = argparse.ArgumentParser(description="Score a run's model on held-out prompts, with fixed noise.")
-    add_arguments(parser)
+    add_checkpoint_arguments(parser)
     parser.add_argument("--base", action="store_true", help="score the model before training instead")
     parser.add_argument("--prompts", type=path, help="prompt file (default: the run's held-out prompts)")
     parser.add_argument("--count", type=positive, help="prompts used, from the top of the file (default: as in the run)")
@@ -41,18 +40,19 @@ def score(args: argparse.Namespace, draft: Path | None) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
-    from tempflow.checkpoints import tuned
+    from tempflow.checkpoints import load
     from tempflow.data.prompts import load_prompts
     from tempflow.errors import UserError, note
     from tempflow.models.embeddings import open_policy
     from tempflow.rewards import RewardPool, check_prompts, parse_rewards, probe
     from tempflow.run import evaluation
     from tempflow.run.directory import find_modules, read_config
+    from tempflow.run.environment import choose_device
     from tempflow.run.failures import check_failed
     from tempflow.run.means import with_error
     from tempflow.types import Size
 
-    chosen = None if args.base else tuned.load_tuned(args.run, args.checkpoint, args.weights)
+    chosen = None if args.base else load.load_tuned(args.run, args.checkpoint, args.weights)
     config = chosen.config if chosen else read_config(args.run)
     file = args.prompts or config.data.heldout
     if not file:
@@ -63,9 +63,9 @@ def score(args: argparse.Namespace, draft: Path | None) -> None:
     texts, metadata = [p.text for p in prompts], [p.metadata for p in prompts]
     for line in check_prompts(specs, texts, metadata):
         note(line)
-    policy, embeddings = open_policy(config, prompts, tuned.device())
+    policy, embeddings = open_policy(config, prompts, choose_device())
     if chosen:
-        tuned.apply(chosen, policy)
+        load.apply(chosen, policy)
     steps = args.num_steps or config.eval.num_steps or config.rollout.num_steps
     r = config.rollout
     sampler = policy.at(Size(r.height, r.width), config.eval_guidance())

@@ -14,11 +14,10 @@ GAP = 4
 
 
 def parse_args() -> argparse.Namespace:
-    from tempflow.arguments import filled, path, positive, seed, steps
-    from tempflow.checkpoints.tuned import add_arguments
+    from tempflow.arguments import add_checkpoint_arguments, filled, path, positive, seed, steps
 
     parser = argparse.ArgumentParser(description="Draw the same prompts and noise with the base and the tuned model.")
-    add_arguments(parser)
+    add_checkpoint_arguments(parser)
     parser.add_argument("--out", type=path, required=True, help="folder for the pictures; must not exist, or be empty")
     parser.add_argument("--prompt", type=filled, action="append", help="a prompt; may be given again (default: held-out prompts)")
     parser.add_argument("--prompts", type=path, help="prompt file")
@@ -60,23 +59,24 @@ def draw_pairs(args: argparse.Namespace, draft: Path) -> str:
     from PIL import Image
     from rich.progress import Progress
 
-    from tempflow.checkpoints import tuned
+    from tempflow.checkpoints import load
     from tempflow.media import still
     from tempflow.models.embeddings import open_policy
     from tempflow.run import evaluation
+    from tempflow.run.environment import choose_device
     from tempflow.types import Size
 
-    chosen = tuned.load_tuned(args.run, args.checkpoint, args.weights)
+    chosen = load.load_tuned(args.run, args.checkpoint, args.weights)
     config, r = chosen.config, chosen.config.rollout
     prompts = chosen_prompts(args, config)
-    policy, embeddings = open_policy(config, prompts, tuned.device())
+    policy, embeddings = open_policy(config, prompts, choose_device())
     sampler = policy.at(Size(r.height, r.width), config.eval_guidance())
     steps = args.num_steps or config.eval.num_steps or r.num_steps
     pictures, missing = [], 0
     with Progress(transient=True) as progress:
         for name in ("base", "tuned"):
             if name == "tuned":
-                tuned.apply(chosen, policy)
+                load.apply(chosen, policy)
             task = progress.add_task(name, total=len(prompts))
             drawn = evaluation.draw(
                 sampler, embeddings, prompts, list(range(len(prompts))), num_steps=steps, micro_batch=r.micro_batch,

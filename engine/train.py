@@ -94,7 +94,7 @@ def main() -> int:
         directory.find_modules(directory.path_of(config))
     specs, train, heldout = checked_inputs(config)
 
-    from tempflow.checkpoints.checkpoint import read_state
+    from tempflow.checkpoints.load import read_state
     from tempflow.config.deepspeed import check_machine
     from tempflow.estimate import check_room, disk_of
     from tempflow.models.attention import check_attention

@@ -39,6 +39,23 @@ def path(text: str) -> Path:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def checkpoint(text: str) -> int | str:
+    """An iteration, or the word best."""
+    if text == "best":
+        return text
+    if not text.isdecimal() or len(text) > 18:
+        raise argparse.ArgumentTypeError(f"expected an iteration or best, got {shown(text)}")
+    return int(text)
+
+
+def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that choose a checkpoint: --run, --checkpoint, --weights."""
+    parser.add_argument("--run", type=path, required=True, help="run directory")
+    parser.add_argument("--checkpoint", type=checkpoint, metavar="N|best",
+                        help="an iteration, or the best as checkpoint.keep_best says (default: the newest whole one)")  # fmt: skip
+    parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="the average where the run keeps one")
+
+
 positive = whole(1)
 steps = whole(1, 1000)  # of a sampling grid, as rollout.num_steps
 seed = whole(0, 2**63 - 1)  # as training.seed

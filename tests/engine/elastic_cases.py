@@ -88,19 +88,19 @@ class Toy:
 
     def save(self, folder: Path, updates: int) -> dict[str, torch.Tensor]:
         """Write a checkpoint; returns what it holds."""
-        from tempflow.checkpoints import checkpoint
+        from tempflow.checkpoints import save
         from tempflow.training import distributed
 
         state = {"iteration": updates, "world_size": distributed.world_size(), "ema_updates": self.ema.updates}
-        checkpoint.save(self.runtime, self.ema, folder, state, keep=9)
+        save.save_checkpoint(self.runtime, self.ema, folder, state, keep=9)
         return self.held()
 
     def restore(self, folder: Path) -> list[str]:
         """Take up the newest checkpoint; returns what was said."""
-        from tempflow.checkpoints import checkpoint, manifest
+        from tempflow.checkpoints import find, load
 
         notes = []
-        checkpoint.restore(self.runtime, self.ema, manifest.newest(folder), notes.append)
+        load.restore(self.runtime, self.ema, find.newest(folder), notes.append)
         return notes
 
     def close(self) -> None:

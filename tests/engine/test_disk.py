@@ -9,7 +9,7 @@ import torch
 from engine_cases import MODEL, examples, small_config, write_config
 from run_cases import ADAMW, script_here
 
-from tempflow.checkpoints import checkpoint, manifest
+from tempflow.checkpoints import find, manifest, save
 from tempflow.errors import UserError
 from tempflow.estimate.disk import Disk, check_room, disk
 from tempflow.estimate.estimate import disk_of
@@ -49,7 +49,7 @@ def test_bytes_of_a_real_checkpoint(tmp_path, model, stage, section):
     assert runtime.step(1.0) is not None
     if average:
         average.update()
-    saved = checkpoint.save(runtime, average, tmp_path, {"iteration": 1}, keep=1)
+    saved = save.save_checkpoint(runtime, average, tmp_path, {"iteration": 1}, keep=1)
     written = sum(file.stat().st_size for file in saved.rglob("*") if file.is_file())
     expected = disk_of(config).checkpoint
     assert expected < written < expected * 1.02 + 120_000
@@ -70,9 +70,9 @@ def test_checkpoints_at_once(tmp_path, monkeypatch, every, iterations, keep, bes
         with open(tmp_path / "metrics.jsonl", "a") as log:
             log.write(json.dumps({"iteration": iteration, "eval/reward": -iteration}) + "\n")
         if iteration == iterations or every and iteration % every == 0:
-            checkpoint.save(runtime, None, tmp_path, {"iteration": iteration}, keep, "eval/reward" if best else None)
+            save.save_checkpoint(runtime, None, tmp_path, {"iteration": iteration}, keep, "eval/reward" if best else None)
     found = disk(small_config(**table), SimpleNamespace(whole_fp32=1, saved_weights=1, saved_optimizer=1))
-    assert (found.most, found.kept) == (max(seen), len(manifest.folders(tmp_path)))
+    assert (found.most, found.kept) == (max(seen), len(find.folders(tmp_path)))
 
 
 NEEDED = Disk([Item("weights", 3_000_000_000), Item("optimizer", 7_000_000_000)], kept=3, most=4)

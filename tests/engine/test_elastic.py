@@ -13,7 +13,7 @@ from run_cases import TIMEOUT_S, Run, environment, free_port, run_command, train
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tempflow.checkpoints import checkpoint, manifest
+from tempflow.checkpoints import find, load, manifest
 from tempflow.errors import UserError
 from tempflow.training import distributed
 
@@ -93,7 +93,7 @@ def test_ranks_seal_a_checkpoint_together(passed_on):
     folder = passed_on[0]
     shares = [json.loads((folder / f"read-{rank}.json").read_text()) for rank in (0, 1)]
     assert shares == [["part-1/1.bin", "part-0/4.bin", "part-0/2.bin"], ["part-1/3.bin", "part-0/0.bin"]]
-    assert manifest.fault(folder / "sealed") is None
+    assert manifest.problem_with(folder / "sealed") is None
     together = (folder / "sealed" / manifest.MANIFEST).read_text()
     (folder / "sealed" / manifest.MANIFEST).unlink()
     manifest.seal(folder / "sealed")
@@ -111,7 +111,7 @@ def test_frozen_weights_are_not_saved_with_adapters(tmp_path, stage):
     toy = Toy(f"lora-zero{stage}")
     toy.train(BEGINNING)
     toy.save(tmp_path, BEGINNING.stop)
-    (found,) = manifest.folders(tmp_path)
+    (found,) = find.folders(tmp_path)
     written = sum(file.stat().st_size for file in (found / "deepspeed").rglob("*") if file.is_file())
     frozen = 4 * sum(getattr(p, "ds_numel", p.numel()) for p in toy.runtime.module.parameters() if not p.requires_grad)
     toy.close()
@@ -124,8 +124,8 @@ def sharded(folder, case="lora-zero2", **more):
     toy = Toy(case, **more)
     toy.train(BEGINNING)
     held = toy.save(folder, BEGINNING.stop)
-    (found,) = manifest.folders(folder)
-    state = checkpoint.read_state(found) | {"world_size": 3}
+    (found,) = find.folders(folder)
+    state = load.read_state(found) | {"world_size": 3}
     (found / "state.json").write_text(json.dumps(state))
     (found / manifest.MANIFEST).unlink()
     manifest.seal(found)
@@ -142,7 +142,7 @@ def test_a_broken_conversion_leaves_the_checkpoint_as_it_was(tmp_path, monkeypat
         patched.setattr("deepspeed.checkpoint.ds_to_universal._save_checkpoint", full)
         with pytest.raises(UserError, match="3 ranks.*converted for 1: OSError.*No space left.*Resume with 3.*unchanged"):
             toy.restore(tmp_path)
-    assert manifest.fault(found) is None and not list((tmp_path / "checkpoints").glob(".*"))
+    assert manifest.problem_with(found) is None and not list((tmp_path / "checkpoints").glob(".*"))
     (tmp_path / f"checkpoints/.universal-{found.name}/state").mkdir(parents=True)  # as a kill leaves it
     toy.restore(tmp_path)
     assert same(toy.held(), held) and not list((tmp_path / "checkpoints").glob(".*"))
@@ -153,7 +153,7 @@ def test_an_optimizer_that_cannot_be_converted_is_named(tmp_path):
     toy, found, _ = sharded(tmp_path, optimizer={"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}})
     with pytest.raises(UserError, match="could not be converted for 1: .*SGD"):
         toy.restore(tmp_path)
-    assert manifest.fault(found) is None
+    assert manifest.problem_with(found) is None
     toy.close()
 
 

@@ -252,7 +252,7 @@ def test_padding_is_finite_even_where_no_decision_is(policy):
 
 @pytest.mark.slow
 def test_a_run_that_diverges_reports_no_gain(tmp_path):
-    from tempflow.checkpoints import manifest
+    from tempflow.checkpoints import find
 
     run = train(tmp_path, "diverges", processes=None, status=2, rollout={"num_steps": 3, "plan": {"branch_steps": [0, 1]}},
                 training={"iterations": 3}, eval={"every": 1, "prompts": 4}, checkpoint={"every": 1},
@@ -262,4 +262,4 @@ def test_a_run_that_diverges_reports_no_gain(tmp_path):
     base, last = run.rows
     assert base["eval/scored"] == 4 and base["eval/failed"] == 0 and "eval/gain" not in base
     assert last["iteration"] == 1 and not any(key.startswith("eval/") for key in last)
-    assert manifest.best(run.folder, "eval/reward") is None
+    assert find.best(run.folder, "eval/reward") is None

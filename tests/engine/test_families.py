@@ -377,7 +377,7 @@ def test_export_is_read_by_plain_diffusers(runs, folders, tmp_path, name, kind):
     """And gives the latents of the tuned policy, which are not the base model's."""
     import diffusers
 
-    from tempflow.checkpoints import tuned
+    from tempflow.checkpoints import load
 
     run = runs(name, kind)
     done = script_here("export", "--run", run.folder, "--out", tmp_path / "out")
@@ -387,11 +387,11 @@ def test_export_is_read_by_plain_diffusers(runs, folders, tmp_path, name, kind):
     if kind == "lora":
         assert [file.name for file in (tmp_path / "out").iterdir()] == ["pytorch_lora_weights.safetensors"]
         pipe.load_lora_weights(tmp_path / "out")
-    chosen = tuned.load_tuned(run.folder)
-    policy = tuned.base_policy(chosen.config)
+    chosen = load.load_tuned(run.folder)
+    policy = load.base_policy(chosen.config)
     x, call = latents_for(policy, 32, 32), {"height": 32, "width": 32, "guidance_scale": 3.0, "negative_prompts": NEGATIVES}
     base = policy.sample(PROMPTS, latents=x, num_steps=3, decode=False, **call)
-    got = tuned.apply(chosen, policy).sample(PROMPTS, latents=x, num_steps=3, decode=False, **call)
+    got = load.apply(chosen, policy).sample(PROMPTS, latents=x, num_steps=3, decode=False, **call)
     expected = pipe(PROMPTS, latents=x.clone(), height=32, width=32, num_inference_steps=3, output_type="latent",
                     max_sequence_length=32, **FAMILIES[name].call(3.0, NEGATIVES)).images  # fmt: skip
     assert_close("latents", got, expected, FP32)

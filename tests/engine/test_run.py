@@ -315,12 +315,12 @@ def through_diffusers(pipe, latents):
 
 def tuned_latents(run: Run, which="ema"):
     """What the run's own loading code makes of PROMPTS: before training, tuned, and from which noise."""
-    from tempflow.checkpoints import tuned
+    from tempflow.checkpoints import load
 
-    chosen = tuned.load_tuned(run.folder, which=which)
-    policy = tuned.base_policy(chosen.config)
+    chosen = load.load_tuned(run.folder, which=which)
+    policy = load.base_policy(chosen.config)
     base, latents = sampled(policy, PROMPTS)
-    after, _ = sampled(tuned.apply(chosen, policy), PROMPTS)
+    after, _ = sampled(load.apply(chosen, policy), PROMPTS)
     return base, after, latents
 
 

@@ -1,4 +1,6 @@
-"""LoRA adapters that others saved, as the start of a run: diffusers' file layout and peft's, safetensors only.
+"""LoRA: adapters that others saved, as the start of a run, and adapters merged into the weights they adapt.
+
+Files are read in diffusers' layout and in peft's, safetensors only.
 
     pytorch_lora_weights.safetensors   "transformer.LAYER.lora_A.weight", settings in the file's metadata (diffusers,
                                        engine/export.py)
@@ -33,6 +35,8 @@ PLAIN = {"peft_type": ("LORA",), "bias": ("none",)}
 # How adapters began: without a change of the base's weights. PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA and others change it, and fit that
 # changed base alone; peft saves them as plain adapters (of twice the rank) with path_initial_model_for_weight_conversion.
 STARTS = (True, False, "gaussian", "orthogonal", "eva")
+
+LORA_DOWN, LORA_UP = ".lora_A.default.weight", ".lora_B.default.weight"  # of a layer under training
 
 Adapters = dict[str, torch.Tensor]  # "LAYER.lora_A.weight" [rank, in] and "LAYER.lora_B.weight" [out, rank]
 
@@ -84,6 +88,12 @@ def fill(module: torch.nn.Module, adapters: Adapters, adapter: str) -> None:
                 shapes = f"{list(adapters[name].shape)}, the model's {list(parameter.shape)}"
                 raise UserError(f"{KEY}: {name} is {shapes}; it was made for another model")
             parameter.copy_(adapters[name])
+
+
+def merged(base: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scale: float) -> torch.Tensor:
+    """base + scale x up down, fp32 [out, in], on the base's device; down: [rank, in], up: [out, rank]."""
+    down, up = (part.to(base.device, torch.float32) for part in (down, up))
+    return (up @ down).mul_(scale).add_(base)  # in place: a weight of the largest models takes 150 MB in fp32
 
 
 def _find(path: Path) -> Path:

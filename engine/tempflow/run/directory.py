@@ -48,7 +48,7 @@ def claim_run(config: Config, resume: bool, check: Callable[[], str | None] = la
     check: what rank 0 finds wrong with the machine, before anything is written: raises UserError, or returns a warning.
     Raises UserError on every rank alike.
     """
-    from tempflow.checkpoints import manifest
+    from tempflow.checkpoints import find
     from tempflow.training import distributed  # loads torch, which the checks before do without
 
     distributed.init_distributed()
@@ -58,7 +58,7 @@ def claim_run(config: Config, resume: bool, check: Callable[[], str | None] = la
             if warning := check():
                 print(warning, flush=True)
             run_dir = stack.enter_context(held(config, resume))
-            return manifest.newest(run_dir, note=lambda text: print(text, flush=True)) if resume else None
+            return find.newest(run_dir, note=lambda text: print(text, flush=True)) if resume else None
 
         found = distributed.on_first_rank(claim)
         run_dir = path_of(config)

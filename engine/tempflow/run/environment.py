@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -124,3 +125,10 @@ def describe(processes: int = 1) -> str:
     else:
         why = "; DS_ACCELERATOR=cpu leaves the GPU alone" if driver or torch.cuda.is_available() else ""
     return f"device: CPU, {device_name()}{ranks}{why}"
+
+
+def choose_device() -> str:
+    """The GPU where there is one, said on stderr; UserError where it cannot be used."""
+    check_gpu()
+    print(describe(), file=sys.stderr, flush=True)
+    return "cuda" if uses_gpu() else "cpu"

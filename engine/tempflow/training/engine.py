@@ -19,7 +19,7 @@ from tempflow.config import Config, Lora
 from tempflow.errors import UserError
 from tempflow.models import Policy, load_denoiser, resolve_dtype
 from tempflow.models.attention import set_attention_backend
-from tempflow.models.lora import fill, layers_of, read_adapters
+from tempflow.models.lora import fill, layers_of, merged, read_adapters
 from tempflow.run.environment import uses_gpu
 from tempflow.training.leaves import call_by_position, leaf_section
 from tempflow.training.reference_policy import make_reference
@@ -202,9 +202,7 @@ class Runtime:
     def _merge(self, name: str, values: list[torch.Tensor]) -> torch.Tensor:
         if len(values) == 1:
             return values[0]
-        base, down, up = values[0], *(v.to(values[0].device, torch.float32) for v in values[1:])
-        scale = self.module.get_submodule(name.removesuffix(".weight")).scaling[ADAPTER]
-        return (up @ down).mul_(scale).add_(base)  # in place: a weight of the largest models takes 150 MB in fp32
+        return merged(*values, self.module.get_submodule(name.removesuffix(".weight")).scaling[ADAPTER])
 
     def _buckets(self, named) -> Iterator[list[tuple[str, list[str]]]]:
         bucket, size = [], 0

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from tempflow.advantages import Advantages, rank_correlation
-from tempflow.checkpoints import checkpoint
+from tempflow.checkpoints import load, save
 from tempflow.config import Config
 from tempflow.data.curation import Curation
 from tempflow.data.prompts import PromptOrder, digests
@@ -457,11 +457,11 @@ class Trainer:
         with self.console.phase("checkpoint"), span("checkpoint"):
             kept = self.config.checkpoint
             best_by = self.config.best_metric() if kept.keep_best else None
-            checkpoint.save(self.runtime, self.ema, self.run_dir, state, kept.keep, best_by)
+            save.save_checkpoint(self.runtime, self.ema, self.run_dir, state, kept.keep, best_by)
         self.saved = self.iteration
 
     def _restore(self, path: Path) -> None:
-        state = checkpoint.restore(self.runtime, self.ema, path, self._note)
+        state = load.restore(self.runtime, self.ema, path, self._note)
         self.iteration, self.elapsed = state["iteration"], state["elapsed"]
         if self.curation:
             self.curation.load(state["curation"])

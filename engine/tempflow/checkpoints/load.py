@@ -1,26 +1,56 @@
-"""A run's tuned policy, on one process and without DeepSpeed: for evaluating, sampling and exporting."""
+"""Reads checkpoints: `restore` puts a training run back to one, with all its ranks; `load_tuned` and `apply` give the trained
+weights to a policy in one process, without DeepSpeed, for evaluating, sampling and exporting.
+"""
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from tempflow.arguments import path
-from tempflow.checkpoints import manifest
+from tempflow.checkpoints import find, manifest, universal
 from tempflow.config import Config
-from tempflow.errors import UserError, note, shown
+from tempflow.errors import UserError, note
 from tempflow.models import Policy, load_policy
+from tempflow.models.lora import LORA_DOWN, LORA_UP, merged
 from tempflow.run.directory import read_config
-from tempflow.run.environment import check_gpu, describe, uses_gpu
+from tempflow.run.environment import choose_device
+from tempflow.training import distributed
 
-LORA_DOWN, LORA_UP = ".lora_A.default.weight", ".lora_B.default.weight"
+if TYPE_CHECKING:  # they import DeepSpeed, seconds that an evaluation need not wait
+    from tempflow.training.ema import Average
+    from tempflow.training.engine import Runtime
+
+
+def read_state(checkpoint: Path) -> dict:
+    """What a run keeps in its checkpoints besides tensors: iteration, totals, config, versions."""
+    return json.loads((checkpoint / "state.json").read_text())
+
+
+def restore(runtime: Runtime, ema: Average | None, checkpoint: Path, note=lambda text: None) -> dict:
+    """Put a run back to a checkpoint, written by any number of ranks; returns its state.
+
+    UserError where another number's state cannot be converted: then the checkpoint is as it was.
+    """
+    state = read_state(checkpoint)
+    ranks, written_by = distributed.world_size(), state["world_size"]
+    if ranks != written_by:
+        note(f"checkpoint {checkpoint.name} was written by {written_by} ranks and is resumed on {ranks}")
+    if ranks != written_by and runtime.stage > 0:
+        universal.restore(runtime.engine, checkpoint, written_by)
+    elif not universal.load_state(runtime.engine, checkpoint / "deepspeed"):
+        raise UserError(f"checkpoint {checkpoint}: DeepSpeed could not read it")
+    if ema:
+        averages = checkpoint / "ema.safetensors"
+        if state["ema_updates"] >= ema.every and not averages.exists():
+            raise UserError(f"training.ema: checkpoint {checkpoint} holds no average; resume with ema null")
+        ema.read(averages, state["ema_updates"])
+    return state
 
 
 @dataclass(frozen=True)
@@ -33,22 +63,6 @@ class Tuned:
     weights: dict[str, torch.Tensor]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that choose a checkpoint: --run, --checkpoint, --weights."""
-    parser.add_argument("--run", type=path, required=True, help="run directory")
-    parser.add_argument("--checkpoint", type=_checkpoint, metavar="N|best",
-                        help="an iteration, or the best as checkpoint.keep_best says (default: the newest whole one)")  # fmt: skip
-    parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="the average where the run keeps one")
-
-
-def _checkpoint(text: str) -> int | str:
-    if text == "best":
-        return text
-    if not text.isdecimal() or len(text) > 18:
-        raise argparse.ArgumentTypeError(f"expected an iteration or best, got {shown(text)}")
-    return int(text)
-
-
 def load_tuned(run_dir: Path, checkpoint: int | str | None = None, which: str = "ema") -> Tuned:
     """Read the trained weights of a run. Raises UserError where the run, or a whole checkpoint of it, is missing.
 
@@ -57,19 +71,19 @@ def load_tuned(run_dir: Path, checkpoint: int | str | None = None, which: str = 
     config = read_config(run_dir)
     if checkpoint == "best":
         metric = config.best_metric()
-        found = manifest.best(run_dir, metric)
+        found = find.best(run_dir, metric)
         if found is None:
             raise UserError(f"--checkpoint best: no checkpoint of this run has {metric}; eval.every and checkpoint.every must meet")
         checkpoint = int(found.name)
     if checkpoint is None:
-        chosen = manifest.newest(run_dir, note=note)
+        chosen = find.newest(run_dir, note=note)
         if chosen is None:
             raise UserError(f"{run_dir} has no whole checkpoint yet")
     else:
-        chosen = manifest.folder(run_dir, checkpoint)
-        trouble = manifest.fault(chosen)
+        chosen = find.folder(run_dir, checkpoint)
+        trouble = manifest.problem_with(chosen)
         if trouble:
-            held = ", ".join(str(int(p.name)) for p in manifest.folders(run_dir)) or "none"
+            held = ", ".join(str(int(p.name)) for p in find.folders(run_dir)) or "none"
             raise UserError(f"--checkpoint {checkpoint}: {trouble}; this run has {held}")
     try:
         averaged = which == "ema" and config.training.ema is not None and _average_taken(chosen, config.training.ema.every)
@@ -87,7 +101,7 @@ def load_tuned(run_dir: Path, checkpoint: int | str | None = None, which: str = 
 
 def _average_taken(checkpoint: Path, every: int) -> bool:
     """Whether a checkpoint's average is one; said where it is not, because it then holds the weights before training."""
-    updates = json.loads((checkpoint / "state.json").read_text())["ema_updates"]
+    updates = read_state(checkpoint)["ema_updates"]
     if updates >= every:
         return True
     note(f"training.ema: no average was taken in the {updates} updates until iteration {int(checkpoint.name)} (training.ema.every: "
@@ -95,16 +109,9 @@ def _average_taken(checkpoint: Path, every: int) -> bool:
     return False
 
 
-def device() -> str:
-    """The GPU where there is one, said on stderr; UserError where it cannot be used."""
-    check_gpu()
-    print(describe(), file=sys.stderr, flush=True)
-    return "cuda" if uses_gpu() else "cpu"
-
-
 def base_policy(config: Config, dtype: str | None = None) -> Policy:
     """The run's policy before training, text encoders and all."""
-    return load_policy(config.model.path, dtype=dtype or config.model.dtype, device=device(),
+    return load_policy(config.model.path, dtype=dtype or config.model.dtype, device=choose_device(),
                        max_sequence_length=config.model.max_sequence_length)  # fmt: skip
 
 
@@ -128,6 +135,5 @@ def apply(tuned: Tuned, policy: Policy) -> Policy:
         elif name.endswith(LORA_DOWN):
             layer = name.removesuffix(LORA_DOWN)
             weight = target[f"{layer}.weight"]
-            delta = tuned.weights[layer + LORA_UP] @ value * (lora.alpha / lora.rank)
-            weight.copy_(cast(layer, weight.float() + delta.to(weight.device), weight.dtype))
+            weight.copy_(cast(layer, merged(weight, value, tuned.weights[layer + LORA_UP], lora.alpha / lora.rank), weight.dtype))
     return policy

@@ -1,4 +1,4 @@
-"""Checkpoints: DeepSpeed's own state for resuming, consolidated safetensors for everything else.
+"""Writes checkpoints: DeepSpeed's own state for resuming, consolidated safetensors for everything else.
 
     checkpoints/000040/deepspeed/   optimizer and weights, DeepSpeed's format, read back by this run alone
                        weights.safetensors   trained weights, whole, fp32
@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator
 
-from tempflow.checkpoints import manifest, universal
+from tempflow.checkpoints import find, manifest, universal
 from tempflow.checkpoints.safetensors_writer import write_together
 from tempflow.errors import RankError, UserError
 from tempflow.run.logs import write_atomic
@@ -30,12 +30,12 @@ from tempflow.training.ema import Average
 from tempflow.training.engine import Runtime
 
 
-def save(runtime: Runtime, ema: Average | None, run_dir: Path, state: dict, keep: int, best_by: str | None = None) -> Path:
+def save_checkpoint(runtime: Runtime, ema: Average | None, run_dir: Path, state: dict, keep: int, best_by: str | None = None) -> Path:
     """Write a checkpoint of all ranks and drop the oldest beyond `keep`, but not the one with the highest metric `best_by`.
 
     state: JSON values, with "iteration". UserError where it cannot be written: then those before are as they were.
     """
-    final = manifest.folder(run_dir, state["iteration"])
+    final = find.folder(run_dir, state["iteration"])
     draft = final.with_name(f".saving-{final.name}")
     with _failures_named(draft, run_dir):
         if distributed.rank() == 0:
@@ -56,8 +56,8 @@ def save(runtime: Runtime, ema: Average | None, run_dir: Path, state: dict, keep
             shutil.rmtree(final, ignore_errors=True)
             os.rename(draft, final)
             write_atomic(run_dir / "checkpoints/latest", final.name + "\n")
-            spared = manifest.best(run_dir, best_by) if best_by else None
-            for old in manifest.folders(run_dir)[:-keep]:
+            spared = find.best(run_dir, best_by) if best_by else None
+            for old in find.folders(run_dir)[:-keep]:
                 if old != spared:  # NFS keeps a folder while another process reads a file of it; the next save tries again
                     shutil.rmtree(old, ignore_errors=True)
         distributed.barrier()
@@ -77,7 +77,7 @@ def _failures_named(draft: Path, run_dir: Path) -> Iterator[None]:
             raise
         written = sum(file.stat().st_size for file in draft.rglob("*") if file.is_file())
         shutil.rmtree(draft, ignore_errors=True)
-        last = manifest.newest(run_dir)
+        last = find.newest(run_dir)
         then = f"go on with --resume from {last.name}, which is whole" if last else "begin again with --resume: there is no earlier one"
         if not full:
             raise RankError(f"{draft.parent}: a checkpoint cannot be written ({error}); mend that, and {then}") from None
@@ -85,28 +85,3 @@ def _failures_named(draft: Path, run_dir: Path) -> Iterator[None]:
             f"{draft.parent}: no space left for a checkpoint, of which {written / 1e6:.1f} MB were written. Free more than that, "
             f"or lower checkpoint.keep, and {then}"
         ) from None
-
-
-def read_state(checkpoint: Path) -> dict:
-    return json.loads((checkpoint / "state.json").read_text())
-
-
-def restore(runtime: Runtime, ema: Average | None, checkpoint: Path, note=lambda text: None) -> dict:
-    """Put a run back to a checkpoint, written by any number of ranks; returns its state.
-
-    UserError where another number's state cannot be converted: then the checkpoint is as it was.
-    """
-    state = read_state(checkpoint)
-    ranks, written_by = distributed.world_size(), state["world_size"]
-    if ranks != written_by:
-        note(f"checkpoint {checkpoint.name} was written by {written_by} ranks and is resumed on {ranks}")
-    if ranks != written_by and runtime.stage > 0:
-        universal.restore(runtime.engine, checkpoint, written_by)
-    elif not universal.load_state(runtime.engine, checkpoint / "deepspeed"):
-        raise UserError(f"checkpoint {checkpoint}: DeepSpeed could not read it")
-    if ema:
-        averages = checkpoint / "ema.safetensors"
-        if state["ema_updates"] >= ema.every and not averages.exists():
-            raise UserError(f"training.ema: checkpoint {checkpoint} holds no average; resume with ema null")
-        ema.read(averages, state["ema_updates"])
-    return state
