@@ -219,9 +219,8 @@ def measure(name, size, rows, children, dtype, device, timer, ceiling, arguments
 
 @functools.cache
 def noise_instructions(dtype, capability):
+    import aot  # it needs triton
     from triton.backends.compiler import GPUTarget
-
-    from tempflow_kernels import aot
 
     variant = aot.step("benchmark", dtype, dtype, dtype)
     compiled = aot.compile_for(variant, GPUTarget("cuda", capability[0] * 10 + capability[1], 32))

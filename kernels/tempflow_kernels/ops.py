@@ -12,10 +12,10 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from . import reference
+from . import naive
 from .checks import LATENT_DTYPES, check_choice, check_latents, check_per_child, check_per_row, check_tensor
 from .dispatch import use_triton
-from .reference import GroupStats
+from .naive import GroupStats
 
 __all__ = ["GroupStats", "group_loss", "normal", "sde_step"]
 
@@ -37,27 +37,23 @@ def normal(key: Tensor, numel: int) -> Tensor:
 
 
 def sde_step(x: Tensor, velocity: Tensor, a: Tensor, b: Tensor, tau: Tensor, *, key: Tensor, children: int = 1,
-             out_dtype: Optional[torch.dtype] = None, velocity_uncond: Optional[Tensor] = None,
-             guidance_scale: Optional[float] = None) -> tuple[Tensor, Tensor]:
+             out_dtype: Optional[torch.dtype] = None) -> tuple[Tensor, Tensor]:
     """One step of a batch of rows, SDE or ODE, with B children each: x' = a x + b v + tau eps (README, "The step").
 
     x, velocity: [N, ...] of bf16, fp16 or fp32, each its own. a, b, tau: fp32 [N]; tau = 0 is an ODE step, which costs
     no noise. key: int64 [N, B], one per child: child i of row n gets the noise `normal(key[n, i], ...)`.
-    children: B, 1 to 64. out_dtype: of x_next (default: x's). velocity_uncond, guidance_scale: if given, both, and
-    v = velocity_uncond + guidance_scale * (velocity - velocity_uncond), in fp32.
+    children: B, 1 to 64. out_dtype: of x_next (default: x's).
 
     Returns x_next [N, B, ...] in out_dtype, and log_prob fp32 [N, B]: the mean over elements of the Gaussian log
     density of the *rounded* x_next, 0 where tau = 0. Arithmetic is fp32. NaN and inf propagate. Not differentiable.
     Raises TypeError or ValueError naming the argument, what came and what is allowed.
     """
-    check_latents(x, velocity=velocity, velocity_uncond=velocity_uncond)
+    check_latents(x, velocity=velocity)
     check_per_row(x, a=a, b=b, tau=tau)
     check_per_child(x, children, torch.int64, key=key)
     out_dtype = x.dtype if out_dtype is None else out_dtype
     check_choice("out_dtype", out_dtype, LATENT_DTYPES)
-    if (velocity_uncond is None) != (guidance_scale is None):
-        raise ValueError("velocity_uncond, guidance_scale: expected both or neither")
-    return torch.ops.tempflow.sde_step(x, velocity, a, b, tau, key, out_dtype, velocity_uncond, guidance_scale)
+    return torch.ops.tempflow.sde_step(x, velocity, a, b, tau, key, out_dtype)
 
 
 def group_loss(velocity: Tensor, x: Tensor, x_next: Tensor, a: Tensor, b: Tensor, tau: Tensor,
@@ -118,7 +114,7 @@ def normal_op(key: Tensor, numel: int) -> Tensor:
     if use_triton(key.device):
         from .triton_noise import normal as draw
     else:
-        draw = reference.normal
+        draw = naive.normal
     with torch.cuda.device_of(key):
         return draw(key, numel)
 
@@ -129,18 +125,18 @@ def normal_fake(key, numel):
 
 
 @torch.library.custom_op("tempflow::sde_step", mutates_args=())
-def sde_step_op(x: Tensor, velocity: Tensor, a: Tensor, b: Tensor, tau: Tensor, key: Tensor, out_dtype: torch.dtype,
-                velocity_uncond: Optional[Tensor], guidance_scale: Optional[float]) -> tuple[Tensor, Tensor]:
+def sde_step_op(x: Tensor, velocity: Tensor, a: Tensor, b: Tensor, tau: Tensor, key: Tensor,
+                out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if use_triton(x.device):
         from .triton_sde_step import sde_step as step
     else:
-        step = reference.sde_step
+        step = naive.sde_step
     with torch.cuda.device_of(x):
-        return step(x, velocity, a, b, tau, key, out_dtype, velocity_uncond, guidance_scale)
+        return step(x, velocity, a, b, tau, key, out_dtype)
 
 
 @sde_step_op.register_fake
-def sde_step_fake(x, velocity, a, b, tau, key, out_dtype, velocity_uncond, guidance_scale):
+def sde_step_fake(x, velocity, a, b, tau, key, out_dtype):
     return x.new_empty(*key.shape, *x.shape[1:], dtype=out_dtype), key.new_empty(key.shape, dtype=torch.float32)
 
 
@@ -152,7 +148,7 @@ def group_loss_op(velocity: Tensor, x: Tensor, x_next: Tensor, a: Tensor, b: Ten
     if use_triton(x.device):
         from .triton_group_loss import forward
     else:
-        forward = reference.group_loss_forward
+        forward = naive.group_loss_forward
     with torch.cuda.device_of(x):
         return forward(velocity, x, x_next, a, b, tau, log_prob_old, advantage, weight, clip_low, clip_high,
                        velocity_ref, kl_coef, kl_form, ratio, velocity_old)
@@ -173,7 +169,7 @@ def group_loss_backward_op(grad_loss: Tensor, velocity: Tensor, x: Tensor, x_nex
     if use_triton(x.device):
         from .triton_group_loss import backward
     else:
-        backward = reference.group_loss_backward
+        backward = naive.group_loss_backward
     with torch.cuda.device_of(x):
         return backward(grad_loss, velocity, x, x_next, a, b, pull, kl_pull, velocity_ref, velocity_old)
 

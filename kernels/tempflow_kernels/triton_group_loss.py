@@ -198,7 +198,7 @@ def group_loss_backward_kernel(
 
 def forward(velocity, x, x_next, a, b, tau, log_prob_old, advantage, weight, clip_low, clip_high, velocity_ref, kl_coef,
             kl_form, ratio, velocity_old):
-    """Launch; arguments and results as in `reference.group_loss_forward`."""
+    """Launch; arguments and results as in `naive.group_loss_forward`."""
     rows, children = advantage.shape
     numel = x[0].numel()
     blocks = triton.cdiv(numel, BLOCK)
@@ -226,7 +226,7 @@ def forward(velocity, x, x_next, a, b, tau, log_prob_old, advantage, weight, cli
 
 
 def backward(grad_loss, velocity, x, x_next, a, b, pull, kl_pull, velocity_ref, velocity_old):
-    """Launch; arguments and results as in `reference.group_loss_backward`."""
+    """Launch; arguments and results as in `naive.group_loss_backward`."""
     rows, children = pull.shape
     numel = x[0].numel()
     blocks = triton.cdiv(numel, BLOCK)

@@ -1,9 +1,9 @@
 """Counter-based normals in Triton: Philox-4x32-10, then Box-Muller with fp32 polynomials.
 
 The jit helpers are what `triton_sde_step` inlines; the kernel writes the noise by itself. The words equal those of
-`reference.philox` bit for bit. The polynomials replace libdevice's log, sin and cos, whose slow paths use local memory
+`naive.philox` bit for bit. The polynomials replace libdevice's log, sin and cos, whose slow paths use local memory
 and whose fast ones (lg2.approx, sin.approx) are off by up to 1e-6: these stay within fp32 rounding of
-`reference.box_muller`, and have no branch.
+`naive.box_muller`, and have no branch.
 """
 
 import torch
@@ -52,7 +52,7 @@ def minus_two_log(u):
 
 @triton.jit
 def box_muller(w0, w1):
-    """Two normals from two uint32 words, as in `reference.box_muller`."""
+    """Two normals from two uint32 words, as in `naive.box_muller`."""
     radius = tl.sqrt(minus_two_log(tl.fma(w0.to(tl.float32), 2.3283064e-10, 1.1641532e-10)))
     signed = w1.to(tl.int32, bitcast=True)
     # cos(angle) = sin(pi/2 s), |sin(angle)| = cos(pi/2 s) with s in [-1, 1]: errors 3e-9 and 5e-8

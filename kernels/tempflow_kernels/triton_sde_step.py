@@ -20,11 +20,11 @@ NUM_WARPS = 4
 
 @triton.jit
 def sde_step_kernel(
-    x, velocity, uncond, a, b, tau, key, x_next, log_prob, parts, counter, guidance_scale, inv_numel,
-    numel, children, blocks, GUIDED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TILE_B: tl.constexpr,
+    x, velocity, a, b, tau, key, x_next, log_prob, parts, counter, inv_numel,
+    numel, children, blocks, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TILE_B: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """x, velocity, uncond [N, D]; a, b, tau fp32 [N]; key int64 [N, B]; x_next [N, B, D]; log_prob fp32 [N, B];
+    """x, velocity [N, D]; a, b, tau fp32 [N]; key int64 [N, B]; x_next [N, B, D]; log_prob fp32 [N, B];
     parts fp32 [N, B, blocks]; counter int32 [N], zero. One program per block of a row."""
     pid = tl.program_id(0)
     i_row = (pid // blocks).to(tl.int64)
@@ -33,9 +33,6 @@ def sde_step_kernel(
     mask = o_elem < numel
     b_x = tl.load(x + i_row * numel + o_elem, mask=mask, other=0.0).to(tl.float32)
     b_v = tl.load(velocity + i_row * numel + o_elem, mask=mask, other=0.0).to(tl.float32)
-    if GUIDED:
-        b_u = tl.load(uncond + i_row * numel + o_elem, mask=mask, other=0.0).to(tl.float32)
-        b_v = tl.fma(b_v - b_u, guidance_scale, b_u)
     mean = tl.fma(b_v, tl.load(b + i_row), b_x * tl.load(a + i_row))
     s_tau = tl.load(tau + i_row)
     first = i_row * children
@@ -59,8 +56,8 @@ def sde_step_kernel(
             tl.store(log_prob + first + o_child, density, mask=o_child < children)
 
 
-def sde_step(x, velocity, a, b, tau, key, out_dtype, velocity_uncond=None, guidance_scale=None):
-    """Launch; arguments and results as in `reference.sde_step`."""
+def sde_step(x, velocity, a, b, tau, key, out_dtype):
+    """Launch; arguments and results as in `naive.sde_step`."""
     rows, children = key.shape
     numel = x[0].numel()
     blocks = triton.cdiv(numel, BLOCK)
@@ -68,12 +65,9 @@ def sde_step(x, velocity, a, b, tau, key, out_dtype, velocity_uncond=None, guida
     log_prob = torch.empty(rows, children, dtype=torch.float32, device=x.device)
     parts = torch.empty(rows, children, blocks, dtype=torch.float32, device=x.device)
     counter = torch.zeros(rows, dtype=torch.int32, device=x.device)
-    guided = velocity_uncond is not None
     width = 16 // min(x.element_size(), velocity.element_size(), out_dtype.itemsize)
-    velocity = velocity.contiguous()
     sde_step_kernel[(rows * blocks,)](
-        x.contiguous(), velocity, velocity_uncond.contiguous() if guided else velocity, a.contiguous(), b.contiguous(),
-        tau.contiguous(), key.contiguous(), x_next, log_prob, parts, counter, guidance_scale if guided else 1.0,
-        1.0 / numel, numel, children, blocks, GUIDED=guided, WIDTH=width, BLOCK=BLOCK,
+        x.contiguous(), velocity.contiguous(), a.contiguous(), b.contiguous(), tau.contiguous(), key.contiguous(),
+        x_next, log_prob, parts, counter, 1.0 / numel, numel, children, blocks, WIDTH=width, BLOCK=BLOCK,
         TILE_B=triton.next_power_of_2(children), PARTS=PARTS, num_warps=NUM_WARPS, enable_fp_fusion=False)
     return x_next, log_prob

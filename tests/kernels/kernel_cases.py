@@ -9,7 +9,7 @@ import math
 import torch
 from torch.distributions import Normal
 
-from tempflow_kernels import reference
+from tempflow_kernels import naive
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -71,7 +71,7 @@ def exact_normal(key, numel):
     counter = torch.arange(-(-numel // 4))
     zero = torch.zeros_like(counter)
     low, high = key[..., None] & 0xFFFFFFFF, (key[..., None] >> 32) & 0xFFFFFFFF
-    words = reference.philox((counter, zero, zero, zero), (low, high))
+    words = naive.philox((counter, zero, zero, zero), (low, high))
     pairs = []
     for w0, w1 in (words[:2], words[2:]):
         radius = torch.sqrt(-2 * torch.log((w0.float() * 2.0**-32 + 2.0**-33).double()))

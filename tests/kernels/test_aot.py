@@ -10,6 +10,9 @@ import pytest
 
 pytest.importorskip("triton", reason="compiling the kernels needs triton")
 
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+FIND = f"import sys; sys.path.append({str(BENCHMARKS)!r})"
+
 # Loads that are not of whole blocks: scalars of a row and, once per row, advantages and old log-probabilities.
 MOST_NARROW_LOADS = 12
 
@@ -27,7 +30,7 @@ def run_aot(*arguments, path=None):
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     path = tmp_path_factory.mktemp("aot") / "report.json"
-    print(run_aot("-m", "tempflow_kernels.aot", "--json", str(path)))
+    print(run_aot(str(BENCHMARKS / "aot.py"), "--json", str(path)))
     return json.loads(path.read_text())["rows"]
 
 
@@ -73,7 +76,7 @@ def test_noise_stays_within_its_instruction_budget(cuda_rows):
 
 def launch_rows(path=None):
     """(version of Triton, rows) of what the launcher makes of the kernels."""
-    code = "import json, triton; from tempflow_kernels import aot; print(json.dumps([triton.__version__, aot.launch_report()]))"
+    code = f"{FIND}; import json, aot, triton; print(json.dumps([triton.__version__, aot.launch_report()]))"
     return json.loads(run_aot("-c", code, path=path).splitlines()[-1])
 
 
@@ -103,7 +106,7 @@ def test_what_the_launcher_makes_with_the_triton_of_cuda_builds():
 def test_the_checks_see_narrow_accesses():
     """Rows of a length that is no multiple of 16 cannot move in 16-byte accesses: the same inspection must say so."""
     code = (
-        "import json; from triton.backends.compiler import GPUTarget; from tempflow_kernels import aot; "
+        f"{FIND}; import json, aot; from triton.backends.compiler import GPUTarget; "
         "v = aot.step('odd', 'fp32', 'fp32', 'fp32', sizes={}); "
         "print(json.dumps(aot.inspect_cuda(v, aot.compile_for(v, GPUTarget('cuda', 90, 32)))))"
     )

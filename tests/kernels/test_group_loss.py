@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_cases import DTYPES, assert_close, assert_rounded, drift, exact_loss, loss_case, step_case
 
-from tempflow_kernels import group_loss, reference, sde_step
+from tempflow_kernels import group_loss, naive, sde_step
 
 CLIP = {"clip_low": 1e-3, "clip_high": 2e-3}
 
@@ -263,14 +263,14 @@ class ReferenceLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, velocity, case, options):
-        found = reference.group_loss_forward(velocity, *case, *options)
+        found = naive.group_loss_forward(velocity, *case, *options)
         velocity_ref, velocity_old = options[2], options[6]
         ctx.saved = velocity, *case[:4], found[4], found[5], velocity_ref, velocity_old
         return found[0]
 
     @staticmethod
     def backward(ctx, grad_loss):
-        return reference.group_loss_backward(grad_loss, *ctx.saved), None, None
+        return naive.group_loss_backward(grad_loss, *ctx.saved), None, None
 
 
 @pytest.mark.parametrize("kl", [None, "x", "v"])
@@ -290,7 +290,7 @@ def test_gradcheck_of_the_reference(ratio, kl):
 
     assert torch.autograd.gradcheck(loss, velocity, eps=1e-7, atol=1e-6)
     (formula,) = torch.autograd.grad(loss(velocity), velocity)
-    (automatic,) = torch.autograd.grad(reference.group_loss_forward(velocity, *positional, *optional)[0], velocity)
+    (automatic,) = torch.autograd.grad(naive.group_loss_forward(velocity, *positional, *optional)[0], velocity)
     assert_close("backward formula", formula, automatic, rel=1e-12)
 
 

@@ -86,15 +86,6 @@ def test_noise_is_that_of_normal(device):
     assert torch.equal(run(case)[0], normal(case["key"], 500))
 
 
-def test_guidance(device):
-    """velocity_uncond + scale (velocity - velocity_uncond), before anything else."""
-    case = step_case(2, (3000,), 2, still_rows=[1], device=device)
-    uncond = torch.randn_like(case["velocity"])
-    x_next, log_prob = run(case, velocity_uncond=uncond, guidance_scale=4.5)
-    case["velocity"] = uncond.double() + 4.5 * (case["velocity"].double() - uncond.double())
-    check(case, x_next, log_prob, torch.float32)
-
-
 def test_non_contiguous_inputs(device):
     case = step_case(4, (6, 50), 2, device=device)
     want = run(case)
@@ -175,8 +166,6 @@ ERRORS = {
                   lambda c: wrong(c, "key", c["key"][:, :2])),
     "children": (ValueError, "children: expected 1 to 64 per row, got 65", lambda c: wrong(c, "children", 65)),
     "out_dtype": (ValueError, "out_dtype: expected .*got torch.int32", lambda c: wrong(c, "out_dtype", torch.int32)),
-    "guidance": (ValueError, "velocity_uncond, guidance_scale: expected both",
-                 lambda c: wrong(c, "guidance_scale", 2.0)),
     "device": (ValueError, "b: expected a tensor on cpu as x, got one on meta",
                lambda c: wrong(c, "b", c["b"].to("meta"))),
 }

@@ -1,4 +1,4 @@
-"""Compiles the kernels for GPUs that need not be there, and reads what came out: `python -m tempflow_kernels.aot`.
+"""Compiles the kernels for GPUs that need not be there, and reads what came out: `python benchmarks/aot.py`.
 
 One row per kernel specialisation and target: registers, spills, local and shared memory, the widths of global
 accesses, and for kernels that make noise the instructions per element. `--json FILE` writes the same as data.
@@ -19,15 +19,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import triton_group_loss, triton_noise, triton_sde_step
-from .triton_common import PARTS
+from tempflow_kernels import triton_group_loss, triton_noise, triton_sde_step
+from tempflow_kernels.triton_common import PARTS
 
 CUDA_ARCHITECTURES = (80, 90, 100)
 HIP_ARCHITECTURE = "gfx942"
 PHILOX_MULTIPLIER = re.compile(r"-0x2daee0ad|0xd2511f53")
 INTEGERS = {"numel", "rows", "children", "blocks"}
 ROW = {"numel": 16}  # a multiple of 16, as FLUX's and SD3's rows are
-FLOATS = {"guidance_scale", "lower", "upper", "kl_coef", "inv_numel", "inv_rows", "inv_children"}
+FLOATS = {"lower", "upper", "kl_coef", "inv_numel", "inv_rows", "inv_children"}
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,10 @@ def tiles(sizes):
     return {"TILE_B": triton.next_power_of_2(sizes.get("children", 8)), "PARTS": PARTS}
 
 
-def step(name, x, velocity, x_next, guided=False, sizes=ROW):
-    pointers = {"x": x, "velocity": velocity, "uncond": velocity, "x_next": x_next, "key": "i64", "counter": "i32"}
+def step(name, x, velocity, x_next, sizes=ROW):
+    pointers = {"x": x, "velocity": velocity, "x_next": x_next, "key": "i64", "counter": "i32"}
     width = 4 if {x, velocity, x_next} == {"fp32"} else 8
-    constants = {"GUIDED": guided, "WIDTH": width, "BLOCK": triton_sde_step.BLOCK, **tiles(sizes)}
+    constants = {"WIDTH": width, "BLOCK": triton_sde_step.BLOCK, **tiles(sizes)}
     return Variant(f"sde_step {name}", triton_sde_step.sde_step_kernel, triton_sde_step, pointers, constants, sizes)
 
 
@@ -98,7 +98,6 @@ def variants():
         step("fp32", *fp32), step("fp32, velocity bf16", *mixed), step("bf16", *bf16),
         step("fp32, velocity bf16, 1 child", *mixed, sizes={**ROW, "children": 1}),
         step("fp32, 64 children", *fp32, sizes={**ROW, "children": 64}),
-        step("fp32, velocity bf16, guided", *mixed, guided=True), step("bf16, guided", *bf16, guided=True),
         forward("fp32", "plain_old", "none", *fp32), forward("fp32, first update, KL x", "plain", "x", *fp32),
         forward("velocity bf16, KL x", "plain_old", "x", *mixed), forward("bf16, KL v", "plain_old", "v", *bf16),
         forward("velocity bf16, guard, KL x", "guard_old", "x", *mixed),

@@ -111,13 +111,10 @@ def log_density(deviation, tau):
     return torch.where(tau == 0, 0.0, log_prob)
 
 
-def sde_step(x, velocity, a, b, tau, key, out_dtype, velocity_uncond=None, guidance_scale=None):
+def sde_step(x, velocity, a, b, tau, key, out_dtype):
     """x' = a x + b v + tau eps, rounded, and its log-probability; shapes as in `ops.sde_step`."""
     rows, children = key.shape
     state, v = wide(x, rows), wide(velocity, rows)
-    if velocity_uncond is not None:
-        uncond = wide(velocity_uncond, rows)
-        v = uncond + guidance_scale * (v - uncond)
     mean = (a[:, None] * state + b[:, None] * v)[:, None]
     x_next = mean.to(out_dtype).expand(-1, children, -1).contiguous()
     log_prob = torch.zeros(rows, children, dtype=mean.dtype, device=x.device)
