@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from bench import changed
 
 from tempflow.config import Config
-from tempflow.estimate.estimate import Memory, estimate
+from tempflow.estimate import estimate
+from tempflow.estimate.memory import Memory
 
 MFU = 0.4  # of a matrix product's speed, which transformers of this size reach about
 SPARE = 0.5e9  # bytes that the allocator cannot use
@@ -29,7 +30,7 @@ def forecast(configs: list[Config], flops_per_s: float, engines: int = 1, per_ch
     """
     def of(config: Config):
         embedded = changed(config, data={"embedding_cache": "unused"})
-        return estimate(embedded, mfu=MFU, peak_tflops=flops_per_s / 1e12, advise=False)
+        return estimate(embedded, mfu=MFU, peak_tflops=flops_per_s / 1e12)
 
     made = [of(config) for config in configs]
     trained = [of(_each_a_state(config)) if alone else one for config, one, alone in zip(configs, made, per_child or [False] * len(made))]

@@ -35,7 +35,7 @@ def families(context: Context) -> None:
 def _family(context: Context, card: str) -> list[dict]:
     """Rows of one family: measured and expected GB."""
     engine = RandomEngine(context, card, 2, "rollout.plan.children=3", "rollout.plan.branch_steps=[0,2]")
-    expected = estimate(engine.config, advise=False)
+    expected = estimate(engine.config)
     collector = engine.collector()
     with host_waits(context) as waits:
         data, rolled = context.peak_of(lambda: collector.collect(0, engine.order.indices(0)))

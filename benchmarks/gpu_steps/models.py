@@ -13,8 +13,6 @@ from make_pipeline import random_model, shrunk
 
 from gpu_steps.context import ROOT, Context
 from tempflow.config import Config, load_config
-from tempflow.estimate.families import Size
-from tempflow.estimate.model import Model
 from tempflow.models.hub import CARDS
 from tempflow.types import Example
 
@@ -76,21 +74,18 @@ def random_policy(config: Config, device: torch.device, dtype: torch.dtype):
     named = {name: parts.get(name) for name, value in index.items() if isinstance(value, list)}
     length = check_text_length(str(folder), config.model.max_sequence_length)
     policy = family_of(str(folder))(getattr(diffusers, index["_class_name"])(**named), device=device, max_sequence_length=length)
-    given = Model(str(folder)).forward(Size(1, config.rollout.height, config.rollout.width, length), policy.dtype)
+    described = type(policy).skeleton(str(folder), policy.dtype, length)
 
     def embed(examples: list[Example]) -> dict[str, torch.Tensor]:
-        made = {name: given.arguments[name] for name in given.conditioning}
-        return {name: _embedding(like, len(examples), device) for name, like in made.items()}
+        return {name: _embedding(like, device) for name, like in described.embed(examples).items()}
 
     policy.embed = embed
     return policy
 
 
-def _embedding(like: torch.Tensor, texts: int, device: torch.device) -> torch.Tensor:
-    """A mask of ones or normal numbers, in the shape of one text's."""
-    shape = (texts, *like.shape[1:])
-    make = torch.ones if like.dtype == torch.bool else torch.randn
-    return make(shape, dtype=like.dtype, device=device)
+def _embedding(like: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A mask of ones or normal numbers, in the shape of another."""
+    return (torch.ones_like if like.dtype == torch.bool else torch.randn_like)(like, device=device)
 
 
 class RandomEngine:

@@ -47,7 +47,7 @@ def training(context: Context) -> None:
 def _expect(context: Context, engine: RandomEngine, rows: list[dict]) -> None:
     """Beside each update's memory the dry run's. At the end: at full depth it takes a CPU some seconds each."""
     for row, size in zip(rows[1:], (1, 2, 3), strict=True):
-        expected = estimate(changed(engine.config, training={"micro_batch": size}), advise=False)
+        expected = estimate(changed(engine.config, training={"micro_batch": size}))
         activations = max(item.bytes for item in expected.memory.moments if item.name.startswith("training"))
         row |= {"dry run": activations / 1e9, "ratio": ratio(row["GB on top"], activations / 1e9)}
         context.note(table=rows)

@@ -162,7 +162,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_made(announce, capsys):
 def test_the_forecast_is_the_dry_runs_largest_moment_over_what_all_variants_hold(announce):
     from tempflow.estimate.estimate import estimate
 
-    made = [estimate(config, advise=False).memory for config in announce.configs]
+    made = [estimate(config).memory for config in announce.configs]
     items = [{item.name: item.bytes for item in memory.resident if item.name != "text encoders"} for memory in made]
     shared, names = min(sum(one.values()) for one in items), {name for one in items for name in one}
     assert {"CUDA graph of the rollout", "float8 copy for suffixes"} <= names

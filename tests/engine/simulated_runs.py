@@ -21,11 +21,10 @@ from tempflow import types
 from tempflow.advantages import advantages
 from tempflow.config import load_config
 from tempflow.data.prompts import load_prompts
-from tempflow.estimate.families import Size
-from tempflow.estimate.model import Model
 from tempflow.models.embeddings import EmbeddingCache
 from tempflow.models.hub import local_model
 from tempflow.models.loading import family_of
+from tempflow.models.skeleton import skeleton_module
 from tempflow.run import evaluation
 from tempflow.sampling.steps import noise_weights
 from tempflow.training import engine as trainer_runtime
@@ -146,18 +145,14 @@ class SimulatedModel:
     """A policy on `gpu` of a card's shapes, with embeddings of zeros, and what runs of it need."""
 
     def __init__(self, gpu: FakeGpu, card: Path, length: int | None):
-        import diffusers
-
-        self.gpu, self.card, dtype, model = gpu, str(card), torch.bfloat16, Model(str(card))
+        self.gpu, self.card = gpu, str(card)
         family = family_of(self.card)
         self.length = length or family.text_length
-        modules = {"transformer": model.transformer(dtype), "vae": model.frozen_part("vae", dtype)}
-        parts = {name: self.on_gpu(module.eval().requires_grad_(False)) for name, module in modules.items()}
-        parts["scheduler"] = getattr(diffusers, model.index["scheduler"][1]).from_pretrained(str(card / "scheduler"))
-        named = {name: parts.get(name) for name, value in model.index.items() if isinstance(value, list)}
-        with already_there():
-            pipe = getattr(diffusers, model.index["_class_name"])(**named)
-            self.policy = family(pipe, device=gpu.device, max_sequence_length=self.length)
+        self.policy = family.skeleton(self.card, torch.bfloat16, self.length)
+        self._shapes = self.policy.embed([types.Example("")])
+        for module in (self.policy.denoiser(), self.policy.pipe.vae):
+            self.on_gpu(module)
+        self.policy.device = gpu.device
         self.policy.embed = self._embed
         self.embeddings = EmbeddingCache(self.policy)
 
@@ -174,9 +169,7 @@ class SimulatedModel:
         return module
 
     def _embed(self, examples: list[types.Example]) -> dict[str, torch.Tensor]:
-        forward = Model(self.card).forward(Size(1, 512, 512, self.length), torch.bfloat16)
-        one = {name: forward.arguments[name] for name in forward.conditioning}
-        return {name: torch.zeros(len(examples), *t.shape[1:], dtype=t.dtype) for name, t in one.items()}
+        return {name: torch.zeros(len(examples), *t.shape[1:], dtype=t.dtype) for name, t in self._shapes.items()}
 
 
 class SimulatedRun:
@@ -193,7 +186,7 @@ class SimulatedRun:
 
     def make_runtime(self) -> Runtime:
         dtype = engine_dtype(self.config.deepspeed)
-        module = self.model.on_gpu(Model(self.model.card).transformer(dtype))
+        module = self.model.on_gpu(skeleton_module(self.model.card, "transformer", dtype).train())
 
         def initialize(model, model_parameters, config):
             return (PlainEngine(model, model_parameters),)

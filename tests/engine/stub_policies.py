@@ -29,6 +29,9 @@ class VideoPolicy(GuidedPolicy):
         rows = [[len(e.text), *(pixels_of(image).mean() for image in e.images[:1] or [np.zeros(1)])] for e in examples]
         return {"given": torch.tensor(rows, dtype=torch.float32)}
 
+    def empty_embeddings(self, count):
+        return {"given": torch.empty(count, 2)}
+
     def latent_shape(self, size):
         return 3, size.frames, size.height // CELL, size.width // CELL
 

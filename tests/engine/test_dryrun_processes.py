@@ -9,7 +9,6 @@ from engine_cases import HERE, small_config
 from rich.console import Console
 
 from tempflow.estimate import estimate, show
-from tempflow.estimate.advice import changes
 from tempflow.estimate.processes import CONTEXT, PARAMETERS, WORKSPACES, process_items
 
 sys.path.append(str(HERE.parent / "rewards"))
@@ -55,12 +54,6 @@ def test_what_is_unknown_is_said(monkeypatch):
     show(result, Console(file=out, width=140))
     assert "Not counted: the model of reward my_rewards:tune" in out.getvalue()
     assert "reward workers: 2 CUDA contexts" in out.getvalue()
-
-
-def test_fewer_workers_are_advised():
-    config = small_config(rewards={"hpsv3": {"device": "cuda"}}, reward_pool={"workers": 4})
-    four, one = (sum(item.bytes for item in process_items(c)[0]) for c in (config, dict(changes(config))["reward_pool.workers=1"]))
-    assert four - one == 3 * (CONTEXT + 2 * PARAMETERS["MizzenAI/HPSv3"])
 
 
 def test_sizes_of_the_published_models():

@@ -1,19 +1,16 @@
 """The shipped configs of large models on a simulated GPU, at their real shapes: nothing waits where it must not, and what is held
 is what --dry-run says."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from engine_cases import ROOT
 from fake_gpu import READ, FakeGpu
 from simulated_runs import SimulatedModel, SimulatedRun, cut_card
 
 from tempflow.config import load_config
 from tempflow.estimate import estimate, local_model
-from tempflow.estimate.estimate import _forward_pass, _line
-from tempflow.estimate.families import Size
+from tempflow.estimate.model import Model
 from tempflow.training.ema import Average
 from tempflow.training.update import Updater
 
@@ -69,7 +66,7 @@ def simulations(gpu, tmp_path_factory):
 
 def moments(config) -> dict[str, int]:
     """Bytes of the dry run's moments by their first words."""
-    return {item.name.split(":")[0].split()[0]: item.bytes for item in estimate(config, advise=False).memory.moments}
+    return {item.name.split(":")[0].split()[0]: item.bytes for item in estimate(config).memory.moments}
 
 
 def most(seen) -> int:
@@ -129,7 +126,7 @@ def test_memory_of_rollouts_and_evaluations(simulations, name):
     assert most(rolled.decodes) == pytest.approx(said["decoding"], rel=0.1)
     with run.gpu:
         assert run.evaluate().bytes == pytest.approx(max(said["rollout"], said["decoding"]), rel=0.1)
-    held = next(item.bytes for item in estimate(run.config, advise=False).memory.resident if item.name.startswith("latents"))
+    held = next(item.bytes for item in estimate(run.config).memory.resident if item.name.startswith("latents"))
     assert rolled.whole.bytes == pytest.approx(said["decoding"] + held, rel=0.1)
 
 
@@ -159,8 +156,6 @@ def test_flux_at_its_full_depth(gpu):
     with gpu:
         run = SimulatedRun(SimulatedModel(gpu, Path(local_model("black-forest-labs/FLUX.1-dev")), None), "flux_lora", changes)
         rolled = run.roll_out()
-    r, forwards = run.config.rollout, rolled.forwards["_forward_and_step"]
+    forwards = rolled.forwards["_forward_and_step"]
     assert len(forwards) == 2 and not any(seen.waits for seen in forwards) and forwards[0].kernels > 3000
-    size = Size(4, r.height, r.width, run.model.length)
-    held = _line(lambda n: _forward_pass(run.model.card, torch.bfloat16, replace(size, rows=n))[0], 4)
-    assert most(forwards) == pytest.approx(held, rel=0.1)
+    assert most(forwards) == pytest.approx(Model(run.config).forward(4).bytes, rel=0.1)

@@ -1,30 +1,44 @@
-"""Forwards and backwards without data: the most they hold at once, and their floating point operations."""
+"""Forwards and backwards on the meta device: the most bytes that they hold at once, and their floating point operations.
+
+A transformer is a chain of equal blocks. `shorten` leaves three of each run of them, the middle one to stand for all that are gone:
+what it does counts that many times, and so does what it leaves for the backward. The numbers are those of the whole chain.
+"""
 
 from __future__ import annotations
 
 import weakref
 from contextlib import contextmanager
-from unittest import mock
+from functools import partial
+from itertools import accumulate, groupby
+from typing import Iterator
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
-
-from tempflow.estimate.families import Forward
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+FORMULAS = flop_registry | {
+    ATTENTION: lambda query, key, value, *_, **__: sdpa_flop_count(query.shape, key.shape, value.shape),
+    ATTENTION_BACKWARD: lambda grad, query, key, value, *_, **__: sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape),
+}
+Blocks = list[tuple[torch.nn.Module, int]]  # a module's blocks, each with the number of blocks that it stands for
 
 
 @contextmanager
 def fused_attention():
     """Attention as every real device runs it: fused, keeping queries, keys, values, result and row sums for the backward.
 
-    The meta device by itself would choose the unfused form, with its tokens x tokens matrices.
+    The meta device by itself would choose the unfused form, with its tokens x tokens matrices. A mode of torch functions would not
+    do in its place: it is off while a backward runs, and checkpointing's forwards with it.
     """
-    with mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", _fused):
+    functional, plain = torch.nn.functional, torch.nn.functional.scaled_dot_product_attention
+    functional.scaled_dot_product_attention = _fused
+    try:
         yield
+    finally:
+        functional.scaled_dot_product_attention = plain
 
 
 def _fused(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
@@ -35,44 +49,119 @@ def _fused(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, sc
     return ATTENTION(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
 
 
-def flop_counter() -> FlopCounterMode:
-    """Counts matrix products, convolutions and the fused attention; a backward's attention with its recomputed scores."""
-    def forward(query, key, value, *rest, **more):
-        return sdpa_flop_count(query, key, value)
+class Meter(TorchDispatchMode):
+    """While it is active: the most bytes of new tensors that were alive at once (`peak`), and operations (`flops`): those of matrix
+    products, convolutions and attention, with the scores that attention's backward computes again.
 
-    def backward(grad, query, key, value, *rest, **more):
-        return sdpa_backward_flop_count(grad, query, key, value)
+    blocks: as `shorten` returns them.
+    """
 
-    return FlopCounterMode(display=False, custom_mapping={ATTENTION: forward, ATTENTION_BACKWARD: backward})
-
-
-class PeakBytes(TorchDispatchMode):
-    """The most bytes of new tensors that were alive at once while it was active."""
-
-    def __init__(self):
+    def __init__(self, blocks: Blocks = ()):
         super().__init__()
-        self.live = self.peak = 0
-        self._seen: set[int] = set()
+        self.live = self.flops = 0
+        self._blocks, self._hooks = blocks, []
+        self._times, self._forward = 1, True  # how often an operation counts; whether the first forward is under way
+        self._peaks = [0]  # of each span between two blocks' beginnings and ends
+        self._alive: dict[int, tuple[int, int, int]] = {}  # by a storage's address its bytes, how often they count, and its span
+
+    @property
+    def peak(self) -> int:
+        return max(self._peaks)
+
+    def __enter__(self):
+        for block, times in self._blocks:
+            self._hooks += [block.register_forward_pre_hook(partial(self._begin, times)),
+                            block.register_forward_hook(partial(self._end, times))]  # fmt: skip
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        for hook in self._hooks:
+            hook.remove()
+        return super().__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        out = func(*args, **(kwargs or {}))
-        for tensor in (t for t in tree_leaves(out) if isinstance(t, torch.Tensor)):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in self._seen and storage._cdata not in given:
-                self._add(storage)
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        formula = FORMULAS.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += self._times * formula(*args, **kwargs, out_val=out)
+        given = None
+        for tensor in (out,) if isinstance(out, torch.Tensor) else tree_leaves(out):
+            if not isinstance(tensor, torch.Tensor) or tensor.untyped_storage()._cdata in self._alive:
+                continue
+            if given is None:  # views and results in place lie in storages that the caller brought
+                given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+            if tensor.untyped_storage()._cdata not in given:
+                self._add(tensor.untyped_storage())
         return out
 
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        size, address = storage.nbytes(), storage._cdata
-        self._seen.add(address)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._release, size, address).atexit = False
+    def backward_begins(self) -> None:
+        """From now on what a block left counts as often as the block; so it did in the spans after it. A block's forward is one that
+        checkpointing runs again."""
+        more = [0] * len(self._peaks)
+        for address, (size, times, span) in self._alive.items():
+            more[span] += size * (times - 1)
+            self._alive[address] = size * times, 1, span
+        for span, earlier in enumerate(accumulate(more[:-1], initial=0)):
+            self._peaks[span] += earlier
+        self._forward = False
+        self._grow(sum(more))
 
-    def _release(self, size: int, address: int) -> None:
-        self.live -= size
-        self._seen.discard(address)
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        address, size = storage._cdata, storage.nbytes()
+        self._alive[address] = size, self._times if self._forward else 1, len(self._peaks) - 1
+        self._grow(size)
+        weakref.finalize(storage, self._release, address).atexit = False
+
+    def _grow(self, size: int) -> None:
+        self.live += size
+        self._peaks[-1] = max(self._peaks[-1], self.live)
+
+    def _release(self, address: int) -> None:
+        self.live -= self._alive.pop(address)[0]
+
+    def _begin(self, times: int, *_) -> None:
+        if self._forward:
+            self._times = times
+            self._peaks.append(self.live)
+
+    def _end(self, times: int, block, given, out) -> None:
+        if not self._forward:
+            return
+        self._times = 1
+        self._peaks.append(self.live)
+        for tensor in tree_leaves(out):  # autograd comes back to them before the block's own operations, and in order
+            if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+                tensor.register_hook(partial(self._goes_back, times))
+
+    def _goes_back(self, times: int, gradient) -> None:
+        self._times = times
+
+
+def shorten(module: torch.nn.Module) -> Blocks:
+    """Leave the first, the second and the last block of each run of equal ones in place."""
+    kept: Blocks = []
+    for owner, name, blocks in list(_chains(module)):
+        runs = [list(run) for _, run in groupby(blocks, _description)]
+        chosen: Blocks = []
+        for run in runs:
+            chosen += [(b, 1) for b in run] if len(run) <= 3 else [(run[0], 1), (run[1], len(run) - 2), (run[-1], 1)]
+        setattr(owner, name, torch.nn.ModuleList(block for block, _ in chosen))
+        kept += chosen
+    return kept
+
+
+def _chains(module: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, str, torch.nn.ModuleList]]:
+    """The lists of modules that lie in no other one."""
+    for name, child in module.named_children():
+        if isinstance(child, torch.nn.ModuleList):
+            yield module, name, child
+        else:
+            yield from _chains(child)
+
+
+def _description(block: torch.nn.Module) -> tuple:
+    return str(block), [(name, p.shape, p.dtype, p.requires_grad) for name, p in block.named_parameters()]
 
 
 @contextmanager
@@ -89,33 +178,18 @@ def passing_gradients(module: torch.nn.Module):
             handle.remove()
 
 
-def training_flops(module: torch.nn.Module, arguments: dict) -> int:
-    """Floating point operations of a forward and its backward, with what checkpointing computes again."""
-    with flop_counter() as flops:
-        _train(module, arguments)
-    return flops.get_total_flops()
-
-
-def training_peak(module: torch.nn.Module, arguments: dict) -> int:
-    """The most bytes held at once in a forward and its backward."""
-    with PeakBytes() as held:  # apart from the operations, because their counter keeps what checkpointing computes again
-        _train(module, arguments)
-    return held.peak
-
-
-def _train(module: torch.nn.Module, arguments: dict) -> None:
-    with fused_attention(), passing_gradients(module):
-        out = module(**arguments)[0]
-        out.backward(torch.empty_like(out))
-
-
-def tensors(forward: Forward) -> list[torch.Tensor]:
-    return [t for t in forward.arguments.values() if isinstance(t, torch.Tensor)]
-
-
 @torch.no_grad()
-def inference_pass(run) -> tuple[int, int]:
-    """(most bytes held at once, floating point operations) of a call without gradients."""
-    with fused_attention(), flop_counter() as flops, PeakBytes() as held:
+def inference(run, blocks: Blocks = ()) -> Meter:
+    """What a call without gradients holds and computes."""
+    with fused_attention(), Meter(blocks) as meter:
         run()
-    return held.peak, flops.get_total_flops()
+    return meter
+
+
+def training(run, module: torch.nn.Module, blocks: Blocks) -> Meter:
+    """What a call of `module` and its backward hold and compute, with what checkpointing computes again."""
+    with fused_attention(), passing_gradients(module), Meter(blocks) as meter:
+        out = run()
+        meter.backward_begins()
+        out.backward(torch.empty_like(out))
+    return meter

@@ -1,19 +1,24 @@
-"""A checkpoint as its JSON configs describe it: modules without weights, on the meta device."""
+"""A run's model without weights: its policy on the meta device, and the transformer as it is trained. What they weigh, hold and compute."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
+from typing import Callable
 
 import torch
 
-from tempflow.config import Lora
-from tempflow.errors import UserError
-from tempflow.estimate.families import INPUTS, Forward, Size
-from tempflow.models.component import skeleton
-from tempflow.models.loading import family_of
+from tempflow.config import Config, Lora
+from tempflow.errors import UserError, brief
+from tempflow.estimate import measure
+from tempflow.estimate.measure import Meter
+from tempflow.models.base import Policy, Sampler
+from tempflow.models.hub import local_model
+from tempflow.models.loading import check_model, check_text_length, family_of, resolve_dtype
+from tempflow.models.skeleton import skeleton_module
+from tempflow.sampling.float8 import float8_bytes
+from tempflow.training.engine import add_lora, engine_dtype
+from tempflow.types import Example, Size
 
 
 def module_bytes(module: torch.nn.Module) -> int:
@@ -26,89 +31,186 @@ def tensor_bytes(tensors) -> int:
 
 
 @dataclass(frozen=True)
+class Pass:
+    """A forward of some rows, with its backward or without."""
+
+    bytes: int
+    """The most that it holds at once."""
+    flops: int
+    """Floating point operations of one row."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Of the transformer as it is trained."""
+
+    parameters: int
+    """Elements."""
+    trained: int
+    """Elements."""
+    tensors: int
+    """Number of trained ones."""
+    bytes: int
+    """With buffers."""
+    lasting: int
+    """Bytes of parameters alone."""
+    largest_adapted: int
+    """Elements of the largest weight that has an adapter."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Frozen:
+    """A policy whose transformer is shortened."""
+
+    policy: Policy
+    blocks: measure.Blocks
+    sizes: dict[str, int]
+    """Bytes of each module, whole."""
+    float8: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Trained:
+    """A shortened transformer with its adapters. dtype: of its activations."""
+
+    module: torch.nn.Module
+    blocks: measure.Blocks
+    weights: Weights
+    dtype: torch.dtype
+
+
 class Model:
-    """The modules of a checkpoint, made anew at each call. folder: where its configs are, or a hub id."""
+    """The model of a config."""
 
-    folder: str
-
-    def _config(self, part: str) -> dict:
-        return _read(self.folder, f"{part}/config.json")
+    def __init__(self, config: Config):
+        self.path = local_model(config.model.path)
+        check_model(self.path)
+        self.size = Size(config.rollout.height, config.rollout.width)
+        self.dtype, self.trained_in = resolve_dtype(config.model.dtype, "cuda"), engine_dtype(config.deepspeed)
+        self._text, self._scale = check_text_length(self.path, config.model.max_sequence_length), config.rollout.guidance_scale
+        self._lora, self._checkpointing = _key_of(config.model.lora), config.model.gradient_checkpointing
 
     @property
-    def index(self) -> dict:
-        return _read(self.folder, "model_index.json")
+    def _frozen(self) -> _Frozen:
+        return _frozen(self.path, self.dtype, self._text)
 
     @property
-    def transformer_class(self) -> str:
-        return self.index["transformer"][1]
+    def _trained(self) -> _Trained:
+        return _trained(self.path, self.trained_in, self._lora)
 
-    def frozen(self, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
-        """The pipeline's modules but the transformer, by name."""
-        index = self.index
-        parts = [name for name, value in index.items() if isinstance(value, list) and value[0]]
-        return {name: self.frozen_part(name, dtype) for name in parts if name.startswith(("text_encoder", "image_encoder", "vae"))}
+    @property
+    def weights(self) -> Weights:
+        return self._trained.weights
 
-    def frozen_part(self, name: str, dtype: torch.dtype) -> torch.nn.Module:
-        """One of them."""
-        return self._build(name, *self.index[name], dtype)
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the modules of the rollout, by name."""
+        return self._frozen.sizes
 
-    def transformer(self, dtype: torch.dtype, lora: Lora | None = None) -> torch.nn.Module:
-        """As the engine trains it: all of it, or frozen with adapters."""
-        module = self._build("transformer", *self.index["transformer"], dtype).train()
-        if lora is None:
-            return module.requires_grad_(True)
-        from tempflow.training.engine import add_lora
+    @property
+    def float8(self) -> int:
+        """Bytes of the copy that suffixes run on."""
+        return self._frozen.float8
 
+    @property
+    def latent(self) -> tuple[int, ...]:
+        return self._frozen.policy.latent_shape(self.size)
+
+    @property
+    def embedding(self) -> tuple[int, int]:
+        """Bytes of the embeddings of a prompt, and of the negative prompt that is set against it: 0 where the family takes none."""
+        policy = self._frozen.policy
+        each = tensor_bytes(policy.embed([Example("")]).values())
+        return each, each if policy.default_negative_prompt is not None else 0
+
+    def forward(self, rows: int, scale: float | None = None) -> Pass:
+        """Of the rollout, at another guidance scale where one is given."""
+        scale = self._scale if scale is None else scale
+        return _line(lambda n: _forward(self._frozen, self.size, scale, n), rows)
+
+    def training(self, rows: int) -> Pass:
+        return _line(lambda n: _training(self._frozen, self._trained, self._checkpointing, self.size, self._scale, n), rows)
+
+    def decode(self) -> Pass:
+        """Of one image."""
+        return _decode(self._frozen, self.size)
+
+
+def _line(measured: Callable[[int], Pass], rows: int) -> Pass:
+    """A measurement at many rows, from those at two and three. One row is apart: much is broadcast then, not copied."""
+    if rows <= 3:
+        return measured(rows)
+    two, three = measured(2), measured(3)
+    return Pass(two.bytes + (rows - 2) * (three.bytes - two.bytes), two.flops)
+
+
+def _key_of(lora: Lora | None) -> str | None:
+    """To find measurements by; the scale of adapters does not matter, but for a start has to be its own."""
+    return None if lora is None else (lora if lora.start else lora.model_copy(update={"alpha": 1.0})).model_dump_json()
+
+
+@lru_cache(maxsize=8)
+def _frozen(path: str, dtype: torch.dtype, text: int) -> _Frozen:
+    policy = family_of(path).skeleton(path, dtype, text)
+    modules = {name: part for name, part in policy.pipe.components.items() if isinstance(part, torch.nn.Module)}
+    sizes = {name: module_bytes(part) for name, part in modules.items() if name not in policy.denoiser_parts}
+    sizes["denoiser"] = module_bytes(policy.denoiser())
+    float8 = float8_bytes(policy.denoiser())
+    return _Frozen(policy, measure.shorten(policy.denoiser()), sizes, float8)
+
+
+@lru_cache(maxsize=8)
+def _trained(path: str, dtype: torch.dtype, lora: str | None) -> _Trained:
+    family = family_of(path)
+    parts = (skeleton_module(path, name, dtype) for name in family.denoiser_parts)
+    module = family.join_denoiser(*parts).train().requires_grad_(True)
+    if lora is not None:
         try:
-            add_lora(module, lora, family_of(self.folder).lora_targets, 0)
+            add_lora(module, Lora.model_validate_json(lora), family.lora_targets, 0)
         except ValueError as error:
             raise UserError(f"model.lora: {str(error).splitlines()[0]}") from None
-        return module
-
-    def forward(self, size: Size, dtype: torch.dtype) -> Forward:
-        if self.transformer_class not in INPUTS:
-            raise UserError(
-                f"model.path: --dry-run knows no input shapes of a {self.transformer_class}, only of {', '.join(INPUTS)}"
-            )
-        return INPUTS[self.transformer_class](self._defaults, size, dtype)
-
-    def _defaults(self, part: str) -> dict:
-        """A part's config with what its file leaves out."""
-        config = _skeleton(self.folder, part, *self.index[part]).config
-        return dict(config) if isinstance(config, dict) else config.to_dict()
-
-    def _build(self, part: str, library: str, name: str, dtype: torch.dtype) -> torch.nn.Module:
-        module = skeleton(library, name, self._config(part), part)
-        keep = list(getattr(module, "_keep_in_fp32_modules", None) or []) if dtype == torch.float16 or library == "diffusers" else []
-        keep += list(getattr(module, "_keep_in_fp32_modules_strict", None) or [])
-        for key, tensor in [*module.named_parameters(), *module.named_buffers()]:
-            if tensor.is_floating_point() and not set(key.split(".")) & set(keep):
-                tensor.data = tensor.data.to(dtype)
-        return module
+    parameters = list(module.parameters())
+    trained = [p for p in parameters if p.requires_grad]
+    adapted = max((p.numel() for name, p in module.named_parameters() if name.endswith("base_layer.weight")), default=0)
+    weights = Weights(sum(p.numel() for p in parameters), sum(p.numel() for p in trained), len(trained), module_bytes(module),
+                      tensor_bytes(parameters), adapted)  # fmt: skip
+    return _Trained(module, measure.shorten(module), weights, dtype)
 
 
 @lru_cache(maxsize=64)
-def _skeleton(folder: str, part: str, library: str, name: str) -> torch.nn.Module:
-    return skeleton(library, name, _read(folder, f"{part}/config.json"), part)
+def _forward(frozen: _Frozen, size: Size, scale: float, rows: int) -> Pass:
+    sampler = frozen.policy.at(size, scale)
+    return _pass(sampler, rows, frozen.policy.dtype, lambda *inputs: measure.inference(
+        lambda: sampler.velocity(frozen.policy.denoiser(), *inputs), frozen.blocks))  # fmt: skip
 
 
 @lru_cache(maxsize=64)
-def _read_text(folder: str, file: str) -> str:
-    if not Path(folder).is_dir():
-        from huggingface_hub import hf_hub_download
+def _training(frozen: _Frozen, trained: _Trained, checkpointing: bool, size: Size, scale: float, rows: int) -> Pass:
+    sampler, module = frozen.policy.at(size, scale), trained.module
+    (module.enable_gradient_checkpointing if checkpointing else module.disable_gradient_checkpointing)()
+    return _pass(sampler, rows, trained.dtype, lambda *inputs: measure.training(
+        lambda: sampler.velocity(module, *inputs), module, trained.blocks))  # fmt: skip
 
-        try:
-            return Path(hf_hub_download(folder, file)).read_text()
-        except Exception as error:
-            raise UserError(f"model.path: cannot fetch {file} of {folder}: {type(error).__name__}") from None
+
+@lru_cache(maxsize=64)
+def _decode(frozen: _Frozen, size: Size) -> Pass:
+    latent = torch.empty(1, *frozen.policy.latent_shape(size), device="meta")
+    meter = measure.inference(lambda: frozen.policy._decode(latent, size))
+    return Pass(meter.peak, meter.flops)
+
+
+def _pass(sampler: Sampler, rows: int, dtype: torch.dtype, run: Callable[..., Meter]) -> Pass:
+    """run: takes latents, sigmas, conditioning and dtype. UserError where the transformer does not take what its family gives it."""
+    policy = sampler.policy
     try:
-        return (Path(folder) / file).read_text()
-    except OSError as error:
-        raise UserError(f"model.path: cannot read {error.filename}: {error.strerror}") from None
-
-
-def _read(folder: str, file: str) -> dict:
-    try:
-        return json.loads(_read_text(folder, file))
-    except ValueError as error:
-        raise UserError(f"model.path: {file} of {folder} is damaged: {error}") from None
+        x, sigma = torch.empty(rows, *sampler.latent_shape, device="meta"), torch.empty(rows, device="meta")
+        inputs = x, sigma, policy.encode([Example("")] * rows), dtype
+        sampler.velocity(lambda hidden_states, **_: (hidden_states,), *inputs)  # families keep position ids from their first forward on
+        meter = run(*inputs)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a library makes of a config that does not fit its pipeline
+        raise UserError(
+            f"model.path: {type(policy).__name__} does not run with this {type(policy.denoiser()).__name__}: {brief(error)}"
+        ) from error
+    return Pass(meter.peak, meter.flops // rows)

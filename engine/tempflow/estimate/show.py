@@ -17,10 +17,11 @@ NAMES = {
     "rollout": "rollout", "decode": "decoding pictures", "reference": "reference policy",
     "training": "training (with backward)", "audit": "audit of the suffix", "evaluation": "evaluation",
 }  # fmt: skip
+LARGEST = 3  # parts that are always there, and are named where a run does not fit
 
 
 def show(estimate: Estimate, output: Console | None = None) -> None:
-    """Memory, costs, disk and, where the run does not fit, what to change."""
+    """Memory, costs, disk and, where the run does not fit, what decides its largest parts."""
     out = output or Console(highlight=False, width=None if Console().is_terminal else 120)
     share = "" if estimate.trained == estimate.parameters else f", {amount(estimate.trained)} of them trained"
     out.print(f"[bold]{escape(estimate.model)}[/] on {count(estimate.gpus, 'GPU')} of {size(estimate.card)}: "
@@ -57,21 +58,11 @@ def _verdict(estimate: Estimate, out: Console) -> None:
     elif estimate.fits:
         out.print(f"[bold green]Fits[/]: {size(left)} left for fragmentation and NCCL's buffers, which are not counted.")
     else:
-        out.print(f"[bold red]Does not fit[/]: {size(-left)} too much.")
-        _advice(estimate, out)
-
-
-def _advice(estimate: Estimate, out: Console) -> None:
-    if not estimate.advice:
-        out.print("No single key saves much; try more or larger GPUs (--gpus, --card-gb), or a smaller rollout.height and width.")
-        return
-    table = Table(title="What each change saves by itself", title_justify="left", title_style="bold")
-    table.add_column("--set", overflow="fold")
-    table.add_column("saves", justify="right", no_wrap=True)
-    table.add_column("then")
-    for advice in estimate.advice:
-        table.add_row(escape(advice.setting), size(advice.bytes), "[green]fits[/]" if advice.fits else "still too much")
-    out.print(table)
+        out.print(f"[bold red]Does not fit[/]: {size(-left)} too much. Most of it:")
+        largest = sorted(estimate.memory.resident, key=lambda item: -item.bytes)[:LARGEST]
+        for item in [*largest, max(estimate.memory.moments, key=lambda item: item.bytes)]:
+            out.print(f"  {size(item.bytes)}  {escape(item.name)}: {escape(item.keys)}")
+        out.print("Change these keys, or try more or larger GPUs (--gpus, --card-gb), or a smaller rollout.height and width.")
 
 
 def _costs(estimate: Estimate) -> Table:

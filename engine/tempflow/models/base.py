@@ -19,6 +19,7 @@ from PIL import Image
 from tempflow.errors import UserError
 from tempflow.media import no_image, still
 from tempflow.models.arguments import as_negative_prompts, as_prompts, check_latents, finite_number, positive_int
+from tempflow.models.skeleton import skeleton_pipe
 from tempflow.sampling.steps import ode_coefficients
 from tempflow.types import Example, Size
 from tempflow_kernels import sde_step
@@ -71,6 +72,14 @@ class Policy(ABC):
         self.max_sequence_length = max_sequence_length
         for module in self._modules():
             module.to(self.device).eval().requires_grad_(False)
+
+    @classmethod
+    def skeleton(cls, path: str, dtype: torch.dtype = torch.float32, max_sequence_length: int | None = None) -> Policy:
+        """The policy of a folder or hub id made of its configs alone: every module is on the meta device, and `embed` returns the
+        shapes of as many embeddings. UserError where the configs do not fit their classes."""
+        policy = cls(skeleton_pipe(path, dtype), device="meta", max_sequence_length=max_sequence_length or cls.text_length)
+        policy.embed = lambda examples: policy.empty_embeddings(len(examples))
+        return policy
 
     def _modules(self) -> list[torch.nn.Module]:
         return [part for part in self.pipe.components.values() if isinstance(part, torch.nn.Module)]
@@ -127,6 +136,10 @@ class Policy(ABC):
     @abstractmethod
     def size_multiple(vae_config: dict) -> int:
         """What height and width must be multiples of, in pixels."""
+
+    @abstractmethod
+    def empty_embeddings(self, count: int) -> Conditioning:
+        """What `embed` returns for `count` examples, uninitialised, without the text encoders being run."""
 
     @abstractmethod
     def latent_shape(self, size: Size) -> tuple[int, ...]:

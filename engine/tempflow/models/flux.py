@@ -41,6 +41,13 @@ class FluxPolicy(Policy):
         )
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
+    def empty_embeddings(self, count: int) -> Conditioning:
+        config, like = self.pipe.transformer.config, {"dtype": self.dtype, "device": self.device}
+        return {
+            "encoder_hidden_states": torch.empty(count, self.max_sequence_length, config.joint_attention_dim, **like),
+            "pooled_projections": torch.empty(count, config.pooled_projection_dim, **like),
+        }
+
     def _packed_size(self, size: Size) -> tuple[int, int]:
         multiple = self.size_multiple(self.pipe.vae.config)
         check_multiple(size, multiple)

@@ -64,6 +64,11 @@ class QwenImagePolicy(GuidedPolicy):
         embeds = torch.nn.functional.pad(embeds, (0, 0, 0, missing))
         return {"encoder_hidden_states": embeds, "encoder_hidden_states_mask": torch.nn.functional.pad(mask.bool(), (0, missing))}
 
+    def empty_embeddings(self, count: int) -> Conditioning:
+        shape = count, self.max_sequence_length
+        embeds = torch.empty(*shape, self.pipe.transformer.config.joint_attention_dim, dtype=self.dtype, device=self.device)
+        return {"encoder_hidden_states": embeds, "encoder_hidden_states_mask": torch.empty(shape, dtype=torch.bool, device=self.device)}
+
     def _packed_size(self, size: Size) -> tuple[int, int]:
         multiple = self.size_multiple(self.pipe.vae.config)
         check_multiple(size, multiple)

@@ -44,6 +44,14 @@ class SD3Policy(GuidedPolicy):
         )  # fmt: skip
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
+    def empty_embeddings(self, count: int) -> Conditioning:
+        config, like = self.pipe.transformer.config, {"dtype": self.dtype, "device": self.device}
+        tokens = self.pipe.text_encoder.config.max_position_embeddings + self.max_sequence_length  # CLIP's stand before T5's
+        return {
+            "encoder_hidden_states": torch.empty(count, tokens, config.joint_attention_dim, **like),
+            "pooled_projections": torch.empty(count, config.pooled_projection_dim, **like),
+        }
+
     def _tokens(self, size: Size) -> tuple[int, int]:
         return token_grid(size, self.pipe.vae.config, self.pipe.transformer.config)
 

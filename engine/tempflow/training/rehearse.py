@@ -74,7 +74,7 @@ def small_policy(config: Config, device: torch.device):
                              max_sequence_length=check_text_length(path, config.model.max_sequence_length))  # fmt: skip
     set_attention_backend(transformer, config.model.attention_backend)
     compile_blocks(transformer, config.rollout.compile)
-    policy.embed = _embeddings(config, policy, dtype)
+    policy.embed = _embeddings(config, policy)
     policy.decode = lambda latents, size: (plain(len(latents), size, 0), np.ones(len(latents), bool))
     return policy
 
@@ -109,23 +109,17 @@ def _described(path: str, kind) -> _Described:
     return _Described(vae.config, getattr(vae, "temperal_downsample", None))
 
 
-def _embeddings(config: Config, policy, dtype: torch.dtype):
-    from tempflow.estimate.families import Size
-    from tempflow.estimate.model import Model
-
-    r = config.rollout
-    forward = Model(config.model.path).forward(Size(1, r.height, r.width, policy.max_sequence_length), dtype)
-    shapes = {name: forward.arguments[name] for name in forward.conditioning}
+def _embeddings(config: Config, policy):
+    described = type(policy).skeleton(config.model.path, policy.dtype, policy.max_sequence_length)
 
     def embed(examples: list[Example]) -> dict[str, torch.Tensor]:
         made = {}
-        for name, like in shapes.items():
-            shape = len(examples), *like.shape[1:]
+        for name, like in described.embed(examples).items():
             if like.is_floating_point():
-                made[name] = torch.randn(shape, device=policy.device, dtype=dtype)
+                made[name] = torch.randn_like(like, device=policy.device)
             else:  # a mask, which must leave something out to be taken for one
-                made[name] = torch.ones(shape, device=policy.device, dtype=like.dtype)
-                made[name][:, shape[1] // 2 + 1 :] = 0
+                made[name] = torch.ones_like(like, device=policy.device)
+                made[name][:, like.shape[1] // 2 + 1 :] = 0
         return made
 
     return embed

@@ -1,0 +1,75 @@
+"""Forwards of an iteration and their seconds: floating point operations over the stated speed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from tempflow.config import Config
+from tempflow.estimate.model import Model, Pass
+from tempflow.sampling.plans import build_plan
+from tempflow.sampling.suffix import count_forwards
+from tempflow.types import Unit, states_of
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Part of an iteration."""
+
+    name: str
+    forwards: int
+    """Rows of all GPUs together."""
+    busiest: int
+    """Rows of the GPU that has most."""
+    flops: int
+    """Of one row."""
+    seconds: float
+    """Of the busiest GPU."""
+    share: float = 1.0
+    """Of iterations that have it."""
+
+
+ONE = Unit(0, 0, 0, 0)
+
+
+def unit_states(config: Config) -> list[int]:
+    """How many children leave each state of a unit of work, in the first iteration."""
+    return [len(children) for children in states_of(config.plan().rows(ONE, 0)).values()]
+
+
+def busiest_units(config: Config, gpus: int) -> int:
+    """Units of the GPU that has most."""
+    return -(-config.data.prompts_per_iteration * config.plan().seeds // gpus)
+
+
+def phases(config: Config, model: Model, gpus: int, speed: float) -> list[Phase]:
+    """speed: operations that a GPU makes in a second."""
+    r, t, plan = config.rollout, config.training, build_plan(config, [ONE], 0)
+    units, busiest = config.data.prompts_per_iteration * config.plan().seeds, busiest_units(config, gpus)
+
+    def phase(name: str, each: int, one: Pass, share: float = 1.0) -> Phase:
+        return Phase(name, units * each, busiest * each, one.flops, _seconds(busiest * each * one.flops, speed), share)
+
+    forward, states = model.forward(r.micro_batch), len(unit_states(config))
+    found = [phase("rollout", count_forwards(plan, r.num_steps, r.suffix), forward), phase("decode", len(plan.rows), model.decode())]
+    if t.penalty:
+        found.append(phase("reference", states, forward))
+    found.append(phase("training", states * t.updates.passes, model.training(training_rows(config, gpus))))
+    if r.suffix and r.suffix.audit_every:
+        found.append(phase("audit", count_forwards(plan, r.num_steps, None), forward, 1 / min(r.suffix.audit_every, 10**9)))
+    if config.data.heldout and config.eval.every:
+        steps, rows = config.eval.num_steps or r.num_steps, -(-config.eval.prompts // gpus)
+        flops = model.forward(min(r.micro_batch, rows), config.eval_guidance()).flops
+        found.append(Phase("evaluation", config.eval.prompts * steps, rows * steps, flops, _seconds(rows * steps * flops, speed),
+                           1 / min(config.eval.every, 10**9)))  # fmt: skip
+    return found
+
+
+def training_rows(config: Config, gpus: int) -> int:
+    """Rows of the largest micro-batch: the trainer makes them even. Every state is taken to have something to teach."""
+    states = busiest_units(config, gpus) * len(unit_states(config))
+    return -(-states // -(-states // config.training.micro_batch))
+
+
+def _seconds(flops: int, speed: float) -> float:
+    return float(flops) / speed if flops < 10**300 else math.inf

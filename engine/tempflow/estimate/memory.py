@@ -1,0 +1,137 @@
+"""Bytes on each GPU and in host memory.
+
+Weights, gradients, optimizer state and averages are counted exactly. What a forward and a backward hold is measured on the meta
+device at one to three rows and continued along a line.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from tempflow.config import Config
+from tempflow.estimate.costs import busiest_units, training_rows, unit_states
+from tempflow.estimate.item import Item
+from tempflow.estimate.model import Model, Weights
+from tempflow.estimate.processes import process_items
+from tempflow.estimate.zero import Zero
+from tempflow.models.embeddings import KEPT, KEPT_OF_STORE
+from tempflow.training.reference_policy import placement
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Of one GPU and its process."""
+
+    resident: list[Item]
+    """On every GPU, all the time."""
+    moments: list[Item]
+    """On top, one at a time."""
+    host: list[Item]
+    """Of every process, at most."""
+    start: int
+    """Host memory of every process while it loads."""
+    unknown: list[str]
+    """Rewards on the GPU whose models are not counted, because their size is not known."""
+
+    @property
+    def total(self) -> int:
+        return sum(item.bytes for item in self.resident) + max(item.bytes for item in self.moments)
+
+
+def memory_of(config: Config, model: Model, zero: Zero, gpus: int, prompts: int) -> Memory:
+    """prompts: how many the training file holds."""
+    r, weights, sizes, where = config.rollout, model.weights, model.sizes, placement(config)
+    plain, vae = sizes["denoiser"], sizes.get("vae", 0)
+    encoders = sum(size for name, size in sizes.items() if name not in ("denoiser", "vae"))
+    reference, offloaded = _reference(where, zero, weights)
+    forward, evaluated = _inference(config, model, gpus)
+    rows = training_rows(config, gpus)
+    stay = config.data.embedding_cache is None  # otherwise they are gone before the rest is loaded
+    processes, unknown = process_items(config)
+    resident = [
+        *processes,
+        Item("text encoders", encoders if stay else 0, "data.embedding_cache, model.dtype"),
+        Item("VAE", vae, "model.dtype"),
+        Item("rollout copy", plain if r.replica else 0, "rollout.replica, model.dtype"),
+        Item("float8 copy for suffixes", model.float8 if r.suffix and r.suffix.weights == "float8" else 0, "rollout.suffix.weights"),
+        Item("training engine: parameters", zero.parameters, "model.lora, zero_optimization.stage, bf16"),
+        Item("training engine: gradients", zero.gradients, "model.lora, zero_optimization.stage"),
+        Item("training engine: optimizer", zero.optimizer, "model.lora, zero_optimization.stage, offload_optimizer"),
+        Item("training engine: buffers", zero.buffers, "zero_optimization: bucket sizes"),
+        Item("reference copy", reference, "training.penalty, training.reference, model.lora"),
+        Item("layers of the reference, gathered", zero.gathered if where in ("sharded", "offloaded") else 0,
+             "zero_optimization.stage3_max_live_parameters"),
+        Item("CUDA graph of the rollout", forward if r.graphs else 0, "rollout.graphs, rollout.micro_batch"),
+        Item("latents, embeddings", _held(config, model, gpus), "data.prompts_per_iteration"),
+    ]
+    moments = [
+        Item(f"training: activations of {_rows(rows)}", model.training(rows).bytes,
+             "gradient_checkpointing, training.micro_batch"),
+        Item(f"rollout: a forward of {_rows(r.micro_batch)}", forward, "rollout.micro_batch"),
+        Item("evaluation: a forward", evaluated if evaluated > forward else 0, "eval.guidance_scale, rollout.micro_batch"),
+        Item(f"decoding {_rows(r.decode_batch)}", model.decode().bytes * r.decode_batch, "rollout.decode_batch"),
+        Item("optimizer step", zero.step, "zero_optimization.stage, sub_group_size"),
+        Item("refreshing the rollout copy", _refresh(config, weights, model.trained_in), "rollout.refresh_bucket"),
+    ]  # fmt: skip
+    average = zero.whole_fp32 if config.training.ema else 0
+    each, negative = model.embedding
+    host = [
+        Item("average: this process's share", -(-average // gpus), "training.ema"),
+        Item("prompt embeddings", each * _prompts_seen(config, gpus, prompts) + negative, "model.max_sequence_length"),
+        Item("offloaded by DeepSpeed", zero.offloaded, "zero_optimization.offload_*"),
+        Item("reference copy: this process's share", offloaded, "training.reference"),
+    ]
+    rest = vae + plain
+    start = max(encoders + rest if stay else max(encoders, rest), weights.bytes)
+    resident, moments, host = ([item for item in items if item.bytes] for items in (resident, moments, host))
+    return Memory(resident, moments, host, start, unknown)
+
+
+def _inference(config: Config, model: Model, gpus: int) -> tuple[int, int]:
+    """The most that a forward holds in a rollout, and in an evaluation, whose guidance may be another. Both decode alike."""
+    rows = config.rollout.micro_batch
+    evaluated = min(rows, -(-config.eval.prompts // gpus)) if config.data.heldout and config.eval.every else 0
+    return model.forward(rows).bytes, model.forward(evaluated, config.eval_guidance()).bytes if evaluated else 0
+
+
+def _reference(where: str | None, zero: Zero, weights: Weights) -> tuple[int, int]:
+    """(on the GPU, in host memory) of the frozen copy, without the layers gathered while it runs."""
+    if where in (None, "whole"):
+        return (weights.bytes if where else 0), 0
+    buffers = weights.bytes - weights.lasting
+    return (buffers, zero.share) if where == "offloaded" else (buffers + zero.share, 0)
+
+
+def _refresh(config: Config, weights: Weights, dtype: torch.dtype) -> int:
+    """The weights under way from the training engine, or from the average, to the rollout copy, and one with its adapter merged."""
+    averaged = config.training.ema is not None and config.model.lora is None
+    stage = config.deepspeed.get("zero_optimization", {}).get("stage", 0)
+    each = 4 if averaged else dtype.itemsize if stage == 3 else 0
+    bucket = min(config.rollout.refresh_bucket, weights.parameters) * each
+    return bucket + 4 * weights.largest_adapted if config.rollout.replica else 0
+
+
+def _held(config: Config, model: Model, gpus: int) -> int:
+    """States, once as rolled out and once as micro-batches, the latents under way, and the prompts' embeddings."""
+    r, t = config.rollout, config.training
+    units, children, elements = busiest_units(config, gpus), unit_states(config), math.prod(model.latent)
+    stored = 2 * units * (len(children) + sum(children)) * 4
+    keeps_velocity = t.objective.get("ratio") == "guard" and t.updates.passes > 1
+    velocities = units * len(children) * model.trained_in.itemsize * ((t.penalty is not None) + keeps_velocity)
+    under_way = (units + r.micro_batch) * 4
+    embeddings = sum(model.embedding) * min(config.data.prompts_per_iteration, units)
+    return (stored + velocities + under_way) * elements + embeddings
+
+
+def _prompts_seen(config: Config, gpus: int, prompts: int) -> int:
+    """Different prompts that a process embeds and keeps in a run over `prompts` of them."""
+    trained = min(prompts, config.training.iterations * min(config.data.prompts_per_iteration, busiest_units(config, gpus)))
+    heldout = -(-config.eval.prompts // gpus) if config.data.heldout and config.eval.every else 0
+    return min(trained + heldout, KEPT if config.data.embedding_cache is None else KEPT_OF_STORE)
+
+
+def _rows(number: int) -> str:
+    return "one row" if number == 1 else f"{number} rows" if number < 10**9 else "very many rows"

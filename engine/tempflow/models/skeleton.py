@@ -1,0 +1,55 @@
+"""A pipeline from its JSON configs alone: every module on the meta device, where tensors have shapes but no storage."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import torch
+
+from tempflow.errors import UserError, brief
+from tempflow.models.component import skeleton
+from tempflow.models.hub import fetch
+
+
+def skeleton_pipe(path: str, dtype: torch.dtype):
+    """The pipeline of a folder or hub id, in `dtype` but for the weights that loading leaves in float32; without tokenizers.
+
+    Raises UserError where a config is missing or does not fit its class.
+    """
+    import diffusers
+
+    index = _table(path, "model_index.json")
+    parts = {name: _part(path, name, *value, dtype) for name, value in index.items() if isinstance(value, list)}
+    return getattr(diffusers, index["_class_name"])(**parts)
+
+
+def skeleton_module(path: str, part: str, dtype: torch.dtype) -> torch.nn.Module:
+    """One of the pipeline's modules, made anew at each call."""
+    return _part(path, part, *_table(path, "model_index.json")[part], dtype)
+
+
+def _part(path: str, name: str, library: str | None, kind: str | None, dtype: torch.dtype):
+    if name == "scheduler":
+        return getattr(importlib.import_module(library), kind).from_config(_table(path, "scheduler/scheduler_config.json"))
+    if library is None or not name.startswith(("transformer", "vae", "text_encoder", "image_encoder")):
+        return None
+    module = skeleton(library, kind, _table(path, f"{name}/config.json"), name)
+    keep = list(getattr(module, "_keep_in_fp32_modules", None) or []) if dtype == torch.float16 or library == "diffusers" else []
+    keep += list(getattr(module, "_keep_in_fp32_modules_strict", None) or [])
+    for key, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if tensor.is_floating_point() and not set(key.split(".")) & set(keep):
+            tensor.data = tensor.data.to(dtype)
+    return module
+
+
+def _table(path: str, file: str) -> dict:
+    try:
+        return json.loads(_text(path, file))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"model.path: {file} of {path} is missing or damaged: {brief(error)}") from None
+
+
+def _text(path: str, file: str) -> str:
+    return (Path(path) / file if Path(path).is_dir() else fetch(path, file)).read_text(encoding="utf-8")
