@@ -48,7 +48,8 @@ def folders(tmp_path_factory):
 
 
 def config_of(folder, model=None, **rollout):
-    rollout = {"num_steps": 4, "branch_steps": [0, 1], "graphs": True, "height": 32, "width": 32, "guidance_scale": 3.0, **rollout}
+    plan = {"branch_steps": [0, 1]}
+    rollout = {"num_steps": 4, "plan": plan, "graphs": True, "height": 32, "width": 32, "guidance_scale": 3.0, **rollout}
     return small_config(model={"path": str(folder), "max_sequence_length": 12, **(model or {})}, rollout=rollout)
 
 
