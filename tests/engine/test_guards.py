@@ -84,7 +84,7 @@ def test_diversity_where_there_are_pairs(policy, plan, known):
 # ----------------------------------------------------------------------------------------------------- early stop
 def verdicts(values, **rule):
     judge = StopRule(Stop(metric="eval/m", **rule))
-    return [judge.see({"iteration": n, "eval/reward": 0.0, "eval/m": value}) is not None for n, value in enumerate(values)]
+    return [judge.observe({"iteration": n, "eval/reward": 0.0, "eval/m": value}) is not None for n, value in enumerate(values)]
 
 
 @pytest.mark.parametrize(
@@ -113,21 +113,21 @@ def test_a_resumed_run_judges_as_an_undisturbed_one(values, data):
     rows = [{"iteration": 2 * n, "eval/reward": 0.0, "eval/m": value} for n, value in enumerate(values)]
     rule, cut = Stop(metric="eval/m", patience=2), data.draw(st.integers(0, len(rows) - 1))
     whole = StopRule(rule)
-    expected = [whole.see(row) for row in rows]
+    expected = [whole.observe(row) for row in rows]
     resumed = StopRule(rule)
     between = [{"iteration": row["iteration"] + 1, "loss": 0.0} for row in rows[:cut]]
     extra = [{"iteration": 2 * cut - 1, "eval/reward": 0.0, "eval/m": 9.0}] if cut else []
     record = sorted(rows[:cut] + between + extra, key=lambda row: row["iteration"])
     last = resumed.replay(record, every=2)
     assert last == (expected[cut - 1] if cut else None)
-    assert [resumed.see(row) for row in rows[cut:]] == expected[cut:]
+    assert [resumed.observe(row) for row in rows[cut:]] == expected[cut:]
 
 
 def test_the_reason_says_what_was_seen():
     rule = StopRule(Stop(metric="eval/m", patience=2, below=0.0))
-    seen = [rule.see({"iteration": 10 * n, "eval/m": value}) for n, value in enumerate([0.25, 0.5, 0.5, 0.125])]
+    seen = [rule.observe({"iteration": 10 * n, "eval/m": value}) for n, value in enumerate([0.25, 0.5, 0.5, 0.125])]
     assert seen[3] == "eval.stop: eval/m 0.125, no better than 0.5 at iteration 10 for 2 evaluations"
-    assert rule.see({"iteration": 40, "eval/m": -1.0}) == "eval.stop: eval/m -1 is below 0"
+    assert rule.observe({"iteration": 40, "eval/m": -1.0}) == "eval.stop: eval/m -1 is below 0"
 
 
 @pytest.mark.parametrize(

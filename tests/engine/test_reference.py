@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from tempflow.checkpoints.safetensors_writer import write_safetensors
 from tempflow.training import distributed
-from tempflow.training.ema import Average, deal
+from tempflow.training.ema import Average, assign_owners
 from tempflow.training.reference_policy import placement
 from tempflow.types import Size
 
@@ -41,7 +41,7 @@ def test_a_streamed_file_holds_what_was_announced(tmp_path, change):
 def test_weights_are_dealt_evenly():
     shapes = {f"block.{i}.{name}": shape for i in range(19) for name, shape in (("w", (64, 64)), ("b", (64,)), ("up", (64, 256)))}
     for ranks in (1, 2, 8):
-        owner, held = deal(shapes, ranks), [0] * ranks
+        owner, held = assign_owners(shapes, ranks), [0] * ranks
         for name, rank in owner.items():
             held[rank] += torch.Size(shapes[name]).numel()
         assert owner.keys() == shapes.keys() and max(held) - min(held) <= 64 * 256

@@ -194,7 +194,7 @@ class RewardPool:
                 error = f"NaN for every image of the batch{f' ({scores.details[0]})' if scores.details else ''}"
             except Exception as failure:  # besides WorkerFailure: metadata that cannot be sent
                 failed, answered, error = None, False, str(failure)
-            self._note(f"reward {task.name!r}: {error}")
+            self._remember_error(f"reward {task.name!r}: {error}")
         if not answered:
             task.ticket.errors[task.name] = error
         return failed or Scores(np.full(n, np.nan, dtype=np.float32), [f"not scored: {_last_line(error)}"] * n), 0.0
@@ -210,7 +210,7 @@ class RewardPool:
             task.ticket.seconds += seconds
         task.ticket._scores[task.name].set_result(scores)
 
-    def _note(self, error: str) -> None:
+    def _remember_error(self, error: str) -> None:
         with self._lock:
             self._last_error = error
 

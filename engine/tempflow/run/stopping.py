@@ -17,14 +17,14 @@ def is_evaluation(row: dict, every: int) -> bool:
 
 
 class StopRule:
-    """Call `see` with each evaluated row of metrics, in order."""
+    """Call `observe` with each evaluated row of metrics, in order."""
 
     def __init__(self, rule: Stop):
         self.rule = rule
         self.best, self.best_at, self.waited = -math.inf, 0, 0
 
-    def see(self, row: dict) -> str | None:
-        """Why the run should stop after this evaluation, or None. A row whose metric is missing or NaN passes unjudged."""
+    def observe(self, row: dict) -> str | None:
+        """Why the run should stop after this evaluation, or None. A row whose metric is missing or NaN is ignored."""
         value = row.get(self.rule.metric)
         if value is None or not math.isfinite(value):
             return None
@@ -42,9 +42,9 @@ class StopRule:
         return None
 
     def replay(self, rows: list[dict], every: int) -> str | None:
-        """See the evaluations on record; returns the verdict on the last of them."""
+        """Observe the evaluations on record; returns what `observe` said of the last of them."""
         reason = None
         for row in rows:
             if is_evaluation(row, every):
-                reason = self.see(row)
+                reason = self.observe(row)
         return reason

@@ -18,7 +18,7 @@ from tempflow.sampling.noise import INITIAL, key_tensor, noise_key
 from tempflow.sampling.plans import Row, Unit
 from tempflow.sampling.plans import RowPlan as Plan
 from tempflow.sampling.steps import Coefficients
-from tempflow.sampling.suffix import count_forwards, first_forward, last_decisions, lead, suffix_path
+from tempflow.sampling.suffix import count_forwards, first_forward, last_decisions, second_order_gain, suffix_path
 from tempflow_kernels import normal, sde_step
 
 
@@ -211,7 +211,7 @@ class RowScheduler:
         for n, (i, step, goal) in enumerate(zip(batch, steps, goals, strict=True)):
             if i in self._jumps:
                 jump = self._jumps[i]
-                both = lead(self.sigmas, jump.step, step) + lead(self.sigmas, step, goal)
+                both = second_order_gain(self.sigmas, jump.step, step) + second_order_gain(self.sigmas, step, goal)
                 bends[n] = both / self._gap(jump.step, step) / self._gap(step, goal)
                 velocities[n], extrapolated[n] = jump.velocity, jump.extrapolated
         return {"v_before": velocities, "bend": bends.to(self.device), "extrapolated": extrapolated}
@@ -226,7 +226,7 @@ class RowScheduler:
             now = v[n].float()
             part = torch.zeros_like(now)
             if before is not None:
-                part = lead(self.sigmas, step, goal) / self._gap(before.step, step) * (now - before.velocity)
+                part = second_order_gain(self.sigmas, step, goal) / self._gap(before.step, step) * (now - before.velocity)
             self._jumps[i] = _Jump(step, now, part)
 
     def _gap(self, step: int, goal: int) -> float:

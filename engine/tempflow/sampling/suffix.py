@@ -46,7 +46,7 @@ def first_forward(row: Row) -> int:
     return row.start + (row.parent is not None)
 
 
-def lead(sigmas: torch.Tensor, step: int, goal: int) -> float:
+def second_order_gain(sigmas: torch.Tensor, step: int, goal: int) -> float:
     """sum_j dt_j (sigma_j - sigma_step) over the grid's steps from `step` to `goal`: what a velocity that changes by 1 per sigma
     adds to Euler's steps there. 0 for one step."""
     points = sigmas[step : goal + 1].double()

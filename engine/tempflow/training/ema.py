@@ -24,7 +24,7 @@ class Average:
         self._runtime, self._decay, self.every = runtime, decay, every
         self.updates = 0
         self._shapes = runtime.trainable_shapes()
-        self._owner = deal(self._shapes, distributed.world_size())
+        self._owner = assign_owners(self._shapes, distributed.world_size())
         self._mine: dict[str, torch.Tensor] = {}
         for name, value in self._current():
             self._mine[name] = value.cpu().clone()
@@ -72,7 +72,7 @@ class Average:
             self._mine = {name: averages.get_tensor(name).float() for name in self._mine}
 
 
-def deal(shapes: dict[str, tuple[int, ...]], ranks: int) -> dict[str, int]:
+def assign_owners(shapes: dict[str, tuple[int, ...]], ranks: int) -> dict[str, int]:
     """The rank that holds each weight: the largest first, each to whoever holds least."""
     held, owner = [0] * ranks, {}
     for name in sorted(shapes, key=lambda name: -torch.Size(shapes[name]).numel()):

@@ -220,7 +220,7 @@ class Trainer:
     def _judge(self, metrics: dict) -> None:
         """Let the stopping rule see an iteration that was evaluated, with one verdict on every rank."""
         if self.rule and self.evaluated_at == self.iteration:
-            self.ended = comm.agree_on(self.rule.see(metrics) if comm.rank() == 0 else None)
+            self.ended = comm.agree_on(self.rule.observe(metrics) if comm.rank() == 0 else None)
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.iteration % every == 0 and self.iteration < self.config.training.iterations

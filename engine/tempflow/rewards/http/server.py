@@ -111,7 +111,7 @@ def create_app(batchers: dict[str, Batcher], limits: Limits, token: str | None) 
             raise HTTPException(400, str(error)) from None
         except ScoringFailed as error:
             raise HTTPException(500, str(error)) from None
-        return write_answer(_joined(parts))
+        return write_answer(_in_order(parts))
 
     return app
 
@@ -170,7 +170,7 @@ def _chosen(batchers: dict[str, Batcher], name: str) -> Batcher:
     raise ValueError(f"no reward {name!r}; this server serves {', '.join(batchers)}")
 
 
-def _joined(parts: list[Scores]) -> Scores:
+def _in_order(parts: list[Scores]) -> Scores:
     """One Scores of a request's pieces, in order."""
     details = None
     if all(part.details is not None for part in parts):
