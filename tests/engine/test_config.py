@@ -37,7 +37,7 @@ def test_shipped_configs(file, tmp_path, monkeypatch):
 
 
 def test_generated_files_are_fresh():
-    """docs/config.md and configs/schema.json say what config.py says now: python docs/make_config_table.py"""
+    """docs/config.md and configs/schema.json say what the config and its components say now: python docs/make_config_table.py"""
     spec = importlib.util.spec_from_file_location("make_config_table", ROOT / "docs/make_config_table.py")
     table = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(table)
