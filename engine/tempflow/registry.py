@@ -156,7 +156,7 @@ def import_from(key: str, path: str):
     """What `module:Name` names; UserError, after `key`, where it cannot be imported."""
     module, _, attribute = path.partition(":")
     # A user's module usually lies where the command is run, which a script's sys.path does not hold.
-    if os.getcwd() not in sys.path:
+    if module.partition(".")[0] != __package__ and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
         return getattr(importlib.import_module(module), attribute)

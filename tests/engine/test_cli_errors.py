@@ -38,7 +38,7 @@ def config_file(tmp_path, skeleton):
 
 # ------------------------------------------------------------------------------------------------------ train
 CASES = {
-    "unknown key": ("training.kl_coeff=1", ["training.kl_coeff", "did you mean 'kl_coef'"]),
+    "unknown key": ("training.penalti=1", ["training.penalti", "did you mean 'penalty'"]),
     "unknown section": ("trainer.seed=1", ["trainer", "did you mean 'training'"]),
     "wrong type": ("training.iterations=many", ["training.iterations", "integer", "'many'"]),
     "no prompt file": ("data.train=nowhere.txt", ["data.train", "nowhere.txt", "does not exist"]),

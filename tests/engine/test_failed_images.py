@@ -183,7 +183,7 @@ def test_means_of_little(values, expected):
 
 
 # ------------------------------------------------------------------------------------------------------- training
-SMALL = {"num_steps": 3, "branch_steps": [0, 1], "seeds": 2, "children": 3, "lanes": 1, "decode_batch": 5}
+SMALL = {"num_steps": 3, "plan": {"branch_steps": [0, 1], "seeds": 2, "children": 3}, "lanes": 1, "decode_batch": 5}
 
 
 def breaking(policy, monkeypatch, numbers):
@@ -218,7 +218,7 @@ def test_a_rollout_of_nothing_stops_the_run(policy, monkeypatch):
         Iteration(policy, small_config(rollout=SMALL))
 
 
-@pytest.mark.parametrize("training", [{}, {"kl_coef": 0.3}], ids=["plain", "kl"])
+@pytest.mark.parametrize("training", [{}, {"penalty": {"coef": 0.3}}], ids=["plain", "kl"])
 def test_what_a_failed_child_holds_reaches_no_gradient(policy, training):
     """NaN in failed children, in a state all of whose children failed, and in the state that would serve as padding."""
     iteration = Iteration(policy, small_config(rollout={**SMALL, "lanes": None}, training=training))

@@ -5,7 +5,7 @@ from functools import cache
 
 import pytest
 import torch
-from engine_cases import MODEL, PROMPTS, Iteration, examples, quiet_pool, small_config
+from engine_cases import MODEL, PROMPTS, Iteration, examples, plan_table, quiet_pool, small_config
 from family_cases import qwen_pipeline, sd3_pipeline
 from rollout_cases import Rollout, toy_velocity
 from test_graphs import Recorded, cache_of
@@ -173,8 +173,9 @@ class Witness:
 @pytest.mark.parametrize("exact_steps", [0, 2])
 @pytest.mark.parametrize("plan", ["tempflow", "mix_grpo"])
 def test_only_coarse_steps_use_it_and_decisions_keep_their_bits(plan, exact_steps):
-    table = {"plan": plan, "branch_steps": [0, 3, 5] if plan == "tempflow" else "all", "children": 3, "window": {"size": 3}}
-    group = {"advantage_group": "seed" if plan == "tempflow" else "prompt"}
+    steps = [0, 3, 5] if plan == "tempflow" else "all"
+    table = {"plan": plan_table(plan, seeds=2, branch_steps=steps, children=3, window=3)}
+    group = {"advantage": {"over": "seed" if plan == "tempflow" else "prompt"}}
     units = iteration_units([5, 9], 2)
     suffix = {"stride": 2, "exact_steps": exact_steps, "weights": "float8"}
     config = small_config(rollout={**table, "suffix": suffix}, training=group)
@@ -229,7 +230,7 @@ def test_graphs_of_two_functions_of_the_same_shapes_are_two():
 # -------------------------------------------------------------------------------------------------------- in a run
 def test_an_iteration_with_it_and_its_audit(policy):
     """Rewards differ from the exact ones, decisions do not."""
-    table = {"num_steps": 6, "branch_steps": [0, 2], "children": 3}
+    table = {"num_steps": 6, "plan": {"branch_steps": [0, 2], "children": 3}}
     exact = Iteration(policy, small_config(rollout=table))
     coarse = Iteration(policy, small_config(rollout={**table, "suffix": {"stride": 1, "weights": "float8", "audit_every": 1}}))
     assert 0 < abs(coarse.data.rewards - exact.data.rewards).max()

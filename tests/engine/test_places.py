@@ -139,10 +139,12 @@ def test_resuming_with_other_files_is_refused(clone):
 def test_modules_of_the_start_folder(clone, tmp_path, monkeypatch):
     """Also after a resume from another folder, and where the clone was moved."""
     monkeypatch.setattr(sys, "path", list(sys.path))
+    before = list(sys.path)
     run_dir = begun()
     monkeypatch.chdir(tmp_path)
     directory.claim(load_config(run_dir / "config.json"), resume=True)
     root = moved(tmp_path, shutil.move)
+    sys.path[:] = before
     directory.find_modules(root / "runs/one")
     assert str(root) in sys.path and str(clone) not in sys.path
     directory.find_modules(tmp_path / "nowhere")

@@ -59,8 +59,8 @@ def test_every_second_step_needs_the_forwards_of_the_cost_table():
 @pytest.mark.parametrize("plan", ["tempflow", "mix_grpo"])
 def test_decisions_are_those_of_the_exact_suffix(plan):
     """States, children and their log-probabilities to the last bit; and the trunk's own end."""
-    table = {"plan": plan, "branch_steps": "all", "children": 3, "window": {"size": 3}}
-    group = {"advantage_group": "seed" if plan == "tempflow" else "prompt"}
+    table = {"plan": plan_table(plan, seeds=2, branch_steps="all", children=3, window=3)}
+    group = {"advantage": {"over": "seed" if plan == "tempflow" else "prompt"}}
     units = iteration_units([5, 9], 2)
     exact, coarse = (Rollout(small_config(rollout={**table, "suffix": suffix}, training=group), units) for suffix in (None, {}))
     assert exact.decisions.keys() == coarse.decisions.keys() and exact.finished.keys() == coarse.finished.keys()
@@ -144,7 +144,7 @@ def test_rank_correlation_sees_the_order_only(values):
 
 def test_audit_scores_the_same_rows_with_the_exact_suffix(policy):
     """Rewards of the audit are those of a run without suffix; without an audit there are none."""
-    table = {"num_steps": 6, "branch_steps": [0, 2], "children": 3}
+    table = {"num_steps": 6, "plan": {"branch_steps": [0, 2], "children": 3}}
     exact = Iteration(policy, small_config(rollout=table)).data
     assert exact.exact_rewards is None
     audited = Iteration(policy, small_config(rollout={**table, "suffix": {"audit_every": 1}})).data
