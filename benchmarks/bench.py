@@ -5,9 +5,8 @@ from __future__ import annotations
 import gc
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-import numpy as np
 import torch
 
 from tempflow import cli
@@ -19,7 +18,7 @@ PHASES = ("rollout", "decode", "reward", "train", "sync")
 
 
 class Bench:
-    """The engine's own parts on one config.
+    """A session on one config, as a run has it.
 
     The prompts of the first `iterations` iterations are embedded by text encoders that are gone before the rest is loaded, as in
     a run with data.embedding_cache; without that key the embeddings go to a temporary folder.
@@ -29,33 +28,18 @@ class Bench:
     def __init__(self, config: Config, iterations: int, pool: RewardPool | None = None):
         cli.quiet_libraries()
         from tempflow.models import check_model
-        from tempflow.models.embeddings import open_policy
         from tempflow.training import distributed
-        from tempflow.training.device import Threads, device
-        from tempflow.training.engine import Runtime
+        from tempflow.training.session import build
 
         distributed.init_distributed()
-        self.config = config
-        self.specs = parse_rewards(config.rewards)
-        self.prompts = load_prompts(config.data.train, "data.train")
-        check_prompts(self.specs, [p.text for p in self.prompts], [p.metadata for p in self.prompts])
+        specs, prompts = parse_rewards(config.rewards), load_prompts(config.data.train, "data.train")
+        check_prompts(specs, [p.text for p in prompts], [p.metadata for p in prompts])
         check_model(config.model.path)
-        self.threads = Threads(config)
-        self.pool = pool or RewardPool(self.specs, **config.reward_pool.pool())
-        self.order = PromptOrder(len(self.prompts), config.data.prompts_per_iteration, config.training.seed)
+        self.order = PromptOrder(len(prompts), config.data.prompts_per_iteration, config.training.seed)
         self._scratch = tempfile.TemporaryDirectory(prefix="tempflow-embeddings-")
-        opened = changed(config, data={"embedding_cache": config.data.embedding_cache or self._scratch.name})
-        self.policy, self.embeddings = open_policy(opened, [self.prompts[i] for i in self.order.reached(iterations)], device())
-        self.runtime = Runtime(config, self.policy)
-        self.pool.wait_ready()
-
-    def collector(self, config: Config):
-        from tempflow.training.rollout import Collector
-
-        return Collector(config, self.policy, self.prompts, self.embeddings, self.pool, self.specs)
-
-    def embed(self, units):
-        return self.embeddings.get([self.prompts[unit.prompt_id] for unit in units])
+        opened = changed(config, data={"embedding_cache": config.data.embedding_cache or self._scratch.name}, rollout={"graphs": False})
+        self.session = build(opened, prompts, [], specs, pool=pool, reached=self.order.reached(iterations))
+        self.session.pool.wait_ready()
 
 
 def changed(config: Config, **sections) -> Config:
@@ -77,34 +61,42 @@ class Iteration:
 
 
 class Engine:
-    """Iterations as the trainer runs them: on one collector, whose graphs and float8 copy last until `free`."""
+    """Iterations as the trainer runs them, in a session of their own on the bench's model, whose graphs and float8 copy last
+    until `free`. micro_batch, each_child: see `train`."""
 
-    share_forward = True
+    each_child = False
 
     def __init__(self, bench: Bench, config: Config):
-        self.bench, self.config, self._collector = bench, config, None
+        self.bench, self.config, self._session = bench, config, None
 
     def __call__(self, iteration: int) -> Iteration:
-        bench = self.bench
-        self._collector = self._collector or bench.collector(self.config)
-        with bench.threads.shared():
-            data = self._collector.collect(iteration, bench.order.indices(iteration))
+        self._session = session = self._session or self.bench.session.variant(self.config)
+        rolled, scored = roll_out_and_score(session, self.bench.order.indices(iteration), iteration)
         started = time.perf_counter()
-        trained = train(bench, self.config, self._collector, data, self.config.training.micro_batch, self.share_forward)
+        trained = train(session, rolled, scored, each_child=self.each_child)
         synchronize()
-        seconds = {**{k: data.times[k] for k in ("rollout", "decode", "reward")}, "train": time.perf_counter() - started}
-        return Iteration(seconds | {"sync": refresh(bench)}, data.images, {"rollout": data.stats.forwards, "train": trained})
+        seconds = {**rolled.seconds, "reward": scored.seconds["reward"], "train": time.perf_counter() - started, "sync": refresh(session)}
+        return Iteration(seconds, scored.images, {"rollout": rolled.stats.forwards, "train": trained})
 
     def free(self) -> None:
         """Give back what the variant holds on the device."""
-        self._collector = None
+        self._session = None
         release()
 
 
-class OneForwardPerChild(Engine):
-    """The same, but training forwards every child by itself."""
+class EachChild(Engine):
+    """The same with a training forward for every child."""
 
-    share_forward = False
+    each_child = True
+
+
+def roll_out_and_score(session, prompt_ids: list[int], iteration: int):
+    """One rollout as the trainer does it, and its scores."""
+    from tempflow.training.rollout import gather_rewards, plan_iteration, roll_out
+
+    with session.threads.shared():
+        rolled = roll_out(session, plan_iteration(session, prompt_ids, iteration), iteration, session.config.rollout.suffix)
+        return rolled, gather_rewards(session, rolled)
 
 
 def release() -> None:
@@ -119,29 +111,37 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def train(bench: Bench, config: Config, collector, data, micro_batch: int, share_forward: bool = True) -> int:
-    """The updates on a rollout's decisions; returns the rows forwarded. share_forward: as of `Updater`."""
-    from tempflow.advantages import advantages
-    from tempflow.sampling.steps import noise_weights
-    from tempflow.training.batches import make_batches, select
+def train(session, rolled, scored, each_child: bool = False) -> int:
+    """The updates on a rollout's states; returns the rows forwarded. each_child: a forward of its own for every child."""
+    from tempflow.training.credit import make_parts
     from tempflow.training.update import Updater
 
-    t, how = config.training, config.advantage()
-    adv = advantages(data.rewards, group=how.over, global_std=how.global_std, clip=how.clip)
-    chosen = select(data.decisions, adv, data.steps, keep_all=t.penalty is not None)
-    count = -(-len(chosen) // micro_batch)
-    weights = noise_weights(collector.sde.tau, data.steps, t.weighting)
-    batches = make_batches(chosen, data.decisions[0], count, -(-len(chosen) // count), collector.sigmas, collector.sde, weights,
-                           bench.policy.device)  # fmt: skip
-    updater = Updater(config, bench.runtime, bench.embed, share_forward)
-    total = int(np.prod(data.rewards.shape[:3]))
-    return sum(updater.update(batches, total, 1.0, u == 0)["forwards"] for u in range(t.updates.passes))
+    parts = make_parts(session, rolled, session.advantage(rolled.layout.slots, scored.rewards))
+    parts = [one_child_per_state(part) for part in parts] if each_child else parts
+    updater = Updater(session.runtime, session.sampler, session.objective, session.penalty, session.embed)
+    passes = session.config.training.updates.passes
+    return sum(updater.update(part, 1.0)["forwards"] for _ in range(passes) for part in parts)
 
 
-def refresh(bench: Bench) -> float:
+def one_child_per_state(part):
+    """The same loss with every child as a state of its own: B forwards a state, as the paper's code runs it."""
+    from tempflow.training.update import Part
+
+    width = part.batches[0].advantage.shape[1]
+    return Part.of([_split_children(batch) for batch in part.batches], part.total * width)
+
+
+def _split_children(batch):
+    width = batch.advantage.shape[1]
+    repeated = {name: getattr(batch, name).repeat_interleave(width, 0) for name in ("x", "sigma", "a", "b", "tau", "weight")}
+    split = {name: getattr(batch, name).flatten(0, 1).unsqueeze(1) for name in ("children", "advantage", "log_prob_rollout")}
+    return replace(batch, units=[unit for unit in batch.units for _ in range(width)], real=batch.real * width, **repeated, **split)
+
+
+def refresh(session) -> float:
     """Seconds of a weight sync."""
     started = time.perf_counter()
-    bench.runtime.refresh(bench.policy.denoiser())
+    session.runtime.refresh(session.policy.denoiser())
     synchronize()
     return time.perf_counter() - started
 

@@ -5,105 +5,103 @@ as one small batch that is integrated, decoded and rewarded before the next begi
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-from bench import PHASES, Bench, Iteration, refresh, synchronize, train
+from bench import PHASES, Bench, Iteration, changed, refresh, synchronize, train
 
 from tempflow.config import Config
-from tempflow.sampling.noise import INITIAL, key_tensor, noise_key
-from tempflow.sampling.plans import Unit, iteration_units
-from tempflow.sampling.scheduler import Decision, RolloutStats
+from tempflow.objectives import Rollout
+from tempflow.rewards import combine
+from tempflow.sampling.noise import INITIAL, Noise, key_tensor
 from tempflow.sampling.steps import ode_coefficients
-from tempflow_kernels import normal, sde_step
+from tempflow.training.rollout import Scored, plan_iteration
+from tempflow.types import Rewards, Row, State, Unit
+from tempflow_kernels import sde_step
 
 
 class Sequential:
-    """Iterations of that procedure."""
+    """Iterations of that procedure, of a plan whose branches leave one trunk."""
 
     def __init__(self, bench: Bench, config: Config):
-        self.bench, self.config, self.collector = bench, config, bench.collector(config)
+        # A state alone in its micro-batch, and then each of its children.
+        self.bench, self.session = bench, bench.session.variant(changed(config, training={"micro_batch": 1}))
 
     def free(self) -> None:
         """It holds nothing on the device."""
 
     def __call__(self, iteration: int) -> Iteration:
-        self.seconds, self.stats = dict.fromkeys(PHASES, 0.0), RolloutStats()
-        plan = self.config.plan()
-        units, steps = iteration_units(self.bench.order.indices(iteration), plan.seeds), plan.steps(iteration)
-        rewards = np.zeros((self.config.data.prompts_per_iteration, plan.seeds, len(steps), plan.children))
-        decisions = []
+        s = self.session
+        self.seconds, self.forwards, self.noise = dict.fromkeys(PHASES, 0.0), 0, Noise(s.config.training.seed, iteration)
+        layout = plan_iteration(s, self.bench.order.indices(iteration), iteration)
+        states, total = [], np.zeros(len(layout))
         with torch.no_grad():  # rewards are waited for, so all cores are the model's
-            for unit in units:
-                trunk = self.trunk(unit, iteration)
-                for place, k in enumerate(steps):
-                    decision, values = self.branch(unit, iteration, k, trunk[k])
-                    decisions.append(decision)
-                    rewards[unit.prompt, unit.seed, place] = values
-        data = _Data(decisions, rewards, steps)
+            for place, unit in enumerate(layout.units):
+                forest = layout.forest([place])
+                trunk = self.trunk(unit)
+                for (parent, k), slots in forest.slots.items():
+                    rows = forest.branches[parent, k]
+                    state, values = self.branch(unit, k, trunk[k], [forest.rows[n] for n in rows], slots)
+                    states.append(state)
+                    total[[forest.numbers[n] for n in rows]] = values
+        rolled = _Rolled(layout, Rollout(layout.slots, states, [], s.grid, self.noise))
+        rewards = layout.slots.means(total[None])[0]
+        everywhere = np.ones(len(rewards), dtype=bool)
+        name = s.trained[0].name
+        given = Rewards(rewards, {name: rewards}, {name: 1.0}, {name: everywhere})
         started = time.perf_counter()
-        trained = train(self.bench, self.config, self.collector, data, micro_batch=1, share_forward=False)
+        trained = train(s, rolled, Scored(given, len(rewards), 0, float("nan"), {}, {}), each_child=True)
         self.seconds["train"] = time.perf_counter() - started
-        self.seconds["sync"] = refresh(self.bench)
-        return Iteration(self.seconds, rewards.size, {"rollout": self.stats.forwards, "train": trained})
+        self.seconds["sync"] = refresh(s)
+        return Iteration(self.seconds, len(rewards), {"rollout": self.forwards, "train": trained})
 
-    def trunk(self, unit: Unit, iteration: int) -> list[torch.Tensor]:
-        started = time.perf_counter()
-        key = key_tensor([self.key(unit, iteration, INITIAL, 0)], self.bench.policy.device)
-        x = normal(key, int(np.prod(self.collector.latent_shape))).reshape(1, *self.collector.latent_shape)
-        states = [x]
-        for k in range(self.config.rollout.num_steps - 1):
+    def trunk(self, unit: Unit) -> list[torch.Tensor]:
+        s, started = self.session, time.perf_counter()
+        states = [self.noise.sample([self.noise.key(unit, INITIAL)], s.sampler.latent_shape, s.policy.device)]
+        for k in range(s.config.rollout.num_steps - 1):
             states.append(self.step(states[-1], k, unit))
         self.seconds["rollout"] += time.perf_counter() - started
         return states
 
-    def branch(self, unit: Unit, iteration: int, k: int, x: torch.Tensor) -> tuple[Decision, np.ndarray]:
-        r, sde, started = self.config.rollout, self.collector.sde, time.perf_counter()
-        siblings = self.config.plan().children
-        keys = [[self.key(unit, iteration, k, i)] for i in range(siblings)]
-        copies = x.expand(siblings, *x.shape[1:])
-        children, log_prob = self.transition(copies, k, unit, (sde.a[k], sde.b[k], sde.tau[k]), keys)
+    def branch(self, unit: Unit, k: int, x: torch.Tensor, rows: list[Row], slots: np.ndarray) -> tuple[State, np.ndarray]:
+        s, started = self.session, time.perf_counter()
+        a, b, tau = s.grid.sde.a[k], s.grid.sde.b[k], s.grid.sde.tau[k]
+        keys = [[self.noise.key(unit, k, row.path)] for row in rows]
+        children, log_prob = self.transition(x.expand(len(rows), *x.shape[1:]), k, unit, (a, b, tau), keys)
         latents = children
-        for later in range(k + 1, r.num_steps):
+        for later in range(k + 1, s.config.rollout.num_steps):
             latents = self.step(latents, later, unit)
         synchronize()
         self.seconds["rollout"] += time.perf_counter() - started
         started = time.perf_counter()
-        images, _ = self.collector.sampler.decode(latents)
+        images, _ = s.sampler.decode(latents)
         self.seconds["decode"] += time.perf_counter() - started
-        return Decision(unit, k, x[0], children, log_prob), self.score(unit, images)
+        state = State(unit, k, s.grid.sigmas[k].item(), a.item(), b.item(), tau.item(), x[0], children, slots, log_prob)
+        return state, self.score(unit, images)
 
     def score(self, unit: Unit, images: np.ndarray) -> np.ndarray:
-        from tempflow.rewards import combine
-
-        started, prompt = time.perf_counter(), self.bench.prompts[unit.prompt_id]
-        ticket = self.bench.pool.submit(images, [prompt.text] * len(images), [prompt.metadata] * len(images))
-        values = combine(self.bench.pool.gather([ticket])[0], self.bench.specs).values
+        s, started = self.session, time.perf_counter()
+        prompt = s.prompts[unit.prompt_id]
+        ticket = s.pool.submit(images, [prompt.text] * len(images), [prompt.metadata] * len(images))
+        values = combine(s.pool.gather([ticket])[0], s.specs).values
         self.seconds["reward"] += time.perf_counter() - started
         return values
 
     def step(self, x, k: int, unit: Unit) -> torch.Tensor:
-        ode = ode_coefficients(self.collector.sigmas)
+        ode = ode_coefficients(self.session.grid.sigmas)
         return self.transition(x, k, unit, (ode.a[k], ode.b[k], ode.tau[k]), [[0]] * len(x))[0]
 
     def transition(self, x, k: int, unit: Unit, scalars, keys):
-        n, device = len(x), x.device
-        sigma = self.collector.sigmas[k].expand(n).to(device)
-        v = self.collector.sampler.velocity(self.bench.policy.denoiser(), x, sigma, self.bench.embed([unit] * n))
-        self.stats.forwards += n
-        a, b, tau = (s.expand(n).to(device) for s in scalars)
+        s, n, device = self.session, len(x), x.device
+        v = s.sampler.velocity(s.policy.denoiser(), x, s.grid.sigmas[k].expand(n).to(device), s.embed([unit] * n))
+        self.forwards += n
+        a, b, tau = (t.expand(n).to(device) for t in scalars)
         x_next, log_prob = sde_step(x, v, a, b, tau, key=key_tensor(keys, device), out_dtype=torch.float32)
         return x_next[:, 0], log_prob[:, 0]
 
-    def key(self, unit: Unit, iteration: int, step: int, child: int) -> int:
-        return noise_key(self.config.training.seed, iteration, unit.prompt_id, unit.seed, step, child)
 
+class _Rolled:
+    """The part of a rollout that training reads."""
 
-@dataclass
-class _Data:
-    """The part of a Collected that training reads."""
-
-    decisions: list[Decision]
-    rewards: np.ndarray
-    steps: list[int]
+    def __init__(self, layout, kept: Rollout):
+        self.layout, self.kept = layout, kept

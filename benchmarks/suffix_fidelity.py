@@ -22,18 +22,18 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
+from bench import changed
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from tempflow import cli
-from tempflow.advantages import advantages, rank_correlation
+from tempflow.advantages import rank_correlation
 from tempflow.config import Config, Suffix, load_config
 from tempflow.data.prompts import PromptOrder, load_prompts
-from tempflow.rewards import RewardPool, check_prompts, parse_rewards
+from tempflow.rewards import check_prompts, parse_rewards
 from tempflow.run.environment import device_name, versions
 from tempflow.run.logs import write_atomic
-from tempflow.sampling.plans import build_plan
 
 ROOT = Path(__file__).parent.parent
 REGROUPED = "exact, in other batches"
@@ -56,24 +56,19 @@ OPTIONS: dict[str, Suffix | None] = {
 }
 
 
-def build(config: Config):
-    """A collector on the config's own model, prompts and rewards, and its reward pool."""
+def open_session(config: Config):
+    """A session on the config's own model, prompts and rewards, without a training engine."""
     cli.quiet_libraries()
-    from tempflow.models import check_model, load_policy
-    from tempflow.models.embeddings import EmbeddingCache
-    from tempflow.training.device import Threads, device
-    from tempflow.training.rollout import Collector
+    from tempflow.models import check_model
+    from tempflow.training.session import build
 
     specs = parse_rewards(config.rewards)
     prompts = load_prompts(config.data.train, "data.train")
     check_prompts(specs, [p.text for p in prompts], [p.metadata for p in prompts])
     check_model(config.model.path)
-    threads = Threads(config)
-    pool = RewardPool(specs, **config.reward_pool.pool())
-    policy = load_policy(config.model.path, dtype=config.model.dtype, device=device(),
-                         max_sequence_length=config.model.max_sequence_length)  # fmt: skip
-    pool.wait_ready()
-    return Collector(config, policy, prompts, EmbeddingCache(policy), pool, specs), pool, threads
+    session = build(config, prompts, [], specs, train=False)
+    session.pool.wait_ready()
+    return session
 
 
 def possible(transformer: torch.nn.Module) -> list[str]:
@@ -87,56 +82,60 @@ def possible(transformer: torch.nn.Module) -> list[str]:
 
 
 def measure(config: Config, iterations: int) -> dict:
-    """Rewards [n, P, S, K, B] and the cost of every option."""
-    collector, pool, threads = build(config)
-    order = PromptOrder(len(collector.prompts), config.data.prompts_per_iteration, config.training.seed)
-    full = config.rollout.micro_batch
-    options = possible(collector.policy.transformer)
+    """Rewards and the cost of every option, and one session to compute advantages with."""
+    from tempflow.training.rollout import gather_rewards, plan_iteration, roll_out
+
+    session = open_session(config)
+    order = PromptOrder(len(session.prompts), config.data.prompts_per_iteration, config.training.seed)
+    regrouped = session.variant(changed(config, rollout={"micro_batch": -(-config.rollout.micro_batch * 2 // 3)}))
+    options = possible(session.policy.denoiser())
+    sessions = {name: regrouped if name == REGROUPED else session for name in options}
+    for name in options:
+        if OPTIONS[name] and OPTIONS[name].weights == "float8":
+            sessions[name] = session.variant(changed(config, rollout={"suffix": OPTIONS[name]}))
     seen = {name: {"rewards": [], "rollout_s": 0.0, "total_s": 0.0, "forwards": 0} for name in options}
 
-    def roll_out(iteration: int, name: str):
-        prompt_ids = order.indices(iteration)
-        collector.config.rollout.micro_batch = -(-full * 2 // 3) if name == REGROUPED else full
-        plan = build_plan(config, collector.my_units(prompt_ids), iteration)
-        return collector.run_plan(plan, iteration, len(prompt_ids), OPTIONS[name])
+    def run(iteration: int, name: str):
+        layout = plan_iteration(session, order.indices(iteration), iteration)
+        rolled = roll_out(sessions[name], layout, iteration, OPTIONS[name])
+        return rolled, gather_rewards(sessions[name], rolled)
 
-    with pool, threads.shared(), torch.no_grad():
-        steps = roll_out(0, "one jump").steps  # warms up
+    with session.pool, session.threads.shared():
+        slots = run(0, "one jump")[0].layout.slots  # warms up
         if FLOAT8 in options:
-            roll_out(0, FLOAT8)
+            run(0, FLOAT8)
         for iteration, name in track([(i, name) for i in range(iterations) for name in options], description="rollouts"):
-            data, one = roll_out(iteration, name), seen[name]
-            one["rewards"].append(data.rewards)
-            one["rollout_s"] += data.times["rollout"]
-            one["total_s"] += sum(data.times[part] for part in ("rollout", "decode", "reward"))
-            one["forwards"] += data.stats.forwards
-    return {"steps": steps, "options": seen}
+            (rolled, scored), one = run(iteration, name), seen[name]
+            one["rewards"].append(scored.rewards)
+            one["rollout_s"] += rolled.seconds["rollout"]
+            one["total_s"] += rolled.seconds["rollout"] + rolled.seconds["decode"] + scored.seconds["reward"]
+            one["forwards"] += rolled.stats.forwards
+    return {"slots": slots, "options": seen, "advantage": session.advantage}
 
 
-def compare(config: Config, seen: dict) -> list[dict]:
+def compare(seen: dict) -> list[dict]:
     """One row an option: ratios to the exact suffix, and rank correlations with it."""
-    how = config.advantage()
-    exact = seen["options"]["exact"]
+    slots, exact = seen["slots"], seen["options"]["exact"]
     rows = []
     for name, one in seen["options"].items():
         pairs = list(zip(one["rewards"], exact["rewards"], strict=True))
-        values = [[advantages(r, group=how.over, global_std=how.global_std, clip=how.clip) for r in pair] for pair in pairs]
+        values = [[seen["advantage"](slots, rewards) for rewards in pair] for pair in pairs]
         valid = [a.valid & b.valid for a, b in values]
 
         def correlate(kept, of=values, masks=valid):
-            """Spearman's rho of the advantages at the kept steps."""
-            both = [np.concatenate([v[i].values[:, :, kept][m[:, :, kept]] for v, m in zip(of, masks)]) for i in (0, 1)]
+            """Spearman's rho of the advantages of the kept slots."""
+            both = [np.concatenate([v[i].values[kept & m] for v, m in zip(of, masks)]) for i in (0, 1)]
             return rank_correlation(*both)
 
-        everything = list(range(len(seen["steps"])))
+        rewards = [np.concatenate([p[i].total[m] for p, m in zip(pairs, valid)]) for i in (0, 1)]
         rows.append({
             "option": name, "suffix": OPTIONS[name].model_dump() if OPTIONS[name] else None,
             "forwards_ratio": exact["forwards"] / one["forwards"], "rollout_speedup": exact["rollout_s"] / one["rollout_s"],
             "iteration_speedup": exact["total_s"] / one["total_s"], "rollout_s": one["rollout_s"],
-            "reward_mean": float(np.nanmean(np.stack(one["rewards"]))),
-            "reward_rank_correlation": rank_correlation(*(np.concatenate([p[i][m] for p, m in zip(pairs, valid)]) for i in (0, 1))),
-            "advantage_rank_correlation": correlate(everything),
-            "by_step": {str(step): correlate([k]) for k, step in enumerate(seen["steps"])},
+            "reward_mean": float(np.nanmean(np.stack([r.total for r in one["rewards"]]))),
+            "reward_rank_correlation": rank_correlation(*rewards),
+            "advantage_rank_correlation": correlate(np.ones(len(slots), dtype=bool)),
+            "by_step": {str(step): correlate(slots.step == step) for step in slots.steps()},
         })  # fmt: skip
     return rows
 
@@ -178,7 +177,7 @@ def main() -> int:
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
     args = parser.parse_args()
     config = load_config(args.config, args.set)
-    rows = compare(config, measure(config, args.iterations))
+    rows = compare(measure(config, args.iterations))
     show(rows)
     out = args.output / f"suffix-{Path(args.config).stem}-{date.today()}.json"
     record = {"date": str(date.today()), "command": sys.argv, "device": device_name(), "versions": versions(),

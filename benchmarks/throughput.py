@@ -31,7 +31,7 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-from bench import PHASES, Bench, Engine, Iteration, OneForwardPerChild, changed, matmul_peak, release
+from bench import PHASES, Bench, EachChild, Engine, Iteration, changed, matmul_peak, release
 from forecast import SPARE, forecast
 from make_pipeline import make_pipeline
 from rich.console import Console
@@ -43,14 +43,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from tempflow import cli
 from tempflow.config import Config, Suffix, load_config
 from tempflow.errors import UserError
-from tempflow.models.hub import CARDS
 from tempflow.run.environment import device_name, uses_gpu, versions
 from tempflow.run.logs import write_atomic
-from tempflow.sampling.plans import iteration_units
-from tempflow.types import Size
 
 ROOT = Path(__file__).parent.parent
-CARD = CARDS / "flux-dev"
+CARD = ROOT / "configs/models/flux-dev"
 SHIPPED = [
     "data.prompts_per_iteration=2", "rollout.plan.seeds=4", "rollout.plan.children=6", "rollout.plan.branch_steps=all",
     "rollout.suffix=null",
@@ -78,14 +75,14 @@ class Variant:
 
 def variants(config: Config, compiled: bool, gpu: bool) -> list[Variant]:
     """What is compared: the paper's procedure, Flow-GRPO at as many rewarded images, and the engine part by part."""
-    plan = config.plan()
-    images = plan.seeds * len(plan.steps(0)) * plan.children
-    flow = changed(config, rollout={"plan": {"type": "flow_grpo", "seeds": images}}, training={"advantage": {"over": "prompt"}})
-    float8 = {"suffix": Suffix(weights="float8")}
+    plan, float8 = config.rollout.plan, {"suffix": Suffix(weights="float8")}
+    images = plan["seeds"] * len(config.plan().steps(0)) * plan["children"]
+    flow = changed(config, rollout={"plan": {"type": "flow_grpo", "seeds": images}},
+                   training={"advantage": config.training.advantage | {"over": "prompt"}})  # fmt: skip
     found = [
         Variant("paper's procedure", config, Sequential),
         Variant("Flow-GRPO, as many images", flow),
-        Variant("engine, one forward per child", config, OneForwardPerChild),
+        Variant("engine, one forward per child", config, EachChild),
         Variant("engine", config),
         Variant("engine, suffix every 2nd step", changed(config, rollout={"suffix": Suffix()})),
     ]
@@ -114,14 +111,12 @@ def chosen(config: Config, args: argparse.Namespace) -> list[Variant]:
 
 
 # ------------------------------------------------------------------------------------------------------- measurement
-def forward_flops(bench: Bench) -> int:
-    """FLOPs of one row's forward."""
-    r, policy = bench.config.rollout, bench.policy
-    sampler = policy.at(Size(r.height, r.width), r.guidance_scale)
-    x = torch.zeros(1, *sampler.latent_shape, device=policy.device)
-    unit = iteration_units(bench.order.indices(0), 1)[:1]
+def forward_flops(session, prompt: int) -> int:
+    """FLOPs of one row's forward. prompt: place of any prompt that is embedded."""
+    device = session.policy.device
+    x = torch.zeros(1, *session.sampler.latent_shape, device=device)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        sampler.velocity(policy.denoiser(), x, torch.ones(1, device=policy.device), bench.embed(unit))
+        session.sampler.velocity(session.policy.denoiser(), x, torch.ones(1, device=device), session.embed_prompts([prompt]))
     return counter.get_total_flops()
 
 
@@ -209,16 +204,16 @@ def benchmark(name: str, config: Config, args: argparse.Namespace) -> None:
     """Measure one config; print the table, write JSON and the chart."""
     benches = {False: Bench(config, args.rounds + 1)}
     if args.compile:
-        benches[True] = Bench(compiled_config(config), args.rounds + 1, benches[False].pool)
-    bench = benches[False]
-    wanted = possible(chosen(config, args), bench.policy.transformer)
+        benches[True] = Bench(compiled_config(config), args.rounds + 1, benches[False].session.pool)
+    session = benches[False].session
+    wanted = possible(chosen(config, args), session.policy.denoiser())
     out = args.output / f"throughput-{name}-{date.today()}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    with bench.pool:
-        with bench.threads.shared():
-            peaks = {"rollout": matmul_peak(bench.policy.dtype, bench.policy.device)}
-        peaks["train"] = matmul_peak(bench.runtime.dtype, bench.policy.device)
-        flops = forward_flops(bench)
+    with session.pool:
+        with session.threads.shared():
+            peaks = {"rollout": matmul_peak(session.policy.dtype, session.policy.device)}
+        peaks["train"] = matmul_peak(session.runtime.dtype, session.policy.device)
+        flops = forward_flops(session, benches[False].order.indices(0)[0])
         record = {"date": str(date.today()), "command": sys.argv, "device": device_name(), "threads": torch.get_num_threads(),
                   "versions": versions(), "config": config.model_dump(), "forward_flops": flops, "matmul_flops_per_s": peaks}  # fmt: skip
 
@@ -254,8 +249,7 @@ def announce(configs: dict[str, Config], args: argparse.Namespace) -> None:
     device = torch.device("cuda" if gpu else "cpu")
     for name, config in configs.items():
         speed = matmul_peak(torch.bfloat16 if gpu else torch.float32, device)
-        wanted = chosen(config, args)
-        found = forecast([v.config for v in wanted], speed, engines=1 + args.compile, per_child=[v.kind is not Engine for v in wanted])
+        found = forecast([v.config for v in chosen(config, args)], speed, engines=1 + args.compile)
         minutes = found.seconds * (args.rounds + 1) / 60
         print(f"{name}: about {minutes:.1f} minutes for {args.rounds} rounds and one to warm up, rewards and loading not counted; "
               f"up to {found.bytes / 1e9:.1f} GB of device memory")  # fmt: skip

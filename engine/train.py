@@ -100,7 +100,7 @@ def main() -> int:
     from tempflow.models.attention import check_attention
     from tempflow.run.report import write_report
     from tempflow.training.engine import dtypes
-    from tempflow.training.loop import Trainer
+    from tempflow.training.loop import train as train_run
     from tempflow.training.signals import StopSignal
 
     check_gpu()
@@ -110,8 +110,7 @@ def main() -> int:
     with directory.claim_run(config, args.resume, lambda: check_room(config, disk_of(config))) as (run_dir, resume_from):
         if resume_from:
             check_unchanged(read_state(resume_from).get("prompts", {}), digests(train, heldout[: config.eval.prompts]))
-        trainer = Trainer(config, run_dir, train, heldout, specs, stop, write_report, profile)
-        trainer.run(resume_from)
+        train_run(config, run_dir, resume_from, train, heldout, specs, stop=stop, report=write_report, profile=profile)
     return 0
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Iterator
 
 import torch
-from bench import train
+from bench import roll_out_and_score, train
 
 from gpu_steps.context import Context, ratio
 from gpu_steps.models import CONFIGS, RandomEngine
@@ -35,13 +35,12 @@ def families(context: Context) -> None:
 def _family(context: Context, card: str) -> list[dict]:
     """Rows of one family: measured and expected GB."""
     engine = RandomEngine(context, card, 2, "rollout.plan.children=3", "rollout.plan.branch_steps=[0,2]")
-    expected = estimate(engine.config)
-    collector = engine.collector()
+    expected = estimate(engine.session.config)
     with host_waits(context) as waits:
-        data, rolled = context.peak_of(lambda: collector.collect(0, engine.order.indices(0)))
-    if not data.stats.forwards or data.failed:
-        raise AssertionError(f"{card}: {data.stats.forwards} forwards, {data.failed} failed images")
-    if not all(decision.x_next.isfinite().all() for decision in data.decisions):
+        (data, scored), rolled = context.peak_of(lambda: roll_out_and_score(engine.session, engine.order.indices(0), 0))
+    if not data.stats.forwards or scored.failed:
+        raise AssertionError(f"{card}: {data.stats.forwards} forwards, {scored.failed} failed images")
+    if not all(state.children.isfinite().all() for state in data.kept.states):
         raise AssertionError(f"{card}: latents that are not finite")
     context.prove(NAMES[card], "rollout", "decoding")
     most = max(_moment(expected, "rollout"), _moment(expected, "decoding")) + _item(expected, "latents, embeddings")
@@ -51,7 +50,7 @@ def _family(context: Context, card: str) -> list[dict]:
     ]
     rows[1]["host waits a forward"] = None if waits is None else round(len(waits) / data.stats.batches, 1)
     engine.start_training()
-    _, trained = context.peak_of(lambda: train(engine, engine.config, collector, data, engine.config.training.micro_batch))
+    _, trained = context.peak_of(lambda: train(engine.session, data, scored))
     context.prove("LoRA", "ZeRO-1")
     return [*rows, _row(card, "an update", trained, _moment(expected, "training"))]
 
@@ -87,4 +86,5 @@ def _moment(expected: Estimate, start: str) -> int:
 
 
 def _transformer_bytes(engine: RandomEngine) -> int:
-    return sum(t.nbytes for t in (*engine.policy.transformer.parameters(), *engine.policy.transformer.buffers()))
+    transformer = engine.session.policy.transformer
+    return sum(t.nbytes for t in (*transformer.parameters(), *transformer.buffers()))

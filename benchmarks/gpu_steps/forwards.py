@@ -8,8 +8,7 @@ from throughput import forward_flops
 
 from gpu_steps.context import Context
 from gpu_steps.models import RandomEngine
-from tempflow.models import Sampler
-from tempflow.types import Example, Size
+from tempflow.types import Example
 
 ROWS, IMAGES = 4, 4
 
@@ -17,16 +16,15 @@ ROWS, IMAGES = 4, 4
 def forwards(context: Context) -> None:
     """Later ways need more: what was found before one of them fails stays in the report."""
     engine = RandomEngine(context, "flux-dev", None, f"rollout.micro_batch={ROWS}")
-    r, policy = engine.config.rollout, engine.policy
-    sampler = policy.at(Size(r.height, r.width), r.guidance_scale)
-    flops, peak = forward_flops(engine), matmul_peak(policy.dtype, context.device)
-    x = torch.randn(ROWS, *sampler.latent_shape, device=context.device)
+    session, policy = engine.session, engine.session.policy
+    flops, peak = forward_flops(session, 0), matmul_peak(policy.dtype, context.device)
+    x = torch.randn(ROWS, *session.sampler.latent_shape, device=context.device)
     inputs = {"x": x, "sigma": torch.linspace(0.9, 0.3, ROWS, device=context.device), **policy.embed([Example("a")] * ROWS)}
     rows, exact = [], None
 
     def forward_with(transformer):
         def forward(x, sigma, **conditioning):
-            return (sampler.velocity(transformer, x, sigma, conditioning),)
+            return (session.sampler.velocity(transformer, x, sigma, conditioning),)
 
         return forward
 
@@ -43,7 +41,7 @@ def forwards(context: Context) -> None:
     with torch.no_grad():
         plain = forward_with(policy.transformer)
         measure("eager", plain)
-        _decode(context, sampler)
+        _decode(context, session.sampler)
         measure("CUDA graph", _graphed(context, plain))
         coarse = _float8(policy.transformer)
         measure("float8", forward_with(coarse))
@@ -55,7 +53,7 @@ def _headline(rows: list[dict]) -> str:
     return "; ".join(f"{row['forward of 4 rows']} {row['s']:.3g} s, {row['MFU']:.0%}" for row in rows)
 
 
-def _decode(context: Context, sampler: Sampler) -> None:
+def _decode(context: Context, sampler) -> None:
     latents = torch.randn(IMAGES, *sampler.latent_shape, device=context.device)
     (images, _), held = context.peak_of(lambda: sampler.decode(latents))
     assert images.shape == (IMAGES, sampler.size.height, sampler.size.width, 3)

@@ -89,35 +89,27 @@ def _embedding(like: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 class RandomEngine:
-    """What `bench.train` asks of a Bench, on a random policy. `start_training` wraps its own transformer into DeepSpeed."""
+    """A session on a random policy. `start_training` wraps its own transformer into DeepSpeed."""
 
     def __init__(self, context: Context, card: str, layers: int | None, *settings: str):
         from tempflow.data.prompts import PromptOrder, load_prompts
         from tempflow.models.embeddings import EmbeddingCache
         from tempflow.rewards import RewardPool, parse_rewards
         from tempflow.training import distributed
+        from tempflow.training.session import assemble
 
         distributed.init_distributed()
-        self.config = card_config(card, card_folder(card, context.scratch, layers, context.rehearse), context.rehearse, *settings)
+        config = card_config(card, card_folder(card, context.scratch, layers, context.rehearse), context.rehearse, *settings)
         before = context.allocated()
-        self.policy = random_policy(self.config, context.device, context.dtype)
+        policy = random_policy(config, context.device, context.dtype)
         self.weights = None if before is None else context.allocated() - before  # bytes
-        self.specs = parse_rewards(self.config.rewards)
-        self.pool = RewardPool(self.specs, workers=0)
-        self.prompts = load_prompts(self.config.data.train)
-        self.embeddings, self.order = EmbeddingCache(self.policy), PromptOrder(len(self.prompts), 1, 0)
-        self.runtime = None
-
-    def collector(self):
-        from tempflow.training.rollout import Collector
-
-        return Collector(self.config, self.policy, self.prompts, self.embeddings, self.pool, self.specs)
-
-    def embed(self, units):
-        return self.embeddings.get([self.prompts[unit.prompt_id] for unit in units])
+        specs, prompts = parse_rewards(config.rewards), load_prompts(config.data.train)
+        self.order = PromptOrder(len(prompts), 1, 0)
+        self.session = assemble(config, policy, EmbeddingCache(policy), RewardPool(specs, workers=0), specs, prompts)
 
     def start_training(self) -> None:
         from tempflow.training import engine as runtime
 
-        with mock.patch.object(runtime, "load_denoiser", lambda path, dtype: self.policy.transformer.to(dtype)):
-            self.runtime = runtime.Runtime(self.config, self.policy)
+        s = self.session
+        with mock.patch.object(runtime, "load_denoiser", lambda path, dtype: s.policy.denoiser().to(dtype)):
+            s.runtime = runtime.Runtime(s.config, s.policy)

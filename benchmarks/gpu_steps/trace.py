@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Callable
 
 import torch
-from bench import train
+from bench import changed, roll_out_and_score, train
 
 from gpu_steps.context import Context
 from gpu_steps.models import RandomEngine
@@ -19,7 +19,7 @@ TOP = 12
 
 def trace(context: Context) -> None:
     engine = RandomEngine(context, "flux-dev", None, "rollout.plan.branch_steps=[0]", "rollout.plan.children=2", "rollout.num_steps=2")
-    collector, rows = engine.collector(), []
+    session, rows = engine.session, []
 
     def profile(what: str, function: Callable) -> None:
         function()
@@ -28,12 +28,13 @@ def trace(context: Context) -> None:
         context.note(table=rows, **{what: seen["top"]}, headline="; ".join(f"{row['what']}: busy {row['busy']:.1%}" for row in rows))
 
     def roll_out():
-        return collector.collect(0, engine.order.indices(0))
+        return roll_out_and_score(session, engine.order.indices(0), 0)
 
     profile("two forwards and decoding", roll_out)
-    data = roll_out()
+    rolled, scored = roll_out()
     engine.start_training()
-    profile("a micro-batch", lambda: train(engine, engine.config, collector, data, 1))
+    single = session.variant(changed(session.config, training={"micro_batch": 1}))
+    profile("a micro-batch", lambda: train(single, rolled, scored))
 
 
 def _events(context: Context, function: Callable) -> list[dict]:

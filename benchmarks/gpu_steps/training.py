@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 import torch
-from bench import changed, matmul_peak, train
+from bench import changed, matmul_peak, roll_out_and_score, train
 from throughput import forward_flops
 
 from gpu_steps.context import Context, ratio
@@ -17,8 +17,8 @@ POLICY, REFERENCE = 2, 1  # forwards that a row of an update costs: with the ada
 
 def training(context: Context) -> None:
     engine = RandomEngine(context, "flux-dev", None)
-    collector = engine.collector()
-    flops, peak = forward_flops(engine), matmul_peak(engine.policy.dtype, context.device)
+    session = engine.session
+    flops, peak = forward_flops(session, 0), matmul_peak(session.policy.dtype, context.device)
     rows: list[dict] = []
 
     def measure(what: str, function, passes: float):
@@ -26,20 +26,21 @@ def training(context: Context) -> None:
         result, held = context.peak_of(function)
         context.synchronize()
         seconds = time.perf_counter() - started
-        forwards = result if isinstance(result, int) else result.stats.forwards
+        forwards = result if isinstance(result, int) else result[0].stats.forwards
         rows.append({"what": what, "rows": forwards, "s": seconds, "MFU": flops * passes * forwards / seconds / peak,
                      "GB on top": None if held is None else held / 1e9})  # fmt: skip
         context.note(table=rows, flops_a_row=flops, matmul_flops_per_s=peak, weights_bytes=engine.weights,
                      headline="; ".join(f"{row['what']} {row['s']:.3g} s, {row['MFU']:.0%}" for row in rows))  # fmt: skip
         return result
 
-    data = measure("rollout of a unit", lambda: collector.collect(0, engine.order.indices(0)), 1)
+    data, scored = measure("rollout of a unit", lambda: roll_out_and_score(session, engine.order.indices(0), 0), 1)
     engine.start_training()
     context.note(trained_bytes=context.allocated())
-    passes = (POLICY + REFERENCE) / 2 if engine.config.training.penalty else POLICY
+    passes = (POLICY + REFERENCE) / 2 if session.penalty else POLICY
     for size in (1, 2, 3):
-        measure(f"update, micro_batch {size}", lambda size=size: train(engine, engine.config, collector, data, size), passes)
-        assert torch.isfinite(torch.stack([p.detach().float().norm() for p in engine.runtime.trainable.values()])).all()
+        sized = session.variant(changed(session.config, training={"micro_batch": size}))
+        measure(f"update, micro_batch {size}", lambda sized=sized: train(sized, data, scored), passes)
+        assert torch.isfinite(torch.stack([p.detach().float().norm() for p in session.runtime.trainable.values()])).all()
     context.prove("FLUX.1", "rollout", "LoRA", "ZeRO-1")
     _expect(context, engine, rows)
 
@@ -47,7 +48,7 @@ def training(context: Context) -> None:
 def _expect(context: Context, engine: RandomEngine, rows: list[dict]) -> None:
     """Beside each update's memory the dry run's. At the end: at full depth it takes a CPU some seconds each."""
     for row, size in zip(rows[1:], (1, 2, 3), strict=True):
-        expected = estimate(changed(engine.config, training={"micro_batch": size}))
+        expected = estimate(changed(engine.session.config, training={"micro_batch": size}))
         activations = max(item.bytes for item in expected.memory.moments if item.name.startswith("training"))
         row |= {"dry run": activations / 1e9, "ratio": ratio(row["GB on top"], activations / 1e9)}
         context.note(table=rows)

@@ -7,11 +7,10 @@ children alike on every rank, rewards and advantages are arrays over those slots
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -139,7 +138,7 @@ class Slots:
     leaves: tuple[tuple[int, ...], ...] = field(repr=False, default=())
     """n tuples: the rows below it, numbered over all units, whose rewards are its own."""
 
-    OVER = {"state": ("state",), "seed": ("prompt", "seed", "step"), "prompt": ("prompt", "step"), "step": ("step",)}
+    OVER: ClassVar = {"state": ("state",), "seed": ("prompt", "seed", "step"), "prompt": ("prompt", "step"), "step": ("step",)}
 
     def __len__(self) -> int:
         return len(self.state)
@@ -163,65 +162,14 @@ class Slots:
 
         rewards: float64 [..., rows]. Returns [..., n].
         """
+        if all(len(rows) == 1 for rows in self.leaves):
+            return rewards[..., [rows[0] for rows in self.leaves]]
         found = np.full((*rewards.shape[:-1], len(self)), np.nan)
         for slot, rows in enumerate(self.leaves):
             below = rewards[..., list(rows)]
             known = np.isfinite(below)
-            total = np.where(known, below, 0.0).sum(-1)
-            np.divide(total, known.sum(-1), out=found[..., slot], where=known.any(-1))
+            np.divide(np.where(known, below, 0.0).sum(-1), known.sum(-1), out=found[..., slot], where=known.any(-1))
         return found
-
-
-def slots_of(units: list[list[Row]], endpoints: bool = False) -> Slots:
-    """The slots of an iteration; units: the rows of each of its units, in the units' order.
-
-    endpoints: one slot per row, whatever noise it took.
-    """
-    lines, leaves, offset, states = [], [], 0, 0
-    for rows in units:
-        if endpoints:
-            lines += [(row.unit.prompt, row.unit.seed, -1, states + n, 0) for n, row in enumerate(rows)]
-            leaves += [(offset + n,) for n in range(len(rows))]
-            states += len(rows)
-        else:
-            below = _branches(rows)
-            for (_, step), members in states_of(rows).items():
-                for child, row in enumerate(members):
-                    lines.append((rows[row].unit.prompt, rows[row].unit.seed, step, states, child))
-                    leaves.append(tuple(offset + leaf for leaf in sorted(_leaves(row, step, below))))
-                states += 1
-        offset += len(rows)
-    columns = np.array(lines, dtype=np.int64).reshape(-1, 5).T
-    return Slots(*columns, leaves=tuple(leaves))
-
-
-def states_of(rows: list[Row]) -> dict[tuple[int, int], list[int]]:
-    """The states of a unit's rows, by (row, step), in order of step and row: the rows that take noise there, as its children.
-
-    A row that goes on by the SDE is the first child of its own state; rows that branch off there follow.
-    """
-    found = defaultdict(list)
-    for n, row in enumerate(rows):
-        for step in sorted(row.noise):
-            if row.parent is not None and step == row.start:
-                found[row.parent, step].append(n)
-            else:
-                found[n, step].insert(0, n)
-    return {key: found[key] for key in sorted(found, key=lambda key: (key[1], key[0]))}
-
-
-def _branches(rows: list[Row]) -> dict[int, list[int]]:
-    below = defaultdict(list)
-    for n, row in enumerate(rows):
-        if row.parent is not None:
-            below[row.parent].append(n)
-    return below, rows
-
-
-def _leaves(row: int, step: int, tree) -> list[int]:
-    """The rows that share what `row` is after `step`: itself and all that branch off later, or off those."""
-    below, rows = tree
-    return [row] + [leaf for child in below[row] if rows[child].start > step for leaf in _leaves(child, rows[child].start - 1, tree)]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import pytest
 import sequential
 import throughput
 import torch
-from bench import Bench, Iteration, matmul_peak
+from bench import Bench, Engine, Iteration, matmul_peak, roll_out_and_score
 from engine_cases import small_config, write_config
 from forecast import SPARE, forecast
 from gpu_steps.models import card_folder
@@ -28,42 +28,41 @@ SMALL = {
 @pytest.fixture(scope="module")
 def bench():
     made = Bench(small_config(**SMALL), iterations=2)
-    with made.pool:
+    with made.session.pool:
         yield made
 
 
 def test_the_text_encoders_are_gone_before_the_rest_is_loaded(bench):
-    assert bench.policy.pipe.text_encoder is None and bench.policy.pipe.text_encoder_2 is None
-    assert bench.policy.transformer is not None and bench.embed(throughput.iteration_units(bench.order.indices(1), 2))
+    pipe = bench.session.policy.pipe
+    assert pipe.text_encoder is None and pipe.text_encoder_2 is None
+    assert pipe.transformer is not None and bench.session.embed_prompts(bench.order.indices(1))
 
 
 def test_the_papers_procedure_does_the_same_work(bench, monkeypatch):
     """Its states, children and rewards are the engine's: only order, batches and sharing differ."""
-    from tempflow.advantages import advantages
-
-    collector = bench.collector(bench.config)
-    data = collector.collect(0, bench.order.indices(0))
+    session = bench.session
+    rolled, scored = roll_out_and_score(session, bench.order.indices(0), 0)
     kept, train = {}, sequential.train
 
-    def keep(bench, config, collector, data, micro_batch):
-        kept["data"] = data
-        return train(bench, config, collector, data, micro_batch)
+    def keep(session, rolled, scored, each_child):
+        kept.update(states=rolled.kept.states, rewards=scored.rewards)
+        return train(session, rolled, scored, each_child)
 
     monkeypatch.setattr(sequential, "train", keep)
-    result = sequential.Sequential(bench, bench.config)(0)
-    assert len(kept["data"].decisions) == len(data.decisions) == 2 * 2 * 4
-    for one, other in zip(sorted(kept["data"].decisions, key=lambda d: (d.unit.index, d.step)), data.decisions, strict=True):
-        assert one.unit == other.unit and one.step == other.step
+    result = sequential.Sequential(bench, session.config)(0)
+    assert len(kept["states"]) == len(rolled.kept.states) == 2 * 2 * 4
+    for one, other in zip(kept["states"], rolled.kept.states, strict=True):
+        assert one.unit == other.unit and one.step == other.step and one.slots.tolist() == other.slots.tolist()
         assert_close("state", one.x, other.x, 1e-5)
-        assert_close("children", one.x_next, other.x_next, 1e-5)
-    np.testing.assert_allclose(kept["data"].rewards, data.rewards, atol=2e-3)
-    assert advantages(data.rewards, group="seed", global_std=False, clip=5).values.any()
+        assert_close("children", one.children, other.children, 1e-5)
+    np.testing.assert_allclose(kept["rewards"].total, scored.rewards.total, atol=2e-3)
+    assert session.advantage(rolled.layout.slots, kept["rewards"]).values.any()
     # 4 units: a trunk of 4 forwards, and 3 children at each of 4 branch steps, each with a first forward and its suffix
     assert result.forwards["rollout"] == 4 * (4 + 3 * (5 + 4 + 3 + 2))
 
 
 def test_variants_count_what_they_run(bench):
-    wanted, kept = throughput.variants(bench.config, compiled=False, gpu=False), []
+    wanted, kept = throughput.variants(bench.session.config, compiled=False, gpu=False), []
     rows = throughput.measure({False: bench}, wanted, 1, lambda rows: kept.append([row["variant"] for row in rows]))
     assert kept == [[v.name for v in wanted][: n + 1] for n in range(len(wanted))], "rows are kept as they come"
     by_name = {row["variant"]: row for row in rows}
@@ -73,7 +72,7 @@ def test_variants_count_what_they_run(bench):
     assert separate["forwards"]["rollout"] == engine["forwards"]["rollout"] == 4 * (5 + 3 * (4 + 3 + 2 + 1))
     assert by_name["Flow-GRPO, as many images"]["images"] == 2 * 2 * 4 * 3
     peaks = {"rollout": 1e9, "train": 1e9}
-    throughput.add_ratios(rows, 10**6, peaks, bench.config)
+    throughput.add_ratios(rows, 10**6, peaks, bench.session.config)
     assert rows[0]["times_faster"] == rows[0]["train_times_faster"] == 1
     rollout = engine["forwards"]["rollout"] * 1e6 / engine["seconds"]["rollout"] / 1e9
     assert engine["mfu_rollout"] == pytest.approx(rollout)
@@ -115,14 +114,12 @@ def test_a_crash_loses_nothing():
     assert {row["variant"]: len(row["totals_s"]) for row in kept[-1]} == {"a": 2, "b": 1}
 
 
-def test_an_engine_variant_lets_its_collector_go(bench):
-    from bench import Engine
-
-    run = Engine(bench, bench.config)
+def test_an_engine_variant_lets_its_session_go(bench):
+    run = Engine(bench, bench.session.config)
     run(0)
-    collector = weakref.ref(run._collector)
+    session = weakref.ref(run._session)
     run.free()
-    assert collector() is None
+    assert session() is None
 
 
 # ------------------------------------------------------------------------------------------------------- forecast
@@ -193,7 +190,7 @@ def test_throughput_as_a_command(tmp_path, monkeypatch):
             throughput.release()
             assert not any(engine() for engine in engines), "the engine before is still there"
             super().__init__(*args)
-            engines.append(weakref.ref(self.runtime.engine))
+            engines.append(weakref.ref(self.session.runtime.engine))
 
     monkeypatch.setattr(throughput, "Bench", Watched)
     config = write_config(tmp_path, **SMALL)

@@ -7,6 +7,7 @@ import copy
 import json
 import math
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -161,39 +162,90 @@ class Iteration:
     def __init__(self, policy, config, prompt_ids=(0, 1)):
         from tempflow.data.prompts import load_prompts
         from tempflow.models.embeddings import EmbeddingCache
-        from tempflow.training.rollout import Collector
+        from tempflow.training.rollout import gather_rewards, plan_iteration, roll_out
+        from tempflow.training.session import assemble
 
         self.policy, self.config = policy, config
-        self.prompts, self.embeddings = load_prompts(config.data.train), EmbeddingCache(policy)
         with quiet_pool(config) as (pool, specs):
-            self.collector = Collector(config, policy, self.prompts, self.embeddings, pool, specs)
-            self.data = self.collector.collect(0, list(prompt_ids))
+            self.session = assemble(config, policy, EmbeddingCache(policy), pool, specs, load_prompts(config.data.train))
+            self.layout = plan_iteration(self.session, list(prompt_ids), 0)
+            self.rolled = roll_out(self.session, self.layout, 0, config.rollout.suffix)
+            self.scored = gather_rewards(self.session, self.rolled)
 
-    def embed(self, units):
-        return self.embeddings.get([self.prompts[unit.prompt_id] for unit in units])
+    def roll_out(self, suffix):
+        """The scores of the same rows under another suffix."""
+        from tempflow.training.rollout import gather_rewards, roll_out
+
+        with quiet_pool(self.config) as (self.session.pool, _):
+            return gather_rewards(self.session, roll_out(self.session, self.layout, 0, suffix))
+
+    @property
+    def slots(self):
+        return self.layout.slots
+
+    def dense(self, values):
+        """By slot -> [prompts, seeds, steps, children], for plans whose states have as many children each."""
+        shape = [len(np.unique(column)) for column in (self.slots.prompt, self.slots.seed, self.slots.step, self.slots.child)]
+        return np.asarray(values).reshape(shape)
+
+    @property
+    def states(self):
+        return self.rolled.kept.states
+
+    @property
+    def rewards(self):
+        """float64 [n] by slot."""
+        return self.scored.rewards.total
+
+    def updater(self, runtime, config=None):
+        from tempflow.training.update import Updater
+
+        session = self.session.variant(config) if config else self.session
+        return Updater(runtime, session.sampler, session.objective, session.penalty, session.embed)
 
     def advantages(self, rewards=None):
-        from tempflow.advantages import advantages
+        return self.session.advantage(self.slots, replace(self.scored.rewards, total=self.rewards if rewards is None else rewards))
 
-        how = self.config.advantage()
-        rewards = self.data.rewards if rewards is None else rewards
-        return advantages(rewards, group=how.over, global_std=how.global_std, clip=how.clip)
-
-    def batches(self, advantages, size, extra=0, config=None):
-        """Micro-batches of `size` decisions; `extra` more of nothing but padding."""
-        from tempflow.sampling.steps import noise_weights
+    def part(self, advantages, size, extra=0, config=None):
+        """All states in micro-batches of about `size`; `extra` more of nothing but padding."""
+        from tempflow.sampling.steps import step_weights
         from tempflow.training.batches import make_batches, padding_of, select
+        from tempflow.training.update import Part
 
-        t = (config or self.config).training
-        chosen = select(self.data.decisions, advantages, self.data.steps, keep_all=t.penalty is not None)
-        weights = noise_weights(self.collector.sde.tau, self.data.steps, t.weighting)
-        count = -(-len(chosen) // size) + extra
-        return make_batches(chosen, padding_of(self.data.decisions), count, size, self.collector.sigmas, self.collector.sde, weights,
-                            "cpu")  # fmt: skip
+        t, tau = (config or self.config).training, self.session.grid.sde.tau
+        chosen = select(self.states, advantages, keep_all=t.penalty is not None)
+        weights, fallback = step_weights(tau, self.slots.steps(), t.weighting), padding_of(self.states)
+        batches = make_batches(chosen, fallback, size, weights, "cpu")
+        batches += [replace(batches[0], weight=torch.zeros_like(batches[0].weight), real=0)] * extra
+        return Part.of(batches, self.total)
 
     @property
     def total(self) -> int:
-        return len(self.data.decisions)
+        return len(self.states)
+
+
+def dense_slots(shape):
+    """The slots of rewards [P, S, K, B] in their order."""
+    from tempflow.types import Slots
+
+    prompt, seed, step, child = (index.ravel() for index in np.indices(shape))
+    return Slots(prompt, seed, step, np.ravel_multi_index((prompt, seed, step), shape[:3]), child)
+
+
+def dense(how, rewards, parts=None, weights=None, applies=None):
+    """`how` on a dense array of rewards, and on R parts with their weights; applies: bool [P] each. Dense values come back."""
+    from tempflow.types import Advantages, Rewards
+
+    rewards = np.asarray(rewards, dtype=np.float64)
+    names = [f"reward {n}" for n in range(len(parts or []))]
+    everywhere = [np.ones(len(rewards), dtype=bool)] * len(names)
+    spread_out = [np.broadcast_to(np.reshape(one, (-1, 1, 1, 1)), rewards.shape).ravel() for one in applies or everywhere]
+    given = Rewards(
+        rewards.ravel(), {name: np.ravel(part) for name, part in zip(names, parts or [])}, dict(zip(names, weights or [])),
+        dict(zip(names, spread_out)),
+    )  # fmt: skip
+    found = how(dense_slots(rewards.shape), given)
+    return Advantages(found.values.reshape(rewards.shape), found.valid.reshape(rewards.shape), found.zero_spread, found.spread)
 
 
 def flat(gradient: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -226,7 +278,7 @@ def step_noise(config, unit, step, child, shape, iteration=0):
     from tempflow.sampling.noise import key_tensor, noise_key
     from tempflow_kernels import normal
 
-    key = noise_key(config.training.seed, iteration, unit.prompt_id, unit.seed, step, child)
+    key = noise_key(config.training.seed, iteration, unit.prompt_id, unit.seed, step, (child,))
     return normal(key_tensor([key], "cpu"), math.prod(shape)).reshape(shape)
 
 
@@ -264,38 +316,36 @@ def naive_trajectories(config, velocity, units, sigmas, shape) -> tuple[dict, di
 
 
 # ------------------------------------------------------------------------------------------------------- the loss
-def naive_loss(config, velocity, velocity_old, velocity_ref, decisions, advantages, sigmas) -> torch.Tensor:
-    """The loss of DESIGN section 2 over all decisions, one forward per child, float64 after the velocity.
+def naive_loss(config, velocity, velocity_old, velocity_ref, states, advantages, sigmas) -> torch.Tensor:
+    """The loss of GRPO over all states, one forward per child, float64 after the velocity.
 
-    velocity(decision) -> [1, ...], with gradient; the other two without. Children whose reward failed are left out of
-    their group; a state without a scored child teaches nothing, its KL included.
+    velocity(state) -> [1, ...], with gradient; the other two without. Children whose reward failed are left out of
+    their group; a state without a scored child counts in the mean alone, its KL included.
     """
-    t, steps, sde, penalty = config.training, config.rollout.plan["branch_steps"], config.rollout.sde, config.training.penalty
-    clip_low, clip_high = t.objective["clip_low"], t.objective["clip_high"]
-    scalars = {k: step_scalars(sde["type"], sigmas, k, sde["eta"]) for k in steps}
+    plan, sde, t = config.rollout.plan, config.rollout.sde, config.training
+    objective, penalty = t.objective, t.penalty or {"coef": 0.0, "form": "x"}
+    scalars = {k: step_scalars(sde["type"], sigmas, k, sde["eta"]) for k in plan["branch_steps"]}
     mean_tau = np.mean([tau for _, _, tau in scalars.values()])
     total = 0.0
-    for decision in decisions:
-        place = decision.unit.prompt, decision.unit.seed, steps.index(decision.step)
-        a, b, tau = scalars[decision.step]
-        x = decision.x.double()
-        old, reference = velocity_old(decision).double(), velocity_ref(decision).double()
+    for state in states:
+        a, b, tau = scalars[state.step]
+        x = state.x.double()
+        old, reference = velocity_old(state).double(), velocity_ref(state).double()
         weight = tau / mean_tau if t.weighting == "noise" else 1.0
         terms, divergences = [], []
-        for i in np.flatnonzero(advantages.valid[place]):
-            v = velocity(decision).double()
-            child, mean, mean_old = decision.x_next[i].double(), a * x + b * v, a * x + b * old
-            if t.objective["ratio"] == "guard":
+        for i in np.flatnonzero(advantages.valid[state.slots]):
+            v = velocity(state).double()
+            child, mean, mean_old = state.children[i].double(), a * x + b * v, a * x + b * old
+            if objective["ratio"] == "guard":
                 log_ratio = ((child - mean_old) / tau * (mean - mean_old)).mean()
             else:
                 density, density_old = (-((child - m) ** 2) / (2 * tau**2) for m in (mean, mean_old))
                 log_ratio = density.mean() - density_old.mean()
-            ratio, advantage = log_ratio.exp(), float(advantages.values[place][i])
-            clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+            ratio, advantage = log_ratio.exp(), float(advantages.values[state.slots[i]])
+            clipped = ratio.clamp(1 - objective["clip_low"], 1 + objective["clip_high"])
             terms.append(torch.maximum(-advantage * ratio, -advantage * clipped))
-            gap = (b * (v - reference)) ** 2 / (2 * tau**2) if penalty is None or penalty["form"] == "x" else (v - reference) ** 2
+            gap = (b * (v - reference)) ** 2 / (2 * tau**2) if penalty["form"] == "x" else (v - reference) ** 2
             divergences.append(gap.mean())
         if terms:
-            total = total + weight * torch.stack(terms).mean()
-            total = total + (penalty["coef"] * torch.stack(divergences).mean() if penalty else 0.0)
-    return total / len(decisions)
+            total = total + weight * torch.stack(terms).mean() + penalty["coef"] * torch.stack(divergences).mean()
+    return total / len(states)

@@ -8,7 +8,7 @@ import json
 import shutil
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest import mock
 
@@ -18,19 +18,20 @@ from engine_cases import ROOT, quiet_pool
 from fake_gpu import FakeGpu, Seen
 
 from tempflow import types
-from tempflow.advantages import advantages
 from tempflow.config import load_config
 from tempflow.data.prompts import load_prompts
 from tempflow.models.embeddings import EmbeddingCache
 from tempflow.models.hub import local_model
 from tempflow.models.loading import family_of
 from tempflow.models.skeleton import skeleton_module
+from tempflow.objectives import Batch
 from tempflow.run import evaluation
-from tempflow.sampling.steps import noise_weights
+from tempflow.sampling.steps import step_weights
 from tempflow.training import engine as trainer_runtime
-from tempflow.training.batches import Batch, make_batches, select
+from tempflow.training.batches import make_batches, select
 from tempflow.training.engine import Runtime, engine_dtype
-from tempflow.training.rollout import Collected, Collector
+from tempflow.training.rollout import RolledOut, Scored, gather_rewards, plan_iteration, roll_out
+from tempflow.training.session import Session, assemble
 
 ONE_UNIT = ["data.prompts_per_iteration=1", "rollout.plan.seeds=1", 'rewards={"engine_rewards:contrast": 1.0}', "reward_pool.workers=0"]
 STATES = 4  # at most: enough for SD3.5's micro-batch of four
@@ -99,7 +100,7 @@ def adapters_in(dtype: torch.dtype):
 
 
 class Forwards:
-    """Takes the graph cache's place in a Collector: runs what would be captured, and sees what each run does.
+    """Takes the graph cache's place in a Session: runs what would be captured, and sees what each run does.
 
     Of every function the first run is apart, as a capture is warmed up before.
     """
@@ -127,8 +128,9 @@ class Forwards:
 class Rolled:
     """An iteration's rollout. whole: all of it; forwards: by function; decodes: each decoding."""
 
-    data: Collected
-    collector: Collector
+    data: RolledOut
+    scored: Scored
+    session: Session
     whole: Seen
     forwards: dict[str, list[Seen]]
     decodes: list[Seen]
@@ -196,17 +198,15 @@ class SimulatedRun:
                 already_there(), adapters_in(dtype), torch.device(self.gpu.device):  # fmt: skip
             return Runtime(self.config, self.policy)
 
-    def embed(self, units) -> dict[str, torch.Tensor]:
-        return self.model.embeddings.get([self.prompts[unit.prompt_id] for unit in units])
-
     def roll_out(self) -> Rolled:
         """One iteration's collection, every forward padded to full size."""
         forwards, decodes = Forwards(self.gpu), []
         with quiet_pool(self.config) as (pool, specs), self._watched("decode", decodes):
-            collector = Collector(self.config, self.policy, self.prompts, self.model.embeddings, pool, specs, graphs=forwards)
+            session = assemble(self.config, self.policy, self.model.embeddings, pool, specs, self.prompts, graphs=forwards)
             with self.gpu.watch() as whole:
-                data = collector.collect(0, [0])
-        return Rolled(data, collector, whole, forwards.seen, decodes)
+                data = roll_out(session, plan_iteration(session, [0], 0), 0, self.config.rollout.suffix)
+                scored = gather_rewards(session, data)
+        return Rolled(data, scored, session, whole, forwards.seen, decodes)
 
     @contextmanager
     def _watched(self, method: str, into: list[Seen]):
@@ -226,16 +226,13 @@ class SimulatedRun:
             delattr(self.policy, method)
 
     def batches(self, rolled: Rolled) -> list[Batch]:
-        """The micro-batches of every decision, as the trainer makes them, with made-up rewards."""
-        t, data, collector = self.config.training, rolled.data, rolled.collector
-        rewards = np.random.default_rng(0).normal(size=data.rewards.shape)
-        how = self.config.advantage()
-        seen = advantages(rewards, group=how.over, global_std=how.global_std, clip=how.clip)
-        chosen = select(data.decisions, seen, data.steps, keep_all=True)
-        count = -(-len(chosen) // t.micro_batch)
-        weights = noise_weights(collector.sde.tau, data.steps, t.weighting)
-        return make_batches(chosen, data.decisions[0], count, -(-len(chosen) // count), collector.sigmas, collector.sde, weights,
-                            self.policy.device)  # fmt: skip
+        """The micro-batches of every state, as the trainer makes them, with made-up rewards."""
+        t, states, session = self.config.training, rolled.data.kept.states, rolled.session
+        rewards = np.random.default_rng(0).normal(size=len(rolled.data.layout.slots))
+        credit = session.advantage(rolled.data.layout.slots, replace(rolled.scored.rewards, total=rewards))
+        chosen = select(states, credit, keep_all=True)
+        weights = step_weights(session.grid.sde.tau, rolled.data.layout.slots.steps(), t.weighting)
+        return make_batches(chosen, states[0], t.micro_batch, weights, self.policy.device)
 
     def evaluate(self, num_steps: int = 2) -> Seen:
         """Draw as many prompts as are integrated together, as the trainer's evaluation does."""

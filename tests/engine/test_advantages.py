@@ -4,15 +4,23 @@ import itertools
 
 import numpy as np
 import pytest
+from engine_cases import dense
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from tempflow.advantages import advantages, decoupled_advantages
+from tempflow.advantages.gdpo import Gdpo
+from tempflow.advantages.group import Group
 
 NAN = float("nan")
 NEVER = 1e9  # a clip that is out of reach
 GROUPS = ("seed", "prompt")
+
+
+def advantages(rewards, *, group, global_std, clip, applies=None):
+    """applies: R times bool [P], which rewards are for a prompt."""
+    weights = None if applies is None else [1.0] * len(applies)
+    return dense(Group(group, clip, global_std), rewards, [rewards] * len(applies or []), weights, applies)
 
 
 def compute(rewards, group="seed", global_std=False, clip=5.0):
@@ -48,7 +56,7 @@ def test_seed_group():
     np.testing.assert_allclose(found.values, [[[[-a, 0, a]]]], rtol=1e-6)
     assert found.values.dtype == np.float32
     assert found.valid.all() and not found.zero_spread.any()
-    np.testing.assert_allclose(found.spread, [np.sqrt(2 / 3)])
+    np.testing.assert_allclose(found.spread[0], np.sqrt(2 / 3))
 
 
 def test_groups_keep_apart_what_differs():
@@ -68,7 +76,7 @@ def test_steps_and_prompts_are_never_mixed():
         found = compute(rewards, group)
         expected = [[[[-s / (s + 1e-4), s / (s + 1e-4)] for s in row]] for row in ([1, 2], [3, 4])]
         np.testing.assert_allclose(found.values, expected, rtol=1e-6)
-        np.testing.assert_allclose(found.spread, [2, 3])  # means over prompts, per step
+        np.testing.assert_allclose(list(found.spread.values()), [2, 3])  # means over prompts, per step
 
 
 def test_global_std_divides_by_that_of_the_whole_batch():
@@ -106,7 +114,7 @@ def test_no_spread_is_exactly_zero(global_std):
 
 def test_spread_is_a_mean_over_groups_that_have_rewards():
     found = compute([[[[0.0, 2.0], [NAN, NAN]]], [[[0.0, 6.0], [NAN, NAN]]], [[[NAN, NAN], [NAN, NAN]]]])
-    np.testing.assert_allclose(found.spread, [2.0, NAN])
+    np.testing.assert_allclose(list(found.spread.values()), [2.0, NAN])
 
 
 def test_clip():
@@ -167,7 +175,7 @@ def test_masked_children_have_no_advantage(rewards, group, global_std):
 def decoupled(parts, weights, group="seed", global_std=False, clip=NEVER):
     parts = [np.asarray(part, dtype=np.float64) for part in parts]
     total = sum(w * part for w, part in zip(weights, parts, strict=True))
-    return decoupled_advantages(total, parts, weights, group=group, global_std=global_std, clip=clip)
+    return dense(Gdpo(group, clip, global_std), total, parts, weights)
 
 
 def gdpo_by_loop(parts, weights, group, global_std):
@@ -222,7 +230,7 @@ def test_decoupled_group_is_flat_only_where_every_reward_is():
     one, other = [[[[0.0, 1.0], [0.1, 0.1]]]], [[[[1.0, 0.0], [0.3, 0.3]]]]
     found = decoupled([one, other], [2.0, 2.0])
     assert found.zero_spread.ravel().tolist() == [False, True]
-    assert found.spread.tolist() == [0, 0]  # of the sum
+    assert found.spread == {0: 0, 1: 0}  # of the sum
     one_flat = decoupled([one, [[[[0.7, 0.7], [0.7, 0.7]]]]], [1.0, 1.0])
     assert (one_flat.values[0, 0, 0] != 0).all() and (one_flat.values[0, 0, 1] == 0).all()
 

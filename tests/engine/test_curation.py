@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from engine_cases import dense_slots
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_cases import timeless, train
@@ -29,12 +30,17 @@ def rewards_of(indices, iteration):
     return rewards
 
 
+def take_up(chooser, draw, iteration, rewards):
+    """rewards: [P, S, K, B]."""
+    chooser.update(draw, iteration, dense_slots(rewards.shape), rewards.ravel())
+
+
 def play(chooser, first, last):
     """The draws of iterations first .. last - 1, each taken up with its rewards."""
     draws = []
     for iteration in range(first, last):
         draws.append(chooser.draw(iteration))
-        chooser.update(draws[-1], iteration, rewards_of(draws[-1].indices, iteration))
+        take_up(chooser, draws[-1], iteration, rewards_of(draws[-1].indices, iteration))
     return draws
 
 
@@ -44,7 +50,7 @@ def test_without_rest_the_order_is_the_plain_one():
     order, drawn = PromptOrder(6, 2, 0), []
     for iteration in range(9):
         draw = chooser.draw(iteration)
-        chooser.update(draw, iteration, np.random.default_rng(iteration).random((2, 2, 3, 4)))
+        take_up(chooser, draw, iteration, np.random.default_rng(iteration).random((2, 2, 3, 4)))
         assert draw.indices == order.indices(iteration) and draw.passed == []
         drawn += draw.indices
     assert sorted(drawn) == sorted(list(range(6)) * 3)
@@ -109,7 +115,7 @@ def test_spread_is_within_groups():
     for group, resting in (("seed", [True, False]), ("prompt", [False, False])):
         chooser = curation(count=2, size=2, group=group)
         draw = chooser.draw(0)
-        chooser.update(draw, 0, rewards)
+        take_up(chooser, draw, 0, rewards)
         assert [chooser.until[index] > 0 for index in draw.indices] == resting
 
 
@@ -118,14 +124,14 @@ def test_failed_rewards_teach_nothing_about_a_prompt():
     draw, rewards = chooser.draw(0), rewards_of([7, 6], 0)
     rewards[0] = np.nan
     rewards[1, 0] = np.nan
-    chooser.update(draw, 0, rewards)
+    take_up(chooser, draw, 0, rewards)
     assert np.isnan(chooser.signal[draw.indices[0]]) and chooser.signal[draw.indices[1]] == pytest.approx(rewards[1, 1].std(1).mean())
     assert not chooser.until.any()
 
 
 def test_where_nothing_spreads_nobody_rests():
     chooser = curation(count=3, size=3)
-    chooser.update(chooser.draw(0), 0, np.ones((3, 2, 3, 4)))
+    take_up(chooser, chooser.draw(0), 0, np.ones((3, 2, 3, 4)))
     assert not chooser.until.any()
 
 

@@ -21,7 +21,6 @@ from tempflow.run import evaluation
 from tempflow.run.failures import TooManyFailed, check_failed
 from tempflow.run.means import gain_of, is_sure, mean_of
 from tempflow.training.batches import padding_of
-from tempflow.training.update import Updater
 from tempflow.types import Example, Size
 
 NAN, INF = float("nan"), float("inf")
@@ -202,12 +201,12 @@ def breaking(policy, monkeypatch, numbers):
 
 def test_a_rollout_masks_and_counts_them(policy, monkeypatch):
     config = small_config(rollout=SMALL)
-    whole = Iteration(policy, config).data
+    whole = Iteration(policy, config).scored
     breaking(policy, monkeypatch, {0, 4, 17})
-    data = Iteration(policy, config).data
-    lost = np.isnan(data.rewards)
+    data = Iteration(policy, config).scored
+    lost = np.isnan(data.rewards.total)
     assert data.failed == 3 and data.images == whole.images and 0 < lost.sum() <= 3
-    assert (data.rewards[~lost] == whole.rewards[~lost]).all()
+    assert (data.rewards.total[~lost] == whole.rewards.total[~lost]).all()
     for key, value in data.diversity.items():
         assert np.isfinite(value) and value == pytest.approx(whole.diversity[key], rel=0.5), "of the images that are there"
 
@@ -218,36 +217,36 @@ def test_a_rollout_of_nothing_stops_the_run(policy, monkeypatch):
         Iteration(policy, small_config(rollout=SMALL))
 
 
-@pytest.mark.parametrize("training", [{}, {"penalty": {"coef": 0.3}}], ids=["plain", "kl"])
+@pytest.mark.parametrize("training", [{}, {"penalty": {"type": "kl", "coef": 0.3}}], ids=["plain", "kl"])
 def test_what_a_failed_child_holds_reaches_no_gradient(policy, training):
     """NaN in failed children, in a state all of whose children failed, and in the state that would serve as padding."""
     iteration = Iteration(policy, small_config(rollout={**SMALL, "lanes": None}, training=training))
-    rewards = iteration.data.rewards.copy()
+    rewards = iteration.dense(iteration.rewards).copy()
     rewards[0, 0, 1, 2], rewards[0, 1, 0, :2], rewards[1, 1, 1], rewards[0, 0, 0] = NAN, NAN, NAN, NAN
-    gradients = []
+    rewards, gradients = rewards.ravel(), []
     for broken in (False, True):
         if broken:
-            for n, d in enumerate(iteration.data.decisions):
-                failed = np.isnan(rewards[d.unit.prompt, d.unit.seed, iteration.data.steps.index(d.step)])
-                x_next, log_prob, x = d.x_next.clone(), d.log_prob.clone(), d.x.clone()
-                x_next[failed], log_prob[failed] = INF, NAN
+            for n, s in enumerate(iteration.states):
+                failed = np.isnan(rewards[s.slots])
+                children, log_prob, x = s.children.clone(), s.log_prob.clone(), s.x.clone()
+                children[failed], log_prob[failed] = INF, NAN
                 x[:] = NAN if failed.all() else x
-                iteration.data.decisions[n] = replace(d, x=x, x_next=x_next, log_prob=log_prob)
-            assert not iteration.data.decisions[0].x.isfinite().any()
+                iteration.states[n] = replace(s, x=x, children=children, log_prob=log_prob)
+            assert not iteration.states[0].x.isfinite().any()
         runtime = PlainRuntime(policy, drift=0.05)
-        batches = iteration.batches(iteration.advantages(rewards), 3, extra=1)
-        for first in (True, False):
-            metrics = Updater(iteration.config, runtime, iteration.embed).update(batches, iteration.total, 1.0, first=first)
+        part, updater = iteration.part(iteration.advantages(rewards), 3, extra=1), iteration.updater(runtime)
+        for _ in range(2):
+            metrics = updater.update(part, 1.0)
             assert all(np.isfinite(value) for key, value in metrics.items() if key not in ("broken", "skipped"))
         gradients.append(flat(runtime.gradient()))
     assert_close("gradient", gradients[1], gradients[0], 1e-5)
 
 
-def test_padding_is_finite_even_where_no_decision_is(policy):
-    decisions = Iteration(policy, small_config(rollout=SMALL)).data.decisions[:2]
-    broken = [replace(d, x=d.x * NAN) for d in decisions]
-    assert padding_of([broken[0], decisions[1]]) is decisions[1]
-    assert padding_of(broken).x.isfinite().all() and padding_of(broken).unit == decisions[0].unit
+def test_padding_is_finite_even_where_no_state_is(policy):
+    states = Iteration(policy, small_config(rollout=SMALL)).states[:2]
+    broken = [replace(s, x=s.x * NAN) for s in states]
+    assert padding_of([broken[0], states[1]]) is states[1]
+    assert padding_of(broken).x.isfinite().all() and padding_of(broken).unit == states[0].unit
 
 
 @pytest.mark.slow

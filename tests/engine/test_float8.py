@@ -14,7 +14,7 @@ from tempflow.errors import UserError
 from tempflow.models import load_policy
 from tempflow.sampling.float8 import FLOAT8, Float8Copy, Float8Linear, float8_bytes, float8_layers, obstacle, quantize_rows
 from tempflow.sampling.graphs import CudaCapture
-from tempflow.sampling.plans import iteration_units
+from tempflow.sampling.layout import iteration_units
 from tempflow.sampling.suffix import count_forwards, last_decisions, suffix_path
 from tempflow.types import Size
 
@@ -162,31 +162,30 @@ def test_gpus_that_cannot(monkeypatch, capability, dtype, hip, words):
 class Witness:
     """A velocity that notes which rows it was asked for, as (grid point, unit)."""
 
-    def __init__(self, units):
-        self.units, self.rows = {unit.index: unit for unit in units}, []
+    def __init__(self):
+        self.rows = []
 
-    def __call__(self, x, sigma, place):
-        self.rows += [(round(10 * (1 - s)), unit) for s, unit in zip(sigma.tolist(), place.tolist())]
-        return toy_velocity(x, sigma, [self.units[i] for i in place.tolist()])
+    def __call__(self, x, sigma, units):
+        self.rows += [(round(10 * (1 - s)), unit.index) for s, unit in zip(sigma.tolist(), units)]
+        return toy_velocity(x, sigma, units)
 
 
 @pytest.mark.parametrize("exact_steps", [0, 2])
 @pytest.mark.parametrize("plan", ["tempflow", "mix_grpo"])
 def test_only_coarse_steps_use_it_and_decisions_keep_their_bits(plan, exact_steps):
-    steps = [0, 3, 5] if plan == "tempflow" else "all"
-    table = {"plan": plan_table(plan, seeds=2, branch_steps=steps, children=3, window=3)}
+    table = {"plan": plan_table(plan, seeds=2, children=3, branch_steps=[0, 3, 5], window=3)}
     group = {"advantage": {"over": "seed" if plan == "tempflow" else "prompt"}}
     units = iteration_units([5, 9], 2)
     suffix = {"stride": 2, "exact_steps": exact_steps, "weights": "float8"}
     config = small_config(rollout={**table, "suffix": suffix}, training=group)
     exact = Rollout(small_config(rollout=table, training=group), units)
-    witness = Witness(units)
-    run = Rollout(config, units, suffix_velocity=witness)
-    assert run.stats.forwards == count_forwards(run.plan, 10, config.rollout.suffix) and run.decisions.keys() == exact.decisions.keys()
-    for place, decision in exact.decisions.items():
-        assert all(torch.equal(getattr(decision, name), getattr(run.decisions[place], name)) for name in ("x", "x_next", "log_prob"))
-    ends = [k + 1 for k in last_decisions(run.plan)]
-    coarse = [(step, row.unit.index) for row, end in zip(run.plan.rows, ends, strict=True)
+    witness = Witness()
+    run = Rollout(config, units, coarse=witness)
+    assert run.stats.forwards == count_forwards(run.forest.rows, 10, config.rollout.suffix) and run.states.keys() == exact.states.keys()
+    for place, state in exact.states.items():
+        assert all(torch.equal(getattr(state, name), getattr(run.states[place], name)) for name in ("x", "children", "log_prob"))
+    ends = [k + 1 for k in last_decisions(run.forest.rows)]
+    coarse = [(step, row.unit.index) for row, end in zip(run.forest.rows, ends, strict=True)
               for step in suffix_path(end, 10, config.rollout.suffix)[:-1] if step >= end + exact_steps]  # fmt: skip
     assert sorted(witness.rows) == sorted(coarse) and 0 < len(coarse) < run.stats.forwards
 
@@ -196,7 +195,7 @@ def test_both_kinds_of_forwards_have_a_graph_and_a_size_of_their_own():
     config = small_config(rollout={"plan": {"branch_steps": "all", "children": 3}, "suffix": {"weights": "float8"}})
     units = iteration_units([5, 9], 1)
 
-    def halved(x, sigma, place):
+    def halved(x, sigma, units):
         return 0.5 * x.clamp(-1, 1)
 
     def plain(x, sigma, units):
@@ -204,8 +203,8 @@ def test_both_kinds_of_forwards_have_a_graph_and_a_size_of_their_own():
 
     capture = Recorded()
     graphs, notes = cache_of(capture)
-    graphed = Rollout(config, units, velocity=plain, micro_batch=16, run=graphs, pad=True, suffix_velocity=halved)
-    eager = Rollout(config, units, velocity=plain, micro_batch=16, suffix_velocity=halved)
+    graphed = Rollout(config, units, velocity=plain, micro_batch=16, execute=graphs, pad=True, coarse=halved)
+    eager = Rollout(config, units, velocity=plain, micro_batch=16, coarse=halved)
     assert sorted(capture.shapes) == [2, 16] and not notes
     assert all(torch.equal(graphed.finished[place], latent) for place, latent in eager.finished.items())
     other = Rollout(config, units, velocity=plain, micro_batch=16)
@@ -233,28 +232,29 @@ def test_an_iteration_with_it_and_its_audit(policy):
     table = {"num_steps": 6, "plan": {"branch_steps": [0, 2], "children": 3}}
     exact = Iteration(policy, small_config(rollout=table))
     coarse = Iteration(policy, small_config(rollout={**table, "suffix": {"stride": 1, "weights": "float8", "audit_every": 1}}))
-    assert 0 < abs(coarse.data.rewards - exact.data.rewards).max()
-    assert abs(coarse.data.exact_rewards - exact.data.rewards).max() < 1e-4
-    for one, other in zip(coarse.data.decisions, exact.data.decisions, strict=True):
+    assert 0 < abs(coarse.rewards - exact.rewards).max()
+    assert abs(coarse.roll_out(None).rewards.total - exact.rewards).max() < 1e-4
+    for one, other in zip(coarse.states, exact.states, strict=True):
         assert one.step == other.step and torch.allclose(one.x, other.x, atol=1e-5)
 
 
 def test_every_rollout_converts_the_weights_of_then():
     from tempflow.data.prompts import load_prompts
     from tempflow.models.embeddings import EmbeddingCache
-    from tempflow.training.rollout import Collector
+    from tempflow.training.rollout import plan_iteration, roll_out
+    from tempflow.training.session import assemble
 
     policy = load_policy(MODEL, max_sequence_length=20)
     suffix = {"stride": 3, "weights": "float8"}
     config = small_config(rollout={"num_steps": 4, "plan": {"branch_steps": [0], "seeds": 1}, "suffix": suffix})
     with quiet_pool(config) as (pool, specs):
-        collector = Collector(config, policy, load_prompts(PROMPTS), EmbeddingCache(policy), pool, specs)
-        collector.collect(0, [0, 1])
-        converted = collector._float8.transformer.transformer_blocks[0].attn.to_q
+        session = assemble(config, policy, EmbeddingCache(policy), pool, specs, load_prompts(PROMPTS))
+        roll_out(session, plan_iteration(session, [0, 1], 0), 0, config.rollout.suffix)
+        converted = session.float8.transformer.transformer_blocks[0].attn.to_q
         before = converted.scale.clone()
         with torch.no_grad():
             policy.transformer.transformer_blocks[0].attn.to_q.weight.mul_(2)
-        collector.collect(1, [0, 1])
+        roll_out(session, plan_iteration(session, [0, 1], 1), 1, config.rollout.suffix)
     assert torch.allclose(converted.scale, 2 * before)
 
 

@@ -15,7 +15,8 @@ from tempflow.data.prompts import load_prompts
 from tempflow.models import load_policy
 from tempflow.models.embeddings import EmbeddingCache
 from tempflow.sampling.graphs import Captured, CudaCapture
-from tempflow.training.rollout import Collector
+from tempflow.training.rollout import gather_rewards, plan_iteration, roll_out
+from tempflow.training.session import assemble
 
 BUILDERS = {"flux": lambda folder: MODEL, "sd3": sd3_pipeline, "qwen_image": qwen_pipeline}
 GUIDANCE = {"flux": 0.0, "sd3": 4.5, "qwen_image": 4.0}
@@ -39,6 +40,13 @@ def eager(function, inputs):
     return Captured(static, outputs, replay, 1)
 
 
+def rolled(session):
+    """The first iteration of two prompts."""
+    found = roll_out(session, plan_iteration(session, [0, 1], 0), 0)
+    gather_rewards(session, found)
+    return found
+
+
 def check_graphs(folder, family, dtype, device, capture):
     """Two rollouts, the second with weights changed in place: the same states and children as eagerly, one capture per size."""
     policy = load_policy(folder, dtype=dtype, device=device, max_sequence_length=20)
@@ -50,22 +58,21 @@ def check_graphs(folder, family, dtype, device, capture):
     for how in (capture, eager):
         graphs, notes = cache_of(how, limit_bytes=1 << 30)
         with quiet_pool(config) as (pool, specs):
-            collector = Collector(config, policy, load_prompts(PROMPTS), EmbeddingCache(policy), pool, specs)
-            collector.graphs = graphs
-            data = [collector.collect(0, [0, 1])]
+            session = assemble(config, policy, EmbeddingCache(policy), pool, specs, load_prompts(PROMPTS), graphs=graphs)
+            data = [rolled(session)]
             with torch.no_grad():
                 weight.mul_(1.5)
-            data.append(collector.collect(0, [0, 1]))
+            data.append(rolled(session))
         with torch.no_grad():
             weight.copy_(original)
         assert graphs.captures == len(graphs) <= 2 and graphs.replays > 4 and not notes
-        found.append([decision for one in data for decision in one.decisions])
+        found.append([state for one in data for state in one.kept.states])
     assert len(found[0]) == 2 * 2 * 2
     for one, other in zip(*found, strict=True):
-        for name in ("x", "x_next", "log_prob"):
+        for name in ("x", "children", "log_prob"):
             got, want = (getattr(decision, name).float() for decision in (one, other))
             assert (got - want).norm() <= TOLERANCE[dtype] * want.norm(), name
-    assert not torch.equal(found[0][0].x_next, found[0][4].x_next), "the graphs follow the weights"
+    assert not torch.equal(found[0][0].children, found[0][4].children), "the graphs follow the weights"
 
 
 @pytest.mark.gpu

@@ -12,7 +12,7 @@ from run_cases import run_command
 
 from tempflow.errors import UserError
 from tempflow.sampling.graphs import CannotCapture, Captured, CudaCapture, GraphCache
-from tempflow.sampling.plans import iteration_units
+from tempflow.sampling.layout import iteration_units
 from tempflow.types import Size
 
 
@@ -247,14 +247,14 @@ def test_a_rollout_through_the_cache_equals_an_eager_one(suffix):
     units = iteration_units([5, 9], 1)
     capture = Recorded()
     cache, notes = cache_of(capture)
-    graphed = Rollout(config, units, velocity=plain, micro_batch=16, run=cache, pad=True)
+    graphed = Rollout(config, units, velocity=plain, micro_batch=16, execute=cache, pad=True)
     eager = Rollout(config, units, velocity=plain, micro_batch=16)
     assert capture.shapes == [16] and not notes
     assert graphed.finished.keys() == eager.finished.keys()
     for place, latent in eager.finished.items():
         assert torch.equal(graphed.finished[place], latent)
-    for place, decision in eager.decisions.items():
-        assert torch.equal(graphed.decisions[place].log_prob, decision.log_prob)
+    for place, state in eager.states.items():
+        assert torch.equal(graphed.states[place].log_prob, state.log_prob)
     assert graphed.stats.forwards == eager.stats.forwards and eager.stats.padded == 0
     assert graphed.stats.padded == 16 * graphed.stats.batches - graphed.stats.forwards > 0
 

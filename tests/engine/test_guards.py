@@ -14,7 +14,7 @@ from tempflow.errors import UserError
 from tempflow.rewards import check_watched, parse_rewards
 from tempflow.run.diversity import mean_distance, thumbnails
 from tempflow.run.stopping import StopRule
-from tempflow.sampling.plans import iteration_units
+from tempflow.sampling.layout import iteration_units
 from tempflow.types import Size
 
 
@@ -49,10 +49,10 @@ def rollout(policy):
 
 
 def test_each_reward_is_kept_alone_and_watched_ones_are_not_scored(rollout):
-    data = rollout.data
-    assert data.parts.keys() == {"engine_rewards:contrast", "jpeg"}
-    total = 0.5 * data.parts["engine_rewards:contrast"] - 0.1 * data.parts["jpeg"]
-    np.testing.assert_allclose(data.rewards, total, rtol=1e-6)
+    rewards = rollout.scored.rewards
+    assert rewards.parts.keys() == {"engine_rewards:contrast", "jpeg"}
+    total = 0.5 * rewards.parts["engine_rewards:contrast"] - 0.1 * rewards.parts["jpeg"]
+    np.testing.assert_allclose(rewards.total, total, rtol=1e-6)
 
 
 def test_diversity_of_a_rollout(rollout, policy):
@@ -60,16 +60,16 @@ def test_diversity_of_a_rollout(rollout, policy):
     units = iteration_units([0, 1], 3)
 
     def velocity(x, sigma, rows):
-        return policy.velocity(policy.transformer, x, sigma, rollout.embed(rows), Size(32, 96), 0.0)
+        return policy.velocity(policy.transformer, x, sigma, rollout.session.embed(rows), Size(32, 96), 0.0)
 
     with torch.no_grad():
-        finished, _ = naive_trajectories(rollout.config, velocity, units, rollout.collector.sigmas, policy.latent_shape(Size(32, 96)))
+        finished, _ = naive_trajectories(rollout.config, velocity, units, rollout.session.grid.sigmas, policy.latent_shape(Size(32, 96)))
     small = {place: thumbnails(policy.decode(latent[None], Size(32, 96))[0])[0] for place, latent in finished.items()}
     trunks = [[small[unit.index, None, 0] for unit in units if unit.prompt == p] for p in (0, 1)]
     children = [[small[unit.index, k, i] for i in (0, 1)] for unit in units for k in (0, 1)]
     for name, groups in (("seeds", trunks), ("children", children)):
         expected = np.mean([np.sqrt(((a - b) ** 2).mean()) for group in groups for a, b in itertools.combinations(group, 2)])
-        np.testing.assert_allclose(rollout.data.diversity[f"diversity/{name}"], expected, rtol=1e-3)
+        np.testing.assert_allclose(rollout.scored.diversity[f"diversity/{name}"], expected, rtol=1e-3)
 
 
 @pytest.mark.parametrize("plan, known", [("flow_grpo", {"diversity/seeds"}), ("tempflow", {"diversity/children"})])
@@ -77,7 +77,7 @@ def test_diversity_where_there_are_pairs(policy, plan, known):
     """Rows that are their own trunks, and a single seed."""
     seeds = 2 if plan == "flow_grpo" else 1
     table = {"plan": plan_table(plan, branch_steps=[0], seeds=seeds, children=2), "num_steps": 2}
-    data = Iteration(policy, small_config(rollout=table, training={"advantage": {"over": "prompt"}}), [0]).data
+    data = Iteration(policy, small_config(rollout=table, training={"advantage": {"over": "prompt"}}), [0]).scored
     assert data.diversity.keys() == known and all(value > 0 for value in data.diversity.values())
 
 

@@ -17,27 +17,27 @@ from rollout_cases import GRID, SHAPE, Rollout, toy_velocity
 from tempflow.config import Suffix
 from tempflow.models.embeddings import EmbeddingCache
 from tempflow.run.evaluation import EVAL_ITERATION, fixed_noise
+from tempflow.sampling.layout import iteration_units
 from tempflow.sampling.noise import INITIAL, noise_key
-from tempflow.sampling.plans import build_plan, iteration_units, split_plan
 from tempflow.types import Size
 
 PROMPTS = ['the word "ABC"', 'the word "HELLO"', 'the word "TREE"']
 
 
 def assert_same(one: Rollout, other: Rollout, rel: float):
-    assert one.finished.keys() == other.finished.keys() and one.decisions.keys() == other.decisions.keys()
+    assert one.finished.keys() == other.finished.keys() and one.states.keys() == other.states.keys()
     for place, latent in one.finished.items():
         assert_close(f"latent {place}", latent, other.finished[place], rel)
-    for place, decision in one.decisions.items():
-        for name in ("x", "x_next", "log_prob"):
-            assert_close(f"{name} {place}", getattr(decision, name), getattr(other.decisions[place], name), rel)
+    for place, state in one.states.items():
+        for name in ("x", "children", "log_prob"):
+            assert_close(f"{name} {place}", getattr(state, name), getattr(other.states[place], name), rel)
 
 
 # ------------------------------------------------------------------------------------------------------- keys
 def test_keys_are_distinct():
     """Every sample of 20 iterations of two runs with 3 prompts, 4 seeds, all steps and 6 children, and evaluation's."""
     ranges = [range(2), [EVAL_ITERATION, *range(20)], [0, 1, 3999], range(4), [INITIAL, *range(10)], range(6)]
-    keys = {noise_key(*place) for place in itertools.product(*ranges)}
+    keys = {noise_key(*place, (child,)) for *place, child in itertools.product(*ranges)}
     assert len(keys) == 2 * 21 * 3 * 4 * 11 * 6
     assert all(-(2**63) <= key < 2**63 for key in keys)
     assert {key < 0 for key in keys} == {True, False}, "all 64 bits are in use"
@@ -48,7 +48,13 @@ places = st.tuples(*[st.integers(-(2**40), 2**40)] * 6)
 
 @given(places, places)
 def test_a_key_is_a_function_of_its_place(one, other):
-    assert (noise_key(*one) == noise_key(*other)) == (one == other)
+    assert (noise_key(*one[:5], one[5:]) == noise_key(*other[:5], other[5:])) == (one == other)
+
+
+def test_what_is_no_branch_has_the_keys_of_branch_zero():
+    """So that a deeper path is another key, and the keys of rows without branches stay what they were."""
+    assert noise_key(1, 2, 3, 4, 5) == noise_key(1, 2, 3, 4, 5, (0,))
+    assert len({noise_key(1, 2, 3, 4, 5, path) for path in ((0,), (1,), (1, 0), (0, 1), (1, 1), (1, 1, 0))}) == 6
 
 
 def test_evaluation_noise_follows_the_prompt_not_the_batch():
@@ -65,12 +71,12 @@ def test_equals_one_row_at_a_time(sde):
     units = iteration_units([11, 4], 2)
     run = Rollout(config, units)
     finished, states = naive_trajectories(config, toy_velocity, units, GRID, SHAPE)
-    assert run.finished.keys() == finished.keys() and run.decisions.keys() == states.keys()
+    assert run.finished.keys() == finished.keys() and run.states.keys() == states.keys()
     for place, latent in finished.items():
         assert_close(f"latent {place}", run.finished[place], latent, 1e-5)
     for place, (x, children) in states.items():
-        assert_close(f"state {place}", run.decisions[place].x, x, 1e-5)
-        assert_close(f"children {place}", run.decisions[place].x_next, children, 1e-5)
+        assert_close(f"state {place}", run.states[place].x, x, 1e-5)
+        assert_close(f"children {place}", run.states[place].children, children, 1e-5)
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3, 1000])
@@ -78,7 +84,7 @@ def test_equals_one_row_at_a_time(sde):
 def test_batch_shape_changes_nothing(plan, micro_batch):
     group = "seed" if plan == "tempflow" else "prompt"
     config = small_config(rollout={"plan": plan_table(plan, seeds=2, children=2, branch_steps="all")},
-                          training={"advantage": {"over": group}})
+                          training={"advantage": {"over": group}})  # fmt: skip
     units = iteration_units([5, 9, 2], 2)
     assert_same(Rollout(config, units, micro_batch=micro_batch), Rollout(config, units, micro_batch=7), rel=0)
 
@@ -91,11 +97,11 @@ def test_ranks_share_nothing_change_nothing():
     for share in shares:
         for place, latent in share.finished.items():
             assert torch.equal(latent, whole.finished[place])
-        for place, decision in share.decisions.items():
-            assert torch.equal(decision.x_next, whole.decisions[place].x_next)
+        for place, state in share.states.items():
+            assert torch.equal(state.children, whole.states[place].children)
     assert sum(len(share.finished) for share in shares) == len(whole.finished)
     fewer = Rollout(small_config(rollout={"plan": {"children": 2}}), units)
-    assert torch.equal(fewer.decisions[3, 4].x_next, whole.decisions[3, 4].x_next[:2])
+    assert torch.equal(fewer.states[3, 4].children, whole.states[3, 4].children[:2])
 
 
 def test_noise_differs_wherever_the_sample_does():
@@ -106,10 +112,10 @@ def test_noise_differs_wherever_the_sample_does():
     for iteration in (0, 1):
         run = Rollout(config, units, velocity=lambda x, sigma, units: torch.zeros_like(x), iteration=iteration)
         scalars = [step_scalars("flow", GRID, k, 0.7) for k in range(9)]
-        for (_, k), decision in run.decisions.items():
+        for (_, k), state in run.states.items():
             a, _, tau = scalars[k]
-            seen.append((decision.x_next - a * decision.x) / tau)
-        seen += [run.decisions[unit.index, 0].x[None] for unit in units]
+            seen.append((state.children - a * state.x) / tau)
+        seen += [run.states[unit.index, 0].x[None] for unit in units]
     noise = torch.cat(seen).flatten(1)
     assert len(noise) == 2 * (4 * 9 * 3 + 4)
     distance = torch.cdist(noise, noise) + 10 * torch.eye(len(noise))
@@ -150,41 +156,22 @@ def test_no_row_is_left_behind_to_end_in_small_batches(units, micro_batch, suffi
     assert run.stats.batches <= -(-run.stats.forwards // micro_batch) + 4
 
 
-@pytest.mark.parametrize("plan", ["tempflow", "flow_grpo"])
-@pytest.mark.parametrize("parts", [1, 2, 4, 9])
-def test_a_split_plan_makes_the_same_rows(plan, parts):
-    group = "seed" if plan == "tempflow" else "prompt"
-    config = small_config(rollout={"plan": plan_table(plan, seeds=2, children=2, branch_steps="all")},
-                          training={"advantage": {"over": group}})
-    units = iteration_units([5, 9, 2], 2)
-    whole = build_plan(config, units, 0)
-    split = split_plan(whole, parts)
-    assert len(split) == min(parts, len(units))
-    assert sorted(place for _, places in split for place in places) == list(range(len(whole.rows)))
-    assert max(len(places) for _, places in split) - min(len(places) for _, places in split) <= len(whole.rows) // len(units)
-    for part, places in split:
-        for row, place in zip(part.rows, places, strict=True):
-            parent = whole.rows[place].parent
-            assert row.unit == whole.rows[place].unit and row.noise == whole.rows[place].noise
-            assert (row.parent is None) if parent is None else places[row.parent] == parent
-
-
 @pytest.mark.parametrize("suffix", [None, Suffix()])
 def test_lanes_change_nothing(policy, suffix):
-    """Three units in two threads against one after another: the same decisions and counts; and from run to run the same bits."""
+    """Three units in two threads against one after another: the same states and counts; and from run to run the same bits."""
 
     def collect(lanes):
         config = small_config(data={"prompts_per_iteration": 3}, rollout={"plan": {"seeds": 1}, "lanes": lanes})
         config.rollout.suffix = suffix
-        return Iteration(policy, config, prompt_ids=(0, 1, 2)).data
+        return Iteration(policy, config, prompt_ids=(0, 1, 2))
 
     one, two, again = collect(1), collect(2), collect(2)
     assert np.array_equal(two.rewards, again.rewards)
     assert_close("rewards", torch.tensor(two.rewards), torch.tensor(one.rewards), 1e-3)  # a picture's byte may round otherwise
-    assert (one.images, one.stats.forwards) == (two.images, two.stats.forwards)
-    for a, b in zip(one.decisions, two.decisions, strict=True):
+    assert (one.scored.images, one.rolled.stats.forwards) == (two.scored.images, two.rolled.stats.forwards)
+    for a, b in zip(one.states, two.states, strict=True):
         assert (a.unit, a.step) == (b.unit, b.step)
-        assert_close("children", b.x_next, a.x_next, 1e-5)
+        assert_close("children", b.children, a.children, 1e-5)
         assert_close("log_prob", b.log_prob, a.log_prob, 1e-5)
 
 
@@ -195,18 +182,18 @@ def test_chain_of_a_row_with_noise_everywhere():
     units = iteration_units([5, 9], 3)
     run = Rollout(config, units)
     assert run.stats.forwards == 10 * len(units)
-    assert run.decisions.keys() == {(unit.index, k) for unit in units for k in range(9)}
+    assert run.states.keys() == {(unit.index, k) for unit in units for k in range(9)}
     for unit in units:
         for k in range(9):
-            decision = run.decisions[unit.index, k]
-            assert decision.x_next.shape == (1, *SHAPE)
+            state = run.states[unit.index, k]
+            assert state.children.shape == (1, *SHAPE)
             a, b, tau = step_scalars("flow", GRID, k, 0.7)
-            v = toy_velocity(decision.x[None], GRID[k : k + 1], [unit])[0]
-            expected = a * decision.x + b * v + tau * step_noise(config, unit, k, 0, SHAPE)
-            assert_close(f"unit {unit.index} step {k}", decision.x_next[0], expected, 1e-6)
+            v = toy_velocity(state.x[None], GRID[k : k + 1], [unit])[0]
+            expected = a * state.x + b * v + tau * step_noise(config, unit, k, 0, SHAPE)
+            assert_close(f"unit {unit.index} step {k}", state.children[0], expected, 1e-6)
             if k < 8:
-                assert torch.equal(decision.x_next[0], run.decisions[unit.index, k + 1].x)
-        x = run.decisions[unit.index, 8].x_next[0]
+                assert torch.equal(state.children[0], run.states[unit.index, k + 1].x)
+        x = run.states[unit.index, 8].children[0]
         v = toy_velocity(x[None], GRID[9:10], [unit])[0]
         assert_close("last step", run.finished[unit.index, None, 0], x - GRID[9] * v, 1e-6)
 
@@ -218,11 +205,11 @@ def test_mix_grpo_takes_noise_inside_its_window_only():
     assert windows[:5] == [[0, 1, 2], [0, 1, 2], [1, 2, 3], [1, 2, 3], [2, 3, 4]]
     assert windows[13] == [6, 7, 8] and windows[14] == [0, 1, 2], "the window starts over before the last step"
     run = Rollout(config, iteration_units([5], 2), iteration=4)
-    assert {k for _, k in run.decisions} == {2, 3, 4} and run.stats.forwards == 20
-    unit = run.plan.rows[0].unit
+    assert {k for _, k in run.states} == {2, 3, 4} and run.stats.forwards == 20
+    unit = run.forest.rows[0].unit
     noise = step_noise(config, unit, INITIAL, 0, SHAPE, iteration=4)
-    assert_close("state at the window's start", run.decisions[unit.index, 2].x, naive_ode(noise, unit, 0, 2), 1e-5)
-    last = run.decisions[unit.index, 4].x_next[0]
+    assert_close("state at the window's start", run.states[unit.index, 2].x, naive_ode(noise, unit, 0, 2), 1e-5)
+    last = run.states[unit.index, 4].children[0]
     assert_close("end", run.finished[unit.index, None, 0], naive_ode(last, unit, 5, 10), 1e-5)
 
 
@@ -234,7 +221,7 @@ def naive_ode(x, unit, first, last):
 
 def test_without_units_there_is_nothing_to_do():
     run = Rollout(small_config(), [])
-    assert run.decisions == {} and run.finished == {} and run.stats.forwards == 0
+    assert run.states == {} and run.finished == {} and run.stats.forwards == 0
 
 
 # ------------------------------------------------------------------------------------------------- real model
@@ -264,8 +251,8 @@ def test_model_rollout_equals_one_row_at_a_time(model, model_config):
     for place, latent in finished.items():
         assert_close(f"latent {place}", run.finished[place], latent, 1e-5)
     for place, (x, children) in states.items():
-        assert_close(f"state {place}", run.decisions[place].x, x, 1e-5)
-        assert_close(f"children {place}", run.decisions[place].x_next, children, 1e-5)
+        assert_close(f"state {place}", run.states[place].x, x, 1e-5)
+        assert_close(f"children {place}", run.states[place].children, children, 1e-5)
 
 
 @pytest.mark.parametrize("micro_batch", [1, 4])

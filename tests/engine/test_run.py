@@ -63,8 +63,8 @@ def launched(folder):
 
 def start(folder, name, processes, stage, **more) -> Run:
     # No ratio comes near its bounds, where rounding would decide.
-    training = {"iterations": 3, "updates": {"passes": 2}, "objective": {"clip_low": 0.2, "clip_high": 0.2}, "penalty": {"coef": 0.1},
-                "advantage": "gdpo"}
+    training = {"iterations": 3, "updates": {"passes": 2}, "objective": {"clip_low": 0.2, "clip_high": 0.2},
+                "penalty": {"coef": 0.1}, "advantage": {"type": "gdpo"}}  # fmt: skip
     deepspeed = {**SGD, "gradient_clipping": 0.02, "zero_optimization": ZERO[stage], "zero_force_ds_cpu_optimizer": False}
     watched = {"type": "engine_rewards:warmth", "weight": 0}
     more["rewards"] = {"engine_rewards:contrast": 1.0, "engine_rewards:warmth": 0.5, "watched": watched}

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kernel_cases import assert_close
 
-from tempflow.sampling.steps import Cps, Dance, Flow, noise_weights, ode_coefficients
+from tempflow.sampling.steps import Cps, Dance, Flow, ode_coefficients, step_weights
 
 FP32 = 1.2e-7  # one rounding to fp32
 KINDS = {"flow": Flow, "dance": Dance, "cps": Cps}
@@ -132,7 +132,7 @@ def test_noise_weights_have_mean_one(data, grid, eta, kind):
     tau = KINDS[kind](eta).coefficients(grid).tau
     allowed = list(range(len(tau) - 1))
     steps = sorted(data.draw(st.sets(st.sampled_from(allowed), min_size=1)))
-    weights = noise_weights(tau, steps, "noise")
+    weights = step_weights(tau, steps, "noise")
     assert weights.dtype == torch.float32
     assert weights[steps].double().mean().item() == pytest.approx(1, abs=1e-6)
     assert_close("weights follow tau", weights[steps] * tau[steps[0]], weights[steps[0]] * tau[steps], rel=1e-6)
@@ -142,5 +142,5 @@ def test_noise_weights_have_mean_one(data, grid, eta, kind):
 
 def test_noise_weights_by_hand():
     tau = torch.tensor([4.0, 2.0, 3.0, 1.0])
-    assert noise_weights(tau, [0, 1, 2], "noise").tolist() == pytest.approx([4 / 3, 2 / 3, 1, 0])
-    assert noise_weights(tau, [1, 3], "uniform").tolist() == [0, 1, 0, 1]
+    assert step_weights(tau, [0, 1, 2], "noise").tolist() == pytest.approx([4 / 3, 2 / 3, 1, 0])
+    assert step_weights(tau, [1, 3], "uniform").tolist() == [0, 1, 0, 1]

@@ -1,35 +1,33 @@
 """One forward per state gives the gradient of one forward per child, on the shipped model.
 
-Three ways to the same gradient: the engine's shared forward, its one_child_per_state, and DESIGN section 2 written
+Three ways to the same gradient: the engine's shared forward, the benchmark's one_child_per_state, and DESIGN section 2 written
 out child by child in float64 (engine_cases.naive_loss), in which nothing is skipped, padded or batched.
 """
+
+import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from bench import one_child_per_state
 from engine_cases import Iteration, PlainRuntime, flat, naive_loss, small_config
 from kernel_cases import assert_close
 
-from tempflow.training.batches import one_child_per_state
-from tempflow.training.update import Updater
-
 FP32 = 1e-5
-CLIP = {"clip_low": 2e-3, "clip_high": 1e-3}
+PLAIN = {"clip_low": 2e-3, "clip_high": 1e-3}
+GUARD = {"objective": {**PLAIN, "ratio": "guard"}}
+KL_X, KL_V = ({"penalty": {"type": "kl", "coef": 0.3, "form": form}} for form in ("x", "v"))
 VARIANTS = {
-    "plain": {},
-    "guard": {"objective": {**CLIP, "ratio": "guard"}},
-    "uniform": {"weighting": "uniform"},
-    "kl-x": {"penalty": {"coef": 0.3}},
-    "kl-v": {"penalty": {"coef": 0.3, "form": "v"}},
-    "guard-kl-x": {"objective": {**CLIP, "ratio": "guard"}, "penalty": {"coef": 0.3}},
-    "guard-kl-v": {"objective": {**CLIP, "ratio": "guard"}, "penalty": {"coef": 0.3, "form": "v"}},
-}
+    "plain": {}, "guard": GUARD, "uniform": {"weighting": "uniform"}, "kl-x": KL_X, "kl-v": KL_V, "guard-kl-x": GUARD | KL_X,
+    "guard-kl-v": GUARD | KL_V,
+}  # fmt: skip
 variants = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 
 
 def config_of(**training):
     rollout = {"num_steps": 4, "plan": {"seeds": 2, "children": 3, "branch_steps": [0, 2]}}
-    return small_config(rollout=rollout, training={"objective": CLIP, **training})
+    return small_config(rollout=rollout, training={"objective": PLAIN, **training})
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +39,13 @@ def iteration(policy):
 @pytest.fixture(scope="module")
 def rewards(iteration):
     """The rollout's own, but: one failed child, two failed children, a group without spread, a group that failed."""
-    rewards = iteration.data.rewards.copy()
+    rewards = iteration.dense(iteration.rewards).copy()
     rewards[0, 0, 1, 2] = np.nan
     rewards[0, 1, 0, :2] = np.nan
     rewards[1, 0, 0, :2] = rewards[1, 0, 0, 2]
     rewards[1, 1, 1] = np.nan
     rewards[1, 0, 1] = [0.1, np.nan, 0.3]
-    return rewards
+    return rewards.ravel()
 
 
 LENGTH = 0.02  # of the step between the two updates; moves ratios by about the clip range
@@ -59,11 +57,12 @@ class Engine:
     def __init__(self, iteration, rewards, size, extra=0, share=True, **training):
         config = config_of(**training)
         self.runtime = PlainRuntime(iteration.policy, drift=0.05)
-        updater = Updater(config, self.runtime, iteration.embed, share_forward=share)
-        self.batches = iteration.batches(iteration.advantages(rewards), size, extra, config)
+        updater = iteration.updater(self.runtime, config)
+        part = iteration.part(iteration.advantages(rewards), size, extra, config)
+        part = part if share else one_child_per_state(part)
         self.metrics, self.gradients = [], []
-        for first in (True, False):
-            self.metrics.append(updater.update(self.batches, iteration.total, 1.0, first=first))
+        for _ in range(2):
+            self.metrics.append(updater.update(part, 1.0))
             self.gradients.append(self.runtime.gradient())
             self.runtime.descend(self.gradients[-1], LENGTH)
 
@@ -87,16 +86,18 @@ def naive_gradients(iteration, rewards, **training):
     config, runtime = config_of(**training), PlainRuntime(iteration.policy, drift=0.05)
     advantages, gradients = iteration.advantages(rewards), []
 
-    def forward(transformer, decision):
-        sigma = iteration.collector.sigmas[decision.step : decision.step + 1]
-        return iteration.collector.sampler.velocity(transformer, decision.x[None], sigma, iteration.embed([decision.unit]))[0]
+    session, states = iteration.session, iteration.states
+
+    def forward(transformer, state):
+        sigma = session.grid.sigmas[state.step : state.step + 1]
+        return session.sampler.velocity(transformer, state.x[None], sigma, session.embed([state.unit]))[0]
 
     with torch.no_grad():
-        old = {id(d): forward(runtime.engine, d) for d in iteration.data.decisions}
-        reference = {id(d): forward(runtime.reference, d) for d in iteration.data.decisions}
+        old = {id(s): forward(runtime.engine, s) for s in states}
+        reference = {id(s): forward(runtime.reference, s) for s in states}
     for _ in range(2):
-        loss = naive_loss(config, lambda d: forward(runtime.engine, d), lambda d: old[id(d)], lambda d: reference[id(d)],
-                          iteration.data.decisions, advantages, iteration.collector.sigmas)  # fmt: skip
+        loss = naive_loss(config, lambda s: forward(runtime.engine, s), lambda s: old[id(s)], lambda s: reference[id(s)],
+                          states, advantages, session.grid.sigmas)  # fmt: skip
         loss.backward()
         gradients.append(runtime.gradient())
         runtime.descend(gradients[-1], LENGTH)
@@ -142,19 +143,21 @@ def test_groups_without_advantage_are_skipped_but_counted(iteration, rewards):
     """8 states; one has no spread, one no rewards, and one a single reward: 5 forwards, the mean over 8."""
     engine = Engine(iteration, rewards, size=8)
     assert engine.metrics[0]["forwards"] == engine.metrics[1]["forwards"] == 5
-    with_kl = Engine(iteration, rewards, size=8, penalty={"coef": 0.3})
+    with_kl = Engine(iteration, rewards, size=8, **KL_X)
     assert with_kl.metrics[0]["forwards"] == 2 * 7, "a KL term needs every state with a reward, and its reference"
     assert with_kl.metrics[1]["forwards"] == 7, "the reference is kept for the second update"
 
 
 def test_one_child_per_state_is_the_same_loss_laid_out_otherwise(iteration, rewards):
-    (batch,) = iteration.batches(iteration.advantages(rewards), 8)
-    split = one_child_per_state(batch)
-    assert split.x.shape == (24, 48, 32) and split.x_next.shape == (24, 1, 48, 32) and split.real == 3 * batch.real
-    for n in range(8):
+    part = iteration.part(iteration.advantages(rewards), 8)
+    apart = one_child_per_state(part)
+    (batch,), (split,) = part.batches, apart.batches
+    assert apart.total == 3 * part.total
+    assert split.x.shape == (15, 48, 32) and split.children.shape == (15, 1, 48, 32) and split.real == 3 * batch.real == 15
+    for n in range(5):
         for i in range(3):
             row = 3 * n + i
-            assert torch.equal(split.x[row], batch.x[n]) and torch.equal(split.x_next[row, 0], batch.x_next[n, i])
+            assert torch.equal(split.x[row], batch.x[n]) and torch.equal(split.children[row, 0], batch.children[n, i])
             assert split.advantage[row, 0] == batch.advantage[n, i] and split.weight[row] == batch.weight[n]
             assert split.units[row] == batch.units[n] and split.sigma[row] == batch.sigma[n]
 
@@ -162,14 +165,11 @@ def test_one_child_per_state_is_the_same_loss_laid_out_otherwise(iteration, rewa
 def test_masked_children_do_not_matter(iteration, rewards):
     """Whatever a child holds whose reward failed, the gradient is that of its group without it."""
     base = Engine(iteration, rewards, size=8)
-    other = Iteration.__new__(Iteration)
-    other.__dict__.update(iteration.__dict__)
-    other.data = type(iteration.data)(**vars(iteration.data))
-    other.data.decisions = [d for d in iteration.data.decisions]
-    place = next(n for n, d in enumerate(other.data.decisions) if (d.unit.prompt, d.unit.seed, d.step) == (0, 0, 2))
-    decision = other.data.decisions[place]
-    children = decision.x_next.clone()
+    state = next(s for s in iteration.states if (s.unit.prompt, s.unit.seed, s.step) == (0, 0, 2))
+    children = state.children.clone()
     children[2] += 100
-    other.data.decisions[place] = type(decision)(decision.unit, decision.step, decision.x, children, decision.log_prob)
+    states = [replace(s, children=children) if s is state else s for s in iteration.states]
+    other = copy.copy(iteration)
+    other.rolled = replace(iteration.rolled, kept=replace(iteration.rolled.kept, states=states))
     changed = Engine(other, rewards, size=8)
     assert torch.equal(flat(base.gradients[0]), flat(changed.gradients[0]))

@@ -12,7 +12,7 @@ from tempflow.config import load_config
 from tempflow.estimate import estimate, local_model
 from tempflow.estimate.model import Model
 from tempflow.training.ema import Average
-from tempflow.training.update import Updater
+from tempflow.training.update import Part, Updater
 
 FAMILIES = {"flux": "flux_lora", "sd3": "sd35_lora", "qwen_image": "qwen_image_lora"}
 CONFIGS = ("flux_zero3", "flux_lora", "sd35_lora", "sd35_zero2_lora", "qwen_image_lora")
@@ -50,10 +50,11 @@ class Simulations:
         if name not in self._trained:
             run, rolled = self.run(name), self.rolled(name)
             with self.gpu:
-                updater, batch = Updater(run.config, run.make_runtime(), run.embed), run.batches(rolled)[0]
+                s, batch = rolled.session.variant(run.config), run.batches(rolled)[0]
+                updater = Updater(run.make_runtime(), s.sampler, s.objective, s.penalty, s.embed)
                 assert len(batch.x) == run.config.training.micro_batch
                 with self.gpu.watch() as seen:
-                    metrics = updater.update([batch], 4, 1.0, first=True)
+                    metrics = updater.update(Part.of([batch], 4), 1.0)
             assert metrics["forwards"] > 0 and not metrics["skipped"]
             self._trained[name] = seen
         return self._trained[name]
@@ -78,8 +79,8 @@ def most(seen) -> int:
 def test_nothing_captured_copies_or_reads(simulations, family):
     """A forward and its step, as a CUDA graph would capture them."""
     rolled = simulations.rolled(FAMILIES[family])
-    assert list(rolled.forwards) == ["_forward_and_step"]
-    assert sum((seen.waits for seen in rolled.forwards["_forward_and_step"]), start=type(rolled.whole.waits)()) == {}
+    assert list(rolled.forwards) == ["step"]
+    assert sum((seen.waits for seen in rolled.forwards["step"]), start=type(rolled.whole.waits)()) == {}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -89,7 +90,7 @@ def test_nothing_captured_copies_or_reads_in_a_coarser_suffix(simulations, famil
                'rollout.suffix={"stride": 2, "order": 2, "weights": "float8"}']  # fmt: skip
     with simulations.gpu:
         rolled = simulations.run(FAMILIES[family], changes=changes).roll_out()
-    assert set(rolled.forwards) == {"_forward_and_step", "_suffix_forward_and_step"}
+    assert set(rolled.forwards) == {"step", "coarse_step"}
     assert not [event for seen in rolled.forwards.values() for one in seen for event in one.waits]
 
 
@@ -122,7 +123,7 @@ def test_memory_of_rollouts_and_evaluations(simulations, name):
     """Peaks above what is there anyway: of a forward, of decoding, and of an evaluation, which does both."""
     run, rolled = simulations.run(name), simulations.rolled(name)
     said = moments(run.config)
-    assert most(rolled.forwards["_forward_and_step"]) == pytest.approx(said["rollout"], rel=0.1)
+    assert most(rolled.forwards["step"]) == pytest.approx(said["rollout"], rel=0.1)
     assert most(rolled.decodes) == pytest.approx(said["decoding"], rel=0.1)
     with run.gpu:
         assert run.evaluate().bytes == pytest.approx(max(said["rollout"], said["decoding"]), rel=0.1)
@@ -156,6 +157,6 @@ def test_flux_at_its_full_depth(gpu):
     with gpu:
         run = SimulatedRun(SimulatedModel(gpu, Path(local_model("black-forest-labs/FLUX.1-dev")), None), "flux_lora", changes)
         rolled = run.roll_out()
-    forwards = rolled.forwards["_forward_and_step"]
+    forwards = rolled.forwards["step"]
     assert len(forwards) == 2 and not any(seen.waits for seen in forwards) and forwards[0].kernels > 3000
     assert most(forwards) == pytest.approx(Model(run.config).forward(4).bytes, rel=0.1)

@@ -11,8 +11,9 @@ from rollout_cases import GRID, Rollout, toy_velocity
 
 from tempflow.advantages import rank_correlation
 from tempflow.config import Suffix
-from tempflow.sampling.plans import build_plan, iteration_units
+from tempflow.sampling.layout import iteration_units
 from tempflow.sampling.suffix import count_forwards, suffix_path
+from tempflow.training.credit import suffix_metrics
 
 suffixes = st.builds(Suffix, stride=st.integers(2, 12), exact_steps=st.integers(0, 12))
 
@@ -47,7 +48,7 @@ def test_forwards_are_counted_beforehand(plan, suffix):
                           training={"advantage": {"over": "seed" if plan == "tempflow" else "prompt"}})  # fmt: skip
     units = iteration_units([5, 9], 2)
     run = Rollout(config, units)
-    assert run.stats.forwards == run.told == count_forwards(build_plan(config, units, 0), 10, config.rollout.suffix)
+    assert run.stats.forwards == run.told == count_forwards(run.forest.rows, 10, config.rollout.suffix)
 
 
 def test_every_second_step_needs_the_forwards_of_the_cost_table():
@@ -57,16 +58,16 @@ def test_every_second_step_needs_the_forwards_of_the_cost_table():
 
 
 @pytest.mark.parametrize("plan", ["tempflow", "mix_grpo"])
-def test_decisions_are_those_of_the_exact_suffix(plan):
+def test_states_are_those_of_the_exact_suffix(plan):
     """States, children and their log-probabilities to the last bit; and the trunk's own end."""
     table = {"plan": plan_table(plan, seeds=2, branch_steps="all", children=3, window=3)}
     group = {"advantage": {"over": "seed" if plan == "tempflow" else "prompt"}}
     units = iteration_units([5, 9], 2)
     exact, coarse = (Rollout(small_config(rollout={**table, "suffix": suffix}, training=group), units) for suffix in (None, {}))
-    assert exact.decisions.keys() == coarse.decisions.keys() and exact.finished.keys() == coarse.finished.keys()
-    for place, decision in exact.decisions.items():
-        for name in ("x", "x_next", "log_prob"):
-            assert torch.equal(getattr(decision, name), getattr(coarse.decisions[place], name))
+    assert exact.states.keys() == coarse.states.keys() and exact.finished.keys() == coarse.finished.keys()
+    for place, state in exact.states.items():
+        for name in ("x", "children", "log_prob"):
+            assert torch.equal(getattr(state, name), getattr(coarse.states[place], name))
     if plan == "tempflow":
         assert all(torch.equal(exact.finished[place], coarse.finished[place]) for place in exact.finished if place[1] is None)
     assert any(not torch.equal(latent, coarse.finished[place]) for place, latent in exact.finished.items())
@@ -86,10 +87,10 @@ def test_equals_the_formula_step_by_step(order, exact_steps):
     def velocity(x, k, unit):
         return toy_velocity(x[None], grid[k : k + 1], [unit])[0]
 
-    for (index, k), decision in run.decisions.items():
+    for (index, k), state in run.states.items():
         unit = units[index]
         path = suffix_path(k + 1, 10, config.rollout.suffix)
-        for child, start in enumerate(decision.x_next):
+        for child, start in enumerate(state.children):
             x, corrected, before, v_before = start.double(), start.double(), None, None
 
             def steps(x, now, then, v, slope):
@@ -143,12 +144,15 @@ def test_rank_correlation_sees_the_order_only(values):
 
 
 def test_audit_scores_the_same_rows_with_the_exact_suffix(policy):
-    """Rewards of the audit are those of a run without suffix; without an audit there are none."""
+    """Its rewards are those of a run without suffix, and the metrics compare the two; without an audit there are none."""
     table = {"num_steps": 6, "plan": {"branch_steps": [0, 2], "children": 3}}
-    exact = Iteration(policy, small_config(rollout=table)).data
-    assert exact.exact_rewards is None
-    audited = Iteration(policy, small_config(rollout={**table, "suffix": {"audit_every": 1}})).data
-    np.testing.assert_allclose(audited.exact_rewards, exact.rewards, atol=1e-4)
-    assert np.abs(audited.rewards - exact.rewards).max() > 1e-3
-    assert audited.times["audit"] > 0
-    assert Iteration(policy, small_config(rollout={**table, "suffix": {}})).data.exact_rewards is None
+    exact = Iteration(policy, small_config(rollout=table))
+    coarse = Iteration(policy, small_config(rollout={**table, "suffix": {}}))
+    again = coarse.roll_out(None)
+    np.testing.assert_allclose(again.rewards.total, exact.rewards, atol=1e-4)
+    assert np.abs(coarse.rewards - exact.rewards).max() > 1e-3
+    credit, found = coarse.advantages(), suffix_metrics(coarse.session, coarse.scored, coarse.advantages(), coarse.rolled, again)
+    best = exact.advantages()
+    assert found["suffix/reward_rank_correlation"] == pytest.approx(rank_correlation(coarse.rewards, exact.rewards), abs=1e-2)
+    assert found["suffix/advantage_rank_correlation"] == pytest.approx(rank_correlation(credit.values, best.values), abs=0.05)
+    assert suffix_metrics(coarse.session, coarse.scored, credit, coarse.rolled, None) == {}

@@ -4,10 +4,12 @@ import json
 
 import numpy as np
 import pytest
+from engine_cases import dense, dense_slots
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tempflow.advantages import advantages, decoupled_advantages
+from tempflow.advantages.gdpo import Gdpo
+from tempflow.advantages.group import Group
 from tempflow.config import Curation as Settings
 from tempflow.data.curation import Curation
 from tempflow.data.prompts import PromptOrder, load_prompts
@@ -102,13 +104,13 @@ def of_kinds(seed=0):
 @pytest.mark.parametrize("global_std", [False, True])
 def test_sums_are_compared_with_sums_of_the_same_rewards(group, global_std):
     """Each kind of prompt has the advantages that it would have in a batch of its own."""
-    fitting, _, total = of_kinds()
-    how = {"group": group, "global_std": global_std, "clip": 5.0}
-    found = advantages(total, kinds=kinds_of(fitting), **how)
+    fitting, parts, total = of_kinds()
+    how = Group(group, 5.0, global_std)
+    found = dense(how, total, parts, [1.0, 0.01], list(fitting.T))
     for rows in ([0, 3], [1, 4], [2]):
-        np.testing.assert_array_equal(found.values[rows], advantages(total[rows], **how).values)
+        np.testing.assert_array_equal(found.values[rows], dense(how, total[rows]).values)
     assert (found.valid == np.isfinite(total)).all()
-    assert global_std == (not np.array_equal(found.values, advantages(total, **how).values))
+    assert global_std == (not np.array_equal(found.values, dense(how, total).values))
 
 
 @pytest.mark.parametrize("group", ["seed", "prompt"])
@@ -116,14 +118,13 @@ def test_sums_are_compared_with_sums_of_the_same_rewards(group, global_std):
 def test_each_reward_is_compared_within_itself(group, global_std):
     """A prompt for one reward has that reward's advantages, up to the one scale of the batch; it fails by no other."""
     fitting, parts, total = of_kinds()
-    how = {"group": group, "global_std": global_std, "clip": 1e9}
-    found = decoupled_advantages(total, parts, [1.0, 2.0], applies=list(fitting.T), **how)
+    found = dense(Gdpo(group, 1e9, global_std), total, parts, [1.0, 2.0], list(fitting.T))
     assert (found.valid == np.isfinite(total)).all()
     alone = []
     for i, part in enumerate(parts):
         rows = np.flatnonzero(fitting[:, i])
         one = np.zeros_like(part)
-        one[rows] = advantages(np.where(found.valid, part, np.nan)[rows], **how).values
+        one[rows] = dense(Group(group, 1e9, global_std), np.where(found.valid, part, np.nan)[rows]).values
         alone.append(one)
     expected = alone[0] + 2.0 * alone[1]
     expected /= expected[found.valid].std() + 1e-4
@@ -139,5 +140,5 @@ def test_curation_compares_prompts_of_the_same_rewards():
     for given_kinds, resting in ((kinds, {2}), (None, {2, 3, 4, 5})):
         chooser = Curation(Settings(spread=0.1, rest=5), PromptOrder(6, 6, 0), "seed", given_kinds)
         draw = chooser.draw(0)
-        chooser.update(draw, 0, rewards[draw.indices])
+        chooser.update(draw, 0, dense_slots(rewards.shape), rewards[draw.indices].ravel())
         assert set(np.flatnonzero(chooser.until)) == resting

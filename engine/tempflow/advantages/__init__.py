@@ -1,5 +1,5 @@
 """Advantages: from the rewards of all ranks to what each child of a state is worth against its group."""
 
-from tempflow.advantages.dense import Advantages, advantages, decoupled_advantages, rank_correlation
+from tempflow.advantages.base import Advantage, rank_correlation
 
-__all__ = ["Advantages", "advantages", "decoupled_advantages", "rank_correlation"]
+__all__ = ["Advantage", "rank_correlation"]

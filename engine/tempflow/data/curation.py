@@ -12,8 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tempflow.advantages.base import normalise
 from tempflow.config import Curation as Settings
 from tempflow.data.prompts import PromptOrder
+from tempflow.types import Slots
 
 MEMORY = 0.5  # weight of a prompt's earlier values in its running means
 
@@ -34,7 +36,7 @@ class Curation:
     """
 
     def __init__(self, settings: Settings, order: PromptOrder, group: str, kinds: np.ndarray | None = None):
-        """group: "seed" or "prompt", whose rewards are normalised together. kinds: int [count], prompts with the same rewards, which
+        """group: whose rewards are normalised together, one of `Slots.OVER`. kinds: int [count], prompts with the same rewards, which
         alone can be compared; None: all are of one kind."""
         self.settings, self.order, self.group = settings, order, group
         self.kinds = np.zeros(order.count, dtype=int) if kinds is None else kinds
@@ -56,13 +58,15 @@ class Curation:
         woken = sorted(passed, key=lambda index: self.until[index])[: size - len(chosen)]
         return Draw(chosen + woken, [index for index in passed if index not in woken], cursor)
 
-    def update(self, draw: Draw, iteration: int, rewards: np.ndarray) -> None:
-        """Take up an iteration's rewards, [P, S, K, B] with NaN where scoring failed, of the draw's prompts in their order."""
+    def update(self, draw: Draw, iteration: int, slots: Slots, rewards: np.ndarray) -> None:
+        """Take up an iteration's rewards, [n] by slot with NaN where scoring failed, of the draw's prompts in their order."""
         self.cursor = draw.cursor
-        for index, one, values in zip(draw.indices, _spread(rewards, self.group), rewards, strict=True):
-            if np.isfinite(one):
-                self.signal[index] = _running(self.signal[index], one)
-                self.level[index] = _running(self.level[index], np.nanmean(values))
+        groups = normalise(rewards, slots.groups(self.group))
+        for place, index in enumerate(draw.indices):
+            known = (slots.prompt == place) & groups.valid
+            if known.any():
+                self.signal[index] = _running(self.signal[index], groups.std[np.unique(groups.labels[known])].mean())
+                self.level[index] = _running(self.level[index], rewards[known].mean())
         least = self.settings.spread * self._average(self.signal)
         for index in draw.indices:
             if self.signal[index] < least[index]:
@@ -96,12 +100,6 @@ class Curation:
         self.cursor = state["cursor"]
         for index, (signal, level, until) in state["prompts"].items():
             self.signal[int(index)], self.level[int(index)], self.until[int(index)] = signal, level, until
-
-
-def _spread(rewards: np.ndarray, group: str) -> np.ndarray:
-    """Mean standard deviation of each prompt's groups, [P]; NaN where no reward of a prompt came."""
-    groups = np.ma.masked_invalid(rewards).std(axis={"seed": (3,), "prompt": (1, 3)}[group])
-    return np.ma.filled(groups.reshape(len(rewards), -1).mean(axis=1), np.nan)
 
 
 def _running(mean: float, value: float) -> float:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from tempflow.config import Config
 from tempflow.estimate.model import Model, Pass
-from tempflow.sampling.plans import build_plan
+from tempflow.sampling.layout import states_of
 from tempflow.sampling.suffix import count_forwards
-from tempflow.types import Unit, states_of
+from tempflow.types import Unit
 
 
 @dataclass(frozen=True)
@@ -44,19 +44,19 @@ def busiest_units(config: Config, gpus: int) -> int:
 
 def phases(config: Config, model: Model, gpus: int, speed: float) -> list[Phase]:
     """speed: operations that a GPU makes in a second."""
-    r, t, plan = config.rollout, config.training, build_plan(config, [ONE], 0)
+    r, t, rows = config.rollout, config.training, config.plan().rows(ONE, 0)
     units, busiest = config.data.prompts_per_iteration * config.plan().seeds, busiest_units(config, gpus)
 
     def phase(name: str, each: int, one: Pass, share: float = 1.0) -> Phase:
         return Phase(name, units * each, busiest * each, one.flops, _seconds(busiest * each * one.flops, speed), share)
 
     forward, states = model.forward(r.micro_batch), len(unit_states(config))
-    found = [phase("rollout", count_forwards(plan, r.num_steps, r.suffix), forward), phase("decode", len(plan.rows), model.decode())]
+    found = [phase("rollout", count_forwards(rows, r.num_steps, r.suffix), forward), phase("decode", len(rows), model.decode())]
     if t.penalty:
         found.append(phase("reference", states, forward))
     found.append(phase("training", states * t.updates.passes, model.training(training_rows(config, gpus))))
     if r.suffix and r.suffix.audit_every:
-        found.append(phase("audit", count_forwards(plan, r.num_steps, None), forward, 1 / min(r.suffix.audit_every, 10**9)))
+        found.append(phase("audit", count_forwards(rows, r.num_steps, None), forward, 1 / min(r.suffix.audit_every, 10**9)))
     if config.data.heldout and config.eval.every:
         steps, rows = config.eval.num_steps or r.num_steps, -(-config.eval.prompts // gpus)
         flops = model.forward(min(r.micro_batch, rows), config.eval_guidance()).flops

@@ -1,15 +1,17 @@
-"""The clipped objective of GRPO."""
+"""The clipped objective of GRPO, in one fused kernel."""
 
 from __future__ import annotations
 
 from typing import Literal
 
+import torch
+
 from tempflow.errors import check_range
-from tempflow.objectives.base import Objective
+from tempflow.objectives.base import Objective, kernel_loss
 
 
 class Grpo(Objective):
-    """The clipped policy-gradient loss of GRPO, mean over the children of all states.
+    """The clipped policy-gradient loss of GRPO: max(-A ratio, -A clip(ratio)), mean over the children of all states.
 
     Args:
         clip_low: the ratio is clipped below at 1 - this.
@@ -21,3 +23,13 @@ class Grpo(Objective):
         check_range("clip_low", clip_low, above=0, below=1)
         check_range("clip_high", clip_high, above=0)
         self.clip_low, self.clip_high, self.ratio = clip_low, clip_high, ratio
+        self.keeps_velocity = ratio == "guard"
+
+    def pull(self, advantage, log_ratio, distance):
+        ratio = torch.exp(log_ratio)
+        past = (advantage > 0) & (ratio > 1 + self.clip_high) | (advantage < 0) & (ratio < 1 - self.clip_low)
+        return torch.where(past, 0.0, advantage * ratio)
+
+    def loss(self, velocity, batch, old, penalty, velocity_ref):
+        return kernel_loss(velocity, batch, batch.advantage, old, penalty, velocity_ref,
+                           clip_low=self.clip_low, clip_high=self.clip_high, ratio=self.ratio)  # fmt: skip

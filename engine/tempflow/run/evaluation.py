@@ -60,7 +60,7 @@ class Scored:
 
 def fixed_noise(indices: list[int], shape: tuple[int, ...], device, seed: int = EVAL_SEED) -> torch.Tensor:
     """Initial latents of evaluation prompts by their place in the file, fp32 [n, *shape]."""
-    keys = key_tensor([noise_key(seed, EVAL_ITERATION, i, 0, INITIAL, 0) for i in indices], device)
+    keys = key_tensor([noise_key(seed, EVAL_ITERATION, i, 0, INITIAL) for i in indices], device)
     return normal(keys, torch.Size(shape).numel()).reshape(len(indices), *shape)
 
 

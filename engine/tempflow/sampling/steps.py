@@ -24,6 +24,14 @@ class Coefficients:
     tau: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Grid:
+    """A sampling grid: sigmas, fp32 [T + 1] on the CPU, falling from 1 to 0, and its stochastic steps."""
+
+    sigmas: torch.Tensor
+    sde: Coefficients
+
+
 def ode_coefficients(sigmas: torch.Tensor) -> Coefficients:
     """x' = x + dt v. sigmas: [T + 1], falling from 1 to 0."""
     dt = torch.diff(sigmas.double()).float()
@@ -104,7 +112,7 @@ def _langevin(s: float, s_next: float, std: float) -> tuple[float, float, float]
     return 1 + drift * dt, (1 + drift * (1 - s)) * dt, std * math.sqrt(-dt)
 
 
-def noise_weights(tau: torch.Tensor, steps: list[int], weighting: str) -> torch.Tensor:
+def step_weights(tau: torch.Tensor, steps: list[int], weighting: str) -> torch.Tensor:
     """Loss weight of every step, fp32 [T]: tau over its mean on the trained steps, or 1 ("uniform"); 0 elsewhere."""
     weights = torch.zeros_like(tau)
     weights[steps] = tau[steps] / tau[steps].mean() if weighting == "noise" else 1.0

@@ -11,8 +11,7 @@ from __future__ import annotations
 import torch
 
 from tempflow.config import Suffix
-from tempflow.sampling.plans import Row
-from tempflow.sampling.plans import RowPlan as Plan
+from tempflow.types import Row
 
 
 def suffix_path(first: int, last: int, suffix: Suffix | None) -> list[int]:
@@ -24,20 +23,20 @@ def suffix_path(first: int, last: int, suffix: Suffix | None) -> list[int]:
     return sorted({*range(first, start + 1), *range(aligned, last + 1, suffix.stride)})
 
 
-def last_decisions(plan: Plan) -> list[int]:
-    """For every row of a plan the last step at which it takes noise or is branched off from; -1 where there is none."""
-    last = [max(row.noise, default=-1) for row in plan.rows]
-    for row in plan.rows:
+def last_decisions(rows: list[Row]) -> list[int]:
+    """For every row the last step at which it takes noise, branches off or is branched off from; -1 where there is none."""
+    last = [max(row.noise, default=-1 if row.parent is None else row.start) for row in rows]
+    for row in rows:
         if row.parent is not None:
             last[row.parent] = max(last[row.parent], row.start)
     return last
 
 
-def count_forwards(plan: Plan, num_steps: int, suffix: Suffix | None) -> int:
-    """Rows that go through the transformer when the plan is run; a child's first step is its parent's forward."""
+def count_forwards(rows: list[Row], num_steps: int, suffix: Suffix | None) -> int:
+    """How many times a row goes through the transformer, all rows together; a child's first step is its parent's forward."""
     return sum(
         len(suffix_path(free, num_steps, suffix)) - 1 + free - first_forward(row)
-        for row, free in zip(plan.rows, (k + 1 for k in last_decisions(plan)), strict=True)
+        for row, free in zip(rows, (k + 1 for k in last_decisions(rows)), strict=True)
     )
 
 

@@ -28,17 +28,16 @@ def rehearse(config: Config, device: torch.device, capture) -> str | None:
     """Roll out twice through a graph cache with `capture`; why forwards would not be captured in the run, or None."""
     from tempflow.models.embeddings import EmbeddingCache
     from tempflow.rewards import RewardPool, parse_rewards
-    from tempflow.sampling.graphs import GraphCache
-    from tempflow.training.rollout import Collector
+    from tempflow.training.rollout import gather_rewards, plan_iteration, roll_out
+    from tempflow.training.session import assemble, make_graphs
 
     policy, notes = small_policy(config, device), []
     config = small_config(config, type(policy).size_multiple(policy.pipe.vae.config))
-    graphs = GraphCache(capture, limit_bytes=config.rollout.graph_limit_mb << 20, verify=config.rollout.graph_verify, note=notes.append)
-    specs = parse_rewards(config.rewards)
+    graphs, specs = make_graphs(config, policy, notes.append, capture), parse_rewards(config.rewards)
     with RewardPool(specs, **config.reward_pool.pool()) as pool:
-        collector = Collector(config, policy, [Example("a word")], EmbeddingCache(policy), pool, specs, note=notes.append, graphs=graphs)
+        session = assemble(config, policy, EmbeddingCache(policy), pool, specs, [Example("a word")], graphs=graphs, note=notes.append)
         for iteration in range(2):
-            collector.collect(iteration, [0])
+            gather_rewards(session, roll_out(session, plan_iteration(session, [0], iteration), iteration, config.rollout.suffix))
     if notes:
         return notes[0].removeprefix("rollout.graphs: ")
     return None if graphs.captures else "nothing was captured"

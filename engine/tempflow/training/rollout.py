@@ -1,290 +1,298 @@
-"""One iteration's data: run the plan of this rank's units, decode and score what finishes, share the rewards."""
+"""Rolling out an iteration: every row is integrated, decoded as it arrives, and handed to the reward workers.
+
+`roll_out` leaves states or endpoints to train on and images under way; `gather_rewards` waits for their scores and shares
+them with all ranks.
+"""
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from threading import Lock
 from typing import Callable
 
 import numpy as np
 import torch
 
-from tempflow.config import Config, Suffix
-from tempflow.models import Policy, index_rows
-from tempflow.models.embeddings import EmbeddingCache
+from tempflow.config import Suffix
+from tempflow.objectives import Rollout
 from tempflow.profiling import span
-from tempflow.rewards import RewardPool, RewardSpec, combine
+from tempflow.rewards import combine
 from tempflow.run.diversity import mean_distance, thumbnails
 from tempflow.run.failures import check_failed
-from tempflow.sampling.float8 import Float8Copy
-from tempflow.sampling.graphs import CudaCapture, GraphCache
-from tempflow.sampling.plans import RowPlan as Plan
-from tempflow.sampling.plans import Unit, build_plan, iteration_units, split_plan
-from tempflow.sampling.scheduler import Decision, RolloutStats, RowScheduler
-from tempflow.sampling.steps import Coefficients
+from tempflow.sampling.denoise import Denoise
+from tempflow.sampling.layout import Forest, Layout, iteration_units
+from tempflow.sampling.noise import Noise
+from tempflow.sampling.scheduler import Stats, eager, integrate
 from tempflow.sampling.suffix import count_forwards
-from tempflow.training import distributed as comm
-from tempflow.training.device import cores_per_rank
-from tempflow.training.engine import compile_blocks
-from tempflow.types import Example, Size
+from tempflow.training import distributed
+from tempflow.training.session import Session
+from tempflow.types import Endpoint, Rewards, Row, State
 
 
-class Stopped(Exception):
-    """A stop was asked for during a rollout, which is given up."""
+@dataclass(frozen=True)
+class RolledOut:
+    """An iteration whose images are under way to the reward workers."""
+
+    layout: Layout
+    forest: Forest
+    """The rows of this rank."""
+    kept: Rollout
+    """What is trained on."""
+    images: Images
+    stats: Stats
+    seconds: dict[str, float]
+    """Of this rank: rollout and decode."""
 
 
 @dataclass
-class Collected:
-    """decisions: this rank's. rewards: [P, S, K, B] of all ranks, NaN where scoring failed. steps: the K steps.
+class Images:
+    """Images of rows that reached sigma = 0, in the order in which they were decoded."""
 
-    parts: each reward that is trained on alone, unweighted, in the same shape. diversity: mean distances between pictures
-    (see `tempflow.run.diversity`) by metric. times: seconds of this rank. exact_rewards, exact_parts: of the same rows with the
-    exact suffix, in iterations that audit a coarser one.
-    """
+    rows: list[int] = field(default_factory=list)
+    """Places in the forest that they came from."""
+    tickets: list = field(default_factory=list)
+    """Of the reward pool, a batch each."""
+    thumbnails: list[np.ndarray] = field(default_factory=list)
+    """float32 [D] each; NaN where an image is not finite."""
+    not_finite: int = 0
+    seconds: float = 0.0
+    """Spent decoding."""
 
-    decisions: list[Decision]
-    rewards: np.ndarray
-    steps: list[int]
-    parts: dict[str, np.ndarray]
-    diversity: dict[str, float]
-    trunk_reward: float
+
+@dataclass(frozen=True)
+class Scored:
+    """The rewards of an iteration, and what is reported beside them. Arrays are of all ranks."""
+
+    rewards: Rewards
     images: int
     failed: int
-    stats: RolloutStats
-    times: dict[str, float]
-    exact_rewards: np.ndarray | None = None
-    exact_parts: dict[str, np.ndarray] | None = None
+    trunk: float
+    """Mean reward of the rows that belong to no slot; NaN where there is none."""
+    diversity: dict[str, float]
+    """Mean distances between images, by metric."""
+    seconds: dict[str, float]
+    """Of this rank: waiting for rewards, and what the workers were busy for."""
 
 
-class _Finished:
-    """Gathers rows that reached sigma = 0, decodes them in batches and hands the pictures to the pool."""
+def plan_iteration(session: Session, prompt_ids: list[int], iteration: int) -> Layout:
+    """The rows of all units of an iteration, the same on every rank."""
+    units = iteration_units(prompt_ids, session.plan.seeds)
+    rows = [session.plan.rows(unit, iteration) for unit in units]
+    return Layout(units, rows, endpoints=session.objective.wants == "endpoints")
 
-    def __init__(self, collector: Collector, plan: Plan):
-        self.collector, self.plan = collector, plan
-        self.rows: list[int] = []
-        self.tickets: list = []
-        self.thumbnails: list[np.ndarray] = []
-        self.not_finite = 0
-        self.decode_seconds = 0.0
+
+def my_units(layout: Layout) -> list[int]:
+    """Places of the units dealt to this rank: every world-size-th."""
+    return list(range(len(layout.units)))[distributed.rank() :: distributed.world_size()]
+
+
+def count_rows(session: Session, layout: Layout, suffix: Suffix | None) -> int:
+    """Rows that this rank will forward."""
+    return count_forwards(layout.forest(my_units(layout)).rows, session.config.rollout.num_steps, suffix)
+
+
+@torch.no_grad()
+def roll_out(
+    session: Session, layout: Layout, iteration: int, suffix: Suffix | None = None, advance: Callable[[int], None] = lambda n: None
+) -> RolledOut | None:
+    """Integrate this rank's units and send their images to the reward workers (a collective in its last part).
+
+    Args:
+        session: policy, plan, pool and the rest.
+        layout: of `plan_iteration`.
+        iteration: whose noise is drawn.
+        suffix: how rows go on after their last decision; None is exact.
+        advance: is told of every n rows forwarded.
+
+    Returns:
+        None, on every rank together, where a stop was asked for.
+    """
+    started = time.perf_counter()
+    chosen = my_units(layout)
+    forest, noise = layout.forest(chosen), Noise(session.config.training.seed, iteration)
+    with span("rollout", rows=len(forest.rows)):
+        lanes = _roll_lanes(session, layout, chosen, forest, noise, suffix, advance)
+    if distributed.reduce(session.stop() or any(lane.stopped for lane in lanes), "max"):
+        return None
+    images = _merge_images([lane.images for lane in lanes])
+    states = sorted((s for lane in lanes for s in lane.states), key=lambda s: (s.unit.index, s.step))
+    endpoints = sorted((e for lane in lanes for e in lane.endpoints), key=lambda e: e.slot)
+    stats = sum((lane.stats for lane in lanes[1:]), lanes[0].stats)
+    seconds = {"rollout": time.perf_counter() - started - images.seconds, "decode": images.seconds}
+    return RolledOut(layout, forest, Rollout(layout.slots, states, endpoints, session.grid, noise), images, stats, seconds)
+
+
+class _Lane:
+    """A part of a rank's rows with batches of its own, so that what it computes does not depend on the other lanes' pace."""
+
+    def __init__(self, session: Session, forest: Forest, places: list[int]):
+        self.session, self.forest, self.places = session, forest, places
+        self.images, self.stats, self.stopped = Images(), Stats(), False
+        self.states: list[State] = []
+        self.endpoints: list[Endpoint] = []
         self._waiting: list[tuple[int, torch.Tensor]] = []
 
-    @classmethod
-    def joined(cls, collector: Collector, plan: Plan, lanes: list[_Finished]) -> _Finished:
-        """What several lanes finished, in the order of the lanes; decode_seconds: of one of them on average."""
-        whole = cls(collector, plan)
-        for lane in lanes:
-            whole.rows += lane.rows
-            whole.tickets += lane.tickets
-            whole.thumbnails += lane.thumbnails
-            whole.not_finite += lane.not_finite
-            whole.decode_seconds += lane.decode_seconds / len(lanes)
-        return whole
-
-    def add(self, indices: list[int], latents: torch.Tensor) -> None:
-        self._waiting += list(zip(indices, latents, strict=True))
-        while len(self._waiting) >= self.collector.config.rollout.decode_batch:
-            self._send()
-
-    def drain(self) -> None:
-        """Send what is left."""
+    def run(self, denoise: Denoise, noise: Noise, suffix: Suffix | None, advance, lock: Lock) -> _Lane:
+        s, r = self.session, self.session.config.rollout
+        pad = s.graphs is not None or r.compile != "eager"
+        for arrived in integrate(self.forest, denoise, s.grid, noise, micro_batch=r.micro_batch, suffix=suffix,
+                                 execute=eager if s.graphs is None else s.graphs, pad=pad):  # fmt: skip
+            self.stats = arrived.stats
+            self._keep(arrived)
+            with lock:
+                advance(arrived.forwards)
+            # Under ZeRO-3 without a rollout copy a forward is a collective, which no rank may leave alone.
+            if r.replica and s.stop():
+                self.stopped = True
+                return self
+            while len(self._waiting) >= r.decode_batch:
+                self._send(lock)
         while self._waiting:
-            self._send()
+            self._send(lock)
+        return self
 
-    def _send(self) -> None:
-        size = self.collector.config.rollout.decode_batch
+    def _keep(self, arrived) -> None:
+        if arrived.rows:
+            self._waiting += list(zip(arrived.rows, arrived.latents, strict=True))
+        if self.session.objective.wants == "states":
+            self.states += arrived.states
+            return
+        for n, latent in zip(arrived.rows, arrived.latents if arrived.rows else [], strict=True):
+            self.endpoints.append(Endpoint(self.forest.rows[n].unit, latent, self.forest.numbers[n]))
+
+    def _send(self, lock: Lock) -> None:
+        s = self.session
+        size = s.config.rollout.decode_batch
         part, self._waiting = self._waiting[:size], self._waiting[size:]
         started = time.perf_counter()
         with span("decode", rows=len(part)):
-            images, finite = self.collector.sampler.decode(torch.stack([x for _, x in part]))
-        self.decode_seconds += time.perf_counter() - started
-        chosen = [self.collector.prompts[self.plan.rows[i].unit.prompt_id] for i, _ in part]
-        self.rows += [i for i, _ in part]
-        texts, metadata = [p.text for p in chosen], [p.metadata for p in chosen]
-        asked = {"finite": finite, "rewards": [spec.name for spec in self.collector.trained]}
-        with self.collector.submitting:  # rewards in this process are not required to be thread-safe
-            self.tickets.append(self.collector.pool.submit(images, texts, metadata, **asked))
-        self.not_finite += int((~finite).sum())
-        self.thumbnails += list(np.where(finite[:, None], thumbnails(images), np.float32(np.nan)))
+            images, finite = s.sampler.decode(torch.stack([x for _, x in part]))
+        self.images.seconds += time.perf_counter() - started
+        prompts = [s.prompts[self.forest.rows[n].unit.prompt_id] for n, _ in part]
+        self.images.rows += [self.places[n] for n, _ in part]
+        asked = {"finite": finite, "rewards": [spec.name for spec in s.trained]}
+        with lock:  # rewards in this process are not required to be thread-safe
+            self.images.tickets.append(s.pool.submit(images, [p.text for p in prompts], [p.metadata for p in prompts], **asked))
+        self.images.not_finite += int((~finite).sum())
+        self.images.thumbnails += list(np.where(finite[:, None], thumbnails(images), np.float32(np.nan)))
 
 
-class Collector:
-    """Rollouts of one run."""
+def _roll_lanes(session: Session, layout: Layout, chosen: list[int], forest: Forest, noise, suffix, advance) -> list[_Lane]:
+    denoise = _denoise(session, forest.rows, suffix)
+    if session.graphs is not None:
+        own, denoiser = session.float8.tensors() if session.float8 else (), session.policy.denoiser()
+        session.graphs.watch((*denoiser.parameters(), *denoiser.buffers(), *own))
+    place = {number: n for n, number in enumerate(forest.numbers)}
+    lanes = []
+    for first in range(min(session.lanes, len(chosen)) or 1):
+        part = layout.forest(chosen[first :: session.lanes])
+        lanes.append(_Lane(session, part, [place[number] for number in part.numbers]))
+    lock = Lock()
+    if len(lanes) == 1:
+        return [lanes[0].run(denoise, noise, suffix, advance, lock)]
+    threads = max(1, torch.get_num_threads() // len(lanes))
 
-    def __init__(self, config: Config, policy: Policy, prompts: list[Example], embeddings: EmbeddingCache,
-                 pool: RewardPool, specs: list[RewardSpec], should_stop=lambda: False,
-                 note: Callable[[str], None] = print, graphs: GraphCache | bool = True):  # fmt: skip
-        """graphs: what captures forwards; True: what `rollout.graphs` says, False: nothing."""
-        self.config, self.policy, self.prompts = config, policy, prompts
-        self.embeddings, self.pool, self.should_stop = embeddings, pool, should_stop
-        self.trained = [spec for spec in specs if not spec.watched]
-        r = config.rollout
-        self.sampler = policy.at(Size(r.height, r.width), r.guidance_scale)
-        self.latent_shape = self.sampler.latent_shape
-        self.sigmas = self.sampler.sigmas(r.num_steps)
-        self.sde: Coefficients = config.sde().coefficients(self.sigmas)
-        self.submitting = Lock()
-        self.lanes = r.lanes or (cores_per_rank() if policy.device.type == "cpu" and r.replica else 1)
-        self._float8: Float8Copy | None = None
-        if r.suffix and r.suffix.weights == "float8":
-            self._float8 = self._make_float8()
-        self.graphs = None if isinstance(graphs, bool) else graphs
-        if graphs is True and r.graphs and policy.device.type == "cuda":
-            self.graphs = GraphCache(CudaCapture(), limit_bytes=r.graph_limit_mb << 20, verify=r.graph_verify, note=note)
-        elif graphs is True and r.graphs:
-            note("rollout.graphs: no GPU, so rollouts run eagerly")
+    def run(lane: _Lane) -> _Lane:
+        with torch.no_grad():
+            return lane.run(denoise, noise, suffix, advance, lock)
 
-    def _make_float8(self) -> Float8Copy:
-        made = Float8Copy(self.policy.denoiser())
-        compile_blocks(made.transformer, self.config.rollout.compile)
-        return made
+    with ThreadPoolExecutor(len(lanes), "lane", torch.set_num_threads, (threads,)) as pool:
+        return list(pool.map(run, lanes))
 
-    def my_units(self, prompt_ids: list[int]) -> list[Unit]:
-        """Units dealt to this rank: every world-size-th."""
-        return iteration_units(prompt_ids, self.config.plan().seeds)[comm.rank() :: comm.world_size()]
 
-    def forwards(self, prompt_ids: list[int], iteration: int) -> int:
-        """Rows that this rank will forward in an iteration."""
-        r = self.config.rollout
-        plan = build_plan(self.config, self.my_units(prompt_ids), iteration)
-        again = count_forwards(plan, r.num_steps, None) if self._audits(iteration) else 0
-        return count_forwards(plan, r.num_steps, r.suffix) + again
+def _denoise(session: Session, rows: list[Row], suffix: Suffix | None) -> Denoise:
+    places = {id: i for i, id in enumerate(dict.fromkeys(row.unit.prompt_id for row in rows))}
+    coarse = None
+    if suffix and suffix.weights == "float8":
+        session.float8.refresh()
+        coarse = session.float8.transformer
+    return Denoise(session.sampler, session.policy.denoiser(), session.embed_prompts(list(places)), places, coarse)
 
-    def _audits(self, iteration: int) -> bool:
-        suffix = self.config.rollout.suffix
-        return suffix is not None and suffix.audit_every > 0 and iteration % suffix.audit_every == 0
 
-    @torch.no_grad()
-    def collect(self, iteration: int, prompt_ids: list[int], advance=lambda n: None) -> Collected:
-        """Roll out and score one iteration (collective in its last part). Raises Stopped on every rank together."""
-        plan = build_plan(self.config, self.my_units(prompt_ids), iteration)
-        data = self.run_plan(plan, iteration, len(prompt_ids), self.config.rollout.suffix, advance)
-        if self._audits(iteration):
-            started = time.perf_counter()
-            exact = self.run_plan(plan, iteration, len(prompt_ids), None, advance)
-            data.exact_rewards, data.exact_parts = exact.rewards, exact.parts
-            data.times["audit"] = time.perf_counter() - started
-        return data
+def _merge_images(lanes: list[Images]) -> Images:
+    """In the order of the lanes; seconds: of one of them on average."""
+    whole = Images()
+    for lane in lanes:
+        whole.rows += lane.rows
+        whole.tickets += lane.tickets
+        whole.thumbnails += lane.thumbnails
+        whole.not_finite += lane.not_finite
+        whole.seconds += lane.seconds / len(lanes)
+    return whole
 
-    def run_plan(self, plan: Plan, iteration: int, prompts: int, suffix: Suffix | None, advance=lambda n: None) -> Collected:
-        """Roll out a plan of an iteration of `prompts` prompts with any suffix, and score it (a collective)."""
-        started = time.perf_counter()
-        stopped, finished, decisions, stats = False, _Finished(self, plan), [], RolloutStats()
-        try:
-            with span("rollout", rows=len(plan.rows)):
-                finished, decisions, stats = self._roll_out(plan, iteration, suffix, advance)
-        except Stopped:
-            stopped = True
-        rollout_seconds = time.perf_counter() - started - finished.decode_seconds
-        if comm.reduce(stopped or self.should_stop(), "max"):
-            raise Stopped
-        waiting = time.perf_counter()
-        with span("reward"):
-            scores = self.pool.gather(finished.tickets)
-        waited = time.perf_counter() - waiting
-        times = {"rollout": rollout_seconds, "decode": finished.decode_seconds, "reward": waited,
-                 "reward_busy": sum(ticket.seconds for ticket in finished.tickets), "audit": 0.0}  # fmt: skip
-        return self._share(plan, finished, scores, prompts, decisions, stats, times)
 
-    def _roll_out(self, plan: Plan, iteration: int, suffix: Suffix | None, advance):
-        """Every lane has its own scheduler and batches, so that what a lane computes does not depend on the others' pace."""
-        r = self.config.rollout
-        places = {id: i for i, id in enumerate(dict.fromkeys(row.unit.prompt_id for row in plan.rows))}
-        chosen = [self.prompts[id] for id in places]
-        conditioning = self.embeddings.get(chosen)
-        parts = split_plan(plan, self.lanes) or [(plan, [])]
-        threads = max(1, torch.get_num_threads() // len(parts))
-        velocity, suffix_velocity = partial(self._velocity, self.policy.denoiser()), None
-        if suffix and suffix.weights == "float8":
-            self._float8 = self._float8 or self._make_float8()
-            self._float8.refresh()
-            suffix_velocity = partial(self._velocity, self._float8.transformer)
+# ------------------------------------------------------------------------------------------------------------ rewards
+def gather_rewards(session: Session, rolled: RolledOut) -> Scored:
+    """Wait for the scores of an iteration and share them with all ranks (a collective).
 
-        def conditioning_of(units):
-            # Under ZeRO-3 without a replica a forward is a collective, which no rank may leave alone.
-            if r.replica and self.should_stop():
-                raise Stopped
-            return index_rows(conditioning, [places[unit.prompt_id] for unit in units])
+    Raises TooManyFailed where more images than `reward_pool.max_failed` allows have no reward.
+    """
+    waiting = time.perf_counter()
+    with span("reward"):
+        scores = session.pool.gather(rolled.images.tickets)
+    seconds = {"reward": time.perf_counter() - waiting, "reward_busy": sum(t.seconds for t in rolled.images.tickets)}
+    combined = [combine(score, session.trained) for score in scores]
+    columns = [np.concatenate([c.values for c in combined])]
+    columns += [np.concatenate([c.parts[spec.name] for c in combined]) for spec in session.trained]
+    mine = np.zeros((len(columns), len(rolled.layout)))  # the sum, then each reward
+    mine[:, [rolled.forest.numbers[n] for n in rolled.images.rows]] = columns
+    trunks = mine[0, np.intersect1d(rolled.forest.numbers, rolled.layout.without_slot)]
+    totals = [len(rolled.forest.rows), np.isnan(columns[0]).sum(), rolled.images.not_finite, np.nansum(trunks), np.isfinite(trunks).sum()]
+    images, failed, not_finite, trunk_sum, trunk_count = distributed.reduce(totals)
+    check_failed("this iteration", int(images), int(failed), int(not_finite), session.config.reward_pool.max_failed,
+                 distributed.first_of_any(session.pool.last_error))  # fmt: skip
+    trunk = trunk_sum / trunk_count if trunk_count else float("nan")
+    return Scored(_by_slot(session, rolled.layout, distributed.reduce(mine)), int(images), int(failed), trunk, _diversity(rolled), seconds)
 
-        def told(n: int) -> None:
-            with self.submitting:
-                advance(n)
 
-        def run(part: Plan, rows: list[int]):
-            finished = _Finished(self, plan)
-            scheduler = RowScheduler(
-                part, conditioning_of, velocity, self.sigmas, self.sde, r.micro_batch, self.config.training.seed, iteration,
-                lambda indices, latents: finished.add([rows[i] for i in indices], latents), told, self.policy.device,
-                suffix, suffix_velocity, pad=self.graphs is not None or r.compile != "eager",
-            )  # fmt: skip
-            if self.graphs is not None:
-                own = self._float8.tensors() if self._float8 else ()
-                self.graphs.watch((*self.policy.denoiser().parameters(), *self.policy.denoiser().buffers(), *own))
-                scheduler.run = self.graphs
-            decisions = scheduler.roll_out(self.latent_shape)
-            finished.drain()
-            return finished, decisions, scheduler.stats
+def _by_slot(session: Session, layout: Layout, rewards: np.ndarray) -> Rewards:
+    total, *parts = layout.slots.means(rewards)
+    prompts = np.array([unit.prompt_id for unit in layout.units[:: session.plan.seeds]])[layout.slots.prompt]
+    return Rewards(
+        total, {spec.name: part for spec, part in zip(session.trained, parts, strict=True)},
+        {spec.name: spec.weight for spec in session.trained},
+        {spec.name: session.fitting[prompts, n] for n, spec in enumerate(session.trained)},
+    )  # fmt: skip
 
-        if len(parts) == 1:
-            results = [run(*parts[0])]
-        else:
-            with ThreadPoolExecutor(len(parts), "lane", torch.set_num_threads, (threads,)) as lanes:
-                results = list(lanes.map(run, *zip(*parts, strict=True)))
-        finished, decisions, stats = zip(*results, strict=True)
-        return (_Finished.joined(self, plan, finished), sorted((d for ds in decisions for d in ds), key=lambda d: (d.unit.index, d.step)),
-                sum(stats[1:], stats[0]))  # fmt: skip
 
-    def _velocity(self, transformer, x, sigma, **conditioning):
-        return self.sampler.velocity(transformer, x, sigma, conditioning)
+def _diversity(rolled: RolledOut) -> dict[str, float]:
+    """Mean distances between a prompt's images of different seeds, and between the branches off one state."""
+    seen = np.stack(rolled.images.thumbnails)[np.argsort(rolled.images.rows)]  # by row
+    layout, found = rolled.layout, {}
+    prompts = 1 + max(unit.prompt for unit in layout.units)
+    if len(layout.units) > prompts:  # a prompt's seeds lie on several ranks
+        roots = np.zeros((len(layout.units), seen.shape[1]), dtype=np.float32)
+        for thumbnail, row in zip(seen, rolled.forest.rows, strict=True):
+            if row.parent is None:
+                roots[row.unit.index] = thumbnail
+        found["diversity/seeds"] = _mean_of_known(mean_distance(distributed.reduce(roots.reshape(prompts, -1, seen.shape[1]))))
+    apart = np.zeros(len(_siblings(layout)))
+    if len(apart):
+        mine = defaultdict(list)
+        for n, row in enumerate(rolled.forest.rows):
+            if row.parent is not None:
+                mine[rolled.forest.numbers[row.parent], row.start].append(n)
+        for place, key in enumerate(_siblings(layout)):
+            if key in mine:
+                apart[place] = mean_distance(seen[mine[key]])
+        found["diversity/children"] = _mean_of_known(distributed.reduce(apart))
+    return found
 
-    def _share(self, plan: Plan, finished: _Finished, scores, prompts: int, decisions, stats, times) -> Collected:
-        """Every rank's rewards in one array on every rank."""
-        combined = [combine(score, self.trained) for score in scores]
-        columns = [np.concatenate([c.values for c in combined])]
-        columns += [np.concatenate([c.parts[spec.name] for c in combined]) for spec in self.trained]
-        values = dict(zip(finished.rows, np.stack(columns, axis=1), strict=True))  # the sum, then each reward
-        mine = np.zeros((len(columns), prompts, self.config.plan().seeds, len(plan.steps), plan.width))
-        trunks = []
-        for index, row in enumerate(plan.rows):
-            taken = [plan.steps.index(k) for k in sorted(row.noise)]
-            if taken:
-                mine[:, row.unit.prompt, row.unit.seed, taken, row.child] = values[index][:, None]
-            else:
-                trunks.append(values[index][0])
-        totals = [len(plan.rows), np.isnan(columns[0]).sum(), finished.not_finite, np.nansum(trunks), np.isfinite(trunks).sum()]
-        images, failed, not_finite, trunk_sum, trunk_count = comm.reduce(totals)
-        check_failed("this iteration", int(images), int(failed), int(not_finite), self.config.reward_pool.max_failed,
-                     comm.first_of_any(self.pool.last_error))  # fmt: skip
-        rewards, *parts = comm.reduce(mine)
-        return Collected(
-            decisions, rewards, plan.steps, {spec.name: part for spec, part in zip(self.trained, parts, strict=True)},
-            self._diversity(plan, finished, prompts), trunk_sum / trunk_count if trunk_count else float("nan"),
-            int(images), int(failed), stats, times,
-        )  # fmt: skip
 
-    def _diversity(self, plan: Plan, finished: _Finished, prompts: int) -> dict[str, float]:
-        """Mean distances between a prompt's pictures of different seeds, and between the children of one state."""
-        seen = np.stack(finished.thumbnails)[np.argsort(finished.rows)]  # by row
-        seeds, found = self.config.plan().seeds, {}
-        if seeds > 1:  # a prompt's seeds lie on several ranks
-            roots = np.zeros((prompts, seeds, seen.shape[1]), dtype=np.float32)
-            for thumbnail, row in zip(seen, plan.rows, strict=True):
-                if row.parent is None:
-                    roots[row.unit.prompt, row.unit.seed] = thumbnail
-            found["diversity/seeds"] = _mean_of_known(mean_distance(comm.reduce(roots)))
-        if plan.width > 1:
-            siblings = defaultdict(list)
-            for i, row in enumerate(plan.rows):
-                if row.parent is not None:
-                    siblings[row.unit.prompt, row.unit.seed, plan.steps.index(row.start)].append(i)
-            apart = np.zeros((prompts, seeds, len(plan.steps)))
-            for place, members in siblings.items():
-                apart[place] = mean_distance(seen[members])
-            found["diversity/children"] = _mean_of_known(comm.reduce(apart))
-        return found
+def _siblings(layout: Layout) -> list[tuple[int, int]]:
+    """(number of the parent, step) of every place where two rows or more branch off, by unit and step."""
+    found, first = [], 0
+    for rows in layout.rows:
+        counts = defaultdict(int)
+        for row in rows:
+            if row.parent is not None:
+                counts[row.start, first + row.parent] += 1
+        found += [(parent, step) for (step, parent), count in sorted(counts.items()) if count > 1]
+        first += len(rows)
+    return found
 
 
 def _mean_of_known(values: np.ndarray) -> float:

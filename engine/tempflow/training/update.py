@@ -1,21 +1,21 @@
-"""Updates on one rollout's decisions: one forward and one backward per state, shared by its children."""
+"""Passes over one rollout's states: one forward and one backward per state, shared by its children."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Callable
 
 import numpy as np
 import torch
 
-from tempflow.config import Config
+from tempflow.models import Sampler
+from tempflow.objectives import Batch, Objective, Old
+from tempflow.penalties import Penalty
 from tempflow.profiling import span
-from tempflow.sampling.plans import Unit
-from tempflow.training import distributed as comm
-from tempflow.training.batches import Batch, one_child_per_state
+from tempflow.training import distributed
 from tempflow.training.engine import Runtime
-from tempflow.types import Size
-from tempflow_kernels import group_loss
+from tempflow.types import Unit
 
 
 @dataclass
@@ -26,82 +26,116 @@ class UpdateStats:
     kl: float = 0.0
     clipped: float = 0.0
     above: float = 0.0  # of `clipped`, with a ratio above the range; the others lie below it
-    decisions: int = 0
+    states: int = 0
     forwards: int = 0
     mismatch: float = 0.0
+    compared: int = 0  # states that `mismatch` is the sum over
     max_dev: float = 0.0
     ratio_range: list[float] = field(default_factory=lambda: [math.inf, -math.inf])
     broken: list[Unit] = field(default_factory=list)  # whose log-probabilities are not finite
 
     def reduced(self) -> dict[str, float]:
-        sums = comm.reduce([self.loss, self.kl, self.clipped, self.above, self.decisions, self.mismatch, self.forwards])
-        loss, kl, clipped, above, decisions, mismatch, forwards = sums
-        least, most = -comm.reduce(-self.ratio_range[0], "max"), comm.reduce(self.ratio_range[1], "max")
-        n = max(decisions, 1)
-        return {
+        sums = distributed.reduce([self.loss, self.kl, self.clipped, self.above, self.states, self.mismatch, self.compared, self.forwards])
+        loss, kl, clipped, above, states, mismatch, compared, forwards = sums
+        least, most = -distributed.reduce(-self.ratio_range[0], "max"), distributed.reduce(self.ratio_range[1], "max")
+        n = max(states, 1)
+        found = {
             "loss": float(loss), "kl": kl / n, "clip_fraction": clipped / n, "clip_fraction/high": above / n,
-            "clip_fraction/low": (clipped - above) / n, "mismatch/log_prob": mismatch / n,
-            "ratio/max_dev": float(comm.reduce(self.max_dev, "max")), "ratio/min": float(least),
+            "clip_fraction/low": (clipped - above) / n,
+            "ratio/max_dev": float(distributed.reduce(self.max_dev, "max")), "ratio/min": float(least),
             "ratio/max": float(most), "forwards": int(forwards),
         }  # fmt: skip
+        return found | ({"mismatch/log_prob": mismatch / compared} if compared else {})
+
+
+@dataclass
+class Part:
+    """A share of the states that makes one optimizer step.
+
+    batches stay as they are; old and reference, one place for each of them, are filled as they become known: what the policy before
+    the updates said, and the reference policy's velocities [N, ...].
+    """
+
+    batches: list[Batch]
+    total: int
+    """States of all ranks, skipped ones included: what the loss is the mean over."""
+    old: list[Old | None]
+    reference: list[torch.Tensor | None]
+
+    @classmethod
+    def of(cls, batches: list[Batch], total: int) -> Part:
+        """A share that nothing is known of yet."""
+        return cls(batches, total, [None] * len(batches), [None] * len(batches))
 
 
 class Updater:
-    """Turns micro-batches into optimizer steps. embed(units) gives the conditioning of a batch's units.
+    """Turns micro-batches into optimizer steps.
 
-    share_forward: one forward per state; False: one per child, which benchmarks compare with.
+    Args:
+        runtime: the engine around the trained transformer.
+        sampler: the policy at the run's size and guidance scale.
+        objective: what is minimized.
+        penalty: what holds the policy to the reference; None: nothing.
+        embed: gives the conditioning of units.
     """
 
-    def __init__(self, config: Config, runtime: Runtime, embed, share_forward: bool = True):
-        self.config, self.runtime, self.embed, self.share_forward = config, runtime, embed, share_forward
-        self.objective, self.penalty = config.objective(), config.penalty()
+    def __init__(self, runtime: Runtime, sampler: Sampler, objective: Objective, penalty: Penalty | None,
+                 embed: Callable[[list[Unit]], dict[str, torch.Tensor]]):  # fmt: skip
+        self.runtime, self.sampler, self.objective, self.penalty, self.embed = runtime, sampler, objective, penalty, embed
 
     def velocity(self, transformer, batch: Batch) -> torch.Tensor:
-        r = self.config.rollout
-        sampler = self.runtime.policy.at(Size(r.height, r.width), r.guidance_scale)
-        return sampler.velocity(transformer, batch.x, batch.sigma, self.embed(batch.units), self.runtime.dtype)
+        """v of a batch's states, [N, ...] in the training dtype."""
+        return self.sampler.velocity(transformer, batch.x, batch.sigma, self.embed(batch.units), dtype=self.runtime.dtype)
 
-    def update(self, batches: list[Batch], total: int, lr_factor: float, first: bool, advance=lambda n: None) -> dict:
-        """One optimizer step over all micro-batches; returns metrics.
+    def update(self, part: Part, lr_factor: float, advance=lambda n: None) -> dict:
+        """One optimizer step over all micro-batches of a part; returns metrics.
 
-        A gradient that is not finite changes nothing on any rank: then `skipped` is 1, and `broken` holds this rank's units
-        whose log-probabilities are not finite.
-        total: decisions of all ranks, skipped ones included: what the loss is the mean over. first: the weights are
-        still those of the rollout, so this forward defines the old policy, and its ratio is exactly 1.
+        Where the old policy is not known yet, the weights must still be those of the rollout: then this forward defines it, and the
+        ratio is exactly 1. A gradient that is not finite changes nothing on any rank: then `skipped` is 1, and `broken` holds
+        this rank's units whose log-probabilities are not finite.
         """
         stats = UpdateStats()
-        for i, batch in enumerate(batches):
+        for i, batch in enumerate(part.batches):
             with span("train micro-batch", states=len(batch.x)):
-                loss = self._loss(batch, total, first, stats)
-                self.runtime.accumulate(loss, last=i == len(batches) - 1)
+                loss = self._loss(part, i, stats)
+                self.runtime.accumulate(loss, last=i == len(part.batches) - 1)
             advance(1)
         metrics = stats.reduced()
         with span("optimizer step"):
             norm = self.runtime.step(lr_factor)
         return metrics | {"grad_norm": math.nan if norm is None else norm, "skipped": int(norm is None), "broken": stats.broken}
 
-    def _loss(self, batch: Batch, total: int, first: bool, stats: UpdateStats) -> torch.Tensor:
-        objective, penalty = self.objective, self.penalty
-        used = batch if self.share_forward else one_child_per_state(batch)
-        if penalty and used.velocity_ref is None:
-            used.velocity_ref = self._reference(used, stats)
-            batch.velocity_ref = used.velocity_ref[:: len(used.x) // len(batch.x)]
-        v = self.velocity(self.runtime.engine, used)
-        loss, seen = group_loss(
-            v, used.x, used.x_next, used.a, used.b, used.tau, None if first else used.log_prob_old, used.advantage,
-            used.weight, clip_low=objective.clip_low, clip_high=objective.clip_high, velocity_ref=used.velocity_ref,
-            kl_coef=penalty.coef if penalty else 0.0, kl_form=penalty.form if penalty else "x", ratio=objective.ratio,
-            velocity_old=None if first else used.velocity_old,
-        )  # fmt: skip
-        if first:
-            batch.log_prob_old = seen.log_prob.reshape(batch.advantage.shape)
-            if objective.ratio == "guard":
-                batch.velocity_old = v.detach()[:: len(v) // len(batch.x)]
-        rows = len(batch.x)
-        self._note(batch, used, seen, first, stats)
-        scaled = loss * (rows / total)
+    def _loss(self, part: Part, i: int, stats: UpdateStats) -> torch.Tensor:
+        batch, old = part.batches[i], part.old[i]
+        if self.penalty and part.reference[i] is None:
+            part.reference[i] = self._reference(batch, stats)
+        v = self.velocity(self.runtime.engine, batch)
+        loss, seen = self.objective.loss(v, batch, old, self.penalty, part.reference[i])
+        if self.penalty and self.penalty.kernel is None:
+            loss, seen = self._penalized(loss, seen, v, batch, part.reference[i])
+        if old is None:
+            part.old[i] = self._old(v, seen.log_prob)
+        self._observe(batch, seen, old is None, stats)
+        scaled = loss * (len(batch.x) / part.total)
         stats.loss += scaled.item()
         return scaled
+
+    def _penalized(self, loss, seen, v, batch, reference):
+        live = batch.weight != 0
+        kl = torch.where(live, self.penalty.divergence(v, reference, batch.b, batch.tau), 0.0)
+        return loss + self.penalty.coef * kl.mean(), seen._replace(kl=(kl.sum() / live.sum().clamp(min=1)).detach())
+
+    def _old(self, v: torch.Tensor, log_prob: torch.Tensor) -> Old:
+        return Old(log_prob.detach(), v.detach() if self.objective.keeps_velocity else None)
+
+    @torch.no_grad()
+    def remember(self, part: Part, advance=lambda n: None) -> int:
+        """Note what the policy says of a part before any update moves it; returns this rank's forwards."""
+        for i, batch in enumerate(part.batches):
+            v = self.velocity(self.runtime.engine, batch)
+            part.old[i] = self._old(v, self.objective.measure(v, batch, None).log_prob)
+            advance(1)
+        return sum(batch.real for batch in part.batches)
 
     @torch.no_grad()
     def _reference(self, batch: Batch, stats: UpdateStats) -> torch.Tensor:
@@ -109,22 +143,23 @@ class Updater:
         with self.runtime.reference_transformer() as transformer:
             return self.velocity(transformer, batch)
 
-    def _note(self, batch: Batch, used: Batch, seen, first: bool, stats: UpdateStats) -> None:
-        stats.forwards += used.real
-        stats.decisions += batch.real
+    def _observe(self, batch: Batch, seen, first: bool, stats: UpdateStats) -> None:
+        stats.forwards += batch.real
+        stats.states += batch.real
         stats.kl += seen.kl.item() * batch.real
-        finite = seen.log_prob.isfinite().all(1)[: used.real].tolist()
-        stats.broken += [unit for unit, good in zip(used.units, finite) if not good]
-        ratio = seen.ratio[: used.real]
-        if used.real:
-            above = (ratio > 1 + self.objective.clip_high).to(seen.clip_fraction.dtype).mean()
-            clipped, above = torch.stack([seen.clip_fraction, above]).tolist()
-            stats.clipped, stats.above = stats.clipped + clipped * batch.real, stats.above + above * batch.real
-            stats.max_dev = max(stats.max_dev, (ratio - 1).abs().max().item())
-            stats.ratio_range = [min(stats.ratio_range[0], ratio.min().item()), max(stats.ratio_range[1], ratio.max().item())]
-        if first and used.real:
-            gap = (seen.log_prob - used.log_prob_rollout)[: used.real].abs().mean().item()
-            stats.mismatch += gap * batch.real
+        finite = seen.log_prob.isfinite().all(1)[: batch.real].tolist()
+        stats.broken += [unit for unit, good in zip(batch.units, finite) if not good]
+        if not batch.real:
+            return
+        ratio = seen.ratio[: batch.real]
+        above = (ratio > 1 + self.objective.clip_high).to(seen.clip_fraction.dtype).mean()
+        clipped, above = torch.stack([seen.clip_fraction, above]).tolist()
+        stats.clipped, stats.above = stats.clipped + clipped * batch.real, stats.above + above * batch.real
+        stats.max_dev = float(np.maximum((ratio - 1).abs().max().item(), stats.max_dev))  # NaN stays
+        stats.ratio_range = [min(stats.ratio_range[0], ratio.min().item()), max(stats.ratio_range[1], ratio.max().item())]
+        if first and batch.log_prob_rollout is not None:
+            gap = (seen.log_prob - batch.log_prob_rollout)[: batch.real].abs().mean().item()
+            stats.mismatch, stats.compared = stats.mismatch + gap * batch.real, stats.compared + batch.real
 
     @torch.no_grad()
     def replay_deviation(self, batch: Batch) -> float:
@@ -132,10 +167,5 @@ class Updater:
         passes = []
         for _ in range(2):
             v = self.velocity(self.runtime.engine, batch)
-            passes.append(self._log_prob(v, batch))
+            passes.append(self.objective.measure(v, batch, None).log_prob)
         return float(np.abs(np.expm1((passes[1] - passes[0]).double().cpu().numpy())).max())
-
-    def _log_prob(self, v: torch.Tensor, batch: Batch) -> torch.Tensor:
-        zero = torch.zeros_like(batch.advantage)
-        return group_loss(v, batch.x, batch.x_next, batch.a, batch.b, batch.tau, None, zero, batch.weight,
-                          clip_low=0.0, clip_high=0.0)[1].log_prob  # fmt: skip

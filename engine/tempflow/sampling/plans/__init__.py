@@ -1,5 +1,5 @@
 """Plans: which latents an iteration integrates, where each starts, and at which steps it takes noise."""
 
-from tempflow.sampling.plans.rows import Row, RowPlan, Unit, build_plan, iteration_units, split_plan
+from tempflow.sampling.plans.base import Plan
 
-__all__ = ["Row", "RowPlan", "Unit", "build_plan", "iteration_units", "split_plan"]
+__all__ = ["Plan"]

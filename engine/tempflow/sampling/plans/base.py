@@ -47,16 +47,17 @@ def check_seeds(seeds: int) -> int:
 
 
 class BranchSteps:
-    """The steps that a `branch_steps` option means: "all" but the last, a list of them, or {"random": n}."""
+    """The steps that an option like `branch_steps` means: "all" but the last, a list of them, or {"random": n}."""
 
-    def __init__(self, given: str | list | dict):
+    def __init__(self, given: str | list | dict, option: str = "branch_steps"):
+        self.option = option
         listed = isinstance(given, list) and all(type(step) is int and step >= 0 for step in given)
         self.random = given["random"] if isinstance(given, dict) and set(given) == {"random"} else None
         if not (given == "all" or listed or type(self.random) is int and self.random >= 1):
             allowed = 'expected "all", a list of steps from 0 on, or {"random": n} with n from 1 on'
-            raise UserError(f"branch_steps: {allowed}, got {shown(given)}")
+            raise UserError(f"{option}: {allowed}, got {shown(given)}")
         if listed and (not given or sorted(set(given)) != given):
-            raise UserError(f"branch_steps: expected rising steps without repeats, got {shown(given)}")
+            raise UserError(f"{option}: expected rising steps without repeats, got {shown(given)}")
         self.listed = given if listed else None
 
     def check(self, num_steps: int) -> None:
@@ -64,11 +65,11 @@ class BranchSteps:
         last = num_steps - 2
         if self.listed and self.listed[-1] > last:
             raise UserError(
-                f"branch_steps: step {shown(self.listed[-1])} is outside the grid; allowed are 0 to {last} "
+                f"{self.option}: step {shown(self.listed[-1])} is outside the grid; allowed are 0 to {last} "
                 f"(num_steps {num_steps}, the last step takes no noise)"
             )
         if self.random and self.random > last + 1:
-            raise UserError(f"branch_steps.random: {shown(self.random)} of {last + 1} steps")
+            raise UserError(f"{self.option}.random: {shown(self.random)} of {last + 1} steps")
 
     def at(self, iteration: int, num_steps: int, run_seed: int) -> list[int]:
         """The steps of an iteration; of random ones, one in each of n equal parts of the grid."""

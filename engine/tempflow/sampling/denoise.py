@@ -1,0 +1,54 @@
+"""A forward of the transformer and the sampling step that follows it, as functions of tensors alone.
+
+That is what a CUDA graph can capture: everything that differs from batch to batch is an input.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tempflow.models import Conditioning, Sampler, index_rows
+from tempflow.types import Unit
+from tempflow_kernels import sde_step
+
+
+@dataclass(frozen=True)
+class Denoise:
+    """The velocity of a transformer for some prompts at one image size and guidance scale."""
+
+    sampler: Sampler
+    transformer: Any
+    conditioning: Conditioning
+    """Embeddings [prompts, ...] by name."""
+    places: dict[int, int]
+    """The place of a prompt's embeddings, by its `Unit.prompt_id`."""
+    coarse_transformer: Any = None
+    """Used in the coarse steps of a suffix, where it is another one."""
+
+    @property
+    def device(self) -> torch.device:
+        """Of latents and conditioning."""
+        return self.sampler.policy.device
+
+    def conditions(self, units: list[Unit]) -> Conditioning:
+        """Embeddings [n, ...] of the prompts of n units."""
+        return index_rows(self.conditioning, [self.places[unit.prompt_id] for unit in units])
+
+    def step(self, **inputs):
+        """One launch of everything: the velocity [n, ...], the next latents fp32 [n, 1, ...], their log-probabilities [n, 1]."""
+        return self._step_along(self.transformer, **inputs)
+
+    def coarse_step(self, **inputs):
+        """The same with `coarse_transformer`."""
+        return self._step_along(self.coarse_transformer, **inputs)
+
+    def _step_along(self, transformer, x, sigma, a, b, tau, key, v_before=None, bend=None, extrapolated=None, **conditioning):
+        v = self.sampler.velocity(transformer, x, sigma, conditioning)
+        used = v
+        if v_before is not None:  # v itself stays in its dtype, as training will see it
+            used = v.float() + bend.reshape(-1, *[1] * (v.ndim - 1)) * (v.float() - v_before)
+            x = x - extrapolated
+        return v, *sde_step(x, used, a, b, tau, key=key, children=1, out_dtype=torch.float32)

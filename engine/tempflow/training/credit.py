@@ -1,0 +1,98 @@
+"""From a rollout's rewards to what the updater is given, and what of it is reported."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from tempflow.advantages import rank_correlation
+from tempflow.sampling.steps import step_weights
+from tempflow.training import distributed
+from tempflow.training.batches import make_batches, padding_of, select
+from tempflow.training.rollout import RolledOut, Scored
+from tempflow.training.session import Session
+from tempflow.training.update import Part
+from tempflow.types import Advantages
+
+
+def make_parts(session: Session, rolled: RolledOut, credit: Advantages) -> list[Part]:
+    """This rank's micro-batches of every optimizer step of a pass (a collective); parts without a state to forward are left out.
+
+    A state belongs to part (prompt + seed) % parts, which spreads prompts, seeds and steps alike, whatever the number of ranks.
+    """
+    t, states = session.config.training, session.objective.states(rolled.kept, credit)
+    weights = loss_weights(session, rolled)
+    parts = []
+    for share in range(t.updates.parts):
+        mine = [s for s in states if (s.unit.prompt + s.unit.seed) % t.updates.parts == share]
+        chosen = select(mine, credit, keep_all=session.penalty is not None)
+        batches = make_batches(chosen, padding_of(states), t.micro_batch, weights, session.policy.device)
+        total = int(distributed.reduce(len(mine)))
+        if batches:
+            parts.append(Part.of(batches, total))
+    return parts
+
+
+def loss_weights(session: Session, rolled: RolledOut) -> torch.Tensor:
+    """Loss weight of every step of the grid, fp32 [T]; 1 for states that an objective makes of endpoints."""
+    tau = session.grid.sde.tau
+    if session.objective.wants == "endpoints":
+        return torch.ones_like(tau)
+    return step_weights(tau, rolled.layout.slots.steps(), session.config.training.weighting)
+
+
+def reward_metrics(scored: Scored, credit: Advantages, rolled: RolledOut) -> dict:
+    """Of rewards, advantages and the work of the rollout (a collective)."""
+    total = scored.rewards.total
+    valid = total[np.isfinite(total)]
+    spread = {f"reward_std/step_{k}": float(s) for k, s in credit.spread.items() if k >= 0}
+    stats = rolled.stats
+    forwards, batches, padded = distributed.reduce([stats.forwards, stats.batches, stats.padded])
+    return {
+        "reward/mean": float(valid.mean()), "reward/std": float(valid.std()), "reward/trunk": scored.trunk,
+        **_alone(scored.rewards.parts), **scored.diversity,
+        "reward/zero_std_groups": float(credit.zero_spread.mean()), "reward/failed": scored.failed,
+        "advantage/mean_abs": float(np.abs(credit.values).mean()),
+        "images": scored.images, "forwards/rollout": int(forwards),
+        "rollout/rows_per_forward": forwards / max(batches, 1), "rollout/peak_latents": stats.peak_latents,
+        "rollout/padded_rows": int(padded),
+        **spread,
+    }  # fmt: skip
+
+
+def suffix_metrics(session: Session, scored: Scored, credit: Advantages, rolled: RolledOut, exact: Scored | None) -> dict:
+    """How well the rewards read after a coarser suffix rank what the exact one would have."""
+    if exact is None:
+        return {}
+    best = session.advantage(rolled.layout.slots, exact.rewards)
+    both = credit.valid & best.valid
+    return {
+        "suffix/reward_rank_correlation": rank_correlation(scored.rewards.total[both], exact.rewards.total[both]),
+        "suffix/advantage_rank_correlation": rank_correlation(credit.values[both], best.values[both]),
+    }
+
+
+def update_metrics(updates: list[dict], forwards: int, lr: float) -> dict:
+    """Of the optimizer steps of an iteration; forwards: rows beside theirs, of all ranks."""
+    if not updates:  # no group had any spread: nothing to learn from, and the weights stay
+        return {"loss": 0.0, "kl": 0.0, "ratio/max_dev": 0.0, "clip_fraction": 0.0, "clip_fraction/high": 0.0,
+                "clip_fraction/low": 0.0, "grad_norm": 0.0, "forwards/train": 0, "lr": lr}  # fmt: skip
+    first, last = updates[0], updates[-1]
+    compared = {"mismatch/log_prob": first["mismatch/log_prob"]} if "mismatch/log_prob" in first else {}
+    return {
+        "updates/skipped": sum(u["skipped"] for u in updates),
+        "loss": first["loss"], "kl": last["kl"], "clip_fraction": last["clip_fraction"],
+        "clip_fraction/high": last["clip_fraction/high"], "clip_fraction/low": last["clip_fraction/low"],
+        "ratio/max_dev": last["ratio/max_dev"], "ratio/min": last["ratio/min"], "ratio/max": last["ratio/max"], **compared,
+        "grad_norm": float(np.mean([u["grad_norm"] for u in updates if not u["skipped"]] or [np.nan])), "lr": lr,
+        "forwards/train": sum(u["forwards"] for u in updates) + forwards,
+    }  # fmt: skip
+
+
+def _alone(parts: dict[str, np.ndarray]) -> dict[str, float]:
+    """Mean and standard deviation of each reward, unweighted, over the images that it could score."""
+    found = {}
+    for name, values in parts.items():
+        scored = values[np.isfinite(values)]
+        found |= {f"reward/{name}": float(scored.mean()), f"reward/{name}/std": float(scored.std())} if len(scored) else {}
+    return found

@@ -1,0 +1,91 @@
+"""Evaluations in the course of a run: the averaged weights where there are any, on all ranks together."""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+
+import numpy as np
+
+from tempflow.run import evaluation
+from tempflow.run.failures import check_failed
+from tempflow.run.means import mean_of
+from tempflow.run.recorder import Recorder
+from tempflow.training import distributed
+from tempflow.training.session import Session
+
+
+class Evaluator:
+    """Evaluates a session on its held-out prompts, and remembers the base's rewards, to which gains are measured.
+
+    metrics, evaluated_at: of the newest evaluation, and its iteration.
+    """
+
+    def __init__(self, session: Session, recorder: Recorder):
+        self.session, self.recorder = session, recorder
+        self.base_reward: float | None = None
+        self.base_rewards: np.ndarray | None = None  # of each held-out prompt, [n]: gains are measured prompt by prompt
+        self.metrics: dict = {}
+        self.evaluated_at = -1
+
+    @contextmanager
+    def _averaged_weights(self):
+        """The average in the rollout copy, where one was taken; yields which weights are evaluated."""
+        s = self.session
+        if s.average is None or not s.config.rollout.replica or not s.average.taken:
+            yield "raw"
+            return
+        s.runtime.refresh(s.policy.denoiser(), s.average.gather)
+        try:
+            yield "ema"
+        finally:
+            s.runtime.refresh(s.policy.denoiser())
+
+    def evaluate(self, iteration: int) -> dict:
+        """Draw, score and show the held-out prompts (a collective); metrics on rank 0, nothing elsewhere or without prompts.
+
+        Raises TooManyFailed.
+        """
+        s, e, r = self.session, self.session.config.eval, self.session.config.rollout
+        if not s.heldout or e.every == 0:
+            return {}
+        mine = list(range(len(s.heldout)))[distributed.rank() :: distributed.world_size()]
+        steps = e.num_steps or r.num_steps
+        started = time.perf_counter()
+        with self._averaged_weights() as weights, self.recorder.console.phase("eval", len(mine)) as advance, s.threads.shared():
+            drawn = evaluation.draw(
+                s.policy.at(s.sampler.size, s.config.eval_guidance()), s.embeddings, s.heldout, mine, num_steps=steps,
+                micro_batch=r.micro_batch, decode_batch=r.decode_batch, advance=advance,
+            )  # fmt: skip
+            scored = evaluation.evaluate(s.pool, s.specs, s.heldout, drawn, e.keep_samples)
+        check_failed(f"the evaluation at iteration {iteration}", *map(int, distributed.reduce(scored.counts())),
+                     s.config.reward_pool.max_failed, distributed.first_of_any(s.pool.last_error))  # fmt: skip
+        self.evaluated_at = iteration
+        gathered = distributed.gather_objects(scored)
+        if gathered is None:
+            return {}
+        scored = evaluation.merge(gathered)
+        facts = {"iteration": iteration, "num_steps": steps, "seed": evaluation.EVAL_SEED, "weights": weights}
+        self.recorder.samples(scored, s.heldout, facts)
+        self.metrics = evaluation.metrics(scored, self.base_rewards) | {"time/eval": time.perf_counter() - started}
+        if iteration == 0:
+            self.base_reward, self.base_rewards = self.metrics["eval/reward"], scored.reward
+        return self.metrics
+
+    def state(self) -> dict:
+        """JSON values from which `load` goes on."""
+        known = None if self.base_rewards is None else [None if np.isnan(x) else float(x) for x in self.base_rewards]
+        return {"base_reward": self.base_reward, "base_rewards": known}
+
+    def load(self, state: dict) -> None:
+        self.base_reward = state["base_reward"]
+        known = state.get("base_rewards")  # checkpoints of earlier versions lack it
+        if known and len(known) == len(self.session.heldout):
+            self.base_rewards = np.array(known, dtype=np.float32)  # None becomes NaN
+
+    def sureness(self, final: dict) -> dict:
+        """What the rewards of the base and the last evaluation are made of, and the gain with its standard error."""
+        names = {"tuned_stderr": "eval/reward/stderr", "scored": "eval/scored", "failed": "eval/failed", "gain": "eval/gain",
+                 "gain_stderr": "eval/gain/stderr"}  # fmt: skip
+        stderr = None if self.base_rewards is None else mean_of(self.base_rewards).stderr
+        return ({} if stderr is None else {"base_stderr": stderr}) | {name: final[key] for name, key in names.items() if key in final}

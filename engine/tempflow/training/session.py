@@ -1,0 +1,156 @@
+"""Everything that a run is made of, assembled once: training, evaluation, benchmarks and tests use the same objects."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Callable
+
+import numpy as np
+import torch
+
+from tempflow.advantages import Advantage
+from tempflow.config import Config
+from tempflow.models import Policy, Sampler
+from tempflow.models.embeddings import EmbeddingCache, open_policy
+from tempflow.objectives import Objective
+from tempflow.penalties import Penalty
+from tempflow.rewards import RewardPool, RewardSpec, fits
+from tempflow.sampling.float8 import Float8Copy
+from tempflow.sampling.graphs import CudaCapture, GraphCache
+from tempflow.sampling.plans.base import Plan
+from tempflow.sampling.steps import Grid
+from tempflow.training.device import Threads, cores_per_rank, device
+from tempflow.training.ema import Average
+from tempflow.training.engine import Runtime, compile_blocks
+from tempflow.training.rehearsal import may_capture
+from tempflow.types import Example, Size, Unit
+
+
+@dataclass
+class Session:
+    """The parts of a run. What is None belongs to training and was not asked for, or is switched off in the config."""
+
+    config: Config
+    policy: Policy
+    embeddings: EmbeddingCache
+    pool: RewardPool
+    specs: list[RewardSpec]
+    prompts: list[Example]
+    """Of training."""
+    threads: Threads
+    sampler: Sampler
+    """The policy at the run's image size and guidance scale."""
+    grid: Grid
+    plan: Plan
+    advantage: Advantage
+    objective: Objective
+    penalty: Penalty | None
+    float8: Float8Copy | None = None
+    """The copy of the transformer that coarse steps use, where `rollout.suffix.weights` asks for it."""
+    graphs: GraphCache | None = None
+    """Captures the rollout's forwards; None runs them eagerly."""
+    runtime: Runtime | None = None
+    """The training engine."""
+    average: Average | None = None
+    """Of the trained weights."""
+    heldout: list[Example] = field(default_factory=list)
+    stop: Callable[[], bool] = lambda: False
+    """Whether the run was asked to stop."""
+    note: Callable[[str], None] = print
+    fitting: np.ndarray = field(init=False)
+    """bool [prompts, R]: which of the rewards that are trained on are for each prompt."""
+    lanes: int = field(init=False)
+    """Parts of a rank's rollout that run side by side, in a thread each."""
+
+    def __post_init__(self):
+        self.fitting = fits(self.trained, [p.metadata for p in self.prompts])
+        on_cpu = self.policy.device.type == "cpu"
+        self.lanes = self.config.rollout.lanes or (cores_per_rank() if on_cpu and self.config.rollout.replica else 1)
+
+    def variant(self, config: Config, graphs: GraphCache | None = None) -> Session:
+        """The same model, prompts and workers under another plan, objective or rollout: for comparisons."""
+        graphs = make_graphs(config, self.policy, self.note) if graphs is None else graphs
+        return assemble(config, self.policy, self.embeddings, self.pool, self.specs, self.prompts, threads=self.threads, graphs=graphs,
+                        runtime=self.runtime, heldout=self.heldout, stop=self.stop, note=self.note)  # fmt: skip
+
+    @property
+    def trained(self) -> list[RewardSpec]:
+        """The rewards that are trained on."""
+        return [spec for spec in self.specs if not spec.watched]
+
+    def embed(self, units: list[Unit]) -> dict[str, torch.Tensor]:
+        """The conditioning of units, [n, ...] by name."""
+        return self.embed_prompts([unit.prompt_id for unit in units])
+
+    def embed_prompts(self, ids: list[int]) -> dict[str, torch.Tensor]:
+        """The conditioning of training prompts, by their place in the file."""
+        return self.embeddings.get([self.prompts[id] for id in ids])
+
+
+def build(
+    config: Config, prompts: list[Example], heldout: list[Example], specs: list[RewardSpec], *, pool: RewardPool | None = None,
+    reached: list[int] | None = None, train: bool = True, stop: Callable[[], bool] = lambda: False,
+    note: Callable[[str], None] = print,
+) -> Session:  # fmt: skip
+    """Open a run's model and assemble the run around it (a collective).
+
+    Args:
+        config: checked.
+        prompts: of training.
+        heldout: of evaluation.
+        specs: of the config's rewards.
+        pool: reward workers to be used; None starts the config's own, which load while the model does.
+        reached: the training prompts that will be asked for, by place; None: all.
+        train: build the training engine, too.
+        stop: whether the run was asked to stop; asked between forwards.
+        note: is told of what a user should know.
+
+    Raises UserError for whatever a part refuses.
+    """
+    threads = Threads(config)
+    pool = pool or RewardPool(specs, **config.reward_pool.pool())
+    captures = may_capture(config, device(), note) if train else False
+    chosen = [prompts[i] for i in (range(len(prompts)) if reached is None else reached)]
+    policy, embeddings = open_policy(config, chosen + heldout, device(), note)
+    runtime, ema = Runtime(config, policy) if train else None, config.training.ema
+    return assemble(
+        config, policy, embeddings, pool, specs, prompts, heldout=heldout, runtime=runtime, threads=threads, stop=stop, note=note,
+        average=Average(runtime, ema.decay, ema.every) if runtime and ema else None,
+        graphs=make_graphs(config, policy, note) if captures else None,
+    )  # fmt: skip
+
+
+def assemble(
+    config: Config, policy: Policy, embeddings: EmbeddingCache, pool: RewardPool, specs: list[RewardSpec], prompts: list[Example],
+    *, threads: Threads | None = None, **more,
+) -> Session:  # fmt: skip
+    """A session around a policy that is there already; more: further fields of `Session`."""
+    r = config.rollout
+    sampler = policy.at(Size(r.height, r.width), r.guidance_scale)
+    sigmas = sampler.sigmas(r.num_steps)
+    return Session(
+        config, policy, embeddings, pool, specs, prompts, threads or Threads(config), sampler,
+        Grid(sigmas, config.sde().coefficients(sigmas)), config.plan(), config.advantage(), config.objective(), config.penalty(),
+        float8=make_float8(config, policy), **more,
+    )  # fmt: skip
+
+
+def make_graphs(config: Config, policy: Policy, note: Callable[[str], None], capture: Callable | None = None) -> GraphCache | None:
+    """What captures the rollout's forwards, where the config asks for it and there is a GPU."""
+    r = config.rollout
+    if not r.graphs:
+        return None
+    if policy.device.type != "cuda" and capture is None:
+        note("rollout.graphs: no GPU, so rollouts run eagerly")
+        return None
+    return GraphCache(capture or CudaCapture(), limit_bytes=r.graph_limit_mb << 20, verify=r.graph_verify, note=note)
+
+
+def make_float8(config: Config, policy: Policy) -> Float8Copy | None:
+    """The float8 copy of the policy's transformer, where the config's suffix asks for it."""
+    suffix = config.rollout.suffix
+    if not suffix or suffix.weights != "float8":
+        return None
+    made = Float8Copy(policy.denoiser())
+    compile_blocks(made.transformer, config.rollout.compile)
+    return made

@@ -1,0 +1,26 @@
+"""An advantage of your own: only the order of the rewards within a group counts, not how far they lie apart."""
+
+import numpy as np
+
+from tempflow.advantages.base import Advantage, Over, clipped, normalise
+from tempflow.types import Advantages, Rewards, Slots
+
+
+class RankAdvantage(Advantage):
+    """The rank of each reward in its group, normalized like a reward.
+
+    Args:
+        over: whose rewards are compared: "seed", the children of one state, or "prompt", all of a prompt at a step.
+    """
+
+    def __init__(self, over: Over = "seed"):
+        self.over = over
+
+    def __call__(self, slots: Slots, rewards: Rewards) -> Advantages:
+        labels, ranks = slots.groups(self.over), np.full(len(slots), np.nan)
+        for group in range(labels.max() + 1):
+            members = np.flatnonzero((labels == group) & np.isfinite(rewards.total))  # a failed reward stays NaN: masked
+            values = rewards.total[members]
+            ranks[members] = [(values < value).sum() + (values == value).sum() / 2 for value in values]
+        found = normalise(ranks, labels)
+        return clipped(found.values, found.flat, normalise(rewards.total, labels), slots, clip=5.0)
