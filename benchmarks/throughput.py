@@ -249,7 +249,8 @@ def announce(configs: dict[str, Config], args: argparse.Namespace) -> None:
     device = torch.device("cuda" if gpu else "cpu")
     for name, config in configs.items():
         speed = matmul_peak(torch.bfloat16 if gpu else torch.float32, device)
-        found = forecast([v.config for v in chosen(config, args)], speed, engines=1 + args.compile)
+        wanted = chosen(config, args)
+        found = forecast([v.config for v in wanted], speed, engines=1 + args.compile, per_child=[v.kind is not Engine for v in wanted])
         minutes = found.seconds * (args.rounds + 1) / 60
         print(f"{name}: about {minutes:.1f} minutes for {args.rounds} rounds and one to warm up, rewards and loading not counted; "
               f"up to {found.bytes / 1e9:.1f} GB of device memory")  # fmt: skip

@@ -139,12 +139,14 @@ def announce(monkeypatch, tmp_path):
         monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: Namespace(total_memory=total))
         throughput.announce({"small": config}, arguments(compile=compiled))
 
-    announce.configs = [variant.config for variant in throughput.variants(config, compiled=False, gpu=True)]
+    variants = throughput.variants(config, compiled=False, gpu=True)
+    announce.configs, announce.per_child = [v.config for v in variants], [v.kind is not Engine for v in variants]
     return announce
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_made(announce, capsys):
-    found = forecast(announce.configs, 600e12)
+    found = forecast(announce.configs, 600e12, per_child=announce.per_child)
+    assert found.seconds > forecast(announce.configs, 600e12).seconds, "a forward for every child takes longer"
     needed = int(found.bytes + SPARE)
     announce(needed + 1)
     said = capsys.readouterr().out

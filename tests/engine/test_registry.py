@@ -94,7 +94,7 @@ def test_refused(given, words):
 def test_other_kinds_are_refused_under_their_own_keys():
     for kind, given, start in (
         ("penalty", "kl", "training.penalty.coef: this option has no default"),
-        ("advantage", {"over": "batch"}, "training.advantage.over: expected 'seed' or 'prompt', got 'batch'"),
+        ("advantage", {"over": "batch"}, "training.advantage.over: expected 'state' or 'seed' or 'prompt' or 'step', got 'batch'"),
         ("objective", {"clip_low": 1.0}, "training.objective.clip_low: expected a number above 0 and below 1, got 1.0"),
         ("sde", {"type": "cps", "eta": 1.1}, "rollout.sde.eta: expected a number above 0 and at most 1, got 1.1"),
     ):
@@ -145,7 +145,7 @@ def test_components_are_listed(monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "plan: rollout.plan" and "training.penalty" in lines[5]
     assert [line.split("(")[0].strip() for line in lines[1:4]] == list(registry.KINDS["plan"].ids)
-    assert lines[6].startswith('  kl(coef, form="x"): The KL')
+    assert lines[6].startswith('  kl(coef, form="x"): KL')
     monkeypatch.setattr("sys.argv", ["tempflow"])
     assert command.main() == 0 and "components" in capsys.readouterr().out
 

@@ -29,14 +29,15 @@ def resolve_components(config: Config) -> None:
 
 def check_groups(config: Config) -> None:
     plan, over = config.plan(), getattr(config.advantage(), "over", None)
-    size = plan.children if over == "seed" else plan.seeds * plan.children
-    if size > 1:
+    of_prompt = plan.seeds * plan.children
+    sizes = {"state": plan.children, "seed": plan.children, "prompt": of_prompt, "step": of_prompt * config.data.prompts_per_iteration}
+    if sizes.get(over, of_prompt) > 1:
         return
     if "children" in config.rollout.plan:
         raise ValueError("rollout.plan.children: a group of one has no advantage; at least 2 are needed")
-    if over == "seed":
+    if over in ("state", "seed"):
         raise ValueError(
-            'training.advantage.over: "seed" groups the children of a state; '
+            f'training.advantage.over: "{over}" groups the children of a state; '
             f'plan {config.rollout.plan["type"]} has one child each and needs "prompt"'
         )
     raise ValueError("rollout.plan.seeds: a group of one has no advantage; at least 2 are needed")
