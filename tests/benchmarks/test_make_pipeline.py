@@ -84,4 +84,4 @@ def test_the_cards_command_trains_a_shrunk_flux(tmp_path):
     }  # fmt: skip
     pairs = [part for key, value in settings.items() for part in ("--set", f"{key}={json.dumps(value)}")]
     row = Run(tmp_path / "flux_zero3", launch(2, "--config", ROOT / "configs/flux_zero3.json", *pairs)).rows[-1]
-    assert row["iteration"] == 1 and row["ratio/first_max_dev"] == 0 and row["grad_norm"] > 0
+    assert row["iteration"] == 1 and row["grad_norm"] > 0

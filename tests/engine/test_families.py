@@ -365,7 +365,7 @@ def runs(folders, tmp_path_factory):
 def test_training(runs, name, kind):
     run = runs(name, kind)
     base, row = run.rows
-    assert row["ratio/first_max_dev"] == 0 and row["ratio/max_dev"] > 0 and row["grad_norm"] > 0 and row["kl"] > 0
+    assert row["ratio/max_dev"] > 0 and row["grad_norm"] > 0 and row["kl"] > 0
     assert row["reward/std"] > 0 and row["reward/zero_std_groups"] == 0 and row["mismatch/log_prob"] < 1e-5
     assert math.isfinite(base["eval/reward"]) and row["eval/reward"] != base["eval/reward"], "the model moved"
 
@@ -438,5 +438,5 @@ def test_shipped_configs_run_on_tiny_pipelines(folders, tmp_path, name, config):
     pairs = [part for key, value in settings.items() for part in ("--set", f"{key}={json.dumps(value)}")]
     run = Run(tmp_path / config, script_here("train", "--config", ROOT / f"configs/{config}.json", *pairs))
     row = run.rows[-1]
-    assert row["iteration"] == 1 and row["ratio/first_max_dev"] == 0 and row["grad_norm"] > 0
+    assert row["iteration"] == 1 and row["grad_norm"] > 0
     assert "warning" not in run.done.stdout

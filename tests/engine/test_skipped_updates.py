@@ -41,7 +41,7 @@ def test_a_broken_update_changes_nothing_and_the_next_one_does(tmp_path, monkeyp
     done = run(tmp_path, f"stage{stage}", stage)
     rows = {row["iteration"]: row for row in done.rows}
     assert [rows[n]["updates/skipped"] for n in (1, 2, 3)] == [0, 1, 0]
-    assert rows[2]["grad_norm"] is None and rows[3]["grad_norm"] > 0 and rows[3]["ratio/first_max_dev"] == 0
+    assert rows[2]["grad_norm"] is None and rows[3]["grad_norm"] > 0
     base = load_file(next((MODEL / "transformer").glob("*.safetensors")))
     first, second, third = ({name: t for name, t in done.weights(iteration=n).items()} for n in (1, 2, 3))
     assert all(torch.equal(first[name], second[name]) for name in base)
