@@ -47,9 +47,9 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def run_command(command) -> subprocess.CompletedProcess:
+def run_command(command, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     command = [str(part) for part in command]
-    return subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S)
+    return subprocess.run(command, env=environment(), cwd=cwd, capture_output=True, text=True, timeout=TIMEOUT_S)
 
 
 def script(name: str, *arguments) -> subprocess.CompletedProcess:

@@ -21,7 +21,7 @@ Over = Literal["state", "seed", "prompt", "step"]  # the groups that slots have
 class Advantage(ABC):
     """From rewards to advantages."""
 
-    over: str
+    over: str = "seed"
     """Whose rewards are normalised together, one of `Slots.OVER`."""
 
     @abstractmethod

@@ -28,19 +28,31 @@ def resolve_components(config: Config) -> None:
 
 
 def check_groups(config: Config) -> None:
-    plan, over = config.plan(), getattr(config.advantage(), "over", None)
-    of_prompt = plan.seeds * plan.children
-    sizes = {"state": plan.children, "seed": plan.children, "prompt": of_prompt, "step": of_prompt * config.data.prompts_per_iteration}
-    if sizes.get(over, of_prompt) > 1:
+    over = config.advantage().over
+    if _largest_group(config, over) > 1:
         return
     if "children" in config.rollout.plan:
         raise ValueError("rollout.plan.children: a group of one has no advantage; at least 2 are needed")
-    if over in ("state", "seed"):
+    if over in ("seed", "state"):
         raise ValueError(
             f'training.advantage.over: "{over}" groups the children of a state; '
             f'plan {config.rollout.plan["type"]} has one child each and needs "prompt"'
         )
     raise ValueError("rollout.plan.seeds: a group of one has no advantage; at least 2 are needed")
+
+
+def _largest_group(config: Config, over: str) -> int:
+    """How many slots of the first iteration are compared with each other at most; 2 stands for more."""
+    from tempflow.sampling.layout import Layout, iteration_units
+
+    plan = config.plan()
+    several = {"prompt": plan.seeds, "step": plan.seeds * config.data.prompts_per_iteration}
+    if max(plan.children, several.get(over, 1)) > 1:
+        return 2
+    units = iteration_units([0], min(plan.seeds, 2))
+    slots = Layout(units, [plan.rows(unit, 0) for unit in units], endpoints=config.objective().wants == "endpoints").slots
+    labels = slots.groups(over).tolist()
+    return max(map(labels.count, set(labels)), default=0)
 
 
 def check_deepspeed(config: Config) -> None:

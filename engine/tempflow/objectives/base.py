@@ -6,7 +6,7 @@ padding over ranks, the old policy's values and the optimizer are the updater's 
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import ABC
 from dataclasses import dataclass
 from typing import Literal
 
@@ -72,12 +72,17 @@ class Old:
     """[N, ...], where the objective keeps it."""
 
 
-class Objective(ABC):
+class Objective(ABC):  # noqa: B024 (one of two methods is abstract)
     """What an update minimizes.
 
     Write `pull`, or `loss` where a loss is no function of the children's log-ratios. `clip_low` and `clip_high` bound what
     metrics report as clipped.
     """
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if cls.pull is Objective.pull and cls.loss is Objective.loss:
+            raise TypeError(f"{cls.__name__} defines neither `pull` nor `loss`")
 
     wants: Literal["states", "endpoints"] = "states"
     """What the rollout keeps: the states that its rows left, or every row's final latent."""
@@ -90,7 +95,6 @@ class Objective(ABC):
         """The states of this rank that are trained on: the rollout's own, or what an objective makes of its endpoints."""
         return rollout.states
 
-    @abstractmethod
     def pull(self, advantage: torch.Tensor, log_ratio: torch.Tensor, distance: torch.Tensor | None) -> torch.Tensor:
         """-dL/d(log ratio) of each child, fp32 [N, B].
 
@@ -99,6 +103,7 @@ class Objective(ABC):
             log_ratio: fp32 [N, B], of the policy to the old one; 0 in the first update.
             distance: fp32 [N, 1], KL of the step to the old policy's, mean over elements; None unless `keeps_velocity`.
         """
+        raise NotImplementedError
 
     def loss(
         self, velocity: torch.Tensor, batch: Batch, old: Old | None, penalty: Penalty | None, velocity_ref: torch.Tensor | None

@@ -1,0 +1,52 @@
+"""The examples of docs/extending.md: a user's own plan, advantage, objective and reward, by dotted path."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from engine_cases import ROOT, dense
+from run_cases import Run, run_command
+
+sys.path.append(str(ROOT / "examples"))
+
+from late_branches import LateBranches  # noqa: E402
+from rank_advantage import RankAdvantage  # noqa: E402
+
+from tempflow.sampling.layout import iteration_units  # noqa: E402
+
+EXAMPLES = ROOT / "examples"
+
+
+@pytest.mark.slow
+def test_own_parts_train(tmp_path):
+    """From their folder, as the page says; and what is wrong with an option is said with its key."""
+
+    def train(*changes):
+        words = [word for change in changes for word in ("--set", change)]
+        return run_command([sys.executable, "../engine/train.py", "--config", "own_parts.json", *words], cwd=EXAMPLES)
+
+    changes = [f"logging.dir={tmp_path}", "training.iterations=2", "eval.every=2", "eval.prompts=4", "reward_pool.workers=1"]
+    found = Run(tmp_path / "own_parts", train(*changes))
+    assert [row["iteration"] for row in found.rows] == [0, 1, 2]
+    assert found.rows[1]["ratio/max_dev"] > 0 and found.rows[1]["images"] == 4 * (1 + 3 * 4), "two passes; a trunk and 3 x 4 children"
+    saved = json.loads((found.folder / "config.json").read_text())
+    assert saved["rollout"]["plan"] == {"type": "late_branches:LateBranches", "seeds": 2, "children": 4, "size": 3, "every": 10}
+    refused = train("rollout.plan.size=9", f"logging.dir={tmp_path}/b")
+    assert refused.returncode == 2 and "rollout.plan.size: 9 of 7 steps" in refused.stderr
+
+
+def test_the_steps_move():
+    plan = LateBranches(size=2, every=3)
+    plan.prepare(6, 0)
+    assert [plan.steps(i) for i in (0, 2, 3, 100)] == [[0, 1], [0, 1], [1, 2], [3, 4]]
+    rows = plan.rows(iteration_units([0], 1)[0], 0)
+    assert len(rows) == 1 + 2 * 4 and len({(row.start, row.path) for row in rows[1:]}) == 8
+
+
+def test_ranks_see_the_order_alone():
+    rewards = np.array([[[[1.0, 2.0, 4.0, np.nan]]], [[[1.0, 2.0, 400.0, np.nan]]], [[[3.0, 3.0, 3.0, 3.0]]]])
+    found = dense(RankAdvantage(), rewards)
+    np.testing.assert_allclose(found.values[0], found.values[1])
+    np.testing.assert_allclose(found.values[0, 0, 0], [-1.2247, 0, 1.2247, 0], atol=1e-3)
+    assert (found.values[2] == 0).all() and found.zero_spread.tolist() == [False, False, True]
