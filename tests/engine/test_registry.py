@@ -143,9 +143,10 @@ def test_components_are_listed(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["tempflow", "components"])
     assert command.main() == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "plan: rollout.plan" and "training.penalty" in lines[5]
-    assert [line.split("(")[0].strip() for line in lines[1:4]] == list(registry.KINDS["plan"].ids)
-    assert lines[6].startswith('  kl(coef, form="x"): KL')
+    plans = list(registry.KINDS["plan"].ids)
+    assert lines[0] == "plan: rollout.plan" and "training.penalty" in lines[len(plans) + 2]
+    assert [line.split("(")[0].strip() for line in lines[1 : len(plans) + 1]] == plans
+    assert lines[len(plans) + 3].startswith('  kl(coef, form="x"): KL divergence')
     monkeypatch.setattr("sys.argv", ["tempflow"])
     assert command.main() == 0 and "components" in capsys.readouterr().out
 

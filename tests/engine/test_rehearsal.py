@@ -57,7 +57,7 @@ def config_of(folder, model=None, **rollout):
 def test_every_familys_rollout_is_captured_in_two_layers(folders, family, layers):
     capture, config = Capture(), config_of(folders[family])
     assert rehearse.rehearse(config, CPU, capture) is None
-    assert capture.seen == [("_forward_and_step", 2)]
+    assert capture.seen == [("step", 2)]
     table = rehearse.small_policy(config, CPU).transformer.config
     assert tuple(table[key] for key in ("num_layers", "num_single_layers") if key in table) == layers
 
@@ -79,13 +79,13 @@ def test_the_runs_own_settings_are_rehearsed():
     config = config_of(MODEL, {"dtype": "bfloat16", "attention_backend": "native"}, suffix=SUFFIX, height=64)
     capture = Capture()
     assert rehearse.rehearse(config, CPU, capture) is None
-    assert {name for name, _ in capture.seen} == {"_forward_and_step", "_suffix_forward_and_step"}
+    assert {name for name, _ in capture.seen} == {"step", "coarse_step"}
     policy = rehearse.small_policy(config, CPU)
     assert policy.dtype == torch.bfloat16 and policy.embed(examples(["a"]))["encoder_hidden_states"].shape[:2] == (1, 12)
 
 
 def test_a_refusal_comes_back_as_the_reason():
-    reason = rehearse.rehearse(config_of(MODEL), CPU, Capture(refuse="forward"))
+    reason = rehearse.rehearse(config_of(MODEL), CPU, Capture(refuse="step"))
     assert reason == "a forward of 2 rows cannot be captured (a copy to the host); such forwards run eagerly"
 
 
@@ -112,7 +112,7 @@ def fails(function, inputs):
 
 
 @pytest.mark.parametrize("capture, words", [
-    (Capture(), None), (Capture("forward"), "a copy to the host"), (fails, "not permitted when stream is capturing"),
+    (Capture(), None), (Capture("step"), "a copy to the host"), (fails, "not permitted when stream is capturing"),
 ])  # fmt: skip
 def test_the_child_answers_in_one_line(monkeypatch, capsys, capture, words):
     answer = said_by_the_child(monkeypatch, capsys, config_of(MODEL), capture)["refusal"]
@@ -149,13 +149,18 @@ def test_the_trainer_is_told_and_says_why(monkeypatch, answer, expected):
     assert rehearsal.may_capture(config_of(MODEL), CPU, notes.append)
 
 
-def test_a_refused_run_captures_nothing(policy):
+def test_a_refused_run_captures_nothing(policy, monkeypatch):
     from tempflow.models.embeddings import EmbeddingCache
-    from tempflow.training.rollout import Collector
+    from tempflow.training import session
+    from tempflow.types import Example
 
-    given, notes = (config_of(MODEL), policy, [], EmbeddingCache(policy), None, []), []
-    made = [Collector(*given, note=notes.append, graphs=how) for how in (True, False)]
-    assert [collector.graphs for collector in made] == [None, None] and notes == ["rollout.graphs: no GPU, so rollouts run eagerly"]
+    opened, notes = (policy, EmbeddingCache(policy)), []
+    monkeypatch.setattr(session, "open_policy", lambda *given: opened)
+    monkeypatch.setattr(session, "Runtime", lambda *given: None)
+    for may, said in ((False, []), (True, ["rollout.graphs: no GPU, so rollouts run eagerly"])):
+        monkeypatch.setattr(session, "may_capture", lambda *given, may=may: may)
+        made = session.build(config_of(MODEL), [Example("a")], [], [], pool=object(), note=notes.append)
+        assert made.graphs is None and notes == said
 
 
 def test_graphs_may_be_given_up_on_resume(tmp_path):
