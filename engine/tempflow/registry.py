@@ -37,6 +37,7 @@ class Kind:
 
 KINDS = {
     "plan": Kind("rollout.plan", "tempflow.sampling.plans.base:Plan", "tempflow", {
+        "branch_grpo": "tempflow.sampling.plans.branch_grpo:BranchGrpo",
         "flow_grpo": "tempflow.sampling.plans.flow_grpo:FlowGrpo",
         "mix_grpo": "tempflow.sampling.plans.mix_grpo:MixGrpo",
         "tempflow": "tempflow.sampling.plans.tempflow:TempFlow",
