@@ -53,6 +53,7 @@ KINDS = {
     }),
     "objective": Kind("training.objective", "tempflow.objectives.base:Objective", "grpo", {
         "grpo": "tempflow.objectives.grpo:Grpo",
+        "nft": "tempflow.objectives.nft:Nft",
     }),
     "penalty": Kind("training.penalty", "tempflow.penalties:Penalty", "kl", {
         "kl": "tempflow.penalties:Kl",

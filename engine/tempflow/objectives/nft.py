@@ -1,0 +1,69 @@
+"""DiffusionNFT (arXiv 2509.16117): learns from finished latents, noised anew, without a ratio of likelihoods."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from tempflow.errors import check_range
+from tempflow.objectives.base import Objective, kernel_loss
+from tempflow.sampling.noise import AFTERWARDS
+from tempflow.types import Endpoint, State
+
+KAPPA = 1.0  # of the matching likelihood exp(-kappa |v - u|^2) that ratios are reported in
+LEAST_ERROR = 1e-5
+
+
+class Nft(Objective):
+    """Pulls the velocity towards finished latents of high reward and away from those of low reward (DiffusionNFT).
+
+    A latent x0 is noised to x = (1 - s) x0 + s eps. With v_old the velocity before the updates, v+ = beta v + (1 - beta) v_old and
+    v- = (1 + beta) v_old - beta v; the loss is max_advantage (r E(v+) + (1 - r) E(v-)) / beta, with E the squared error of the
+    predicted x0 over its mean absolute error, and r = A / (2 max_advantage) + 1/2, clipped to [0, 1].
+
+    Args:
+        beta: how far v+ and v- lie from the old velocity.
+        max_advantage: advantages are clipped to +- this.
+        draws: noise levels per latent, one from each of as many equal parts of the sampling grid.
+    """
+
+    wants = "endpoints"
+    keeps_velocity = True
+
+    def __init__(self, beta: float = 1.0, max_advantage: float = 5.0, draws: int = 4):
+        check_range("beta", beta, above=0)
+        check_range("max_advantage", max_advantage, above=0)
+        check_range("draws", draws, least=1, most=64)
+        self.beta, self.max_advantage, self.draws = beta, max_advantage, draws
+
+    def states(self, rollout, advantages):
+        sigmas = rollout.grid.sigmas[:-1]
+        strata = np.array_split(np.arange(len(sigmas)), min(self.draws, len(sigmas)))
+        return [self._state(rollout, endpoint, draw, steps) for endpoint in rollout.endpoints for draw, steps in enumerate(strata)]
+
+    def _state(self, rollout, endpoint: Endpoint, draw: int, steps: np.ndarray) -> State:
+        key = rollout.noise.key(endpoint.unit, AFTERWARDS - draw, (endpoint.slot,))
+        step = int(np.random.default_rng(abs(key)).choice(steps))
+        sigma = rollout.grid.sigmas[step].item()
+        eps = rollout.noise.sample([key], endpoint.latent.shape, endpoint.latent.device)[0]
+        x = (1 - sigma) * endpoint.latent + sigma * eps
+        target = (eps - endpoint.latent)[None]
+        return State(endpoint.unit, step, sigma, 0.0, 1.0, (2 * KAPPA) ** -0.5, x, target, np.array([endpoint.slot]))
+
+    def loss(self, velocity, batch, old, penalty, velocity_ref):
+        v, before = velocity.float(), velocity.detach() if old is None else old.velocity
+        before, target = before.float(), batch.children[:, 0]
+        r = (batch.advantage[:, 0] / (2 * self.max_advantage) + 0.5).clamp(0, 1)
+        above = _error(self.beta * v + (1 - self.beta) * before, target, batch.sigma)
+        below = _error((1 + self.beta) * before - self.beta * v, target, batch.sigma)
+        rows = self.max_advantage * (r * above + (1 - r) * below) / self.beta
+        loss = torch.where(batch.weight != 0, batch.weight * rows, 0.0).mean()
+        none = torch.zeros_like(batch.advantage)
+        held, seen = kernel_loss(velocity, batch, none, old, penalty, velocity_ref, clip_low=self.clip_low, clip_high=self.clip_high)
+        return loss + held, seen
+
+
+def _error(velocity: torch.Tensor, target: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """Squared error of the predicted x0 = x - sigma v over its mean absolute error, which has no gradient; fp32 [N]."""
+    apart = (sigma.reshape(-1, *[1] * (velocity.ndim - 1)) * (target - velocity)).flatten(1)
+    return apart.square().mean(1) / apart.detach().abs().mean(1).clamp(min=LEAST_ERROR)
