@@ -20,6 +20,12 @@ setup(
     packages=find_packages("engine") + find_packages("kernels"),
     package_dir={"tempflow": "engine/tempflow", "tempflow_kernels": "kernels/tempflow_kernels"},
     package_data={"tempflow": ["assets/**/*", "run/report/*.html", "run/report/*.css", "run/report/*.js"]},
+    entry_points={
+        "console_scripts": [
+            f"tempflow-{name.replace('_', '-')} = tempflow.commands.{name}:command"
+            for name in ("train", "evaluate", "sample", "export", "reward_server")
+        ]
+    },
     install_requires=[
         "torch>=2.9",
         "diffusers>=0.38",

@@ -1,15 +1,17 @@
 """TempFlow-GRPO: reinforcement learning of flow-matching text-to-image models.
 
-The library surface for notebooks is `load_policy`; the scripts in engine/ use the modules below it. Importing this package
-loads no torch, so that reward workers start fast.
+The library surface for notebooks is `train`, `evaluate`, `sample` and `load_policy`; the commands use the modules below it. Importing
+this package loads no torch, so that reward workers start fast.
 """
 
-__all__ = ["load_policy"]
+import importlib
+
+_HOMES = {"evaluate": "tempflow.api", "load_policy": "tempflow.models", "sample": "tempflow.api", "train": "tempflow.api"}
+
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str):
-    if name == "load_policy":
-        from tempflow.models import load_policy
-
-        return load_policy
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,18 +1,18 @@
 """Nothing is silently taken for "not given": empty texts and lists, keys given twice, numbers that cannot be meant."""
 
 import copy
-import importlib.util
 import json
 import re
 import typing
 
 import pytest
-from engine_cases import ROOT, config_table, write_config
+from engine_cases import config_table, write_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from tempflow.arguments import filled, seed, steps, whole
+from tempflow.commands import reward_server
 from tempflow.config import Config, load_config, parse_config, strict_json
 from tempflow.errors import UserError
 from tempflow.profiling import Profile
@@ -267,22 +267,13 @@ def test_the_profilers_iterations(text):
     assert len(str(error.value)) < 300
 
 
-@pytest.fixture(scope="module")
-def server():
-    spec = importlib.util.spec_from_file_location("reward_server_options", ROOT / "engine/reward_server.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return script
-
-
 @pytest.mark.parametrize("option, value", [
     ("--port", "-1"), ("--port", "65536"), ("--workers", "0"), ("--workers", "9" * 30), ("--threads", "0"), ("--batch", "-1"),
     ("--memory-mb", "0"), ("--token-env", ""), ("--gpus", ""),
 ])  # fmt: skip
-def test_the_reward_servers_options(server, monkeypatch, capsys, option, value):
-    monkeypatch.setattr("sys.argv", ["reward_server.py", "--reward", "jpeg", f"{option}={value}"])
+def test_the_reward_servers_options(capsys, option, value):
     with pytest.raises(SystemExit) as end:
-        server.parse_args()
+        reward_server.parse_args(["--reward", "jpeg", f"{option}={value}"])
     assert end.value.code == 2 and f"argument {option}: expected" in capsys.readouterr().err
 
 
@@ -290,9 +281,9 @@ def test_the_reward_servers_options(server, monkeypatch, capsys, option, value):
     ("ocr=", ["--reward ocr=", "not JSON"]), ('ocr={"detect": true, "detect": false}', ["'detect' is given twice"]),
     ("ocr=" + "[" * 100_000, ["not JSON"]), ("=", ["not JSON"]), ("", ["rewards", "name"]),
 ])  # fmt: skip
-def test_the_reward_servers_rewards(server, text, words):
+def test_the_reward_servers_rewards(text, words):
     with pytest.raises(UserError) as error:
-        server.read_reward(text)
+        reward_server.read_reward(text)
     assert all(word in str(error.value) for word in words) and len(str(error.value)) < 500
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -13,19 +14,25 @@ from tempflow import registry
 from tempflow.config import strict_json
 from tempflow.config.moved import MOVED, translate
 from tempflow.config.schema import Config, HubDataset
-from tempflow.errors import VALUE, UserError, note, shortened, shown
+from tempflow.errors import VALUE, UserError, brief, note, shortened, shown
 from tempflow.run import places
 
 
-def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
-    """Read a JSON config, apply `section.key=value` overrides (JSON values, or bare strings), and check it. Of overrides that
-    set one key the last counts, and a note says so.
+def load_config(source: str | Path | dict, overrides: list[str] = ()) -> Config:
+    """Read a config, apply overrides, and check it.
+
+    Args:
+        source: a JSON file, or its content as nested tables, in which logging.name is required; paths in tables are looked up as
+            those of a file in the working directory. Tables stay as they are.
+        overrides: `section.key=value` texts with JSON values or bare strings. Of those that set one key the last counts, and a
+            note says so.
 
     Raises UserError naming the key, the value that came and what is allowed.
     """
-    file = Path(path)
-    data = _read_tables(file)
-    if places.STARTED_IN in data:  # a run's own config.json
+    tabled = isinstance(source, dict)
+    file = Path("config") if tabled else Path(source)
+    data = _copied(source) if tabled else _read_tables(file)
+    if places.STARTED_IN in data and not tabled:  # a run's own config.json
         sys.path.extend(folder for folder in places.module_folders(data, file.parent) if folder not in sys.path)
         places.relocate(data, file.parent)
         translate(data)
@@ -42,9 +49,19 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
             given.dataset = _found_from(f"data.{key}.dataset", given.dataset, file)
         elif given is not None:
             setattr(config.data, key, _found_from(f"data.{key}", given, file))
+    if config.logging.name is None and tabled:
+        raise UserError("logging.name: required in a config that is a table; it names the run directory")
     if config.logging.name is None:
         config.logging.name = file.stem
     return config
+
+
+def _copied(table: dict) -> dict:
+    """Nested tables as a JSON file would hold them; paths become texts."""
+    try:
+        return strict_json.loads(json.dumps(table, default=os.fspath))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"config: cannot be written as JSON: {brief(error)}") from None
 
 
 def _read_tables(file: Path) -> dict:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from tempflow.errors import UserError
 
+LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what a launcher says in the environment
 PROC = Path("/proc/driver/nvidia")
 OLDEST_DRIVER = {"12": "525", "13": "580"}  # by the major version of CUDA, as NVIDIA's release notes give it
 INSTEAD = "DS_ACCELERATOR=cpu before the command runs it on the CPU all the same"

@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 
 from tempflow.errors import RankError, UserError, brief
+from tempflow.run.environment import LAUNCH
 from tempflow.training.device import device
 from tempflow.training.signals import ended_by_signals
 
 T = TypeVar("T")
-LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what a launcher says in the environment
 
 
 def init_distributed() -> None:

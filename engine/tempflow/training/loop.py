@@ -17,7 +17,7 @@ from tempflow.data.curation import Curation
 from tempflow.data.prompts import PromptOrder, digests
 from tempflow.errors import UserError, shown
 from tempflow.profiling import Profile, span
-from tempflow.rewards import RewardSpec, kinds_of, probe
+from tempflow.rewards import RewardPool, RewardSpec, kinds_of, probe
 from tempflow.run.console import Console
 from tempflow.run.environment import describe, device_name, versions
 from tempflow.run.failures import TooManyFailed
@@ -97,7 +97,6 @@ class Trainer:
         self.recorder.close()
         if summary:
             self.recorder.console.summary(summary, self.recorder.run_dir)
-        s.pool.close()
         return summary
 
     def _train(self, first: bool) -> None:
@@ -340,6 +339,7 @@ def train(
     check_shares(config, prompts, heldout)
     recorder = distributed.on_first_rank(lambda: Recorder(config, run_dir, report)) or Recorder(config, run_dir, report, main=False)
     recorder.note(describe(distributed.world_size()))
-    session = build(config, prompts, heldout[: config.eval.prompts], specs, reached=prompts_reached(config, prompts), stop=stop,
-                    note=recorder.note)  # fmt: skip
-    return Trainer(session, recorder, profile).run(resume_from)
+    with RewardPool(specs, **config.reward_pool.pool()) as pool:
+        session = build(config, prompts, heldout[: config.eval.prompts], specs, pool=pool, reached=prompts_reached(config, prompts),
+                        stop=stop, note=recorder.note)  # fmt: skip
+        return Trainer(session, recorder, profile).run(resume_from)

@@ -7,22 +7,34 @@ import threading
 import time
 from contextlib import contextmanager
 
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def _in_main_thread() -> bool:
+    """Signals belong to that one; no other may change their handlers."""
+    return threading.current_thread() is threading.main_thread()
+
+
+@contextmanager
+def handlers_kept():
+    """Put the handlers of SIGINT, SIGTERM and SIGHUP back when the block ends; yields them, none outside the main thread."""
+    before = {kind: signal.getsignal(kind) for kind in STOPPING} if _in_main_thread() else {}
+    try:
+        yield before
+    finally:
+        for kind, handler in before.items():
+            if handler is not None:  # None: installed by other than Python code
+                signal.signal(kind, handler)
+
 
 @contextmanager
 def ended_by_signals():
     """SIGINT, SIGTERM and SIGHUP end this process at once: around a wait in C++, where Python's handlers never run."""
-    if threading.current_thread() is not threading.main_thread():  # signals belong to that one
-        yield
-        return
-    before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    for kind, handler in before.items():
-        if handler is not signal.SIG_IGN:
-            signal.signal(kind, signal.SIG_DFL)
-    try:
-        yield
-    finally:
+    with handlers_kept() as before:
         for kind, handler in before.items():
-            signal.signal(kind, handler)
+            if handler is not signal.SIG_IGN:
+                signal.signal(kind, signal.SIG_DFL)
+        yield
 
 
 class StopSignal:
@@ -36,6 +48,9 @@ class StopSignal:
         self._when = 0.0
 
     def install(self) -> StopSignal:
+        """Take the signals over; outside the main thread they stay as they are, and nothing is ever received."""
+        if not _in_main_thread():
+            return self
         for kind in (signal.SIGINT, signal.SIGTERM):
             signal.signal(kind, self._handle)
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup

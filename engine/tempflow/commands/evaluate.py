@@ -1,0 +1,58 @@
+"""Score a run's model on held-out prompts: a line of JSON on stdout, and pictures where asked for."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Sequence
+
+from tempflow import cli
+from tempflow.run import outputs
+from tempflow.run.streams import check_result
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    from tempflow.arguments import add_checkpoint_arguments, path, positive, steps
+
+    parser = argparse.ArgumentParser(description="Score a run's model on held-out prompts, with fixed noise.")
+    add_checkpoint_arguments(parser)
+    parser.add_argument("--base", action="store_true", help="score the model before training instead")
+    parser.add_argument("--prompts", type=path, help="prompt file (default: the run's held-out prompts)")
+    parser.add_argument("--count", type=positive, help="prompts used, from the top of the file (default: as in the run)")
+    parser.add_argument("--num-steps", type=steps, help="ODE steps (default: the run's eval.num_steps)")
+    parser.add_argument("--out", type=path, help="folder for pictures and samples.json; must not exist, or be empty")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    cli.quiet_libraries()
+    args = parse_args(argv)
+    with outputs.new_folder(args.out, args.run) if args.out else nullcontext() as draft:
+        score(args, draft)
+    check_result()
+    return 0
+
+
+def score(args: argparse.Namespace, draft: Path | None) -> None:
+    """Evaluate, print the numbers, and write the pictures into `draft` if there is one."""
+    from rich.console import Console
+
+    from tempflow.run import tuned
+    from tempflow.run.means import with_error
+
+    config, chosen = tuned.choose(args.run, args.checkpoint, args.weights, args.base)
+    prompts = tuned.prompts_of(config, args.prompts, args.count or config.eval.prompts)
+    done = tuned.score(config, chosen, prompts, num_steps=args.num_steps, keep=draft is not None)
+    which = f"iteration {chosen.iteration}, {chosen.which} weights" if chosen else "base"
+    r = done.result
+    reward = f"reward {with_error(r['reward'], r['stderr'])} on {r['scored']} of {r['prompts']} prompts ({r['failed']} failed)"
+    Console(highlight=False, stderr=True, soft_wrap=True).print(f"{which}: {reward}, {r['num_steps']} steps")
+    print(json.dumps(r, allow_nan=False), flush=True)
+    if draft:
+        done.write(draft)
+
+
+command = partial(cli.run, main)

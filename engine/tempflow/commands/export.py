@@ -1,0 +1,66 @@
+"""Write a run's model for plain diffusers: a pipeline folder, or LoRA weights."""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import Sequence
+
+from tempflow import cli
+from tempflow.run import outputs
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    from tempflow.arguments import add_checkpoint_arguments, path
+
+    parser = argparse.ArgumentParser(description="Write a diffusers pipeline folder, or LoRA weights, from a checkpoint.")
+    add_checkpoint_arguments(parser)
+    parser.add_argument("--out", type=path, required=True, help="folder to write; must not exist, or be empty")
+    parser.add_argument("--merge", action="store_true", help="of a LoRA run: a whole pipeline with the adapters merged")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the weights written")
+    return parser.parse_args(argv)
+
+
+def write_lora(chosen, policy_class, folder: Path, dtype) -> None:
+    """pytorch_lora_weights.safetensors, as `pipe.load_lora_weights(folder)` reads it."""
+    from peft import LoraConfig
+
+    from tempflow.checkpoints import load
+
+    lora = chosen.config.model.lora
+    state = {name.replace(".default.weight", ".weight"): load.cast(name, value, dtype) for name, value in chosen.weights.items()}
+    layers = sorted({name.split(".lora_")[0] for name in state})
+    settings = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=layers).to_dict()
+    policy_class.save_lora_weights(folder, transformer_lora_layers=state, transformer_lora_adapter_metadata=settings)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    cli.quiet_libraries()
+    args = parse_args(argv)
+    with outputs.new_folder(args.out, args.run) as draft:
+        written = export(args, draft)
+    print(written)
+    return 0
+
+
+def export(args: argparse.Namespace, draft: Path) -> str:
+    """Write the model into `draft`; returns what to say of it."""
+    import diffusers
+
+    from tempflow.checkpoints import load
+    from tempflow.models import check_model
+    from tempflow.models.arguments import DTYPES
+
+    chosen = load.load_tuned(args.run, args.checkpoint, args.weights)
+    if chosen.config.model.lora and not args.merge:
+        pipeline = getattr(diffusers, check_model(chosen.config.model.path))
+        write_lora(chosen, pipeline, draft, DTYPES[args.dtype])
+        kind = "LoRA weights"
+    else:
+        load.apply(chosen, load.base_policy(chosen.config, args.dtype)).pipe.to("cpu").save_pretrained(draft)
+        kind = "diffusers pipeline"
+    return f"{kind} of iteration {chosen.iteration} ({chosen.which} weights): {args.out}"
+
+
+command = partial(cli.run, main)

@@ -1,0 +1,94 @@
+"""The start of a training run: every check in order, from those of the config to those of the machine, then the training itself.
+
+What needs torch is imported after the checks that do without: a typo in a config is answered at once.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tempflow import cli
+from tempflow.config import Config, load_config
+from tempflow.data.prompts import PromptOrder, check_unchanged, digests, load_prompts
+from tempflow.errors import note
+from tempflow.profiling import Profile
+from tempflow.rewards import RewardSpec, check_asked, check_prompts, check_watched, parse_rewards
+from tempflow.run import directory
+from tempflow.run.environment import check_gpu
+from tempflow.types import Example, Size
+
+
+def checked_inputs(config: Config, *, dry: bool = False) -> tuple[list[RewardSpec], list[Example], list[Example]]:
+    """Validate everything that needs no loaded model: prompts, rewards, the checkpoint's folder, sizes.
+
+    Args:
+        config: checked.
+        dry: the checkpoint's folder may hold no more than a description of the model.
+
+    Returns the rewards, the training prompts and the held-out prompts. Raises UserError.
+    """
+    directory.check_place(config)
+    specs = parse_rewards(config.rewards)
+    train = load_prompts(config.data.train, "data.train")
+    heldout = load_prompts(config.data.heldout, "data.heldout") if config.data.heldout else []
+    check_watched(specs, evaluated=bool(heldout and config.eval.every))
+    told = []
+    for kind, prompts in ((False, train + heldout), (True, heldout)):
+        told += check_prompts(specs, [p.text for p in prompts], [p.metadata for p in prompts], watched=kind)
+    check_asked(specs, [p.metadata for p in train])
+    PromptOrder(len(train), config.data.prompts_per_iteration, config.training.seed)
+    cli.quiet_libraries()
+    from tempflow.config.deepspeed import check_deepspeed
+    from tempflow.models import check_checkpoint, check_model, check_size, check_text_length
+    from tempflow.models.lora import read_adapters
+
+    check_model(config.model.path)
+    check_text_length(config.model.path, config.model.max_sequence_length)
+    if config.model.lora and config.model.lora.start:
+        read_adapters(config.model.lora)
+    check_size(config.model.path, Size(config.rollout.height, config.rollout.width))
+    check_deepspeed(config.deepspeed)
+    check_checkpoint(config.model.path, description=dry)
+    for line in told:
+        note(line)
+    return specs, train, heldout
+
+
+def start(config: str | Path | dict, *, resume: bool = False, overrides: list[str] = (), profile: str | None = None) -> dict:
+    """Train a config to the end, or to a signal (a collective).
+
+    The handlers of SIGINT, SIGTERM and SIGHUP stay this run's: a launcher may pass a signal on a second time.
+
+    Args:
+        config: a JSON file, or a table as `load_config` takes it.
+        resume: continue the run directory from its newest checkpoint.
+        overrides: `section.key=value` texts.
+        profile: the iterations that the CUDA profiler sees, START:STOP.
+
+    Returns "run_dir" (a Path) and what summary.json holds; where a signal stopped the run, and on ranks other than 0, "run_dir"
+    alone. Raises UserError.
+    """
+    profile = Profile(profile)
+    config = load_config(config, overrides)
+    if resume:
+        directory.find_modules(directory.path_of(config))
+    specs, prompts, heldout = checked_inputs(config)
+
+    from tempflow.checkpoints.load import read_state
+    from tempflow.config.deepspeed import check_machine
+    from tempflow.estimate import check_room, disk_of
+    from tempflow.models.attention import check_attention
+    from tempflow.run.report import write_report
+    from tempflow.training.engine import dtypes
+    from tempflow.training.loop import train
+    from tempflow.training.signals import StopSignal
+
+    check_gpu()
+    check_attention(config.model.attention_backend, config.model.path, dtypes(config))
+    check_machine(config.deepspeed)
+    stop = StopSignal().install()
+    with directory.claim_run(config, resume, lambda: check_room(config, disk_of(config))) as (run_dir, resume_from):
+        if resume_from:
+            check_unchanged(read_state(resume_from).get("prompts", {}), digests(prompts, heldout[: config.eval.prompts]))
+        summary = train(config, run_dir, resume_from, prompts, heldout, specs, stop=stop, report=write_report, profile=profile)
+    return {"run_dir": run_dir, **(summary or {})}
