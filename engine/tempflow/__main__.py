@@ -10,7 +10,7 @@ from tempflow import cli
 from tempflow.errors import UserError
 from tempflow.registry import KINDS, Kind, find, options_of, summary_of
 
-EPILOG = "Training, evaluation, sampling and export are the scripts in engine/: train.py, evaluate.py, sample.py, export.py."
+EPILOG = "Training, evaluation, sampling and export: tempflow-train, tempflow-evaluate, tempflow-sample, tempflow-export."
 
 
 def components() -> str:

@@ -25,7 +25,7 @@ table = json.loads(sys.argv[1])
 handler = lambda number, frame: None
 signal.signal(signal.SIGTERM, handler)
 first = tempflow.train(table)
-second = tempflow.train(table, overrides=["logging.name=second"])
+second = tempflow.train(table, overrides=["logging.name=second", "rollout.replica=false"])
 assert signal.getsignal(signal.SIGTERM) is handler and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 assert "RANK" not in os.environ and "MASTER_PORT" not in os.environ
 result = tempflow.evaluate(first["run_dir"], count=2)
@@ -39,7 +39,7 @@ Path(sys.argv[2]).write_text(json.dumps(found, default=str))
 
 
 def test_train_evaluate_and_sample(tmp_path):
-    table = config_table(logging={"dir": str(tmp_path / "runs"), "name": "first"}, eval={"prompts": 4})
+    table = config_table(logging={"dir": str(tmp_path / "runs"), "name": "first"}, eval={"prompts": 4}, rollout={"lanes": 1})
     command = [sys.executable, "-c", CODE, json.dumps(table), str(tmp_path / "found.json")]
     done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]

@@ -146,16 +146,16 @@ def _checksum(tensors: Conditioning) -> int:
 
 # ------------------------------------------------------------------------------------------- at a run's beginning
 def open_policy(
-    config: Config, examples: list[Example], device: torch.device | str, note: Callable[[str], None] = print
+    config: Config, examples: list[Example], device: torch.device | str, note: Callable[[str], None] = print, *, denoiser: bool = True
 ) -> tuple[Policy, EmbeddingCache]:
     """The policy before training and the embeddings of `examples` and of what they are guided away from (a collective).
 
-    Without rollout.replica it has no denoiser yet: the one that is trained will be its own.
+    denoiser: False leaves it out: a run without rollout.replica sets the one that it trains.
     Raises UserError as `load_policy` does, and on every rank alike where the cache cannot be written.
     """
     m = config.model
     load = partial(load_policy, m.path, dtype=m.dtype, device=device, max_sequence_length=m.max_sequence_length,
-                   denoiser=config.rollout.replica)  # fmt: skip
+                   denoiser=denoiser)  # fmt: skip
     if config.data.embedding_cache is None:
         policy, store = load(), None
     else:

@@ -111,7 +111,7 @@ def build(
     pool = pool or RewardPool(specs, **config.reward_pool.pool())
     captures = may_capture(config, device(), note) if train else False
     chosen = [prompts[i] for i in (range(len(prompts)) if reached is None else reached)]
-    policy, embeddings = open_policy(config, chosen + heldout, device(), note)
+    policy, embeddings = open_policy(config, chosen + heldout, device(), note, denoiser=config.rollout.replica or not train)
     runtime, ema = Runtime(config, policy) if train else None, config.training.ema
     return assemble(
         config, policy, embeddings, pool, specs, prompts, heldout=heldout, runtime=runtime, threads=threads, stop=stop, note=note,
