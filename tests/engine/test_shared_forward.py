@@ -17,7 +17,7 @@ from kernel_cases import assert_close
 FP32 = 1e-5
 PLAIN = {"clip_low": 2e-3, "clip_high": 1e-3}
 GUARD = {"objective": {**PLAIN, "ratio": "guard"}}
-KL_X, KL_V = ({"penalty": {"type": "kl", "coef": 0.3, "form": form}} for form in ("x", "v"))
+KL_X, KL_V = ({"penalty": {"type": "kl", "coef": coef, "form": form}} for form, coef in (("x", 0.3), ("v", 0.03)))
 VARIANTS = {
     "plain": {}, "guard": GUARD, "uniform": {"weighting": "uniform"}, "kl-x": KL_X, "kl-v": KL_V, "guard-kl-x": GUARD | KL_X,
     "guard-kl-v": GUARD | KL_V,
