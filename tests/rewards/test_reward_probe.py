@@ -4,6 +4,7 @@ import pytest
 
 from tempflow.errors import UserError
 from tempflow.rewards import RewardPool, RewardSpec, probe
+from tempflow.types import Size
 
 REFUSED = {"column": "shape [2, 1]", "row": "shape [1, 2]", "number": "shape []", "text": "not 2 numbers", "nothing": "None",
            "short": "shape [1]", "table": "not 2 numbers", "raises": "RuntimeError: no face in the image"}  # fmt: skip
@@ -21,7 +22,7 @@ def pool():
 
 
 def run(pool, *kinds):
-    probe(pool, [spec(kind) for kind in kinds], ["a prompt"], [{}], 32, 48)
+    probe(pool, [spec(kind) for kind in kinds], ["a prompt"], [{}], Size(32, 48))
 
 
 @pytest.mark.parametrize("kind, words", REFUSED.items(), ids=REFUSED)
@@ -51,4 +52,4 @@ def test_in_this_process_a_wrong_shape_is_refused_and_an_exception_let_through()
 def test_prompts_are_those_that_the_reward_is_for():
     specs = [RewardSpec(word, 1.0, {"word": word, "value": 1.0}, "faulty_rewards:only") for word in ("a", "b", "c")]
     with RewardPool(specs, workers=0) as pool:
-        probe(pool, specs, ["of b", "of a"], [{"rewards": ["b"]}, {"rewards": ["a"]}], 8, 8)  # "c" has none, and is not asked
+        probe(pool, specs, ["of b", "of a"], [{"rewards": ["b"]}, {"rewards": ["a"]}], Size(8, 8))  # "c" has none, and is not asked
