@@ -73,8 +73,15 @@ def step(name, x, velocity, x_next, sizes=ROW):
 
 
 def latents(x, velocity, x_next):
-    return {"x": x, "velocity": velocity, "velocity_ref": velocity, "velocity_old": velocity, "grad": velocity,
-            "x_next": x_next, "counter": "i32"}
+    return {
+        "x": x,
+        "velocity": velocity,
+        "velocity_ref": velocity,
+        "velocity_old": velocity,
+        "grad": velocity,
+        "x_next": x_next,
+        "counter": "i32",
+    }
 
 
 def forward(name, mode, kl, *dtypes, sizes=ROW):
@@ -95,14 +102,20 @@ def variants():
     mixed, fp32, bf16 = ("fp32", "bf16", "fp32"), ("fp32",) * 3, ("bf16",) * 3
     return [
         Variant("normal", triton_noise.normal_kernel, triton_noise, {"key": "i64"}, {"BLOCK": triton_noise.BLOCK}),
-        step("fp32", *fp32), step("fp32, velocity bf16", *mixed), step("bf16", *bf16),
+        step("fp32", *fp32),
+        step("fp32, velocity bf16", *mixed),
+        step("bf16", *bf16),
         step("fp32, velocity bf16, 1 child", *mixed, sizes={**ROW, "children": 1}),
         step("fp32, 64 children", *fp32, sizes={**ROW, "children": 64}),
-        forward("fp32", "plain_old", "none", *fp32), forward("fp32, first update, KL x", "plain", "x", *fp32),
-        forward("velocity bf16, KL x", "plain_old", "x", *mixed), forward("bf16, KL v", "plain_old", "v", *bf16),
+        forward("fp32", "plain_old", "none", *fp32),
+        forward("fp32, first update, KL x", "plain", "x", *fp32),
+        forward("velocity bf16, KL x", "plain_old", "x", *mixed),
+        forward("bf16, KL v", "plain_old", "v", *bf16),
         forward("velocity bf16, guard, KL x", "guard_old", "x", *mixed),
-        backward("fp32", False, False, *fp32), backward("velocity bf16, KL", False, True, *mixed),
-        backward("bf16", False, False, *bf16), backward("velocity bf16, guard, KL", True, True, *mixed),
+        backward("fp32", False, False, *fp32),
+        backward("velocity bf16, KL", False, True, *mixed),
+        backward("bf16", False, False, *bf16),
+        backward("velocity bf16, guard, KL", True, True, *mixed),
     ]
 
 
@@ -117,19 +130,28 @@ def launches():
         return Variant(f"normal {name}", triton_noise.normal_kernel, triton_noise, {"key": "i64"}, {"BLOCK": triton_noise.BLOCK}, sizes)
 
     return [
-        sized(noise, **flux), sized(noise, **one), *(sized(step, *mixed, **flux, children=n) for n in (1, 6, 16)),
-        sized(step, *mixed, **one), sized(forward, "plain", "x", *mixed, **flux, children=6, rows=1),
-        sized(forward, "plain_old", "x", *mixed, **flux, children=16, rows=48), sized(forward, "plain", "x", *mixed, **one),
-        sized(backward, False, True, *mixed, **flux, children=6), sized(backward, False, True, *mixed, **one),
-    ]  # fmt: skip
+        sized(noise, **flux),
+        sized(noise, **one),
+        *(sized(step, *mixed, **flux, children=n) for n in (1, 6, 16)),
+        sized(step, *mixed, **one),
+        sized(forward, "plain", "x", *mixed, **flux, children=6, rows=1),
+        sized(forward, "plain_old", "x", *mixed, **flux, children=16, rows=48),
+        sized(forward, "plain", "x", *mixed, **one),
+        sized(backward, False, True, *mixed, **flux, children=6),
+        sized(backward, False, True, *mixed, **one),
+    ]
 
 
 def compile_for(variant, target):
     """The compiled kernel. Pointers are 16-byte aligned, as torch's are."""
-    aligned = [i for i, (name, kind) in enumerate(variant.types.items())
-               if kind.startswith("*") or kind == "i32" and variant.sizes.get(name, 1) % 16 == 0]
-    source = ASTSource(variant.kernel, signature=variant.types, constexprs=variant.constants,
-                       attrs={(i,): [["tt.divisibility", 16]] for i in aligned})
+    aligned = [
+        i
+        for i, (name, kind) in enumerate(variant.types.items())
+        if kind.startswith("*") or kind == "i32" and variant.sizes.get(name, 1) % 16 == 0
+    ]
+    source = ASTSource(
+        variant.kernel, signature=variant.types, constexprs=variant.constants, attrs={(i,): [["tt.divisibility", 16]] for i in aligned}
+    )
     options = {"num_warps": variant.module.NUM_WARPS, "enable_fp_fusion": False}
     return triton.compile(source, target=target, options=options)
 
@@ -195,6 +217,7 @@ def makes_noise(instruction):
 def noise_loop(instructions, labels):
     """Instructions of the loop that makes noise (the shortest of those with most of it). Without such a loop: all of a
     straight-line kernel, none of one with branches, where the count would mean nothing."""
+
     def body(start, end):
         return [i for i in instructions if start <= i.address <= end and i.opcode != "NOP"]
 
@@ -232,20 +255,20 @@ def inspect_cuda(variant, compiled):
     noisy = any(map(makes_noise, instructions))
     loop = noise_loop(instructions, labels) if noisy else []
     without_noise = reached_without(instructions, labels, makes_noise)
-    shapes = {name: expected_wide(compiled.asm["ttgir"], variant.module.BLOCK, threads, f"tt.{name}")
-              for name in ("load", "store")}
+    shapes = {name: expected_wide(compiled.asm["ttgir"], variant.module.BLOCK, threads, f"tt.{name}") for name in ("load", "store")}
     return {
         **{name.lower(): int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL")},
         "shared": compiled.metadata.shared,
         "local_accesses": sum(i.opcode.startswith(("LDL", "STL")) for i in instructions),
-        "wide_loads": sum(access_width(o) == 128 for o in loads), "wide_loads_expected": shapes["load"],
-        "wide_stores": sum(access_width(o) == 128 for o in stores), "wide_stores_expected": shapes["store"],
+        "wide_loads": sum(access_width(o) == 128 for o in loads),
+        "wide_loads_expected": shapes["load"],
+        "wide_stores": sum(access_width(o) == 128 for o in stores),
+        "wide_stores_expected": shapes["store"],
         "narrow_loads": sum(access_width(o) < 128 and "STRONG" not in o for o in loads),
         "narrow_stores": sum(access_width(o) < 128 for o in stores),
         "instructions": len(instructions),
         "noise_instructions_per_element": len(loop) / variant.elements_per_thread if loop else None,
-        "noise_multiplies_per_element": (
-            sum("WIDE.U32" in i.opcode for i in loop) / variant.elements_per_thread if loop else None),
+        "noise_multiplies_per_element": (sum("WIDE.U32" in i.opcode for i in loop) / variant.elements_per_thread if loop else None),
         "ode_path_without_noise": {"EXIT", "STG.E.128"} <= without_noise if noisy else None,
     }
 
@@ -275,14 +298,30 @@ def inspect_hip(compiled):
     def number(name):
         return int(re.search(rf"\.{name}:\s*(\d+)", assembly)[1])
 
-    return {"reg": number("vgpr_count"), "local": number("private_segment_fixed_size"),
-            "local_accesses": number("vgpr_spill_count"), "shared": number("group_segment_fixed_size")}
+    return {
+        "reg": number("vgpr_count"),
+        "local": number("private_segment_fixed_size"),
+        "local_accesses": number("vgpr_spill_count"),
+        "shared": number("group_segment_fixed_size"),
+    }
 
 
 def table(rows):
     """The report as a Markdown table."""
-    columns = ("kernel", "target", "reg", "local", "local_accesses", "shared", "wide_loads", "wide_stores",
-               "narrow_loads", "narrow_stores", "instructions", "noise_instructions_per_element")
+    columns = (
+        "kernel",
+        "target",
+        "reg",
+        "local",
+        "local_accesses",
+        "shared",
+        "wide_loads",
+        "wide_stores",
+        "narrow_loads",
+        "narrow_stores",
+        "instructions",
+        "noise_instructions_per_element",
+    )
     lines = ["| " + " | ".join(c.replace("_", " ") for c in columns) + " |", "|" + " --- |" * len(columns)]
     for row in rows:
         values = [row.get(c) for c in columns]

@@ -32,10 +32,20 @@ from tempflow.run.logs import read_metrics, write_atomic
 
 ROOT = Path(__file__).parent.parent
 SHORT = [
-    "data.prompts_per_iteration=2", "rollout.plan.children=2", "rollout.plan.branch_steps=[0,4,8]", "rollout.num_steps=10",
-    'rewards={"jpeg": 1.0}', "training.iterations=8", "training.minutes=null", "training.micro_batch=4", "eval.every=4",
-    "eval.prompts=8", "checkpoint.every=2", "checkpoint.keep=9", "logging.tensorboard=false",
-]  # fmt: skip
+    "data.prompts_per_iteration=2",
+    "rollout.plan.children=2",
+    "rollout.plan.branch_steps=[0,4,8]",
+    "rollout.num_steps=10",
+    'rewards={"jpeg": 1.0}',
+    "training.iterations=8",
+    "training.minutes=null",
+    "training.micro_batch=4",
+    "eval.every=4",
+    "eval.prompts=8",
+    "checkpoint.every=2",
+    "checkpoint.keep=9",
+    "logging.tensorboard=false",
+]
 FAULTS = ("kill -9 of everything", "kill -9 of one rank", "SIGTERM to the ranks", "kill -9 of a reward worker")
 TIMEOUT_S = 900
 
@@ -64,8 +74,12 @@ class Process:
         everybody = psutil.Process(self.launcher.pid).children(recursive=True)
         ranks = [p for p in everybody if "--local_rank" in " ".join(_command(p)) and "launch" not in " ".join(_command(p)[:4])]
         workers = [p for p in everybody if "tempflow.rewards.worker_main" in _command(p)]
-        victims = {FAULTS[0]: [psutil.Process(self.launcher.pid), *everybody], FAULTS[1]: ranks[-1:], FAULTS[2]: ranks,
-                   FAULTS[3]: rng.sample(workers, 1) if workers else []}[fault]  # fmt: skip
+        victims = {
+            FAULTS[0]: [psutil.Process(self.launcher.pid), *everybody],
+            FAULTS[1]: ranks[-1:],
+            FAULTS[2]: ranks,
+            FAULTS[3]: rng.sample(workers, 1) if workers else [],
+        }[fault]
         for victim in victims:
             try:
                 victim.send_signal(signal.SIGTERM if fault == FAULTS[2] else signal.SIGKILL)
@@ -146,8 +160,15 @@ def main() -> int:
         table.add_row(fault, str(sum(one["fault"] == fault for one in faults)), f"{sum(bool(broken[r]) for r in runs)} of {len(runs)}")
     Console().print(table)
     out = args.output / f"faults-{args.processes}x-zero{args.stage}-{date.today()}.json"
-    record = {"date": str(date.today()), "command": sys.argv, "device": device_name(), "versions": versions(), "faults": faults,
-              "differences": broken, "minutes": (time.monotonic() - started) / 60}  # fmt: skip
+    record = {
+        "date": str(date.today()),
+        "command": sys.argv,
+        "device": device_name(),
+        "versions": versions(),
+        "faults": faults,
+        "differences": broken,
+        "minutes": (time.monotonic() - started) / 60,
+    }
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(out, json.dumps(record, indent=1))
     print(out)

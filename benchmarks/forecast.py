@@ -28,6 +28,7 @@ def forecast(configs: list[Config], flops_per_s: float, engines: int = 1, per_ch
 
     per_child: which of them train with a forward for every child.
     """
+
     def of(config: Config):
         embedded = changed(config, data={"embedding_cache": "unused"})
         return estimate(embedded, mfu=MFU, peak_tflops=flops_per_s / 1e12)
@@ -45,8 +46,11 @@ def forecast(configs: list[Config], flops_per_s: float, engines: int = 1, per_ch
 def _each_a_state(config: Config) -> Config:
     """The config whose training forwards as many states as this one has children."""
     siblings = config.plan().children
-    return changed(config, data={"prompts_per_iteration": config.data.prompts_per_iteration * siblings},
-                   training={"micro_batch": config.training.micro_batch * siblings})  # fmt: skip
+    return changed(
+        config,
+        data={"prompts_per_iteration": config.data.prompts_per_iteration * siblings},
+        training={"micro_batch": config.training.micro_batch * siblings},
+    )
 
 
 def _resident(memory: Memory) -> int:

@@ -77,8 +77,9 @@ def run_step(step: Step, rehearse: bool, limit: float) -> dict:
     with tempfile.TemporaryDirectory(prefix=f"tempflow-gpu-{step.name}-", ignore_cleanup_errors=True) as folder:
         file, log = Path(folder) / "findings.json", Path(folder) / "log.txt"
         with open(log, "wb") as output:
-            process = subprocess.Popen(command(step, file, rehearse), cwd=ROOT, env=_environment(rehearse), stdout=output, stderr=output,
-                                       start_new_session=True)  # fmt: skip
+            process = subprocess.Popen(
+                command(step, file, rehearse), cwd=ROOT, env=_environment(rehearse), stdout=output, stderr=output, start_new_session=True
+            )
             try:
                 status = process.wait(limit)
             except subprocess.TimeoutExpired:

@@ -47,9 +47,18 @@ def inputs(shape, rows, children, dtype, device, ode):
     a, b, tau = (torch.full((rows,), value, device=device) for value in (0.92, -0.14, 0.0 if ode else 0.27))
     key = torch.randint(-(2**62), 2**62, (rows, children), device=device)
     x_next, log_prob = sde_step(x, velocity, a, b, tau, key=key, children=children)
-    return {"x": x, "velocity": velocity, "a": a, "b": b, "tau": tau, "key": key, "x_next": x_next,
-            "log_prob": log_prob, "advantage": torch.randn(rows, children, device=device),
-            "weight": torch.ones(rows, device=device)}
+    return {
+        "x": x,
+        "velocity": velocity,
+        "a": a,
+        "b": b,
+        "tau": tau,
+        "key": key,
+        "x_next": x_next,
+        "log_prob": log_prob,
+        "advantage": torch.randn(rows, children, device=device),
+        "weight": torch.ones(rows, device=device),
+    }
 
 
 def expand(scalar, like):
@@ -249,7 +258,8 @@ def table(rows):
         lines.append(
             f"| {r['op']} | {r['size']} | {r['rows']} | {r['children']} | {r['dtype']} | {r['bytes'] / 1e6:.1f} | "
             f"{t['median']:.1f} ({t['p20']:.1f} - {t['p80']:.1f}) | {r['bytes_per_second'] / 1e9:.0f} | "
-            f"{r['share_of_copy']:.0%} | {r['share_of_bound']:.0%} | {r['times_eager']:.1f} | {compiled} |")
+            f"{r['share_of_copy']:.0%} | {r['share_of_bound']:.0%} | {r['times_eager']:.1f} | {compiled} |"
+        )
     return "\n".join(lines)
 
 
@@ -296,8 +306,10 @@ def run(arguments, device, keep):
     timer = time_gpu if device.type == "cuda" else time_cpu
     implementation = "Triton kernels" if device.type == "cuda" else "PyTorch reference, no GPU: not the Triton kernels"
     report = {
-        "what": f"{implementation} on {device_name()}, {torch.get_num_threads()} threads", "date": datetime.date.today().isoformat(),
-        "torch": torch.__version__, "copy_bytes_per_second": copy_bandwidth(device, timer, arguments.repeats),
+        "what": f"{implementation} on {device_name()}, {torch.get_num_threads()} threads",
+        "date": datetime.date.today().isoformat(),
+        "torch": torch.__version__,
+        "copy_bytes_per_second": copy_bandwidth(device, timer, arguments.repeats),
         "rows": [],
     }
     print(f"{report['what']}, torch {report['torch']}, copy {report['copy_bytes_per_second'] / 1e9:.1f} GB/s\n")

@@ -28,8 +28,11 @@ from tempflow.run.logs import read_metrics, write_atomic
 ROOT = Path(__file__).parent.parent
 UNIFORM = ["training.weighting=uniform"]
 PATHS = [
-    "rollout.plan=flow_grpo", "rollout.plan.seeds=12", "training.advantage.over=prompt", "training.updates.passes=1",
-]  # fmt: skip
+    "rollout.plan=flow_grpo",
+    "rollout.plan.seeds=12",
+    "training.advantage.over=prompt",
+    "training.updates.passes=1",
+]
 VARIANTS = {
     "tempflow": [],
     "flow_grpo": [*PATHS, *UNIFORM],
@@ -73,10 +76,15 @@ def curve(run_dir: Path) -> list[dict]:
     for row in read_metrics(run_dir):
         forwards += row.get("forwards/rollout", 0) + 3 * row.get("forwards/train", 0)
         if row.get("eval/reward") is not None:
-            points.append({
-                "iteration": row["iteration"], "minutes": row.get("time/elapsed", 0.0) / 60,
-                "images": row.get("images/total", 0), "forwards": forwards, "reward": row["eval/reward"],
-            })  # fmt: skip
+            points.append(
+                {
+                    "iteration": row["iteration"],
+                    "minutes": row.get("time/elapsed", 0.0) / 60,
+                    "images": row.get("images/total", 0),
+                    "forwards": forwards,
+                    "reward": row["eval/reward"],
+                }
+            )
     return points
 
 
@@ -131,20 +139,39 @@ def draw(results: dict[str, list[dict]], file: Path, title: str) -> None:
 def result(run_dir: Path, seed: int) -> dict:
     summary = json.loads((run_dir / "summary.json").read_text())
     gain = summary["tuned_reward"] - summary["base_reward"]
-    return {"seed": seed, "base": summary["base_reward"], "tuned": summary["tuned_reward"], "gain": gain,
-            "minutes": summary["minutes"], "iterations": summary["iterations"], "device": summary["device"],
-            "versions": summary["versions"], "curve": curve(run_dir)}  # fmt: skip
+    return {
+        "seed": seed,
+        "base": summary["base_reward"],
+        "tuned": summary["tuned_reward"],
+        "gain": gain,
+        "minutes": summary["minutes"],
+        "iterations": summary["iterations"],
+        "device": summary["device"],
+        "versions": summary["versions"],
+        "curve": curve(run_dir),
+    }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--config", default="configs/tiny_ocr.json")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["tempflow", "flow_grpo"],
-                        help="what is compared; the last is what the others are measured against")  # fmt: skip
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        choices=VARIANTS,
+        default=["tempflow", "flow_grpo"],
+        help="what is compared; the last is what the others are measured against",
+    )
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
-    parser.add_argument("--set-for", nargs=2, action="append", default=[], metavar=("VARIANT", "SECTION.KEY=VALUE"),
-                        help="a setting of one variant, such as a learning rate that suits it")  # fmt: skip
+    parser.add_argument(
+        "--set-for",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("VARIANT", "SECTION.KEY=VALUE"),
+        help="a setting of one variant, such as a learning rate that suits it",
+    )
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/learning", help="folder of the runs")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results", help="folder of the report")
     args = parser.parse_args()
@@ -157,13 +184,14 @@ def main() -> int:
         for variant in args.variants:
             one = result(train(args, variant, seed), seed)
             results[variant].append(one)
-            print(f"{variant}, seed {seed}: {one['base']:.3f} -> {one['tuned']:.3f} ({one['gain']:+.3f}) in {one['minutes']:.1f} min",
-                  flush=True)  # fmt: skip
+            print(
+                f"{variant}, seed {seed}: {one['base']:.3f} -> {one['tuned']:.3f} ({one['gain']:+.3f}) in {one['minutes']:.1f} min",
+                flush=True,
+            )
     out = args.output / f"learning-{Path(args.config).stem}-{'-'.join(args.variants).replace(' ', '_')}-{date.today()}.json"
     device = results[args.variants[0]][0]["device"]
     levels = level_reached(results, args.variants[-1])
-    record = {"date": str(date.today()), "command": sys.argv, "device": device, "configs": configs, "results": results,
-              "level": levels}  # fmt: skip
+    record = {"date": str(date.today()), "command": sys.argv, "device": device, "configs": configs, "results": results, "level": levels}
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(out, json.dumps(record, indent=1))
     draw(results, out.with_suffix(".png"), f"{Path(args.config).stem}, {device}, {date.today()}")

@@ -128,15 +128,20 @@ def compare(seen: dict) -> list[dict]:
             return rank_correlation(*both)
 
         rewards = [np.concatenate([p[i].total[m] for p, m in zip(pairs, valid)]) for i in (0, 1)]
-        rows.append({
-            "option": name, "suffix": OPTIONS[name].model_dump() if OPTIONS[name] else None,
-            "forwards_ratio": exact["forwards"] / one["forwards"], "rollout_speedup": exact["rollout_s"] / one["rollout_s"],
-            "iteration_speedup": exact["total_s"] / one["total_s"], "rollout_s": one["rollout_s"],
-            "reward_mean": float(np.nanmean(np.stack([r.total for r in one["rewards"]]))),
-            "reward_rank_correlation": rank_correlation(*rewards),
-            "advantage_rank_correlation": correlate(np.ones(len(slots), dtype=bool)),
-            "by_step": {str(step): correlate(slots.step == step) for step in slots.steps()},
-        })  # fmt: skip
+        rows.append(
+            {
+                "option": name,
+                "suffix": OPTIONS[name].model_dump() if OPTIONS[name] else None,
+                "forwards_ratio": exact["forwards"] / one["forwards"],
+                "rollout_speedup": exact["rollout_s"] / one["rollout_s"],
+                "iteration_speedup": exact["total_s"] / one["total_s"],
+                "rollout_s": one["rollout_s"],
+                "reward_mean": float(np.nanmean(np.stack([r.total for r in one["rewards"]]))),
+                "reward_rank_correlation": rank_correlation(*rewards),
+                "advantage_rank_correlation": correlate(np.ones(len(slots), dtype=bool)),
+                "by_step": {str(step): correlate(slots.step == step) for step in slots.steps()},
+            }
+        )
     return rows
 
 
@@ -145,9 +150,14 @@ def show(rows: list[dict]) -> None:
     for column in ("suffix", "forwards", "rollout", "rollout + decode + reward", "reward rho", "advantage rho"):
         table.add_column(column, justify="left" if column == "suffix" else "right")
     for row in rows:
-        table.add_row(row["option"], f"{row['forwards_ratio']:.2f}x", f"{row['rollout_speedup']:.2f}x",
-                      f"{row['iteration_speedup']:.2f}x", f"{row['reward_rank_correlation']:.3f}",
-                      f"{row['advantage_rank_correlation']:.3f}")  # fmt: skip
+        table.add_row(
+            row["option"],
+            f"{row['forwards_ratio']:.2f}x",
+            f"{row['rollout_speedup']:.2f}x",
+            f"{row['iteration_speedup']:.2f}x",
+            f"{row['reward_rank_correlation']:.3f}",
+            f"{row['advantage_rank_correlation']:.3f}",
+        )
     Console().print(table)
 
 
@@ -180,8 +190,14 @@ def main() -> int:
     rows = compare(measure(config, args.iterations))
     show(rows)
     out = args.output / f"suffix-{Path(args.config).stem}-{date.today()}.json"
-    record = {"date": str(date.today()), "command": sys.argv, "device": device_name(), "versions": versions(),
-              "config": config.model_dump(), "rows": rows}  # fmt: skip
+    record = {
+        "date": str(date.today()),
+        "command": sys.argv,
+        "device": device_name(),
+        "versions": versions(),
+        "config": config.model_dump(),
+        "rows": rows,
+    }
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(out, json.dumps(record, indent=1))
     draw(rows, out.with_suffix(".png"), f"{Path(args.config).stem}, {device_name()}, {date.today()}")

@@ -49,15 +49,29 @@ from tempflow.run.logs import write_atomic
 ROOT = Path(__file__).parent.parent
 CARD = ROOT / "configs/models/flux-dev"
 SHIPPED = [
-    "data.prompts_per_iteration=2", "rollout.plan.seeds=4", "rollout.plan.children=6", "rollout.plan.branch_steps=all",
+    "data.prompts_per_iteration=2",
+    "rollout.plan.seeds=4",
+    "rollout.plan.children=6",
+    "rollout.plan.branch_steps=all",
     "rollout.suffix=null",
-    "training.penalty.coef=0.004", "training.updates.passes=1", "training.ema=null", "training.minutes=null", "eval.every=0",
-]  # fmt: skip
+    "training.penalty.coef=0.004",
+    "training.updates.passes=1",
+    "training.ema=null",
+    "training.minutes=null",
+    "eval.every=0",
+]
 LARGE = [
-    "data.prompts_per_iteration=1", "rollout.plan.seeds=1", "rollout.plan.children=6", "rollout.plan.branch_steps=[0,4,8]",
-    'rewards={"jpeg": 1.0}', "eval.every=0", "training.ema=null", "training.updates.passes=1", "rollout.micro_batch=6",
+    "data.prompts_per_iteration=1",
+    "rollout.plan.seeds=1",
+    "rollout.plan.children=6",
+    "rollout.plan.branch_steps=[0,4,8]",
+    'rewards={"jpeg": 1.0}',
+    "eval.every=0",
+    "training.ema=null",
+    "training.updates.passes=1",
+    "rollout.micro_batch=6",
     "rollout.graphs=false",
-]  # fmt: skip
+]
 QUICK = ["data.prompts_per_iteration=1", "rollout.plan.seeds=1"]
 PIPELINE_BYTES = 34e9  # of the random FLUX.1-dev pipeline on disk
 
@@ -77,8 +91,11 @@ def variants(config: Config, compiled: bool, gpu: bool) -> list[Variant]:
     """What is compared: the paper's procedure, Flow-GRPO at as many rewarded images, and the engine part by part."""
     plan, float8 = config.rollout.plan, {"suffix": Suffix(weights="float8")}
     images = plan["seeds"] * len(config.plan().steps(0)) * plan["children"]
-    flow = changed(config, rollout={"plan": {"type": "flow_grpo", "seeds": images}},
-                   training={"advantage": config.training.advantage | {"over": "prompt"}})  # fmt: skip
+    flow = changed(
+        config,
+        rollout={"plan": {"type": "flow_grpo", "seeds": images}},
+        training={"advantage": config.training.advantage | {"over": "prompt"}},
+    )
     found = [
         Variant("paper's procedure", config, Sequential),
         Variant("Flow-GRPO, as many images", flow),
@@ -87,8 +104,10 @@ def variants(config: Config, compiled: bool, gpu: bool) -> list[Variant]:
         Variant("engine, suffix every 2nd step", changed(config, rollout={"suffix": Suffix()})),
     ]
     if gpu:
-        found += [Variant("engine, CUDA graphs", changed(config, rollout={"graphs": True})),
-                  Variant("engine, suffix every 2nd step in float8", changed(config, rollout=float8))]  # fmt: skip
+        found += [
+            Variant("engine, CUDA graphs", changed(config, rollout={"graphs": True})),
+            Variant("engine, suffix every 2nd step in float8", changed(config, rollout=float8)),
+        ]
     if compiled:
         whole = compiled_config(config)
         found.append(Variant("engine, compiled", whole, compiled=True))
@@ -142,10 +161,14 @@ def measure(benches: dict[bool, Bench], wanted: list[Variant], rounds: int, keep
 def summarise(name: str, results: list[Iteration]) -> dict:
     totals = [sum(result.seconds.values()) for result in results]
     return {
-        "variant": name, "images": results[0].images, "forwards": results[0].forwards,
+        "variant": name,
+        "images": results[0].images,
+        "forwards": results[0].forwards,
         "seconds": {phase: statistics.median(result.seconds[phase] for result in results) for phase in PHASES},
-        "total_s": statistics.median(totals), "totals_s": totals, "images_per_s": results[0].images / statistics.median(totals),
-    }  # fmt: skip
+        "total_s": statistics.median(totals),
+        "totals_s": totals,
+        "images_per_s": results[0].images / statistics.median(totals),
+    }
 
 
 def add_ratios(rows: list[dict], flops: int, peaks: dict[str, float], config: Config) -> None:
@@ -171,11 +194,17 @@ def show(rows: list[dict]) -> None:
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(
-            row["variant"], f"{row['total_s']:.2f}", *(f"{row['seconds'][phase]:.2f}" for phase in PHASES),
-            f"{row['images_per_s']:.1f}", str(row["forwards"]["rollout"]), str(row["forwards"]["train"]),
-            f"{row['times_faster']:.2f}x", f"{row['train_times_faster']:.2f}x", f"{100 * row['mfu_rollout']:.0f} %",
+            row["variant"],
+            f"{row['total_s']:.2f}",
+            *(f"{row['seconds'][phase]:.2f}" for phase in PHASES),
+            f"{row['images_per_s']:.1f}",
+            str(row["forwards"]["rollout"]),
+            str(row["forwards"]["train"]),
+            f"{row['times_faster']:.2f}x",
+            f"{row['train_times_faster']:.2f}x",
+            f"{100 * row['mfu_rollout']:.0f} %",
             f"{100 * row['mfu_train']:.0f} %",
-        )  # fmt: skip
+        )
     Console(width=200).print(table)
 
 
@@ -214,8 +243,16 @@ def benchmark(name: str, config: Config, args: argparse.Namespace) -> None:
             peaks = {"rollout": matmul_peak(session.policy.dtype, session.policy.device)}
         peaks["train"] = matmul_peak(session.runtime.dtype, session.policy.device)
         flops = forward_flops(session, benches[False].order.indices(0)[0])
-        record = {"date": str(date.today()), "command": sys.argv, "device": device_name(), "threads": torch.get_num_threads(),
-                  "versions": versions(), "config": config.model_dump(), "forward_flops": flops, "matmul_flops_per_s": peaks}  # fmt: skip
+        record = {
+            "date": str(date.today()),
+            "command": sys.argv,
+            "device": device_name(),
+            "threads": torch.get_num_threads(),
+            "versions": versions(),
+            "config": config.model_dump(),
+            "forward_flops": flops,
+            "matmul_flops_per_s": peaks,
+        }
 
         def keep(rows: list[dict]) -> None:
             add_ratios(rows, flops, peaks, config)
@@ -252,12 +289,16 @@ def announce(configs: dict[str, Config], args: argparse.Namespace) -> None:
         wanted = chosen(config, args)
         found = forecast([v.config for v in wanted], speed, engines=1 + args.compile, per_child=[v.kind is not Engine for v in wanted])
         minutes = found.seconds * (args.rounds + 1) / 60
-        print(f"{name}: about {minutes:.1f} minutes for {args.rounds} rounds and one to warm up, rewards and loading not counted; "
-              f"up to {found.bytes / 1e9:.1f} GB of device memory")  # fmt: skip
+        print(
+            f"{name}: about {minutes:.1f} minutes for {args.rounds} rounds and one to warm up, rewards and loading not counted; "
+            f"up to {found.bytes / 1e9:.1f} GB of device memory"
+        )
         if gpu and found.bytes + SPARE > torch.cuda.get_device_properties(0).total_memory:
-            raise UserError(f"{name}: needs {(found.bytes + SPARE) / 1e9:.1f} GB, {device_name()} has "
-                            f"{torch.cuda.get_device_properties(0).total_memory / 1e9:.1f}; choose fewer variants (--only), leave "
-                            "--compile out, or take a smaller size (--quick, --set rollout.height)")  # fmt: skip
+            raise UserError(
+                f"{name}: needs {(found.bytes + SPARE) / 1e9:.1f} GB, {device_name()} has "
+                f"{torch.cuda.get_device_properties(0).total_memory / 1e9:.1f}; choose fewer variants (--only), leave "
+                "--compile out, or take a smaller size (--quick, --set rollout.height)"
+            )
 
 
 def large_config(size: int, args: argparse.Namespace, path: str | Path = CARD) -> Config:
@@ -272,8 +313,9 @@ def random_flux() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="tempflow-flux-") as folder:
         free = shutil.disk_usage(folder).free
         if free < PIPELINE_BYTES:
-            raise UserError(f"{folder}: {free / 1e9:.1f} GB free, the random pipeline needs {PIPELINE_BYTES / 1e9:.0f}; "
-                            "set TMPDIR to another disk")  # fmt: skip
+            raise UserError(
+                f"{folder}: {free / 1e9:.1f} GB free, the random pipeline needs {PIPELINE_BYTES / 1e9:.0f}; set TMPDIR to another disk"
+            )
         yield make_pipeline("flux-dev", Path(folder), scale=1.0, device="cuda")
         release()
 
@@ -301,8 +343,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--config", help="default: the shipped model at the paper's proportions")
     parser.add_argument("--rounds", type=int, help="iterations of every variant, after one to warm up (default 3)")
-    parser.add_argument("--quick", action="store_true",
-                        help="one round; without --config also one prompt and seed, or on a GPU 512 pixels alone")  # fmt: skip
+    parser.add_argument(
+        "--quick", action="store_true", help="one round; without --config also one prompt and seed, or on a GPU 512 pixels alone"
+    )
     parser.add_argument("--only", nargs="+", metavar="NAME", help="variants whose name contains one of these")
     parser.add_argument("--compile", action="store_true", help="also the engine with compiled blocks, on weights of its own")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results", help="folder of the report")

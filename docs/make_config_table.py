@@ -122,8 +122,16 @@ def option_schema(option) -> dict:
         return {"enum": list(typing.get_args(option.annotation))}
     if option.annotation in plain:
         return {"type": plain[option.annotation]}
-    return {"anyOf": [{"type": "array", "items": {"type": "integer"}} if each is list else {"type": plain[each]}
-                      for each in typing.get_args(option.annotation)]} if typing.get_args(option.annotation) else {}  # fmt: skip
+    return (
+        {
+            "anyOf": [
+                {"type": "array", "items": {"type": "integer"}} if each is list else {"type": plain[each]}
+                for each in typing.get_args(option.annotation)
+            ]
+        }
+        if typing.get_args(option.annotation)
+        else {}
+    )
 
 
 def component_schema(name: str) -> dict:

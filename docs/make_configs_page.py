@@ -13,16 +13,35 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 TARGET = Path(__file__).with_name("configs.md")
 
 COMMON = {
-    "rollout.plan.type": "tempflow", "rollout.num_steps": 10, "rollout.plan.seeds": 4, "rollout.plan.children": 6,
-    "rollout.plan.branch_steps": "all", "rollout.sde.type": "flow", "data.prompts_per_iteration": 12,
-    "model.lora.rank": 32, "model.lora.alpha": 64,
-    "training.updates.passes": 2, "training.advantage.type": "group", "training.advantage.over": "seed", "training.advantage.clip": 5.0,
-    "training.objective.type": "grpo", "training.objective.clip_low": 1e-4, "training.objective.clip_high": 1e-4,
-    "training.weighting": "noise", "training.penalty.type": "kl", "training.penalty.coef": 0.004, "training.penalty.form": "x",
-    "training.ema.decay": 0.9, "training.ema.every": 8, "deepspeed.optimizer.type": "AdamW", "deepspeed.optimizer.params.lr": 3e-4,
-    "deepspeed.optimizer.params.betas": [0.9, 0.999], "deepspeed.optimizer.params.eps": 1e-8,
-    "deepspeed.optimizer.params.weight_decay": 1e-4, "deepspeed.gradient_clipping": 1.0,
-}  # fmt: skip
+    "rollout.plan.type": "tempflow",
+    "rollout.num_steps": 10,
+    "rollout.plan.seeds": 4,
+    "rollout.plan.children": 6,
+    "rollout.plan.branch_steps": "all",
+    "rollout.sde.type": "flow",
+    "data.prompts_per_iteration": 12,
+    "model.lora.rank": 32,
+    "model.lora.alpha": 64,
+    "training.updates.passes": 2,
+    "training.advantage.type": "group",
+    "training.advantage.over": "seed",
+    "training.advantage.clip": 5.0,
+    "training.objective.type": "grpo",
+    "training.objective.clip_low": 1e-4,
+    "training.objective.clip_high": 1e-4,
+    "training.weighting": "noise",
+    "training.penalty.type": "kl",
+    "training.penalty.coef": 0.004,
+    "training.penalty.form": "x",
+    "training.ema.decay": 0.9,
+    "training.ema.every": 8,
+    "deepspeed.optimizer.type": "AdamW",
+    "deepspeed.optimizer.params.lr": 3e-4,
+    "deepspeed.optimizer.params.betas": [0.9, 0.999],
+    "deepspeed.optimizer.params.eps": 1e-8,
+    "deepspeed.optimizer.params.weight_decay": 1e-4,
+    "deepspeed.gradient_clipping": 1.0,
+}
 FLUX = COMMON | {"rollout.height": 1024, "rollout.width": 1024, "rollout.sde.eta": 0.9, "rollout.guidance_scale": 3.5, "eval.num_steps": 50}
 SD35 = COMMON | {"rollout.height": 512, "rollout.width": 512, "rollout.sde.eta": 0.7, "rollout.guidance_scale": 4.5, "eval.num_steps": 40}
 
@@ -37,8 +56,18 @@ SHIPPED = {  # config: (what it is for, the paper's values that it is held again
 }
 
 # What `python engine/train.py --config configs/flux_first.json --dry-run --mfu 0.3` says: tests/engine/test_dryrun.py holds it to that.
-FIRST = {"mfu": 0.3, "tflops": 297, "gb": 57.2, "forwards": 472, "tflop": 21.5, "rollout": 34.2, "decode": 0.6, "reference": 0.9,
-         "training": 5.5, "evaluation": 23.2}  # fmt: skip
+FIRST = {
+    "mfu": 0.3,
+    "tflops": 297,
+    "gb": 57.2,
+    "forwards": 472,
+    "tflop": 21.5,
+    "rollout": 34.2,
+    "decode": 0.6,
+    "reference": 0.9,
+    "training": 5.5,
+    "evaluation": 23.2,
+}
 
 WHY = {
     "model.path": "Hub ids; the small model is a folder of this repository.",
@@ -52,7 +81,7 @@ WHY = {
     "data.train": "The shipped prompts ask for a word to be written, for the OCR reward that needs no further model. Bring your own.",
     "data.heldout": "Other words than in training.",
     "data.embedding_cache": "T5-XXL or Qwen2.5-VL leaves the GPU once the prompts are embedded; the small model's encoders are in "
-                            "nobody's way.",
+    "nobody's way.",
     "data.prompts_per_iteration": "With 4 seeds these are the paper's 48 groups an iteration. Qwen-Image is four times as dear, "
     "so it has a third of them; flux_first: 4, as an hour has room for; tiny_ocr has one seed, so 8 groups, as many as two CPU "
     "cores roll out in seconds.",
@@ -124,7 +153,7 @@ WHY = {
     "one GPU, for the fp32 masters alone, and 2 on several. A CPU needs none.",
     "deepspeed.zero_optimization.overlap_comm": "Gradients travel while the backward goes on.",
     "deepspeed.zero_optimization.contiguous_gradients": "One buffer for them, no fragmentation.",
-}  # fmt: skip
+}
 
 HEAD = """# The shipped configs
 

@@ -153,9 +153,7 @@ def by_class(scores: np.ndarray, labels: np.ndarray, masks: np.ndarray, threshol
     return {name: found for name, found in objects.items() if found}
 
 
-def judge(
-    objects: dict[str, list[Found]], metadata: dict, colours_of: Callable[[str, list[Found]], list[str]]
-) -> tuple[float, list[str]]:
+def judge(objects: dict[str, list[Found]], metadata: dict, colours_of: Callable[[str, list[Found]], list[str]]) -> tuple[float, list[str]]:
     """The share of what is asked that is there, in [0, 1], and what is not, in words.
 
     Asked are, each counting alike: of an `include` its number (too few count in part), its colour (in part), its place; of
@@ -214,4 +212,4 @@ def check_metadata(entry: dict) -> None:
             raise ValueError(f"{wanted!r:.80}: the color must be one of {', '.join(COLOURS)}")
         earlier = range(min(i, len(include)))
         if "position" in wanted and wanted["position"] not in [[place, group] for place in PLACES for group in earlier]:
-            raise ValueError(f"{wanted!r:.80}: expected a position such as [\"left of\", 0], 0 being an earlier entry")
+            raise ValueError(f'{wanted!r:.80}: expected a position such as ["left of", 0], 0 being an earlier entry')

@@ -48,7 +48,10 @@ TRAIN_PROMPTS, HELDOUT_PROMPTS = 4000, 128
 
 def progress() -> Progress:
     return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
         TextColumn("{task.fields[status]}"),
     )
 
@@ -92,11 +95,21 @@ def to_uint8(pictures: torch.Tensor) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------------- VAE
 def new_vae() -> AutoencoderKL:
     return AutoencoderKL(
-        in_channels=3, out_channels=3, latent_channels=LATENT_CHANNELS, block_out_channels=(16, 32, 64),
-        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3, layers_per_block=1,
-        norm_num_groups=8, mid_block_add_attention=False, use_quant_conv=False, use_post_quant_conv=False,
-        sample_size=tiny_words.WIDTH, scaling_factor=1.0, shift_factor=0.0,
-    )  # fmt: skip
+        in_channels=3,
+        out_channels=3,
+        latent_channels=LATENT_CHANNELS,
+        block_out_channels=(16, 32, 64),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        norm_num_groups=8,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        sample_size=tiny_words.WIDTH,
+        scaling_factor=1.0,
+        shift_factor=0.0,
+    )
 
 
 def vae_loss(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
@@ -154,16 +167,36 @@ def new_tokenizers() -> tuple[CLIPTokenizer, T5TokenizerFast]:
 
 
 def new_text_encoders(clip_size: int, t5_size: int) -> tuple[CLIPTextModel, T5EncoderModel]:
-    clip = CLIPTextModel(CLIPTextConfig(
-        vocab_size=clip_size, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=32, projection_dim=64, bos_token_id=clip_size - 2, eos_token_id=clip_size - 1,
-        pad_token_id=clip_size - 1,
-    ))  # fmt: skip
-    t5 = T5EncoderModel(T5Config(
-        vocab_size=t5_size, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=6, dropout_rate=0.0,
-        relative_attention_num_buckets=32, relative_attention_max_distance=TEXT_REACH + 1,
-        feed_forward_proj="gated-gelu", pad_token_id=0, eos_token_id=1,
-    ))  # fmt: skip
+    clip = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=clip_size,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=32,
+            projection_dim=64,
+            bos_token_id=clip_size - 2,
+            eos_token_id=clip_size - 1,
+            pad_token_id=clip_size - 1,
+        )
+    )
+    t5 = T5EncoderModel(
+        T5Config(
+            vocab_size=t5_size,
+            d_model=64,
+            d_kv=16,
+            d_ff=128,
+            num_layers=2,
+            num_heads=6,
+            dropout_rate=0.0,
+            relative_attention_num_buckets=32,
+            relative_attention_max_distance=TEXT_REACH + 1,
+            feed_forward_proj="gated-gelu",
+            pad_token_id=0,
+            eos_token_id=1,
+        )
+    )
     torch.nn.init.normal_(t5.shared.weight, std=1.0)
     with torch.no_grad():  # a letter's place in its word is how far back the quote is: look there from the start
         bias = t5.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
@@ -192,10 +225,17 @@ def tokenize(pipe: dict, words: list[str], length: int) -> tuple[torch.Tensor, t
 def new_transformer() -> FluxTransformer2DModel:
     """2 double and 4 single blocks of width 128; the layers that open the residual paths start at zero."""
     model = FluxTransformer2DModel(
-        patch_size=1, in_channels=4 * LATENT_CHANNELS, num_layers=2, num_single_layers=4, attention_head_dim=32,
-        num_attention_heads=4, joint_attention_dim=64, pooled_projection_dim=64, guidance_embeds=False,
+        patch_size=1,
+        in_channels=4 * LATENT_CHANNELS,
+        num_layers=2,
+        num_single_layers=4,
+        attention_head_dim=32,
+        num_attention_heads=4,
+        joint_attention_dim=64,
+        pooled_projection_dim=64,
+        guidance_embeds=False,
         axes_dims_rope=(4, 12, 16),
-    )  # fmt: skip
+    )
     gates = [block.norm.linear for block in model.single_transformer_blocks]
     gates += [norm.linear for block in model.transformer_blocks for norm in (block.norm1, block.norm1_context)]
     for layer in (*gates, model.norm_out.linear, model.proj_out):
@@ -284,10 +324,15 @@ def velocity(parts: dict, x: torch.Tensor, sigma: torch.Tensor, ids: tuple, mask
     extra = {} if mask is None else {"attention_mask": mask.to(torch.get_autocast_dtype("cpu"))}
     with torch.autocast("cpu", dtype=torch.bfloat16):
         return parts["transformer"](
-            hidden_states=x, encoder_hidden_states=hidden, pooled_projections=pooled, timestep=sigma,
-            img_ids=image_ids(), txt_ids=torch.zeros(hidden.shape[1], 3), joint_attention_kwargs=extra,
+            hidden_states=x,
+            encoder_hidden_states=hidden,
+            pooled_projections=pooled,
+            timestep=sigma,
+            img_ids=image_ids(),
+            txt_ids=torch.zeros(hidden.shape[1], 3),
+            joint_attention_kwargs=extra,
             return_dict=False,
-        )[0].float()  # fmt: skip
+        )[0].float()
 
 
 @torch.no_grad()
@@ -388,8 +433,9 @@ def train_transformer(args, vae: AutoencoderKL, heldout: list[str], rng: np.rand
 # ------------------------------------------------------------------------------------------------------ folder
 def save_pipeline(parts: dict, vae: AutoencoderKL, out: Path) -> FluxPipeline:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=False)
-    pipe = FluxPipeline(scheduler=scheduler, vae=vae, **{k: parts[k] for k in (
-        "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "transformer")})  # fmt: skip
+    pipe = FluxPipeline(
+        scheduler=scheduler, vae=vae, **{k: parts[k] for k in ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "transformer")}
+    )
     pipe.save_pretrained(out)
     return FluxPipeline.from_pretrained(out)
 
@@ -402,8 +448,17 @@ def check_pipeline(pipe: FluxPipeline, heldout: list[str]) -> dict:
         pictures = []
         for first in range(0, len(heldout), 32):
             prompts = [tiny_words.prompt_of(word) for word in heldout[first : first + 32]]
-            pictures.append(pipe(prompts, height=32, width=96, num_inference_steps=steps, max_sequence_length=length,
-                                 generator=torch.Generator().manual_seed(first), output_type="np").images)  # fmt: skip
+            pictures.append(
+                pipe(
+                    prompts,
+                    height=32,
+                    width=96,
+                    num_inference_steps=steps,
+                    max_sequence_length=length,
+                    generator=torch.Generator().manual_seed(first),
+                    output_type="np",
+                ).images
+            )
         pictures = (np.concatenate(pictures) * 255).round().astype(np.uint8)
         seen[f"ocr_{steps}_steps_{length}_tokens"] = round(spelling(pictures, heldout), 4)
     return seen
@@ -419,7 +474,7 @@ def write_card(out: Path, facts: dict) -> None:
         "```python\nfrom diffusers import FluxPipeline\n"
         "pipe = FluxPipeline.from_pretrained('engine/tempflow/assets/tiny-flux')\n"
         "pipe('the word \"HELLO\"', height=32, width=96).images[0]\n```\n\n"
-        "It knows one prompt form, `the word \"XXXXX\"`, with 3 to 5 capital letters, at 32 x 96 pixels; other prompts "
+        'It knows one prompt form, `the word "XXXXX"`, with 3 to 5 capital letters, at 32 x 96 pixels; other prompts '
         "and sizes give nothing of use. It ignores padding of the text: `max_sequence_length=20` is several times faster than "
         "diffusers' default of 512 and spells as well.\n\n## Numbers seen when it was built\n| what | value |\n|---|---|\n" + rows
     )
@@ -461,11 +516,17 @@ def main() -> None:
     pipe = save_pipeline(parts, vae, args.out)
     models = [pipe.vae, pipe.transformer, pipe.text_encoder, pipe.text_encoder_2]
     size = sum(p.numel() for model in models for p in model.parameters()) / 1e6
-    write_card(args.out, {
-        "parameters (M)": round(size, 2), **{k: round(v, 4) for k, v in facts["seen"].items()},
-        "transformer steps": checks[-1]["step"], **check_pipeline(pipe, heldout),
-        "minutes on this many threads": f"{(time.time() - started) / 60:.0f} on {args.threads}", "seed": args.seed,
-    })  # fmt: skip
+    write_card(
+        args.out,
+        {
+            "parameters (M)": round(size, 2),
+            **{k: round(v, 4) for k, v in facts["seen"].items()},
+            "transformer steps": checks[-1]["step"],
+            **check_pipeline(pipe, heldout),
+            "minutes on this many threads": f"{(time.time() - started) / 60:.0f} on {args.threads}",
+            "seed": args.seed,
+        },
+    )
     (args.work / "checks.json").write_text(json.dumps(checks))
     print((args.out / "README.md").read_text())
 

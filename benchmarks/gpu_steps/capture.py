@@ -67,8 +67,12 @@ def _afterwards(x: torch.Tensor) -> dict[str, Callable]:
             x + 1
 
     square = x.view(32, 32)
-    return {"synchronize": torch.cuda.synchronize, "a matrix product": lambda: square @ square,
-            "empty_cache": torch.cuda.empty_cache, "another capture": again}  # fmt: skip
+    return {
+        "synchronize": torch.cuda.synchronize,
+        "a matrix product": lambda: square @ square,
+        "empty_cache": torch.cuda.empty_cache,
+        "another capture": again,
+    }
 
 
 def _tried(action: Callable) -> str:

@@ -19,8 +19,13 @@ PROPERTIES = ("total_memory", "multi_processor_count", "L2_cache_size", "clock_r
 
 def facts(context: Context) -> None:
     """What is read first, because everything else depends on it."""
-    found = {"card": device_name(), "versions": versions() | {"cuda": torch.version.cuda, "hip": torch.version.hip}, "cpus": os.cpu_count(),
-             "kernels_package": _origin("kernels"), "builds_triton_launchers": _builds()}  # fmt: skip
+    found = {
+        "card": device_name(),
+        "versions": versions() | {"cuda": torch.version.cuda, "hip": torch.version.hip},
+        "cpus": os.cpu_count(),
+        "kernels_package": _origin("kernels"),
+        "builds_triton_launchers": _builds(),
+    }
     context.note(**found, headline=f"{found['card']}, torch {torch.__version__}")
     if context.device.type == "cuda":
         context.note(**_card())
@@ -32,15 +37,21 @@ def facts(context: Context) -> None:
 def _card() -> dict:
     """Of the properties those that the benchmarks read, "missing" where CUDA has taken them away."""
     given = torch.cuda.get_device_properties(0)
-    return {"driver": nvidia_driver(), "gpus": torch.cuda.device_count(), "capability": torch.cuda.get_device_capability(),
-            "properties": {name: getattr(given, name, "missing") for name in PROPERTIES},
-            "free_and_total": torch.cuda.mem_get_info()}  # fmt: skip
+    return {
+        "driver": nvidia_driver(),
+        "gpus": torch.cuda.device_count(),
+        "capability": torch.cuda.get_device_capability(),
+        "properties": {name: getattr(given, name, "missing") for name in PROPERTIES},
+        "free_and_total": torch.cuda.mem_get_info(),
+    }
 
 
 def _builds() -> dict[str, bool]:
     """What Triton's launcher needs at run time."""
-    return {"compiler": any(shutil.which(name) for name in ("cc", "gcc", "clang")),
-            "python_headers": Path(sysconfig.get_paths()["include"], "Python.h").exists()}  # fmt: skip
+    return {
+        "compiler": any(shutil.which(name) for name in ("cc", "gcc", "clang")),
+        "python_headers": Path(sysconfig.get_paths()["include"], "Python.h").exists(),
+    }
 
 
 def _origin(name: str) -> str | None:

@@ -34,8 +34,15 @@ def forwards(context: Context) -> None:
         exact = velocity.float() if exact is None else exact
         seconds = context.seconds(lambda: function(**inputs))
         distance = ((velocity.float() - exact).norm() / exact.norm()).item()
-        rows.append({"forward of 4 rows": way, "s": seconds, "MFU": flops * ROWS / seconds / peak,
-                     "GB on top": None if held is None else held / 1e9, "relative distance": distance})  # fmt: skip
+        rows.append(
+            {
+                "forward of 4 rows": way,
+                "s": seconds,
+                "MFU": flops * ROWS / seconds / peak,
+                "GB on top": None if held is None else held / 1e9,
+                "relative distance": distance,
+            }
+        )
         context.note(table=rows, flops_a_row=flops, matmul_flops_per_s=peak, weights_bytes=engine.weights, headline=_headline(rows))
 
     with torch.no_grad():
@@ -71,8 +78,15 @@ def _graphed(context: Context, function):
 
     def run(**inputs):
         out = cache(function, inputs)
-        context.note(graphs={"captures": cache.captures, "replays": cache.replays, "bytes": cache.nbytes, "notes": notes,
-                             "stand-in": context.rehearse})  # fmt: skip
+        context.note(
+            graphs={
+                "captures": cache.captures,
+                "replays": cache.replays,
+                "bytes": cache.nbytes,
+                "notes": notes,
+                "stand-in": context.rehearse,
+            }
+        )
         if notes:
             raise AssertionError(f"not replayed: {notes[0]}")
         return out

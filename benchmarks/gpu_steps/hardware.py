@@ -32,8 +32,10 @@ def upgraded(entries: list[dict], proved: dict[str, str], card: str, date: str) 
         raise KeyError(f"no entry in hardware.json: {', '.join(sorted(unknown))}")
     return [
         entry | {"status": "hardware", "evidence": f"gpu.py: {proved[entry['path']]}", "card": card, "date": date}
-        if entry["path"] in proved else entry for entry in entries
-    ]  # fmt: skip
+        if entry["path"] in proved
+        else entry
+        for entry in entries
+    ]
 
 
 def write(entries: list[dict]) -> None:

@@ -28,8 +28,9 @@ def kernel_speed(context: Context) -> None:
         best = max(rows, key=lambda row: row["share_of_bound"])
         microseconds = [{"us": 1e6 * row["seconds"]["median"], "GB/s": row["bytes_per_second"] / 1e9} for row in rows]
         headline = f"{len(rows)} cases agree with PyTorch; best {best['op']}: {best['share_of_bound']:.0%} of its bound"
-        context.note(report=report, headline=headline,
-                     table=[{key: row[key] for key in SHOWN} | speed for row, speed in zip(rows, microseconds)])  # fmt: skip
+        context.note(
+            report=report, headline=headline, table=[{key: row[key] for key in SHOWN} | speed for row, speed in zip(rows, microseconds)]
+        )
 
     benchmark.run(benchmark.parse_arguments(not context.rehearse, TINY if context.rehearse else CASES), context.device, keep)
     context.prove("sde_step", "group_loss", "normal")

@@ -47,13 +47,30 @@ def _narrow(file: Path) -> None:
 def card_config(card: str, folder: Path, rehearse: bool, *settings: str) -> Config:
     """The shipped config of a card on a folder: one unit, the JPEG reward in this process, no second copy of the transformer."""
     own = [
-        f"model.path={folder}", "data.prompts_per_iteration=1", "rollout.plan.seeds=1", "rollout.plan.branch_steps=[0,4,8]",
-        "rollout.replica=false", "rollout.graphs=false", "rollout.suffix=null", 'rewards={"jpeg": 1.0}', "reward_pool.workers=0",
-        "training.updates.passes=1", "training.ema=null", "eval.every=0",
-    ]  # fmt: skip
+        f"model.path={folder}",
+        "data.prompts_per_iteration=1",
+        "rollout.plan.seeds=1",
+        "rollout.plan.branch_steps=[0,4,8]",
+        "rollout.replica=false",
+        "rollout.graphs=false",
+        "rollout.suffix=null",
+        'rewards={"jpeg": 1.0}',
+        "reward_pool.workers=0",
+        "training.updates.passes=1",
+        "training.ema=null",
+        "eval.every=0",
+    ]
     if rehearse:
-        own += [f"rollout.height={PIXELS}", f"rollout.width={PIXELS}", f"model.max_sequence_length={TOKENS}", "rollout.plan.children=2",
-                "rollout.plan.branch_steps=[0,2]", "rollout.num_steps=4", "model.dtype=float32", "deepspeed.bf16={}"]  # fmt: skip
+        own += [
+            f"rollout.height={PIXELS}",
+            f"rollout.width={PIXELS}",
+            f"model.max_sequence_length={TOKENS}",
+            "rollout.plan.children=2",
+            "rollout.plan.branch_steps=[0,2]",
+            "rollout.num_steps=4",
+            "model.dtype=float32",
+            "deepspeed.bf16={}",
+        ]
     config = load_config(ROOT / f"configs/{CONFIGS[card]}.json", [*own, *settings])
     return changed(config, data={"embedding_cache": None})
 

@@ -13,14 +13,20 @@ from gpu_steps.context import ROOT, Context, Skipped
 KERNELS, RUNS = "tests/kernels", "tests/engine/test_gpu_runs.py"
 REPLAYED = ["rollout", "decoding", "evaluation", "weight sync", "weight average", "LoRA", "ZeRO-1", "CUDA graphs"]
 SHOWN = {  # start of "module::test" -> the paths that such tests show, where some passed and none failed
-    "test_noise": ["normal"], "test_sde_step": ["sde_step"], "test_group_loss": ["group_loss"], "test_graphs": ["CUDA graphs"],
-    "test_float8": ["float8 suffix"], "test_reward_models": ["reward models on the GPU"],
+    "test_noise": ["normal"],
+    "test_sde_step": ["sde_step"],
+    "test_group_loss": ["group_loss"],
+    "test_graphs": ["CUDA graphs"],
+    "test_float8": ["float8 suffix"],
+    "test_reward_models": ["reward models on the GPU"],
     "test_gpu_families::test_graphs_on_the_gpu[flux": ["FLUX.1", "CUDA graphs"],
     "test_gpu_families::test_graphs_on_the_gpu[sd3": ["Stable Diffusion 3.5", "CUDA graphs"],
     "test_gpu_families::test_graphs_on_the_gpu[qwen": ["Qwen-Image", "CUDA graphs"],
-    "test_gpu_runs::test_lora": [*REPLAYED, "checkpoint and resume"], "test_gpu_runs::test_float8": [*REPLAYED, "float8 suffix"],
-    "test_gpu_runs::test_full": ["full fine-tuning", "ZeRO-3", "checkpoint and resume"], "test_gpu_runs::test_two_gpus": ["several GPUs"],
-}  # fmt: skip
+    "test_gpu_runs::test_lora": [*REPLAYED, "checkpoint and resume"],
+    "test_gpu_runs::test_float8": [*REPLAYED, "float8 suffix"],
+    "test_gpu_runs::test_full": ["full fine-tuning", "ZeRO-3", "checkpoint and resume"],
+    "test_gpu_runs::test_two_gpus": ["several GPUs"],
+}
 
 
 @dataclass(frozen=True)
@@ -58,8 +64,11 @@ def _run(context: Context, chosen: list[str]) -> None:
         raise AssertionError(f"pytest ended with status {done.returncode} before it wrote its results")
     found = outcomes(file)
     counts = {status: sum(one.status == status for one in found) for status in ("passed", "failed", "skipped")}
-    context.note(**counts, tests=[one.__dict__ for one in found if one.status != "skipped" or one.message],
-                 headline=", ".join(f"{n} {status}" for status, n in counts.items()))  # fmt: skip
+    context.note(
+        **counts,
+        tests=[one.__dict__ for one in found if one.status != "skipped" or one.message],
+        headline=", ".join(f"{n} {status}" for status, n in counts.items()),
+    )
     context.prove(*shown(found))
     failed = [one for one in found if one.status == "failed"]
     if failed:

@@ -66,5 +66,11 @@ def busy_and_gaps(events: list[dict]) -> dict:
     for event in events:
         taken[event["name"]] += event["dur"]
     top = [{"name": name[:100], "s": total / 1e6} for name, total in taken.most_common(TOP)]
-    return {"kernels": len(events), "s": whole / 1e6, "busy": 1 - sum(gaps) / max(whole, 1e-9),
-            "gaps over 20 us": sum(gap > 20 for gap in gaps), "largest gap, ms": max(gaps, default=0.0) / 1e3, "top": top}  # fmt: skip
+    return {
+        "kernels": len(events),
+        "s": whole / 1e6,
+        "busy": 1 - sum(gaps) / max(whole, 1e-9),
+        "gaps over 20 us": sum(gap > 20 for gap in gaps),
+        "largest gap, ms": max(gaps, default=0.0) / 1e3,
+        "top": top,
+    }

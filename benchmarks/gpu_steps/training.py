@@ -27,10 +27,22 @@ def training(context: Context) -> None:
         context.synchronize()
         seconds = time.perf_counter() - started
         forwards = result if isinstance(result, int) else result[0].stats.forwards
-        rows.append({"what": what, "rows": forwards, "s": seconds, "MFU": flops * passes * forwards / seconds / peak,
-                     "GB on top": None if held is None else held / 1e9})  # fmt: skip
-        context.note(table=rows, flops_a_row=flops, matmul_flops_per_s=peak, weights_bytes=engine.weights,
-                     headline="; ".join(f"{row['what']} {row['s']:.3g} s, {row['MFU']:.0%}" for row in rows))  # fmt: skip
+        rows.append(
+            {
+                "what": what,
+                "rows": forwards,
+                "s": seconds,
+                "MFU": flops * passes * forwards / seconds / peak,
+                "GB on top": None if held is None else held / 1e9,
+            }
+        )
+        context.note(
+            table=rows,
+            flops_a_row=flops,
+            matmul_flops_per_s=peak,
+            weights_bytes=engine.weights,
+            headline="; ".join(f"{row['what']} {row['s']:.3g} s, {row['MFU']:.0%}" for row in rows),
+        )
         return result
 
     data, scored = measure("rollout of a unit", lambda: roll_out_and_score(session, engine.order.indices(0), 0), 1)

@@ -41,9 +41,15 @@ def train(config: str | Path | dict, *, resume: bool = False, overrides: Sequenc
 
 
 def evaluate(
-    run: str | Path, *, checkpoint: int | str | None = None, weights: str = "ema", base: bool = False,
-    prompts: str | Path | None = None, count: int | None = None, num_steps: int | None = None,
-) -> dict:  # fmt: skip
+    run: str | Path,
+    *,
+    checkpoint: int | str | None = None,
+    weights: str = "ema",
+    base: bool = False,
+    prompts: str | Path | None = None,
+    count: int | None = None,
+    num_steps: int | None = None,
+) -> dict:
     """Score a run's model on held-out prompts, from fixed noise.
 
     Args:
@@ -69,9 +75,15 @@ def evaluate(
 
 
 def sample(
-    run: str | Path, prompts: Sequence[str], *, checkpoint: int | str | None = None, weights: str = "ema", base: bool = False,
-    num_steps: int | None = None, seed: int = 0,
-) -> np.ndarray:  # fmt: skip
+    run: str | Path,
+    prompts: Sequence[str],
+    *,
+    checkpoint: int | str | None = None,
+    weights: str = "ema",
+    base: bool = False,
+    num_steps: int | None = None,
+    seed: int = 0,
+) -> np.ndarray:
     """Draw prompts with a run's model.
 
     Args:

@@ -51,8 +51,12 @@ def checkpoint(text: str) -> int | str:
 def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that choose a checkpoint: --run, --checkpoint, --weights."""
     parser.add_argument("--run", type=path, required=True, help="run directory")
-    parser.add_argument("--checkpoint", type=checkpoint, metavar="N|best",
-                        help="an iteration, or the best as checkpoint.keep_best says (default: the newest whole one)")  # fmt: skip
+    parser.add_argument(
+        "--checkpoint",
+        type=checkpoint,
+        metavar="N|best",
+        help="an iteration, or the best as checkpoint.keep_best says (default: the newest whole one)",
+    )
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="the average where the run keeps one")
 
 

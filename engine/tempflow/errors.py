@@ -47,8 +47,12 @@ def shortened(text: str, most: int) -> str:
 
 def check_range(name: str, value: float, *, least=None, above=None, most=None, below=None) -> None:
     """UserError, which begins with the option's name, for a number outside its range. least, most: included; above, below: not."""
-    said = [(least, "at least", lambda v, b: v >= b), (above, "above", lambda v, b: v > b),
-            (most, "at most", lambda v, b: v <= b), (below, "below", lambda v, b: v < b)]  # fmt: skip
+    said = [
+        (least, "at least", lambda v, b: v >= b),
+        (above, "above", lambda v, b: v > b),
+        (most, "at most", lambda v, b: v <= b),
+        (below, "below", lambda v, b: v < b),
+    ]
     bounds = [(bound, words, holds) for bound, words, holds in said if bound is not None]
     if not all(holds(value, bound) for bound, _, holds in bounds):
         raise UserError(f"{name}: expected a number {' and '.join(f'{words} {bound}' for bound, words, _ in bounds)}, got {shown(value)}")

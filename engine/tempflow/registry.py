@@ -36,46 +36,81 @@ class Kind:
 
 
 KINDS = {
-    "plan": Kind("rollout.plan", "tempflow.sampling.plans.base:Plan", "tempflow", {
-        "branch_grpo": "tempflow.sampling.plans.branch_grpo:BranchGrpo",
-        "flow_grpo": "tempflow.sampling.plans.flow_grpo:FlowGrpo",
-        "mix_grpo": "tempflow.sampling.plans.mix_grpo:MixGrpo",
-        "tempflow": "tempflow.sampling.plans.tempflow:TempFlow",
-    }),
-    "sde": Kind("rollout.sde", "tempflow.sampling.steps:Sde", "flow", {
-        "cps": "tempflow.sampling.steps:Cps",
-        "dance": "tempflow.sampling.steps:Dance",
-        "flow": "tempflow.sampling.steps:Flow",
-    }),
-    "advantage": Kind("training.advantage", "tempflow.advantages.base:Advantage", "group", {
-        "gdpo": "tempflow.advantages.gdpo:Gdpo",
-        "group": "tempflow.advantages.group:Group",
-    }),
-    "objective": Kind("training.objective", "tempflow.objectives.base:Objective", "grpo", {
-        "grpo": "tempflow.objectives.grpo:Grpo",
-        "nft": "tempflow.objectives.nft:Nft",
-    }),
-    "penalty": Kind("training.penalty", "tempflow.penalties:Penalty", "kl", {
-        "kl": "tempflow.penalties:Kl",
-    }),
-    "reward": Kind("rewards", "tempflow.rewards.base:Reward", "", {
-        "aesthetic": "tempflow.rewards.neural.clip:Aesthetic",
-        "clipscore": "tempflow.rewards.neural.clip:ClipScore",
-        "hpsv2": "tempflow.rewards.neural.clip:HpsV2",
-        "hpsv3": "tempflow.rewards.neural.hpsv3:HpsV3",
-        "http": "tempflow.rewards.http.client:HttpReward",
-        "imagereward": "tempflow.rewards.neural.imagereward:ImageReward",
-        "jpeg": "tempflow.rewards.jpeg:JpegReward",
-        "ocr": "tempflow.rewards.ocr:OcrReward",
-        "pickscore": "tempflow.rewards.neural.clip:PickScore",
-        "vlm_judge": "tempflow.rewards.vlm_judge:VlmJudge",
-    }),
-    "policy": Kind("model.path", "tempflow.models.base:Policy", "", {  # by the pipeline class of the checkpoint
-        "FluxPipeline": "tempflow.models.flux:FluxPolicy",
-        "QwenImagePipeline": "tempflow.models.qwen_image:QwenImagePolicy",
-        "StableDiffusion3Pipeline": "tempflow.models.sd3:SD3Policy",
-    }),
-}  # fmt: skip
+    "plan": Kind(
+        "rollout.plan",
+        "tempflow.sampling.plans.base:Plan",
+        "tempflow",
+        {
+            "branch_grpo": "tempflow.sampling.plans.branch_grpo:BranchGrpo",
+            "flow_grpo": "tempflow.sampling.plans.flow_grpo:FlowGrpo",
+            "mix_grpo": "tempflow.sampling.plans.mix_grpo:MixGrpo",
+            "tempflow": "tempflow.sampling.plans.tempflow:TempFlow",
+        },
+    ),
+    "sde": Kind(
+        "rollout.sde",
+        "tempflow.sampling.steps:Sde",
+        "flow",
+        {
+            "cps": "tempflow.sampling.steps:Cps",
+            "dance": "tempflow.sampling.steps:Dance",
+            "flow": "tempflow.sampling.steps:Flow",
+        },
+    ),
+    "advantage": Kind(
+        "training.advantage",
+        "tempflow.advantages.base:Advantage",
+        "group",
+        {
+            "gdpo": "tempflow.advantages.gdpo:Gdpo",
+            "group": "tempflow.advantages.group:Group",
+        },
+    ),
+    "objective": Kind(
+        "training.objective",
+        "tempflow.objectives.base:Objective",
+        "grpo",
+        {
+            "grpo": "tempflow.objectives.grpo:Grpo",
+            "nft": "tempflow.objectives.nft:Nft",
+        },
+    ),
+    "penalty": Kind(
+        "training.penalty",
+        "tempflow.penalties:Penalty",
+        "kl",
+        {
+            "kl": "tempflow.penalties:Kl",
+        },
+    ),
+    "reward": Kind(
+        "rewards",
+        "tempflow.rewards.base:Reward",
+        "",
+        {
+            "aesthetic": "tempflow.rewards.neural.clip:Aesthetic",
+            "clipscore": "tempflow.rewards.neural.clip:ClipScore",
+            "hpsv2": "tempflow.rewards.neural.clip:HpsV2",
+            "hpsv3": "tempflow.rewards.neural.hpsv3:HpsV3",
+            "http": "tempflow.rewards.http.client:HttpReward",
+            "imagereward": "tempflow.rewards.neural.imagereward:ImageReward",
+            "jpeg": "tempflow.rewards.jpeg:JpegReward",
+            "ocr": "tempflow.rewards.ocr:OcrReward",
+            "pickscore": "tempflow.rewards.neural.clip:PickScore",
+            "vlm_judge": "tempflow.rewards.vlm_judge:VlmJudge",
+        },
+    ),
+    "policy": Kind(
+        "model.path",
+        "tempflow.models.base:Policy",
+        "",
+        {  # by the pipeline class of the checkpoint
+            "FluxPipeline": "tempflow.models.flux:FluxPolicy",
+            "QwenImagePipeline": "tempflow.models.qwen_image:QwenImagePolicy",
+            "StableDiffusion3Pipeline": "tempflow.models.sd3:SD3Policy",
+        },
+    ),
+}
 IN_CONFIG = {kind.key: name for name, kind in KINDS.items() if kind.default}  # keys whose value is one component
 
 _TYPES = {

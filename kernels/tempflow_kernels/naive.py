@@ -151,8 +151,24 @@ def kl_divergence(v, v_ref, b, tau, kl_form):
     return torch.where(factor == 0, 0.0, factor * tree_mean((v - v_ref) ** 2)), factor
 
 
-def group_loss_forward(velocity, x, x_next, a, b, tau, log_prob_old, advantage, weight, clip_low, clip_high,
-                       velocity_ref, kl_coef, kl_form, ratio, velocity_old):
+def group_loss_forward(
+    velocity,
+    x,
+    x_next,
+    a,
+    b,
+    tau,
+    log_prob_old,
+    advantage,
+    weight,
+    clip_low,
+    clip_high,
+    velocity_ref,
+    kl_coef,
+    kl_form,
+    ratio,
+    velocity_old,
+):
     """The loss (shapes as in `ops.group_loss`) and what its gradient needs.
 
     Returns loss [], ratio [N, B], log_prob [N, B], scalars [3] = (kl, clip_fraction, approx_kl), and the coefficients

@@ -36,8 +36,17 @@ def normal(key: Tensor, numel: int) -> Tensor:
     return torch.ops.tempflow.normal(key, numel)
 
 
-def sde_step(x: Tensor, velocity: Tensor, a: Tensor, b: Tensor, tau: Tensor, *, key: Tensor, children: int = 1,
-             out_dtype: Optional[torch.dtype] = None) -> tuple[Tensor, Tensor]:
+def sde_step(
+    x: Tensor,
+    velocity: Tensor,
+    a: Tensor,
+    b: Tensor,
+    tau: Tensor,
+    *,
+    key: Tensor,
+    children: int = 1,
+    out_dtype: Optional[torch.dtype] = None,
+) -> tuple[Tensor, Tensor]:
     """One step of a batch of rows, SDE or ODE, with B children each: x' = a x + b v + tau eps (README, "The step").
 
     x, velocity: [N, ...] of bf16, fp16 or fp32, each its own. a, b, tau: fp32 [N]; tau = 0 is an ODE step, which costs
@@ -56,10 +65,25 @@ def sde_step(x: Tensor, velocity: Tensor, a: Tensor, b: Tensor, tau: Tensor, *, 
     return torch.ops.tempflow.sde_step(x, velocity, a, b, tau, key, out_dtype)
 
 
-def group_loss(velocity: Tensor, x: Tensor, x_next: Tensor, a: Tensor, b: Tensor, tau: Tensor,
-               log_prob_old: Optional[Tensor], advantage: Tensor, weight: Tensor, *, clip_low: float, clip_high: float,
-               velocity_ref: Optional[Tensor] = None, kl_coef: float = 0.0, kl_form: str = "x", ratio: str = "plain",
-               velocity_old: Optional[Tensor] = None) -> tuple[Tensor, GroupStats]:
+def group_loss(
+    velocity: Tensor,
+    x: Tensor,
+    x_next: Tensor,
+    a: Tensor,
+    b: Tensor,
+    tau: Tensor,
+    log_prob_old: Optional[Tensor],
+    advantage: Tensor,
+    weight: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    velocity_ref: Optional[Tensor] = None,
+    kl_coef: float = 0.0,
+    kl_form: str = "x",
+    ratio: str = "plain",
+    velocity_old: Optional[Tensor] = None,
+) -> tuple[Tensor, GroupStats]:
     """The clipped policy loss of N groups of B children that share a state and a velocity (README, "The loss").
 
         loss = mean_n [ w_n mean_i max(-A_ni r_ni, -A_ni clip(r_ni, 1 - clip_low, 1 + clip_high)) + kl_coef KL_n ]
@@ -90,8 +114,23 @@ def group_loss(velocity: Tensor, x: Tensor, x_next: Tensor, a: Tensor, b: Tensor
     check_tensor("advantage", advantage, (x.shape[0], children), (torch.float32,), x.device)
     check_loss_options(clip_low, clip_high, velocity_ref, kl_coef, kl_form, ratio, log_prob_old, velocity_old)
     loss, ratio_value, log_prob, scalars, _, _ = torch.ops.tempflow.group_loss(
-        velocity, x, x_next, a, b, tau, log_prob_old, advantage, weight, clip_low, clip_high, velocity_ref, kl_coef,
-        kl_form, ratio, velocity_old)
+        velocity,
+        x,
+        x_next,
+        a,
+        b,
+        tau,
+        log_prob_old,
+        advantage,
+        weight,
+        clip_low,
+        clip_high,
+        velocity_ref,
+        kl_coef,
+        kl_form,
+        ratio,
+        velocity_old,
+    )
     kl, clip_fraction, approx_kl = scalars.detach().unbind()
     return loss, GroupStats(ratio_value.detach(), log_prob.detach(), kl, clip_fraction, approx_kl)
 
@@ -125,8 +164,9 @@ def normal_fake(key, numel):
 
 
 @torch.library.custom_op("tempflow::sde_step", mutates_args=())
-def sde_step_op(x: Tensor, velocity: Tensor, a: Tensor, b: Tensor, tau: Tensor, key: Tensor,
-                out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def sde_step_op(
+    x: Tensor, velocity: Tensor, a: Tensor, b: Tensor, tau: Tensor, key: Tensor, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     if use_triton(x.device):
         from .triton_sde_step import sde_step as step
     else:
@@ -141,31 +181,85 @@ def sde_step_fake(x, velocity, a, b, tau, key, out_dtype):
 
 
 @torch.library.custom_op("tempflow::group_loss", mutates_args=())
-def group_loss_op(velocity: Tensor, x: Tensor, x_next: Tensor, a: Tensor, b: Tensor, tau: Tensor,
-                  log_prob_old: Optional[Tensor], advantage: Tensor, weight: Tensor, clip_low: float, clip_high: float,
-                  velocity_ref: Optional[Tensor], kl_coef: float, kl_form: str, ratio: str,
-                  velocity_old: Optional[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def group_loss_op(
+    velocity: Tensor,
+    x: Tensor,
+    x_next: Tensor,
+    a: Tensor,
+    b: Tensor,
+    tau: Tensor,
+    log_prob_old: Optional[Tensor],
+    advantage: Tensor,
+    weight: Tensor,
+    clip_low: float,
+    clip_high: float,
+    velocity_ref: Optional[Tensor],
+    kl_coef: float,
+    kl_form: str,
+    ratio: str,
+    velocity_old: Optional[Tensor],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     if use_triton(x.device):
         from .triton_group_loss import forward
     else:
         forward = naive.group_loss_forward
     with torch.cuda.device_of(x):
-        return forward(velocity, x, x_next, a, b, tau, log_prob_old, advantage, weight, clip_low, clip_high,
-                       velocity_ref, kl_coef, kl_form, ratio, velocity_old)
+        return forward(
+            velocity,
+            x,
+            x_next,
+            a,
+            b,
+            tau,
+            log_prob_old,
+            advantage,
+            weight,
+            clip_low,
+            clip_high,
+            velocity_ref,
+            kl_coef,
+            kl_form,
+            ratio,
+            velocity_old,
+        )
 
 
 @group_loss_op.register_fake
-def group_loss_fake(velocity, x, x_next, a, b, tau, log_prob_old, advantage, weight, clip_low, clip_high, velocity_ref,
-                    kl_coef, kl_form, ratio, velocity_old):
+def group_loss_fake(
+    velocity,
+    x,
+    x_next,
+    a,
+    b,
+    tau,
+    log_prob_old,
+    advantage,
+    weight,
+    clip_low,
+    clip_high,
+    velocity_ref,
+    kl_coef,
+    kl_form,
+    ratio,
+    velocity_old,
+):
     per_child = [advantage.new_empty(advantage.shape) for _ in range(3)]
-    return (advantage.new_empty(()), per_child[0], per_child[1], advantage.new_empty(3), per_child[2],
-            weight.new_empty(weight.shape))
+    return (advantage.new_empty(()), per_child[0], per_child[1], advantage.new_empty(3), per_child[2], weight.new_empty(weight.shape))
 
 
 @torch.library.custom_op("tempflow::group_loss_backward", mutates_args=())
-def group_loss_backward_op(grad_loss: Tensor, velocity: Tensor, x: Tensor, x_next: Tensor, a: Tensor, b: Tensor,
-                           pull: Tensor, kl_pull: Tensor, velocity_ref: Optional[Tensor],
-                           velocity_old: Optional[Tensor]) -> Tensor:
+def group_loss_backward_op(
+    grad_loss: Tensor,
+    velocity: Tensor,
+    x: Tensor,
+    x_next: Tensor,
+    a: Tensor,
+    b: Tensor,
+    pull: Tensor,
+    kl_pull: Tensor,
+    velocity_ref: Optional[Tensor],
+    velocity_old: Optional[Tensor],
+) -> Tensor:
     if use_triton(x.device):
         from .triton_group_loss import backward
     else:

@@ -49,8 +49,27 @@ def surrogate(advantage, log_ratio, lower, upper):
 
 @triton.jit
 def finish_policy(
-    i_row, square, cross, s_b, s_tau, s_weight, log_prob_old, advantage, ratio_out, log_prob_out, pull, lower, upper,
-    inv_numel, inv_rows, inv_children, children, blocks, MODE: tl.constexpr, TILE_B: tl.constexpr, PARTS: tl.constexpr,
+    i_row,
+    square,
+    cross,
+    s_b,
+    s_tau,
+    s_weight,
+    log_prob_old,
+    advantage,
+    ratio_out,
+    log_prob_out,
+    pull,
+    lower,
+    upper,
+    inv_numel,
+    inv_rows,
+    inv_children,
+    children,
+    blocks,
+    MODE: tl.constexpr,
+    TILE_B: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     """The policy term of one row from its parts: loss, clip fraction, approximate KL; stores the [N, B] outputs."""
     first = i_row * children
@@ -70,8 +89,7 @@ def finish_policy(
         log_ratio = log_prob - log_prob
         if MODE == "guard":
             scale = safe_tau
-    value, slope, ratio, outside = surrogate(
-        tl.load(advantage + first + o_child, mask=m_child, other=0.0), log_ratio, lower, upper)
+    value, slope, ratio, outside = surrogate(tl.load(advantage + first + o_child, mask=m_child, other=0.0), log_ratio, lower, upper)
     # d log_ratio / d velocity is b / (tau^2 D) times (child - centre); b / (tau D) under guard.
     slope = slope * (s_weight * inv_rows * inv_children) * (s_b * inv_numel / scale)
     tl.store(pull + first + o_child, tl.where((s_weight == 0) | (s_tau == 0), 0.0, slope), mask=m_child)
@@ -107,10 +125,43 @@ def finish_launch(row_stats, loss, scalars, rows, inv_rows, COLUMNS: tl.constexp
 
 @triton.jit
 def group_loss_kernel(
-    velocity, x, x_next, velocity_ref, velocity_old, a, b, tau, log_prob_old, advantage, weight,
-    loss, ratio, log_prob, scalars, pull, kl_pull, square, cross, kl_parts, row_stats, counter,
-    lower, upper, kl_coef, inv_numel, inv_rows, inv_children, numel, rows, children, blocks,
-    MODE: tl.constexpr, KL: tl.constexpr, BLOCK: tl.constexpr, TILE_B: tl.constexpr, COLUMNS: tl.constexpr,
+    velocity,
+    x,
+    x_next,
+    velocity_ref,
+    velocity_old,
+    a,
+    b,
+    tau,
+    log_prob_old,
+    advantage,
+    weight,
+    loss,
+    ratio,
+    log_prob,
+    scalars,
+    pull,
+    kl_pull,
+    square,
+    cross,
+    kl_parts,
+    row_stats,
+    counter,
+    lower,
+    upper,
+    kl_coef,
+    inv_numel,
+    inv_rows,
+    inv_children,
+    numel,
+    rows,
+    children,
+    blocks,
+    MODE: tl.constexpr,
+    KL: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE_B: tl.constexpr,
+    COLUMNS: tl.constexpr,
     PARTS: tl.constexpr,
 ):
     """velocity*, x [N, D]; x_next [N, B, D]; a, b, tau, weight, kl_pull [N]; log_prob*, advantage, ratio, pull [N, B];
@@ -146,8 +197,28 @@ def group_loss_kernel(
     if arrives_last(counter + i_row, blocks):
         s_weight = tl.load(weight + i_row)
         row_loss, clip_fraction, approx_kl = finish_policy(
-            i_row, square, cross, s_b, s_tau, s_weight, log_prob_old, advantage, ratio, log_prob, pull, lower, upper,
-            inv_numel, inv_rows, inv_children, children, blocks, MODE, TILE_B, PARTS)
+            i_row,
+            square,
+            cross,
+            s_b,
+            s_tau,
+            s_weight,
+            log_prob_old,
+            advantage,
+            ratio,
+            log_prob,
+            pull,
+            lower,
+            upper,
+            inv_numel,
+            inv_rows,
+            inv_children,
+            children,
+            blocks,
+            MODE,
+            TILE_B,
+            PARTS,
+        )
         live = s_weight != 0
         kl = 0.0
         if KL != "none":
@@ -167,8 +238,23 @@ def group_loss_kernel(
 
 @triton.jit
 def group_loss_backward_kernel(
-    grad_loss, velocity, x, x_next, velocity_ref, velocity_old, a, b, pull, kl_pull, grad, numel, children, blocks,
-    OLD_CENTRE: tl.constexpr, KL: tl.constexpr, BLOCK: tl.constexpr,
+    grad_loss,
+    velocity,
+    x,
+    x_next,
+    velocity_ref,
+    velocity_old,
+    a,
+    b,
+    pull,
+    kl_pull,
+    grad,
+    numel,
+    children,
+    blocks,
+    OLD_CENTRE: tl.constexpr,
+    KL: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """grad_loss []; grad [N, D] = grad_loss (sum_i pull_i (x_next_i - centre) + kl_pull (velocity - velocity_ref))."""
     pid = tl.program_id(0)
@@ -196,8 +282,24 @@ def group_loss_backward_kernel(
     tl.store(grad + i_row * numel + o_elem, round_to(total, grad.dtype.element_ty), mask=mask)
 
 
-def forward(velocity, x, x_next, a, b, tau, log_prob_old, advantage, weight, clip_low, clip_high, velocity_ref, kl_coef,
-            kl_form, ratio, velocity_old):
+def forward(
+    velocity,
+    x,
+    x_next,
+    a,
+    b,
+    tau,
+    log_prob_old,
+    advantage,
+    weight,
+    clip_low,
+    clip_high,
+    velocity_ref,
+    kl_coef,
+    kl_form,
+    ratio,
+    velocity_old,
+):
     """Launch; arguments and results as in `naive.group_loss_forward`."""
     rows, children = advantage.shape
     numel = x[0].numel()
@@ -214,14 +316,47 @@ def forward(velocity, x, x_next, a, b, tau, log_prob_old, advantage, weight, cli
     square = empty(rows, children, blocks)
     cross = torch.empty_like(square) if ratio == "guard" and velocity_old is not None else square
     group_loss_kernel[(rows * blocks,)](
-        velocity, x.contiguous(), x_next.contiguous(), contiguous_or(velocity_ref, velocity),
-        contiguous_or(velocity_old, velocity), a.contiguous(), b.contiguous(), tau.contiguous(),
-        contiguous_or(log_prob_old, advantage), advantage.contiguous(), weight.contiguous(),
-        loss, ratio_out, log_prob, scalars, pull, kl_pull, square, cross, empty(rows, blocks), empty(COLUMNS, rows),
+        velocity,
+        x.contiguous(),
+        x_next.contiguous(),
+        contiguous_or(velocity_ref, velocity),
+        contiguous_or(velocity_old, velocity),
+        a.contiguous(),
+        b.contiguous(),
+        tau.contiguous(),
+        contiguous_or(log_prob_old, advantage),
+        advantage.contiguous(),
+        weight.contiguous(),
+        loss,
+        ratio_out,
+        log_prob,
+        scalars,
+        pull,
+        kl_pull,
+        square,
+        cross,
+        empty(rows, blocks),
+        empty(COLUMNS, rows),
         torch.zeros(rows + 1, dtype=torch.int32, device=x.device),
-        1 - clip_low, 1 + clip_high, kl_coef, 1 / numel, 1 / rows, 1 / children, numel, rows, children, blocks,
-        MODE=ratio if old is None else ratio + "_old", KL=kl, BLOCK=BLOCK, TILE_B=triton.next_power_of_2(children),
-        COLUMNS=COLUMNS, PARTS=PARTS, num_warps=NUM_WARPS, enable_fp_fusion=False)
+        1 - clip_low,
+        1 + clip_high,
+        kl_coef,
+        1 / numel,
+        1 / rows,
+        1 / children,
+        numel,
+        rows,
+        children,
+        blocks,
+        MODE=ratio if old is None else ratio + "_old",
+        KL=kl,
+        BLOCK=BLOCK,
+        TILE_B=triton.next_power_of_2(children),
+        COLUMNS=COLUMNS,
+        PARTS=PARTS,
+        num_warps=NUM_WARPS,
+        enable_fp_fusion=False,
+    )
     return loss, ratio_out, log_prob, scalars, pull, kl_pull
 
 
@@ -233,11 +368,26 @@ def backward(grad_loss, velocity, x, x_next, a, b, pull, kl_pull, velocity_ref, 
     velocity = velocity.contiguous()
     grad = torch.empty_like(velocity)
     group_loss_backward_kernel[(rows * blocks,)](
-        grad_loss, velocity, x.contiguous(), x_next.contiguous(), contiguous_or(velocity_ref, velocity),
-        contiguous_or(velocity_old, velocity), a.contiguous(), b.contiguous(), pull, kl_pull, grad,
-        numel, children, blocks,
-        OLD_CENTRE=velocity_old is not None, KL=velocity_ref is not None, BLOCK=BLOCK, num_warps=NUM_WARPS,
-        enable_fp_fusion=False)
+        grad_loss,
+        velocity,
+        x.contiguous(),
+        x_next.contiguous(),
+        contiguous_or(velocity_ref, velocity),
+        contiguous_or(velocity_old, velocity),
+        a.contiguous(),
+        b.contiguous(),
+        pull,
+        kl_pull,
+        grad,
+        numel,
+        children,
+        blocks,
+        OLD_CENTRE=velocity_old is not None,
+        KL=velocity_ref is not None,
+        BLOCK=BLOCK,
+        num_warps=NUM_WARPS,
+        enable_fp_fusion=False,
+    )
     return grad
 
 

@@ -115,6 +115,5 @@ def normal(key, numel):
     out = torch.empty(flat.shape[0], numel, dtype=torch.float32, device=key.device)
     blocks = triton.cdiv(numel, BLOCK)
     if out.numel():
-        normal_kernel[(flat.shape[0] * blocks,)](flat, out, numel, blocks, BLOCK=BLOCK, num_warps=NUM_WARPS,
-                                                    enable_fp_fusion=False)
+        normal_kernel[(flat.shape[0] * blocks,)](flat, out, numel, blocks, BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=False)
     return out.view(*key.shape, numel)

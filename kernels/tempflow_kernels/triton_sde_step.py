@@ -20,8 +20,23 @@ NUM_WARPS = 4
 
 @triton.jit
 def sde_step_kernel(
-    x, velocity, a, b, tau, key, x_next, log_prob, parts, counter, inv_numel,
-    numel, children, blocks, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TILE_B: tl.constexpr,
+    x,
+    velocity,
+    a,
+    b,
+    tau,
+    key,
+    x_next,
+    log_prob,
+    parts,
+    counter,
+    inv_numel,
+    numel,
+    children,
+    blocks,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE_B: tl.constexpr,
     PARTS: tl.constexpr,
 ):
     """x, velocity [N, D]; a, b, tau fp32 [N]; key int64 [N, B]; x_next [N, B, D]; log_prob fp32 [N, B];
@@ -67,7 +82,25 @@ def sde_step(x, velocity, a, b, tau, key, out_dtype):
     counter = torch.zeros(rows, dtype=torch.int32, device=x.device)
     width = 16 // min(x.element_size(), velocity.element_size(), out_dtype.itemsize)
     sde_step_kernel[(rows * blocks,)](
-        x.contiguous(), velocity.contiguous(), a.contiguous(), b.contiguous(), tau.contiguous(), key.contiguous(),
-        x_next, log_prob, parts, counter, 1.0 / numel, numel, children, blocks, WIDTH=width, BLOCK=BLOCK,
-        TILE_B=triton.next_power_of_2(children), PARTS=PARTS, num_warps=NUM_WARPS, enable_fp_fusion=False)
+        x.contiguous(),
+        velocity.contiguous(),
+        a.contiguous(),
+        b.contiguous(),
+        tau.contiguous(),
+        key.contiguous(),
+        x_next,
+        log_prob,
+        parts,
+        counter,
+        1.0 / numel,
+        numel,
+        children,
+        blocks,
+        WIDTH=width,
+        BLOCK=BLOCK,
+        TILE_B=triton.next_power_of_2(children),
+        PARTS=PARTS,
+        num_warps=NUM_WARPS,
+        enable_fp_fusion=False,
+    )
     return x_next, log_prob

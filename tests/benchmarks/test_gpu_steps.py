@@ -27,9 +27,15 @@ HEAD = {"card": "CARD", "date": "2026-01-02", "rehearsed": False, "versions": {"
 ABC = [Step(name, seconds, "", "") for name, seconds in (("a", 10), ("b", 20), ("c", 30))]
 
 
-@pytest.mark.parametrize("seconds, shares", [
-    (60, {"a": 10, "b": 20, "c": 30}), (120, {"a": 20, "b": 40, "c": 60}), (59, {"a": 10, "b": 20}), (5, {"a": 10}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "seconds, shares",
+    [
+        (60, {"a": 10, "b": 20, "c": 30}),
+        (120, {"a": 20, "b": 40, "c": 60}),
+        (59, {"a": 10, "b": 20}),
+        (5, {"a": 10}),
+    ],
+)
 def test_the_last_steps_are_dropped_and_all_get_more_of_a_long_time(seconds, shares):
     assert gpu.plan(ABC, seconds) == shares
 
@@ -92,12 +98,15 @@ def raising(error):
     return step
 
 
-@pytest.mark.parametrize("error, status, reason", [
-    (Skipped("needs two GPUs"), "skipped", "needs two GPUs"),
-    (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), "out of memory", "CUDA out of memory. Tried"),
-    (ValueError("no"), "failed", "ValueError: no"),
-    (SystemExit("sde: differs from the PyTorch chain"), "failed", "SystemExit: sde: differs from the PyTorch chain"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "error, status, reason",
+    [
+        (Skipped("needs two GPUs"), "skipped", "needs two GPUs"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), "out of memory", "CUDA out of memory. Tried"),
+        (ValueError("no"), "failed", "ValueError: no"),
+        (SystemExit("sde: differs from the PyTorch chain"), "failed", "SystemExit: sde: differs from the PyTorch chain"),
+    ],
+)
 def test_how_a_step_ended_is_written_beside_what_it_found(tmp_path, error, status, reason):
     Context(tmp_path / "f.json", rehearse=False).run(raising(error))
     written = json.loads((tmp_path / "f.json").read_text())
@@ -193,9 +202,15 @@ def test_gaps_are_where_nothing_runs():
 def test_the_page_has_a_line_for_every_step():
     steps = [
         {"name": "facts", "status": "ok", "reason": None, "seconds": 9.0, "result": {"headline": "a | b"}, "proved": []},
-        {"name": "kernels", "status": "failed", "reason": "SystemExit: sde: differs", "seconds": 3.0, "proved": [],
-         "result": {"table": [{"op": "ode", "us": 1.23456}, {"op": "sde", "share": None}]}},
-    ]  # fmt: skip
+        {
+            "name": "kernels",
+            "status": "failed",
+            "reason": "SystemExit: sde: differs",
+            "seconds": 3.0,
+            "proved": [],
+            "result": {"table": [{"op": "ode", "us": 1.23456}, {"op": "sde", "share": None}]},
+        },
+    ]
     page = summary(HEAD, steps)
     assert "# CARD, 2026-01-02" in page and "| facts | ok | 9 | a \\| b |" in page
     assert "| kernels | failed | 3 | " + BY_NAME["kernels"].about + "; SystemExit: sde: differs |" in page
@@ -214,8 +229,13 @@ def stand_in(monkeypatch, **functions):
 
 def test_a_peak_is_what_was_allocated_on_top(monkeypatch):
     marks = []
-    stand_in(monkeypatch, synchronize=lambda: None, memory_allocated=lambda: 100, max_memory_allocated=lambda: 350,
-             reset_peak_memory_stats=lambda: marks.append("reset"))  # fmt: skip
+    stand_in(
+        monkeypatch,
+        synchronize=lambda: None,
+        memory_allocated=lambda: 100,
+        max_memory_allocated=lambda: 350,
+        reset_peak_memory_stats=lambda: marks.append("reset"),
+    )
     assert Context.peak_of(ON_CUDA, lambda: marks.append("ran") or 7) == (7, 250) and marks == ["reset", "ran"]
 
 
@@ -230,8 +250,13 @@ def test_host_waits_are_the_warnings_of_waiting(monkeypatch):
 
 
 def test_the_cards_facts(monkeypatch):
-    stand_in(monkeypatch, get_device_properties=lambda index: Namespace(total_memory=80, multi_processor_count=132, L2_cache_size=50),
-             device_count=lambda: 1, get_device_capability=lambda: (9, 0), mem_get_info=lambda: (79, 80))  # fmt: skip
+    stand_in(
+        monkeypatch,
+        get_device_properties=lambda index: Namespace(total_memory=80, multi_processor_count=132, L2_cache_size=50),
+        device_count=lambda: 1,
+        get_device_capability=lambda: (9, 0),
+        mem_get_info=lambda: (79, 80),
+    )
     monkeypatch.setattr(facts, "nvidia_driver", lambda: "580.1")
     found = facts._card()
     assert found["properties"]["clock_rate"] == "missing" and found["properties"]["total_memory"] == 80 and found["driver"] == "580.1"
@@ -256,23 +281,37 @@ def test_what_a_failed_capture_breaks_is_written_down(monkeypatch, tmp_path):
     def empty_cache():
         raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
 
-    stand_in(monkeypatch, graph=Graph, CUDAGraph=object, current_stream=lambda: state["stream"], synchronize=lambda: None,
-             set_stream=lambda stream: state.update(stream=stream), empty_cache=empty_cache)  # fmt: skip
+    stand_in(
+        monkeypatch,
+        graph=Graph,
+        CUDAGraph=object,
+        current_stream=lambda: state["stream"],
+        synchronize=lambda: None,
+        set_stream=lambda stream: state.update(stream=stream),
+        empty_cache=empty_cache,
+    )
     context, found = Context(tmp_path / "f.json", rehearse=True), {}
     capture._spoil(context, found)
     assert found["error"] == "RuntimeError: operation failed due to a previous error during capture"
     assert found["stream_restored"] is False and state["stream"] == "main"
     assert {what: how[:12] for what, how in found["afterwards"].items()} == {
-        "synchronize": "ok", "a matrix product": "ok", "empty_cache": "RuntimeError", "another capture": "RuntimeError"}  # fmt: skip
+        "synchronize": "ok",
+        "a matrix product": "ok",
+        "empty_cache": "RuntimeError",
+        "another capture": "RuntimeError",
+    }
     assert json.loads((tmp_path / "f.json").read_text())["result"]["torch"] == found
 
 
 # ------------------------------------------------------------------------------------------------------------ command
-@pytest.mark.parametrize("options, words", [
-    (["--only", "facts", "nonsense"], "--only: no step is named nonsense; there are facts, families"),
-    (["--minutes", "0"], "--minutes 0: must be above 0"),
-    ([], "no CUDA GPU is usable here; --rehearse"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--only", "facts", "nonsense"], "--only: no step is named nonsense; there are facts, families"),
+        (["--minutes", "0"], "--minutes 0: must be above 0"),
+        ([], "no CUDA GPU is usable here; --rehearse"),
+    ],
+)
 def test_refusals(monkeypatch, options, words):
     monkeypatch.setattr(gpu, "uses_gpu", lambda: False)
     monkeypatch.setattr(sys, "argv", ["gpu.py", *options])
@@ -292,7 +331,9 @@ def test_a_rehearsal_as_a_command(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(out.read_text())
     assert [(step["name"], step["status"], step["proved"]) for step in report["steps"]] == [
-        ("facts", "rehearsed", []), ("capture", "rehearsed", [])]  # fmt: skip
+        ("facts", "rehearsed", []),
+        ("capture", "rehearsed", []),
+    ]
     assert report["rehearsed"] is True and report["steps"][0]["result"]["kernels_package"] == str(tmp_path / "kernels/__init__.py")
     assert report["steps"][1]["result"]["torch"] == {"rehearsed": "no capture without a GPU"}
     assert "Rehearsal" in out.with_suffix(".md").read_text() and hardware.FILE.read_bytes() == before

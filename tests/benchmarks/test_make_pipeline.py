@@ -77,11 +77,23 @@ def test_the_cards_command_trains_a_shrunk_flux(tmp_path):
     folder = make_pipeline("flux-dev", tmp_path / "flux", scale=0.02)
     assert not list(folder.rglob("*.bin")) and (folder / "transformer/diffusion_pytorch_model.safetensors").exists()
     settings = {
-        "model.path": str(folder), "model.max_sequence_length": 32, "data.prompts_per_iteration": 2, "rollout.height": 32,
-        "rollout.width": 64, "rollout.num_steps": 3, "rollout.plan.seeds": 1, "rollout.plan.children": 2, "rollout.plan.branch_steps": [0],
-        "rewards": {"jpeg": 1.0}, "reward_pool.workers": 0, "training.iterations": 1, "eval.every": 0,
-        "logging.dir": str(tmp_path), "logging.tensorboard": False, "data.embedding_cache": str(tmp_path / "cache"),
-    }  # fmt: skip
+        "model.path": str(folder),
+        "model.max_sequence_length": 32,
+        "data.prompts_per_iteration": 2,
+        "rollout.height": 32,
+        "rollout.width": 64,
+        "rollout.num_steps": 3,
+        "rollout.plan.seeds": 1,
+        "rollout.plan.children": 2,
+        "rollout.plan.branch_steps": [0],
+        "rewards": {"jpeg": 1.0},
+        "reward_pool.workers": 0,
+        "training.iterations": 1,
+        "eval.every": 0,
+        "logging.dir": str(tmp_path),
+        "logging.tensorboard": False,
+        "data.embedding_cache": str(tmp_path / "cache"),
+    }
     pairs = [part for key, value in settings.items() for part in ("--set", f"{key}={json.dumps(value)}")]
     row = Run(tmp_path / "flux_zero3", launch(2, "--config", ROOT / "configs/flux_zero3.json", *pairs)).rows[-1]
     assert row["iteration"] == 1 and row["grad_norm"] > 0

@@ -196,8 +196,7 @@ def test_throughput_as_a_command(tmp_path, monkeypatch):
 
     monkeypatch.setattr(throughput, "Bench", Watched)
     config = write_config(tmp_path, **SMALL)
-    monkeypatch.setattr(sys, "argv", ["throughput.py", "--config", str(config), "--quick", "--only", "suffix",
-                                      "--output", str(tmp_path)])  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["throughput.py", "--config", str(config), "--quick", "--only", "suffix", "--output", str(tmp_path)])
     for _ in range(2):
         assert throughput.main() == 0
     (report,) = tmp_path.glob("throughput-small-*.json")

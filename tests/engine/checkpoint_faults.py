@@ -157,10 +157,14 @@ SHOWN = {
     "wrapped": (tensors_of("transformer", rename_all("", "module.")), ["transformer", "'module.'", "wrapper"]),
     "of one file": (tensors_of("transformer", rename_all("", "model.diffusion_model.")), ["transformer", "'model.diffusion_model.'"]),
     "adapters": (tensors_of("transformer", lambda tensors: {"x.lora_A.weight": torch.zeros(2, 2)}), ["model.lora.start"]),
-    "NF4": (config_of("transformer/config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
-            ["transformer/config.json", "quantised (bitsandbytes)"]),
-    "a quantised encoder": (config_of("text_encoder_2/config.json", quantization_config={"quant_method": "torchao"}),
-                            ["text_encoder_2/config.json", "quantised (torchao)"]),
+    "NF4": (
+        config_of("transformer/config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
+        ["transformer/config.json", "quantised (bitsandbytes)"],
+    ),
+    "a quantised encoder": (
+        config_of("text_encoder_2/config.json", quantization_config={"quant_method": "torchao"}),
+        ["text_encoder_2/config.json", "quantised (torchao)"],
+    ),
     "NF4 without config": (tensors_of("transformer", lambda tensors: {**tensors, "x.weight.absmax": torch.zeros(1)}), ["quantised"]),
     "scaled float8": (tensors_of("transformer", lambda tensors: {**tensors, "x.scale_weight": torch.zeros(1)}), ["quantised"]),
     "whole numbers": (tensors_of("transformer", lambda t: {n: w.to(torch.int8) for n, w in t.items()}), ["whole numbers", "quantised"]),
@@ -188,8 +192,10 @@ SHOWN = {
     "half a tokenizer": (text_of("tokenizer/tokenizer.json", '{"version": '), ["tokenizer", "tokenizer.json is damaged"]),
     "a pointer for a tokenizer": (text_of("tokenizer_2/tokenizer.json", POINTER), ["tokenizer_2", "git-lfs pointer"]),
     "a tokenizer of another model": (config_of("text_encoder/config.json", vocab_size=5), ["text_encoder"]),
-    "Heun": (config_of("model_index.json", scheduler=["diffusers", "FlowMatchHeunDiscreteScheduler"]),
-             ["scheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"]),
+    "Heun": (
+        config_of("model_index.json", scheduler=["diffusers", "FlowMatchHeunDiscreteScheduler"]),
+        ["scheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"],
+    ),
     "UniPC": (config_of("model_index.json", scheduler=["diffusers", "UniPCMultistepScheduler"]), ["UniPCMultistepScheduler"]),
     "an inverted grid": (config_of(SCHEDULER, invert_sigmas=True), [SCHEDULER, "invert_sigmas"]),
     "noise of its own": (config_of(SCHEDULER, stochastic_sampling=True), [SCHEDULER, "stochastic_sampling"]),
@@ -204,30 +210,39 @@ SHOWN = {
     "a scheduler config that is a list": (text_of(SCHEDULER, "[]"), [SCHEDULER, "expected a table"]),
     "a scheduler config that is a number": (text_of(SCHEDULER, "Infinity"), [SCHEDULER, "expected a table"]),
     "no scheduler config": (lambda folder: (folder / SCHEDULER).unlink(), ["scheduler"]),
-}  # fmt: skip
+}
 
 # What only the tensors themselves show, when they are loaded.
 HELD = {
     f"{value} in {part}": (tensors_of(part, poisoned(value)), [part, "NaN or infinity"])
-    for part, value in (("transformer", float("nan")), ("text_encoder", float("inf")), ("text_encoder_2", float("nan")),
-                        ("vae", float("-inf")))
-}  # fmt: skip
+    for part, value in (
+        ("transformer", float("nan")),
+        ("text_encoder", float("inf")),
+        ("text_encoder_2", float("nan")),
+        ("vae", float("-inf")),
+    )
+}
 
 # What is whole, if unusual.
 WHOLE = {
     "as shipped": lambda folder: None,
     "shards": lambda folder: [split(folder, part) for part in ("transformer", "text_encoder", "vae")],
     "more tensors than needed": tensors_of("transformer", lambda tensors: {**tensors, "x.weight": torch.zeros(2)}),
-    "older names of CLIP": tensors_of("text_encoder", lambda tensors: {
-        "text_model.embeddings.position_ids": torch.arange(32)[None], **rename_all("", "text_model.")(tensors)}),
-    "T5's embedding by its other name": tensors_of("text_encoder_2", lambda tensors: {
-        name.replace("shared", "encoder.embed_tokens"): tensor for name, tensor in tensors.items()}),
+    "older names of CLIP": tensors_of(
+        "text_encoder",
+        lambda tensors: {"text_model.embeddings.position_ids": torch.arange(32)[None], **rename_all("", "text_model.")(tensors)},
+    ),
+    "T5's embedding by its other name": tensors_of(
+        "text_encoder_2", lambda tensors: {name.replace("shared", "encoder.embed_tokens"): tensor for name, tensor in tensors.items()}
+    ),
     "no quantisation": config_of("transformer/config.json", quantization_config=None),
     "a grid by Karras": config_of(SCHEDULER, use_karras_sigmas=True),
     "a shifted grid": config_of(SCHEDULER, shift=3.0, use_dynamic_shifting=False),
     "a terminal": config_of(SCHEDULER, use_dynamic_shifting=True, shift_terminal=0.02),
     "another class in the scheduler's own file": config_of(SCHEDULER, _class_name="FlowMatchHeunDiscreteScheduler"),
-    "fp16 variants": lambda folder: [tensor_file(folder, part).rename(tensor_file(folder, part).with_suffix(".fp16.safetensors"))
-                                     for part in ("transformer", "text_encoder", "text_encoder_2", "vae")],
+    "fp16 variants": lambda folder: [
+        tensor_file(folder, part).rename(tensor_file(folder, part).with_suffix(".fp16.safetensors"))
+        for part in ("transformer", "text_encoder", "text_encoder_2", "vae")
+    ],
     "one variant": moved("text_encoder", "model.fp16.safetensors"),
-}  # fmt: skip
+}

@@ -19,10 +19,15 @@ from tempflow.types import Size
 
 # name: (ZeRO stage, LoRA, bf16). Stage 1 in bf16 has an optimizer of its own in DeepSpeed.
 CASES = {
-    "full-zero0": (0, False, False), "full-zero2": (2, False, False), "full-zero3": (3, False, False),
-    "lora-zero0": (0, True, False), "lora-zero2": (2, True, False), "lora-zero3": (3, True, False),
-    "bf16-zero1": (1, True, True), "bf16-zero3": (3, True, True),
-}  # fmt: skip
+    "full-zero0": (0, False, False),
+    "full-zero2": (2, False, False),
+    "full-zero3": (3, False, False),
+    "lora-zero0": (0, True, False),
+    "lora-zero2": (2, True, False),
+    "lora-zero3": (3, True, False),
+    "bf16-zero1": (1, True, True),
+    "bf16-zero3": (3, True, True),
+}
 # With a large eps an update is nearly linear in the gradient: rounding stays rounding, and the moments still count.
 ADAMW = {"type": "AdamW", "params": {"lr": 1e-3, "eps": 1e-3, "betas": [0.9, 0.99], "torch_adam": True}}
 # ZeRO-3 keeps small weights whole, and all in one group, unless told otherwise.
@@ -49,8 +54,7 @@ class Toy:
         stage, lora, bf16 = CASES[case]
         zero = {"stage": stage, **(SPREAD if stage == 3 else {})}
         deepspeed = {"optimizer": optimizer, "zero_optimization": zero, "gradient_clipping": 0.5, "bf16": {"enabled": bf16}}
-        config = small_config(model={"lora": {"rank": 4, "alpha": 8.0} if lora else None}, deepspeed=deepspeed,
-                              training={"seed": seed})  # fmt: skip
+        config = small_config(model={"lora": {"rank": 4, "alpha": 8.0} if lora else None}, deepspeed=deepspeed, training={"seed": seed})
         self.runtime = Runtime(config, policy())
         self.ema = Average(self.runtime, 0.5, 1)
 

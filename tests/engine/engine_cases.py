@@ -32,8 +32,13 @@ def config_table(**changes) -> dict:
     table = {
         "model": {"path": str(MODEL), "max_sequence_length": 20},
         "data": {"train": str(PROMPTS), "heldout": str(HELDOUT), "prompts_per_iteration": 2},
-        "rollout": {"height": 32, "width": 96, "num_steps": 10, "guidance_scale": 0.0,
-                    "plan": {"type": "tempflow", "seeds": 2, "children": 2, "branch_steps": [0, 4, 8]}},
+        "rollout": {
+            "height": 32,
+            "width": 96,
+            "num_steps": 10,
+            "guidance_scale": 0.0,
+            "plan": {"type": "tempflow", "seeds": 2, "children": 2, "branch_steps": [0, 4, 8]},
+        },
         "rewards": {"engine_rewards:contrast": 1.0},
         "reward_pool": {"workers": 0},
         "training": {"iterations": 2, "micro_batch": 8, "objective": {"type": "grpo", "clip_low": 1e-3, "clip_high": 1e-3}},
@@ -98,15 +103,27 @@ def random_pipeline(folder: Path, *, guidance_embeds=False, shift=1.0, use_dynam
     vae = tiny_flux.new_vae()
     vae.register_to_config(scaling_factor=0.7, shift_factor=0.2)
     transformer = FluxTransformer2DModel(
-        patch_size=1, in_channels=4 * tiny_flux.LATENT_CHANNELS, num_layers=1, num_single_layers=1, attention_head_dim=16,
-        num_attention_heads=2, joint_attention_dim=64, pooled_projection_dim=64, guidance_embeds=guidance_embeds,
+        patch_size=1,
+        in_channels=4 * tiny_flux.LATENT_CHANNELS,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=64,
+        pooled_projection_dim=64,
+        guidance_embeds=guidance_embeds,
         axes_dims_rope=(4, 6, 6),
-    )  # fmt: skip
+    )
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=use_dynamic_shifting)
     FluxPipeline(
-        scheduler=scheduler, vae=vae, text_encoder=text_encoder.eval(), tokenizer=tokenizer, tokenizer_2=tokenizer_2,
-        text_encoder_2=text_encoder_2.eval(), transformer=randomise(transformer, 1),
-    ).save_pretrained(folder)  # fmt: skip
+        scheduler=scheduler,
+        vae=vae,
+        text_encoder=text_encoder.eval(),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer_2,
+        text_encoder_2=text_encoder_2.eval(),
+        transformer=randomise(transformer, 1),
+    ).save_pretrained(folder)
     return folder
 
 
@@ -241,9 +258,11 @@ def dense(how, rewards, parts=None, weights=None, applies=None):
     everywhere = [np.ones(len(rewards), dtype=bool)] * len(names)
     spread_out = [np.broadcast_to(np.reshape(one, (-1, 1, 1, 1)), rewards.shape).ravel() for one in applies or everywhere]
     given = Rewards(
-        rewards.ravel(), {name: np.ravel(part) for name, part in zip(names, parts or [])}, dict(zip(names, weights or [])),
+        rewards.ravel(),
+        {name: np.ravel(part) for name, part in zip(names, parts or [])},
+        dict(zip(names, weights or [])),
         dict(zip(names, spread_out)),
-    )  # fmt: skip
+    )
     found = how(dense_slots(rewards.shape), given)
     return Advantages(found.values.reshape(rewards.shape), found.valid.reshape(rewards.shape), found.zero_spread, found.spread)
 

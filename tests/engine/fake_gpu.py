@@ -76,10 +76,36 @@ extern "C" void swap_hooks() {  // torch's hooks are a base class without data: 
 """
 # They launch nothing: views, and memory that is not filled.
 FREE = {
-    "_reshape_alias", "_unsafe_view", "alias", "as_strided", "chunk", "detach", "diagonal", "empty", "empty_like", "empty_strided",
-    "expand", "lift_fresh", "new_empty", "new_empty_strided", "permute", "reshape", "select", "slice", "split", "split_with_sizes",
-    "squeeze", "t", "transpose", "unbind", "unflatten", "unsqueeze", "view", "view_as_complex", "view_as_real",
-}  # fmt: skip
+    "_reshape_alias",
+    "_unsafe_view",
+    "alias",
+    "as_strided",
+    "chunk",
+    "detach",
+    "diagonal",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "expand",
+    "lift_fresh",
+    "new_empty",
+    "new_empty_strided",
+    "permute",
+    "reshape",
+    "select",
+    "slice",
+    "split",
+    "split_with_sizes",
+    "squeeze",
+    "t",
+    "transpose",
+    "unbind",
+    "unflatten",
+    "unsqueeze",
+    "view",
+    "view_as_complex",
+    "view_as_real",
+}
 SIZED_BY_DATA = {"_unique2", "masked_select", "nonzero", "unique_dim"}
 INDEXING = {"_index_put_impl_", "index", "index_put", "index_put_"}
 
@@ -97,8 +123,23 @@ def stand_in() -> ctypes.CDLL | None:
         source, library = Path(folder) / "stand_in.cpp", Path(folder) / "stand_in.so"
         source.write_text(STAND_IN)
         includes = [f"-I{root}/include", f"-I{sysconfig.get_paths()['include']}"]
-        subprocess.run([compiler, "-O0", "-shared", "-fPIC", "-std=c++20", *includes, str(source), "-o", str(library),
-                        f"-L{root}/lib", "-lc10", "-ltorch_cpu"], check=True)  # fmt: skip
+        subprocess.run(
+            [
+                compiler,
+                "-O0",
+                "-shared",
+                "-fPIC",
+                "-std=c++20",
+                *includes,
+                str(source),
+                "-o",
+                str(library),
+                f"-L{root}/lib",
+                "-lc10",
+                "-ltorch_cpu",
+            ],
+            check=True,
+        )
         return ctypes.CDLL(str(library))
 
 
@@ -203,14 +244,16 @@ class FakeGpu:
         stack = ExitStack()
         try:
             for context in (
-                built_with_cuda(), _mode(), _Recorder(self),
+                built_with_cuda(),
+                _mode(),
+                _Recorder(self),
                 torch.autograd.set_multithreading_enabled(False),  # a backward would want a thread for the GPU
                 mock.patch.object(torch.Tensor, "numpy", _numpy(torch.Tensor.numpy)),
                 mock.patch.object(FakeTensor, "tolist", self._tolist(), create=True),
                 mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", attention),
                 mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
                 mock.patch.object(torch.cuda, "get_device_name", lambda device=None: "simulated GPU"),
-            ):  # fmt: skip
+            ):
                 stack.enter_context(context)
         except BaseException:
             stack.close()
@@ -290,5 +333,6 @@ def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False,
         return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
     if attn_mask is not None:  # added to the scores; broadcast, not copied
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).expand(*query.shape[:3], key.shape[2])
-    return aten._scaled_dot_product_efficient_attention(query, key, value, attn_mask, query.requires_grad, dropout_p, is_causal,
-                                                        scale=scale)[0]  # fmt: skip
+    return aten._scaled_dot_product_efficient_attention(
+        query, key, value, attn_mask, query.requires_grad, dropout_p, is_causal, scale=scale
+    )[0]

@@ -18,22 +18,50 @@ def sd3_pipeline(folder: Path, **scheduling) -> Path:
     clip_tokenizer, t5_tokenizer = tiny_flux.new_tokenizers()
     size = len(clip_tokenizer)
     _, t5 = tiny_flux.new_text_encoders(size, len(t5_tokenizer))
-    clips = [CLIPTextModelWithProjection(CLIPTextConfig(
-        vocab_size=size, hidden_size=width, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=32, projection_dim=width, bos_token_id=size - 2, eos_token_id=size - 1, pad_token_id=size - 1,
-    )).eval() for width in (24, 32)]  # fmt: skip
+    clips = [
+        CLIPTextModelWithProjection(
+            CLIPTextConfig(
+                vocab_size=size,
+                hidden_size=width,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                max_position_embeddings=32,
+                projection_dim=width,
+                bos_token_id=size - 2,
+                eos_token_id=size - 1,
+                pad_token_id=size - 1,
+            )
+        ).eval()
+        for width in (24, 32)
+    ]
     vae = tiny_flux.new_vae()
     vae.register_to_config(scaling_factor=0.7, shift_factor=0.2)
     transformer = SD3Transformer2DModel(
-        sample_size=16, in_channels=tiny_flux.LATENT_CHANNELS, out_channels=tiny_flux.LATENT_CHANNELS, num_layers=2,
-        attention_head_dim=16, num_attention_heads=2, joint_attention_dim=64, caption_projection_dim=32,
-        pooled_projection_dim=24 + 32, pos_embed_max_size=16, dual_attention_layers=(0,), qk_norm="rms_norm",
-    )  # fmt: skip
+        sample_size=16,
+        in_channels=tiny_flux.LATENT_CHANNELS,
+        out_channels=tiny_flux.LATENT_CHANNELS,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=64,
+        caption_projection_dim=32,
+        pooled_projection_dim=24 + 32,
+        pos_embed_max_size=16,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
     StableDiffusion3Pipeline(
-        transformer=randomise(transformer, 1), scheduler=FlowMatchEulerDiscreteScheduler(**scheduling), vae=vae,
-        text_encoder=clips[0], tokenizer=clip_tokenizer, text_encoder_2=clips[1], tokenizer_2=clip_tokenizer,
-        text_encoder_3=t5.eval(), tokenizer_3=t5_tokenizer,
-    ).save_pretrained(folder)  # fmt: skip
+        transformer=randomise(transformer, 1),
+        scheduler=FlowMatchEulerDiscreteScheduler(**scheduling),
+        vae=vae,
+        text_encoder=clips[0],
+        tokenizer=clip_tokenizer,
+        text_encoder_2=clips[1],
+        tokenizer_2=clip_tokenizer,
+        text_encoder_3=t5.eval(),
+        tokenizer_3=t5_tokenizer,
+    ).save_pretrained(folder)
     return folder
 
 
@@ -44,26 +72,57 @@ def qwen_pipeline(folder: Path, **scheduling) -> Path:
 
     torch.manual_seed(0)
     tokenizer, channels = qwen_tokenizer(), 4
-    text_encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(
-        text_config={
-            "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-            "num_attention_heads": 2, "num_key_value_heads": 1, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
-        },
-        vision_config={"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32,
-                       "fullatt_block_indexes": [0]},
-        image_token_id=0, video_token_id=0, vision_start_token_id=0, vision_end_token_id=0,
-    ))  # fmt: skip
+    text_encoder = Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(
+            text_config={
+                "vocab_size": len(tokenizer),
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
+                "bos_token_id": 0,
+                "eos_token_id": 2,
+                "pad_token_id": 0,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+            },
+            vision_config={
+                "depth": 1,
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_heads": 2,
+                "out_hidden_size": 32,
+                "fullatt_block_indexes": [0],
+            },
+            image_token_id=0,
+            video_token_id=0,
+            vision_start_token_id=0,
+            vision_end_token_id=0,
+        )
+    )
     vae = AutoencoderKLQwenImage(
-        base_dim=8, z_dim=channels, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[False, True],
-        latents_mean=[-0.7, 0.1, 0.5, -0.3], latents_std=[2.8, 1.4, 2.3, 1.6],
-    )  # fmt: skip
+        base_dim=8,
+        z_dim=channels,
+        dim_mult=[1, 2, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=[-0.7, 0.1, 0.5, -0.3],
+        latents_std=[2.8, 1.4, 2.3, 1.6],
+    )
     transformer = QwenImageTransformer2DModel(
-        in_channels=4 * channels, out_channels=channels, num_layers=2, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=32, axes_dims_rope=(4, 6, 6),
-    )  # fmt: skip
+        in_channels=4 * channels,
+        out_channels=channels,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=(4, 6, 6),
+    )
     QwenImagePipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(**scheduling), vae=vae.eval(), text_encoder=randomise(text_encoder, 2).eval(),
-        tokenizer=tokenizer, transformer=randomise(transformer, 1),
-    ).save_pretrained(folder)  # fmt: skip
+        scheduler=FlowMatchEulerDiscreteScheduler(**scheduling),
+        vae=vae.eval(),
+        text_encoder=randomise(text_encoder, 2).eval(),
+        tokenizer=tokenizer,
+        transformer=randomise(transformer, 1),
+    ).save_pretrained(folder)
     return folder

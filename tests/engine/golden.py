@@ -38,9 +38,10 @@ TWO_REWARDS = {"engine_rewards:contrast": 1.0, "engine_rewards:warmth": 0.5}
 LORA = {"lora": {"rank": 4, "alpha": 8}}
 ADAMW = {"type": "AdamW", "params": {"lr": 1e-4, "betas": [0.9, 0.99], "torch_adam": True}}
 OFFLOAD = {
-    "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "torch_adam": True}}, "zero_force_ds_cpu_optimizer": False,
+    "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "torch_adam": True}},
+    "zero_force_ds_cpu_optimizer": False,
     "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
-}  # fmt: skip
+}
 
 
 def zero(stage: int, **more) -> dict:
@@ -51,10 +52,14 @@ def zero(stage: int, **more) -> dict:
 CASES: dict[str, dict] = {
     "tempflow_seed_groups": {},
     "tempflow_prompt_groups": {"training": {"advantage": {"over": "prompt", "global_std": True}, "weighting": "uniform"}},
-    "flow_grpo": {"rollout": {"plan": {"type": "flow_grpo", "seeds": 4, "branch_steps": [0, 4, 8]}},
-                  "training": {"advantage": {"over": "prompt"}}},
-    "mix_grpo": {"rollout": {"plan": {"type": "mix_grpo", "seeds": 4, "window": 3, "every": 2}},
-                 "training": {"advantage": {"over": "prompt"}}},
+    "flow_grpo": {
+        "rollout": {"plan": {"type": "flow_grpo", "seeds": 4, "branch_steps": [0, 4, 8]}},
+        "training": {"advantage": {"over": "prompt"}},
+    },
+    "mix_grpo": {
+        "rollout": {"plan": {"type": "mix_grpo", "seeds": 4, "window": 3, "every": 2}},
+        "training": {"advantage": {"over": "prompt"}},
+    },
     "random_steps_dance": {"rollout": {"plan": {"branch_steps": {"random": 3}, "children": 3}, "sde": "dance"}},
     "lora_kl_x": {"model": LORA, "training": {"penalty": {"coef": 0.04}, "updates": {"passes": 2}}},
     "full_kl_v_cps": {"rollout": {"sde": "cps"}, "training": {"penalty": {"coef": 0.04, "form": "v"}, "updates": {"passes": 2}}},
@@ -92,9 +97,10 @@ def run_case(name: str, folder: Path) -> dict:
     last = run.folder / f"checkpoints/{run.checkpoints[-1]:06d}"
     ema = last / "ema.safetensors"
     return {
-        "rows": [timeless(row) for row in run.rows], "weights": tensor_hash(last / "weights.safetensors"),
+        "rows": [timeless(row) for row in run.rows],
+        "weights": tensor_hash(last / "weights.safetensors"),
         "ema": tensor_hash(ema) if ema.exists() else None,
-    }  # fmt: skip
+    }
 
 
 def _tiny(family: str, folder: Path) -> dict:
@@ -122,8 +128,12 @@ def machine() -> dict:
 
     from tempflow.run.environment import device_name
 
-    return {"processor": device_name(), "capability": torch.backends.cpu.get_cpu_capability(),
-            "cores": len(os.sched_getaffinity(0)), "torch": torch.__version__.split("+")[0]}  # fmt: skip
+    return {
+        "processor": device_name(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": len(os.sched_getaffinity(0)),
+        "torch": torch.__version__.split("+")[0],
+    }
 
 
 def differences(want: dict, got: dict, exact: bool) -> list[str]:

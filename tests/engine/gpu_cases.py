@@ -12,22 +12,33 @@ from engine_cases import ROOT
 from run_cases import Run, launch, script_here
 
 BF16 = {
-    "model.dtype": "bfloat16", "deepspeed.bf16": {"enabled": True}, "deepspeed.data_types": {"grad_accum_dtype": "fp32"},
-    "rewards": {"jpeg": 1.0}, "training.iterations": 2, "checkpoint.every": 1, "eval.prompts": 4, "logging.tensorboard": False,
-}  # fmt: skip
+    "model.dtype": "bfloat16",
+    "deepspeed.bf16": {"enabled": True},
+    "deepspeed.data_types": {"grad_accum_dtype": "fp32"},
+    "rewards": {"jpeg": 1.0},
+    "training.iterations": 2,
+    "checkpoint.every": 1,
+    "eval.prompts": 4,
+    "logging.tensorboard": False,
+}
 LORA = BF16 | {
-    "model.lora": {"rank": 4, "alpha": 8.0}, "training.penalty.coef": 0.01, "rollout.graphs": True,
+    "model.lora": {"rank": 4, "alpha": 8.0},
+    "training.penalty.coef": 0.01,
+    "rollout.graphs": True,
     "deepspeed.zero_optimization": {"stage": 1},
-}  # fmt: skip
+}
 # ZeRO-3 keeps small weights whole, as all of this model's are, unless told otherwise.
 FULL = BF16 | {"deepspeed.zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
 FLOAT8 = LORA | {"rollout.suffix": {"stride": 2, "exact_steps": 1, "weights": "float8", "audit_every": 1}}
 SMALL = {  # in float32: most CPUs have no fast convolution in bf16
     "model.dtype": "float32",
-    "data.prompts_per_iteration": 2, "rollout.plan.children": 2, "rollout.num_steps": 4, "rollout.plan.branch_steps": [0, 2],
+    "data.prompts_per_iteration": 2,
+    "rollout.plan.children": 2,
+    "rollout.num_steps": 4,
+    "rollout.plan.branch_steps": [0, 2],
     "eval.prompts": 2,
     "reward_pool.workers": 0,
-}  # fmt: skip
+}
 
 
 def start(folder, name, settings, *more, processes) -> Run:
@@ -74,6 +85,7 @@ def check_resumed(whole: Run, resumed: Run) -> None:
     check_trained(resumed, json.loads((whole.folder / "summary.json").read_text())["device"])
     a, b = whole.rows[2], resumed.rows[2]
     assert {key: a[key] for key in ("images", "images/total", "forwards/rollout", "lr")} == {
-        key: b[key] for key in ("images", "images/total", "forwards/rollout", "lr")}  # fmt: skip
+        key: b[key] for key in ("images", "images/total", "forwards/rollout", "lr")
+    }
     assert abs(a["reward/mean"] - b["reward/mean"]) <= 0.02 * abs(a["reward/mean"])
     assert cosine(moved(whole, 1, 2), moved(resumed, 1, 2)) > 0.95

@@ -51,8 +51,14 @@ class Rollout:
         self.finished, self.states, self.stats, self.told = {}, {}, Stats(), 0
         grid = Grid(sigmas, config.sde().coefficients(sigmas))
         more = {"suffix": config.rollout.suffix} | more
-        for arrived in integrate(self.forest, Units(velocity, units, shape, coarse), grid, Noise(config.training.seed, iteration),
-                                 micro_batch=micro_batch, **more):  # fmt: skip
+        for arrived in integrate(
+            self.forest,
+            Units(velocity, units, shape, coarse),
+            grid,
+            Noise(config.training.seed, iteration),
+            micro_batch=micro_batch,
+            **more,
+        ):
             self._keep(arrived)
             self.told += arrived.forwards
             self.stats = arrived.stats

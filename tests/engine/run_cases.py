@@ -73,9 +73,14 @@ def script_here(name: str, *arguments) -> subprocess.CompletedProcess:
     out, err, threads = io.StringIO(), io.StringIO(), torch.get_num_threads()
     handlers = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
-        with mock.patch.object(sys, "argv", [name, *map(str, arguments)]), mock.patch.dict(os.environ), on_cpu(), \
-                mock.patch.object(cli, "in_process_group", lambda: False), \
-                contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):  # fmt: skip
+        with (
+            mock.patch.object(sys, "argv", [name, *map(str, arguments)]),
+            mock.patch.dict(os.environ),
+            on_cpu(),
+            mock.patch.object(cli, "in_process_group", lambda: False),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+        ):
             for variable in LAUNCHED:
                 os.environ.pop(variable, None)
             cli.run(load_script(name).main)

@@ -160,6 +160,7 @@ class SimulatedModel:
 
     def on_gpu(self, module: torch.nn.Module) -> torch.nn.Module:
         """A module from the meta device with weights on the GPU."""
+
         def there(t):
             return torch.empty(t.shape, dtype=t.dtype, device=self.gpu.device)
 
@@ -193,9 +194,13 @@ class SimulatedRun:
         def initialize(model, model_parameters, config):
             return (PlainEngine(model, model_parameters),)
 
-        with mock.patch.object(trainer_runtime, "load_denoiser", lambda path, dtype: module), \
-                mock.patch.object(trainer_runtime.deepspeed, "initialize", initialize), \
-                already_there(), adapters_in(dtype), torch.device(self.gpu.device):  # fmt: skip
+        with (
+            mock.patch.object(trainer_runtime, "load_denoiser", lambda path, dtype: module),
+            mock.patch.object(trainer_runtime.deepspeed, "initialize", initialize),
+            already_there(),
+            adapters_in(dtype),
+            torch.device(self.gpu.device),
+        ):
             return Runtime(self.config, self.policy)
 
     def roll_out(self) -> Rolled:
@@ -239,8 +244,13 @@ class SimulatedRun:
         r = self.config.rollout
         with self.gpu.watch() as seen:
             drawn = evaluation.draw(
-                self.policy.at(types.Size(r.height, r.width), self.config.eval_guidance()), self.model.embeddings, self.prompts,
-                list(range(r.micro_batch)), num_steps=num_steps, micro_batch=r.micro_batch, decode_batch=r.decode_batch,
-            )  # fmt: skip
+                self.policy.at(types.Size(r.height, r.width), self.config.eval_guidance()),
+                self.model.embeddings,
+                self.prompts,
+                list(range(r.micro_batch)),
+                num_steps=num_steps,
+                micro_batch=r.micro_batch,
+                decode_batch=r.decode_batch,
+            )
             assert sum(len(part[0]) for part in drawn) == r.micro_batch
         return seen

@@ -65,8 +65,9 @@ def saved(plain, trained, tmp_path_factory):
     named = {f"base_model.model.{name.replace('.weight', '.default.weight')}": w for name, w in state(trained).items()}
     assert not peft.load_state_dict(named, strict=False).unexpected_keys
     peft.save_pretrained(root / "peft")
-    FluxPipeline.save_lora_weights(root / "diffusers", transformer_lora_layers=state(trained),
-                                   transformer_lora_adapter_metadata=settings.to_dict())  # fmt: skip
+    FluxPipeline.save_lora_weights(
+        root / "diffusers", transformer_lora_layers=state(trained), transformer_lora_adapter_metadata=settings.to_dict()
+    )
     return root
 
 
@@ -164,36 +165,62 @@ def made_by_peft(plain, folder, **settings):
     return velocity(plain, PeftModel.from_pretrained(copy.deepcopy(plain.transformer), folder))
 
 
-@pytest.mark.parametrize("settings", [
-    {"init_lora_weights": "gaussian"}, {"init_lora_weights": False}, {"init_lora_weights": "orthogonal", "r": 4},
-    {"lora_dropout": 0.3, "exclude_modules": ["x"]}, {"layers_to_transform": [0], "layers_pattern": "single_transformer_blocks"},
-    {"rank_pattern": {"to_q": RANK}}, {"qalora_group_size": 8}, {"fan_in_fan_out": True},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"init_lora_weights": "gaussian"},
+        {"init_lora_weights": False},
+        {"init_lora_weights": "orthogonal", "r": 4},
+        {"lora_dropout": 0.3, "exclude_modules": ["x"]},
+        {"layers_to_transform": [0], "layers_pattern": "single_transformer_blocks"},
+        {"rank_pattern": {"to_q": RANK}},
+        {"qalora_group_size": 8},
+        {"fan_in_fan_out": True},
+    ],
+    ids=str,
+)
 def test_what_peft_computes_otherwise_or_not_at_all_is_the_same_policy(plain, tmp_path, settings):
     expected = made_by_peft(plain, tmp_path, **settings)
     module = adapted(plain, start=str(tmp_path), rank=settings.get("r", RANK))
     assert_close("velocity", velocity(plain, module), expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("settings, words", [
-    ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa'.*path_initial_model_for_weight_conversion"),
-    ({"init_lora_weights": "pissa_niter_2"}, "init_lora_weights 'pissa_niter_2'"),
-    ({"init_lora_weights": "olora"}, "init_lora_weights 'olora'"),
-    ({"use_rslora": True}, "use_rslora"), ({"use_dora": True}, "DoRA|use_dora"),
-    ({"lora_bias": True, "init_lora_weights": True}, "lora_B.bias|lora_bias"),
-    ({"alpha_pattern": {"to_q": 1.0}}, "alpha_pattern"), ({"bias": "lora_only"}, "bias"),
-    ({"rank_pattern": {"to_q": 5}}, "different ranks \\(3 in .*; 5 in .*to_q\\)"),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa'.*path_initial_model_for_weight_conversion"),
+        ({"init_lora_weights": "pissa_niter_2"}, "init_lora_weights 'pissa_niter_2'"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights 'olora'"),
+        ({"use_rslora": True}, "use_rslora"),
+        ({"use_dora": True}, "DoRA|use_dora"),
+        ({"lora_bias": True, "init_lora_weights": True}, "lora_B.bias|lora_bias"),
+        ({"alpha_pattern": {"to_q": 1.0}}, "alpha_pattern"),
+        ({"bias": "lora_only"}, "bias"),
+        ({"rank_pattern": {"to_q": 5}}, "different ranks \\(3 in .*; 5 in .*to_q\\)"),
+    ],
+    ids=str,
+)
 def test_other_kinds_of_peft_are_refused(plain, tmp_path, settings, words):
     made_by_peft(plain, tmp_path, **settings)
     with pytest.raises(UserError, match=f"model.lora.start: .*({words})"):
         read_adapters(Lora(rank=RANK, alpha=ALPHA, start=str(tmp_path)))
 
 
-@pytest.mark.parametrize("settings", [
-    {"init_lora_weights": kind} for kind in ("corda", "loftq", "lora_ga", "mica", "PiSSA", "of_tomorrow", None, 3, ["pissa"])
-] + [{"peft_type": "LOHA"}, {"peft_type": None}, {"use_tomorrow": True}, {"kasa_config": {"beta": 1}}, {"modules_to_save": ["x_embedder"]},
-     {"layer_replication": [[0, 1]]}, {"target_parameters": ["w"]}, {"megatron_config": {"a": 1}}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [{"init_lora_weights": kind} for kind in ("corda", "loftq", "lora_ga", "mica", "PiSSA", "of_tomorrow", None, 3, ["pissa"])]
+    + [
+        {"peft_type": "LOHA"},
+        {"peft_type": None},
+        {"use_tomorrow": True},
+        {"kasa_config": {"beta": 1}},
+        {"modules_to_save": ["x_embedder"]},
+        {"layer_replication": [[0, 1]]},
+        {"target_parameters": ["w"]},
+        {"megatron_config": {"a": 1}},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("layout", ["peft", "diffusers"])
 def test_settings_that_are_not_known_to_be_plain_are_refused(saved, tmp_path, settings, layout):
     """Allowed by name, so that a kind that peft does not have yet is refused as well."""
@@ -206,8 +233,11 @@ def test_settings_that_are_not_known_to_be_plain_are_refused(saved, tmp_path, se
     else:
         file = tmp_path / "pytorch_lora_weights.safetensors"
         metadata = {f"transformer.{key}": value for key, value in {"lora_alpha": ALPHA, **settings}.items()}
-        save_file(load_file(saved / "diffusers/pytorch_lora_weights.safetensors"), file,
-                  metadata={"format": "pt", "lora_adapter_metadata": json.dumps(metadata)})  # fmt: skip
+        save_file(
+            load_file(saved / "diffusers/pytorch_lora_weights.safetensors"),
+            file,
+            metadata={"format": "pt", "lora_adapter_metadata": json.dumps(metadata)},
+        )
     with pytest.raises(UserError, match=f"model.lora.start: .*{name}"):
         read_adapters(Lora(rank=RANK, alpha=ALPHA, start=str(tmp_path)))
 
@@ -219,10 +249,12 @@ TENSORS = {
     "whole numbers": (lambda w: {name: t.to(torch.int8) for name, t in w.items()}, "whole numbers"),
     "convolution": (lambda w: {name: t[..., None, None] for name, t in w.items()}, "4 dimensions"),
     "half a pair": (lambda w: {name: t for name, t in w.items() if name != min(w)}, "lora_B.weight without .*lora_A.weight"),
-    "two ranks": (lambda w: {name: t[:2] if "to_q.lora_A" in name else t[:, :2] if "to_q.lora_B" in name else t
-                             for name, t in w.items()}, "different ranks"),
+    "two ranks": (
+        lambda w: {name: t[:2] if "to_q.lora_A" in name else t[:, :2] if "to_q.lora_B" in name else t for name, t in w.items()},
+        "different ranks",
+    ),
     "halves of two ranks": (lambda w: {name: t[:2] if "to_q.lora_A" in name else t for name, t in w.items()}, "different ranks"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("edit, words", TENSORS.values(), ids=TENSORS)

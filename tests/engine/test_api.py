@@ -55,11 +55,14 @@ def test_train_evaluate_and_sample(tmp_path):
     assert found["differ"]
 
 
-@pytest.mark.parametrize("table, words", [
-    (config_table(), ["logging.name", "required"]),
-    (config_table(training={"itterations": 2}, logging={"name": "a"}), ["training.itterations", "did you mean"]),
-    (config_table(training={"seed": {1}}), ["JSON", "set"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "table, words",
+    [
+        (config_table(), ["logging.name", "required"]),
+        (config_table(training={"itterations": 2}, logging={"name": "a"}), ["training.itterations", "did you mean"]),
+        (config_table(training={"seed": {1}}), ["JSON", "set"]),
+    ],
+)
 def test_a_table_that_is_refused(table, words):
     with pytest.raises(UserError) as error:
         tempflow.train(table)
@@ -73,10 +76,18 @@ def test_a_table_is_not_changed(tmp_path):
     assert table == before and load_config(table).logging.dir == str(tmp_path)
 
 
-@pytest.mark.parametrize("arguments, words", [
-    ({"checkpoint": "newest"}, ["checkpoint", "best"]), ({"weights": "average"}, ["weights", "raw"]), ({"num_steps": 0}, ["num_steps"]),
-    ({"seed": -1}, ["seed"]), ({"prompts": "a word"}, ["prompts", "list"]), ({"prompts": []}, ["prompts", "list"]), ({}, ["config.json"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ({"checkpoint": "newest"}, ["checkpoint", "best"]),
+        ({"weights": "average"}, ["weights", "raw"]),
+        ({"num_steps": 0}, ["num_steps"]),
+        ({"seed": -1}, ["seed"]),
+        ({"prompts": "a word"}, ["prompts", "list"]),
+        ({"prompts": []}, ["prompts", "list"]),
+        ({}, ["config.json"]),
+    ],
+)
 def test_arguments_that_are_refused(tmp_path, arguments, words):
     with pytest.raises(UserError) as error:
         tempflow.sample(tmp_path, **{"prompts": ["a word"], **arguments})

@@ -28,24 +28,36 @@ def machine(monkeypatch):
     return make
 
 
-@pytest.mark.parametrize("name, family, capability", [
-    ("native", "flux-dev", None), ("native", "qwen-image", (9, 0)), (None, "flux-dev", None), ("sage", "flux-dev", None),
-    ("xformers", "qwen-image", (8, 0)), ("flash", "flux-dev", (8, 0)), ("flash", "flux-dev", (12, 0)), ("_flash_3_hub", "flux-dev", (9, 0)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, family, capability",
+    [
+        ("native", "flux-dev", None),
+        ("native", "qwen-image", (9, 0)),
+        (None, "flux-dev", None),
+        ("sage", "flux-dev", None),
+        ("xformers", "qwen-image", (8, 0)),
+        ("flash", "flux-dev", (8, 0)),
+        ("flash", "flux-dev", (12, 0)),
+        ("_flash_3_hub", "flux-dev", (9, 0)),
+    ],
+)
 def test_what_has_all_it_needs_is_taken(machine, name, family, capability):
     machine(capability, *PACKAGES.values())
     check_attention(name, str(CARDS / family), HALF)
 
 
-@pytest.mark.parametrize("name, family, capability, dtypes, words", [
-    ("flash", "flux-dev", (7, 5), HALF, ["compute capability 8.0 or later", "CARD has 7.5"]),
-    ("_flash_3_hub", "flux-dev", (8, 0), HALF, ["compute capability 9.0, and", "CARD has 8.0"]),
-    ("_flash_3_hub", "flux-dev", (10, 0), HALF, ["compute capability 9.0, and", "CARD has 10.0"]),
-    ("flash", "flux-dev", (9, 0), {**HALF, "the deepspeed section": torch.float32}, ["float16", "the deepspeed section gives float32"]),
-    ("flash", "qwen-image", (9, 0), HALF, ["without a mask", "QwenImage"]),
-    ("_flash_3_hub", "qwen-image", (9, 0), HALF, ["without a mask", "QwenImage"]),
-    ("xformers", "flux-dev", None, HALF, ["a GPU", "on the CPU"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, family, capability, dtypes, words",
+    [
+        ("flash", "flux-dev", (7, 5), HALF, ["compute capability 8.0 or later", "CARD has 7.5"]),
+        ("_flash_3_hub", "flux-dev", (8, 0), HALF, ["compute capability 9.0, and", "CARD has 8.0"]),
+        ("_flash_3_hub", "flux-dev", (10, 0), HALF, ["compute capability 9.0, and", "CARD has 10.0"]),
+        ("flash", "flux-dev", (9, 0), {**HALF, "the deepspeed section": torch.float32}, ["float16", "the deepspeed section gives float32"]),
+        ("flash", "qwen-image", (9, 0), HALF, ["without a mask", "QwenImage"]),
+        ("_flash_3_hub", "qwen-image", (9, 0), HALF, ["without a mask", "QwenImage"]),
+        ("xformers", "flux-dev", None, HALF, ["a GPU", "on the CPU"]),
+    ],
+)
 def test_what_is_missing_is_named(machine, name, family, capability, dtypes, words):
     machine(capability, *PACKAGES.values())
     with pytest.raises(UserError) as refused:

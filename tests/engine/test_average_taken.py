@@ -28,16 +28,19 @@ def saved_by_hand(folder, updates, every, file):
     manifest.seal(draft)
 
 
-@pytest.mark.parametrize("updates, every, file, which", [
-    (3, 8, True, "raw"),  # of an older version, which wrote it all the same
-    (7, 8, True, "raw"),
-    (3, 8, False, "raw"),
-    (0, 1, True, "raw"),
-    (8, 8, True, "ema"),
-    (9, 8, True, "ema"),
-    (1, 1, True, "ema"),
-    (0, None, False, "raw"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "updates, every, file, which",
+    [
+        (3, 8, True, "raw"),  # of an older version, which wrote it all the same
+        (7, 8, True, "raw"),
+        (3, 8, False, "raw"),
+        (0, 1, True, "raw"),
+        (8, 8, True, "ema"),
+        (9, 8, True, "ema"),
+        (1, 1, True, "ema"),
+        (0, None, False, "raw"),
+    ],
+)
 def test_which_weights_are_read(tmp_path, capsys, updates, every, file, which):
     saved_by_hand(tmp_path, updates, every, file)
     found = load.load_tuned(tmp_path)
@@ -85,8 +88,12 @@ def test_weights_too_large_for_a_dtype_are_refused(lora):
 
 
 def average_of(weights, every=3):
-    runtime = SimpleNamespace(trainable=weights, trainable_shapes=lambda: {n: tuple(t.shape) for n, t in weights.items()},
-                              full_fp32=lambda t: t.float(), policy=SimpleNamespace(device="cpu"))  # fmt: skip
+    runtime = SimpleNamespace(
+        trainable=weights,
+        trainable_shapes=lambda: {n: tuple(t.shape) for n, t in weights.items()},
+        full_fp32=lambda t: t.float(),
+        policy=SimpleNamespace(device="cpu"),
+    )
     return Average(runtime, 0.5, every)
 
 
@@ -119,9 +126,15 @@ def test_an_average_that_was_taken_must_be_there(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_without_an_average_is_taken_for_what_it_trained(tmp_path):
-    run = train(tmp_path, "never", processes=None, model={"lora": {"rank": 4, "alpha": 8.0}},
-                rollout={"num_steps": 3, "plan": {"branch_steps": [0, 1]}}, training={"iterations": 1, "ema": {"every": 8}},
-                eval={"every": 1, "prompts": 2})  # fmt: skip
+    run = train(
+        tmp_path,
+        "never",
+        processes=None,
+        model={"lora": {"rank": 4, "alpha": 8.0}},
+        rollout={"num_steps": 3, "plan": {"branch_steps": [0, 1]}},
+        training={"iterations": 1, "ema": {"every": 8}},
+        eval={"every": 1, "prompts": 2},
+    )
     assert "no average was taken in 1 updates" in run.done.stdout
     assert json.loads((run.folder / "samples/000001/samples.json").read_text())["weights"] == "raw"
     assert not (run.folder / "checkpoints/000001/ema.safetensors").exists()

@@ -68,8 +68,13 @@ def test_options_are_checked():
 @pytest.mark.slow
 def test_it_trains(tmp_path):
     """States of one child and of two share micro-batches; the run goes on from its checkpoint."""
-    run = train(tmp_path, "tree", processes=None, rollout={"plan": {"type": "branch_grpo", "split_steps": [0, 2]}, "num_steps": 4},
-                training={"iterations": 2})  # fmt: skip
+    run = train(
+        tmp_path,
+        "tree",
+        processes=None,
+        rollout={"plan": {"type": "branch_grpo", "split_steps": [0, 2]}, "num_steps": 4},
+        training={"iterations": 2},
+    )
     last = run.rows[-1]
     assert last["images"] == 2 * 4 and last["forwards/train"] == 2 * (1 + 2 + 2) and last["loss"] == pytest.approx(0, abs=0.5)
     assert last["grad_norm"] > 0 and {f"reward_std/step_{k}" for k in range(3)} <= last.keys()

@@ -171,8 +171,13 @@ class Average:
 @pytest.fixture
 def runtime():
     weight = torch.arange(6.0, dtype=torch.float64).reshape(2, 3)
-    return SimpleNamespace(engine=Engine(), trainable={"layer.weight": weight}, full_fp32=lambda p: p.float().t().t(), stage=0,
-                           trainable_shapes=lambda: {"layer.weight": (2, 3)})  # fmt: skip
+    return SimpleNamespace(
+        engine=Engine(),
+        trainable={"layer.weight": weight},
+        full_fp32=lambda p: p.float().t().t(),
+        stage=0,
+        trainable_shapes=lambda: {"layer.weight": (2, 3)},
+    )
 
 
 def state_of(iteration, **more):
@@ -200,10 +205,13 @@ def test_save_keeps_the_newest(runtime, tmp_path):
 EVALUATED = {1: (0.5, 5.0), 2: (0.4, 7.0), 10: (0.7, 6.0), 12: (0.6, None), 14: (0.6, 7.0)}  # the held-out reward, another metric
 
 
-@pytest.mark.parametrize("metric, expected", [
-    ("eval/reward", [[1], [1, 2], [1, 3], [10], [10, 12], [10, 14]]),
-    ("diversity/seeds", [[1], [2], [2, 3], [2, 10], [2, 12], [2, 14]]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "metric, expected",
+    [
+        ("eval/reward", [[1], [1, 2], [1, 3], [10], [10, 12], [10, 14]]),
+        ("diversity/seeds", [[1], [2], [2, 3], [2, 10], [2, 12], [2, 14]]),
+    ],
+)
 def test_save_keeps_the_best(runtime, tmp_path, metric, expected):
     """Of those evaluated, which iteration 3 is not, though a rollout has told its diversity; the first of equals."""
     kept = []
@@ -256,9 +264,13 @@ def test_a_save_that_fails_leaves_the_last_one(runtime, tmp_path):
     assert not list((tmp_path / "checkpoints").glob(".*")), "what the broken one left is gone, though it had another number"
 
 
-@pytest.mark.parametrize("error, free", [
-    (OSError(errno.ENOSPC, "No space left on device"), 1 << 40), (RuntimeError("PytorchStreamWriter failed writing file"), 0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "error, free",
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), 1 << 40),
+        (RuntimeError("PytorchStreamWriter failed writing file"), 0),
+    ],
+)
 def test_a_full_disk_is_named_and_cleared(runtime, tmp_path, monkeypatch, error, free):
     first = save.save_checkpoint(runtime, None, tmp_path, state_of(1), keep=2)
 

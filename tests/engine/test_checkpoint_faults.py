@@ -197,7 +197,7 @@ PATHS = {
     "no hub id": ("own er/name", ["hub id has the form owner/name"]),
     "no hub id either": ("owner/a..b", ["hub id has the form owner/name"]),
     "not on this machine": ("owner/name", ["no folder owner/name", "HF_HUB_OFFLINE"]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("path, words", PATHS.values(), ids=PATHS)

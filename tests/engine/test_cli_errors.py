@@ -181,13 +181,16 @@ def test_resume_needs_a_run(tmp_path):
     assert not run_dir.exists()
 
 
-@pytest.mark.parametrize("changes, key, was, now", [
-    ({"training": {"seed": 5}}, "training.seed", "0", "5"),
-    ({"rollout": {"sde": {"eta": 0.5}}}, "rollout.sde.eta", "0.7", "0.5"),
-    ({"rewards": {"jpeg": 1.0}}, "rewards", "None", "1.0"),
-    ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "deepspeed.zero_optimization", "None", "2"),
-    ({"training": {"iterations": 9, "penalty": {"coef": 0.1}}}, "training.penalty", "None", "0.1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, key, was, now",
+    [
+        ({"training": {"seed": 5}}, "training.seed", "0", "5"),
+        ({"rollout": {"sde": {"eta": 0.5}}}, "rollout.sde.eta", "0.7", "0.5"),
+        ({"rewards": {"jpeg": 1.0}}, "rewards", "None", "1.0"),
+        ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "deepspeed.zero_optimization", "None", "2"),
+        ({"training": {"iterations": 9, "penalty": {"coef": 0.1}}}, "training.penalty", "None", "0.1"),
+    ],
+)
 def test_resume_refuses_another_config(tmp_path, changes, key, was, now):
     directory.claim(claimed(tmp_path)[0], resume=False)
     with pytest.raises(UserError) as error:
@@ -231,16 +234,31 @@ def test_scripts_refuse_a_run_without_checkpoints(claimed_run, tmp_path, monkeyp
 
 
 NO_NUMBERS = {
-    "evaluate sample": [("--count", "0"), ("--count", "9" * 40), ("--count", "1.5"), ("--num-steps", "-3"), ("--num-steps", "ten"),
-                        ("--num-steps", "100000"), ("--checkpoint", "-1"), ("--checkpoint", "9" * 40), ("--prompts", ""), ("--run", "")],
+    "evaluate sample": [
+        ("--count", "0"),
+        ("--count", "9" * 40),
+        ("--count", "1.5"),
+        ("--num-steps", "-3"),
+        ("--num-steps", "ten"),
+        ("--num-steps", "100000"),
+        ("--checkpoint", "-1"),
+        ("--checkpoint", "9" * 40),
+        ("--prompts", ""),
+        ("--run", ""),
+    ],
     "sample": [("--seed", "-1"), ("--seed", "9" * 20), ("--seed", "1e3"), ("--seed", "9" * 100_000), ("--prompt", " ")],
-}  # fmt: skip
+}
 
 
-@pytest.mark.parametrize("name, option, value", [
-    pytest.param(name, *case, id=f"{name} {case[0]}={case[1][:20]}") for names, cases in NO_NUMBERS.items() for name in names.split()
-    for case in cases
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, option, value",
+    [
+        pytest.param(name, *case, id=f"{name} {case[0]}={case[1][:20]}")
+        for names, cases in NO_NUMBERS.items()
+        for name in names.split()
+        for case in cases
+    ],
+)
 def test_options_that_cannot_be_meant(tmp_path, name, option, value):
     """Each is named in one line, with what is allowed, and nothing is loaded for it."""
     done = script_here(name, "--run", tmp_path, "--out", tmp_path / "out", f"{option}={value}")
@@ -266,9 +284,15 @@ def test_evaluate_refuses_prompts_that_a_reward_cannot_use(tmp_path, skeleton):
     assert done.stderr.startswith("note: OCR targets: 'ONE'\n") and "\nerror: model.path" in done.stderr, done.stderr
 
 
-@pytest.mark.parametrize("rank, local, error, printed", [
-    (0, 0, UserError, True), (1, 1, UserError, False), (8, 0, UserError, True), (9, 1, RankError, True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "rank, local, error, printed",
+    [
+        (0, 0, UserError, True),
+        (1, 1, UserError, False),
+        (8, 0, UserError, True),
+        (9, 1, RankError, True),
+    ],
+)
 def test_one_message_on_each_machine(monkeypatch, capsys, rank, local, error, printed):
     """Of an error that all ranks share; one that a rank has alone is printed whatever the rank."""
     monkeypatch.setenv("RANK", str(rank))

@@ -76,8 +76,12 @@ def test_there_are_shipped_configs():
 
 
 def test_only_what_names_the_task_is_required():
-    assert {key for section in ("model", "data") for key, field in Config.model_fields[section].annotation.model_fields.items()
-            if field.is_required()} == {"path", "train"}  # fmt: skip
+    assert {
+        key
+        for section in ("model", "data")
+        for key, field in Config.model_fields[section].annotation.model_fields.items()
+        if field.is_required()
+    } == {"path", "train"}
     config = parse_config(MINIMAL)
     assert config.rollout.plan == {"type": "tempflow", "seeds": 4, "children": 6, "branch_steps": "all"}
     assert config.plan().steps(0) == list(range(9)) and config.rollout.num_steps == 10
@@ -87,8 +91,7 @@ def test_only_what_names_the_task_is_required():
 CONTRACT = {
     "model": "path dtype lora attention_backend gradient_checkpointing",
     "data": "train heldout prompts_per_iteration",
-    "rollout": "plan height width num_steps sde guidance_scale micro_batch replica "
-    "graphs compile suffix",
+    "rollout": "plan height width num_steps sde guidance_scale micro_batch replica graphs compile suffix",
     "training": "iterations updates micro_batch advantage objective penalty weighting ema seed",
     "eval": "every num_steps prompts",
     "checkpoint": "every keep",
@@ -125,10 +128,16 @@ def test_resolved_config_reads_back():
 def test_overrides(tmp_path):
     file = write_config(tmp_path)
     settings = [
-        "training.iterations=7", "training.ema={\"decay\": 0.5}", "model.lora=null", "rollout.plan.branch_steps=[1,2]",
-        "training.objective.ratio=guard", "logging.name=x=y", "deepspeed.zero_optimization.stage=2", "rewards.ocr.weight=0.5",
+        "training.iterations=7",
+        'training.ema={"decay": 0.5}',
+        "model.lora=null",
+        "rollout.plan.branch_steps=[1,2]",
+        "training.objective.ratio=guard",
+        "logging.name=x=y",
+        "deepspeed.zero_optimization.stage=2",
+        "rewards.ocr.weight=0.5",
         "rewards.ocr.detect=false",
-    ]  # fmt: skip
+    ]
     config = load_config(file, settings)
     assert config.training.iterations == 7 and config.training.ema.decay == 0.5 and config.training.ema.every == 8
     assert config.rollout.plan["branch_steps"] == [1, 2] and config.training.objective["ratio"] == "guard" and config.logging.name == "x=y"
@@ -215,7 +224,7 @@ REFUSED = [
     ("deepspeed.bf16", True, ["deepspeed.bf16", "table", "True"]),
     ("deepspeed.optimizer", "AdamW", ["deepspeed.optimizer", "table", "'AdamW'"]),
     ("deepspeed", {}, ["deepspeed.optimizer", "missing"]),
-]  # fmt: skip
+]
 
 
 def changed(key, value):
@@ -237,22 +246,38 @@ def test_refused(key, value, words):
     assert str(error.value).startswith(key.split(".")[0]), "the message opens with the key"
 
 
-@pytest.mark.parametrize("section, words", [
-    ({"rollout": {"plan": {"type": "flow_grpo", "branch_steps": [0, 4, 8]}}},
-     ["training.advantage.over", '"seed"', "flow_grpo", '"prompt"']),
-    ({"rollout": {"plan": {"type": "mix_grpo", "window": 10}}, "training": {"advantage": {"over": "prompt"}}},
-     ["rollout.plan.window", "10 of 9"]),
-    ({"rollout": {"plan": {"type": "flow_grpo", "seeds": 1, "branch_steps": [0, 4, 8]}}, "training": {"advantage": {"over": "prompt"}}},
-     ["rollout.plan.seeds", "at least 2"]),
-    ({"rollout": {"plan": {"children": 1, "seeds": 1}}, "training": {"advantage": {"over": "prompt"}}},
-     ["rollout.plan.children", "at least 2"]),
-    ({"rollout": {"graphs": True, "replica": False}}, ["rollout.graphs", "rollout.replica"]),
-    ({"rollout": {"suffix": {"weights": "float8"}, "replica": False}}, ['rollout.suffix.weights: "float8"', "rollout.replica"]),
-    ({"rollout": {"compile": "compile", "replica": False}}, ["rollout.compile", "training.compile"]),
-    ({"training": {"compile": "compile"}, "deepspeed": {"optimizer": {"type": "AdamW"}, "zero_optimization": {"stage": 3}}},
-     ["training.compile", "ZeRO stage 3", '"eager"']),
-    ({"rollout": {"sde": {"type": "cps", "eta": 1.5}}}, ["rollout.sde.eta", "1.5", "above 0 and at most 1"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "section, words",
+    [
+        (
+            {"rollout": {"plan": {"type": "flow_grpo", "branch_steps": [0, 4, 8]}}},
+            ["training.advantage.over", '"seed"', "flow_grpo", '"prompt"'],
+        ),
+        (
+            {"rollout": {"plan": {"type": "mix_grpo", "window": 10}}, "training": {"advantage": {"over": "prompt"}}},
+            ["rollout.plan.window", "10 of 9"],
+        ),
+        (
+            {
+                "rollout": {"plan": {"type": "flow_grpo", "seeds": 1, "branch_steps": [0, 4, 8]}},
+                "training": {"advantage": {"over": "prompt"}},
+            },
+            ["rollout.plan.seeds", "at least 2"],
+        ),
+        (
+            {"rollout": {"plan": {"children": 1, "seeds": 1}}, "training": {"advantage": {"over": "prompt"}}},
+            ["rollout.plan.children", "at least 2"],
+        ),
+        ({"rollout": {"graphs": True, "replica": False}}, ["rollout.graphs", "rollout.replica"]),
+        ({"rollout": {"suffix": {"weights": "float8"}, "replica": False}}, ['rollout.suffix.weights: "float8"', "rollout.replica"]),
+        ({"rollout": {"compile": "compile", "replica": False}}, ["rollout.compile", "training.compile"]),
+        (
+            {"training": {"compile": "compile"}, "deepspeed": {"optimizer": {"type": "AdamW"}, "zero_optimization": {"stage": 3}}},
+            ["training.compile", "ZeRO stage 3", '"eager"'],
+        ),
+        ({"rollout": {"sde": {"type": "cps", "eta": 1.5}}}, ["rollout.sde.eta", "1.5", "above 0 and at most 1"]),
+    ],
+)
 def test_refused_together(section, words):
     with pytest.raises(UserError) as error:
         parse_config(config_table(**section))
@@ -284,12 +309,15 @@ def test_one_mistake_in_branch_steps_is_one_line():
         assert len(str(error.value).splitlines()) == 1, error.value
 
 
-@pytest.mark.parametrize("content, words", [
-    (None, ["does not exist"]),
-    ("{", ["not JSON"]),
-    ("[]", ["table of sections", "list"]),
-    ("\xff", ["not JSON"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (None, ["does not exist"]),
+        ("{", ["not JSON"]),
+        ("[]", ["table of sections", "list"]),
+        ("\xff", ["not JSON"]),
+    ],
+)
 def test_files_that_are_no_config(tmp_path, content, words):
     file = tmp_path / "broken.json"
     if content is not None:
@@ -304,12 +332,15 @@ def test_a_folder_is_no_config(tmp_path):
         load_config(tmp_path)
 
 
-@pytest.mark.parametrize("setting, words", [
-    ("training.iterations", ["--set training.iterations", "section.key=value"]),
-    ("=3", ["--set =3", "section.key=value"]),
-    ("training.iterations.more=3", ["--set", "iterations is not a table"]),
-    ("training.itterations=3", ["training.itterations", "did you mean 'iterations'"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "setting, words",
+    [
+        ("training.iterations", ["--set training.iterations", "section.key=value"]),
+        ("=3", ["--set =3", "section.key=value"]),
+        ("training.iterations.more=3", ["--set", "iterations is not a table"]),
+        ("training.itterations=3", ["training.itterations", "did you mean 'iterations'"]),
+    ],
+)
 def test_overrides_that_are_refused(tmp_path, setting, words):
     with pytest.raises(UserError) as error:
         load_config(write_config(tmp_path), [setting])
@@ -321,9 +352,19 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=5,
 )
-KEYS = [*CONTRACT, *(f"{s}.{k}" for s, keys in CONTRACT.items() for k in keys.split()), "rewards", "deepspeed", "rollout.plan.seeds",
-        "model.lora.rank", "deepspeed.bf16", "deepspeed.zero_optimization.stage", "rollout.plan.branch_steps", "training.penalty.coef",
-        "anything"]  # fmt: skip
+KEYS = [
+    *CONTRACT,
+    *(f"{s}.{k}" for s, keys in CONTRACT.items() for k in keys.split()),
+    "rewards",
+    "deepspeed",
+    "rollout.plan.seeds",
+    "model.lora.rank",
+    "deepspeed.bf16",
+    "deepspeed.zero_optimization.stage",
+    "rollout.plan.branch_steps",
+    "training.penalty.coef",
+    "anything",
+]
 
 
 @given(st.sampled_from(KEYS), json_values)

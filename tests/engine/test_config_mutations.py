@@ -14,26 +14,80 @@ from tempflow.estimate import estimate
 
 TABLE = config_table(
     model={"dtype": "float32", "lora": {"rank": 4, "alpha": 8.0, "targets": None}, "gradient_checkpointing": True},
-    rollout={"suffix": {"stride": 2, "order": 1, "exact_steps": 1, "audit_every": 5}, "sde": {"type": "flow", "eta": 0.7},
-             "micro_batch": 48, "decode_batch": 16, "replica": True},
-    training={"penalty": {"coef": 0.01}, "ema": {"decay": 0.9, "every": 8}, "minutes": 3.0, "updates": {"passes": 2}, "seed": 0,
-              "advantage": {"over": "seed"}, "objective": {"ratio": "plain"}},
-    deepspeed={"optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "torch_adam": True}},
-               "bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"},
-               "zero_optimization": {"stage": 2, "reduce_bucket_size": 1000, "overlap_comm": True,
-                                     "offload_optimizer": {"device": "none"}}},
-)  # fmt: skip
-NUMBERS = [-(10**400), -1, 0, 1, 2, 3, 7, 16, 64, 1000, 65536, 2**31, 10**18, 10**400, -0.0, 1e-300, 0.5, 1.0, 1.5, 1e308, float("nan"),
-           float("inf")]  # fmt: skip
-TEXTS = ["", "auto", "bfloat16", "all", "prompt", "flow_grpo", "mix_grpo", "cps", "cpu", "SGD", "a\nb", "\x00", "\ud800", "ä" * 300,
-         "owner/name", "."]  # fmt: skip
+    rollout={
+        "suffix": {"stride": 2, "order": 1, "exact_steps": 1, "audit_every": 5},
+        "sde": {"type": "flow", "eta": 0.7},
+        "micro_batch": 48,
+        "decode_batch": 16,
+        "replica": True,
+    },
+    training={
+        "penalty": {"coef": 0.01},
+        "ema": {"decay": 0.9, "every": 8},
+        "minutes": 3.0,
+        "updates": {"passes": 2},
+        "seed": 0,
+        "advantage": {"over": "seed"},
+        "objective": {"ratio": "plain"},
+    },
+    deepspeed={
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "torch_adam": True}},
+        "bf16": {"enabled": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": 1000, "overlap_comm": True, "offload_optimizer": {"device": "none"}},
+    },
+)
+NUMBERS = [
+    -(10**400),
+    -1,
+    0,
+    1,
+    2,
+    3,
+    7,
+    16,
+    64,
+    1000,
+    65536,
+    2**31,
+    10**18,
+    10**400,
+    -0.0,
+    1e-300,
+    0.5,
+    1.0,
+    1.5,
+    1e308,
+    float("nan"),
+    float("inf"),
+]
+TEXTS = [
+    "",
+    "auto",
+    "bfloat16",
+    "all",
+    "prompt",
+    "flow_grpo",
+    "mix_grpo",
+    "cps",
+    "cpu",
+    "SGD",
+    "a\nb",
+    "\x00",
+    "\ud800",
+    "ä" * 300,
+    "owner/name",
+    ".",
+]
 leaves = st.none() | st.booleans() | st.sampled_from(NUMBERS) | st.sampled_from(TEXTS) | st.text(max_size=4)
 garbage = st.recursive(
     leaves,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["stage", "rank", "random", "x"]) | st.text(max_size=3),
-                                                                inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["stage", "rank", "random", "x"]) | st.text(max_size=3), inner, max_size=3)
+    ),
     max_leaves=6,
-)  # fmt: skip
+)
 
 
 def paths(table: dict, before: tuple = ()) -> list[tuple]:

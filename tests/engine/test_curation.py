@@ -144,11 +144,17 @@ def test_a_resumed_run_curates_as_an_undisturbed_one(tmp_path):
 
     def run(name, iterations, *more):
         return train(
-            tmp_path, name, *more, processes=None, rewards={"engine_rewards:contrast_of_some": 1.0}, eval={"every": 0},
+            tmp_path,
+            name,
+            *more,
+            processes=None,
+            rewards={"engine_rewards:contrast_of_some": 1.0},
+            eval={"every": 0},
             data={"train": str(prompts), "heldout": None, "prompts_per_iteration": 2, "curation": {"rest": 4, "spread": 0.2}},
-            rollout={"num_steps": 3, "plan": {"branch_steps": [0], "seeds": 1}}, training={"iterations": iterations},
+            rollout={"num_steps": 3, "plan": {"branch_steps": [0], "seeds": 1}},
+            training={"iterations": iterations},
             checkpoint={"every": 2},
-        )  # fmt: skip
+        )
 
     whole = run("whole", 6)
     run("resumed", 3)

@@ -79,11 +79,14 @@ def smi(tmp_path, monkeypatch, answer):
     monkeypatch.setenv("PATH", f"{tool.parent}{os.pathsep}{os.environ['PATH']}")
 
 
-@pytest.mark.parametrize("version, driver", [
-    ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023", "535.104.05"),
-    ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  550.54  Release Build", "550.54"),
-    ("something else", "of unknown version"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "version, driver",
+    [
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023", "535.104.05"),
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  550.54  Release Build", "550.54"),
+        ("something else", "of unknown version"),
+    ],
+)
 def test_the_error_names_driver_and_cuda(gpu_machine, version, driver):
     gpu_machine(version=version)
     with pytest.raises(UserError) as refused:
@@ -92,9 +95,13 @@ def test_the_error_names_driver_and_cuda(gpu_machine, version, driver):
     assert all(word in str(refused.value) for word in words), refused.value
 
 
-@pytest.mark.parametrize("answer, driver", [
-    ("echo 535.104.05; echo 535.104.05", "535.104.05"), ("echo failed; exit 9", "of unknown version"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "answer, driver",
+    [
+        ("echo 535.104.05; echo 535.104.05", "535.104.05"),
+        ("echo failed; exit 9", "of unknown version"),
+    ],
+)
 def test_nvidia_smi_is_asked_where_the_kernel_says_nothing(gpu_machine, tmp_path, monkeypatch, answer, driver):
     smi(tmp_path, monkeypatch, answer)
     gpu_machine(version=None)
@@ -155,10 +162,14 @@ def test_a_gpu_is_named_with_its_memory_and_driver(gpu_machine, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------ the allocator
-@pytest.mark.parametrize("given, expected", [
-    ({}, "expandable_segments:True"), ({"PYTORCH_ALLOC_CONF": "backend:native"}, "backend:native"),
-    ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512"}, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": "backend:native"}, "backend:native"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512"}, None),
+    ],
+)
 def test_memory_grows_in_place_unless_the_user_says_otherwise(monkeypatch, given, expected):
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         monkeypatch.delenv(name, raising=False)

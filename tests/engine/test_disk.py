@@ -38,8 +38,11 @@ def test_bytes_of_a_real_checkpoint(tmp_path, model, stage, section):
     from tempflow.training.engine import Runtime
 
     init_distributed()
-    config = small_config(model=model, training={"ema": {"decay": 0.5}} if "lora" not in model else {},
-                          deepspeed={"optimizer": ADAMW, **section, "zero_optimization": {"stage": stage}})  # fmt: skip
+    config = small_config(
+        model=model,
+        training={"ema": {"decay": 0.5}} if "lora" not in model else {},
+        deepspeed={"optimizer": ADAMW, **section, "zero_optimization": {"stage": stage}},
+    )
     policy = load_policy(str(MODEL), max_sequence_length=20)
     runtime = Runtime(config, policy)
     average = Average(runtime, 0.5, 1) if config.training.ema else None
@@ -55,10 +58,19 @@ def test_bytes_of_a_real_checkpoint(tmp_path, model, stage, section):
     assert expected < written < expected * 1.02 + 120_000
 
 
-@pytest.mark.parametrize("every, iterations, keep, best", [
-    (2, 20, 2, True), (2, 20, 2, False), (2, 20, 1, True), (10, 20, 2, True), (0, 20, 2, True), (7, 20, 2, True), (7, 20, 9, True),
-    (30, 20, 1, True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "every, iterations, keep, best",
+    [
+        (2, 20, 2, True),
+        (2, 20, 2, False),
+        (2, 20, 1, True),
+        (10, 20, 2, True),
+        (0, 20, 2, True),
+        (7, 20, 2, True),
+        (7, 20, 9, True),
+        (30, 20, 1, True),
+    ],
+)
 def test_checkpoints_at_once(tmp_path, monkeypatch, every, iterations, keep, best):
     """As many as lie there when a run of the trainer's schedule seals one, the first being the best all along."""
     table = {"checkpoint": {"every": every, "keep": keep, "keep_best": best}, "training": {"iterations": iterations}}

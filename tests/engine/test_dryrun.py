@@ -33,8 +33,9 @@ BF16 = {"bf16": {"enabled": True}, "optimizer": {"type": "AdamW", "params": {"lr
 def items(result) -> dict[str, int]:
     """Bytes by the first words of their names."""
     memory = result.memory
-    return {item.name.removeprefix("training engine: ").split(":")[0]: item.bytes
-            for item in [*memory.resident, *memory.moments, *memory.host]}  # fmt: skip
+    return {
+        item.name.removeprefix("training engine: ").split(":")[0]: item.bytes for item in [*memory.resident, *memory.moments, *memory.host]
+    }
 
 
 def tensors_of(value):
@@ -54,9 +55,8 @@ VARIANTS = {
     "float8": {"rollout": {"suffix": {"weights": "float8"}}},
     "full": {"training": {"ema": {"decay": 0.5}, "penalty": {"coef": 0.01}}},
     "lora": {"model": {"lora": {"rank": 4, "alpha": 8.0}}, "training": {"ema": {"decay": 0.5}, "penalty": {"coef": 0.01}}},
-    "sgd, no copy": {"rollout": {"replica": False},
-                     "deepspeed": {"optimizer": {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}}}},
-}  # fmt: skip
+    "sgd, no copy": {"rollout": {"replica": False}, "deepspeed": {"optimizer": {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}}}},
+}
 GUIDED = {"sd3": sd3_pipeline, "qwen_image": qwen_pipeline}
 TEXT = 20
 
@@ -99,8 +99,11 @@ def test_bytes_of_a_real_runtime(folders, family, variant):
     init_distributed()
     scale, rows, size = 0.0 if family == "flux" else 4.5, 6, types.Size(32, 96)
     changes = VARIANTS[variant]
-    changes = {**changes, "model": {"path": str(folders(family)), **changes.get("model", {})},
-               "rollout": {"guidance_scale": scale, **changes.get("rollout", {})}}  # fmt: skip
+    changes = {
+        **changes,
+        "model": {"path": str(folders(family)), **changes.get("model", {})},
+        "rollout": {"guidance_scale": scale, **changes.get("rollout", {})},
+    }
     config = small_config(**changes)
     policy = load_policy(str(folders(family)), max_sequence_length=TEXT)
     copied = policy.transformer
@@ -153,11 +156,25 @@ def test_activations_of_a_real_forward(folders, family, scale, rows, checkpointi
 
 
 TRANSFORMERS = {
-    "FluxTransformer2DModel": {"num_layers": 4, "num_single_layers": 5, "in_channels": 16, "joint_attention_dim": 24,
-                               "pooled_projection_dim": 24, "axes_dims_rope": (4, 6, 6)},
-    "SD3Transformer2DModel": {"num_layers": 9, "dual_attention_layers": (0, 1, 2, 3), "in_channels": 4, "sample_size": 16,
-                              "joint_attention_dim": 24, "caption_projection_dim": 32, "pooled_projection_dim": 24, "qk_norm": "rms_norm"},
-}  # fmt: skip
+    "FluxTransformer2DModel": {
+        "num_layers": 4,
+        "num_single_layers": 5,
+        "in_channels": 16,
+        "joint_attention_dim": 24,
+        "pooled_projection_dim": 24,
+        "axes_dims_rope": (4, 6, 6),
+    },
+    "SD3Transformer2DModel": {
+        "num_layers": 9,
+        "dual_attention_layers": (0, 1, 2, 3),
+        "in_channels": 4,
+        "sample_size": 16,
+        "joint_attention_dim": 24,
+        "caption_projection_dim": 32,
+        "pooled_projection_dim": 24,
+        "qk_norm": "rms_norm",
+    },
+}
 
 
 def transformer(kind, lora) -> torch.nn.Module:
@@ -171,8 +188,12 @@ def transformer(kind, lora) -> torch.nn.Module:
 
 
 def arguments_of(kind, rows) -> dict:
-    shapes = {"hidden_states": (20, 16) if kind.startswith("Flux") else (4, 8, 10), "encoder_hidden_states": (7, 24),
-              "pooled_projections": (24,), "timestep": ()}  # fmt: skip
+    shapes = {
+        "hidden_states": (20, 16) if kind.startswith("Flux") else (4, 8, 10),
+        "encoder_hidden_states": (7, 24),
+        "pooled_projections": (24,),
+        "timestep": (),
+    }
     given = {name: torch.empty(rows, *shape, device="meta") for name, shape in shapes.items()}
     if kind.startswith("Flux"):
         given |= {"img_ids": torch.empty(20, 3, device="meta"), "txt_ids": torch.empty(7, 3, device="meta")}
@@ -191,6 +212,7 @@ def test_three_blocks_stand_for_all(kind, checkpointing, lora):
         assert (len(list(module.parameters())) < whole) == short
         if checkpointing:
             module.enable_gradient_checkpointing()
+
         def run(module=module):
             return module(**given, return_dict=False)[0]
 
@@ -217,8 +239,10 @@ def test_a_forward_without_gradients(folders, family):
 RUNS = {
     "tempflow": {"rollout": {"suffix": {"stride": 2, "exact_steps": 1}}, "training": {"updates": {"passes": 2}, "penalty": {"coef": 0.01}}},
     "random steps": {"rollout": {"plan": {"branch_steps": {"random": 2}}}},
-    "flow_grpo": {"rollout": {"plan": {"type": "flow_grpo", "branch_steps": "all", "seeds": 3}},
-                  "training": {"advantage": {"over": "prompt"}}},
+    "flow_grpo": {
+        "rollout": {"plan": {"type": "flow_grpo", "branch_steps": "all", "seeds": 3}},
+        "training": {"advantage": {"over": "prompt"}},
+    },
 }
 
 
@@ -239,8 +263,10 @@ def test_forwards_of_a_real_run(tmp_path, changes):
 @pytest.fixture(scope="module")
 def flux():
     """The shipped configs as they stand, by hub id, without a network."""
-    return {"lora": estimate(load_config(ROOT / "configs/flux_lora.json")),
-            "zero3": estimate(load_config(ROOT / "configs/flux_zero3.json"), gpus=8)}  # fmt: skip
+    return {
+        "lora": estimate(load_config(ROOT / "configs/flux_lora.json")),
+        "zero3": estimate(load_config(ROOT / "configs/flux_zero3.json"), gpus=8),
+    }
 
 
 def modules_of(card) -> dict[str, torch.nn.Module]:
@@ -368,9 +394,13 @@ def test_a_graph_keeps_what_a_forward_holds():
 
 def test_evaluations_may_be_guided_where_rollouts_are_not(folders):
     """Then their forward holds twice as much."""
+
     def moments(rollout, guidance):
-        config = small_config(model={"path": str(folders("sd3")), "max_sequence_length": TEXT}, rollout={"guidance_scale": rollout},
-                              eval={"prompts": 48, "guidance_scale": guidance})  # fmt: skip
+        config = small_config(
+            model={"path": str(folders("sd3")), "max_sequence_length": TEXT},
+            rollout={"guidance_scale": rollout},
+            eval={"prompts": 48, "guidance_scale": guidance},
+        )
         return {item.name.split(":")[0]: item.bytes for item in estimate(config).memory.moments}
 
     plain, guided = moments(1, 1), moments(1, 4.5)
@@ -399,7 +429,8 @@ def test_zero_stages(stage, more, parameters, gradients, optimizer):
     result = estimate(small_config(deepspeed={**BF16, **more, "zero_optimization": {"stage": stage}}), gpus=4)
     seen, count = items(result), result.trained
     assert [seen["parameters"] / count, seen["gradients"] / count, seen["optimizer"] / count] == pytest.approx(
-        [parameters, gradients, optimizer], rel=1e-4)  # fmt: skip
+        [parameters, gradients, optimizer], rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("where", ["sharded", "offloaded"])
@@ -419,11 +450,11 @@ def test_bytes_of_a_spread_reference(where):
 
 def test_where_the_reference_is():
     """Bytes of the copy on one of four GPUs, and in host memory."""
+
     def of(stage, reference=None):
         deepspeed = {**BF16, "zero_optimization": {"stage": stage}}
         memory = estimate(small_config(training={"penalty": {"coef": 0.01}, "reference": reference}, deepspeed=deepspeed), gpus=4).memory
-        return [sum(i.bytes for i in part if i.name.startswith("reference copy"))
-                for part in (memory.resident, memory.host)]  # fmt: skip
+        return [sum(i.bytes for i in part if i.name.startswith("reference copy")) for part in (memory.resident, memory.host)]
 
     whole = of(2)[0]
     assert of(2) == of(3, "whole") == of(2, "whole") == [whole, 0] and whole > 0
@@ -459,18 +490,23 @@ def test_dry_run_says_that_it_does_not_fit(tmp_path):
     assert "Does not fit" in done.stdout and "Most of it:" in done.stdout
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["--gpus", 0], ["--gpus", "from 1 to"]),
-    (["--mfu", "nan"], ["--mfu"]),
-    (["--card-gb", -1], ["--card-gb"]),
-    (["--gpus", 5], ["data.prompts_per_iteration x rollout.plan.seeds", "4 units for 5 GPUs"]),
-    (["--set", "model.path=someone/else"], ["model.path", "someone/else"]),
-    (["--set", "rollout.height=30"], ["rollout.height", "multiples of 8"]),
-    (["--set", "model.path=stabilityai/stable-diffusion-3.5-large", "--set", "rollout.height=3088"],
-     ["rollout.height", "3088 x 96", "at most 3072 a side"]),
-    (["--set", 'model.lora={"targets": ["nothing"]}'], ["model.lora", "nothing"]),
-    (["--set", "deepspeed.zero_optimization={\"stage\": 2, \"reduce_bucket_size\": \"big\"}"], ["reduce_bucket_size", "'big'"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--gpus", 0], ["--gpus", "from 1 to"]),
+        (["--mfu", "nan"], ["--mfu"]),
+        (["--card-gb", -1], ["--card-gb"]),
+        (["--gpus", 5], ["data.prompts_per_iteration x rollout.plan.seeds", "4 units for 5 GPUs"]),
+        (["--set", "model.path=someone/else"], ["model.path", "someone/else"]),
+        (["--set", "rollout.height=30"], ["rollout.height", "multiples of 8"]),
+        (
+            ["--set", "model.path=stabilityai/stable-diffusion-3.5-large", "--set", "rollout.height=3088"],
+            ["rollout.height", "3088 x 96", "at most 3072 a side"],
+        ),
+        (["--set", 'model.lora={"targets": ["nothing"]}'], ["model.lora", "nothing"]),
+        (["--set", 'deepspeed.zero_optimization={"stage": 2, "reduce_bucket_size": "big"}'], ["reduce_bucket_size", "'big'"]),
+    ],
+)
 def test_dry_run_refuses(tmp_path, arguments, words):
     done = script_here("train", "--config", write_config(tmp_path), "--dry-run", *arguments)
     assert done.returncode == 2 and done.stdout == "" and all(word in done.stderr for word in words), done.stdout + done.stderr

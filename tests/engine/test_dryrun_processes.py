@@ -69,15 +69,23 @@ def test_sizes_of_the_published_models():
         return CLIPConfig(projection_dim=width, text_config=text, vision_config={**vision, "patch_size": 14, "image_size": 224})
 
     qwen = Qwen2VLConfig(
-        text_config={"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
-                     "num_key_value_heads": 4, "vocab_size": 151658,
-                     "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}},
+        text_config={
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            "vocab_size": 151658,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+        },
         vision_config={"depth": 32, "embed_dim": 1280, "hidden_size": 3584, "num_heads": 16, "mlp_ratio": 4, "patch_size": 14},
-    )  # fmt: skip
+    )
     blip = BlipConfig.from_dict(ARCHITECTURE)
     with torch.device("meta"):
         huge, large = (CLIPModel(clip(*shape)) for shape in ((1024, 1024, 1280, (16, 16), (24, 32)), (768, 768, 1024, (12, 16), (12, 24))))
         towers = [BlipVisionModel(blip.vision_config), BlipTextModel(blip.text_config, add_pooling_layer=False)]
-        counts = [sum(p.numel() for module in modules for p in module.parameters())
-                  for modules in ([Qwen2VLModel(qwen)], towers, [huge], [large], [huge])]  # fmt: skip
+        counts = [
+            sum(p.numel() for module in modules for p in module.parameters())
+            for modules in ([Qwen2VLModel(qwen)], towers, [huge], [large], [huge])
+        ]
     assert dict(zip(PARAMETERS, counts, strict=True)) == PARAMETERS

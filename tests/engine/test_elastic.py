@@ -161,11 +161,18 @@ def test_an_optimizer_that_cannot_be_converted_is_named(tmp_path):
 def settings(folder, name):
     """Whole iterations at ZeRO-3; no ratio comes near its bounds, where rounding would decide."""
     return {
-        "training": {"iterations": 4, "updates": {"passes": 2}, "objective": {"clip_low": 0.2, "clip_high": 0.2},
-                     "penalty": {"coef": 0.1}, "ema": {"decay": 0.5, "every": 3}},
+        "training": {
+            "iterations": 4,
+            "updates": {"passes": 2},
+            "objective": {"clip_low": 0.2, "clip_high": 0.2},
+            "penalty": {"coef": 0.1},
+            "ema": {"decay": 0.5, "every": 3},
+        },
         "deepspeed": {"optimizer": ADAMW, "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}},
-        "eval": {"every": 0}, "checkpoint": {"every": 2, "keep": 9}, "logging": {"dir": str(folder), "name": name},
-    }  # fmt: skip
+        "eval": {"every": 0},
+        "checkpoint": {"every": 2, "keep": 9},
+        "logging": {"dir": str(folder), "name": name},
+    }
 
 
 def launch_nodes(folder, *arguments) -> subprocess.CompletedProcess:
@@ -176,8 +183,9 @@ def launch_nodes(folder, *arguments) -> subprocess.CompletedProcess:
     nodes = []
     for rank in range(2):
         line = [*command, "--node_rank", rank, ROOT / "engine/train.py", *arguments]
-        nodes.append(subprocess.Popen(list(map(str, line)), env=environment(), cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                                      stderr=subprocess.STDOUT))  # fmt: skip
+        nodes.append(
+            subprocess.Popen(list(map(str, line)), env=environment(), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        )
     try:
         texts = [node.communicate(timeout=TIMEOUT_S)[0] for node in nodes]
     finally:
@@ -199,8 +207,11 @@ def moved(tmp_path_factory):
         config = write_config(folder, f"{name}.json", **settings(folder, name))
         arguments = ["--config", config, "--resume"]
         port = ["--num_accelerators", 2, "--master_port", free_port()]
-        done = (launch_nodes(folder, *arguments) if name == "two-nodes"
-                else run_command(["deepspeed", *port, ROOT / "engine/train.py", *arguments]))  # fmt: skip
+        done = (
+            launch_nodes(folder, *arguments)
+            if name == "two-nodes"
+            else run_command(["deepspeed", *port, ROOT / "engine/train.py", *arguments])
+        )
         runs[name] = Run(folder / name, done)
         assert "checkpoint 000002 was written by 1 ranks and is resumed on 2" in done.stdout
     return runs

@@ -22,9 +22,11 @@ from tempflow.types import Example
 pytestmark = pytest.mark.cpu  # a run with the cache and one without it, to the last bit
 PROMPTS = [Example('the word "ABC"'), Example("something else", "blurred"), Example('the word "ABC"', "")]
 TENSORS = {
-    "half": torch.randn(5, 3).bfloat16(), "mask": torch.tensor([True, False, True]), "shared": torch.ones(1).expand(4),
+    "half": torch.randn(5, 3).bfloat16(),
+    "mask": torch.tensor([True, False, True]),
+    "shared": torch.ones(1).expand(4),
     "whole": torch.randn(2, 2, dtype=torch.float64).t(),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +56,7 @@ def loads(monkeypatch):
 
 
 def config_for(model, cache, **more):
-    return small_config(model={"path": str(model), **more}, data={"embedding_cache": cache and str(cache)},
-                        rollout={"guidance_scale": 3.0})  # fmt: skip
+    return small_config(model={"path": str(model), **more}, data={"embedding_cache": cache and str(cache)}, rollout={"guidance_scale": 3.0})
 
 
 def open_with(model, cache, prompts=PROMPTS, **more):
@@ -189,11 +190,14 @@ def test_the_vae_may_decode_in_slices_and_tiles(folders, name):
 
 
 # ------------------------------------------------------------------------------------------ negative prompts unused
-@pytest.mark.parametrize("name, scale, words", [
-    ("flux", 3.0, "warning: 2 prompts bring a negative_prompt without effect: FluxPipeline has its guidance built in"),
-    ("sd3", 1.0, "warning: 2 prompts bring a negative_prompt without effect: guidance_scale 1 is no guidance"),
-    ("sd3", 3.0, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, scale, words",
+    [
+        ("flux", 3.0, "warning: 2 prompts bring a negative_prompt without effect: FluxPipeline has its guidance built in"),
+        ("sd3", 1.0, "warning: 2 prompts bring a negative_prompt without effect: guidance_scale 1 is no guidance"),
+        ("sd3", 3.0, None),
+    ],
+)
 def test_unused_negative_prompts_are_noted(folders, name, scale, words):
     config = config_for(folders(name), None)
     config.rollout.guidance_scale = scale
@@ -218,11 +222,14 @@ def test_runs_with_negative_prompts_and_a_cache(folders, tmp_path, monkeypatch, 
         return str(file)
 
     run = partial(
-        train, tmp_path, processes=None, model={"path": str(folders("sd3")), "max_sequence_length": 16},
+        train,
+        tmp_path,
+        processes=None,
+        model={"path": str(folders("sd3")), "max_sequence_length": 16},
         rollout={"height": 32, "width": 32, "num_steps": 3, "plan": {"branch_steps": [0]}, "guidance_scale": 3.0, "micro_batch": 8},
         training={"iterations": 1, "updates": {"passes": 2}, "objective": {"clip_low": 0.1, "clip_high": 0.1}},
         eval={"every": 1, "prompts": 4},
-    )  # fmt: skip
+    )
     plain, negative = lines("plain"), lines("negative", negative_prompt="blurred, too many words")
     cached = run("cached", data={"train": negative, "heldout": negative, "embedding_cache": str(tmp_path / "cache")})
     monkeypatch.setattr(SD3Policy, "default_negative_prompt", "blurred, too many words")

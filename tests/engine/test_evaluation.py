@@ -19,10 +19,18 @@ def drawn(policy, micro_batch, decode_batch):
 
     policy.decode, told = counted, []
     try:
-        parts = list(evaluation.draw(
-            policy.at(Size(32, 96), 0.0), EmbeddingCache(policy), prompts, list(range(5)), num_steps=2, micro_batch=micro_batch,
-            decode_batch=decode_batch, advance=told.append,
-        ))  # fmt: skip
+        parts = list(
+            evaluation.draw(
+                policy.at(Size(32, 96), 0.0),
+                EmbeddingCache(policy),
+                prompts,
+                list(range(5)),
+                num_steps=2,
+                micro_batch=micro_batch,
+                decode_batch=decode_batch,
+                advance=told.append,
+            )
+        )
     finally:
         del policy.decode
     assert told == sizes == [len(part[0]) for part in parts]

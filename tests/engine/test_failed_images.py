@@ -141,14 +141,17 @@ def test_samples_name_a_target_that_the_metadata_names(tmp_path):
     assert [item.get("ocr_target") for item in items] == [None, "OPEN"]
 
 
-@pytest.mark.parametrize("images, failed, not_finite, allowed, words", [
-    (4, 2, 0, 0.5, None),
-    (4, 0, 0, 0.01, None),
-    (4, 3, 0, 0.5, ["3 of 4 images of IT", "max_failed (0.5)", "last error: E"]),
-    (4, 4, 4, 0.99, ["4 of 4", "diverged", "learning rate"]),
-    (4, 3, 1, 0.5, ["1 of them", "diverged", "last error: E"]),
-    (1, 1, 0, 0.999, ["1 of 1"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "images, failed, not_finite, allowed, words",
+    [
+        (4, 2, 0, 0.5, None),
+        (4, 0, 0, 0.01, None),
+        (4, 3, 0, 0.5, ["3 of 4 images of IT", "max_failed (0.5)", "last error: E"]),
+        (4, 4, 4, 0.99, ["4 of 4", "diverged", "learning rate"]),
+        (4, 3, 1, 0.5, ["1 of them", "diverged", "last error: E"]),
+        (1, 1, 0, 0.999, ["1 of 1"]),
+    ],
+)
 def test_when_too_many_have_failed(images, failed, not_finite, allowed, words):
     if words is None:
         return check_failed("IT", images, failed, not_finite, allowed, "E")
@@ -173,8 +176,10 @@ def test_a_gain_is_measured_prompt_by_prompt():
     assert not is_sure(mean_of(tuned).value - mean_of(base).value, mean_of(base).stderr)
 
 
-@pytest.mark.parametrize("values, expected", [([], (None, None, 0, 0)), ([NAN], (None, None, 0, 1)), ([2.0], (2.0, None, 1, 0)),
-                                              ([2.0, 2.0, INF], (2.0, 0.0, 2, 1))])  # fmt: skip
+@pytest.mark.parametrize(
+    "values, expected",
+    [([], (None, None, 0, 0)), ([NAN], (None, None, 0, 1)), ([2.0], (2.0, None, 1, 0)), ([2.0, 2.0, INF], (2.0, 0.0, 2, 1))],
+)
 def test_means_of_little(values, expected):
     found = mean_of(np.array(values))
     assert (found.value, found.stderr, found.scored, found.failed) == expected
@@ -253,9 +258,17 @@ def test_padding_is_finite_even_where_no_state_is(policy):
 def test_a_run_that_diverges_reports_no_gain(tmp_path):
     from tempflow.checkpoints import find
 
-    run = train(tmp_path, "diverges", processes=None, status=2, rollout={"num_steps": 3, "plan": {"branch_steps": [0, 1]}},
-                training={"iterations": 3}, eval={"every": 1, "prompts": 4}, checkpoint={"every": 1},
-                deepspeed={"optimizer": {"type": "AdamW", "params": {"lr": 1e6, "torch_adam": True}}})  # fmt: skip
+    run = train(
+        tmp_path,
+        "diverges",
+        processes=None,
+        status=2,
+        rollout={"num_steps": 3, "plan": {"branch_steps": [0, 1]}},
+        training={"iterations": 3},
+        eval={"every": 1, "prompts": 4},
+        checkpoint={"every": 1},
+        deepspeed={"optimizer": {"type": "AdamW", "params": {"lr": 1e6, "torch_adam": True}}},
+    )
     assert "4 of 4 images of the evaluation at iteration 1" in run.done.stderr and "diverged" in run.done.stderr
     assert "gain" not in run.done.stdout and not (run.folder / "summary.json").exists()
     base, last = run.rows

@@ -55,12 +55,17 @@ def rescaled(positive, negative, scale):
 
 
 FAMILIES = {
-    "sd3": Family(sd3_pipeline, "StableDiffusion3Pipeline", "guidance_scale", 256, "",
-                  {"shifted": {"shift": 3.0}, "dynamic": DYNAMIC}),
-    "qwen_image": Family(qwen_pipeline, "QwenImagePipeline", "true_cfg_scale", 512, " ",
-                         {"dynamic": {**DYNAMIC, "base_shift": 0.5, "max_shift": 0.9, "max_image_seq_len": 8192,
-                                      "shift_terminal": 0.02}, "plain": {}}, rescaled),
-}  # fmt: skip
+    "sd3": Family(sd3_pipeline, "StableDiffusion3Pipeline", "guidance_scale", 256, "", {"shifted": {"shift": 3.0}, "dynamic": DYNAMIC}),
+    "qwen_image": Family(
+        qwen_pipeline,
+        "QwenImagePipeline",
+        "true_cfg_scale",
+        512,
+        " ",
+        {"dynamic": {**DYNAMIC, "base_shift": 0.5, "max_shift": 0.9, "max_image_seq_len": 8192, "shift_terminal": 0.02}, "plain": {}},
+        rescaled,
+    ),
+}
 KINDS = [(name, kind) for name, family in FAMILIES.items() for kind in family.schedulers]
 
 
@@ -144,9 +149,10 @@ def test_guidance_and_negative_prompts_matter(pairs, name):
     """Otherwise agreeing with the pipeline on them would say little."""
     policy, _ = pairs(name)
     call = {"latents": latents_for(policy, 32, 96), "height": 32, "width": 96, "num_steps": 3, "decode": False}
-    plain, default, guided, other = (policy.sample(PROMPTS, guidance_scale=scale, negative_prompts=negatives, **call) for
-                                     scale, negatives in ((1.0, NEGATIVES), (4.5, [FAMILIES[name].default_negative] * 2),
-                                                          (4.5, NEGATIVES), (4.5, NEGATIVES[::-1])))  # fmt: skip
+    plain, default, guided, other = (
+        policy.sample(PROMPTS, guidance_scale=scale, negative_prompts=negatives, **call)
+        for scale, negatives in ((1.0, NEGATIVES), (4.5, [FAMILIES[name].default_negative] * 2), (4.5, NEGATIVES), (4.5, NEGATIVES[::-1]))
+    )
     runs = [plain, default, guided, other]
     for i, one in enumerate(runs):
         for another in runs[:i]:
@@ -161,10 +167,17 @@ def test_text_length_is_the_pipelines(pairs, folders, name):
     assert pairs(name)[0].max_sequence_length == FAMILIES[name].text_length
     policy = load_policy(str(folders(name)), max_sequence_length=12)
     x = latents_for(policy, 32, 32)
-    expected = pipe(PROMPTS, latents=x.clone(), height=32, width=32, num_inference_steps=2, output_type="latent",
-                    max_sequence_length=12, **FAMILIES[name].call(3.0, NEGATIVES))  # fmt: skip
-    got = policy.sample(PROMPTS, latents=x, height=32, width=32, num_steps=2, guidance_scale=3.0, negative_prompts=NEGATIVES,
-                        decode=False)  # fmt: skip
+    expected = pipe(
+        PROMPTS,
+        latents=x.clone(),
+        height=32,
+        width=32,
+        num_inference_steps=2,
+        output_type="latent",
+        max_sequence_length=12,
+        **FAMILIES[name].call(3.0, NEGATIVES),
+    )
+    got = policy.sample(PROMPTS, latents=x, height=32, width=32, num_steps=2, guidance_scale=3.0, negative_prompts=NEGATIVES, decode=False)
     assert_close("latents", got, expected.images, FP32)
     with pytest.raises(UserError, match=f"model.max_sequence_length: 2000; {FAMILIES[name].pipeline} takes"):
         load_policy(str(folders(name)), max_sequence_length=2000)
@@ -345,15 +358,28 @@ def runs(folders, tmp_path_factory):
         if (name, kind) not in made:
             lora = {"rank": 2, "alpha": 4} if kind == "lora" else None
             made[name, kind] = train(
-                root, f"{name}-{kind}", processes=None, model={"path": str(folders(name)), "lora": lora, "max_sequence_length": 32},
+                root,
+                f"{name}-{kind}",
+                processes=None,
+                model={"path": str(folders(name)), "lora": lora, "max_sequence_length": 32},
                 data={"prompts_per_iteration": 1},
-                rollout={"height": 32, "width": 32, "num_steps": 4, "plan": {"branch_steps": [0, 2]}, "guidance_scale": 3.0,
-                         "micro_batch": 8},
-                training={"iterations": 1, "updates": {"passes": 2}, "penalty": {"coef": 0.01},
-                          "objective": {"clip_low": 0.1, "clip_high": 0.1}},
+                rollout={
+                    "height": 32,
+                    "width": 32,
+                    "num_steps": 4,
+                    "plan": {"branch_steps": [0, 2]},
+                    "guidance_scale": 3.0,
+                    "micro_batch": 8,
+                },
+                training={
+                    "iterations": 1,
+                    "updates": {"passes": 2},
+                    "penalty": {"coef": 0.01},
+                    "objective": {"clip_low": 0.1, "clip_high": 0.1},
+                },
                 eval={"every": 1, "prompts": 2, "guidance_scale": 1.5},
                 deepspeed={"optimizer": {**ADAMW, "params": {**ADAMW["params"], "lr": 1e-3}}},
-            )  # fmt: skip
+            )
         return made[name, kind]
 
     return get
@@ -392,8 +418,16 @@ def test_export_is_read_by_plain_diffusers(runs, folders, tmp_path, name, kind):
     x, call = latents_for(policy, 32, 32), {"height": 32, "width": 32, "guidance_scale": 3.0, "negative_prompts": NEGATIVES}
     base = policy.sample(PROMPTS, latents=x, num_steps=3, decode=False, **call)
     got = load.apply(chosen, policy).sample(PROMPTS, latents=x, num_steps=3, decode=False, **call)
-    expected = pipe(PROMPTS, latents=x.clone(), height=32, width=32, num_inference_steps=3, output_type="latent",
-                    max_sequence_length=32, **FAMILIES[name].call(3.0, NEGATIVES)).images  # fmt: skip
+    expected = pipe(
+        PROMPTS,
+        latents=x.clone(),
+        height=32,
+        width=32,
+        num_inference_steps=3,
+        output_type="latent",
+        max_sequence_length=32,
+        **FAMILIES[name].call(3.0, NEGATIVES),
+    ).images
     assert_close("latents", got, expected, FP32)
     assert (got - base).norm() > 1e-3 * base.norm()
 
@@ -430,11 +464,23 @@ def test_other_scripts(runs, tmp_path, name):
 def test_shipped_configs_run_on_tiny_pipelines(folders, tmp_path, name, config):
     """But for the model, the size and the amounts: half precision, ZeRO, checkpointing, guidance."""
     settings = {
-        "model.path": str(folders(name)), "model.max_sequence_length": 32, "data.prompts_per_iteration": 1, "rollout.height": 32,
-        "rollout.width": 32, "rollout.num_steps": 4, "rollout.plan.seeds": 1, "rollout.plan.children": 2,
-        "rewards": {"engine_rewards:contrast": 1.0}, "reward_pool.workers": 0, "training.iterations": 1, "eval.prompts": 2,
-        "eval.num_steps": 2, "logging.dir": str(tmp_path), "logging.tensorboard": False, "data.embedding_cache": str(tmp_path / "cache"),
-    }  # fmt: skip
+        "model.path": str(folders(name)),
+        "model.max_sequence_length": 32,
+        "data.prompts_per_iteration": 1,
+        "rollout.height": 32,
+        "rollout.width": 32,
+        "rollout.num_steps": 4,
+        "rollout.plan.seeds": 1,
+        "rollout.plan.children": 2,
+        "rewards": {"engine_rewards:contrast": 1.0},
+        "reward_pool.workers": 0,
+        "training.iterations": 1,
+        "eval.prompts": 2,
+        "eval.num_steps": 2,
+        "logging.dir": str(tmp_path),
+        "logging.tensorboard": False,
+        "data.embedding_cache": str(tmp_path / "cache"),
+    }
     pairs = [part for key, value in settings.items() for part in ("--set", f"{key}={json.dumps(value)}")]
     run = Run(tmp_path / config, script_here("train", "--config", ROOT / f"configs/{config}.json", *pairs))
     row = run.rows[-1]

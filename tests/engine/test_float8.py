@@ -85,8 +85,11 @@ def velocity(policy, transformer, seed=0):
 @pytest.mark.parametrize("family", BUILDERS)
 def test_it_converts_the_layers_of_the_blocks_that_see_tokens(policies, family):
     transformer, shapes = policies(family).transformer, {}
-    hooks = [module.register_forward_pre_hook(lambda _, args, name=name: shapes.update({name: args[0].shape}))
-             for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]  # fmt: skip
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args, name=name: shapes.update({name: args[0].shape}))
+        for name, module in transformer.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    ]
     velocity(policies(family), transformer)
     for hook in hooks:
         hook.remove()
@@ -137,12 +140,15 @@ def test_what_cannot_be_copied_says_why(monkeypatch):
     assert "torch 2.10 or later" in obstacle(module)
 
 
-@pytest.mark.parametrize("capability, dtype, hip, words", [
-    ((8, 0), torch.bfloat16, None, "compute capability 8.9 or later, CARD has 8.0"),
-    ((9, 0), torch.float32, None, "model.dtype bfloat16, not float32"),
-    ((9, 4), torch.bfloat16, "6.2", "an NVIDIA GPU, this is CARD"),
-    ((9, 0), torch.bfloat16, None, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "capability, dtype, hip, words",
+    [
+        ((8, 0), torch.bfloat16, None, "compute capability 8.9 or later, CARD has 8.0"),
+        ((9, 0), torch.float32, None, "model.dtype bfloat16, not float32"),
+        ((9, 4), torch.bfloat16, "6.2", "an NVIDIA GPU, this is CARD"),
+        ((9, 0), torch.bfloat16, None, None),
+    ],
+)
 def test_gpus_that_cannot(monkeypatch, capability, dtype, hip, words):
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "CARD")
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
@@ -185,8 +191,12 @@ def test_only_coarse_steps_use_it_and_decisions_keep_their_bits(plan, exact_step
     for place, state in exact.states.items():
         assert all(torch.equal(getattr(state, name), getattr(run.states[place], name)) for name in ("x", "children", "log_prob"))
     ends = [k + 1 for k in last_decisions(run.forest.rows)]
-    coarse = [(step, row.unit.index) for row, end in zip(run.forest.rows, ends, strict=True)
-              for step in suffix_path(end, 10, config.rollout.suffix)[:-1] if step >= end + exact_steps]  # fmt: skip
+    coarse = [
+        (step, row.unit.index)
+        for row, end in zip(run.forest.rows, ends, strict=True)
+        for step in suffix_path(end, 10, config.rollout.suffix)[:-1]
+        if step >= end + exact_steps
+    ]
     assert sorted(witness.rows) == sorted(coarse) and 0 < len(coarse) < run.stats.forwards
 
 

@@ -50,9 +50,19 @@ def rolled(session):
 def check_graphs(folder, family, dtype, device, capture):
     """Two rollouts, the second with weights changed in place: the same states and children as eagerly, one capture per size."""
     policy = load_policy(folder, dtype=dtype, device=device, max_sequence_length=20)
-    config = small_config(model={"path": folder, "dtype": dtype, "max_sequence_length": 20}, data={"prompts_per_iteration": 2},
-                          rollout={"height": 32, "width": 32, "num_steps": 4, "plan": {"branch_steps": [0, 2], "seeds": 1},
-                                   "micro_batch": 8, "lanes": 1, "guidance_scale": GUIDANCE[family]})  # fmt: skip
+    config = small_config(
+        model={"path": folder, "dtype": dtype, "max_sequence_length": 20},
+        data={"prompts_per_iteration": 2},
+        rollout={
+            "height": 32,
+            "width": 32,
+            "num_steps": 4,
+            "plan": {"branch_steps": [0, 2], "seeds": 1},
+            "micro_batch": 8,
+            "lanes": 1,
+            "guidance_scale": GUIDANCE[family],
+        },
+    )
     weight = next(p for name, p in policy.transformer.named_parameters() if name.endswith("to_q.weight"))
     original, found = weight.clone(), []
     for how in (capture, eager):

@@ -19,14 +19,19 @@ def pytest_collection_finish(session):
     print("accelerator:", os.environ.get("DS_ACCELERATOR"), os.environ.get("TRITON_INTERPRET"))
 """
 SWEEPS = [  # against float64, of every kernel
-    "test_sde_step.py::test_matches_float64[", "test_group_loss.py::test_matches_float64[", "test_noise.py::test_normals_match_float64[",
+    "test_sde_step.py::test_matches_float64[",
+    "test_group_loss.py::test_matches_float64[",
+    "test_noise.py::test_normals_match_float64[",
     "test_noise.py::test_kernel_words_equal_reference_bit_for_bit[",
-]  # fmt: skip
+]
 WHOLE = [  # graphs, float8, and runs
-    "test_gpu_runs.py::test_lora_stage1_with_graphs", "test_gpu_runs.py::test_full_stage3", "test_gpu_runs.py::test_float8_suffix",
-    "test_gpu_runs.py::test_two_gpus", "test_float8.py::test_on_the_hardware_eagerly_and_as_a_graph[flux]",
+    "test_gpu_runs.py::test_lora_stage1_with_graphs",
+    "test_gpu_runs.py::test_full_stage3",
+    "test_gpu_runs.py::test_float8_suffix",
+    "test_gpu_runs.py::test_two_gpus",
+    "test_float8.py::test_on_the_hardware_eagerly_and_as_a_graph[flux]",
     *(f"test_gpu_families.py::test_graphs_on_the_gpu[{family}]" for family in ("flux", "sd3", "qwen_image")),
-]  # fmt: skip
+]
 
 
 def collect(folder, *arguments):

@@ -121,9 +121,15 @@ def test_a_capture_that_fails_ends_the_run():
     assert not calls and not notes and len(cache) == 0
 
 
-@pytest.mark.parametrize("off, dtype, taken", [
-    (1e-3, torch.bfloat16, True), (1e-1, torch.bfloat16, False), (1e-3, torch.float32, False), (1e-7, torch.float32, True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "off, dtype, taken",
+    [
+        (1e-3, torch.bfloat16, True),
+        (1e-1, torch.bfloat16, False),
+        (1e-3, torch.float32, False),
+        (1e-7, torch.float32, True),
+    ],
+)
 def test_replays_are_compared_as_the_loosest_dtype_allows(off, dtype, taken):
     """The fp32 latent that a bf16 velocity moves may be as far off as the velocity."""
     cache, notes = cache_of(Recorded(off=off))
@@ -176,11 +182,16 @@ class Cuda:
         for name in ("empty_cache", "graph", "stream"):
             monkeypatch.setattr(torch.cuda, name, getattr(self, name if name != "stream" else "on_stream"))
         for name, value in {
-            "Stream": stream, "CUDAGraph": graph, "current_stream": lambda: stream(), "synchronize": lambda: None,
-            "set_stream": lambda chosen: setattr(self, "stream", "main"), "graph_pool_handle": lambda: (0, 1),
-            "memory_reserved": lambda: self.reserved, "get_sync_debug_mode": lambda: self.mode,
+            "Stream": stream,
+            "CUDAGraph": graph,
+            "current_stream": lambda: stream(),
+            "synchronize": lambda: None,
+            "set_stream": lambda chosen: setattr(self, "stream", "main"),
+            "graph_pool_handle": lambda: (0, 1),
+            "memory_reserved": lambda: self.reserved,
+            "get_sync_debug_mode": lambda: self.mode,
             "set_sync_debug_mode": lambda mode: setattr(self, "mode", mode),
-        }.items():  # fmt: skip
+        }.items():
             monkeypatch.setattr(torch.cuda, name, value)
 
     def empty_cache(self):

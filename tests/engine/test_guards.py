@@ -147,12 +147,15 @@ def test_rules_that_are_refused(stop, words):
     assert all(word in str(error.value) for word in words), error.value
 
 
-@pytest.mark.parametrize("stop, metric", [
-    (None, "eval/reward"),
-    ({"metric": "diversity/seeds", "patience": 2}, "diversity/seeds"),
-    ({"metric": "diversity/seeds", "below": 0.1}, "eval/reward"),  # a bound: it does not say that more is better
-    ({"metric": "diversity/seeds", "below": 0.1, "patience": 2}, "diversity/seeds"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "stop, metric",
+    [
+        (None, "eval/reward"),
+        ({"metric": "diversity/seeds", "patience": 2}, "diversity/seeds"),
+        ({"metric": "diversity/seeds", "below": 0.1}, "eval/reward"),  # a bound: it does not say that more is better
+        ({"metric": "diversity/seeds", "below": 0.1, "patience": 2}, "diversity/seeds"),
+    ],
+)
 def test_the_best_is_what_the_rule_waits_for(stop, metric):
     assert small_config(rollout={"plan": {"seeds": 2}}, eval={"every": 2, "stop": stop}).best_metric() == metric
 

@@ -39,9 +39,13 @@ def made(tmp_path, smi):
 
 
 @MAKE
-@pytest.mark.parametrize("smi, constraints", [
-    ("echo 'GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-0)'", "constraints-gpu.txt"), ("exit 9", "constraints.txt"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "smi, constraints",
+    [
+        ("echo 'GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-0)'", "constraints-gpu.txt"),
+        ("exit 9", "constraints.txt"),
+    ],
+)
 def test_a_driver_that_lists_a_gpu_decides(tmp_path, smi, constraints):
     assert f"scripts/install.sh {tmp_path / 'venv'} {constraints}\n" in made(tmp_path, smi)
 
@@ -63,8 +67,11 @@ def cuda_builders():
     for module in pkgutil.iter_modules(package.__path__):
         if not module.ispkg and module.name not in ("builder", "all_ops"):
             found = importlib.import_module(f"{package.__name__}.{module.name}")
-            yield from (kind for name, kind in vars(found).items() if name.endswith("Builder") and inspect.isclass(kind)
-                        and kind.__module__ == found.__name__ and "NAME" in vars(kind))  # fmt: skip
+            yield from (
+                kind
+                for name, kind in vars(found).items()
+                if name.endswith("Builder") and inspect.isclass(kind) and kind.__module__ == found.__name__ and "NAME" in vars(kind)
+            )
 
 
 @pytest.fixture

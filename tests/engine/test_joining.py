@@ -47,10 +47,17 @@ def test_a_port_that_is_taken(launched, monkeypatch):
             distributed.init_distributed()
 
 
-@pytest.mark.parametrize("error", [
-    dist.DistNetworkError("The client socket has timed out after 60s\nstack"), dist.DistStoreError("wait timeout"),
-    ValueError("invalid literal for int() with base 10: 'x'"), OSError("no route to host"), RuntimeError("Gloo: unable to resolve"),
-], ids=lambda error: type(error).__name__)  # fmt: skip
+@pytest.mark.parametrize(
+    "error",
+    [
+        dist.DistNetworkError("The client socket has timed out after 60s\nstack"),
+        dist.DistStoreError("wait timeout"),
+        ValueError("invalid literal for int() with base 10: 'x'"),
+        OSError("no route to host"),
+        RuntimeError("Gloo: unable to resolve"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
 def test_other_ranks_that_cannot_be_reached(launched, monkeypatch, error):
     launched(RANK="3", MASTER_ADDR="127.0.0.2", MASTER_PORT="29500")
 
@@ -76,8 +83,10 @@ def test_a_signal_ends_the_wait_for_missing_ranks(launched, kind):
     """With the handlers that training installs before; the wait has begun once the store listens."""
     port = free_port()
     launched(WORLD_SIZE="2", MASTER_PORT=str(port))
-    code = ("from tempflow.training import distributed; from tempflow.training.signals import StopSignal; "
-            "StopSignal().install(); distributed.init_distributed()")  # fmt: skip
+    code = (
+        "from tempflow.training import distributed; from tempflow.training.signals import StopSignal; "
+        "StopSignal().install(); distributed.init_distributed()"
+    )
     env = os.environ | {"DS_ACCELERATOR": "cpu"}
     with subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as waiting:
         try:
@@ -107,8 +116,9 @@ def test_launch_variables_that_are_no_numbers(launched, monkeypatch, capsys, nam
     assert capsys.readouterr().err == f"error: the environment has {name}={value!r}; expected a whole number, as launchers set it\n"
 
 
-@pytest.mark.parametrize("choice, words", [("gpu", "expected one of auto, reference, triton"), ("", "expected one of"),
-                                           ("triton", "cannot run on cpu")])  # fmt: skip
+@pytest.mark.parametrize(
+    "choice, words", [("gpu", "expected one of auto, reference, triton"), ("", "expected one of"), ("triton", "cannot run on cpu")]
+)
 def test_kernels_that_cannot_run(monkeypatch, choice, words):
     """Before a model is loaded, and not at the first step of the first rollout."""
     monkeypatch.setattr(dispatch, "why_not_triton", lambda device_type: "it is not installed")

@@ -50,9 +50,15 @@ def leaf_count(module):
     return sum(getattr(part, "_z3_leaf", False) for part in module.modules())
 
 
-@pytest.mark.parametrize("family, lora, checkpointing", [
-    ("flux", False, False), ("flux", True, True), ("sd3", False, False), ("qwen_image", True, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "family, lora, checkpointing",
+    [
+        ("flux", False, False),
+        ("flux", True, True),
+        ("sd3", False, False),
+        ("qwen_image", True, False),
+    ],
+)
 def test_an_update_in_whole_blocks_is_the_same(policies, monkeypatch, family, lora, checkpointing):
     """To the bit, against DeepSpeed's own units with blocks called alike. The sharded reference has the same units."""
     made, got = updated(policies[family], lora, checkpointing)
@@ -75,8 +81,11 @@ def test_hooks_run_once_a_block_and_gradients_stay(policies, monkeypatch):
     from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 
     seen, real = [], DeepSpeedZeRoOffload.pre_sub_module_forward_function
-    monkeypatch.setattr(DeepSpeedZeRoOffload, "pre_sub_module_forward_function",
-                        lambda self, module: (seen.append(type(module).__name__), real(self, module))[1])  # fmt: skip
+    monkeypatch.setattr(
+        DeepSpeedZeRoOffload,
+        "pre_sub_module_forward_function",
+        lambda self, module: (seen.append(type(module).__name__), real(self, module))[1],
+    )
     _, got = updated(policies["flux"], False, False)
     blocks = [name for name in seen if "TransformerBlock" in name]
     assert len(blocks) == 2 * BLOCKS["flux"] and "FluxAttention" not in seen

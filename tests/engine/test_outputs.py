@@ -190,8 +190,10 @@ def test_what_appears_meanwhile_is_left_alone(tmp_path, run_dir, meanwhile, empt
     assert str(draft) in str(error.value) and (draft / "sub/a.txt").read_text() == "a"
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "no space"), OSError(errno.EDQUOT, "quota"),
-                                   Exception("SafetensorError: I/O error: No space left on device")])  # fmt: skip
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "no space"), OSError(errno.EDQUOT, "quota"), Exception("SafetensorError: I/O error: No space left on device")],
+)
 def test_a_full_disk_is_named_and_cleared(tmp_path, run_dir, error):
     before = everything(tmp_path)
     with pytest.raises(UserError, match="--out .*no space left"), outputs.new_folder(tmp_path / "a/new", run_dir) as draft:

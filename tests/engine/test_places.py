@@ -49,14 +49,27 @@ def begun(config_file="one.json", *overrides) -> Path:
 def named(run_dir: Path) -> dict:
     config = directory.read_config(run_dir)
     options = config.rewards["jpeg"]
-    return {"model": config.model.path, "start": config.model.lora.start, "train": config.data.train,
-            "heldout": config.data.heldout.dataset, "cache": config.data.embedding_cache,
-            "path": options["path"], "rubric": options["rubric_file"]}  # fmt: skip
+    return {
+        "model": config.model.path,
+        "start": config.model.lora.start,
+        "train": config.data.train,
+        "heldout": config.data.heldout.dataset,
+        "cache": config.data.embedding_cache,
+        "path": options["path"],
+        "rubric": options["rubric_file"],
+    }
 
 
 def expected(root: Path) -> dict:
-    names = {"model": "models/small", "start": "adapters", "train": "train.txt", "heldout": "models", "cache": "cache",
-             "path": "models/judge", "rubric": "rubric.txt"}  # fmt: skip
+    names = {
+        "model": "models/small",
+        "start": "adapters",
+        "train": "train.txt",
+        "heldout": "models",
+        "cache": "cache",
+        "path": "models/judge",
+        "rubric": "rubric.txt",
+    }
     return {key: str(root / name) for key, name in names.items()}
 
 
@@ -78,8 +91,9 @@ def moved(tmp_path, how) -> Path:
     return tmp_path / "new"
 
 
-@pytest.mark.parametrize("how", [shutil.move, shutil.copytree, lambda old, new: (shutil.move(old, new), old.symlink_to(new))],
-                         ids=["moved", "copied", "linked"])  # fmt: skip
+@pytest.mark.parametrize(
+    "how", [shutil.move, shutil.copytree, lambda old, new: (shutil.move(old, new), old.symlink_to(new))], ids=["moved", "copied", "linked"]
+)
 def test_the_clone_was_moved(clone, tmp_path, monkeypatch, how):
     run_dir = begun()
     monkeypatch.chdir(tmp_path)
@@ -156,10 +170,14 @@ def test_evaluating_a_moved_clone_from_elsewhere(clone, tmp_path, monkeypatch):
     for source, name in ((PROMPTS, "train.txt"), (HELDOUT, "heldout.txt")):
         shutil.copy(source, name)
     table = {
-        "model": {"path": "models/small", "max_sequence_length": 20}, "data": {"train": "train.txt", "heldout": "heldout.txt"},
-        "rollout": {"height": 32, "width": 96, "guidance_scale": 0.0}, "rewards": {"my_rewards_here:brightness": 1.0},
-        "reward_pool": {"workers": 0}, "eval": {"prompts": 1, "num_steps": 1}, "deepspeed": {"optimizer": {"type": "SGD"}},
-    }  # fmt: skip
+        "model": {"path": "models/small", "max_sequence_length": 20},
+        "data": {"train": "train.txt", "heldout": "heldout.txt"},
+        "rollout": {"height": 32, "width": 96, "guidance_scale": 0.0},
+        "rewards": {"my_rewards_here:brightness": 1.0},
+        "reward_pool": {"workers": 0},
+        "eval": {"prompts": 1, "num_steps": 1},
+        "deepspeed": {"optimizer": {"type": "SGD"}},
+    }
     (clone / "one.json").write_text(json.dumps(table))
     begun()
     monkeypatch.chdir(tmp_path)

@@ -241,26 +241,57 @@ def test_sample_refuses_what_does_not_fit(policy):
 
 
 def sample_arguments(policy, **changes):
-    return {"prompts": PROMPTS, "latents": latents_for(policy, 32, 96), "height": 32, "width": 96, "num_steps": 2,
-            "guidance_scale": 0.0, **changes}  # fmt: skip
+    return {
+        "prompts": PROMPTS,
+        "latents": latents_for(policy, 32, 96),
+        "height": 32,
+        "width": 96,
+        "num_steps": 2,
+        "guidance_scale": 0.0,
+        **changes,
+    }
 
 
 SAMPLE = {
-    "prompts": ([], None, 3, b"bytes", {"a": 1}, ["a", "b", 3], ["a", None, "b"], [["a"], ["b"], ["c"]], ["a", "b", "half \ud83d"],
-                ["one too few"], "one"),
-    "latents": (None, 0, [1.0], np.zeros((3, 48, 32), np.float32), torch.zeros(3, 48, 32, dtype=torch.int64), torch.zeros(3, 48),
-                torch.zeros(3, 48, 32, dtype=torch.complex64), torch.full((3, 48, 32), float("nan")), torch.full((3, 48, 32), -torch.inf),
-                torch.zeros(3, 48, 32, device="meta"), torch.zeros(3, 48, 32).to_sparse()),
+    "prompts": (
+        [],
+        None,
+        3,
+        b"bytes",
+        {"a": 1},
+        ["a", "b", 3],
+        ["a", None, "b"],
+        [["a"], ["b"], ["c"]],
+        ["a", "b", "half \ud83d"],
+        ["one too few"],
+        "one",
+    ),
+    "latents": (
+        None,
+        0,
+        [1.0],
+        np.zeros((3, 48, 32), np.float32),
+        torch.zeros(3, 48, 32, dtype=torch.int64),
+        torch.zeros(3, 48),
+        torch.zeros(3, 48, 32, dtype=torch.complex64),
+        torch.full((3, 48, 32), float("nan")),
+        torch.full((3, 48, 32), -torch.inf),
+        torch.zeros(3, 48, 32, device="meta"),
+        torch.zeros(3, 48, 32).to_sparse(),
+    ),
     "num_steps": (1001, 10**30, 0, -1, 2.0, "4", None, True, float("nan")),
     "height": (0, -32, 33, 32.0, "32", None),
     "width": (0, -8, 100, 96.5, False),
     "guidance_scale": (float("nan"), float("inf"), -float("inf"), 10**400, "3.5", None, 1j, True),
     "negative_prompts": (["a"], [], 3, ["a", "b", None]),
-}  # fmt: skip
+}
 
 
-@pytest.mark.parametrize("name, value", [(name, value) for name, values in SAMPLE.items() for value in values],
-                         ids=lambda value: value if isinstance(value, str) else type(value).__name__)  # fmt: skip
+@pytest.mark.parametrize(
+    "name, value",
+    [(name, value) for name, values in SAMPLE.items() for value in values],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
 def test_sample_names_the_argument(policy, monkeypatch, name, value):
     """Before anything is encoded. A wrong count of prompts is one of latents, whose shape is told."""
     monkeypatch.setattr(policy, "embed", lambda texts: pytest.fail("encoded"))

@@ -44,8 +44,15 @@ def test_every_stage_of_a_run_has_its_range(recorder, tmp_path, monkeypatch):
     record = tmp_path / "record.txt"
     monkeypatch.setenv("NVTX_INJECTION64_PATH", str(recorder))
     monkeypatch.setenv("NVTX_RECORD", str(record))
-    run = train(tmp_path, "profiled", "--profile", "1:2", training={"iterations": 2, "updates": {"passes": 2}}, eval={"every": 0},
-                rollout={"lanes": 1})  # a lane's ranges stand in its own thread, not inside the rollout's
+    run = train(
+        tmp_path,
+        "profiled",
+        "--profile",
+        "1:2",
+        training={"iterations": 2, "updates": {"passes": 2}},
+        eval={"every": 0},
+        rollout={"lanes": 1},
+    )  # a lane's ranges stand in its own thread, not inside the rollout's
     seen = ranges(record)
     stages = Counter(tuple(re.sub(r"( \w+=\S+)+$", "", message) for message in path) for path in seen)
     assert stages["iteration",] == 2 and ("iteration number=1",) in seen

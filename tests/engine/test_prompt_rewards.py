@@ -14,9 +14,16 @@ def test_a_run_with_prompts_for_different_rewards(tmp_path, of):
     for name in ("train", "heldout"):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     rewards = {"left": {"type": "engine_rewards:contrast"}, "red": {"type": "engine_rewards:warmth", "weight": 0.01}}
-    run = train(tmp_path, "kinds", processes=None, rewards=rewards, rollout={"num_steps": 3, "plan": {"branch_steps": [0, 1]}},
-                data={name: str(tmp_path / f"{name}.jsonl") for name in ("train", "heldout")} | {"prompts_per_iteration": 3},
-                training={"iterations": 1, "advantage": {"type": of, "global_std": True}}, eval={"every": 1})  # fmt: skip
+    run = train(
+        tmp_path,
+        "kinds",
+        processes=None,
+        rewards=rewards,
+        rollout={"num_steps": 3, "plan": {"branch_steps": [0, 1]}},
+        data={name: str(tmp_path / f"{name}.jsonl") for name in ("train", "heldout")} | {"prompts_per_iteration": 3},
+        training={"iterations": 1, "advantage": {"type": of, "global_std": True}},
+        eval={"every": 1},
+    )
     base, row = run.rows
     assert (base["eval/scored"], base["eval/failed"], base["eval/left/scored"], base["eval/red/scored"]) == (3, 0, 2, 1)
     assert base["eval/left/failed"] == base["eval/red/failed"] == 0 and "eval/red/stderr" not in base

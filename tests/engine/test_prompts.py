@@ -46,34 +46,37 @@ def test_shipped_prompts():
     assert all(quoted_text(p.text) for p in train + heldout)
 
 
-@pytest.mark.parametrize("name, content, words", [
-    ("none.txt", None, ["does not exist"]),
-    ("p.csv", "a", [".txt or .jsonl"]),
-    ("p.txt", "", ["holds no prompts"]),
-    ("p.txt", " \n\t\n", ["holds no prompts"]),
-    ("p.txt", b"\xff\xfe", ["cannot read"]),
-    ("p.jsonl", '{"prompt": "a"}\n{"prompt": \n', [":2", "not JSON"]),
-    ("p.jsonl", '{"text": "a"}', [":1", '"prompt"', "keys: text"]),
-    ("p.jsonl", '{"prompt": "  "}', [":1", "non-empty"]),
-    ("p.jsonl", '{"prompt": 3}', [":1", '"prompt"']),
-    ("p.jsonl", '["a"]', [":1", "object"]),
-    ("p.jsonl", "[" * 100_000, [":1", "not JSON"]),
-    ("p.jsonl", '{"prompt": "a", "negative_prompt": ["b"]}', [":1", '"negative_prompt"', "['b']"]),
-    # in another encoding
-    ("p.txt", "a barn\na fox".encode("utf-16-le"), [":1", "not UTF-8 text", "UTF-16"]),
-    ("P.TXT", "a barn\n\na fox\n".encode("utf-16-be"), [":1", "not UTF-8 text"]),
-    ("p.jsonl", '{"prompt": "a"}\n'.encode("utf-32-le"), [":1", "not UTF-8 text"]),
-    ("p.txt", "fine\na \x93quoted\x94 word\n", [":2", "control character U+0093", "UTF-8"]),
-    ("p.txt", "a \x1b[31mred\x1b[0m barn", [":1", "U+001B"]),
-    ("p.jsonl", r'{"prompt": "a\u0000b"}', [":1", "U+0000"]),
-    ("p.jsonl", '{"prompt": "a"}\n' + r'{"prompt": "a smile \ud83d"}', [":2", "half a character (U+D83D)"]),
-    ("p.jsonl", r'{"prompt": "a smile", "negative_prompt": "\ude00"}', [":1", "half a character (U+DE00)"]),
-    ("p.jsonl", r'{"prompt": "a smile", "tags": {"list": ["\ud83d"]}}', [":1", "half a character (U+D83D)"]),
-    # twice
-    ("p.jsonl", '{"prompt": "a", "prompt": "b"}', [":1", "'prompt' is given twice"]),
-    ("p.jsonl", '{"prompt": "a", "box": {"x": 1, "y": 2, "x": 3}}', [":1", "'box.x' is given twice"]),
-    ("p.jsonl", '{"prompt": "a", "boxes": [{"x": 1}, {"x": 1, "x": 1}]}', [":1", "'boxes[1].x' is given twice"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("none.txt", None, ["does not exist"]),
+        ("p.csv", "a", [".txt or .jsonl"]),
+        ("p.txt", "", ["holds no prompts"]),
+        ("p.txt", " \n\t\n", ["holds no prompts"]),
+        ("p.txt", b"\xff\xfe", ["cannot read"]),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": \n', [":2", "not JSON"]),
+        ("p.jsonl", '{"text": "a"}', [":1", '"prompt"', "keys: text"]),
+        ("p.jsonl", '{"prompt": "  "}', [":1", "non-empty"]),
+        ("p.jsonl", '{"prompt": 3}', [":1", '"prompt"']),
+        ("p.jsonl", '["a"]', [":1", "object"]),
+        ("p.jsonl", "[" * 100_000, [":1", "not JSON"]),
+        ("p.jsonl", '{"prompt": "a", "negative_prompt": ["b"]}', [":1", '"negative_prompt"', "['b']"]),
+        # in another encoding
+        ("p.txt", "a barn\na fox".encode("utf-16-le"), [":1", "not UTF-8 text", "UTF-16"]),
+        ("P.TXT", "a barn\n\na fox\n".encode("utf-16-be"), [":1", "not UTF-8 text"]),
+        ("p.jsonl", '{"prompt": "a"}\n'.encode("utf-32-le"), [":1", "not UTF-8 text"]),
+        ("p.txt", "fine\na \x93quoted\x94 word\n", [":2", "control character U+0093", "UTF-8"]),
+        ("p.txt", "a \x1b[31mred\x1b[0m barn", [":1", "U+001B"]),
+        ("p.jsonl", r'{"prompt": "a\u0000b"}', [":1", "U+0000"]),
+        ("p.jsonl", '{"prompt": "a"}\n' + r'{"prompt": "a smile \ud83d"}', [":2", "half a character (U+D83D)"]),
+        ("p.jsonl", r'{"prompt": "a smile", "negative_prompt": "\ude00"}', [":1", "half a character (U+DE00)"]),
+        ("p.jsonl", r'{"prompt": "a smile", "tags": {"list": ["\ud83d"]}}', [":1", "half a character (U+D83D)"]),
+        # twice
+        ("p.jsonl", '{"prompt": "a", "prompt": "b"}', [":1", "'prompt' is given twice"]),
+        ("p.jsonl", '{"prompt": "a", "box": {"x": 1, "y": 2, "x": 3}}', [":1", "'box.x' is given twice"]),
+        ("p.jsonl", '{"prompt": "a", "boxes": [{"x": 1}, {"x": 1, "x": 1}]}', [":1", "'boxes[1].x' is given twice"]),
+    ],
+)
 def test_refused(tmp_path, name, content, words):
     file = tmp_path / name
     if content is not None:
@@ -87,8 +90,13 @@ def test_refused(tmp_path, name, content, words):
 
 def test_refusals_are_short(tmp_path):
     """Whatever the line holds."""
-    for name, line in (("p.jsonl", '{"prompt": ["' + "x" * 10**6 + '"]}'), ("p.jsonl", '["' + "x" * 10**6 + '"]'),
-                       ("p.jsonl", '{"' + "x" * 10**6 + '": 1}'), ("p.jsonl", "x" * 10**6), ("p.txt", "x" * 10**6 + "\x01")):  # fmt: skip
+    for name, line in (
+        ("p.jsonl", '{"prompt": ["' + "x" * 10**6 + '"]}'),
+        ("p.jsonl", '["' + "x" * 10**6 + '"]'),
+        ("p.jsonl", '{"' + "x" * 10**6 + '": 1}'),
+        ("p.jsonl", "x" * 10**6),
+        ("p.txt", "x" * 10**6 + "\x01"),
+    ):
         with pytest.raises(UserError) as error:
             load_prompts(written(tmp_path, name, line))
         assert f"{tmp_path}/{name}:1" in str(error.value) and len(str(error.value)) < 500
@@ -112,8 +120,15 @@ def test_endings_in_capitals(tmp_path):
 
 def test_a_spreadsheets_quoting_is_taken_off(tmp_path, capsys):
     """Where it can be nothing else: the line is quoted as a whole and doubles the marks inside. It is told."""
-    lines = ['"a cup, white, that says ""TEA"""', "a plain line", '"""TEA"" on a cup, white"', '"all of it, once"', '""TEA"" on a cup',
-             '"TEA" and ""', '""']  # fmt: skip
+    lines = [
+        '"a cup, white, that says ""TEA"""',
+        "a plain line",
+        '"""TEA"" on a cup, white"',
+        '"all of it, once"',
+        '""TEA"" on a cup',
+        '"TEA" and ""',
+        '""',
+    ]
     file = written(tmp_path, "p.txt", "\r\n".join(lines))
     found = [p.text for p in load_prompts(file, "--prompts")]
     assert found == ['a cup, white, that says "TEA"', "a plain line", '"TEA" on a cup, white', *lines[3:]]
@@ -136,11 +151,14 @@ def test_prompts_of_a_command_line_are_held_to_the_same():
             typed_prompts(["a", bad], "--prompt")
 
 
-@pytest.mark.parametrize("names, words", [
-    ([], ["none of train.txt, train.jsonl, train_metadata.jsonl"]),
-    (["test.txt", "train.csv"], ["none of train.txt"]),
-    (["train.txt", "train_metadata.jsonl"], ["holds train.txt and train_metadata.jsonl", "one is expected"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "names, words",
+    [
+        ([], ["none of train.txt, train.jsonl, train_metadata.jsonl"]),
+        (["test.txt", "train.csv"], ["none of train.txt"]),
+        (["train.txt", "train_metadata.jsonl"], ["holds train.txt and train_metadata.jsonl", "one is expected"]),
+    ],
+)
 def test_folder_without_one_file_of_the_split(tmp_path, names, words):
     for name in names:
         written(tmp_path, name, "a")
@@ -165,8 +183,12 @@ def test_folders_as_flow_grpo_and_flow_factory_lay_them_out(tmp_path):
 
 
 def test_negative_prompts(tmp_path):
-    lines = ['{"prompt": "a", "negative_prompt": "blurred"}', '{"prompt": "b", "negative_prompt": ""}',
-             '{"prompt": "c", "negative_prompt": null}', '{"prompt": "d"}']  # fmt: skip
+    lines = [
+        '{"prompt": "a", "negative_prompt": "blurred"}',
+        '{"prompt": "b", "negative_prompt": ""}',
+        '{"prompt": "c", "negative_prompt": null}',
+        '{"prompt": "d"}',
+    ]
     prompts = load_prompts(written(tmp_path, "p.jsonl", "\n".join(lines)))
     assert [p.negative for p in prompts] == ["blurred", "", None, None]
     assert all(p.metadata.keys() == {"source"} for p in prompts)
@@ -184,8 +206,10 @@ def test_what_editors_leave_in_a_file(tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------- datasets
-ROWS = [{"caption": "a red cube", "negative_prompt": "blue", "tag": 1, "extra": "x"},
-        {"caption": "two dogs", "negative_prompt": None, "tag": 2, "extra": "y"}]  # fmt: skip
+ROWS = [
+    {"caption": "a red cube", "negative_prompt": "blue", "tag": 1, "extra": "x"},
+    {"caption": "two dogs", "negative_prompt": None, "tag": 2, "extra": "y"},
+]
 
 
 @pytest.fixture
@@ -217,13 +241,16 @@ def test_dataset_is_named_in_a_config(dataset, tmp_path):
     assert parse_config(json.loads(config.model_dump_json())) == config
 
 
-@pytest.mark.parametrize("changes, words", [
-    ({"column": "prompt"}, ["data.heldout.column", "has no column prompt", "caption, negative_prompt, tag, extra"]),
-    ({"metadata": ["tag", "size"]}, ["data.heldout.metadata", "has no column size"]),
-    ({"split": "validation"}, ["data.heldout", "validation", "ValueError"]),
-    ({"split": "test"}, ["[test]:1", "non-empty", "caption"]),
-    ({"dataset": "/no/such/folder"}, ["data.heldout", "/no/such/folder"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"column": "prompt"}, ["data.heldout.column", "has no column prompt", "caption, negative_prompt, tag, extra"]),
+        ({"metadata": ["tag", "size"]}, ["data.heldout.metadata", "has no column size"]),
+        ({"split": "validation"}, ["data.heldout", "validation", "ValueError"]),
+        ({"split": "test"}, ["[test]:1", "non-empty", "caption"]),
+        ({"dataset": "/no/such/folder"}, ["data.heldout", "/no/such/folder"]),
+    ],
+)
 def test_dataset_refused(dataset, changes, words):
     given = HubDataset(**{"dataset": str(dataset), "column": "caption", **changes})
     with pytest.raises(UserError) as error:

@@ -25,6 +25,7 @@ def test_a_ratio_that_is_no_number_is_no_deviation_of_zero():
         updater._observe(SimpleNamespace(real=2, units=[None] * 2), seen, first=False, stats=stats)
     assert math.isnan(stats.reduced()["ratio/max_dev"])
 
+
 KINDS = ("flow", "dance", "cps")
 LOG_PROB = 2e-6  # fp32, of values of size 1: forwards of other batch shapes differ in their last bits
 

@@ -28,10 +28,17 @@ def test_a_streamed_file_is_a_safetensors_file(tmp_path):
     assert read.keys() == values.keys() and all(torch.equal(read[name], values[name]) for name in values)
 
 
-@pytest.mark.parametrize("change", [
-    lambda values: values[:-1], lambda values: values[::-1], lambda values: [*values, ("more", torch.zeros(1))],
-    lambda values: [(name, t.double()) for name, t in values], lambda values: [(name, t[None]) for name, t in values],
-], ids=["missing", "order", "more", "dtype", "shape"])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda values: values[:-1],
+        lambda values: values[::-1],
+        lambda values: [*values, ("more", torch.zeros(1))],
+        lambda values: [(name, t.double()) for name, t in values],
+        lambda values: [(name, t[None]) for name, t in values],
+    ],
+    ids=["missing", "order", "more", "dtype", "shape"],
+)
 def test_a_streamed_file_holds_what_was_announced(tmp_path, change):
     values = tensors()
     with pytest.raises(ValueError, match="file: "):
@@ -47,10 +54,17 @@ def test_weights_are_dealt_evenly():
         assert owner.keys() == shapes.keys() and max(held) - min(held) <= 64 * 256
 
 
-@pytest.mark.parametrize("stage, lora, penalty, asked, where", [
-    (3, None, {"coef": 0.1}, None, "sharded"), (2, None, {"coef": 0.1}, None, "whole"), (3, None, {"coef": 0.1}, "whole", "whole"),
-    (0, None, {"coef": 0.1}, "offloaded", "offloaded"), (3, None, None, "sharded", None), (3, {"rank": 4}, {"coef": 0.1}, "sharded", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "stage, lora, penalty, asked, where",
+    [
+        (3, None, {"coef": 0.1}, None, "sharded"),
+        (2, None, {"coef": 0.1}, None, "whole"),
+        (3, None, {"coef": 0.1}, "whole", "whole"),
+        (0, None, {"coef": 0.1}, "offloaded", "offloaded"),
+        (3, None, None, "sharded", None),
+        (3, {"rank": 4}, {"coef": 0.1}, "sharded", None),
+    ],
+)
 def test_where_the_reference_is(stage, lora, penalty, asked, where):
     deepspeed = {"optimizer": ADAMW, "zero_optimization": {"stage": stage}}
     training = {"penalty": penalty, "reference": asked}
@@ -66,8 +80,11 @@ def test_the_reference_stays_and_the_average_follows(tmp_path, stage, where):
 
     distributed.init_distributed()
     zero = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})
-    config = small_config(training={"penalty": {"coef": 0.1}, "reference": where}, rollout={"refresh_bucket": 50_000},
-                          deepspeed={"optimizer": {**ADAMW, "params": {**ADAMW["params"], "lr": 1e-2}}, "zero_optimization": zero})
+    config = small_config(
+        training={"penalty": {"coef": 0.1}, "reference": where},
+        rollout={"refresh_bucket": 50_000},
+        deepspeed={"optimizer": {**ADAMW, "params": {**ADAMW["params"], "lr": 1e-2}}, "zero_optimization": zero},
+    )
     policy, base = (load_policy(str(MODEL), max_sequence_length=20) for _ in range(2))
     runtime = Runtime(config, policy)
     average = Average(runtime, 0.75, 1)
@@ -101,12 +118,22 @@ def test_runs_are_the_same_wherever_the_reference_is(tmp_path):
     """All metrics and the average, of two ranks at ZeRO stage 3, bit for bit; the average is what is evaluated."""
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
     whole, offloaded = (
-        train(tmp_path, where, processes=2, rollout={"refresh_bucket": 50_000, "num_steps": 3, "plan": {"branch_steps": [0, 1]}},
-              training={"iterations": 2, "penalty": {"coef": 0.1}, "reference": where, "updates": {"passes": 2},
-                        "ema": {"decay": 0.5, "every": 1}},
-              deepspeed={"optimizer": ADAMW, "zero_optimization": zero})
+        train(
+            tmp_path,
+            where,
+            processes=2,
+            rollout={"refresh_bucket": 50_000, "num_steps": 3, "plan": {"branch_steps": [0, 1]}},
+            training={
+                "iterations": 2,
+                "penalty": {"coef": 0.1},
+                "reference": where,
+                "updates": {"passes": 2},
+                "ema": {"decay": 0.5, "every": 1},
+            },
+            deepspeed={"optimizer": ADAMW, "zero_optimization": zero},
+        )
         for where in ("whole", "offloaded")
-    )  # fmt: skip
+    )
     assert [timeless(row) for row in whole.rows] == [timeless(row) for row in offloaded.rows]
     assert whole.rows[-1]["kl"] > 0 and "eval/reward" in whole.rows[-1]
     a, b = whole.weights(name="ema"), offloaded.weights(name="ema")

@@ -73,19 +73,24 @@ def message(call, *arguments) -> str:
 
 
 # -------------------------------------------------------------------------------------------------------- building
-@pytest.mark.parametrize("given, words", [
-    ("tempflw", ["rollout.plan: unknown plan 'tempflw'", "did you mean 'tempflow'?", "flow_grpo, mix_grpo, tempflow",
-                 "'my_module:MyPlan'"]),
-    ({"type": 3}, ["rollout.plan.type: expected a plan's id or module:Name, got 3"]),
-    ({"childern": 3}, ["rollout.plan.childern: no such option, did you mean 'children'?", "type, seeds, children, branch_steps"]),
-    ({"type": "flow_grpo", "children": 3}, ["rollout.plan.children: no such option", "Allowed: type, seeds, branch_steps"]),
-    ({"seeds": 2.5}, ["rollout.plan.seeds: expected a whole number, got 2.5"]),
-    ({"seeds": True}, ["rollout.plan.seeds: expected a whole number, got True"]),
-    ({"seeds": 0}, ["rollout.plan.seeds: expected a number at least 1", "got 0"]),
-    ("no_such_module:Plan", ["rollout.plan: cannot import 'no_such_module:Plan'", "folder of the command"]),
-    ("tempflow.registry:Nothing", ["rollout.plan: cannot import", "AttributeError", "Nothing"]),
-    ("tempflow.sampling.steps:Flow", ["rollout.plan: tempflow.sampling.steps:Flow is no plan", "tempflow.sampling.plans.base.Plan"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        (
+            "tempflw",
+            ["rollout.plan: unknown plan 'tempflw'", "did you mean 'tempflow'?", "flow_grpo, mix_grpo, tempflow", "'my_module:MyPlan'"],
+        ),
+        ({"type": 3}, ["rollout.plan.type: expected a plan's id or module:Name, got 3"]),
+        ({"childern": 3}, ["rollout.plan.childern: no such option, did you mean 'children'?", "type, seeds, children, branch_steps"]),
+        ({"type": "flow_grpo", "children": 3}, ["rollout.plan.children: no such option", "Allowed: type, seeds, branch_steps"]),
+        ({"seeds": 2.5}, ["rollout.plan.seeds: expected a whole number, got 2.5"]),
+        ({"seeds": True}, ["rollout.plan.seeds: expected a whole number, got True"]),
+        ({"seeds": 0}, ["rollout.plan.seeds: expected a number at least 1", "got 0"]),
+        ("no_such_module:Plan", ["rollout.plan: cannot import 'no_such_module:Plan'", "folder of the command"]),
+        ("tempflow.registry:Nothing", ["rollout.plan: cannot import", "AttributeError", "Nothing"]),
+        ("tempflow.sampling.steps:Flow", ["rollout.plan: tempflow.sampling.steps:Flow is no plan", "tempflow.sampling.plans.base.Plan"]),
+    ],
+)
 def test_refused(given, words):
     text = message(registry.build, "plan", given)
     assert all(word in text for word in words), text
@@ -118,13 +123,16 @@ def test_a_plan_of_ones_own_from_the_working_directory(mine):
     assert option.help == "of the tail, in steps."
 
 
-@pytest.mark.parametrize("given, words", [
-    ({"type": "Tail"}, ["rollout.plan.length: this option has no default"]),
-    ({"type": "Tail", "length": 0}, ["rollout.plan.length: expected 1 or more, got 0"]),
-    ({"type": "Tail", "length": 10}, ["rollout.plan.length: 10 of 9 steps"]),
-    ({"type": "Half"}, ["does not define rows"]),
-    ({"type": "plan"}, ["is no plan"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ({"type": "Tail"}, ["rollout.plan.length: this option has no default"]),
+        ({"type": "Tail", "length": 0}, ["rollout.plan.length: expected 1 or more, got 0"]),
+        ({"type": "Tail", "length": 10}, ["rollout.plan.length: 10 of 9 steps"]),
+        ({"type": "Half"}, ["does not define rows"]),
+        ({"type": "plan"}, ["is no plan"]),
+    ],
+)
 def test_a_plan_of_ones_own_that_is_refused(mine, given, words):
     table = config_table(rollout={"plan": {**given, "type": f"{mine}:{given['type']}"}}, training={"advantage": {"over": "prompt"}})
     text = message(parse_config, table)
@@ -205,8 +213,12 @@ def as_before(config) -> dict:
     table = json.loads(config.model_dump_json())
     r, t = table["rollout"], table["training"]
     plan, sde = r.pop("plan"), r.pop("sde")
-    r |= {"plan": plan["type"], "seeds": plan["seeds"], "children": plan.get("children", 6),
-          "branch_steps": plan.get("branch_steps", "all")}
+    r |= {
+        "plan": plan["type"],
+        "seeds": plan["seeds"],
+        "children": plan.get("children", 6),
+        "branch_steps": plan.get("branch_steps", "all"),
+    }
     r |= {"window": {"size": plan.get("window", 4), "every": plan.get("every", 25)}, "sde": sde["type"], "eta": sde["eta"]}
     advantage, objective, penalty = t.pop("advantage"), t.pop("objective"), t.pop("penalty") or {"coef": 0.0, "form": "x"}
     t |= {"advantage_of": {"group": "sum", "gdpo": "each"}[advantage["type"]], "advantage_group": advantage["over"]}
@@ -216,13 +228,20 @@ def as_before(config) -> dict:
     return table
 
 
-@pytest.mark.parametrize("changes", [
-    {},
-    {"rollout": {"plan": {"type": "mix_grpo", "seeds": 3, "window": 2, "every": 9}, "sde": "cps"},
-     "training": {"advantage": {"over": "prompt"}}},
-    {"rollout": {"plan": {"type": "flow_grpo", "branch_steps": {"random": 2}}},
-     "training": {"advantage": {"type": "gdpo", "over": "prompt"}, "penalty": {"coef": 0.1, "form": "v"}, "updates": {"passes": 3}}},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {
+            "rollout": {"plan": {"type": "mix_grpo", "seeds": 3, "window": 2, "every": 9}, "sde": "cps"},
+            "training": {"advantage": {"over": "prompt"}},
+        },
+        {
+            "rollout": {"plan": {"type": "flow_grpo", "branch_steps": {"random": 2}}},
+            "training": {"advantage": {"type": "gdpo", "over": "prompt"}, "penalty": {"coef": 0.1, "form": "v"}, "updates": {"passes": 3}},
+        },
+    ],
+)
 def test_configs_of_runs_of_the_version_before_are_translated(changes):
     config = parse_config(config_table(**changes))
     table = as_before(config)

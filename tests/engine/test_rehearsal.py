@@ -68,9 +68,13 @@ def test_two_layers_of_a_large_model_are_small(card):
     policy = rehearse.small_policy(config_of(CARDS / card, {"dtype": "bfloat16"}), torch.device("meta"))
     weights = sum(p.nbytes for p in policy.transformer.parameters())
     assert 1e8 < weights < 3e9 and policy.velocity(
-        policy.transformer, torch.empty(2, *policy.latent_shape(Size(256, 256)), device="meta"), torch.empty(2, device="meta"),
-        policy.encode(examples(["one", "another"])), Size(256, 256), 4.0,
-    ).shape == (2, *policy.latent_shape(Size(256, 256)))  # fmt: skip
+        policy.transformer,
+        torch.empty(2, *policy.latent_shape(Size(256, 256)), device="meta"),
+        torch.empty(2, device="meta"),
+        policy.encode(examples(["one", "another"])),
+        Size(256, 256),
+        4.0,
+    ).shape == (2, *policy.latent_shape(Size(256, 256)))
 
 
 @pytest.mark.slow
@@ -111,9 +115,14 @@ def fails(function, inputs):
     raise RuntimeError("operation not permitted when stream is capturing")
 
 
-@pytest.mark.parametrize("capture, words", [
-    (Capture(), None), (Capture("step"), "a copy to the host"), (fails, "not permitted when stream is capturing"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "capture, words",
+    [
+        (Capture(), None),
+        (Capture("step"), "a copy to the host"),
+        (fails, "not permitted when stream is capturing"),
+    ],
+)
 def test_the_child_answers_in_one_line(monkeypatch, capsys, capture, words):
     answer = said_by_the_child(monkeypatch, capsys, config_of(MODEL), capture)["refusal"]
     assert answer is None if words is None else words in answer
@@ -123,13 +132,16 @@ def child(code):
     return [sys.executable, "-c", "import sys, json; request = json.load(sys.stdin); " + code]
 
 
-@pytest.mark.parametrize("code, reason", [
-    ("print('words'); print(json.dumps({'refusal': None}))", None),
-    ("print(json.dumps({'refusal': request['device'] + request['config']['model']['path']}))", f"cuda:0{MODEL}"),
-    ("sys.exit('no kernel image is available')", "its process ended with status 1: no kernel image is available"),
-    ("import os; os.abort()", "its process ended with status -6: it said nothing"),
-    ("print('not JSON')", "its process ended with status 0: it said nothing"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "code, reason",
+    [
+        ("print('words'); print(json.dumps({'refusal': None}))", None),
+        ("print(json.dumps({'refusal': request['device'] + request['config']['model']['path']}))", f"cuda:0{MODEL}"),
+        ("sys.exit('no kernel image is available')", "its process ended with status 1: no kernel image is available"),
+        ("import os; os.abort()", "its process ended with status -6: it said nothing"),
+        ("print('not JSON')", "its process ended with status 0: it said nothing"),
+    ],
+)
 def test_any_end_of_the_child_is_an_answer(code, reason):
     assert rehearsal.refusal(config_of(MODEL), GPU, child(code)) == reason
 

@@ -83,8 +83,9 @@ def test_equals_one_row_at_a_time(sde):
 @pytest.mark.parametrize("plan", ["tempflow", "flow_grpo", "mix_grpo"])
 def test_batch_shape_changes_nothing(plan, micro_batch):
     group = "seed" if plan == "tempflow" else "prompt"
-    config = small_config(rollout={"plan": plan_table(plan, seeds=2, children=2, branch_steps="all")},
-                          training={"advantage": {"over": group}})  # fmt: skip
+    config = small_config(
+        rollout={"plan": plan_table(plan, seeds=2, children=2, branch_steps="all")}, training={"advantage": {"over": group}}
+    )
     units = iteration_units([5, 9, 2], 2)
     assert_same(Rollout(config, units, micro_batch=micro_batch), Rollout(config, units, micro_batch=7), rel=0)
 
@@ -177,8 +178,9 @@ def test_lanes_change_nothing(policy, suffix):
 
 def test_chain_of_a_row_with_noise_everywhere():
     """flow_grpo: each state is the child of the one before, with that step's noise; the last step is the ODE's."""
-    config = small_config(rollout={"plan": {"type": "flow_grpo", "branch_steps": "all", "seeds": 3}},
-                          training={"advantage": {"over": "prompt"}})  # fmt: skip
+    config = small_config(
+        rollout={"plan": {"type": "flow_grpo", "branch_steps": "all", "seeds": 3}}, training={"advantage": {"over": "prompt"}}
+    )
     units = iteration_units([5, 9], 3)
     run = Rollout(config, units)
     assert run.stats.forwards == 10 * len(units)
@@ -199,8 +201,9 @@ def test_chain_of_a_row_with_noise_everywhere():
 
 
 def test_mix_grpo_takes_noise_inside_its_window_only():
-    config = small_config(rollout={"plan": {"type": "mix_grpo", "seeds": 2, "window": 3, "every": 2}},
-                          training={"advantage": {"over": "prompt"}})  # fmt: skip
+    config = small_config(
+        rollout={"plan": {"type": "mix_grpo", "seeds": 2, "window": 3, "every": 2}}, training={"advantage": {"over": "prompt"}}
+    )
     windows = [config.plan().steps(iteration) for iteration in range(16)]
     assert windows[:5] == [[0, 1, 2], [0, 1, 2], [1, 2, 3], [1, 2, 3], [2, 3, 4]]
     assert windows[13] == [6, 7, 8] and windows[14] == [0, 1, 2], "the window starts over before the last step"
@@ -259,8 +262,7 @@ def test_model_rollout_equals_one_row_at_a_time(model, model_config):
 def test_model_rollout_does_not_depend_on_the_batch(model, model_config, micro_batch):
     velocity, sigmas, shape = model
     units = iteration_units([0, 2], 1)
-    runs = [Rollout(model_config, units, velocity=velocity, sigmas=sigmas, shape=shape, micro_batch=size)
-            for size in (micro_batch, 48)]  # fmt: skip
+    runs = [Rollout(model_config, units, velocity=velocity, sigmas=sigmas, shape=shape, micro_batch=size) for size in (micro_batch, 48)]
     assert_same(*runs, rel=1e-5)
 
 

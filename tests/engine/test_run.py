@@ -63,8 +63,13 @@ def launched(folder):
 
 def start(folder, name, processes, stage, **more) -> Run:
     # No ratio comes near its bounds, where rounding would decide.
-    training = {"iterations": 3, "updates": {"passes": 2}, "objective": {"clip_low": 0.2, "clip_high": 0.2},
-                "penalty": {"coef": 0.1}, "advantage": {"type": "gdpo"}}  # fmt: skip
+    training = {
+        "iterations": 3,
+        "updates": {"passes": 2},
+        "objective": {"clip_low": 0.2, "clip_high": 0.2},
+        "penalty": {"coef": 0.1},
+        "advantage": {"type": "gdpo"},
+    }
     deepspeed = {**SGD, "gradient_clipping": 0.02, "zero_optimization": ZERO[stage], "zero_force_ds_cpu_optimizer": False}
     watched = {"type": "engine_rewards:warmth", "weight": 0}
     more["rewards"] = {"engine_rewards:contrast": 1.0, "engine_rewards:warmth": 0.5, "watched": watched}
@@ -198,10 +203,15 @@ def interrupted(folder):
 
 def train_checked(folder, name, more, reward, every, processes=0, rank=0, **deepspeed):
     return train(
-        folder, name, *more, processes=processes, rewards={"engine_rewards:Signalling": {**reward, "rank": rank}},
+        folder,
+        name,
+        *more,
+        processes=processes,
+        rewards={"engine_rewards:Signalling": {**reward, "rank": rank}},
         training={"iterations": 4, "updates": {"passes": 2}, "ema": {"decay": 0.5, "every": 3}, "lr_decay": 0.1, "penalty": {"coef": 0.01}},
-        checkpoint={"every": every, "keep": 9}, deepspeed={"optimizer": ADAMW, **deepspeed},
-    )  # fmt: skip
+        checkpoint={"every": every, "keep": 9},
+        deepspeed={"optimizer": ADAMW, **deepspeed},
+    )
 
 
 @pytest.fixture(scope="session")
@@ -280,8 +290,15 @@ def test_a_run_that_its_rule_stops(folder):
 
     def start(*more, iterations=5, patience=2):
         stop = patience and {"metric": "eval/jpeg", "patience": patience, "min_delta": 1e6}  # there never is a new best
-        return train(folder, "ruled", *more, processes=None, training={"iterations": iterations},
-                     eval={"every": 1, "prompts": 2, "stop": stop}, **small)  # fmt: skip
+        return train(
+            folder,
+            "ruled",
+            *more,
+            processes=None,
+            training={"iterations": iterations},
+            eval={"every": 1, "prompts": 2, "stop": stop},
+            **small,
+        )
 
     run = start()
     reason = json.loads((run.folder / "summary.json").read_text())["stopped"]
@@ -310,8 +327,16 @@ PROMPTS = ['the word "HELLO"', 'the word "FLOW"']
 
 def through_diffusers(pipe, latents):
     pipe.set_progress_bar_config(disable=True)
-    return pipe(PROMPTS, latents=latents, height=32, width=96, num_inference_steps=6, guidance_scale=0.0,
-                max_sequence_length=20, output_type="latent").images  # fmt: skip
+    return pipe(
+        PROMPTS,
+        latents=latents,
+        height=32,
+        width=96,
+        num_inference_steps=6,
+        guidance_scale=0.0,
+        max_sequence_length=20,
+        output_type="latent",
+    ).images
 
 
 def tuned_latents(run: Run, which="ema"):
@@ -347,10 +372,13 @@ def test_export_loads_in_diffusers(whole, tmp_path, which, run_script):
 @pytest.fixture(scope="session")
 def lora_run(folder):
     return train(
-        folder, "lora", processes=None, model={"lora": {"rank": 4, "alpha": 8.0}},
+        folder,
+        "lora",
+        processes=None,
+        model={"lora": {"rank": 4, "alpha": 8.0}},
         training={"iterations": 2, "updates": {"passes": 2}, "penalty": {"coef": 0.05, "form": "v"}},
         deepspeed={"optimizer": {**ADAMW, "params": {**ADAMW["params"], "lr": 1e-2}}},
-    )  # fmt: skip
+    )
 
 
 def test_lora_run(lora_run):
@@ -417,9 +445,14 @@ def test_sample_shows_base_beside_tuned(whole, tmp_path):
 # ------------------------------------------------------------------------------------------------- other settings
 @pytest.mark.parametrize("plan", ["flow_grpo", "mix_grpo"])
 def test_plans_without_branches_train_alike(folder, plan):
-    run = train(folder, plan, processes=None, rollout={"plan": plan_table(plan, seeds=2, branch_steps="all", window=3), "sde": "cps"},
-                training={"advantage": {"over": "prompt"}, "iterations": 1, "objective": {"ratio": "guard"}, "updates": {"passes": 2}},
-                eval={"every": 0})  # fmt: skip
+    run = train(
+        folder,
+        plan,
+        processes=None,
+        rollout={"plan": plan_table(plan, seeds=2, branch_steps="all", window=3), "sde": "cps"},
+        training={"advantage": {"over": "prompt"}, "iterations": 1, "objective": {"ratio": "guard"}, "updates": {"passes": 2}},
+        eval={"every": 0},
+    )
     (row,) = [row for row in run.rows if row["iteration"] == 1]
     steps = 9 if plan == "flow_grpo" else 3
     assert row["images"] == 4 and row["forwards/rollout"] == 40 and row["forwards/train"] == 2 * 4 * steps
@@ -431,12 +464,24 @@ def test_plans_without_branches_train_alike(folder, plan):
 def test_flux_configs_run_on_the_small_model(folder, name, steps):
     """The configs for FLUX.1-dev, but for the model, the size and the amounts: half precision, ZeRO, checkpointing."""
     settings = {
-        "model.path": str(MODEL), "model.max_sequence_length": 20, "data.prompts_per_iteration": 1, "rollout.height": 32,
-        "rollout.width": 96, "rollout.num_steps": 4, "rollout.plan.branch_steps": steps, "rollout.plan.seeds": 1,
+        "model.path": str(MODEL),
+        "model.max_sequence_length": 20,
+        "data.prompts_per_iteration": 1,
+        "rollout.height": 32,
+        "rollout.width": 96,
+        "rollout.num_steps": 4,
+        "rollout.plan.branch_steps": steps,
+        "rollout.plan.seeds": 1,
         "rollout.plan.children": 2,
-        "rewards": {"engine_rewards:contrast": 1.0}, "reward_pool.workers": 0, "training.iterations": 1, "eval.prompts": 2,
-        "eval.num_steps": 2, "logging.dir": str(folder), "logging.tensorboard": False, "data.embedding_cache": str(folder / "cache"),
-    }  # fmt: skip
+        "rewards": {"engine_rewards:contrast": 1.0},
+        "reward_pool.workers": 0,
+        "training.iterations": 1,
+        "eval.prompts": 2,
+        "eval.num_steps": 2,
+        "logging.dir": str(folder),
+        "logging.tensorboard": False,
+        "data.embedding_cache": str(folder / "cache"),
+    }
     pairs = [part for key, value in settings.items() for part in ("--set", f"{key}={json.dumps(value)}")]
     run = Run(folder / name, script_here("train", "--config", ROOT / f"configs/{name}.json", *pairs))
     row = run.rows[-1]

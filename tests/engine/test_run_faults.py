@@ -14,8 +14,12 @@ from tempflow.run import evaluation, logs, trackers
 from tempflow.run.byproducts import ByProducts
 from tempflow.training.loop import Trainer
 
-SMALL = {"rollout": {"num_steps": 3, "plan": {"branch_steps": [0, 1]}}, "training": {"iterations": 1}, "checkpoint": {"every": 1},
-         "eval": {"every": 1, "prompts": 2}}  # fmt: skip
+SMALL = {
+    "rollout": {"num_steps": 3, "plan": {"branch_steps": [0, 1]}},
+    "training": {"iterations": 1},
+    "checkpoint": {"every": 1},
+    "eval": {"every": 1, "prompts": 2},
+}
 
 
 def fail(*a, **k):
@@ -39,18 +43,22 @@ def test_by_products_fail_and_the_run_goes_on(tmp_path, monkeypatch):
     assert "iteration 1/1" in run.done.stdout and "report:" not in run.done.stdout
 
 
-@pytest.mark.parametrize("rows, expected", [
-    ([], [{"iteration": 3, "eval/reward": 0.5}]),
-    ([{"iteration": 2, "loss": 0.1}], [{"iteration": 2, "loss": 0.1}, {"iteration": 3, "eval/reward": 0.5}]),
-    ([{"iteration": 3, "loss": 0.1}], [{"iteration": 3, "loss": 0.1, "eval/reward": 0.5}]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "rows, expected",
+    [
+        ([], [{"iteration": 3, "eval/reward": 0.5}]),
+        ([{"iteration": 2, "loss": 0.1}], [{"iteration": 2, "loss": 0.1}, {"iteration": 3, "eval/reward": 0.5}]),
+        ([{"iteration": 3, "loss": 0.1}], [{"iteration": 3, "loss": 0.1, "eval/reward": 0.5}]),
+    ],
+)
 def test_a_last_evaluation_is_not_put_down_to_another_iteration(tmp_path, rows, expected):
     """A finished run that is resumed evaluates again; rows of metrics.jsonl may have been lost on a full disk."""
     with logs.MetricsLog(tmp_path) as log:
         for row in rows:
             log.append(row)
-        run = types.SimpleNamespace(run_dir=tmp_path, log=log, last_row=None, iteration=3, byproducts=ByProducts(),
-                                    trackers=mock.Mock(), console=mock.Mock())  # fmt: skip
+        run = types.SimpleNamespace(
+            run_dir=tmp_path, log=log, last_row=None, iteration=3, byproducts=ByProducts(), trackers=mock.Mock(), console=mock.Mock()
+        )
         Trainer._merge_into_last_row(run, {"eval/reward": 0.5})
     assert logs.read_metrics(tmp_path) == expected
 
@@ -58,6 +66,7 @@ def test_a_last_evaluation_is_not_put_down_to_another_iteration(tmp_path, rows, 
 @pytest.mark.parametrize("error", [TypeError("init() got an unexpected keyword argument 'projct'"), RuntimeError("api_key not configured")])
 def test_a_tracker_that_cannot_start_costs_nothing(tmp_path, monkeypatch, error):
     """Status 2 before the model is loaded, and the same command can be mended."""
+
     def init(**options):
         raise error
 

@@ -45,8 +45,9 @@ def configured(tmp_path, **changes):
 
 def process(tmp_path, number: int) -> subprocess.Popen:
     config = configured(tmp_path, training={"seed": number}).model_dump_json()
-    return subprocess.Popen([sys.executable, "-c", CLAIM, config], env=environment(), text=True,
-                            stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, "-c", CLAIM, config], env=environment(), text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
 
 
 @pytest.fixture
@@ -98,8 +99,9 @@ def test_a_child_that_outlives_its_parent_keeps_no_lock(tmp_path):
     with directory.held(configured(tmp_path), resume=False) as run_dir:
         reading, writing = os.pipe()
         if (child := os.fork()) == 0:
-            descriptors = [os.readlink(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")
-                           if os.path.exists(f"/proc/self/fd/{name}")]  # fmt: skip
+            descriptors = [
+                os.readlink(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{name}")
+            ]
             os.write(writing, b"kept" if str(run_dir / ".lock") in descriptors else b"free")
             os._exit(0)
         os.waitpid(child, 0)
@@ -123,10 +125,17 @@ def no_flock(monkeypatch, request):
 HERE, DEAD = socket.gethostname(), 2**22 + 1  # above the highest pid
 
 
-@pytest.mark.parametrize("host, pid, age, refused", [
-    (HERE, "own", 0, True), (HERE, "own", 10**6, True), (HERE, DEAD, 0, False),
-    ("elsewhere", DEAD, 0, True), ("elsewhere", DEAD, 10**6, False), (None, None, 0, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "host, pid, age, refused",
+    [
+        (HERE, "own", 0, True),
+        (HERE, "own", 10**6, True),
+        (HERE, DEAD, 0, False),
+        ("elsewhere", DEAD, 0, True),
+        ("elsewhere", DEAD, 10**6, False),
+        (None, None, 0, False),
+    ],
+)
 def test_without_locks_the_record_decides(tmp_path, no_flock, host, pid, age, refused):
     pid = os.getpid() if pid == "own" else pid
     lock = tmp_path / "one/.lock"
@@ -176,14 +185,22 @@ def leave(run_dir: Path, *names, rows=()):
 
 
 TAKEN = {
-    "nothing": ([], None), "a lock": ([".lock"], None), "no rows": ([], []), "the base evaluation": (["samples/000000/samples.json"], [0]),
+    "nothing": ([], None),
+    "a lock": ([".lock"], None),
+    "no rows": ([], []),
+    "the base evaluation": (["samples/000000/samples.json"], [0]),
     "a tracker's files": (["tensorboard/events.out.1", "wandb/run/log", "wandb_id.txt", "report.html"], []),
     "half-written files": ([".metrics.jsonl.17.tmp", "samples/.000000/0000.png"], [0]),
 }
 KEPT = {
-    "a row": ([], [0, 1]), "a checkpoint": (["checkpoints/000001/state.json"], None), "a summary": (["summary.json"], [0]),
-    "later pictures": (["samples/000010/samples.json"], [0]), "notes": (["notes.md"], None), "hidden notes": ([".notes"], None),
-    "broken rows": (["metrics.jsonl/"], None), "a file named samples": (["samples"], None),
+    "a row": ([], [0, 1]),
+    "a checkpoint": (["checkpoints/000001/state.json"], None),
+    "a summary": (["summary.json"], [0]),
+    "later pictures": (["samples/000010/samples.json"], [0]),
+    "notes": (["notes.md"], None),
+    "hidden notes": ([".notes"], None),
+    "broken rows": (["metrics.jsonl/"], None),
+    "a file named samples": (["samples"], None),
 }
 
 

@@ -51,14 +51,17 @@ def test_formulas(kind, eta, grid):
         np.testing.assert_allclose(got.double().numpy(), values, rtol=FP32, atol=1e-12, err_msg=name)
 
 
-@pytest.mark.parametrize("kind, a, b, tau", [
-    # s = 0.5, s' = 0.25, eta = 0.8, worked out by hand: flow's std = 0.8 sqrt(0.5 / 0.5) = 0.8 as dance's
-    ("flow", 0.84, -0.33, 0.4),
-    ("dance", 0.84, -0.33, 0.4),
-    # tau = 0.25 sin(0.4 pi), q = 0.25 cos(0.4 pi)
-    ("cps", 0.8272542, -0.3363729, 0.2377641),
-    ("ode", 1.0, -0.25, 0.0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, a, b, tau",
+    [
+        # s = 0.5, s' = 0.25, eta = 0.8, worked out by hand: flow's std = 0.8 sqrt(0.5 / 0.5) = 0.8 as dance's
+        ("flow", 0.84, -0.33, 0.4),
+        ("dance", 0.84, -0.33, 0.4),
+        # tau = 0.25 sin(0.4 pi), q = 0.25 cos(0.4 pi)
+        ("cps", 0.8272542, -0.3363729, 0.2377641),
+        ("ode", 1.0, -0.25, 0.0),
+    ],
+)
 def test_by_hand(kind, a, b, tau):
     found = coefficients(torch.tensor([1.0, 0.5, 0.25, 0.0]), kind, 0.8)
     np.testing.assert_allclose([found.a[1], found.b[1], found.tau[1]], [a, b, tau], rtol=1e-6)
@@ -83,9 +86,11 @@ def test_flow_at_pure_noise_up_to_rounding(first):
     np.testing.assert_allclose(found.a, exact.a, rtol=1e-6)
 
 
-falling = st.lists(st.floats(0.02, 0.98), min_size=1, max_size=12, unique=True).map(
-    lambda inner: torch.tensor([1.0, *sorted(inner, reverse=True), 0.0])
-).filter(lambda grid: (grid.diff() < -1e-3).all())  # fmt: skip
+falling = (
+    st.lists(st.floats(0.02, 0.98), min_size=1, max_size=12, unique=True)
+    .map(lambda inner: torch.tensor([1.0, *sorted(inner, reverse=True), 0.0]))
+    .filter(lambda grid: (grid.diff() < -1e-3).all())
+)
 etas = st.floats(0.05, 1.0)
 
 

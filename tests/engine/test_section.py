@@ -38,7 +38,7 @@ REFUSED = {
     "half of the betas": ({"optimizer": {"type": "AdamW", "params": {"betas": [0.9]}}}, ["deepspeed.optimizer.params"]),
     "betas": ({"optimizer": {"type": "AdamW", "params": {"betas": [0.9, 2]}}}, ["deepspeed.optimizer.params", "beta", "2"]),
     "parameter": ({"optimizer": {"type": "RMSprop", "params": {"beta": 1}}}, ["deepspeed.optimizer.params", "'beta'"]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("changes, words", REFUSED.values(), ids=REFUSED)
@@ -51,14 +51,20 @@ def test_refused(changes, words):
 
 
 TAKEN = {
-    "everything": {"gradient_clipping": 1.0, "bf16": {"enabled": True}, "aio": {"block_size": 1048576},
-                   "activation_checkpointing": {"partition_activations": True}, "data_types": {"grad_accum_dtype": "fp32"},
-                   "flops_profiler": {"enabled": True}, "wall_clock_breakdown": True, "zero_allow_untested_optimizer": True,
-                   **zero(offload_optimizer={"device": "nvme", "nvme_path": "/nvme"}, offload_param={"device": "cpu"},
-                          reduce_bucket_size=5e8)},
+    "everything": {
+        "gradient_clipping": 1.0,
+        "bf16": {"enabled": True},
+        "aio": {"block_size": 1048576},
+        "activation_checkpointing": {"partition_activations": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "flops_profiler": {"enabled": True},
+        "wall_clock_breakdown": True,
+        "zero_allow_untested_optimizer": True,
+        **zero(offload_optimizer={"device": "nvme", "nvme_path": "/nvme"}, offload_param={"device": "cpu"}, reduce_bucket_size=5e8),
+    },
     "torch's": {"optimizer": {"type": "RMSprop", "params": {"lr": 0.1, "momentum": 0.9}}},
     "DeepSpeed's": {"optimizer": {"type": "adam", "params": {"lr": 1e-4, "adam_w_mode": True, "torch_adam": True}}},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("changes", TAKEN.values(), ids=TAKEN)

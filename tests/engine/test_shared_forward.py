@@ -19,9 +19,14 @@ PLAIN = {"clip_low": 2e-3, "clip_high": 1e-3}
 GUARD = {"objective": {**PLAIN, "ratio": "guard"}}
 KL_X, KL_V = ({"penalty": {"type": "kl", "coef": coef, "form": form}} for form, coef in (("x", 0.3), ("v", 0.03)))
 VARIANTS = {
-    "plain": {}, "guard": GUARD, "uniform": {"weighting": "uniform"}, "kl-x": KL_X, "kl-v": KL_V, "guard-kl-x": GUARD | KL_X,
+    "plain": {},
+    "guard": GUARD,
+    "uniform": {"weighting": "uniform"},
+    "kl-x": KL_X,
+    "kl-v": KL_V,
+    "guard-kl-x": GUARD | KL_X,
     "guard-kl-v": GUARD | KL_V,
-}  # fmt: skip
+}
 variants = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 
 
@@ -96,8 +101,15 @@ def naive_gradients(iteration, rewards, **training):
         old = {id(s): forward(runtime.engine, s) for s in states}
         reference = {id(s): forward(runtime.reference, s) for s in states}
     for _ in range(2):
-        loss = naive_loss(config, lambda s: forward(runtime.engine, s), lambda s: old[id(s)], lambda s: reference[id(s)],
-                          states, advantages, session.grid.sigmas)  # fmt: skip
+        loss = naive_loss(
+            config,
+            lambda s: forward(runtime.engine, s),
+            lambda s: old[id(s)],
+            lambda s: reference[id(s)],
+            states,
+            advantages,
+            session.grid.sigmas,
+        )
         loss.backward()
         gradients.append(runtime.gradient())
         runtime.descend(gradients[-1], LENGTH)

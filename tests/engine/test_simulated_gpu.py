@@ -86,8 +86,12 @@ def test_nothing_captured_copies_or_reads(simulations, family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nothing_captured_copies_or_reads_in_a_coarser_suffix(simulations, family):
     """In float8 and of second order."""
-    changes = ["rollout.num_steps=5", "rollout.plan.branch_steps=[0]", "rollout.plan.children=2",
-               'rollout.suffix={"stride": 2, "order": 2, "weights": "float8"}']  # fmt: skip
+    changes = [
+        "rollout.num_steps=5",
+        "rollout.plan.branch_steps=[0]",
+        "rollout.plan.children=2",
+        'rollout.suffix={"stride": 2, "order": 2, "weights": "float8"}',
+    ]
     with simulations.gpu:
         rolled = simulations.run(FAMILIES[family], changes=changes).roll_out()
     assert set(rolled.forwards) == {"step", "coarse_step"}

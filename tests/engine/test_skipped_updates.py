@@ -31,8 +31,16 @@ def break_calls(monkeypatch, numbers):
 def run(folder, name, stage, status=0, **training):
     """Three iterations of one update on one micro-batch; the first two calls of the loss are the check of replays."""
     zero = {"stage": stage, **({"stage3_param_persistence_threshold": 0} if stage == 3 else {})}
-    return train(folder, name, processes=None, training={"iterations": 3, "micro_batch": 16, **training}, eval={"every": 0},
-                 checkpoint={"every": 1, "keep": 9}, status=status, deepspeed={"optimizer": ADAMW, "zero_optimization": zero})  # fmt: skip
+    return train(
+        folder,
+        name,
+        processes=None,
+        training={"iterations": 3, "micro_batch": 16, **training},
+        eval={"every": 0},
+        checkpoint={"every": 1, "keep": 9},
+        status=status,
+        deepspeed={"optimizer": ADAMW, "zero_optimization": zero},
+    )
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

@@ -20,9 +20,14 @@ from tempflow.registry import IN_CONFIG, KINDS, find, options_of
 from tempflow.rewards import build_reward, parse_rewards
 
 TABLES = {  # what optional tables need beside the key that is tried
-    "model.lora": {}, "data.train": {"dataset": "a"}, "data.heldout": {"dataset": "a"}, "data.curation": {}, "rollout.suffix": {},
-    "training.ema": {}, "eval.stop": {"metric": "kl", "patience": 1},
-}  # fmt: skip
+    "model.lora": {},
+    "data.train": {"dataset": "a"},
+    "data.heldout": {"dataset": "a"},
+    "data.curation": {},
+    "rollout.suffix": {},
+    "training.ema": {},
+    "eval.stop": {"metric": "kl", "patience": 1},
+}
 
 
 def keys_of(model=Config, before=""):
@@ -102,8 +107,20 @@ def test_lists_without_entries_or_with_empty_ones():
         parse_config(with_value("logging.name", ""))
 
 
-@pytest.mark.parametrize("section", [{}, {"": 1.0}, {"": {"type": "jpeg"}}, {"x": {"type": ""}}, {"jpeg": {"type": None}},
-                                     {"jpeg": {"type": 0}}, {"jpeg": {"type": []}}, {"jpeg": None}, {"jpeg": ""}])  # fmt: skip
+@pytest.mark.parametrize(
+    "section",
+    [
+        {},
+        {"": 1.0},
+        {"": {"type": "jpeg"}},
+        {"x": {"type": ""}},
+        {"jpeg": {"type": None}},
+        {"jpeg": {"type": 0}},
+        {"jpeg": {"type": []}},
+        {"jpeg": None},
+        {"jpeg": ""},
+    ],
+)
 def test_rewards_without_a_name(section):
     with pytest.raises(UserError, match="^rewards"):
         parse_rewards(section)
@@ -156,8 +173,13 @@ def test_a_key_given_twice_is_named(path, n):
     assert str(error.value) == f"the key {name!r} is given twice"
 
 
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=4), lambda inner: st.lists(inner, max_size=3)
-                    | st.dictionaries(st.text(max_size=4), inner, max_size=3), max_leaves=8))  # fmt: skip
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(max_size=4),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+        max_leaves=8,
+    )
+)
 def test_all_else_is_read_as_python_reads_it(value):
     assert strict_json.loads(json.dumps(value)) == value
 
@@ -172,8 +194,9 @@ HALVES = ["\\ud83d", "a\\ude00", "\\ude00\\ud83d", "\\ud83d x"]
 
 
 @pytest.mark.parametrize("half", HALVES)
-@pytest.mark.parametrize("text, place", [('"%s"', "it"), ('{"a": {"b": ["x", "%s"]}}', "a.b[1]"), ('{"%s": 1}', "a key"),
-                                         ('{"a": {"%s": 1}}', "a key")])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, place", [('"%s"', "it"), ('{"a": {"b": ["x", "%s"]}}', "a.b[1]"), ('{"%s": 1}', "a key"), ('{"a": {"%s": 1}}', "a key")]
+)
 def test_half_a_character_is_named_by_its_place(half, text, place):
     """In escapes, which is how programs write it; both halves together are one character."""
     with pytest.raises(strict_json.Refused, match=re.escape(f"{place} holds half a character (U+D")):
@@ -207,14 +230,20 @@ def test_a_config_with_a_byte_order_mark(tmp_path):
     assert load_config(file) == plain
 
 
-@pytest.mark.parametrize("settings, values, told", [
-    (["training.seed=1", "training.seed=2"], {"seed": 2}, ["--set training.seed is given before --set training.seed=2"]),
-    (["training.seed=1", "training.iterations=5"], {"seed": 1, "iterations": 5}, []),
-    (['training={"seed": 1}', "training.iterations=5"], {"seed": 1, "iterations": 5}, []),
-    (["training.seed=1", 'training={"iterations": 5}'], {"seed": 0, "iterations": 5},
-     ['--set training.seed is given before --set training={"iterations": 5}, which replaces it']),
-    (["training.seed=1", "training.seed=2", "training.seed=3"], {"seed": 3}, ["--set training.seed=2", "--set training.seed=3"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings, values, told",
+    [
+        (["training.seed=1", "training.seed=2"], {"seed": 2}, ["--set training.seed is given before --set training.seed=2"]),
+        (["training.seed=1", "training.iterations=5"], {"seed": 1, "iterations": 5}, []),
+        (['training={"seed": 1}', "training.iterations=5"], {"seed": 1, "iterations": 5}, []),
+        (
+            ["training.seed=1", 'training={"iterations": 5}'],
+            {"seed": 0, "iterations": 5},
+            ['--set training.seed is given before --set training={"iterations": 5}, which replaces it'],
+        ),
+        (["training.seed=1", "training.seed=2", "training.seed=3"], {"seed": 3}, ["--set training.seed=2", "--set training.seed=3"]),
+    ],
+)
 def test_of_settings_given_twice_the_last_counts_and_it_is_told(tmp_path, capsys, settings, values, told):
     config = load_config(write_config(tmp_path), settings)
     assert {key: getattr(config.training, key) for key in values} == values
@@ -223,18 +252,21 @@ def test_of_settings_given_twice_the_last_counts_and_it_is_told(tmp_path, capsys
     assert all(line.startswith("note: ") for line in lines)
 
 
-@pytest.mark.parametrize("setting, words", [
-    ('rewards={"jpeg": 1, "jpeg": 2}', ["--set rewards", "'jpeg' is given twice"]),
-    ("training.seed=" + "9" * 5000, ["--set training.seed", "digits"]),
-    ("training.seed=" + "[" * 100_000, ["--set training.seed", "recursion"]),
-    ("logging.name=", ["logging.name", "not empty"]),
-    ("data.heldout=", ["data.heldout", "got ''"]),
-    *((name, [f"--set {name}: expected section.key=value"]) for name in (".seed=1", "training.=1", "training..seed=1")),
-    ("training." + "x" * 10**6 + "=1", ["training.'xxx", "unknown key"]),
-    ("deepspeed.zero_optimization.stage=true", ["deepspeed.zero_optimization", "True"]),
-    ("x" * 10**6, ["--set xxx", "expected section.key=value"]),
-    ("training.seed=" + "x" * 10**6, ["training.seed", "integer"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "setting, words",
+    [
+        ('rewards={"jpeg": 1, "jpeg": 2}', ["--set rewards", "'jpeg' is given twice"]),
+        ("training.seed=" + "9" * 5000, ["--set training.seed", "digits"]),
+        ("training.seed=" + "[" * 100_000, ["--set training.seed", "recursion"]),
+        ("logging.name=", ["logging.name", "not empty"]),
+        ("data.heldout=", ["data.heldout", "got ''"]),
+        *((name, [f"--set {name}: expected section.key=value"]) for name in (".seed=1", "training.=1", "training..seed=1")),
+        ("training." + "x" * 10**6 + "=1", ["training.'xxx", "unknown key"]),
+        ("deepspeed.zero_optimization.stage=true", ["deepspeed.zero_optimization", "True"]),
+        ("x" * 10**6, ["--set xxx", "expected section.key=value"]),
+        ("training.seed=" + "x" * 10**6, ["training.seed", "integer"]),
+    ],
+)
 def test_settings_that_are_refused(tmp_path, setting, words):
     with pytest.raises(UserError) as error:
         load_config(write_config(tmp_path), [setting])
@@ -242,13 +274,17 @@ def test_settings_that_are_refused(tmp_path, setting, words):
 
 
 # ----------------------------------------------------------------------------------------------- command lines
-@pytest.mark.parametrize("read, good, bad", [
-    (whole(1), ["1", "7", str(2**31 - 1)], ["0", "-1", str(2**31), "9" * 5000, "1.0", "1e3", "", " 1", "+1", "--1", "٣", "one"]),
-    (whole(-2, 2), ["-2", "0", "2"], ["-3", "3", "-"]),
-    (steps, ["1", "1000"], ["0", "1001"]),
-    (seed, ["0", str(2**63 - 1)], ["-1", str(2**63)]),
-    (filled, ["a", " a "], ["", " ", "\t"]),
-], ids=["count", "range", "steps", "seed", "text"])  # fmt: skip
+@pytest.mark.parametrize(
+    "read, good, bad",
+    [
+        (whole(1), ["1", "7", str(2**31 - 1)], ["0", "-1", str(2**31), "9" * 5000, "1.0", "1e3", "", " 1", "+1", "--1", "٣", "one"]),
+        (whole(-2, 2), ["-2", "0", "2"], ["-3", "3", "-"]),
+        (steps, ["1", "1000"], ["0", "1001"]),
+        (seed, ["0", str(2**63 - 1)], ["-1", str(2**63)]),
+        (filled, ["a", " a "], ["", " ", "\t"]),
+    ],
+    ids=["count", "range", "steps", "seed", "text"],
+)
 def test_types_of_options(read, good, bad):
     from argparse import ArgumentTypeError
 
@@ -267,30 +303,52 @@ def test_the_profilers_iterations(text):
     assert len(str(error.value)) < 300
 
 
-@pytest.mark.parametrize("option, value", [
-    ("--port", "-1"), ("--port", "65536"), ("--workers", "0"), ("--workers", "9" * 30), ("--threads", "0"), ("--batch", "-1"),
-    ("--memory-mb", "0"), ("--token-env", ""), ("--gpus", ""),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "option, value",
+    [
+        ("--port", "-1"),
+        ("--port", "65536"),
+        ("--workers", "0"),
+        ("--workers", "9" * 30),
+        ("--threads", "0"),
+        ("--batch", "-1"),
+        ("--memory-mb", "0"),
+        ("--token-env", ""),
+        ("--gpus", ""),
+    ],
+)
 def test_the_reward_servers_options(capsys, option, value):
     with pytest.raises(SystemExit) as end:
         reward_server.parse_args(["--reward", "jpeg", f"{option}={value}"])
     assert end.value.code == 2 and f"argument {option}: expected" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text, words", [
-    ("ocr=", ["--reward ocr=", "not JSON"]), ('ocr={"detect": true, "detect": false}', ["'detect' is given twice"]),
-    ("ocr=" + "[" * 100_000, ["not JSON"]), ("=", ["not JSON"]), ("", ["rewards", "name"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("ocr=", ["--reward ocr=", "not JSON"]),
+        ('ocr={"detect": true, "detect": false}', ["'detect' is given twice"]),
+        ("ocr=" + "[" * 100_000, ["not JSON"]),
+        ("=", ["not JSON"]),
+        ("", ["rewards", "name"]),
+    ],
+)
 def test_the_reward_servers_rewards(text, words):
     with pytest.raises(UserError) as error:
         reward_server.read_reward(text)
     assert all(word in str(error.value) for word in words) and len(str(error.value)) < 500
 
 
-@pytest.mark.parametrize("key, value", [
-    ("reward_pool.workers", 2000), ("reward_pool.threads_per_worker", 10**6), ("rollout.lanes", 2**30),
-    ("reward_pool.timeout_s", 1e10), ("reward_pool.start_timeout_s", 1e300),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("reward_pool.workers", 2000),
+        ("reward_pool.threads_per_worker", 10**6),
+        ("rollout.lanes", 2**30),
+        ("reward_pool.timeout_s", 1e10),
+        ("reward_pool.start_timeout_s", 1e300),
+    ],
+)
 def test_what_is_made_or_waited_for_has_a_limit(key, value):
     """Processes and threads are made, so that too many end the machine; a timer of more than 292 years is an OverflowError."""
     refused(key, value)

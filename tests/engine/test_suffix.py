@@ -18,17 +18,20 @@ from tempflow.training.credit import suffix_metrics
 suffixes = st.builds(Suffix, stride=st.integers(2, 12), exact_steps=st.integers(0, 12))
 
 
-@pytest.mark.parametrize("first, suffix, path", [
-    (1, None, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]),
-    (2, Suffix(stride=2), [2, 4, 6, 8, 10]),
-    (1, Suffix(stride=2), [1, 2, 4, 6, 8, 10]),
-    (1, Suffix(stride=2, exact_steps=2), [1, 2, 3, 4, 6, 8, 10]),
-    (3, Suffix(stride=3), [3, 4, 7, 10]),
-    (5, Suffix(stride=64), [5, 10]),
-    (9, Suffix(stride=2), [9, 10]),
-    (10, Suffix(stride=2), [10]),
-    (8, Suffix(stride=2, exact_steps=9), [8, 9, 10]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "first, suffix, path",
+    [
+        (1, None, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]),
+        (2, Suffix(stride=2), [2, 4, 6, 8, 10]),
+        (1, Suffix(stride=2), [1, 2, 4, 6, 8, 10]),
+        (1, Suffix(stride=2, exact_steps=2), [1, 2, 3, 4, 6, 8, 10]),
+        (3, Suffix(stride=3), [3, 4, 7, 10]),
+        (5, Suffix(stride=64), [5, 10]),
+        (9, Suffix(stride=2), [9, 10]),
+        (10, Suffix(stride=2), [10]),
+        (8, Suffix(stride=2, exact_steps=9), [8, 9, 10]),
+    ],
+)
 def test_path(first, suffix, path):
     assert suffix_path(first, 10, suffix) == path
 
@@ -44,8 +47,10 @@ def test_path_is_whole_and_never_longer_than_the_stride(first, length, suffix):
 @pytest.mark.parametrize("suffix", [None, {}, {"stride": 3, "order": 1}, {"stride": 2, "exact_steps": 2}])
 @pytest.mark.parametrize("plan", ["tempflow", "flow_grpo", "mix_grpo"])
 def test_forwards_are_counted_beforehand(plan, suffix):
-    config = small_config(rollout={"plan": plan_table(plan, seeds=2, children=2, branch_steps="all", window=3), "suffix": suffix},
-                          training={"advantage": {"over": "seed" if plan == "tempflow" else "prompt"}})  # fmt: skip
+    config = small_config(
+        rollout={"plan": plan_table(plan, seeds=2, children=2, branch_steps="all", window=3), "suffix": suffix},
+        training={"advantage": {"over": "seed" if plan == "tempflow" else "prompt"}},
+    )
     units = iteration_units([5, 9], 2)
     run = Rollout(config, units)
     assert run.stats.forwards == run.told == count_forwards(run.forest.rows, 10, config.rollout.suffix)
@@ -119,9 +124,10 @@ def test_distance_to_the_exact_suffix_falls_as_the_order_says(order, least):
     for num_steps in (20, 40, 80):
         ends = []
         for suffix in ({"stride": 2, "order": order}, None):
-            config = small_config(rollout={"num_steps": num_steps, "plan": {"children": 1, "branch_steps": [1], "seeds": 2},
-                                           "suffix": suffix},
-                                  training={"advantage": {"over": "prompt"}})  # fmt: skip
+            config = small_config(
+                rollout={"num_steps": num_steps, "plan": {"children": 1, "branch_steps": [1], "seeds": 2}, "suffix": suffix},
+                training={"advantage": {"over": "prompt"}},
+            )
             run = Rollout(config, iteration_units([1], 2), velocity=velocity, sigmas=torch.linspace(1, 0, num_steps + 1))
             ends.append(run.finished[0, 1, 0])
         distances.append((ends[0] - ends[1]).norm().item())

@@ -23,11 +23,13 @@ def device(request, monkeypatch):
 @pytest.fixture(autouse=True)
 def poison(monkeypatch):
     """Memory that the package allocates without filling it holds NaN, so that a forgotten element shows."""
+
     def poisoned(allocate):
         def allocate_nan(*args, **kwargs):
             tensor = allocate(*args, **kwargs)
             ours = sys._getframe(1).f_globals.get("__name__", "").startswith("tempflow_kernels")
             return tensor.fill_(float("nan")) if ours and tensor.is_floating_point() else tensor
+
         return allocate_nan
 
     monkeypatch.setattr(torch, "empty", poisoned(torch.empty))

@@ -28,7 +28,8 @@ def assert_close(name, got, want, rel, scale=None):
     worst = difference.abs().flatten().topk(min(3, difference.numel()))
     assert error <= rel, (
         f"{name}: relative RMS {error:.2e} > {rel:.0e}, max abs {worst.values[0]:.2e} at {worst.indices.tolist()}: "
-        f"got {got.flatten()[worst.indices].tolist()}, expected {want.flatten()[worst.indices].tolist()}")
+        f"got {got.flatten()[worst.indices].tolist()}, expected {want.flatten()[worst.indices].tolist()}"
+    )
 
 
 def assert_rounded(name, got, want, rel, scale):
@@ -59,7 +60,9 @@ def step_case(rows, shape, children, dtype=torch.float32, still_rows=(), seed=0,
     case = {
         "x": torch.randn(rows, *shape, generator=generator).to(dtype),
         "velocity": torch.randn(rows, *shape, generator=generator).to(dtype),
-        "a": a.float(), "b": b.float(), "tau": tau.float(),
+        "a": a.float(),
+        "b": b.float(),
+        "tau": tau.float(),
         "key": torch.randint(-(2**63), 2**63 - 1, (rows, children), generator=generator),
     }
     return {name: tensor.to(device) for name, tensor in case.items()}
@@ -106,8 +109,25 @@ def exact_step(x, velocity, a, b, tau, key):
     return mean[:, None] + per_row(tau, noise) * noise, mean
 
 
-def exact_loss(velocity, x, x_next, a, b, tau, log_prob_old, advantage, weight, *, clip_low, clip_high,
-               velocity_ref=None, kl_coef=0.0, kl_form="x", ratio="plain", velocity_old=None):
+def exact_loss(
+    velocity,
+    x,
+    x_next,
+    a,
+    b,
+    tau,
+    log_prob_old,
+    advantage,
+    weight,
+    *,
+    clip_low,
+    clip_high,
+    velocity_ref=None,
+    kl_coef=0.0,
+    kl_form="x",
+    ratio="plain",
+    velocity_old=None,
+):
     """(loss, d loss / d velocity, ratio, log_prob) in float64, one child at a time."""
     v = velocity.detach().cpu().double().requires_grad_()
     mean = per_row(a, x) * x.cpu().double() + per_row(b, x) * v

@@ -47,7 +47,8 @@ def test_every_kernel_compiles_for_every_target(rows):
     kernels = {row["kernel"] for row in rows}
     assert {name.split()[0] for name in kernels} == {"normal", "sde_step", "group_loss", "group_loss_backward"}
     assert {(row["kernel"], row["target"]) for row in rows} == {
-        (kernel, target) for kernel in kernels for target in ("sm_80", "sm_90", "sm_100", "gfx942")}
+        (kernel, target) for kernel in kernels for target in ("sm_80", "sm_90", "sm_100", "gfx942")
+    }
 
 
 def test_no_spills_and_no_local_memory(rows):

@@ -93,8 +93,10 @@ def test_runs_on_the_device_of_its_arguments():
 
 def test_compiles_with_inductor():
     case = step_case(4, (5000,), 3, device="cuda")
+
     def step(x, velocity, a, b, tau, key):
         return sde_step(x, velocity, a, b, tau, key=key, children=3)
+
     compiled = torch.compile(step, fullgraph=True)
     assert all(torch.equal(got, want) for got, want in zip(compiled(**case), step(**case)))
 

@@ -54,9 +54,19 @@ def test_matches_float64(device, dtype, kl, ratio, given_old):
     check(case, *run(case, **options), **options)
 
 
-@pytest.mark.parametrize("rows, shape, children", [
-    (1, (), 1), (1, (1,), 6), (3, (63,), 6), (2, (1000,), 64), (5, (3, 7, 11), 1), (2, (5, 1229), 3), (70, (16,), 2),
-], ids=str)
+@pytest.mark.parametrize(
+    "rows, shape, children",
+    [
+        (1, (), 1),
+        (1, (1,), 6),
+        (3, (63,), 6),
+        (2, (1000,), 64),
+        (5, (3, 7, 11), 1),
+        (2, (5, 1229), 3),
+        (70, (16,), 2),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("ratio", ["plain", "guard"])
 def test_shapes(device, rows, shape, children, ratio):
     case, options = options_for(loss_case(rows, shape, children, device=device), "x", ratio, True)
@@ -135,8 +145,7 @@ def test_rows_of_weight_zero_contribute_nothing(device, ratio, kl):
     check({n: t for n, t in case.items()}, loss, gradient, stats_where(stats, case), **options)
     assert (gradient[rows] == 0).all() and (stats.ratio[rows] == 1).all()
     live = torch.tensor([1, 2, 4], device=device)
-    alone = run({n: t[live] for n, t in case.items()},
-                **{n: t[live] if isinstance(t, torch.Tensor) else t for n, t in options.items()})
+    alone = run({n: t[live] for n, t in case.items()}, **{n: t[live] if isinstance(t, torch.Tensor) else t for n, t in options.items()})
     assert_close("loss", loss, alone[0] * 3 / 5, rel=1e-6)
     assert_close("gradient", gradient[live], alone[1] * 3 / 5, rel=1e-6)
     for name in ("kl", "clip_fraction", "approx_kl"):
@@ -232,8 +241,10 @@ def test_calls_repeat_bit_for_bit_and_rows_are_independent(device):
 def test_non_contiguous_inputs(device):
     case, options = options_for(loss_case(2, (6, 50), 3, device=device), "x", "guard", True)
     want = run(case, **options)
+
     def strided(tensor):
         return torch.stack([tensor, tensor], dim=-1)[..., 0] if isinstance(tensor, torch.Tensor) else tensor
+
     got = run({n: strided(t) for n, t in case.items()}, **{n: strided(t) for n, t in options.items()})
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
 
@@ -247,9 +258,16 @@ def test_gradient_scales_with_the_incoming_one(device):
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(rows=st.integers(1, 4), numel=st.integers(1, 3000), children=st.integers(1, 9), seed=st.integers(0, 2**20),
-       kl=st.sampled_from([None, "x", "v"]), ratio=st.sampled_from(["plain", "guard"]), given_old=st.booleans(),
-       data=st.data())
+@given(
+    rows=st.integers(1, 4),
+    numel=st.integers(1, 3000),
+    children=st.integers(1, 9),
+    seed=st.integers(0, 2**20),
+    kl=st.sampled_from([None, "x", "v"]),
+    ratio=st.sampled_from(["plain", "guard"]),
+    given_old=st.booleans(),
+    data=st.data(),
+)
 def test_any_shape_and_option(device, rows, numel, children, seed, kl, ratio, given_old, data):
     still = data.draw(st.lists(st.integers(0, rows - 1), unique=True))
     padding = data.draw(st.lists(st.integers(0, rows - 1), unique=True))
@@ -283,8 +301,16 @@ def test_gradcheck_of_the_reference(ratio, kl):
     velocity = case.pop("velocity").requires_grad_()
     a, b, tau = case["a"], case["b"], case["tau"]
     positional = (case["x"], case["x_next"], a, b, tau, case["log_prob_old"], case["advantage"], case["weight"])
-    optional = (1e-3, 2e-3, options.get("velocity_ref"), options.get("kl_coef", 0.0), options.get("kl_form", "x"),
-                ratio, options.get("velocity_old"))
+    optional = (
+        1e-3,
+        2e-3,
+        options.get("velocity_ref"),
+        options.get("kl_coef", 0.0),
+        options.get("kl_form", "x"),
+        ratio,
+        options.get("velocity_old"),
+    )
+
     def loss(v):
         return ReferenceLoss.apply(v, positional, optional)
 

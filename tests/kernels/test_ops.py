@@ -28,12 +28,21 @@ def loss_arguments(device, ratio="plain"):
 
 def backward_arguments(device):
     case = loss_case(2, (30,), 3, device=device)
-    return (torch.ones((), device=device), case["velocity"], case["x"], case["x_next"], case["a"], case["b"],
-            case["advantage"], case["weight"], drift(case["velocity"], 0.2), None)
+    return (
+        torch.ones((), device=device),
+        case["velocity"],
+        case["x"],
+        case["x_next"],
+        case["a"],
+        case["b"],
+        case["advantage"],
+        case["weight"],
+        drift(case["velocity"], 0.2),
+        None,
+    )
 
 
-@pytest.mark.parametrize(
-    "name", ["normal", "sde_step", "sde_step bf16", "group_loss", "group_loss guard", "backward"])
+@pytest.mark.parametrize("name", ["normal", "sde_step", "sde_step bf16", "group_loss", "group_loss guard", "backward"])
 def test_opcheck(device, name):
     """torch.library.opcheck: schema, fake implementation, autograd registration, AOT dispatch with dynamic shapes."""
     op, arguments = {
@@ -131,11 +140,15 @@ def run_python(code, **environment):
 CALL = "import torch; from tempflow_kernels import normal; print(normal(torch.zeros(1, dtype=torch.int64), 2).shape)"
 
 
-@pytest.mark.parametrize("prelude, environment, message", [
-    ("", {}, "is not a GPU, and TRITON_INTERPRET=1 is not set"),
-    ("import triton, os; os.environ['TRITON_INTERPRET'] = '1'; ", {}, "TRITON_INTERPRET was set after triton had been"),
-    ("import sys; sys.modules['triton'] = None; ", {}, "the package triton is not installed"),
-], ids=["no GPU", "too late", "no triton"])
+@pytest.mark.parametrize(
+    "prelude, environment, message",
+    [
+        ("", {}, "is not a GPU, and TRITON_INTERPRET=1 is not set"),
+        ("import triton, os; os.environ['TRITON_INTERPRET'] = '1'; ", {}, "TRITON_INTERPRET was set after triton had been"),
+        ("import sys; sys.modules['triton'] = None; ", {}, "the package triton is not installed"),
+    ],
+    ids=["no GPU", "too late", "no triton"],
+)
 def test_a_forced_path_that_cannot_run_says_why(prelude, environment, message):
     result = run_python(prelude + CALL, TEMPFLOW_KERNELS="triton", **environment)
     assert result.returncode != 0 and message in result.stderr

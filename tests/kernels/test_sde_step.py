@@ -36,9 +36,19 @@ def check(case, x_next, log_prob, out_dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows, shape, children", [
-    (1, (), 1), (1, (1,), 6), (3, (63,), 6), (2, (1000,), 64), (5, (3, 7, 11), 1), (2, (2048,), 2), (2, (5, 1229), 3),
-], ids=str)
+@pytest.mark.parametrize(
+    "rows, shape, children",
+    [
+        (1, (), 1),
+        (1, (1,), 6),
+        (3, (63,), 6),
+        (2, (1000,), 64),
+        (5, (3, 7, 11), 1),
+        (2, (2048,), 2),
+        (2, (5, 1229), 3),
+    ],
+    ids=str,
+)
 def test_matches_float64(device, dtype, rows, shape, children):
     case = step_case(rows, shape, children, DTYPES[dtype], device=device)
     check(case, *run(case), DTYPES[dtype])
@@ -131,8 +141,15 @@ def test_calls_repeat_bit_for_bit(device):
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(rows=st.integers(1, 4), numel=st.integers(1, 4500), children=st.integers(1, 9), seed=st.integers(0, 2**20),
-       magnitude=st.sampled_from([1e-6, 1.0, 1e4]), dtype=st.sampled_from(list(DTYPES)), data=st.data())
+@given(
+    rows=st.integers(1, 4),
+    numel=st.integers(1, 4500),
+    children=st.integers(1, 9),
+    seed=st.integers(0, 2**20),
+    magnitude=st.sampled_from([1e-6, 1.0, 1e4]),
+    dtype=st.sampled_from(list(DTYPES)),
+    data=st.data(),
+)
 def test_any_shape_and_value(device, rows, numel, children, seed, magnitude, dtype, data):
     still = data.draw(st.lists(st.integers(0, rows - 1), unique=True))
     case = step_case(rows, (numel,), children, torch.float32, still, seed, device)
@@ -153,21 +170,21 @@ def wrong(case, name, value):
 
 
 ERRORS = {
-    "x dtype": (TypeError, "x: expected bfloat16 or float16 or float32, got float64",
-                lambda c: wrong(c, "x", c["x"].double())),
+    "x dtype": (TypeError, "x: expected bfloat16 or float16 or float32, got float64", lambda c: wrong(c, "x", c["x"].double())),
     "x empty": (ValueError, "x: expected shape .*at least one element", lambda c: wrong(c, "x", c["x"][:, :0])),
     "x list": (TypeError, "x: expected a tensor, got list", lambda c: wrong(c, "x", [1.0])),
-    "velocity shape": (ValueError, r"velocity: expected shape \[2, 8\], got \[2, 7\]",
-                       lambda c: wrong(c, "velocity", c["velocity"][:, :7])),
+    "velocity shape": (
+        ValueError,
+        r"velocity: expected shape \[2, 8\], got \[2, 7\]",
+        lambda c: wrong(c, "velocity", c["velocity"][:, :7]),
+    ),
     "a dtype": (TypeError, "a: expected float32, got float64", lambda c: wrong(c, "a", c["a"].double())),
     "tau shape": (ValueError, r"tau: expected shape \[2\], got \[\]", lambda c: wrong(c, "tau", c["tau"][0])),
     "key dtype": (TypeError, "key: expected int64, got int32", lambda c: wrong(c, "key", c["key"].int())),
-    "key shape": (ValueError, r"key: expected shape \[2, 3\], got \[2, 2\]",
-                  lambda c: wrong(c, "key", c["key"][:, :2])),
+    "key shape": (ValueError, r"key: expected shape \[2, 3\], got \[2, 2\]", lambda c: wrong(c, "key", c["key"][:, :2])),
     "children": (ValueError, "children: expected 1 to 64 per row, got 65", lambda c: wrong(c, "children", 65)),
     "out_dtype": (ValueError, "out_dtype: expected .*got torch.int32", lambda c: wrong(c, "out_dtype", torch.int32)),
-    "device": (ValueError, "b: expected a tensor on cpu as x, got one on meta",
-               lambda c: wrong(c, "b", c["b"].to("meta"))),
+    "device": (ValueError, "b: expected a tensor on cpu as x, got one on meta", lambda c: wrong(c, "b", c["b"].to("meta"))),
 }
 
 

@@ -22,14 +22,33 @@ def heldout_reward(iteration, total):
 
 def metrics_row(iteration, total, source):
     mean = heldout_reward(iteration, total) - 0.04 + source.gauss(0, 0.03)
-    row = {"iteration": iteration, "reward/mean": mean, "reward/std": 0.33 + source.gauss(0, 0.01), "reward/ocr": mean,
-           "reward/zero_std_groups": 0.05 + 0.2 * iteration / total + source.random() * 0.05,
-           "reward/failed": int(source.random() < 0.1), "loss": source.gauss(0, 2e-4), "kl": 3e-4 * iteration,
-           "ratio/max_dev": abs(source.gauss(0, 2e-3)), "ratio/min": 0.998, "clip_fraction": source.random() * 0.2,
-           "grad_norm": 0.4 + source.random() * 0.2, "lr": 1e-4 * (1 - iteration / total), "images": 432,
-           "images/total": 432 * iteration, "forwards/rollout": 2240, "forwards/train": 216, "time/rollout": 2.2,
-           "time/decode": 1.0, "time/reward": 1.8, "time/train": 0.6, "time/sync": 0.05, "time/total": 5.9,
-           "time/elapsed": 6.3 * iteration, "advantage/max": 2.0}
+    row = {
+        "iteration": iteration,
+        "reward/mean": mean,
+        "reward/std": 0.33 + source.gauss(0, 0.01),
+        "reward/ocr": mean,
+        "reward/zero_std_groups": 0.05 + 0.2 * iteration / total + source.random() * 0.05,
+        "reward/failed": int(source.random() < 0.1),
+        "loss": source.gauss(0, 2e-4),
+        "kl": 3e-4 * iteration,
+        "ratio/max_dev": abs(source.gauss(0, 2e-3)),
+        "ratio/min": 0.998,
+        "clip_fraction": source.random() * 0.2,
+        "grad_norm": 0.4 + source.random() * 0.2,
+        "lr": 1e-4 * (1 - iteration / total),
+        "images": 432,
+        "images/total": 432 * iteration,
+        "forwards/rollout": 2240,
+        "forwards/train": 216,
+        "time/rollout": 2.2,
+        "time/decode": 1.0,
+        "time/reward": 1.8,
+        "time/train": 0.6,
+        "time/sync": 0.05,
+        "time/total": 5.9,
+        "time/elapsed": 6.3 * iteration,
+        "advantage/max": 2.0,
+    }
     row.update({f"reward_std/step_{step}": 0.3 * math.exp(-step / 3) * (1 + source.random() * 0.3) for step in STEPS})
     return row
 
@@ -71,16 +90,20 @@ def write_rows(run_dir, rows):
 CONFIG = {
     "model": {"path": "tiny-flux", "dtype": "float32", "lora": None},
     "data": {"train": "words.txt", "heldout": "heldout.txt", "prompts_per_iteration": 8},
-    "rollout": {"plan": {"type": "tempflow", "seeds": 1, "children": 6, "branch_steps": "all"}, "height": 32, "width": 96,
-                "num_steps": 10, "sde": {"type": "flow", "eta": 0.7}},
+    "rollout": {
+        "plan": {"type": "tempflow", "seeds": 1, "children": 6, "branch_steps": "all"},
+        "height": 32,
+        "width": 96,
+        "num_steps": 10,
+        "sde": {"type": "flow", "eta": 0.7},
+    },
     "rewards": {"ocr": {"weight": 1.0}},
     "training": {"iterations": 90, "objective": {"clip_low": 1e-3, "clip_high": 1e-3}, "penalty": None, "seed": 0},
     "deepspeed": {"zero_optimization": {"stage": 0}},
 }
 
 
-def make_run(run_dir, *, iterations=90, total=None, prompts=None, every=10, evaluate=True, sets=(0, 30, 60, 90),
-             summary=True, **samples):
+def make_run(run_dir, *, iterations=90, total=None, prompts=None, every=10, evaluate=True, sets=(0, 30, 60, 90), summary=True, **samples):
     """Write a whole run directory and return its path; `samples` goes to write_samples."""
     run_dir.mkdir(parents=True, exist_ok=True)
     total, source = total or iterations, random.Random(1)
@@ -97,9 +120,16 @@ def make_run(run_dir, *, iterations=90, total=None, prompts=None, every=10, eval
     for iteration in sets:
         write_samples(run_dir, iteration, prompts, quality=0.55 + 0.4 * iteration / max(1, total), **samples)
     if summary:
-        content = {"base_reward": heldout_reward(0, total), "tuned_reward": heldout_reward(iterations, total),
-                   "minutes": 9.4, "iterations": iterations, "images": 432 * iterations, "model": "tiny-flux",
-                   "device": "CPU, 2 threads", "versions": {"tempflow": "0.1.0", "torch": "2.13.0"}}
+        content = {
+            "base_reward": heldout_reward(0, total),
+            "tuned_reward": heldout_reward(iterations, total),
+            "minutes": 9.4,
+            "iterations": iterations,
+            "images": 432 * iterations,
+            "model": "tiny-flux",
+            "device": "CPU, 2 threads",
+            "versions": {"tempflow": "0.1.0", "torch": "2.13.0"},
+        }
         (run_dir / "summary.json").write_text(json.dumps(content))
     return run_dir
 

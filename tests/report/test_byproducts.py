@@ -140,11 +140,15 @@ class UsageError(Exception):
     pass
 
 
-@pytest.mark.parametrize("error, words", [
-    (UsageError("api_key not configured (no-tty).\ncall wandb.login(key=[your_api_key])"), "api_key not configured .no-tty.. call"),
-    (TypeError("init() got an unexpected keyword argument 'projct'"), "unexpected keyword argument 'projct'"),
-    (OSError(errno.ENETUNREACH, "Network is unreachable"), "Network is unreachable"), (RuntimeError(""), "RuntimeError"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (UsageError("api_key not configured (no-tty).\ncall wandb.login(key=[your_api_key])"), "api_key not configured .no-tty.. call"),
+        (TypeError("init() got an unexpected keyword argument 'projct'"), "unexpected keyword argument 'projct'"),
+        (OSError(errno.ENETUNREACH, "Network is unreachable"), "Network is unreachable"),
+        (RuntimeError(""), "RuntimeError"),
+    ],
+)
 def test_wandb_that_cannot_start(tmp_path, monkeypatch, error, words):
     def init(**options):
         raise error

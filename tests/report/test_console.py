@@ -29,8 +29,11 @@ def test_plain_output_is_one_line_per_iteration():
         console.iteration({"iteration": 10, "reward/mean": float("nan"), "kl": None})
     lines = out.getvalue().splitlines()
     assert lines[0] == "iteration  0/10  held-out 0.480"
-    assert re.fullmatch(r"iteration  2/10  reward 0.512  std 0.200  kl 1.00e-04  grad 5.00e-01  seconds 5.1  "
-                        r"left \d+s  held-out 0.561 \(\+0.081\)", lines[1])
+    assert re.fullmatch(
+        r"iteration  2/10  reward 0.512  std 0.200  kl 1.00e-04  grad 5.00e-01  seconds 5.1  "
+        r"left \d+s  held-out 0.561 \(\+0.081\)",
+        lines[1],
+    )
     assert lines[2] == "iteration 10/10" and len(lines) == 3
     assert "\x1b" not in out.getvalue()
 
@@ -61,8 +64,18 @@ def test_watched_rewards_stand_beside_the_held_out_one(terminal):
 
 
 BASE = {"iteration": 0, "eval/reward": 0.48, "eval/reward/stderr": 0.01, "eval/scored": 128, "eval/failed": 0}
-EVALUATED = {"eval/reward": 0.561, "eval/reward/stderr": 0.012, "eval/scored": 125, "eval/failed": 3, "eval/gain": 0.079,
-             "eval/gain/stderr": 0.015, "eval/jpeg": -2.5, "eval/jpeg/stderr": 0.125, "eval/jpeg/failed": 0, "eval/clip/failed": 128}
+EVALUATED = {
+    "eval/reward": 0.561,
+    "eval/reward/stderr": 0.012,
+    "eval/scored": 125,
+    "eval/failed": 3,
+    "eval/gain": 0.079,
+    "eval/gain/stderr": 0.015,
+    "eval/jpeg": -2.5,
+    "eval/jpeg/stderr": 0.125,
+    "eval/jpeg/failed": 0,
+    "eval/clip/failed": 128,
+}
 
 
 @pytest.mark.parametrize("terminal", [False, True])
@@ -77,12 +90,30 @@ def test_an_evaluation_is_shown_with_what_it_is_made_of(terminal):
     assert "0.561 ± 0.012 (+0.079 ± 0.015)  125 scored, 3 failed  jpeg -2.500 ± 0.125  clip (128 failed)" in text
 
 
-@pytest.mark.parametrize("gain, stderr, words", [(0.31, 0.021, "+0.310 ± 0.021 "), (0.03, 0.021, "+0.030 ± 0.021, within two standard"),
-                                                 (-0.31, 0.021, "-0.310 ± 0.021 "), (0.0, 0.0, "+0.000 ± 0.000, within")])  # fmt: skip
+@pytest.mark.parametrize(
+    "gain, stderr, words",
+    [
+        (0.31, 0.021, "+0.310 ± 0.021 "),
+        (0.03, 0.021, "+0.030 ± 0.021, within two standard"),
+        (-0.31, 0.021, "-0.310 ± 0.021 "),
+        (0.0, 0.0, "+0.000 ± 0.000, within"),
+    ],
+)
 def test_the_summary_says_whether_the_gain_is_beyond_its_error(tmp_path, gain, stderr, words):
     console, out = recorded(terminal=False)
-    console.summary({"base_reward": 0.48, "base_stderr": 0.01, "tuned_reward": 0.79, "tuned_stderr": 0.02, "scored": 125, "failed": 3,
-                     "gain": gain, "gain_stderr": stderr}, tmp_path)  # fmt: skip
+    console.summary(
+        {
+            "base_reward": 0.48,
+            "base_stderr": 0.01,
+            "tuned_reward": 0.79,
+            "tuned_stderr": 0.02,
+            "scored": 125,
+            "failed": 3,
+            "gain": gain,
+            "gain_stderr": stderr,
+        },
+        tmp_path,
+    )
     assert words in out.getvalue() and "0.790 ± 0.020 on 125 prompts (3 failed)" in out.getvalue() and "0.480 ± 0.010" in out.getvalue()
 
 
@@ -144,12 +175,17 @@ def test_resumed_run_estimates_from_its_own_iterations(monkeypatch):
     assert out.getvalue().strip() == "iteration  92/100  left 40s"
 
 
-@pytest.mark.parametrize("minutes, elapsed, trained, left", [
-    (None, 0, 50, "15m00s"),  # 10 of 100 iterations in 100 s
-    (1000, 0, 50, "15m00s"), (2, 0, 60, "1m40s"),  # half of the training time in 100 s, evaluations and all
-    (2, 60, 90, "1m40s"),  # 60 s of it were before this process, which took half of the rest
-    (1, 0, 60, None), (1, 70, 75, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "minutes, elapsed, trained, left",
+    [
+        (None, 0, 50, "15m00s"),  # 10 of 100 iterations in 100 s
+        (1000, 0, 50, "15m00s"),
+        (2, 0, 60, "1m40s"),  # half of the training time in 100 s, evaluations and all
+        (2, 60, 90, "1m40s"),  # 60 s of it were before this process, which took half of the rest
+        (1, 0, 60, None),
+        (1, 70, 75, None),
+    ],
+)
 def test_time_left_knows_the_limit_in_minutes(monkeypatch, minutes, elapsed, trained, left):
     now = iter([0.0, 0.0, 100.0])
     monkeypatch.setattr("tempflow.run.console.time.monotonic", lambda: next(now))

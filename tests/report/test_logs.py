@@ -84,8 +84,10 @@ def test_failed_atomic_write_keeps_the_old_file(tmp_path, monkeypatch):
 
 
 def test_importing_needs_no_torch_or_tracker():
-    code = "import sys, tempflow.run.logs, tempflow.run.trackers, tempflow.run.console, tempflow.run.report; " \
-           "print([m for m in ('torch', 'tensorboard', 'wandb', 'plotly') if m in sys.modules])"
+    code = (
+        "import sys, tempflow.run.logs, tempflow.run.trackers, tempflow.run.console, tempflow.run.report; "
+        "print([m for m in ('torch', 'tensorboard', 'wandb', 'plotly') if m in sys.modules])"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
@@ -106,8 +108,9 @@ def test_tensorboard_gets_scalars_and_a_grid(run_factory):
 
 def fake_wandb(calls):
     run = types.SimpleNamespace(log=calls.append, define_metric=lambda *a, **k: None, finish=lambda: calls.append("finished"))
-    return types.SimpleNamespace(init=lambda **options: calls.append(options) or run,
-                                 Image=lambda picture, caption: ("image", picture.size, caption))
+    return types.SimpleNamespace(
+        init=lambda **options: calls.append(options) or run, Image=lambda picture, caption: ("image", picture.size, caption)
+    )
 
 
 def test_wandb_gets_config_scalars_and_grid_and_resumes(run_factory, monkeypatch):
@@ -124,8 +127,10 @@ def test_wandb_gets_config_scalars_and_grid_and_resumes(run_factory, monkeypatch
     assert calls[3] == "finished" and again["id"] == first["id"] and again["name"] == "mine"
 
 
-@pytest.mark.parametrize("module, options, package", [("wandb", {"wandb": {}}, "wandb"),
-                                                      ("torch.utils.tensorboard.summary", {"tensorboard": True}, "tensorboard")])
+@pytest.mark.parametrize(
+    "module, options, package",
+    [("wandb", {"wandb": {}}, "wandb"), ("torch.utils.tensorboard.summary", {"tensorboard": True}, "tensorboard")],
+)
 def test_missing_tracker_names_the_pip_command(tmp_path, monkeypatch, module, options, package):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError, match=f"logging.{package} .*pip install {package}"):

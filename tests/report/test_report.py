@@ -63,9 +63,20 @@ def test_whole_run_says_what_happened(run_factory):
     assert "+0.295" in found.text and "finished" in found.text and "tiny-flux" in found.text
     assert "not picked by result" in found.text and "8 more prompts" in found.text and "Exact words:" in found.text
     titles = {chart["title"] for chart in found.data["charts"]}
-    assert titles >= {"Reward", "KL to the reference", "Clip fraction", "Largest ratio deviation", "Gradient norm", "Loss",
-                      "Reward spread by branch step", "Groups without spread", "Failed rewards", "Seconds per iteration",
-                      "Transformer forwards so far", "ratio/min"}
+    assert titles >= {
+        "Reward",
+        "KL to the reference",
+        "Clip fraction",
+        "Largest ratio deviation",
+        "Gradient norm",
+        "Loss",
+        "Reward spread by branch step",
+        "Groups without spread",
+        "Failed rewards",
+        "Seconds per iteration",
+        "Transformer forwards so far",
+        "ratio/min",
+    }
 
 
 def test_curves_hold_the_numbers_of_the_metrics(run_factory):
@@ -85,8 +96,10 @@ def test_guards(run_factory, row_writer):
     """Watched rewards and diversity in a section of their own, the bound drawn in, and why the run stopped."""
     folder = run_factory(iterations=3, every=1)
     config = json.loads((folder / "config.json").read_text())
-    config |= {"rewards": {"ocr": 1.0, "jpeg": {"weight": 0, "goal": "large"}},
-               "eval": {"stop": {"metric": "eval/jpeg", "patience": None, "below": 2.0}}}  # fmt: skip
+    config |= {
+        "rewards": {"ocr": 1.0, "jpeg": {"weight": 0, "goal": "large"}},
+        "eval": {"stop": {"metric": "eval/jpeg", "patience": None, "below": 2.0}},
+    }
     (folder / "config.json").write_text(json.dumps(config))
     rows = [{**row, "eval/jpeg": 3.0 - row["iteration"] / 2, "diversity/seeds": 0.2} for row in load_run(folder).rows]
     row_writer(folder, rows)
@@ -159,8 +172,15 @@ def test_empty_directory_and_missing_directory(tmp_path):
 
 def test_missing_keys_and_nulls(run_factory, row_writer):
     run_dir = run_factory(iterations=4, sets=(), summary=False)
-    row_writer(run_dir, [{"iteration": 1, "reward/mean": None, "loss": None}, {"iteration": 2, "reward/mean": 0.4, "kl": None},
-                         {"iteration": 3, "reward/mean": float("nan"), "eval/reward": None}, {"iteration": 4, "reward/mean": 0.6}])
+    row_writer(
+        run_dir,
+        [
+            {"iteration": 1, "reward/mean": None, "loss": None},
+            {"iteration": 2, "reward/mean": 0.4, "kl": None},
+            {"iteration": 3, "reward/mean": float("nan"), "eval/reward": None},
+            {"iteration": 4, "reward/mean": 0.6},
+        ],
+    )
     found = page(run_dir)
     training = found.chart("Reward")["series"][0]["y"]
     assert training == [None, 0.4, None, 0.6] and found.chart("KL to the reference") is None and found.chart("Loss") is None
@@ -209,8 +229,15 @@ def test_half_written_files_are_not_taken_for_whole(run_factory):
 
 
 def test_large_pictures_become_small(run_factory):
-    run_dir = run_factory(iterations=5, every=5, sets=(0, 5), size=(1024, 768), details=False, rewards=("pick", "hps"),
-                          prompts=["a photograph of a llama"] * 6)
+    run_dir = run_factory(
+        iterations=5,
+        every=5,
+        sets=(0, 5),
+        size=(1024, 768),
+        details=False,
+        rewards=("pick", "hps"),
+        prompts=["a photograph of a llama"] * 6,
+    )
     found = page(run_dir)
     assert len(found.all("img")) == 12
     assert all((a["width"], a["height"]) == ("256", "192") and a["src"].startswith("data:image/jpeg") for a in found.all("img"))
@@ -242,11 +269,24 @@ def test_sample_sets_of_other_noise_are_not_called_the_same(run_factory, sample_
     assert "another seed or step count" in page(run_dir).text
 
 
-@pytest.mark.parametrize("reading, target, marks", [
-    ("HELLO", "hello", "rrrrr"), ("HELO", "HELLO", "rrmrr"), ("HEXLO", "HELLO", "rrwrr"), ("HELLOO", "HELLO", "rrrrrw"),
-    ("", "AB", "mm"), ("H I", "HI", "rr"), ("XJLG", "XVZJ", "rwww"), ("QQ", "ABC", "wwm"),
-    ("Don't", "Don’t", "rrrrr"), ("½", "1/2", "rrr"), ("ＡＢ", "abc", "rrm"), ("cafe\u0301", "Café", "rrrr"), ("a\u200bb", "AB", "rr"),
-])
+@pytest.mark.parametrize(
+    "reading, target, marks",
+    [
+        ("HELLO", "hello", "rrrrr"),
+        ("HELO", "HELLO", "rrmrr"),
+        ("HEXLO", "HELLO", "rrwrr"),
+        ("HELLOO", "HELLO", "rrrrrw"),
+        ("", "AB", "mm"),
+        ("H I", "HI", "rr"),
+        ("XJLG", "XVZJ", "rwww"),
+        ("QQ", "ABC", "wwm"),
+        ("Don't", "Don’t", "rrrrr"),
+        ("½", "1/2", "rrr"),
+        ("ＡＢ", "abc", "rrm"),
+        ("cafe\u0301", "Café", "rrrr"),
+        ("a\u200bb", "AB", "rr"),
+    ],
+)
 def test_letters_are_marked_by_edit_distance(reading, target, marks):
     found = "".join(state[0] for _, state in compare(reading, target))
     assert sorted(found) == sorted(marks) and found.count("r") == marks.count("r")
@@ -300,11 +340,19 @@ def with_evaluation(run_dir, **last):
     return rows
 
 
-@pytest.mark.parametrize("gain, stderr, words, tile", [
-    (0.295, 0.012, "rose from 0.480 to 0.775 (+0.295 ± 0.012 prompt by prompt)", "+0.295 ± 0.012"),
-    (0.295, 0.2, "shows no difference beyond two standard errors, from 0.480 to 0.775 (+0.295 ± 0.200 prompt by prompt)", "+0.295 ± 0.200"),
-    (0.004, 0.001, "hardly moved, from 0.480 to 0.775 (+0.004 ± 0.001 prompt by prompt)", "+0.004 ± 0.001"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "gain, stderr, words, tile",
+    [
+        (0.295, 0.012, "rose from 0.480 to 0.775 (+0.295 ± 0.012 prompt by prompt)", "+0.295 ± 0.012"),
+        (
+            0.295,
+            0.2,
+            "shows no difference beyond two standard errors, from 0.480 to 0.775 (+0.295 ± 0.200 prompt by prompt)",
+            "+0.295 ± 0.200",
+        ),
+        (0.004, 0.001, "hardly moved, from 0.480 to 0.775 (+0.004 ± 0.001 prompt by prompt)", "+0.004 ± 0.001"),
+    ],
+)
 def test_the_verdict_says_how_sure_it_is(run_factory, row_writer, gain, stderr, words, tile):
     """The change is the one that was measured prompt by prompt."""
     run_dir = run_factory(iterations=20, total=20, sets=())

@@ -125,9 +125,18 @@ def answer(images, prompts, metadata, kind: str):
     n = len(images)
     if kind == "raises":
         raise RuntimeError("no face in the image")
-    return {"column": np.ones((n, 1)), "row": np.ones((1, n)), "number": 1.0, "text": ["good"] * n, "nothing": None,
-            "table": {"score": [1.0] * n}, "short": [1.0] * (n - 1), "nan": [np.nan] * n, "infinite": [np.inf] * n,
-            "fine": [True] * n}[kind]  # fmt: skip
+    return {
+        "column": np.ones((n, 1)),
+        "row": np.ones((1, n)),
+        "number": 1.0,
+        "text": ["good"] * n,
+        "nothing": None,
+        "table": {"score": [1.0] * n},
+        "short": [1.0] * (n - 1),
+        "nan": [np.nan] * n,
+        "infinite": [np.inf] * n,
+        "fine": [True] * n,
+    }[kind]
 
 
 def only(images, prompts, metadata, word: str, value: float):

@@ -35,11 +35,19 @@ def randomised(model):
 
 def clip_config(**text):
     return CLIPConfig(
-        text_config={**TOWER, "vocab_size": END + 1, "max_position_embeddings": 77, "projection_dim": EMBEDDING,
-                     "bos_token_id": END - 1, "eos_token_id": END, "pad_token_id": END, **text},
+        text_config={
+            **TOWER,
+            "vocab_size": END + 1,
+            "max_position_embeddings": 77,
+            "projection_dim": EMBEDDING,
+            "bos_token_id": END - 1,
+            "eos_token_id": END,
+            "pad_token_id": END,
+            **text,
+        },
         vision_config={**TOWER, "image_size": SIZE, "patch_size": 14, "projection_dim": EMBEDDING},
         projection_dim=EMBEDDING,
-    )  # fmt: skip
+    )
 
 
 def save_clip_parts(folder, config):
@@ -75,18 +83,30 @@ def open_clip_tensors(seed=2):
     torch.manual_seed(seed)
     r = lambda *shape: 0.3 * torch.randn(*shape)  # noqa: E731
     tensors = {
-        "logit_scale": torch.tensor(4.6), "token_embedding.weight": r(END + 1, WIDTH),
-        "positional_embedding": r(77, WIDTH), "ln_final.weight": r(WIDTH), "ln_final.bias": r(WIDTH),
-        "text_projection": r(WIDTH, EMBEDDING), "visual.class_embedding": r(WIDTH), "visual.conv1.weight": r(WIDTH, 3, 14, 14),
-        "visual.positional_embedding": r((SIZE // 14) ** 2 + 1, WIDTH), "visual.proj": r(WIDTH, EMBEDDING),
-    }  # fmt: skip
+        "logit_scale": torch.tensor(4.6),
+        "token_embedding.weight": r(END + 1, WIDTH),
+        "positional_embedding": r(77, WIDTH),
+        "ln_final.weight": r(WIDTH),
+        "ln_final.bias": r(WIDTH),
+        "text_projection": r(WIDTH, EMBEDDING),
+        "visual.class_embedding": r(WIDTH),
+        "visual.conv1.weight": r(WIDTH, 3, 14, 14),
+        "visual.positional_embedding": r((SIZE // 14) ** 2 + 1, WIDTH),
+        "visual.proj": r(WIDTH, EMBEDDING),
+    }
     for norm in ("visual.ln_pre", "visual.ln_post"):
         tensors |= {f"{norm}.weight": r(WIDTH), f"{norm}.bias": r(WIDTH)}
     for tower in ("", "visual."):
         for i in range(2):
             block = f"{tower}transformer.resblocks.{i}."
-            shapes = {"ln_1.": [WIDTH], "ln_2.": [WIDTH], "attn.in_proj_": [3 * WIDTH, WIDTH], "attn.out_proj.": [WIDTH, WIDTH],
-                      "mlp.c_fc.": [48, WIDTH], "mlp.c_proj.": [WIDTH, 48]}  # fmt: skip
+            shapes = {
+                "ln_1.": [WIDTH],
+                "ln_2.": [WIDTH],
+                "attn.in_proj_": [3 * WIDTH, WIDTH],
+                "attn.out_proj.": [WIDTH, WIDTH],
+                "mlp.c_fc.": [48, WIDTH],
+                "mlp.c_proj.": [WIDTH, 48],
+            }
             for name, shape in shapes.items():
                 tensors |= {f"{block}{name}weight": r(*shape), f"{block}{name}bias": r(shape[0])}
     return tensors
@@ -103,10 +123,17 @@ def save_imagereward(folder):
     text = randomised(BlipTextModel(config.text_config, add_pooling_layer=False))
     head = save_head(folder / "model.safetensors", ["mlp.layers.0.", "mlp.layers.2."], [40, 8, 1])
     tensors = {f"blip.text_encoder.{name}": tensor for name, tensor in text.state_dict().items()} | head
-    renames = [("embeddings.class_embedding", "cls_token"), ("embeddings.position_embedding", "pos_embed"),
-               ("embeddings.patch_embedding", "patch_embed.proj"), ("encoder.layers", "blocks"), ("layer_norm1", "norm1"),
-               ("layer_norm2", "norm2"), ("self_attn.qkv", "attn.qkv"), ("self_attn.projection", "attn.proj"),
-               ("post_layernorm", "norm")]  # fmt: skip
+    renames = [
+        ("embeddings.class_embedding", "cls_token"),
+        ("embeddings.position_embedding", "pos_embed"),
+        ("embeddings.patch_embedding", "patch_embed.proj"),
+        ("encoder.layers", "blocks"),
+        ("layer_norm1", "norm1"),
+        ("layer_norm2", "norm2"),
+        ("self_attn.qkv", "attn.qkv"),
+        ("self_attn.projection", "attn.proj"),
+        ("post_layernorm", "norm"),
+    ]
     for name, tensor in vision.state_dict().items():
         for ours, theirs in renames:
             name = name.replace(ours, theirs)
@@ -137,21 +164,28 @@ def save_hpsv3(base, weights, legacy=False):
     tokenizer.add_tokens(special, special_tokens=True)
     config = Qwen2VLConfig(
         text_config={
-            "hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
-            "num_key_value_heads": 1, "vocab_size": len(names) + 1, "bos_token_id": None, "eos_token_id": ids["<|im_end|>"],
+            "hidden_size": WIDTH,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "vocab_size": len(names) + 1,
+            "bos_token_id": None,
+            "eos_token_id": ids["<|im_end|>"],
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
         },
         vision_config={"depth": 1, "embed_dim": 16, "hidden_size": WIDTH, "num_heads": 2},
-        image_token_id=ids["<|image_pad|>"], vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"], video_token_id=len(names) + 7,
-    )  # fmt: skip
+        image_token_id=ids["<|image_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        video_token_id=len(names) + 7,
+    )
     model = randomised(Qwen2VLModel(config))
     head = [randomised(torch.nn.Linear(*shape)) for shape in ((WIDTH, 8), (8, 4), (4, 2))]
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     if legacy:  # the names of transformers before 4.52
         tensors = {
-            name.replace("model.language_model.", "model.").replace("model.visual.", "visual."): tensor
-            for name, tensor in tensors.items()
+            name.replace("model.language_model.", "model.").replace("model.visual.", "visual."): tensor for name, tensor in tensors.items()
         }
     tensors["lm_head.weight"] = torch.zeros(len(names) + 1, WIDTH)
     for i, layer in zip((0, 3, 5), head):

@@ -45,12 +45,18 @@ def test_each_image_is_scored_by_its_prompts_rewards(rows):
         assert found.values[i] == total if ok or not trained else np.isnan(found.values[i])
 
 
-@pytest.mark.parametrize("named, words", [
-    (["gren"], ["'gren'", "did you mean 'green'?", "red, green, blue"]),
-    (["clip", "red"], ["'clip'", "red, green, blue"]),
-    ([], ["list of names"]), ("red", ["list of names", "'red'"]), ([1], ["list of names"]), ({"red": 1}, ["list of names"]),
-    (["blue"], ["weight 0"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "named, words",
+    [
+        (["gren"], ["'gren'", "did you mean 'green'?", "red, green, blue"]),
+        (["clip", "red"], ["'clip'", "red, green, blue"]),
+        ([], ["list of names"]),
+        ("red", ["list of names", "'red'"]),
+        ([1], ["list of names"]),
+        ({"red": 1}, ["list of names"]),
+        (["blue"], ["weight 0"]),
+    ],
+)
 def test_names_that_are_refused(tmp_path, named, words):
     """With the file and the line."""
     file = tmp_path / "prompts.jsonl"

@@ -119,11 +119,27 @@ def reward(tmp_path_factory):
 
     torch.manual_seed(3)
     folder = tmp_path_factory.mktemp("geneval")
-    backbone = SwinConfig(image_size=64, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=2,
-                          out_features=["stage1", "stage2", "stage3", "stage4"])  # fmt: skip
-    config = Mask2FormerConfig(backbone_config=backbone, feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_layers=1,
-                               encoder_feedforward_dim=16, dim_feedforward=16, decoder_layers=2, num_attention_heads=2,
-                               num_queries=12, num_labels=80)  # fmt: skip
+    backbone = SwinConfig(
+        image_size=64,
+        embed_dim=8,
+        depths=[1, 1, 1, 1],
+        num_heads=[1, 1, 2, 2],
+        window_size=2,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )
+    config = Mask2FormerConfig(
+        backbone_config=backbone,
+        feature_size=32,
+        mask_feature_size=32,
+        hidden_dim=32,
+        encoder_layers=1,
+        encoder_feedforward_dim=16,
+        dim_feedforward=16,
+        decoder_layers=2,
+        num_attention_heads=2,
+        num_queries=12,
+        num_labels=80,
+    )
     detector = Mask2FormerForUniversalSegmentation(config)
     torch.nn.init.normal_(detector.class_predictor.weight, std=4.0)  # some sure, most not
     detector.save_pretrained(folder / "detector")

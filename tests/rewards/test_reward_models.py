@@ -131,15 +131,41 @@ def open_clip_tower(tensors, x, tower, causal):
     """Pre-norm transformer blocks of open_clip, from the tensors alone. x: [length, width]."""
     mask = torch.full((len(x), len(x)), -torch.inf).triu(1) if causal else None
     for i in range(2):
-        t = {name: tensors[f"{tower}transformer.resblocks.{i}.{name}"] for name in (
-            "ln_1.weight", "ln_1.bias", "ln_2.weight", "ln_2.bias", "attn.in_proj_weight", "attn.in_proj_bias",
-            "attn.out_proj.weight", "attn.out_proj.bias", "mlp.c_fc.weight", "mlp.c_fc.bias", "mlp.c_proj.weight", "mlp.c_proj.bias",
-        )}  # fmt: skip
+        t = {
+            name: tensors[f"{tower}transformer.resblocks.{i}.{name}"]
+            for name in (
+                "ln_1.weight",
+                "ln_1.bias",
+                "ln_2.weight",
+                "ln_2.bias",
+                "attn.in_proj_weight",
+                "attn.in_proj_bias",
+                "attn.out_proj.weight",
+                "attn.out_proj.bias",
+                "mlp.c_fc.weight",
+                "mlp.c_fc.bias",
+                "mlp.c_proj.weight",
+                "mlp.c_proj.bias",
+            )
+        }
         y = F.layer_norm(x, (WIDTH,), t["ln_1.weight"], t["ln_1.bias"])
         y, _ = F.multi_head_attention_forward(
-            y[:, None], y[:, None], y[:, None], WIDTH, 4, t["attn.in_proj_weight"], t["attn.in_proj_bias"], None, None, False, 0.0,
-            t["attn.out_proj.weight"], t["attn.out_proj.bias"], training=False, attn_mask=mask,
-        )  # fmt: skip
+            y[:, None],
+            y[:, None],
+            y[:, None],
+            WIDTH,
+            4,
+            t["attn.in_proj_weight"],
+            t["attn.in_proj_bias"],
+            None,
+            None,
+            False,
+            0.0,
+            t["attn.out_proj.weight"],
+            t["attn.out_proj.bias"],
+            training=False,
+            attn_mask=mask,
+        )
         x = x + y[:, 0]
         y = F.layer_norm(x, (WIDTH,), t["ln_2.weight"], t["ln_2.bias"])
         y = y @ t["mlp.c_fc.weight"].T + t["mlp.c_fc.bias"]
@@ -201,9 +227,11 @@ def test_imagereward(models, size):
             tokens = tokenizer(prompt, padding="max_length", truncation=True, max_length=35, return_tensors="pt")
             seen = vision(pixel_values=cropped(image, lambda margin: round(margin / 2))[None]).last_hidden_state
             read = text(
-                input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, encoder_hidden_states=seen,
+                input_ids=tokens.input_ids,
+                attention_mask=tokens.attention_mask,
+                encoder_hidden_states=seen,
                 encoder_attention_mask=torch.ones(seen.shape[:2]),
-            ).last_hidden_state[:, 0]  # fmt: skip
+            ).last_hidden_state[:, 0]
             for i in (0, 2):
                 read = read @ head[f"mlp.layers.{i}.weight"].T + head[f"mlp.layers.{i}.bias"]
             expected.append((read[0, 0] - 0.16717362830052426) / 1.0333394966054072)
@@ -222,17 +250,17 @@ def hpsv3_direct(model, head, tokenizer, image, prompt, new):
     count = new[0] * new[1] // 28**2
     text = (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
-        + "<|image_pad|>" * count + "<|vision_end|>" + INSTRUCTION.format(prompt=prompt)
+        + "<|image_pad|>" * count
+        + "<|vision_end|>"
+        + INSTRUCTION.format(prompt=prompt)
         + "\nPlease provide the overall ratings of this image: <|Reward|>\n\nEND\n<|im_end|>\n<|im_start|>assistant\n"
-    )  # fmt: skip
+    )
     ids = tokenizer([text], return_tensors="pt").input_ids
     with torch.no_grad():
         embeddings = model.get_input_embeddings()(ids)
         visual = model.visual(seen["pixel_values"], grid_thw=seen["image_grid_thw"]).pooler_output
         is_image = (ids == tokenizer.convert_tokens_to_ids("<|image_pad|>"))[..., None].expand_as(embeddings)
-        hidden = model(
-            inputs_embeds=embeddings.masked_scatter(is_image, visual), attention_mask=torch.ones_like(ids)
-        ).last_hidden_state
+        hidden = model(inputs_embeds=embeddings.masked_scatter(is_image, visual), attention_mask=torch.ones_like(ids)).last_hidden_state
         x = hidden[0, ids[0].tolist().index(tokenizer.convert_tokens_to_ids("<|Reward|>"))]
         return head[2](F.relu(head[1](F.relu(head[0](x)))))[0]
 

@@ -6,8 +6,16 @@ from tempflow.errors import UserError
 from tempflow.rewards import RewardPool, RewardSpec, probe
 from tempflow.types import Size
 
-REFUSED = {"column": "shape [2, 1]", "row": "shape [1, 2]", "number": "shape []", "text": "not 2 numbers", "nothing": "None",
-           "short": "shape [1]", "table": "not 2 numbers", "raises": "RuntimeError: no face in the image"}  # fmt: skip
+REFUSED = {
+    "column": "shape [2, 1]",
+    "row": "shape [1, 2]",
+    "number": "shape []",
+    "text": "not 2 numbers",
+    "nothing": "None",
+    "short": "shape [1]",
+    "table": "not 2 numbers",
+    "raises": "RuntimeError: no face in the image",
+}
 ACCEPTED = ["nan", "infinite", "fine"]
 
 

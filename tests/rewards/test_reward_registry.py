@@ -102,9 +102,7 @@ def test_jpeg():
     assert 1.0 < large.values[1] < 5.0 and large.details[1].endswith(" kB")
 
 
-@pytest.mark.parametrize(
-    "result", [[1, 2], [[1], [2], [3]], ["1", "2", "3"], None, {"a": 1}, 3.0, [1, None, 2], [[1], 2, 3]]
-)
+@pytest.mark.parametrize("result", [[1, 2], [[1], [2], [3]], ["1", "2", "3"], None, {"a": 1}, 3.0, [1, None, 2], [[1], 2, 3]])
 def test_garbage_scores(result):
     with pytest.raises(ValueError, match="the reward returned"):
         as_scores(result, 3)

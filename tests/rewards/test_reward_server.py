@@ -100,12 +100,24 @@ def test_scores_survive_the_way(values):
 @pytest.mark.parametrize(
     "answer",
     [
-        b"[1, 2]", b"{}", b'{"scores": 1}', b'{"scores": [1]}', b'{"scores": [1, 2, 3]}', b'{"scores": [1, "2"]}',
-        b'{"scores": [1, true]}', b'{"scores": [1, NaN]}', b'{"scores": [1, 1e39]}', b'{"scores": [1, [2]]}',
-        b'{"scores": [1, 2], "details": ["a"]}', b'{"scores": [1, 2], "details": [1, 2]}', b"<html>", b"", b"\x80\x04K\x01.",
+        b"[1, 2]",
+        b"{}",
+        b'{"scores": 1}',
+        b'{"scores": [1]}',
+        b'{"scores": [1, 2, 3]}',
+        b'{"scores": [1, "2"]}',
+        b'{"scores": [1, true]}',
+        b'{"scores": [1, NaN]}',
+        b'{"scores": [1, 1e39]}',
+        b'{"scores": [1, [2]]}',
+        b'{"scores": [1, 2], "details": ["a"]}',
+        b'{"scores": [1, 2], "details": [1, 2]}',
+        b"<html>",
+        b"",
+        b"\x80\x04K\x01.",
     ],
     ids=repr,
-)  # fmt: skip
+)
 def test_nonsense_is_an_error_and_no_score(answer):
     with answering(lambda path, headers, body: (200, {}, answer)) as url:
         with pytest.raises((ServiceError, ValueError)):

@@ -98,8 +98,11 @@ def test_every_picture_is_asked_about_with_its_prompt():
         assert np.array_equal(asked[f"Rate {prompt} from -1 to 3, as {{JSON}}."], image)
     for body in api.bodies:
         assert {key: body[key] for key in ("model", "temperature", "max_tokens", "seed")} == {
-            "model": "judge", "temperature": 0, "max_tokens": 256, "seed": 4,
-        }  # fmt: skip
+            "model": "judge",
+            "temperature": 0,
+            "max_tokens": 256,
+            "seed": 4,
+        }
 
 
 @pytest.mark.parametrize(

@@ -94,8 +94,10 @@ def load_tuned(run_dir: Path, checkpoint: int | str | None = None, which: str = 
         raise UserError(f"{chosen} cannot be read any more ({error}); a run that trains removes its older checkpoints: try again") from None
     broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
     if broken:
-        raise UserError(f"{file}: {len(broken)} of {len(weights)} tensors hold NaN or infinity, {broken[0]} first: the run diverged. "
-                        "An earlier one, or the best, may be whole: --checkpoint N, --checkpoint best")  # fmt: skip
+        raise UserError(
+            f"{file}: {len(broken)} of {len(weights)} tensors hold NaN or infinity, {broken[0]} first: the run diverged. "
+            "An earlier one, or the best, may be whole: --checkpoint N, --checkpoint best"
+        )
     return Tuned(config, int(chosen.name), which, weights)
 
 
@@ -104,15 +106,18 @@ def _average_taken(checkpoint: Path, every: int) -> bool:
     updates = read_state(checkpoint)["ema_updates"]
     if updates >= every:
         return True
-    note(f"training.ema: no average was taken in the {updates} updates until iteration {int(checkpoint.name)} (training.ema.every: "
-         f"{every}); the raw weights are used")  # fmt: skip
+    note(
+        f"training.ema: no average was taken in the {updates} updates until iteration {int(checkpoint.name)} (training.ema.every: "
+        f"{every}); the raw weights are used"
+    )
     return False
 
 
 def base_policy(config: Config, dtype: str | None = None) -> Policy:
     """The run's policy before training, text encoders and all."""
-    return load_policy(config.model.path, dtype=dtype or config.model.dtype, device=choose_device(),
-                       max_sequence_length=config.model.max_sequence_length)  # fmt: skip
+    return load_policy(
+        config.model.path, dtype=dtype or config.model.dtype, device=choose_device(), max_sequence_length=config.model.max_sequence_length
+    )
 
 
 def cast(name: str, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

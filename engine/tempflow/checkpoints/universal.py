@@ -81,9 +81,14 @@ def _convert(source: Path, target: Path) -> str | None:
 
     shutil.rmtree(target.parent, ignore_errors=True)
     options = Namespace(
-        input_folder=str(source), output_folder=str(target), num_extract_workers=1, num_merge_workers=1,
-        keep_temp_folder=False, strict=True, inject_missing_state=True,
-    )  # fmt: skip
+        input_folder=str(source),
+        output_folder=str(target),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
     silent = io.StringIO()
     try:
         target.mkdir(parents=True)

@@ -47,9 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_numbers(args)
     specs = [read_reward(text) for text in args.reward]
     if len({spec.name for spec in specs}) < len(specs):
-        raise UserError("--reward: two rewards of one name; write 'NAME={\"type\": \"ocr\"}' to serve one under another name")
+        raise UserError('--reward: two rewards of one name; write \'NAME={"type": "ocr"}\' to serve one under another name')
     if not args.gpus and (needy := [spec.name for spec in specs if spec.options.get("device") == "cuda"]):
-        raise UserError(f"--gpus: {needy[0]} has \"device\": \"cuda\"; name the GPUs to use, as in --gpus 0,1")
+        raise UserError(f'--gpus: {needy[0]} has "device": "cuda"; name the GPUs to use, as in --gpus 0,1')
     token = token_of("--token-env", args.token_env or "")
     if token is None and not is_loopback(args.host):
         raise UserError(
@@ -69,17 +69,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     with ExitStack() as stack:
         listener = stack.enter_context(bind(args.host, args.port))
         batchers = {
-            spec.name: stack.enter_context(closing(Batcher(
-                spec, gpus=gpus, threads=args.threads, batch=args.batch, wait_s=args.wait_ms / 1000, timeout_s=args.timeout_s,
-            )))
+            spec.name: stack.enter_context(
+                closing(
+                    Batcher(
+                        spec,
+                        gpus=gpus,
+                        threads=args.threads,
+                        batch=args.batch,
+                        wait_s=args.wait_ms / 1000,
+                        timeout_s=args.timeout_s,
+                    )
+                )
+            )
             for spec in specs
-        }  # fmt: skip
+        }
         for batcher in batchers.values():
             batcher.wait_ready()
-        server = uvicorn.Server(uvicorn.Config(
-            create_app(batchers, limits, token), log_level="warning", access_log=False, server_header=False,
-            timeout_graceful_shutdown=math.ceil(args.timeout_s),
-        ))  # fmt: skip
+        server = uvicorn.Server(
+            uvicorn.Config(
+                create_app(batchers, limits, token),
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=math.ceil(args.timeout_s),
+            )
+        )
         # uvicorn answers a signal by finishing what it serves, then raises it again: the workers are still to be closed.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: None)

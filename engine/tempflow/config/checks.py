@@ -84,9 +84,9 @@ def check_compiled(config: Config) -> None:
         raise ValueError("rollout.graphs: true needs rollout.replica; graphs read weights from fixed addresses")
     stage = config.deepspeed.get("zero_optimization", {}).get("stage", 0)
     if config.training.compile != "eager" and stage == 3:
-        raise ValueError(f"training.compile: {config.training.compile!r}; at ZeRO stage 3 only \"eager\" is allowed")
+        raise ValueError(f'training.compile: {config.training.compile!r}; at ZeRO stage 3 only "eager" is allowed')
     if config.training.compile != "eager" and config.training.reference in ("sharded", "offloaded"):
-        raise ValueError(f"training.reference: {config.training.reference!r} needs training.compile \"eager\"")
+        raise ValueError(f'training.reference: {config.training.reference!r} needs training.compile "eager"')
     if (config.rollout.lanes or 1) > 1 and (config.rollout.graphs or not config.rollout.replica):
         raise ValueError("rollout.lanes: with rollout.graphs, or without rollout.replica, only 1 is allowed")
     suffix = config.rollout.suffix

@@ -140,7 +140,9 @@ def check_machine(section: dict) -> None:
         if table.get("device") != "nvme":
             continue
         if not AsyncIOBuilder().is_compatible(verbose=False):
-            raise UserError(f'{name}.device: "nvme" needs DeepSpeed\'s async_io, which cannot be built here; install the headers of '
-                            'libaio (Debian: libaio-dev), or take "cpu"')  # fmt: skip
+            raise UserError(
+                f'{name}.device: "nvme" needs DeepSpeed\'s async_io, which cannot be built here; install the headers of '
+                'libaio (Debian: libaio-dev), or take "cpu"'
+            )
         if not Path(table["nvme_path"]).is_dir():
             raise UserError(f"{name}.nvme_path: no folder {table['nvme_path']}")

@@ -18,7 +18,7 @@ MOVED = {
     "training.kl_form": "moved to training.penalty.form",
     "training.updates_per_rollout": "moved to training.updates.passes",
     "training.share_group_forward": "removed; every state has one forward, whatever the number of its children",
-}  # fmt: skip
+}
 _OPTIONS = {"tempflow": _STEPS, "flow_grpo": {"seeds", "branch_steps"}, "mix_grpo": {"seeds", "window", "every"}}
 
 

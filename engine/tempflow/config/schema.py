@@ -93,9 +93,7 @@ class Data(Section):
         description="prompt file: .txt, one prompt a line, or .jsonl with `prompt`, `negative_prompt` and metadata; a folder with "
         "train.txt, train.jsonl or train_metadata.jsonl; or a dataset"
     )
-    heldout: str | HubDataset | None = Field(
-        None, description="the same for evaluation, fixed during the run; of a folder the test file"
-    )
+    heldout: str | HubDataset | None = Field(None, description="the same for evaluation, fixed during the run; of a folder the test file")
     prompts_per_iteration: Positive = Field(8, description="different prompts drawn per iteration")
     curation: Curation | None = Field(None, description="pass over prompts that teach nothing for a while; null: all in turn")
     embedding_cache: str | None = Field(
@@ -122,9 +120,7 @@ class Suffix(Section):
     weights: Literal["same", "float8"] = Field(
         "same", description="float8: a copy of the transformer whose large layers multiply in float8 takes the others"
     )
-    audit_every: Count = Field(
-        0, description="iterations between comparisons with the exact suffix, as metrics; 0: never"
-    )
+    audit_every: Count = Field(0, description="iterations between comparisons with the exact suffix, as metrics; 0: never")
 
     @model_validator(mode="after")
     def _coarser(self) -> Suffix:
@@ -191,8 +187,9 @@ class Training(Section):
     weighting: Literal["noise", "uniform"] = Field("noise", description="loss weight of a step: its tau, or 1")
     compile: Compile = Field("eager", description="torch.compile of the trained transformer's blocks; not with ZeRO stage 3")
     reference: Literal["whole", "sharded", "offloaded"] | None = Field(
-        None, description="the reference policy of full fine-tuning: a copy on each GPU, one over all, or one in host memory; "
-        "null: sharded at ZeRO stage 3, else whole"
+        None,
+        description="the reference policy of full fine-tuning: a copy on each GPU, one over all, or one in host memory; "
+        "null: sharded at ZeRO stage 3, else whole",
     )
     ema: Ema | None = Field(None, description="average of the trained weights, evaluated and exported where present")
     lr_decay: Annotated[float, Field(ge=0, le=1)] = Field(

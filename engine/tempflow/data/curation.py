@@ -79,8 +79,9 @@ class Curation:
         above = self.level >= self._average(self.level)
         return {
             "prompts/skipped": len(draw.passed) / (len(draw.passed) + len(draw.indices)),
-            "prompts/solved": float((resting & above).mean()), "prompts/hopeless": float((resting & ~above).mean()),
-        }  # fmt: skip
+            "prompts/solved": float((resting & above).mean()),
+            "prompts/hopeless": float((resting & ~above).mean()),
+        }
 
     def _average(self, values: np.ndarray) -> np.ndarray:
         """For each prompt the mean over those of its kind that were seen, [count]; NaN where none was."""

@@ -53,8 +53,10 @@ def check_unchanged(saved: dict[str, str], now: dict[str, str]) -> None:
     """UserError where a run that is resumed has other prompts than its checkpoint; what a checkpoint does not say is not compared."""
     for key, digest in now.items():
         if saved.get(key, digest) != digest:
-            raise UserError(f"--resume: {key} holds other prompts than when the run was saved, so its gain and its order of prompts would "
-                            "mean nothing; put the file back, or begin another run with --set logging.name=NAME")  # fmt: skip
+            raise UserError(
+                f"--resume: {key} holds other prompts than when the run was saved, so its gain and its order of prompts would "
+                "mean nothing; put the file back, or begin another run with --set logging.name=NAME"
+            )
 
 
 def typed_prompts(texts: list[str], option: str) -> list[Example]:

@@ -60,8 +60,16 @@ def phases(config: Config, model: Model, gpus: int, speed: float) -> list[Phase]
     if config.data.heldout and config.eval.every:
         steps, rows = config.eval.num_steps or r.num_steps, -(-config.eval.prompts // gpus)
         flops = model.forward(min(r.micro_batch, rows), config.eval_guidance()).flops
-        found.append(Phase("evaluation", config.eval.prompts * steps, rows * steps, flops, _seconds(rows * steps * flops, speed),
-                           1 / min(config.eval.every, 10**9)))  # fmt: skip
+        found.append(
+            Phase(
+                "evaluation",
+                config.eval.prompts * steps,
+                rows * steps,
+                flops,
+                _seconds(rows * steps * flops, speed),
+                1 / min(config.eval.every, 10**9),
+            )
+        )
     return found
 
 

@@ -49,8 +49,9 @@ class Estimate:
         return sum(phase.seconds * phase.share for phase in self.phases)
 
 
-def estimate(config: Config, *, gpus: int = 1, mfu: float = 0.4, card_gb: float = 80.0, peak_tflops: float = 989.0,
-             prompts: int = KEPT) -> Estimate:  # fmt: skip
+def estimate(
+    config: Config, *, gpus: int = 1, mfu: float = 0.4, card_gb: float = 80.0, peak_tflops: float = 989.0, prompts: int = KEPT
+) -> Estimate:
     """Numbers of a run, from the config and the model's JSON files. prompts: how many the training file holds.
 
     Raises UserError where the run would: an unusable model or size, fewer units of work than GPUs, an ill-typed DeepSpeed key.
@@ -62,9 +63,16 @@ def estimate(config: Config, *, gpus: int = 1, mfu: float = 0.4, card_gb: float 
         raise UserError(f"data.prompts_per_iteration x rollout.plan.seeds: {units} units for {gpus} GPUs")
     zero, speed = Zero(config.deepspeed, gpus, model.weights, model.trained_in), peak_tflops * 1e12 * mfu
     return Estimate(
-        config.model.path, gpus, int(card_gb * 1e9), speed, model.weights.parameters, model.weights.trained,
-        memory_of(config, model, zero, gpus, prompts), disk(config, zero), phases(config, model, gpus, speed),
-    )  # fmt: skip
+        config.model.path,
+        gpus,
+        int(card_gb * 1e9),
+        speed,
+        model.weights.parameters,
+        model.weights.trained,
+        memory_of(config, model, zero, gpus, prompts),
+        disk(config, zero),
+        phases(config, model, gpus, speed),
+    )
 
 
 def disk_of(config: Config) -> Disk:

@@ -70,8 +70,10 @@ class Meter(TorchDispatchMode):
 
     def __enter__(self):
         for block, times in self._blocks:
-            self._hooks += [block.register_forward_pre_hook(partial(self._begin, times)),
-                            block.register_forward_hook(partial(self._end, times))]  # fmt: skip
+            self._hooks += [
+                block.register_forward_pre_hook(partial(self._begin, times)),
+                block.register_forward_hook(partial(self._end, times)),
+            ]
         return super().__enter__()
 
     def __exit__(self, *error):
@@ -167,6 +169,7 @@ def _description(block: torch.nn.Module) -> tuple:
 @contextmanager
 def passing_gradients(module: torch.nn.Module):
     """Weights' gradients go as they come: a trainer adds them to its own sums."""
+
     def drop(parameter):
         parameter.grad = None
 

@@ -62,20 +62,22 @@ def memory_of(config: Config, model: Model, zero: Zero, gpus: int, prompts: int)
         Item("training engine: optimizer", zero.optimizer, "model.lora, zero_optimization.stage, offload_optimizer"),
         Item("training engine: buffers", zero.buffers, "zero_optimization: bucket sizes"),
         Item("reference copy", reference, "training.penalty, training.reference, model.lora"),
-        Item("layers of the reference, gathered", zero.gathered if where in ("sharded", "offloaded") else 0,
-             "zero_optimization.stage3_max_live_parameters"),
+        Item(
+            "layers of the reference, gathered",
+            zero.gathered if where in ("sharded", "offloaded") else 0,
+            "zero_optimization.stage3_max_live_parameters",
+        ),
         Item("CUDA graph of the rollout", forward if r.graphs else 0, "rollout.graphs, rollout.micro_batch"),
         Item("latents, embeddings", _held(config, model, gpus), "data.prompts_per_iteration"),
     ]
     moments = [
-        Item(f"training: activations of {_rows(rows)}", model.training(rows).bytes,
-             "gradient_checkpointing, training.micro_batch"),
+        Item(f"training: activations of {_rows(rows)}", model.training(rows).bytes, "gradient_checkpointing, training.micro_batch"),
         Item(f"rollout: a forward of {_rows(r.micro_batch)}", forward, "rollout.micro_batch"),
         Item("evaluation: a forward", evaluated if evaluated > forward else 0, "eval.guidance_scale, rollout.micro_batch"),
         Item(f"decoding {_rows(r.decode_batch)}", model.decode().bytes * r.decode_batch, "rollout.decode_batch"),
         Item("optimizer step", zero.step, "zero_optimization.stage, sub_group_size"),
         Item("refreshing the rollout copy", _refresh(config, weights, model.trained_in), "rollout.refresh_bucket"),
-    ]  # fmt: skip
+    ]
     average = zero.whole_fp32 if config.training.ema else 0
     each, negative = model.embedding
     host = [

@@ -172,24 +172,35 @@ def _trained(path: str, dtype: torch.dtype, lora: str | None) -> _Trained:
     parameters = list(module.parameters())
     trained = [p for p in parameters if p.requires_grad]
     adapted = max((p.numel() for name, p in module.named_parameters() if name.endswith("base_layer.weight")), default=0)
-    weights = Weights(sum(p.numel() for p in parameters), sum(p.numel() for p in trained), len(trained), module_bytes(module),
-                      tensor_bytes(parameters), adapted)  # fmt: skip
+    weights = Weights(
+        sum(p.numel() for p in parameters),
+        sum(p.numel() for p in trained),
+        len(trained),
+        module_bytes(module),
+        tensor_bytes(parameters),
+        adapted,
+    )
     return _Trained(module, measure.shorten(module), weights, dtype)
 
 
 @lru_cache(maxsize=64)
 def _forward(frozen: _Frozen, size: Size, scale: float, rows: int) -> Pass:
     sampler = frozen.policy.at(size, scale)
-    return _pass(sampler, rows, frozen.policy.dtype, lambda *inputs: measure.inference(
-        lambda: sampler.velocity(frozen.policy.denoiser(), *inputs), frozen.blocks))  # fmt: skip
+    return _pass(
+        sampler,
+        rows,
+        frozen.policy.dtype,
+        lambda *inputs: measure.inference(lambda: sampler.velocity(frozen.policy.denoiser(), *inputs), frozen.blocks),
+    )
 
 
 @lru_cache(maxsize=64)
 def _training(frozen: _Frozen, trained: _Trained, checkpointing: bool, size: Size, scale: float, rows: int) -> Pass:
     sampler, module = frozen.policy.at(size, scale), trained.module
     (module.enable_gradient_checkpointing if checkpointing else module.disable_gradient_checkpointing)()
-    return _pass(sampler, rows, trained.dtype, lambda *inputs: measure.training(
-        lambda: sampler.velocity(module, *inputs), module, trained.blocks))  # fmt: skip
+    return _pass(
+        sampler, rows, trained.dtype, lambda *inputs: measure.training(lambda: sampler.velocity(module, *inputs), module, trained.blocks)
+    )
 
 
 @lru_cache(maxsize=64)

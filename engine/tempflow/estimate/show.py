@@ -14,9 +14,13 @@ from tempflow.estimate.item import Item
 from tempflow.run.console import duration
 
 NAMES = {
-    "rollout": "rollout", "decode": "decoding pictures", "reference": "reference policy",
-    "training": "training (with backward)", "audit": "audit of the suffix", "evaluation": "evaluation",
-}  # fmt: skip
+    "rollout": "rollout",
+    "decode": "decoding pictures",
+    "reference": "reference policy",
+    "training": "training (with backward)",
+    "audit": "audit of the suffix",
+    "evaluation": "evaluation",
+}
 LARGEST = 3  # parts that are always there, and are named where a run does not fit
 
 
@@ -24,13 +28,17 @@ def show(estimate: Estimate, output: Console | None = None) -> None:
     """Memory, costs, disk and, where the run does not fit, what decides its largest parts."""
     out = output or Console(highlight=False, width=None if Console().is_terminal else 120)
     share = "" if estimate.trained == estimate.parameters else f", {amount(estimate.trained)} of them trained"
-    out.print(f"[bold]{escape(estimate.model)}[/] on {count(estimate.gpus, 'GPU')} of {size(estimate.card)}: "
-              f"transformer of {amount(estimate.parameters)} parameters{share}. 1 GB = 10^9 bytes; no weights were loaded.")  # fmt: skip
+    out.print(
+        f"[bold]{escape(estimate.model)}[/] on {count(estimate.gpus, 'GPU')} of {size(estimate.card)}: "
+        f"transformer of {amount(estimate.parameters)} parameters{share}. 1 GB = 10^9 bytes; no weights were loaded."
+    )
     out.print(_memory(estimate))
     _verdict(estimate, out)
     out.print(_costs(estimate))
-    out.print(f"At {estimate.speed / 1e12:.0f} TFLOP/s a GPU (--peak-tflops x --mfu), without rewards, communication and waiting; "
-              "training if every group has a spread to learn from.")  # fmt: skip
+    out.print(
+        f"At {estimate.speed / 1e12:.0f} TFLOP/s a GPU (--peak-tflops x --mfu), without rewards, communication and waiting; "
+        "training if every group has a spread to learn from."
+    )
     out.print(_host(estimate))
     out.print(_disk(estimate.disk))
 

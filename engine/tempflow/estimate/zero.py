@@ -8,10 +8,33 @@ import torch
 
 from tempflow.errors import UserError, shown
 
-STATES = {"adam": 2, "adamw": 2, "lamb": 2, "onebitadam": 3, "onebitlamb": 3, "zerooneadam": 3, "muadam": 2, "muadamw": 2, "radam": 2,
-          "nadam": 2, "adamax": 2, "sgd": 0, "musgd": 0, "lion": 1, "adagrad": 1, "rmsprop": 1, "muon": 1}  # fmt: skip
-ACCUMULATE = {"fp32": torch.float32, "float32": torch.float32, "fp16": torch.float16, "float16": torch.float16,
-              "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}  # fmt: skip
+STATES = {
+    "adam": 2,
+    "adamw": 2,
+    "lamb": 2,
+    "onebitadam": 3,
+    "onebitlamb": 3,
+    "zerooneadam": 3,
+    "muadam": 2,
+    "muadamw": 2,
+    "radam": 2,
+    "nadam": 2,
+    "adamax": 2,
+    "sgd": 0,
+    "musgd": 0,
+    "lion": 1,
+    "adagrad": 1,
+    "rmsprop": 1,
+    "muon": 1,
+}
+ACCUMULATE = {
+    "fp32": torch.float32,
+    "float32": torch.float32,
+    "fp16": torch.float16,
+    "float16": torch.float16,
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+}
 
 
 class Zero:
@@ -133,7 +156,7 @@ def _optimizer(table: dict) -> tuple[int, bool]:
     """(state tensors per weight, whether it is torch's Adam) of the `optimizer` table."""
     kind, params = table.get("type"), table.get("params", {})
     if not isinstance(kind, str):
-        raise UserError(f"deepspeed.optimizer.type: expected a name such as \"AdamW\", got {shown(kind)}")
+        raise UserError(f'deepspeed.optimizer.type: expected a name such as "AdamW", got {shown(kind)}')
     if not isinstance(params, dict):
         raise UserError(f"deepspeed.optimizer.params: expected a table, got {shown(params)}")
     states = STATES.get(kind.lower(), 2)

@@ -14,6 +14,17 @@ from tempflow.models.loading import (
 )
 
 __all__ = [
-    "Conditioning", "Policy", "Sampler", "check_checkpoint", "check_model", "check_size", "check_text_length", "encoder_identity",
-    "family_of", "index_rows", "load_denoiser", "load_policy", "resolve_dtype",
-]  # fmt: skip
+    "Conditioning",
+    "Policy",
+    "Sampler",
+    "check_checkpoint",
+    "check_model",
+    "check_size",
+    "check_text_length",
+    "encoder_identity",
+    "family_of",
+    "index_rows",
+    "load_denoiser",
+    "load_policy",
+    "resolve_dtype",
+]

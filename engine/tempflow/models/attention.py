@@ -36,11 +36,13 @@ class Needs:
 BACKENDS = {
     "native": Needs(),
     "xformers": Needs("xformers", "pip install xformers, part of the extra gpu", gpu=True),
-    "flash": Needs("flash_attn", "pip install --no-build-isolation flash-attn, which compiles it with nvcc", True, (8, 0),
-                   half=True, masks=False),
-    "_flash_3_hub": Needs("kernels", "pip install kernels, which fetches the kernel from the Hugging Face hub", True, (9, 0), (9, 0),
-                          half=True, masks=False),
-}  # fmt: skip
+    "flash": Needs(
+        "flash_attn", "pip install --no-build-isolation flash-attn, which compiles it with nvcc", True, (8, 0), half=True, masks=False
+    ),
+    "_flash_3_hub": Needs(
+        "kernels", "pip install kernels, which fetches the kernel from the Hugging Face hub", True, (9, 0), (9, 0), half=True, masks=False
+    ),
+}
 
 
 def check_attention(name: str | None, path: str, dtypes: dict[str, torch.dtype]) -> None:
@@ -52,7 +54,7 @@ def check_attention(name: str | None, path: str, dtypes: dict[str, torch.dtype])
         return
     missing = list(_missing(BACKENDS[name], path, dtypes))
     if missing:
-        raise UserError(f"model.attention_backend: {name!r} needs {'; '.join(missing)}. \"native\" needs nothing but torch")
+        raise UserError(f'model.attention_backend: {name!r} needs {"; ".join(missing)}. "native" needs nothing but torch')
 
 
 def _missing(needs: Needs, path: str, dtypes: dict[str, torch.dtype]):

@@ -192,9 +192,17 @@ class Policy(ABC):
         return Sampler(self, size, guidance_scale)
 
     def sample(
-        self, prompts: str | list[str], *, latents: torch.Tensor, height: int, width: int, num_steps: int,
-        guidance_scale: float, negative_prompts: str | list[str] | None = None, decode: bool = True,
-    ) -> list[Image.Image] | torch.Tensor:  # fmt: skip
+        self,
+        prompts: str | list[str],
+        *,
+        latents: torch.Tensor,
+        height: int,
+        width: int,
+        num_steps: int,
+        guidance_scale: float,
+        negative_prompts: str | list[str] | None = None,
+        decode: bool = True,
+    ) -> list[Image.Image] | torch.Tensor:
         """ODE sampling from given initial latents; equals the family's diffusers pipeline to 1e-5 in fp32.
 
         prompts: n texts, or one. latents: [n, ...] in the layout that the pipeline accepts as `latents=`. negative_prompts: n, or

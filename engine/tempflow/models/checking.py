@@ -99,8 +99,11 @@ def _compared(component: Component, whole: torch.nn.Module) -> str | None:
         whole._fix_state_dict_keys_on_load(held)  # names of older versions
     parameters = dict(whole.named_parameters())
     missing = [name for name in parameters if name not in held]
-    other = [(name, tuple(held[name].shape), tuple(tensor.shape)) for name, tensor in whole.state_dict().items()
-             if name in held and held[name].shape != tensor.shape]  # fmt: skip
+    other = [
+        (name, tuple(held[name].shape), tuple(tensor.shape))
+        for name, tensor in whole.state_dict().items()
+        if name in held and held[name].shape != tensor.shape
+    ]
     whole_numbers = [name for name in parameters if component.shapes.get(name, "F")[0][0] in "IU"]
     if whole_numbers and not missing:
         return f"holds whole numbers in {listed(whole_numbers)}: quantised weights, which this engine does not train"
@@ -127,8 +130,10 @@ def _said(component: Component, missing: list[str], other: list[tuple]) -> str |
         return f"lacks {listed(missing)}, which config.json asks for; {_why_missing(component, missing)}"
     if other:
         name, held, expected = other[0]
-        return (f"holds {name} as {list(held)} where config.json asks for {list(expected)}{_more(other)}; config and tensors are of "
-                "different models")  # fmt: skip
+        return (
+            f"holds {name} as {list(held)} where config.json asks for {list(expected)}{_more(other)}; config and tensors are of "
+            "different models"
+        )
     return None
 
 
@@ -162,8 +167,9 @@ def check_scheduler(component: Component) -> None:
     if component.kind != SCHEDULER:
         raise component.error(
             f"names the scheduler {component.kind}; this engine integrates with {SCHEDULER}: write that class there and its options "
-            f"into {file}", component.folder / "model_index.json",
-        )  # fmt: skip
+            f"into {file}",
+            component.folder / "model_index.json",
+        )
     read_table(component, file)  # where there is none, diffusers asks the hub
     try:
         scheduler = component.type.from_pretrained(str(component.path))

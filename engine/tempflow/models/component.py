@@ -62,8 +62,11 @@ class Component:
         if config.get("quantization_config"):
             settings = config["quantization_config"]
             method = settings.get("quant_method", "of an unnamed kind") if isinstance(settings, dict) else settings
-            raise self.error(f"says that its weights are quantised ({method}), which this engine does not train; "
-                              "name a folder with float32, bfloat16 or float16 weights", file)  # fmt: skip
+            raise self.error(
+                f"says that its weights are quantised ({method}), which this engine does not train; "
+                "name a folder with float32, bfloat16 or float16 weights",
+                file,
+            )
         for key, value in [*config.items(), *(pair for inner in config.values() if isinstance(inner, dict) for pair in inner.items())]:
             if key.startswith("num_") and key.endswith("layers") and isinstance(value, (int, float)) and value > MOST_LAYERS:
                 raise self.error(f"sets {key} to {shown(value)}; at most {MOST_LAYERS} are built", file)

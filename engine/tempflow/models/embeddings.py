@@ -154,8 +154,7 @@ def open_policy(
     Raises UserError as `load_policy` does, and on every rank alike where the cache cannot be written.
     """
     m = config.model
-    load = partial(load_policy, m.path, dtype=m.dtype, device=device, max_sequence_length=m.max_sequence_length,
-                   denoiser=denoiser)  # fmt: skip
+    load = partial(load_policy, m.path, dtype=m.dtype, device=device, max_sequence_length=m.max_sequence_length, denoiser=denoiser)
     if config.data.embedding_cache is None:
         policy, store = load(), None
     else:
@@ -173,10 +172,15 @@ def open_policy(
 def _store(config: Config, device: torch.device | str) -> EmbeddingStore:
     m = config.model
     encoders = encoder_identity(m.path) if distributed.rank() == 0 else None  # reads all their weights
-    return EmbeddingStore(config.data.embedding_cache, {
-        "family": family_of(m.path).__name__, "encoders": distributed.agree_on(encoders),
-        "dtype": str(resolve_dtype(m.dtype, device)), "max_sequence_length": check_text_length(m.path, m.max_sequence_length),
-    })  # fmt: skip
+    return EmbeddingStore(
+        config.data.embedding_cache,
+        {
+            "family": family_of(m.path).__name__,
+            "encoders": distributed.agree_on(encoders),
+            "dtype": str(resolve_dtype(m.dtype, device)),
+            "max_sequence_length": check_text_length(m.path, m.max_sequence_length),
+        },
+    )
 
 
 def write_missing(
@@ -210,11 +214,12 @@ def _missing(store: EmbeddingStore, identities: list[Identity]) -> list[Identity
     return missing
 
 
-def _embed(
-    store: EmbeddingStore, examples: dict[Identity, Example], load: Callable[..., Policy], note: Callable[[str], None]
-) -> None:
-    note(f"embedding {len(examples)} texts on each rank into {store.folder}" if distributed.world_size() > 1 else
-         f"embedding {len(examples)} texts into {store.folder}")  # fmt: skip
+def _embed(store: EmbeddingStore, examples: dict[Identity, Example], load: Callable[..., Policy], note: Callable[[str], None]) -> None:
+    note(
+        f"embedding {len(examples)} texts on each rank into {store.folder}"
+        if distributed.world_size() > 1
+        else f"embedding {len(examples)} texts into {store.folder}"
+    )
     store.folder.mkdir(parents=True, exist_ok=True)
     policy = load(parts="text")
     with _progress() as progress:

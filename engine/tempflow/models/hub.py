@@ -10,9 +10,12 @@ from tempflow.errors import UserError, brief, shown
 
 CARDS = Path(__file__).parent.parent / "assets/cards"  # folders of configs without weights
 KNOWN = {  # hub ids that one of them describes
-    "black-forest-labs/FLUX.1-dev": "flux-dev", "black-forest-labs/FLUX.1-schnell": "flux-schnell", "Qwen/Qwen-Image": "qwen-image",
-    "stabilityai/stable-diffusion-3.5-large": "sd35-large", "stabilityai/stable-diffusion-3.5-medium": "sd35-medium",
-}  # fmt: skip
+    "black-forest-labs/FLUX.1-dev": "flux-dev",
+    "black-forest-labs/FLUX.1-schnell": "flux-schnell",
+    "Qwen/Qwen-Image": "qwen-image",
+    "stabilityai/stable-diffusion-3.5-large": "sd35-large",
+    "stabilityai/stable-diffusion-3.5-medium": "sd35-medium",
+}
 ONE_FILE = (".safetensors", ".sft", ".ckpt", ".gguf", ".pt", ".pth", ".bin")
 
 
@@ -88,8 +91,10 @@ def hub_fault(path: str, file: str, error: Exception) -> str:
     cause = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
-    return (f"no folder {path}, and {file} of that name cannot be had from the hub ({type(cause).__name__}: {brief(cause, 160)}); check "
-            "the network, HTTPS_PROXY, HF_ENDPOINT and HF_HUB_OFFLINE, or name a local folder")  # fmt: skip
+    return (
+        f"no folder {path}, and {file} of that name cannot be had from the hub ({type(cause).__name__}: {brief(cause, 160)}); check "
+        "the network, HTTPS_PROXY, HF_ENDPOINT and HF_HUB_OFFLINE, or name a local folder"
+    )
 
 
 def _another_folder(folder: Path) -> str:
@@ -114,8 +119,10 @@ def _one_file(file: Path) -> str:
         return f"{file} is a file; a folder with model_index.json is expected"
     if file.suffix == ".gguf":
         return f"{file} is a checkpoint in one file, and quantised; a diffusers pipeline folder with whole weights is expected"
-    return (f"{file} is a checkpoint in one file; convert it with diffusers, FluxPipeline (or StableDiffusion3Pipeline)"
-            f".from_single_file({json.dumps(str(file))}).save_pretrained(FOLDER), and name the folder")  # fmt: skip
+    return (
+        f"{file} is a checkpoint in one file; convert it with diffusers, FluxPipeline (or StableDiffusion3Pipeline)"
+        f".from_single_file({json.dumps(str(file))}).save_pretrained(FOLDER), and name the folder"
+    )
 
 
 def folder_hash(folders: list[Path]) -> str:

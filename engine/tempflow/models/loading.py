@@ -122,9 +122,14 @@ def _quiet() -> None:
 
 
 def load_policy(
-    path: str | Path, *, dtype: str | torch.dtype = "float32", device: str | torch.device = "cpu",
-    max_sequence_length: int | None = None, parts: Literal["all", "text", "picture"] = "all", denoiser: bool = True,
-) -> Policy:  # fmt: skip
+    path: str | Path,
+    *,
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device = "cpu",
+    max_sequence_length: int | None = None,
+    parts: Literal["all", "text", "picture"] = "all",
+    denoiser: bool = True,
+) -> Policy:
     """Load a diffusers pipeline folder (or hub id) as a Policy; the family is read from its model_index.json.
 
     dtype: "float32", "bfloat16", "float16", "auto", or a torch dtype. max_sequence_length: text tokens; default: as many as

@@ -25,12 +25,34 @@ KEY = "model.lora.start"
 FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 PREFIXES = ("transformer.", "base_model.model.")
 # Settings that leave peft's layer at base + alpha / rank x B A, whatever their value; every other must have its default.
-HARMLESS = frozenset((
-    "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "task_type",
-    "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "megatron_core", "runtime_config",
-    "fan_in_fan_out", "qalora_group_size", "eva_config", "corda_config", "lora_ga_config", "loftq_config", "ephemeral_gpu_offload",
-    "rank_pattern", "ensure_weight_tying",  # the tensors' own shapes say whether ranks differ
-))  # fmt: skip
+HARMLESS = frozenset(
+    (
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "task_type",
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "megatron_core",
+        "runtime_config",
+        "fan_in_fan_out",
+        "qalora_group_size",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+        "loftq_config",
+        "ephemeral_gpu_offload",
+        "rank_pattern",
+        "ensure_weight_tying",  # the tensors' own shapes say whether ranks differ
+    )
+)
 PLAIN = {"peft_type": ("LORA",), "bias": ("none",)}
 # How adapters began: without a change of the base's weights. PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA and others change it, and fit that
 # changed base alone; peft saves them as plain adapters (of twice the rank) with path_initial_model_for_weight_conversion.
@@ -116,12 +138,16 @@ def _plain_name(name: str, file: Path) -> str:
 
 def _what_it_is(name: str) -> str:
     if name.startswith(("text_encoder", "lora_te")):
-        return ("an adapter of a text encoder; only the transformer is trained here: save the file again without the tensors whose names "
-                "begin so (their effect is lost)")  # fmt: skip
+        return (
+            "an adapter of a text encoder; only the transformer is trained here: save the file again without the tensors whose names "
+            "begin so (their effect is lost)"
+        )
     if name.endswith((".lora_magnitude_vector", ".dora_scale")):
         return "of DoRA, which this engine does not train"
-    return ("which is no transformer adapter in diffusers' or peft's layout; loading it in diffusers and saving it with "
-            "save_lora_weights converts other layouts")  # fmt: skip
+    return (
+        "which is no transformer adapter in diffusers' or peft's layout; loading it in diffusers and saving it with "
+        "save_lora_weights converts other layouts"
+    )
 
 
 def _check(adapters: Adapters, settings: dict, lora: Lora, file: Path) -> None:
@@ -157,8 +183,11 @@ def _check_settings(settings: dict, file: Path) -> None:
             "peft with path_initial_model_for_weight_conversion, which makes plain adapters of twice the rank"
         )
     default = LoraConfig().to_dict()
-    unusual = [name for name, value in settings.items() if name not in HARMLESS and name not in PLAIN and name != "init_lora_weights"
-               and value and value != default.get(name)]  # fmt: skip
+    unusual = [
+        name
+        for name, value in settings.items()
+        if name not in HARMLESS and name not in PLAIN and name != "init_lora_weights" and value and value != default.get(name)
+    ]
     unusual += [name for name, plain in PLAIN.items() if str(settings.get(name, plain[0])).removeprefix("PeftType.") not in plain]
     if unusual:
         raise UserError(f"{KEY}: {file} was made with {', '.join(sorted(unusual))}, which this engine does not train")

@@ -37,9 +37,15 @@ class QwenImagePolicy(GuidedPolicy):
     masks_text = True
     default_negative_prompt = " "  # what the model's authors use for "nothing in particular"
     lora_targets = (
-        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
-        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
-    )  # fmt: skip
+        "attn.to_q",
+        "attn.to_k",
+        "attn.to_v",
+        "attn.to_out.0",
+        "attn.add_q_proj",
+        "attn.add_k_proj",
+        "attn.add_v_proj",
+        "attn.to_add_out",
+    )
 
     @staticmethod
     def size_multiple(vae_config) -> int:
@@ -101,6 +107,7 @@ class QwenImagePolicy(GuidedPolicy):
     def _decode(self, latents: torch.Tensor, size: Size) -> torch.Tensor:
         vae = self.pipe.vae
         x = self.pipe._unpack_latents(latents, size.height, size.width, self.pipe.vae_scale_factor)
-        mean, std = (torch.tensor(values, device=x.device).reshape(1, -1, 1, 1, 1) for values in
-                     (vae.config.latents_mean, vae.config.latents_std))  # fmt: skip
+        mean, std = (
+            torch.tensor(values, device=x.device).reshape(1, -1, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std)
+        )
         return vae.decode((x * std + mean).to(vae.dtype), return_dict=False)[0][:, :, 0]

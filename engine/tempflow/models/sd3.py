@@ -27,9 +27,15 @@ class SD3Policy(GuidedPolicy):
 
     text_length, longest_text = 256, 512
     lora_targets = (
-        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
-        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
-    )  # fmt: skip
+        "attn.to_q",
+        "attn.to_k",
+        "attn.to_v",
+        "attn.to_out.0",
+        "attn.add_q_proj",
+        "attn.add_k_proj",
+        "attn.add_v_proj",
+        "attn.to_add_out",
+    )
 
     @staticmethod
     def size_multiple(vae_config) -> int:
@@ -39,9 +45,13 @@ class SD3Policy(GuidedPolicy):
     def embed(self, examples: list[Example]) -> Conditioning:
         texts = [example.text for example in examples]
         embeds, _, pooled, _ = self.pipe.encode_prompt(
-            prompt=texts, prompt_2=None, prompt_3=None, device=self.device, do_classifier_free_guidance=False,
+            prompt=texts,
+            prompt_2=None,
+            prompt_3=None,
+            device=self.device,
+            do_classifier_free_guidance=False,
             max_sequence_length=self.max_sequence_length,
-        )  # fmt: skip
+        )
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
     def empty_embeddings(self, count: int) -> Conditioning:

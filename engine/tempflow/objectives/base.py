@@ -129,17 +129,38 @@ class Objective(ABC):  # noqa: B024 (one of two methods is abstract)
 
 
 def kernel_loss(
-    velocity: torch.Tensor, batch: Batch, advantage: torch.Tensor, old: Old | None, penalty: Penalty | None,
-    velocity_ref: torch.Tensor | None, *, clip_low: float, clip_high: float, ratio: str = "plain",
-) -> tuple[torch.Tensor, GroupStats]:  # fmt: skip
+    velocity: torch.Tensor,
+    batch: Batch,
+    advantage: torch.Tensor,
+    old: Old | None,
+    penalty: Penalty | None,
+    velocity_ref: torch.Tensor | None,
+    *,
+    clip_low: float,
+    clip_high: float,
+    ratio: str = "plain",
+) -> tuple[torch.Tensor, GroupStats]:
     """`tempflow_kernels.group_loss` of a micro-batch; a penalty that the kernel has is added there."""
     fused = penalty.kernel if penalty is not None and velocity_ref is not None else None
     coef, form = fused or (0.0, "x")
     return group_loss(
-        velocity, batch.x, batch.children, batch.a, batch.b, batch.tau, None if old is None else old.log_prob, advantage,
-        batch.weight, clip_low=clip_low, clip_high=clip_high, velocity_ref=velocity_ref if fused else None,
-        kl_coef=coef, kl_form=form, ratio=ratio, velocity_old=None if old is None or ratio == "plain" else old.velocity,
-    )  # fmt: skip
+        velocity,
+        batch.x,
+        batch.children,
+        batch.a,
+        batch.b,
+        batch.tau,
+        None if old is None else old.log_prob,
+        advantage,
+        batch.weight,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        velocity_ref=velocity_ref if fused else None,
+        kl_coef=coef,
+        kl_form=form,
+        ratio=ratio,
+        velocity_old=None if old is None or ratio == "plain" else old.velocity,
+    )
 
 
 def step_distance(velocity: torch.Tensor, velocity_old: torch.Tensor | None, batch: Batch) -> torch.Tensor:

@@ -31,5 +31,6 @@ class Grpo(Objective):
         return torch.where(past, 0.0, advantage * ratio)
 
     def loss(self, velocity, batch, old, penalty, velocity_ref):
-        return kernel_loss(velocity, batch, batch.advantage, old, penalty, velocity_ref,
-                           clip_low=self.clip_low, clip_high=self.clip_high, ratio=self.ratio)  # fmt: skip
+        return kernel_loss(
+            velocity, batch, batch.advantage, old, penalty, velocity_ref, clip_low=self.clip_low, clip_high=self.clip_high, ratio=self.ratio
+        )

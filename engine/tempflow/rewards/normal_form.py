@@ -29,9 +29,8 @@ def normalise(text: str) -> str:
 def _visible(text: str) -> str:
     """Without white space, controls, format characters (soft hyphen, joiners, direction marks) and selectors of a variant."""
     return "".join(
-        char for char in text
-        if not (char.isspace() or unicodedata.category(char) in ("Cc", "Cf") or "\ufe00" <= char <= "\ufe0f")
-    )  # fmt: skip
+        char for char in text if not (char.isspace() or unicodedata.category(char) in ("Cc", "Cf") or "\ufe00" <= char <= "\ufe0f")
+    )
 
 
 def similarity(target: str, text: str, *, contained: bool = False) -> float:

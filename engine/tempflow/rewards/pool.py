@@ -127,9 +127,14 @@ class RewardPool:
         self.workers.wait_ready()
 
     def submit(
-        self, images: np.ndarray, prompts: list[str], metadata: list[dict], *, finite: np.ndarray | None = None,
+        self,
+        images: np.ndarray,
+        prompts: list[str],
+        metadata: list[dict],
+        *,
+        finite: np.ndarray | None = None,
         rewards: list[str] | None = None,
-    ) -> Ticket:  # fmt: skip
+    ) -> Ticket:
         """Queue a batch for every reward that applies to it; returns at once (unless workers=0).
 
         images: uint8 RGB [n, H, W, 3], or videos [n, F, H, W, 3], copied here; prompts and metadata: n entries each. finite: bool

@@ -47,7 +47,7 @@ def parse_rewards(section: dict) -> list[RewardSpec]:
         if not str(name).strip():
             raise UserError(f"rewards: every reward needs a name, got {shown(name)}")
         if name in TAKEN:
-            raise UserError(f"rewards.{name}: metrics have this name; choose another, and give the reward as its \"type\"")
+            raise UserError(f'rewards.{name}: metrics have this name; choose another, and give the reward as its "type"')
         options = dict(value) if isinstance(value, dict) else {"weight": value}
         weight = _checked_weight(name, options.pop("weight", 1.0))
         kind = options.pop("type", "")

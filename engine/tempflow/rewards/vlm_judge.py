@@ -68,8 +68,10 @@ class VlmJudge(Reward):
         if not -math.inf < lowest < highest < math.inf:
             raise UserError(f"lowest must be below highest, got {shown(lowest)} and {shown(highest)}")
         if max_tokens < 1 or concurrency < 1 or retries < 0 or not 0 < timeout_s <= LONGEST_S or not 0 <= wait_s <= LONGEST_S:
-            raise UserError("max_tokens, concurrency, timeout_s must be above 0; retries, wait_s at least 0; "
-                            f"timeout_s and wait_s at most {LONGEST_S:g}")  # fmt: skip
+            raise UserError(
+                "max_tokens, concurrency, timeout_s must be above 0; retries, wait_s at least 0; "
+                f"timeout_s and wait_s at most {LONGEST_S:g}"
+            )
         if yes_no and pattern:
             raise UserError("pattern: yes_no reads no written answer; give one of the two")
         if extra is not None and (not isinstance(extra, dict) or set(extra) & set(_OURS)):
@@ -78,9 +80,7 @@ class VlmJudge(Reward):
         self._pattern = _compiled(pattern) if pattern else None
         self._lowest, self._highest, self._yes_no = lowest, highest, yes_no
         self._concurrency, self._retries, self._wait_s = concurrency, retries, wait_s
-        self._service = Service(
-            checked_url("base_url", base_url), token_of("key_env", key_env), timeout_s
-        )
+        self._service = Service(checked_url("base_url", base_url), token_of("key_env", key_env), timeout_s)
         self._body = {"model": model, "temperature": 0, "max_tokens": 1 if yes_no else max_tokens, **(extra or {})}
         if yes_no:
             self._body |= {"logprobs": True, "top_logprobs": TOP_TOKENS}

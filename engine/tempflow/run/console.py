@@ -37,9 +37,18 @@ class Console:
     output            a rich Console to write to (default: stdout)
     """
 
-    def __init__(self, total_iterations: int, enabled: bool = True, *, start: int = 0,
-                 base_reward: float | None = None, minutes: float | None = None, elapsed: float = 0.0,
-                 watched: Sequence[str] = (), output: RichConsole | None = None):  # fmt: skip
+    def __init__(
+        self,
+        total_iterations: int,
+        enabled: bool = True,
+        *,
+        start: int = 0,
+        base_reward: float | None = None,
+        minutes: float | None = None,
+        elapsed: float = 0.0,
+        watched: Sequence[str] = (),
+        output: RichConsole | None = None,
+    ):
         self.total, self.start, self.done = total_iterations, start, start
         self.base_reward, self.heldout, self.watched = base_reward, None, watched
         self._out = output or RichConsole(highlight=False, soft_wrap=True)
@@ -52,12 +61,19 @@ class Console:
 
     def _build(self) -> None:
         self._iterations = Progress(
-            TextColumn("[bold]iteration"), BarColumn(bar_width=30), MofNCompleteColumn(), TextColumn("{task.fields[status]}"),
+            TextColumn("[bold]iteration"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
             console=self._out,
         )
         self._phases = Progress(
-            SpinnerColumn(), TextColumn("{task.description:<10}"), BarColumn(bar_width=24),
-            TextColumn("{task.fields[count]}"), TimeElapsedColumn(), console=self._out,
+            SpinnerColumn(),
+            TextColumn("{task.description:<10}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[count]}"),
+            TimeElapsedColumn(),
+            console=self._out,
         )
         self._task = self._iterations.add_task("", total=self.total, completed=self.start, status="")
         self._display = Live(Group(self._iterations, self._phases), console=self._out, refresh_per_second=8, transient=True)
@@ -145,8 +161,13 @@ class Console:
     def _plain_line(self, metrics: dict, evaluated: bool) -> str:
         width = len(str(self.total))
         parts = [f"iteration {self.done:>{width}}/{self.total}"]
-        for label, key, form in (("reward", "reward/mean", ".3f"), ("std", "reward/std", ".3f"), ("kl", "kl", ".2e"),
-                                 ("grad", "grad_norm", ".2e"), ("seconds", "time/total", ".1f")):
+        for label, key, form in (
+            ("reward", "reward/mean", ".3f"),
+            ("std", "reward/std", ".3f"),
+            ("kl", "kl", ".2e"),
+            ("grad", "grad_norm", ".2e"),
+            ("seconds", "time/total", ".1f"),
+        ):
             if (value := _finite(metrics.get(key))) is not None:
                 parts.append(f"{label} {value:{form}}")
         if (left := self._seconds_left()) is not None:

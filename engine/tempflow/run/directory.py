@@ -19,8 +19,15 @@ from tempflow.run.logs import METRICS_FILE, read_metrics, write_atomic
 
 # Keys that may change between a run and its continuation; the rest decides what the run computes.
 FREE_ON_RESUME = ("logging", "checkpoint", "reward_pool")
-FREE_KEYS = (("training", "iterations"), ("training", "minutes"), ("eval", "stop"), ("data", "embedding_cache"),
-             ("rollout", "graphs"), ("rollout", "graph_limit_mb"), ("rollout", "graph_verify"))  # fmt: skip
+FREE_KEYS = (
+    ("training", "iterations"),
+    ("training", "minutes"),
+    ("eval", "stop"),
+    ("data", "embedding_cache"),
+    ("rollout", "graphs"),
+    ("rollout", "graph_limit_mb"),
+    ("rollout", "graph_verify"),
+)
 
 # What a start leaves that fails before its first iteration has ended: nothing is lost by starting over.
 BEFORE_TRAINING = ("config.json", LOCK, METRICS_FILE, "report.html", "samples", "tensorboard", "wandb", "wandb_id.txt")
@@ -107,9 +114,7 @@ def _check_begun(run_dir: Path, resume: bool) -> None:
     if resume and not (run_dir / "config.json").exists():
         raise UserError(f"--resume: {run_dir} holds no run (no config.json)")
     if not resume and os.path.lexists(run_dir) and not _never_began(run_dir):
-        raise UserError(
-            f"run directory {run_dir} exists; continue it with --resume, or choose another with --set logging.name=NAME"
-        )
+        raise UserError(f"run directory {run_dir} exists; continue it with --resume, or choose another with --set logging.name=NAME")
 
 
 def _never_began(run_dir: Path) -> bool:

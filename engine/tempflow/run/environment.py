@@ -121,8 +121,10 @@ def describe(processes: int = 1) -> str:
         return f"device: {device_name()}, {memory / 1e9:.0f} GB, {cuda}{ranks}"
     driver = None if torch.cuda.is_available() else unused_gpu()
     if driver and not torch.version.cuda:
-        why = (f"; this machine has an NVIDIA driver ({driver}), but torch {torch.__version__} is built without CUDA: "
-               "make clean, then make install, takes the CUDA build")  # fmt: skip
+        why = (
+            f"; this machine has an NVIDIA driver ({driver}), but torch {torch.__version__} is built without CUDA: "
+            "make clean, then make install, takes the CUDA build"
+        )
     else:
         why = "; DS_ACCELERATOR=cpu leaves the GPU alone" if driver or torch.cuda.is_available() else ""
     return f"device: CPU, {device_name()}{ranks}{why}"

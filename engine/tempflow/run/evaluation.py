@@ -65,9 +65,17 @@ def fixed_noise(indices: list[int], shape: tuple[int, ...], device, seed: int = 
 
 
 def draw(
-    sampler: Sampler, embeddings: EmbeddingCache, prompts: list[Example], indices: list[int], *,
-    num_steps: int, micro_batch: int, decode_batch: int, seed: int = EVAL_SEED, advance=lambda n: None,
-):  # fmt: skip
+    sampler: Sampler,
+    embeddings: EmbeddingCache,
+    prompts: list[Example],
+    indices: list[int],
+    *,
+    num_steps: int,
+    micro_batch: int,
+    decode_batch: int,
+    seed: int = EVAL_SEED,
+    advance=lambda n: None,
+):
     """Yield (indices, images or videos, which are finite) of the prompts at `indices`: `micro_batch` are integrated together, and
     at most `decode_batch` of them decoded and yielded together."""
     for first in range(0, len(indices), micro_batch):
@@ -97,10 +105,14 @@ def evaluate(pool: RewardPool, specs: list[RewardSpec], prompts: list[Example], 
         known = any(t is not None for t in texts)
         details[spec.name] = [text for t, made in zip(texts, finite, strict=True) for text in t or [""] * len(made)] if known else None
     return Scored(
-        indices, kept, np.concatenate(finite), np.concatenate([c.values for c in combined]),
+        indices,
+        kept,
+        np.concatenate(finite),
+        np.concatenate([c.values for c in combined]),
         {spec.name: np.concatenate([c.parts[spec.name] for c in combined]) for spec in specs},
-        {spec.name: np.concatenate([c.applies[spec.name] for c in combined]) for spec in specs}, details,
-    )  # fmt: skip
+        {spec.name: np.concatenate([c.applies[spec.name] for c in combined]) for spec in specs},
+        details,
+    )
 
 
 def merge(parts: list[Scored]) -> Scored:
@@ -119,9 +131,14 @@ def merge(parts: list[Scored]) -> Scored:
         texts = [np.array(p.details[name] or [""] * len(p.indices), dtype=object) for p in parts]
         details[name] = list(join(texts)) if known else None
     return Scored(
-        np.concatenate([p.indices for p in parts])[order].tolist(), {i: image for p in parts for i, image in p.images.items()},
-        join([p.finite for p in parts]), join([p.reward for p in parts]), by_name(lambda p: p.parts), by_name(lambda p: p.applies), details,
-    )  # fmt: skip
+        np.concatenate([p.indices for p in parts])[order].tolist(),
+        {i: image for p in parts for i, image in p.images.items()},
+        join([p.finite for p in parts]),
+        join([p.reward for p in parts]),
+        by_name(lambda p: p.parts),
+        by_name(lambda p: p.applies),
+        details,
+    )
 
 
 def metrics(scored: Scored, base: np.ndarray | None = None) -> dict[str, float]:
@@ -130,8 +147,12 @@ def metrics(scored: Scored, base: np.ndarray | None = None) -> dict[str, float]:
     found = {"eval/reward": total.value, "eval/reward/stderr": total.stderr, "eval/scored": total.scored, "eval/failed": total.failed}
     found["eval/not_finite"] = int((~scored.finite).sum()) or None
     for name, one in scored.means().items():
-        found |= {f"eval/{name}": one.value, f"eval/{name}/stderr": one.stderr, f"eval/{name}/scored": one.scored,
-                  f"eval/{name}/failed": one.failed}  # fmt: skip
+        found |= {
+            f"eval/{name}": one.value,
+            f"eval/{name}/stderr": one.stderr,
+            f"eval/{name}/scored": one.scored,
+            f"eval/{name}/failed": one.failed,
+        }
     if base is not None:
         gain = gain_of(base, scored.reward)
         found |= {"eval/gain": gain.value, "eval/gain/stderr": gain.stderr}
@@ -147,12 +168,16 @@ def write_samples(folder: Path, scored: Scored, prompts: list[Example], facts: d
             continue
         file = f"{n:04d}.png"
         Image.fromarray(still(scored.images[index])).save(folder / file)
-        items.append({
-            "prompt": prompts[index].text, "file": file, "reward": _number(scored.reward[n]),
-            "rewards": {name: _number(values[n]) for name, values in scored.parts.items() if scored.applies[name][n]},
-            "details": {name: texts[n] for name, texts in scored.details.items() if texts is not None and scored.applies[name][n]},
-            **{key: prompts[index].metadata[key] for key in ("ocr_target",) if key in prompts[index].metadata},
-        })  # fmt: skip
+        items.append(
+            {
+                "prompt": prompts[index].text,
+                "file": file,
+                "reward": _number(scored.reward[n]),
+                "rewards": {name: _number(values[n]) for name, values in scored.parts.items() if scored.applies[name][n]},
+                "details": {name: texts[n] for name, texts in scored.details.items() if texts is not None and scored.applies[name][n]},
+                **{key: prompts[index].metadata[key] for key in ("ocr_target",) if key in prompts[index].metadata},
+            }
+        )
     total = scored.mean()
     content = {**facts, "reward": total.value, "stderr": total.stderr, "scored": total.scored, "failed": total.failed, "items": items}
     write_atomic(folder / "samples.json", json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False))

@@ -22,12 +22,15 @@ def check_failed(what: str, images: int, failed: int, not_finite: int, allowed: 
         return
     reasons = []
     if not_finite:
-        reasons.append(f"{not_finite} of them hold NaN or infinity: the weights have diverged, or the dtype is too narrow for them "
-                       "(a lower learning rate, or another model.dtype, may help)")  # fmt: skip
+        reasons.append(
+            f"{not_finite} of them hold NaN or infinity: the weights have diverged, or the dtype is too narrow for them "
+            "(a lower learning rate, or another model.dtype, may help)"
+        )
     if failed > not_finite:
         nothing_said = "the rewards returned NaN for them, or their weighted sum is too large for float32"
         reasons.append(f"last error: {last_error}" if last_error else nothing_said)
     raise TooManyFailed(
         f"{failed} of {images} images of {what} could not be scored, more than reward_pool.max_failed ({allowed:g}) allows; "
-        + "; ".join(reasons), bool(not_finite),
-    )  # fmt: skip
+        + "; ".join(reasons),
+        bool(not_finite),
+    )

@@ -82,12 +82,23 @@ def score(config: Config, chosen: load.Tuned | None, prompts: list[Example], *, 
         drawn = _drawn(config, sampler, embeddings, prompts, num_steps, evaluation.EVAL_SEED, progress, "sampling")
         scored = evaluation.evaluate(scorers, specs, prompts, drawn, keep=len(prompts) if keep else 0)
         check_failed("this evaluation", *scored.counts(), config.reward_pool.max_failed, scorers.last_error)
-    facts = {"iteration": chosen.iteration if chosen else 0, "num_steps": _steps(config, num_steps), "seed": evaluation.EVAL_SEED,
-             "weights": chosen.which if chosen else "base"}  # fmt: skip
+    facts = {
+        "iteration": chosen.iteration if chosen else 0,
+        "num_steps": _steps(config, num_steps),
+        "seed": evaluation.EVAL_SEED,
+        "weights": chosen.which if chosen else "base",
+    }
     total, alone = scored.mean(), scored.means()
-    result = {**{name: mean.value for name, mean in alone.items()}, **facts, "prompts": len(prompts), "reward": total.value,
-              "stderr": total.stderr, "scored": total.scored, "failed": total.failed,
-              "rewards": {name: asdict(mean) for name, mean in alone.items()}}  # fmt: skip
+    result = {
+        **{name: mean.value for name, mean in alone.items()},
+        **facts,
+        "prompts": len(prompts),
+        "reward": total.value,
+        "stderr": total.stderr,
+        "scored": total.scored,
+        "failed": total.failed,
+        "rewards": {name: asdict(mean) for name, mean in alone.items()},
+    }
     return Evaluated(result, scored, prompts, facts)
 
 
@@ -129,11 +140,26 @@ def _steps(config: Config, asked: int | None) -> int:
     return asked or config.eval.num_steps or config.rollout.num_steps
 
 
-def _drawn(config: Config, sampler: Sampler, embeddings: EmbeddingCache, prompts: list[Example], num_steps: int | None, seed: int,
-           progress: Progress, name: str):  # fmt: skip
+def _drawn(
+    config: Config,
+    sampler: Sampler,
+    embeddings: EmbeddingCache,
+    prompts: list[Example],
+    num_steps: int | None,
+    seed: int,
+    progress: Progress,
+    name: str,
+):
     """What `evaluation.draw` yields for all prompts, shown as a task of the progress display."""
     task = progress.add_task(name, total=len(prompts))
     return evaluation.draw(
-        sampler, embeddings, prompts, list(range(len(prompts))), num_steps=_steps(config, num_steps), seed=seed,
-        micro_batch=config.rollout.micro_batch, decode_batch=config.rollout.decode_batch, advance=lambda n: progress.advance(task, n),
-    )  # fmt: skip
+        sampler,
+        embeddings,
+        prompts,
+        list(range(len(prompts))),
+        num_steps=_steps(config, num_steps),
+        seed=seed,
+        micro_batch=config.rollout.micro_batch,
+        decode_batch=config.rollout.decode_batch,
+        advance=lambda n: progress.advance(task, n),
+    )

@@ -25,10 +25,14 @@ def float8_layers(transformer: torch.nn.Module) -> dict[str, torch.nn.Linear]:
     """The linear layers of the repeated blocks that see every token and whose sizes float8 products allow, by name."""
     blocks = tuple(name for name, part in transformer.named_children() if isinstance(part, torch.nn.ModuleList))
     return {
-        name: part for name, part in transformer.named_modules()
-        if isinstance(part, torch.nn.Linear) and name.startswith(tuple(f"{block}." for block in blocks))
-        and not _MODULATION.search(name) and part.in_features % SIDES == 0 and part.out_features % SIDES == 0
-    }  # fmt: skip
+        name: part
+        for name, part in transformer.named_modules()
+        if isinstance(part, torch.nn.Linear)
+        and name.startswith(tuple(f"{block}." for block in blocks))
+        and not _MODULATION.search(name)
+        and part.in_features % SIDES == 0
+        and part.out_features % SIDES == 0
+    }
 
 
 def float8_bytes(transformer: torch.nn.Module) -> int:
@@ -74,8 +78,9 @@ class Float8Linear(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows, scale = quantize_rows(x.reshape(-1, x.shape[-1]))
         by_row = F.ScalingType.RowWise
-        product = F.scaled_mm(rows, self.weight.t(), scale, by_row, self.scale.t(), by_row, bias=self.bias, output_dtype=x.dtype,
-                              use_fast_accum=True)  # fmt: skip
+        product = F.scaled_mm(
+            rows, self.weight.t(), scale, by_row, self.scale.t(), by_row, bias=self.bias, output_dtype=x.dtype, use_fast_accum=True
+        )
         return product.reshape(*x.shape[:-1], -1)
 
 

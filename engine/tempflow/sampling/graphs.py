@@ -119,8 +119,7 @@ class GraphCache:
     A call raises UserError where a capture has begun and failed.
     """
 
-    def __init__(self, capture: Callable[[Function, Inputs], Captured], *, limit_bytes: int, verify: bool,
-                 note: Callable[[str], None]):  # fmt: skip
+    def __init__(self, capture: Callable[[Function, Inputs], Captured], *, limit_bytes: int, verify: bool, note: Callable[[str], None]):
         self._capture, self._limit, self._verify, self._note = capture, limit_bytes, verify, note
         self._graphs: OrderedDict[tuple, Captured] = OrderedDict()
         self._refused: set[tuple] = set()

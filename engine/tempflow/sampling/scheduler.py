@@ -75,9 +75,16 @@ def eager(function: Callable, inputs: dict[str, torch.Tensor]) -> tuple:
 
 
 def integrate(
-    forest: Forest, denoise: Denoise, grid: Grid, noise: Noise, *, micro_batch: int, suffix: Suffix | None = None,
-    execute: Callable = eager, pad: bool = False,
-) -> Iterator[Arrived]:  # fmt: skip
+    forest: Forest,
+    denoise: Denoise,
+    grid: Grid,
+    noise: Noise,
+    *,
+    micro_batch: int,
+    suffix: Suffix | None = None,
+    execute: Callable = eager,
+    pad: bool = False,
+) -> Iterator[Arrived]:
     """Integrate every row of a forest, and yield after every forward what it brought. The caller decodes, shows progress, and stops
     by asking no more.
 
@@ -191,9 +198,14 @@ class _Integration:
         rows = [self.rows[i] for i in batch]
         noisy = [k in row.noise for row, k in zip(rows, steps, strict=True)]
         keys = [[self.noise.key(row.unit, k, row.path)] for row, k in zip(rows, steps, strict=True)]
-        inputs = {"x": x, "sigma": self.grid.sigmas[steps].to(self.device), **self._scalars(steps, goals, noisy),
-                  "key": key_tensor(keys, self.device), **self._history(batch, steps, goals, x),
-                  **self.denoise.conditions([row.unit for row in rows])}  # fmt: skip
+        inputs = {
+            "x": x,
+            "sigma": self.grid.sigmas[steps].to(self.device),
+            **self._scalars(steps, goals, noisy),
+            "key": key_tensor(keys, self.device),
+            **self._history(batch, steps, goals, x),
+            **self.denoise.conditions([row.unit for row in rows]),
+        }
         coarse = self._is_coarse(batch[0], steps[0])
         missing = self.fill[coarse] - len(batch) if self.pad else 0
         if missing:
@@ -230,8 +242,14 @@ class _Integration:
             at = [steps[n] for n in parents]
             to = [k + 1 for k in at]
             keys = [[self.noise.key(self.rows[c].unit, k, self.rows[c].path) for c in members] for (_, members), k in zip(families, at)]
-            x_next, log_prob = sde_step(x[parents], v[parents], **self._scalars(at, to, [noisy] * len(at)),
-                                        key=key_tensor(keys, self.device), children=width, out_dtype=torch.float32)  # fmt: skip
+            x_next, log_prob = sde_step(
+                x[parents],
+                v[parents],
+                **self._scalars(at, to, [noisy] * len(at)),
+                key=key_tensor(keys, self.device),
+                children=width,
+                out_dtype=torch.float32,
+            )
             for j, (n, members) in enumerate(families):
                 if noisy:
                     noisy_children[n] = x_next[j], log_prob[j]
@@ -282,4 +300,3 @@ class _Integration:
 
     def _gap(self, step: int, goal: int) -> float:
         return (self.grid.sigmas[goal] - self.grid.sigmas[step]).item()
-

@@ -49,15 +49,21 @@ def reward_metrics(scored: Scored, credit: Advantages, rolled: RolledOut) -> dic
     stats = rolled.stats
     forwards, batches, padded = distributed.reduce([stats.forwards, stats.batches, stats.padded])
     return {
-        "reward/mean": float(valid.mean()), "reward/std": float(valid.std()), "reward/trunk": scored.trunk,
-        **_alone(scored.rewards.parts), **scored.diversity,
-        "reward/zero_std_groups": float(credit.zero_spread.mean()), "reward/failed": scored.failed,
+        "reward/mean": float(valid.mean()),
+        "reward/std": float(valid.std()),
+        "reward/trunk": scored.trunk,
+        **_alone(scored.rewards.parts),
+        **scored.diversity,
+        "reward/zero_std_groups": float(credit.zero_spread.mean()),
+        "reward/failed": scored.failed,
         "advantage/mean_abs": float(np.abs(credit.values).mean()),
-        "images": scored.images, "forwards/rollout": int(forwards),
-        "rollout/rows_per_forward": forwards / max(batches, 1), "rollout/peak_latents": stats.peak_latents,
+        "images": scored.images,
+        "forwards/rollout": int(forwards),
+        "rollout/rows_per_forward": forwards / max(batches, 1),
+        "rollout/peak_latents": stats.peak_latents,
         "rollout/padded_rows": int(padded),
         **spread,
-    }  # fmt: skip
+    }
 
 
 def suffix_metrics(session: Session, scored: Scored, credit: Advantages, rolled: RolledOut, exact: Scored | None) -> dict:
@@ -75,18 +81,34 @@ def suffix_metrics(session: Session, scored: Scored, credit: Advantages, rolled:
 def update_metrics(updates: list[dict], forwards: int, lr: float) -> dict:
     """Of the optimizer steps of an iteration; forwards: rows beside theirs, of all ranks."""
     if not updates:  # no group had any spread: nothing to learn from, and the weights stay
-        return {"loss": 0.0, "kl": 0.0, "ratio/max_dev": 0.0, "clip_fraction": 0.0, "clip_fraction/high": 0.0,
-                "clip_fraction/low": 0.0, "grad_norm": 0.0, "forwards/train": 0, "lr": lr}  # fmt: skip
+        return {
+            "loss": 0.0,
+            "kl": 0.0,
+            "ratio/max_dev": 0.0,
+            "clip_fraction": 0.0,
+            "clip_fraction/high": 0.0,
+            "clip_fraction/low": 0.0,
+            "grad_norm": 0.0,
+            "forwards/train": 0,
+            "lr": lr,
+        }
     first, last = updates[0], updates[-1]
     compared = {"mismatch/log_prob": first["mismatch/log_prob"]} if "mismatch/log_prob" in first else {}
     return {
         "updates/skipped": sum(u["skipped"] for u in updates),
-        "loss": first["loss"], "kl": last["kl"], "clip_fraction": last["clip_fraction"],
-        "clip_fraction/high": last["clip_fraction/high"], "clip_fraction/low": last["clip_fraction/low"],
-        "ratio/max_dev": last["ratio/max_dev"], "ratio/min": last["ratio/min"], "ratio/max": last["ratio/max"], **compared,
-        "grad_norm": float(np.mean([u["grad_norm"] for u in updates if not u["skipped"]] or [np.nan])), "lr": lr,
+        "loss": first["loss"],
+        "kl": last["kl"],
+        "clip_fraction": last["clip_fraction"],
+        "clip_fraction/high": last["clip_fraction/high"],
+        "clip_fraction/low": last["clip_fraction/low"],
+        "ratio/max_dev": last["ratio/max_dev"],
+        "ratio/min": last["ratio/min"],
+        "ratio/max": last["ratio/max"],
+        **compared,
+        "grad_norm": float(np.mean([u["grad_norm"] for u in updates if not u["skipped"]] or [np.nan])),
+        "lr": lr,
         "forwards/train": sum(u["forwards"] for u in updates) + forwards,
-    }  # fmt: skip
+    }
 
 
 def _alone(parts: dict[str, np.ndarray]) -> dict[str, float]:

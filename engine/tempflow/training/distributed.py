@@ -50,10 +50,14 @@ def init_distributed() -> None:
 def _cannot_join(error: Exception) -> str:
     rank, address, port = (os.environ[name] for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
     if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
-        return (f"port {port} of {address} is taken, perhaps by another run on this machine; choose another for this one: "
-                "`deepspeed --master_port PORT engine/train.py ...`, which torchrun has as well")  # fmt: skip
-    return (f"rank {rank} cannot join the others at {address}:{port} ({type(error).__name__}: {brief(error)}); check --master_addr, "
-            "--master_port, the firewall between the machines, and GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME")  # fmt: skip
+        return (
+            f"port {port} of {address} is taken, perhaps by another run on this machine; choose another for this one: "
+            "`deepspeed --master_port PORT engine/train.py ...`, which torchrun has as well"
+        )
+    return (
+        f"rank {rank} cannot join the others at {address}:{port} ({type(error).__name__}: {brief(error)}); check --master_addr, "
+        "--master_port, the firewall between the machines, and GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME"
+    )
 
 
 def rank() -> int:

@@ -54,12 +54,22 @@ class Evaluator:
         started = time.perf_counter()
         with self._averaged_weights() as weights, self.recorder.console.phase("eval", len(mine)) as advance, s.threads.shared():
             drawn = evaluation.draw(
-                s.policy.at(s.sampler.size, s.config.eval_guidance()), s.embeddings, s.heldout, mine, num_steps=steps,
-                micro_batch=r.micro_batch, decode_batch=r.decode_batch, advance=advance,
-            )  # fmt: skip
+                s.policy.at(s.sampler.size, s.config.eval_guidance()),
+                s.embeddings,
+                s.heldout,
+                mine,
+                num_steps=steps,
+                micro_batch=r.micro_batch,
+                decode_batch=r.decode_batch,
+                advance=advance,
+            )
             scored = evaluation.evaluate(s.pool, s.specs, s.heldout, drawn, e.keep_samples)
-        check_failed(f"the evaluation at iteration {iteration}", *map(int, distributed.reduce(scored.counts())),
-                     s.config.reward_pool.max_failed, distributed.first_of_any(s.pool.last_error))  # fmt: skip
+        check_failed(
+            f"the evaluation at iteration {iteration}",
+            *map(int, distributed.reduce(scored.counts())),
+            s.config.reward_pool.max_failed,
+            distributed.first_of_any(s.pool.last_error),
+        )
         self.evaluated_at = iteration
         gathered = distributed.gather_objects(scored)
         if gathered is None:
@@ -85,7 +95,12 @@ class Evaluator:
 
     def sureness(self, final: dict) -> dict:
         """What the rewards of the base and the last evaluation are made of, and the gain with its standard error."""
-        names = {"tuned_stderr": "eval/reward/stderr", "scored": "eval/scored", "failed": "eval/failed", "gain": "eval/gain",
-                 "gain_stderr": "eval/gain/stderr"}  # fmt: skip
+        names = {
+            "tuned_stderr": "eval/reward/stderr",
+            "scored": "eval/scored",
+            "failed": "eval/failed",
+            "gain": "eval/gain",
+            "gain_stderr": "eval/gain/stderr",
+        }
         stderr = None if self.base_rewards is None else mean_of(self.base_rewards).stderr
         return ({} if stderr is None else {"base_stderr": stderr}) | {name: final[key] for name, key in names.items() if key in final}

@@ -47,8 +47,7 @@ def check_shares(config: Config, prompts: list[Example], heldout: list[Example])
     for key, count in shared.items():
         if count % distributed.world_size():
             raise UserError(
-                f"{key}: {count} for {distributed.world_size()} ranks; with rollout.replica false under ZeRO-3 every rank must "
-                "have as many"
+                f"{key}: {count} for {distributed.world_size()} ranks; with rollout.replica false under ZeRO-3 every rank must have as many"
             )
 
 
@@ -85,10 +84,18 @@ class Trainer:
         check_rewards(s)
         if resume_from:
             self._restore(resume_from)
-        self.recorder.begin(self.iteration if resume_from else -1, Console(
-            t.iterations, distributed.rank() == 0, start=self.iteration, base_reward=self.evaluator.base_reward, minutes=t.minutes,
-            elapsed=self.elapsed, watched=[spec.name for spec in s.specs if spec.watched],
-        ))  # fmt: skip
+        self.recorder.begin(
+            self.iteration if resume_from else -1,
+            Console(
+                t.iterations,
+                distributed.rank() == 0,
+                start=self.iteration,
+                base_reward=self.evaluator.base_reward,
+                minutes=t.minutes,
+                elapsed=self.elapsed,
+                watched=[spec.name for spec in s.specs if spec.watched],
+            ),
+        )
         with self.recorder.console:
             if resume_from and self.rule:
                 self.ended = distributed.agree_on(self.rule.replay(self.recorder.rows(), self.config.eval.every))
@@ -269,14 +276,24 @@ class Trainer:
             self.recorder.merge_into_last_row(self.iteration, final)
         average = self.session.average
         if average and not average.taken:
-            self.recorder.note(f"training.ema: no average was taken in {average.updates} updates (training.ema.every: {average.every}); "
-                               "the raw weights were evaluated, and are what will be exported")  # fmt: skip
+            self.recorder.note(
+                f"training.ema: no average was taken in {average.updates} updates (training.ema.every: {average.every}); "
+                "the raw weights were evaluated, and are what will be exported"
+            )
         summary = {
-            "base_reward": self.evaluator.base_reward, "tuned_reward": final.get("eval/reward"), **self.evaluator.sureness(final),
-            "minutes": self.elapsed / 60, "iterations": self.iteration, "images": self.images, "model": self.config.model.path,
-            "plan": self.config.rollout.plan["type"], "device": device_name(), "world_size": distributed.world_size(),
-            "versions": versions(), "stopped": self.ended,
-        }  # fmt: skip
+            "base_reward": self.evaluator.base_reward,
+            "tuned_reward": final.get("eval/reward"),
+            **self.evaluator.sureness(final),
+            "minutes": self.elapsed / 60,
+            "iterations": self.iteration,
+            "images": self.images,
+            "model": self.config.model.path,
+            "plan": self.config.rollout.plan["type"],
+            "device": device_name(),
+            "world_size": distributed.world_size(),
+            "versions": versions(),
+            "stopped": self.ended,
+        }
         self.recorder.finish(summary)
         return summary
 
@@ -284,11 +301,17 @@ class Trainer:
     def _save(self) -> None:
         s = self.session
         state = {
-            "iteration": self.iteration, "elapsed": self.elapsed, "images": self.images, **self.evaluator.state(),
+            "iteration": self.iteration,
+            "elapsed": self.elapsed,
+            "images": self.images,
+            **self.evaluator.state(),
             "curation": self.curation.state() if self.curation else None,
-            "ema_updates": s.average.updates if s.average else 0, "world_size": distributed.world_size(),
-            "config": self.config.model_dump(), "prompts": digests(s.prompts, s.heldout), "versions": versions(),
-        }  # fmt: skip
+            "ema_updates": s.average.updates if s.average else 0,
+            "world_size": distributed.world_size(),
+            "config": self.config.model_dump(),
+            "prompts": digests(s.prompts, s.heldout),
+            "versions": versions(),
+        }
         with self.recorder.console.phase("checkpoint"), span("checkpoint"):
             kept = self.config.checkpoint
             best_by = self.config.best_metric() if kept.keep_best else None
@@ -321,9 +344,17 @@ def check_rewards(session: Session) -> None:
 
 
 def train(
-    config: Config, run_dir: Path, resume_from: Path | None, prompts: list[Example], heldout: list[Example], specs: list[RewardSpec],
-    *, stop: Callable[[], bool], report: Callable[[Path], Path], profile: Profile | None = None,
-) -> dict | None:  # fmt: skip
+    config: Config,
+    run_dir: Path,
+    resume_from: Path | None,
+    prompts: list[Example],
+    heldout: list[Example],
+    specs: list[RewardSpec],
+    *,
+    stop: Callable[[], bool],
+    report: Callable[[Path], Path],
+    profile: Profile | None = None,
+) -> dict | None:
     """Assemble a run and train it (a collective); returns the summary on rank 0.
 
     Args:
@@ -340,6 +371,14 @@ def train(
     recorder = distributed.on_first_rank(lambda: Recorder(config, run_dir, report)) or Recorder(config, run_dir, report, main=False)
     recorder.note(describe(distributed.world_size()))
     with RewardPool(specs, **config.reward_pool.pool()) as pool:
-        session = build(config, prompts, heldout[: config.eval.prompts], specs, pool=pool, reached=prompts_reached(config, prompts),
-                        stop=stop, note=recorder.note)  # fmt: skip
+        session = build(
+            config,
+            prompts,
+            heldout[: config.eval.prompts],
+            specs,
+            pool=pool,
+            reached=prompts_reached(config, prompts),
+            stop=stop,
+            note=recorder.note,
+        )
         return Trainer(session, recorder, profile).run(resume_from)

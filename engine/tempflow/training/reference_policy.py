@@ -14,8 +14,13 @@ import torch
 from tempflow.config import Config
 from tempflow.training.leaves import leaf_section
 
-GATHERING = ("stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size",
-             "stage3_param_persistence_threshold", "leaf_module")  # fmt: skip
+GATHERING = (
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+    "stage3_prefetch_bucket_size",
+    "stage3_param_persistence_threshold",
+    "leaf_module",
+)
 
 
 def placement(config: Config) -> str | None:

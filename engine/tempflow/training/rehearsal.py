@@ -36,8 +36,9 @@ def refusal(config: Config, device: torch.device, command: Sequence[str] = COMMA
     request = json.dumps({"config": json.loads(config.model_dump_json()), "device": str(device)})
     path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
     try:
-        done = subprocess.run(command, input=request, capture_output=True, text=True, timeout=limit_s,
-                              env={**os.environ, "PYTHONPATH": path})  # fmt: skip
+        done = subprocess.run(
+            command, input=request, capture_output=True, text=True, timeout=limit_s, env={**os.environ, "PYTHONPATH": path}
+        )
     except subprocess.TimeoutExpired:
         return f"it took longer than {limit_s:g} s"
     try:

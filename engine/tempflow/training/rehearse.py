@@ -69,8 +69,11 @@ def small_policy(config: Config, device: torch.device):
     parts["transformer"] = transformer = _small_transformer(path, getattr(diffusers, index["transformer"][1]), dtype, device)
     parts["scheduler"] = getattr(diffusers, index["scheduler"][1]).from_pretrained(path, subfolder="scheduler")
     parts["vae"] = _described(path, getattr(diffusers, index["vae"][1]))
-    policy = family_of(path)(getattr(diffusers, index["_class_name"])(**parts), device=device,
-                             max_sequence_length=check_text_length(path, config.model.max_sequence_length))  # fmt: skip
+    policy = family_of(path)(
+        getattr(diffusers, index["_class_name"])(**parts),
+        device=device,
+        max_sequence_length=check_text_length(path, config.model.max_sequence_length),
+    )
     set_attention_backend(transformer, config.model.attention_backend)
     compile_blocks(transformer, config.rollout.compile)
     policy.embed = _embeddings(config, policy)

@@ -138,8 +138,16 @@ class _Lane:
     def run(self, denoise: Denoise, noise: Noise, suffix: Suffix | None, advance, lock: Lock) -> _Lane:
         s, r = self.session, self.session.config.rollout
         pad = s.graphs is not None or r.compile != "eager"
-        for arrived in integrate(self.forest, denoise, s.grid, noise, micro_batch=r.micro_batch, suffix=suffix,
-                                 execute=eager if s.graphs is None else s.graphs, pad=pad):  # fmt: skip
+        for arrived in integrate(
+            self.forest,
+            denoise,
+            s.grid,
+            noise,
+            micro_batch=r.micro_batch,
+            suffix=suffix,
+            execute=eager if s.graphs is None else s.graphs,
+            pad=pad,
+        ):
             self.stats = arrived.stats
             self._keep(arrived)
             with lock:
@@ -242,8 +250,14 @@ def gather_rewards(session: Session, rolled: RolledOut) -> Scored:
     trunks = mine[0, np.intersect1d(rolled.forest.numbers, rolled.layout.without_slot)].astype(np.float32)  # as rewards come
     totals = [len(rolled.forest.rows), np.isnan(columns[0]).sum(), rolled.images.not_finite, np.nansum(trunks), np.isfinite(trunks).sum()]
     images, failed, not_finite, trunk_sum, trunk_count = distributed.reduce(totals)
-    check_failed("this iteration", int(images), int(failed), int(not_finite), session.config.reward_pool.max_failed,
-                 distributed.first_of_any(session.pool.last_error))  # fmt: skip
+    check_failed(
+        "this iteration",
+        int(images),
+        int(failed),
+        int(not_finite),
+        session.config.reward_pool.max_failed,
+        distributed.first_of_any(session.pool.last_error),
+    )
     trunk = trunk_sum / trunk_count if trunk_count else float("nan")
     return Scored(_by_slot(session, rolled.layout, distributed.reduce(mine)), int(images), int(failed), trunk, _diversity(rolled), seconds)
 
@@ -252,10 +266,11 @@ def _by_slot(session: Session, layout: Layout, rewards: np.ndarray) -> Rewards:
     total, *parts = layout.slots.means(rewards)
     prompts = np.array([unit.prompt_id for unit in layout.units[:: session.plan.seeds]])[layout.slots.prompt]
     return Rewards(
-        total, {spec.name: part for spec, part in zip(session.trained, parts, strict=True)},
+        total,
+        {spec.name: part for spec, part in zip(session.trained, parts, strict=True)},
         {spec.name: spec.weight for spec in session.trained},
         {spec.name: session.fitting[prompts, n] for n, spec in enumerate(session.trained)},
-    )  # fmt: skip
+    )
 
 
 def _diversity(rolled: RolledOut) -> dict[str, float]:

@@ -70,8 +70,20 @@ class Session:
     def variant(self, config: Config, graphs: GraphCache | None = None) -> Session:
         """The same model, prompts and workers under another plan, objective or rollout: for comparisons."""
         graphs = make_graphs(config, self.policy, self.note) if graphs is None else graphs
-        return assemble(config, self.policy, self.embeddings, self.pool, self.specs, self.prompts, threads=self.threads, graphs=graphs,
-                        runtime=self.runtime, heldout=self.heldout, stop=self.stop, note=self.note)  # fmt: skip
+        return assemble(
+            config,
+            self.policy,
+            self.embeddings,
+            self.pool,
+            self.specs,
+            self.prompts,
+            threads=self.threads,
+            graphs=graphs,
+            runtime=self.runtime,
+            heldout=self.heldout,
+            stop=self.stop,
+            note=self.note,
+        )
 
     @property
     def trained(self) -> list[RewardSpec]:
@@ -88,10 +100,17 @@ class Session:
 
 
 def build(
-    config: Config, prompts: list[Example], heldout: list[Example], specs: list[RewardSpec], *, pool: RewardPool | None = None,
-    reached: list[int] | None = None, train: bool = True, stop: Callable[[], bool] = lambda: False,
+    config: Config,
+    prompts: list[Example],
+    heldout: list[Example],
+    specs: list[RewardSpec],
+    *,
+    pool: RewardPool | None = None,
+    reached: list[int] | None = None,
+    train: bool = True,
+    stop: Callable[[], bool] = lambda: False,
     note: Callable[[str], None] = print,
-) -> Session:  # fmt: skip
+) -> Session:
     """Open a run's model and assemble the run around it (a collective).
 
     Args:
@@ -114,25 +133,54 @@ def build(
     policy, embeddings = open_policy(config, chosen + heldout, device(), note, denoiser=config.rollout.replica or not train)
     runtime, ema = Runtime(config, policy) if train else None, config.training.ema
     return assemble(
-        config, policy, embeddings, pool, specs, prompts, heldout=heldout, runtime=runtime, threads=threads, stop=stop, note=note,
+        config,
+        policy,
+        embeddings,
+        pool,
+        specs,
+        prompts,
+        heldout=heldout,
+        runtime=runtime,
+        threads=threads,
+        stop=stop,
+        note=note,
         average=Average(runtime, ema.decay, ema.every) if runtime and ema else None,
         graphs=make_graphs(config, policy, note) if captures else None,
-    )  # fmt: skip
+    )
 
 
 def assemble(
-    config: Config, policy: Policy, embeddings: EmbeddingCache, pool: RewardPool, specs: list[RewardSpec], prompts: list[Example],
-    *, threads: Threads | None = None, **more,
-) -> Session:  # fmt: skip
+    config: Config,
+    policy: Policy,
+    embeddings: EmbeddingCache,
+    pool: RewardPool,
+    specs: list[RewardSpec],
+    prompts: list[Example],
+    *,
+    threads: Threads | None = None,
+    **more,
+) -> Session:
     """A session around a policy that is there already; more: further fields of `Session`."""
     r = config.rollout
     sampler = policy.at(Size(r.height, r.width), r.guidance_scale)
     sigmas = sampler.sigmas(r.num_steps)
     return Session(
-        config, policy, embeddings, pool, specs, prompts, threads or Threads(config), sampler,
-        Grid(sigmas, config.sde().coefficients(sigmas)), config.plan(), config.advantage(), config.objective(), config.penalty(),
-        float8=make_float8(config, policy), **more,
-    )  # fmt: skip
+        config,
+        policy,
+        embeddings,
+        pool,
+        specs,
+        prompts,
+        threads or Threads(config),
+        sampler,
+        Grid(sigmas, config.sde().coefficients(sigmas)),
+        config.plan(),
+        config.advantage(),
+        config.objective(),
+        config.penalty(),
+        float8=make_float8(config, policy),
+        **more,
+    )
 
 
 def make_graphs(config: Config, policy: Policy, note: Callable[[str], None], capture: Callable | None = None) -> GraphCache | None:

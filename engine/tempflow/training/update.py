@@ -40,11 +40,16 @@ class UpdateStats:
         least, most = -distributed.reduce(-self.ratio_range[0], "max"), distributed.reduce(self.ratio_range[1], "max")
         n = max(states, 1)
         found = {
-            "loss": float(loss), "kl": kl / n, "clip_fraction": clipped / n, "clip_fraction/high": above / n,
+            "loss": float(loss),
+            "kl": kl / n,
+            "clip_fraction": clipped / n,
+            "clip_fraction/high": above / n,
             "clip_fraction/low": (clipped - above) / n,
-            "ratio/max_dev": float(distributed.reduce(self.max_dev, "max")), "ratio/min": float(least),
-            "ratio/max": float(most), "forwards": int(forwards),
-        }  # fmt: skip
+            "ratio/max_dev": float(distributed.reduce(self.max_dev, "max")),
+            "ratio/min": float(least),
+            "ratio/max": float(most),
+            "forwards": int(forwards),
+        }
         return found | ({"mismatch/log_prob": mismatch / compared} if compared else {})
 
 
@@ -79,8 +84,14 @@ class Updater:
         embed: gives the conditioning of units.
     """
 
-    def __init__(self, runtime: Runtime, sampler: Sampler, objective: Objective, penalty: Penalty | None,
-                 embed: Callable[[list[Unit]], dict[str, torch.Tensor]]):  # fmt: skip
+    def __init__(
+        self,
+        runtime: Runtime,
+        sampler: Sampler,
+        objective: Objective,
+        penalty: Penalty | None,
+        embed: Callable[[list[Unit]], dict[str, torch.Tensor]],
+    ):
         self.runtime, self.sampler, self.objective, self.penalty, self.embed = runtime, sampler, objective, penalty, embed
 
     def velocity(self, transformer, batch: Batch) -> torch.Tensor:

@@ -43,8 +43,17 @@ class Batcher:
     one batch; start_timeout_s: for loading the reward. Raises `UserError` for an unknown reward or option.
     """
 
-    def __init__(self, spec: RewardSpec, *, gpus: list[str], threads: int, batch: int, wait_s: float, timeout_s: float,
-                 start_timeout_s: float = 1800.0):  # fmt: skip
+    def __init__(
+        self,
+        spec: RewardSpec,
+        *,
+        gpus: list[str],
+        threads: int,
+        batch: int,
+        wait_s: float,
+        timeout_s: float,
+        start_timeout_s: float = 1800.0,
+    ):
         self._spec, self._batch, self._wait_s = spec, batch, wait_s
         self._timeout_s = timeout_s
         self._queue: deque[Piece] = deque()

@@ -64,8 +64,9 @@ class Service:
                 text = response.read(ANSWER_LIMIT + 1)
         except urllib.error.HTTPError as error:
             reason = _reason(error)
-            raise ServiceError(f"{request.full_url} answered {error.code}: {reason}", transient=error.code in _LATER,
-                               status=error.code) from None  # fmt: skip
+            raise ServiceError(
+                f"{request.full_url} answered {error.code}: {reason}", transient=error.code in _LATER, status=error.code
+            ) from None
         except (OSError, http.client.HTTPException) as error:
             cause = getattr(error, "reason", error)
             words = f"within {self._timeout_s:g} s" if isinstance(cause, TimeoutError) else f"({cause or type(cause).__name__})"

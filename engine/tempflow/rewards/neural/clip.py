@@ -57,9 +57,7 @@ class ClipEncoder:
     def embed_texts(self, texts: list[str]) -> torch.Tensor:
         """n texts, cut at the model's length -> [n, d]; a text that comes twice is encoded once."""
         unique = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-        tokens = self.tokenizer(
-            list(unique), padding=True, truncation=True, max_length=self._length, return_tensors="pt"
-        ).to(self._device)
+        tokens = self.tokenizer(list(unique), padding=True, truncation=True, max_length=self._length, return_tensors="pt").to(self._device)
         text = self.model.text_model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
         embeddings = F.normalize(self.model.text_projection(text.pooler_output).float(), dim=-1)
         return embeddings[[unique[text] for text in texts]]

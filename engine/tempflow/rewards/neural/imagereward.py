@@ -16,14 +16,24 @@ from tempflow.rewards.neural.weights import build, fetch, read_config, read_tens
 # BLIP-large: ViT-L/16 at 224 and a BERT-base with cross-attention, as in the published med_config.json.
 ARCHITECTURE = {
     "vision_config": {
-        "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
-        "image_size": 224, "patch_size": 16, "layer_norm_eps": 1e-6,
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "image_size": 224,
+        "patch_size": 16,
+        "layer_norm_eps": 1e-6,
     },
     "text_config": {
-        "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-        "vocab_size": 30524, "encoder_hidden_size": 1024, "layer_norm_eps": 1e-12,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "vocab_size": 30524,
+        "encoder_hidden_size": 1024,
+        "layer_norm_eps": 1e-12,
     },
-}  # fmt: skip
+}
 
 _VISION = [
     (r"cls_token", "embeddings.class_embedding"),
@@ -72,9 +82,7 @@ class ImageReward(ModelReward):
     def _score(self, images: np.ndarray, prompts: list[str]) -> torch.Tensor:
         pixels = torch.stack([clip_transform(image, self._size) for image in images])
         seen = self._vision(pixel_values=pixels.to(self.device, self.torch_dtype)).last_hidden_state
-        tokens = self._tokenizer(
-            prompts, padding=True, truncation=True, max_length=MAX_LENGTH, return_tensors="pt"
-        ).to(self.device)
+        tokens = self._tokenizer(prompts, padding=True, truncation=True, max_length=MAX_LENGTH, return_tensors="pt").to(self.device)
         read = self._text(
             input_ids=tokens["input_ids"],
             attention_mask=tokens["attention_mask"],

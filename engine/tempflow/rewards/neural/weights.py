@@ -90,9 +90,7 @@ def build(key: str, kind: type[T], config, tensors: dict[str, torch.Tensor], dty
     Raises `UserError` where tensors are missing or have other shapes: such weights would stay random.
     """
     try:
-        model, report = kind.from_pretrained(
-            None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True, **options
-        )
+        model, report = kind.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True, **options)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{key}: the weights do not fit {kind.__name__}: {error}") from None
     if missing := sorted(report["missing_keys"]):

@@ -32,8 +32,11 @@ SIGNAL = [
     ("eval/failed", "Failed held-out images", "Images of an evaluation without a reward; they are in no mean."),
 ]
 DIVERSITY = [
-    ("diversity/seeds", "Difference between seeds", "Mean pixel distance of a prompt's pictures of different noises; falls towards 0 as "
-     "the policy collapses onto one picture."),
+    (
+        "diversity/seeds",
+        "Difference between seeds",
+        "Mean pixel distance of a prompt's pictures of different noises; falls towards 0 as the policy collapses onto one picture.",
+    ),
     ("diversity/children", "Difference between children", "Mean pixel distance of the pictures that one state's noise makes."),
 ]
 COST = [("forwards/rollout", "rollout"), ("forwards/train", "training")]
@@ -59,7 +62,7 @@ def thin(values: list, limit: int, pick=None) -> list:
     stride = max(1, -(-len(values) // limit))
     if stride == 1:
         return values
-    return [(pick or mean)(values[n:n + stride]) for n in range(0, len(values), stride)]
+    return [(pick or mean)(values[n : n + stride]) for n in range(0, len(values), stride)]
 
 
 def mean(values: list) -> float | None:
@@ -70,7 +73,7 @@ def mean(values: list) -> float | None:
 def smooth(values: list, width: int) -> list:
     """Centred running mean over `width` values; a gap stays one and counts in no mean."""
     half = width // 2
-    return [None if value is None else mean(values[max(0, n - half):n + half + 1]) for n, value in enumerate(values)]
+    return [None if value is None else mean(values[max(0, n - half) : n + half + 1]) for n, value in enumerate(values)]
 
 
 def reward_chart(run: Run) -> dict | None:
@@ -89,22 +92,30 @@ def reward_chart(run: Run) -> dict | None:
     if not series:
         return None
     base = run.heldout[0][1] if run.heldout and run.heldout[0][0] == 0 else None
-    note = "Training: rewards of the rollouts, which explore with noise" + \
-        (f", running mean over {width} iterations." if _any(training) and width > 1 else ".")
+    note = "Training: rewards of the rollouts, which explore with noise" + (
+        f", running mean over {width} iterations." if _any(training) and width > 1 else "."
+    )
     held = "Held-out: fixed prompts and noise, ODE sampling, with the standard error over prompts. " if run.heldout else ""
-    return {"kind": "line", "title": "Reward", "help": held + note, "series": series, "height": 300,
-            "level": {"name": "base", "y": base} if base is not None and len(run.heldout) > 1 else None}
+    return {
+        "kind": "line",
+        "title": "Reward",
+        "help": held + note,
+        "series": series,
+        "height": 300,
+        "level": {"name": "base", "y": base} if base is not None and len(run.heldout) > 1 else None,
+    }
 
 
 def breakdown_chart(run: Run) -> dict | None:
     """Held-out rewards by name, else training rewards by name, where there is more than one."""
     for prefix, frame in (("eval/", "held-out"), ("reward/", "training")):
-        names = [key for key in run.keys if key.startswith(prefix) and key[len(prefix):] in (run.config.get("rewards") or {})]
+        names = [key for key in run.keys if key.startswith(prefix) and key[len(prefix) :] in (run.config.get("rewards") or {})]
         if len(names) > 1:
-            series = [_series(_labelled(run, key[len(prefix):]), run.column(key), f"c{n} {'bridge dots' if prefix == 'eval/' else ''}")
-                      for n, key in enumerate(names)]
-            return {"kind": "line", "title": "Rewards by name", "help": f"Means of the {frame} rewards, unweighted.",
-                    "series": series}
+            series = [
+                _series(_labelled(run, key[len(prefix) :]), run.column(key), f"c{n} {'bridge dots' if prefix == 'eval/' else ''}")
+                for n, key in enumerate(names)
+            ]
+            return {"kind": "line", "title": "Rewards by name", "help": f"Means of the {frame} rewards, unweighted.", "series": series}
     return None
 
 
@@ -138,19 +149,32 @@ def cost_charts(run: Run) -> list[dict]:
     charts, phases = [], phase_columns(run)
     if phases:
         series = [_series(name, _coarse(run, values), f"c{n}", frame="coarse") for n, (name, values) in enumerate(phases)]
-        charts.append({"kind": "stack", "title": "Seconds per iteration", "series": series, "from_zero": True,
-                       "help": "By phase; phases that overlap add up to more than the clock."})
+        charts.append(
+            {
+                "kind": "stack",
+                "title": "Seconds per iteration",
+                "series": series,
+                "from_zero": True,
+                "help": "By phase; phases that overlap add up to more than the clock.",
+            }
+        )
     forwards = [_series(name, _running_sum(run.column(key)), f"c{n}") for n, (key, name) in enumerate(COST) if key in run.keys]
     if forwards:
-        charts.append({"kind": "line", "title": "Transformer forwards so far", "series": forwards, "from_zero": True,
-                       "help": "As counted by the run; a backward is not counted as a forward."})
+        charts.append(
+            {
+                "kind": "line",
+                "title": "Transformer forwards so far",
+                "series": forwards,
+                "from_zero": True,
+                "help": "As counted by the run; a backward is not counted as a forward.",
+            }
+        )
     return charts
 
 
 def phase_columns(run: Run) -> list[tuple[str, list]]:
     """(phase, seconds per row) for every time/... metric, and what the total leaves over as "other"."""
-    phases = [(key.removeprefix("time/"), run.column(key)) for key in run.keys
-              if key.startswith("time/") and key not in CLOCKS | WORKERS]
+    phases = [(key.removeprefix("time/"), run.column(key)) for key in run.keys if key.startswith("time/") and key not in CLOCKS | WORKERS]
     phases.sort(key=lambda phase: phase[0] in BESIDE_TOTAL)
     if not phases or "time/total" not in run.keys:
         return phases
@@ -171,15 +195,22 @@ def spread_chart(run: Run) -> dict | None:
     if not columns or len(run.rows) < 2:
         return None
     series = [{"name": f"step {step}", "frame": "coarse", "y": _rounded(_coarse(run, values))} for step, values in columns]
-    return {"kind": "heat", "title": "Reward spread by branch step", "series": series,
-            "help": "Standard deviation of the rewards that one branch step's noise makes: where decisions matter."}
+    return {
+        "kind": "heat",
+        "title": "Reward spread by branch step",
+        "series": series,
+        "help": "Standard deviation of the rewards that one branch step's noise makes: where decisions matter.",
+    }
 
 
 def other_charts(run: Run, used: list[str]) -> list[dict]:
     """A small chart for every metric that no other chart shows."""
     shown = set(used) | {"iteration", "images", "images/total", "reward/mean", "eval/reward"}
-    return [_single(run, key, key, "") for key in run.keys
-            if key not in shown and not SPREAD.match(key) and not MADE_OF.match(key) and (key in WORKERS or not key.startswith("time/"))]
+    return [
+        _single(run, key, key, "")
+        for key in run.keys
+        if key not in shown and not SPREAD.match(key) and not MADE_OF.match(key) and (key in WORKERS or not key.startswith("time/"))
+    ]
 
 
 def _single(run: Run, key: str, title: str, text: str) -> dict:
@@ -187,8 +218,14 @@ def _single(run: Run, key: str, title: str, text: str) -> dict:
     known = [value for value in values if value is not None]
     style = "main" if len(known) > 0.8 * len(values) else "main bridge dots"
     pick = _largest if "max" in key else None
-    return {"kind": "line", "title": title, "help": text, "key": key, "series": [_series(title, values, style, pick=pick)],
-            "from_zero": 0 <= min(known) <= 0.6 * max(known)}
+    return {
+        "kind": "line",
+        "title": title,
+        "help": text,
+        "key": key,
+        "series": [_series(title, values, style, pick=pick)],
+        "from_zero": 0 <= min(known) <= 0.6 * max(known),
+    }
 
 
 def _series(name: str, values: list, style: str, frame: str = "fine", tip: bool = True, pick=None) -> dict:

@@ -33,14 +33,31 @@ def render(run: Run) -> str:
     """The page as text."""
     figures = Figures()
     reward = figures.html(charts.reward_chart(run), wide=True)
-    body = [samples_html(run, Thumbnails()), _optimisation(run, figures), _exploration(run, figures), _guards(run, figures),
-            _cost(run, figures), _others(run, figures), _configuration(run), _about(run)]
+    body = [
+        samples_html(run, Thumbnails()),
+        _optimisation(run, figures),
+        _exploration(run, figures),
+        _guards(run, figures),
+        _cost(run, figures),
+        _others(run, figures),
+        _configuration(run),
+        _about(run),
+    ]
     return Template(_part("template.html")).substitute(
-        title=escape(f"{run.name}: TempFlow-GRPO run"), name=escape(run.name), style=_part("style.css"),
-        script=_part("charts.js"), status=status(run), verdict=escape(verdict(run)), facts=facts(run), tiles=tiles(run),
-        reward=f"<section>{reward}</section>" if reward else "", switch=_switch(run), body="\n".join(filter(None, body)),
+        title=escape(f"{run.name}: TempFlow-GRPO run"),
+        name=escape(run.name),
+        style=_part("style.css"),
+        script=_part("charts.js"),
+        status=status(run),
+        verdict=escape(verdict(run)),
+        facts=facts(run),
+        tiles=tiles(run),
+        reward=f"<section>{reward}</section>" if reward else "",
+        switch=_switch(run),
+        body="\n".join(filter(None, body)),
         data=_json({"frames": charts.frames(run), "charts": figures.drawn}),
-        generated=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"))
+        generated=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    )
 
 
 class Figures:
@@ -54,8 +71,10 @@ class Figures:
             return ""
         self.drawn.append(chart)
         text = f'<p class="help">{escape(chart["help"])}</p>' if chart.get("help") else ""
-        return f'<figure class="chart{" wide" if wide else ""}"><figcaption><h3>{escape(chart["title"])}</h3>{text}' \
-               f'</figcaption><div class="plot" data-chart="{len(self.drawn) - 1}"></div></figure>'
+        return (
+            f'<figure class="chart{" wide" if wide else ""}"><figcaption><h3>{escape(chart["title"])}</h3>{text}'
+            f'</figcaption><div class="plot" data-chart="{len(self.drawn) - 1}"></div></figure>'
+        )
 
     def grid(self, many: list[dict]) -> str:
         return f'<div class="charts">{"".join(self.html(chart) for chart in many)}</div>' if many else ""
@@ -68,8 +87,9 @@ def _section(anchor: str, title: str, *parts: str) -> str:
 
 def _optimisation(run: Run, figures: Figures) -> str:
     breakdown = charts.breakdown_chart(run)
-    return _section("optimisation", "Optimisation",
-                    figures.grid(([breakdown] if breakdown else []) + charts.small_charts(run, charts.TRAINING)))
+    return _section(
+        "optimisation", "Optimisation", figures.grid(([breakdown] if breakdown else []) + charts.small_charts(run, charts.TRAINING))
+    )
 
 
 def _exploration(run: Run, figures: Figures) -> str:
@@ -108,32 +128,45 @@ def _bars(title: str, text: str, rows: list[tuple[str, float | None]], form: str
     lines = []
     for n, (name, value) in enumerate(rows):
         colour, share = (f"c{n}", f'<td class="num">{shares[n]:.0%}</td>') if shares else ("main", "")
-        lines.append(f'<tr><th scope="row">{escape(name)}</th><td class="track">'
-                     f'<span class="{colour}" style="width:{max(0, value / top):.1%}"></span></td>'
-                     f'<td class="num">{form.format(value)}</td>{share}</tr>')
-    return f'<figure class="chart"><figcaption><h3>{title}</h3><p class="help">{text}</p></figcaption>' \
-           f'<table class="bars"><tbody>{"".join(lines)}</tbody></table></figure>'
+        lines.append(
+            f'<tr><th scope="row">{escape(name)}</th><td class="track">'
+            f'<span class="{colour}" style="width:{max(0, value / top):.1%}"></span></td>'
+            f'<td class="num">{form.format(value)}</td>{share}</tr>'
+        )
+    return (
+        f'<figure class="chart"><figcaption><h3>{title}</h3><p class="help">{text}</p></figcaption>'
+        f'<table class="bars"><tbody>{"".join(lines)}</tbody></table></figure>'
+    )
 
 
 def _switch(run: Run) -> str:
     """The choice of x axis, where there is more than one point to look at."""
     if len(run.rows) < 2:
         return ""
-    axes = [("iteration", "iterations")] + ([("minutes", "minutes")] if run.minutes[-1] else []) \
+    axes = (
+        [("iteration", "iterations")]
+        + ([("minutes", "minutes")] if run.minutes[-1] else [])
         + ([("images", "rewarded images")] if run.images[-1] else [])
-    options = "".join(f'<label><input type="radio" name="axis" value="{key}"{" checked" if key == "iteration" else ""}>'
-                      f"<span>{text}</span></label>" for key, text in axes)
+    )
+    options = "".join(
+        f'<label><input type="radio" name="axis" value="{key}"{" checked" if key == "iteration" else ""}><span>{text}</span></label>'
+        for key, text in axes
+    )
     return f'<fieldset class="switch" id="axis"><legend>Charts against</legend>{options}</fieldset>'
 
 
 def _configuration(run: Run) -> str:
     if not run.config:
         return ""
-    rows = "".join(f'<tr><th scope="row">{escape(key)}</th><td>{escape(json.dumps(value, ensure_ascii=False))}</td></tr>'
-                   for key, value in flatten(run.config))
-    return f'<details class="block" id="config"><summary>Configuration</summary>' \
-           f'<input type="search" id="config-search" placeholder="Search keys and values" aria-label="Search the configuration">' \
-           f'<table class="pairs"><tbody>{rows}</tbody></table><p class="note" id="config-none" hidden>Nothing found.</p></details>'
+    rows = "".join(
+        f'<tr><th scope="row">{escape(key)}</th><td>{escape(json.dumps(value, ensure_ascii=False))}</td></tr>'
+        for key, value in flatten(run.config)
+    )
+    return (
+        f'<details class="block" id="config"><summary>Configuration</summary>'
+        f'<input type="search" id="config-search" placeholder="Search keys and values" aria-label="Search the configuration">'
+        f'<table class="pairs"><tbody>{rows}</tbody></table><p class="note" id="config-none" hidden>Nothing found.</p></details>'
+    )
 
 
 def flatten(value, prefix: str = "") -> list[tuple[str, object]]:

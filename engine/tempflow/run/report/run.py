@@ -96,8 +96,7 @@ class Run:
         found = {sample.iteration: sample.reward for sample in self.samples if sample.reward is not None}
         if self.summary and number(self.summary.get("base_reward")) is not None:
             found.setdefault(0, number(self.summary["base_reward"]))
-        found.update({row["iteration"]: number(row["eval/reward"]) for row in self.rows
-                      if number(row.get("eval/reward")) is not None})
+        found.update({row["iteration"]: number(row["eval/reward"]) for row in self.rows if number(row.get("eval/reward")) is not None})
         return sorted(found.items())
 
     def stderr(self, iteration: int) -> float | None:
@@ -119,8 +118,13 @@ def load_run(run_dir) -> Run:
     for position, row in enumerate(read_metrics(folder)):
         row["iteration"] = int(number(row.get("iteration")) or (0 if "iteration" in row else position + 1))
         rows[row["iteration"]] = row
-    run = Run(folder, _read_json(folder / "config.json") or {}, [rows[key] for key in sorted(rows)],
-              _sample_sets(folder / "samples"), _read_json(folder / "summary.json"))
+    run = Run(
+        folder,
+        _read_json(folder / "config.json") or {},
+        [rows[key] for key in sorted(rows)],
+        _sample_sets(folder / "samples"),
+        _read_json(folder / "summary.json"),
+    )
     return _without_leftovers(run)
 
 

@@ -40,12 +40,16 @@ def samples_html(run: Run, thumbnails: Thumbnails) -> str:
     shown = [card for card in cards if card]
     more = ""
     if len(shown) > SHOWN:
-        more = f'<details class="more"><summary>{len(shown) - SHOWN} more prompts</summary>' \
-               f'<div class="grid{" solo" if tuned is base else ""}">{"".join(shown[SHOWN:])}</div></details>'
+        more = (
+            f'<details class="more"><summary>{len(shown) - SHOWN} more prompts</summary>'
+            f'<div class="grid{" solo" if tuned is base else ""}">{"".join(shown[SHOWN:])}</div></details>'
+        )
     lost = len(cards) - len(shown)
     note = f'<p class="note">{lost} more not included: missing, or left out to keep this file small.</p>' if lost else ""
-    return f'<section id="samples"><h2>Samples</h2>{_intro(pairs, base, tuned)}' \
-           f'<div class="grid{" solo" if tuned is base else ""}">{"".join(shown[:SHOWN])}</div>{more}{note}{strip}</section>'
+    return (
+        f'<section id="samples"><h2>Samples</h2>{_intro(pairs, base, tuned)}'
+        f'<div class="grid{" solo" if tuned is base else ""}">{"".join(shown[:SHOWN])}</div>{more}{note}{strip}</section>'
+    )
 
 
 def match(base: SampleSet, tuned: SampleSet) -> list[Pair]:
@@ -80,8 +84,10 @@ def _intro(pairs: list[Pair], base: SampleSet, tuned: SampleSet) -> str:
     weights = " (averaged weights)" if tuned.info.get("weights") == "ema" else ""
     before, after = exact_share(base), exact_share(tuned)
     words = f" Exact words: {before:.0%} before, {after:.0%} after." if None not in (before, after) else ""
-    return f'<p class="lead">Left {_title(base)}, right {_title(tuned)}{weights}: {noise}. The held-out prompts ' \
-           f'come in file order, not picked by result.{count if changes else ""}{words}</p>'
+    return (
+        f'<p class="lead">Left {_title(base)}, right {_title(tuned)}{weights}: {noise}. The held-out prompts '
+        f"come in file order, not picked by result.{count if changes else ''}{words}</p>"
+    )
 
 
 def _title(sample: SampleSet) -> str:
@@ -96,8 +102,10 @@ def _card(pair: Pair, base: SampleSet, tuned: SampleSet, thumbnails: Thumbnails)
     if pair.change is not None:
         kind = "up" if pair.change > SAME else "down" if pair.change < -SAME else "same"
         badge = f'<span class="change {kind}">{signed(pair.change)}</span>'
-    return f'<article class="pair"><header><p class="prompt" title="{escape(pair.prompt)}">{escape(pair.prompt)}</p>{badge}</header>' \
-           f'<div class="duo">{"".join(sides)}</div></article>'
+    return (
+        f'<article class="pair"><header><p class="prompt" title="{escape(pair.prompt)}">{escape(pair.prompt)}</p>{badge}</header>'
+        f'<div class="duo">{"".join(sides)}</div></article>'
+    )
 
 
 def _side(item: dict, sample: SampleSet, prompt: str, thumbnails: Thumbnails) -> str:
@@ -107,13 +115,14 @@ def _side(item: dict, sample: SampleSet, prompt: str, thumbnails: Thumbnails) ->
     label = "base" if sample.iteration == 0 else f"iteration {sample.iteration}"
     reading = _reading(item)
     read = "" if reading is None else reading_html(reading, _target(item, prompt), _solved(item))
-    return f'<figure>{_img(thumbnail, f"{label}: {prompt}")}<figcaption><span class="row">' \
-           f'<span class="who">{label}</span>{_reward(item)}</span>{read}{_parts(item)}</figcaption></figure>'
+    return (
+        f'<figure>{_img(thumbnail, f"{label}: {prompt}")}<figcaption><span class="row">'
+        f'<span class="who">{label}</span>{_reward(item)}</span>{read}{_parts(item)}</figcaption></figure>'
+    )
 
 
 def _img(thumbnail, alt: str) -> str:
-    return f'<img src="{thumbnail.uri}" width="{thumbnail.width}" height="{thumbnail.height}" ' \
-           f'alt="{escape(alt)}">'
+    return f'<img src="{thumbnail.uri}" width="{thumbnail.width}" height="{thumbnail.height}" alt="{escape(alt)}">'
 
 
 def _part(item: dict, key: str) -> dict:
@@ -158,9 +167,11 @@ def _strip(run: Run, thumbnails: Thumbnails) -> str:
     sets = [run.samples[round(n * (len(run.samples) - 1) / (columns - 1))] for n in range(columns)]
     head = "".join(f'<th scope="col">{"base" if s.iteration == 0 else s.iteration}</th>' for s in sets)
     body = "".join(f"<tr>{_strip_row(n, sets, thumbnails)}</tr>" for n in range(min(STRIP_PROMPTS, len(sets[0].items))))
-    return f'<h3>Over training</h3><p class="lead">The first prompts, same noise, by iteration.</p>' \
-           f'<div class="scroll" tabindex="0" role="region" aria-label="Samples over training">' \
-           f'<table class="strip"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return (
+        f'<h3>Over training</h3><p class="lead">The first prompts, same noise, by iteration.</p>'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="Samples over training">'
+        f'<table class="strip"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
 
 
 def _strip_row(place: int, sets: list[SampleSet], thumbnails: Thumbnails) -> str:

@@ -67,8 +67,7 @@ def status(run: Run) -> str:
     total = run.setting("training", "iterations")
     if run.summary is not None:
         early = isinstance(total, int) and run.iterations < total
-        return f'<span class="badge">stopped at {run.iterations} of {total}</span>' if early else \
-            '<span class="badge done">finished</span>'
+        return f'<span class="badge">stopped at {run.iterations} of {total}</span>' if early else '<span class="badge done">finished</span>'
     of = f" of {total}" if isinstance(total, int) else ""
     return f'<span class="badge open">unfinished: iteration {run.iterations}{of}</span>'
 
@@ -77,15 +76,20 @@ def tiles(run: Run) -> str:
     """The headline numbers as a description list."""
     base, tuned = rewards(run)
     forwards = sum(value or 0 for key in ("forwards/rollout", "forwards/train") for value in run.column(key))
-    found = [("Base reward", base, "{:.3f}"), ("Tuned reward", tuned, "{:.3f}"), ("Held-out images scored", _scored(run), "{:,.0f}"),
-             ("Minutes", minutes(run), "{:.1f}"), ("Iterations", run.iterations or None, "{:,.0f}"),
-             ("Rewarded images", images(run), "{:,.0f}"),
-             ("Forwards", forwards or None, "{:,.0f}")]
+    found = [
+        ("Base reward", base, "{:.3f}"),
+        ("Tuned reward", tuned, "{:.3f}"),
+        ("Held-out images scored", _scored(run), "{:,.0f}"),
+        ("Minutes", minutes(run), "{:.1f}"),
+        ("Iterations", run.iterations or None, "{:,.0f}"),
+        ("Rewarded images", images(run), "{:,.0f}"),
+        ("Forwards", forwards or None, "{:,.0f}"),
+    ]
     cells = [(name, form.format(value)) for name, value, form in found if value is not None]
     change, stderr = gain(run)
     if change is not None:
         cells.insert(2, ("Gain", signed(change) + ("" if stderr is None else f" ± {stderr:.3f}")))
-    inner = "".join(f'<div{" class=gain" if name == "Gain" else ""}><dt>{name}</dt><dd>{text}</dd></div>' for name, text in cells)
+    inner = "".join(f"<div{' class=gain' if name == 'Gain' else ''}><dt>{name}</dt><dd>{text}</dd></div>" for name, text in cells)
     return f'<dl class="tiles">{inner}</dl>' if cells else ""
 
 
@@ -97,9 +101,14 @@ def facts(run: Run) -> str:
     tuned = f"LoRA rank {lora.get('rank', '?')}" if isinstance(lora, dict) else "full weights" if run.config else None
     plan = rollout.get("plan")
     plan = plan.get("type") if isinstance(plan, dict) else plan
-    values = [("Model", run.setting("model", "path") or summary.get("model")), ("Tuned", tuned),
-              ("Plan", plan), ("Reward", ", ".join(run.config.get("rewards") or {}) or None),
-              ("Pictures", size), ("Device", summary.get("device"))]
+    values = [
+        ("Model", run.setting("model", "path") or summary.get("model")),
+        ("Tuned", tuned),
+        ("Plan", plan),
+        ("Reward", ", ".join(run.config.get("rewards") or {}) or None),
+        ("Pictures", size),
+        ("Device", summary.get("device")),
+    ]
     shown = "".join(f"<div><dt>{name}</dt><dd>{escape(str(value))}</dd></div>" for name, value in values if value)
     return f'<dl class="facts">{shown}</dl>' if shown else ""
 
