@@ -1,23 +1,31 @@
 """The benchmarks measure what they say: equal work, ratios to the right thing, figures that come from the data."""
 
 import json
+from dataclasses import replace
 
 import learning
 import numpy as np
 import pytest
 import suffix_fidelity
-from engine_cases import small_config
+from engine_cases import dense_slots
+
+from tempflow.advantages.group import Group
+from tempflow.types import Rewards
 
 
 # --------------------------------------------------------------------------------------------------- suffix fidelity
 def test_fidelity_compares_with_the_exact_suffix():
-    config = small_config()
-    rng = np.random.default_rng(0)
-    exact = rng.random((2, 2, 3, 6))
-    options = {name: {"rewards": [exact], "rollout_s": 2.0, "total_s": 3.0, "forwards": 100} for name in suffix_fidelity.OPTIONS}
-    options["one jump"] = {"rewards": [1 - exact], "rollout_s": 0.5, "total_s": 1.5, "forwards": 25}
-    options["every 3rd, order 2"] = {"rewards": [np.where(exact > 0.9, np.nan, exact)], "rollout_s": 1.0, "total_s": 3.0, "forwards": 50}
-    rows = {row["option"]: row for row in suffix_fidelity.compare(config, {"steps": [0, 4, 8], "options": options})}
+    rng, slots = np.random.default_rng(0), dense_slots((2, 2, 3, 6))
+    slots = replace(slots, step=np.array([0, 4, 8])[slots.step])
+    exact = rng.random(len(slots))
+
+    def of(total):
+        return [Rewards(total, {"one": total}, {"one": 1.0}, {"one": np.ones(len(total), dtype=bool)})]
+
+    options = {name: {"rewards": of(exact), "rollout_s": 2.0, "total_s": 3.0, "forwards": 100} for name in suffix_fidelity.OPTIONS}
+    options["one jump"] = {"rewards": of(1 - exact), "rollout_s": 0.5, "total_s": 1.5, "forwards": 25}
+    options["every 3rd, order 2"] = {"rewards": of(np.where(exact > 0.9, np.nan, exact)), "rollout_s": 1.0, "total_s": 3.0, "forwards": 50}
+    rows = {row["option"]: row for row in suffix_fidelity.compare({"slots": slots, "options": options, "advantage": Group()})}
     assert rows["exact"]["advantage_rank_correlation"] == pytest.approx(1) and rows["exact"]["rollout_speedup"] == 1
     jump = rows["one jump"]
     assert jump["reward_rank_correlation"] == pytest.approx(-1) and jump["advantage_rank_correlation"] == pytest.approx(-1)

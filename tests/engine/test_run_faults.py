@@ -7,12 +7,11 @@ import types
 from unittest import mock
 
 import pytest
-from engine_cases import write_config
+from engine_cases import small_config, write_config
 from run_cases import script_here, train
 
 from tempflow.run import evaluation, logs, trackers
-from tempflow.run.byproducts import ByProducts
-from tempflow.training.loop import Trainer
+from tempflow.run.recorder import Recorder
 
 SMALL = {
     "rollout": {"num_steps": 3, "plan": {"branch_steps": [0, 1]}},
@@ -56,10 +55,9 @@ def test_a_last_evaluation_is_not_put_down_to_another_iteration(tmp_path, rows, 
     with logs.MetricsLog(tmp_path) as log:
         for row in rows:
             log.append(row)
-        run = types.SimpleNamespace(
-            run_dir=tmp_path, log=log, last_row=None, iteration=3, byproducts=ByProducts(), trackers=mock.Mock(), console=mock.Mock()
-        )
-        Trainer._merge_into_last_row(run, {"eval/reward": 0.5})
+        recorder = Recorder(small_config(), tmp_path, report=mock.Mock())
+        recorder.console, recorder._log = mock.Mock(), log
+        recorder.merge_into_last_row(3, {"eval/reward": 0.5})
     assert logs.read_metrics(tmp_path) == expected
 
 
@@ -73,7 +71,7 @@ def test_a_tracker_that_cannot_start_costs_nothing(tmp_path, monkeypatch, error)
     settings = {**SMALL, "logging": {"dir": str(tmp_path / "runs"), "name": "one", "wandb": {"projct": "p"}}}
     with monkeypatch.context() as patched:
         patched.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
-        patched.setattr("tempflow.training.loop.open_policy", None)
+        patched.setattr("tempflow.training.session.open_policy", None)
         for _ in range(2):
             done = script_here("train", "--config", write_config(tmp_path, **settings))
             assert done.returncode == 2 and done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
@@ -88,6 +86,6 @@ def test_resume_refuses_other_heldout_prompts(tmp_path, monkeypatch):
     settings = {**SMALL, "data": {"heldout": str(file)}}
     train(tmp_path, "prompts", processes=None, **settings)
     file.write_text("one\nfour\n")
-    monkeypatch.setattr("tempflow.training.loop.open_policy", None)
+    monkeypatch.setattr("tempflow.training.session.open_policy", None)
     refused = train(tmp_path, "prompts", "--resume", processes=None, status=2, **settings)
     assert "--resume: data.heldout holds other prompts" in refused.done.stderr

@@ -8,57 +8,42 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterator
 
 from tempflow.checkpoints import load, save
 from tempflow.config import Config
-from tempflow.data.curation import Curation
-from tempflow.data.prompts import PromptOrder, digests
+from tempflow.data.curation import Curation, Draw
+from tempflow.data.prompts import digests
 from tempflow.errors import UserError, shown
 from tempflow.profiling import Profile, span
-from tempflow.rewards import RewardPool, RewardSpec, kinds_of, probe
+from tempflow.rewards import RewardPool, RewardSpec, kinds_of
 from tempflow.run.console import Console
 from tempflow.run.environment import describe, device_name, versions
 from tempflow.run.failures import TooManyFailed
 from tempflow.run.recorder import Recorder
 from tempflow.run.stopping import StopRule
+from tempflow.sampling.layout import Layout
 from tempflow.training import distributed
 from tempflow.training.credit import make_parts, reward_metrics, suffix_metrics, update_metrics
 from tempflow.training.evaluator import Evaluator
-from tempflow.training.rollout import count_rows, gather_rewards, plan_iteration, roll_out
-from tempflow.training.session import Session, build
+from tempflow.training.rollout import RolledOut, Scored, count_rows, gather_rewards, plan_iteration, roll_out
+from tempflow.training.session import Session, build, check_rewards
+from tempflow.training.shares import check_shares, prompt_order, prompts_reached
 from tempflow.training.update import Part, Updater
-from tempflow.types import Example, Unit
+from tempflow.types import Advantages, Example, Unit
 
 
-def check_shares(config: Config, prompts: list[Example], heldout: list[Example]) -> None:
-    """UserError where the run's work cannot be shared out among the ranks; before anything is started."""
-    units, seeds = config.data.prompts_per_iteration * config.plan().seeds, "data.prompts_per_iteration x rollout.plan.seeds"
-    if units < distributed.world_size():
-        raise UserError(f"{seeds}: {units} units for {distributed.world_size()} ranks")
-    heldout = heldout[: config.eval.prompts]
-    if heldout and len(heldout) < distributed.world_size():
-        raise UserError(f"data.heldout, eval.prompts: {len(heldout)} prompts for {distributed.world_size()} ranks")
-    # Under ZeRO-3 a forward of the engine is a collective: a rank with fewer of them would leave the others waiting.
-    if config.rollout.replica or config.deepspeed.get("zero_optimization", {}).get("stage", 0) < 3:
-        return
-    shared = {seeds: units} | ({"data.heldout, eval.prompts": len(heldout)} if config.eval.every else {})
-    for key, count in shared.items():
-        if count % distributed.world_size():
-            raise UserError(
-                f"{key}: {count} for {distributed.world_size()} ranks; with rollout.replica false under ZeRO-3 every rank must have as many"
-            )
+@dataclass(frozen=True)
+class Rolled:
+    """An iteration that was rolled out and scored."""
 
-
-def prompt_order(config: Config, prompts: list[Example]) -> PromptOrder:
-    """The order in which the run meets its prompts."""
-    return PromptOrder(len(prompts), config.data.prompts_per_iteration, config.training.seed)
-
-
-def prompts_reached(config: Config, prompts: list[Example]) -> list[int] | None:
-    """The training prompts that the run will ask for, by place; None: perhaps all of them."""
-    return None if config.data.curation else prompt_order(config, prompts).reached(config.training.iterations)
+    rolled: RolledOut
+    scored: Scored
+    exact: Scored | None
+    """Of the same rows with the exact suffix, where a coarser one is audited."""
 
 
 class Trainer:
@@ -74,7 +59,9 @@ class Trainer:
         self.evaluator = Evaluator(session, recorder)
         self.rule = StopRule(self.config.eval.stop) if self.config.eval.stop else None
         self.iteration, self.elapsed, self.images, self.skipped_in_a_row = 0, 0.0, 0, 0
+        self.seconds: dict[str, float] = {}  # of the parts of this iteration, on this rank
         self.saved = 0  # iteration of the newest checkpoint; before the first update there is nothing to save
+        self.stopped = False  # by a signal on any rank
         self.ended: str | None = None  # why the stop rule ended the run
 
     # ------------------------------------------------------------------------------------------------------ run
@@ -100,7 +87,7 @@ class Trainer:
             if resume_from and self.rule:
                 self.ended = distributed.agree_on(self.rule.replay(self.recorder.rows(), self.config.eval.every))
             self._train(first=resume_from is None)
-            summary = self._finish() if not s.stop() else None
+            summary = None if self.stopped else self._finish()
         self.recorder.close()
         if summary:
             self.recorder.console.summary(summary, self.recorder.run_dir)
@@ -137,12 +124,12 @@ class Trainer:
         self.profile.before(self.iteration)
         if self.saved != self.iteration:
             self._save()
+        self.stopped = bool(distributed.reduce(self.session.stop(), "max"))
         self._say_why_it_ended()
 
     def _say_why_it_ended(self) -> None:
-        stop = self.session.stop
-        if distributed.reduce(stop(), "max"):
-            why = getattr(stop, "received", None) or "a signal on another rank"
+        if self.stopped:
+            why = getattr(self.session.stop, "received", None) or "a signal on another rank"
             self.recorder.note(f"stopped by {why} after iteration {self.iteration}; continue with --resume")
         elif self.ended:
             self.recorder.note(f"stopped after iteration {self.iteration} by {self.ended}; to go on: --resume with another eval.stop")
@@ -170,40 +157,72 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------ iteration
     def _iterate(self) -> dict | None:
         """One iteration; None where a stop was asked for during the rollout."""
-        s, suffix, console = self.session, self.config.rollout.suffix, self.recorder.console
+        self.seconds = {}
+        drawn, layout = self._draw()
+        rollout = self._roll_out(layout)  # the reward workers score images meanwhile
+        if rollout is None:
+            return None
+        credit = self.session.advantage(layout.slots, rollout.scored.rewards)
+        with self._timed("train"):
+            updates, forwards = self._passes(make_parts(self.session, rollout.rolled, credit))
+        with self._timed("sync"), span("weight sync"):
+            self._refresh()
+        return self._metrics(rollout, credit, updates, forwards) | self._curate(drawn, layout, rollout) | self._times()
+
+    def _draw(self) -> tuple[Draw | None, Layout]:
+        """The iteration's prompts, as curation drew them where there is any, and the rows of all units."""
         drawn = self.curation.draw(self.iteration) if self.curation else None
-        layout = plan_iteration(s, drawn.indices if drawn else self.order.indices(self.iteration), self.iteration)
+        return drawn, plan_iteration(self.session, drawn.indices if drawn else self.order.indices(self.iteration), self.iteration)
+
+    def _roll_out(self, layout: Layout) -> Rolled | None:
+        """Roll out and score; with the exact suffix once more, where a coarser one is audited. None where a stop was asked for."""
+        s, suffix = self.session, self.config.rollout.suffix
         audits = suffix is not None and suffix.audit_every > 0 and self.iteration % suffix.audit_every == 0
         rows = count_rows(s, layout, suffix) + (count_rows(s, layout, None) if audits else 0)
-        exact, audit_seconds = None, 0.0
-        with console.phase("rollout", rows) as advance, s.threads.shared():
+        with self.recorder.console.phase("rollout", rows) as advance, s.threads.shared():
             rolled = roll_out(s, layout, self.iteration, suffix, advance)
             if rolled is None:
                 return None
             scored = gather_rewards(s, rolled)
-            if audits:
-                started = time.perf_counter()
-                again = roll_out(s, layout, self.iteration, None, advance)
-                if again is None:
+            self.seconds |= rolled.seconds | scored.seconds
+            with self._timed("audit"):
+                again = roll_out(s, layout, self.iteration, None, advance) if audits else None
+                if audits and again is None:
                     return None
-                exact, audit_seconds = gather_rewards(s, again), time.perf_counter() - started
-        credit = s.advantage(layout.slots, scored.rewards)
+                return Rolled(rolled, scored, gather_rewards(s, again) if again else None)
+
+    def _metrics(self, rollout: Rolled, credit: Advantages, updates: list[dict], forwards: int) -> dict:
+        self.images += rollout.scored.images
+        return (
+            reward_metrics(rollout.scored, credit, rollout.rolled)
+            | {"images/total": self.images}
+            | suffix_metrics(self.session, rollout.scored, credit, rollout.rolled, rollout.exact)
+            | update_metrics(updates, forwards, self.session.runtime.learning_rate())
+        )
+
+    def _curate(self, drawn: Draw | None, layout: Layout, rollout: Rolled) -> dict:
+        """Let curation see the rewards of the prompts that it drew; its metrics."""
+        if drawn is None:
+            return {}
+        self.curation.update(drawn, self.iteration, layout.slots, rollout.scored.rewards.total)
+        return self.curation.metrics(drawn, self.iteration)
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        """Note what a part of the iteration takes."""
         started = time.perf_counter()
-        updates, forwards = self._passes(make_parts(s, rolled, credit))
-        trained = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - started
+
+    def _times(self) -> dict[str, float]:
+        """Seconds of the iteration's parts, on the rank that each took longest on."""
+        longest = distributed.reduce(list(self.seconds.values()), "max")
+        return {f"time/{name}": float(value) for name, value in zip(self.seconds, longest, strict=True)}
+
+    def _refresh(self) -> None:
+        """Bring the trained weights into the rollout copy."""
         if self.config.rollout.replica:
-            with span("weight sync"):
-                s.runtime.refresh(s.policy.denoiser())
-        synced = time.perf_counter()
-        self.images += scored.images
-        metrics = reward_metrics(scored, credit, rolled) | {"images/total": self.images}
-        metrics |= suffix_metrics(s, scored, credit, rolled, exact) | update_metrics(updates, forwards, s.runtime.learning_rate())
-        if drawn:
-            self.curation.update(drawn, self.iteration, layout.slots, scored.rewards.total)
-            metrics |= self.curation.metrics(drawn, self.iteration)
-        seconds = rolled.seconds | scored.seconds | {"audit": audit_seconds, "train": trained - started, "sync": synced - trained}
-        longest = distributed.reduce(list(seconds.values()), "max")
-        return metrics | {f"time/{name}": float(value) for name, value in zip(seconds, longest, strict=True)}
+            self.session.runtime.refresh(self.session.policy.denoiser())
 
     def _passes(self, parts: list[Part]) -> tuple[list[dict], int]:
         """All updates of an iteration; returns their metrics, and the rows forwarded beside them on all ranks."""
@@ -326,21 +345,7 @@ class Trainer:
             self.curation.load(state["curation"])
         self.evaluator.load(state)
         self.saved = self.iteration
-        if self.config.rollout.replica:
-            s.runtime.refresh(s.policy.denoiser())
-
-
-def check_rewards(session: Session) -> None:
-    """Refuse a reward that answers anything but numbers before the base is evaluated; one rank's test speaks for all."""
-    session.pool.wait_ready()
-    trouble, prompts = None, session.heldout + session.prompts
-    if distributed.rank() == 0:
-        try:
-            probe(session.pool, session.specs, [p.text for p in prompts], [p.metadata for p in prompts], session.sampler.size)
-        except UserError as error:
-            trouble = str(error)
-    if trouble := distributed.agree_on(trouble):
-        raise UserError(trouble)
+        self._refresh()
 
 
 def train(

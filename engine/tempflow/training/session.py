@@ -10,15 +10,17 @@ import torch
 
 from tempflow.advantages import Advantage
 from tempflow.config import Config
+from tempflow.errors import UserError
 from tempflow.models import Policy, Sampler
 from tempflow.models.embeddings import EmbeddingCache, open_policy
 from tempflow.objectives import Objective
 from tempflow.penalties import Penalty
-from tempflow.rewards import RewardPool, RewardSpec, fits
+from tempflow.rewards import RewardPool, RewardSpec, fits, probe
 from tempflow.sampling.float8 import Float8Copy
 from tempflow.sampling.graphs import CudaCapture, GraphCache
 from tempflow.sampling.plans.base import Plan
 from tempflow.sampling.steps import Grid
+from tempflow.training import distributed
 from tempflow.training.device import Threads, cores_per_rank, device
 from tempflow.training.ema import Average
 from tempflow.training.engine import Runtime, compile_blocks
@@ -202,3 +204,16 @@ def make_float8(config: Config, policy: Policy) -> Float8Copy | None:
     made = Float8Copy(policy.denoiser())
     compile_blocks(made.transformer, config.rollout.compile)
     return made
+
+
+def check_rewards(session: Session) -> None:
+    """Refuse a reward that answers anything but numbers before the base is evaluated; one rank's test speaks for all."""
+    session.pool.wait_ready()
+    trouble, prompts = None, session.heldout + session.prompts
+    if distributed.rank() == 0:
+        try:
+            probe(session.pool, session.specs, [p.text for p in prompts], [p.metadata for p in prompts], session.sampler.size)
+        except UserError as error:
+            trouble = str(error)
+    if trouble := distributed.agree_on(trouble):
+        raise UserError(trouble)

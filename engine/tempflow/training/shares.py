@@ -1,0 +1,38 @@
+"""What a run's work is and how it is shared out among ranks: known before anything is started."""
+
+from __future__ import annotations
+
+from tempflow.config import Config
+from tempflow.data.prompts import PromptOrder
+from tempflow.errors import UserError
+from tempflow.training import distributed
+from tempflow.types import Example
+
+
+def check_shares(config: Config, prompts: list[Example], heldout: list[Example]) -> None:
+    """UserError where the run's work cannot be shared out among the ranks; before anything is started."""
+    units, seeds = config.data.prompts_per_iteration * config.plan().seeds, "data.prompts_per_iteration x rollout.plan.seeds"
+    if units < distributed.world_size():
+        raise UserError(f"{seeds}: {units} units for {distributed.world_size()} ranks")
+    heldout = heldout[: config.eval.prompts]
+    if heldout and len(heldout) < distributed.world_size():
+        raise UserError(f"data.heldout, eval.prompts: {len(heldout)} prompts for {distributed.world_size()} ranks")
+    # Under ZeRO-3 a forward of the engine is a collective: a rank with fewer of them would leave the others waiting.
+    if config.rollout.replica or config.deepspeed.get("zero_optimization", {}).get("stage", 0) < 3:
+        return
+    shared = {seeds: units} | ({"data.heldout, eval.prompts": len(heldout)} if config.eval.every else {})
+    for key, count in shared.items():
+        if count % distributed.world_size():
+            raise UserError(
+                f"{key}: {count} for {distributed.world_size()} ranks; with rollout.replica false under ZeRO-3 every rank must have as many"
+            )
+
+
+def prompt_order(config: Config, prompts: list[Example]) -> PromptOrder:
+    """The order in which the run meets its prompts."""
+    return PromptOrder(len(prompts), config.data.prompts_per_iteration, config.training.seed)
+
+
+def prompts_reached(config: Config, prompts: list[Example]) -> list[int] | None:
+    """The training prompts that the run will ask for, by place; None: perhaps all of them."""
+    return None if config.data.curation else prompt_order(config, prompts).reached(config.training.iterations)
