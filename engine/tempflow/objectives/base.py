@@ -118,9 +118,8 @@ class Objective(ABC):  # noqa: B024 (one of two methods is abstract)
             log_ratio = torch.log(seen.ratio)
             distance = None if not self.keeps_velocity else step_distance(velocity, old and old.velocity, batch)
             advantage = self.pull(batch.advantage, log_ratio, distance) / seen.ratio
-        loss, _ = kernel_loss(velocity, batch, advantage, old, penalty, velocity_ref, **NEVER)
-        kl = _mean_kl(penalty, velocity, velocity_ref, batch)
-        return loss, seen._replace(kl=seen.kl if kl is None else kl)
+        loss, penalized = kernel_loss(velocity, batch, advantage, old, penalty, velocity_ref, **NEVER)
+        return loss, seen._replace(kl=penalized.kl)
 
     def measure(self, velocity: torch.Tensor, batch: Batch, old: Old | None) -> GroupStats:
         """Ratios and log-probabilities under a velocity, without a gradient."""
@@ -169,12 +168,3 @@ def step_distance(velocity: torch.Tensor, velocity_old: torch.Tensor | None, bat
         return torch.zeros_like(batch.b)[:, None]
     apart = (velocity.detach().float() - velocity_old.float()).flatten(1).square().mean(1)
     return (batch.b.square() * apart / (2 * batch.tau.square()))[:, None]
-
-
-def _mean_kl(penalty, velocity, velocity_ref, batch) -> torch.Tensor | None:
-    if penalty is None or velocity_ref is None or penalty.kernel is None:
-        return None
-    with torch.no_grad():
-        live = batch.weight != 0
-        per_state = penalty.divergence(velocity.detach(), velocity_ref, batch.b, batch.tau)
-        return torch.where(live, per_state, 0.0).sum() / live.sum().clamp(min=1)
