@@ -167,7 +167,7 @@ def test_a_refused_run_captures_nothing(policy, monkeypatch):
     from tempflow.types import Example
 
     opened, notes = (policy, EmbeddingCache(policy)), []
-    monkeypatch.setattr(session, "open_policy", lambda *given: opened)
+    monkeypatch.setattr(session, "open_policy", lambda *given, **how: opened)
     monkeypatch.setattr(session, "Runtime", lambda *given: None)
     for may, said in ((False, []), (True, ["rollout.graphs: no GPU, so rollouts run eagerly"])):
         monkeypatch.setattr(session, "may_capture", lambda *given, may=may: may)
