@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from engine_cases import config_table, write_config
+from engine_cases import config_table, small_config, write_config
 from run_cases import script_here, train
 
 from tempflow import __main__ as command
@@ -267,3 +267,27 @@ def test_a_run_of_the_version_before_goes_on(tmp_path):
     run = train(tmp_path, "old", "--resume", processes=None, training={"iterations": 2, "penalty": {"coef": 0.1}}, **small)
     assert [row["iteration"] for row in run.rows][-1] == 2
     assert json.loads(file.read_text())["rollout"]["plan"]["type"] == "tempflow"
+
+
+def test_a_plan_without_noise_needs_an_objective_that_learns_from_endpoints(tmp_path, monkeypatch):
+    """Refused before anything is loaded: no state would be left to train on."""
+    source = """from tempflow.sampling.plans.base import Plan
+from tempflow.types import Row
+
+
+class Samples(Plan):
+    seeds = 3
+
+    def steps(self, iteration):
+        return []
+
+    def rows(self, unit, iteration):
+        return [Row(unit)]
+"""
+    (tmp_path / "plain_rows.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    changes = {"rollout": {"plan": "plain_rows:Samples"}, "training": {"advantage": {"over": "prompt"}}}
+    with pytest.raises(UserError, match="rollout.plan: plain_rows:Samples takes no noise"):
+        small_config(**changes)
+    changes["training"]["objective"] = "nft"
+    assert small_config(**changes).plan().seeds == 3

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from tempflow import registry
 from tempflow.errors import UserError, shown
+from tempflow.types import Unit
 
 if TYPE_CHECKING:
     from tempflow.config.schema import Config
@@ -28,7 +29,12 @@ def resolve_components(config: Config) -> None:
 
 
 def check_groups(config: Config) -> None:
-    over = config.advantage().over
+    plan, over = config.plan(), config.advantage().over
+    if config.objective().wants == "states" and not any(row.noise for row in plan.rows(Unit(0, 0, 0, 0), 0)):
+        raise ValueError(
+            f"rollout.plan: {config.rollout.plan['type']} takes no noise, so it leaves no state to train on; "
+            'training.objective must learn from finished latents, as "nft" does'
+        )
     if _largest_group(config, over) > 1:
         return
     if "children" in config.rollout.plan:
