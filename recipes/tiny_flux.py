@@ -43,7 +43,6 @@ TEXT_REACH = 8  # T5 tokens attend this far; two layers reach 16
 SHORT_TEXT, LONG_TEXT, FULL_TEXT = 20, 44, 512  # 44: the longest prompt (18), its reach (16) and their reach (8)
 T5_CONSTANT, PADDING = 256.0, 32.0  # sizes of the channels that mark padding
 FAR = -1e4  # attention bias that means "never"
-TRAIN_PROMPTS, HELDOUT_PROMPTS = 4000, 128
 
 
 def progress() -> Progress:
@@ -56,18 +55,7 @@ def progress() -> Progress:
     )
 
 
-# --------------------------------------------------------------------------------------------------- prompts
-def write_prompts(folder: Path, seed: int) -> list[str]:
-    """Disjoint train and held-out prompt files; returns the held-out words."""
-    rng = np.random.default_rng(seed)
-    heldout = tiny_words.distinct_words(HELDOUT_PROMPTS, rng)
-    train = tiny_words.distinct_words(TRAIN_PROMPTS, rng, frozenset(heldout))
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, chosen in (("train", train), ("heldout", heldout)):
-        (folder / f"words_{name}.txt").write_text("".join(tiny_words.prompt_of(w) + "\n" for w in chosen))
-    return heldout
-
-
+# -------------------------------------------------------------------------------------------------- pictures
 def picture_batch(count: int, rng: np.random.Generator) -> tuple[torch.Tensor, list[str]]:
     """Pictures in [-1, 1], fp32 [count, 3, 32, 96], and their words."""
     words = [tiny_words.random_word(rng) for _ in range(count)]
@@ -494,7 +482,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
     started = time.time()
-    heldout = write_prompts(ASSETS / "prompts", args.seed)
+    heldout = tiny_words.write_prompts(ASSETS / "prompts", args.seed)["heldout"][: tiny_words.FIRST_HELDOUT]
 
     vae_file, vae_facts = args.work / "vae.safetensors", args.work / "vae.json"
     torch.manual_seed(args.seed)

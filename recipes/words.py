@@ -2,6 +2,14 @@
 
 Ground-truth pictures are rendered with DejaVu Sans Bold as matplotlib ships it, so no font file lives in this
 repository. Everything is drawn from one `numpy.random.Generator`: same generator state, same picture.
+
+`python recipes/words.py` writes the shipped prompt files anew:
+
+    words_train.txt    4000 words that runs are trained on
+    words_heldout.txt   512 words of evaluations while runs go on, and of everything that is chosen by them
+    words_final.txt     256 words for the last number of a finished comparison: nothing is chosen by them
+
+No word is in two of them.
 """
 
 from __future__ import annotations
@@ -17,6 +25,9 @@ from PIL import Image, ImageDraw, ImageFont
 HEIGHT, WIDTH = 32, 96
 LETTERS = 3, 5  # shortest and longest word
 SUPERSAMPLE = 2
+TRAIN, HELDOUT, FINAL = 4000, 512, 256  # words in each prompt file
+FIRST_HELDOUT = 128  # drawn before the words of training; the rest came later, so that the first ones stayed what they were
+PROMPTS = Path(__file__).parent.parent / "engine/tempflow/assets/prompts"
 
 
 def prompt_of(word: str) -> str:
@@ -38,6 +49,25 @@ def distinct_words(count: int, rng: np.random.Generator, exclude: frozenset[str]
         if word not in exclude:
             words[word] = None
     return list(words)
+
+
+def word_lists(seed: int = 0) -> dict[str, list[str]]:
+    """The words of the files train, heldout and final, all different."""
+    rng = np.random.default_rng(seed)
+    heldout = distinct_words(FIRST_HELDOUT, rng)
+    train = distinct_words(TRAIN, rng, frozenset(heldout))
+    heldout += distinct_words(HELDOUT - FIRST_HELDOUT, rng, frozenset(heldout + train))
+    final = distinct_words(FINAL, rng, frozenset(heldout + train))
+    return {"train": train, "heldout": heldout, "final": final}
+
+
+def write_prompts(folder: Path = PROMPTS, seed: int = 0) -> dict[str, list[str]]:
+    """Write words_train.txt, words_heldout.txt and words_final.txt, a prompt a line; returns the words."""
+    lists = word_lists(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, words in lists.items():
+        (folder / f"words_{name}.txt").write_text("".join(prompt_of(word) + "\n" for word in words))
+    return lists
 
 
 @lru_cache
@@ -73,3 +103,8 @@ def render(word: str, rng: np.random.Generator) -> np.ndarray:
     x, y = slack + shift - (left, top)
     ImageDraw.Draw(canvas).text((x, y), word, font=font, fill=ink)
     return np.asarray(canvas.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS))
+
+
+if __name__ == "__main__":
+    for name, words in write_prompts().items():
+        print(f"{PROMPTS / f'words_{name}.txt'}: {len(words)} words")

@@ -1,5 +1,6 @@
 """Prompt files, and the order in which prompts are drawn."""
 
+import hashlib
 import json
 import sys
 from collections import Counter
@@ -10,6 +11,7 @@ from engine_cases import HELDOUT, PROMPTS, config_table
 from hypothesis import given
 from hypothesis import strategies as st
 
+import words as word_recipe
 from tempflow.config import HubDataset, load_config, parse_config
 from tempflow.data.prompts import LONGEST, PromptOrder, check_unchanged, digests, load_prompts, typed_prompts
 from tempflow.errors import UserError
@@ -40,10 +42,18 @@ def test_jsonl_file(tmp_path):
 
 
 def test_shipped_prompts():
-    train, heldout = load_prompts(PROMPTS), load_prompts(HELDOUT)
-    texts = {p.text for p in train}
-    assert len(texts) == len(train) and texts.isdisjoint(p.text for p in heldout)
-    assert all(quoted_text(p.text) for p in train + heldout)
+    """They are what the recipe makes of seed 0, and no word is in two files."""
+    files = {name: load_prompts(PROMPTS.with_name(f"words_{name}.txt")) for name in word_recipe.word_lists()}
+    read = {name: [quoted_text(p.text) for p in prompts] for name, prompts in files.items()}
+    assert read == word_recipe.word_lists()
+    assert {name: len(set(found)) for name, found in read.items()} == {"train": 4000, "heldout": 512, "final": 256}
+    assert len(set().union(*read.values())) == 4000 + 512 + 256
+
+
+def test_the_first_held_out_words_stay():
+    """Numbers on the first 128 are compared with those from before there were more."""
+    text = "".join(p.text + "\n" for p in load_prompts(HELDOUT)[: word_recipe.FIRST_HELDOUT])
+    assert hashlib.sha256(text.encode()).hexdigest() == "84f9fb53566e97880f86544ab51d93a5f42859ba9230ea2f5b8027dc228b4632"
 
 
 @pytest.mark.parametrize(
