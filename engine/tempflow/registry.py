@@ -55,6 +55,7 @@ KINDS = {
             "cps": "tempflow.sampling.steps:Cps",
             "dance": "tempflow.sampling.steps:Dance",
             "flow": "tempflow.sampling.steps:Flow",
+            "precise": "tempflow.sampling.steps:Precise",
         },
     ),
     "advantage": Kind(

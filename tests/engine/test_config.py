@@ -186,7 +186,7 @@ REFUSED = [
     ("rollout.sde.eta", float("nan"), ["rollout.sde.eta", "number", "nan"]),
     # values outside what is allowed
     ("rollout.plan", "tempflo", ["rollout.plan", "did you mean 'tempflow'", "flow_grpo, mix_grpo", "my_module:MyPlan", "'tempflo'"]),
-    ("rollout.sde", "ode", ["rollout.sde", "cps, dance, flow", "'ode'"]),
+    ("rollout.sde", "ode", ["rollout.sde", "cps, dance, flow, precise", "'ode'"]),
     ("training.advantage.over", "batch", ["training.advantage.over", "'seed' or 'prompt'", "'batch'"]),
     ("rollout.plan.seeds", 0, ["rollout.plan.seeds", "at least 1", "0"]),
     ("rollout.plan.children", 0, ["rollout.plan.children", "at least 1", "0"]),

@@ -65,7 +65,7 @@ def test_evaluation_noise_follows_the_prompt_not_the_batch():
 
 
 # -------------------------------------------------------------------------------------------------- scheduler
-@pytest.mark.parametrize("sde", ["flow", "dance", "cps"])
+@pytest.mark.parametrize("sde", ["flow", "dance", "cps", "precise"])
 def test_equals_one_row_at_a_time(sde):
     config = small_config(rollout={"sde": sde, "plan": {"children": 3, "branch_steps": [0, 1, 5, 8]}})
     units = iteration_units([11, 4], 2)

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kernel_cases import assert_close
 
-from tempflow.sampling.steps import Cps, Dance, Flow, ode_coefficients, step_weights
+from tempflow.sampling.steps import Cps, Dance, Flow, Precise, ode_coefficients, step_weights
 
 FP32 = 1.2e-7  # one rounding to fp32
-KINDS = {"flow": Flow, "dance": Dance, "cps": Cps}
+KINDS = {"flow": Flow, "dance": Dance, "cps": Cps, "precise": Precise}
 
 
 def shifted(steps, shift):
@@ -59,6 +59,8 @@ def test_formulas(kind, eta, grid):
         ("dance", 0.84, -0.33, 0.4),
         # tau = 0.25 sin(0.4 pi), q = 0.25 cos(0.4 pi)
         ("cps", 0.8272542, -0.3363729, 0.2377641),
+        # rho = (0.25 0.5) / (0.5 0.75) = 1/3, rho^0.64 = 0.4950424: tau = 0.25 sqrt(0.5049576), q = 0.25 sqrt(0.4950424)
+        ("precise", 0.9258981, -0.2870509, 0.1776509),
         ("ode", 1.0, -0.25, 0.0),
     ],
 )
@@ -103,10 +105,18 @@ def test_data_part_follows_the_flow(grid, eta, kind):
     assert ((data - (1 - s[1:])).abs() <= 3 * FP32 * scale).all()
 
 
-@given(falling, etas)
-def test_cps_keeps_the_marginal_variance(grid, eta):
+@pytest.mark.parametrize("first", [1 - 2**-24, 1 + 2**-23], ids=["below", "above"])
+def test_precise_at_pure_noise_takes_fresh_noise_alone(first):
+    """rho = 0 there, also up to rounding: rho^0.01 of a rounding error would keep a sixth of the old noise."""
+    found = Precise(0.1).coefficients(torch.tensor([first, 0.8, 0.4, 0.0]))
+    np.testing.assert_allclose([found.a[0], found.b[0], found.tau[0]], [0.2, -0.2, 0.8], rtol=1e-6)
+    assert found.tau[-1] == 0
+
+
+@given(falling, etas, st.sampled_from(["cps", "precise"]))
+def test_preserving_steps_keep_the_marginal_variance(grid, eta, kind):
     """The noise part, old and fresh together, has variance s'^2: FlowCPS's promise, exact at any step size."""
-    found, s = Cps(eta).coefficients(grid), grid.double()
+    found, s = KINDS[kind](eta).coefficients(grid), grid.double()
     old = found.a.double() * s[:-1] + found.b.double()
     variance = old**2 + found.tau.double() ** 2
     np.testing.assert_allclose(variance.numpy(), (s[1:] ** 2).numpy(), rtol=1e-5, atol=1e-6)
@@ -129,7 +139,7 @@ def test_langevin_keeps_the_marginal_variance_to_first_order(kind):
 def test_steps_take_noise_up_to_the_last(kind, grid):
     tau = KINDS[kind](0.7).coefficients(grid).tau
     assert (tau[:-1] > 0).all() and torch.isfinite(tau).all()
-    assert (tau[-1] == 0) == (kind == "cps"), "only cps ends without noise"
+    assert (tau[-1] == 0) == (kind in ("cps", "precise")), "only steps that preserve coefficients end without noise"
 
 
 @given(st.data(), falling, etas, st.sampled_from(list(KINDS)))
