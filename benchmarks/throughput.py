@@ -90,6 +90,8 @@ class Variant:
 def variants(config: Config, compiled: bool, gpu: bool) -> list[Variant]:
     """What is compared: the paper's procedure, Flow-GRPO at as many rewarded images, and the engine part by part."""
     plan, float8 = config.rollout.plan, {"suffix": Suffix(weights="float8")}
+    if not isinstance(plan["children"], int):
+        raise UserError(f"rollout.plan.children: {plan['children']}; the paper's procedure has one number for all steps")
     images = plan["seeds"] * len(config.plan().steps(0)) * plan["children"]
     flow = changed(
         config,

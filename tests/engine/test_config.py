@@ -191,6 +191,10 @@ REFUSED = [
     ("rollout.plan.seeds", 0, ["rollout.plan.seeds", "at least 1", "0"]),
     ("rollout.plan.children", 0, ["rollout.plan.children", "at least 1", "0"]),
     ("rollout.plan.children", 65, ["rollout.plan.children", "at most 64", "65"]),
+    ("rollout.plan.children", [2, 65, 2], ["rollout.plan.children", "at most 64", "65"]),
+    ("rollout.plan.children", [2, 2.5, 2], ["rollout.plan.children", "list of whole numbers", "2.5"]),
+    ("rollout.plan.children", [], ["rollout.plan.children", "list of whole numbers", "[]"]),
+    ("rollout.plan.children", [2, 3], ["rollout.plan.children", "2 numbers for 3 branch steps"]),
     ("rollout.num_steps", 1, ["rollout.num_steps", "greater than or equal to 2", "1"]),
     ("rollout.height", -32, ["rollout.height", "greater than or equal to 1", "-32"]),
     ("rollout.sde.eta", 0, ["rollout.sde.eta", "above 0", "0"]),
@@ -267,6 +271,10 @@ def test_refused(key, value, words):
         (
             {"rollout": {"plan": {"children": 1, "seeds": 1}}, "training": {"advantage": {"over": "prompt"}}},
             ["rollout.plan.children", "at least 2"],
+        ),
+        (
+            {"rollout": {"plan": {"children": [2, 3], "branch_steps": {"random": 2}}}},
+            ["rollout.plan.children", '"all" or a list of as many steps', '{"random": n}'],
         ),
         ({"rollout": {"graphs": True, "replica": False}}, ["rollout.graphs", "rollout.replica"]),
         ({"rollout": {"suffix": {"weights": "float8"}, "replica": False}}, ['rollout.suffix.weights: "float8"', "rollout.replica"]),

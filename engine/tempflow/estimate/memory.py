@@ -120,7 +120,8 @@ def _held(config: Config, model: Model, gpus: int) -> int:
     """States, once as rolled out and once as micro-batches, the latents under way, and the prompts' embeddings."""
     r, t = config.rollout, config.training
     units, children, elements = busiest_units(config, gpus), unit_states(config), math.prod(model.latent)
-    stored = 2 * units * (len(children) + sum(children)) * 4
+    widened = len(children) * max(children, default=0)  # a micro-batch has as many children for every state
+    stored = units * (2 * len(children) + sum(children) + widened) * 4
     keeps_velocity = t.objective.get("ratio") == "guard" and t.updates.passes > 1
     velocities = units * len(children) * model.trained_in.itemsize * ((t.penalty is not None) + keeps_velocity)
     under_way = (units + r.micro_batch) * 4

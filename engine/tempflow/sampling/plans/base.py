@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from copy import copy
 
 import numpy as np
 
@@ -21,7 +22,9 @@ class Plan(ABC):
     seeds: int
     """Initial noises per prompt."""
     children: int = 1
-    """Rows that leave one state, at least: 1 for a plan that does not branch."""
+    """Rows that branch off one state, at most; 1 for a plan that does not branch."""
+    branch_steps: BranchSteps | None = None
+    """The steps that take noise, of a plan that `at_steps` can narrow."""
     num_steps: int
     """Steps of the sampling grid."""
     run_seed: int
@@ -38,6 +41,20 @@ class Plan(ABC):
     @abstractmethod
     def rows(self, unit: Unit, iteration: int) -> list[Row]:
         """The rows of a unit, parents before their children."""
+
+    def at_steps(self, steps: list[int]) -> Plan:
+        """This plan, prepared, with noise at some of its possible steps alone, whatever the iteration; all else stays as it is.
+
+        Raises UserError for a plan without `branch_steps`, and ValueError for steps that are not its own.
+        """
+        if self.branch_steps is None:
+            raise UserError(f"{type(self).__name__} does not let its steps be chosen")
+        unknown = set(steps) - set(self.branch_steps.possible(self.num_steps))
+        if unknown or not steps:
+            raise ValueError(f"steps {sorted(steps)} of {self.branch_steps.possible(self.num_steps)}")
+        narrowed = copy(self)
+        narrowed.branch_steps = BranchSteps(sorted(steps))
+        return narrowed
 
 
 def check_seeds(seeds: int) -> int:
@@ -71,9 +88,13 @@ class BranchSteps:
         if self.random and self.random > last + 1:
             raise UserError(f"{self.option}.random: {shown(self.random)} of {last + 1} steps")
 
+    def possible(self, num_steps: int) -> list[int]:
+        """The steps that an iteration may have, rising."""
+        return self.listed or list(range(num_steps - 1))
+
     def at(self, iteration: int, num_steps: int, run_seed: int) -> list[int]:
         """The steps of an iteration; of random ones, one in each of n equal parts of the grid."""
-        steps = self.listed or list(range(num_steps - 1))
+        steps = self.possible(num_steps)
         if not self.random:
             return steps
         rng = np.random.default_rng([run_seed, iteration])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tempflow.errors import check_range
+from tempflow.errors import UserError, check_range, shown
 from tempflow.sampling.plans.base import BranchSteps, Plan, check_seeds
 from tempflow.types import Row, Unit
 
@@ -12,23 +12,41 @@ class TempFlow(Plan):
 
     Args:
         seeds: S, initial noises per prompt.
-        children: B, children per (seed, branch step); at most 64.
+        children: B, children per (seed, branch step), at most 64; or a list of one number for each branch step, which then are
+            "all" or a list.
         branch_steps: steps that take noise: "all" but the last, a list, or {"random": n} for n drawn anew each iteration, spread
             over the grid.
     """
 
-    def __init__(self, seeds: int = 4, children: int = 6, branch_steps: str | list | dict = "all"):
-        check_range("children", children, least=1, most=64)
-        self.seeds, self.children, self.branch_steps = check_seeds(seeds), children, BranchSteps(branch_steps)
+    def __init__(self, seeds: int = 4, children: int | list = 6, branch_steps: str | list | dict = "all"):
+        self.seeds, self.branch_steps, self._given = check_seeds(seeds), BranchSteps(branch_steps), _checked(children)
+        self.children = max(children) if isinstance(children, list) else children
+        if isinstance(children, list) and self.branch_steps.random:
+            raise UserError('children: a list needs branch_steps "all" or a list of as many steps, got {"random": n}')
 
     def prepare(self, num_steps: int, run_seed: int) -> None:
         super().prepare(num_steps, run_seed)
         self.branch_steps.check(num_steps)
+        steps = self.branch_steps.possible(num_steps)
+        counts = self._given if isinstance(self._given, list) else [self._given] * len(steps)
+        if len(counts) != len(steps):
+            raise UserError(f"children: {len(counts)} numbers for {len(steps)} branch steps")
+        self._counts = dict(zip(steps, counts))
 
     def steps(self, iteration: int) -> list[int]:
         return self.branch_steps.at(iteration, self.num_steps, self.run_seed)
 
     def rows(self, unit: Unit, iteration: int) -> list[Row]:
         steps = self.steps(iteration)
-        children = [Row(unit, k, frozenset([k]), parent=0, path=(i,)) for k in steps for i in range(self.children)]
+        children = [Row(unit, k, frozenset([k]), parent=0, path=(i,)) for k in steps for i in range(self._counts[k])]
         return [Row(unit), *children]
+
+
+def _checked(children: int | list) -> int | list:
+    """UserError for what is neither a number of children nor a list of such numbers."""
+    numbers = children if isinstance(children, list) else [children]
+    if not numbers or any(type(number) is not int for number in numbers):
+        raise UserError(f"children: expected a whole number or a list of whole numbers, got {shown(children)}")
+    for number in numbers:
+        check_range("children", number, least=1, most=64)
+    return children
