@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kernel_cases import assert_close
 
-from tempflow.sampling.steps import Cps, Dance, Flow, Precise, ode_coefficients, step_weights
+from tempflow.sampling.steps import Cps, Dance, Flow, Precise, jittered, ode_coefficients, step_weights
 
 FP32 = 1.2e-7  # one rounding to fp32
 KINDS = {"flow": Flow, "dance": Dance, "cps": Cps, "precise": Precise}
@@ -132,6 +132,39 @@ def test_langevin_keeps_the_marginal_variance_to_first_order(kind):
         old = found.a[1].double() * 0.6 + found.b[1].double()
         errors.append(abs(old**2 + found.tau[1].double() ** 2 - (0.6 - dt) ** 2).item())
     assert 3.5 < errors[0] / errors[1] < 4.5
+
+
+# ------------------------------------------------------------------------------------------------------ jitter
+@grids
+def test_without_jitter_a_grid_is_itself(grid):
+    assert jittered(grid, 0.0, 3, 5) is grid
+
+
+@grids
+def test_jitter_moves_inner_sigmas_within_their_gaps(grid):
+    before = grid.clone()
+    for iteration in range(20):
+        found = jittered(grid, 0.9, 3, iteration)
+        moved, gaps = (found - grid).double().abs(), -grid.double().diff()
+        assert found.dtype == torch.float32 and found[0] == grid[0] and found[-1] == 0 and (found.diff() < 0).all()
+        assert (moved[1:-1] <= 0.45 * torch.minimum(gaps[:-1], gaps[1:]) + FP32).all() and moved.max() > 0
+    assert torch.equal(grid, before)
+
+
+def test_jitter_follows_seed_and_iteration():
+    grid = GRIDS["even-10"]
+    found = jittered(grid, 0.5, 3, 5)
+    assert torch.equal(found, jittered(grid, 0.5, 3, 5))
+    assert not torch.equal(found, jittered(grid, 0.5, 3, 6)) and not torch.equal(found, jittered(grid, 0.5, 4, 5))
+    u = torch.cat([(jittered(grid, 0.5, 3, i) - grid)[1:-1] for i in range(100)]) / (0.5 * 0.1 / 2)  # uniform in [-1, 1]
+    assert u.abs().max() <= 1 + 1e-4 and abs(u.mean()) < 0.07 and u.std().item() == pytest.approx(3**-0.5, rel=0.1)
+
+
+def test_jitter_keeps_the_gradient_per_sigma():
+    """b = (1 + eta^2 / 2) dt for flow on any grid, so that sums over steps stay sums over sigma."""
+    grid = jittered(GRIDS["even-10"], 0.8, 0, 0)
+    b = Flow(0.7).coefficients(grid).b.double()
+    np.testing.assert_allclose((b / grid.double().diff())[1:], 1.245, rtol=1e-6)
 
 
 @grids

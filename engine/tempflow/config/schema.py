@@ -135,6 +135,11 @@ class Rollout(Section):
     width: Pixels = Field(512, description="pixels")
     num_steps: Annotated[int, Field(ge=2, le=1000)] = Field(10, description="T, steps of the sampling grid")
     sde: Component = Field("flow", description="the stochastic step")
+    jitter: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0,
+        description="how far the inner sigmas move at random in each iteration, in halves of the gap to the nearer neighbor; "
+        "evaluations keep the checkpoint's own grid",
+    )
     guidance_scale: Annotated[float, Field(ge=0)] = Field(3.5, description="as in the diffusers pipeline's call")
     micro_batch: Positive = Field(48, description="most rows in one forward of the rollout")
     lanes: Threads | None = Field(

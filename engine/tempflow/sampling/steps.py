@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Callable
 
+import numpy as np
 import torch
 
 from tempflow.errors import check_range
@@ -30,6 +31,29 @@ class Grid:
 
     sigmas: torch.Tensor
     sde: Coefficients
+
+
+JITTER = 1  # the stream of random numbers that moves grids, apart from those that share its seeds
+
+
+def jittered(sigmas: torch.Tensor, jitter: float, run_seed: int, iteration: int) -> torch.Tensor:
+    """The grid of an iteration: every inner sigma moves by at most `jitter` times half the gap to its nearer neighbor.
+
+    sigma_k + jitter u_k min(sigma_{k-1} - sigma_k, sigma_k - sigma_{k+1}) / 2, with u_k uniform in [-1, 1]. The grid still falls, and
+    its ends stay.
+
+    Args:
+        sigmas: fp32 [T + 1], falling from 1 to 0.
+        jitter: in [0, 1); 0 returns the grid itself.
+        run_seed, iteration: what the u_k follow from.
+    """
+    if jitter == 0:
+        return sigmas
+    moved = sigmas.double().clone()
+    gaps = -torch.diff(moved)
+    u = np.random.default_rng([run_seed, iteration, JITTER]).uniform(-1, 1, len(gaps) - 1)
+    moved[1:-1] += jitter / 2 * torch.minimum(gaps[:-1], gaps[1:]) * torch.from_numpy(u)
+    return moved.float()
 
 
 def ode_coefficients(sigmas: torch.Tensor) -> Coefficients:

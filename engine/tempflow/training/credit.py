@@ -35,7 +35,7 @@ def make_parts(session: Session, rolled: RolledOut, credit: Advantages) -> list[
 
 def loss_weights(session: Session, rolled: RolledOut) -> torch.Tensor:
     """Loss weight of every step of the grid, fp32 [T]; 1 for states that an objective makes of endpoints."""
-    tau = session.grid.sde.tau
+    tau = rolled.kept.grid.sde.tau
     if session.objective.wants == "endpoints":
         return torch.ones_like(tau)
     return step_weights(tau, rolled.layout.slots.steps(), session.config.training.weighting)

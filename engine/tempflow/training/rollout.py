@@ -26,6 +26,7 @@ from tempflow.sampling.denoise import Denoise
 from tempflow.sampling.layout import Forest, Layout, iteration_units
 from tempflow.sampling.noise import Noise
 from tempflow.sampling.scheduler import Stats, eager, integrate
+from tempflow.sampling.steps import Grid
 from tempflow.sampling.suffix import count_forwards
 from tempflow.training import distributed
 from tempflow.training.session import Session
@@ -103,7 +104,7 @@ def roll_out(
     Args:
         session: policy, plan, pool and the rest.
         layout: of `plan_iteration`.
-        iteration: whose noise is drawn.
+        iteration: whose grid is used and whose noise is drawn.
         suffix: how rows go on after their last decision; None is exact.
         advance: is told of every n rows forwarded.
 
@@ -112,9 +113,9 @@ def roll_out(
     """
     started = time.perf_counter()
     chosen = my_units(layout)
-    forest, noise = layout.forest(chosen), Noise(session.config.training.seed, iteration)
+    forest, noise, grid = layout.forest(chosen), Noise(session.config.training.seed, iteration), session.grid_of(iteration)
     with span("rollout", rows=len(forest.rows)):
-        lanes = _roll_lanes(session, layout, chosen, forest, noise, suffix, advance)
+        lanes = _roll_lanes(session, layout, chosen, forest, grid, noise, suffix, advance)
     if distributed.reduce(session.stop() or any(lane.stopped for lane in lanes), "max"):
         return None
     images = _merge_images([lane.images for lane in lanes])
@@ -122,7 +123,7 @@ def roll_out(
     endpoints = sorted((e for lane in lanes for e in lane.endpoints), key=lambda e: e.slot)
     stats = sum((lane.stats for lane in lanes[1:]), lanes[0].stats)
     seconds = {"rollout": time.perf_counter() - started - images.seconds, "decode": images.seconds}
-    return RolledOut(layout, forest, Rollout(layout.slots, states, endpoints, session.grid, noise), images, stats, seconds)
+    return RolledOut(layout, forest, Rollout(layout.slots, states, endpoints, grid, noise), images, stats, seconds)
 
 
 class _Lane:
@@ -135,13 +136,13 @@ class _Lane:
         self.endpoints: list[Endpoint] = []
         self._waiting: list[tuple[int, torch.Tensor]] = []
 
-    def run(self, denoise: Denoise, noise: Noise, suffix: Suffix | None, advance, lock: Lock) -> _Lane:
+    def run(self, denoise: Denoise, grid: Grid, noise: Noise, suffix: Suffix | None, advance, lock: Lock) -> _Lane:
         s, r = self.session, self.session.config.rollout
         pad = s.graphs is not None or r.compile != "eager"
         for arrived in integrate(
             self.forest,
             denoise,
-            s.grid,
+            grid,
             noise,
             micro_batch=r.micro_batch,
             suffix=suffix,
@@ -188,7 +189,7 @@ class _Lane:
         self.images.thumbnails += list(np.where(finite[:, None], thumbnails(images), np.float32(np.nan)))
 
 
-def _roll_lanes(session: Session, layout: Layout, chosen: list[int], forest: Forest, noise, suffix, advance) -> list[_Lane]:
+def _roll_lanes(session: Session, layout: Layout, chosen: list[int], forest: Forest, grid, noise, suffix, advance) -> list[_Lane]:
     denoise = _denoise(session, forest.rows, suffix)
     if session.graphs is not None:
         own, denoiser = session.float8.tensors() if session.float8 else (), session.policy.denoiser()
@@ -200,12 +201,12 @@ def _roll_lanes(session: Session, layout: Layout, chosen: list[int], forest: For
         lanes.append(_Lane(session, part, [place[number] for number in part.numbers]))
     lock = Lock()
     if len(lanes) == 1:
-        return [lanes[0].run(denoise, noise, suffix, advance, lock)]
+        return [lanes[0].run(denoise, grid, noise, suffix, advance, lock)]
     threads = max(1, torch.get_num_threads() // len(lanes))
 
     def run(lane: _Lane) -> _Lane:
         with torch.no_grad():
-            return lane.run(denoise, noise, suffix, advance, lock)
+            return lane.run(denoise, grid, noise, suffix, advance, lock)
 
     with ThreadPoolExecutor(len(lanes), "lane", torch.set_num_threads, (threads,)) as pool:
         return list(pool.map(run, lanes))

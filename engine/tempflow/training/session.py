@@ -19,7 +19,7 @@ from tempflow.rewards import RewardPool, RewardSpec, fits, probe
 from tempflow.sampling.float8 import Float8Copy
 from tempflow.sampling.graphs import CudaCapture, GraphCache
 from tempflow.sampling.plans.base import Plan
-from tempflow.sampling.steps import Grid
+from tempflow.sampling.steps import Grid, jittered
 from tempflow.training import distributed
 from tempflow.training.device import Threads, cores_per_rank, device
 from tempflow.training.ema import Average
@@ -43,6 +43,7 @@ class Session:
     sampler: Sampler
     """The policy at the run's image size and guidance scale."""
     grid: Grid
+    """Of evaluations at the rollout's number of steps, and of rollouts without `rollout.jitter`."""
     plan: Plan
     advantage: Advantage
     objective: Objective
@@ -91,6 +92,11 @@ class Session:
     def trained(self) -> list[RewardSpec]:
         """The rewards that are trained on."""
         return [spec for spec in self.specs if not spec.watched]
+
+    def grid_of(self, iteration: int) -> Grid:
+        """The sampling grid of an iteration's rollout."""
+        sigmas = jittered(self.grid.sigmas, self.config.rollout.jitter, self.config.training.seed, iteration)
+        return self.grid if sigmas is self.grid.sigmas else Grid(sigmas, self.config.sde().coefficients(sigmas))
 
     def embed(self, units: list[Unit]) -> dict[str, torch.Tensor]:
         """The conditioning of units, [n, ...] by name."""
