@@ -41,10 +41,11 @@ KINDS = {
         "tempflow.sampling.plans.base:Plan",
         "tempflow",
         {
-            "branch_grpo": "tempflow.sampling.plans.branch_grpo:BranchGrpo",
             "flow_grpo": "tempflow.sampling.plans.flow_grpo:FlowGrpo",
             "mix_grpo": "tempflow.sampling.plans.mix_grpo:MixGrpo",
+            "samples": "tempflow.sampling.plans.samples:Samples",
             "tempflow": "tempflow.sampling.plans.tempflow:TempFlow",
+            "tree": "tempflow.sampling.plans.tree:Tree",
         },
     ),
     "sde": Kind(
@@ -120,6 +121,7 @@ _TYPES = {
     "float": ((int, float), "a number"),
     "str": (str, "a text"),
 }
+RENAMED = {"plan": {"branch_grpo": "tree"}}  # ids of earlier versions
 _PLAIN = (bool, int, float, str, list, dict, type(None))
 
 
@@ -183,6 +185,8 @@ def path_of(kind: str, name: str, key: str) -> str:
     module, _, attribute = str(name).partition(":")
     if module and attribute:
         return name
+    if name in RENAMED.get(kind, {}):
+        raise UserError(f"{key}: {name!r} is now called {RENAMED[kind][name]!r}")
     near = difflib.get_close_matches(str(name), ids, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else "."
     raise UserError(

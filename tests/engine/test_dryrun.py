@@ -243,6 +243,10 @@ RUNS = {
         "rollout": {"plan": {"type": "flow_grpo", "branch_steps": "all", "seeds": 3}},
         "training": {"advantage": {"over": "prompt"}},
     },
+    "samples": {
+        "rollout": {"plan": {"type": "samples", "seeds": 3}, "num_steps": 4},
+        "training": {"advantage": {"over": "prompt"}, "objective": {"type": "nft", "draws": 2}, "updates": {"passes": 2}},
+    },
 }
 
 

@@ -78,8 +78,14 @@ def message(call, *arguments) -> str:
     [
         (
             "tempflw",
-            ["rollout.plan: unknown plan 'tempflw'", "did you mean 'tempflow'?", "flow_grpo, mix_grpo, tempflow", "'my_module:MyPlan'"],
+            [
+                "rollout.plan: unknown plan 'tempflw'",
+                "did you mean 'tempflow'?",
+                "mix_grpo, samples, tempflow, tree",
+                "'my_module:MyPlan'",
+            ],
         ),
+        ("branch_grpo", ["rollout.plan: 'branch_grpo' is now called 'tree'"]),
         ({"type": 3}, ["rollout.plan.type: expected a plan's id or module:Name, got 3"]),
         ({"childern": 3}, ["rollout.plan.childern: no such option, did you mean 'children'?", "type, seeds, children, branch_steps"]),
         ({"type": "flow_grpo", "children": 3}, ["rollout.plan.children: no such option", "Allowed: type, seeds, branch_steps"]),

@@ -15,6 +15,7 @@ from kernel_cases import assert_close
 from rollout_cases import GRID, SHAPE, Rollout, toy_velocity
 
 from tempflow.config import Suffix
+from tempflow.errors import UserError
 from tempflow.models.embeddings import EmbeddingCache
 from tempflow.run.evaluation import EVAL_ITERATION, fixed_noise
 from tempflow.sampling.layout import iteration_units
@@ -214,6 +215,19 @@ def test_mix_grpo_takes_noise_inside_its_window_only():
     assert_close("state at the window's start", run.states[unit.index, 2].x, naive_ode(noise, unit, 0, 2), 1e-5)
     last = run.states[unit.index, 4].children[0]
     assert_close("end", run.finished[unit.index, None, 0], naive_ode(last, unit, 5, 10), 1e-5)
+
+
+def test_samples_are_the_odes():
+    """Every row is a slot of an objective that learns from finished latents; others are refused."""
+    rollout = {"plan": {"type": "samples", "seeds": 3}}
+    config = small_config(rollout=rollout, training={"advantage": {"over": "prompt"}, "objective": "nft"})
+    run = Rollout(config, iteration_units([5], 3))
+    assert run.stats.forwards == 30 and not run.states
+    for unit in (row.unit for row in run.forest.rows):
+        noise = step_noise(config, unit, INITIAL, 0, SHAPE)
+        assert_close("end", run.finished[unit.index, None, 0], naive_ode(noise, unit, 0, 10), 1e-5)
+    with pytest.raises(UserError, match='rollout.plan: samples takes no noise.*training.objective must learn .*as "nft" does'):
+        small_config(rollout=rollout, training={"advantage": {"over": "prompt"}})
 
 
 def naive_ode(x, unit, first, last):

@@ -33,7 +33,14 @@ ONE = Unit(0, 0, 0, 0)
 
 
 def unit_states(config: Config) -> list[int]:
-    """How many children leave each state of a unit of work, in the first iteration."""
+    """How many children leave each state of a unit of work that is trained on, in the first iteration.
+
+    What an objective makes of finished latents has one child: as many states of each latent as it has `draws`, or one.
+    """
+    objective = config.objective()
+    if objective.wants == "endpoints":
+        draws = min(getattr(objective, "draws", 1), config.rollout.num_steps)
+        return [1] * draws * len(config.plan().rows(ONE, 0))
     return [len(children) for children in states_of(config.plan().rows(ONE, 0)).values()]
 
 

@@ -7,7 +7,7 @@ from tempflow.sampling.plans.base import BranchSteps, Plan, check_seeds
 from tempflow.types import Row, Unit
 
 
-class BranchGrpo(Plan):
+class Tree(Plan):
     """A tree for each seed: every row takes noise at every step, and splits into `width` at each of `split_steps`.
 
     What a row is worth at a step is the mean reward of the leaves below it. With the advantage over "seed" all nodes of a tree at

@@ -8,14 +8,14 @@ from run_cases import train
 
 from tempflow.errors import UserError
 from tempflow.sampling.layout import iteration_units, states_of
-from tempflow.sampling.plans.branch_grpo import BranchGrpo
+from tempflow.sampling.plans.tree import Tree
 from tempflow.sampling.suffix import count_forwards
 
 STEPS = len(GRID) - 1
 
 
-def plan(num_steps=STEPS, **options) -> BranchGrpo:
-    made = BranchGrpo(**options)
+def plan(num_steps=STEPS, **options) -> Tree:
+    made = Tree(**options)
     made.prepare(num_steps, 0)
     return made
 
@@ -50,7 +50,7 @@ def test_a_node_is_worth_the_mean_of_its_leaves_against_its_depth():
 
 def test_one_rollout_and_its_advantages(policy):
     """On the shipped model: the images are the leaves, and groups sum to nothing."""
-    table = {"plan": {"type": "branch_grpo", "seeds": 1, "width": 2, "split_steps": [0, 2]}, "num_steps": 4}
+    table = {"plan": {"type": "tree", "seeds": 1, "width": 2, "split_steps": [0, 2]}, "num_steps": 4}
     found = Iteration(policy, small_config(rollout=table))
     assert found.scored.images == 2 * 4 and len(found.states) == 2 * (1 + 2 + 2)
     credit, labels = found.advantages(), found.slots.groups("seed")
@@ -62,7 +62,7 @@ def test_options_are_checked():
     with pytest.raises(UserError, match="split_steps: step 9 is outside the grid"):
         plan(split_steps=[0, 9])
     with pytest.raises(UserError, match="width"):
-        BranchGrpo(width=1)
+        Tree(width=1)
 
 
 @pytest.mark.slow
@@ -72,7 +72,7 @@ def test_it_trains(tmp_path):
         tmp_path,
         "tree",
         processes=None,
-        rollout={"plan": {"type": "branch_grpo", "split_steps": [0, 2]}, "num_steps": 4},
+        rollout={"plan": {"type": "tree", "split_steps": [0, 2]}, "num_steps": 4},
         training={"iterations": 2},
     )
     last = run.rows[-1]

@@ -1,0 +1,25 @@
+"""Samples of the ODE, for objectives that learn from finished latents."""
+
+from __future__ import annotations
+
+from tempflow.sampling.plans.base import Plan, check_seeds
+from tempflow.types import Row, Unit
+
+
+class Samples(Plan):
+    """One row without noise for each seed: what the model itself makes of an initial noise.
+
+    There are no states to train on, so the objective must be one that learns from finished latents.
+
+    Args:
+        seeds: rows per prompt, whose rewards are compared.
+    """
+
+    def __init__(self, seeds: int = 4):
+        self.seeds = check_seeds(seeds)
+
+    def steps(self, iteration: int) -> list[int]:
+        return []
+
+    def rows(self, unit: Unit, iteration: int) -> list[Row]:
+        return [Row(unit)]
