@@ -44,7 +44,7 @@ def evaluate(
     run: str | Path,
     *,
     checkpoint: int | str | None = None,
-    weights: str = "ema",
+    weights: str | None = None,
     base: bool = False,
     prompts: str | Path | None = None,
     count: int | None = None,
@@ -55,7 +55,7 @@ def evaluate(
     Args:
         run: the run directory.
         checkpoint: an iteration, or "best"; None: the newest.
-        weights: "ema", the average where the run keeps one, or "raw".
+        weights: "raw", or "ema" or "merge" of a run that keeps it; None: the average where the run keeps one, else "raw".
         base: score the model before training instead.
         prompts: a prompt file; None: the run's held-out prompts.
         count: prompts used, from the top of the file; None: as in the run.
@@ -79,7 +79,7 @@ def sample(
     prompts: Sequence[str],
     *,
     checkpoint: int | str | None = None,
-    weights: str = "ema",
+    weights: str | None = None,
     base: bool = False,
     num_steps: int | None = None,
     seed: int = 0,
@@ -108,9 +108,9 @@ def sample(
     return images
 
 
-def _checkpoint(run: str | Path, checkpoint: int | str | None, weights: str) -> tuple[Path, int | str | None, str]:
-    if weights not in ("ema", "raw"):
-        raise UserError(f'weights: expected "ema" or "raw", got {shown(weights)}')
+def _checkpoint(run: str | Path, checkpoint: int | str | None, weights: str | None) -> tuple[Path, int | str | None, str | None]:
+    if weights not in (None, "ema", "merge", "raw"):
+        raise UserError(f'weights: expected "ema", "merge" or "raw", got {shown(weights)}')
     return _read("run", arguments.path, run), _read("checkpoint", arguments.checkpoint, checkpoint), weights
 
 

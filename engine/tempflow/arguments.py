@@ -57,7 +57,7 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N|best",
         help="an iteration, or the best as checkpoint.keep_best says (default: the newest whole one)",
     )
-    parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="the average where the run keeps one")
+    parser.add_argument("--weights", choices=("ema", "merge", "raw"), help="default: the average where the run keeps one, else raw")
 
 
 positive = whole(1)

@@ -49,6 +49,7 @@ class Toy:
     def __init__(self, case: str, seed: int = 0, optimizer: dict = ADAMW):
         from tempflow.training.ema import Average
         from tempflow.training.engine import Runtime
+        from tempflow.training.merge import Merge
 
         self.optimizer = optimizer
         stage, lora, bf16 = CASES[case]
@@ -56,7 +57,7 @@ class Toy:
         deepspeed = {"optimizer": optimizer, "zero_optimization": zero, "gradient_clipping": 0.5, "bf16": {"enabled": bf16}}
         config = small_config(model={"lora": {"rank": 4, "alpha": 8.0} if lora else None}, deepspeed=deepspeed, training={"seed": seed})
         self.runtime = Runtime(config, policy())
-        self.ema = Average(self.runtime, 0.5, 1)
+        self.average = Merge(self.runtime, 3, 1, "sqrt") if lora else Average(self.runtime, 0.5, 1)
 
     def train(self, updates: range) -> torch.Tensor:
         """Returns the gradients' norms."""
@@ -74,14 +75,14 @@ class Toy:
             v = policy().velocity(self.runtime.engine, x[mine], sigma[mine], own, Size(32, 96), 0.0, self.runtime.dtype)
             self.runtime.accumulate((v.float() - target[mine]).square().sum() / target.numel(), last=True)
             norms.append(self.runtime.step(1.0))
-            self.ema.update()
+            self.average.update()
         return torch.tensor(norms, dtype=torch.float64)
 
     def held(self) -> dict[str, torch.Tensor]:
         """Weights, moments and average of every trained parameter, whole, fp32 (a collective)."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        held = {f"{name}:ema": value for name, value in self.ema.gather(self.runtime.trainable).items()}
+        held = {f"{name}:average": value for name, value in self.average.gather(self.runtime.trainable).items()}
         moments = ("exp_avg", "exp_avg_sq") if self.optimizer is ADAMW else ()
         plain = self.runtime.engine.optimizer.state if self.runtime.stage == 0 else None
         for name, parameter in self.runtime.trainable.items():
@@ -95,8 +96,8 @@ class Toy:
         from tempflow.checkpoints import save
         from tempflow.training import distributed
 
-        state = {"iteration": updates, "world_size": distributed.world_size(), "ema_updates": self.ema.updates}
-        save.save_checkpoint(self.runtime, self.ema, folder, state, keep=9)
+        state = {"iteration": updates, "world_size": distributed.world_size(), f"{self.average.key}_updates": self.average.updates}
+        save.save_checkpoint(self.runtime, self.average, folder, state, keep=9)
         return self.held()
 
     def restore(self, folder: Path) -> list[str]:
@@ -104,7 +105,7 @@ class Toy:
         from tempflow.checkpoints import find, load
 
         notes = []
-        load.restore(self.runtime, self.ema, find.newest(folder), notes.append)
+        load.restore(self.runtime, self.average, find.newest(folder), notes.append)
         return notes
 
     def close(self) -> None:

@@ -156,7 +156,7 @@ class Engine:
 
 
 class Average:
-    every, taken = 1, True
+    key, every, taken = "ema", 1, True
 
     def __init__(self):
         self.loaded = None

@@ -34,23 +34,23 @@ def test_bytes_of_a_real_checkpoint(tmp_path, model, stage, section):
     """After a step, so that the optimizer has its state. The rest is names, shapes and DeepSpeed's scripts, some 100 kB."""
     from tempflow.models import load_policy
     from tempflow.training.distributed import init_distributed
-    from tempflow.training.ema import Average
     from tempflow.training.engine import Runtime
+    from tempflow.training.session import make_average
 
     init_distributed()
     config = small_config(
         model=model,
-        training={"ema": {"decay": 0.5}} if "lora" not in model else {},
+        training={} if "lora" in model else {"merge": {"last": 2, "every": 1}} if stage == 3 else {"ema": {"decay": 0.5, "every": 1}},
         deepspeed={"optimizer": ADAMW, **section, "zero_optimization": {"stage": stage}},
     )
     policy = load_policy(str(MODEL), max_sequence_length=20)
     runtime = Runtime(config, policy)
-    average = Average(runtime, 0.5, 1) if config.training.ema else None
+    average = make_average(config, runtime)
     sampler, conditioning = policy.at(Size(32, 96), 0.0), policy.encode(examples(['the word "ABC"']))
     velocity = sampler.velocity(runtime.engine, torch.randn(1, *sampler.latent_shape), torch.full((1,), 0.5), conditioning, runtime.dtype)
     runtime.accumulate(velocity.float().square().mean(), last=True)
     assert runtime.step(1.0) is not None
-    if average:
+    for _ in range(2 if average else 0):
         average.update()
     saved = save.save_checkpoint(runtime, average, tmp_path, {"iteration": 1}, keep=1)
     written = sum(file.stat().st_size for file in saved.rglob("*") if file.is_file())

@@ -54,7 +54,7 @@ def total(tensors) -> int:
 VARIANTS = {
     "float8": {"rollout": {"suffix": {"weights": "float8"}}},
     "full": {"training": {"ema": {"decay": 0.5}, "penalty": {"coef": 0.01}}},
-    "lora": {"model": {"lora": {"rank": 4, "alpha": 8.0}}, "training": {"ema": {"decay": 0.5}, "penalty": {"coef": 0.01}}},
+    "lora": {"model": {"lora": {"rank": 4, "alpha": 8.0}}, "training": {"merge": {"last": 2, "every": 1}, "penalty": {"coef": 0.01}}},
     "sgd, no copy": {"rollout": {"replica": False}, "deepspeed": {"optimizer": {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}}}},
 }
 GUIDED = {"sd3": sd3_pipeline, "qwen_image": qwen_pipeline}
@@ -93,8 +93,8 @@ def test_bytes_of_a_real_runtime(folders, family, variant):
     """Every resident byte at ZeRO stage 0 after one step, and the activations of its training module, in one process."""
     from tempflow.models import load_policy
     from tempflow.training.distributed import init_distributed
-    from tempflow.training.ema import Average
     from tempflow.training.engine import Runtime
+    from tempflow.training.session import make_average
 
     init_distributed()
     scale, rows, size = 0.0 if family == "flux" else 4.5, 6, types.Size(32, 96)
@@ -108,7 +108,7 @@ def test_bytes_of_a_real_runtime(folders, family, variant):
     policy = load_policy(str(folders(family)), max_sequence_length=TEXT)
     copied = policy.transformer
     runtime = Runtime(config, policy)
-    average = Average(runtime, 0.5, 1) if config.training.ema else None
+    average = make_average(config, runtime)
     held = training_peak(runtime.module, training_forward(policy, runtime.module, scale, rows, size)[1])
     runtime.accumulate(training_forward(policy, runtime.engine, scale, rows, size)[1]().square().mean(), last=True)
     gradients = total(p.grad for p in runtime.trainable.values())
@@ -126,7 +126,10 @@ def test_bytes_of_a_real_runtime(folders, family, variant):
     assert seen["text encoders"] == sum(map(module_bytes, encoders))
     assert seen.get("reference copy", 0) == (module_bytes(runtime.reference) if runtime.reference is not None else 0)
     if average:
-        assert seen["average"] == total(average._mine.values()) == total(average.gather(runtime.trainable).values())
+        average.update(), average.update()
+        copies = [average._means] if config.training.ema else average._snapshots
+        assert seen["average"] == total(tensors_of(dict(enumerate(copies))))
+        assert seen["average"] == len(copies) * total(average.gather(runtime.trainable).values())
     # 12 decisions of a micro-batch of 6
     measured = items(estimate(small_config(**{**changes, "training": {**changes.get("training", {}), "micro_batch": rows}})))
     assert measured["training"] == pytest.approx(held, rel=0.15)

@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 
 from tempflow.checkpoints.safetensors_writer import write_safetensors
 from tempflow.training import distributed
-from tempflow.training.ema import Average, assign_owners
+from tempflow.training.averaged import assign_owners
+from tempflow.training.ema import Average
 from tempflow.training.reference_policy import placement
 from tempflow.types import Size
 

@@ -26,6 +26,7 @@ TABLES = {  # what optional tables need beside the key that is tried
     "data.curation": {},
     "rollout.suffix": {},
     "training.ema": {},
+    "training.merge": {},
     "eval.stop": {"metric": "kl", "patience": 1},
 }
 

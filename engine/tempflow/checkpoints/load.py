@@ -23,7 +23,7 @@ from tempflow.run.environment import choose_device
 from tempflow.training import distributed
 
 if TYPE_CHECKING:  # they import DeepSpeed, seconds that an evaluation need not wait
-    from tempflow.training.ema import Average
+    from tempflow.training.averaged import Averaged
     from tempflow.training.engine import Runtime
 
 
@@ -32,7 +32,7 @@ def read_state(checkpoint: Path) -> dict:
     return json.loads((checkpoint / "state.json").read_text())
 
 
-def restore(runtime: Runtime, ema: Average | None, checkpoint: Path, note=lambda text: None) -> dict:
+def restore(runtime: Runtime, average: Averaged | None, checkpoint: Path, note=lambda text: None) -> dict:
     """Put a run back to a checkpoint, written by any number of ranks; returns its state.
 
     UserError where another number's state cannot be converted: then the checkpoint is as it was.
@@ -45,17 +45,18 @@ def restore(runtime: Runtime, ema: Average | None, checkpoint: Path, note=lambda
         universal.restore(runtime.engine, checkpoint, written_by)
     elif not universal.load_state(runtime.engine, checkpoint / "deepspeed"):
         raise UserError(f"checkpoint {checkpoint}: DeepSpeed could not read it")
-    if ema:
-        averages = checkpoint / "ema.safetensors"
-        if state["ema_updates"] >= ema.every and not averages.exists():
-            raise UserError(f"training.ema: checkpoint {checkpoint} holds no average; resume with ema null")
-        ema.read(averages, state["ema_updates"])
+    if average:
+        key, file = average.key, checkpoint / f"{average.key}.safetensors"
+        updates = _updates(state, key)
+        if updates >= average.every and not file.exists():
+            raise UserError(f"training.{key}: checkpoint {checkpoint} holds no average; resume with {key} null")
+        average.read(file, updates)
     return state
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """A run's config and the trained weights of one of its checkpoints. which: "ema" or "raw"."""
+    """A run's config and the trained weights of one of its checkpoints. which: "ema", "merge" or "raw"."""
 
     config: Config
     iteration: int
@@ -63,12 +64,18 @@ class Tuned:
     weights: dict[str, torch.Tensor]
 
 
-def load_tuned(run_dir: Path, checkpoint: int | str | None = None, which: str = "ema") -> Tuned:
+def load_tuned(run_dir: Path, checkpoint: int | str | None = None, which: str | None = None) -> Tuned:
     """Read the trained weights of a run. Raises UserError where the run, or a whole checkpoint of it, is missing.
 
-    checkpoint: an iteration, "best" (by `config.best_metric()`, of those evaluated), or None for the newest.
+    checkpoint: an iteration, "best" (by `config.best_metric()`, of those evaluated), or None for the newest. which: "raw", the kind of
+    average that the run keeps ("ema" or "merge"), or None for the average where the run keeps one and has taken one.
     """
     config = read_config(run_dir)
+    kept = config.averaging()
+    if which not in (None, "raw", kept):
+        raise UserError(
+            f"--weights {which}: {run_dir} keeps {kept or 'no average'}; allowed {'are ' + kept + ' and' if kept else 'is'} raw"
+        )
     if checkpoint == "best":
         metric = config.best_metric()
         found = find.best(run_dir, metric)
@@ -86,9 +93,9 @@ def load_tuned(run_dir: Path, checkpoint: int | str | None = None, which: str = 
             held = ", ".join(str(int(p.name)) for p in find.folders(run_dir)) or "none"
             raise UserError(f"--checkpoint {checkpoint}: {trouble}; this run has {held}")
     try:
-        averaged = which == "ema" and config.training.ema is not None and _average_taken(chosen, config.training.ema.every)
-        which = "ema" if averaged else "raw"
-        file = chosen / ("ema.safetensors" if averaged else "weights.safetensors")
+        averaged = which != "raw" and kept is not None and _average_taken(chosen, kept, getattr(config.training, kept).every)
+        which = kept if averaged else "raw"
+        file = chosen / (f"{kept}.safetensors" if averaged else "weights.safetensors")
         weights = load_file(file)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{chosen} cannot be read any more ({error}); a run that trains removes its older checkpoints: try again") from None
@@ -101,13 +108,18 @@ def load_tuned(run_dir: Path, checkpoint: int | str | None = None, which: str = 
     return Tuned(config, int(chosen.name), which, weights)
 
 
-def _average_taken(checkpoint: Path, every: int) -> bool:
+def _updates(state: dict, key: str) -> int:
+    """Updates that an average has seen; 0 where the run kept none of this kind."""
+    return state.get(f"{key}_updates", 0)
+
+
+def _average_taken(checkpoint: Path, key: str, every: int) -> bool:
     """Whether a checkpoint's average is one; said where it is not, because it then holds the weights before training."""
-    updates = read_state(checkpoint)["ema_updates"]
+    updates = _updates(read_state(checkpoint), key)
     if updates >= every:
         return True
     note(
-        f"training.ema: no average was taken in the {updates} updates until iteration {int(checkpoint.name)} (training.ema.every: "
+        f"training.{key}: no average was taken in the {updates} updates until iteration {int(checkpoint.name)} (training.{key}.every: "
         f"{every}); the raw weights are used"
     )
     return False

@@ -2,7 +2,8 @@
 
     checkpoints/000040/deepspeed/   optimizer and weights, DeepSpeed's format, read back by this run alone
                        weights.safetensors   trained weights, whole, fp32
-                       ema.safetensors   their average, once one was taken
+                       ema.safetensors   their average, once one was taken; or merge.safetensors, and snapshots.safetensors of
+                                         which it is made
                        state.json   iteration, totals, config, versions
                        manifest.json   size and SHA-256 of every other file, written last
     checkpoints/latest
@@ -26,11 +27,11 @@ from tempflow.errors import RankError, UserError
 from tempflow.run.logs import write_atomic
 from tempflow.run.outputs import disk_is_full
 from tempflow.training import distributed
-from tempflow.training.ema import Average
+from tempflow.training.averaged import Averaged
 from tempflow.training.engine import Runtime
 
 
-def save_checkpoint(runtime: Runtime, ema: Average | None, run_dir: Path, state: dict, keep: int, best_by: str | None = None) -> Path:
+def save_checkpoint(runtime: Runtime, average: Averaged | None, run_dir: Path, state: dict, keep: int, best_by: str | None = None) -> Path:
     """Write a checkpoint of all ranks and drop the oldest beyond `keep`, but not the one with the highest metric `best_by`.
 
     state: JSON values, with "iteration". UserError where it cannot be written: then those before are as they were.
@@ -46,8 +47,8 @@ def save_checkpoint(runtime: Runtime, ema: Average | None, run_dir: Path, state:
         universal.save_state(runtime.engine, draft / "deepspeed")
         weights = ((name, runtime.full_fp32(parameter)) for name, parameter in runtime.trainable.items())
         write_together(draft / "weights.safetensors", runtime.trainable_shapes(), weights)
-        if ema and ema.taken:
-            ema.write(draft / "ema.safetensors")
+        if average and average.taken:
+            average.write(draft / f"{average.key}.safetensors")
         distributed.barrier()
         if distributed.rank() == 0:
             (draft / "state.json").write_text(json.dumps(state, indent=1))

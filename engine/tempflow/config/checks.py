@@ -28,6 +28,11 @@ def resolve_components(config: Config) -> None:
         raise ValueError("\n".join(refused))
 
 
+def check_averages(config: Config) -> None:
+    if config.training.ema and config.training.merge:
+        raise ValueError("training.merge: excludes training.ema, because both say which weights are evaluated; set one of them to null")
+
+
 def check_groups(config: Config) -> None:
     plan, over = config.plan(), config.advantage().over
     if config.objective().wants == "states" and not any(row.noise for row in plan.rows(Unit(0, 0, 0, 0), 0)):

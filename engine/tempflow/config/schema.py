@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import PydanticCustomError
 
 from tempflow import registry
-from tempflow.config.checks import check_compiled, check_deepspeed, check_groups, check_stop, resolve_components
+from tempflow.config.checks import check_averages, check_compiled, check_deepspeed, check_groups, check_stop, resolve_components
 
 if TYPE_CHECKING:
     from tempflow.advantages.base import Advantage
@@ -173,6 +173,14 @@ class Ema(Section):
     every: Positive = Field(8, description="updates between two averagings")
 
 
+class Merge(Section):
+    last: Annotated[int, Field(ge=2, le=1000)] = Field(8, description="snapshots kept; memory and checkpoints hold each in fp32")
+    every: Positive = Field(6, description="updates between two snapshots")
+    shape: Literal["sqrt", "mean", "linear"] = Field(
+        "sqrt", description="the decay that the sum stands for: 1 - sqrt, or a linear one, whose sum is the mean"
+    )
+
+
 class Updates(Section):
     passes: Positive = Field(1, description="times that an iteration goes over its states")
     parts: Positive = Field(1, description="disjoint shares of the states in a pass, an optimizer step each")
@@ -197,6 +205,9 @@ class Training(Section):
         "null: sharded at ZeRO stage 3, else whole",
     )
     ema: Ema | None = Field(None, description="average of the trained weights, evaluated and exported where present")
+    merge: Merge | None = Field(
+        None, description="weighted sum of the last snapshots of the trained weights, in place of a decay and of `ema`; used as `ema` is"
+    )
     lr_decay: Annotated[float, Field(ge=0, le=1)] = Field(
         1.0, description="learning rate at the end over that at the start, along a cosine; 1: constant"
     )
@@ -262,7 +273,7 @@ class Config(Section):
     def _agree(self) -> Config:
         check_deepspeed(self)
         resolve_components(self)
-        for check in (check_groups, check_compiled, check_stop):
+        for check in (check_averages, check_groups, check_compiled, check_stop):
             check(self)
         return self
 
@@ -288,6 +299,14 @@ class Config(Section):
     def penalty(self) -> Penalty | None:
         """What holds the policy to the one before training; None: nothing."""
         return registry.build("penalty", self.training.penalty) if self.training.penalty else None
+
+    def averaging(self) -> str | None:
+        """The key of `training` by which weights are averaged: "ema", "merge" or None."""
+        return "ema" if self.training.ema else "merge" if self.training.merge else None
+
+    def averaged_copies(self) -> int:
+        """Copies of the trained weights that an average holds between updates."""
+        return self.training.merge.last if self.training.merge else 1 if self.training.ema else 0
 
     def eval_guidance(self) -> float:
         """Guidance scale of evaluations."""

@@ -41,7 +41,8 @@ def disk(config: Config, zero: Zero) -> Disk:
     """Of a run whose weights, gradients and optimizer state are spread as `zero` says; the number of GPUs does not matter."""
     parts = [
         Item("trained weights, fp32", zero.whole_fp32, "model.lora"),
-        Item("average of them, fp32", zero.whole_fp32 if config.training.ema else 0, "training.ema"),
+        Item("average of them, fp32", zero.whole_fp32 if config.averaging() else 0, "training.ema, training.merge"),
+        Item("snapshots of them, fp32", zero.whole_fp32 * config.averaged_copies() if config.training.merge else 0, "training.merge.last"),
         Item("DeepSpeed: weights", zero.saved_weights, "model.lora, zero_optimization.stage, bf16"),
         Item("DeepSpeed: optimizer", zero.saved_optimizer, "model.lora, optimizer"),
     ]

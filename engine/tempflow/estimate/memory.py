@@ -78,10 +78,10 @@ def memory_of(config: Config, model: Model, zero: Zero, gpus: int, prompts: int)
         Item("optimizer step", zero.step, "zero_optimization.stage, sub_group_size"),
         Item("refreshing the rollout copy", _refresh(config, weights, model.trained_in), "rollout.refresh_bucket"),
     ]
-    average = zero.whole_fp32 if config.training.ema else 0
+    average = zero.whole_fp32 * config.averaged_copies()
     each, negative = model.embedding
     host = [
-        Item("average: this process's share", -(-average // gpus), "training.ema"),
+        Item("average: this process's share", -(-average // gpus), "training.ema, training.merge.last"),
         Item("prompt embeddings", each * _prompts_seen(config, gpus, prompts) + negative, "model.max_sequence_length"),
         Item("offloaded by DeepSpeed", zero.offloaded, "zero_optimization.offload_*"),
         Item("reference copy: this process's share", offloaded, "training.reference"),
@@ -109,7 +109,7 @@ def _reference(where: str | None, zero: Zero, weights: Weights) -> tuple[int, in
 
 def _refresh(config: Config, weights: Weights, dtype: torch.dtype) -> int:
     """The weights under way from the training engine, or from the average, to the rollout copy, and one with its adapter merged."""
-    averaged = config.training.ema is not None and config.model.lora is None
+    averaged = config.averaging() is not None and config.model.lora is None
     stage = config.deepspeed.get("zero_optimization", {}).get("stage", 0)
     each = 4 if averaged else dtype.itemsize if stage == 3 else 0
     bucket = min(config.rollout.refresh_bucket, weights.parameters) * each

@@ -28,7 +28,7 @@ from tempflow.types import Example, Size
 NO_HELDOUT = "--prompts: the run has no held-out prompts; name a prompt file"
 
 
-def choose(run: Path, checkpoint: int | str | None, weights: str, base: bool = False) -> tuple[Config, load.Tuned | None]:
+def choose(run: Path, checkpoint: int | str | None, weights: str | None, base: bool = False) -> tuple[Config, load.Tuned | None]:
     """The run's config and trained weights, None of the base. UserError as `load_tuned`."""
     chosen = None if base else load.load_tuned(run, checkpoint, weights)
     return (chosen.config if chosen else read_config(run)), chosen

@@ -37,7 +37,7 @@ class Evaluator:
             return
         s.runtime.refresh(s.policy.denoiser(), s.average.gather)
         try:
-            yield "ema"
+            yield s.average.key
         finally:
             s.runtime.refresh(s.policy.denoiser())
 

@@ -296,8 +296,8 @@ class Trainer:
         average = self.session.average
         if average and not average.taken:
             self.recorder.note(
-                f"training.ema: no average was taken in {average.updates} updates (training.ema.every: {average.every}); "
-                "the raw weights were evaluated, and are what will be exported"
+                f"training.{average.key}: no average was taken in {average.updates} updates (training.{average.key}.every: "
+                f"{average.every}); the raw weights were evaluated, and are what will be exported"
             )
         summary = {
             "base_reward": self.evaluator.base_reward,
@@ -325,7 +325,7 @@ class Trainer:
             "images": self.images,
             **self.evaluator.state(),
             "curation": self.curation.state() if self.curation else None,
-            "ema_updates": s.average.updates if s.average else 0,
+            **({f"{s.average.key}_updates": s.average.updates} if s.average else {}),
             "world_size": distributed.world_size(),
             "config": self.config.model_dump(),
             "prompts": digests(s.prompts, s.heldout),

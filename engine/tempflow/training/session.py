@@ -21,9 +21,11 @@ from tempflow.sampling.graphs import CudaCapture, GraphCache
 from tempflow.sampling.plans.base import Plan
 from tempflow.sampling.steps import Grid, jittered
 from tempflow.training import distributed
+from tempflow.training.averaged import Averaged
 from tempflow.training.device import Threads, cores_per_rank, device
 from tempflow.training.ema import Average
 from tempflow.training.engine import Runtime, compile_blocks
+from tempflow.training.merge import Merge
 from tempflow.training.rehearsal import may_capture
 from tempflow.types import Example, Size, Unit
 
@@ -54,7 +56,7 @@ class Session:
     """Captures the rollout's forwards; None runs them eagerly."""
     runtime: Runtime | None = None
     """The training engine."""
-    average: Average | None = None
+    average: Averaged | None = None
     """Of the trained weights."""
     heldout: list[Example] = field(default_factory=list)
     stop: Callable[[], bool] = lambda: False
@@ -139,7 +141,7 @@ def build(
     captures = may_capture(config, device(), note) if train else False
     chosen = [prompts[i] for i in (range(len(prompts)) if reached is None else reached)]
     policy, embeddings = open_policy(config, chosen + heldout, device(), note, denoiser=config.rollout.replica or not train)
-    runtime, ema = Runtime(config, policy) if train else None, config.training.ema
+    runtime = Runtime(config, policy) if train else None
     return assemble(
         config,
         policy,
@@ -152,7 +154,7 @@ def build(
         threads=threads,
         stop=stop,
         note=note,
-        average=Average(runtime, ema.decay, ema.every) if runtime and ema else None,
+        average=make_average(config, runtime) if runtime else None,
         graphs=make_graphs(config, policy, note) if captures else None,
     )
 
@@ -189,6 +191,14 @@ def assemble(
         float8=make_float8(config, policy),
         **more,
     )
+
+
+def make_average(config: Config, runtime: Runtime) -> Averaged | None:
+    """What averages the trained weights, where the config asks for it (a collective)."""
+    ema, merge = config.training.ema, config.training.merge
+    if ema:
+        return Average(runtime, ema.decay, ema.every)
+    return Merge(runtime, merge.last, merge.every, merge.shape) if merge else None
 
 
 def make_graphs(config: Config, policy: Policy, note: Callable[[str], None], capture: Callable | None = None) -> GraphCache | None:

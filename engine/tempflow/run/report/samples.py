@@ -81,7 +81,7 @@ def _intro(pairs: list[Pair], base: SampleSet, tuned: SampleSet) -> str:
     changes = [pair.change for pair in pairs if pair.change is not None]
     up, down = sum(change > SAME for change in changes), sum(change < -SAME for change in changes)
     count = f" Of {len(changes)} pictures {up} scored higher after training, {down} lower, {len(changes) - up - down} the same."
-    weights = " (averaged weights)" if tuned.info.get("weights") == "ema" else ""
+    weights = {"ema": " (averaged weights)", "merge": " (merged weights)"}.get(tuned.info.get("weights"), "")
     before, after = exact_share(base), exact_share(tuned)
     words = f" Exact words: {before:.0%} before, {after:.0%} after." if None not in (before, after) else ""
     return (
