@@ -134,7 +134,7 @@ def one_child_per_state(part):
 def _split_children(batch):
     width = batch.advantage.shape[1]
     repeated = {name: getattr(batch, name).repeat_interleave(width, 0) for name in ("x", "sigma", "a", "b", "tau", "weight")}
-    split = {name: getattr(batch, name).flatten(0, 1).unsqueeze(1) for name in ("children", "advantage", "log_prob_rollout")}
+    split = {name: getattr(batch, name).flatten(0, 1).unsqueeze(1) for name in ("children", "advantage", "log_prob_rollout", "valid")}
     return replace(batch, units=[unit for unit in batch.units for _ in range(width)], real=batch.real * width, **repeated, **split)
 
 

@@ -44,7 +44,7 @@ class Sequential:
                     state, values = self.branch(unit, k, trunk[k], [forest.rows[n] for n in rows], slots)
                     states.append(state)
                     total[[forest.numbers[n] for n in rows]] = values
-        rolled = _Rolled(layout, Rollout(layout.slots, states, [], s.grid, self.noise))
+        rolled = _Rolled(layout, Rollout(layout.slots, states, [], s.grid, self.noise, s.advantage.over))
         rewards = layout.slots.means(total[None])[0]
         everywhere = np.ones(len(rewards), dtype=bool)
         name = s.trained[0].name

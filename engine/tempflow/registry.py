@@ -73,8 +73,14 @@ KINDS = {
         "tempflow.objectives.base:Objective",
         "grpo",
         {
+            "dgpo": "tempflow.objectives.preference:Dgpo",
+            "dmpo": "tempflow.objectives.preference:Dmpo",
+            "dpo": "tempflow.objectives.preference:Dpo",
+            "dppo": "tempflow.objectives.trust_region:Dppo",
             "grpo": "tempflow.objectives.grpo:Grpo",
+            "hinge": "tempflow.objectives.trust_region:Hinge",
             "nft": "tempflow.objectives.nft:Nft",
+            "spo": "tempflow.objectives.trust_region:Spo",
         },
     ),
     "penalty": Kind(

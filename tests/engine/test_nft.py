@@ -20,7 +20,9 @@ def batch_of(advantage) -> Batch:
     g = torch.Generator().manual_seed(0)
     x, target, sigma = torch.randn(N, *SHAPE, generator=g), torch.randn(N, 1, *SHAPE, generator=g), torch.linspace(0.1, 1, N)
     ones, weight = torch.ones(N), torch.tensor([1.0, 1, 1, 2, 1, 0])
-    return Batch([None] * N, x, target, sigma, 0 * ones, ones, 0.5**0.5 * ones, weight, torch.tensor(advantage)[:, None], None, N)
+    return Batch(
+        [None] * N, x, target, sigma, 0 * ones, ones, 0.5**0.5 * ones, weight, torch.tensor(advantage)[:, None], None, N, ones[:, None] > 0
+    )
 
 
 def formula(velocity, before, batch, beta, most):

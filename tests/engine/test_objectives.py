@@ -12,13 +12,14 @@ from tempflow.penalties import Kl, Penalty
 N, B, SHAPE = 5, 4, (3, 7)
 
 
-def batch_of(seed=0, weight=(1.0, 0.5, 2.0, 1.0, 0.0), advantage=None) -> Batch:
+def batch_of(seed=0, weight=(1.0, 0.5, 2.0, 1.0, 0.0), advantage=None, valid=None) -> Batch:
     g = torch.Generator().manual_seed(seed)
     x, tau = torch.randn(N, *SHAPE, generator=g), 0.2 + 0.3 * torch.rand(N, generator=g)
     children = x[:, None] + tau.reshape(-1, 1, 1, 1) * torch.randn(N, B, *SHAPE, generator=g)
     advantage = torch.randn(N, B, generator=g) if advantage is None else advantage
+    valid = torch.ones(N, B, dtype=torch.bool) if valid is None else valid
     ones = torch.ones(N)
-    return Batch([None] * N, x, children, 0.5 * ones, ones, -0.1 * ones, tau, torch.tensor(weight), advantage, None, N)
+    return Batch([None] * N, x, children, 0.5 * ones, ones, -0.1 * ones, tau, torch.tensor(weight), advantage * valid, None, N, valid)
 
 
 def velocities(seed=1, apart=0.2):

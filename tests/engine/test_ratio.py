@@ -12,6 +12,7 @@ from bench import one_child_per_state
 from engine_cases import Iteration, PlainRuntime, small_config
 from kernel_cases import assert_close
 
+from tempflow.objectives import Seen
 from tempflow.objectives.grpo import Grpo
 from tempflow.training.update import Part, Updater, UpdateStats
 from tempflow_kernels import group_loss, sde_step
@@ -21,7 +22,7 @@ def test_a_ratio_that_is_no_number_is_no_deviation_of_zero():
     updater, stats = Updater(None, None, Grpo(), None, None), UpdateStats()
     for value in (1.0, float("nan"), 1.0):
         ratio = torch.full((2, 3), value)
-        seen = SimpleNamespace(ratio=ratio, log_prob=ratio, kl=torch.zeros(()), clip_fraction=torch.zeros(()))
+        seen = Seen(ratio, ratio, kl=torch.zeros(()), clip_fraction=torch.zeros(()))
         updater._observe(SimpleNamespace(real=2, units=[None] * 2), seen, first=False, stats=stats)
     assert math.isnan(stats.reduced()["ratio/max_dev"])
 
@@ -166,7 +167,7 @@ def test_clip_fractions_above_and_below(low, high, reals):
         ratio = 0.6 + 0.8 * torch.rand(4, 5, generator=generator)
         chosen = ratio[:real].double()
         outside = ((chosen < 1 - low) | (chosen > 1 + high)).double()
-        seen = SimpleNamespace(ratio=ratio, log_prob=ratio, kl=torch.zeros(()), clip_fraction=outside.mean() if real else torch.zeros(()))
+        seen = Seen(ratio, ratio, kl=torch.zeros(()), clip_fraction=outside.mean() if real else torch.zeros(()))
         updater._observe(SimpleNamespace(real=real, units=[None] * 4), seen, first=False, stats=stats)
         counted.append(chosen)
     counted, found = torch.cat(counted), stats.reduced()

@@ -10,6 +10,7 @@ from tempflow.types import Unit
 
 if TYPE_CHECKING:
     from tempflow.config.schema import Config
+    from tempflow.sampling.plans.base import Plan
 
 
 def resolve_components(config: Config) -> None:
@@ -34,11 +35,16 @@ def check_averages(config: Config) -> None:
 
 
 def check_groups(config: Config) -> None:
-    plan, over = config.plan(), config.advantage().over
-    if config.objective().wants == "states" and not any(row.noise for row in plan.rows(Unit(0, 0, 0, 0), 0)):
+    plan, over, objective = config.plan(), config.advantage().over, config.objective()
+    if objective.wants == "states" and not any(row.noise for row in plan.rows(Unit(0, 0, 0, 0), 0)):
         raise ValueError(
             f"rollout.plan: {config.rollout.plan['type']} takes no noise, so it leaves no state to train on; "
             'training.objective must learn from finished latents, as "nft" does'
+        )
+    if objective.compares_children and _most_children(plan) < 2:
+        raise ValueError(
+            f"training.objective: {config.training.objective['type']} compares the children of a state; this rollout.plan "
+            f"({config.rollout.plan['type']}) has one child each. Plans whose states have several: tempflow (children from 2 on) and tree"
         )
     if _largest_group(config, over) > 1:
         return
@@ -50,6 +56,13 @@ def check_groups(config: Config) -> None:
             f'plan {config.rollout.plan["type"]} has one child each and needs "prompt"'
         )
     raise ValueError("rollout.plan.seeds: a group of one has no advantage; at least 2 are needed")
+
+
+def _most_children(plan: Plan) -> int:
+    """Of one state, in the first iteration."""
+    from tempflow.sampling.layout import states_of
+
+    return max(map(len, states_of(plan.rows(Unit(0, 0, 0, 0), 0)).values()), default=0)
 
 
 def _largest_group(config: Config, over: str) -> int:

@@ -6,9 +6,9 @@ padding over ranks, the old policy's values and the optimizer are the updater's 
 
 from __future__ import annotations
 
-from abc import ABC
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -16,7 +16,7 @@ from tempflow.penalties import Penalty
 from tempflow.sampling.noise import Noise
 from tempflow.sampling.steps import Grid
 from tempflow.types import Advantages, Endpoint, Slots, State, Unit
-from tempflow_kernels import GroupStats, group_loss
+from tempflow_kernels import group_loss
 
 NEVER = {"clip_low": 1.0, "clip_high": 1e30}  # a clip that changes nothing
 
@@ -35,6 +35,8 @@ class Rollout:
     """What was integrated on."""
     noise: Noise
     """Of the iteration, for objectives that draw more."""
+    over: str
+    """Whose rewards were compared: see `Slots.groups`."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class Batch:
     """fp32 [N, B]; None where the rollout took no such step."""
     real: int
     """How many states are no padding; they come first."""
+    valid: torch.Tensor
+    """bool [N, B]: False for children whose reward failed, and for copies that fill up a state of fewer children."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,21 @@ class Old:
     """[N, ...], where the objective keeps it."""
 
 
+class Seen(NamedTuple):
+    """What was measured of a micro-batch, detached. Scalars are means over the states whose weight is not 0."""
+
+    ratio: torch.Tensor
+    """fp32 [N, B], of the policy to the old one."""
+    log_prob: torch.Tensor
+    """fp32 [N, B], of the children under the policy."""
+    kl: torch.Tensor
+    """fp32 [], to the reference policy."""
+    clip_fraction: torch.Tensor
+    """fp32 [], share of the children that count as clipped."""
+    clipped_above: torch.Tensor | None = None
+    """fp32 [], share of those that are clipped with a ratio above 1; None: those whose ratio is above 1 + clip_high."""
+
+
 class Objective(ABC):  # noqa: B024 (one of two methods is abstract)
     """What an update minimizes.
 
@@ -81,19 +100,27 @@ class Objective(ABC):  # noqa: B024 (one of two methods is abstract)
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        if cls.pull is Objective.pull and cls.loss is Objective.loss:
+        if all(getattr(cls, name) is getattr(Objective, name) for name in ("pull", "batch_pull", "loss")):
             raise TypeError(f"{cls.__name__} defines neither `pull` nor `loss`")
 
     wants: Literal["states", "endpoints"] = "states"
     """What the rollout keeps: the states that its rows left, or every row's final latent."""
     keeps_velocity = False
     """Whether `Old` holds the old policy's velocity."""
+    compares_children = False
+    """Whether a state needs two children or more to be learned from."""
+    stops_children = False
+    """Whether `pull` is 0 for children that have moved far enough, and these are what metrics report as clipped."""
     clip_low: float = NEVER["clip_low"]
     clip_high: float = NEVER["clip_high"]
 
     def states(self, rollout: Rollout, advantages: Advantages) -> list[State]:
         """The states of this rank that are trained on: the rollout's own, or what an objective makes of its endpoints."""
         return rollout.states
+
+    def filler(self, rollout: Rollout) -> State:
+        """What pads the micro-batches of a rank on which `states` finds none."""
+        return rollout.states[0]
 
     def pull(self, advantage: torch.Tensor, log_ratio: torch.Tensor, distance: torch.Tensor | None) -> torch.Tensor:
         """-dL/d(log ratio) of each child, fp32 [N, B].
@@ -105,26 +132,57 @@ class Objective(ABC):  # noqa: B024 (one of two methods is abstract)
         """
         raise NotImplementedError
 
+    def batch_pull(self, batch: Batch, log_ratio: torch.Tensor, distance: torch.Tensor | None) -> torch.Tensor:
+        """The pull of every child of a micro-batch, fp32 [N, B]; 0 for masked ones, whose advantage is 0."""
+        return self.pull(batch.advantage, log_ratio, distance)
+
     def loss(
         self, velocity: torch.Tensor, batch: Batch, old: Old | None, penalty: Penalty | None, velocity_ref: torch.Tensor | None
-    ) -> tuple[torch.Tensor, GroupStats]:
+    ) -> tuple[torch.Tensor, Seen]:
         """The loss [] of a micro-batch, differentiable in `velocity`, and what was measured on the way.
 
-        The kernel's gradient of -A exp(log ratio) has the size A ratio, so with A = pull / ratio and no clip it is the gradient
-        of any loss of log-ratios. The value of the loss is that of this linear stand-in.
+        Without an old policy the kernel's ratio is 1 and its gradient of -A ratio is that of -A log ratio, so with A = pull it is the
+        gradient of any loss of log-ratios. The value of the loss is that of this linear stand-in.
         """
         with torch.no_grad():
             seen = self.measure(velocity, batch, old)
-            log_ratio = torch.log(seen.ratio)
+            log_ratio = torch.zeros_like(seen.log_prob) if old is None else seen.log_prob - old.log_prob
             distance = None if not self.keeps_velocity else step_distance(velocity, old and old.velocity, batch)
-            advantage = self.pull(batch.advantage, log_ratio, distance) / seen.ratio
-        loss, penalized = kernel_loss(velocity, batch, advantage, old, penalty, velocity_ref, **NEVER)
-        return loss, seen._replace(kl=penalized.kl)
+            pull = self.batch_pull(batch, log_ratio, distance)
+        loss, penalized = kernel_loss(velocity, batch, pull, None, penalty, velocity_ref, **NEVER)
+        seen = seen._replace(kl=penalized.kl)
+        return loss, _stopped(seen, batch, pull) if self.stops_children else seen
 
-    def measure(self, velocity: torch.Tensor, batch: Batch, old: Old | None) -> GroupStats:
+    def measure(self, velocity: torch.Tensor, batch: Batch, old: Old | None) -> Seen:
         """Ratios and log-probabilities under a velocity, without a gradient."""
         zero = torch.zeros_like(batch.advantage)
         return kernel_loss(velocity.detach(), batch, zero, old, None, None, clip_low=self.clip_low, clip_high=self.clip_high)[1]
+
+
+class GroupObjective(Objective):
+    """An objective whose loss is one of all children of a state together. Masked children and flat groups have no pull."""
+
+    compares_children = True
+
+    @abstractmethod
+    def group_pull(self, advantage: torch.Tensor, log_ratio: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        """-dL/d(log ratio) of each child, [N, B], of the loss L of its group; anything finite where `valid`, bool [N, B], is False."""
+
+    def batch_pull(self, batch, log_ratio, distance):
+        pull = self.group_pull(batch.advantage, log_ratio, batch.valid)
+        # A group without spread teaches nothing, whether or not a penalty has it forwarded.
+        return torch.where(batch.valid & (batch.advantage != 0).any(1, keepdim=True), pull, 0.0)
+
+
+def _stopped(seen: Seen, batch: Batch, pull: torch.Tensor) -> Seen:
+    """With the share of valid children of each state whose pull is 0 while their advantage is not."""
+    stopped = (pull == 0) & (batch.advantage != 0)
+    live, valid = batch.weight != 0, batch.valid.sum(1).clamp(min=1)
+
+    def share(chosen: torch.Tensor) -> torch.Tensor:
+        return torch.where(live, chosen.sum(1) / valid, 0.0).sum() / live.sum().clamp(min=1)
+
+    return seen._replace(clip_fraction=share(stopped), clipped_above=share(stopped & (seen.ratio > 1)))
 
 
 def kernel_loss(
@@ -138,11 +196,11 @@ def kernel_loss(
     clip_low: float,
     clip_high: float,
     ratio: str = "plain",
-) -> tuple[torch.Tensor, GroupStats]:
+) -> tuple[torch.Tensor, Seen]:
     """`tempflow_kernels.group_loss` of a micro-batch; a penalty that the kernel has is added there."""
     fused = penalty.kernel if penalty is not None and velocity_ref is not None else None
     coef, form = fused or (0.0, "x")
-    return group_loss(
+    loss, stats = group_loss(
         velocity,
         batch.x,
         batch.children,
@@ -160,6 +218,7 @@ def kernel_loss(
         ratio=ratio,
         velocity_old=None if old is None or ratio == "plain" else old.velocity,
     )
+    return loss, Seen(stats.ratio, stats.log_prob, stats.kl, stats.clip_fraction)
 
 
 def step_distance(velocity: torch.Tensor, velocity_old: torch.Tensor | None, batch: Batch) -> torch.Tensor:

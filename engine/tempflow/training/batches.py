@@ -115,4 +115,5 @@ def _stack(places: list[Weighed], weight: torch.Tensor, real: int, device) -> Ba
         advantage=torch.stack([one.advantage for one in places]).to(device),
         log_prob_rollout=torch.stack([s.log_prob for s in states]).to(device) if scored else None,
         real=real,
+        valid=torch.stack([one.valid for one in places]).to(device),
     )

@@ -123,7 +123,8 @@ def roll_out(
     endpoints = sorted((e for lane in lanes for e in lane.endpoints), key=lambda e: e.slot)
     stats = sum((lane.stats for lane in lanes[1:]), lanes[0].stats)
     seconds = {"rollout": time.perf_counter() - started - images.seconds, "decode": images.seconds}
-    return RolledOut(layout, forest, Rollout(layout.slots, states, endpoints, grid, noise), images, stats, seconds)
+    kept = Rollout(layout.slots, states, endpoints, grid, noise, session.advantage.over)
+    return RolledOut(layout, forest, kept, images, stats, seconds)
 
 
 class _Lane:

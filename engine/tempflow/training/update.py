@@ -163,7 +163,9 @@ class Updater:
         if not batch.real:
             return
         ratio = seen.ratio[: batch.real]
-        above = (ratio > 1 + self.objective.clip_high).to(seen.clip_fraction.dtype).mean()
+        above = seen.clipped_above
+        if above is None:
+            above = (ratio > 1 + self.objective.clip_high).to(seen.clip_fraction.dtype).mean()
         clipped, above = torch.stack([seen.clip_fraction, above]).tolist()
         stats.clipped, stats.above = stats.clipped + clipped * batch.real, stats.above + above * batch.real
         stats.max_dev = float(np.maximum((ratio - 1).abs().max().item(), stats.max_dev))  # NaN stays
