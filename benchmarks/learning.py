@@ -1,12 +1,16 @@
-"""Who learns faster, whatever the seed? Trains variants of a config and records their held-out curves.
+"""Who learns faster, whatever the seed, and at what drift? Trains variants of a config and records their held-out curves.
 
     python benchmarks/learning.py --seeds 5 --variants tempflow            # does the shipped run learn
-    python benchmarks/learning.py --seeds 3 --set training.minutes=8       # TempFlow-GRPO against the others
+    python benchmarks/learning.py --seeds 3 --set training.minutes=8       # TempFlow-GRPO against Flow-GRPO
+    python benchmarks/learning.py --variant hinge training.objective=hinge training.updates.passes=4 --variants hinge flow_grpo
 
 Every run starts from the same weights, has the same minutes of training and goes through the deepspeed launcher, as a user's
-would; one after another, because each needs the whole machine. Runs found complete in --runs are not repeated. Written to
-benchmarks/results/: JSON, and the curves' mean and range over the seeds against minutes, transformer forwards (a
-backward counts two) and rewarded pictures; and what each needs to get to where the last variant ends up.
+would; one after another, because each needs the whole machine, all seeds of a variant before the next. Runs found complete in --runs
+are not repeated. With --final each run's model is scored once more at the end, on prompts that no run was tuned on.
+
+Written to benchmarks/results/: JSON, a table (final reward with its error, what it takes to get to where the last variant ends up,
+drift from the base), and the curves' mean and range over the seeds against minutes, transformer forwards (a backward counts
+two) and rewarded images.
 """
 
 from __future__ import annotations
@@ -20,10 +24,12 @@ from pathlib import Path
 
 import numpy as np
 
+import tempflow
 from tempflow import cli
 from tempflow.config import load_config
 from tempflow.errors import UserError
 from tempflow.run.logs import read_metrics, write_atomic
+from tempflow.run.means import with_error
 
 ROOT = Path(__file__).parent.parent
 UNIFORM = ["training.weighting=uniform"]
@@ -43,13 +49,15 @@ VARIANTS = {
     "suffix every 2nd": ["rollout.suffix={}"],
     "exact suffix": ["rollout.suffix=null"],
 }
-AXES = {"minutes": "minutes of training", "forwards": "transformer forwards (backward = 2)", "images": "rewarded pictures"}
+AXES = {"minutes": "minutes of training", "forwards": "transformer forwards (backward = 2)", "images": "rewarded images"}
+DRIFT = ("drift/color_shift", "drift/color_spread", "drift/diversity")
 POINTS = 60
 
 
 def settings(args: argparse.Namespace, variant: str) -> list[str]:
     """What makes a variant of the config, and what the command line says of all or of this one."""
-    return [*VARIANTS[variant], *args.set, *(override for name, override in args.set_for if name == variant)]
+    own = {name: changes for name, *changes in args.variant}
+    return [*own.get(variant, VARIANTS.get(variant, [])), *args.set, *(override for name, override in args.set_for if name == variant)]
 
 
 def train(args: argparse.Namespace, variant: str, seed: int) -> Path:
@@ -71,7 +79,7 @@ def train(args: argparse.Namespace, variant: str, seed: int) -> Path:
 
 
 def curve(run_dir: Path) -> list[dict]:
-    """Held-out reward against training minutes, rewarded pictures and transformer forwards."""
+    """Held-out reward and drift against training minutes, rewarded images and transformer forwards."""
     points, forwards = [], 0
     for row in read_metrics(run_dir):
         forwards += row.get("forwards/rollout", 0) + 3 * row.get("forwards/train", 0)
@@ -83,6 +91,8 @@ def curve(run_dir: Path) -> list[dict]:
                     "images": row.get("images/total", 0),
                     "forwards": forwards,
                     "reward": row["eval/reward"],
+                    "stderr": row.get("eval/reward/stderr"),
+                    **{key: row[key] for key in DRIFT if row.get(key) is not None},
                 }
             )
     return points
@@ -136,20 +146,68 @@ def draw(results: dict[str, list[dict]], file: Path, title: str) -> None:
     figure.savefig(file, dpi=120)
 
 
-def result(run_dir: Path, seed: int) -> dict:
+def table(results: dict[str, list[dict]], needed: dict) -> str:
+    """A markdown table with a line for each variant; errors: of the mean over seeds, or over prompts where there is one seed."""
+    lines = ["| variant | seeds | reward | gain | minutes to level | forwards to level | color shift | color spread | diversity |"]
+    lines.append("|---" * 9 + "|")
+    for variant, runs in results.items():
+        cells = [variant, str(len(runs)), mean_text(runs, "tuned"), mean_text(runs, "gain", "+")]
+        cells += ["-" if needed[variant][axis] is None else f"{needed[variant][axis]:.4g}" for axis in ("minutes", "forwards")]
+        for key in DRIFT:
+            known = [run["drift"][key] for run in runs if key in run["drift"]]
+            cells.append(f"{np.mean(known):.2f}" if known else "-")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def mean_text(runs: list[dict], key: str, sign: str = "") -> str:
+    """The mean of a result over seeds with its standard error; of one seed, with the error over prompts."""
+    values = [run[key] for run in runs]
+    error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else runs[0].get(f"{key}_stderr")
+    return with_error(float(np.mean(values)), None if error is None else float(error), sign)
+
+
+def final(run_dir: Path, prompts: Path) -> dict:
+    """Reward and drift of a run's end on prompts that it was not evaluated on."""
+    file = run_dir / f"final-{prompts.stem}.json"
+    if not file.exists():
+        count = sum(1 for line in prompts.open(encoding="utf-8") if line.strip())
+        before, after = (tempflow.evaluate(run_dir, prompts=prompts, count=count, base=base) for base in (True, False))
+        write_atomic(file, json.dumps({"base": before, "tuned": after}))
+    return json.loads(file.read_text())
+
+
+def result(run_dir: Path, seed: int, prompts: Path | None) -> dict:
     summary = json.loads((run_dir / "summary.json").read_text())
-    gain = summary["tuned_reward"] - summary["base_reward"]
+    points = curve(run_dir)
+    found = {"base": summary["base_reward"], "tuned": summary["tuned_reward"], "tuned_stderr": summary.get("tuned_stderr")}
+    drift = {key: points[-1][key] for key in DRIFT if key in points[-1]}
+    if prompts:
+        scored = final(run_dir, prompts)
+        found = {"base": scored["base"]["reward"], "tuned": scored["tuned"]["reward"], "tuned_stderr": scored["tuned"]["stderr"]}
     return {
         "seed": seed,
-        "base": summary["base_reward"],
-        "tuned": summary["tuned_reward"],
-        "gain": gain,
+        **found,
+        "gain": found["tuned"] - found["base"],
+        "gain_stderr": None if prompts else summary.get("gain_stderr"),
+        "drift": drift,
         "minutes": summary["minutes"],
         "iterations": summary["iterations"],
         "device": summary["device"],
         "versions": summary["versions"],
-        "curve": curve(run_dir),
+        "curve": points,
     }
+
+
+def check(args: argparse.Namespace) -> None:
+    """UserError for a variant that nobody defined, and for prompts that are not there."""
+    known = {*VARIANTS, *(name for name, *_ in args.variant)}
+    of_no_variant = {name for name, _ in args.set_for} - set(args.variants)
+    for option, names, allowed in (("--variants", set(args.variants) - known, known), ("--set-for", of_no_variant, set(args.variants))):
+        if names:
+            raise UserError(f"{option}: {', '.join(sorted(names))} is not one of {', '.join(sorted(allowed))}")
+    if args.final and not args.final.is_file():
+        raise UserError(f"--final: no such file: {args.final}")
 
 
 def main() -> int:
@@ -159,10 +217,18 @@ def main() -> int:
     parser.add_argument(
         "--variants",
         nargs="+",
-        choices=VARIANTS,
         default=["tempflow", "flow_grpo"],
-        help="what is compared; the last is what the others are measured against",
+        help=f"what is compared; the last is what the others are measured against. Known: {', '.join(VARIANTS)}, and those of --variant",
     )
+    parser.add_argument(
+        "--variant",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar=("NAME", "SECTION.KEY=VALUE"),
+        help="another variant: its name, and what it sets of the config",
+    )
+    parser.add_argument("--final", type=Path, help="prompt file that every run's model is scored on at its end, all of its prompts")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
     parser.add_argument(
         "--set-for",
@@ -175,14 +241,12 @@ def main() -> int:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/learning", help="folder of the runs")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results", help="folder of the report")
     args = parser.parse_args()
-    unknown = {name for name, _ in args.set_for} - set(args.variants)
-    if unknown:
-        raise UserError(f"--set-for: {', '.join(unknown)} is not among --variants: {', '.join(args.variants)}")
+    check(args)
     configs = {variant: load_config(args.config, settings(args, variant)).model_dump() for variant in args.variants}
     results: dict[str, list[dict]] = {variant: [] for variant in args.variants}
-    for seed in range(args.seeds):
-        for variant in args.variants:
-            one = result(train(args, variant, seed), seed)
+    for variant in args.variants:
+        for seed in range(args.seeds):
+            one = result(train(args, variant, seed), seed, args.final)
             results[variant].append(one)
             print(
                 f"{variant}, seed {seed}: {one['base']:.3f} -> {one['tuned']:.3f} ({one['gain']:+.3f}) in {one['minutes']:.1f} min",
@@ -194,6 +258,9 @@ def main() -> int:
     record = {"date": str(date.today()), "command": sys.argv, "device": device, "configs": configs, "results": results, "level": levels}
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(out, json.dumps(record, indent=1))
+    written = table(results, levels["needed"])
+    write_atomic(out.with_suffix(".md"), written)
+    print(written)
     draw(results, out.with_suffix(".png"), f"{Path(args.config).stem}, {device}, {date.today()}")
     for variant, runs in results.items():
         gains = [run["gain"] for run in runs]

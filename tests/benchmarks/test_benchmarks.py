@@ -1,7 +1,9 @@
 """The benchmarks measure what they say: equal work, ratios to the right thing, figures that come from the data."""
 
+import argparse
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import learning
 import numpy as np
@@ -10,6 +12,7 @@ import suffix_fidelity
 from engine_cases import dense_slots
 
 from tempflow.advantages.group import Group
+from tempflow.errors import UserError
 from tempflow.types import Rewards
 
 
@@ -72,6 +75,30 @@ def test_every_variant_is_a_config():
     for variant, changes in learning.VARIANTS.items():
         config = load_config(learning.ROOT / "configs/tiny_ocr.json", changes)
         assert (config.rollout.plan["type"] == "flow_grpo") == (variant in ("flow_grpo", "without branching"))
+
+
+def learning_args(**given):
+    return argparse.Namespace(**{"variants": ["tempflow"], "variant": [], "set": [], "set_for": [], "final": None} | given)
+
+
+def test_a_variant_may_come_from_the_command_line():
+    args = learning_args(variants=["own"], variant=[["own", "training.objective=nft", "rollout.plan.seeds=2"]], set=["training.minutes=4"])
+    learning.check(args)
+    assert learning.settings(args, "own") == ["training.objective=nft", "rollout.plan.seeds=2", "training.minutes=4"]
+    wrong = [({"variants": ["hinges"]}, "hinges"), ({"set_for": [("flow_grpo", "a.b=1")]}, "flow_grpo")]
+    for given, named in [*wrong, ({"final": Path("no.txt")}, "no.txt")]:
+        with pytest.raises(UserError, match=named):
+            learning.check(learning_args(**given))
+
+
+def test_the_table_has_errors_over_seeds_and_drift():
+    def run(tuned, shift):
+        return {"tuned": tuned, "gain": tuned - 0.5, "tuned_stderr": 0.03, "gain_stderr": 0.02, "drift": {"drift/color_shift": shift}}
+
+    results = {"two": [run(0.7, 10.0), run(0.8, 20.0)], "one": [run(0.6, 40.0)]}
+    two, one = learning.table(results, {v: {"minutes": None, "forwards": 12345.0} for v in results}).splitlines()[2:]
+    assert two.split(" | ")[1:6] == ["2", "0.750 ± 0.050", "+0.250 ± 0.050", "-", "1.234e+04"] and "15.00" in two
+    assert "0.600 ± 0.030" in one and "+0.100 ± 0.020" in one and "40.00" in one
 
 
 def test_no_script_hides_the_package_kernels():
