@@ -49,7 +49,7 @@ def _each_a_state(config: Config) -> Config:
     return changed(
         config,
         data={"prompts_per_iteration": config.data.prompts_per_iteration * siblings},
-        training={"micro_batch": config.training.micro_batch * siblings},
+        training={"micro_batch": config.training.states * siblings},
     )
 
 

@@ -87,7 +87,7 @@ def measure(config: Config, iterations: int) -> dict:
 
     session = open_session(config)
     order = PromptOrder(len(session.prompts), config.data.prompts_per_iteration, config.training.seed)
-    regrouped = session.variant(changed(config, rollout={"micro_batch": -(-config.rollout.micro_batch * 2 // 3)}))
+    regrouped = session.variant(changed(config, rollout={"micro_batch": -(-config.rollout.rows * 2 // 3)}))
     options = possible(session.policy.denoiser())
     sessions = {name: regrouped if name == REGROUPED else session for name in options}
     for name in options:

@@ -37,6 +37,7 @@ def config_table(**changes) -> dict:
             "width": 96,
             "num_steps": 10,
             "guidance_scale": 0.0,
+            "micro_batch": 48,
             "plan": {"type": "tempflow", "seeds": 2, "children": 2, "branch_steps": [0, 4, 8]},
         },
         "rewards": {"engine_rewards:contrast": 1.0},

@@ -141,7 +141,7 @@ class Rollout(Section):
         "evaluations keep the checkpoint's own grid",
     )
     guidance_scale: Annotated[float, Field(ge=0)] = Field(3.5, description="as in the diffusers pipeline's call")
-    micro_batch: Positive = Field(48, description="most rows in one forward of the rollout")
+    micro_batch: Positive | None = Field(None, description="most rows in one forward of the rollout; null: measured at the start")
     lanes: Threads | None = Field(
         None, description="parts of a rank's rollout that run side by side, in a thread each; null: on a CPU as many as cores"
     )
@@ -153,6 +153,11 @@ class Rollout(Section):
     compile: Compile = Field("eager", description="torch.compile of the rollout copy's blocks; compile-max tunes kernels too")
     replica: bool = Field(True, description="roll out on a static copy of the weights, not through the training engine")
     refresh_bucket: Positive = Field(100_000_000, description="most weights gathered at a time when that copy is refreshed")
+
+    @property
+    def rows(self) -> int:
+        """Most rows in one forward, where nothing was measured yet a guess."""
+        return self.micro_batch or 48
 
 
 class RewardPoolSection(Section):
@@ -193,7 +198,7 @@ class Training(Section):
     max_skipped: Count = Field(
         3, description="updates in a row that may be skipped because the gradient is not finite, before the run stops"
     )
-    micro_batch: Positive = Field(8, description="decisions in one forward and backward")
+    micro_batch: Positive | None = Field(None, description="states in one forward and backward; null: measured at the start")
     advantage: Component = Field("group", description="from rewards to advantages")
     objective: Component = Field("grpo", description="what an update minimizes")
     penalty: Component | None = Field(None, description="what holds the policy to the one before training; null: nothing")
@@ -212,6 +217,11 @@ class Training(Section):
         1.0, description="learning rate at the end over that at the start, along a cosine; 1: constant"
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of prompts and noise")
+
+    @property
+    def states(self) -> int:
+        """Most states in one forward and backward, where nothing was measured yet a guess."""
+        return self.micro_batch or 8
 
 
 class Stop(Section):

@@ -57,7 +57,7 @@ def phases(config: Config, model: Model, gpus: int, speed: float) -> list[Phase]
     def phase(name: str, each: int, one: Pass, share: float = 1.0) -> Phase:
         return Phase(name, units * each, busiest * each, one.flops, _seconds(busiest * each * one.flops, speed), share)
 
-    forward, states = model.forward(r.micro_batch), len(unit_states(config))
+    forward, states = model.forward(r.rows), len(unit_states(config))
     found = [phase("rollout", count_forwards(rows, r.num_steps, r.suffix), forward), phase("decode", len(rows), model.decode())]
     if t.penalty:
         found.append(phase("reference", states, forward))
@@ -66,7 +66,7 @@ def phases(config: Config, model: Model, gpus: int, speed: float) -> list[Phase]
         found.append(phase("audit", count_forwards(rows, r.num_steps, None), forward, 1 / min(r.suffix.audit_every, 10**9)))
     if config.data.heldout and config.eval.every:
         steps, rows = config.eval.num_steps or r.num_steps, -(-config.eval.prompts // gpus)
-        flops = model.forward(min(r.micro_batch, rows), config.eval_guidance()).flops
+        flops = model.forward(min(r.rows, rows), config.eval_guidance()).flops
         found.append(
             Phase(
                 "evaluation",
@@ -83,7 +83,7 @@ def phases(config: Config, model: Model, gpus: int, speed: float) -> list[Phase]
 def training_rows(config: Config, gpus: int) -> int:
     """Rows of the largest micro-batch: the trainer makes them even. Every state is taken to have something to teach."""
     states = busiest_units(config, gpus) * len(unit_states(config))
-    return -(-states // -(-states // config.training.micro_batch))
+    return -(-states // -(-states // config.training.states))
 
 
 def _seconds(flops: int, speed: float) -> float:

@@ -72,7 +72,7 @@ def memory_of(config: Config, model: Model, zero: Zero, gpus: int, prompts: int)
     ]
     moments = [
         Item(f"training: activations of {_rows(rows)}", model.training(rows).bytes, "gradient_checkpointing, training.micro_batch"),
-        Item(f"rollout: a forward of {_rows(r.micro_batch)}", forward, "rollout.micro_batch"),
+        Item(f"rollout: a forward of {_rows(r.rows)}", forward, "rollout.micro_batch"),
         Item("evaluation: a forward", evaluated if evaluated > forward else 0, "eval.guidance_scale, rollout.micro_batch"),
         Item(f"decoding {_rows(r.decode_batch)}", model.decode().bytes * r.decode_batch, "rollout.decode_batch"),
         Item("optimizer step", zero.step, "zero_optimization.stage, sub_group_size"),
@@ -94,7 +94,7 @@ def memory_of(config: Config, model: Model, zero: Zero, gpus: int, prompts: int)
 
 def _inference(config: Config, model: Model, gpus: int) -> tuple[int, int]:
     """The most that a forward holds in a rollout, and in an evaluation, whose guidance may be another. Both decode alike."""
-    rows = config.rollout.micro_batch
+    rows = config.rollout.rows
     evaluated = min(rows, -(-config.eval.prompts // gpus)) if config.data.heldout and config.eval.every else 0
     return model.forward(rows).bytes, model.forward(evaluated, config.eval_guidance()).bytes if evaluated else 0
 
@@ -124,7 +124,7 @@ def _held(config: Config, model: Model, gpus: int) -> int:
     stored = units * (2 * len(children) + sum(children) + widened) * 4
     keeps_velocity = t.objective.get("ratio") == "guard" and t.updates.passes > 1
     velocities = units * len(children) * model.trained_in.itemsize * ((t.penalty is not None) + keeps_velocity)
-    under_way = (units + r.micro_batch) * 4
+    under_way = (units + r.rows) * 4
     embeddings = sum(model.embedding) * min(config.data.prompts_per_iteration, units)
     return (stored + velocities + under_way) * elements + embeddings
 

@@ -159,7 +159,7 @@ def _drawn(
         list(range(len(prompts))),
         num_steps=_steps(config, num_steps),
         seed=seed,
-        micro_batch=config.rollout.micro_batch,
+        micro_batch=config.rollout.rows,
         decode_batch=config.rollout.decode_batch,
         advance=lambda n: progress.advance(task, n),
     )

@@ -27,7 +27,7 @@ def make_parts(session: Session, rolled: RolledOut, credit: Advantages) -> list[
     for share in range(t.updates.parts):
         mine = [s for s in states if (s.unit.prompt + s.unit.seed) % t.updates.parts == share]
         chosen = select(mine, credit, keep_all=session.penalty is not None)
-        batches = make_batches(chosen, fallback, t.micro_batch, weights, session.policy.device)
+        batches = make_batches(chosen, fallback, t.states, weights, session.policy.device)
         total = int(distributed.reduce(len(mine)))
         if batches:
             parts.append(Part.of(batches, total))

@@ -106,7 +106,7 @@ class Runtime:
             ds["zero_optimization"] = leaf_section(ds["zero_optimization"], module)
         ds.setdefault("steps_per_print", 10**9)
         ds.setdefault("zero_allow_untested_optimizer", True)
-        return {**ds, "train_micro_batch_size_per_gpu": self.config.training.micro_batch, "gradient_accumulation_steps": 1}
+        return {**ds, "train_micro_batch_size_per_gpu": self.config.training.states, "gradient_accumulation_steps": 1}
 
     # ------------------------------------------------------------------------------------------------- updates
     def accumulate(self, loss: torch.Tensor, last: bool) -> None:

@@ -59,7 +59,7 @@ class Evaluator:
                 s.heldout,
                 mine,
                 num_steps=steps,
-                micro_batch=r.micro_batch,
+                micro_batch=r.rows,
                 decode_batch=r.decode_batch,
                 advance=advance,
             )

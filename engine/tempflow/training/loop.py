@@ -29,6 +29,7 @@ from tempflow.sampling.layout import Layout
 from tempflow.training import distributed
 from tempflow.training.credit import make_parts, reward_metrics, suffix_metrics, update_metrics
 from tempflow.training.evaluator import Evaluator
+from tempflow.training.micro_batches import choose
 from tempflow.training.rollout import RolledOut, Scored, count_rows, gather_rewards, plan_iteration, roll_out
 from tempflow.training.session import Session, build, check_rewards
 from tempflow.training.shares import check_shares, prompt_order, prompts_reached
@@ -375,6 +376,7 @@ def train(
     check_shares(config, prompts, heldout)
     recorder = distributed.on_first_rank(lambda: Recorder(config, run_dir, report)) or Recorder(config, run_dir, report, main=False)
     recorder.note(describe(distributed.world_size()))
+    reached = prompts_reached(config, prompts)
     with RewardPool(specs, **config.reward_pool.pool()) as pool:
         session = build(
             config,
@@ -382,8 +384,10 @@ def train(
             heldout[: config.eval.prompts],
             specs,
             pool=pool,
-            reached=prompts_reached(config, prompts),
+            reached=reached,
             stop=stop,
             note=recorder.note,
         )
+        embedded = list(range(len(prompts))) if reached is None else reached
+        choose(session, embedded, load.read_state(resume_from).get("config") if resume_from else None)
         return Trainer(session, recorder, profile).run(resume_from)

@@ -145,7 +145,7 @@ class _Lane:
             denoise,
             grid,
             noise,
-            micro_batch=r.micro_batch,
+            micro_batch=r.rows,
             suffix=suffix,
             execute=eager if s.graphs is None else s.graphs,
             pad=pad,
