@@ -18,6 +18,7 @@ from PIL import Image
 from run_cases import ADAMW, SGD, Run, launch, script, script_here, timeless, train
 from safetensors.torch import load_file
 
+from tempflow.run.metrics import describe
 from tempflow.types import Size
 
 # One rank against two, a run against its resumed half, bit for bit: the CPU's part. A GPU's is test_gpu_runs.py.
@@ -29,6 +30,7 @@ STEPS = [0, 4, 8]
 # Rollouts of different batch shapes differ in their last bits, which turns a pixel's level here and there; rewards are in
 # percent of the brightness, and one level of one of 9216 values is 1e-4 of a picture's.
 REWARDS, UPDATE = 1e-4, 3e-4
+DRIFT = 0.1  # gray levels of the mean color of a few images; one pixel more or less may count as ink
 
 
 # ZeRO-3 keeps small weights whole, as all of this model's are, unless told otherwise.
@@ -100,12 +102,16 @@ def test_run_leaves_what_the_contract_names(launched):
         assert row["kl"] > 0 and row["reward/std"] > 0 and row["grad_norm"] > 0 and row["reward/zero_std_groups"] == 0
         assert row["ratio/max_dev"] > 0 and row["mismatch/log_prob"] < 1e-5
         assert row["time/total"] >= row["time/rollout"] + row["time/train"] > 0
-    assert ["eval/reward" in row for row in rows] == [True, False, True, True]
+    assert ["eval/reward" in row for row in rows] == ["drift/color_shift" in row for row in rows] == [True, False, True, True]
+    assert [rows[0][key] for key in ("drift/color_shift", "drift/color_spread", "drift/diversity")] == [0, 1, 1]
+    assert rows[3]["drift/color_shift"] > 0
+    assert not [key for row in rows for key in row if key != "iteration" and describe(key) is None], "they are in run/metrics.py"
     for name in ("config.json", "report.html", "summary.json", "samples/000000/samples.json", "checkpoints/000003"):
         assert (run.folder / name).exists(), name
     assert list((run.folder / "tensorboard").glob("events*"))
     summary = json.loads((run.folder / "summary.json").read_text())
     assert summary["base_reward"] == rows[0]["eval/reward"] and summary["tuned_reward"] == rows[3]["eval/reward"]
+    assert summary["drift/color_shift"] == rows[3]["drift/color_shift"]
     assert summary["iterations"] == 3 and summary["images"] == 84 and summary["world_size"] == 1
     assert "iteration 3/3" in run.done.stdout and "report.html" in run.done.stdout
 
@@ -129,6 +135,8 @@ def assert_agree(one: Run, other: Run):
         for key in a:
             if key.startswith(("reward", "eval/", "diversity/")):
                 assert a[key] == pytest.approx(b[key], abs=REWARDS), (a["iteration"], key)
+            elif key.startswith("drift/"):
+                assert a[key] == pytest.approx(b[key], abs=DRIFT), (a["iteration"], key)
             elif key in ("images", "images/total", "forwards/rollout", "forwards/train", "lr"):
                 assert a[key] == b[key], (a["iteration"], key)
             elif key in ("grad_norm", "kl"):
@@ -209,6 +217,7 @@ def train_checked(folder, name, more, reward, every, processes=0, rank=0, **deep
         processes=processes,
         rewards={"engine_rewards:Signalling": {**reward, "rank": rank}},
         training={"iterations": 4, "updates": {"passes": 2}, "ema": {"decay": 0.5, "every": 3}, "lr_decay": 0.1, "penalty": {"coef": 0.01}},
+        eval={"precision_recall": 3},
         checkpoint={"every": every, "keep": 9},
         deepspeed={"optimizer": ADAMW, **deepspeed},
     )

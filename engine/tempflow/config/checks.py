@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from tempflow import registry
 from tempflow.errors import UserError, shown
+from tempflow.run.metrics import DRIFT, describe
 from tempflow.types import Unit
 
 if TYPE_CHECKING:
@@ -120,6 +121,17 @@ def check_compiled(config: Config) -> None:
         raise ValueError("rollout.compile: without rollout.replica rollouts use training.compile")
 
 
+def check_eval(config: Config) -> None:
+    neighbors = config.eval.precision_recall
+    if neighbors is None:
+        return
+    if neighbors >= config.eval.prompts:
+        raise ValueError(f"eval.precision_recall: {neighbors} neighbors need more images than that; eval.prompts is {config.eval.prompts}")
+    for name in ("precision", "recall"):
+        if name in config.rewards:
+            raise ValueError(f"rewards.{name}: eval/{name} is that of eval.precision_recall; give the reward another name")
+
+
 def check_stop(config: Config) -> None:
     rule, plan = config.eval.stop, config.plan()
     if rule is None:
@@ -132,5 +144,8 @@ def check_stop(config: Config) -> None:
     known += ["kl"] if config.training.penalty else []
     known += ["diversity/seeds"] if plan.seeds > 1 else []
     known += ["diversity/children"] if plan.children > 1 else []
+    known += [key for key in DRIFT if key.startswith("drift/") or config.eval.precision_recall]
     if rule.metric not in known:
         raise ValueError(f"eval.stop.metric: {shown(rule.metric)}; this run has {', '.join(known)}")
+    if rule.patience and describe(rule.metric).better == "lower":
+        raise ValueError(f"eval.stop.patience: it waits for {rule.metric} to rise, and lower is better there; use eval.stop.above")

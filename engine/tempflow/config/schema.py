@@ -14,7 +14,15 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import PydanticCustomError
 
 from tempflow import registry
-from tempflow.config.checks import check_averages, check_compiled, check_deepspeed, check_groups, check_stop, resolve_components
+from tempflow.config.checks import (
+    check_averages,
+    check_compiled,
+    check_deepspeed,
+    check_eval,
+    check_groups,
+    check_stop,
+    resolve_components,
+)
 
 if TYPE_CHECKING:
     from tempflow.advantages.base import Advantage
@@ -225,8 +233,13 @@ class Training(Section):
 
 
 class Stop(Section):
-    metric: str = Field(description="a metric of the evaluated iterations: eval/reward, eval/NAME, kl, diversity/seeds, diversity/children")
-    patience: Positive | None = Field(None, description="stop after this many evaluations in a row without a new highest value")
+    metric: str = Field(
+        description="a metric of the evaluated iterations: eval/reward, eval/NAME, kl, diversity/seeds, diversity/children, "
+        "drift/color_shift, drift/color_spread, drift/diversity, eval/precision, eval/recall"
+    )
+    patience: Positive | None = Field(
+        None, description="stop after this many evaluations in a row without a new highest value; not where lower is better"
+    )
     min_delta: Annotated[float, Field(ge=0)] = Field(0.0, description="a new highest value is higher than the last by more than this")
     below: float | None = Field(None, description="stop as soon as an evaluation finds it lower")
     above: float | None = Field(None, description="stop as soon as an evaluation finds it higher")
@@ -238,6 +251,10 @@ class Eval(Section):
     guidance_scale: Annotated[float, Field(ge=0)] | None = Field(None, description="null: as in the rollout")
     prompts: Positive = Field(128, description="held-out prompts used, from the top of the file")
     keep_samples: Positive = Field(24, description="pictures written per evaluation, the first prompts'")
+    precision_recall: Positive | None = Field(
+        None,
+        description="k of the k-nearest-neighbor balls of eval/precision and eval/recall against the base's images, e.g. 3; null: off",
+    )
     stop: Stop | None = Field(None, description="ends the run early by a metric; a checkpoint is saved")
 
 
@@ -283,7 +300,7 @@ class Config(Section):
     def _agree(self) -> Config:
         check_deepspeed(self)
         resolve_components(self)
-        for check in (check_averages, check_groups, check_compiled, check_stop):
+        for check in (check_averages, check_groups, check_compiled, check_eval, check_stop):
             check(self)
         return self
 

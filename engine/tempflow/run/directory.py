@@ -23,6 +23,7 @@ FREE_KEYS = (
     ("training", "iterations"),
     ("training", "minutes"),
     ("eval", "stop"),
+    ("eval", "precision_recall"),
     ("data", "embedding_cache"),
     ("rollout", "graphs"),
     ("rollout", "graph_limit_mb"),

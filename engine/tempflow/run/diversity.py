@@ -1,4 +1,4 @@
-"""How different the images of one prompt are: the distance that shrinks when a policy collapses onto one image.
+"""How different images are: the distance that shrinks when a policy collapses onto one image, and who is near whom.
 
 The distance of two images is the root mean square difference of their pixels, which lie in [0, 1], after both were averaged
 down to at most 32 x 32; that of two videos takes a few frames of each. That sees layout and color, not grain, and costs nothing
@@ -32,9 +32,39 @@ def mean_distance(groups: np.ndarray) -> np.ndarray:
     """
     *lead, n, size = groups.shape
     points = torch.from_numpy(np.asarray(groups, dtype=np.float64)).reshape(-1, n, size)
-    apart = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
+    apart = _apart(points, points)
     there = points.isfinite().all(-1)
     pairs = there[:, :, None] & there[:, None, :] & ~torch.eye(n, dtype=torch.bool)
     count = pairs.sum((1, 2))
     total = torch.where(pairs, apart, 0.0).sum((1, 2))
     return torch.where(count > 0, total / count / size**0.5, torch.nan).numpy().reshape(lead)
+
+
+def precision_and_recall(base: np.ndarray, now: np.ndarray, neighbors: int) -> tuple[float, float]:
+    """How far two sets of points lie within each other: share of `now` in a ball of `base`, and share of `base` in a ball of `now`.
+
+    Each point of a set has a ball that reaches to its k-th nearest neighbor in that set. A falling recall says that images which
+    the base made are made no more; precision falls when new ones appear, better ones too.
+
+    Args:
+        base: [n, D].
+        now: [m, D].
+        neighbors: k, less than n and m.
+
+    Source: arXiv 1904.06991, eq. 1 and 2; as monitors of a fine-tuned model arXiv 2305.18910.
+    """
+    base, now = (torch.from_numpy(np.asarray(points, dtype=np.float64)) for points in (base, now))
+    between = _apart(base, now)
+    precision = (between <= _radii(base, neighbors)[:, None]).any(0)
+    recall = (between <= _radii(now, neighbors)[None, :]).any(1)
+    return float(precision.double().mean()), float(recall.double().mean())
+
+
+def _radii(points: torch.Tensor, neighbors: int) -> torch.Tensor:
+    """Distance of each point to its k-th nearest other one, [n]."""
+    return _apart(points, points).fill_diagonal_(torch.inf).kthvalue(neighbors, dim=1).values
+
+
+def _apart(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Exact distances [n, m]; by way of a matrix product equal points would not be at 0."""
+    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")

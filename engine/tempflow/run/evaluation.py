@@ -19,6 +19,7 @@ from tempflow.media import still
 from tempflow.models import Sampler
 from tempflow.models.embeddings import EmbeddingCache
 from tempflow.rewards import RewardPool, RewardSpec, combine
+from tempflow.run import drift
 from tempflow.run.logs import write_atomic
 from tempflow.run.means import Mean, gain_of, mean_of
 from tempflow.sampling.noise import INITIAL, key_tensor, noise_key
@@ -34,7 +35,7 @@ class Scored:
     """Prompts by index, the weighted reward [n], each reward alone, and its readings; images (or videos) of some of them.
 
     reward: NaN where it failed. parts: NaN where a reward failed or does not apply. applies: bool [n] by reward. finite: bool
-    [n], False where there is no image to score.
+    [n], False where there is no image to score. looks: of all images, for the distance to the base's.
     """
 
     indices: list[int]
@@ -44,6 +45,7 @@ class Scored:
     parts: dict[str, np.ndarray]
     applies: dict[str, np.ndarray]
     details: dict[str, list[str] | None]
+    looks: drift.Looks
 
     def counts(self) -> list[int]:
         """Images, those without a reward, and those of them that are not finite."""
@@ -90,12 +92,13 @@ def draw(
 
 def evaluate(pool: RewardPool, specs: list[RewardSpec], prompts: list[Example], drawn, keep: int) -> Scored:
     """Score what `draw` yields while it goes on drawing; images of the first `keep` prompts are kept."""
-    indices, kept, tickets, finite = [], {}, [], []
+    indices, kept, tickets, finite, looks = [], {}, [], [], []
     for part, images, made in drawn:
         chosen = [prompts[i] for i in part]
         tickets.append(pool.submit(images, [p.text for p in chosen], [p.metadata for p in chosen], finite=made))
         indices += part
         finite.append(made)
+        looks.append(drift.look(images, made))
         kept |= {i: image for i, image in zip(part, images, strict=True) if i < keep}
     scores = pool.gather(tickets)
     combined = [combine(score, specs) for score in scores]
@@ -112,6 +115,7 @@ def evaluate(pool: RewardPool, specs: list[RewardSpec], prompts: list[Example], 
         {spec.name: np.concatenate([c.parts[spec.name] for c in combined]) for spec in specs},
         {spec.name: np.concatenate([c.applies[spec.name] for c in combined]) for spec in specs},
         details,
+        drift.join(looks),
     )
 
 
@@ -138,11 +142,21 @@ def merge(parts: list[Scored]) -> Scored:
         by_name(lambda p: p.parts),
         by_name(lambda p: p.applies),
         details,
+        drift.join([p.looks for p in parts]).pick(order),
     )
 
 
-def metrics(scored: Scored, base: np.ndarray | None = None) -> dict[str, float]:
-    """What a row of metrics.jsonl says of an evaluation; base: the rewards [n] before training, to which the gain is measured."""
+def metrics(
+    scored: Scored, base: np.ndarray | None = None, base_looks: drift.Looks | None = None, neighbors: int | None = None
+) -> dict[str, float]:
+    """What a row of metrics.jsonl says of an evaluation.
+
+    Args:
+        scored: the evaluation, of n prompts.
+        base: the rewards [n] before training, to which the gain is measured.
+        base_looks: of the n images before training, to which the drift is measured.
+        neighbors: eval.precision_recall.
+    """
     total = scored.mean()
     found = {"eval/reward": total.value, "eval/reward/stderr": total.stderr, "eval/scored": total.scored, "eval/failed": total.failed}
     found["eval/not_finite"] = int((~scored.finite).sum()) or None
@@ -156,6 +170,8 @@ def metrics(scored: Scored, base: np.ndarray | None = None) -> dict[str, float]:
     if base is not None:
         gain = gain_of(base, scored.reward)
         found |= {"eval/gain": gain.value, "eval/gain/stderr": gain.stderr}
+    if base_looks is not None:
+        found |= drift.metrics(base_looks, scored.looks, neighbors)
     return {key: value for key, value in found.items() if value is not None}
 
 

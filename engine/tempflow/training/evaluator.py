@@ -8,15 +8,17 @@ from contextlib import contextmanager
 import numpy as np
 
 from tempflow.run import evaluation
+from tempflow.run.drift import Looks
 from tempflow.run.failures import check_failed
 from tempflow.run.means import mean_of
+from tempflow.run.metrics import DRIFT
 from tempflow.run.recorder import Recorder
 from tempflow.training import distributed
 from tempflow.training.session import Session
 
 
 class Evaluator:
-    """Evaluates a session on its held-out prompts, and remembers the base's rewards, to which gains are measured.
+    """Evaluates a session on its held-out prompts, and remembers the base's rewards and looks, to which gain and drift are measured.
 
     metrics, evaluated_at: of the newest evaluation, and its iteration.
     """
@@ -25,6 +27,7 @@ class Evaluator:
         self.session, self.recorder = session, recorder
         self.base_reward: float | None = None
         self.base_rewards: np.ndarray | None = None  # of each held-out prompt, [n]: gains are measured prompt by prompt
+        self.base_looks: Looks | None = None
         self.metrics: dict = {}
         self.evaluated_at = -1
 
@@ -77,7 +80,10 @@ class Evaluator:
         scored = evaluation.merge(gathered)
         facts = {"iteration": iteration, "num_steps": steps, "seed": evaluation.EVAL_SEED, "weights": weights}
         self.recorder.samples(scored, s.heldout, facts)
-        self.metrics = evaluation.metrics(scored, self.base_rewards) | {"time/eval": time.perf_counter() - started}
+        if iteration == 0:
+            self.base_looks = scored.looks
+        found = evaluation.metrics(scored, self.base_rewards, self.base_looks, e.precision_recall)
+        self.metrics = found | {"time/eval": time.perf_counter() - started}
         if iteration == 0:
             self.base_reward, self.base_rewards = self.metrics["eval/reward"], scored.reward
         return self.metrics
@@ -85,16 +91,19 @@ class Evaluator:
     def state(self) -> dict:
         """JSON values from which `load` goes on."""
         known = None if self.base_rewards is None else [None if np.isnan(x) else float(x) for x in self.base_rewards]
-        return {"base_reward": self.base_reward, "base_rewards": known}
+        looks = self.base_looks.pack() if self.base_looks else None
+        return {"base_reward": self.base_reward, "base_rewards": known, "base_looks": looks}
 
     def load(self, state: dict) -> None:
         self.base_reward = state["base_reward"]
         known = state.get("base_rewards")  # checkpoints of earlier versions lack it
         if known and len(known) == len(self.session.heldout):
             self.base_rewards = np.array(known, dtype=np.float32)  # None becomes NaN
+        if looks := state.get("base_looks"):
+            self.base_looks = Looks.unpack(looks)
 
     def sureness(self, final: dict) -> dict:
-        """What the rewards of the base and the last evaluation are made of, and the gain with its standard error."""
+        """What the rewards of the base and the last evaluation are made of, the gain with its standard error, and the drift."""
         names = {
             "tuned_stderr": "eval/reward/stderr",
             "scored": "eval/scored",
@@ -103,4 +112,5 @@ class Evaluator:
             "gain_stderr": "eval/gain/stderr",
         }
         stderr = None if self.base_rewards is None else mean_of(self.base_rewards).stderr
-        return ({} if stderr is None else {"base_stderr": stderr}) | {name: final[key] for name, key in names.items() if key in final}
+        known = {name: final[key] for name, key in names.items() if key in final} | {key: final[key] for key in DRIFT if key in final}
+        return ({} if stderr is None else {"base_stderr": stderr}) | known

@@ -1,0 +1,155 @@
+"""How far images have moved from those that the base made of the same prompts and noise: what a reward may have been bought with.
+
+Three things are compared, all of them cheap and without a model: the color of what an image shows, how much those colors vary
+from prompt to prompt, and how different the images are altogether (see `diversity`). A reward that is blind to one of them pays
+nothing for it, so it is the first to go. Meaning is not seen; a watched reward does that.
+
+The base's images come from the evaluation before training. What is kept of them, `Looks`, is stored in the checkpoints: drawing
+them again in a resumed run would need the weights from before training, and would not give the same bits on another machine.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from tempflow.errors import UserError
+from tempflow.media import some_frames
+from tempflow.run.diversity import FRAMES, mean_distance, precision_and_recall, thumbnails
+
+APART = 64  # gray levels, in any channel, from which a pixel is not background: a quarter of the range
+FEWEST = 0.0025  # share of an image's pixels that its ink has at least
+INK_OF = 0.05  # share of the pixels, the ones farthest from the background, that stand for ink where there is less
+PLAIN = 0.9  # share of an image's border that is background where there is one
+
+
+@dataclass(frozen=True)
+class Looks:
+    """What drift is computed from, of n images or videos; they hold NaN, in `ink` and `whole`, where there is no image."""
+
+    ink: np.ndarray
+    """fp32 [n, 3], in levels 0 to 255: mean color of the pixels that are not background. The background is the median, by channel,
+    of the image's border; a pixel is not background from APART levels on, in any channel. Where less than FEWEST of an image is
+    ink, its INK_OF farthest from the background are taken."""
+    whole: np.ndarray
+    """fp32 [n, 3], in levels 0 to 255: mean color of all pixels."""
+    plain: np.ndarray
+    """bool [n]: whether the border is background, at least PLAIN of it."""
+    thumbnails: np.ndarray
+    """uint8 [n, D], as of `diversity.thumbnails`, in levels."""
+
+    def __len__(self) -> int:
+        return len(self.ink)
+
+    @property
+    def there(self) -> np.ndarray:
+        """bool [n]: where there is an image."""
+        return np.isfinite(self.whole).all(1)
+
+    def pick(self, places) -> Looks:
+        """Those at `places`: an index array, a mask or a slice."""
+        return Looks(*(getattr(self, field.name)[places] for field in fields(self)))
+
+    def colors(self, of_ink: bool) -> np.ndarray:
+        """float64 [n, 3]: of the ink, or of the whole images."""
+        return (self.ink if of_ink else self.whole).astype(np.float64)
+
+    def pack(self) -> str:
+        """Text from which `unpack` makes the same arrays."""
+        file = io.BytesIO()
+        np.savez_compressed(file, **{field.name: getattr(self, field.name) for field in fields(self)})
+        return base64.b64encode(file.getvalue()).decode()
+
+    @classmethod
+    def unpack(cls, text: str) -> Looks:
+        with np.load(io.BytesIO(base64.b64decode(text)), allow_pickle=False) as arrays:
+            return cls(*(arrays[field.name] for field in fields(cls)))
+
+
+def look(media: np.ndarray, finite: np.ndarray | None = None) -> Looks:
+    """Looks of images or videos, uint8 [n, H, W, 3] or [n, F, H, W, 3]; of a video a few frames. finite: bool [n], None: all."""
+    seen = [_colors(frames) for frames in some_frames(media, FRAMES)]
+    ink, whole = (np.array([one[n] for one in seen], dtype=np.float32) for n in (0, 1))
+    if finite is not None:
+        ink[~finite], whole[~finite] = np.nan, np.nan
+    small = np.rint(thumbnails(media) * 255).astype(np.uint8)
+    return Looks(ink, whole, np.array([one[2] for one in seen]), small)
+
+
+def join(parts: list[Looks]) -> Looks:
+    """Several looks as one, in their order."""
+    return Looks(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Looks)))
+
+
+def metrics(base: Looks, now: Looks, neighbors: int | None = None) -> dict[str, float]:
+    """How far images are from the base's, over the prompts that have both; what cannot be said is left out.
+
+    Colors are those of the ink where most of the base's images have a plain background, as words on paper do, and of whole images
+    elsewhere: a photo's border says nothing of what it shows.
+
+    Args:
+        base: of n prompts' images before training.
+        now: of the same n prompts' images, from the same noise.
+        neighbors: of a ball's radius in precision and recall, which are left out without it, or without more prompts than that.
+
+    Returns "drift/color_shift" (Euclidean distance of the two mean colors, in levels), "drift/color_spread" (root mean square
+    distance of the colors from their mean, over the base's), "drift/diversity" (mean distance of two prompts' thumbnails, over the
+    base's), and where asked for "eval/precision" and "eval/recall".
+    """
+    both = base.there & now.there
+    base, now = base.pick(both), now.pick(both)
+    if not len(base):
+        return {}
+    of_ink = bool(base.plain.mean() > 0.5)
+    before, after = base.colors(of_ink), now.colors(of_ink)
+    found = {
+        "drift/color_shift": float(np.linalg.norm(after.mean(0) - before.mean(0))),
+        "drift/color_spread": _ratio(_spread(after), _spread(before)),
+        "drift/diversity": _ratio(*(float(mean_distance(one.thumbnails / 255.0)) for one in (now, base))) if len(base) > 1 else None,
+    }
+    if neighbors and len(base) > neighbors:
+        found["eval/precision"], found["eval/recall"] = precision_and_recall(base.thumbnails, now.thumbnails, neighbors)
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def between_folders(base: Path, now: Path, neighbors: int | None = None) -> dict[str, float]:
+    """`metrics` of two folders' PNG files, paired by name, as two sample sets of a run have them. UserError without such a pair."""
+    before, after = (_of_folder(Path(folder)) for folder in (base, now))
+    common = sorted(before.keys() & after.keys())
+    if not common:
+        raise UserError(f"{base} and {now} hold no PNG files of the same names")
+    if len({images[name].shape for images in (before, after) for name in common}) > 1:
+        raise UserError(f"{base} and {now} hold images of different sizes")
+    return metrics(*(look(np.stack([images[name] for name in common])) for images in (before, after)), neighbors)
+
+
+def _of_folder(folder: Path) -> dict[str, np.ndarray]:
+    """The PNG files of a folder by name, uint8 [H, W, 3]."""
+    return {file.name: np.asarray(Image.open(file).convert("RGB")) for file in folder.glob("*.png")}
+
+
+def _colors(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Ink, whole and plain of one image's frames, uint8 [f, H, W, 3]."""
+    pixels = frames.astype(np.float32)
+    sides = pixels[:, [0, -1]], pixels[:, :, [0, -1]]
+    border = np.concatenate([side.reshape(-1, 3) for side in sides])
+    background = np.median(border, axis=0)
+    apart = np.abs(pixels - background).max(-1)
+    ink = apart > APART
+    if ink.mean() < FEWEST:
+        ink = apart >= np.quantile(apart, 1 - INK_OF)
+    plain = (np.abs(border - background).max(-1) <= APART).mean() >= PLAIN
+    return pixels[ink].mean(0, dtype=np.float64), pixels.reshape(-1, 3).mean(0, dtype=np.float64), bool(plain)
+
+
+def _spread(colors: np.ndarray) -> float:
+    return float(np.sqrt(((colors - colors.mean(0)) ** 2).sum(1).mean()))
+
+
+def _ratio(now: float, base: float) -> float | None:
+    return now / base if base > 0 else None
