@@ -73,10 +73,12 @@ KINDS = {
         "tempflow.objectives.base:Objective",
         "grpo",
         {
+            "awm": "tempflow.objectives.awm:Awm",
             "dgpo": "tempflow.objectives.preference:Dgpo",
             "dmpo": "tempflow.objectives.preference:Dmpo",
             "dpo": "tempflow.objectives.preference:Dpo",
             "dppo": "tempflow.objectives.trust_region:Dppo",
+            "fpo": "tempflow.objectives.fpo:Fpo",
             "grpo": "tempflow.objectives.grpo:Grpo",
             "hinge": "tempflow.objectives.trust_region:Hinge",
             "nft": "tempflow.objectives.nft:Nft",

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from tempflow.errors import check_range
 from tempflow.objectives.base import Objective, kernel_loss
-from tempflow.sampling.noise import AFTERWARDS
-from tempflow.types import Endpoint, State
+from tempflow.objectives.matching import noised
 
-KAPPA = 1.0  # of the matching likelihood exp(-kappa |v - u|^2) that ratios are reported in
 LEAST_ERROR = 1e-5
 
 
@@ -37,18 +34,7 @@ class Nft(Objective):
         self.beta, self.max_advantage, self.draws = beta, max_advantage, draws
 
     def states(self, rollout, advantages):
-        sigmas = rollout.grid.sigmas[:-1]
-        strata = np.array_split(np.arange(len(sigmas)), min(self.draws, len(sigmas)))
-        return [self._state(rollout, endpoint, draw, steps) for endpoint in rollout.endpoints for draw, steps in enumerate(strata)]
-
-    def _state(self, rollout, endpoint: Endpoint, draw: int, steps: np.ndarray) -> State:
-        key = rollout.noise.key(endpoint.unit, AFTERWARDS - draw, (endpoint.slot,))
-        step = int(np.random.default_rng(abs(key)).choice(steps))
-        sigma = rollout.grid.sigmas[step].item()
-        eps = rollout.noise.sample([key], endpoint.latent.shape, endpoint.latent.device)[0]
-        x = (1 - sigma) * endpoint.latent + sigma * eps
-        target = (eps - endpoint.latent)[None]
-        return State(endpoint.unit, step, sigma, 0.0, 1.0, (2 * KAPPA) ** -0.5, x, target, np.array([endpoint.slot]))
+        return noised(rollout, rollout.endpoints, self.draws)
 
     def loss(self, velocity, batch, old, penalty, velocity_ref):
         v, before = velocity.float(), velocity.detach() if old is None else old.velocity
