@@ -179,7 +179,7 @@ def add_ratios(rows: list[dict], flops: int, peaks: dict[str, float], config: Co
     Every variant trains on as many pictures; the engine's trunks, scored besides, count as its work, not as its output.
     A backward counts as two forwards, as one where only adapters are trained; recomputation is not counted.
     """
-    updates, references = config.training.updates.passes, int(config.training.penalty is not None)
+    updates, references = config.training.updates.passes, int(config.needs_reference())
     policy = 2 if config.model.lora else 3
     per_row = (updates * policy + references) / (updates + references)
     for row in rows:

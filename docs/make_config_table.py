@@ -117,7 +117,7 @@ def components(key: str) -> str:
 
 def option_schema(option) -> dict:
     """The JSON schema of an option, as far as its annotation says."""
-    plain = {bool: "boolean", int: "integer", float: "number", str: "string", dict: "object"}
+    plain = {bool: "boolean", int: "integer", float: "number", str: "string", dict: "object", type(None): "null"}
     if typing.get_origin(option.annotation) is typing.Literal:
         return {"enum": list(typing.get_args(option.annotation))}
     if option.annotation in plain:

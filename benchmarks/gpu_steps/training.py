@@ -48,7 +48,7 @@ def training(context: Context) -> None:
     data, scored = measure("rollout of a unit", lambda: roll_out_and_score(session, engine.order.indices(0), 0), 1)
     engine.start_training()
     context.note(trained_bytes=context.allocated())
-    passes = (POLICY + REFERENCE) / 2 if session.penalty else POLICY
+    passes = (POLICY + REFERENCE) / 2 if session.config.needs_reference() else POLICY
     for size in (1, 2, 3):
         sized = session.variant(changed(session.config, training={"micro_batch": size}))
         measure(f"update, micro_batch {size}", lambda sized=sized: train(sized, data, scored), passes)

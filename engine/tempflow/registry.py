@@ -90,7 +90,14 @@ KINDS = {
         "tempflow.penalties:Penalty",
         "kl",
         {
+            "alpha": "tempflow.penalties:Alpha",
+            "chi2": "tempflow.penalties:Chi2",
+            "hellinger": "tempflow.penalties:Hellinger",
+            "jeffreys": "tempflow.penalties:Jeffreys",
             "kl": "tempflow.penalties:Kl",
+            "renyi": "tempflow.penalties:Renyi",
+            "tv": "tempflow.penalties:TotalVariation",
+            "w2": "tempflow.penalties:W2",
         },
     ),
     "reward": Kind(
@@ -241,8 +248,9 @@ def keyed(key: str, target):
 
 # ------------------------------------------------------------------------------------------------------------- options
 def options_of(target, skip: int = 0) -> list[Option]:
-    """The options of a class, or of a function less its first `skip` arguments."""
-    help_of = _help(inspect.getdoc(target) or "")
+    """The options of a class, or of a function less its first `skip` arguments; a class need not repeat the help of its base's."""
+    documented = reversed(target.__mro__[:-1]) if inspect.isclass(target) else [target]
+    help_of = {name: text for one in documented for name, text in _help(inspect.cleandoc(one.__doc__ or "")).items()}
     hints = _hints(target)
     return [
         Option(p.name, hints.get(p.name, p.annotation), p.default, help_of.get(p.name, ""))

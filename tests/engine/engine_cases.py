@@ -231,7 +231,7 @@ class Iteration:
         from tempflow.training.update import Part
 
         t, tau = (config or self.config).training, self.session.grid.sde.tau
-        chosen = select(self.states, advantages, keep_all=t.penalty is not None)
+        chosen = select(self.states, advantages, (config or self.config).penalty())
         weights, fallback = step_weights(tau, self.slots.steps(), t.weighting), padding_of(self.states)
         batches = make_batches(chosen, fallback, size, weights, "cpu")
         batches += [replace(batches[0], weight=torch.zeros_like(batches[0].weight), real=0)] * extra

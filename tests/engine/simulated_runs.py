@@ -235,7 +235,7 @@ class SimulatedRun:
         t, states, session = self.config.training, rolled.data.kept.states, rolled.session
         rewards = np.random.default_rng(0).normal(size=len(rolled.data.layout.slots))
         credit = session.advantage(rolled.data.layout.slots, replace(rolled.scored.rewards, total=rewards))
-        chosen = select(states, credit, keep_all=True)
+        chosen = select(states, credit, session.penalty)
         weights = step_weights(session.grid.sde.tau, rolled.data.layout.slots.steps(), t.weighting)
         return make_batches(chosen, states[0], t.micro_batch, weights, self.policy.device)
 

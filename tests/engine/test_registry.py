@@ -160,7 +160,7 @@ def test_components_are_listed(monkeypatch, capsys):
     plans = list(registry.KINDS["plan"].ids)
     assert lines[0] == "plan: rollout.plan" and "training.penalty" in lines[len(plans) + 2]
     assert [line.split("(")[0].strip() for line in lines[1 : len(plans) + 1]] == plans
-    assert lines[len(plans) + 3].startswith('  kl(coef, form="x"): KL divergence')
+    assert '  kl(coef, form="x", to="reference", steps=null): KL divergence' in "\n".join(lines[len(plans) + 3 :])
     monkeypatch.setattr("sys.argv", ["tempflow"])
     assert command.main() == 0 and "components" in capsys.readouterr().out
 
@@ -169,7 +169,7 @@ def test_components_are_listed(monkeypatch, capsys):
 def test_the_resolved_config_is_complete_and_reads_back(tmp_path):
     config = load_config(write_config(tmp_path, training={"penalty": {"coef": 0.1}, "advantage": "gdpo"}))
     table = json.loads(config.model_dump_json())
-    assert table["training"]["penalty"] == {"type": "kl", "coef": 0.1, "form": "x"}
+    assert table["training"]["penalty"] == {"type": "kl", "coef": 0.1, "form": "x", "to": "reference", "steps": None}
     assert table["training"]["advantage"] == {"type": "gdpo", "over": "seed", "clip": 5.0, "global_std": False}
     assert table["rollout"]["sde"] == {"type": "flow", "eta": 0.7}
     assert parse_config(table) == config
@@ -198,7 +198,7 @@ def test_a_penalty_is_set_and_taken_away(tmp_path):
     file = write_config(tmp_path)
     assert load_config(file).training.penalty is None
     found = load_config(file, ["training.penalty.coef=0.004"])
-    assert found.training.penalty == {"type": "kl", "coef": 0.004, "form": "x"} and found.penalty().form == "x"
+    assert found.training.penalty["coef"] == 0.004 and found.training.penalty["type"] == "kl" and found.penalty().form == "x"
     assert load_config(file, ["training.penalty.coef=0.004", "training.penalty=null"]).penalty() is None
 
 

@@ -88,7 +88,7 @@ def test_a_state_is_a_mean_over_its_own_children():
         first += size
     credit = Advantages(torch.tensor(values).masked_fill(~torch.tensor(valid), 0).numpy(), torch.tensor(valid).numpy(), None, {})
     weights = torch.tensor([1.0, 0.5, 2.0])
-    (batch,) = make_batches(select(states, credit, keep_all=False), padding_of(states), 8, weights, "cpu")
+    (batch,) = make_batches(select(states, credit, None), padding_of(states), 8, weights, "cpu")
     assert batch.children.shape == (3, 4, d)
     velocity = torch.randn(3, d, requires_grad=True)
     kernel_loss(velocity, batch, batch.advantage, None, None, None, **NEVER)[0].backward()

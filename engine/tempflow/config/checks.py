@@ -80,6 +80,20 @@ def _largest_group(config: Config, over: str) -> int:
     return max(map(labels.count, set(labels)), default=0)
 
 
+def check_penalty(config: Config) -> None:
+    penalty, updates, steps = config.penalty(), config.training.updates, config.rollout.num_steps
+    if penalty is None:
+        return
+    outside = [k for k in penalty.steps or [] if k >= steps]
+    if outside:
+        raise ValueError(f"training.penalty.steps: {outside[0]} is outside the grid; allowed are 0 to {steps - 1} (num_steps {steps})")
+    if not penalty.needs_reference and updates.passes * updates.parts == 1:
+        raise ValueError(
+            'training.penalty.to: "old" is the policy before the updates of an iteration, from which the first one has no distance; '
+            "training.updates must make several"
+        )
+
+
 def check_deepspeed(config: Config) -> None:
     ds = config.deepspeed
     for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):

@@ -20,6 +20,7 @@ from tempflow.config.checks import (
     check_deepspeed,
     check_eval,
     check_groups,
+    check_penalty,
     check_stop,
     resolve_components,
 )
@@ -209,7 +210,9 @@ class Training(Section):
     micro_batch: Positive | None = Field(None, description="states in one forward and backward; null: measured at the start")
     advantage: Component = Field("group", description="from rewards to advantages")
     objective: Component = Field("grpo", description="what an update minimizes")
-    penalty: Component | None = Field(None, description="what holds the policy to the one before training; null: nothing")
+    penalty: Component | None = Field(
+        None, description="what holds the policy to the one before training, or to that before an iteration's updates; null: nothing"
+    )
     weighting: Literal["noise", "uniform"] = Field("noise", description="loss weight of a step: its tau, or 1")
     compile: Compile = Field("eager", description="torch.compile of the trained transformer's blocks; not with ZeRO stage 3")
     reference: Literal["whole", "sharded", "offloaded"] | None = Field(
@@ -300,7 +303,7 @@ class Config(Section):
     def _agree(self) -> Config:
         check_deepspeed(self)
         resolve_components(self)
-        for check in (check_averages, check_groups, check_compiled, check_eval, check_stop):
+        for check in (check_averages, check_groups, check_penalty, check_compiled, check_eval, check_stop):
             check(self)
         return self
 
@@ -324,7 +327,7 @@ class Config(Section):
         return registry.build("objective", self.training.objective)
 
     def penalty(self) -> Penalty | None:
-        """What holds the policy to the one before training; None: nothing."""
+        """What holds the policy to another; None: nothing."""
         return registry.build("penalty", self.training.penalty) if self.training.penalty else None
 
     def averaging(self) -> str | None:
@@ -334,6 +337,11 @@ class Config(Section):
     def averaged_copies(self) -> int:
         """Copies of the trained weights that an average holds between updates."""
         return self.training.merge.last if self.training.merge else 1 if self.training.ema else 0
+
+    def needs_reference(self) -> bool:
+        """Whether the policy before training is kept and forwarded."""
+        penalty = self.penalty()
+        return penalty is not None and penalty.needs_reference
 
     def eval_guidance(self) -> float:
         """Guidance scale of evaluations."""

@@ -59,7 +59,7 @@ def phases(config: Config, model: Model, gpus: int, speed: float) -> list[Phase]
 
     forward, states = model.forward(r.rows), len(unit_states(config))
     found = [phase("rollout", count_forwards(rows, r.num_steps, r.suffix), forward), phase("decode", len(rows), model.decode())]
-    if t.penalty:
+    if config.needs_reference():
         found.append(phase("reference", states, forward))
     found.append(phase("training", states * t.updates.passes, model.training(training_rows(config, gpus))))
     if r.suffix and r.suffix.audit_every:

@@ -122,8 +122,9 @@ def _held(config: Config, model: Model, gpus: int) -> int:
     units, children, elements = busiest_units(config, gpus), unit_states(config), math.prod(model.latent)
     widened = len(children) * max(children, default=0)  # a micro-batch has as many children for every state
     stored = units * (2 * len(children) + sum(children) + widened) * 4
-    keeps_velocity = t.objective.get("ratio") == "guard" and t.updates.passes > 1
-    velocities = units * len(children) * model.trained_in.itemsize * ((t.penalty is not None) + keeps_velocity)
+    penalty, repeated = config.penalty(), t.updates.passes * t.updates.parts > 1
+    keeps_velocity = repeated and (config.objective().keeps_velocity or penalty is not None and not penalty.needs_reference)
+    velocities = units * len(children) * model.trained_in.itemsize * (config.needs_reference() + keeps_velocity)
     under_way = (units + r.rows) * 4
     embeddings = sum(model.embedding) * min(config.data.prompts_per_iteration, units)
     return (stored + velocities + under_way) * elements + embeddings

@@ -64,6 +64,8 @@ class Batch:
     """How many states are no padding; they come first."""
     valid: torch.Tensor
     """bool [N, B]: False for children whose reward failed, and for copies that fill up a state of fewer children."""
+    step: torch.Tensor | None = None
+    """int64 [N]: the states' places in the sampling grid, which a penalty on some steps asks for."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Old:
     log_prob: torch.Tensor
     """fp32 [N, B]."""
     velocity: torch.Tensor | None
-    """[N, ...], where the objective keeps it."""
+    """[N, ...], where the objective or a penalty asks for it."""
 
 
 class Seen(NamedTuple):

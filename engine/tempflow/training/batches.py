@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from tempflow.objectives import Batch
+from tempflow.penalties import Penalty
 from tempflow.training import distributed
 from tempflow.types import Advantages, State
 
@@ -27,16 +28,16 @@ class Weighed:
     """bool [B]: children whose reward is known."""
 
 
-def select(states: list[State], advantages: Advantages, keep_all: bool) -> list[Weighed]:
+def select(states: list[State], advantages: Advantages, penalty: Penalty | None) -> list[Weighed]:
     """States worth a forward; what they hold is finite.
 
-    keep_all (a penalty): every state with a valid child counts. Otherwise those with an advantage other than 0.
+    Those with an advantage other than 0, and, where a penalty acts on their step, all others with a valid child.
     """
     chosen = []
     for state in states:
         advantage = torch.from_numpy(advantages.values[state.slots])
         valid = torch.from_numpy(advantages.valid[state.slots])
-        if advantage.any() or keep_all and valid.any():
+        if advantage.any() or penalty is not None and penalty.acts_on(state.step) and valid.any():
             chosen.append(Weighed(_finite(state, valid), advantage, valid))
     return chosen
 
@@ -116,4 +117,5 @@ def _stack(places: list[Weighed], weight: torch.Tensor, real: int, device) -> Ba
         log_prob_rollout=torch.stack([s.log_prob for s in states]).to(device) if scored else None,
         real=real,
         valid=torch.stack([one.valid for one in places]).to(device),
+        step=torch.tensor([s.step for s in states]).to(device),
     )

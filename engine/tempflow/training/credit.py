@@ -26,7 +26,7 @@ def make_parts(session: Session, rolled: RolledOut, credit: Advantages) -> list[
     parts = []
     for share in range(t.updates.parts):
         mine = [s for s in states if (s.unit.prompt + s.unit.seed) % t.updates.parts == share]
-        chosen = select(mine, credit, keep_all=session.penalty is not None)
+        chosen = select(mine, credit, session.penalty)
         batches = make_batches(chosen, fallback, t.states, weights, session.policy.device)
         total = int(distributed.reduce(len(mine)))
         if batches:

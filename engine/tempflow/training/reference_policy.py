@@ -1,4 +1,4 @@
-"""The policy before training, which a KL penalty holds the trained one to, where there are no adapters to switch off.
+"""The policy before training, which a penalty holds the trained one to, where there are no adapters to switch off.
 
 A frozen copy of the transformer in the dtype it is trained in: whole on each GPU, or spread over the ranks by DeepSpeed (ZeRO
 stage 3 without an optimizer), there or in host memory; then its layers are gathered as its forward reaches them.
@@ -25,14 +25,14 @@ GATHERING = (
 
 def placement(config: Config) -> str | None:
     """Where the copy is: "whole", "sharded" or "offloaded"; None where there is none."""
-    if config.training.penalty is None or config.model.lora:
+    if not config.needs_reference() or config.model.lora:
         return None
     stage = config.deepspeed.get("zero_optimization", {}).get("stage", 0)
     return config.training.reference or ("sharded" if stage == 3 else "whole")
 
 
 def make_reference(config: Config, module: torch.nn.Module, device: torch.device) -> torch.nn.Module | None:
-    """A frozen copy of a whole module, to be called as it is; None without a KL penalty or with adapters.
+    """A frozen copy of a whole module, to be called as it is; None without a penalty that needs it, or with adapters.
 
     Calls of a sharded one are collectives: ranks must make as many.
     """

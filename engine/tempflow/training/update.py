@@ -58,7 +58,7 @@ class Part:
     """A share of the states that makes one optimizer step.
 
     batches stay as they are; old and reference, one place for each of them, are filled as they become known: what the policy before
-    the updates said, and the reference policy's velocities [N, ...].
+    the updates said, and the reference policy's velocities [N, ...] where a penalty needs them.
     """
 
     batches: list[Batch]
@@ -80,7 +80,7 @@ class Updater:
         runtime: the engine around the trained transformer.
         sampler: the policy at the run's size and guidance scale.
         objective: what is minimized.
-        penalty: what holds the policy to the reference; None: nothing.
+        penalty: what holds the policy to another; None: nothing.
         embed: gives the conditioning of units.
     """
 
@@ -118,12 +118,13 @@ class Updater:
 
     def _loss(self, part: Part, i: int, stats: UpdateStats) -> torch.Tensor:
         batch, old = part.batches[i], part.old[i]
-        if self.penalty and part.reference[i] is None:
+        if self.penalty and self.penalty.needs_reference and part.reference[i] is None:
             part.reference[i] = self._reference(batch, stats)
         v = self.velocity(self.runtime.engine, batch)
-        loss, seen = self.objective.loss(v, batch, old, self.penalty, part.reference[i])
+        other = self._held_to(v, old, part.reference[i])
+        loss, seen = self.objective.loss(v, batch, old, self.penalty, other)
         if self.penalty and self.penalty.kernel is None:
-            loss, seen = self._penalized(loss, seen, v, batch, part.reference[i])
+            loss, seen = self._penalized(loss, seen, v, batch, other)
         if old is None:
             part.old[i] = self._old(v, seen.log_prob)
         self._observe(batch, seen, old is None, stats)
@@ -131,13 +132,30 @@ class Updater:
         stats.loss += scaled.item()
         return scaled
 
-    def _penalized(self, loss, seen, v, batch, reference):
+    def _held_to(self, v: torch.Tensor, old: Old | None, reference: torch.Tensor | None) -> torch.Tensor | None:
+        """The velocities that a penalty compares with. In the first update the old policy's are these themselves."""
+        if not self.penalty or self.penalty.needs_reference:
+            return reference
+        return v.detach() if old is None else old.velocity
+
+    def _penalized(self, loss, seen, v, batch, other):
         live = batch.weight != 0
-        kl = torch.where(live, self.penalty.divergence(v, reference, batch.b, batch.tau), 0.0)
+        found = self.penalty.divergence(v, other, batch.b, batch.tau)
+        kl = torch.where(live & self._acts_on(batch), found, 0.0)
         return loss + self.penalty.coef * kl.mean(), seen._replace(kl=(kl.sum() / live.sum().clamp(min=1)).detach())
 
+    def _acts_on(self, batch: Batch) -> torch.Tensor:
+        """bool [N]: states at the penalty's steps. Step by step, since a list of them would be copied to the GPU."""
+        if self.penalty.steps is None:
+            return torch.ones_like(batch.weight, dtype=torch.bool)
+        acts = torch.zeros_like(batch.weight, dtype=torch.bool)
+        for step in self.penalty.steps:
+            acts |= batch.step == step
+        return acts
+
     def _old(self, v: torch.Tensor, log_prob: torch.Tensor) -> Old:
-        return Old(log_prob.detach(), v.detach() if self.objective.keeps_velocity else None)
+        kept = self.objective.keeps_velocity or self.penalty is not None and not self.penalty.needs_reference
+        return Old(log_prob.detach(), v.detach() if kept else None)
 
     @torch.no_grad()
     def remember(self, part: Part, advance=lambda n: None) -> int:
