@@ -23,6 +23,7 @@ from tempflow.data.prompts import load_prompts
 from tempflow.models.embeddings import EmbeddingCache
 from tempflow.models.hub import local_model
 from tempflow.models.loading import family_of
+from tempflow.models.opened import Opened
 from tempflow.models.skeleton import skeleton_module
 from tempflow.objectives import Batch
 from tempflow.run import evaluation
@@ -241,16 +242,8 @@ class SimulatedRun:
 
     def evaluate(self, num_steps: int = 2) -> Seen:
         """Draw as many prompts as are integrated together, as the trainer's evaluation does."""
-        r = self.config.rollout
+        rows, model = self.config.rollout.micro_batch, Opened(self.config, self.policy, self.model.embeddings)
         with self.gpu.watch() as seen:
-            drawn = evaluation.draw(
-                self.policy.at(types.Size(r.height, r.width), self.config.eval_guidance()),
-                self.model.embeddings,
-                self.prompts,
-                list(range(r.micro_batch)),
-                num_steps=num_steps,
-                micro_batch=r.micro_batch,
-                decode_batch=r.decode_batch,
-            )
-            assert sum(len(part[0]) for part in drawn) == r.micro_batch
+            drawn = evaluation.draw(model, self.prompts, list(range(rows)), num_steps=num_steps)
+            assert sum(len(part[0]) for part in drawn) == rows
         return seen

@@ -8,13 +8,18 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
-from engine_cases import ROOT, config_table
+from engine_cases import ROOT, config_table, examples, small_config
+from family_cases import sd3_pipeline
 from run_cases import Run, environment
 
 import tempflow
 from tempflow.config import load_config
 from tempflow.errors import UserError
+from tempflow.rewards import parse_rewards
+from tempflow.run import directory, evaluation
+from tempflow.training.session import build
 
 CODE = """
 import json, os, signal, sys
@@ -53,6 +58,21 @@ def test_train_evaluate_and_sample(tmp_path):
     assert found["result"]["prompts"] == found["result"]["scored"] == 2
     assert found["shape"] == [1, table["rollout"]["height"], table["rollout"]["width"], 3] and found["dtype"] == "uint8"
     assert found["differ"]
+
+
+def test_sampling_a_run_is_sampling_its_session(tmp_path):
+    """One assembly: the same size, guidance, steps, negative prompts and embeddings."""
+    rollout, evaluation_table = {"guidance_scale": 3.0, "height": 32, "width": 64}, {"guidance_scale": 1.5, "num_steps": 3}
+    logging, data = {"dir": str(tmp_path / "runs"), "name": "one"}, {"embedding_cache": str(tmp_path / "cache")}
+    model = {"path": str(sd3_pipeline(tmp_path / "sd3")), "max_sequence_length": 12}
+    config = small_config(model=model, data=data, rollout=rollout, eval=evaluation_table, logging=logging)
+    directory.claim(config, resume=False)
+    prompts = examples(["a word", "two words"])
+    session = build(config, prompts, [], parse_rewards(config.rewards), train=False)
+    (_, wanted, _), *rest = evaluation.draw(session, prompts, [0, 1], seed=5)
+    assert not rest and session.runtime is None and session.float8 is None
+    found = tempflow.sample(tmp_path / "runs/one", ["a word", "two words"], base=True, seed=5)
+    assert found.shape == (2, 32, 64, 3) and np.array_equal(found, wanted)
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,10 @@ from run_cases import script_here, timeless, train
 from stub_policies import VideoPolicy
 
 from tempflow.errors import UserError
-from tempflow.models import embeddings, load_policy
+from tempflow.models import embeddings, load_policy, opened
 from tempflow.models.embeddings import EmbeddingCache, EmbeddingStore
 from tempflow.models.flux import FluxPolicy
+from tempflow.models.opened import open_model
 from tempflow.types import Example
 
 pytestmark = pytest.mark.cpu  # a run with the cache and one without it, to the last bit
@@ -51,7 +52,7 @@ def loads(monkeypatch):
         seen.append(parts)
         return load_policy(*args, parts=parts, **options)
 
-    monkeypatch.setattr(embeddings, "load_policy", load)
+    monkeypatch.setattr(opened, "load_policy", load)
     return seen
 
 
@@ -60,8 +61,8 @@ def config_for(model, cache, **more):
 
 
 def open_with(model, cache, prompts=PROMPTS, **more):
-    policy, cached = embeddings.open_policy(config_for(model, cache, **more), prompts, "cpu", note=lambda text: None)
-    return policy, cached.get(prompts)
+    made = open_model(config_for(model, cache, **more), prompts, "cpu", note=lambda text: None)
+    return made.policy, made.embeddings.get(prompts)
 
 
 def same_bits(one, other):
@@ -185,7 +186,7 @@ def test_a_folder_that_cannot_be_used(tmp_path, loads, monkeypatch):
 def test_the_vae_may_decode_in_slices_and_tiles(folders, name):
     for chosen in (False, True):
         config = config_for(folders(name), None, vae_slicing=chosen, vae_tiling=chosen)
-        vae = embeddings.open_policy(config, PROMPTS[:1], "cpu", note=lambda text: None)[0].pipe.vae
+        vae = open_model(config, PROMPTS[:1], "cpu", note=lambda text: None).policy.pipe.vae
         assert vae.use_slicing is chosen and vae.use_tiling is chosen
 
 
@@ -202,10 +203,10 @@ def test_unused_negative_prompts_are_noted(folders, name, scale, words):
     config = config_for(folders(name), None)
     config.rollout.guidance_scale = scale
     said = []
-    embeddings.open_policy(config, PROMPTS, "cpu", note=said.append)
+    open_model(config, PROMPTS, "cpu", note=said.append)
     assert said == ([words] if words else [])
     del said[:]
-    embeddings.open_policy(config, PROMPTS[:1], "cpu", note=said.append)
+    open_model(config, PROMPTS[:1], "cpu", note=said.append)
     assert said == []
 
 

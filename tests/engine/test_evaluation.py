@@ -1,12 +1,12 @@
 """Evaluation: what is drawn, in which portions."""
 
 import numpy as np
-from engine_cases import HELDOUT
+from engine_cases import HELDOUT, small_config
 
 from tempflow.data.prompts import load_prompts
 from tempflow.models.embeddings import EmbeddingCache
+from tempflow.models.opened import Opened
 from tempflow.run import evaluation
-from tempflow.types import Size
 
 
 def drawn(policy, micro_batch, decode_batch):
@@ -17,20 +17,11 @@ def drawn(policy, micro_batch, decode_batch):
         sizes.append(len(latents))
         return decode(latents, size)
 
-    policy.decode, told = counted, []
+    config = small_config(rollout={"micro_batch": micro_batch, "decode_batch": decode_batch})
+    model, told = Opened(config, policy, EmbeddingCache(policy)), []
+    policy.decode = counted
     try:
-        parts = list(
-            evaluation.draw(
-                policy.at(Size(32, 96), 0.0),
-                EmbeddingCache(policy),
-                prompts,
-                list(range(5)),
-                num_steps=2,
-                micro_batch=micro_batch,
-                decode_batch=decode_batch,
-                advance=told.append,
-            )
-        )
+        parts = list(evaluation.draw(model, prompts, list(range(5)), num_steps=2, advance=told.append))
     finally:
         del policy.decode
     assert told == sizes == [len(part[0]) for part in parts]

@@ -404,6 +404,7 @@ def test_export_is_read_by_plain_diffusers(runs, folders, tmp_path, name, kind):
     import diffusers
 
     from tempflow.checkpoints import load
+    from tempflow.models.opened import load_whole
 
     run = runs(name, kind)
     done = script_here("export", "--run", run.folder, "--out", tmp_path / "out")
@@ -414,7 +415,7 @@ def test_export_is_read_by_plain_diffusers(runs, folders, tmp_path, name, kind):
         assert [file.name for file in (tmp_path / "out").iterdir()] == ["pytorch_lora_weights.safetensors"]
         pipe.load_lora_weights(tmp_path / "out")
     chosen = load.load_tuned(run.folder)
-    policy = load.base_policy(chosen.config)
+    policy = load_whole(chosen.config)
     x, call = latents_for(policy, 32, 32), {"height": 32, "width": 32, "guidance_scale": 3.0, "negative_prompts": NEGATIVES}
     base = policy.sample(PROMPTS, latents=x, num_steps=3, decode=False, **call)
     got = load.apply(chosen, policy).sample(PROMPTS, latents=x, num_steps=3, decode=False, **call)

@@ -5,13 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from engine_cases import examples
+from engine_cases import examples, small_config
 from PIL import Image
 from stub_policies import CELL, VideoPolicy
 
 from tempflow.errors import UserError
 from tempflow.media import STRIP, no_image, plain, some_frames, still
 from tempflow.models.embeddings import EmbeddingCache
+from tempflow.models.opened import Opened
 from tempflow.rewards import Reward, RewardPool, parse_rewards, probe
 from tempflow.run import evaluation
 from tempflow.run.diversity import mean_distance, thumbnails
@@ -54,8 +55,10 @@ def test_a_sampler_decodes_videos():
 def test_an_evaluation_of_videos(tmp_path):
     """Drawn, scored and written: the file is a contact strip, and the score of a prompt is that of its own video."""
     policy, prompts = VideoPolicy(), examples(["a cat", "two dogs", "rain"])
-    specs, cache = parse_rewards({f"{__name__}:LastFrame": 1.0}), EmbeddingCache(policy)
-    drawn = list(evaluation.draw(policy.at(SIZE, 1.0), cache, prompts, [0, 1, 2], num_steps=2, micro_batch=2, decode_batch=1))
+    specs, config = parse_rewards({f"{__name__}:LastFrame": 1.0}), small_config(rollout={"micro_batch": 2, "decode_batch": 1})
+    model = Opened(config, policy, EmbeddingCache(policy))
+    model.sampler = policy.at(SIZE, 1.0)
+    drawn = list(evaluation.draw(model, prompts, [0, 1, 2], num_steps=2))
     with RewardPool(specs, workers=0) as pool:
         probe(pool, specs, [p.text for p in prompts], [p.metadata for p in prompts], SIZE)
         found = evaluation.evaluate(pool, specs, prompts, drawn, keep=2)

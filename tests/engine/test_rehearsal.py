@@ -163,11 +163,12 @@ def test_the_trainer_is_told_and_says_why(monkeypatch, answer, expected):
 
 def test_a_refused_run_captures_nothing(policy, monkeypatch):
     from tempflow.models.embeddings import EmbeddingCache
+    from tempflow.models.opened import Opened
     from tempflow.training import session
     from tempflow.types import Example
 
-    opened, notes = (policy, EmbeddingCache(policy)), []
-    monkeypatch.setattr(session, "open_policy", lambda *given, **how: opened)
+    notes = []
+    monkeypatch.setattr(session, "open_model", lambda config, *given, **how: Opened(config, policy, EmbeddingCache(policy)))
     monkeypatch.setattr(session, "Runtime", lambda *given: None)
     for may, said in ((False, []), (True, ["rollout.graphs: no GPU, so rollouts run eagerly"])):
         monkeypatch.setattr(session, "may_capture", lambda *given, may=may: may)

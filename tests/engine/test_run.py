@@ -351,9 +351,10 @@ def through_diffusers(pipe, latents):
 def tuned_latents(run: Run, which="ema"):
     """What the run's own loading code makes of PROMPTS: before training, tuned, and from which noise."""
     from tempflow.checkpoints import load
+    from tempflow.models.opened import load_whole
 
     chosen = load.load_tuned(run.folder, which=which)
-    policy = load.base_policy(chosen.config)
+    policy = load_whole(chosen.config)
     base, latents = sampled(policy, PROMPTS)
     after, _ = sampled(load.apply(chosen, policy), PROMPTS)
     return base, after, latents
@@ -427,10 +428,13 @@ def test_a_run_starts_where_an_exported_one_ended(lora_run, folder, tmp_path):
     assert run.rows[1]["mismatch/log_prob"] < 1e-4, "rollouts came from the same policy"
 
 
-def test_evaluate_repeats_the_runs_own_evaluation(whole, tmp_path):
+def test_evaluate_repeats_the_runs_own_evaluation(whole, tmp_path, monkeypatch):
+    """And without DeepSpeed, whose import alone takes seconds."""
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")
     tuned = script("evaluate", "--run", whole.folder, "--out", tmp_path / "pictures")
     base = script("evaluate", "--run", whole.folder, "--base")
     assert tuned.returncode == base.returncode == 0, tuned.stderr + base.stderr
+    assert " tempflow.models.opened" in tuned.stderr and " deepspeed" not in tuned.stderr
     tuned, base = (json.loads(done.stdout.splitlines()[-1]) for done in (tuned, base))
     assert tuned["reward"] == pytest.approx(whole.rows[4]["eval/reward"], abs=1e-6)
     assert base["reward"] == pytest.approx(whole.rows[0]["eval/reward"], abs=1e-6)

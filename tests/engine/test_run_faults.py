@@ -4,6 +4,7 @@ import errno
 import os
 import sys
 import types
+from importlib.machinery import ModuleSpec
 from unittest import mock
 
 import pytest
@@ -70,8 +71,8 @@ def test_a_tracker_that_cannot_start_costs_nothing(tmp_path, monkeypatch, error)
 
     settings = {**SMALL, "logging": {"dir": str(tmp_path / "runs"), "name": "one", "wandb": {"projct": "p"}}}
     with monkeypatch.context() as patched:
-        patched.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
-        patched.setattr("tempflow.training.session.open_policy", None)
+        patched.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, __spec__=ModuleSpec("wandb", None)))
+        patched.setattr("tempflow.training.session.open_model", None)
         for _ in range(2):
             done = script_here("train", "--config", write_config(tmp_path, **settings))
             assert done.returncode == 2 and done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
@@ -86,6 +87,6 @@ def test_resume_refuses_other_heldout_prompts(tmp_path, monkeypatch):
     settings = {**SMALL, "data": {"heldout": str(file)}}
     train(tmp_path, "prompts", processes=None, **settings)
     file.write_text("one\nfour\n")
-    monkeypatch.setattr("tempflow.training.session.open_policy", None)
+    monkeypatch.setattr("tempflow.training.session.open_model", None)
     refused = train(tmp_path, "prompts", "--resume", processes=None, status=2, **settings)
     assert "--resume: data.heldout holds other prompts" in refused.done.stderr

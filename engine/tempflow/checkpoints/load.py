@@ -16,10 +16,9 @@ from safetensors.torch import load_file
 from tempflow.checkpoints import find, manifest, universal
 from tempflow.config import Config
 from tempflow.errors import UserError, note
-from tempflow.models import Policy, load_policy
+from tempflow.models import Policy
 from tempflow.models.lora import LORA_DOWN, LORA_UP, merged
 from tempflow.run.directory import read_config
-from tempflow.run.environment import choose_device
 from tempflow.training import distributed
 
 if TYPE_CHECKING:  # they import DeepSpeed, seconds that an evaluation need not wait
@@ -123,13 +122,6 @@ def _average_taken(checkpoint: Path, key: str, every: int) -> bool:
         f"{every}); the raw weights are used"
     )
     return False
-
-
-def base_policy(config: Config, dtype: str | None = None) -> Policy:
-    """The run's policy before training, text encoders and all."""
-    return load_policy(
-        config.model.path, dtype=dtype or config.model.dtype, device=choose_device(), max_sequence_length=config.model.max_sequence_length
-    )
 
 
 def cast(name: str, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

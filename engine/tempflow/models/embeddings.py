@@ -1,4 +1,4 @@
-"""Embeddings of a run's prompts: on disk, in memory, and opening the model together with them.
+"""Embeddings of a run's prompts, on disk and in memory.
 
 They are known by `Policy.identity`, what an embedding depends on, and encoded once for each; a negative prompt is embedded as
 an example of its own, so prompts share it. With `data.embedding_cache` the text encoders are loaded alone, only where an
@@ -14,7 +14,6 @@ import json
 import shutil
 import zlib
 from collections import OrderedDict
-from functools import partial
 from pathlib import Path
 from typing import Callable
 
@@ -25,7 +24,7 @@ from safetensors.torch import save
 
 from tempflow.config import Config
 from tempflow.errors import RankError, UserError
-from tempflow.models import Conditioning, Policy, check_text_length, encoder_identity, family_of, load_policy, resolve_dtype
+from tempflow.models import Conditioning, Policy, check_text_length, encoder_identity, family_of, resolve_dtype
 from tempflow.models.guidance import with_negatives
 from tempflow.run.logs import write_atomic
 from tempflow.training import distributed
@@ -145,31 +144,8 @@ def _checksum(tensors: Conditioning) -> int:
 
 
 # ------------------------------------------------------------------------------------------- at a run's beginning
-def open_policy(
-    config: Config, examples: list[Example], device: torch.device | str, note: Callable[[str], None] = print, *, denoiser: bool = True
-) -> tuple[Policy, EmbeddingCache]:
-    """The policy before training and the embeddings of `examples` and of what they are guided away from (a collective).
-
-    denoiser: False leaves it out: a run without rollout.replica sets the one that it trains.
-    Raises UserError as `load_policy` does, and on every rank alike where the cache cannot be written.
-    """
-    m = config.model
-    load = partial(load_policy, m.path, dtype=m.dtype, device=device, max_sequence_length=m.max_sequence_length, denoiser=denoiser)
-    if config.data.embedding_cache is None:
-        policy, store = load(), None
-    else:
-        store, family = _store(config, device), family_of(m.path)
-        opposed = [other for example in examples if (other := family.opposed(example)) is not None]
-        write_missing(store, by_identity(family, [*examples, *opposed]), load, note)
-        policy = load(parts="picture")
-    for wanted, enable in ((m.vae_slicing, "enable_slicing"), (m.vae_tiling, "enable_tiling")):
-        if wanted:
-            getattr(policy.pipe.vae, enable)()
-    _note_unused(policy, examples, max(config.rollout.guidance_scale, config.eval_guidance()), note)
-    return policy, EmbeddingCache(policy, store)
-
-
-def _store(config: Config, device: torch.device | str) -> EmbeddingStore:
+def store_of(config: Config, device: torch.device | str) -> EmbeddingStore:
+    """The folder data.embedding_cache, for what the config embeds with (a collective)."""
     m = config.model
     encoders = encoder_identity(m.path) if distributed.rank() == 0 else None  # reads all their weights
     return EmbeddingStore(
@@ -184,9 +160,9 @@ def _store(config: Config, device: torch.device | str) -> EmbeddingStore:
 
 
 def write_missing(
-    store: EmbeddingStore, examples: dict[Identity, Example], load: Callable[..., Policy], note: Callable[[str], None]
+    store: EmbeddingStore, examples: dict[Identity, Example], load: Callable[[], Policy], note: Callable[[str], None]
 ) -> None:
-    """Have the embedding of every example in the store; each rank makes its share."""
+    """Have the embedding of every example in the store; each rank makes its share. load: the policy with its text encoders."""
     mine, trouble = list(examples)[distributed.rank() :: distributed.world_size()], None
     try:
         missing = _missing(store, mine)
@@ -214,14 +190,14 @@ def _missing(store: EmbeddingStore, identities: list[Identity]) -> list[Identity
     return missing
 
 
-def _embed(store: EmbeddingStore, examples: dict[Identity, Example], load: Callable[..., Policy], note: Callable[[str], None]) -> None:
+def _embed(store: EmbeddingStore, examples: dict[Identity, Example], load: Callable[[], Policy], note: Callable[[str], None]) -> None:
     note(
         f"embedding {len(examples)} texts on each rank into {store.folder}"
         if distributed.world_size() > 1
         else f"embedding {len(examples)} texts into {store.folder}"
     )
     store.folder.mkdir(parents=True, exist_ok=True)
-    policy = load(parts="text")
+    policy = load()
     with _progress() as progress:
         task = progress.add_task("embedding prompts", total=len(examples))
         for done, (identity, example) in enumerate(examples.items(), 1):
@@ -246,11 +222,3 @@ def _check_space(store: EmbeddingStore, needed: int) -> None:
 
 def _progress() -> Progress:
     return Progress(transient=True, disable=distributed.rank() != 0)
-
-
-def _note_unused(policy: Policy, examples: list[Example], guidance_scale: float, note: Callable[[str], None]) -> None:
-    given = sum(example.negative is not None for example in examples)
-    if given and policy.default_negative_prompt is None:
-        note(f"warning: {given} prompts bring a negative_prompt without effect: {type(policy.pipe).__name__} has its guidance built in")
-    elif given and guidance_scale <= 1:
-        note(f"warning: {given} prompts bring a negative_prompt without effect: guidance_scale {guidance_scale:g} is no guidance")

@@ -16,8 +16,7 @@ import torch
 from PIL import Image
 
 from tempflow.media import still
-from tempflow.models import Sampler
-from tempflow.models.embeddings import EmbeddingCache
+from tempflow.models.opened import Opened
 from tempflow.rewards import RewardPool, RewardSpec, combine
 from tempflow.run import drift
 from tempflow.run.logs import write_atomic
@@ -67,25 +66,23 @@ def fixed_noise(indices: list[int], shape: tuple[int, ...], device, seed: int = 
 
 
 def draw(
-    sampler: Sampler,
-    embeddings: EmbeddingCache,
+    model: Opened,
     prompts: list[Example],
     indices: list[int],
     *,
-    num_steps: int,
-    micro_batch: int,
-    decode_batch: int,
+    num_steps: int | None = None,
     seed: int = EVAL_SEED,
     advance=lambda n: None,
 ):
-    """Yield (indices, images or videos, which are finite) of the prompts at `indices`: `micro_batch` are integrated together, and
-    at most `decode_batch` of them decoded and yielded together."""
-    for first in range(0, len(indices), micro_batch):
-        part = indices[first : first + micro_batch]
-        noise = fixed_noise(part, sampler.latent_shape, sampler.policy.device, seed)
-        latents = sampler.integrate(noise, embeddings.get([prompts[i] for i in part]), num_steps)
-        for start in range(0, len(part), decode_batch):
-            some = slice(start, start + decode_batch)
+    """Yield (indices, images or videos, which are finite) of the prompts at `indices`: `rollout.rows` are integrated together,
+    and at most `rollout.decode_batch` of them decoded and yielded together. num_steps: None: as in the run's evaluations."""
+    r, sampler, steps = model.config.rollout, model.eval_sampler(), model.eval_steps(num_steps)
+    for first in range(0, len(indices), r.rows):
+        part = indices[first : first + r.rows]
+        noise = fixed_noise(part, sampler.latent_shape, model.policy.device, seed)
+        latents = sampler.integrate(noise, model.embeddings.get([prompts[i] for i in part]), steps)
+        for start in range(0, len(part), r.decode_batch):
+            some = slice(start, start + r.decode_batch)
             yield part[some], *sampler.decode(latents[some])
             advance(len(part[some]))
 

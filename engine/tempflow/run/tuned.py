@@ -1,13 +1,14 @@
 """A run's model, before or after training, scored and sampled in one process without DeepSpeed.
 
-`choose` finds the run's config and a checkpoint; `score` and `draw` load the model, with embeddings of their prompts alone. They use
-no `Session`: that holds what training needs, its float8 copy and DeepSpeed included, and would load it.
+`choose` finds the run's config and a checkpoint; `score` and `draw` open the model as a session does (models/opened.py), with
+embeddings of their prompts alone, and without what training adds: reward workers, the engine, a float8 copy.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Iterator
 
 import numpy as np
 from rich.progress import Progress
@@ -16,14 +17,12 @@ from tempflow.checkpoints import load
 from tempflow.config import Config
 from tempflow.data.prompts import load_prompts
 from tempflow.errors import UserError, note
-from tempflow.models import Sampler
-from tempflow.models.embeddings import EmbeddingCache, open_policy
+from tempflow.models.opened import Opened, open_model
 from tempflow.rewards import RewardPool, check_prompts, parse_rewards, probe
 from tempflow.run import evaluation
 from tempflow.run.directory import read_config
-from tempflow.run.environment import choose_device
 from tempflow.run.failures import check_failed
-from tempflow.types import Example, Size
+from tempflow.types import Example
 
 NO_HELDOUT = "--prompts: the run has no held-out prompts; name a prompt file"
 
@@ -74,17 +73,17 @@ def score(config: Config, chosen: load.Tuned | None, prompts: list[Example], *, 
     texts, metadata = [p.text for p in prompts], [p.metadata for p in prompts]
     for line in check_prompts(specs, texts, metadata):
         note(line)
-    sampler, embeddings = _open(config, prompts)
+    model = open_model(config, prompts)
     if chosen:
-        load.apply(chosen, sampler.policy)
+        load.apply(chosen, model.policy)
     with RewardPool(specs, **config.reward_pool.pool()) as scorers, Progress(transient=True) as progress:
-        probe(scorers, specs, texts, metadata, sampler.size)
-        drawn = _drawn(config, sampler, embeddings, prompts, num_steps, evaluation.EVAL_SEED, progress, "sampling")
+        probe(scorers, specs, texts, metadata, model.sampler.size)
+        drawn = _drawn(model, prompts, num_steps, progress, "sampling")
         scored = evaluation.evaluate(scorers, specs, prompts, drawn, keep=len(prompts) if keep else 0)
         check_failed("this evaluation", *scored.counts(), config.reward_pool.max_failed, scorers.last_error)
     facts = {
         "iteration": chosen.iteration if chosen else 0,
-        "num_steps": _steps(config, num_steps),
+        "num_steps": model.eval_steps(num_steps),
         "seed": evaluation.EVAL_SEED,
         "weights": chosen.which if chosen else "base",
     }
@@ -117,49 +116,21 @@ def draw(
     Returns for each variant uint8 images [n, H, W, 3] or videos [n, F, H, W, 3], and how many hold NaN or infinity: a checkerboard
     stands for each of these. Raises UserError.
     """
-    sampler, embeddings = _open(config, prompts)
-    made, missing = [], 0
+    model, made, missing = open_model(config, prompts), [], 0
     with Progress(transient=True) as progress:
         for name, chosen in variants.items():
             if chosen:
-                load.apply(chosen, sampler.policy)
-            drawn = _drawn(config, sampler, embeddings, prompts, num_steps, seed, progress, name)
+                load.apply(chosen, model.policy)
+            drawn = _drawn(model, prompts, num_steps, progress, name, seed)
             parts = [(images, finite) for _, images, finite in drawn]
             made.append(np.concatenate([images for images, _ in parts]))
             missing += sum(int((~finite).sum()) for _, finite in parts)
     return made, missing
 
 
-def _open(config: Config, prompts: list[Example]) -> tuple[Sampler, EmbeddingCache]:
-    """The model before training, at the size and guidance of the run's evaluations, and the embeddings of the prompts."""
-    policy, embeddings = open_policy(config, prompts, choose_device())
-    return policy.at(Size(config.rollout.height, config.rollout.width), config.eval_guidance()), embeddings
-
-
-def _steps(config: Config, asked: int | None) -> int:
-    return asked or config.eval.num_steps or config.rollout.num_steps
-
-
 def _drawn(
-    config: Config,
-    sampler: Sampler,
-    embeddings: EmbeddingCache,
-    prompts: list[Example],
-    num_steps: int | None,
-    seed: int,
-    progress: Progress,
-    name: str,
-):
+    model: Opened, prompts: list[Example], num_steps: int | None, progress: Progress, name: str, seed: int = evaluation.EVAL_SEED
+) -> Iterator:
     """What `evaluation.draw` yields for all prompts, shown as a task of the progress display."""
-    task = progress.add_task(name, total=len(prompts))
-    return evaluation.draw(
-        sampler,
-        embeddings,
-        prompts,
-        list(range(len(prompts))),
-        num_steps=_steps(config, num_steps),
-        seed=seed,
-        micro_batch=config.rollout.rows,
-        decode_batch=config.rollout.decode_batch,
-        advance=lambda n: progress.advance(task, n),
-    )
+    task, indices = progress.add_task(name, total=len(prompts)), list(range(len(prompts)))
+    return evaluation.draw(model, prompts, indices, num_steps=num_steps, seed=seed, advance=lambda n: progress.advance(task, n))

@@ -49,23 +49,13 @@ class Evaluator:
 
         Raises TooManyFailed.
         """
-        s, e, r = self.session, self.session.config.eval, self.session.config.rollout
+        s, e = self.session, self.session.config.eval
         if not s.heldout or e.every == 0:
             return {}
         mine = list(range(len(s.heldout)))[distributed.rank() :: distributed.world_size()]
-        steps = e.num_steps or r.num_steps
         started = time.perf_counter()
         with self._averaged_weights() as weights, self.recorder.console.phase("eval", len(mine)) as advance, s.threads.shared():
-            drawn = evaluation.draw(
-                s.policy.at(s.sampler.size, s.config.eval_guidance()),
-                s.embeddings,
-                s.heldout,
-                mine,
-                num_steps=steps,
-                micro_batch=r.rows,
-                decode_batch=r.decode_batch,
-                advance=advance,
-            )
+            drawn = evaluation.draw(s, s.heldout, mine, advance=advance)
             scored = evaluation.evaluate(s.pool, s.specs, s.heldout, drawn, e.keep_samples)
         check_failed(
             f"the evaluation at iteration {iteration}",
@@ -78,7 +68,7 @@ class Evaluator:
         if gathered is None:
             return {}
         scored = evaluation.merge(gathered)
-        facts = {"iteration": iteration, "num_steps": steps, "seed": evaluation.EVAL_SEED, "weights": weights}
+        facts = {"iteration": iteration, "num_steps": s.eval_steps(), "seed": evaluation.EVAL_SEED, "weights": weights}
         self.recorder.samples(scored, s.heldout, facts)
         if iteration == 0:
             self.base_looks = scored.looks

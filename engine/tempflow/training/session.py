@@ -11,8 +11,9 @@ import torch
 from tempflow.advantages import Advantage
 from tempflow.config import Config
 from tempflow.errors import UserError
-from tempflow.models import Policy, Sampler
-from tempflow.models.embeddings import EmbeddingCache, open_policy
+from tempflow.models import Policy
+from tempflow.models.embeddings import EmbeddingCache
+from tempflow.models.opened import Opened, open_model
 from tempflow.objectives import Objective
 from tempflow.penalties import Penalty
 from tempflow.rewards import RewardPool, RewardSpec, fits, probe
@@ -27,29 +28,18 @@ from tempflow.training.ema import Average
 from tempflow.training.engine import Runtime, compile_blocks
 from tempflow.training.merge import Merge
 from tempflow.training.rehearsal import may_capture
-from tempflow.types import Example, Size, Unit
+from tempflow.types import Example, Unit
 
 
 @dataclass
-class Session:
+class Session(Opened):
     """The parts of a run. What is None belongs to training and was not asked for, or is switched off in the config."""
 
-    config: Config
-    policy: Policy
-    embeddings: EmbeddingCache
     pool: RewardPool
     specs: list[RewardSpec]
     prompts: list[Example]
     """Of training."""
     threads: Threads
-    sampler: Sampler
-    """The policy at the run's image size and guidance scale."""
-    grid: Grid
-    """Of evaluations at the rollout's number of steps, and of rollouts without `rollout.jitter`."""
-    plan: Plan
-    advantage: Advantage
-    objective: Objective
-    penalty: Penalty | None
     float8: Float8Copy | None = None
     """The copy of the transformer that coarse steps use, where `rollout.suffix.weights` asks for it."""
     graphs: GraphCache | None = None
@@ -62,15 +52,21 @@ class Session:
     stop: Callable[[], bool] = lambda: False
     """Whether the run was asked to stop."""
     note: Callable[[str], None] = print
+    plan: Plan = field(init=False)
+    advantage: Advantage = field(init=False)
+    objective: Objective = field(init=False)
+    penalty: Penalty | None = field(init=False)
     fitting: np.ndarray = field(init=False)
     """bool [prompts, R]: which of the rewards that are trained on are for each prompt."""
     lanes: int = field(init=False)
     """Parts of a rank's rollout that run side by side, in a thread each."""
 
     def __post_init__(self):
+        c = self.config
+        self.plan, self.advantage, self.objective, self.penalty = c.plan(), c.advantage(), c.objective(), c.penalty()
         self.fitting = fits(self.trained, [p.metadata for p in self.prompts])
         on_cpu = self.policy.device.type == "cpu"
-        self.lanes = self.config.rollout.lanes or (cores_per_rank() if on_cpu and self.config.rollout.replica else 1)
+        self.lanes = c.rollout.lanes or (cores_per_rank() if on_cpu and c.rollout.replica else 1)
 
     def variant(self, config: Config, graphs: GraphCache | None = None) -> Session:
         """The same model, prompts and workers under another plan, objective or rollout: for comparisons."""
@@ -140,12 +136,13 @@ def build(
     pool = pool or RewardPool(specs, **config.reward_pool.pool())
     captures = may_capture(config, device(), note) if train else False
     chosen = [prompts[i] for i in (range(len(prompts)) if reached is None else reached)]
-    policy, embeddings = open_policy(config, chosen + heldout, device(), note, denoiser=config.rollout.replica or not train)
+    opened = open_model(config, chosen + heldout, device(), note, denoiser=config.rollout.replica or not train)
+    policy = opened.policy
     runtime = Runtime(config, policy) if train else None
     return assemble(
         config,
         policy,
-        embeddings,
+        opened.embeddings,
         pool,
         specs,
         prompts,
@@ -171,26 +168,8 @@ def assemble(
     **more,
 ) -> Session:
     """A session around a policy that is there already; more: further fields of `Session`."""
-    r = config.rollout
-    sampler = policy.at(Size(r.height, r.width), r.guidance_scale)
-    sigmas = sampler.sigmas(r.num_steps)
-    return Session(
-        config,
-        policy,
-        embeddings,
-        pool,
-        specs,
-        prompts,
-        threads or Threads(config),
-        sampler,
-        Grid(sigmas, config.sde().coefficients(sigmas)),
-        config.plan(),
-        config.advantage(),
-        config.objective(),
-        config.penalty(),
-        float8=make_float8(config, policy),
-        **more,
-    )
+    threads, float8 = threads or Threads(config), make_float8(config, policy)
+    return Session(config, policy, embeddings, pool, specs, prompts, threads, float8=float8, **more)
 
 
 def make_average(config: Config, runtime: Runtime) -> Averaged | None:
