@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Callable
 
@@ -22,6 +23,17 @@ def whole(low: int, high: int = LARGEST) -> Callable[[str], int]:
         return int(text)
 
     return read
+
+
+def number(text: str) -> float:
+    """A finite number."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"expected a number, got {shown(text)}")
+    return value
 
 
 def filled(text: str) -> str:

@@ -136,13 +136,22 @@ def cast(name: str, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 @torch.no_grad()
 def apply(tuned: Tuned, policy: Policy) -> Policy:
     """Write the trained weights into the policy's denoiser, adapters merged; returns the policy. UserError as `cast`."""
-    target = dict(policy.denoiser().named_parameters())
     lora = tuned.config.model.lora
+    if lora is None:
+        return replace_weights(policy, tuned.weights)
+    target = dict(policy.denoiser().named_parameters())
     for name, value in tuned.weights.items():
-        if lora is None:
-            target[name].copy_(cast(name, value, target[name].dtype))
-        elif name.endswith(LORA_DOWN):
+        if name.endswith(LORA_DOWN):
             layer = name.removesuffix(LORA_DOWN)
             weight = target[f"{layer}.weight"]
             weight.copy_(cast(layer, merged(weight, value, tuned.weights[layer + LORA_UP], lora.alpha / lora.rank), weight.dtype))
+    return policy
+
+
+@torch.no_grad()
+def replace_weights(policy: Policy, weights: dict[str, torch.Tensor]) -> Policy:
+    """Write weights into the policy's denoiser by their names; returns the policy. UserError as `cast`."""
+    target = dict(policy.denoiser().named_parameters())
+    for name, value in weights.items():
+        target[name].copy_(cast(name, value, target[name].dtype))
     return policy

@@ -22,17 +22,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def write_lora(chosen, policy_class, folder: Path, dtype) -> None:
-    """pytorch_lora_weights.safetensors, as `pipe.load_lora_weights(folder)` reads it."""
+def write_lora(weights, rank: int, alpha: float, pipeline_class, folder: Path, dtype) -> None:
+    """pytorch_lora_weights.safetensors, as `pipe.load_lora_weights(folder)` reads it. weights: by a checkpoint's names or a file's."""
     from peft import LoraConfig
 
     from tempflow.checkpoints import load
+    from tempflow.models.lora import layers_of
 
-    lora = chosen.config.model.lora
-    state = {name.replace(".default.weight", ".weight"): load.cast(name, value, dtype) for name, value in chosen.weights.items()}
-    layers = sorted({name.split(".lora_")[0] for name in state})
-    settings = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=layers).to_dict()
-    policy_class.save_lora_weights(folder, transformer_lora_layers=state, transformer_lora_adapter_metadata=settings)
+    state = {name.replace(".default.weight", ".weight"): load.cast(name, value, dtype) for name, value in weights.items()}
+    settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers_of(state)).to_dict()
+    pipeline_class.save_lora_weights(folder, transformer_lora_layers=state, transformer_lora_adapter_metadata=settings)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,9 +53,9 @@ def export(args: argparse.Namespace, draft: Path) -> str:
     from tempflow.models.opened import load_whole
 
     chosen = load.load_tuned(args.run, args.checkpoint, args.weights)
-    if chosen.config.model.lora and not args.merge:
+    if (lora := chosen.config.model.lora) and not args.merge:
         pipeline = getattr(diffusers, check_model(chosen.config.model.path))
-        write_lora(chosen, pipeline, draft, DTYPES[args.dtype])
+        write_lora(chosen.weights, lora.rank, lora.alpha, pipeline, draft, DTYPES[args.dtype])
         kind = "LoRA weights"
     else:
         load.apply(chosen, load_whole(chosen.config, args.dtype)).pipe.to("cpu").save_pretrained(draft)

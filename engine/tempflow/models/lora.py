@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -63,15 +64,40 @@ LORA_DOWN, LORA_UP = ".lora_A.default.weight", ".lora_B.default.weight"  # of a 
 Adapters = dict[str, torch.Tensor]  # "LAYER.lora_A.weight" [rank, in] and "LAYER.lora_B.weight" [out, rank]
 
 
+@dataclass(frozen=True)
+class Saved:
+    """Adapters that a file holds; each adds alpha / rank x B A to its layer."""
+
+    weights: Adapters
+    rank: int
+    """Of every layer."""
+    alpha: float
+    file: Path
+
+
 def read_adapters(lora: Lora) -> Adapters:
-    """The adapters at `lora.start`. UserError where they cannot be read, or are of another rank or scale than `lora` says.
+    """The adapters at `lora.start`. UserError where they cannot be read, or are of another rank or scale than `lora` says."""
+    try:
+        saved = load_adapters(Path(lora.start))
+    except UserError as error:
+        raise UserError(f"{KEY}: {error}") from None
+    if saved.rank != lora.rank:
+        raise UserError(f"model.lora.rank: {lora.rank}, but {saved.file} has rank {saved.rank}")
+    if saved.alpha != lora.alpha:
+        raise UserError(f"model.lora.alpha: {lora.alpha:g}, but {saved.file} has {shown(saved.alpha)} (its scale is alpha / rank)")
+    return saved.weights
+
+
+def load_adapters(path: Path) -> Saved:
+    """The adapters of a .safetensors file, or of a folder that holds one. UserError where they cannot be read, or are of a kind that is
+    not trained here.
 
     A file without settings has the scale 1 that diffusers gives it.
     """
     try:
-        file = _find(Path(lora.start))
+        file = _find(path)
     except (OSError, ValueError) as error:  # no permission, or characters that no path has
-        raise UserError(f"{KEY}: {shown(lora.start)} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        raise UserError(f"{shown(str(path))} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     try:
         with safe_open(file, framework="pt") as opened:
             settings = _table((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
@@ -80,10 +106,11 @@ def read_adapters(lora: Lora) -> Adapters:
             settings |= _table(beside.read_text(encoding="utf-8"))
         settings = {name.removeprefix("transformer."): value for name, value in settings.items() if not name.startswith("text_encoder")}
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
-        raise UserError(f"{KEY}: {file} {problem_with_file(file) or f'has unreadable settings: {brief(error)}'}") from None
+        raise UserError(f"{file} {problem_with_file(file) or f'has unreadable settings: {brief(error)}'}") from None
     adapters = {_plain_name(name, file): weight for name, weight in weights.items()}
-    _check(adapters, settings, lora, file)
-    return adapters
+    _check(adapters, settings, file)
+    rank = _rank(adapters, file)
+    return Saved(adapters, rank, settings.get("lora_alpha", rank), file)
 
 
 def _table(text: str) -> dict:
@@ -125,14 +152,14 @@ def _find(path: Path) -> Path:
     if len(found) != 1:
         held = f"holds {' and '.join(file.name for file in found) or 'none'}" if path.is_dir() else "is neither"
         expected = f"a .safetensors file, or a folder with {' or '.join(FILES)} (pickle files are not read)"
-        raise UserError(f"{KEY}: expected {expected}; {path} {held}")
+        raise UserError(f"expected {expected}; {path} {held}")
     return found[0]
 
 
 def _plain_name(name: str, file: Path) -> str:
     prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), None)
     if prefix is None or not name.endswith((".lora_A.weight", ".lora_B.weight")):
-        raise UserError(f"{KEY}: {file} holds {shown(name)}, {_what_it_is(name)}")
+        raise UserError(f"{file} holds {shown(name)}, {_what_it_is(name)}")
     return name.removeprefix(prefix)
 
 
@@ -150,25 +177,19 @@ def _what_it_is(name: str) -> str:
     )
 
 
-def _check(adapters: Adapters, settings: dict, lora: Lora, file: Path) -> None:
+def _check(adapters: Adapters, settings: dict, file: Path) -> None:
     if not adapters:
-        raise UserError(f"{KEY}: {file} holds no adapter")
+        raise UserError(f"{file} holds no adapter")
     _check_settings(settings, file)
     for name, weight in adapters.items():
         if weight.ndim != 2:
-            raise UserError(f"{KEY}: {file} holds {name} with {weight.ndim} dimensions; only adapters of linear layers are trained here")
+            raise UserError(f"{file} holds {name} with {weight.ndim} dimensions; only adapters of linear layers are trained here")
         if not weight.is_floating_point() or not is_finite(weight):
-            raise UserError(f"{KEY}: {file} holds whole numbers, NaN or infinity in {name}")
+            raise UserError(f"{file} holds whole numbers, NaN or infinity in {name}")
     for name in adapters:
         pair = name.replace(".lora_A.", ".lora_B.") if ".lora_A." in name else name.replace(".lora_B.", ".lora_A.")
         if pair not in adapters:
-            raise UserError(f"{KEY}: {file} holds {name} without {pair}; it was not saved whole")
-    rank = _rank(adapters, file)
-    alpha = settings.get("lora_alpha", rank)
-    if rank != lora.rank:
-        raise UserError(f"model.lora.rank: {lora.rank}, but {file} has rank {rank}")
-    if alpha != lora.alpha:
-        raise UserError(f"model.lora.alpha: {lora.alpha:g}, but {file} has {shown(alpha)} (its scale is alpha / rank)")
+            raise UserError(f"{file} holds {name} without {pair}; it was not saved whole")
 
 
 def _check_settings(settings: dict, file: Path) -> None:
@@ -179,7 +200,7 @@ def _check_settings(settings: dict, file: Path) -> None:
     start = start.lower() if isinstance(start, str) else start
     if not isinstance(start, (bool, str)) or start not in STARTS:
         raise UserError(
-            f"{KEY}: {file} was made with init_lora_weights {shown(start)}, which fits a base that peft has changed; save it from "
+            f"{file} was made with init_lora_weights {shown(start)}, which fits a base that peft has changed; save it from "
             "peft with path_initial_model_for_weight_conversion, which makes plain adapters of twice the rank"
         )
     default = LoraConfig().to_dict()
@@ -190,7 +211,7 @@ def _check_settings(settings: dict, file: Path) -> None:
     ]
     unusual += [name for name, plain in PLAIN.items() if str(settings.get(name, plain[0])).removeprefix("PeftType.") not in plain]
     if unusual:
-        raise UserError(f"{KEY}: {file} was made with {', '.join(sorted(unusual))}, which this engine does not train")
+        raise UserError(f"{file} was made with {', '.join(sorted(unusual))}, which this engine does not train")
 
 
 def _rank(adapters: Adapters, file: Path) -> int:
@@ -200,5 +221,5 @@ def _rank(adapters: Adapters, file: Path) -> int:
         layers.setdefault(weight.shape[0 if ".lora_A." in name else 1], []).append(name.rsplit(".lora_", 1)[0])
     if len(layers) > 1:
         some = "; ".join(f"{rank} in {sorted(names)[0]}" for rank, names in sorted(layers.items())[:3])
-        raise UserError(f"{KEY}: {file} has layers of different ranks ({some}), which this engine does not train: one rank for all")
+        raise UserError(f"{file} has layers of different ranks ({some}), which this engine does not train: one rank for all")
     return next(iter(layers))

@@ -1,4 +1,4 @@
-"""The folder that a command writes (--out): one rule for evaluate, sample and export.
+"""The folder that a command writes (--out): one rule for all commands.
 
 What exists is refused unless it is an empty folder. Nothing is removed or renamed that the command did not make itself: files are
 written into a draft with a unique name, beside the folder or, where that exists and is empty, inside it (it may be a
@@ -22,14 +22,14 @@ FULL, NEARLY_FULL = (errno.ENOSPC, errno.EDQUOT), 16 << 20  # bytes
 
 
 @contextmanager
-def new_folder(out: Path, run_dir: Path) -> Iterator[Path]:
+def new_folder(out: Path, *run_dirs: Path) -> Iterator[Path]:
     """Yield a draft folder to write into; when the block ends well, its files are the folder `out`.
 
     Enter it before the costly work: everything that can be refused is refused on entering. Raises UserError, also where the
     disk is full, and where something else has appeared at `out` meanwhile; then the finished draft is kept and named.
     """
     with _refusals(out):
-        target = _checked(out, run_dir)
+        target = _checked(out, run_dirs)
         made = _make_parents(target.parent)
         outer = _outer_draft(target, made)
     draft = outer / target.name
@@ -57,14 +57,15 @@ def _refusals(out: Path) -> Iterator[None]:
         raise UserError(f"--out {out}: cannot be written: {getattr(error, 'strerror', None) or error}{where}") from None
 
 
-def _checked(out: Path, run_dir: Path) -> Path:
+def _checked(out: Path, run_dirs: tuple[Path, ...]) -> Path:
     """Where `out` lies, links resolved; UserError unless it may be written."""
     if out.is_symlink() and not out.exists():
         raise UserError(f"--out {out} is a link to something that does not exist; name the folder itself")
     target = Path(os.path.realpath(out))
-    inside = [place for place in (target, *target.parents) if place.exists() and run_dir.exists() and place.samefile(run_dir)]
-    if inside:
-        raise UserError(f"--out {out} is {'' if inside[0] == target else 'inside '}the run directory {run_dir}; choose another folder")
+    for run_dir in run_dirs:
+        inside = [place for place in (target, *target.parents) if place.exists() and run_dir.exists() and place.samefile(run_dir)]
+        if inside:
+            raise UserError(f"--out {out} is {'' if inside[0] == target else 'inside '}the run directory {run_dir}; choose another folder")
     if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"--out {out} exists and is not an empty folder; choose another")
     return target

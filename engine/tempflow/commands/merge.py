@@ -1,0 +1,75 @@
+"""Merge what several runs trained into one model for plain diffusers."""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import Sequence
+
+from tempflow import cli
+from tempflow.run import outputs
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    from tempflow.arguments import checkpoint, number, path
+
+    parser = argparse.ArgumentParser(description="Write the weighted mean of several runs' weights: a diffusers folder, or LoRA weights.")
+    parser.add_argument(
+        "sources", nargs="+", type=path, metavar="SOURCE", help="run directory, checkpoint folder of one, diffusers folder, or LoRA weights"
+    )
+    parser.add_argument("--out", type=path, required=True, help="folder to write; must not exist, or be empty")
+    parser.add_argument("--weights", type=number, nargs="+", metavar="W", help="of each source in order, 1 together (default: equal)")
+    parser.add_argument("--checkpoint", type=checkpoint, metavar="N|best", help="of every run directory (default: its newest whole one)")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the weights written")
+    args = parser.parse_args(argv)
+    if len(args.sources) < 2:
+        parser.error("SOURCE: expected at least two")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    cli.quiet_libraries()
+    args = parse_args(argv)
+    print(merge(args))
+    return 0
+
+
+def merge(args: argparse.Namespace) -> str:
+    """Write the merged weights; returns what to say of them."""
+    from tempflow.run import merging
+
+    parts = merging.shares(args.weights, len(args.sources))
+    sources = [merging.find_source(path, args.checkpoint) for path in args.sources]
+    merging.check_sources(sources)
+    with outputs.new_folder(args.out, *(source.run for source in sources if source.run)) as draft:
+        kind = _write_adapters(sources, parts, draft, args.dtype) if sources[0].lora else _write_model(sources, parts, draft, args.dtype)
+    merged = ", ".join(f"{part:g} x {source.path}" for part, source in zip(parts, sources, strict=True))
+    return f"{kind}: {args.out} = {merged}"
+
+
+def _write_adapters(sources: list, parts: list[float], folder: Path, dtype: str) -> str:
+    import diffusers
+
+    from tempflow.commands.export import write_lora
+    from tempflow.models import check_model
+    from tempflow.models.arguments import DTYPES
+    from tempflow.run import merging
+
+    adapters, rank = merging.merge_adapters(sources, parts)
+    based = [check_model(source.model) for source in sources if source.model]
+    pipeline = getattr(diffusers, based[0] if based else "FluxPipeline")  # every family writes adapters of a transformer alike
+    write_lora(adapters, rank, rank, pipeline, folder, DTYPES[dtype])
+    return f"LoRA weights of rank {rank}"
+
+
+def _write_model(sources: list, parts: list[float], folder: Path, dtype: str) -> str:
+    from tempflow.checkpoints import load
+    from tempflow.run import merging
+
+    weights = merging.merge_models(sources, parts)
+    load.replace_weights(merging.whole_pipeline(sources, dtype), weights).pipe.to("cpu").save_pretrained(folder)
+    return "diffusers pipeline"
+
+
+command = partial(cli.run, main)
