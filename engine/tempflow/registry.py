@@ -64,8 +64,11 @@ KINDS = {
         "tempflow.advantages.base:Advantage",
         "group",
         {
+            "dense": "tempflow.advantages.dense:Dense",
             "gdpo": "tempflow.advantages.gdpo:Gdpo",
             "group": "tempflow.advantages.group:Group",
+            "stepwise": "tempflow.advantages.stepwise:Stepwise",
+            "turning_point": "tempflow.advantages.turning_point:TurningPoint",
         },
     ),
     "objective": Kind(

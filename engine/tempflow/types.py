@@ -84,6 +84,8 @@ class Row:
     """The row that it branches off, by its place in the list of the unit's rows; None: it starts from the initial noise."""
     path: tuple[int, ...] = ()
     """Names its noise: two rows of a unit that take noise at the same step need different paths."""
+    value: bool = False
+    """Whether its reward is the value of the state that it leaves, and part of no slot's: such a row takes no noise."""
 
 
 @dataclass(frozen=True)
@@ -137,19 +139,25 @@ class Slots:
     """int [n]: its number among the state's children."""
     leaves: tuple[tuple[int, ...], ...] = field(repr=False, default=())
     """n tuples: the rows below it, numbered over all units, whose rewards are its own."""
+    before: np.ndarray | None = field(repr=False, default=None)
+    """int [n]: the row whose reward is the value of the state that it left, numbered alike; -1 where there is none. None: the plan
+    has no values."""
+    after: np.ndarray | None = field(repr=False, default=None)
+    """int [n]: the row whose reward is its own value: that of the next state on its way, or its own end after the last one."""
 
     OVER: ClassVar = {"state": ("state",), "seed": ("prompt", "seed", "step"), "prompt": ("prompt", "step"), "step": ("step",)}
 
     def __len__(self) -> int:
         return len(self.state)
 
-    def groups(self, over: str) -> np.ndarray:
+    def groups(self, over: str, by_step: bool = True) -> np.ndarray:
         """int [n], labels from 0 on in order of first appearance: slots whose rewards are normalised together.
 
         "state" has the children of one state together, "seed" those of one prompt, seed and step, "prompt" those of one prompt
-        and step, "step" all of one step.
+        and step, "step" all of one step. Without by_step the steps of each are together.
         """
-        keys = np.stack([getattr(self, name) for name in self.OVER[over]], axis=1)
+        names = [name for name in self.OVER[over] if by_step or name != "step"]
+        keys = np.stack([getattr(self, name) for name in names] or [np.zeros_like(self.step)], axis=1)
         _, first, inverse = np.unique(keys, axis=0, return_index=True, return_inverse=True)
         return np.argsort(np.argsort(first))[inverse.reshape(-1)]
 
@@ -171,6 +179,12 @@ class Slots:
             np.divide(np.where(known, below, 0.0).sum(-1), known.sum(-1), out=found[..., slot], where=known.any(-1))
         return found
 
+    def values(self, rewards: np.ndarray) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """(before, after), [n] each, from the rewards [rows] of all rows; NaN where one is missing, None without values."""
+        if self.before is None:
+            return None, None
+        return tuple(np.where(rows >= 0, rewards[rows], np.nan) for rows in (self.before, self.after))
+
 
 @dataclass(frozen=True)
 class Rewards:
@@ -183,6 +197,10 @@ class Rewards:
     weights: dict[str, float]
     applies: dict[str, np.ndarray]
     """bool [n] each: whether the reward is for the slot's prompt."""
+    before: np.ndarray | None = None
+    """float64 [n]: `total` of the ODE's completion of the state that the slot left; None where the plan has no values."""
+    after: np.ndarray | None = None
+    """float64 [n]: and of that of the slot's own latent."""
 
 
 @dataclass(frozen=True)

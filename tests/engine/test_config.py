@@ -276,6 +276,23 @@ def test_refused(key, value, words):
             {"rollout": {"plan": {"children": [2, 3], "branch_steps": {"random": 2}}}},
             ["rollout.plan.children", '"all" or a list of as many steps', '{"random": n}'],
         ),
+        ({"training": {"advantage": "dense"}}, ["training.advantage", "dense", "plan tempflow", "rollout.plan.values true"]),
+        (
+            {"rollout": {"plan": {"type": "mix_grpo"}}, "training": {"advantage": "turning_point"}},
+            ["training.advantage", "turning_point", "mix_grpo", "rollout.plan.values true"],
+        ),
+        (
+            {"rollout": {"plan": {"type": "flow_grpo", "values": True}}, "training": {"advantage": {"over": "prompt"}}},
+            ["rollout.plan.values", "training.advantage group makes no use of", "dense, stepwise and turning_point"],
+        ),
+        (
+            {"rollout": {"plan": {"type": "flow_grpo", "values": True}}, "training": {"advantage": "dense", "objective": "nft"}},
+            ["rollout.plan.values", "training.objective nft learns from finished latents"],
+        ),
+        (
+            {"rollout": {"plan": {"type": "flow_grpo", "values": True}}, "training": {"advantage": {"type": "dense", "over": "seed"}}},
+            ["training.advantage.over", '"seed"', '"prompt"'],
+        ),
         ({"rollout": {"graphs": True, "replica": False}}, ["rollout.graphs", "rollout.replica"]),
         ({"rollout": {"suffix": {"weights": "float8"}, "replica": False}}, ['rollout.suffix.weights: "float8"', "rollout.replica"]),
         ({"rollout": {"compile": "compile", "replica": False}}, ["rollout.compile", "training.compile"]),

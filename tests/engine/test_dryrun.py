@@ -246,6 +246,10 @@ RUNS = {
         "rollout": {"plan": {"type": "flow_grpo", "branch_steps": "all", "seeds": 3}},
         "training": {"advantage": {"over": "prompt"}},
     },
+    "values": {
+        "rollout": {"plan": {"type": "flow_grpo", "branch_steps": [0, 2], "seeds": 3, "values": True}, "num_steps": 4},
+        "training": {"advantage": {"type": "dense"}},
+    },
     "samples": {
         "rollout": {"plan": {"type": "samples", "seeds": 3}, "num_steps": 4},
         "training": {"advantage": {"over": "prompt"}, "objective": {"type": "nft", "draws": 2}, "updates": {"passes": 2}},

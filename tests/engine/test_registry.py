@@ -190,7 +190,8 @@ def test_an_option_is_set_whatever_the_file_holds(tmp_path, plan):
 @pytest.mark.parametrize("setting", ["rollout.plan=flow_grpo", "rollout.plan.type=flow_grpo"])
 def test_another_type_drops_the_options_of_the_one_before(tmp_path, setting):
     file = write_config(tmp_path, training={"advantage": {"over": "prompt"}})
-    assert load_config(file, [setting, "rollout.plan.seeds=5"]).rollout.plan == {"type": "flow_grpo", "seeds": 5, "branch_steps": "all"}
+    plan = load_config(file, [setting, "rollout.plan.seeds=5"]).rollout.plan
+    assert plan == {"type": "flow_grpo", "seeds": 5, "branch_steps": "all", "values": False}
     assert load_config(file, ["rollout.plan=tempflow"]).rollout.plan["branch_steps"] == [0, 4, 8]
 
 

@@ -23,6 +23,8 @@ class Advantage(ABC):
 
     over: str = "seed"
     """Whose rewards are normalised together, one of `Slots.OVER`."""
+    needs_values = False
+    """Whether it reads `before` and `after` of the rewards, which plans with values have."""
 
     @abstractmethod
     def __call__(self, slots: Slots, rewards: Rewards) -> Advantages:

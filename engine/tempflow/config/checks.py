@@ -66,6 +66,23 @@ def _most_children(plan: Plan) -> int:
     return max(map(len, states_of(plan.rows(Unit(0, 0, 0, 0), 0)).values()), default=0)
 
 
+def check_values(config: Config) -> None:
+    plan, advantage, objective = (table["type"] for table in (config.rollout.plan, config.training.advantage, config.training.objective))
+    needed, valued = config.advantage().needs_values, any(row.value for row in config.plan().rows(Unit(0, 0, 0, 0), 0))
+    if needed and not valued:
+        raise ValueError(
+            f"training.advantage: {advantage} compares the values of a path's states, which plan {plan} does not have; take plan "
+            '"flow_grpo" or "mix_grpo" with rollout.plan.values true'
+        )
+    if valued and config.objective().wants == "endpoints":
+        raise ValueError(f"rollout.plan.values: true, but training.objective {objective} learns from finished latents, not from states")
+    if valued and not needed:
+        raise ValueError(
+            f"rollout.plan.values: true costs a row for each state, which training.advantage {advantage} makes no use of; "
+            "dense, stepwise and turning_point do"
+        )
+
+
 def _largest_group(config: Config, over: str) -> int:
     """How many slots of the first iteration are compared with each other at most; 2 stands for more."""
     from tempflow.sampling.layout import Layout, iteration_units

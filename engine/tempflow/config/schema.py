@@ -22,6 +22,7 @@ from tempflow.config.checks import (
     check_groups,
     check_penalty,
     check_stop,
+    check_values,
     resolve_components,
 )
 
@@ -303,7 +304,7 @@ class Config(Section):
     def _agree(self) -> Config:
         check_deepspeed(self)
         resolve_components(self)
-        for check in (check_averages, check_groups, check_penalty, check_compiled, check_eval, check_stop):
+        for check in (check_averages, check_groups, check_values, check_penalty, check_compiled, check_eval, check_stop):
             check(self)
         return self
 

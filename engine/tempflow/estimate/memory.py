@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from tempflow.config import Config
-from tempflow.estimate.costs import busiest_units, training_rows, unit_states
+from tempflow.estimate.costs import ONE, busiest_units, training_rows, unit_states
 from tempflow.estimate.item import Item
 from tempflow.estimate.model import Model, Weights
 from tempflow.estimate.processes import process_items
@@ -125,7 +125,8 @@ def _held(config: Config, model: Model, gpus: int) -> int:
     penalty, repeated = config.penalty(), t.updates.passes * t.updates.parts > 1
     keeps_velocity = repeated and (config.objective().keeps_velocity or penalty is not None and not penalty.needs_reference)
     velocities = units * len(children) * model.trained_in.itemsize * (config.needs_reference() + keeps_velocity)
-    under_way = (units + r.rows) * 4
+    waiting = sum(row.value for row in config.plan().rows(ONE, 0))  # rows that stand at a path's states until the paths have gone on
+    under_way = (units * (1 + waiting) + r.rows) * 4
     embeddings = sum(model.embedding) * min(config.data.prompts_per_iteration, units)
     return (stored + velocities + under_way) * elements + embeddings
 

@@ -71,8 +71,9 @@ class Layout:
 
     @cached_property
     def without_slot(self) -> np.ndarray:
-        """Numbers of the rows whose reward is no slot's, like a trunk's."""
-        return np.setdiff1d(np.arange(len(self)), [row for rows in self.slots.leaves for row in rows])
+        """Numbers of the rows whose reward is neither a slot's nor a state's value, like a trunk's."""
+        values = np.flatnonzero([row.value for unit in self.rows for row in unit])
+        return np.setdiff1d(np.arange(len(self)), [*values, *(row for rows in self.slots.leaves for row in rows)])
 
     def forest(self, chosen: list[int]) -> Forest:
         """The rows of some units (places in `units`): all roots first, then their children, and so on, unit by unit."""
@@ -85,16 +86,20 @@ class Layout:
         return Forest(moved, [int(self._first[u]) + n for u, n in order], slots)
 
     def _state_slots(self) -> Slots:
-        lines, leaves, states = [], [], 0
+        lines, leaves, values, states = [], [], [], 0
         for u, rows in enumerate(self.rows):
-            branches = _branches(rows)
+            branches, value_rows = _branches(rows), {(row.parent, row.start): n for n, row in enumerate(rows) if row.value}
             for (parent, step), members in states_of(rows).items():
                 self._slots[u, parent, step] = np.arange(len(lines), len(lines) + len(members))
                 for child, n in enumerate(members):
                     lines.append((rows[n].unit.prompt, rows[n].unit.seed, step, states, child))
                     leaves.append(tuple(int(self._first[u]) + leaf for leaf in sorted(_below(rows, branches, n, step))))
+                    pair = value_rows.get((parent, step)), _value_after(rows, branches, value_rows, n, step)
+                    values.append([-1 if place is None else int(self._first[u]) + place for place in pair])
                 states += 1
-        return Slots(*_columns(lines), leaves=tuple(leaves))
+        known = any(row.value for rows in self.rows for row in rows)
+        before, after = np.array(values, dtype=np.int64).reshape(-1, 2).T if known else (None, None)
+        return Slots(*_columns(lines), leaves=tuple(leaves), before=before, after=after)
 
     def _endpoint_slots(self) -> Slots:
         rows = [row for unit in self.rows for row in unit]
@@ -134,6 +139,19 @@ def _branches(rows: list[Row]) -> dict[int, list[int]]:
 
 
 def _below(rows: list[Row], branches: dict[int, list[int]], n: int, step: int) -> list[int]:
-    """The rows that hold what row n is after `step`: itself and all that branch off it later, with all that branch off those."""
-    later = [child for child in branches[n] if rows[child].start > step]
+    """The rows that hold what row n is after `step`: itself and all that branch off it later, with all that branch off those.
+
+    Rows that are values of states are not among them.
+    """
+    later = [child for child in branches[n] if rows[child].start > step and not rows[child].value]
     return [n] + [leaf for child in later for leaf in _below(rows, branches, child, rows[child].start)]
+
+
+def _value_after(rows: list[Row], branches: dict[int, list[int]], values: dict[tuple[int, int], int], n: int, step: int) -> int | None:
+    """The row whose reward is the value of what row n is after `step`: that of the next state on its way, or its own end.
+
+    The ODE leads from there to the next state, so both have the same completion. None where that state has no value.
+    """
+    steps = {*rows[n].noise, *(rows[child].start for child in branches[n])}
+    later = [k for k in steps if k > step]
+    return values.get((n, min(later))) if later else n

@@ -266,12 +266,15 @@ def gather_rewards(session: Session, rolled: RolledOut) -> Scored:
 
 def _by_slot(session: Session, layout: Layout, rewards: np.ndarray) -> Rewards:
     total, *parts = layout.slots.means(rewards)
+    before, after = layout.slots.values(rewards[0])
     prompts = np.array([unit.prompt_id for unit in layout.units[:: session.plan.seeds]])[layout.slots.prompt]
     return Rewards(
         total,
         {spec.name: part for spec, part in zip(session.trained, parts, strict=True)},
         {spec.name: spec.weight for spec in session.trained},
         {spec.name: session.fitting[prompts, n] for n, spec in enumerate(session.trained)},
+        before,
+        after,
     )
 
 

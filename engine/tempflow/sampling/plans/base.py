@@ -57,6 +57,12 @@ class Plan(ABC):
         return narrowed
 
 
+def path(unit: Unit, steps: list[int], values: bool) -> list[Row]:
+    """A row with noise at some steps and, with `values`, rows that complete its states there by the ODE."""
+    completions = [Row(unit, k, parent=0, value=True) for k in steps] if values else []
+    return [Row(unit, noise=frozenset(steps)), *completions]
+
+
 def check_seeds(seeds: int) -> int:
     """UserError for a number of seeds that no run has."""
     check_range("seeds", seeds, least=1, below=2**31)

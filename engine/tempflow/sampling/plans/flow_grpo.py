@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tempflow.sampling.plans.base import BranchSteps, Plan, check_seeds
+from tempflow.sampling.plans.base import BranchSteps, Plan, check_seeds, path
 from tempflow.types import Row, Unit
 
 
@@ -13,10 +13,13 @@ class FlowGrpo(Plan):
         seeds: rows per prompt, whose rewards are compared.
         branch_steps: steps that take noise: "all" but the last, a list, or {"random": n} for n drawn anew each iteration, spread
             over the grid.
+        values: reward every state's completion by the ODE as well, at the price of a row each: for the advantages dense, stepwise and
+            turning_point.
     """
 
-    def __init__(self, seeds: int = 4, branch_steps: str | list | dict = "all"):
+    def __init__(self, seeds: int = 4, branch_steps: str | list | dict = "all", values: bool = False):
         self.seeds, self.branch_steps = check_seeds(seeds), BranchSteps(branch_steps)
+        self.values = values
 
     def prepare(self, num_steps: int, run_seed: int) -> None:
         super().prepare(num_steps, run_seed)
@@ -26,4 +29,4 @@ class FlowGrpo(Plan):
         return self.branch_steps.at(iteration, self.num_steps, self.run_seed)
 
     def rows(self, unit: Unit, iteration: int) -> list[Row]:
-        return [Row(unit, noise=frozenset(self.steps(iteration)))]
+        return path(unit, self.steps(iteration), self.values)

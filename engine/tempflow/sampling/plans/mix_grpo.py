@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tempflow.errors import UserError, check_range
-from tempflow.sampling.plans.base import Plan, check_seeds
+from tempflow.sampling.plans.base import Plan, check_seeds, path
 from tempflow.types import Row, Unit
 
 
@@ -14,12 +14,14 @@ class MixGrpo(Plan):
         seeds: rows per prompt, whose rewards are compared.
         window: stochastic steps per iteration.
         every: iterations after which the window moves on by one step.
+        values: reward every state's completion by the ODE as well, at the price of a row each: for the advantages dense, stepwise and
+            turning_point.
     """
 
-    def __init__(self, seeds: int = 4, window: int = 4, every: int = 25):
+    def __init__(self, seeds: int = 4, window: int = 4, every: int = 25, values: bool = False):
         check_range("window", window, least=1)
         check_range("every", every, least=1, below=2**31)
-        self.seeds, self.window, self.every = check_seeds(seeds), window, every
+        self.seeds, self.window, self.every, self.values = check_seeds(seeds), window, every, values
 
     def prepare(self, num_steps: int, run_seed: int) -> None:
         super().prepare(num_steps, run_seed)
@@ -31,4 +33,4 @@ class MixGrpo(Plan):
         return list(range(first, first + self.window))
 
     def rows(self, unit: Unit, iteration: int) -> list[Row]:
-        return [Row(unit, noise=frozenset(self.steps(iteration)))]
+        return path(unit, self.steps(iteration), self.values)

@@ -1,0 +1,28 @@
+"""DenseGRPO: what each step of a path adds to the reward (arXiv 2601.20218)."""
+
+from __future__ import annotations
+
+from tempflow.advantages.base import Advantage, Over, clipped, normalise
+from tempflow.errors import check_range
+from tempflow.types import Advantages, Rewards, Slots
+
+
+class Dense(Advantage):
+    """The gain of each step, normalised in each group: the value of the state after it less that of the state before (DenseGRPO).
+
+    A state's value is the reward of its completion by the ODE, so the plan must have values.
+
+    Args:
+        over: whose gains are normalised together: "prompt", all of a prompt at a step, or "step", those of all prompts.
+        clip: advantages are clipped to +- this.
+    """
+
+    needs_values = True
+
+    def __init__(self, over: Over = "prompt", clip: float = 5.0):
+        check_range("clip", clip, above=0)
+        self.over, self.clip = over, clip
+
+    def __call__(self, slots: Slots, rewards: Rewards) -> Advantages:
+        found = normalise(rewards.after - rewards.before, slots.groups(self.over))
+        return clipped(found.values, found.flat, found, slots, self.clip)

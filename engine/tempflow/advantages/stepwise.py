@@ -1,0 +1,28 @@
+"""Stepwise-Flow-GRPO: the gains of all steps of a prompt against each other (arXiv 2603.28718)."""
+
+from __future__ import annotations
+
+from tempflow.advantages.base import Advantage, Over, clipped, normalise
+from tempflow.errors import check_range
+from tempflow.types import Advantages, Rewards, Slots
+
+
+class Stepwise(Advantage):
+    """The gain of each step, normalised over all steps and paths of a group, so that steps which add more count for more
+    (Stepwise-Flow-GRPO).
+
+    Args:
+        over: whose gains are normalised together, all steps at once: "prompt", those of a prompt, or "step", those of all prompts.
+        clip: advantages are clipped to +- this.
+    """
+
+    needs_values = True
+
+    def __init__(self, over: Over = "prompt", clip: float = 5.0):
+        check_range("clip", clip, above=0)
+        self.over, self.clip = over, clip
+
+    def __call__(self, slots: Slots, rewards: Rewards) -> Advantages:
+        gain = rewards.after - rewards.before
+        found = normalise(gain, slots.groups(self.over, by_step=False))
+        return clipped(found.values, found.flat, normalise(gain, slots.groups(self.over)), slots, self.clip)
