@@ -1,4 +1,4 @@
-"""What the package can say about itself: `python -m tempflow components`."""
+"""Small questions: what a config can name (`python -m tempflow components`), and how far two folders of images are apart (`drift`)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import inspect
 import json
 
 from tempflow import cli
+from tempflow.arguments import path, positive
 from tempflow.errors import UserError
 from tempflow.registry import KINDS, Kind, find, options_of, summary_of
 
@@ -40,10 +41,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tempflow", description=__doc__, epilog=EPILOG)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     commands.add_parser("components", help="list what a config can name, with the options of each")
-    if parser.parse_args().command is None:
-        parser.print_help()
-    else:
+    drift = commands.add_parser("drift", help="how far the PNG files of one folder are from those of the same names in another, as JSON")
+    drift.add_argument("base", type=path, help="folder of the base's images, such as RUN/samples/000000")
+    drift.add_argument("now", type=path, help="folder of the images now, such as RUN/samples/000150")
+    drift.add_argument(
+        "--neighbors", type=positive, help="precision and recall as well, with balls to the k-th nearest image (default: off)"
+    )
+    args = parser.parse_args()
+    if args.command == "components":
         print(components())
+    elif args.command == "drift":
+        from tempflow.run.drift import between_folders  # loads torch
+
+        print(json.dumps(between_folders(args.base, args.now, args.neighbors)))
+    else:
+        parser.print_help()
     return 0
 
 

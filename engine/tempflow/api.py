@@ -46,6 +46,7 @@ def evaluate(
     checkpoint: int | str | None = None,
     weights: str | None = None,
     base: bool = False,
+    compare: bool = False,
     prompts: str | Path | None = None,
     count: int | None = None,
     num_steps: int | None = None,
@@ -57,12 +58,14 @@ def evaluate(
         checkpoint: an iteration, or "best"; None: the newest.
         weights: "raw", or "ema" or "merge" of a run that keeps it; None: the average where the run keeps one, else "raw".
         base: score the model before training instead.
+        compare: score the model before training too.
         prompts: a prompt file; None: the run's held-out prompts.
         count: prompts used, from the top of the file; None: as in the run.
         num_steps: ODE steps; None: as in the run's evaluations.
 
     Returns what the command prints: the mean of each reward by its name, "reward" (their weighted sum) with "stderr", "scored" and
-    "failed", "rewards" (the same of each), "prompts" (their number), "iteration", "weights", "num_steps" and "seed". Raises
+    "failed", "rewards" (the same of each), "prompts" (their number), "iteration", "weights", "num_steps" and "seed"; with `compare`
+    also "base_reward", "base_stderr", "gain", "gain_stderr", "drift/color_shift", "drift/color_spread" and "drift/diversity". Raises
     `tempflow.errors.UserError`.
     """
     cli.quiet_libraries()
@@ -70,8 +73,11 @@ def evaluate(
 
     count, num_steps = _read("count", arguments.positive, count), _read("num_steps", arguments.steps, num_steps)
     file = _read("prompts", arguments.path, prompts)
+    if base and compare:
+        raise UserError("compare: the base cannot be compared with itself; leave base out")
     config, chosen = tuned.choose(*_checkpoint(run, checkpoint, weights), base)
-    return tuned.score(config, chosen, tuned.prompts_of(config, file, count or config.eval.prompts), num_steps=num_steps).result
+    chosen_prompts = tuned.prompts_of(config, file, count or config.eval.prompts)
+    return tuned.score(config, chosen, chosen_prompts, num_steps=num_steps, compare=compare).result
 
 
 def sample(

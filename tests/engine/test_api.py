@@ -34,10 +34,11 @@ second = tempflow.train(table, overrides=["logging.name=second", "rollout.replic
 assert signal.getsignal(signal.SIGTERM) is handler and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 assert "RANK" not in os.environ and "MASTER_PORT" not in os.environ
 result = tempflow.evaluate(first["run_dir"], count=2)
+both = tempflow.evaluate(first["run_dir"], count=2, compare=True)
 base = tempflow.evaluate(first["run_dir"], count=2, base=True)
 images = tempflow.sample(second["run_dir"], ["a word"], num_steps=2)
 again = tempflow.sample(second["run_dir"], ["a word"], num_steps=2, base=True)
-found = dict(first=first, second=second, result=result, base=base, shape=images.shape, dtype=str(images.dtype),
+found = dict(first=first, second=second, result=result, base=base, both=both, shape=images.shape, dtype=str(images.dtype),
              differ=bool((images != again).any()))
 Path(sys.argv[2]).write_text(json.dumps(found, default=str))
 """
@@ -55,6 +56,8 @@ def test_train_evaluate_and_sample(tmp_path):
         assert [row["iteration"] for row in run.rows] == [0, 1, 2] and found[name]["iterations"] == 2
     assert found["first"]["tuned_reward"] == found["second"]["tuned_reward"]
     assert found["result"]["iteration"] == 2 and found["base"]["weights"] == "base"
+    assert found["both"]["reward"] == found["result"]["reward"] and found["both"]["base_reward"] == found["base"]["reward"]
+    assert found["both"]["drift/color_shift"] > 0
     assert found["result"]["prompts"] == found["result"]["scored"] == 2
     assert found["shape"] == [1, table["rollout"]["height"], table["rollout"]["width"], 3] and found["dtype"] == "uint8"
     assert found["differ"]

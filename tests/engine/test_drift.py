@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from tempflow import __main__ as command
 from tempflow.errors import UserError
 from tempflow.run import drift
 from tempflow.run.diversity import mean_distance, precision_and_recall, thumbnails
@@ -143,6 +144,12 @@ def test_two_folders_of_images(tmp_path):
     base, now = write(tmp_path / "base", words(INKS)), write(tmp_path / "now", words(INKS[:3] + 7))
     expected = drift.metrics(look(words(INKS[:3])), look(words(INKS[:3] + 7)), 1)
     assert between_folders(base, now, 1) == expected, "of the names that both have"
+
+
+def test_the_command_prints_it(tmp_path, monkeypatch, capsys):
+    base, now = write(tmp_path / "base", words(INKS)), write(tmp_path / "now", words(INKS + 7))
+    monkeypatch.setattr("sys.argv", ["tempflow", "drift", str(base), str(now), "--neighbors", "2"])
+    assert command.main() == 0 and json.loads(capsys.readouterr().out) == between_folders(base, now, 2)
 
 
 @pytest.mark.parametrize("images, wrong", [([], "no PNG files of the same names"), (photos(1), "different sizes")])

@@ -18,6 +18,8 @@ from PIL import Image
 from run_cases import ADAMW, SGD, Run, launch, script, script_here, timeless, train
 from safetensors.torch import load_file
 
+from tempflow.run.drift import between_folders
+from tempflow.run.means import gain_text
 from tempflow.run.metrics import describe
 from tempflow.types import Size
 
@@ -429,17 +431,22 @@ def test_a_run_starts_where_an_exported_one_ended(lora_run, folder, tmp_path):
 
 
 def test_evaluate_repeats_the_runs_own_evaluation(whole, tmp_path, monkeypatch):
-    """And without DeepSpeed, whose import alone takes seconds."""
+    """And its gain and drift, with the base beside it; without DeepSpeed, whose import alone takes seconds."""
     monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")
-    tuned = script("evaluate", "--run", whole.folder, "--out", tmp_path / "pictures")
-    base = script("evaluate", "--run", whole.folder, "--base")
-    assert tuned.returncode == base.returncode == 0, tuned.stderr + base.stderr
-    assert " tempflow.models.opened" in tuned.stderr and " deepspeed" not in tuned.stderr
-    tuned, base = (json.loads(done.stdout.splitlines()[-1]) for done in (tuned, base))
-    assert tuned["reward"] == pytest.approx(whole.rows[4]["eval/reward"], abs=1e-6)
-    assert base["reward"] == pytest.approx(whole.rows[0]["eval/reward"], abs=1e-6)
-    assert tuned["weights"] == "ema" and tuned["iteration"] == 4 and tuned["prompts"] == 8 and base["weights"] == "base"
-    assert len(list((tmp_path / "pictures").glob("*.png"))) == 8 and (tmp_path / "pictures/samples.json").exists()
+    done = script("evaluate", "--run", whole.folder, "--compare", "--out", tmp_path / "pictures")
+    assert done.returncode == 0, done.stderr
+    assert " tempflow.models.opened" in done.stderr and " deepspeed" not in done.stderr
+    found, row = json.loads(done.stdout.splitlines()[-1]), whole.rows[4]
+    assert found["reward"] == pytest.approx(row["eval/reward"], abs=1e-6)
+    assert found["base_reward"] == pytest.approx(whole.rows[0]["eval/reward"], abs=1e-6)
+    assert found["weights"] == "ema" and found["iteration"] == 4 and found["prompts"] == 8
+    assert found["gain"] == pytest.approx(row["eval/gain"], abs=1e-6) and found["gain_stderr"] == pytest.approx(row["eval/gain/stderr"])
+    for key in ("drift/color_shift", "drift/color_spread", "drift/diversity", "eval/precision", "eval/recall"):
+        assert found[key] == pytest.approx(row[key], rel=1e-6), key
+    assert "base: reward" in done.stderr and f"gain {gain_text(found['gain'], found['gain_stderr'])}; drift: color shift" in done.stderr
+    assert between_folders(tmp_path / "pictures/base", tmp_path / "pictures/tuned") == {key: found[key] for key in found if "drift/" in key}
+    for name in ("base", "tuned"):
+        assert len(list((tmp_path / "pictures" / name).glob("*.png"))) == 8 and (tmp_path / "pictures" / name / "samples.json").exists()
 
 
 def test_sample_shows_base_beside_tuned(whole, tmp_path):

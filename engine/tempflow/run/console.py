@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 from tempflow.run.means import gain_text, unpaired_gain, with_error
-from tempflow.run.metrics import DRIFT, changes, describe
+from tempflow.run.metrics import changes, drift_texts
 
 
 class Console:
@@ -122,7 +122,7 @@ class Console:
             self._iterations.update(self._task, completed=self.done, status=self._status(metrics))
         if self.live and evaluated is not None:
             parts = [f"iteration {self.done}: held-out reward {self._heldout_text()}", *_made_of(metrics), *self._watched_texts(metrics)]
-            self.note("  ".join([*parts, *_drift_texts(metrics)]))
+            self.note("  ".join([*parts, *self._drift_texts(metrics)]))
         elif self.enabled and not self.live:
             self._print(self._plain_line(metrics, evaluated is not None))
 
@@ -174,7 +174,7 @@ class Console:
         if (left := self._seconds_left()) is not None:
             parts.append(f"left {duration(left)}")
         if evaluated:
-            parts += [f"held-out {self._heldout_text()}", *_made_of(metrics), *self._watched_texts(metrics), *_drift_texts(metrics)]
+            parts += [f"held-out {self._heldout_text()}", *_made_of(metrics), *self._watched_texts(metrics), *self._drift_texts(metrics)]
         return "  ".join(parts)
 
     def _watched_texts(self, metrics: dict) -> list[str]:
@@ -185,6 +185,10 @@ class Console:
             shown += [f"({failed} failed)"] if failed else []
             texts += [" ".join([name, *shown])] if shown else []
         return texts
+
+    def _drift_texts(self, metrics: dict) -> list[str]:
+        """How far an evaluation's images are from the base's; nothing of the base itself."""
+        return drift_texts(metrics) if self.done > 0 else []
 
     def _heldout_text(self) -> str:
         """The newest held-out reward, and how far it is from the base's, prompt by prompt where that is known."""
@@ -218,14 +222,6 @@ def _made_of(metrics: dict) -> list[str]:
     return [f"{metrics['eval/scored']} scored, {metrics['eval/failed']} failed"] if "eval/scored" in metrics else []
 
 
-def _drift_texts(metrics: dict) -> list[str]:
-    """How far an evaluation's images are from the base's; nothing of the base itself."""
-    if metrics.get("iteration") == 0:
-        return []
-    known = [(describe(key), value) for key in DRIFT if (value := _finite(metrics.get(key))) is not None]
-    return [f"{metric.title.lower()} {value:{'.1f' if metric.key == 'drift/color_shift' else '.2f'}}" for metric, value in known]
-
-
 def _summary_rows(summary: dict, run_dir: Path) -> list[tuple[str, str]]:
     base, tuned = _finite(summary.get("base_reward")), _finite(summary.get("tuned_reward"))
     rows = []
@@ -239,7 +235,7 @@ def _summary_rows(summary: dict, run_dir: Path) -> list[tuple[str, str]]:
         gain = unpaired_gain(base, tuned, summary.get("failed")) if gain is None else gain
         none = "unknown: no prompt was scored before and after"
         rows.append(("gain", none if gain is None else gain_text(gain, _finite(summary.get("gain_stderr")))))
-    if drift := _drift_texts(summary):
+    if drift := drift_texts(summary):
         rows.append(("drift from the base", ", ".join(drift)))
     if changed := changes(summary):
         rows.append(("what changed beside it", "; ".join(changed)))

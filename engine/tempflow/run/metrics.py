@@ -19,6 +19,7 @@ class Metric:
 
     limit: how far a monitor of drift may go before the images count as changed; see `changes`.
     change: what is then said of it; {} is its value.
+    form: of the value where it is shown as text.
     """
 
     key: str
@@ -27,6 +28,7 @@ class Metric:
     better: Literal["higher", "lower"] | None = None
     limit: float | None = None
     change: str = ""
+    form: str = ".2f"
 
     def beyond(self, value: float) -> bool:
         """Whether the value is past the limit."""
@@ -59,6 +61,7 @@ DRIFTS = (
         "lower",
         15.0,
         "the mean color moved by {:.0f} of 255 gray levels",
+        ".1f",
     ),
     Metric(
         "drift/color_spread",
@@ -171,12 +174,17 @@ def describe(key: str) -> Metric | None:
 
 def changes(values: dict) -> list[str]:
     """What of the images has changed from the base's beyond the limits, a clause each. values: a row of metrics or a summary."""
-    found = []
-    for metric in DRIFTS:
-        value = values.get(metric.key)
-        if isinstance(value, (int, float)) and math.isfinite(value) and metric.beyond(value):
-            found.append(metric.change.format(value))
-    return found
+    return [metric.change.format(value) for metric, value in _drifts(values) if metric.beyond(value)]
+
+
+def drift_texts(values: dict) -> list[str]:
+    """Each monitor of drift that a row of metrics or a summary has, with its value."""
+    return [f"{metric.title.lower()} {value:{metric.form}}" for metric, value in _drifts(values)]
+
+
+def _drifts(values: dict) -> list[tuple[Metric, float]]:
+    known = [(metric, values.get(metric.key)) for metric in DRIFTS]
+    return [(metric, value) for metric, value in known if isinstance(value, (int, float)) and math.isfinite(value)]
 
 
 @lru_cache

@@ -6,7 +6,7 @@ embeddings of their prompts alone, and without what training adds: reward worker
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Iterator
 
@@ -19,9 +19,10 @@ from tempflow.data.prompts import load_prompts
 from tempflow.errors import UserError, note
 from tempflow.models.opened import Opened, open_model
 from tempflow.rewards import RewardPool, check_prompts, parse_rewards, probe
-from tempflow.run import evaluation
+from tempflow.run import drift, evaluation
 from tempflow.run.directory import read_config
 from tempflow.run.failures import check_failed
+from tempflow.run.means import gain_of
 from tempflow.types import Example
 
 NO_HELDOUT = "--prompts: the run has no held-out prompts; name a prompt file"
@@ -46,18 +47,30 @@ class Evaluated:
 
     result: dict
     """JSON values: each reward's mean by its name, and iteration, num_steps, seed, weights, prompts, reward, stderr, scored, failed,
-    rewards (mean, standard error and counts by name)."""
+    rewards (mean, standard error and counts by name); beside a base also base_reward, base_stderr, gain, gain_stderr and the drift."""
     scored: evaluation.Scored
     prompts: list[Example]
     facts: dict
     """What samples.json says of all images."""
+    base: Evaluated | None = None
+    """The model before training on the same prompts and noise, where it was asked for."""
 
     def write(self, folder: Path) -> None:
-        """Write the images that were kept, and samples.json, into a folder that is new or empty."""
-        evaluation.write_samples(folder, self.scored, self.prompts, self.facts)
+        """Write the images that were kept, and samples.json, into a folder that is new or empty; beside a base into base/ and tuned/."""
+        evaluation.write_samples(folder / "tuned" if self.base else folder, self.scored, self.prompts, self.facts)
+        if self.base:
+            self.base.write(folder / "base")
 
 
-def score(config: Config, chosen: load.Tuned | None, prompts: list[Example], *, num_steps: int | None, keep: bool = False) -> Evaluated:
+def score(
+    config: Config,
+    chosen: load.Tuned | None,
+    prompts: list[Example],
+    *,
+    num_steps: int | None,
+    keep: bool = False,
+    compare: bool = False,
+) -> Evaluated:
     """Score the model on prompts, from fixed noise.
 
     Args:
@@ -66,6 +79,7 @@ def score(config: Config, chosen: load.Tuned | None, prompts: list[Example], *, 
         prompts: n of them.
         num_steps: ODE steps; None: as in the run's evaluations.
         keep: keep the images.
+        compare: score the model before training as well, and say how far the trained one is from it.
 
     Raises UserError, also where more rewards fail than the run allows.
     """
@@ -73,17 +87,28 @@ def score(config: Config, chosen: load.Tuned | None, prompts: list[Example], *, 
     texts, metadata = [p.text for p in prompts], [p.metadata for p in prompts]
     for line in check_prompts(specs, texts, metadata):
         note(line)
-    model = open_model(config, prompts)
-    if chosen:
-        load.apply(chosen, model.policy)
+    model, base = open_model(config, prompts), None
     with RewardPool(specs, **config.reward_pool.pool()) as scorers, Progress(transient=True) as progress:
         probe(scorers, specs, texts, metadata, model.sampler.size)
-        drawn = _drawn(model, prompts, num_steps, progress, "sampling")
-        scored = evaluation.evaluate(scorers, specs, prompts, drawn, keep=len(prompts) if keep else 0)
-        check_failed("this evaluation", *scored.counts(), config.reward_pool.max_failed, scorers.last_error)
+
+        def scored(name: str, which: load.Tuned | None) -> Evaluated:
+            drawn = _drawn(model, prompts, num_steps, progress, name)
+            found = evaluation.evaluate(scorers, specs, prompts, drawn, keep=len(prompts) if keep else 0)
+            check_failed("this evaluation", *found.counts(), config.reward_pool.max_failed, scorers.last_error)
+            return _evaluated(found, prompts, which, model.eval_steps(num_steps))
+
+        if compare:
+            base = scored("base", None)
+        if chosen:
+            load.apply(chosen, model.policy)
+        done = scored("sampling", chosen)
+    return _beside(base, done, config.eval.precision_recall) if base else done
+
+
+def _evaluated(scored: evaluation.Scored, prompts: list[Example], chosen: load.Tuned | None, steps: int) -> Evaluated:
     facts = {
         "iteration": chosen.iteration if chosen else 0,
-        "num_steps": model.eval_steps(num_steps),
+        "num_steps": steps,
         "seed": evaluation.EVAL_SEED,
         "weights": chosen.which if chosen else "base",
     }
@@ -99,6 +124,19 @@ def score(config: Config, chosen: load.Tuned | None, prompts: list[Example], *, 
         "rewards": {name: asdict(mean) for name, mean in alone.items()},
     }
     return Evaluated(result, scored, prompts, facts)
+
+
+def _beside(base: Evaluated, done: Evaluated, neighbors: int | None) -> Evaluated:
+    """An evaluation with what sets it apart from the base's, under the names of summary.json."""
+    gain = gain_of(base.scored.reward, done.scored.reward)
+    found = {
+        "base_reward": base.result["reward"],
+        "base_stderr": base.result["stderr"],
+        "gain": gain.value,
+        "gain_stderr": gain.stderr,
+        **drift.metrics(base.scored.looks, done.scored.looks, neighbors),
+    }
+    return replace(done, result=done.result | found, base=base)
 
 
 def draw(
