@@ -2,6 +2,8 @@
 
 from tempflow.config.load import load_config, parse_config
 from tempflow.config.schema import (
+    Adapt,
+    AdaptNoise,
     Checkpoint,
     Config,
     Curation,
@@ -22,6 +24,8 @@ from tempflow.config.schema import (
 )
 
 __all__ = [
+    "Adapt",
+    "AdaptNoise",
     "Checkpoint",
     "Config",
     "Curation",

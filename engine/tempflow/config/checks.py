@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from tempflow import registry
 from tempflow.errors import UserError, shown
 from tempflow.run.metrics import DRIFT, describe
-from tempflow.types import Unit
+from tempflow.types import Row, Unit
 
 if TYPE_CHECKING:
     from tempflow.config.schema import Config
@@ -109,6 +109,38 @@ def check_penalty(config: Config) -> None:
             'training.penalty.to: "old" is the policy before the updates of an iteration, from which the first one has no distance; '
             "training.updates must make several"
         )
+
+
+def check_adapt(config: Config) -> None:
+    adapt, plan, name = config.rollout.adapt, config.plan(), config.rollout.plan["type"]
+    if adapt is None:
+        return
+    if config.objective().wants != "states":
+        objective = config.training.objective["type"]
+        raise ValueError(f"rollout.adapt: reads the rewards of states by step, and training.objective {objective} learns from endpoints")
+    rows = plan.rows(Unit(0, 0, 0, 0), 0)
+    if adapt.steps is not None:
+        if plan.branch_steps is None or all(row.parent is None or row.value for row in rows):
+            raise ValueError(f'rollout.adapt.steps: plan {name} has no branch steps to draw from; "tempflow" has')
+        if plan.branch_steps.random:
+            raise ValueError('rollout.adapt.steps: rollout.plan.branch_steps draws steps itself; set it to "all" or a list')
+        known = len(plan.branch_steps.possible(plan.num_steps))
+        if adapt.steps > known:
+            raise ValueError(f"rollout.adapt.steps: {adapt.steps} of {known} branch steps")
+    if adapt.noise is not None:
+        if not _all_completed(rows):
+            raise ValueError(
+                f"rollout.adapt.noise: plan {name} does not follow the ODE from each state, which children are compared with; "
+                '"tempflow" does, and "flow_grpo" and "mix_grpo" with rollout.plan.values true'
+            )
+        if not config.sde().takes_levels:
+            raise ValueError(f"rollout.adapt.noise: rollout.sde {config.rollout.sde['type']} has noise of one size")
+
+
+def _all_completed(rows: list[Row]) -> bool:
+    from tempflow.sampling.layout import Layout
+
+    return any(row.value for row in rows) or bool((Layout([rows[0].unit], [rows]).completions >= 0).all())
 
 
 def check_deepspeed(config: Config) -> None:

@@ -15,6 +15,7 @@ from pydantic_core import PydanticCustomError
 
 from tempflow import registry
 from tempflow.config.checks import (
+    check_adapt,
     check_averages,
     check_compiled,
     check_deepspeed,
@@ -139,6 +140,28 @@ class Suffix(Section):
         return self
 
 
+class AdaptNoise(Section):
+    step: Fraction = Field(0.02, description="how far the noise factor of a step moves in an iteration")
+    band: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.1, description="children count as balanced, and the noise rises, where the shares better and worse differ by at most this"
+    )
+
+
+class Adapt(Section):
+    steps: Positive | None = Field(
+        None, description="branch steps drawn in each iteration, more often where rewards spread; null: all that the plan has"
+    )
+    noise: AdaptNoise | None = Field(
+        None, description="calibrate each step's noise by the children better and worse than their state's own ODE; null: fixed"
+    )
+
+    @model_validator(mode="after")
+    def _something(self) -> Adapt:
+        if self.steps is None and self.noise is None:
+            raise ValueError("set steps, noise or both, or leave it null")
+        return self
+
+
 class Rollout(Section):
     plan: Component = Field("tempflow", description="which rows take noise where")
     height: Pixels = Field(512, description="pixels")
@@ -150,6 +173,7 @@ class Rollout(Section):
         description="how far the inner sigmas move at random in each iteration, in halves of the gap to the nearer neighbor; "
         "evaluations keep the checkpoint's own grid",
     )
+    adapt: Adapt | None = Field(None, description="what the rewards of earlier iterations change in a rollout; null: nothing")
     guidance_scale: Annotated[float, Field(ge=0)] = Field(3.5, description="as in the diffusers pipeline's call")
     micro_batch: Positive | None = Field(None, description="most rows in one forward of the rollout; null: measured at the start")
     lanes: Threads | None = Field(
@@ -304,7 +328,7 @@ class Config(Section):
     def _agree(self) -> Config:
         check_deepspeed(self)
         resolve_components(self)
-        for check in (check_averages, check_groups, check_values, check_penalty, check_compiled, check_eval, check_stop):
+        for check in (check_averages, check_groups, check_values, check_adapt, check_penalty, check_compiled, check_eval, check_stop):
             check(self)
         return self
 

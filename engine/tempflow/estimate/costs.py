@@ -9,7 +9,7 @@ from tempflow.config import Config
 from tempflow.estimate.model import Model, Pass
 from tempflow.sampling.layout import states_of
 from tempflow.sampling.suffix import count_forwards
-from tempflow.types import Unit
+from tempflow.types import Row, Unit
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,19 @@ class Phase:
 ONE = Unit(0, 0, 0, 0)
 
 
+def unit_rows(config: Config) -> list[Row]:
+    """The rows of a unit of work in the first iteration; of branch steps that are drawn, those that take most forwards."""
+    r, plan = config.rollout, config.plan()
+    if r.adapt is None or r.adapt.steps is None:
+        return plan.rows(ONE, 0)
+
+    def forwards(step: int) -> int:
+        return count_forwards(plan.at_steps([step]).rows(ONE, 0), r.num_steps, r.suffix)
+
+    steps = sorted(plan.branch_steps.possible(r.num_steps), key=forwards)
+    return plan.at_steps(steps[-r.adapt.steps :]).rows(ONE, 0)
+
+
 def unit_states(config: Config) -> list[int]:
     """How many children leave each state of a unit of work that is trained on, in the first iteration.
 
@@ -40,8 +53,8 @@ def unit_states(config: Config) -> list[int]:
     objective = config.objective()
     if objective.wants == "endpoints":
         draws = min(getattr(objective, "draws", 1), config.rollout.num_steps)
-        return [1] * draws * len(config.plan().rows(ONE, 0))
-    return [len(children) for children in states_of(config.plan().rows(ONE, 0)).values()]
+        return [1] * draws * len(unit_rows(config))
+    return [len(children) for children in states_of(unit_rows(config)).values()]
 
 
 def busiest_units(config: Config, gpus: int) -> int:
@@ -51,7 +64,7 @@ def busiest_units(config: Config, gpus: int) -> int:
 
 def phases(config: Config, model: Model, gpus: int, speed: float) -> list[Phase]:
     """speed: operations that a GPU makes in a second."""
-    r, t, rows = config.rollout, config.training, config.plan().rows(ONE, 0)
+    r, t, rows = config.rollout, config.training, unit_rows(config)
     units, busiest = config.data.prompts_per_iteration * config.plan().seeds, busiest_units(config, gpus)
 
     def phase(name: str, each: int, one: Pass, share: float = 1.0) -> Phase:

@@ -75,6 +75,15 @@ class Layout:
         values = np.flatnonzero([row.value for unit in self.rows for row in unit])
         return np.setdiff1d(np.arange(len(self)), [*values, *(row for rows in self.slots.leaves for row in rows)])
 
+    @cached_property
+    def completions(self) -> np.ndarray:
+        """int [slots]: number of the row that the slot's state lies on, where it follows the ODE from there on, like a trunk; else -1."""
+        found = np.full(len(self.slots), -1)
+        for (u, n, step), slots in self._slots.items():
+            if not any(k >= step for k in self.rows[u][n].noise):
+                found[slots] = self._first[u] + n
+        return found
+
     def forest(self, chosen: list[int]) -> Forest:
         """The rows of some units (places in `units`): all roots first, then their children, and so on, unit by unit."""
         lines = [(_depth(self.rows[u], n), k, n) for k, u in enumerate(chosen) for n in range(len(self.rows[u]))]

@@ -63,7 +63,13 @@ def ode_coefficients(sigmas: torch.Tensor) -> Coefficients:
 
 
 class Sde(ABC):
-    """A kind of stochastic step."""
+    """A kind of stochastic step.
+
+    `coefficients` of a class with `takes_levels` takes a second argument: factors of the noise of every step, [T], or None for 1. The
+    rest of the step is then that of an SDE with so much noise, so that the marginal stays what it was to be.
+    """
+
+    takes_levels: bool = False
 
     @abstractmethod
     def coefficients(self, sigmas: torch.Tensor) -> Coefficients:
@@ -77,14 +83,20 @@ class Flow(Sde):
         eta: noise level, above 0.
     """
 
+    takes_levels = True
+
     def __init__(self, eta: float = 0.7):
         check_range("eta", eta, above=0)
         self.eta = eta
 
-    def coefficients(self, sigmas):
+    def coefficients(self, sigmas, levels=None):
         # A static shift can leave the first sigma an fp32 rounding away from 1, where the next one stands in.
         first = sigmas.double()[1].item()
-        return _steps(sigmas, lambda s, s_next: _langevin(s, s_next, self.eta * math.sqrt(s / (1 - (first if s > 1 - 1e-6 else s)))))
+
+        def step(s: float, s_next: float, level: float):
+            return _langevin(s, s_next, level * (self.eta * math.sqrt(s / (1 - (first if s > 1 - 1e-6 else s)))))
+
+        return _steps(sigmas, step, levels)
 
 
 class Dance(Sde):
@@ -94,12 +106,14 @@ class Dance(Sde):
         eta: noise level, above 0.
     """
 
+    takes_levels = True
+
     def __init__(self, eta: float = 0.7):
         check_range("eta", eta, above=0)
         self.eta = eta
 
-    def coefficients(self, sigmas):
-        return _steps(sigmas, lambda s, s_next: _langevin(s, s_next, self.eta))
+    def coefficients(self, sigmas, levels=None):
+        return _steps(sigmas, lambda s, s_next, level: _langevin(s, s_next, level * self.eta), levels)
 
 
 class Cps(Sde):
@@ -109,15 +123,17 @@ class Cps(Sde):
         eta: noise level, above 0, at most 1.
     """
 
+    takes_levels = True
+
     def __init__(self, eta: float = 0.7):
         check_range("eta", eta, above=0, most=1)
         self.eta = eta
 
-    def coefficients(self, sigmas):
-        return _steps(sigmas, self._step)
+    def coefficients(self, sigmas, levels=None):
+        return _steps(sigmas, self._step, levels)
 
-    def _step(self, s: float, s_next: float) -> tuple[float, float, float]:
-        return _preserving(s, s_next, s_next * math.sin(self.eta * math.pi / 2))
+    def _step(self, s: float, s_next: float, level: float) -> tuple[float, float, float]:
+        return _preserving(s, s_next, level * (s_next * math.sin(self.eta * math.pi / 2)))
 
 
 class Precise(Sde):
@@ -130,23 +146,27 @@ class Precise(Sde):
         eta: noise level, above 0, at most 10.
     """
 
+    takes_levels = True
+
     def __init__(self, eta: float = 1.5):
         check_range("eta", eta, above=0, most=10)
         self.eta = eta
 
-    def coefficients(self, sigmas):
-        return _steps(sigmas, self._step)
+    def coefficients(self, sigmas, levels=None):
+        return _steps(sigmas, self._step, levels)
 
-    def _step(self, s: float, s_next: float) -> tuple[float, float, float]:
+    def _step(self, s: float, s_next: float, level: float) -> tuple[float, float, float]:
         # A first sigma that is 1 up to an fp32 rounding counts as 1: a small power of a rounding error is not small.
         rho = 0.0 if s > 1 - 1e-6 else s_next * (1 - s) / (s * (1 - s_next))
-        return _preserving(s, s_next, s_next * math.sqrt(1 - rho ** (self.eta * self.eta)))
+        return _preserving(s, s_next, level * (s_next * math.sqrt(1 - rho ** (self.eta * self.eta))))
 
 
-def _steps(sigmas: torch.Tensor, step: Callable[[float, float], tuple[float, float, float]]) -> Coefficients:
-    """(a, b, tau) of step(sigma, next sigma) along a grid."""
+def _steps(
+    sigmas: torch.Tensor, step: Callable[[float, float, float], tuple[float, float, float]], levels: list[float] | None
+) -> Coefficients:
+    """(a, b, tau) of step(sigma, next sigma, factor of the noise) along a grid."""
     grid = sigmas.double().tolist()
-    rows = [step(s, s_next) for s, s_next in zip(grid[:-1], grid[1:], strict=True)]
+    rows = [step(*one) for one in zip(grid[:-1], grid[1:], levels or [1.0] * (len(grid) - 1), strict=True)]
     a, b, tau = torch.tensor(rows, dtype=torch.float64).float().unbind(1)
     return Coefficients(a, b, tau)
 
@@ -159,6 +179,7 @@ def _langevin(s: float, s_next: float, std: float) -> tuple[float, float, float]
 
 def _preserving(s: float, s_next: float, tau: float) -> tuple[float, float, float]:
     """The step whose noise part, what is left of the old and the fresh together, has variance s'^2: FlowCPS's promise."""
+    tau = min(tau, s_next)  # all of the noise is fresh; a level cannot ask for more
     q = math.sqrt(s_next * s_next - tau * tau)
     return (1 - s_next) + q, q * (1 - s) - s * (1 - s_next), tau
 

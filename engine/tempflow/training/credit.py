@@ -15,13 +15,15 @@ from tempflow.training.update import Part
 from tempflow.types import Advantages
 
 
-def make_parts(session: Session, rolled: RolledOut, credit: Advantages) -> list[Part]:
+def make_parts(session: Session, rolled: RolledOut, credit: Advantages, steps: list[int] | None = None) -> list[Part]:
     """This rank's micro-batches of every optimizer step of a pass (a collective); parts without a state to forward are left out.
+
+    steps: over which loss weights have mean 1; None: those of the rollout.
 
     A state belongs to part (prompt + seed) % parts, which spreads prompts, seeds and steps alike, whatever the number of ranks.
     """
     t, states = session.config.training, session.objective.states(rolled.kept, credit)
-    weights = loss_weights(session, rolled)
+    weights = loss_weights(session, rolled, steps)
     fallback = padding_of(states or [session.objective.filler(rolled.kept)])
     parts = []
     for share in range(t.updates.parts):
@@ -34,12 +36,12 @@ def make_parts(session: Session, rolled: RolledOut, credit: Advantages) -> list[
     return parts
 
 
-def loss_weights(session: Session, rolled: RolledOut) -> torch.Tensor:
-    """Loss weight of every step of the grid, fp32 [T]; 1 for states that an objective makes of endpoints."""
+def loss_weights(session: Session, rolled: RolledOut, steps: list[int] | None = None) -> torch.Tensor:
+    """Loss weight of every step of the grid, fp32 [T]; 1 for states that an objective makes of endpoints. steps: as in `make_parts`."""
     tau = rolled.kept.grid.sde.tau
     if session.objective.wants == "endpoints":
         return torch.ones_like(tau)
-    return step_weights(tau, rolled.layout.slots.steps(), session.config.training.weighting)
+    return step_weights(tau, steps or rolled.layout.slots.steps(), session.config.training.weighting)
 
 
 def reward_metrics(scored: Scored, credit: Advantages, rolled: RolledOut) -> dict:

@@ -27,6 +27,7 @@ from tempflow.run.recorder import Recorder
 from tempflow.run.stopping import StopRule
 from tempflow.sampling.layout import Layout
 from tempflow.training import distributed
+from tempflow.training.adapt import Adapt
 from tempflow.training.credit import make_parts, reward_metrics, suffix_metrics, update_metrics
 from tempflow.training.evaluator import Evaluator
 from tempflow.training.micro_batches import choose
@@ -56,6 +57,7 @@ class Trainer:
         self.order = prompt_order(self.config, session.prompts)
         choice = self.config.data.curation
         self.curation = Curation(choice, self.order, session.advantage.over, kinds_of(session.fitting)) if choice else None
+        self.adapt = Adapt(self.config.rollout.adapt, session.plan)
         self.updater = Updater(session.runtime, session.sampler, session.objective, session.penalty, session.embed)
         self.evaluator = Evaluator(session, recorder)
         self.rule = StopRule(self.config.eval.stop) if self.config.eval.stop else None
@@ -165,15 +167,17 @@ class Trainer:
             return None
         credit = self.session.advantage(layout.slots, rollout.scored.rewards)
         with self._timed("train"):
-            updates, forwards = self._passes(make_parts(self.session, rollout.rolled, credit))
+            updates, forwards = self._passes(make_parts(self.session, rollout.rolled, credit, self.adapt.candidates))
         with self._timed("sync"), span("weight sync"):
             self._refresh()
-        return self._metrics(rollout, credit, updates, forwards) | self._curate(drawn, layout, rollout) | self._times()
+        metrics = self._metrics(rollout, credit, updates, forwards) | self._curate(drawn, layout, rollout)
+        return metrics | self.adapt.observe(layout, rollout.scored, credit) | self._times()
 
     def _draw(self) -> tuple[Draw | None, Layout]:
         """The iteration's prompts, as curation drew them where there is any, and the rows of all units."""
         drawn = self.curation.draw(self.iteration) if self.curation else None
-        return drawn, plan_iteration(self.session, drawn.indices if drawn else self.order.indices(self.iteration), self.iteration)
+        indices = drawn.indices if drawn else self.order.indices(self.iteration)
+        return drawn, plan_iteration(self.session, indices, self.iteration, self.adapt.plan(self.iteration))
 
     def _roll_out(self, layout: Layout) -> Rolled | None:
         """Roll out and score; with the exact suffix once more, where a coarser one is audited. None where a stop was asked for."""
@@ -181,13 +185,13 @@ class Trainer:
         audits = suffix is not None and suffix.audit_every > 0 and self.iteration % suffix.audit_every == 0
         rows = count_rows(s, layout, suffix) + (count_rows(s, layout, None) if audits else 0)
         with self.recorder.console.phase("rollout", rows) as advance, s.threads.shared():
-            rolled = roll_out(s, layout, self.iteration, suffix, advance)
+            rolled = roll_out(s, layout, self.iteration, suffix, advance, self.adapt.levels)
             if rolled is None:
                 return None
             scored = gather_rewards(s, rolled)
             self.seconds |= rolled.seconds | scored.seconds
             with self._timed("audit"):
-                again = roll_out(s, layout, self.iteration, None, advance) if audits else None
+                again = roll_out(s, layout, self.iteration, None, advance, self.adapt.levels) if audits else None
                 if audits and again is None:
                     return None
                 return Rolled(rolled, scored, gather_rewards(s, again) if again else None)
@@ -326,6 +330,7 @@ class Trainer:
             "images": self.images,
             **self.evaluator.state(),
             "curation": self.curation.state() if self.curation else None,
+            "adapt": self.adapt.state(),
             **({f"{s.average.key}_updates": s.average.updates} if s.average else {}),
             "world_size": distributed.world_size(),
             "config": self.config.model_dump(),
@@ -344,6 +349,7 @@ class Trainer:
         self.iteration, self.elapsed, self.images = state["iteration"], state["elapsed"], state["images"]
         if self.curation:
             self.curation.load(state["curation"])
+        self.adapt.load(state.get("adapt", {}))
         self.evaluator.load(state)
         self.saved = self.iteration
         self._refresh()

@@ -25,6 +25,7 @@ from tempflow.run.failures import check_failed
 from tempflow.sampling.denoise import Denoise
 from tempflow.sampling.layout import Forest, Layout, iteration_units
 from tempflow.sampling.noise import Noise
+from tempflow.sampling.plans.base import Plan
 from tempflow.sampling.scheduler import Stats, eager, integrate
 from tempflow.sampling.steps import Grid
 from tempflow.sampling.suffix import count_forwards
@@ -76,12 +77,14 @@ class Scored:
     """Mean distances between images, by metric."""
     seconds: dict[str, float]
     """Of this rank: waiting for rewards, and what the workers were busy for."""
+    by_row: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    """float64 [rows of all units]: the sum of each row's rewards, NaN where one failed."""
 
 
-def plan_iteration(session: Session, prompt_ids: list[int], iteration: int) -> Layout:
-    """The rows of all units of an iteration, the same on every rank."""
+def plan_iteration(session: Session, prompt_ids: list[int], iteration: int, plan: Plan | None = None) -> Layout:
+    """The rows of all units of an iteration, the same on every rank. plan: in place of the session's."""
     units = iteration_units(prompt_ids, session.plan.seeds)
-    rows = [session.plan.rows(unit, iteration) for unit in units]
+    rows = [(plan or session.plan).rows(unit, iteration) for unit in units]
     return Layout(units, rows, endpoints=session.objective.wants == "endpoints")
 
 
@@ -97,7 +100,12 @@ def count_rows(session: Session, layout: Layout, suffix: Suffix | None) -> int:
 
 @torch.no_grad()
 def roll_out(
-    session: Session, layout: Layout, iteration: int, suffix: Suffix | None = None, advance: Callable[[int], None] = lambda n: None
+    session: Session,
+    layout: Layout,
+    iteration: int,
+    suffix: Suffix | None = None,
+    advance: Callable[[int], None] = lambda n: None,
+    levels: list[float] | None = None,
 ) -> RolledOut | None:
     """Integrate this rank's units and send their images to the reward workers (a collective in its last part).
 
@@ -107,13 +115,14 @@ def roll_out(
         iteration: whose grid is used and whose noise is drawn.
         suffix: how rows go on after their last decision; None is exact.
         advance: is told of every n rows forwarded.
+        levels: factors of the noise of every step, [T]; None: 1.
 
     Returns:
         None, on every rank together, where a stop was asked for.
     """
     started = time.perf_counter()
     chosen = my_units(layout)
-    forest, noise, grid = layout.forest(chosen), Noise(session.config.training.seed, iteration), session.grid_of(iteration)
+    forest, noise, grid = layout.forest(chosen), Noise(session.config.training.seed, iteration), session.grid_of(iteration, levels)
     with span("rollout", rows=len(forest.rows)):
         lanes = _roll_lanes(session, layout, chosen, forest, grid, noise, suffix, advance)
     if distributed.reduce(session.stop() or any(lane.stopped for lane in lanes), "max"):
@@ -261,7 +270,9 @@ def gather_rewards(session: Session, rolled: RolledOut) -> Scored:
         distributed.first_of_any(session.pool.last_error),
     )
     trunk = trunk_sum / trunk_count if trunk_count else float("nan")
-    return Scored(_by_slot(session, rolled.layout, distributed.reduce(mine)), int(images), int(failed), trunk, _diversity(rolled), seconds)
+    rewards = distributed.reduce(mine)
+    by_slot = _by_slot(session, rolled.layout, rewards)
+    return Scored(by_slot, int(images), int(failed), trunk, _diversity(rolled), seconds, rewards[0])
 
 
 def _by_slot(session: Session, layout: Layout, rewards: np.ndarray) -> Rewards:

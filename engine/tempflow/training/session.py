@@ -91,10 +91,12 @@ class Session(Opened):
         """The rewards that are trained on."""
         return [spec for spec in self.specs if not spec.watched]
 
-    def grid_of(self, iteration: int) -> Grid:
-        """The sampling grid of an iteration's rollout."""
-        sigmas = jittered(self.grid.sigmas, self.config.rollout.jitter, self.config.training.seed, iteration)
-        return self.grid if sigmas is self.grid.sigmas else Grid(sigmas, self.config.sde().coefficients(sigmas))
+    def grid_of(self, iteration: int, levels: list[float] | None = None) -> Grid:
+        """The sampling grid of an iteration's rollout. levels: factors of the noise of every step, [T]; None: 1."""
+        sigmas, sde = jittered(self.grid.sigmas, self.config.rollout.jitter, self.config.training.seed, iteration), self.config.sde()
+        if levels is not None:
+            return Grid(sigmas, sde.coefficients(sigmas, levels))
+        return self.grid if sigmas is self.grid.sigmas else Grid(sigmas, sde.coefficients(sigmas))
 
     def embed(self, units: list[Unit]) -> dict[str, torch.Tensor]:
         """The conditioning of units, [n, ...] by name."""
