@@ -226,13 +226,14 @@ class Iteration:
 
     def part(self, advantages, size, extra=0, config=None):
         """All states in micro-batches of about `size`; `extra` more of nothing but padding."""
-        from tempflow.sampling.steps import step_weights
+        from tempflow.sampling.weights import step_weights
         from tempflow.training.batches import make_batches, padding_of, select
         from tempflow.training.update import Part
 
-        t, tau = (config or self.config).training, self.session.grid.sde.tau
-        chosen = select(self.states, advantages, (config or self.config).penalty())
-        weights, fallback = step_weights(tau, self.slots.steps(), t.weighting), padding_of(self.states)
+        config = config or self.config
+        chosen = select(self.states, advantages, config.penalty())
+        weights = step_weights(self.session.grid, self.slots.steps(), ratio=config.objective().ratio, **config.training.profile())
+        fallback = padding_of(self.states)
         batches = make_batches(chosen, fallback, size, weights, "cpu")
         batches += [replace(batches[0], weight=torch.zeros_like(batches[0].weight), real=0)] * extra
         return Part.of(batches, self.total)
@@ -349,13 +350,16 @@ def naive_loss(config, velocity, velocity_old, velocity_ref, states, advantages,
     plan, sde, t = config.rollout.plan, config.rollout.sde, config.training
     objective, penalty = t.objective, t.penalty or {"coef": 0.0, "form": "x"}
     scalars = {k: step_scalars(sde["type"], sigmas, k, sde["eta"]) for k in plan["branch_steps"]}
-    mean_tau = np.mean([tau for _, _, tau in scalars.values()])
+    dt = np.diff(np.asarray(sigmas, dtype=np.float64))
+    size = {k: abs(b) / (1 if objective["ratio"] == "guard" else tau) for k, (_, b, tau) in scalars.items()}
+    wanted = {"uniform": lambda k, b: size[k], "noise": lambda k, b: abs(b), "guard": lambda k, b: abs(b / dt[k])}[t.weighting]
+    weights = {k: wanted(k, b) / size[k] for k, (_, b, _) in scalars.items()}
     total = 0.0
     for state in states:
         a, b, tau = scalars[state.step]
         x = state.x.double()
         old, reference = velocity_old(state).double(), velocity_ref(state).double()
-        weight = tau / mean_tau if t.weighting == "noise" else 1.0
+        weight = weights[state.step] / np.mean(list(weights.values()))
         terms, divergences = [], []
         for i in np.flatnonzero(advantages.valid[state.slots]):
             v = velocity(state).double()

@@ -27,7 +27,7 @@ from tempflow.models.opened import Opened
 from tempflow.models.skeleton import skeleton_module
 from tempflow.objectives import Batch
 from tempflow.run import evaluation
-from tempflow.sampling.steps import step_weights
+from tempflow.sampling.weights import step_weights
 from tempflow.training import engine as trainer_runtime
 from tempflow.training.batches import make_batches, select
 from tempflow.training.engine import Runtime, engine_dtype
@@ -237,7 +237,7 @@ class SimulatedRun:
         rewards = np.random.default_rng(0).normal(size=len(rolled.data.layout.slots))
         credit = session.advantage(rolled.data.layout.slots, replace(rolled.scored.rewards, total=rewards))
         chosen = select(states, credit, session.penalty)
-        weights = step_weights(session.grid.sde.tau, rolled.data.layout.slots.steps(), t.weighting)
+        weights = step_weights(session.grid, rolled.data.layout.slots.steps(), ratio=session.objective.ratio, **t.profile())
         return make_batches(chosen, states[0], t.micro_batch, weights, self.policy.device)
 
     def evaluate(self, num_steps: int = 2) -> Seen:

@@ -6,9 +6,8 @@ import torch
 from engine_cases import step_scalars
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_cases import assert_close
 
-from tempflow.sampling.steps import Cps, Dance, Flow, Precise, jittered, ode_coefficients, step_weights
+from tempflow.sampling.steps import Cps, Dance, Flow, Precise, jittered, ode_coefficients
 
 FP32 = 1.2e-7  # one rounding to fp32
 KINDS = {"flow": Flow, "dance": Dance, "cps": Cps, "precise": Precise}
@@ -173,22 +172,3 @@ def test_steps_take_noise_up_to_the_last(kind, grid):
     tau = KINDS[kind](0.7).coefficients(grid).tau
     assert (tau[:-1] > 0).all() and torch.isfinite(tau).all()
     assert (tau[-1] == 0) == (kind in ("cps", "precise")), "only steps that preserve coefficients end without noise"
-
-
-@given(st.data(), falling, etas, st.sampled_from(list(KINDS)))
-def test_noise_weights_have_mean_one(data, grid, eta, kind):
-    tau = KINDS[kind](eta).coefficients(grid).tau
-    allowed = list(range(len(tau) - 1))
-    steps = sorted(data.draw(st.sets(st.sampled_from(allowed), min_size=1)))
-    weights = step_weights(tau, steps, "noise")
-    assert weights.dtype == torch.float32
-    assert weights[steps].double().mean().item() == pytest.approx(1, abs=1e-6)
-    assert_close("weights follow tau", weights[steps] * tau[steps[0]], weights[steps[0]] * tau[steps], rel=1e-6)
-    others = [k for k in range(len(tau)) if k not in steps]
-    assert (weights[others] == 0).all()
-
-
-def test_noise_weights_by_hand():
-    tau = torch.tensor([4.0, 2.0, 3.0, 1.0])
-    assert step_weights(tau, [0, 1, 2], "noise").tolist() == pytest.approx([4 / 3, 2 / 3, 1, 0])
-    assert step_weights(tau, [1, 3], "uniform").tolist() == [0, 1, 0, 1]

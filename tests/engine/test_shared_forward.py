@@ -25,7 +25,7 @@ VARIANTS = {
     "kl-x": KL_X,
     "kl-v": KL_V,
     "guard-kl-x": GUARD | KL_X,
-    "guard-kl-v": GUARD | KL_V,
+    "guard-kl-v": GUARD | KL_V | {"weighting": "guard"},
 }
 variants = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 

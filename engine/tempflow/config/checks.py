@@ -97,6 +97,17 @@ def _largest_group(config: Config, over: str) -> int:
     return max(map(labels.count, set(labels)), default=0)
 
 
+def check_weighting(config: Config) -> None:
+    weighting, objective = config.training.weighting, config.objective()
+    if weighting in ("noise", "uniform") or objective.wants == "states":
+        return
+    said = "guard" if weighting == "guard" else {"value": weighting.value}
+    raise ValueError(
+        f"training.weighting: {shown(said)} weighs the stochastic steps of a rollout; training.objective "
+        f'"{config.training.objective["type"]}" learns from finished latents, whose states all weigh 1'
+    )
+
+
 def check_penalty(config: Config) -> None:
     penalty, updates, steps = config.penalty(), config.training.updates, config.rollout.num_steps
     if penalty is None:

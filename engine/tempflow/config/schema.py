@@ -24,6 +24,7 @@ from tempflow.config.checks import (
     check_penalty,
     check_stop,
     check_values,
+    check_weighting,
     resolve_components,
 )
 
@@ -225,6 +226,10 @@ class Updates(Section):
     parts: Positive = Field(1, description="disjoint shares of the states in a pass, an optimizer step each")
 
 
+class ValueWeights(Section):
+    value: Annotated[float, Field(gt=0, le=1)] = Field(description="discount gamma of VGPO; 1: the plain number of steps that are left")
+
+
 class Training(Section):
     iterations: Positive = Field(100, description="rollouts, each followed by its updates")
     minutes: Annotated[float, Field(gt=0)] | None = Field(None, description="stop after this much training, if sooner")
@@ -238,7 +243,11 @@ class Training(Section):
     penalty: Component | None = Field(
         None, description="what holds the policy to the one before training, or to that before an iteration's updates; null: nothing"
     )
-    weighting: Literal["noise", "uniform"] = Field("noise", description="loss weight of a step: its tau, or 1")
+    weighting: Literal["noise", "uniform", "guard"] | ValueWeights = Field(
+        "noise",
+        description="loss weight of a step. noise makes its gradient as large as the step's b, whatever the objective's ratio; guard as "
+        "b / dt, about the same for all steps; uniform leaves it; a table as noise, times the discounted number of steps left",
+    )
     compile: Compile = Field("eager", description="torch.compile of the trained transformer's blocks; not with ZeRO stage 3")
     reference: Literal["whole", "sharded", "offloaded"] | None = Field(
         None,
@@ -253,6 +262,23 @@ class Training(Section):
         1.0, description="learning rate at the end over that at the start, along a cosine; 1: constant"
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of prompts and noise")
+
+    @field_validator("weighting", mode="wrap")
+    @classmethod
+    def _profile_or_table(cls, value, read):
+        """A table's own errors, and one line for the rest."""
+        if isinstance(value, dict):
+            return ValueWeights.model_validate(value)
+        try:
+            return read(value)
+        except ValidationError:
+            raise PydanticCustomError("weighting", 'expected "noise", "uniform", "guard" or {"value": gamma}') from None
+
+    def profile(self) -> dict[str, Any]:
+        """Which loss weights the steps have: `weighting`, and `gamma` of the profile that has it."""
+        if isinstance(self.weighting, ValueWeights):
+            return {"weighting": "value", "gamma": self.weighting.value}
+        return {"weighting": self.weighting}
 
     @property
     def states(self) -> int:
@@ -328,7 +354,17 @@ class Config(Section):
     def _agree(self) -> Config:
         check_deepspeed(self)
         resolve_components(self)
-        for check in (check_averages, check_groups, check_values, check_adapt, check_penalty, check_compiled, check_eval, check_stop):
+        for check in (
+            check_averages,
+            check_groups,
+            check_values,
+            check_adapt,
+            check_weighting,
+            check_penalty,
+            check_compiled,
+            check_eval,
+            check_stop,
+        ):
             check(self)
         return self
 

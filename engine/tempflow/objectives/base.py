@@ -107,6 +107,8 @@ class Objective(ABC):  # noqa: B024 (one of two methods is abstract)
 
     wants: Literal["states", "endpoints"] = "states"
     """What the rollout keeps: the states that its rows left, or every row's final latent."""
+    ratio: Literal["plain", "guard"] = "plain"
+    """Of likelihoods, or normalized as by GRPO-Guard, whose gradient is tau times as large: what `training.weighting` divides by."""
     keeps_velocity = False
     """Whether `Old` holds the old policy's velocity."""
     compares_children = False

@@ -182,10 +182,3 @@ def _preserving(s: float, s_next: float, tau: float) -> tuple[float, float, floa
     tau = min(tau, s_next)  # all of the noise is fresh; a level cannot ask for more
     q = math.sqrt(s_next * s_next - tau * tau)
     return (1 - s_next) + q, q * (1 - s) - s * (1 - s_next), tau
-
-
-def step_weights(tau: torch.Tensor, steps: list[int], weighting: str) -> torch.Tensor:
-    """Loss weight of every step, fp32 [T]: tau over its mean on the trained steps, or 1 ("uniform"); 0 elsewhere."""
-    weights = torch.zeros_like(tau)
-    weights[steps] = tau[steps] / tau[steps].mean() if weighting == "noise" else 1.0
-    return weights

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from tempflow.advantages import rank_correlation
-from tempflow.sampling.steps import step_weights
+from tempflow.sampling.weights import step_weights
 from tempflow.training import distributed
 from tempflow.training.batches import make_batches, padding_of, select
 from tempflow.training.rollout import RolledOut, Scored
@@ -38,10 +38,11 @@ def make_parts(session: Session, rolled: RolledOut, credit: Advantages, steps: l
 
 def loss_weights(session: Session, rolled: RolledOut, steps: list[int] | None = None) -> torch.Tensor:
     """Loss weight of every step of the grid, fp32 [T]; 1 for states that an objective makes of endpoints. steps: as in `make_parts`."""
-    tau = rolled.kept.grid.sde.tau
+    grid = rolled.kept.grid
     if session.objective.wants == "endpoints":
-        return torch.ones_like(tau)
-    return step_weights(tau, steps or rolled.layout.slots.steps(), session.config.training.weighting)
+        return torch.ones_like(grid.sde.tau)
+    steps = steps or rolled.layout.slots.steps()
+    return step_weights(grid, steps, ratio=session.objective.ratio, **session.config.training.profile())
 
 
 def reward_metrics(scored: Scored, credit: Advantages, rolled: RolledOut) -> dict:
