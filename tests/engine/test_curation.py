@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from run_cases import timeless, train
 
 from tempflow.config import Curation as Settings
-from tempflow.data.curation import Curation
+from tempflow.data.curation import Curation, Draw
 from tempflow.data.prompts import PromptOrder
 
 SOLVED, HOPELESS = {0, 1}, {2}
 
 
-def curation(count=8, size=2, rest=6, spread=0.1, seed=0, group="seed"):
-    return Curation(Settings(spread=spread, rest=rest), PromptOrder(count, size, seed), group)
+def curation(count=8, size=2, rest=6, spread=0.1, seed=0, group="seed", prefer=0.0):
+    return Curation(Settings(spread=spread, rest=rest, prefer=prefer), PromptOrder(count, size, seed), group)
 
 
 def rewards_of(indices, iteration):
@@ -98,13 +98,13 @@ def test_a_draw_counts_only_when_taken_up():
 
 
 @settings(max_examples=20)
-@given(st.integers(1, 9), st.integers(0, 24), st.sampled_from(["seed", "prompt"]), st.integers(1, 12))
-def test_resume_goes_on_exactly(size, stop, group, rest):
+@given(st.integers(1, 9), st.integers(0, 24), st.sampled_from(["seed", "prompt"]), st.integers(1, 12), st.sampled_from([0, 0.5, 1]))
+def test_resume_goes_on_exactly(size, stop, group, rest, prefer):
     """Its state, through JSON as in a checkpoint, is all that the rest of a run depends on."""
-    whole = play(curation(9, size, rest, group=group), 0, 24)
-    first = curation(9, size, rest, group=group)
+    whole = play(curation(9, size, rest, group=group, prefer=prefer), 0, 24)
+    first = curation(9, size, rest, group=group, prefer=prefer)
     play(first, 0, stop)
-    second = curation(9, size, rest, group=group)
+    second = curation(9, size, rest, group=group, prefer=prefer)
     second.load(json.loads(json.dumps(first.state())))
     assert play(second, stop, 24) == whole[stop:]
 
@@ -133,6 +133,48 @@ def test_where_nothing_spreads_nobody_rests():
     chooser = curation(count=3, size=3)
     take_up(chooser, chooser.draw(0), 0, np.ones((3, 2, 3, 4)))
     assert not chooser.until.any()
+
+
+# ---------------------------------------------------------------------------------------------------- preference
+def spread_out(std, count):
+    """Rewards of one group, [1, 1, 1, count], half of them `std` above their mean and half below."""
+    return np.resize([std, -std], (1, 1, 1, count))
+
+
+def test_the_prompt_of_most_spread_is_preferred():
+    """By hand: signals .1, .3, .2 from six rewards each; one place goes to prompt 1."""
+    chooser = curation(count=3, size=1, prefer=1.0)
+    for index, std in enumerate((0.1, 0.3, 0.2)):
+        take_up(chooser, Draw([index], [], index + 1), index, spread_out(std, 6))
+    assert chooser.signal == pytest.approx([0.1, 0.3, 0.2]) and chooser.error == pytest.approx(chooser.signal / np.sqrt(10))
+    draw = chooser.draw(3)
+    assert draw.indices == [1] and draw.preferred == 1 and draw.cursor == chooser.cursor
+    assert chooser.metrics(draw, 3)["prompts/skipped"] == 0
+
+
+def test_a_spread_of_few_rewards_counts_for_less():
+    """.3 from two rewards less .3 / sqrt(2) is .09; .2 from six less .2 / sqrt(10) is .14. Seen again, .3 / 2 is the error."""
+    chooser = curation(count=2, size=1, prefer=1.0)
+    take_up(chooser, Draw([0], [], 1), 0, spread_out(0.3, 2))
+    take_up(chooser, Draw([1], [], 2), 1, spread_out(0.2, 6))
+    assert chooser.draw(2).indices == [1]
+    take_up(chooser, Draw([0], [], 3), 2, spread_out(0.3, 2))
+    assert chooser.signal[0] == pytest.approx(0.3) and chooser.error[0] == pytest.approx(0.3 / 2)
+    assert chooser.draw(3).indices == [0]
+
+
+def test_other_places_go_on_in_order():
+    """Half of the places; nothing known at first. Prompts that rest are not preferred, and none comes twice."""
+    plain, chooser = curation(count=8, size=4, rest=3), curation(count=8, size=4, rest=3, prefer=0.5)
+    assert chooser.draw(0) == plain.draw(0)
+    for iteration in range(12):
+        draw = chooser.draw(iteration)
+        assert len(set(draw.indices)) == 4 and draw.preferred == (2 if iteration else 0)
+        best = draw.indices[: draw.preferred]
+        assert not any(chooser.until[index] > iteration for index in best)
+        assert all(chooser.signal[index] > 0 for index in best)
+        take_up(chooser, draw, iteration, rewards_of(draw.indices, iteration))
+    assert np.isfinite(chooser.signal).all(), "every prompt has been met"
 
 
 # ---------------------------------------------------------------------------------------------------- whole runs

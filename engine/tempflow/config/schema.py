@@ -98,6 +98,9 @@ class Curation(Section):
         0.1, description="a prompt rests when its rewards spread less than this times the average prompt's, groups taken alone"
     )
     rest: Positive = Field(10, description="iterations that it is passed over for, before it is tried again")
+    prefer: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0, description="share of an iteration's prompts that are chosen for the highest spread seen so far, less its standard error"
+    )
 
 
 class Data(Section):

@@ -1,9 +1,9 @@
-"""Which prompts are worth a rollout: those whose rewards never spread rest for a while (after SAGE's idea).
+"""Which prompts are worth a rollout: those whose rewards never spread rest for a while, those that spread most may come first.
 
-The signal of a prompt is the standard deviation of the rewards within its groups; what all children of a state share teaches
-nothing, be it success or failure. A prompt whose running signal is far below the average prompt's rests, and is tried again
-after some iterations, because the model has changed. Nothing is random but the order, so a run's choices follow from its
-rewards, the same on every rank; the state is small and goes into the checkpoint.
+Both are ideas of SAGE (arXiv 2602.01207), simplified. The signal of a prompt is the standard deviation of the rewards within its
+groups; what all children of a state share teaches nothing, be it success or failure. A prompt whose running signal is far below the
+average prompt's rests, and is tried again after some iterations, because the model has changed. Nothing is random but the order, so
+a run's choices follow from its rewards, the same on every rank; the state is small and goes into the checkpoint.
 """
 
 from __future__ import annotations
@@ -22,15 +22,19 @@ MEMORY = 0.5  # weight of a prompt's earlier values in its running means
 
 @dataclass(frozen=True)
 class Draw:
-    """An iteration's prompts. passed: resting prompts passed over on the way; cursor: place in the endless order after it."""
+    """An iteration's prompts."""
 
     indices: list[int]
     passed: list[int]
+    """Resting prompts passed over on the way."""
     cursor: int
+    """Place in the endless order after it."""
+    preferred: int = 0
+    """How many of the prompts, the first ones, were chosen by their signal and not met in that order."""
 
 
 class Curation:
-    """Draws prompts of an endless shuffled order, passing over those that rest.
+    """Draws prompts of an endless shuffled order, passing over those that rest; a share of them by their signal, out of order.
 
     `draw` changes nothing; `update` makes a draw count, with the rewards that it brought.
     """
@@ -42,13 +46,15 @@ class Curation:
         self.kinds = np.zeros(order.count, dtype=int) if kinds is None else kinds
         self.cursor = 0
         self.signal = np.full(order.count, np.nan)  # running spread of a prompt's groups; NaN: never seen
+        self.error = np.full(order.count, np.nan)  # standard error of the signal
         self.level = np.full(order.count, np.nan)  # running mean reward
         self.until = np.zeros(order.count, dtype=np.int64)  # first iteration in which it is drawn again
 
     def draw(self, iteration: int) -> Draw:
-        """The next prompts that do not rest, each once. Where too few are awake, those that would wake first join them."""
-        chosen: list[int] = []
-        passed: list[int] = []
+        """The preferred prompts and the next ones that do not rest, each once. Where too few are awake, those that would wake first
+        join them."""
+        chosen = self._preferred(iteration)
+        preferred, passed = len(chosen), []
         cursor, size = self.cursor, self.order.per_iteration
         while len(chosen) < size and len(chosen) + len(passed) < self.order.count:
             index = self.order.at(cursor)
@@ -56,7 +62,15 @@ class Curation:
             if index not in chosen and index not in passed:  # met again where an epoch ends
                 (passed if self.until[index] > iteration else chosen).append(index)
         woken = sorted(passed, key=lambda index: self.until[index])[: size - len(chosen)]
-        return Draw(chosen + woken, [index for index in passed if index not in woken], cursor)
+        return Draw(chosen + woken, [index for index in passed if index not in woken], cursor, preferred)
+
+    def _preferred(self, iteration: int) -> list[int]:
+        """The prompts of `prefer` places: of the known ones that do not rest those of the highest signal, less a standard error."""
+        places = round(self.settings.prefer * self.order.per_iteration)
+        known = np.flatnonzero(np.isfinite(self.signal) & (self.until <= iteration))
+        average = np.maximum(self._average(self.signal), np.finfo(float).tiny)  # signals of different rewards differ in scale
+        surely = (self.signal - self.error) / average
+        return sorted(known.tolist(), key=lambda index: (-surely[index], index))[:places]
 
     def update(self, draw: Draw, iteration: int, slots: Slots, rewards: np.ndarray) -> None:
         """Take up an iteration's rewards, [n] by slot with NaN where scoring failed, of the draw's prompts in their order."""
@@ -65,7 +79,10 @@ class Curation:
         for place, index in enumerate(draw.indices):
             known = (slots.prompt == place) & groups.valid
             if known.any():
-                self.signal[index] = _running(self.signal[index], groups.std[np.unique(groups.labels[known])].mean())
+                labels = np.unique(groups.labels[known])
+                spread, freedom = groups.std[labels].mean(), max(int(known.sum()) - len(labels), 1)
+                self.error[index] = _running_error(self.error[index], spread / np.sqrt(2 * freedom))
+                self.signal[index] = _running(self.signal[index], spread)
                 self.level[index] = _running(self.level[index], rewards[known].mean())
         least = self.settings.spread * self._average(self.signal)
         for index in draw.indices:
@@ -75,10 +92,10 @@ class Curation:
     def metrics(self, draw: Draw, iteration: int) -> dict[str, float]:
         """Shares: of the prompts met in this iteration those passed over; of all prompts those at rest after it, solved (their
         rewards above the average prompt's) and hopeless."""
-        resting = self.until > iteration + 1
+        resting, met = self.until > iteration + 1, len(draw.passed) + len(draw.indices) - draw.preferred
         above = self.level >= self._average(self.level)
         return {
-            "prompts/skipped": len(draw.passed) / (len(draw.passed) + len(draw.indices)),
+            "prompts/skipped": len(draw.passed) / max(met, 1),
             "prompts/solved": float((resting & above).mean()),
             "prompts/hopeless": float((resting & ~above).mean()),
         }
@@ -94,14 +111,20 @@ class Curation:
     def state(self) -> dict:
         """JSON values from which `load` goes on exactly; only prompts that were seen."""
         seen = np.flatnonzero(np.isfinite(self.signal)).tolist()
-        table = {str(i): [float(self.signal[i]), float(self.level[i]), int(self.until[i])] for i in seen}
+        table = {str(i): [float(self.signal[i]), float(self.level[i]), int(self.until[i]), float(self.error[i])] for i in seen}
         return {"cursor": self.cursor, "prompts": table}
 
     def load(self, state: dict) -> None:
         self.cursor = state["cursor"]
-        for index, (signal, level, until) in state["prompts"].items():
+        for index, (signal, level, until, *error) in state["prompts"].items():  # earlier versions had no errors, and preferred none
             self.signal[int(index)], self.level[int(index)], self.until[int(index)] = signal, level, until
+            self.error[int(index)] = error[0] if error else 0.0
 
 
 def _running(mean: float, value: float) -> float:
     return value if np.isnan(mean) else MEMORY * mean + (1 - MEMORY) * value
+
+
+def _running_error(error: float, value: float) -> float:
+    """The standard error of `_running`, of independent values."""
+    return value if np.isnan(error) else float(np.hypot(MEMORY * error, (1 - MEMORY) * value))
