@@ -195,6 +195,52 @@ def test_time_left_knows_the_limit_in_minutes(monkeypatch, minutes, elapsed, tra
     assert out.getvalue().strip() == "  ".join(["iteration  10/100", *([f"left {left}"] if left else [])])
 
 
+@pytest.mark.parametrize(
+    "minutes, elapsed, trained, percent",
+    [
+        (None, 0, 50, 10),
+        (1000, 0, 50, 10),  # iterations end the run sooner
+        (2, 0, 60, 50),
+        (2, 30, 90, 75),  # of the whole run, 30 s of which were before this process
+        (1, 0, 60, 100),
+        (1, 0, 75, 100),
+    ],
+)
+def test_the_bar_follows_what_ends_the_run_first(minutes, elapsed, trained, percent):
+    console, out = recorded(terminal=True, total=100, minutes=minutes, elapsed=elapsed)
+    with console:
+        console.iteration({"iteration": 10, "time/elapsed": trained})
+        console._display.refresh()
+    assert console._iterations.tasks[0].percentage == pytest.approx(percent)
+    assert re.search(rf"iteration  10/100 \S+ +{percent}%", out.getvalue())
+
+
+def test_the_bases_evaluation_is_not_expected_again(monkeypatch):
+    """60 s for the base, then 10 s for each of 100 iterations."""
+    now = iter([0.0, 0.0, 60.0, 70.0])
+    monkeypatch.setattr("tempflow.run.console.time.monotonic", lambda: next(now))
+    console, out = recorded(terminal=False, total=100)
+    with console:
+        console.iteration({"iteration": 0, "eval/reward": 0.5})
+        console.iteration({"iteration": 1})
+    assert out.getvalue().splitlines()[1] == "iteration   1/100  left 16m30s"
+
+
+DRIFTED = {"drift/color_shift": 38.24, "drift/color_spread": 0.71, "drift/diversity": 0.95}
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_drift_stands_beside_the_reward(terminal, tmp_path):
+    console, out = recorded(terminal)
+    with console:
+        console.iteration({**BASE, "drift/color_shift": 0.0, "drift/color_spread": 1.0})
+        console.iteration({**ROW, **EVALUATED, **DRIFTED})
+        console.summary({"base_reward": 0.48, "tuned_reward": 0.561, **DRIFTED}, tmp_path)
+    text = " ".join(out.getvalue().split())
+    assert "color shift 38.2 spread of colors 0.71 diversity between prompts 0.95" in text and "color shift 0.0" not in text
+    assert "the mean color moved by 38 of 255 gray levels; colors vary only 0.71 times as much" in text.replace("│", "").replace("  ", " ")
+
+
 @pytest.mark.parametrize("name", ["a b", "it's", "$(rm -rf x)", "ä;b", "line\nend", "-r"])
 def test_the_next_commands_can_be_pasted(tmp_path, name):
     console, out = recorded(terminal=False)

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 import pytest
 
 from tempflow.errors import UserError
+from tempflow.run.metrics import describe
 from tempflow.run.report import write_report
 from tempflow.run.report.charts import thin
 from tempflow.run.report.page import flatten
@@ -365,6 +366,47 @@ def test_the_verdict_says_how_sure_it_is(run_factory, row_writer, gain, stderr, 
     held = found.chart("Reward")["series"][0]
     assert held["error"] == [0.03, None, 0.02] and len(held["y"]) == 3
     assert found.chart("Failed held-out images") and not any("stderr" in chart["title"] for chart in found.data["charts"])
+
+
+@pytest.mark.parametrize(
+    "drift, gain, said",
+    [
+        (
+            {"drift/color_shift": 38.2, "drift/color_spread": 0.71, "eval/recall": 0.4},
+            0.295,
+            "The reward was bought with drift from the base: the mean color moved by 38 of 255 gray levels, colors vary only 0.71 times "
+            "as much as the base's and only 40% of the base's images lie among those of now.",
+        ),
+        ({"drift/color_spread": 0.89}, 0.01, "The images drifted from the base: colors vary only 0.89 times as much as the base's."),
+        ({"drift/color_shift": 15.0, "drift/color_spread": 0.9, "eval/recall": 0.5, "drift/diversity": 0.2}, 0.295, None),
+    ],
+)
+def test_the_verdict_says_what_a_reward_was_bought_with(run_factory, row_writer, drift, gain, said):
+    run_dir = run_factory(iterations=20, total=20, sets=())
+    rows = with_evaluation(run_dir, **{"eval/gain": gain, "eval/gain/stderr": 0.012}, **drift)
+    rows[0] |= {key: float(key != "drift/color_shift") for key in drift}
+    row_writer(run_dir, rows)
+    found = page(run_dir)
+    assert (said is None and "drift" not in found.text.split("Drift from")[0]) or said in found.text
+    for title, key in (("Color shift", "drift/color_shift"), ("Spread of colors", "drift/color_spread"), ("Recall", "eval/recall")):
+        chart = found.chart(title)
+        assert (chart is not None) == (key in drift)
+        if chart:
+            assert chart["series"][0]["y"][-1] == drift[key] and chart["level"]["y"] == describe(key).limit
+    assert not any(chart["title"] in drift for chart in found.data["charts"]), "nor among the others"
+    lost = [attrs for attrs in found.all("div") if attrs.get("class") == "lost"]
+    assert len(lost) == sum(describe(key).beyond(value) for key, value in drift.items())
+
+
+@pytest.mark.parametrize("error, told", [(0.01, True), (0.03, False), (None, True)])
+def test_a_higher_evaluation_is_one_beyond_the_errors(run_factory, row_writer, error, told):
+    """0.835 at iteration 10 and 0.775 at the end: of 0.03 each that is no difference."""
+    run_dir = run_factory(iterations=20, total=20, sets=())
+    rows = with_evaluation(run_dir, **{"eval/gain": 0.295, "eval/gain/stderr": 0.012, "eval/reward": 0.775})
+    for row in (rows[10], rows[20]):
+        row |= {"eval/reward": {10: 0.835}.get(row["iteration"], 0.775), "eval/reward/stderr": error}
+    row_writer(run_dir, rows)
+    assert ("Its highest was 0.835, at iteration 10." in page(run_dir).text) == told
 
 
 def test_no_gain_is_claimed_where_no_prompt_has_one(run_factory, row_writer):

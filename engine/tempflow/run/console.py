@@ -18,7 +18,7 @@ from rich.console import Console as RichConsole
 from rich.console import Group
 from rich.live import Live
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from tempflow.run.means import gain_text, unpaired_gain, with_error
@@ -55,16 +55,16 @@ class Console:
         self._out = output or RichConsole(highlight=False, soft_wrap=True)
         self.enabled, self.live = enabled, enabled and self._out.is_terminal
         self._limit, self._elapsed = (math.inf if minutes is None else 60 * minutes - elapsed), elapsed
-        self._trained = 0.0
+        self._trained = 0.0  # seconds of training in this process
         self._began = time.monotonic()
         self._evaluation: dict = {}  # the row of the newest evaluation
         self._build()
 
     def _build(self) -> None:
         self._iterations = Progress(
-            TextColumn("[bold]iteration"),
+            TextColumn("[bold]iteration {task.fields[place]}"),
             BarColumn(bar_width=30),
-            MofNCompleteColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
             TextColumn("{task.fields[status]}"),
             console=self._out,
         )
@@ -76,7 +76,7 @@ class Console:
             TimeElapsedColumn(),
             console=self._out,
         )
-        self._task = self._iterations.add_task("", total=self.total, completed=self.start, status="")
+        self._task = self._iterations.add_task("", total=1.0, completed=self._share(), place=self._place(), status="")
         self._display = Live(Group(self._iterations, self._phases), console=self._out, refresh_per_second=8, transient=True)
 
     def __enter__(self) -> Console:
@@ -113,13 +113,15 @@ class Console:
         """Report one finished row of metrics.jsonl; a row of iteration 0 is the evaluation of the base."""
         self.done = int(metrics.get("iteration", self.done + 1))
         self._trained = (_finite(metrics.get("time/elapsed")) or self._elapsed) - self._elapsed
+        if self.done == self.start:
+            self._began = time.monotonic()
         evaluated = _finite(metrics.get("eval/reward"))
         if evaluated is not None:
             self.heldout, self._evaluation = evaluated, metrics
             if self.base_reward is None and self.done == 0:
                 self.base_reward = evaluated
         if self.live:
-            self._iterations.update(self._task, completed=self.done, status=self._status(metrics))
+            self._iterations.update(self._task, completed=self._share(), place=self._place(), status=self._status(metrics))
         if self.live and evaluated is not None:
             parts = [f"iteration {self.done}: held-out reward {self._heldout_text()}", *_made_of(metrics), *self._watched_texts(metrics)]
             self.note("  ".join([*parts, *self._drift_texts(metrics)]))
@@ -160,8 +162,7 @@ class Console:
         return "  ".join(parts)
 
     def _plain_line(self, metrics: dict, evaluated: bool) -> str:
-        width = len(str(self.total))
-        parts = [f"iteration {self.done:>{width}}/{self.total}"]
+        parts = [f"iteration {self._place()}"]
         for label, key, form in (
             ("reward", "reward/mean", ".3f"),
             ("std", "reward/std", ".3f"),
@@ -198,8 +199,19 @@ class Console:
             gain = unpaired_gain(self.base_reward, self.heldout, self._evaluation.get("eval/failed"))
         return text if gain is None else f"{text} ({with_error(gain, stderr, '+')})"
 
+    def _place(self) -> str:
+        return f"{self.done:>{len(str(self.total))}}/{self.total}"
+
+    def _share(self) -> float:
+        """How far the run is, 0 to 1: by iterations, or by training.minutes where that ends the run sooner."""
+        trained = (self._elapsed + self._trained) / (self._elapsed + self._limit) if self._elapsed + self._limit > 0 else 1.0
+        return min(1.0, max(self.done / self.total, trained))
+
     def _seconds_left(self) -> float | None:
-        """By iterations, or by training.minutes where that ends the run sooner; evaluations are taken to go on as they did."""
+        """By iterations, or by training.minutes where that ends the run sooner; evaluations are taken to go on as they did.
+
+        The base's evaluation comes once and is not counted: the clock starts at the row of iteration 0.
+        """
         finished = self.done - self.start
         if finished <= 0 or self.done >= self.total or self._trained >= self._limit:
             return None

@@ -174,15 +174,16 @@ def describe(key: str) -> Metric | None:
 
 def changes(values: dict) -> list[str]:
     """What of the images has changed from the base's beyond the limits, a clause each. values: a row of metrics or a summary."""
-    return [metric.change.format(value) for metric, value in _drifts(values) if metric.beyond(value)]
+    return [metric.change.format(value) for metric, value in drifts(values) if metric.beyond(value)]
 
 
 def drift_texts(values: dict) -> list[str]:
     """Each monitor of drift that a row of metrics or a summary has, with its value."""
-    return [f"{metric.title.lower()} {value:{metric.form}}" for metric, value in _drifts(values)]
+    return [f"{metric.title.lower()} {value:{metric.form}}" for metric, value in drifts(values)]
 
 
-def _drifts(values: dict) -> list[tuple[Metric, float]]:
+def drifts(values: dict) -> list[tuple[Metric, float]]:
+    """The monitors of drift that a row of metrics or a summary has, with their values."""
     known = [(metric, values.get(metric.key)) for metric in DRIFTS]
     return [(metric, value) for metric, value in known if isinstance(value, (int, float)) and math.isfinite(value)]
 

@@ -113,7 +113,7 @@ function drawLines(chart, width, height) {
 function levelLine(level, area) {
   const y = area.y(level.y), below = y + 18 < area.bottom;
   return `<line class="level" x1="${area.left}" x2="${area.right}" y1="${y}" y2="${y}"/>` +
-    `<text class="tick level" x="${area.right}" y="${below ? y + 14 : y - 6}" text-anchor="end">${escape(level.name)} ${level.y.toFixed(3)}</text>`;
+    `<text class="tick level" x="${area.right}" y="${below ? y + 14 : y - 6}" text-anchor="end">${escape(level.name)} ${Math.abs(level.y) < 10 ? level.y.toFixed(3) : number(level.y)}</text>`;
 }
 
 // Evenly spaced columns, one for each stretch of iterations, labelled where there is room.

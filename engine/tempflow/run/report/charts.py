@@ -8,37 +8,14 @@ of iterations, so a report stays small and every iteration still counts; evaluat
 from __future__ import annotations
 
 import re
+from typing import Iterable
 
+from tempflow.run.metrics import DIVERSITY, DRIFTS, SIGNAL, TRAINING, Metric, describe
 from tempflow.run.report.run import Run, number
 
 FINE, COARSE = 600, 120
 MADE_OF = re.compile(r"eval/.*(stderr|scored|failed)$")  # stand beside the means that they are of
 SPREAD = re.compile(r"reward_std/step_(\d+)$")
-TRAINING = [
-    ("kl", "KL to the reference", "Mean over decisions; the price of the reward in distance from the base model."),
-    ("clip_fraction", "Clip fraction", "Share of children whose ratio left the clip range: no gradient from them."),
-    ("ratio/max_dev", "Largest ratio deviation", "max |ratio − 1|; 0 with one update per rollout, by construction."),
-    ("grad_norm", "Gradient norm", "Before gradient clipping."),
-    ("loss", "Loss", "Advantages are centred, so its level says little; jumps do."),
-    ("lr", "Learning rate", ""),
-]
-SIGNAL = [
-    ("reward/zero_std_groups", "Groups without spread", "All children scored alike: nothing to learn from them."),
-    ("reward/std", "Reward spread", "Standard deviation over the iteration's rewarded images."),
-    ("prompts/skipped", "Prompts passed over", "Share of the prompts met that rest for want of spread (data.curation)."),
-    ("prompts/solved", "Prompts at rest, solved", "Share of all prompts, with rewards above the average prompt's."),
-    ("prompts/hopeless", "Prompts at rest, hopeless", "Share of all prompts, with rewards below it."),
-    ("reward/failed", "Failed rewards", "Images whose reward could not be computed; masked out of their group."),
-    ("eval/failed", "Failed held-out images", "Images of an evaluation without a reward; they are in no mean."),
-]
-DIVERSITY = [
-    (
-        "diversity/seeds",
-        "Difference between seeds",
-        "Mean pixel distance of a prompt's pictures of different noises; falls towards 0 as the policy collapses onto one picture.",
-    ),
-    ("diversity/children", "Difference between children", "Mean pixel distance of the pictures that one state's noise makes."),
-]
 COST = [("forwards/rollout", "rollout"), ("forwards/train", "training")]
 CLOCKS = {"time/total", "time/elapsed"}
 WORKERS = {"time/reward_busy"}  # spent in other processes while the rollout goes on
@@ -119,10 +96,33 @@ def breakdown_chart(run: Run) -> dict | None:
     return None
 
 
+def training_charts(run: Run) -> list[dict]:
+    return small_charts(run, TRAINING)
+
+
+def signal_charts(run: Run) -> list[dict]:
+    return small_charts(run, (*SIGNAL, describe("eval/failed")))
+
+
+def drift_charts(run: Run) -> list[dict]:
+    """How far held-out images are from the base's, each with its limit, or the bound at which the run would stop."""
+    if len(run.heldout) < 2:
+        return []
+    charts = small_charts(run, DRIFTS)
+    for chart in charts:
+        limit = describe(chart["key"]).limit
+        if limit is not None:
+            chart["level"] = {"name": "limit", "y": limit}
+    return _with_bounds(run, charts)
+
+
 def guard_charts(run: Run) -> list[dict]:
-    """Held-out watched rewards and picture diversity, with the bound at which the run would stop."""
-    watched = [(f"eval/{name}", f"{name}, watched", "Held-out mean of a reward that is not trained on.") for name in run.watched]
-    charts = small_charts(run, watched + DIVERSITY)
+    """Held-out watched rewards and the diversity of rollouts, with the bound at which the run would stop."""
+    watched = [Metric(f"eval/{name}", f"{name}, watched", "held-out mean of a reward that is not trained on") for name in run.watched]
+    return _with_bounds(run, small_charts(run, (*watched, *DIVERSITY)))
+
+
+def _with_bounds(run: Run, charts: list[dict]) -> list[dict]:
     rule = run.setting("eval", "stop") or {}
     for chart in charts:
         for side in ("below", "above"):
@@ -135,13 +135,9 @@ def _labelled(run: Run, name: str) -> str:
     return f"{name} (watched)" if name in run.watched else name
 
 
-def small_charts(run: Run, wanted: list[tuple[str, str, str]]) -> list[dict]:
+def small_charts(run: Run, wanted: Iterable[Metric]) -> list[dict]:
     """One line chart for each wanted metric that the run has."""
-    charts = []
-    for key, title, text in wanted:
-        if key in run.keys:
-            charts.append(_single(run, key, title, text))
-    return charts
+    return [_single(run, metric.key, metric.title, _sentence(metric.help)) for metric in wanted if metric.key in run.keys]
 
 
 def cost_charts(run: Run) -> list[dict]:
@@ -203,11 +199,12 @@ def spread_chart(run: Run) -> dict | None:
     }
 
 
-def other_charts(run: Run, used: list[str]) -> list[dict]:
-    """A small chart for every metric that no other chart shows."""
-    shown = set(used) | {"iteration", "images", "images/total", "reward/mean", "eval/reward"}
+def other_charts(run: Run) -> list[dict]:
+    """A small chart for every metric that no other chart shows, under its key."""
+    shown = {metric.key for metric in (*TRAINING, *SIGNAL, *DIVERSITY, *DRIFTS)} | {key for key, _ in COST}
+    shown |= {"iteration", "images", "images/total", "reward/mean", "eval/reward"} | {f"eval/{name}" for name in run.watched}
     return [
-        _single(run, key, key, "")
+        _single(run, key, key, _sentence(found.help) if (found := describe(key)) else "")
         for key in run.keys
         if key not in shown and not SPREAD.match(key) and not MADE_OF.match(key) and (key in WORKERS or not key.startswith("time/"))
     ]
@@ -226,6 +223,11 @@ def _single(run: Run, key: str, title: str, text: str) -> dict:
         "series": [_series(title, values, style, pick=pick)],
         "from_zero": 0 <= min(known) <= 0.6 * max(known),
     }
+
+
+def _sentence(text: str) -> str:
+    """A help text of the table of metrics as a sentence."""
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def _series(name: str, values: list, style: str, frame: str = "fine", tip: bool = True, pick=None) -> dict:

@@ -33,6 +33,7 @@ def render(run: Run) -> str:
     """The page as text."""
     figures = Figures()
     reward = figures.html(charts.reward_chart(run), wide=True)
+    drift = _drift(run, figures)
     body = [
         samples_html(run, Thumbnails()),
         _optimisation(run, figures),
@@ -52,7 +53,7 @@ def render(run: Run) -> str:
         verdict=escape(verdict(run)),
         facts=facts(run),
         tiles=tiles(run),
-        reward=f"<section>{reward}</section>" if reward else "",
+        reward=(f"<section>{reward}</section>" if reward else "") + drift,
         switch=_switch(run),
         body="\n".join(filter(None, body)),
         data=_json({"frames": charts.frames(run), "charts": figures.drawn}),
@@ -85,11 +86,15 @@ def _section(anchor: str, title: str, *parts: str) -> str:
     return f'<section id="{anchor}"><h2>{title}</h2>{content}</section>' if content else ""
 
 
+def _drift(run: Run, figures: Figures) -> str:
+    text = "What the images gave up for the reward: how far they are from the base's of the same prompts and noise, which are at 0 or 1."
+    drawn = figures.grid(charts.drift_charts(run))
+    return _section("drift", "Drift from the base", f'<p class="lead">{text}</p>{drawn}' if drawn else "")
+
+
 def _optimisation(run: Run, figures: Figures) -> str:
     breakdown = charts.breakdown_chart(run)
-    return _section(
-        "optimisation", "Optimisation", figures.grid(([breakdown] if breakdown else []) + charts.small_charts(run, charts.TRAINING))
-    )
+    return _section("optimisation", "Optimisation", figures.grid(([breakdown] if breakdown else []) + charts.training_charts(run)))
 
 
 def _exploration(run: Run, figures: Figures) -> str:
@@ -97,7 +102,7 @@ def _exploration(run: Run, figures: Figures) -> str:
     means = [(f"step {step}", charts.mean(values)) for step, values in charts.spread_columns(run)]
     bars = _bars("Mean spread", "Over all iterations; step 0 is the one nearest to pure noise.", means, "{:.3f}")
     pair = f'<div class="charts{" uneven" if heat else ""}">{heat}{bars}</div>' if bars else ""
-    return _section("exploration", "Exploration", pair, figures.grid(charts.small_charts(run, charts.SIGNAL)))
+    return _section("exploration", "Exploration", pair, figures.grid(charts.signal_charts(run)))
 
 
 def _guards(run: Run, figures: Figures) -> str:
@@ -114,9 +119,7 @@ def _cost(run: Run, figures: Figures) -> str:
 
 
 def _others(run: Run, figures: Figures) -> str:
-    used = [key for key, *_ in charts.TRAINING + charts.SIGNAL + charts.DIVERSITY + charts.COST]
-    used += [f"eval/{name}" for name in run.watched]
-    many = charts.other_charts(run, used)
+    many = charts.other_charts(run)
     return f'<details class="block"><summary>{len(many)} more metrics</summary>{figures.grid(many)}</details>' if many else ""
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from html import escape
 
 from tempflow.run.means import is_sure, unpaired_gain
+from tempflow.run.metrics import changes, drifts
 from tempflow.run.report.charts import mean
 from tempflow.run.report.run import Run, number
 from tempflow.run.report.samples import signed
@@ -53,7 +55,8 @@ def verdict(run: Run) -> str:
             how = how if is_sure(change, stderr) else "shows no difference beyond two standard errors,"
             sure = f" ({signed(change)} ± {stderr:.3f} prompt by prompt)"
         so_far = "Held-out" if run.summary else "So far, held-out"
-        return f"{so_far} reward {how} from {base:.3f} to {tuned:.3f}{sure}{_spent(run)}.{_lost(run)}{_peak(run, tuned)}{_stopped(run)}"
+        said = f"{so_far} reward {how} from {base:.3f} to {tuned:.3f}{sure}{_spent(run)}."
+        return f"{said}{_drifted(run, how == 'rose')}{_lost(run)}{_peak(run, tuned)}{_stopped(run)}"
     training = [value for value in run.column("reward/mean") if value is not None]
     if len(training) > 1:
         tenth = max(1, len(training) // 10)
@@ -87,9 +90,12 @@ def tiles(run: Run) -> str:
     ]
     cells = [(name, form.format(value)) for name, value, form in found if value is not None]
     change, stderr = gain(run)
+    limited = [(metric, value) for metric, value in drifts(evaluated(run)) if metric.limit is not None]
     if change is not None:
         cells.insert(2, ("Gain", signed(change) + ("" if stderr is None else f" ± {stderr:.3f}")))
-    inner = "".join(f"<div{' class=gain' if name == 'Gain' else ''}><dt>{name}</dt><dd>{text}</dd></div>" for name, text in cells)
+        cells[3:3] = [(metric.title, f"{value:{metric.form}}") for metric, value in limited]
+    marks = {"Gain": " class=gain"} | {metric.title: " class=lost" for metric, value in limited if metric.beyond(value)}
+    inner = "".join(f"<div{marks.get(name, '')}><dt>{name}</dt><dd>{text}</dd></div>" for name, text in cells)
     return f'<dl class="tiles">{inner}</dl>' if cells else ""
 
 
@@ -152,6 +158,21 @@ def _stopped(run: Run) -> str:
     return f" Stopped early by {reason}." if reason else ""
 
 
+def _drifted(run: Run, rose: bool) -> str:
+    """What of the images has changed beyond the limits."""
+    changed = changes(evaluated(run))
+    if not changed:
+        return ""
+    return f" {'The reward was bought with drift from the base' if rose else 'The images drifted from the base'}: {_listed(changed)}."
+
+
+def _listed(clauses: list[str]) -> str:
+    return clauses[0] if len(clauses) == 1 else f"{', '.join(clauses[:-1])} and {clauses[-1]}"
+
+
 def _peak(run: Run, tuned: float) -> str:
+    """The highest evaluation, where it is higher than the newest by more than the errors of both explain."""
     best, at = max(((reward, iteration) for iteration, reward in run.heldout), default=(tuned, 0))
-    return f" Its highest was {best:.3f}, at iteration {at}." if best > tuned + TRIFLE and at else ""
+    errors = [run.stderr(iteration) for iteration in (at, run.heldout[-1][0])] if run.heldout else [None]
+    sure = None in errors or is_sure(best - tuned, math.hypot(*errors))
+    return f" Its highest was {best:.3f}, at iteration {at}." if best > tuned + TRIFLE and sure and at else ""
