@@ -1,7 +1,7 @@
 """The metrics of metrics.jsonl: what each is called, what it says, and which way is better.
 
 The report's charts, the stopping rule, the console and docs/metrics.md read this table. A metric that is missing here works all
-the same: the report shows it under its key. NAME in a key stands for a reward, N for a step's number.
+the same: the report shows it under its key. NAME in a key stands for a reward, K for a step's number.
 """
 
 from __future__ import annotations
@@ -122,7 +122,9 @@ OTHERS = (
     Metric("reward/trunk", "Reward of the trunks", "mean over the samples that took no noise", "higher"),
     Metric("reward/NAME", "Training NAME", "mean of one reward alone, unweighted", "higher"),
     Metric("reward/NAME/std", "Spread of NAME", "its standard deviation"),
-    Metric("reward_std/step_N", "Spread of branch step N", "of rewards within the groups of one branch step: where decisions matter"),
+    Metric("reward_std/step_K", "Spread of branch step K", "of rewards within the groups of one branch step: where decisions matter"),
+    Metric("adapt/p_step_K", "Chance of branch step K", "in a draw of steps, as this iteration had it (rollout.adapt)"),
+    Metric("adapt/noise_K", "Noise of branch step K", "factor of its noise, as this iteration had it (rollout.adapt)"),
     Metric("advantage/mean_abs", "Size of the advantages", "mean |advantage|"),
     Metric("clip_fraction/high", "Clipped above", "share of children whose ratio is above the clip range"),
     Metric("clip_fraction/low", "Clipped below", "share of children whose ratio is below the clip range"),
@@ -191,6 +193,6 @@ def drifts(values: dict) -> list[tuple[Metric, float]]:
 @lru_cache
 def _table() -> tuple[dict[str, Metric], list[tuple[re.Pattern, Metric]]]:
     every = [metric for group in GROUPS.values() for metric in group]
-    patterns = [(re.compile(re.escape(m.key).replace("NAME", ".+").replace("N", r"\d+")), m) for m in every if "N" in m.key]
+    patterns = [(re.compile(re.escape(m.key).replace("NAME", ".+").replace("K", r"\d+")), m) for m in every if re.search("NAME|K", m.key)]
     patterns.sort(key=lambda pair: -len(pair[1].key))  # eval/NAME/stderr before eval/NAME
     return {metric.key: metric for metric in every}, patterns
