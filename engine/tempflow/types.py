@@ -201,6 +201,8 @@ class Rewards:
     """float64 [n]: `total` of the ODE's completion of the state that the slot left; None where the plan has no values."""
     after: np.ndarray | None = None
     """float64 [n]: and of that of the slot's own latent."""
+    novelty: np.ndarray | None = None
+    """float64 [n]: mean distance of the slot's image to the others of its group; NaN where there is none, None where nobody asked."""
 
 
 @dataclass(frozen=True)

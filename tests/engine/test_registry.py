@@ -170,7 +170,8 @@ def test_the_resolved_config_is_complete_and_reads_back(tmp_path):
     config = load_config(write_config(tmp_path, training={"penalty": {"coef": 0.1}, "advantage": "gdpo"}))
     table = json.loads(config.model_dump_json())
     assert table["training"]["penalty"] == {"type": "kl", "coef": 0.1, "form": "x", "to": "reference", "steps": None}
-    assert table["training"]["advantage"] == {"type": "gdpo", "over": "seed", "clip": 5.0, "global_std": False}
+    shaping = {"utility": None, "scale": "std", "anchor": 0.0}
+    assert table["training"]["advantage"] == {"type": "gdpo", "over": "seed", "clip": 5.0, "global_std": False, **shaping}
     assert table["rollout"]["sde"] == {"type": "flow", "eta": 0.7}
     assert parse_config(table) == config
     assert isinstance(config.plan(), TempFlow) and config.penalty().coef == 0.1 and config.advantage().over == "seed"

@@ -15,6 +15,8 @@ import numpy as np
 from tempflow.types import Advantages, Rewards, Slots
 
 EPSILON = 1e-4
+QUASI = 0.8  # p of the quasi-norm
+Scale = Literal["std", "quasi_norm", "none"]
 Over = Literal["state", "seed", "prompt", "step"]  # the groups that slots have
 
 
@@ -23,6 +25,8 @@ class Advantage(ABC):
 
     over: str = "seed"
     """Whose rewards are normalised together, one of `Slots.OVER`."""
+    needs_novelty = False
+    """Whether it reads `novelty` of the rewards."""
     needs_values = False
     """Whether it reads `before` and `after` of the rewards, which plans with values have."""
 
@@ -36,7 +40,7 @@ class Normalised:
     """Rewards against their groups."""
 
     values: np.ndarray
-    """float64 [n]: (r - mean) / (std + EPSILON), unclipped; 0 where masked or flat."""
+    """float64 [n]: (r - mean) over a scale, unclipped; 0 where masked or flat."""
     valid: np.ndarray
     """bool [n]."""
     labels: np.ndarray
@@ -47,13 +51,15 @@ class Normalised:
     """float64 [groups]."""
 
 
-def normalise(rewards: np.ndarray, labels: np.ndarray, scale: np.ndarray | None = None) -> Normalised:
+def normalise(rewards: np.ndarray, labels: np.ndarray, scale: np.ndarray | None = None, by: Scale = "std") -> Normalised:
     """(r - mean) / (std + 1e-4) in each group; a group without spread has values of exactly 0.
 
     Args:
         rewards: float64 [n]; NaN is left out of its group.
         labels: int [n], from 0 on.
         scale: float64 [n], used for the standard deviation of the group where given.
+        by: "quasi_norm" divides by (sum |r - mean|^0.8)^(1/0.8) instead, which gives a few that stand out more (Neighbor GRPO, arXiv
+            2511.16955); "none" not at all.
     """
     rewards = np.asarray(rewards, dtype=np.float64)
     valid, groups = np.isfinite(rewards), int(labels.max(initial=-1)) + 1
@@ -69,7 +75,10 @@ def normalise(rewards: np.ndarray, labels: np.ndarray, scale: np.ndarray | None 
     np.maximum.at(highest, labels[valid], rewards[valid])
     np.minimum.at(lowest, labels[valid], rewards[valid])
     flat = highest <= lowest
-    values = np.where(flat[labels] | ~valid, 0.0, deviation / ((std[labels] if scale is None else scale) + EPSILON))
+    if by == "quasi_norm":
+        scale = (sums(np.abs(deviation) ** QUASI) ** (1 / QUASI))[labels]
+    over = 1.0 if by == "none" else (std[labels] if scale is None else scale) + EPSILON
+    values = np.where(flat[labels] | ~valid, 0.0, deviation / over)
     return Normalised(values, valid, labels, flat, std)
 
 

@@ -40,6 +40,20 @@ def mean_distance(groups: np.ndarray) -> np.ndarray:
     return torch.where(count > 0, total / count / size**0.5, torch.nan).numpy().reshape(lead)
 
 
+def distance_to_others(points: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Mean distance of each thumbnail to the others of its label, float64 [n]; NaN for a missing image, and where it has no other.
+
+    points: [n, D], NaN where an image is missing. labels: int [n].
+    """
+    found, there = np.full(len(points), np.nan), np.isfinite(points).all(1)
+    for label in np.unique(labels[there]):
+        members = np.flatnonzero(there & (labels == label))
+        if len(members) > 1:
+            group = torch.from_numpy(np.asarray(points[members], dtype=np.float64))
+            found[members] = _apart(group, group).sum(1).numpy() / (len(members) - 1) / points.shape[1] ** 0.5
+    return found
+
+
 def precision_and_recall(base: np.ndarray, now: np.ndarray, neighbors: int) -> tuple[float, float]:
     """How far two sets of points lie within each other: share of `now` in a ball of `base`, and share of `base` in a ball of `now`.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from threading import Lock
 from typing import Callable
 
@@ -20,7 +20,7 @@ from tempflow.config import Suffix
 from tempflow.objectives import Rollout
 from tempflow.profiling import span
 from tempflow.rewards import combine
-from tempflow.run.diversity import mean_distance, thumbnails
+from tempflow.run.diversity import distance_to_others, mean_distance, thumbnails
 from tempflow.run.failures import check_failed
 from tempflow.sampling.denoise import Denoise
 from tempflow.sampling.layout import Forest, Layout, iteration_units
@@ -271,7 +271,7 @@ def gather_rewards(session: Session, rolled: RolledOut) -> Scored:
     )
     trunk = trunk_sum / trunk_count if trunk_count else float("nan")
     rewards = distributed.reduce(mine)
-    by_slot = _by_slot(session, rolled.layout, rewards)
+    by_slot = replace(_by_slot(session, rolled.layout, rewards), novelty=_novelty(session, rolled))
     return Scored(by_slot, int(images), int(failed), trunk, _diversity(rolled), seconds, rewards[0])
 
 
@@ -287,6 +287,17 @@ def _by_slot(session: Session, layout: Layout, rewards: np.ndarray) -> Rewards:
         before,
         after,
     )
+
+
+def _novelty(session: Session, rolled: RolledOut) -> np.ndarray | None:
+    """How far each slot's image lies from the others of its group, whose seeds lie on several ranks, where an advantage asks for it."""
+    if not session.advantage.needs_novelty:
+        return None
+    seen = np.stack(rolled.images.thumbnails)
+    whole = np.zeros((len(rolled.layout), seen.shape[1]))
+    whole[[rolled.forest.numbers[n] for n in rolled.images.rows]] = seen
+    slots = rolled.layout.slots
+    return distance_to_others(slots.means(distributed.reduce(whole).T).T, slots.groups(session.advantage.over))
 
 
 def _diversity(rolled: RolledOut) -> dict[str, float]:
