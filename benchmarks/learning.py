@@ -168,29 +168,26 @@ def mean_text(runs: list[dict], key: str, sign: str = "") -> str:
 
 
 def final(run_dir: Path, prompts: Path) -> dict:
-    """Reward and drift of a run's end on prompts that it was not evaluated on."""
-    file = run_dir / f"final-{prompts.stem}.json"
+    """What `tempflow.evaluate` says of a run's end beside its base, on prompts that it was not evaluated on."""
+    file = run_dir / f"compared-{prompts.stem}.json"
     if not file.exists():
         count = sum(1 for line in prompts.open(encoding="utf-8") if line.strip())
-        before, after = (tempflow.evaluate(run_dir, prompts=prompts, count=count, base=base) for base in (True, False))
-        write_atomic(file, json.dumps({"base": before, "tuned": after}))
+        write_atomic(file, json.dumps(tempflow.evaluate(run_dir, prompts=prompts, count=count, compare=True)))
     return json.loads(file.read_text())
 
 
 def result(run_dir: Path, seed: int, prompts: Path | None) -> dict:
     summary = json.loads((run_dir / "summary.json").read_text())
     points = curve(run_dir)
-    found = {"base": summary["base_reward"], "tuned": summary["tuned_reward"], "tuned_stderr": summary.get("tuned_stderr")}
-    drift = {key: points[-1][key] for key in DRIFT if key in points[-1]}
-    if prompts:
-        scored = final(run_dir, prompts)
-        found = {"base": scored["base"]["reward"], "tuned": scored["tuned"]["reward"], "tuned_stderr": scored["tuned"]["stderr"]}
+    scored = final(run_dir, prompts) if prompts else summary | {"reward": summary["tuned_reward"], "stderr": summary.get("tuned_stderr")}
     return {
         "seed": seed,
-        **found,
-        "gain": found["tuned"] - found["base"],
-        "gain_stderr": None if prompts else summary.get("gain_stderr"),
-        "drift": drift,
+        "base": scored["base_reward"],
+        "tuned": scored["reward"],
+        "tuned_stderr": scored["stderr"],
+        "gain": scored["reward"] - scored["base_reward"],
+        "gain_stderr": scored.get("gain_stderr"),
+        "drift": {key: scored[key] for key in DRIFT if key in scored},
         "minutes": summary["minutes"],
         "iterations": summary["iterations"],
         "device": summary["device"],

@@ -77,6 +77,30 @@ def test_every_variant_is_a_config():
         assert (config.rollout.plan["type"] == "flow_grpo") == (variant in ("flow_grpo", "without branching"))
 
 
+def test_reward_and_drift_are_those_of_the_final_prompts(tmp_path, monkeypatch):
+    """Where there are any; scored once, beside the base, whatever number of prompts an evaluation of the run takes."""
+    summary = {"base_reward": 0.4, "tuned_reward": 0.7, "tuned_stderr": 0.02, "gain_stderr": 0.01, "drift/color_shift": 9.0}
+    (tmp_path / "summary.json").write_text(json.dumps(summary | {"minutes": 1.0, "iterations": 1, "device": "CPU", "versions": {}}))
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"iteration": 0, "eval/reward": 0.4, "time/elapsed": 0.0}) + "\n")
+    asked = []
+
+    def evaluate(run, **more):
+        asked.append(more)
+        return {"base_reward": 0.5, "reward": 0.75, "stderr": 0.03, "gain": 0.25, "gain_stderr": 0.015, "drift/color_shift": 21.0}
+
+    monkeypatch.setattr(learning.tempflow, "evaluate", evaluate)
+    plain = learning.result(tmp_path, 0, None)
+    assert (plain["base"], plain["tuned"], plain["tuned_stderr"], plain["gain_stderr"]) == (0.4, 0.7, 0.02, 0.01)
+    assert plain["drift"] == {"drift/color_shift": 9.0} and not asked
+    prompts = tmp_path / "final.txt"
+    prompts.write_text("a\nb\n\nc\n")
+    for _ in range(2):
+        found = learning.result(tmp_path, 0, prompts)
+        assert (found["base"], found["tuned"], found["gain"], found["gain_stderr"]) == (0.5, 0.75, 0.25, 0.015)
+        assert found["drift"] == {"drift/color_shift": 21.0}
+    assert asked == [{"prompts": prompts, "count": 3, "compare": True}]
+
+
 def learning_args(**given):
     return argparse.Namespace(**{"variants": ["tempflow"], "variant": [], "set": [], "set_for": [], "final": None} | given)
 
