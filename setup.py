@@ -23,7 +23,7 @@ setup(
     entry_points={
         "console_scripts": [
             f"tempflow-{name.replace('_', '-')} = tempflow.commands.{name}:command"
-            for name in ("train", "evaluate", "sample", "export", "merge", "reward_server")
+            for name in ("train", "evaluate", "sample", "export", "merge", "refine", "reward_server")
         ]
     },
     install_requires=[

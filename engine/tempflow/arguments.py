@@ -60,9 +60,9 @@ def checkpoint(text: str) -> int | str:
     return int(text)
 
 
-def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
+def add_checkpoint_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """The options that choose a checkpoint: --run, --checkpoint, --weights."""
-    parser.add_argument("--run", type=path, required=True, help="run directory")
+    parser.add_argument("--run", type=path, required=required, help="run directory")
     parser.add_argument(
         "--checkpoint",
         type=checkpoint,

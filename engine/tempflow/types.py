@@ -77,7 +77,8 @@ class Row:
     unit: Unit
     """The unit whose initial noise it starts from."""
     start: int = 0
-    """The step at which it leaves its parent; 0 without one."""
+    """The step at which it leaves its parent; of a row without one the step at which it begins: 0, or that of a latent which the
+    scheduler is given for it."""
     noise: frozenset[int] = frozenset()
     """The steps that it takes by the SDE; all others follow the ODE. A child's first step is `start`."""
     parent: int | None = None

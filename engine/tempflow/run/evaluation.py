@@ -74,17 +74,23 @@ def draw(
     seed: int = EVAL_SEED,
     advance=lambda n: None,
 ):
-    """Yield (indices, images or videos, which are finite) of the prompts at `indices`: `rollout.rows` are integrated together,
-    and at most `rollout.decode_batch` of them decoded and yielded together. num_steps: None: as in the run's evaluations."""
+    """Yield (indices, images or videos, which are finite) of what `final_latents` yields."""
+    sampler = model.eval_sampler()
+    for part, latents in final_latents(model, prompts, indices, num_steps=num_steps, seed=seed):
+        yield part, *sampler.decode(latents)
+        advance(len(part))
+
+
+def final_latents(model: Opened, prompts: list[Example], indices: list[int], *, num_steps: int | None = None, seed: int = EVAL_SEED):
+    """Yield (indices, latents fp32 [n, ...] at sigma 0) of the prompts at `indices`: `rollout.rows` are integrated together, and at
+    most `rollout.decode_batch` of them yielded together. num_steps: None: as in the run's evaluations."""
     r, sampler, steps = model.config.rollout, model.eval_sampler(), model.eval_steps(num_steps)
     for first in range(0, len(indices), r.rows):
         part = indices[first : first + r.rows]
         noise = fixed_noise(part, sampler.latent_shape, model.policy.device, seed)
         latents = sampler.integrate(noise, model.embeddings.get([prompts[i] for i in part]), steps)
         for start in range(0, len(part), r.decode_batch):
-            some = slice(start, start + r.decode_batch)
-            yield part[some], *sampler.decode(latents[some])
-            advance(len(part[some]))
+            yield part[start : start + r.decode_batch], latents[start : start + r.decode_batch]
 
 
 def evaluate(pool: RewardPool, specs: list[RewardSpec], prompts: list[Example], drawn, keep: int) -> Scored:

@@ -84,6 +84,7 @@ def integrate(
     suffix: Suffix | None = None,
     execute: Callable = eager,
     pad: bool = False,
+    given: dict[int, torch.Tensor] | None = None,
 ) -> Iterator[Arrived]:
     """Integrate every row of a forest, and yield after every forward what it brought. The caller decodes, shows progress, and stops
     by asking no more.
@@ -97,17 +98,19 @@ def integrate(
         suffix: how rows go on after their last decision; None is exact.
         execute: calls a function with tensors by name.
         pad: make every forward one of micro_batch rows, for graphs and compiled code.
+        given: latents, fp32 [...], of rows without a parent that begin at their `start`, by place in the forest; all others begin
+            with initial noise.
     """
-    work = _Integration(forest, denoise, grid, noise, micro_batch, suffix, execute, pad)
+    work = _Integration(forest, denoise, grid, noise, micro_batch, suffix, execute, pad, given or {})
     yield from work.run()
 
 
 class _Integration:
     """The latents under way, by place in the forest."""
 
-    def __init__(self, forest, denoise, grid, noise, micro_batch, suffix, execute, pad):
+    def __init__(self, forest, denoise, grid, noise, micro_batch, suffix, execute, pad, given):
         self.forest, self.denoise, self.grid, self.noise = forest, denoise, grid, noise
-        self.micro_batch, self.suffix, self.execute, self.pad = micro_batch, suffix, execute, pad
+        self.micro_batch, self.suffix, self.execute, self.pad, self.given = micro_batch, suffix, execute, pad, given
         self.rows, self.device, self.last = forest.rows, denoise.device, len(grid.sigmas) - 1
         self.free = [k + 1 for k in last_decisions(self.rows)]
         self.paths = {free: suffix_path(free, self.last, suffix) for free in set(self.free)}
@@ -121,10 +124,12 @@ class _Integration:
         self.fill = {False: min(micro_batch, exact) if coarse_alone else micro_batch, True: micro_batch}
 
     def run(self) -> Iterator[Arrived]:
-        roots = [i for i, row in enumerate(self.rows) if row.parent is None]
+        roots = [i for i, row in enumerate(self.rows) if row.parent is None and i not in self.given]
         if roots:
             keys = [self.noise.key(self.rows[i].unit, INITIAL) for i in roots]
             self._place(roots, self.noise.sample(keys, self.denoise.sampler.latent_shape, self.device), 0)
+        for i, latent in self.given.items():
+            self._place([i], latent[None], self.rows[i].start)
         while self.latent:
             with torch.no_grad():  # a generator's body leaves its caller's modes at every yield
                 arrived = self._forward(self._next_batch())

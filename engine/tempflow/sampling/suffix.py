@@ -24,8 +24,9 @@ def suffix_path(first: int, last: int, suffix: Suffix | None) -> list[int]:
 
 
 def last_decisions(rows: list[Row]) -> list[int]:
-    """For every row the last step at which it takes noise, branches off or is branched off from; -1 where there is none."""
-    last = [max(row.noise, default=-1 if row.parent is None else row.start) for row in rows]
+    """For every row the last step at which it takes noise, branches off or is branched off from; where there is none, the step before
+    it begins."""
+    last = [max(row.noise, default=row.start - (row.parent is None)) for row in rows]
     for row in rows:
         if row.parent is not None:
             last[row.parent] = max(last[row.parent], row.start)

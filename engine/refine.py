@@ -1,0 +1,7 @@
+"""Images of high reward without training: python engine/refine.py --run runs/tiny_ocr --out refined [--rounds 8 --step 6..3]"""
+
+from tempflow import cli
+from tempflow.commands.refine import main
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,169 @@
+"""A refinement of a run's model or a config's: opened, scored by the reward workers, and written as images, numbers and a plot."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.progress import Progress
+
+from tempflow.checkpoints import load
+from tempflow.config import Config, Suffix
+from tempflow.errors import note
+from tempflow.media import still
+from tempflow.models import Sampler
+from tempflow.models.opened import open_model
+from tempflow.rewards import RewardPool, RewardSpec, check_prompts, combine, parse_rewards, probe
+from tempflow.run.failures import check_failed
+from tempflow.run.refining import Round, Search, refine
+from tempflow.types import Example
+
+GAP = 4  # white columns between images
+
+
+@dataclass
+class Found:
+    """What a refinement brought."""
+
+    first_images: list[np.ndarray] = field(default_factory=list)
+    """The first image of each prompt."""
+    first_rewards: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    rounds: list[Round] = field(default_factory=list)
+
+    def write(self, folder: Path, prompts: list[Example], facts: dict) -> None:
+        """Write each prompt's images side by side (the first, then the best after each round), the best alone, rewards.json with `facts`
+        and, where matplotlib is installed, rewards.png."""
+        strips = []
+        for n in range(len(prompts)):
+            row = [still(images[n]) for images in (self.first_images, *(each.images for each in self.rounds))]
+            strips.append(_side_by_side(row))
+            Image.fromarray(strips[n]).save(folder / f"{n:04d}.png")
+            Image.fromarray(row[-1]).save(folder / f"{n:04d}_best.png")
+        Image.fromarray(np.concatenate(strips)).save(folder / "all.png")
+        content = {**facts, "first": _number(np.nanmean(self.first_rewards)), "rounds": [_described(each) for each in self.rounds]}
+        content["items"] = [self._item(n, prompt) for n, prompt in enumerate(prompts)]
+        (folder / "rewards.json").write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")
+        if find_spec("matplotlib"):
+            _draw_plot(folder / "rewards.png", self)
+
+    def _item(self, n: int, prompt: Example) -> dict:
+        return {
+            "prompt": prompt.text,
+            "file": f"{n:04d}.png",
+            "images": int(self.rounds[-1].drawn[n]),
+            "first": _number(self.first_rewards[n]),
+            "rewards": [_number(each.rewards[n]) for each in self.rounds],
+        }
+
+
+class PoolJudge:
+    """Decodes latents and sends them to the reward workers."""
+
+    def __init__(self, sampler: Sampler, pool: RewardPool, specs: list[RewardSpec], prompts: list[Example], advance):
+        self.sampler, self.pool, self.specs, self.prompts, self.advance = sampler, pool, specs, prompts, advance
+        self.counts = np.zeros(3, dtype=np.int64)  # images, without a reward, not finite
+
+    def __call__(self, places: list[int], latents: torch.Tensor):
+        images, finite = self.sampler.decode(latents)
+        asked = [self.prompts[n] for n in places]
+        ticket = self.pool.submit(images, [p.text for p in asked], [p.metadata for p in asked], finite=finite)
+
+        def wait() -> tuple[np.ndarray, np.ndarray]:
+            rewards = combine(self.pool.gather([ticket])[0], self.specs).values
+            self.counts += (len(places), int(np.isnan(rewards).sum()), int((~finite).sum()))
+            self.advance(len(places))
+            return images, rewards
+
+        return wait
+
+
+def search(
+    config: Config,
+    chosen: load.Tuned | None,
+    prompts: list[Example],
+    options: Search,
+    *,
+    num_steps: int | None,
+    seed: int,
+    suffix: Suffix | None = None,
+) -> Found:
+    """Refine images of prompts by the config's rewards.
+
+    Args:
+        config: of the model, with the rewards to be used.
+        chosen: the trained weights; None: the model as it is.
+        prompts: n of them.
+        options: how candidates are made.
+        num_steps, seed, suffix: as of `refine`.
+
+    Raises UserError, also where more rewards fail than the config allows.
+    """
+    specs = parse_rewards(config.rewards)
+    texts, metadata = [p.text for p in prompts], [p.metadata for p in prompts]
+    for line in check_prompts(specs, texts, metadata):
+        note(line)
+    model, found = open_model(config, prompts), Found()
+    if chosen:
+        load.apply(chosen, model.policy)
+
+    def first(images: list[np.ndarray], rewards: np.ndarray) -> None:
+        found.first_images, found.first_rewards = images, rewards
+
+    with RewardPool(specs, **config.reward_pool.pool()) as pool, Progress(transient=True) as progress:
+        probe(pool, specs, texts, metadata, model.sampler.size)
+        task = progress.add_task("refining", total=len(prompts) * options.children * (options.rounds + 1))
+        judge = PoolJudge(model.eval_sampler(), pool, specs, prompts, lambda n: progress.advance(task, n))
+        for each in refine(model, prompts, judge, options, seed=seed, num_steps=num_steps, suffix=suffix, first=first):
+            check_failed("this refinement", *judge.counts.tolist(), config.reward_pool.max_failed, pool.last_error)
+            found.rounds.append(each)
+            progress.update(task, description=f"refining, reward {np.nanmean(each.rewards):.3f}")
+    return found
+
+
+def _described(each: Round) -> dict:
+    """What rewards.json says of a round."""
+    return {
+        "round": each.number,
+        "step": each.step,
+        "images": float(each.drawn.mean()),
+        "forwards": each.forwards,
+        "reward": _number(np.nanmean(each.rewards)),
+        "failed": int(np.isnan(each.rewards).sum()),
+    }
+
+
+def _number(value) -> float | None:
+    return round(float(value), 6) if np.isfinite(value) else None
+
+
+def _side_by_side(images: list[np.ndarray]) -> np.ndarray:
+    """Images [H, W, 3] in a row with white gaps between them."""
+    gap = np.full((images[0].shape[0], GAP, 3), 255, np.uint8)
+    return np.concatenate([part for image in images for part in (image, gap)][:-1], axis=1)
+
+
+def _draw_plot(file: Path, found: Found) -> None:
+    """Reward of the best against images and against rounds: each prompt's, and their mean."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rewards = np.stack([found.first_rewards, *(each.rewards for each in found.rounds)])
+    images = [1, *(each.drawn.mean() for each in found.rounds)]
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
+    for axis, x, label in ((axes[0], images, "images of a prompt, mean"), (axes[1], [-1, *(r.number for r in found.rounds)], "round")):
+        axis.plot(x, rewards, color="0.8", linewidth=0.8)
+        axis.plot(x, np.nanmean(rewards, axis=1), color="tab:blue", marker="o", markersize=3)
+        axis.set_xlabel(label)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[1].set_xticks([-1, *(r.number for r in found.rounds)], ["one", *(str(r.number) for r in found.rounds)])
+    axes[0].set_ylabel("reward of the best")
+    figure.tight_layout()
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
