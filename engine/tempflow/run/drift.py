@@ -22,7 +22,7 @@ from tempflow.errors import UserError
 from tempflow.media import some_frames
 from tempflow.run.diversity import FRAMES, mean_distance, precision_and_recall, thumbnails
 
-APART = 64  # gray levels, in any channel, from which a pixel is not background: a quarter of the range
+APART = 64  # gray levels; a pixel that is farther than that in any channel is not background: a quarter of the range
 FEWEST = 0.0025  # share of an image's pixels that its ink has at least
 INK_OF = 0.05  # share of the pixels, the ones farthest from the background, that stand for ink where there is less
 PLAIN = 0.9  # share of an image's border that is background where there is one
@@ -34,8 +34,8 @@ class Looks:
 
     ink: np.ndarray
     """fp32 [n, 3], in levels 0 to 255: mean color of the pixels that are not background. The background is the median, by channel,
-    of the image's border; a pixel is not background from APART levels on, in any channel. Where less than FEWEST of an image is
-    ink, its INK_OF farthest from the background are taken."""
+    of the image's border; a pixel farther than APART from it, in any channel, is ink. Where less than FEWEST of an image is ink,
+    its INK_OF farthest from the background are taken."""
     whole: np.ndarray
     """fp32 [n, 3], in levels 0 to 255: mean color of all pixels."""
     plain: np.ndarray
