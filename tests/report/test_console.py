@@ -237,7 +237,7 @@ def test_drift_stands_beside_the_reward(terminal, tmp_path):
         console.iteration({**ROW, **EVALUATED, **DRIFTED})
         console.summary({"base_reward": 0.48, "tuned_reward": 0.561, **DRIFTED}, tmp_path)
     text = " ".join(out.getvalue().split())
-    assert "color shift 38.2 spread of colors 0.71 diversity between prompts 0.95" in text and "color shift 0.0" not in text
+    assert "color shift 38.2 color spread 0.71 diversity 0.95" in text and "color shift 0.0" not in text
     assert "the mean color moved by 38 of 255 gray levels; colors vary only 0.71 times as much" in text.replace("│", "").replace("  ", " ")
 
 

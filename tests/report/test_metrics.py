@@ -42,7 +42,7 @@ def test_limits_are_not_changes_themselves():
     assert changes(at) == changes({}) == changes({"drift/color_shift": None, "eval/recall": float("nan")}) == []
     beyond = {"drift/color_shift": 15.1, "drift/color_spread": 0.89, "eval/recall": 0.49}
     assert len(changes(beyond)) == 3
-    assert drift_texts({**at, "eval/reward": 0.5}) == ["color shift 15.0", "spread of colors 0.90", "recall 0.50"]
+    assert drift_texts({**at, "eval/reward": 0.5}) == ["color shift 15.0", "color spread 0.90", "recall 0.50"]
 
 
 def test_the_page_is_fresh():

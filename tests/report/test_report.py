@@ -388,7 +388,7 @@ def test_the_verdict_says_what_a_reward_was_bought_with(run_factory, row_writer,
     row_writer(run_dir, rows)
     found = page(run_dir)
     assert (said is None and "drift" not in found.text.split("Drift from")[0]) or said in found.text
-    for title, key in (("Color shift", "drift/color_shift"), ("Spread of colors", "drift/color_spread"), ("Recall", "eval/recall")):
+    for title, key in (("Color shift", "drift/color_shift"), ("Color spread", "drift/color_spread"), ("Recall", "eval/recall")):
         chart = found.chart(title)
         assert (chart is not None) == (key in drift)
         if chart:

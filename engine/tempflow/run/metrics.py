@@ -65,7 +65,7 @@ DRIFTS = (
     ),
     Metric(
         "drift/color_spread",
-        "Spread of colors",
+        "Color spread",
         "how much the colors vary from prompt to prompt, over the base's",
         "higher",
         0.9,
@@ -73,7 +73,7 @@ DRIFTS = (
     ),
     Metric(
         "drift/diversity",
-        "Diversity between prompts",
+        "Diversity",
         "mean pixel distance of two prompts' images, over the base's",
         "higher",
     ),
