@@ -82,6 +82,32 @@ class Kl(Penalty):
         return squared if self.form == "v" else 0.5 * over_noise(b, tau) * squared
 
 
+class ChannelKl(Penalty):
+    """KL divergence of the channel means of a step from the other policy's: holds color and brightness, leaves structure free.
+
+    A latent's mean over its positions decides what an image looks like on the whole; words, layout and detail hardly change it. Its
+    Gaussian has the mean of mu over positions and the variance tau^2 / positions; per element the divergence is
+    b^2 mean_channels(mean_positions(v - v')^2) / (2 tau^2), never more than that of the whole latent, so coefficients compare.
+
+    Args:
+        coef: its weight in the loss, above 0.
+        to: "reference", the policy before training, or "old", the one before an iteration's updates, which costs no forward.
+        steps: places in the sampling grid on whose states it acts; null: all.
+    """
+
+    def __init__(self, coef: float, to: To = "reference", steps: list | None = None):
+        check_range("coef", coef, above=0)
+        self.coef, self.to, self.steps = coef, to, checked(steps)
+
+    def divergence(self, velocity, reference, b, tau):
+        return 0.5 * over_noise(b, tau) * channel_means(velocity.float() - reference.float()).square().mean(1)
+
+
+def channel_means(latents: torch.Tensor) -> torch.Tensor:
+    """Mean over positions, [N, C], of latents [N, tokens, C] or [N, C, ..., H, W]."""
+    return latents.mean(1) if latents.ndim == 3 else latents.flatten(2).mean(2)
+
+
 class W2(Penalty):
     """Squared Wasserstein-2 distance of a step from the other policy's, b^2 mean((v - v')^2) (DiverseGRPO).
 

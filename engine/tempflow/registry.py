@@ -94,6 +94,7 @@ KINDS = {
         "kl",
         {
             "alpha": "tempflow.penalties:Alpha",
+            "channel_kl": "tempflow.penalties:ChannelKl",
             "chi2": "tempflow.penalties:Chi2",
             "hellinger": "tempflow.penalties:Hellinger",
             "jeffreys": "tempflow.penalties:Jeffreys",

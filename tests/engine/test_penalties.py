@@ -14,7 +14,7 @@ from tempflow.estimate import estimate
 from tempflow.objectives import Batch
 from tempflow.objectives.grpo import Grpo
 from tempflow.objectives.nft import Nft
-from tempflow.penalties import W2, Alpha, Chi2, Hellinger, Jeffreys, Kl, Renyi, TotalVariation
+from tempflow.penalties import W2, Alpha, ChannelKl, Chi2, Hellinger, Jeffreys, Kl, Renyi, TotalVariation
 from tempflow.training.batches import select
 from tempflow.training.reference_policy import placement
 from tempflow.training.update import Part, Updater
@@ -34,6 +34,23 @@ ONE = torch.ones(1)
 
 def made(kind, **options):
     return kind(1.0, **({"order": 0.3} if kind in (Alpha, Renyi) else {}), **options)
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 3), (2, 3, 2, 3), (2, 3, 1, 2, 3)], ids=["tokens", "image", "video"])
+def test_the_kl_of_channel_means_sees_what_all_positions_share(shape):
+    """Against the divergence of the means' own Gaussian, whose variance is tau^2 over the positions; fp32 [N, tokens, C] or [N, C, ...]."""
+    channel, positions = (2, (1,)) if len(shape) == 3 else (1, tuple(range(2, len(shape))))
+    v, other = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).unbind(0)
+    b, tau = torch.tensor([0.2, 0.3]), torch.tensor([0.5, 0.7])
+    count, channels = v[0].numel() / shape[channel], shape[channel]
+    means = (v - other).mean(positions)
+    want = (b.double()[:, None] * means).square().sum(1) / (2 * tau.double().square() / count) / (count * channels)
+    found = ChannelKl(1.0).divergence(v, other, b, tau)  # in fp32
+    assert_close("means", found, want, 1e-6)
+    assert (found <= Kl(1.0).divergence(v, other, b, tau)).all()
+    assert_close("level", ChannelKl(1.0).divergence(other + 0.5, other, b, tau), Kl(1.0).divergence(other + 0.5, other, b, tau), 1e-6)
+    level = (v - other) - means.reshape(*(size if k in (0, channel) else 1 for k, size in enumerate(shape)))
+    assert ChannelKl(1.0).divergence(other + level, other, b, tau).max() < 1e-12
 
 
 @pytest.mark.parametrize(
