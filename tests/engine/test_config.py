@@ -194,6 +194,7 @@ REFUSED = [
     ("rollout.plan.children", [2, 65, 2], ["rollout.plan.children", "at most 64", "65"]),
     ("rollout.plan.children", [2, 2.5, 2], ["rollout.plan.children", "list of whole numbers", "2.5"]),
     ("rollout.plan.children", [], ["rollout.plan.children", "list of whole numbers", "[]"]),
+    ("rollout.plan.children", [2, 1, 3], ["rollout.plan.children", "group of one", '"seed"', "at least 2", "[2, 1, 3]"]),
     ("rollout.plan.children", [2, 3], ["rollout.plan.children", "2 numbers for 3 branch steps"]),
     ("rollout.num_steps", 1, ["rollout.num_steps", "greater than or equal to 2", "1"]),
     ("rollout.height", -32, ["rollout.height", "greater than or equal to 1", "-32"]),

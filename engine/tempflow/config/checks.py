@@ -47,6 +47,11 @@ def check_groups(config: Config) -> None:
             f"training.objective: {config.training.objective['type']} compares the children of a state; this rollout.plan "
             f"({config.rollout.plan['type']}) has one child each. Plans whose states have several: tempflow (children from 2 on) and tree"
         )
+    counts = config.rollout.plan.get("children")
+    if isinstance(counts, list) and 1 in counts and over in ("seed", "state") and objective.wants == "states":
+        raise ValueError(
+            f'rollout.plan.children: a group of one, over "{over}", has no advantage; at least 2 are needed, got {shown(counts)}'
+        )
     if _largest_group(config, over) > 1:
         return
     if "children" in config.rollout.plan:
