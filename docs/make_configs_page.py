@@ -22,7 +22,8 @@ COMMON = {
     "data.prompts_per_iteration": 12,
     "model.lora.rank": 32,
     "model.lora.alpha": 64,
-    "training.updates.passes": 2,
+    "training.updates.passes": 1,
+    "training.updates.parts": 2,
     "training.advantage.type": "group",
     "training.advantage.over": "seed",
     "training.advantage.clip": 5.0,
@@ -65,7 +66,8 @@ FIRST = {
     "rollout": 34.2,
     "decode": 0.6,
     "reference": 0.9,
-    "training": 5.5,
+    "old policy": 0.4,
+    "training": 2.7,
     "evaluation": 23.2,
 }
 
@@ -73,7 +75,7 @@ WHY = {
     "model.path": "Hub ids; the small model is a folder of this repository.",
     "model.dtype": "bfloat16 as the checkpoints are published; `auto` computes in it where the CPU can.",
     "model.gradient_checkpointing": "Without it the activations of a 1024 px forward alone fill a card; it costs a third more "
-    "in training, which is a sixth of an iteration there.",
+    "in training, which is a tenth of an iteration there.",
     "model.lora.rank": "With full weights there is none. Qwen-Image: as for the others.",
     "model.lora.alpha": "As above. The targets are the families' own lists, which are the paper's for FLUX and SD3.5.",
     "model.max_sequence_length": "SD3.5's own default; Qwen-Image pads to it, so half its default is half the text's cost; the "
@@ -113,7 +115,9 @@ WHY = {
     "training.iterations": "The paper gives no end; watch the held-out reward. flux_first: an hour's; tiny_ocr: as many as its "
     "minutes hold.",
     "training.minutes": "A promise to whoever tries it.",
-    "training.updates.passes": "The first is on-policy; in the second the ratio and its clip begin to matter.",
+    "training.updates.passes": "Each part once. tiny_ocr: all states twice, since its pictures cost far more than its training; the "
+    "first pass is on-policy, and in the second the ratio and its clip begin to matter.",
+    "training.updates.parts": "The paper's two updates of a rollout have half of it each, which costs half of two passes.",
     "training.micro_batch": "As many states in a forward as activations leave room for; it changes speed alone. FLUX: 3 at 1024 px hold "
     "little more than decoding does anyway, for a third of the gathers, launches and host reads of 1.",
     "training.advantage.type": "The weighted sum of the rewards, in groups.",
@@ -171,7 +175,7 @@ def first_run() -> str:
     """How an hour holds configs/flux_first.json, from the dry run's seconds."""
     values, f = shipped("flux_first"), FIRST
     iterations, every = values["training.iterations"], values["eval.every"]
-    parts = [f["rollout"], f["decode"], f["reference"], f["training"]]
+    parts = [f["rollout"], f["decode"], f["reference"], f["old policy"], f["training"]]
     evaluations = 1 + -(-iterations // every)
     trained, evaluated = iterations * sum(parts) / 60, evaluations * f["evaluation"] / 60
     return f"""## An hour of flux_first
@@ -180,7 +184,7 @@ def first_run() -> str:
 TFLOP/s ({f["mfu"]} of an H100's peak):
 
 - an iteration: {f["forwards"]} rollout forwards of {f["tflop"]} TFLOP in {parts[0]} s, decoding {parts[1]} s, the reference policy
-  {parts[2]} s, training {parts[3]} s; {sum(parts):.1f} s together;
+  {parts[2]} s, the old policy of the second part {parts[3]} s, training {parts[4]} s; {sum(parts):.1f} s together;
 - {iterations} iterations: {trained:.0f} minutes;
 - {evaluations} evaluations, one before the first iteration and one every {every}, of {f["evaluation"]} s: {evaluated:.0f} minutes.
 

@@ -56,7 +56,7 @@ def card_config(card: str, folder: Path, rehearse: bool, *settings: str) -> Conf
         "rollout.suffix=null",
         'rewards={"jpeg": 1.0}',
         "reward_pool.workers=0",
-        "training.updates.passes=1",
+        'training.updates={"passes": 1, "parts": 1}',
         "training.ema=null",
         "eval.every=0",
     ]

@@ -7,7 +7,9 @@ from engine_cases import Iteration, PlainRuntime, flat, small_config
 from kernel_cases import assert_close
 from run_cases import train
 
-from tempflow.training.credit import make_parts
+from tempflow.sampling.layout import iteration_units
+from tempflow.training.credit import make_parts, shares
+from tempflow.types import State
 
 TABLE = {"num_steps": 4, "plan": {"seeds": 2, "children": 3, "branch_steps": [0, 2]}}
 
@@ -22,16 +24,34 @@ def parts_of(iteration, count):
     return make_parts(session, iteration.rolled, iteration.advantages())
 
 
-@pytest.mark.parametrize("count, sizes", [(1, [8]), (2, [4, 4]), (3, [2, 4, 2])])
+@pytest.mark.parametrize("count, sizes", [(1, [8]), (2, [4, 4]), (3, [2, 3, 3])])
 def test_parts_share_out_the_states(iteration, count, sizes):
-    """Whole units, by (prompt + seed), each state once; steps and prompts are spread."""
+    """Each state once, those of a unit in turn from (prompt + seed) on; steps and prompts are spread."""
     parts = parts_of(iteration, count)
     assert [part.total for part in parts] == sizes
     seen = [(unit, round(s.item(), 6)) for part in parts for batch in part.batches for unit, s in zip(batch.units, batch.sigma)]
     assert len(seen) == len(set(seen)) == 8
     for n, part in enumerate(parts):
-        assert {(unit.prompt + unit.seed) % count for batch in part.batches for unit in batch.units} == {n}
+        for batch in part.batches:
+            assert {(u.prompt + u.seed + (step == 2)) % count for u, step in zip(batch.units, batch.step.tolist())} == {n}
         assert len({s.item() for batch in part.batches for s in batch.sigma}) == 2, "both steps"
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+@pytest.mark.parametrize("prompts, seeds", [(12, 4), (8, 1), (2, 24)])
+def test_every_rank_has_work_in_every_part(ranks, prompts, seeds):
+    """Units are dealt to ranks in turn; of nine states each no rank has more than one a unit more in one of two parts."""
+    units = iteration_units(list(range(prompts)), seeds)
+    states = [State(unit, k, 0.5, 1.0, -0.1, 0.3, None, None, None) for unit in units for k in range(9)]
+    whole = shares(states, 2)
+    for rank in range(ranks):
+        mine = units[rank::ranks]
+        found = shares([s for s in states if s.unit in mine], 2)
+        assert abs(len(found[0]) - len(found[1])) <= len(mine)
+        assert all([s for s in part if s.unit in mine] == own for part, own in zip(whole, found))
+    for part in whole:
+        assert {s.unit.index for s in part} == set(range(len(units)))
+        assert {[s.step for s in part].count(k) for k in range(9)} == {len(units) // 2}
 
 
 def test_gradients_of_the_parts_are_shares_of_the_whole(iteration):

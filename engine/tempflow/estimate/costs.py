@@ -74,6 +74,10 @@ def phases(config: Config, model: Model, gpus: int, speed: float) -> list[Phase]
     found = [phase("rollout", count_forwards(rows, r.num_steps, r.suffix), forward), phase("decode", len(rows), model.decode())]
     if config.needs_reference():
         found.append(phase("reference", states, forward))
+    parts = t.updates.parts
+    if parts > 1:  # all but the first part's states are forwarded before the first step moves the weights
+        of_all, of_busiest = (n * states * (parts - 1) // parts for n in (units, busiest))
+        found.append(Phase("old policy", of_all, of_busiest, forward.flops, _seconds(of_busiest * forward.flops, speed)))
     found.append(phase("training", states * t.updates.passes, model.training(training_rows(config, gpus))))
     if r.suffix and r.suffix.audit_every:
         found.append(phase("audit", count_forwards(rows, r.num_steps, None), forward, 1 / min(r.suffix.audit_every, 10**9)))
@@ -95,7 +99,7 @@ def phases(config: Config, model: Model, gpus: int, speed: float) -> list[Phase]
 
 def training_rows(config: Config, gpus: int) -> int:
     """Rows of the largest micro-batch: the trainer makes them even. Every state is taken to have something to teach."""
-    states = busiest_units(config, gpus) * len(unit_states(config))
+    states = -(-busiest_units(config, gpus) * len(unit_states(config)) // config.training.updates.parts)
     return -(-states // -(-states // config.training.states))
 
 

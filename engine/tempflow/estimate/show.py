@@ -17,6 +17,7 @@ NAMES = {
     "rollout": "rollout",
     "decode": "decoding pictures",
     "reference": "reference policy",
+    "old policy": "old policy of later parts",
     "training": "training (with backward)",
     "audit": "audit of the suffix",
     "evaluation": "evaluation",

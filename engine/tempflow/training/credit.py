@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import numpy as np
 import torch
 
@@ -12,28 +14,39 @@ from tempflow.training.batches import make_batches, padding_of, select
 from tempflow.training.rollout import RolledOut, Scored
 from tempflow.training.session import Session
 from tempflow.training.update import Part
-from tempflow.types import Advantages
+from tempflow.types import Advantages, State
 
 
 def make_parts(session: Session, rolled: RolledOut, credit: Advantages, steps: list[int] | None = None) -> list[Part]:
     """This rank's micro-batches of every optimizer step of a pass (a collective); parts without a state to forward are left out.
 
     steps: over which loss weights have mean 1; None: those of the rollout.
-
-    A state belongs to part (prompt + seed) % parts, which spreads prompts, seeds and steps alike, whatever the number of ranks.
     """
     t, states = session.config.training, session.objective.states(rolled.kept, credit)
     weights = loss_weights(session, rolled, steps)
     fallback = padding_of(states or [session.objective.filler(rolled.kept)])
     parts = []
-    for share in range(t.updates.parts):
-        mine = [s for s in states if (s.unit.prompt + s.unit.seed) % t.updates.parts == share]
+    for mine in shares(states, t.updates.parts):
         chosen = select(mine, credit, session.penalty)
         batches = make_batches(chosen, fallback, t.states, weights, session.policy.device)
         total = int(distributed.reduce(len(mine)))
         if batches:
             parts.append(Part.of(batches, total))
     return parts
+
+
+def shares(states: list[State], parts: int) -> list[list[State]]:
+    """A rank's states of each part, the same for a unit whatever the number of ranks.
+
+    The states of a unit go to the parts in turn, from part (prompt + seed) % parts on. So every part has states of all units, prompts and
+    steps, and every rank has work in every part; with whole units in a part all those of one rank may be in the same.
+    """
+    found, places = [[] for _ in range(parts)], defaultdict(int)
+    for state in states:
+        unit = state.unit
+        found[(unit.prompt + unit.seed + places[unit.index]) % parts].append(state)
+        places[unit.index] += 1
+    return found
 
 
 def loss_weights(session: Session, rolled: RolledOut, steps: list[int] | None = None) -> torch.Tensor:
