@@ -28,6 +28,12 @@ def contrast_of_some(images, prompts, metadata):
     return np.array([next((x for word, x in flat.items() if word in p), value) for value, p in zip(values, prompts, strict=True)])
 
 
+def now_and_then(images, prompts, metadata):
+    """`contrast`, which fails for about a quarter of the images, by their pixels."""
+    failed = images.sum(axis=(1, 2, 3), dtype=np.int64) % 4 == 0
+    return np.where(failed, np.nan, contrast(images, prompts, metadata))
+
+
 def never(images, prompts, metadata):
     """For where a reward must not be asked."""
     raise AssertionError("scored")

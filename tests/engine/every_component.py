@@ -1,0 +1,122 @@
+"""Small runs that together use every component: each trains two iterations, and then the second once more from a checkpoint.
+
+As a script under the launcher, with a prepared folder as its argument, it runs the cases of two ranks one after another: a launch
+costs more than a run.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from engine_cases import random_pipeline
+from run_cases import ADAMW, Run, timeless
+
+PROMPT = {"over": "prompt"}
+LORA = {"lora": {"rank": 4, "alpha": 8}}
+REWARDS = {"left": {"type": "engine_rewards:now_and_then"}, "red": {"type": "engine_rewards:warmth", "weight": 0.5}}
+PROMPTS = [{"prompt": "a cat", "rewards": ["left"]}, {"prompt": "a dog", "rewards": ["left", "red"]}]
+
+# Name: ZeRO stage, whether adapters are trained, plan, sde, objective, penalty, and other keys of `training`.
+CASES = {
+    "grpo": (3, True, {"type": "mix_grpo", "window": 2, "values": True}, "flow", {}, {"type": "alpha"}, {"advantage": "turning_point"}),
+    "dppo": (
+        0,
+        False,
+        {"type": "tempflow", "seeds": 1, "children": 3},
+        "cps",
+        {"delta": 1e-9},
+        {"type": "jeffreys"},
+        {"advantage": "gdpo"},
+    ),
+    "hinge": (0, True, {"type": "flow_grpo", "values": True}, "dance", {"xi": 1e-7}, {"type": "hellinger"}, {"advantage": "dense"}),
+    "spo": (
+        3,
+        False,
+        {"type": "mix_grpo", "window": 2, "every": 1, "values": True},
+        "precise",
+        {},
+        {"type": "renyi", "to": "old"},
+        {"advantage": "stepwise"},
+    ),
+    "dpo": (0, False, {"type": "tree", "seeds": 1, "split_steps": [0, 1]}, "cps", {}, {"type": "tv"}, {"weighting": "uniform"}),
+    "dmpo": (3, False, {"type": "tempflow", "seeds": 1, "children": [4, 3, 2]}, "precise", {}, {"type": "w2"}, {"weighting": "noise"}),
+    "dgpo": (0, True, {"type": "tree", "seeds": 1, "width": 3, "split_steps": [1]}, "dance", {}, {"type": "chi2", "to": "old"}, {}),
+    "fpo": (0, True, {"type": "samples"}, "flow", {"pick": "extremes", "draws": 2}, {"type": "kl", "form": "v"}, {"advantage": PROMPT}),
+    "awm": (3, True, {"type": "tempflow", "seeds": 1, "children": 2}, "flow", {"draws": 1}, None, {"advantage": PROMPT}),
+    "nft": (3, False, {"type": "flow_grpo"}, "flow", {"draws": 2}, None, {"advantage": PROMPT}),
+}
+ON_TWO_RANKS = ["dmpo", "fpo"]
+
+
+def prepare(folder: Path) -> None:
+    """A small random model, and prompts whose rewards differ."""
+    random_pipeline(folder / "model")
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in PROMPTS))
+
+
+def table_of(name: str, folder: Path) -> dict:
+    """The config of a case, its run directory in `folder`. Rewards fail now and then; an iteration makes four updates."""
+    stage, adapters, plan, sde, objective, penalty, training = CASES[name]
+    return {
+        "model": {"path": str(folder / "model"), "max_sequence_length": 20, **(LORA if adapters else {})},
+        "data": {"train": str(folder / "prompts.jsonl"), "prompts_per_iteration": 2},
+        "rollout": {
+            "height": 32,
+            "width": 32,
+            "num_steps": 4,
+            "guidance_scale": 0.0,
+            "lanes": 1,
+            "micro_batch": 32,
+            "plan": plan,
+            "sde": sde,
+        },
+        "rewards": REWARDS,
+        "reward_pool": {"workers": 0, "max_failed": 0.9},
+        "training": {
+            "iterations": 2,
+            "micro_batch": 16,
+            "updates": {"passes": 2, "parts": 2},
+            "objective": {"type": name, **objective},
+            "penalty": penalty and {"coef": 0.1, **penalty},
+            **training,
+        },
+        "eval": {"every": 0},
+        "checkpoint": {"every": 1, "keep": 9},
+        "logging": {"dir": str(folder), "name": name, "tensorboard": False},
+        "deepspeed": {"optimizer": ADAMW, "zero_optimization": {"stage": stage}},
+    }
+
+
+def run(name: str, folder: Path) -> None:
+    """Train; set aside what that wrote, and repeat the second iteration from the first one's checkpoint (a collective)."""
+    import tempflow
+    from tempflow.training import distributed
+
+    table = table_of(name, folder)
+    tempflow.train(table)
+    if distributed.rank() == 0:
+        shutil.copytree(folder / name, folder / f"{name}-undisturbed")
+        shutil.rmtree(folder / name / "checkpoints/000002")
+    distributed.barrier()
+    tempflow.train(table, resume=True)
+
+
+def wrong_with(name: str, folder: Path) -> list[str]:
+    """What the resumed run has otherwise than the undisturbed one, and what is missing of a run that learned."""
+    import torch
+
+    whole, resumed = Run(folder / f"{name}-undisturbed"), Run(folder / name)
+    found = [] if [timeless(row) for row in whole.rows] == [timeless(row) for row in resumed.rows] else ["metrics after resuming"]
+    before, weights, again = whole.weights(1), whole.weights(2), resumed.weights(2)
+    found += [f"{key} after resuming" for key in weights if not torch.equal(weights[key], again[key])]
+    found += [f"{key} is not finite" for key, value in weights.items() if not value.isfinite().all()]
+    last = whole.rows[-1]
+    found += [] if any(not torch.equal(weights[key], before[key]) for key in weights) and last["grad_norm"] > 0 else ["nothing was learned"]
+    return found + ([] if last["ratio/max_dev"] > 0 and not last["updates/skipped"] else ["not all updates were made"])
+
+
+if __name__ == "__main__":
+    from tempflow import cli
+
+    cli.run(lambda: [run(name, Path(sys.argv[-1])) for name in ON_TWO_RANKS] and None)
