@@ -43,7 +43,7 @@ CASES = {
     "dmpo": (3, False, {"type": "tempflow", "seeds": 1, "children": [4, 3, 2]}, "precise", {}, {"type": "w2"}, {"weighting": "noise"}),
     "dgpo": (0, True, {"type": "tree", "seeds": 1, "width": 3, "split_steps": [1]}, "dance", {}, {"type": "chi2", "to": "old"}, {}),
     "fpo": (0, True, {"type": "samples"}, "flow", {"pick": "extremes", "draws": 2}, {"type": "kl", "form": "v"}, {"advantage": PROMPT}),
-    "awm": (3, True, {"type": "tempflow", "seeds": 1, "children": 2}, "flow", {"draws": 1}, None, {"advantage": PROMPT}),
+    "awm": (3, True, {"type": "tempflow", "seeds": 1, "children": 2}, "flow", {"draws": 1}, {"type": "channel_kl"}, {"advantage": PROMPT}),
     "nft": (3, False, {"type": "flow_grpo"}, "flow", {"draws": 2}, None, {"advantage": PROMPT}),
 }
 ON_TWO_RANKS = ["dmpo", "fpo"]
