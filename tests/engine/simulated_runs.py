@@ -242,7 +242,7 @@ class SimulatedRun:
 
     def evaluate(self, num_steps: int = 2) -> Seen:
         """Draw as many prompts as are integrated together, as the trainer's evaluation does."""
-        rows, model = self.config.rollout.micro_batch, Opened(self.config, self.policy, self.model.embeddings)
+        rows, model = self.config.rollout.rows, Opened(self.config, self.policy, self.model.embeddings)
         with self.gpu.watch() as seen:
             drawn = evaluation.draw(model, self.prompts, list(range(rows)), num_steps=num_steps)
             assert sum(len(part[0]) for part in drawn) == rows

@@ -52,7 +52,8 @@ def dry_run(args: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     if args.dry_run:
-        return dry_run(args)
+        with cli.collector_off():
+            return dry_run(args)
     start(args.config, resume=args.resume, overrides=args.set, profile=args.profile)
     return 0
 

@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from tempflow.estimate.repeats import Repeats
+
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 FORMULAS = flop_registry | {
@@ -59,7 +61,7 @@ class Meter(TorchDispatchMode):
     def __init__(self, blocks: Blocks = ()):
         super().__init__()
         self.live = self.flops = 0
-        self._blocks, self._hooks = blocks, []
+        self._blocks, self._hooks, self._run = blocks, [], Repeats()
         self._times, self._forward = 1, True  # how often an operation counts; whether the first forward is under way
         self._peaks = [0]  # of each span between two blocks' beginnings and ends
         self._alive: dict[int, tuple[int, int, int]] = {}  # by a storage's address its bytes, how often they count, and its span
@@ -83,17 +85,12 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        out, fresh = self._run(func, args, kwargs)  # views and results in place lie in storages that the caller brought
         formula = FORMULAS.get(func._overloadpacket)
         if formula is not None:
             self.flops += self._times * formula(*args, **kwargs, out_val=out)
-        given = None
-        for tensor in (out,) if isinstance(out, torch.Tensor) else tree_leaves(out):
-            if not isinstance(tensor, torch.Tensor) or tensor.untyped_storage()._cdata in self._alive:
-                continue
-            if given is None:  # views and results in place lie in storages that the caller brought
-                given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-            if tensor.untyped_storage()._cdata not in given:
+        for tensor in fresh:
+            if tensor.untyped_storage()._cdata not in self._alive:
                 self._add(tensor.untyped_storage())
         return out
 

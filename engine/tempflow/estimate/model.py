@@ -13,6 +13,7 @@ from tempflow.errors import UserError, brief
 from tempflow.estimate import measure
 from tempflow.estimate.measure import Meter
 from tempflow.models.base import Policy, Sampler
+from tempflow.models.component import Unfilled
 from tempflow.models.hub import local_model
 from tempflow.models.loading import check_model, check_text_length, family_of, resolve_dtype
 from tempflow.models.skeleton import skeleton_module
@@ -166,7 +167,8 @@ def _trained(path: str, dtype: torch.dtype, lora: str | None) -> _Trained:
     module = family.join_denoiser(*parts).train().requires_grad_(True)
     if lora is not None:
         try:
-            add_lora(module, Lora.model_validate_json(lora), family.lora_targets, 0)
+            with Unfilled():
+                add_lora(module, Lora.model_validate_json(lora), family.lora_targets, 0)
         except ValueError as error:
             raise UserError(f"model.lora: {str(error).splitlines()[0]}") from None
     parameters = list(module.parameters())

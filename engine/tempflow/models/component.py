@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch.overrides import TorchFunctionMode
 
 from tempflow.errors import UserError, brief, note, shown
 
@@ -231,13 +232,22 @@ def read_table(component: Component, file: Path) -> dict:
     return table
 
 
+class Unfilled(TorchFunctionMode):
+    """While it is active, modules leave new weights as they are: what has no storage need not be filled."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.nn.init.kaiming_uniform_, torch.nn.init.uniform_, torch.nn.init.normal_):  # they give all arguments by name
+            return kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
 def skeleton(library: str, name: str, config: dict, part: str) -> torch.nn.Module:
     """A module on the meta device, as its config describes it: shapes without storage. UserError where it cannot be made."""
     kind = getattr(importlib.import_module(library), name, None)
     if kind is None:
         raise UserError(f"model.path: {part}: the installed {library} has no {name}")
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), Unfilled():
             return kind.from_config(config) if library == "diffusers" else kind(kind.config_class.from_dict(config))
     except Exception as error:  # whatever a constructor makes of values that do not fit together
         raise UserError(f"model.path: {part}/config.json does not describe a {name}: {brief(error)}") from None
