@@ -15,6 +15,7 @@ from tempflow.sampling.layout import iteration_units, states_of
 from tempflow.sampling.plans.flow_grpo import FlowGrpo
 from tempflow.sampling.plans.mix_grpo import MixGrpo
 from tempflow.sampling.plans.tempflow import TempFlow
+from tempflow.training import batches
 from tempflow.training.batches import make_batches, padding_of, select
 from tempflow.types import Advantages, State
 
@@ -73,6 +74,22 @@ def test_forwards_of_the_rollout_and_of_the_forecast():
     forwards = {phase.name: phase.forwards for phase in phases(config, model, 1, 1.0)}
     assert (forwards["rollout"], forwards["decode"], forwards["training"]) == (228, 31, 4)
     assert unit_states(config) == [6, 6, 8, 10]
+
+
+@pytest.mark.parametrize("padding, trained", [(5, 3), (2, 3)], ids=["wider", "narrower"])
+def test_padding_is_as_wide_as_what_is_trained_on(monkeypatch, padding, trained):
+    """Another rank has three states; this one has one, and pads with a state that itself has no spread."""
+    monkeypatch.setattr(batches.distributed, "reduce", lambda value, op="sum": 3)
+    g, states = torch.Generator().manual_seed(0), []
+    for size, first in ((padding, 0), (trained, padding)):
+        x, children = torch.randn(4, generator=g), torch.randn(size, 4, generator=g)
+        states.append(State(UNIT, 0, 0.5, 0.9, -0.2, 0.3, x, children, first + torch.arange(size).numpy(), torch.zeros(size)))
+    values = torch.arange(padding + trained, dtype=torch.float32)
+    values[:padding] = 0
+    credit = Advantages(values.numpy(), torch.ones(padding + trained, dtype=torch.bool).numpy(), None, {})
+    (batch,) = make_batches(select(states, credit, None), padding_of(states), 8, torch.ones(1), "cpu")
+    assert batch.children.shape == (3, trained, 4) and batch.real == 1 and batch.weight.tolist() == [1, 0, 0]
+    assert batch.advantage.tolist() == [values[padding:].tolist(), [0] * trained, [0] * trained]
 
 
 def test_a_state_is_a_mean_over_its_own_children():

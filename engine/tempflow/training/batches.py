@@ -77,7 +77,7 @@ def make_batches(
     count = math.ceil(most / micro_batch)
     size = math.ceil(most / count)  # even micro-batches: the least padding
     width = max([len(one.valid) for one in chosen] or [len(fallback.slots)])
-    filler = Weighed(fallback, torch.zeros(len(fallback.slots)), torch.ones(len(fallback.slots), dtype=torch.bool))
+    filler = _filler(fallback, width)
     places = [_widened(one, width) for one in chosen + [filler] * (count * size - len(chosen))]
     weights = torch.zeros(len(places))
     for i, one in enumerate(places[: len(chosen)]):
@@ -89,6 +89,13 @@ def make_batches(
         real = max(0, min(len(chosen) - first, size))
         batches.append(_stack(places[part], weights[part], real, device))
     return batches
+
+
+def _filler(state: State, width: int) -> Weighed:
+    """Of no more than `width` children: the padding may be wider than every state that is trained on."""
+    log_prob = None if state.log_prob is None else state.log_prob[:width]
+    state = replace(state, children=state.children[:width], slots=state.slots[:width], log_prob=log_prob)
+    return Weighed(state, torch.zeros(len(state.slots)), torch.ones(len(state.slots), dtype=torch.bool))
 
 
 def _widened(one: Weighed, width: int) -> Weighed:
