@@ -29,13 +29,14 @@ def used_by(name, folder) -> set[tuple[str, str]]:
     """(kind, id) of what a case uses; a run on finished latents uses no SDE for its loss, and weighs no steps."""
     config = parse_config(table_of(name, folder))
     tables = {kind: getattr(getattr(config, key.split(".")[0]), kind) for key, kind in registry.IN_CONFIG.items()}
-    used = {(kind, table["type"]) for kind, table in tables.items() if table} | {("weighting", config.training.weighting)}
+    used = {(kind, table["type"]) for kind, table in tables.items() if table} | {("weighting", config.training.profile()["weighting"])}
     return {(kind, id) for kind, id in used if config.objective().wants == "states" or kind not in ("sde", "weighting")}
 
 
 def test_every_component_is_in_a_case(folder):
     known = {(kind, id) for kind in registry.IN_CONFIG.values() for id in registry.KINDS[kind].ids}
-    known |= {("weighting", id) for id in typing.get_args(Training.model_fields["weighting"].annotation)}
+    names, table = typing.get_args(Training.model_fields["weighting"].annotation)
+    known |= {("weighting", id) for id in (*typing.get_args(names), *table.model_fields)}
     assert known - set.union(*(used_by(name, folder) for name in CASES)) == set(), "add them to every_component.CASES"
     corners = {(stage, adapters) for stage, adapters, *_ in CASES.values()}
     assert corners == {(0, False), (0, True), (3, False), (3, True)}, "full weights and adapters, at both ends of ZeRO"
