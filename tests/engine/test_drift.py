@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from tempflow.errors import UserError
 from tempflow.run import drift
 from tempflow.run.diversity import mean_distance, precision_and_recall, thumbnails
 from tempflow.run.drift import Looks, between_folders, join, look
+from tempflow.training.evaluator import Evaluator
 
 INKS = np.array([[20, 30, 40], [120, 30, 40], [20, 120, 40], [80, 60, 120]])  # 60 gray levels on average
 
@@ -104,6 +106,18 @@ def test_looks_survive_a_checkpoint():
         one, other = getattr(found, name), getattr(again, name)
         assert one.dtype == other.dtype and np.array_equal(one, other, equal_nan=one.dtype == np.float32)
     assert not found.there[1] and len(again) == 4
+
+
+def test_a_checkpoint_of_an_earlier_version_has_no_drift():
+    """The evaluator takes up what a state holds; one without looks leaves drift out, and the gain stays."""
+    session = SimpleNamespace(heldout=[None] * 4)
+    first, later, earlier = (Evaluator(session, None) for _ in range(3))
+    first.base_reward, first.base_rewards, first.base_looks = 0.5, np.array([0.25, np.nan, 0.5, 0.75], np.float32), look(words(INKS))
+    state = json.loads(json.dumps(first.state()))
+    later.load(state)
+    assert later.base_looks.pack() == first.base_looks.pack() and np.array_equal(later.base_rewards, first.base_rewards, equal_nan=True)
+    earlier.load({key: value for key, value in state.items() if key != "base_looks"})
+    assert earlier.base_looks is None and earlier.base_rewards is not None and earlier.state()["base_looks"] is None
 
 
 def test_a_video_is_seen_through_its_frames():
