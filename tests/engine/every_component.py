@@ -54,6 +54,12 @@ CASES = {
     "awm": (3, True, {"type": "tempflow", "seeds": 1, "children": 2}, "flow", {"draws": 1}, {"type": "channel_kl"}, {"advantage": PROMPT}),
     "nft": (3, False, {"type": "flow_grpo"}, "flow", {"draws": 2}, None, {"advantage": PROMPT}),
 }
+BESIDE = {  # further keys by case and section: what is no component, and has a state of its own or follows the iteration
+    "dmpo": {
+        "data": {"curation": {"prefer": 0.5}},
+        "rollout": {"jitter": 0.5, "adapt": {"steps": 2, "noise": {"step": 0.1}}},
+    }
+}
 ON_TWO_RANKS = ["dmpo", "fpo"]
 
 
@@ -66,7 +72,7 @@ def prepare(folder: Path) -> None:
 def table_of(name: str, folder: Path) -> dict:
     """The config of a case, its run directory in `folder`. Rewards fail now and then; an iteration makes four updates."""
     stage, adapters, plan, sde, objective, penalty, training = CASES[name]
-    return {
+    table = {
         "model": {"path": str(folder / "model"), "max_sequence_length": 20, **(LORA if adapters else {})},
         "data": {"train": str(folder / "prompts.jsonl"), "prompts_per_iteration": 2},
         "rollout": {
@@ -94,6 +100,7 @@ def table_of(name: str, folder: Path) -> dict:
         "logging": {"dir": str(folder), "name": name, "tensorboard": False},
         "deepspeed": {"optimizer": ADAMW, "zero_optimization": {"stage": stage}},
     }
+    return {section: {**keys, **BESIDE.get(name, {}).get(section, {})} for section, keys in table.items()}
 
 
 def run(name: str, folder: Path) -> None:
