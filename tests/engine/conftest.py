@@ -1,6 +1,7 @@
 """Fixtures of the engine's tests: the shipped model, and random ones of other shapes. No test reaches the network."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ sys.path.append(str(HERE.parent.parent / "benchmarks"))  # last: its kernels.py 
 import pytest  # noqa: E402
 from engine_cases import MODEL, random_pipeline  # noqa: E402
 from hypothesis import settings  # noqa: E402
+from run_cases import train_checked  # noqa: E402
 
 # A busy machine is no failure of a property.
 settings.register_profile("engine", deadline=None, max_examples=60)
@@ -48,8 +50,29 @@ def pipelines(tmp_path_factory):
 @pytest.fixture
 def skeleton(tmp_path):
     """A FluxPipeline folder that passes for one until its weights are read: there are none."""
-    import shutil
-
     folder = tmp_path / "skeleton"
     shutil.copytree(MODEL, folder, ignore=shutil.ignore_patterns("*.safetensors", "*.bin", "tokenizer*.json"))
     return folder
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """Of the runs that several tests read."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="session")
+def interrupted(folder):
+    """A run of 4 iterations that sends itself a signal; with all that has a state: Adam, an average, a decaying rate."""
+
+    def start(name, *more, at=10**9, signal_name="SIGTERM", every=2):
+        reward = {"counter": str(folder / f"{name}.count"), "at": at, "signal_name": signal_name}
+        return train_checked(folder, name, more, reward, every)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def whole(interrupted):
+    """Undisturbed; four iterations, checkpoints at 2 and 4."""
+    return interrupted("whole")

@@ -1,10 +1,14 @@
 """Tiny pipelines of the families with classifier-free guidance: the real diffusers classes with random weights."""
 
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Callable
 
 import torch
 from engine_cases import randomise
 from make_pipeline import qwen_tokenizer
+
+from tempflow.types import Size
 
 
 def sd3_pipeline(folder: Path, **scheduling) -> Path:
@@ -126,3 +130,72 @@ def qwen_pipeline(folder: Path, **scheduling) -> Path:
         transformer=randomise(transformer, 1),
     ).save_pretrained(folder)
     return folder
+
+
+FP32 = 1e-5
+
+
+PROMPTS = ['the word "ABC"', "something else, and longer"]
+
+
+NEGATIVES = ["blurred, too many words", ""]
+
+
+DYNAMIC = {"shift": 3.0, "use_dynamic_shifting": True}
+
+
+@dataclass(frozen=True)
+class Family:
+    """How to build a tiny pipeline of one, what diffusers calls what the engine calls guidance_scale, and how two predictions
+    become one."""
+
+    build: Callable[..., Path]
+    pipeline: str
+    scale: str
+    text_length: int
+    default_negative: str
+    schedulers: dict = field(default_factory=dict)
+    combine: Callable = lambda positive, negative, scale: (1 - scale) * negative + scale * positive
+
+    def call(self, guidance_scale, negatives):
+        """The pipeline's arguments; without negative prompts its own default."""
+        return {self.scale: guidance_scale} | ({} if negatives is None else {"negative_prompt": list(negatives)})
+
+
+def rescaled(positive, negative, scale):
+    """Guided, and as long as the positive prediction, token by token."""
+    guided = (1 - scale) * negative + scale * positive
+    return guided * (positive.square().sum(-1, keepdim=True) / guided.square().sum(-1, keepdim=True)).sqrt()
+
+
+FAMILIES = {
+    "sd3": Family(sd3_pipeline, "StableDiffusion3Pipeline", "guidance_scale", 256, "", {"shifted": {"shift": 3.0}, "dynamic": DYNAMIC}),
+    "qwen_image": Family(
+        qwen_pipeline,
+        "QwenImagePipeline",
+        "true_cfg_scale",
+        512,
+        " ",
+        {"dynamic": {**DYNAMIC, "base_shift": 0.5, "max_shift": 0.9, "max_image_seq_len": 8192, "shift_terminal": 0.02}, "plain": {}},
+        rescaled,
+    ),
+}
+
+
+def pipeline_folders(root: Path) -> Callable[..., Path]:
+    """Folder of a tiny pipeline by (family, kind of scheduler), built in `root` when first asked for."""
+    made = {}
+
+    def get(name, kind=None):
+        family = FAMILIES[name]
+        kind = kind or next(iter(family.schedulers))
+        if (name, kind) not in made:
+            made[name, kind] = family.build(root / f"{name}-{kind}", **family.schedulers[kind])
+        return made[name, kind]
+
+    return get
+
+
+def latents_for(policy, height, width, count=2):
+    shape = policy.latent_shape(Size(height, width))
+    return torch.randn(count, *shape, generator=torch.Generator().manual_seed(0))

@@ -136,3 +136,17 @@ def train(folder: Path, name: str, *more, processes: int | None = 0, status: int
 def timeless(row: dict) -> dict:
     """A row of metrics.jsonl without what depends on the clock."""
     return {key: value for key, value in row.items() if not key.startswith("time/")}
+
+
+def train_checked(folder, name, more, reward, every, processes=0, rank=0, **deepspeed):
+    return train(
+        folder,
+        name,
+        *more,
+        processes=processes,
+        rewards={"engine_rewards:Signalling": {**reward, "rank": rank}},
+        training={"iterations": 4, "updates": {"passes": 2}, "ema": {"decay": 0.5, "every": 3}, "lr_decay": 0.1, "penalty": {"coef": 0.01}},
+        eval={"precision_recall": 3},
+        checkpoint={"every": every, "keep": 9},
+        deepspeed={"optimizer": ADAMW, **deepspeed},
+    )

@@ -1,87 +1,27 @@
-"""The families with classifier-free guidance against plain diffusers, and whole runs on tiny pipelines of theirs."""
+"""The families with classifier-free guidance against plain diffusers."""
 
 import copy
-import json
-import math
-from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from typing import Callable
 
 import numpy as np
 import pytest
 import torch
-from engine_cases import ROOT, examples
-from family_cases import qwen_pipeline, sd3_pipeline
+from engine_cases import examples
+from family_cases import FAMILIES, FP32, NEGATIVES, PROMPTS, latents_for, pipeline_folders
 from kernel_cases import assert_close
-from PIL import Image
-from run_cases import ADAMW, Run, script_here, train
 
 from tempflow.errors import UserError
 from tempflow.models import check_checkpoint, check_model, check_size, index_rows, load_policy
 from tempflow.models.embeddings import EmbeddingCache
-from tempflow.run.evaluation import fixed_noise
 from tempflow.types import Size
 
-FP32 = 1e-5
-PROMPTS = ['the word "ABC"', "something else, and longer"]
-NEGATIVES = ["blurred, too many words", ""]
 SIZES = [(32, 96), (48, 48)]
-DYNAMIC = {"shift": 3.0, "use_dynamic_shifting": True}
-
-
-@dataclass(frozen=True)
-class Family:
-    """How to build a tiny pipeline of one, what diffusers calls what the engine calls guidance_scale, and how two predictions
-    become one."""
-
-    build: Callable[..., Path]
-    pipeline: str
-    scale: str
-    text_length: int
-    default_negative: str
-    schedulers: dict = field(default_factory=dict)
-    combine: Callable = lambda positive, negative, scale: (1 - scale) * negative + scale * positive
-
-    def call(self, guidance_scale, negatives):
-        """The pipeline's arguments; without negative prompts its own default."""
-        return {self.scale: guidance_scale} | ({} if negatives is None else {"negative_prompt": list(negatives)})
-
-
-def rescaled(positive, negative, scale):
-    """Guided, and as long as the positive prediction, token by token."""
-    guided = (1 - scale) * negative + scale * positive
-    return guided * (positive.square().sum(-1, keepdim=True) / guided.square().sum(-1, keepdim=True)).sqrt()
-
-
-FAMILIES = {
-    "sd3": Family(sd3_pipeline, "StableDiffusion3Pipeline", "guidance_scale", 256, "", {"shifted": {"shift": 3.0}, "dynamic": DYNAMIC}),
-    "qwen_image": Family(
-        qwen_pipeline,
-        "QwenImagePipeline",
-        "true_cfg_scale",
-        512,
-        " ",
-        {"dynamic": {**DYNAMIC, "base_shift": 0.5, "max_shift": 0.9, "max_image_seq_len": 8192, "shift_terminal": 0.02}, "plain": {}},
-        rescaled,
-    ),
-}
 KINDS = [(name, kind) for name, family in FAMILIES.items() for kind in family.schedulers]
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Folder of a tiny pipeline by (family, kind of scheduler), built when first asked for."""
-    made, root = {}, tmp_path_factory.mktemp("families")
-
-    def get(name, kind=None):
-        family = FAMILIES[name]
-        kind = kind or next(iter(family.schedulers))
-        if (name, kind) not in made:
-            made[name, kind] = family.build(root / f"{name}-{kind}", **family.schedulers[kind])
-        return made[name, kind]
-
-    return get
+    return pipeline_folders(tmp_path_factory.mktemp("families"))
 
 
 @pytest.fixture(scope="module")
@@ -100,11 +40,6 @@ def pairs(folders):
         return made[name, kind]
 
     return get
-
-
-def latents_for(policy, height, width, count=2):
-    shape = policy.latent_shape(Size(height, width))
-    return torch.randn(count, *shape, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("height, width", SIZES, ids=str)
@@ -346,144 +281,3 @@ def test_qwen_without_negative_prompts_says_that_it_does_not_guide(pairs):
     again = policy.at(Size(32, 32), 4.0).integrate(x, EmbeddingCache(policy).get(examples(PROMPTS)), 2)
     assert_close("latents", again, guided, FP32)
     assert (got - guided).norm() > 1e-3 * got.norm()
-
-
-# ---------------------------------------------------------------------------------------------------- whole runs
-@pytest.fixture(scope="module")
-def runs(folders, tmp_path_factory):
-    """One iteration by (family, "full" or "lora"), guided, two updates, with the held-out evaluation."""
-    made, root = {}, tmp_path_factory.mktemp("family-runs")
-
-    def get(name, kind):
-        if (name, kind) not in made:
-            lora = {"rank": 2, "alpha": 4} if kind == "lora" else None
-            made[name, kind] = train(
-                root,
-                f"{name}-{kind}",
-                processes=None,
-                model={"path": str(folders(name)), "lora": lora, "max_sequence_length": 32},
-                data={"prompts_per_iteration": 1},
-                rollout={
-                    "height": 32,
-                    "width": 32,
-                    "num_steps": 4,
-                    "plan": {"branch_steps": [0, 2]},
-                    "guidance_scale": 3.0,
-                    "micro_batch": 8,
-                },
-                training={
-                    "iterations": 1,
-                    "updates": {"passes": 2},
-                    "penalty": {"coef": 0.01},
-                    "objective": {"clip_low": 0.1, "clip_high": 0.1},
-                },
-                eval={"every": 1, "prompts": 2, "guidance_scale": 1.5},
-                deepspeed={"optimizer": {**ADAMW, "params": {**ADAMW["params"], "lr": 1e-3}}},
-            )
-        return made[name, kind]
-
-    return get
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["full", "lora"])
-@pytest.mark.parametrize("name", FAMILIES)
-def test_training(runs, name, kind):
-    run = runs(name, kind)
-    base, row = run.rows
-    assert row["ratio/max_dev"] > 0 and row["grad_norm"] > 0 and row["kl"] > 0
-    assert row["reward/std"] > 0 and row["reward/zero_std_groups"] == 0 and row["mismatch/log_prob"] < 1e-5
-    assert math.isfinite(base["eval/reward"]) and row["eval/reward"] != base["eval/reward"], "the model moved"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["full", "lora"])
-@pytest.mark.parametrize("name", FAMILIES)
-def test_export_is_read_by_plain_diffusers(runs, folders, tmp_path, name, kind):
-    """And gives the latents of the tuned policy, which are not the base model's."""
-    import diffusers
-
-    from tempflow.checkpoints import load
-    from tempflow.models.opened import load_whole
-
-    run = runs(name, kind)
-    done = script_here("export", "--run", run.folder, "--out", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
-    pipe = getattr(diffusers, FAMILIES[name].pipeline).from_pretrained(folders(name) if kind == "lora" else tmp_path / "out")
-    pipe.set_progress_bar_config(disable=True)
-    if kind == "lora":
-        assert [file.name for file in (tmp_path / "out").iterdir()] == ["pytorch_lora_weights.safetensors"]
-        pipe.load_lora_weights(tmp_path / "out")
-    chosen = load.load_tuned(run.folder)
-    policy = load_whole(chosen.config)
-    x, call = latents_for(policy, 32, 32), {"height": 32, "width": 32, "guidance_scale": 3.0, "negative_prompts": NEGATIVES}
-    base = policy.sample(PROMPTS, latents=x, num_steps=3, decode=False, **call)
-    got = load.apply(chosen, policy).sample(PROMPTS, latents=x, num_steps=3, decode=False, **call)
-    expected = pipe(
-        PROMPTS,
-        latents=x.clone(),
-        height=32,
-        width=32,
-        num_inference_steps=3,
-        output_type="latent",
-        max_sequence_length=32,
-        **FAMILIES[name].call(3.0, NEGATIVES),
-    ).images
-    assert_close("latents", got, expected, FP32)
-    assert (got - base).norm() > 1e-3 * base.norm()
-
-
-@pytest.mark.slow
-def test_evaluation_has_a_guidance_of_its_own(runs, folders):
-    folder = runs("sd3", "full").folder / "samples/000000"
-    first = json.loads((folder / "samples.json").read_text())["items"][0]
-    kept = np.asarray(Image.open(folder / first["file"])).astype(int)
-    policy = load_policy(folders("sd3"), max_sequence_length=32)
-    noise = fixed_noise([0], policy.latent_shape(Size(32, 32)), "cpu")
-
-    def distance(scale):
-        (drawn,) = policy.sample([first["prompt"]], latents=noise, height=32, width=32, num_steps=4, guidance_scale=scale)
-        return np.abs(kept - np.asarray(drawn)).max()
-
-    assert distance(1.5) <= 1 < distance(3.0)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", FAMILIES)
-def test_other_scripts(runs, tmp_path, name):
-    """evaluate.py finds the run's own held-out reward again; sample.py draws."""
-    run = runs(name, "lora")
-    done = script_here("evaluate", "--run", run.folder)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["reward"] == pytest.approx(run.rows[-1]["eval/reward"], abs=1e-3)
-    done = script_here("sample", "--run", run.folder, "--out", tmp_path / "out", "--count", 2, "--num-steps", 2)
-    assert done.returncode == 0 and len(list((tmp_path / "out").glob("*.png"))) == 3, done.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name, config", [("sd3", "sd35_lora"), ("qwen_image", "qwen_image_lora")])
-def test_shipped_configs_run_on_tiny_pipelines(folders, tmp_path, name, config):
-    """But for the model, the size and the amounts: half precision, ZeRO, checkpointing, guidance."""
-    settings = {
-        "model.path": str(folders(name)),
-        "model.max_sequence_length": 32,
-        "data.prompts_per_iteration": 1,
-        "rollout.height": 32,
-        "rollout.width": 32,
-        "rollout.num_steps": 4,
-        "rollout.plan.seeds": 1,
-        "rollout.plan.children": 2,
-        "rewards": {"engine_rewards:contrast": 1.0},
-        "reward_pool.workers": 0,
-        "training.iterations": 1,
-        "eval.prompts": 2,
-        "eval.num_steps": 2,
-        "logging.dir": str(tmp_path),
-        "logging.tensorboard": False,
-        "data.embedding_cache": str(tmp_path / "cache"),
-    }
-    pairs = [part for key, value in settings.items() for part in ("--set", f"{key}={json.dumps(value)}")]
-    run = Run(tmp_path / config, script_here("train", "--config", ROOT / f"configs/{config}.json", *pairs))
-    row = run.rows[-1]
-    assert row["iteration"] == 1 and row["grad_norm"] > 0
-    assert "warning" not in run.done.stdout

@@ -20,6 +20,9 @@ from transformers import (
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from tempflow.rewards import RewardSpec
+from tempflow.rewards.registry import load_rewards
+
 SIZE, WIDTH, EMBEDDING = 28, 32, 24  # pixels of a side; of the towers; of the shared space
 CHARACTERS = list(string.printable)
 END = 2 * len(CHARACTERS) + 1  # id of the end-of-text, CLIP's highest
@@ -197,3 +200,37 @@ def save_hpsv3(base, weights, legacy=False):
     config.save_pretrained(base)
     assert json.loads((base / "config.json").read_text())["model_type"] == "qwen2_vl"
     return model, head, tokenizer
+
+
+HEAD_MLP = ["layers.0.", "layers.2.", "layers.4."]
+
+
+def options_of(models, name):
+    folders = {key: str(folder) for key, folder in models["folders"].items()}
+    return {
+        "pickscore": {"path": folders["clip"]},
+        "clipscore": {"path": folders["clip"]},
+        "hpsv2": {"path": folders["hps"], "base": folders["hps_base"]},
+        "aesthetic": {"path": folders["clip"], "head": folders["clip"] + "/head.safetensors"},
+        "imagereward": {"path": folders["imagereward"], "tokenizer": folders["imagereward"]},
+        "hpsv3": {"path": folders["hpsv3"], "base": folders["qwen"], "dtype": "float32"},
+    }[name]
+
+
+def loaded(models, name, **options):
+    return load_rewards([RewardSpec(name, 1.0, {**options_of(models, name), **options})], threads=1)[name]
+
+
+def save_models(make_folder):
+    """Every model that the tests read; folders by name, and the tensors or modules they hold. make_folder: from a name."""
+    folders = {name: make_folder(name) for name in ("clip", "hps_base", "hps", "imagereward", "qwen", "hpsv3")}
+    made = {"folders": folders, "clip": save_clip(folders["clip"])}
+    made["mlp"] = save_head(folders["clip"] / "head.safetensors", HEAD_MLP, [EMBEDDING, 12, 5, 1])
+    folders["linear"] = folders["clip"].parent / "linear.safetensors"
+    made["linear"] = save_head(folders["linear"], [""], [EMBEDDING, 1])
+    save_clip_parts(folders["hps_base"], clip_config(eos_token_id=2))  # as the published base has it
+    made["hps"] = open_clip_tensors()
+    save_file({f"model.{name}": tensor for name, tensor in made["hps"].items()}, folders["hps"] / "model.safetensors")
+    made["imagereward"] = save_imagereward(folders["imagereward"])
+    made["hpsv3"] = save_hpsv3(folders["qwen"], folders["hpsv3"])
+    return made

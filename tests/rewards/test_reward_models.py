@@ -8,69 +8,27 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from reward_helpers import refused
 from reward_models import (
-    EMBEDDING,
     END,
+    HEAD_MLP,
     SIZE,
     WIDTH,
-    clip_config,
-    open_clip_tensors,
-    save_clip,
-    save_clip_parts,
-    save_head,
+    loaded,
+    options_of,
     save_hpsv3,
-    save_imagereward,
 )
-from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from tempflow.errors import UserError
-from tempflow.rewards import RewardPool, RewardSpec, build_reward
-from tempflow.rewards.neural import convert
-from tempflow.rewards.registry import load_rewards
-from tempflow.rewards.workers import rank_gpu
+from tempflow.rewards import RewardPool, RewardSpec
 
 MEAN, STD = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
 PROMPTS = ["a cat", "two dogs on a hill", "a cat", "a b " * 60, "a man, 30 years old"]
-HEAD_MLP = ["layers.0.", "layers.2.", "layers.4."]
 
 
 def pictures(height, width, n=5):
     noise = np.random.default_rng(0).integers(0, 256, (n, 6, 5, 3), np.uint8)
     return np.stack([np.array(Image.fromarray(x).resize((width, height), Image.Resampling.BICUBIC)) for x in noise])
-
-
-@pytest.fixture(scope="session")
-def models(tmp_path_factory):
-    """Folders and the tensors or modules they hold."""
-    folders = {name: tmp_path_factory.mktemp(name) for name in ("clip", "hps_base", "hps", "imagereward", "qwen", "hpsv3")}
-    made = {"folders": folders, "clip": save_clip(folders["clip"])}
-    made["mlp"] = save_head(folders["clip"] / "head.safetensors", HEAD_MLP, [EMBEDDING, 12, 5, 1])
-    folders["linear"] = folders["clip"].parent / "linear.safetensors"
-    made["linear"] = save_head(folders["linear"], [""], [EMBEDDING, 1])
-    save_clip_parts(folders["hps_base"], clip_config(eos_token_id=2))  # as the published base has it
-    made["hps"] = open_clip_tensors()
-    save_file({f"model.{name}": tensor for name, tensor in made["hps"].items()}, folders["hps"] / "model.safetensors")
-    made["imagereward"] = save_imagereward(folders["imagereward"])
-    made["hpsv3"] = save_hpsv3(folders["qwen"], folders["hpsv3"])
-    return made
-
-
-def options_of(models, name):
-    folders = {key: str(folder) for key, folder in models["folders"].items()}
-    return {
-        "pickscore": {"path": folders["clip"]},
-        "clipscore": {"path": folders["clip"]},
-        "hpsv2": {"path": folders["hps"], "base": folders["hps_base"]},
-        "aesthetic": {"path": folders["clip"], "head": folders["clip"] + "/head.safetensors"},
-        "imagereward": {"path": folders["imagereward"], "tokenizer": folders["imagereward"]},
-        "hpsv3": {"path": folders["hpsv3"], "base": folders["qwen"], "dtype": "float32"},
-    }[name]
-
-
-def loaded(models, name, **options):
-    return load_rewards([RewardSpec(name, 1.0, {**options_of(models, name), **options})], threads=1)[name]
 
 
 def scores(reward, images, prompts=PROMPTS):
@@ -314,13 +272,6 @@ def test_in_a_worker_process(models):
     assert pool.failures == 0
 
 
-@pytest.mark.parametrize("visible, rank, expected", [(None, None, "0"), (None, "3", "3"), ("4,7", "1", "7"), ("", "0", ""), ("2", "1", "")])
-def test_gpu_of_a_rank(monkeypatch, visible, rank, expected):
-    for key, value in (("CUDA_VISIBLE_DEVICES", visible), ("LOCAL_RANK", rank)):
-        monkeypatch.setenv(key, value) if value is not None else monkeypatch.delenv(key, raising=False)
-    assert rank_gpu() == expected
-
-
 def test_cuda_without_a_gpu(models, monkeypatch):
     """The worker is shown the GPU of its rank, and says so where there is none."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1,-1")
@@ -338,113 +289,3 @@ def test_on_the_gpu(models):
         (result,) = pool.gather([pool.submit(images, PROMPTS, [{}] * len(images))])
     there = torch.from_numpy(result["pickscore"].values)
     torch.testing.assert_close(there, scores(loaded(models, "pickscore"), images), rtol=1e-3, atol=1e-2)
-
-
-@pytest.mark.parametrize(
-    "name, options, words",
-    [
-        ("pickscore", {"device": "gpu"}, ["rewards.pickscore.device", '"cpu" or "cuda"', "'gpu'"]),
-        ("hpsv3", {"dtype": "fp8"}, ["rewards.hpsv3.dtype", "float32, bfloat16, float16", "'fp8'"]),
-        ("aesthetic", {"batch_size": 0}, ["rewards.aesthetic.batch_size", "1 or more", "0"]),
-        ("clipscore", {"base": "x"}, ["rewards.clipscore.base", "prefix"]),
-    ],
-)
-def test_options_refused(name, options, words):
-    with refused(words):
-        build_reward(name, options)
-
-
-def spoil(models, folder, fault):
-    """A copy of the CLIP folder with one thing wrong."""
-    import shutil
-
-    shutil.copytree(models["folders"]["clip"], folder, dirs_exist_ok=True)
-    (folder / "head.safetensors").unlink()
-    weights = folder / "model.safetensors"
-    if fault == "pickle":
-        torch.save(load_file(weights), folder / "pytorch_model.bin")
-        weights.unlink()
-    elif fault == "truncated":
-        weights.write_bytes(weights.read_bytes()[:1000])
-    elif fault == "tensor missing":
-        tensors = load_file(weights)
-        del tensors["visual_projection.weight"]
-        save_file(tensors, weights)
-    elif fault == "other model":
-        (folder / "config.json").write_text('{"model_type": "bert"}')
-    elif fault == "other shapes":
-        clip_config(hidden_size=16).save_pretrained(folder)
-    elif fault == "two files":
-        weights.rename(folder / "a.safetensors")
-        shutil.copy(folder / "a.safetensors", folder / "b.safetensors")
-    else:
-        (folder / fault).unlink()
-
-
-@pytest.mark.parametrize(
-    "fault, words",
-    [
-        ("config.json", ["config.json", "No such file"]),
-        ("model.safetensors", ["holds no .safetensors"]),
-        ("preprocessor_config.json", ["image processor"]),
-        ("pickle", ["pytorch_model.bin", "python -m tempflow.rewards.neural.convert"]),
-        ("truncated", ["model.safetensors cannot be read"]),
-        ("tensor missing", ["CLIPModel lacks 1 tensors, visual_projection.weight"]),
-        ("other model", ["model_type 'bert'", "expected 'clip'"]),
-        ("other shapes", ["do not fit CLIPModel"]),
-        ("two files", ["several weights, a.safetensors, b.safetensors"]),
-    ],
-)
-def test_folder_refused(models, tmp_path, fault, words):
-    spoil(models, tmp_path, fault)
-    with refused(["rewards.pickscore.path", *words]):
-        loaded(models, "pickscore", path=str(tmp_path))
-
-
-@pytest.mark.parametrize(
-    "name, options, words",
-    [
-        ("pickscore", {"path": "no/such/folder"}, ["rewards.pickscore.path", "'no/such/folder' is no folder here"]),
-        ("pickscore", {"revision": "v2"}, ["rewards.pickscore.path", "'v2'"]),
-        ("hpsv2", {"path": "{imagereward}"}, ["rewards.hpsv2.path", "visual.conv1.weight"]),
-        ("hpsv2", {"base": "{qwen}"}, ["rewards.hpsv2.base", "'qwen2_vl'"]),
-        ("aesthetic", {"head": "{clip}"}, ["rewards.aesthetic.head", "no linear layers"]),
-        ("aesthetic", {"head": "{imagereward}"}, ["rewards.aesthetic.head", "takes embeddings of 40", "has 24"]),
-        ("imagereward", {"path": "{clip}"}, ["rewards.imagereward.path", "'clip'"]),
-        ("imagereward", {"path": "{clip}/model.safetensors"}, ["rewards.imagereward.path", "no linear layers"]),
-        ("hpsv3", {"path": "{clip}/model.safetensors"}, ["rewards.hpsv3.path", "rm_head.0.weight"]),
-        ("hpsv3", {"base": "{clip}"}, ["rewards.hpsv3.base", "'qwen2_vl'"]),
-    ],
-)
-def test_source_refused(models, monkeypatch, name, options, words):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    folders = {key: str(folder) for key, folder in models["folders"].items()}
-    with refused(words):
-        loaded(models, name, **{key: value.format(**folders) for key, value in options.items()})
-
-
-def test_hpsv3_refuses_control_tokens():
-    with pytest.raises(UserError, match=r"a.txt:3: .*<\|image_pad\|>"):
-        build_reward("hpsv3").check_prompts(["a cat", "<|image_pad|>"], [{}, {"source": "a.txt:3"}])
-
-
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_convert(tmp_path, wrapped, capsys):
-    tensors = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.ones(2, dtype=torch.bfloat16)}
-    tensors["transposed"] = tensors["a.weight"].T
-    torch.save({"state_dict": tensors, "epoch": 3} if wrapped else tensors, tmp_path / "in.pth")
-    assert convert.main([str(tmp_path / "in.pth"), str(tmp_path / "out.safetensors")]) == 0
-    result = load_file(tmp_path / "out.safetensors")
-    assert result.keys() == tensors.keys() and all(torch.equal(result[name], tensors[name]) for name in tensors)
-    assert "3 tensors" in capsys.readouterr().out
-
-
-class Mine:
-    """Something only a full unpickler builds."""
-
-
-@pytest.mark.parametrize("content, words", [(Mine(), "cannot be read as plain tensors"), ([1, 2], "no dictionary of tensors")])
-def test_convert_refuses(tmp_path, capsys, content, words):
-    torch.save(content, tmp_path / "in.pt")
-    assert convert.main([str(tmp_path / "in.pt"), str(tmp_path / "out.safetensors")]) == 2
-    assert words in capsys.readouterr().err and not (tmp_path / "out.safetensors").exists()

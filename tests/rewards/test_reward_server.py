@@ -1,83 +1,24 @@
 """The reward server and its client: the same bits as in-process, and what each end refuses."""
 
-import base64
-import io
 import json
-import os
-import signal
 import socket
-import struct
-import subprocess
-import sys
 import threading
 import time
-import urllib.error
-import urllib.request
-import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
-from pathlib import Path
 
 import numpy as np
 import pytest
-import uvicorn
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from PIL import Image
 from reward_helpers import answering, refused
+from server_cases import OCR, TOKEN, client, noise, served, serving, values_of
 
 from tempflow.errors import UserError
 from tempflow.rewards import RewardPool, RewardSpec, Scores, build_reward
-from tempflow.rewards.http.batching import Batcher
 from tempflow.rewards.http.client import ServiceError
-from tempflow.rewards.http.protocol import encode_png, read_answer, write_answer
-from tempflow.rewards.http.server import Limits, create_app
-
-SCRIPT = Path(__file__).parents[2] / "engine/reward_server.py"
-TOKEN = "s3cret-token"
-OCR = RewardSpec("ocr", 1.0, {"detect": False})
-
-
-def noise(n, height=9, width=13, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (n, height, width, 3), np.uint8)
-
-
-@contextmanager
-def serving(*specs, limits=Limits(), token=None, **options):  # noqa: B008
-    """The address of a server in a thread of this process."""
-    options = {"gpus": [""], "threads": 1, "batch": 8, "wait_s": 0.0, "timeout_s": 20.0, **options}
-    with ExitStack() as stack:
-        batchers = {spec.name: stack.enter_context(closing(Batcher(spec, **options))) for spec in specs}
-        for batcher in batchers.values():
-            batcher.wait_ready()
-        listener = stack.enter_context(socket.socket())
-        listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(create_app(batchers, limits, token), log_level="error"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join()
-
-
-def served(name):
-    return RewardSpec(name, 1.0, {}, f"served_rewards:{name}")
-
-
-def client(url, reward="", **options):
-    made = build_reward("http", {"url": url, "reward": reward, "wait_s": 0.0, **options})
-    made.load()
-    return made
-
-
-def values_of(reward, entries, images=None):
-    images = noise(len(entries)) if images is None else images
-    return reward.score(images, [""] * len(entries), entries)
+from tempflow.rewards.http.protocol import read_answer, write_answer
+from tempflow.rewards.http.server import Limits
 
 
 @pytest.fixture(scope="module")
@@ -207,136 +148,6 @@ def test_hanging_worker_is_an_error_in_time_and_replaced():
         assert values == [1]
 
 
-# What the server refuses.
-
-
-def post(url, body, headers={"Content-Type": "application/json"}):  # noqa: B006
-    """Status and error text of a raw request to /score."""
-    body = body if isinstance(body, bytes) else json.dumps(body).encode()
-    try:
-        with urllib.request.urlopen(urllib.request.Request(url + "/score", body, headers), timeout=20) as response:
-            return response.status, json.load(response)
-    except urllib.error.HTTPError as error:
-        return error.code, json.load(error)["error"]
-
-
-def png(image, **options):
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format="PNG", **options)
-    return buffer.getvalue()
-
-
-def huge_png():
-    """Some hundred bytes that claim 30000 x 30000 pixels."""
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
-
-
-def picture_cases():
-    picture = png(noise(1)[0])
-    jpeg = io.BytesIO()
-    Image.fromarray(noise(1)[0]).save(jpeg, format="JPEG")
-    return {
-        "huge": ([huge_png()], "pixels"),
-        "many": ([png(np.zeros((400, 400, 3), np.uint8))] * 7, "pixels"),
-        "sizes": ([picture, png(noise(1, 4, 4)[0])], "image 1 is 4 x 4, image 0 13 x 9"),
-        "cut": ([picture[: len(picture) // 2]], "image 0"),
-        "grey": ([png(noise(1)[0, ..., 0])], "mode L"),
-        "jpeg": ([jpeg.getvalue()], "no PNG"),
-        "pickle": ([b"\x80\x04\x95\x0a\x00."], "no PNG"),
-    }
-
-
-@pytest.fixture(scope="module")
-def strict_server():
-    limits = Limits(request_bytes=200_000, request_pixels=1_000_000, memory_bytes=250_000)
-    with serving(served("slow"), limits=limits, token=TOKEN) as url:
-        yield url
-
-
-GOOD_HEADERS = {"Content-Type": "application/json", "Authorization": f"Bearer {TOKEN}"}
-
-
-@pytest.mark.parametrize("name", list(picture_cases()))
-def test_pictures_refused(strict_server, name):
-    pictures, words = picture_cases()[name]
-    encoded = [base64.b64encode(data).decode() for data in pictures]
-    status, error = post(strict_server, {"images": encoded, "prompts": [""] * len(encoded)}, GOOD_HEADERS)
-    assert status == 400 and words in error, error
-
-
-IMAGE = encode_png(noise(1)[0])
-
-
-@pytest.mark.parametrize(
-    "body, status, words",
-    [
-        (b"{", 400, "Invalid JSON"),
-        (b"[]", 400, "body"),
-        ({}, 400, "images"),
-        ({"images": [], "prompts": []}, 400, "at least 1"),
-        ({"images": [IMAGE], "prompts": []}, 400, "1 images, but 0 prompts"),
-        ({"images": [IMAGE], "prompts": [""], "metadata": [{}, {}]}, 400, "1 images, but 2 metadata"),
-        ({"images": [IMAGE], "prompts": [3]}, 400, "prompts.0"),
-        ({"images": [IMAGE], "prompts": [""], "metadata": [[]]}, 400, "metadata.0"),
-        ({"images": ["!" + IMAGE], "prompts": [""]}, 400, "image 0"),
-        ({"images": [IMAGE], "prompts": [""], "reward": "orc"}, 400, "no reward 'orc'; this server serves slow"),
-        ({"images": [IMAGE], "prompts": [""], "promts": [""]}, 400, "promts"),
-        (b" " * 200_001, 413, "200001 bytes"),
-    ],
-    ids=lambda value: None if isinstance(value, (bytes, dict)) else str(value),
-)
-def test_messages_refused(strict_server, body, status, words):
-    got, error = post(strict_server, body, GOOD_HEADERS)
-    assert (got, words in error) == (status, True), error
-
-
-@pytest.mark.parametrize(
-    "headers, status",
-    [
-        ({"Content-Type": "application/json"}, 401),
-        ({**GOOD_HEADERS, "Authorization": "Bearer wrong"}, 401),
-        ({**GOOD_HEADERS, "Authorization": "Bearer Zoë".encode().decode("latin-1")}, 401),
-        ({**GOOD_HEADERS, "Authorization": TOKEN}, 401),
-        ({**GOOD_HEADERS, "Content-Type": "text/plain"}, 415),
-        (GOOD_HEADERS, 200),
-    ],
-)
-def test_headers(strict_server, headers, status):
-    assert post(strict_server, {"images": [IMAGE], "prompts": [""]}, headers)[0] == status
-
-
-def test_length_must_be_told(strict_server):
-    request = urllib.request.Request(strict_server + "/score", iter([b"{}"]), GOOD_HEADERS)
-    with pytest.raises(urllib.error.HTTPError, match="411"):
-        urllib.request.urlopen(request, timeout=20)
-
-
-@pytest.mark.parametrize("headers, status", [({"Content-Type": "application/json"}, 401), (GOOD_HEADERS, 413)])
-def test_refusal_of_a_large_request_arrives(strict_server, headers, status):
-    """An answer in the middle of sending would be lost in a broken pipe."""
-    assert post(strict_server, b" " * 30_000_000, headers)[0] == status
-
-
-def test_health_needs_no_token_and_the_rest_does(strict_server):
-    with urllib.request.urlopen(strict_server + "/health", timeout=20) as response:
-        assert json.load(response) == {"status": "ok"}
-    with pytest.raises(urllib.error.HTTPError, match="401"):
-        urllib.request.urlopen(strict_server + "/rewards", timeout=20)
-
-
-def test_memory_is_refused_while_another_request_holds_it(strict_server):
-    half = {"images": [IMAGE], "prompts": ["x" * 130_000], "metadata": [{"seconds": 1.5}]}
-    with ThreadPoolExecutor(2) as threads:
-        both = threads.map(lambda _: post(strict_server, half, GOOD_HEADERS)[0], range(2))
-        assert sorted(both) == [200, 503]
-    assert post(strict_server, half, GOOD_HEADERS)[0] == 200
-
-
 # The client.
 
 
@@ -361,13 +172,6 @@ def test_options_refused(options, words):
     with refused(words) as error:
         build_reward("http", options)
     assert "pw" not in str(error.value)
-
-
-def test_token_comes_from_the_environment(strict_server, monkeypatch):
-    monkeypatch.setenv("TEMPFLOW_TEST_TOKEN", TOKEN)
-    assert values_of(client(strict_server, "slow", token_env="TEMPFLOW_TEST_TOKEN"), [{}]).values.tolist() == [1]
-    with pytest.raises(ServiceError, match="401.*token"):
-        client(strict_server, "slow")
 
 
 def dead_address():
@@ -434,49 +238,3 @@ def test_metadata_that_cannot_travel_is_named():
     reward.check_prompts(["a"], [{"include": [{"class": "cat", "count": 1}], "exclude": None}])
     with pytest.raises(UserError, match="p.jsonl:2: prompt 'b' has metadata"):
         reward.check_prompts(["a", "b"], [{}, {"source": "p.jsonl:2", "box": float("nan")}])
-
-
-# The command.
-
-
-def run_script(*arguments, **options):
-    command = [sys.executable, str(SCRIPT), *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "TEMPFLOW_TEST_TOKEN": TOKEN}
-    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, **options)
-
-
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        (["--reward", "jpeg", "--host", "0.0.0.0"], ["--host 0.0.0.0", "--token-env"]),
-        (['--reward=pickscore={"device": "cuda"}'], ["--gpus", "pickscore"]),
-        (["--reward", "orc"], ["did you mean 'ocr'"]),
-        (['--reward=ocr={"detct": false}'], ["did you mean 'detect'"]),
-    ],
-)
-def test_command_refuses(arguments, words):
-    process = run_script(*arguments)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 2 and error.startswith("error: ") and len(error.splitlines()) == 1, error
-    assert all(word in error for word in words), error
-
-
-def test_command_serves_and_finishes_what_it_serves(tmp_path):
-    slow = '--reward=slow={"type": "served_rewards:slow"}'
-    process = run_script(slow, "--host", "0.0.0.0", "--port", "0", "--token-env", "TEMPFLOW_TEST_TOKEN")
-    try:
-        line = process.stdout.readline()
-        assert line.startswith("serving slow at http://0.0.0.0:"), line + process.stderr.read()
-        url = line.split()[-1].replace("0.0.0.0", "127.0.0.1")
-        message = {"images": [IMAGE], "prompts": [""], "metadata": [{"seconds": 1.0, "begun": str(tmp_path / "begun")}]}
-        with ThreadPoolExecutor(1) as threads:
-            answer = threads.submit(post, url, message, GOOD_HEADERS)
-            while not (tmp_path / "begun").exists():
-                assert not answer.done(), answer.result()
-                time.sleep(0.02)
-            process.send_signal(signal.SIGTERM)
-            assert answer.result() == (200, {"scores": [1.0], "details": None})
-        output, error = process.communicate(timeout=30)
-        assert (process.returncode, error) == (0, "") and "1 pictures in 1 batches, 0 failed" in output
-    finally:
-        process.kill()
