@@ -54,6 +54,15 @@ def distance_to_others(points: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return found
 
 
+def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Exact distances float64 [n, m] of points of whole numbers, [n, D] and [m, D], such as thumbnails in levels.
+
+    By a matrix product, which is several times faster than differences: sums of whole numbers below 2^53 have no rounding.
+    """
+    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    return np.sqrt((a * a).sum(1)[:, None] + (b * b).sum(1) - 2 * (a @ b.T))
+
+
 def precision_and_recall(base: np.ndarray, now: np.ndarray, neighbors: int) -> tuple[float, float]:
     """How far two sets of points lie within each other: share of `now` in a ball of `base`, and share of `base` in a ball of `now`.
 
@@ -61,24 +70,25 @@ def precision_and_recall(base: np.ndarray, now: np.ndarray, neighbors: int) -> t
     the base made are made no more; precision falls when new ones appear, better ones too.
 
     Args:
-        base: [n, D].
-        now: [m, D].
+        base: whole numbers, [n, D].
+        now: whole numbers, [m, D].
         neighbors: k, less than n and m.
 
     Source: arXiv 1904.06991, eq. 1 and 2; as monitors of a fine-tuned model arXiv 2305.18910.
     """
-    base, now = (torch.from_numpy(np.asarray(points, dtype=np.float64)) for points in (base, now))
-    between = _apart(base, now)
+    between = distances(base, now)
     precision = (between <= _radii(base, neighbors)[:, None]).any(0)
-    recall = (between <= _radii(now, neighbors)[None, :]).any(1)
-    return float(precision.double().mean()), float(recall.double().mean())
+    recall = (between <= _radii(now, neighbors)).any(1)
+    return float(precision.mean()), float(recall.mean())
 
 
-def _radii(points: torch.Tensor, neighbors: int) -> torch.Tensor:
+def _radii(points: np.ndarray, neighbors: int) -> np.ndarray:
     """Distance of each point to its k-th nearest other one, [n]."""
-    return _apart(points, points).fill_diagonal_(torch.inf).kthvalue(neighbors, dim=1).values
+    apart = distances(points, points)
+    np.fill_diagonal(apart, np.inf)
+    return np.partition(apart, neighbors - 1, axis=1)[:, neighbors - 1]
 
 
 def _apart(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Exact distances [n, m]; by way of a matrix product equal points would not be at 0."""
+    """Distances of real points; by way of a matrix product equal ones would not be at 0."""
     return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")

@@ -20,11 +20,12 @@ from PIL import Image
 
 from tempflow.errors import UserError
 from tempflow.media import some_frames
-from tempflow.run.diversity import FRAMES, mean_distance, precision_and_recall, thumbnails
+from tempflow.run.diversity import FRAMES, distances, precision_and_recall, thumbnails
 
 APART = 64  # gray levels; a pixel that is farther than that in any channel is not background: a quarter of the range
 FEWEST = 0.0025  # share of an image's pixels that its ink has at least
 INK_OF = 0.05  # share of the pixels, the ones farthest from the background, that stand for ink where there is less
+LARGEST = 512  # pixels a side that are looked at
 PLAIN = 0.9  # share of an image's border that is background where there is one
 
 
@@ -110,7 +111,7 @@ def metrics(base: Looks, now: Looks, neighbors: int | None = None) -> dict[str, 
     found = {
         "drift/color_shift": float(np.linalg.norm(after.mean(0) - before.mean(0))),
         "drift/color_spread": _ratio(_spread(after), _spread(before)),
-        "drift/diversity": _ratio(*(float(mean_distance(one.thumbnails / 255.0)) for one in (now, base))) if len(base) > 1 else None,
+        "drift/diversity": _ratio(*(float(distances(one.thumbnails, one.thumbnails).sum()) for one in (now, base))),
     }
     if neighbors and len(base) > neighbors:
         found["eval/precision"], found["eval/recall"] = precision_and_recall(base.thumbnails, now.thumbnails, neighbors)
@@ -134,8 +135,9 @@ def _of_folder(folder: Path) -> dict[str, np.ndarray]:
 
 
 def _colors(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Ink, whole and plain of one image's frames, uint8 [f, H, W, 3]."""
-    pixels = frames.astype(np.float32)
+    """Ink, whole and plain of one image's frames, uint8 [f, H, W, 3]; of a large image's pixels every second, third and so on."""
+    stride = -(-max(frames.shape[1:3]) // LARGEST)
+    pixels = frames[:, ::stride, ::stride].astype(np.float32)
     sides = pixels[:, [0, -1]], pixels[:, :, [0, -1]]
     border = np.concatenate([side.reshape(-1, 3) for side in sides])
     background = np.median(border, axis=0)
