@@ -16,7 +16,7 @@ from tempflow.sampling.layout import Layout, iteration_units
 from tempflow.sampling.plans.flow_grpo import FlowGrpo
 from tempflow.sampling.plans.mix_grpo import MixGrpo
 from tempflow.sampling.suffix import suffix_path
-from tempflow.types import Rewards, Row
+from tempflow.types import Rewards, Row, Unit
 
 STEPS = len(GRID) - 1
 
@@ -63,6 +63,12 @@ def test_a_tree_with_some_values():
     slots = Layout([unit], [rows]).slots
     assert list(zip(slots.step, slots.before, slots.after)) == [(0, 2, -1), (3, -1, 3), (5, 4, 0), (6, 3, 1)]
     assert slots.leaves == ((0, 1), (1,), (0,), (1,))
+
+
+def test_calibrated_noise_may_read_the_values_alone():
+    rollout = {"plan": {"type": "flow_grpo", "branch_steps": [0, 2], "values": True}, "adapt": {"noise": {}}}
+    plan = small_config(rollout=rollout, training={"advantage": {"over": "prompt"}}).plan()
+    assert [row.value for row in plan.rows(Unit(0, 0, 0, 0), 0)] == [False, True, True]
 
 
 # ---------------------------------------------------------------------------------------------------------- scheduler

@@ -81,10 +81,11 @@ def check_values(config: Config) -> None:
         )
     if valued and config.objective().wants == "endpoints":
         raise ValueError(f"rollout.plan.values: true, but training.objective {objective} learns from finished latents, not from states")
-    if valued and not needed:
+    noise = config.rollout.adapt and config.rollout.adapt.noise
+    if valued and not needed and not noise:
         raise ValueError(
             f"rollout.plan.values: true costs a row for each state, which training.advantage {advantage} makes no use of; "
-            "dense, stepwise and turning_point do"
+            "dense, stepwise and turning_point do, and rollout.adapt.noise"
         )
 
 
