@@ -94,7 +94,11 @@ DRIFTS = (
 )
 TRAINING = (
     Metric("kl", "KL to the reference", "mean over decisions; the price of the reward in distance from the base model", "lower"),
-    Metric("clip_fraction", "Clip fraction", "share of children whose ratio left the clip range: no gradient from them"),
+    Metric(
+        "clip_fraction",
+        "Clip fraction",
+        "share of children whose ratio left the range of the objective; of dppo and hinge, those that have no pull left",
+    ),
     Metric("ratio/max_dev", "Largest ratio deviation", "max |ratio − 1|; 0 with one update per rollout, by construction"),
     Metric("grad_norm", "Gradient norm", "before gradient clipping"),
     Metric("loss", "Loss", "advantages are centered, so its level says little; jumps do"),
