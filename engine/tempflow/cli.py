@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import gc
 import logging
 import os
@@ -133,7 +132,9 @@ def end_process(status: int) -> None:
     one that lets go of a Python object meanwhile aborts the process (4 of 25 ends of two ranks). Exit handlers are run."""
     if status == 0:  # a rank that fails alone would wait in here for NCCL calls that the others never make
         sys.modules["torch.distributed"].destroy_process_group()
-    atexit._run_exitfuncs()
+    from tempflow.compat import run_exit_handlers
+
+    run_exit_handlers()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

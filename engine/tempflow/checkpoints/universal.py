@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from tempflow.compat import reading_universal_checkpoints
 from tempflow.errors import UserError
 from tempflow.training import distributed
 
@@ -100,12 +101,8 @@ def _convert(source: Path, target: Path) -> str | None:
 
 
 def _load(engine, folder: Path) -> None:
-    kept = engine._config.load_universal_checkpoint
-    engine._config.load_universal_checkpoint = True
-    try:
+    with reading_universal_checkpoints(engine):
         load_state(engine, folder)
-    finally:
-        engine._config.load_universal_checkpoint = kept
     # ZeRO-3 gives all groups of its partitions one step counter, which each group would then count up.
     for state in engine.optimizer.optimizer.state.values():
         if torch.is_tensor(state.get("step")):

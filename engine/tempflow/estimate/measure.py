@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from tempflow.compat import operator_of, storage_key
 from tempflow.estimate.repeats import Repeats
 
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -86,11 +87,11 @@ class Meter(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out, fresh = self._run(func, args, kwargs)  # views and results in place lie in storages that the caller brought
-        formula = FORMULAS.get(func._overloadpacket)
+        formula = FORMULAS.get(operator_of(func))
         if formula is not None:
             self.flops += self._times * formula(*args, **kwargs, out_val=out)
         for tensor in fresh:
-            if tensor.untyped_storage()._cdata not in self._alive:
+            if storage_key(tensor.untyped_storage()) not in self._alive:
                 self._add(tensor.untyped_storage())
         return out
 
@@ -107,7 +108,7 @@ class Meter(TorchDispatchMode):
         self._grow(sum(more))
 
     def _add(self, storage: torch.UntypedStorage) -> None:
-        address, size = storage._cdata, storage.nbytes()
+        address, size = storage_key(storage), storage.nbytes()
         self._alive[address] = size, self._times if self._forward else 1, len(self._peaks) - 1
         self._grow(size)
         weakref.finalize(storage, self._release, address).atexit = False

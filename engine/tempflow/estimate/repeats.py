@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch.utils._pytree import tree_leaves
 
+from tempflow.compat import storage_key
+
 
 class Repeats:
     """Runs operations, or makes what they returned for such arguments before."""
@@ -25,8 +27,8 @@ class Repeats:
             return made[0] if single else tuple(made), made
         out = func(*args, **kwargs)
         tensors = _tensors(out)
-        given = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
-        fresh = [tensor for tensor in tensors if tensor.untyped_storage()._cdata not in given]
+        given = {storage_key(tensor.untyped_storage()) for tensor in _tensors((args, kwargs))}
+        fresh = [tensor for tensor in tensors if storage_key(tensor.untyped_storage()) not in given]
         single = isinstance(out, torch.Tensor)
         if (single or type(out) is tuple and len(out) == len(fresh)) and _can_be_made(fresh):
             self._known[key] = single, [_facts(tensor) for tensor in fresh]
@@ -53,7 +55,7 @@ def _made(facts: tuple) -> torch.Tensor:
 
 def _can_be_made(tensors: list[torch.Tensor]) -> bool:
     """Whether they are on the meta device and fill a storage each, so that others like them are made of their facts."""
-    if not tensors or len({tensor.untyped_storage()._cdata for tensor in tensors}) < len(tensors):
+    if not tensors or len({storage_key(tensor.untyped_storage()) for tensor in tensors}) < len(tensors):
         return False
     return all(tensor.device.type == "meta" and _fills_storage(tensor) for tensor in tensors)
 

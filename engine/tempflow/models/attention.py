@@ -10,6 +10,7 @@ from importlib.util import find_spec
 
 import torch
 
+from tempflow.compat import has_attention_backends
 from tempflow.errors import UserError
 from tempflow.models.loading import family_of
 from tempflow.run.environment import uses_gpu
@@ -79,7 +80,7 @@ def set_attention_backend(module: torch.nn.Module, name: str | None) -> None:
     """Choose a diffusers attention backend; UserError with the reason where it is unknown or cannot run here."""
     if name is None:
         return
-    if not any(hasattr(getattr(part, "processor", None), "_attention_backend") for part in module.modules()):
+    if not has_attention_backends(module):
         raise UserError(f"model.attention_backend: {name!r}: diffusers offers no choice for {type(module).__name__}; leave it null")
     try:
         module.set_attention_backend(name)

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from tempflow.compat import rename_old_keys
 from tempflow.errors import UserError, brief, shown
 from tempflow.models.base import resolution_shift
 from tempflow.models.component import Component, listed, problem_with_file, read_table, skeleton
@@ -95,8 +96,8 @@ def check_scales(component: Component, config: dict) -> None:
 def _compared(component: Component, whole: torch.nn.Module) -> str | None:
     """What a diffusers module lacks. Buffers may be missing: its constructor computes them."""
     held = {name: torch.empty(shape, device="meta") for name, (_, shape) in component.shapes.items()}
-    if len(component.files) == 1 and hasattr(whole, "_fix_state_dict_keys_on_load"):
-        whole._fix_state_dict_keys_on_load(held)  # names of older versions
+    if len(component.files) == 1:
+        rename_old_keys(whole, held)
     parameters = dict(whole.named_parameters())
     missing = [name for name in parameters if name not in held]
     other = [

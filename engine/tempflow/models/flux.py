@@ -6,8 +6,8 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 
+from tempflow.compat import flux_image_ids, unpack_latents
 from tempflow.models.base import Conditioning, Policy, check_multiple, resolution_shift
 from tempflow.types import Example, Size
 
@@ -15,7 +15,7 @@ from tempflow.types import Example, Size
 @lru_cache(maxsize=16)
 def position_ids(rows: int, columns: int, text: int, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids of the image's and the text's tokens. Kept, because copying them to a GPU anew cannot be captured in a graph."""
-    return FluxPipeline._prepare_latent_image_ids(1, rows, columns, device, dtype), torch.zeros(text, 3, device=device, dtype=dtype)
+    return flux_image_ids(rows, columns, device, dtype), torch.zeros(text, 3, device=device, dtype=dtype)
 
 
 class FluxPolicy(Policy):
@@ -93,6 +93,6 @@ class FluxPolicy(Policy):
 
     def _decode(self, latents: torch.Tensor, size: Size) -> torch.Tensor:
         vae = self.pipe.vae
-        x = self.pipe._unpack_latents(latents, size.height, size.width, self.pipe.vae_scale_factor)
+        x = unpack_latents(self.pipe, latents, size.height, size.width)
         x = x / vae.config.scaling_factor + vae.config.shift_factor
         return vae.decode(x.to(vae.dtype), return_dict=False)[0]

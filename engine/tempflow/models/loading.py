@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 
+from tempflow.compat import multiplies_bfloat16
 from tempflow.errors import UserError, brief, shown
 from tempflow.models.arguments import as_dtype, check_device, one_of, positive_int
 from tempflow.models.base import Policy, check_multiple
@@ -31,7 +32,7 @@ def resolve_dtype(name: str, device: torch.device | str) -> torch.dtype:
     """The torch dtype of a config name; "auto" is bfloat16 on GPUs and on CPUs that multiply it, else float32."""
     if name != "auto":
         return as_dtype(name)
-    fast = torch.device(device).type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+    fast = torch.device(device).type == "cuda" or multiplies_bfloat16()
     return torch.bfloat16 if fast else torch.float32
 
 

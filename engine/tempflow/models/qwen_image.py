@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from diffusers.models.transformers import transformer_qwenimage
 
+from tempflow.compat import unpack_latents
 from tempflow.models.arguments import finite_number
 from tempflow.models.base import Conditioning, check_multiple, resolution_shift
 from tempflow.models.guidance import GuidedPolicy
@@ -106,7 +107,7 @@ class QwenImagePolicy(GuidedPolicy):
 
     def _decode(self, latents: torch.Tensor, size: Size) -> torch.Tensor:
         vae = self.pipe.vae
-        x = self.pipe._unpack_latents(latents, size.height, size.width, self.pipe.vae_scale_factor)
+        x = unpack_latents(self.pipe, latents, size.height, size.width)
         mean, std = (
             torch.tensor(values, device=x.device).reshape(1, -1, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std)
         )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from tempflow.compat import kept_in_float32
 from tempflow.errors import UserError, brief
 from tempflow.models.component import skeleton
 from tempflow.models.hub import fetch
@@ -36,10 +37,9 @@ def _part(path: str, name: str, library: str | None, kind: str | None, dtype: to
     if library is None or not name.startswith(("transformer", "vae", "text_encoder", "image_encoder")):
         return None
     module = skeleton(library, kind, _table(path, f"{name}/config.json"), name)
-    keep = list(getattr(module, "_keep_in_fp32_modules", None) or []) if dtype == torch.float16 or library == "diffusers" else []
-    keep += list(getattr(module, "_keep_in_fp32_modules_strict", None) or [])
+    keep = kept_in_float32(module, dtype)
     for key, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        if tensor.is_floating_point() and not set(key.split(".")) & set(keep):
+        if tensor.is_floating_point() and not set(key.split(".")) & keep:
             tensor.data = tensor.data.to(dtype)
     return module
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import socket
 from typing import Callable, TypeVar
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from tempflow.compat import leave_all_reduce_to_gloo
 from tempflow.errors import RankError, UserError, brief
 from tempflow.run.environment import LAUNCH
 from tempflow.training.device import device
@@ -23,11 +23,7 @@ def init_distributed() -> None:
     """Join the launcher's process group, or make one of a single process where no launcher set it up. UserError where it cannot."""
     import deepspeed
 
-    # On CPUs DeepSpeed compiles a faster all-reduce at its first start, behind a lock file: a process killed meanwhile leaves
-    # it, and every later start waits for it for ever. Gloo's serves as well.
-    # (`import deepspeed.comm.torch` would give PyTorch itself, which the package holds by that name.)
-    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
-
+    leave_all_reduce_to_gloo()
     if "RANK" not in os.environ:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

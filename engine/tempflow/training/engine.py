@@ -15,6 +15,7 @@ import deepspeed
 import torch
 from deepspeed.utils import safe_get_full_fp32_param
 
+from tempflow.compat import compile_repeated_blocks
 from tempflow.config import Config, Lora
 from tempflow.errors import UserError
 from tempflow.models import Policy, load_denoiser, resolve_dtype
@@ -223,5 +224,4 @@ def compile_blocks(module: torch.nn.Module, how: str) -> None:
     """
     if how == "eager":
         return
-    module._repeated_blocks = module._repeated_blocks or module._no_split_modules  # SD3 names its blocks as the latter only
-    module.compile_repeated_blocks(mode="max-autotune-no-cudagraphs" if how == "compile-max" else "default")
+    compile_repeated_blocks(module, mode="max-autotune-no-cudagraphs" if how == "compile-max" else "default")

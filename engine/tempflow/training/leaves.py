@@ -19,12 +19,14 @@ import torch
 from deepspeed.runtime.zero.leaf_module_config import DeepSpeedZeroLeafModuleConfig
 from deepspeed.utils.z3_leaf_module import apply_zero_leaf_module_config
 
+from tempflow.compat import block_classes
+
 
 def leaf_section(zero: dict, module: torch.nn.Module) -> dict:
     """The `zero_optimization` section with the module's blocks as leaves: at stage 3, unless the user has named leaves."""
     if zero.get("stage") != 3 or "leaf_module" in zero:
         return zero
-    return {**zero, "leaf_module": {"classes": list(module._no_split_modules or [])}}
+    return {**zero, "leaf_module": {"classes": block_classes(module)}}
 
 
 def call_by_position(module: torch.nn.Module, zero: dict) -> None:

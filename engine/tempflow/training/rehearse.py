@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from tempflow.compat import kept_in_float32
 from tempflow.config import Config, parse_config
 from tempflow.errors import UserError
 from tempflow.media import plain
@@ -90,7 +91,7 @@ def _small_transformer(path: str, kind, dtype: torch.dtype, device: torch.device
         table["dual_attention_layers"] = [0]
     with torch.device(device):
         module = kind.from_config(table)
-    kept = set(module._keep_in_fp32_modules or [])
+    kept = kept_in_float32(module, dtype)
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         if tensor.is_floating_point() and not kept & set(name.split(".")):
             tensor.data = tensor.data.to(dtype)
