@@ -13,13 +13,23 @@ from engine_cases import random_pipeline
 from run_cases import ADAMW, Run, timeless
 
 PROMPT = {"over": "prompt"}
+CVAR = {"utility": {"type": "cvar", "over": "batch"}, "scale": "quasi_norm"}
+NOVELTY = {"utility": "novelty"}
 LORA = {"lora": {"rank": 4, "alpha": 8}}
 REWARDS = {"left": {"type": "engine_rewards:now_and_then"}, "red": {"type": "engine_rewards:warmth", "weight": 0.5}}
 PROMPTS = [{"prompt": "a cat", "rewards": ["left"]}, {"prompt": "a dog", "rewards": ["left", "red"]}]
 
 # Name: ZeRO stage, whether adapters are trained, plan, sde, objective, penalty, and other keys of `training`.
 CASES = {
-    "grpo": (3, True, {"type": "mix_grpo", "window": 2, "values": True}, "flow", {}, {"type": "alpha"}, {"advantage": "turning_point"}),
+    "grpo": (
+        3,
+        True,
+        {"type": "mix_grpo", "window": 2, "values": True},
+        "flow",
+        {"ratio": "guard"},
+        {"type": "alpha"},
+        {"advantage": "turning_point", "weighting": "guard"},
+    ),
     "dppo": (
         0,
         False,
@@ -27,7 +37,7 @@ CASES = {
         "cps",
         {"delta": 1e-9},
         {"type": "jeffreys"},
-        {"advantage": "gdpo"},
+        {"advantage": {"type": "gdpo", "utility": "win_rate", "anchor": 0.1}, "weighting": {"value": 0.9}},
     ),
     "hinge": (0, True, {"type": "flow_grpo", "values": True}, "dance", {"xi": 1e-7}, {"type": "hellinger"}, {"advantage": "dense"}),
     "spo": (
@@ -39,8 +49,24 @@ CASES = {
         {"type": "renyi", "to": "old"},
         {"advantage": "stepwise"},
     ),
-    "dpo": (0, False, {"type": "tree", "seeds": 1, "split_steps": [0, 1]}, "cps", {}, {"type": "tv"}, {"weighting": "uniform"}),
-    "dmpo": (3, False, {"type": "tempflow", "seeds": 1, "children": [4, 3, 2]}, "precise", {}, {"type": "w2"}, {"weighting": "guard"}),
+    "dpo": (
+        0,
+        False,
+        {"type": "tree", "seeds": 1, "split_steps": [0, 1]},
+        "cps",
+        {},
+        {"type": "tv"},
+        {"weighting": "uniform", "advantage": CVAR},
+    ),
+    "dmpo": (
+        3,
+        False,
+        {"type": "tempflow", "seeds": 1, "children": [4, 3, 2]},
+        "precise",
+        {},
+        {"type": "w2"},
+        {"weighting": "guard", "advantage": NOVELTY},
+    ),
     "dgpo": (
         0,
         True,
@@ -48,7 +74,7 @@ CASES = {
         "dance",
         {},
         {"type": "chi2", "to": "old"},
-        {"weighting": {"value": 0.9}},
+        {"weighting": {"value": 0.9}, "advantage": NOVELTY},
     ),
     "fpo": (0, True, {"type": "samples"}, "flow", {"pick": "extremes", "draws": 2}, {"type": "kl", "form": "v"}, {"advantage": PROMPT}),
     "awm": (3, True, {"type": "tempflow", "seeds": 1, "children": 2}, "flow", {"draws": 1}, {"type": "channel_kl"}, {"advantage": PROMPT}),
