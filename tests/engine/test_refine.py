@@ -155,6 +155,7 @@ def test_files(tmp_path):
     "arguments, said",
     [
         (["--step", "6..9"], "--step: expected steps from 0 to 8 (of 10 steps, of which the last takes no noise), got 6..9"),
+        (["--num-steps", "1"], "--rounds: a grid of 1 steps has none that takes noise"),
         (["--step", "x"], "expected a whole number"),
         (["--rewards", "{"], "--rewards: expected JSON"),
         (["--rewards", '{"taste": 1.0}'], "taste"),
@@ -171,3 +172,11 @@ def test_what_cannot_be_is_refused(tmp_path, arguments, said):
     """Before the model is loaded, and nothing is written."""
     done = script_here("refine", "--config", ROOT / "configs/tiny_ocr.json", *arguments, "--out", tmp_path / "out")
     assert done.returncode == 2 and said in done.stderr and not list(tmp_path.iterdir()), done.stderr
+
+
+def test_the_default_steps_follow_the_grid():
+    from tempflow.commands.refine import chosen_steps, parse_args
+
+    for num_steps, steps in ((10, (4, 1)), (40, (16, 4)), (4, (2, 0)), (2, (0, 0))):
+        args = parse_args(["--config", "x", "--out", "y", "--num-steps", str(num_steps)])
+        assert chosen_steps(args, small_config()) == steps

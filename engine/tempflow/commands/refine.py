@@ -44,7 +44,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=whole(0, 10_000), default=8, help="0: the best of the first --children images")
     parser.add_argument("--children", type=whole(1, 10_000), default=6, help="images of a prompt in each round, and at first")
     parser.add_argument(
-        "--step", type=step_range, default=(6, 3), metavar="A..B", help="step to which the best is noised, first to last round"
+        "--step",
+        type=step_range,
+        metavar="A..B",
+        help="step to which the best is noised, first to last round (default: 4..1 of 10 steps, of others in proportion)",
     )
     parser.add_argument(
         "--explore", choices=("branch", "noise"), default="branch", help="candidates share a noise and branch, or have their own"
@@ -84,10 +87,10 @@ def search(args: argparse.Namespace, draft: Path) -> str:
         config, chosen = load_config(args.config, args.set), None
     config, suffix = with_rewards(config, args.rewards), read_suffix(args.suffix)
     prompts = chosen_prompts(args, config)
-    check_steps(args, config)
+    steps = chosen_steps(args, config)
     if not find_spec("matplotlib"):
         note("rewards.png is not drawn: matplotlib is not installed")
-    options = Search(args.rounds, args.children, args.step, args.explore == "branch", args.target)
+    options = Search(args.rounds, args.children, steps, args.explore == "branch", args.target)
     facts = {
         "model": config.model.path,
         "iteration": chosen.iteration if chosen else 0,
@@ -150,12 +153,17 @@ def chosen_prompts(args: argparse.Namespace, config: Config) -> list[Example]:
     return sample.chosen_prompts(args, config)
 
 
-def check_steps(args: argparse.Namespace, config: Config) -> None:
-    """UserError for a --step that the grid does not have."""
+def chosen_steps(args: argparse.Namespace, config: Config) -> tuple[int, int]:
+    """k of the first round and of the last. UserError for a --step that the grid does not have."""
     num_steps = args.num_steps or config.eval.num_steps or config.rollout.num_steps
-    if args.rounds and max(args.step) > num_steps - 2:
-        allowed = f"0 to {num_steps - 2} (of {num_steps} steps, of which the last takes no noise)"
-        raise UserError(f"--step: expected steps from {allowed}, got {args.step[0]}..{args.step[1]}")
+    last = num_steps - 2
+    steps = args.step or (min(round(0.4 * num_steps), last), min(round(0.1 * num_steps), last))
+    if args.rounds and not all(0 <= step <= last for step in steps):
+        if last < 0:
+            raise UserError(f"--rounds: a grid of {num_steps} steps has none that takes noise; allowed is 0, or a larger --num-steps")
+        allowed = f"0 to {last} (of {num_steps} steps, of which the last takes no noise)"
+        raise UserError(f"--step: expected steps from {allowed}, got {steps[0]}..{steps[1]}")
+    return steps
 
 
 command = partial(cli.run, main)
