@@ -37,7 +37,7 @@ folder above the config file.
 REWARDS_TEXT = """## `rewards`
 
 Required. One entry per reward: its name and a weight, or a table of `weight` (1.0 if left out) and the reward's options. The
-reward of a picture is the weighted sum. Weight 0 only watches: such a reward is scored at evaluations alone and changes nothing.
+reward of an image is the weighted sum. Weight 0 only watches: such a reward is scored at evaluations alone and changes nothing.
 
     "rewards": {"ocr": {"weight": 1.0, "detect": false}, "jpeg": 0.0, "my_rewards:Sharpness": {"weight": 0.2, "limit": 15.0}}
 

@@ -91,13 +91,13 @@ WHY = {
     "rollout.height": "flux_first: a quarter of the pixels costs a quarter; Qwen-Image below its native 1328, to be affordable; "
     "tiny_ocr: what the small model makes.",
     "rollout.width": "As above.",
-    "rollout.num_steps": "Training needs a reward's order, not the best picture.",
+    "rollout.num_steps": "Training needs a reward's order, not the best image.",
     "rollout.plan.seeds": "flux_first, tiny_ocr: one seed of more prompts covers more words in the same time.",
     "rollout.plan.children": "Rewards of six children of one state are what an advantage is normalised over.",
     "rollout.plan.branch_steps": "Every step but the last, which takes no noise. flux_first: three, spread over the grid, for 2.4 "
     "times fewer forwards.",
     "rollout.sde.type": "The stochastic step of Flow-GRPO.",
-    "rollout.sde.eta": "Noise of a step: enough to change the picture, not to destroy it.",
+    "rollout.sde.eta": "Noise of a step: enough to change the image, not to destroy it.",
     "rollout.guidance_scale": "FLUX embeds it; SD3.5 and Qwen-Image pay a second half of each forward for it. Qwen-Image: its "
     "authors' `true_cfg_scale`. The small model has none.",
     "rollout.micro_batch": "The largest that leaves room on the card; `--dry-run` says how much. It changes speed alone.",
@@ -109,13 +109,13 @@ WHY = {
     "rewards.jpeg": "flux_first: the size of the image as a JPEG file. It costs nothing and any model can change it, so that a curve that "
     "stays flat points at a fault. It says nothing about quality; give it your reward next.",
     "rewards.ocr.weight": "The only reward; flux_first watches it at evaluations alone, to see whether the words stay legible.",
-    "rewards.ocr.detect": "True finds the text in a large picture first; the small model's pictures are text from edge to edge.",
+    "rewards.ocr.detect": "True finds the text in a large image first; the small model's images are text from edge to edge.",
     "reward_pool.workers": "OCR on CPU cores beside each GPU; one where there are two cores in all.",
-    "reward_pool.threads_per_worker": "More workers are better than more threads for pictures scored one by one.",
+    "reward_pool.threads_per_worker": "More workers are better than more threads for images scored one by one.",
     "training.iterations": "The paper gives no end; watch the held-out reward. flux_first: an hour's; tiny_ocr: as many as its "
     "minutes hold.",
     "training.minutes": "A promise to whoever tries it.",
-    "training.updates.passes": "Each part once. tiny_ocr: all states twice, since its pictures cost far more than its training; the "
+    "training.updates.passes": "Each part once. tiny_ocr: all states twice, since its images cost far more than its training; the "
     "first pass is on-policy, and in the second the ratio and its clip begin to matter.",
     "training.updates.parts": "The paper's two updates of a rollout have half of it each, which costs half of two passes.",
     "training.micro_batch": "As many states in a forward as activations leave room for; it changes speed alone. FLUX: 3 at 1024 px hold "

@@ -44,7 +44,7 @@ def filled(text: str) -> str:
 
 
 def path(text: str) -> Path:
-    """A file or folder; an empty name would be the working folder. Shells leave the ~ of --out=~/pictures as it is."""
+    """A file or folder; an empty name would be the working folder. Shells leave the ~ of --out=~/images as it is."""
     try:
         return Path(at_home(filled(text)))
     except ValueError as error:

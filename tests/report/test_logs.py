@@ -11,7 +11,7 @@ import pytest
 
 from tempflow.errors import UserError
 from tempflow.run.logs import MetricsLog, read_metrics, write_atomic
-from tempflow.run.trackers import Trackers, picture_grid
+from tempflow.run.trackers import Trackers, image_grid
 
 
 def test_rows_are_on_disk_after_append(tmp_path):
@@ -147,4 +147,4 @@ def test_no_tracker_does_nothing(tmp_path):
 def test_grid_places_pictures_in_rows(run_factory):
     run_dir = run_factory(iterations=1, sets=(0,))
     files = sorted((run_dir / "samples/000000").glob("*.png"))[:5]
-    assert picture_grid(files, columns=3).size == (3 * 98, 2 * 34)
+    assert image_grid(files, columns=3).size == (3 * 98, 2 * 34)

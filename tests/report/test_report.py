@@ -259,7 +259,7 @@ def test_failed_rewards_are_not_zeros(run_factory):
     info["items"][0].update(reward=None, rewards={"ocr": None}, details={"ocr": "not scored: timeout"})
     path.write_text(json.dumps(info))
     text = page(run_dir).text
-    assert "failed" in text and "ocr: not scored: timeout" in text and "Of 31 pictures" in text
+    assert "failed" in text and "ocr: not scored: timeout" in text and "Of 31 images" in text
 
 
 def test_sample_sets_of_other_noise_are_not_called_the_same(run_factory, sample_writer):

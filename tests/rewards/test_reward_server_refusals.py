@@ -199,6 +199,6 @@ def test_command_serves_and_finishes_what_it_serves(tmp_path):
             process.send_signal(signal.SIGTERM)
             assert answer.result() == (200, {"scores": [1.0], "details": None})
         output, error = process.communicate(timeout=30)
-        assert (process.returncode, error) == (0, "") and "1 pictures in 1 batches, 0 failed" in output
+        assert (process.returncode, error) == (0, "") and "1 images in 1 batches, 0 failed" in output
     finally:
         process.kill()

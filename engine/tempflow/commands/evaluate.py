@@ -1,4 +1,4 @@
-"""Score a run's model on held-out prompts: a line of JSON on stdout, and pictures where asked for."""
+"""Score a run's model on held-out prompts: a line of JSON on stdout, and images where asked for."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def score(args: argparse.Namespace, draft: Path | None) -> None:
-    """Evaluate, print the numbers, and write the pictures into `draft` if there is one."""
+    """Evaluate, print the numbers, and write the images into `draft` if there is one."""
     from rich.console import Console
 
     from tempflow.run import tuned

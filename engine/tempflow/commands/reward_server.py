@@ -33,11 +33,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--gpus", type=filled, metavar="I,J,...", help="one worker process on each of these GPUs")
     add("--workers", type=whole(1, 1024), default=1, help="without --gpus: worker processes per reward (default: 1)")
     add("--threads", type=positive, default=1, help="CPU threads of each worker (default: 1)")
-    add("--batch", type=positive, default=16, help="most pictures scored at once, of one request or several (default: 16)")
+    add("--batch", type=positive, default=16, help="most images scored at once, of one request or several (default: 16)")
     add("--wait-ms", type=float, default=5.0, help="how long a batch that is not full waits for other requests (default: 5)")
     add("--timeout-s", type=float, default=60.0, help="from a request's arrival to its answer (default: 60)")
     add("--max-request-mb", type=positive, default=256, help="most of one request's body (default: 256)")
-    add("--max-megapixels", type=float, default=128.0, help="most of one request's pictures together (default: 128)")
+    add("--max-megapixels", type=float, default=128.0, help="most of one request's images together (default: 128)")
     add("--memory-mb", type=positive, default=4096, help="most that all requests being served may hold (default: 4096)")
     return parser.parse_args(argv)
 
@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         server.run(sockets=[listener])
         for name, batcher in batchers.items():
             counts = batcher.counts()
-            print(f"{name}: {counts['pictures']} pictures in {counts['batches']} batches, {counts['failed_batches']} failed", flush=True)
+            print(f"{name}: {counts['pictures']} images in {counts['batches']} batches, {counts['failed_batches']} failed", flush=True)
     return 0
 
 

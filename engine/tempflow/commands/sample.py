@@ -24,7 +24,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(description="Draw the same prompts and noise with the base and the tuned model.")
     add_checkpoint_arguments(parser)
-    parser.add_argument("--out", type=path, required=True, help="folder for the pictures; must not exist, or be empty")
+    parser.add_argument("--out", type=path, required=True, help="folder for the images; must not exist, or be empty")
     parser.add_argument("--prompt", type=filled, action="append", help="a prompt; may be given again (default: held-out prompts)")
     parser.add_argument("--prompts", type=path, help="prompt file")
     parser.add_argument("--count", type=positive, default=16, help="prompts used, from the top of a file")
@@ -66,8 +66,8 @@ def draw_pairs(args: argparse.Namespace, draft: Path) -> str:
 
     config, chosen = tuned.choose(args.run, args.checkpoint, args.weights)
     prompts = chosen_prompts(args, config)
-    pictures, missing = tuned.draw(config, {"base": None, "tuned": chosen}, prompts, num_steps=args.num_steps, seed=args.seed)
-    pairs = [beside(still(base), still(new)) for base, new in zip(*pictures, strict=True)]
+    drawn, missing = tuned.draw(config, {"base": None, "tuned": chosen}, prompts, num_steps=args.num_steps, seed=args.seed)
+    pairs = [beside(still(base), still(new)) for base, new in zip(*drawn, strict=True)]
     for n, pair in enumerate(pairs):
         Image.fromarray(pair).save(draft / f"{n:04d}.png")
     Image.fromarray(np.concatenate(pairs)).save(draft / "all.png")

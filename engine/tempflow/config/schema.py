@@ -77,8 +77,8 @@ class Model(Section):
     lora: Lora | None = Field(None, description="null trains all weights of the transformer")
     attention_backend: str | None = Field(None, description="a diffusers attention backend; null: diffusers' own choice")
     gradient_checkpointing: bool = Field(False, description="trade a second forward for activation memory")
-    vae_slicing: bool = Field(False, description="decode pictures one after another: less memory for a decode_batch of many")
-    vae_tiling: bool = Field(False, description="decode large pictures in overlapping tiles: less memory, seams may show")
+    vae_slicing: bool = Field(False, description="decode images one after another: less memory for a decode_batch of many")
+    vae_tiling: bool = Field(False, description="decode large images in overlapping tiles: less memory, seams may show")
     max_sequence_length: Annotated[int, Field(ge=1, le=65536)] | None = Field(
         None, description="text tokens; null: the default of the family's diffusers pipeline (FLUX.1, Qwen-Image 512, SD3.5 256)"
     )
@@ -307,7 +307,7 @@ class Eval(Section):
     num_steps: Steps | None = Field(None, description="ODE steps; null: as in the rollout")
     guidance_scale: Annotated[float, Field(ge=0)] | None = Field(None, description="null: as in the rollout")
     prompts: Positive = Field(128, description="held-out prompts used, from the top of the file")
-    keep_samples: Positive = Field(24, description="pictures written per evaluation, the first prompts'")
+    keep_samples: Positive = Field(24, description="images written per evaluation, the first prompts'")
     precision_recall: Positive | None = Field(
         None,
         description="k of the k-nearest-neighbor balls of eval/precision and eval/recall against the base's images, e.g. 3; null: off",

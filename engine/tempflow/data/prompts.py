@@ -164,7 +164,7 @@ def _read_dataset(given: HubDataset, key: str) -> list[Example]:
             known = ", ".join(table.column_names)
             raise UserError(f"{key}.{setting}: {given.dataset} has no column {', '.join(unknown)}; it has {known}")
     wanted = {given.column, *given.metadata, "negative_prompt"}
-    # Columns left out are never decoded, as pictures would be.
+    # Columns left out are never decoded, as images would be.
     table = table.select_columns([name for name in table.column_names if name in wanted])
     prompts = [_prompt(row, f"{given.dataset}[{given.split}]:{i}", given.column) for i, row in enumerate(table)]
     if not prompts:

@@ -1,4 +1,4 @@
-"""Rewards: pictures and their prompts in, one number a picture out, scored off the training process.
+"""Rewards: images and their prompts in, one number an image out, scored off the training process.
 
 A config's `rewards` section becomes a list of `RewardSpec` (`parse_rewards`); `check_prompts` refuses
 prompts that a reward cannot use before anything is loaded; `RewardPool` scores batches in worker

@@ -1,7 +1,7 @@
-"""What a reward is: the one interface between the trainer and anything that judges pictures.
+"""What a reward is: the one interface between the trainer and anything that judges images.
 
-A picture that could not be scored has the value NaN, which the trainer masks. It is never 0: in a group
-of pictures compared with each other a false 0 is a strong signal in the wrong direction.
+An image that could not be scored has the value NaN, which the trainer masks. It is never 0: in a group
+of images compared with each other a false 0 is a strong signal in the wrong direction.
 """
 
 from __future__ import annotations

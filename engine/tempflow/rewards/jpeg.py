@@ -1,4 +1,4 @@
-"""JPEG reward: pictures that compress well, or badly. It needs no model, so it also serves to try a setup."""
+"""JPEG reward: images that compress well, or badly. It needs no model, so it also serves to try a setup."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from tempflow.rewards.base import Reward, Scores
 
 
 class JpegReward(Reward):
-    """Size of the picture as a JPEG file, in kB (1000 bytes).
+    """Size of the image as a JPEG file, in kB (1000 bytes).
 
-    goal: "small" rewards compressible pictures (minus the size), "large" incompressible ones (the size).
+    goal: "small" rewards compressible images (minus the size), "large" incompressible ones (the size).
     quality: of the encoder, 1 to 95.
     """
 

@@ -1,7 +1,7 @@
-"""OCR reward: does the picture show the text that its prompt quotes?
+"""OCR reward: does the image show the text that its prompt quotes?
 
 The text is read with RapidOCR's shipped models on the CPU and compared with the prompt's first quoted text (`quotes`), both in
-one normal form (`normal_form`): `1 - min(edit distance, len) / len`, as in Flow-GRPO's OCR task. Pictures that are one line of
+one normal form (`normal_form`): `1 - min(edit distance, len) / len`, as in Flow-GRPO's OCR task. Images that are one line of
 text are read by the recogniser alone, in batches at their natural width; the package's own call pads every line to width 320,
 which is twice slower for short words. Text direction is not corrected: words upside down are not what the prompt asked for.
 """
@@ -33,9 +33,9 @@ SHOWN = 5  # targets named at the start
 class OcrReward(Reward):
     """Reward in [0, 1] for showing the quoted text.
 
-    detect: True finds text anywhere in the picture and joins it in reading order; a target contained in
-    what was read counts as an exact match. False takes the picture as one line of text, compared as a
-    whole; right for small pictures of words, and many times faster.
+    detect: True finds text anywhere in the image and joins it in reading order; a target contained in
+    what was read counts as an exact match. False takes the image as one line of text, compared as a
+    whole; right for small images of words, and many times faster.
     """
 
     def __init__(self, detect: bool = True):
@@ -75,7 +75,7 @@ class OcrReward(Reward):
         return Scores(values, details)
 
     def _read(self, images: np.ndarray) -> list[str | Exception]:
-        """Text of each picture; where a batch fails its pictures are read alone, to blame the right one."""
+        """Text of each image; where a batch fails its images are read alone, to blame the right one."""
         results = []
         for start in range(0, len(images), self._reader.batch):
             chunk = images[start : start + self._reader.batch]
@@ -103,7 +103,7 @@ def _told(targets: list[str], several: int) -> str:
 
 
 class LineReader:
-    """The recogniser alone, for pictures that are one line of text.
+    """The recogniser alone, for images that are one line of text.
 
     Raises `UserError` where the installed rapidocr does not carry the model.
     """
@@ -150,7 +150,7 @@ class LineReader:
 
 
 class SceneReader:
-    """Detection and recognition through the rapidocr package, for text anywhere in a picture."""
+    """Detection and recognition through the rapidocr package, for text anywhere in an image."""
 
     batch = 1
 

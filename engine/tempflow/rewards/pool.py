@@ -1,7 +1,7 @@
-"""Scores batches of pictures in worker processes while the trainer goes on.
+"""Scores batches of images in worker processes while the trainer goes on.
 
 One thread a worker hands it batches from a shared queue and waits for it, so submitting never blocks. What
-goes wrong ends as a mask: where the reward raises, answers nonsense or NaN for every picture, or its worker dies or hangs,
+goes wrong ends as a mask: where the reward raises, answers nonsense or NaN for every image, or its worker dies or hangs,
 the batch is tried again after a pause, and when all tries are spent its values are NaN and counted. When a worker is
 replaced is `workers.py`'s affair. Batches are neither split nor merged: their size is the caller's choice, and one
 batch occupies one worker.
@@ -114,7 +114,7 @@ class RewardPool:
 
     @property
     def failures(self) -> int:
-        """Values masked so far: NaN for one picture by one reward, whatever the cause."""
+        """Values masked so far: NaN for one image by one reward, whatever the cause."""
         return self._failures
 
     @property

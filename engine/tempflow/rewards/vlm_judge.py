@@ -1,6 +1,6 @@
 """A vision-language model as the judge, asked through the OpenAI-compatible interface of vLLM, SGLang and others.
 
-Each picture is one chat request: the picture, then the rubric with the prompt put in. The answer is read strictly:
+Each image is one chat request: the image, then the rubric with the prompt put in. The answer is read strictly:
 what is not exactly one number inside the scale, or was cut off, is a failed value, for a guess would be a signal. Or
 the model is asked a question and the value is P(Yes) / (P(Yes) + P(No)) of its first token, as in VQAScore
 (arXiv 2404.01291): finer than a written number, and one token long.
@@ -107,7 +107,7 @@ class VlmJudge(Reward):
         return Scores(np.array([value for value, _ in judged], dtype=np.float32), [detail for _, detail in judged])
 
     def _judge(self, image: np.ndarray, prompt: str) -> tuple[float, str]:
-        """Value and detail of one picture; NaN with the reason where it failed."""
+        """Value and detail of one image; NaN with the reason where it failed."""
         try:
             return self._read(self._ask(image, prompt))
         except (ServiceError, ValueError) as error:
@@ -117,8 +117,8 @@ class VlmJudge(Reward):
         """The answer's first choice. Raises ServiceError, ValueError where the answer has none."""
         values = {"prompt": prompt, "lowest": f"{self._lowest:g}", "highest": f"{self._highest:g}"}
         text = re.sub(r"\{(prompt|lowest|highest)\}", lambda match: values[match[1]], self._rubric)
-        picture = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encode_png(image)}"}}
-        messages = [{"role": "user", "content": [picture, {"type": "text", "text": text}]}]
+        part = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encode_png(image)}"}}
+        messages = [{"role": "user", "content": [part, {"type": "text", "text": text}]}]
         for attempt in range(self._retries + 1):
             try:
                 answer = self._service.post("/chat/completions", {**self._body, "messages": messages})

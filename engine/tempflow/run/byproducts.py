@@ -1,4 +1,4 @@
-"""What a run can do without: pictures for people, the report, trackers. An error in one of them never ends the run."""
+"""What a run can do without: images for people, the report, trackers. An error in one of them never ends the run."""
 
 from __future__ import annotations
 

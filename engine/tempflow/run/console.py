@@ -145,7 +145,7 @@ class Console:
         self._out.print(table)
         self._print("Next:")
         quoted = shlex.quote(str(run_dir))
-        self._print(f"  python engine/sample.py --run {quoted} --out pictures   (base and tuned, side by side)")
+        self._print(f"  python engine/sample.py --run {quoted} --out images   (base and tuned, side by side)")
         self._print(f"  python engine/export.py --run {quoted} --out model      (a model that diffusers loads)")
 
     def _print(self, text: str) -> None:

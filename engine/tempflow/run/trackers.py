@@ -1,4 +1,4 @@
-"""Copies of a run's metrics and pictures for people who have TensorBoard or W&B open.
+"""Copies of a run's metrics and images for people who have TensorBoard or W&B open.
 
 They are by-products: what fails after the start is told of once, and the run goes on. Events are written here and now, not in
 TensorBoard's own thread, which prints a traceback when the disk is full and never writes again. Nothing here imports torch,
@@ -20,11 +20,11 @@ from tempflow.errors import UserError
 from tempflow.run.byproducts import ByProducts
 from tempflow.run.logs import AppendFile, plain_row, write_atomic
 
-GRID_COLUMNS, GRID_PICTURES, GRID_SIDE = 8, 32, 256
+GRID_COLUMNS, GRID_IMAGES, GRID_SIDE = 8, 32, 256
 
 
 class Trackers:
-    """Copies of metrics and sample pictures to TensorBoard and to W&B; with neither, every call does nothing.
+    """Copies of metrics and sample images to TensorBoard and to W&B; with neither, every call does nothing.
 
     run_dir      the run directory; events go to its tensorboard/ folder
     tensorboard  write TensorBoard events
@@ -53,14 +53,14 @@ class Trackers:
         self._each("log", scalars, step)
 
     def samples(self, folder) -> None:
-        """Write one sample set (a folder with samples.json and its pictures) as a grid, prompts as its caption."""
+        """Write one sample set (a folder with samples.json and its images) as a grid, prompts as its caption."""
         if not (self._board or self._wandb):
             return
         info = json.loads((Path(folder) / "samples.json").read_text(encoding="utf-8"))
-        items = info["items"][:GRID_PICTURES]
+        items = info["items"][:GRID_IMAGES]
         if not items:
             return
-        grid = picture_grid([Path(folder) / item["file"] for item in items])
+        grid = image_grid([Path(folder) / item["file"] for item in items])
         caption = "\n".join(f"{n + 1}. {item['prompt']}" for n, item in enumerate(items))
         self._each("samples", grid, caption, info["iteration"])
 
@@ -154,21 +154,21 @@ def _wandb_id(run_dir: Path) -> str:
     return path.read_text(encoding="utf-8").strip()
 
 
-def picture_grid(paths: list, columns: int = GRID_COLUMNS, side: int = GRID_SIDE):
-    """One PIL image with the pictures of `paths` in rows, each at most `side` pixels a side."""
+def image_grid(paths: list, columns: int = GRID_COLUMNS, side: int = GRID_SIDE):
+    """One PIL image with the images of `paths` in rows, each at most `side` pixels a side."""
     from PIL import Image
 
-    pictures = []
+    images = []
     for path in paths:
-        with Image.open(path) as picture:
-            picture = picture.convert("RGB")
-            picture.thumbnail((side, side), Image.Resampling.LANCZOS)
-            pictures.append(picture)
-    width, height = (2 + max(getattr(p, axis) for p in pictures) for axis in ("width", "height"))
-    columns = min(columns, len(pictures))
-    grid = Image.new("RGB", (columns * width, -(-len(pictures) // columns) * height), "white")
-    for n, picture in enumerate(pictures):
-        grid.paste(picture, (n % columns * width, n // columns * height))
+        with Image.open(path) as image:
+            image = image.convert("RGB")
+            image.thumbnail((side, side), Image.Resampling.LANCZOS)
+            images.append(image)
+    width, height = (2 + max(getattr(p, axis) for p in images) for axis in ("width", "height"))
+    columns = min(columns, len(images))
+    grid = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
+    for n, image in enumerate(images):
+        grid.paste(image, (n % columns * width, n // columns * height))
     return grid
 
 

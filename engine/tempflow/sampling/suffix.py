@@ -1,4 +1,4 @@
-"""The part of a row after its last decision: it only makes the picture whose reward is read, so it may be coarser.
+"""The part of a row after its last decision: it only makes the image whose reward is read, so it may be coarser.
 
 A jump of order 2 over several grid points stands for Euler's steps over them, with velocities v_j = v + (sigma_j - sigma) slope on
 the line through the last two forwards. The next forward shows where the line should have led: it puts the jump right before it

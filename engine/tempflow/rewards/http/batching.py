@@ -1,7 +1,7 @@
 """One reward's worker processes, fed with batches made across requests.
 
-A request's pictures are queued in pieces of at most one batch. A free worker takes the oldest piece and waits a few
-milliseconds for others of the same picture size to fill its batch. Where a batch of several pieces fails, each is
+A request's images are queued in pieces of at most one batch. A free worker takes the oldest piece and waits a few
+milliseconds for others of the same image size to fill its batch. Where a batch of several pieces fails, each is
 scored again alone, so that one request cannot spoil another. When a worker is replaced is `workers.py`'s affair.
 """
 
@@ -27,7 +27,7 @@ class ScoringFailed(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """Pictures of one request, uint8 RGB [n, H, W, 3], that stay together. `scores` is cancelled by who no longer waits."""
+    """Images of one request, uint8 RGB [n, H, W, 3], that stay together. `scores` is cancelled by who no longer waits."""
 
     images: np.ndarray
     prompts: list[str]
@@ -39,7 +39,7 @@ class Piece:
 class Batcher:
     """Scores pieces with `len(gpus)` worker processes, each of which sees one entry of `gpus` ("": no GPU).
 
-    batch: most pictures scored at once. wait_s: how long a batch that is not full waits for more. timeout_s: for scoring
+    batch: most images scored at once. wait_s: how long a batch that is not full waits for more. timeout_s: for scoring
     one batch; start_timeout_s: for loading the reward. Raises `UserError` for an unknown reward or option.
     """
 
@@ -68,7 +68,7 @@ class Batcher:
         return self._workers.healthy
 
     def counts(self) -> dict[str, int]:
-        """Pictures and batches scored, batches that failed, pieces waiting."""
+        """Images and batches scored, batches that failed, pieces waiting."""
         with self._changed:
             return {**self._counts, "waiting": len(self._queue)}
 
@@ -77,7 +77,7 @@ class Batcher:
         self._workers.wait_ready()
 
     def submit(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> list[Future]:
-        """Queue the pictures of a request; a future of `Scores` per piece, in order, or of ScoringFailed."""
+        """Queue the images of a request; a future of `Scores` per piece, in order, or of ScoringFailed."""
         pieces = [
             Piece(images[i : i + self._batch], prompts[i : i + self._batch], metadata[i : i + self._batch])
             for i in range(0, len(images), self._batch)
@@ -120,7 +120,7 @@ class Batcher:
         return []
 
     def _fitting(self) -> list[Piece]:
-        """The oldest piece and, in their order, those of its picture size that a batch has room for."""
+        """The oldest piece and, in their order, those of its image size that a batch has room for."""
         chosen, room = [], self._batch
         for piece in self._queue:
             same_size = piece.images.shape[1:] == self._queue[0].images.shape[1:]

@@ -1,4 +1,4 @@
-"""The messages between `HttpReward` and the reward server: JSON, with pictures as PNG files in base64.
+"""The messages between `HttpReward` and the reward server: JSON, with images as PNG files in base64.
 
     POST /score   {"reward": "ocr", "images": ["iVBORw0..."], "prompts": ["..."], "metadata": [{...}]}
     200           {"scores": [0.75, null], "details": ["HELO", "not scored: ..."] or null}
@@ -41,48 +41,48 @@ def write_request(reward: str, images: np.ndarray, prompts: list[str], metadata:
     return {"reward": reward, **message} if reward else message
 
 
-def open_pictures(encoded: list[str], max_pixels: int) -> list[Image.Image]:
-    """PNG files in base64 -> pictures, not yet decoded.
+def open_images(encoded: list[str], max_pixels: int) -> list[Image.Image]:
+    """PNG files in base64 -> images, not yet decoded.
 
-    Raises ValueError naming the picture that is no 8-bit RGB PNG or not of the first one's size, and for more than
+    Raises ValueError naming the image that is no 8-bit RGB PNG or not of the first one's size, and for more than
     `max_pixels` in all.
     """
-    pictures, pixels = [], 0
+    images, pixels = [], 0
     for i, text in enumerate(encoded):
         try:
-            picture = Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"])
+            image = Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"])
         except Image.DecompressionBombError:
-            raise ValueError(f"image {i} alone has more pixels than any picture may have") from None
+            raise ValueError(f"image {i} alone has more pixels than any image may have") from None
         except (binascii.Error, ValueError, OSError) as error:
             raise ValueError(f"image {i} is no PNG file in base64 ({type(error).__name__})") from None
-        if picture.mode != "RGB":
-            raise ValueError(f"image {i} has mode {picture.mode}, expected 8-bit RGB")
-        if pictures and picture.size != pictures[0].size:
-            raise ValueError(f"image {i} is {_size(picture)}, image 0 {_size(pictures[0])}; a request holds one size")
-        pixels += picture.width * picture.height
+        if image.mode != "RGB":
+            raise ValueError(f"image {i} has mode {image.mode}, expected 8-bit RGB")
+        if images and image.size != images[0].size:
+            raise ValueError(f"image {i} is {_size(image)}, image 0 {_size(images[0])}; a request holds one size")
+        pixels += image.width * image.height
         if pixels > max_pixels:
-            raise ValueError(f"more than {max_pixels} pixels in one request; send fewer or smaller pictures")
-        pictures.append(picture)
-    return pictures
+            raise ValueError(f"more than {max_pixels} pixels in one request; send fewer or smaller images")
+        images.append(image)
+    return images
 
 
-def decode(pictures: list[Image.Image]) -> np.ndarray:
-    """uint8 RGB [n, H, W, 3]; ValueError naming the picture that is broken."""
+def decode(images: list[Image.Image]) -> np.ndarray:
+    """uint8 RGB [n, H, W, 3]; ValueError naming the image that is broken."""
     arrays = []
-    for i, picture in enumerate(pictures):
+    for i, image in enumerate(images):
         try:
-            arrays.append(np.asarray(picture))
+            arrays.append(np.asarray(image))
         except (OSError, SyntaxError, ValueError) as error:
             raise ValueError(f"image {i} is a broken PNG file: {error}") from None
     return np.stack(arrays)
 
 
-def decoded_bytes(pictures: list[Image.Image]) -> int:
-    return sum(3 * picture.width * picture.height for picture in pictures)
+def decoded_bytes(images: list[Image.Image]) -> int:
+    return sum(3 * image.width * image.height for image in images)
 
 
-def _size(picture: Image.Image) -> str:
-    return f"{picture.width} x {picture.height}"
+def _size(image: Image.Image) -> str:
+    return f"{image.width} x {image.height}"
 
 
 def write_answer(scores: Scores) -> dict:
@@ -92,12 +92,12 @@ def write_answer(scores: Scores) -> dict:
 
 
 def read_answer(answer, n: int) -> Scores:
-    """Scores of n pictures; ValueError unless the answer is n finite numbers or nulls and, if any, n texts."""
+    """Scores of n images; ValueError unless the answer is n finite numbers or nulls and, if any, n texts."""
     if not isinstance(answer, dict) or not isinstance(answer.get("scores"), list):
         raise ValueError(f'expected an object with a list "scores", got {shown(answer)}')
     values, details = answer["scores"], answer.get("details")
     if len(values) != n:
-        raise ValueError(f"{len(values)} scores for {n} pictures")
+        raise ValueError(f"{len(values)} scores for {n} images")
     for i, value in enumerate(values):
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= _LARGEST):
             raise ValueError(f"score {i} is {shown(value)}, neither a finite number nor null")

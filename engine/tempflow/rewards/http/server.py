@@ -1,7 +1,7 @@
 """The web application of the reward server: who may ask, how much at once, and what is answered when (see `protocol.py`).
 
 Memory is bounded before it is taken: a request must say its length, and is refused with 503 while those being served
-fill `Limits.memory_bytes`; sizes of pictures are checked before they are decoded. Nothing is written to disk.
+fill `Limits.memory_bytes`; sizes of images are checked before they are decoded. Nothing is written to disk.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from starlette.requests import ClientDisconnect
 
 from tempflow.rewards.base import Scores
 from tempflow.rewards.http.batching import Batcher, ScoringFailed
-from tempflow.rewards.http.protocol import decode, decoded_bytes, open_pictures, write_answer
+from tempflow.rewards.http.protocol import decode, decoded_bytes, open_images, write_answer
 
 
 @dataclass(frozen=True)
 class Limits:
-    """request_bytes: of a request's body. request_pixels: of its pictures together. memory_bytes: of the bodies and
-    decoded pictures of all requests being served. timeout_s: from a request's arrival to its answer."""
+    """request_bytes: of a request's body. request_pixels: of its images together. memory_bytes: of the bodies and
+    decoded images of all requests being served. timeout_s: from a request's arrival to its answer."""
 
     request_bytes: int = 256 << 20
     request_pixels: int = 128_000_000
@@ -101,9 +101,9 @@ def create_app(batchers: dict[str, Batcher], limits: Limits, token: str | None) 
         try:
             asked = await run_in_threadpool(_read, body)
             batcher = _chosen(batchers, asked.reward)
-            pictures = await run_in_threadpool(open_pictures, asked.images, limits.request_pixels)
-            with memory.hold(decoded_bytes(pictures)):
-                images = await run_in_threadpool(decode, pictures)
+            opened = await run_in_threadpool(open_images, asked.images, limits.request_pixels)
+            with memory.hold(decoded_bytes(opened)):
+                images = await run_in_threadpool(decode, opened)
                 metadata = asked.metadata or [{} for _ in asked.prompts]
                 futures = batcher.submit(images, asked.prompts, metadata)
                 parts = await asyncio.gather(*map(asyncio.wrap_future, futures))
@@ -131,7 +131,7 @@ def _body_length(request: Request, most: int) -> int:
     if not length.isdecimal():
         raise HTTPException(411, "expected a Content-Length")
     if int(length) > most:
-        raise HTTPException(413, f"{length} bytes, more than the {most} allowed; send fewer pictures at once")
+        raise HTTPException(413, f"{length} bytes, more than the {most} allowed; send fewer images at once")
     return int(length)
 
 

@@ -22,7 +22,7 @@ class ModelReward(Reward):
 
     path: a folder or a hub repository; by default the published weights. revision: branch, tag or commit of a
     hub repository. device: "cpu" or "cuda", which is the GPU of the rank that the worker serves. dtype: of the model's
-    weights and activations. batch_size: pictures a forward.
+    weights and activations. batch_size: images a forward.
     """
 
     path: str

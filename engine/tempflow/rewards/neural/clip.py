@@ -1,6 +1,6 @@
 """Rewards that are the similarity of CLIP embeddings, or a small head on them.
 
-With u the embedding of the picture and v that of the text, both of length 1, and cos = u . v:
+With u the embedding of the image and v that of the text, both of length 1, and cos = u . v:
 
 | reward | score | source |
 |---|---|---|
@@ -70,7 +70,7 @@ class ClipReward(ModelReward):
         self._clip = ClipEncoder("path", fetch("path", self.path, self.revision), self.torch_dtype, self.device)
 
     def _cosine(self, pixels: torch.Tensor, texts: list[str]) -> torch.Tensor:
-        """fp32 [n, 3, size, size] and n texts -> [n]: the similarity of each picture to its text."""
+        """fp32 [n, 3, size, size] and n texts -> [n]: the similarity of each image to its text."""
         return (self._clip.embed_images(pixels) * self._clip.embed_texts(texts)).sum(-1)
 
 
@@ -89,7 +89,7 @@ class PickScore(ClipReward):
 
 @dataclass(eq=False)
 class ClipScore(ClipReward):
-    """CLIPScore (arXiv 2104.08718): `2.5 max(cos, 0)` of the picture and the prompt after `prefix`.
+    """CLIPScore (arXiv 2104.08718): `2.5 max(cos, 0)` of the image and the prompt after `prefix`.
 
     prefix: put before the prompt, with one space; "" for the bare prompt. The paper's model is ViT-B/32; the default
     is ViT-L/14, the common choice in text-to-image work.
@@ -108,7 +108,7 @@ class HpsV2(ClipReward):
     """HPSv2 and HPSv2.1 (arXiv 2306.09341): `cos`, about 0.2 to 0.35.
 
     path: weights in open_clip's layout, as published, or in transformers'. base: the CLIP model they are a finetune of,
-    for its config, tokenizer and image statistics. A picture that is not square is padded with black, not cropped, as in
+    for its config, tokenizer and image statistics. An image that is not square is padded with black, not cropped, as in
     the published transform; it is resized as torchvision (0.17 or later) resizes tensors, which is where it is published.
     """
 
@@ -130,7 +130,7 @@ class HpsV2(ClipReward):
 
 @dataclass(eq=False)
 class Aesthetic(ClipReward):
-    """LAION's aesthetic score of a picture, about 1 to 10; the prompt plays no part.
+    """LAION's aesthetic score of an image, about 1 to 10; the prompt plays no part.
 
     head: a .safetensors file, folder or repository with linear layers applied one after another to the embedding of
     length 1, without activations: the MLP of improved-aesthetic-predictor ("sac+logos+ava1-l14-linearMSE"), or one layer.

@@ -16,7 +16,7 @@ from tempflow.rewards.neural.heads import Head
 from tempflow.rewards.neural.weights import build, fetch, read_config, read_processor, read_tensors, read_tokenizer
 
 REWARD_TOKEN = "<|Reward|>"
-PIXELS = 256 * 28 * 28  # the area a picture is resized to, its sides multiples of 28
+PIXELS = 256 * 28 * 28  # the area an image is resized to, its sides multiples of 28
 
 # The instruction the model was trained with, trailing spaces included: data_collator_qwen.py of the published code.
 INSTRUCTION = """
@@ -43,7 +43,7 @@ Textual prompt - {prompt}
 """  # noqa: E501
 QUESTION = f"\nPlease provide the overall ratings of this image: {REWARD_TOKEN}\n\nEND\n"
 
-# Qwen2-VL's chat template for one picture and one text.
+# Qwen2-VL's chat template for one image and one text.
 CHAT = (
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
     "<|vision_start|>{image}<|vision_end|>{text}<|im_end|>\n<|im_start|>assistant\n"
@@ -57,8 +57,8 @@ _HEAD = (0, 3, 5)  # linear layers of rm_head; ReLU and dropout lie between
 class HpsV3(ModelReward):
     """HPSv3 (arXiv 2508.03789; hpsv3/inference.py and model/qwen2vl_trainer.py of its repository), about -5 to 15.
 
-    Qwen2-VL-7B reads the picture and the instruction; at the token <|Reward|> a head of three layers gives the mean and
-    spread of the preference, of which the score is the mean. Positions count up through picture and text alike, in
+    Qwen2-VL-7B reads the image and the instruction; at the token <|Reward|> a head of three layers gives the mean and
+    spread of the preference, of which the score is the mean. Positions count up through image and text alike, in
     all three of the model's axes, because the published model was trained so.
 
     path: its tensors as safetensors. base: the Qwen2-VL it is a finetune of, for config, tokenizer and image processor.

@@ -55,7 +55,7 @@ MAX_LENGTH = 35  # tokens of a prompt
 class ImageReward(ModelReward):
     """ImageReward (arXiv 2304.05977; ImageReward/ImageReward.py of its repository), about -2 to 2.
 
-    BERT reads the prompt, cut at 35 tokens, with cross-attention to BLIP's picture tokens; five linear layers on its
+    BERT reads the prompt, cut at 35 tokens, with cross-attention to BLIP's image tokens; five linear layers on its
     first output give r, and the score is (r - MEAN) / STD.
 
     path: the published tensors as safetensors; a config.json beside them (a `BlipConfig`) replaces the published
@@ -104,8 +104,8 @@ def clip_transform(image: np.ndarray, size: int) -> torch.Tensor:
     short = min(height, width)
     new = (int(size * width / short), int(size * height / short))
     left, top = (round((side - size) / 2) for side in new)
-    picture = Image.fromarray(image).resize(new, Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
-    pixels = torch.from_numpy(np.array(picture)).float() / 255
+    cropped = Image.fromarray(image).resize(new, Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+    pixels = torch.from_numpy(np.array(cropped)).float() / 255
     return ((pixels - torch.tensor(OPENAI_CLIP_MEAN)) / torch.tensor(OPENAI_CLIP_STD)).permute(2, 0, 1)
 
 

@@ -1,4 +1,4 @@
-"""Assembles report.html from a run directory: verdict, numbers, pictures, charts, config."""
+"""Assembles report.html from a run directory: verdict, numbers, images, charts, config."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def write_report(run_dir) -> Path:
     """Write run_dir/report.html from what the run directory holds so far, and return its path.
 
     The file is whole or absent at any moment, loads nothing from anywhere, and stays below 15 MB. An unfinished run,
-    missing metrics, no evaluation and no pictures are all fine; a missing run directory is a UserError.
+    missing metrics, no evaluation and no images are all fine; a missing run directory is a UserError.
     """
     run = load_run(run_dir)
     return write_atomic(run.folder / "report.html", render(run))

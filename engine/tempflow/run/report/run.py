@@ -14,7 +14,7 @@ from tempflow.run.logs import read_metrics
 
 @dataclass
 class SampleSet:
-    """The pictures of one iteration's model for the held-out prompts: samples/ITER/."""
+    """The images of one iteration's model for the held-out prompts: samples/ITER/."""
 
     iteration: int
     folder: Path

@@ -1,4 +1,4 @@
-"""The pictures of the report: base against tuned for the same prompts and noise, and the way between them."""
+"""The images of the report: base against tuned for the same prompts and noise, and the way between them."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def match(base: SampleSet, tuned: SampleSet) -> list[Pair]:
 
 
 def exact_share(sample: SampleSet) -> float | None:
-    """Share of pictures whose OCR reading is the quoted word, None where the set has no readings."""
+    """Share of images whose OCR reading is the quoted word, None where the set has no readings."""
     marks = [_solved(item) for item in sample.items if _reading(item) is not None]
     return sum(marks) / len(marks) if marks else None
 
@@ -75,12 +75,12 @@ def exact_share(sample: SampleSet) -> float | None:
 def _intro(pairs: list[Pair], base: SampleSet, tuned: SampleSet) -> str:
     if tuned is base:
         what = "the model before training" if base.iteration == 0 else f"iteration {base.iteration}"
-        return f'<p class="lead">Pictures of {what}; no later ones have been written yet.</p>'
+        return f'<p class="lead">Images of {what}; no later ones have been written yet.</p>'
     same = all(base.info.get(key) == tuned.info.get(key) for key in ("seed", "num_steps"))
     noise = "the same prompts and initial noise" if same else "the same prompts, but another seed or step count"
     changes = [pair.change for pair in pairs if pair.change is not None]
     up, down = sum(change > SAME for change in changes), sum(change < -SAME for change in changes)
-    count = f" Of {len(changes)} pictures {up} scored higher after training, {down} lower, {len(changes) - up - down} the same."
+    count = f" Of {len(changes)} images {up} scored higher after training, {down} lower, {len(changes) - up - down} the same."
     weights = {"ema": " (averaged weights)", "merge": " (merged weights)"}.get(tuned.info.get("weights"), "")
     before, after = exact_share(base), exact_share(tuned)
     words = f" Exact words: {before:.0%} before, {after:.0%} after." if None not in (before, after) else ""
@@ -150,7 +150,7 @@ def _reward(item: dict) -> str:
 
 
 def _parts(item: dict) -> str:
-    """Each reward by name where there is more than one, and what was noted about the picture besides a reading."""
+    """Each reward by name where there is more than one, and what was noted about the image besides a reading."""
     rewards, details, read = _part(item, "rewards"), _part(item, "details"), _reading(item) is not None
     parts = []
     if len(rewards) > 1:

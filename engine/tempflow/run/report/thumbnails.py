@@ -1,4 +1,4 @@
-"""Sample pictures as data URIs, small enough that a report of 1024-pixel pictures can be mailed."""
+"""Sample images as data URIs, small enough that a report of 1024-pixel images can be mailed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Thumbnail:
 
 
 class Thumbnails:
-    """Makes thumbnails until their total size reaches the budget; after that, and for a lost picture, None."""
+    """Makes thumbnails until their total size reaches the budget; after that, and for a lost image, None."""
 
     def __init__(self, budget: int = BUDGET):
         self.left = budget
@@ -45,15 +45,15 @@ def _make(path: Path) -> Thumbnail:
     from PIL import Image
 
     raw = path.read_bytes()
-    with Image.open(io.BytesIO(raw)) as picture:
-        picture.load()
-        if max(picture.size) <= SIDE and len(raw) <= KEEP_BYTES and picture.format == "PNG":
-            return Thumbnail(_uri(raw, "png"), *picture.size)
-        picture = picture.convert("RGB")
-        picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    with Image.open(io.BytesIO(raw)) as image:
+        image.load()
+        if max(image.size) <= SIDE and len(raw) <= KEEP_BYTES and image.format == "PNG":
+            return Thumbnail(_uri(raw, "png"), *image.size)
+        image = image.convert("RGB")
+        image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
         encoded = io.BytesIO()
-        picture.save(encoded, "JPEG", quality=QUALITY, optimize=True)
-        return Thumbnail(_uri(encoded.getvalue(), "jpeg"), *picture.size)
+        image.save(encoded, "JPEG", quality=QUALITY, optimize=True)
+        return Thumbnail(_uri(encoded.getvalue(), "jpeg"), *image.size)
 
 
 def _uri(data: bytes, kind: str) -> str:

@@ -112,7 +112,7 @@ def facts(run: Run) -> str:
         ("Tuned", tuned),
         ("Plan", plan),
         ("Reward", ", ".join(run.config.get("rewards") or {}) or None),
-        ("Pictures", size),
+        ("Images", size),
         ("Device", summary.get("device")),
     ]
     shown = "".join(f"<div><dt>{name}</dt><dd>{escape(str(value))}</dd></div>" for name, value in values if value)
