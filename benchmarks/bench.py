@@ -120,7 +120,8 @@ def train(session, rolled, scored, each_child: bool = False) -> int:
     parts = [one_child_per_state(part) for part in parts] if each_child else parts
     updater = Updater(session.runtime, session.sampler, session.objective, session.penalty, session.embed)
     passes = session.config.training.updates.passes
-    return sum(updater.update(part, 1.0)["forwards"] for _ in range(passes) for part in parts)
+    forwards = sum(updater.remember(part) for part in parts[1:])  # as the trainer, before the first step moves the weights
+    return forwards + sum(updater.update(part, 1.0)["forwards"] for _ in range(passes) for part in parts)
 
 
 def one_child_per_state(part):

@@ -34,7 +34,13 @@ from tempflow.training.engine import Runtime, engine_dtype
 from tempflow.training.rollout import RolledOut, Scored, gather_rewards, plan_iteration, roll_out
 from tempflow.training.session import Session, assemble
 
-ONE_UNIT = ["data.prompts_per_iteration=1", "rollout.plan.seeds=1", 'rewards={"engine_rewards:contrast": 1.0}', "reward_pool.workers=0"]
+ONE_UNIT = [
+    "data.prompts_per_iteration=1",
+    "rollout.plan.seeds=1",
+    'rewards={"engine_rewards:contrast": 1.0}',
+    "reward_pool.workers=0",
+    "training.updates.parts=1",  # `batches` has all states in one
+]
 STATES = 4  # at most: enough for SD3.5's micro-batch of four
 
 
