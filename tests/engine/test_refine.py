@@ -177,6 +177,6 @@ def test_what_cannot_be_is_refused(tmp_path, arguments, said):
 def test_the_default_steps_follow_the_grid():
     from tempflow.commands.refine import chosen_steps, parse_args
 
-    for num_steps, steps in ((10, (4, 1)), (40, (16, 4)), (4, (2, 0)), (2, (0, 0))):
+    for num_steps, steps in ((10, (3, 1)), (40, (12, 4)), (4, (1, 0)), (2, (0, 0))):
         args = parse_args(["--config", "x", "--out", "y", "--num-steps", str(num_steps)])
         assert chosen_steps(args, small_config()) == steps

@@ -47,10 +47,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--step",
         type=step_range,
         metavar="A..B",
-        help="step to which the best is noised, first to last round (default: 4..1 of 10 steps, of others in proportion)",
+        help="step to which the best is noised, first to last round (default: 3..1 of 10 steps, of others in proportion)",
     )
     parser.add_argument(
-        "--explore", choices=("branch", "noise"), default="branch", help="candidates share a noise and branch, or have their own"
+        "--explore", choices=("noise", "branch"), default="noise", help="candidates have a noise each, or share one and branch from it"
     )
     parser.add_argument("--target", type=number, help="leave a prompt alone once its reward has reached this")
     parser.add_argument("--suffix", type=filled, metavar="JSON", help="as rollout.suffix: coarser steps after the noise (default: exact)")
@@ -157,7 +157,7 @@ def chosen_steps(args: argparse.Namespace, config: Config) -> tuple[int, int]:
     """k of the first round and of the last. UserError for a --step that the grid does not have."""
     num_steps = args.num_steps or config.eval.num_steps or config.rollout.num_steps
     last = num_steps - 2
-    steps = args.step or (min(round(0.4 * num_steps), last), min(round(0.1 * num_steps), last))
+    steps = args.step or (min(round(0.3 * num_steps), last), min(round(0.1 * num_steps), last))
     if args.rounds and not all(0 <= step <= last for step in steps):
         if last < 0:
             raise UserError(f"--rounds: a grid of {num_steps} steps has none that takes noise; allowed is 0, or a larger --num-steps")
