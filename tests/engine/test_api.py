@@ -45,7 +45,8 @@ Path(sys.argv[2]).write_text(json.dumps(found, default=str))
 
 
 def test_train_evaluate_and_sample(tmp_path):
-    table = config_table(logging={"dir": str(tmp_path / "runs"), "name": "first"}, eval={"prompts": 4}, rollout={"lanes": 1})
+    rollout = {"lanes": 1, "num_steps": 3, "plan": {"branch_steps": [0, 1]}}
+    table = config_table(logging={"dir": str(tmp_path / "runs"), "name": "first"}, eval={"prompts": 2}, rollout=rollout)
     command = [sys.executable, "-c", CODE, json.dumps(table), str(tmp_path / "found.json")]
     done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]

@@ -197,24 +197,15 @@ def launch_nodes(folder, *arguments) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="session")
 def moved(tmp_path_factory):
-    """A run of one rank, and copies of it that were taken up after iteration 2 by two ranks: of one launcher, and of two."""
+    """A run of one rank, and a copy of it that was taken up after iteration 2 by two ranks, each with a launcher of its own."""
     folder = tmp_path_factory.mktemp("moved")
     alone = train(folder, "alone", processes=None, **settings(folder, "alone"))
-    runs = {"alone": alone}
-    for name in ("one-node", "two-nodes"):
-        shutil.copytree(alone.folder, folder / name)
-        shutil.rmtree(folder / name / "checkpoints/000004")
-        config = write_config(folder, f"{name}.json", **settings(folder, name))
-        arguments = ["--config", config, "--resume"]
-        port = ["--num_accelerators", 2, "--master_port", free_port()]
-        done = (
-            launch_nodes(folder, *arguments)
-            if name == "two-nodes"
-            else run_command(["deepspeed", *port, ROOT / "engine/train.py", *arguments])
-        )
-        runs[name] = Run(folder / name, done)
-        assert "checkpoint 000002 was written by 1 ranks and is resumed on 2" in done.stdout
-    return runs
+    name = "two-nodes"
+    shutil.copytree(alone.folder, folder / name)
+    shutil.rmtree(folder / name / "checkpoints/000004")
+    done = launch_nodes(folder, "--config", write_config(folder, f"{name}.json", **settings(folder, name)), "--resume")
+    assert "checkpoint 000002 was written by 1 ranks and is resumed on 2" in done.stdout
+    return {"alone": alone, name: Run(folder / name, done)}
 
 
 def assert_equal_runs(one: Run, other: Run):
@@ -233,14 +224,10 @@ PER_RANK = ("rollout/rows_per_forward", "rollout/peak_latents")
 
 
 @pytest.mark.slow
-def test_two_nodes_are_two_ranks(moved):
-    assert_equal_runs(moved["one-node"], moved["two-nodes"])
-    assert len(moved["two-nodes"].done.stdout) > len(moved["two-nodes"].done.stderr), "the second node keeps quiet"
-
-
-@pytest.mark.slow
-def test_a_run_goes_on_on_two_ranks(moved):
+def test_a_run_goes_on_on_two_nodes(moved):
+    """Two ranks of one launcher: `test_there_and_back`."""
     assert_equal_runs(moved["alone"], moved["two-nodes"])
+    assert len(moved["two-nodes"].done.stdout) > len(moved["two-nodes"].done.stderr), "the second node keeps quiet"
 
 
 @pytest.mark.slow
