@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from tempflow import registry
@@ -27,6 +27,7 @@ from tempflow.config.checks import (
     check_weighting,
     resolve_components,
 )
+from tempflow.config.fields import Compile, Component, Count, Fraction, Pixels, Positive, Seconds, Section, Steps, Threads
 
 if TYPE_CHECKING:
     from tempflow.advantages.base import Advantage
@@ -34,30 +35,6 @@ if TYPE_CHECKING:
     from tempflow.penalties import Penalty
     from tempflow.sampling.plans.base import Plan
     from tempflow.sampling.steps import Sde
-
-Positive = Annotated[int, Field(ge=1, lt=2**31)]
-Count = Annotated[int, Field(ge=0, lt=2**31)]
-Threads = Annotated[int, Field(ge=1, le=1024)]  # and processes: each is made, whatever the machine has
-Seconds = Annotated[float, Field(gt=0, le=1e6)]  # a timer of more than 292 years is an error
-Steps = Annotated[int, Field(ge=1, le=1000)]
-Pixels = Annotated[int, Field(ge=1, le=16384)]
-Fraction = Annotated[float, Field(gt=0, lt=1)]
-Compile = Literal["eager", "compile", "compile-max"]
-
-
-def _component(value: Any) -> Any:
-    """Only the form; what `tempflow.registry` knows of it is checked once all other keys are right."""
-    if isinstance(value, str) and value or isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return value
-    raise PydanticCustomError("component", 'expected an id, "module:Name" or a table {"type": ..., and its options}')
-
-
-Component = Annotated[Any, BeforeValidator(_component)]
-
-
-class Section(BaseModel):
-    # An empty text (`--set logging.name=$UNSET`) is no name, and is not taken for null.
-    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=(), allow_inf_nan=False, str_min_length=1)
 
 
 class Lora(Section):
