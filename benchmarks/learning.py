@@ -38,9 +38,12 @@ PATHS = [
     "rollout.plan.seeds=12",
     "training.advantage.over=prompt",
     "training.updates.passes=1",
+    "training.penalty=null",
 ]
 VARIANTS = {
     "tempflow": [],
+    "all steps": ["rollout.plan.branch_steps=all"],
+    "no penalty": ["training.penalty=null"],
     "flow_grpo": [*PATHS, *UNIFORM],
     "without branching": PATHS,
     "uniform weights": UNIFORM,

@@ -54,9 +54,10 @@ SHIPPED = [
     "rollout.plan.children=6",
     "rollout.plan.branch_steps=all",
     "rollout.suffix=null",
-    "training.penalty.coef=0.004",
+    'training.penalty={"type":"kl","coef":0.004}',
     "training.updates.passes=1",
     "training.ema=null",
+    "training.merge=null",
     "training.minutes=null",
     "eval.every=0",
 ]

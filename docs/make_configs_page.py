@@ -95,7 +95,7 @@ WHY = {
     "rollout.plan.seeds": "flux_first, tiny_ocr: one seed of more prompts covers more words in the same time.",
     "rollout.plan.children": "Rewards of six children of one state are what an advantage is normalised over.",
     "rollout.plan.branch_steps": "Every step but the last, which takes no noise. flux_first: three, spread over the grid, for 2.4 "
-    "times fewer forwards.",
+    "times fewer forwards. tiny_ocr: those where its rewards spread, without the first, which decides colors.",
     "rollout.sde.type": "The stochastic step of Flow-GRPO.",
     "rollout.sde.eta": "Noise of a step: enough to change the image, not to destroy it.",
     "rollout.guidance_scale": "FLUX embeds it; SD3.5 and Qwen-Image pay a second half of each forward for it. Qwen-Image: its "
@@ -128,13 +128,16 @@ WHY = {
     "training.objective.clip_high": "As above.",
     "training.weighting": "A step's loss weighs as much as its noise could change.",
     "training.penalty": "flux_zero3: none, which saves a reference's forwards "
-    "and memory; for where one is kept, see `training.reference` in the [config page](config.md). tiny_ocr: nothing to keep but spelling.",
-    "training.penalty.type": "The paper's.",
-    "training.penalty.coef": "The paper's for HPSv3 and for OCR.",
+    "and memory; for where one is kept, see `training.reference` in the [config page](config.md).",
+    "training.penalty.type": "The paper's. tiny_ocr: holds the colors, which an OCR reward buys itself legibility with; see the log.",
+    "training.penalty.coef": "The paper's for HPSv3 and for OCR. tiny_ocr: measured, see the log.",
     "training.penalty.form": "Between the means of the steps.",
     "training.ema.decay": "What is evaluated and exported is the average.",
-    "training.ema.every": "flux_first, tiny_ocr: every update, because they make few.",
-    "training.lr_decay": "tiny_ocr ends after minutes, and the end is what one sees; the large runs are open-ended.",
+    "training.ema.every": "flux_first: every update, because it makes few.",
+    "training.merge.last": "tiny_ocr: with `every` the last sixteen iterations; merged weights stand for a learning-rate decay at any "
+    "length of the run.",
+    "training.merge.every": "As above.",
+    "training.merge.shape": "Equal weights, which are a linear decay.",
     "training.seed": "Any.",
     "eval.every": "By the dry run, a fiftieth of the time between two of them for FLUX; flux_first: ten in the run.",
     "eval.num_steps": "As one would use the model. flux_first: enough to see. Qwen-Image: its authors' number.",

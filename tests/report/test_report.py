@@ -2,60 +2,17 @@
 
 import json
 import re
-from html.parser import HTMLParser
 
 import pytest
+from report_page import Page, page
 
 from tempflow.errors import UserError
-from tempflow.run.metrics import describe
 from tempflow.run.report import write_report
 from tempflow.run.report.charts import thin
 from tempflow.run.report.page import flatten
 from tempflow.run.report.readings import compare
 from tempflow.run.report.run import load_run
 from tempflow.run.report.thumbnails import Thumbnails
-
-VOID = {"meta", "img", "input", "br", "link"}
-
-
-class Page(HTMLParser):
-    """Every element with its attributes and the nesting checked; texts of script and style kept apart."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.elements, self.open, self.visible, self.scripts = [], [], [], []
-        self.feed(text)
-        assert self.open == [], f"unclosed: {self.open}"
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        inside = self.open[-1] if self.open else ""
-        (self.scripts if inside in ("script", "style") else self.visible).append(data)
-
-    @property
-    def text(self):
-        return re.sub(r"\s+", " ", " ".join(self.visible))
-
-    def all(self, tag):
-        return [attrs for name, attrs in self.elements if name == tag]
-
-    @property
-    def data(self):
-        return json.loads(next(text for text in self.scripts if text.startswith('{"frames"')))
-
-    def chart(self, title):
-        return next((chart for chart in self.data["charts"] if chart["title"] == title), None)
-
-
-def page(run_dir):
-    return Page(write_report(run_dir).read_text(encoding="utf-8"))
 
 
 def test_whole_run_says_what_happened(run_factory):
@@ -331,90 +288,3 @@ def test_report_replaces_the_old_one_and_leaves_no_scratch(run_factory):
     write_report(run_dir)
     assert write_report(run_dir) == run_dir / "report.html"
     assert [path.name for path in run_dir.iterdir() if "report" in path.name] == ["report.html"]
-
-
-def with_evaluation(run_dir, **last):
-    """The newest evaluation of a run of `make_run`, as runs write it now."""
-    rows = load_run(run_dir).rows
-    rows[0] |= {"eval/reward/stderr": 0.03, "eval/scored": 128, "eval/failed": 0, "eval/ocr/stderr": 0.03}
-    rows[-1] |= {"eval/reward/stderr": 0.02, "eval/scored": 128, "eval/failed": 0, **last}
-    return rows
-
-
-@pytest.mark.parametrize(
-    "gain, stderr, words, tile",
-    [
-        (0.295, 0.012, "rose from 0.480 to 0.775 (+0.295 ± 0.012 prompt by prompt)", "+0.295 ± 0.012"),
-        (
-            0.295,
-            0.2,
-            "shows no difference beyond two standard errors, from 0.480 to 0.775 (+0.295 ± 0.200 prompt by prompt)",
-            "+0.295 ± 0.200",
-        ),
-        (0.004, 0.001, "hardly moved, from 0.480 to 0.775 (+0.004 ± 0.001 prompt by prompt)", "+0.004 ± 0.001"),
-    ],
-)
-def test_the_verdict_says_how_sure_it_is(run_factory, row_writer, gain, stderr, words, tile):
-    """The change is the one that was measured prompt by prompt."""
-    run_dir = run_factory(iterations=20, total=20, sets=())
-    summary = json.loads((run_dir / "summary.json").read_text()) | {"base_reward": 0.48, "tuned_reward": 0.775}
-    (run_dir / "summary.json").write_text(json.dumps(summary))
-    row_writer(run_dir, with_evaluation(run_dir, **{"eval/gain": gain, "eval/gain/stderr": stderr, "eval/failed": 3, "eval/scored": 125}))
-    found = page(run_dir)
-    assert f"Held-out reward {words} in " in found.text and tile in found.text
-    assert "3 of its 128 images could not be scored." in found.text and "125" in found.text
-    held = found.chart("Reward")["series"][0]
-    assert held["error"] == [0.03, None, 0.02] and len(held["y"]) == 3
-    assert found.chart("Failed held-out images") and not any("stderr" in chart["title"] for chart in found.data["charts"])
-
-
-@pytest.mark.parametrize(
-    "drift, gain, said",
-    [
-        (
-            {"drift/color_shift": 38.2, "drift/color_spread": 0.71, "eval/recall": 0.4},
-            0.295,
-            "The reward was bought with drift from the base: the mean color moved by 38 of 255 gray levels, colors vary only 0.71 times "
-            "as much as the base's and only 40% of the base's images lie among those of now.",
-        ),
-        ({"drift/color_spread": 0.89}, 0.01, "The images drifted from the base: colors vary only 0.89 times as much as the base's."),
-        ({"drift/color_shift": 15.0, "drift/color_spread": 0.9, "eval/recall": 0.5, "drift/diversity": 0.2}, 0.295, None),
-    ],
-)
-def test_the_verdict_says_what_a_reward_was_bought_with(run_factory, row_writer, drift, gain, said):
-    run_dir = run_factory(iterations=20, total=20, sets=())
-    rows = with_evaluation(run_dir, **{"eval/gain": gain, "eval/gain/stderr": 0.012}, **drift)
-    rows[0] |= {key: float(key != "drift/color_shift") for key in drift}
-    row_writer(run_dir, rows)
-    found = page(run_dir)
-    assert (said is None and "drift" not in found.text.split("Drift from")[0]) or said in found.text
-    for title, key in (("Color shift", "drift/color_shift"), ("Color spread", "drift/color_spread"), ("Recall", "eval/recall")):
-        chart = found.chart(title)
-        assert (chart is not None) == (key in drift)
-        if chart:
-            assert chart["series"][0]["y"][-1] == drift[key] and chart["level"]["y"] == describe(key).limit
-    assert not any(chart["title"] in drift for chart in found.data["charts"]), "nor among the others"
-    lost = [attrs for attrs in found.all("div") if attrs.get("class") == "lost"]
-    assert len(lost) == sum(describe(key).beyond(value) for key, value in drift.items())
-
-
-@pytest.mark.parametrize("error, told", [(0.01, True), (0.03, False), (None, True)])
-def test_a_higher_evaluation_is_one_beyond_the_errors(run_factory, row_writer, error, told):
-    """0.835 at iteration 10 and 0.775 at the end: of 0.03 each that is no difference."""
-    run_dir = run_factory(iterations=20, total=20, sets=())
-    rows = with_evaluation(run_dir, **{"eval/gain": 0.295, "eval/gain/stderr": 0.012, "eval/reward": 0.775})
-    for row in (rows[10], rows[20]):
-        row |= {"eval/reward": {10: 0.835}.get(row["iteration"], 0.775), "eval/reward/stderr": error}
-    row_writer(run_dir, rows)
-    assert ("Its highest was 0.835, at iteration 10." in page(run_dir).text) == told
-
-
-def test_no_gain_is_claimed_where_no_prompt_has_one(run_factory, row_writer):
-    """What was scored before training and what after are other prompts."""
-    run_dir = run_factory(iterations=20, total=20, sets=())
-    summary = json.loads((run_dir / "summary.json").read_text()) | {"base_reward": 0.48, "tuned_reward": 0.775}
-    (run_dir / "summary.json").write_text(json.dumps(summary))
-    row_writer(run_dir, with_evaluation(run_dir, **{"eval/failed": 64, "eval/scored": 64}))
-    found = page(run_dir).text
-    assert "No held-out prompt was scored both before training (0.480) and after (0.775): the gain is unknown" in found
-    assert "+0.295" not in found
