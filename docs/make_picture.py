@@ -1,6 +1,9 @@
-"""Draws README's picture from a run: python docs/make_picture.py --run runs/tiny_ocr --out docs/images/before_after.png
+"""Draws README's picture from an evaluation of a run and its base:
 
-The first held-out prompts in file order, the same noise, base on the left and tuned on the right, each with what the OCR
+    python engine/evaluate.py --run runs/tiny_ocr --compare --prompts engine/tempflow/assets/prompts/words_final.txt --count 256 --out final
+    python docs/make_picture.py --samples final --out docs/images/before_after.png
+
+The first prompts in file order, the same noise, base on the left and tuned on the right, each with what the OCR
 reward read.
 """
 
@@ -26,12 +29,11 @@ def read_samples(folder: Path) -> list[tuple[str, Image.Image, str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--samples", type=Path, required=True, help="folder with base/ and tuned/")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--count", type=int, default=18)
     args = parser.parse_args()
-    folders = sorted(p for p in (args.run / "samples").iterdir() if p.name.isdigit())
-    pairs = list(zip(read_samples(folders[0]), read_samples(folders[-1])))[: args.count]
+    pairs = list(zip(read_samples(args.samples / "base"), read_samples(args.samples / "tuned")))[: args.count]
     width, height = (side * SCALE for side in pairs[0][0][1].size)
     font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", 13)
     cell = 2 * width + 3 * PAD, height + CAPTION + PAD
