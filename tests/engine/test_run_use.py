@@ -42,7 +42,7 @@ def through_diffusers(pipe, latents):
     ).images
 
 
-def tuned_latents(run: Run, which="ema"):
+def tuned_latents(run: Run, which=None):
     """What the run's own loading code makes of PROMPTS: before training, tuned, and from which noise."""
     from tempflow.checkpoints import load
     from tempflow.models.opened import load_whole
