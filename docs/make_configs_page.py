@@ -110,7 +110,8 @@ WHY = {
     "stays flat points at a fault. It says nothing about quality; give it your reward next.",
     "rewards.ocr.weight": "The only reward; flux_first watches it at evaluations alone, to see whether the words stay legible.",
     "rewards.ocr.detect": "True finds the text in a large image first; the small model's images are text from edge to edge.",
-    "reward_pool.workers": "OCR on CPU cores beside each GPU; one where there are two cores in all.",
+    "reward_pool.workers": "OCR on CPU cores beside each GPU. tiny_ocr: two beside two cores in all, which shorten the wait for the last "
+    "images of an iteration.",
     "reward_pool.threads_per_worker": "More workers are better than more threads for images scored one by one.",
     "training.iterations": "The paper gives no end; watch the held-out reward. flux_first: an hour's; tiny_ocr: as many as its "
     "minutes hold.",
