@@ -5,12 +5,30 @@ Images are uint8 [n, H, W, 3], videos uint8 [n, F, H, W, 3]. People see a video 
 
 from __future__ import annotations
 
-import numpy as np
+from pathlib import Path
 
+import numpy as np
+from PIL import Image, ImageOps
+
+from tempflow.errors import UserError, brief, shown
 from tempflow.types import Size
 
 TILE, NO_IMAGE = 8, (255, 0, 255)  # pixels a side and color of the tiles that stand for a missing image
 STRIP = 8  # frames of a contact strip
+
+
+def condition_image(image: str | Path | np.ndarray) -> Image.Image:
+    """One of `Example.images` in RGB: the file turned as its EXIF data says, without transparency, or the array as it is.
+
+    UserError for a file that cannot be read as an image.
+    """
+    if isinstance(image, np.ndarray):
+        return Image.fromarray(image)
+    try:
+        with Image.open(image) as opened:
+            return ImageOps.exif_transpose(opened).convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # PIL raises each of them for damaged files
+        raise UserError(f"image {shown(str(image))}: cannot be read as an image: {brief(error)}") from None
 
 
 def is_video(media: np.ndarray) -> bool:

@@ -12,6 +12,9 @@ CELL = 8  # pixels a side of a latent pixel
 class VideoPolicy(GuidedPolicy):
     """Latents [3, F, H / 8, W / 8], which the decoder repeats; an example's embedding is of its text and its condition images."""
 
+    images_taken = (0, 1)
+    makes_videos = True
+
     def __init__(self):
         self.device, self.embedded = torch.device("cpu"), []
         self._denoiser = torch.nn.Identity()

@@ -1,6 +1,7 @@
 """Videos go where images go: decoding, rewards, evaluation, sample files; and image families refuse them."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 from stub_policies import CELL, VideoPolicy
 
 from tempflow.errors import UserError
-from tempflow.media import STRIP, no_image, plain, some_frames, still
+from tempflow.media import STRIP, condition_image, no_image, plain, some_frames, still
 from tempflow.models.embeddings import EmbeddingCache
 from tempflow.models.opened import Opened
 from tempflow.rewards import Reward, RewardPool, parse_rewards, probe
@@ -109,3 +110,63 @@ def test_a_family_of_images_makes_no_video(policy):
     for call in (policy.latent_shape, lambda size: policy.sigmas(4, size)):
         with pytest.raises(UserError, match="32 x 96 x 5 frames: this model makes images"):
             call(Size(32, 96, frames=5))
+
+
+def gray(level, size=(3, 2), mode="L"):
+    return Image.new(mode, size, level)
+
+
+def test_sample_takes_images_and_frames():
+    """An entry for each prompt, for one text its own; the latents are those of the arrays in RGB; a video is a list of frames."""
+    policy, call = VideoPolicy(), {"height": 16, "width": 24, "num_steps": 2, "guidance_scale": 1.0}
+    x = torch.rand(2, 3, 5, 2, 3)
+    made = policy.sample(["a", "b"], latents=x, images=[gray(7), [gray(200, (5, 1))]], frames=5, **call)
+    assert [image.shape for example in policy.embedded[-2:] for image in example.images] == [(2, 3, 3), (1, 5, 3)]
+    assert [[frame.size for frame in video] for video in made] == [[(24, 16)] * 5] * 2
+    for images in (gray(7), [gray(7)], [gray((7, 7, 7, 9), mode="RGBA")]):
+        policy.sample("a", latents=x[:1], images=images, frames=5, **call)
+        (given,) = policy.embedded[-1].images
+        assert given.dtype == np.uint8 and given.tolist() == [[[7] * 3] * 3] * 2
+    assert policy.sample("a", latents=x[:1, :, :1], **call)[0][0].size == (24, 16)
+
+
+@pytest.mark.parametrize(
+    "prompts, images, message",
+    [
+        (["a", "b"], gray(7), "images: expected a list with an entry for each prompt, got Image"),
+        (["a", "b"], [gray(7)], "images: 1 entries for 2 prompts"),
+        (["a", "b"], [gray(7), "b.png"], r"images\[1\]: expected a PIL image or a list of PIL images, got 'b.png'"),
+        ("a", [[gray(7)]], "images: expected a PIL image"),
+        (["a", "b"], [gray(7), [gray(7)] * 2], "images: prompt 1: brings 2 images; Video takes 0 to 1 image with a prompt"),
+    ],
+)
+def test_sample_names_the_images(prompts, images, message):
+    call = {"latents": torch.rand(len(prompts), 3, 1, 2, 3), "height": 16, "width": 24, "num_steps": 2, "guidance_scale": 1.0}
+    with pytest.raises((ValueError, UserError), match=message):
+        VideoPolicy().sample(prompts, images=images, **call)
+
+
+def test_a_family_without_images_takes_none(policy):
+    x = torch.rand(1, *policy.latent_shape(Size(16, 16)))
+    call = partial(policy.sample, "a", latents=x, height=16, width=16, num_steps=1, guidance_scale=0.0)
+    with pytest.raises(UserError, match="images: prompt 0: brings 1 image, and Flux takes none"):
+        call(images=gray(7))
+    with pytest.raises(UserError, match="16 x 16 x 5 frames: this model makes images"):
+        call(frames=5)
+    with pytest.raises(ValueError, match="frames: expected a whole number from 1 on, got 0"):
+        call(frames=0)
+
+
+def test_condition_images_are_read_as_people_see_them(tmp_path):
+    """Turned as the camera says, in RGB; an array as it is; a damaged file is named."""
+    upright = Image.fromarray(np.random.default_rng(0).integers(0, 256, (4, 6, 4), np.uint8), "RGBA")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright.save(tmp_path / "turned.png", exif=exif)
+    read = condition_image(tmp_path / "turned.png")
+    assert read.mode == "RGB" and np.array_equal(np.asarray(read), np.rot90(np.asarray(upright)[..., :3], -1))
+    assert np.array_equal(np.asarray(condition_image(np.asarray(read))), np.asarray(read))
+    (tmp_path / "damaged.png").write_bytes((tmp_path / "turned.png").read_bytes()[:60])
+    for name in ("damaged.png", "none.png"):
+        with pytest.raises(UserError, match=f"image .*{name}.*: cannot be read as an image"):
+            condition_image(tmp_path / name)

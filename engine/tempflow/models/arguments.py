@@ -7,7 +7,9 @@ import numbers
 import sys
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from PIL import Image
 
 from tempflow.errors import UserError, brief, shown
 from tempflow_kernels.dispatch import use_triton
@@ -69,6 +71,30 @@ def as_negative_prompts(negatives: str | Sequence[str] | None, count: int) -> li
     if len(texts) != count:
         raise ValueError(f"negative_prompts: {len(texts)} for {count} prompts")
     return texts
+
+
+def as_images(images, count: int, alone: bool) -> list[tuple[np.ndarray, ...]]:
+    """Condition images of each of `count` prompts, uint8 RGB [H, W, 3] of any size; none for each where `images` is None.
+
+    images: a list with an entry for each prompt, an image or a list of images. alone: of one prompt that is no list, such an entry.
+    """
+    if images is None:
+        return [()] * count
+    if alone:
+        return [_pixels("images", images)]
+    if not isinstance(images, (list, tuple)):
+        raise ValueError(f"images: expected a list with an entry for each prompt, got {type(images).__name__}")
+    if len(images) != count:
+        raise ValueError(f"images: {len(images)} entries for {count} prompts")
+    return [_pixels(f"images[{n}]", entry) for n, entry in enumerate(images)]
+
+
+def _pixels(name: str, entry) -> tuple[np.ndarray, ...]:
+    given = entry if isinstance(entry, (list, tuple)) else [entry]
+    for image in given:
+        if not isinstance(image, Image.Image):
+            raise ValueError(f"{name}: expected a PIL image or a list of PIL images, got {shown(image)}")
+    return tuple(np.asarray(image.convert("RGB")) for image in given)
 
 
 def _texts(name: str, values) -> list[str]:

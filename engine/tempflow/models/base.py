@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 
 from tempflow.errors import UserError
-from tempflow.media import no_image, still
-from tempflow.models.arguments import as_negative_prompts, as_prompts, check_latents, finite_number, positive_int
+from tempflow.media import no_image
+from tempflow.models.arguments import as_images, as_negative_prompts, as_prompts, check_latents, finite_number, positive_int
 from tempflow.models.skeleton import skeleton_pipe
 from tempflow.sampling.steps import ode_coefficients
 from tempflow.types import Example, Size
@@ -49,6 +49,10 @@ def resolution_shift(scheduler, length: int, max_shift: float) -> float:
     return length * slope + (low - slope * short)
 
 
+def _images(count: int) -> str:
+    return f"{count or 'no'} image{'s' * (count != 1)}"
+
+
 class Policy(ABC):
     """A flow-matching model of images or videos of one family, loaded from a diffusers folder.
 
@@ -57,6 +61,8 @@ class Policy(ABC):
     text_length, longest_text: its default and limit of max_sequence_length.
     default_negative_prompt: of training and evaluation where a prompt brings none; None where the family takes none at all.
     masks_text: whether its attention is given a mask.
+    images_taken: how many condition images an example brings, at least and at most.
+    makes_videos: whether it makes videos, [F, H, W, 3], of which one frame is one too.
     """
 
     lora_targets: tuple[str, ...]
@@ -65,6 +71,8 @@ class Policy(ABC):
     longest_text: int
     default_negative_prompt: str | None = None
     masks_text = False
+    images_taken: tuple[int, int] = (0, 0)
+    makes_videos = False
 
     def __init__(self, pipe: Any, *, device: str | torch.device, max_sequence_length: int):
         self.pipe = pipe
@@ -125,6 +133,18 @@ class Policy(ABC):
         if cls.default_negative_prompt is None:
             return None
         return replace(example, text=cls.default_negative_prompt if example.negative is None else example.negative, negative=None)
+
+    @classmethod
+    def check_images(cls, example: Example, where: str) -> None:
+        """UserError, which begins with `where`, for an example with fewer or more condition images than the family takes."""
+        (least, most), given = cls.images_taken, len(example.images)
+        if least <= given <= most:
+            return
+        family = cls.__name__.removesuffix("Policy")
+        if most == 0:
+            raise UserError(f"{where}: brings {_images(given)}, and {family} takes none, only text")
+        wanted = _images(most) if least == most else f"{least} to {_images(most)}"
+        raise UserError(f"{where}: brings {_images(given)}; {family} takes {wanted} with a prompt")
 
     def encode(self, examples: list[Example]) -> Conditioning:
         """All that `velocity` wants to know of n examples, [n, ...] each: their embeddings, and those of what they are guided away
@@ -201,32 +221,43 @@ class Policy(ABC):
         num_steps: int,
         guidance_scale: float,
         negative_prompts: str | list[str] | None = None,
+        images: Image.Image | list[Image.Image | list[Image.Image]] | None = None,
+        frames: int | None = None,
         decode: bool = True,
-    ) -> list[Image.Image] | torch.Tensor:
+    ) -> list[Image.Image] | list[list[Image.Image]] | torch.Tensor:
         """ODE sampling from given initial latents; equals the family's diffusers pipeline to 1e-5 in fp32.
 
-        prompts: n texts, or one. latents: [n, ...] in the layout that the pipeline accepts as `latents=`. negative_prompts: n, or
-        one for all, as the pipeline takes them; unused without guidance. Returns PIL images, or with decode=False the final
-        fp32 latents as the pipeline does with output_type="latent".
-        Raises UserError for sizes or negative prompts that the family does not take, ValueError for any other argument that is not
-        as described, naming it.
+        prompts: n texts, or one.
+        latents: [n, ...] in the layout that the pipeline accepts as `latents=`.
+        negative_prompts: n, or one for all, as the pipeline takes them; unused without guidance.
+        images: condition images, for families that take them: n entries, each a PIL image or a list of PIL images; for one text
+            its image or its list.
+        frames: of a video, for families that make them.
+        Returns n PIL images, for a video the list of its frames in place of each; with decode=False the final fp32 latents as the
+        pipeline does with output_type="latent".
+        Raises UserError for sizes, negative prompts, images or frames that the family does not take, ValueError for any other
+        argument that is not as described, naming it.
         """
-        prompts = as_prompts(prompts)
+        alone, prompts = isinstance(prompts, str), as_prompts(prompts)
         negatives = as_negative_prompts(negative_prompts, len(prompts))
-        size = Size(positive_int("height", height), positive_int("width", width))
+        conditions = as_images(images, len(prompts), alone)
+        size = Size(positive_int("height", height), positive_int("width", width), positive_int("frames", 1 if frames is None else frames))
         num_steps = positive_int("num_steps", num_steps, most=1000)
         sampler = self.at(size, finite_number("guidance_scale", guidance_scale))
         check_latents(latents, (len(prompts), *sampler.latent_shape), str(size))
         if negatives is not None and self.default_negative_prompt is None:
             raise UserError(f"negative_prompts: {type(self).__name__} has its guidance built in and takes none")
-        conditioning = self.encode([Example(*texts) for texts in zip(prompts, negatives or [None] * len(prompts), strict=True)])
+        examples = [Example(*given) for given in zip(prompts, negatives or [None] * len(prompts), conditions, strict=True)]
+        for n, example in enumerate(examples):
+            self.check_images(example, f"images: prompt {n}")
+        conditioning = self.encode(examples)
         final = sampler.integrate(latents.to(self.device, torch.float32), conditioning, num_steps)
         if not decode:
             return final
-        images, finite = sampler.decode(final)
+        made, finite = sampler.decode(final)
         if not finite.all():
             warnings.warn(f"{(~finite).sum()} of {len(finite)} images hold NaN or infinity; a checkerboard stands for each", stacklevel=2)
-        return [Image.fromarray(still(image)) for image in images]
+        return [Image.fromarray(item) if item.ndim == 3 else [*map(Image.fromarray, item)] for item in made]
 
 
 @dataclass(frozen=True)
