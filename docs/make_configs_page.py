@@ -93,7 +93,7 @@ WHY = {
     "rollout.width": "As above.",
     "rollout.num_steps": "Training needs a reward's order, not the best image.",
     "rollout.plan.seeds": "flux_first, tiny_ocr: one seed of more prompts covers more words in the same time.",
-    "rollout.plan.children": "Rewards of six children of one state are what an advantage is normalised over.",
+    "rollout.plan.children": "Rewards of six children of one state are what an advantage is normalized over.",
     "rollout.plan.branch_steps": "Every step but the last, which takes no noise. flux_first: three, spread over the grid, for 2.4 "
     "times fewer forwards. tiny_ocr: those where its rewards spread, without the first, which decides colors.",
     "rollout.sde.type": "The stochastic step of Flow-GRPO.",

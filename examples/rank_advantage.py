@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tempflow.advantages.base import Advantage, Over, clipped, normalise
+from tempflow.advantages.base import Advantage, Over, clipped, normalize
 from tempflow.types import Advantages, Rewards, Slots
 
 
@@ -22,5 +22,5 @@ class RankAdvantage(Advantage):
             members = np.flatnonzero((labels == group) & np.isfinite(rewards.total))  # a failed reward stays NaN: masked
             values = rewards.total[members]
             ranks[members] = [(values < value).sum() + (values == value).sum() / 2 for value in values]
-        found = normalise(ranks, labels)
-        return clipped(found.values, found.flat, normalise(rewards.total, labels), slots, clip=5.0)
+        found = normalize(ranks, labels)
+        return clipped(found.values, found.flat, normalize(rewards.total, labels), slots, clip=5.0)

@@ -15,8 +15,12 @@ EPILOG = "Training, evaluation, sampling and export: tempflow-train, tempflow-ev
 
 
 def components() -> str:
-    """Every kind with its ids, a line each: the options with their defaults, and what it is."""
-    return "\n\n".join(_of_kind(name, kind) for name, kind in KINDS.items())
+    """Every kind with its ids, a line each: the options with their defaults, and what it is. The weights of the steps are no
+    classes, but chosen in the same way."""
+    from tempflow.sampling.weights import PROFILES  # loads torch
+
+    weights = ["weighting: training.weighting", *(f"  {value}: {what}" for value, what in PROFILES.items())]
+    return "\n\n".join([*(_of_kind(name, kind) for name, kind in KINDS.items()), "\n".join(weights)])
 
 
 def _of_kind(name: str, kind: Kind) -> str:

@@ -152,7 +152,7 @@ class Slots:
         return len(self.state)
 
     def groups(self, over: str, by_step: bool = True) -> np.ndarray:
-        """int [n], labels from 0 on in order of first appearance: slots whose rewards are normalised together.
+        """int [n], labels from 0 on in order of first appearance: slots whose rewards are normalized together.
 
         "state" has the children of one state together, "seed" those of one prompt, seed and step, "prompt" those of one prompt
         and step, "step" all of one step. Without by_step the steps of each are together.

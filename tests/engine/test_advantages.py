@@ -1,4 +1,4 @@
-"""Group-normalised advantages: by hand, against a plain loop over groups, and by property."""
+"""Group-normalized advantages: by hand, against a plain loop over groups, and by property."""
 
 import itertools
 

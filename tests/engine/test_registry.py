@@ -161,6 +161,10 @@ def test_components_are_listed(monkeypatch, capsys):
     assert lines[0] == "plan: rollout.plan" and "training.penalty" in lines[len(plans) + 2]
     assert [line.split("(")[0].strip() for line in lines[1 : len(plans) + 1]] == plans
     assert '  kl(coef, form="x", to="reference", steps=null): KL divergence' in "\n".join(lines[len(plans) + 3 :])
+    values = [line.strip().split(": The")[0].split(": As")[0] for line in lines[lines.index("weighting: training.weighting") + 1 :]]
+    for value in values:
+        small_config(training={"weighting": json.loads(value.replace("gamma", "0.5"))})
+    assert len(values) == 4
     monkeypatch.setattr("sys.argv", ["tempflow"])
     assert command.main() == 0 and "components" in capsys.readouterr().out
 

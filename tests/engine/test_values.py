@@ -156,7 +156,7 @@ def test_turning_points_by_hand(values, first, credit):
     np.testing.assert_allclose(found[len(credit) :], TurningPoint(first=first).credit(*other), err_msg="paths are their own")
 
 
-def test_turning_points_are_normalised_by_step():
+def test_turning_points_are_normalized_by_step():
     slots, rewards = slots_and_rewards([0.5, 0.3, 0.6, 0.5, 0.9], [0.0, 0.1, 0.2, 0.3, 0.4])
     expected = np.stack([normal(pair) for pair in ([-0.2, 0.1], [0.6, 0.1], [-0.1, 0.1], [0.4, 0.1])], axis=1).ravel()
     np.testing.assert_allclose(TurningPoint()(slots, rewards).values, expected, rtol=1e-5)

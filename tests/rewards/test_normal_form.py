@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tempflow.rewards.normal_form import normalise, similarity
+from tempflow.rewards.normal_form import normalize, similarity
 
 SAME = [
     ("Nan’s House", "Nan's House"),
@@ -48,7 +48,7 @@ DIFFERENT = [("café", "cafe"), ("OPEN", "0PEN"), ("it's", "its"), ("a-b", "ab")
 
 @pytest.mark.parametrize("typed, read", SAME)
 def test_what_no_reader_can_tell_apart_is_equal(typed, read):
-    assert normalise(typed) == normalise(read)
+    assert normalize(typed) == normalize(read)
     for contained, around in ((False, ""), (True, "and so on")):
         assert similarity(typed, around + read + around, contained=contained) == 1
         assert similarity(read, around + typed + around, contained=contained) == 1
@@ -56,13 +56,13 @@ def test_what_no_reader_can_tell_apart_is_equal(typed, read):
 
 @pytest.mark.parametrize("typed, read", DIFFERENT)
 def test_what_a_reader_can_tell_apart_is_not(typed, read):
-    assert normalise(typed) != normalise(read) and similarity(typed, read, contained=True) < 1
+    assert normalize(typed) != normalize(read) and similarity(typed, read, contained=True) < 1
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=12))
 def test_the_form_is_one(text):
     """Spaces and case have no part in it, and what prints as ASCII stays itself."""
-    assert normalise(f" {text}\n") == normalise(text)
+    assert normalize(f" {text}\n") == normalize(text)
     plain = "".join(char for char in text if char.isascii() and char.isalnum())
-    assert normalise(plain.upper()) == plain.lower()
-    assert not any(char.isspace() for char in normalise(text))
+    assert normalize(plain.upper()) == plain.lower()
+    assert not any(char.isspace() for char in normalize(text))

@@ -37,7 +37,7 @@ def scores(reward, images, prompts=PROMPTS):
 
 
 def cropped(image, half):
-    """CLIP's transform: shorter side to SIZE by Pillow's bicubic, centre crop, normalised -> [3, SIZE, SIZE]."""
+    """CLIP's transform: shorter side to SIZE by Pillow's bicubic, centre crop, normalized -> [3, SIZE, SIZE]."""
     height, width = image.shape[:2]
     scale = SIZE / min(height, width)
     picture = Image.fromarray(image).resize((int(width * scale + 1e-9), int(height * scale + 1e-9)), Image.Resampling.BICUBIC)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFont
 
-from tempflow.rewards.normal_form import edit_distance, normalise, similarity
+from tempflow.rewards.normal_form import edit_distance, normalize, similarity
 from tempflow.rewards.ocr import OcrReward, reading_order
 
 FONT = matplotlib.get_data_path() + "/fonts/ttf/DejaVuSans-Bold.ttf"
@@ -72,7 +72,7 @@ def test_similarity(target, text, whole, contained):
 
 @given(st.text("abC ", min_size=1).filter(str.strip), st.text("abC ", max_size=20))
 def test_similarity_is_the_formula(target, text):
-    a, b = normalise(target), normalise(text)
+    a, b = normalize(target), normalize(text)
     assert similarity(target, text) == pytest.approx(1 - min(edit_distance(a, b), len(a)) / len(a))
     assert similarity(target, target) == 1 >= similarity(target, text, contained=True) >= similarity(target, text) >= 0
 
@@ -119,7 +119,7 @@ def test_rendered_words_score_high(line_reward):
     words, images = random_words(100)
     scores = line_reward.score(images, *as_batch(words))
     assert scores.values.mean() >= 0.97
-    assert sum(normalise(text) == word.lower() for text, word in zip(scores.details, words)) >= 93
+    assert sum(normalize(text) == word.lower() for text, word in zip(scores.details, words)) >= 93
     wrong = line_reward.score(images, *as_batch(words[1:] + words[:1])).values
     assert wrong.mean() < 0.25
 
@@ -172,7 +172,7 @@ def test_scene_reward():
     reward = OcrReward()
     reward.load(threads=1)
     scores = reward.score(images, ['a "Grand Hotel" front', 'a "Small Motel"', 'an empty "wall"'], [{}] * 3)
-    assert normalise(scores.details[0]) == "grandhotelopenlate"
+    assert normalize(scores.details[0]) == "grandhotelopenlate"
     assert scores.values[0] == 1
     assert scores.values[1] < 1 and scores.values[2] == 0
     assert scores.details[2] == ""

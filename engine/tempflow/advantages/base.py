@@ -24,7 +24,7 @@ class Advantage(ABC):
     """From rewards to advantages."""
 
     over: str = "seed"
-    """Whose rewards are normalised together, one of `Slots.OVER`."""
+    """Whose rewards are normalized together, one of `Slots.OVER`."""
     needs_novelty = False
     """Whether it reads `novelty` of the rewards."""
     needs_values = False
@@ -36,7 +36,7 @@ class Advantage(ABC):
 
 
 @dataclass(frozen=True)
-class Normalised:
+class Normalized:
     """Rewards against their groups."""
 
     values: np.ndarray
@@ -51,7 +51,7 @@ class Normalised:
     """float64 [groups]."""
 
 
-def normalise(rewards: np.ndarray, labels: np.ndarray, scale: np.ndarray | None = None, by: Scale = "std") -> Normalised:
+def normalize(rewards: np.ndarray, labels: np.ndarray, scale: np.ndarray | None = None, by: Scale = "std") -> Normalized:
     """(r - mean) / (std + 1e-4) in each group; a group without spread has values of exactly 0.
 
     Args:
@@ -79,11 +79,11 @@ def normalise(rewards: np.ndarray, labels: np.ndarray, scale: np.ndarray | None 
         scale = (sums(np.abs(deviation) ** QUASI) ** (1 / QUASI))[labels]
     over = 1.0 if by == "none" else (std[labels] if scale is None else scale) + EPSILON
     values = np.where(flat[labels] | ~valid, 0.0, deviation / over)
-    return Normalised(values, valid, labels, flat, std)
+    return Normalized(values, valid, labels, flat, std)
 
 
-def clipped(values: np.ndarray, flat: np.ndarray, rewards: Normalised, slots: Slots, clip: float) -> Advantages:
-    """Advantages of normalised values, with the spread of the rewards they come from.
+def clipped(values: np.ndarray, flat: np.ndarray, rewards: Normalized, slots: Slots, clip: float) -> Advantages:
+    """Advantages of normalized values, with the spread of the rewards they come from.
 
     Args:
         values: float64 [n].

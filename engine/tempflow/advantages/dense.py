@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from tempflow.advantages.base import Advantage, Over, clipped, normalise
+from tempflow.advantages.base import Advantage, Over, clipped, normalize
 from tempflow.errors import check_range
 from tempflow.types import Advantages, Rewards, Slots
 
 
 class Dense(Advantage):
-    """The gain of each step, normalised in each group: the value of the state after it less that of the state before (DenseGRPO).
+    """The gain of each step, normalized in each group: the value of the state after it less that of the state before (DenseGRPO).
 
     A state's value is the reward of its completion by the ODE, so the plan must have values.
 
     Args:
-        over: whose gains are normalised together: "prompt", all of a prompt at a step, or "step", those of all prompts.
+        over: whose gains are normalized together: "prompt", all of a prompt at a step, or "step", those of all prompts.
         clip: advantages are clipped to +- this.
     """
 
@@ -24,5 +24,5 @@ class Dense(Advantage):
         self.over, self.clip = over, clip
 
     def __call__(self, slots: Slots, rewards: Rewards) -> Advantages:
-        found = normalise(rewards.after - rewards.before, slots.groups(self.over))
+        found = normalize(rewards.after - rewards.before, slots.groups(self.over))
         return clipped(found.values, found.flat, found, slots, self.clip)

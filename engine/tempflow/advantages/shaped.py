@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tempflow.advantages.base import Advantage, Normalised, Over, Scale, normalise
+from tempflow.advantages.base import Advantage, Normalized, Over, Scale, normalize
 from tempflow.advantages.utilities import make
 from tempflow.errors import UserError, check_range
 from tempflow.types import Rewards
@@ -14,7 +14,7 @@ class Shaped(Advantage):
     """Rewards that a utility may change, normalized in their groups.
 
     Args:
-        over: whose rewards are normalised together: "seed", the children of one state, or "prompt", all of a prompt at a step.
+        over: whose rewards are normalized together: "seed", the children of one state, or "prompt", all of a prompt at a step.
         clip: advantages are clipped to +- this.
         global_std: divide by the standard deviation of all rewards of the iteration, not the group's. Prompts with different
             rewards have one each, since sums of different rewards differ in level and scale.
@@ -52,9 +52,9 @@ class Shaped(Advantage):
         known = np.where(np.isfinite(rewards), rewards, np.nan)
         return self.utility(known, labels if self.utility.over == "group" else kinds, novelty)
 
-    def normalised(self, rewards: np.ndarray, labels: np.ndarray, kinds: np.ndarray) -> Normalised:
+    def normalized(self, rewards: np.ndarray, labels: np.ndarray, kinds: np.ndarray) -> Normalized:
         """Against the group, in the units of `scale`."""
-        return normalise(rewards, labels, std_within(rewards, kinds) if self.global_std else None, self.scale)
+        return normalize(rewards, labels, std_within(rewards, kinds) if self.global_std else None, self.scale)
 
     def anchored(self, values: np.ndarray, worth: np.ndarray) -> np.ndarray:
         """Values with the anchor's share of what each reward is worth; 0 where that is masked."""

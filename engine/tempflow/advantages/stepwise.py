@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from tempflow.advantages.base import Advantage, Over, clipped, normalise
+from tempflow.advantages.base import Advantage, Over, clipped, normalize
 from tempflow.errors import check_range
 from tempflow.types import Advantages, Rewards, Slots
 
 
 class Stepwise(Advantage):
-    """The gain of each step, normalised over all steps and paths of a group, so that steps which add more count for more
+    """The gain of each step, normalized over all steps and paths of a group, so that steps which add more count for more
     (Stepwise-Flow-GRPO).
 
     Args:
-        over: whose gains are normalised together, all steps at once: "prompt", those of a prompt, or "step", those of all prompts.
+        over: whose gains are normalized together, all steps at once: "prompt", those of a prompt, or "step", those of all prompts.
         clip: advantages are clipped to +- this.
     """
 
@@ -24,5 +24,5 @@ class Stepwise(Advantage):
 
     def __call__(self, slots: Slots, rewards: Rewards) -> Advantages:
         gain = rewards.after - rewards.before
-        found = normalise(gain, slots.groups(self.over, by_step=False))
-        return clipped(found.values, found.flat, normalise(gain, slots.groups(self.over)), slots, self.clip)
+        found = normalize(gain, slots.groups(self.over, by_step=False))
+        return clipped(found.values, found.flat, normalize(gain, slots.groups(self.over)), slots, self.clip)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 
-from tempflow.advantages.base import Advantage, Over, clipped, normalise
+from tempflow.advantages.base import Advantage, Over, clipped, normalize
 from tempflow.errors import UserError, check_range
 from tempflow.types import Advantages, Rewards, Slots
 
 
 class TurningPoint(Advantage):
-    """The gain of each step, but of a turning point that of the rest of its path, normalised in each group (TP-GRPO).
+    """The gain of each step, but of a turning point that of the rest of its path, normalized in each group (TP-GRPO).
 
     A path turns at a step that goes the way of the whole, in the sign of its gain, where the step before went the other way.
 
     Args:
-        over: whose credits are normalised together: "prompt", all of a prompt at a step, or "step", those of all prompts.
+        over: whose credits are normalized together: "prompt", all of a prompt at a step, or "step", those of all prompts.
         clip: advantages are clipped to +- this.
         first: count a path's first step as a turning point, too, where it goes the way of the whole.
     """
@@ -27,7 +27,7 @@ class TurningPoint(Advantage):
         self.over, self.clip, self.first = over, clip, first
 
     def __call__(self, slots: Slots, rewards: Rewards) -> Advantages:
-        found = normalise(self.credit(slots, rewards), slots.groups(self.over))
+        found = normalize(self.credit(slots, rewards), slots.groups(self.over))
         return clipped(found.values, found.flat, found, slots, self.clip)
 
     def credit(self, slots: Slots, rewards: Rewards) -> np.ndarray:

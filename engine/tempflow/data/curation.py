@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tempflow.advantages.base import normalise
+from tempflow.advantages.base import normalize
 from tempflow.config import Curation as Settings
 from tempflow.data.prompts import PromptOrder
 from tempflow.types import Slots
@@ -40,7 +40,7 @@ class Curation:
     """
 
     def __init__(self, settings: Settings, order: PromptOrder, group: str, kinds: np.ndarray | None = None):
-        """group: whose rewards are normalised together, one of `Slots.OVER`. kinds: int [count], prompts with the same rewards, which
+        """group: whose rewards are normalized together, one of `Slots.OVER`. kinds: int [count], prompts with the same rewards, which
         alone can be compared; None: all are of one kind."""
         self.settings, self.order, self.group = settings, order, group
         self.kinds = np.zeros(order.count, dtype=int) if kinds is None else kinds
@@ -75,7 +75,7 @@ class Curation:
     def update(self, draw: Draw, iteration: int, slots: Slots, rewards: np.ndarray) -> None:
         """Take up an iteration's rewards, [n] by slot with NaN where scoring failed, of the draw's prompts in their order."""
         self.cursor = draw.cursor
-        groups = normalise(rewards, slots.groups(self.group))
+        groups = normalize(rewards, slots.groups(self.group))
         for place, index in enumerate(draw.indices):
             known = (slots.prompt == place) & groups.valid
             if known.any():

@@ -18,7 +18,7 @@ _SAME = str.maketrans(
 )
 
 
-def normalise(text: str) -> str:
+def normalize(text: str) -> str:
     """The normal form of a text: what two texts are compared by."""
     # Marks are replaced before NFKC as well, which makes a space and a combining accent of a free-standing accent.
     text = unicodedata.normalize("NFKC", _visible(text).translate(_SAME))
@@ -35,7 +35,7 @@ def _visible(text: str) -> str:
 
 def similarity(target: str, text: str, *, contained: bool = False) -> float:
     """1 - min(edit distance, len(target)) / len(target) of the normal forms; 1 if `contained` and it is."""
-    target, text = normalise(target), normalise(text)
+    target, text = normalize(target), normalize(text)
     if contained and target in text:
         return 1.0
     if len(text) >= 2 * len(target):  # the distance is at least the difference in length

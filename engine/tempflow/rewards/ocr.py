@@ -16,7 +16,7 @@ import numpy as np
 
 from tempflow.errors import UserError, shown
 from tempflow.rewards.base import Reward, Scores, locate
-from tempflow.rewards.normal_form import normalise, similarity
+from tempflow.rewards.normal_form import normalize, similarity
 from tempflow.rewards.quotes import ACCEPTED, Unreadable, read_quotes
 
 RECOGNISER = "PP-OCRv6_rec_small.onnx"
@@ -91,7 +91,7 @@ def target_of(prompt: str, metadata: dict) -> tuple[str, bool]:
     given = metadata.get(TARGET)
     if given is None:
         return read_quotes(prompt)
-    if not isinstance(given, str) or not normalise(given):
+    if not isinstance(given, str) or not normalize(given):
         raise Unreadable(f'has {shown(given)} as "{TARGET}", where a text is expected')
     return given.strip(), False
 

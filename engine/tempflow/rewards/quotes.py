@@ -11,7 +11,7 @@ import unicodedata
 from functools import lru_cache
 
 from tempflow.errors import shown
-from tempflow.rewards.normal_form import normalise
+from tempflow.rewards.normal_form import normalize
 
 # What opens, and what closes it. The same mark on both sides: by the letters and spaces around it.
 PAIRS = {'"': '"', "“": "”", "„": "“”", "”": "”", "«": "»", "»": "«", "「": "」", "『": "』", "＂": "＂"}
@@ -43,7 +43,7 @@ def read_quotes(prompt: str) -> tuple[str, bool]:
     if not spans:
         raise Unreadable("has no text in quotation marks")
     text = prompt[slice(*spans[0])].strip()
-    if not normalise(text):
+    if not normalize(text):
         raise Unreadable("has nothing between its quotation marks")
     between = zip([0, *(stop for _, stop in spans)], [*(start for start, _ in spans), len(prompt)])
     if not any(char.isalnum() for start, stop in between for char in prompt[start:stop]):

@@ -20,6 +20,13 @@ import torch
 
 from tempflow.sampling.steps import Grid
 
+PROFILES = {  # value of `training.weighting`: what it does
+    '"noise"': "The gradient of each step as large as its noise scale asks for, |b| (TempFlow-GRPO, arXiv 2508.04324).",
+    '"uniform"': "The gradient as the ratio of likelihoods leaves it (Flow-GRPO, arXiv 2505.05470).",
+    '"guard"': "The gradient as large as |b| / |dt|, about the same for all steps (GRPO-Guard, arXiv 2510.22319).",
+    '{"value": gamma}': "As noise, times the discounted number of steps left (VGPO, arXiv 2512.12387).",
+}
+
 
 def step_weights(grid: Grid, steps: list[int], weighting: str, ratio: str = "plain", gamma: float = 1.0) -> torch.Tensor:
     """Loss weight of every step, fp32 [T]: of mean 1 over the trained steps, 0 elsewhere.

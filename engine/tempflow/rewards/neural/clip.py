@@ -44,7 +44,7 @@ class ClipEncoder:
         """uint8 [n, H, W, 3] -> fp32 [n, 3, size, size] as the image processor's config says."""
         return self.processor(list(images), input_data_format="channels_last", return_tensors="pt")["pixel_values"]
 
-    def normalised(self, pixels: torch.Tensor) -> torch.Tensor:
+    def normalized(self, pixels: torch.Tensor) -> torch.Tensor:
         """fp32 [n, 3, H, W] in [0, 1], less the mean and over the deviation of the image processor's config."""
         mean, std = (torch.tensor(v)[:, None, None] for v in (self.processor.image_mean, self.processor.image_std))
         return (pixels - mean) / std
@@ -125,7 +125,7 @@ class HpsV2(ClipReward):
 
     def _score(self, images, prompts):
         pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 255
-        return self._cosine(self._clip.normalised(resize_and_pad(pixels, self._clip.size)), prompts)
+        return self._cosine(self._clip.normalized(resize_and_pad(pixels, self._clip.size)), prompts)
 
 
 @dataclass(eq=False)

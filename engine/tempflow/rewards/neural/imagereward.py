@@ -93,7 +93,7 @@ class ImageReward(ModelReward):
 
 
 def clip_transform(image: np.ndarray, size: int) -> torch.Tensor:
-    """uint8 [H, W, 3] -> fp32 [3, size, size]: CLIP's transform, bicubic to the shorter side, centre crop, normalised.
+    """uint8 [H, W, 3] -> fp32 [3, size, size]: CLIP's transform, bicubic to the shorter side, centre crop, normalized.
 
     The image processors of transformers round the crop's place the other way, by one pixel.
     """

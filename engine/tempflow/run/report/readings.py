@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 from html import escape
 
-from tempflow.rewards.normal_form import normalise
+from tempflow.rewards.normal_form import normalize
 
 GAP = "_"
 MARKS = {
@@ -20,9 +20,9 @@ def compare(reading: str, target: str) -> list[tuple[str, str]]:
 
     A letter whose normal form has several (a ligature, a fraction) is followed by empty ones for the rest of them.
     """
-    forms = [(char, normalise(char)) for char in unicodedata.normalize("NFC", "".join(reading.split()))]
+    forms = [(char, normalize(char)) for char in unicodedata.normalize("NFC", "".join(reading.split()))]
     read = [char if n == 0 else "" for char, form in forms for n in range(len(form))]
-    want, have = normalise(target), [letter for _, form in forms for letter in form]
+    want, have = normalize(target), [letter for _, form in forms for letter in form]
     left = _distances(have, want)
     i = j = 0
     letters = []
