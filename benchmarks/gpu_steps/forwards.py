@@ -8,6 +8,7 @@ from throughput import forward_flops
 
 from gpu_steps.context import Context
 from gpu_steps.models import RandomEngine
+from tempflow.media import plain
 from tempflow.types import Example
 
 ROWS, IMAGES = 4, 4
@@ -46,10 +47,10 @@ def forwards(context: Context) -> None:
         context.note(table=rows, flops_a_row=flops, matmul_flops_per_s=peak, weights_bytes=engine.weights, headline=_headline(rows))
 
     with torch.no_grad():
-        plain = forward_with(policy.transformer)
-        measure("eager", plain)
+        exactly = forward_with(policy.transformer)
+        measure("eager", exactly)
         _decode(context, session.sampler)
-        measure("CUDA graph", _graphed(context, plain))
+        measure("CUDA graph", _graphed(context, exactly))
         coarse = _float8(policy.transformer)
         measure("float8", forward_with(coarse))
         if not context.rehearse:  # a minute of compiling on a CPU, of code that a GPU does not run
@@ -63,7 +64,7 @@ def _headline(rows: list[dict]) -> str:
 def _decode(context: Context, sampler) -> None:
     latents = torch.randn(IMAGES, *sampler.latent_shape, device=context.device)
     (images, _), held = context.peak_of(lambda: sampler.decode(latents))
-    assert images.shape == (IMAGES, sampler.size.height, sampler.size.width, 3)
+    assert images.shape == plain(IMAGES, sampler.size, 0).shape
     seconds = context.seconds(lambda: sampler.decode(latents), repeats=1)
     context.note(decode={"images": IMAGES, "seconds": seconds, "bytes": held})
     context.prove("decoding")

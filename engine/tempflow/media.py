@@ -48,6 +48,11 @@ def plain(count: int, size: Size, level: int) -> np.ndarray:
     return np.full((count, *frames, size.height, size.width, 3), level, dtype=np.uint8)
 
 
+def frames_of(item: np.ndarray) -> np.ndarray:
+    """The frames [F, H, W, 3] of one video, or of an image, which is one."""
+    return item if item.ndim == 4 else item[None]
+
+
 def some_frames(media: np.ndarray, most: int) -> np.ndarray:
     """At most `most` frames of each video, evenly spaced from the first to the last, [n, f, H, W, 3]; an image is one frame."""
     if not is_video(media):

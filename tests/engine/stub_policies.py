@@ -13,7 +13,6 @@ class VideoPolicy(GuidedPolicy):
     """Latents [3, F, H / 8, W / 8], which the decoder repeats; an example's embedding is of its text and its condition images."""
 
     images_taken = (0, 1)
-    makes_videos = True
 
     def __init__(self):
         self.device, self.embedded = torch.device("cpu"), []
@@ -26,6 +25,10 @@ class VideoPolicy(GuidedPolicy):
     @staticmethod
     def size_multiple(vae_config):
         return CELL
+
+    @staticmethod
+    def frame_step(vae_config):
+        return 1
 
     def embed(self, examples):
         self.embedded += examples

@@ -1,6 +1,7 @@
 """Videos go where images go: decoding, rewards, evaluation, sample files; and image families refuse them."""
 
 import json
+from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
@@ -11,12 +12,15 @@ from PIL import Image
 from stub_policies import CELL, VideoPolicy
 
 from tempflow.errors import UserError
+from tempflow.estimate import estimate
 from tempflow.media import STRIP, condition_image, no_image, plain, some_frames, still
+from tempflow.models.base import check_multiple
 from tempflow.models.embeddings import EmbeddingCache
 from tempflow.models.opened import Opened
 from tempflow.rewards import Reward, RewardPool, parse_rewards, probe
 from tempflow.run import evaluation
 from tempflow.run.diversity import mean_distance, thumbnails
+from tempflow.training.start import checked_inputs
 from tempflow.types import Size
 
 SIZE = Size(16, 24, frames=5)
@@ -108,7 +112,7 @@ def test_videos_that_end_differently_are_different():
 
 def test_a_family_of_images_makes_no_video(policy):
     for call in (policy.latent_shape, lambda size: policy.sigmas(4, size)):
-        with pytest.raises(UserError, match="32 x 96 x 5 frames: this model makes images"):
+        with pytest.raises(UserError, match="rollout.frames: 5; this model makes images, so only 1 is allowed"):
             call(Size(32, 96, frames=5))
 
 
@@ -127,7 +131,8 @@ def test_sample_takes_images_and_frames():
         policy.sample("a", latents=x[:1], images=images, frames=5, **call)
         (given,) = policy.embedded[-1].images
         assert given.dtype == np.uint8 and given.tolist() == [[[7] * 3] * 3] * 2
-    assert policy.sample("a", latents=x[:1, :, :1], **call)[0][0].size == (24, 16)
+    assert policy.sample("a", latents=x[:1, :, :1], **call)[0].size == (24, 16), "without frames it is an image"
+    assert [frame.size for frame in policy.sample("a", latents=x[:1, :, :1], frames=1, **call)[0]] == [(24, 16)]
 
 
 @pytest.mark.parametrize(
@@ -151,7 +156,7 @@ def test_a_family_without_images_takes_none(policy):
     call = partial(policy.sample, "a", latents=x, height=16, width=16, num_steps=1, guidance_scale=0.0)
     with pytest.raises(UserError, match="images: prompt 0: brings 1 image, and Flux takes none"):
         call(images=gray(7))
-    with pytest.raises(UserError, match="16 x 16 x 5 frames: this model makes images"):
+    with pytest.raises(UserError, match="rollout.frames: 5; this model makes images"):
         call(frames=5)
     with pytest.raises(ValueError, match="frames: expected a whole number from 1 on, got 0"):
         call(frames=0)
@@ -170,3 +175,16 @@ def test_condition_images_are_read_as_people_see_them(tmp_path):
     for name in ("damaged.png", "none.png"):
         with pytest.raises(UserError, match=f"image .*{name}.*: cannot be read as an image"):
             condition_image(tmp_path / name)
+
+
+@pytest.mark.parametrize("frames, step, refusal", [(1, 4, ""), (5, 4, ""), (81, 4, ""), (8, 4, "such as 5 or 9"), (2, 4, "such as 1 or 5")])
+def test_a_family_says_how_many_frames_it_makes(frames, step, refusal):
+    with pytest.raises(UserError, match=f"rollout.frames: {frames}; .* multiple of 4, {refusal}") if refusal else nullcontext():
+        check_multiple(Size(16, 24, frames), CELL, step)
+
+
+def test_a_run_of_images_with_frames_is_refused_before_anything_is_loaded(tmp_path):
+    with pytest.raises(UserError, match="rollout.frames: 5; this model makes images"):
+        checked_inputs(small_config(rollout={"frames": 5}, logging={"name": "videos", "dir": str(tmp_path)}))
+    with pytest.raises(UserError, match="rollout.frames: 5; this model makes images"):
+        estimate(small_config(rollout={"frames": 5}))

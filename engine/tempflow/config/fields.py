@@ -13,6 +13,7 @@ Threads = Annotated[int, Field(ge=1, le=1024)]  # and processes: each is made, w
 Seconds = Annotated[float, Field(gt=0, le=1e6)]  # a timer of more than 292 years is an error
 Steps = Annotated[int, Field(ge=1, le=1000)]
 Pixels = Annotated[int, Field(ge=1, le=16384)]
+Frames = Annotated[int, Field(ge=1, le=4096)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Compile = Literal["eager", "compile", "compile-max"]
 

@@ -27,7 +27,8 @@ from tempflow.config.checks import (
     check_weighting,
     resolve_components,
 )
-from tempflow.config.fields import Compile, Component, Count, Fraction, Pixels, Positive, Seconds, Section, Steps, Threads
+from tempflow.config.fields import Compile, Component, Count, Fraction, Frames, Pixels, Positive, Seconds, Section, Steps, Threads
+from tempflow.types import Size
 
 if TYPE_CHECKING:
     from tempflow.advantages.base import Advantage
@@ -147,6 +148,7 @@ class Rollout(Section):
     plan: Component = Field("tempflow", description="which rows take noise where")
     height: Pixels = Field(512, description="pixels")
     width: Pixels = Field(512, description="pixels")
+    frames: Frames = Field(1, description="frames of a video, for families that make videos; 1: an image")
     num_steps: Annotated[int, Field(ge=2, le=1000)] = Field(10, description="T, steps of the sampling grid")
     sde: Component = Field("flow", description="the stochastic step")
     jitter: Annotated[float, Field(ge=0, lt=1)] = Field(
@@ -168,6 +170,11 @@ class Rollout(Section):
     compile: Compile = Field("eager", description="torch.compile of the rollout copy's blocks; compile-max tunes kernels too")
     replica: bool = Field(True, description="roll out on a static copy of the weights, not through the training engine")
     refresh_bucket: Positive = Field(100_000_000, description="most weights gathered at a time when that copy is refreshed")
+
+    @property
+    def size(self) -> Size:
+        """Of the images or videos that are made, in rollouts and evaluations alike."""
+        return Size(self.height, self.width, self.frames)
 
     @property
     def rows(self) -> int:

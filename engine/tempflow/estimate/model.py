@@ -86,7 +86,7 @@ class Model:
     def __init__(self, config: Config):
         self.path = local_model(config.model.path)
         check_model(self.path)
-        self.size = Size(config.rollout.height, config.rollout.width)
+        self.size = config.rollout.size
         self.dtype, self.trained_in = resolve_dtype(config.model.dtype, "cuda"), engine_dtype(config.deepspeed)
         self._text, self._scale = check_text_length(self.path, config.model.max_sequence_length), config.rollout.guidance_scale
         self._lora, self._checkpointing = _key_of(config.model.lora), config.model.gradient_checkpointing

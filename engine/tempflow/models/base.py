@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from tempflow.errors import UserError
-from tempflow.media import no_image
+from tempflow.media import frames_of, no_image
 from tempflow.models.arguments import as_images, as_negative_prompts, as_prompts, check_latents, finite_number, positive_int
 from tempflow.models.skeleton import skeleton_pipe
 from tempflow.sampling.steps import ode_coefficients
@@ -32,12 +32,21 @@ def index_rows(conditioning: Conditioning, indices: list[int]) -> Conditioning:
     return {name: tensor[indices] for name, tensor in conditioning.items()}
 
 
-def check_multiple(size: Size, multiple: int) -> None:
-    """UserError for a size that a model of images cannot make."""
+def check_multiple(size: Size, multiple: int, frame_step: int | None = None) -> None:
+    """UserError for a size that a model cannot make.
+
+    multiple, frame_step: as `Policy.size_multiple` and `Policy.frame_step` return them.
+    """
     if size.height % multiple or size.width % multiple:
         raise UserError(f"rollout.height, rollout.width: {size}; both must be multiples of {multiple}")
-    if size.frames != 1:
-        raise UserError(f"{size}: this model makes images, of one frame")
+    if frame_step is None and size.frames != 1:
+        raise UserError(f"rollout.frames: {size.frames}; this model makes images, so only 1 is allowed")
+    if frame_step and (over := (size.frames - 1) % frame_step):
+        below = size.frames - over
+        raise UserError(
+            f"rollout.frames: {size.frames}; this model makes one frame more than a multiple of {frame_step}, such as {below} or "
+            f"{below + frame_step}"
+        )
 
 
 def resolution_shift(scheduler, length: int, max_shift: float) -> float:
@@ -47,6 +56,13 @@ def resolution_shift(scheduler, length: int, max_shift: float) -> float:
     low, high = config.get("base_shift", 0.5), config.get("max_shift", max_shift)
     slope = (high - low) / (long - short)
     return length * slope + (low - slope * short)
+
+
+def _as_bytes(decoded: torch.Tensor) -> tuple[np.ndarray, bool]:
+    """The uint8 image [H, W, 3] or video [F, H, W, 3] of [3, ..., H, W] in about [-1, 1], and whether that is finite."""
+    finite = bool(decoded.isfinite().all())
+    pixels = torch.nan_to_num(decoded.float()) * 0.5 + 0.5  # as diffusers' processors of images and of videos
+    return pixels.clamp_(0, 1).mul_(255).round_().to(torch.uint8).movedim(0, -1).cpu().numpy(), finite
 
 
 def _images(count: int) -> str:
@@ -62,7 +78,6 @@ class Policy(ABC):
     default_negative_prompt: of training and evaluation where a prompt brings none; None where the family takes none at all.
     masks_text: whether its attention is given a mask.
     images_taken: how many condition images an example brings, at least and at most.
-    makes_videos: whether it makes videos, [F, H, W, 3], of which one frame is one too.
     """
 
     lora_targets: tuple[str, ...]
@@ -72,7 +87,6 @@ class Policy(ABC):
     default_negative_prompt: str | None = None
     masks_text = False
     images_taken: tuple[int, int] = (0, 0)
-    makes_videos = False
 
     def __init__(self, pipe: Any, *, device: str | torch.device, max_sequence_length: int):
         self.pipe = pipe
@@ -157,6 +171,11 @@ class Policy(ABC):
     def size_multiple(vae_config: dict) -> int:
         """What height and width must be multiples of, in pixels."""
 
+    @staticmethod
+    def frame_step(vae_config: dict) -> int | None:
+        """The model makes videos of one frame and any multiple of this many more; None: it makes images."""
+        return None
+
     @abstractmethod
     def empty_embeddings(self, count: int) -> Conditioning:
         """What `embed` returns for `count` examples, uninitialised, without the text encoders being run."""
@@ -190,20 +209,20 @@ class Policy(ABC):
 
     @abstractmethod
     def _decode(self, latents: torch.Tensor, size: Size) -> torch.Tensor:
-        """What the VAE makes of final latents, about in [-1, 1], [n, 3, H, W], or of videos [n, 3, F, H, W]."""
+        """What the VAE makes of final latents, about in [-1, 1], [n, 3, H, W]; families of videos return [n, 3, F, H, W]."""
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, size: Size) -> tuple[np.ndarray, np.ndarray]:
         """Images of final latents, uint8 [n, H, W, 3], or videos [n, F, H, W, 3], and which of them are finite, bool [n].
 
-        NaN or infinity in a latent, or in what the VAE makes of it, is no image: a cast to uint8 would make it a black one, which
-        rewards score like any other. Its place is taken by `no_image`, in every frame.
+        A video of one frame is an image. NaN or infinity in a latent, or in what the VAE makes of it, is no image: a cast to uint8
+        would make it a black one, which rewards score like any other. Its place is taken by `no_image`, in every frame.
         """
-        decoded = self._decode(latents, size).float()
-        finite = (latents.isfinite().flatten(1).all(1) & decoded.isfinite().flatten(1).all(1)).cpu().numpy()
-        torch.nan_to_num_(decoded)  # the other images stay as they are
-        pixels = (decoded * 0.5 + 0.5).clamp(0, 1).movedim(1, -1)  # as diffusers' processors of images and of videos
-        images = (pixels.cpu().numpy() * 255).round().astype(np.uint8)
+        decoded = self._decode(latents, size)
+        if decoded.ndim == 5 and size.frames == 1:
+            decoded = decoded.squeeze(2)
+        images, finite = zip(*map(_as_bytes, decoded))  # one by one: in fp32, a batch of videos would be four times their size
+        images, finite = np.stack(images), np.array(finite) & latents.isfinite().flatten(1).all(1).cpu().numpy()
         images[~finite] = no_image(size.height, size.width)
         return images, finite
 
@@ -233,8 +252,8 @@ class Policy(ABC):
         images: condition images, for families that take them: n entries, each a PIL image or a list of PIL images; for one text
             its image or its list.
         frames: of a video, for families that make them.
-        Returns n PIL images, for a video the list of its frames in place of each; with decode=False the final fp32 latents as the
-        pipeline does with output_type="latent".
+        Returns n PIL images, or where `frames` is given, n lists of as many; with decode=False the final fp32 latents as the
+        pipeline does with output_type="latent". What is not finite is warned of, and a checkerboard stands for it.
         Raises UserError for sizes, negative prompts, images or frames that the family does not take, ValueError for any other
         argument that is not as described, naming it.
         """
@@ -256,8 +275,11 @@ class Policy(ABC):
             return final
         made, finite = sampler.decode(final)
         if not finite.all():
-            warnings.warn(f"{(~finite).sum()} of {len(finite)} images hold NaN or infinity; a checkerboard stands for each", stacklevel=2)
-        return [Image.fromarray(item) if item.ndim == 3 else [*map(Image.fromarray, item)] for item in made]
+            what = "images" if size.frames == 1 else "videos"
+            warnings.warn(f"{(~finite).sum()} of {len(finite)} {what} hold NaN or infinity; a checkerboard stands for each", stacklevel=2)
+        if frames is None:
+            return [*map(Image.fromarray, made)]
+        return [[*map(Image.fromarray, frames_of(item))] for item in made]
 
 
 @dataclass(frozen=True)

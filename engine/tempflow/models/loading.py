@@ -64,11 +64,13 @@ def check_size(path: str, size: Size) -> None:
     """UserError for a size that a checkpoint cannot make, read from its VAE's config; after `check_model`."""
     file = Path(path) / "vae/config.json"
     file = file if Path(path).is_dir() else fetch(path, "vae/config.json")
+    family = family_of(path)
     try:
-        multiple = family_of(path).size_multiple(json.loads(file.read_text(encoding="utf-8")))
+        vae_config = json.loads(file.read_text(encoding="utf-8"))
+        multiple, frame_step = family.size_multiple(vae_config), family.frame_step(vae_config)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"model.path: {file} is missing or damaged: {brief(error)}") from None
-    check_multiple(size, multiple)
+    check_multiple(size, multiple, frame_step)
 
 
 def check_text_length(path: str, asked: int | None) -> int:

@@ -18,7 +18,7 @@ from tempflow.models import Policy, Sampler, family_of, load_policy
 from tempflow.models.embeddings import EmbeddingCache, by_identity, store_of, write_missing
 from tempflow.run.environment import choose_device
 from tempflow.sampling.steps import Grid
-from tempflow.types import Example, Size
+from tempflow.types import Example
 
 
 @dataclass
@@ -32,8 +32,7 @@ class Opened:
     @cached_property
     def sampler(self) -> Sampler:
         """The policy at the size and guidance scale of rollouts; it must have its denoiser."""
-        r = self.config.rollout
-        return self.policy.at(Size(r.height, r.width), r.guidance_scale)
+        return self.policy.at(self.config.rollout.size, self.config.rollout.guidance_scale)
 
     @cached_property
     def grid(self) -> Grid:

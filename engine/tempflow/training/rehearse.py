@@ -33,7 +33,8 @@ def rehearse(config: Config, device: torch.device, capture) -> str | None:
     from tempflow.training.session import assemble, make_graphs
 
     policy, notes = small_policy(config, device), []
-    config = small_config(config, type(policy).size_multiple(policy.pipe.vae.config))
+    vae_config, family = policy.pipe.vae.config, type(policy)
+    config = small_config(config, family.size_multiple(vae_config), family.frame_step(vae_config))
     graphs, specs = make_graphs(config, policy, notes.append, capture), parse_rewards(config.rewards)
     with RewardPool(specs, **config.reward_pool.pool()) as pool:
         session = assemble(config, policy, EmbeddingCache(policy), pool, specs, [Example("a word")], graphs=graphs, note=notes.append)
@@ -44,12 +45,16 @@ def rehearse(config: Config, device: torch.device, capture) -> str | None:
     return None if graphs.captures else "nothing was captured"
 
 
-def small_config(config: Config, multiple: int) -> Config:
-    """The config with a rollout of a few rows at a small size, and a reward that needs nothing."""
+def small_config(config: Config, multiple: int, frame_step: int | None = None) -> Config:
+    """The config with a rollout of a few rows at a small size, and a reward that needs nothing.
+
+    multiple, frame_step: as of `Policy.size_multiple` and `Policy.frame_step`.
+    """
     table = json.loads(config.model_dump_json())
     r = table["rollout"]
     side = multiple * max(1, SIDE // multiple)
-    r |= {"height": min(r["height"], side), "width": min(r["width"], side), "micro_batch": 2, "lanes": 1}
+    frames = min(r["frames"], 1 + (frame_step or 0))
+    r |= {"height": min(r["height"], side), "width": min(r["width"], side), "frames": frames, "micro_batch": 2, "lanes": 1}
     r["plan"] |= {key: 2 for key in ("seeds", "children") if key in r["plan"]}
     table |= {"rewards": {"jpeg": 1.0}, "reward_pool": {"workers": 0}}
     table["eval"]["stop"] = None  # it may wait for another reward

@@ -15,7 +15,7 @@ from tempflow.profiling import Profile
 from tempflow.rewards import RewardSpec, check_asked, check_prompts, check_watched, parse_rewards
 from tempflow.run import directory
 from tempflow.run.environment import check_gpu
-from tempflow.types import Example, Size
+from tempflow.types import Example
 
 
 def checked_inputs(config: Config, *, dry: bool = False) -> tuple[list[RewardSpec], list[Example], list[Example]]:
@@ -46,7 +46,7 @@ def checked_inputs(config: Config, *, dry: bool = False) -> tuple[list[RewardSpe
     check_text_length(config.model.path, config.model.max_sequence_length)
     if config.model.lora and config.model.lora.start:
         read_adapters(config.model.lora)
-    check_size(config.model.path, Size(config.rollout.height, config.rollout.width))
+    check_size(config.model.path, config.rollout.size)
     check_deepspeed(config.deepspeed)
     check_checkpoint(config.model.path, description=dry)
     for line in told:
