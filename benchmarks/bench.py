@@ -33,7 +33,7 @@ class Bench:
 
         distributed.init_distributed()
         specs, prompts = parse_rewards(config.rewards), load_prompts(config.data.train, "data.train")
-        check_prompts(specs, [p.text for p in prompts], [p.metadata for p in prompts])
+        check_prompts(specs, [p.text for p in prompts], [p.for_rewards for p in prompts])
         check_model(config.model.path)
         self.order = PromptOrder(len(prompts), config.data.prompts_per_iteration, config.training.seed)
         self._scratch = tempfile.TemporaryDirectory(prefix="tempflow-embeddings-")

@@ -64,7 +64,7 @@ def open_session(config: Config):
 
     specs = parse_rewards(config.rewards)
     prompts = load_prompts(config.data.train, "data.train")
-    check_prompts(specs, [p.text for p in prompts], [p.metadata for p in prompts])
+    check_prompts(specs, [p.text for p in prompts], [p.for_rewards for p in prompts])
     check_model(config.model.path)
     session = build(config, prompts, [], specs, train=False)
     session.pool.wait_ready()

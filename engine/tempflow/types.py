@@ -45,6 +45,14 @@ class Example:
     metadata: dict = field(default_factory=dict)
     """Everything else that the prompt file says; "source" is "file:line", or "dataset[split]:row" from row 0."""
 
+    @property
+    def for_rewards(self) -> dict:
+        """What rewards are told of the example: its metadata, and its condition images under "images" where there are any: a list of
+        paths, and of uint8 arrays [H, W, 3] where they came as arrays."""
+        if not self.images:
+            return self.metadata
+        return {**self.metadata, "images": [image if isinstance(image, np.ndarray) else str(image) for image in self.images]}
+
     @cached_property
     def image_digests(self) -> tuple[str, ...]:
         """SHA-256 of each condition image. OSError for a file that cannot be read."""

@@ -68,6 +68,7 @@ class HubDataset(Section):
     split: str = Field("train", description="its split")
     column: str = Field("prompt", description="the column of prompts; `negative_prompt` is read where there is one")
     metadata: list[str] = Field([], description="further columns, for rewards that read them")
+    images: list[str] = Field([], description="columns of condition images, for families that edit; decoded at the start and kept")
     revision: str | None = Field(None, description="commit or tag of a hub dataset")
 
 
@@ -83,8 +84,8 @@ class Curation(Section):
 
 class Data(Section):
     train: str | HubDataset = Field(
-        description="prompt file: .txt, one prompt a line, or .jsonl with `prompt`, `negative_prompt` and metadata; a folder with "
-        "train.txt, train.jsonl or train_metadata.jsonl; or a dataset"
+        description="prompt file: .txt, one prompt a line, or .jsonl with `prompt`, `negative_prompt`, `image` or `images` (paths), and "
+        "metadata; a folder with train.txt, train.jsonl or train_metadata.jsonl; or a dataset"
     )
     heldout: str | HubDataset | None = Field(None, description="the same for evaluation, fixed during the run; of a folder the test file")
     prompts_per_iteration: Positive = Field(8, description="different prompts drawn per iteration")

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from tempflow.config import HubDataset, strict_json
-from tempflow.errors import VALUE, UserError, note, shortened, shown
+from tempflow.data.images import MOST_HELD, arrays_of, typed_images, with_images
+from tempflow.errors import VALUE, UserError, brief, note, shortened, shown
 from tempflow.types import Example
 
 LONGEST = 32768  # characters of a prompt: far beyond the 1024 tokens that the longest text encoder takes
@@ -26,8 +27,8 @@ _UNFIT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 
 def load_prompts(given: str | Path | HubDataset, key: str = "data.train") -> list[Example]:
-    """Read .txt (one prompt a line) or .jsonl (objects with `prompt`, and `negative_prompt` if need be; other keys become
-    metadata). Of a folder, the file of the key's split: train or test, .txt, .jsonl or _metadata.jsonl. Or a dataset.
+    """Read .txt (one prompt a line) or .jsonl (objects with `prompt`, and if need be `negative_prompt` and `image` or `images`; other
+    keys become metadata). Of a folder, the file of the key's split: train or test, .txt, .jsonl or _metadata.jsonl. Or a dataset.
 
     Blank lines are skipped. A note tells of what is changed in reading: a spreadsheet's quoting, prompts that are cut short.
     Raises UserError naming the config key, the file and the line.
@@ -59,9 +60,16 @@ def check_unchanged(saved: dict[str, str], now: dict[str, str]) -> None:
             )
 
 
-def typed_prompts(texts: list[str], option: str) -> list[Example]:
-    """Prompts of a command line, held to what files are held to."""
-    return [replace(_prompt({"prompt": text[:LONGEST]}, option), metadata={}) for text in texts]
+def typed_prompts(texts: list[str], option: str, images: list | None = None, images_option: str = "--image") -> list[Example]:
+    """Prompts of a command line, held to what files are held to. images: of all prompts alike where it has one entry, else an entry
+    for each prompt; an entry is a list of what `typed_images` takes."""
+    prompts = [replace(_prompt({"prompt": text[:LONGEST]}, option), metadata={}) for text in texts]
+    if not images:
+        return prompts
+    if len(images) not in (1, len(texts)):
+        raise UserError(f"{images_option}: given {len(images)} times for {len(texts)} prompts; once for all, or once for each")
+    found = [typed_images(given, images_option) for given in images]
+    return [replace(prompt, images=entry) for prompt, entry in zip(prompts, found * (len(texts) // len(found)), strict=True)]
 
 
 def _read_file(file: Path, key: str) -> list[Example]:
@@ -75,6 +83,8 @@ def _read_file(file: Path, key: str) -> list[Example]:
     prompts = [read(line, f"{file}:{i}") for i, line in enumerate(lines, 1) if line.strip()]
     if not prompts:
         raise UserError(f"{key}: {file} holds no prompts")
+    if kind == ".jsonl":
+        prompts = with_images(prompts, file.parent)
     cells = [] if kind == ".jsonl" else [i for i, line in enumerate(lines, 1) if _is_cell(line.strip())]
     if cells:
         note(f"{key}: prompts read without the quoting of a spreadsheet: {len(cells)}, the first at {file}:{cells[0]}")
@@ -159,16 +169,36 @@ def _read_dataset(given: HubDataset, key: str) -> list[Example]:
     except Exception as error:  # of many kinds: no such dataset, subset or split, no network, a damaged file
         cause = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"{key}: cannot read split {given.split!r} of dataset {given.dataset}: {cause}") from None
-    for setting, columns in (("column", [given.column]), ("metadata", given.metadata)):
+    for setting, columns in (("column", [given.column]), ("metadata", given.metadata), ("images", given.images)):
         if unknown := [name for name in columns if name not in table.column_names]:
             known = ", ".join(table.column_names)
             raise UserError(f"{key}.{setting}: {given.dataset} has no column {', '.join(unknown)}; it has {known}")
-    wanted = {given.column, *given.metadata, "negative_prompt"}
+    wanted = {given.column, *given.metadata, *given.images, "negative_prompt"}
     # Columns left out are never decoded, as images would be.
     table = table.select_columns([name for name in table.column_names if name in wanted])
-    prompts = [_prompt(row, f"{given.dataset}[{given.split}]:{i}", given.column) for i, row in enumerate(table)]
+    prompts = _rows(table, given, key)
     if not prompts:
         raise UserError(f"{key}: split {given.split!r} of dataset {given.dataset} holds no prompts")
+    return prompts
+
+
+def _rows(table, given: HubDataset, key: str) -> list[Example]:
+    prompts, held = [], 0
+    for i in range(len(table)):
+        source = f"{given.dataset}[{given.split}]:{i}"
+        try:
+            row = table[i]
+        except Exception as error:  # an image that is damaged
+            raise UserError(f"{source}: cannot be read: {brief(error)}") from None
+        images = arrays_of([row[name] for name in given.images], source, ", ".join(given.images))
+        held += sum(image.nbytes for image in images)
+        if held > MOST_HELD:
+            raise UserError(
+                f"{key}: the images of the first {i + 1} of {len(table)} rows fill {MOST_HELD >> 30} GB of memory in each process; "
+                'name a part, as split "train[:1000]", or write the images to files and name them in a .jsonl file'
+            )
+        texts = {name: value for name, value in row.items() if name not in given.images}
+        prompts.append(replace(_prompt(texts, source, given.column), images=images))
     return prompts
 
 

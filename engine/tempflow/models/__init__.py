@@ -3,6 +3,7 @@
 from tempflow.models.base import Conditioning, Policy, Sampler, index_rows
 from tempflow.models.loading import (
     check_checkpoint,
+    check_examples,
     check_model,
     check_size,
     check_text_length,
@@ -18,6 +19,7 @@ __all__ = [
     "Policy",
     "Sampler",
     "check_checkpoint",
+    "check_examples",
     "check_model",
     "check_size",
     "check_text_length",

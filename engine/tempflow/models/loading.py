@@ -22,7 +22,7 @@ from tempflow.models.base import Policy, check_multiple
 from tempflow.models.checking import check_components, components_of, is_description
 from tempflow.models.hub import fetch, folder_hash, local_folder, model_index
 from tempflow.registry import KINDS
-from tempflow.types import Size
+from tempflow.types import Example, Size
 
 FAMILIES = KINDS["policy"].ids
 PARTS = ("all", "text", "picture")
@@ -81,6 +81,13 @@ def check_text_length(path: str, asked: int | None) -> int:
     if asked > family.longest_text:
         raise UserError(f"model.max_sequence_length: {asked}; {check_model(path)} takes {family.longest_text} at most")
     return asked
+
+
+def check_examples(path: str, examples: list[Example]) -> None:
+    """UserError for the first example with fewer or more condition images than a checkpoint's family takes; after `check_model`."""
+    family = family_of(path)
+    for example in examples:
+        family.check_images(example, example.metadata.get("source") or f"prompt {shown(example.text)}")
 
 
 def family_of(path: str) -> type[Policy]:

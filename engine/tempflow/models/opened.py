@@ -14,7 +14,7 @@ from typing import Callable
 import torch
 
 from tempflow.config import Config
-from tempflow.models import Policy, Sampler, family_of, load_policy
+from tempflow.models import Policy, Sampler, check_examples, family_of, load_policy
 from tempflow.models.embeddings import EmbeddingCache, by_identity, store_of, write_missing
 from tempflow.run.environment import choose_device
 from tempflow.sampling.steps import Grid
@@ -68,6 +68,7 @@ def open_model(
 
     Raises UserError as `load_policy` does, and on every rank alike where the cache cannot be written.
     """
+    check_examples(config.model.path, examples)
     device, store = device or choose_device(), None
     if config.data.embedding_cache is not None:
         store, family = store_of(config, device), family_of(config.model.path)

@@ -98,7 +98,7 @@ def evaluate(pool: RewardPool, specs: list[RewardSpec], prompts: list[Example], 
     indices, kept, tickets, finite, looks = [], {}, [], [], []
     for part, images, made in drawn:
         chosen = [prompts[i] for i in part]
-        tickets.append(pool.submit(images, [p.text for p in chosen], [p.metadata for p in chosen], finite=made))
+        tickets.append(pool.submit(images, [p.text for p in chosen], [p.for_rewards for p in chosen], finite=made))
         indices += part
         finite.append(made)
         looks.append(drift.look(images, made))

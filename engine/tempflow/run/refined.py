@@ -71,7 +71,7 @@ class PoolJudge:
     def __call__(self, places: list[int], latents: torch.Tensor):
         images, finite = self.sampler.decode(latents)
         asked = [self.prompts[n] for n in places]
-        ticket = self.pool.submit(images, [p.text for p in asked], [p.metadata for p in asked], finite=finite)
+        ticket = self.pool.submit(images, [p.text for p in asked], [p.for_rewards for p in asked], finite=finite)
 
         def wait() -> tuple[np.ndarray, np.ndarray]:
             rewards = combine(self.pool.gather([ticket])[0], self.specs).values
@@ -104,7 +104,7 @@ def search(
     Raises UserError, also where more rewards fail than the config allows.
     """
     specs = parse_rewards(config.rewards)
-    texts, metadata = [p.text for p in prompts], [p.metadata for p in prompts]
+    texts, metadata = [p.text for p in prompts], [p.for_rewards for p in prompts]
     for line in check_prompts(specs, texts, metadata):
         note(line)
     model, found = open_model(config, prompts), Found()

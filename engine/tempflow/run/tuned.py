@@ -84,7 +84,7 @@ def score(
     Raises UserError, also where more rewards fail than the run allows.
     """
     specs = parse_rewards(config.rewards)
-    texts, metadata = [p.text for p in prompts], [p.metadata for p in prompts]
+    texts, metadata = [p.text for p in prompts], [p.for_rewards for p in prompts]
     for line in check_prompts(specs, texts, metadata):
         note(line)
     model, base = open_model(config, prompts), None

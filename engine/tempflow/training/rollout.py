@@ -194,7 +194,7 @@ class _Lane:
         self.images.rows += [self.places[n] for n, _ in part]
         asked = {"finite": finite, "rewards": [spec.name for spec in s.trained]}
         with lock:  # rewards in this process are not required to be thread-safe
-            self.images.tickets.append(s.pool.submit(images, [p.text for p in prompts], [p.metadata for p in prompts], **asked))
+            self.images.tickets.append(s.pool.submit(images, [p.text for p in prompts], [p.for_rewards for p in prompts], **asked))
         self.images.not_finite += int((~finite).sum())
         self.images.thumbnails += list(np.where(finite[:, None], thumbnails(images), np.float32(np.nan)))
 

@@ -209,7 +209,7 @@ def check_rewards(session: Session) -> None:
     trouble, prompts = None, session.heldout + session.prompts
     if distributed.rank() == 0:
         try:
-            probe(session.pool, session.specs, [p.text for p in prompts], [p.metadata for p in prompts], session.sampler.size)
+            probe(session.pool, session.specs, [p.text for p in prompts], [p.for_rewards for p in prompts], session.sampler.size)
         except UserError as error:
             trouble = str(error)
     if trouble := distributed.agree_on(trouble):

@@ -34,15 +34,16 @@ def checked_inputs(config: Config, *, dry: bool = False) -> tuple[list[RewardSpe
     check_watched(specs, evaluated=bool(heldout and config.eval.every))
     told = []
     for kind, prompts in ((False, train + heldout), (True, heldout)):
-        told += check_prompts(specs, [p.text for p in prompts], [p.metadata for p in prompts], watched=kind)
+        told += check_prompts(specs, [p.text for p in prompts], [p.for_rewards for p in prompts], watched=kind)
     check_asked(specs, [p.metadata for p in train])
     PromptOrder(len(train), config.data.prompts_per_iteration, config.training.seed)
     cli.quiet_libraries()
     from tempflow.config.deepspeed import check_deepspeed
-    from tempflow.models import check_checkpoint, check_model, check_size, check_text_length
+    from tempflow.models import check_checkpoint, check_examples, check_model, check_size, check_text_length
     from tempflow.models.lora import read_adapters
 
     check_model(config.model.path)
+    check_examples(config.model.path, train + heldout)
     check_text_length(config.model.path, config.model.max_sequence_length)
     if config.model.lora and config.model.lora.start:
         read_adapters(config.model.lora)
