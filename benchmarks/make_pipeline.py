@@ -23,6 +23,7 @@ import torch
 from tempflow import cli
 from tempflow.errors import UserError
 from tempflow.models.hub import CARDS
+from tempflow.models.processors import without_videos
 from tempflow.run.environment import device_name
 
 ROOT = Path(__file__).parent.parent
@@ -32,6 +33,11 @@ BLOCKS = {"dual_attention_layers": "num_layers", "fullatt_block_indexes": "depth
 VOCABULARY = 2048  # at least as much: the small tokenizers' fit into it
 WORDS = "system user assistant Describe the image by detailing the color shape size texture quantity text spatial relationships"
 WORDS += " of the objects and background"  # of the template that Qwen-Image sets its prompts into
+EDIT_WORDS = (
+    "key features input ( ), , then explain how user's instruction should alter or modify Generate a new that meets requirements while"
+)
+EDIT_WORDS += " maintaining consistency with original where appropriate"  # and of Qwen-Image-Edit's
+VISION = [f"<|{name}|>" for name in ("vision_start", "vision_end", "image_pad", "video_pad")]
 
 
 def shrunk(config: dict, scale: float) -> dict:
@@ -64,10 +70,24 @@ def qwen_tokenizer():
     return tokenizer
 
 
+def qwen_processor():
+    """Qwen-Image-Edit's: the tokenizer with the marks of images and the words of its template, and the real image processor."""
+    from transformers import Qwen2VLImageProcessorPil, Qwen2VLProcessor
+    from transformers.utils import is_torchvision_available
+
+    tokenizer = qwen_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", *VISION]})
+    tokenizer.add_tokens([f" {word}" for word in EDIT_WORDS.split()])
+    kind = Qwen2VLProcessor if is_torchvision_available() else without_videos(Qwen2VLProcessor)
+    return kind(Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 16384}), tokenizer)
+
+
 def write_tokenizer(kind: str, folder: Path, length: int) -> None:
     """A small tokenizer that passes for a `kind`, of at most `length` tokens."""
     if kind == "Qwen2Tokenizer":
         qwen_tokenizer().save_pretrained(folder)
+    elif kind == "Qwen2VLProcessor":
+        qwen_processor().save_pretrained(folder)
     else:
         shutil.copytree(SMALL / ("tokenizer" if kind == "CLIPTokenizer" else "tokenizer_2"), folder, dirs_exist_ok=True)
     file = folder / "tokenizer_config.json"
@@ -88,7 +108,7 @@ def make_pipeline(shape: str, out: Path, *, scale: float = 1.0, device: str = "c
         if not isinstance(value, list):
             continue
         library, name = value
-        if part.startswith("tokenizer"):
+        if part.startswith(("tokenizer", "processor")):
             write_tokenizer(name, out / part, json.loads((card / part / "tokenizer_config.json").read_text())["model_max_length"])
         elif part == "scheduler":
             shutil.copytree(card / part, out / part, dirs_exist_ok=True)

@@ -77,6 +77,7 @@ class Policy(ABC):
     text_length, longest_text: its default and limit of max_sequence_length.
     default_negative_prompt: of training and evaluation where a prompt brings none; None where the family takes none at all.
     masks_text: whether its attention is given a mask.
+    embeds_with: components that `embed` needs beside text encoders, tokenizers and processors: the VAE, where it encodes images.
     images_taken: how many condition images an example brings, at least and at most.
     """
 
@@ -86,6 +87,7 @@ class Policy(ABC):
     longest_text: int
     default_negative_prompt: str | None = None
     masks_text = False
+    embeds_with: tuple[str, ...] = ()
     images_taken: tuple[int, int] = (0, 0)
 
     def __init__(self, pipe: Any, *, device: str | torch.device, max_sequence_length: int):

@@ -26,7 +26,7 @@ REFUSED_OPTIONS = {
     "invert_sigmas": "its grid runs from 0 to 1, the engine's from 1 to 0",
     "stochastic_sampling": "it adds noise of its own at every step",
 }
-NEEDED = ("transformer", "vae", "scheduler", "tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
+NEEDED = ("transformer", "vae", "scheduler", "tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2", "processor")
 # What tools that quantise leave beside or in place of a weight.
 QUANTISED = ("absmax", "quant_map", "SCB", "weight_scale", "scale_weight", "input_scale", "scale_input", "qweight", "scaled_fp8")
 PROBE = "a photo of a cat, 123"
@@ -55,6 +55,8 @@ def check_components(components: list[Component], *, weights: bool = True) -> No
                 check_module(component, weights)
             elif component.name.startswith("tokenizer") and weights:
                 check_tokenizer(component)
+            elif component.name == "processor" and weights:
+                component.load(torch.float32)  # small files; what is wrong with them is seen only so
         except OSError as error:  # a folder that may not be listed, a disk that fails
             raise component.error(f"cannot be read: {error.strerror or error}") from None
 

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch.overrides import TorchFunctionMode
 
 from tempflow.errors import UserError, brief, note, shown
+from tempflow.models.processors import load_part
 
 STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}  # of tensor files, by library
 INDEX = ".safetensors.index"
@@ -151,7 +152,7 @@ class Component:
         """
         try:
             if not self.is_module:
-                return self.type.from_pretrained(str(self.path))
+                return load_part(self.type, str(self.path))
             key = "torch_dtype" if self.library == "diffusers" else "dtype"
             more = {} if self.variant is None else {"variant": self.variant}
             module, found = self.type.from_pretrained(

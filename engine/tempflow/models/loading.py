@@ -97,10 +97,11 @@ def family_of(path: str) -> type[Policy]:
 
 
 def encoder_identity(path: str) -> str:
-    """What a checkpoint's text encoders and tokenizers are known by: the hub's commit, or a hash of their files."""
+    """What the components that embed are known by: the hub's commit, or a hash of their files."""
     if not Path(path).is_dir():
         return model_index(path).parent.name  # .../snapshots/COMMIT/model_index.json
-    return folder_hash([p for p in Path(path).iterdir() if p.is_dir() and p.name.startswith(("text_encoder", "tokenizer"))])
+    names = ("text_encoder", "tokenizer", "processor", *family_of(path).embeds_with)
+    return folder_hash([p for p in Path(path).iterdir() if p.is_dir() and p.name.startswith(names)])
 
 
 def check_checkpoint(path: str | Path, *, description: bool = False) -> None:
@@ -117,7 +118,8 @@ def check_checkpoint(path: str | Path, *, description: bool = False) -> None:
 def _left_out(path: str, parts: str, denoiser: bool) -> list[str]:
     """Names of the components that are not loaded."""
     if parts == "text":
-        return [*family_of(path).denoiser_parts, "vae"]
+        family = family_of(path)
+        return [*family.denoiser_parts, *({"vae"} - {*family.embeds_with})]
     index = json.loads(model_index(path).read_text(encoding="utf-8"))
     text = [name for name in index if parts == "picture" and name.startswith("text_encoder")]
     return text if denoiser else [*text, *family_of(path).denoiser_parts]
@@ -143,8 +145,8 @@ def load_policy(
     """Load a diffusers pipeline folder (or hub id) as a Policy; the family is read from its model_index.json.
 
     dtype: "float32", "bfloat16", "float16", "auto", or a torch dtype. max_sequence_length: text tokens; default: as many as
-    the family's pipeline takes by default. parts: "text" loads the text encoders alone, for `embed`; "picture" everything but
-    them. denoiser=False leaves it out, for the caller to set one (`Policy.set_denoiser`). Every component is checked before the
+    the family's pipeline takes by default. parts: "text" loads what `embed` needs alone; "picture" everything but the text
+    encoders. denoiser=False leaves it out, for the caller to set one (`Policy.set_denoiser`). Every component is checked before the
     first is loaded: raises UserError as `check_model` and `check_checkpoint` do, and for an argument that is not allowed.
     """
     import diffusers
