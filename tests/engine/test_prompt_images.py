@@ -9,6 +9,7 @@ import pytest
 from engine_cases import MODEL, config_table
 from PIL import Image
 
+import edits as edit_recipe
 from tempflow.config import HubDataset, parse_config
 from tempflow.data import images as prompt_images
 from tempflow.data.prompts import check_unchanged, digests, load_prompts, typed_prompts
@@ -156,6 +157,18 @@ def test_a_family_that_takes_no_images_refuses_them(tmp_path):
     assert config.model.path == str(MODEL)
     with pytest.raises(UserError, match=f"^{file}:2: brings 1 image, and Flux takes none"):
         checked_inputs(config)
+
+
+def test_the_shipped_edits():
+    """They are what the recipe draws and writes, no scene in both files."""
+    for key, split in (("data.train", "train"), ("data.heldout", "test")):
+        prompts = load_prompts(edit_recipe.FOLDER, key)
+        given = [{"prompt": p.text, "image": os.path.relpath(p.images[0], edit_recipe.FOLDER)} for p in prompts]
+        assert given == edit_recipe.lines(split)
+        for prompt in prompts:
+            name = os.path.basename(prompt.images[0]).removesuffix(".png")
+            assert (name in edit_recipe.HELDOUT) is (split == "test")
+            assert np.array_equal(np.asarray(condition_image(prompt.images[0])), np.asarray(edit_recipe.draw(name)))
 
 
 # ----------------------------------------------------------------------------------------------- command line
