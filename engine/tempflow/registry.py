@@ -127,6 +127,8 @@ KINDS = {
         "",
         {  # by the pipeline class of the checkpoint
             "FluxPipeline": "tempflow.models.flux:FluxPolicy",
+            "Flux2KleinPipeline": "tempflow.models.flux2:Flux2KleinPolicy",
+            "Flux2Pipeline": "tempflow.models.flux2:Flux2Policy",
             "QwenImagePipeline": "tempflow.models.qwen_image:QwenImagePolicy",
             "StableDiffusion3Pipeline": "tempflow.models.sd3:SD3Policy",
         },

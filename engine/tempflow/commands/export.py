@@ -50,6 +50,7 @@ def export(args: argparse.Namespace, draft: Path) -> str:
     from tempflow.checkpoints import load
     from tempflow.models import check_model
     from tempflow.models.arguments import DTYPES
+    from tempflow.models.loading import save_pipeline
     from tempflow.models.opened import load_whole
 
     chosen = load.load_tuned(args.run, args.checkpoint, args.weights)
@@ -58,7 +59,7 @@ def export(args: argparse.Namespace, draft: Path) -> str:
         write_lora(chosen.weights, lora.rank, lora.alpha, pipeline, draft, DTYPES[args.dtype])
         kind = "LoRA weights"
     else:
-        load.apply(chosen, load_whole(chosen.config, args.dtype)).pipe.to("cpu").save_pretrained(draft)
+        save_pipeline(load.apply(chosen, load_whole(chosen.config, args.dtype)), draft)
         kind = "diffusers pipeline"
     return f"{kind} of iteration {chosen.iteration} ({chosen.which} weights): {args.out}"
 

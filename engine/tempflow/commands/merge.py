@@ -65,10 +65,11 @@ def _write_adapters(sources: list, parts: list[float], folder: Path, dtype: str)
 
 def _write_model(sources: list, parts: list[float], folder: Path, dtype: str) -> str:
     from tempflow.checkpoints import load
+    from tempflow.models.loading import save_pipeline
     from tempflow.run import merging
 
     weights = merging.merge_models(sources, parts)
-    load.replace_weights(merging.whole_pipeline(sources, dtype), weights).pipe.to("cpu").save_pretrained(folder)
+    save_pipeline(load.replace_weights(merging.whole_pipeline(sources, dtype), weights), folder)
     return "diffusers pipeline"
 
 

@@ -78,6 +78,7 @@ class Policy(ABC):
     default_negative_prompt: of training and evaluation where a prompt brings none; None where the family takes none at all.
     masks_text: whether its attention is given a mask.
     embeds_with: components that `embed` needs beside text encoders, tokenizers and processors: the VAE, where it encodes images.
+    takes_guidance: whether a guidance scale has an effect.
     images_taken: how many condition images an example brings, at least and at most.
     """
 
@@ -88,6 +89,7 @@ class Policy(ABC):
     default_negative_prompt: str | None = None
     masks_text = False
     embeds_with: tuple[str, ...] = ()
+    takes_guidance = True
     images_taken: tuple[int, int] = (0, 0)
 
     def __init__(self, pipe: Any, *, device: str | torch.device, max_sequence_length: int):
@@ -104,6 +106,11 @@ class Policy(ABC):
         policy = cls(skeleton_pipe(path, dtype), device="meta", max_sequence_length=max_sequence_length or cls.text_length)
         policy.embed = lambda examples: policy.empty_embeddings(len(examples))
         return policy
+
+    @classmethod
+    def variant(cls, index: dict) -> type[Policy]:
+        """The class of a checkpoint by its model_index.json, where models of one pipeline class differ."""
+        return cls
 
     def _modules(self) -> list[torch.nn.Module]:
         return [part for part in self.pipe.components.values() if isinstance(part, torch.nn.Module)]
@@ -209,6 +216,10 @@ class Policy(ABC):
         Returns [n, ...] of `dtype`.
         """
 
+    def finished(self, latents: torch.Tensor) -> torch.Tensor:
+        """Final latents as the pipeline returns them with output_type="latent", where that is not how they are integrated."""
+        return latents
+
     @abstractmethod
     def _decode(self, latents: torch.Tensor, size: Size) -> torch.Tensor:
         """What the VAE makes of final latents, about in [-1, 1], [n, 3, H, W]; families of videos return [n, 3, F, H, W]."""
@@ -265,6 +276,8 @@ class Policy(ABC):
         size = Size(positive_int("height", height), positive_int("width", width), positive_int("frames", 1 if frames is None else frames))
         num_steps = positive_int("num_steps", num_steps, most=1000)
         sampler = self.at(size, finite_number("guidance_scale", guidance_scale))
+        if guidance_scale > 1 and not self.takes_guidance:
+            warnings.warn(f"guidance_scale: {guidance_scale:g} has no effect: this model is distilled and not guided", stacklevel=2)
         check_latents(latents, (len(prompts), *sampler.latent_shape), str(size))
         if negatives is not None and self.default_negative_prompt is None:
             raise UserError(f"negative_prompts: {type(self).__name__} has its guidance built in and takes none")
@@ -274,7 +287,7 @@ class Policy(ABC):
         conditioning = self.encode(examples)
         final = sampler.integrate(latents.to(self.device, torch.float32), conditioning, num_steps)
         if not decode:
-            return final
+            return self.finished(final)
         made, finite = sampler.decode(final)
         if not finite.all():
             what = "images" if size.frames == 1 else "videos"

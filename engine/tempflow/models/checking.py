@@ -86,7 +86,8 @@ def check_module(component: Component, weights: bool = True) -> None:
 def check_scales(component: Component, config: dict) -> None:
     """UserError for numbers between latents and the VAE's own that are none: they would show when the first image is decoded."""
     lists = config.get("z_dim") is not None  # Qwen-Image's: a mean and a deviation by channel
-    for key in ("latents_mean", "latents_std") if lists else ("shift_factor", "scaling_factor"):
+    keys = ("latents_mean", "latents_std") if lists else ("shift_factor", "scaling_factor")
+    for key in (key for key in keys if key in config):  # FLUX.2's VAE has the statistics of a batch norm instead
         value, count = config.get(key), config["z_dim"] if lists else 1
         numbers = value if lists else [value]
         real = isinstance(numbers, (list, tuple)) and all(type(n) in (int, float) and math.isfinite(n) for n in numbers)
@@ -96,12 +97,13 @@ def check_scales(component: Component, config: dict) -> None:
 
 
 def _compared(component: Component, whole: torch.nn.Module) -> str | None:
-    """What a diffusers module lacks. Buffers may be missing: its constructor computes them."""
+    """What a diffusers module lacks. Buffers may be missing, for its constructor computes them, but not what a batch norm has measured."""
     held = {name: torch.empty(shape, device="meta") for name, (_, shape) in component.shapes.items()}
     if len(component.files) == 1:
         rename_old_keys(whole, held)
     parameters = dict(whole.named_parameters())
-    missing = [name for name in parameters if name not in held]
+    measured = [name for name, _ in whole.named_buffers() if name.endswith((".running_mean", ".running_var"))]
+    missing = [name for name in [*parameters, *measured] if name not in held]
     other = [
         (name, tuple(held[name].shape), tuple(tensor.shape))
         for name, tensor in whole.state_dict().items()

@@ -26,6 +26,8 @@ STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}  # of 
 INDEX = ".safetensors.index"
 MOST_LAYERS = 1000  # the modules of a damaged number would fill the memory before anything is compared
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+# Processors of text and images that need torchvision, and what reads the text alone from the same files, chat template included.
+STAND_INS = {"PixtralProcessor": "AutoTokenizer"}
 Shapes = dict[str, tuple[str, tuple[int, ...]]]  # tensor name -> (dtype as safetensors writes it, shape)
 
 
@@ -45,10 +47,15 @@ class Component:
     def error(self, reason: str, file: Path | None = None) -> UserError:
         return UserError(f"model.path: {self.name}: {file or self.path} {reason}")
 
+    @property
+    def stand_in(self) -> str | None:
+        """Of the class that is loaded in place of `kind`, with and without torchvision alike."""
+        return STAND_INS.get(self.kind) if self.library == "transformers" else None
+
     @cached_property
     def type(self) -> type:
         try:
-            return getattr(importlib.import_module(self.library), self.kind)
+            return getattr(importlib.import_module(self.library), self.stand_in or self.kind)
         except (ImportError, AttributeError, ValueError, TypeError):
             raise UserError(f"model.path: {self.name}: the installed {self.library} has no {self.kind}") from None
 

@@ -10,6 +10,7 @@ import importlib
 import inspect
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +22,7 @@ from tempflow.models.arguments import as_dtype, check_device, one_of, positive_i
 from tempflow.models.base import Policy, check_multiple
 from tempflow.models.checking import check_components, components_of, is_description
 from tempflow.models.hub import fetch, folder_hash, local_folder, model_index
+from tempflow.models.skeleton import plain_options
 from tempflow.registry import KINDS
 from tempflow.types import Example, Size
 
@@ -93,7 +95,12 @@ def check_examples(path: str, examples: list[Example]) -> None:
 def family_of(path: str) -> type[Policy]:
     """The policy class of a checkpoint; UserError as `check_model`."""
     module, _, name = FAMILIES[check_model(path)].partition(":")
-    return getattr(importlib.import_module(module), name)
+    return getattr(importlib.import_module(module), name).variant(_index(path))
+
+
+def _index(path: str) -> dict:
+    """model_index.json, after `check_model`."""
+    return json.loads(model_index(path).read_text(encoding="utf-8"))
 
 
 def encoder_identity(path: str) -> str:
@@ -120,7 +127,7 @@ def _left_out(path: str, parts: str, denoiser: bool) -> list[str]:
     if parts == "text":
         family = family_of(path)
         return [*family.denoiser_parts, *({"vae"} - {*family.embeds_with})]
-    index = json.loads(model_index(path).read_text(encoding="utf-8"))
+    index = _index(path)
     text = [name for name in index if parts == "picture" and name.startswith("text_encoder")]
     return text if denoiser else [*text, *family_of(path).denoiser_parts]
 
@@ -165,17 +172,38 @@ def load_policy(
     components = [c for c in components_of(folder) if c.name not in left_out]
     check_components(components)
     loaded = {component.name: component.load(dtype) for component in components}
-    absent = [name for name in inspect.signature(pipeline).parameters if name not in loaded]  # SD3's T5 need not be there
-    pipe = pipeline.from_pretrained(str(folder), **loaded, **dict.fromkeys(absent))
+    pipe = _put_together(pipeline, loaded, _index(path))
+    pipe.register_to_config(_name_or_path=str(folder))
     return family_of(path)(pipe, device=device, max_sequence_length=length)
+
+
+def _put_together(pipeline: type, components: dict, index: dict):
+    """A pipeline of loaded components. Its `from_pretrained` would refuse a tokenizer in place of a processor (`Component.stand_in`)."""
+    options = plain_options(pipeline, index)
+    needed = [name for name, taken in inspect.signature(pipeline).parameters.items() if taken.default is inspect.Parameter.empty]
+    absent = [name for name in needed if name not in components and name not in options]  # SD3's T5 need not be there
+    return pipeline(**components, **options, **dict.fromkeys(absent))
+
+
+def save_pipeline(policy: Policy, folder: Path) -> None:
+    """Write a loaded policy's pipeline as a folder that plain diffusers reads, with the processors for which tokenizers stood in."""
+    policy.pipe.to("cpu").save_pretrained(folder)
+    replaced = [c for c in components_of(Path(policy.pipe.config["_name_or_path"])) if c.stand_in]
+    if not replaced:
+        return
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    for component in replaced:
+        shutil.rmtree(folder / component.name)
+        shutil.copytree(component.path, folder / component.name)
+        index[component.name] = [component.library, component.kind]
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def load_denoiser(path: str, dtype: torch.dtype) -> torch.nn.Module:
     """Another copy of a checkpoint's denoiser, in `dtype` on the CPU; after `check_model`. UserError as `load_policy`."""
     import diffusers
 
-    index = json.loads(model_index(path).read_text(encoding="utf-8"))
-    family = family_of(path)
+    index, family = _index(path), family_of(path)
     others = [name for name, value in index.items() if isinstance(value, list) and name not in family.denoiser_parts]
     folder = local_folder(path, getattr(diffusers, check_model(path)), others)
     components = {component.name: component for component in components_of(folder)}

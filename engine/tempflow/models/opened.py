@@ -94,8 +94,11 @@ def _load(config: Config, device: torch.device | str, *, dtype: str | None = Non
 
 
 def _note_unused(policy: Policy, examples: list[Example], guidance_scale: float, note: Callable[[str], None]) -> None:
+    name = type(policy.pipe).__name__
+    if guidance_scale > 1 and not policy.takes_guidance:
+        note(f"warning: guidance_scale {guidance_scale:g} has no effect: this {name} is distilled and not guided; set it to 1")
     given = sum(example.negative is not None for example in examples)
     if given and policy.default_negative_prompt is None:
-        note(f"warning: {given} prompts bring a negative_prompt without effect: {type(policy.pipe).__name__} has its guidance built in")
+        note(f"warning: {given} prompts bring a negative_prompt without effect: {name} has its guidance built in")
     elif given and guidance_scale <= 1:
         note(f"warning: {given} prompts bring a negative_prompt without effect: guidance_scale {guidance_scale:g} is no guidance")

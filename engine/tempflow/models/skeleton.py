@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 from pathlib import Path
 
@@ -23,7 +24,14 @@ def skeleton_pipe(path: str, dtype: torch.dtype):
 
     index = _table(path, "model_index.json")
     parts = {name: _part(path, name, *value, dtype) for name, value in index.items() if isinstance(value, list)}
-    return getattr(diffusers, index["_class_name"])(**parts)
+    kind = getattr(diffusers, index["_class_name"])
+    return kind(**parts, **plain_options(kind, index))
+
+
+def plain_options(pipeline: type, index: dict) -> dict:
+    """Arguments of a pipeline's constructor that its model_index.json gives and that are no components, as `is_distilled`."""
+    taken = inspect.signature(pipeline.__init__).parameters
+    return {name: value for name, value in index.items() if name in taken and not isinstance(value, list)}
 
 
 def skeleton_module(path: str, part: str, dtype: torch.dtype) -> torch.nn.Module:
