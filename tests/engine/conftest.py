@@ -17,8 +17,10 @@ for folder in (HERE, HERE.parent / "kernels", HERE.parent.parent / "recipes"):
 sys.path.append(str(HERE.parent.parent / "benchmarks"))  # last: its kernels.py must not pass for Hugging Face's package
 
 import pytest  # noqa: E402
-from engine_cases import MODEL, random_pipeline  # noqa: E402
+from engine_cases import MODEL  # noqa: E402
+from family_cases import FAMILIES, pipeline_folders  # noqa: E402
 from hypothesis import settings  # noqa: E402
+from pipelines_flux import flux_pipeline  # noqa: E402
 from run_cases import train_checked  # noqa: E402
 
 # A busy machine is no failure of a property.
@@ -44,7 +46,33 @@ def pipelines(tmp_path_factory):
         "dynamic": {"guidance_embeds": True, "shift": 3.0, "use_dynamic_shifting": True},
     }
     root = tmp_path_factory.mktemp("pipelines")
-    return {kind: random_pipeline(root / kind, **options) for kind, options in kinds.items()}
+    return {kind: flux_pipeline(root / kind, **options) for kind, options in kinds.items()}
+
+
+@pytest.fixture(scope="session")
+def family_folders(tmp_path_factory):
+    """Folder of a tiny pipeline by (family, kind); see family_cases.py."""
+    return pipeline_folders(tmp_path_factory.mktemp("families"))
+
+
+@pytest.fixture(scope="session")
+def family_pairs(family_folders):
+    """By (family, kind): a policy, and diffusers' own pipeline loaded apart. Tests leave both as they are."""
+    import diffusers
+
+    from tempflow.models import load_policy
+
+    made = {}
+
+    def get(name, kind=None):
+        if (name, kind) not in made:
+            folder = family_folders(name, kind)
+            pipe = getattr(diffusers, FAMILIES[name].pipeline).from_pretrained(folder)
+            pipe.set_progress_bar_config(disable=True)
+            made[name, kind] = load_policy(str(folder)), pipe
+        return made[name, kind]
+
+    return get
 
 
 @pytest.fixture

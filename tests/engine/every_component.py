@@ -9,7 +9,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from engine_cases import random_pipeline
+from pipelines_flux import flux_pipeline
 from run_cases import ADAMW, Run, timeless
 
 PROMPT = {"over": "prompt"}
@@ -91,7 +91,7 @@ ON_TWO_RANKS = ["dmpo", "fpo"]
 
 def prepare(folder: Path) -> None:
     """A small random model, and prompts whose rewards differ."""
-    random_pipeline(folder / "model")
+    flux_pipeline(folder / "model")
     (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in PROMPTS))
 
 

@@ -1,165 +1,122 @@
-"""Tiny pipelines of the families with classifier-free guidance: the real diffusers classes with random weights."""
+"""The model families that the tests go over, one entry each, and diffusers' own pipelines as their reference.
 
-from dataclasses import dataclass, field
+A new family is a builder of a tiny pipeline in pipelines_NAME.py and a line in FAMILIES: test_families.py compares it with its pipeline,
+test_family_runs.py trains and exports it, test_gpu_families.py replays its graphs, test_simulated_gpu.py runs its shipped config at
+real shapes. What only it has is tested in a file of its own.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
+import numpy as np
 import torch
-from engine_cases import randomise
-from make_pipeline import qwen_tokenizer
+from engine_cases import HELDOUT, examples
+from engine_cases import PROMPTS as WORDS
+from PIL import Image
+from pipelines_flux import flux_pipeline
+from pipelines_qwen_image import qwen_pipeline
+from pipelines_sd3 import sd3_pipeline
 
-from tempflow.types import Size
-
-
-def sd3_pipeline(folder: Path, **scheduling) -> Path:
-    """A StableDiffusion3Pipeline like SD3.5-M's: two CLIPs and T5, and a block with the second attention; pictures to 128 x 128."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
-
-    import tiny_flux
-
-    torch.manual_seed(0)
-    clip_tokenizer, t5_tokenizer = tiny_flux.new_tokenizers()
-    size = len(clip_tokenizer)
-    _, t5 = tiny_flux.new_text_encoders(size, len(t5_tokenizer))
-    clips = [
-        CLIPTextModelWithProjection(
-            CLIPTextConfig(
-                vocab_size=size,
-                hidden_size=width,
-                intermediate_size=48,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                max_position_embeddings=32,
-                projection_dim=width,
-                bos_token_id=size - 2,
-                eos_token_id=size - 1,
-                pad_token_id=size - 1,
-            )
-        ).eval()
-        for width in (24, 32)
-    ]
-    vae = tiny_flux.new_vae()
-    vae.register_to_config(scaling_factor=0.7, shift_factor=0.2)
-    transformer = SD3Transformer2DModel(
-        sample_size=16,
-        in_channels=tiny_flux.LATENT_CHANNELS,
-        out_channels=tiny_flux.LATENT_CHANNELS,
-        num_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=64,
-        caption_projection_dim=32,
-        pooled_projection_dim=24 + 32,
-        pos_embed_max_size=16,
-        dual_attention_layers=(0,),
-        qk_norm="rms_norm",
-    )
-    StableDiffusion3Pipeline(
-        transformer=randomise(transformer, 1),
-        scheduler=FlowMatchEulerDiscreteScheduler(**scheduling),
-        vae=vae,
-        text_encoder=clips[0],
-        tokenizer=clip_tokenizer,
-        text_encoder_2=clips[1],
-        tokenizer_2=clip_tokenizer,
-        text_encoder_3=t5.eval(),
-        tokenizer_3=t5_tokenizer,
-    ).save_pretrained(folder)
-    return folder
-
-
-def qwen_pipeline(folder: Path, **scheduling) -> Path:
-    """A QwenImagePipeline: Qwen2.5-VL as text encoder, the video VAE."""
-    from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-
-    torch.manual_seed(0)
-    tokenizer, channels = qwen_tokenizer(), 4
-    text_encoder = Qwen2_5_VLForConditionalGeneration(
-        Qwen2_5_VLConfig(
-            text_config={
-                "vocab_size": len(tokenizer),
-                "hidden_size": 32,
-                "intermediate_size": 48,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "num_key_value_heads": 1,
-                "bos_token_id": 0,
-                "eos_token_id": 2,
-                "pad_token_id": 0,
-                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
-            },
-            vision_config={
-                "depth": 1,
-                "hidden_size": 16,
-                "intermediate_size": 16,
-                "num_heads": 2,
-                "out_hidden_size": 32,
-                "fullatt_block_indexes": [0],
-            },
-            image_token_id=0,
-            video_token_id=0,
-            vision_start_token_id=0,
-            vision_end_token_id=0,
-        )
-    )
-    vae = AutoencoderKLQwenImage(
-        base_dim=8,
-        z_dim=channels,
-        dim_mult=[1, 2, 2],
-        num_res_blocks=1,
-        temperal_downsample=[False, True],
-        latents_mean=[-0.7, 0.1, 0.5, -0.3],
-        latents_std=[2.8, 1.4, 2.3, 1.6],
-    )
-    transformer = QwenImageTransformer2DModel(
-        in_channels=4 * channels,
-        out_channels=channels,
-        num_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        axes_dims_rope=(4, 6, 6),
-    )
-    QwenImagePipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(**scheduling),
-        vae=vae.eval(),
-        text_encoder=randomise(text_encoder, 2).eval(),
-        tokenizer=tokenizer,
-        transformer=randomise(transformer, 1),
-    ).save_pretrained(folder)
-    return folder
-
+from tempflow.types import Example, Size
 
 FP32 = 1e-5
-
-
 PROMPTS = ['the word "ABC"', "something else, and longer"]
-
-
 NEGATIVES = ["blurred, too many words", ""]
-
-
 DYNAMIC = {"shift": 3.0, "use_dynamic_shifting": True}
 
 
 @dataclass(frozen=True)
 class Family:
-    """How to build a tiny pipeline of one, what diffusers calls what the engine calls guidance_scale, and how two predictions
-    become one."""
+    """How the tests build a tiny pipeline, call diffusers' own, and what they expect of it."""
 
     build: Callable[..., Path]
+    """(folder, **options): saves the pipeline there."""
     pipeline: str
-    scale: str
-    text_length: int
-    default_negative: str
-    schedulers: dict = field(default_factory=dict)
+    """Its class in diffusers."""
+    config: str
+    """A shipped config that starts from it."""
+    schedulers: dict[str, dict]
+    """Options of `build` by kind; the first kind is the one of all tests that do not compare kinds."""
+    waits: tuple[float, int, int]
+    """Host waits on the simulated GPU, which may only fall: around each forward of a rollout; copies and reads of a training step."""
+    guidance: str = "guidance_scale"
+    """What the pipeline calls the engine's guidance_scale."""
+    scale: float = 3.0
+    """Of runs."""
+    negative: str | None = None
+    """The default negative prompt; None: its guidance is built in, or there is none."""
+    text_length: int = 512
+    """The default max_sequence_length."""
     combine: Callable = lambda positive, negative, scale: (1 - scale) * negative + scale * positive
+    """Two predictions to the guided one, for families with negative prompts."""
+    images: Callable[[Size], list[list[Image.Image]]] | None = None
+    """Condition images of PROMPTS for outputs of a size; None: it takes none."""
+    given: Callable[[list[list[Image.Image]]], dict] = lambda images: {"image": [one for (one,) in images]}
+    """The pipeline's arguments for them."""
+    frames: int = 1
+    """Of its videos."""
+    alone: bool = False
+    """Whether the pipeline takes one prompt at a time."""
 
-    def call(self, guidance_scale, negatives):
-        """The pipeline's arguments; without negative prompts its own default."""
-        return {self.scale: guidance_scale} | ({} if negatives is None else {"negative_prompt": list(negatives)})
+    @property
+    def cases(self) -> list[tuple[float, list[str] | None]]:
+        """Guidance scales and negative prompts that make a difference."""
+        if self.negative is None:
+            return [(0.0, None), (self.scale, None)]
+        return [(0.0, None), (1.0, NEGATIVES), (self.scale, None), (self.scale, NEGATIVES)]
+
+    def size(self, height: int, width: int) -> Size:
+        return Size(height, width, self.frames)
+
+    def examples(self, texts=PROMPTS, negatives=None, size: Size | None = None) -> list[Example]:
+        """Prompts as the engine has them, with the condition images of PROMPTS in turn."""
+        if self.images is None:
+            return examples(texts, negatives)
+        images = self.images(size or self.size(32, 32))
+        arrays = [tuple(np.asarray(image) for image in images[i % len(images)]) for i in range(len(texts))]
+        return [Example(text, negative, one) for text, negative, one in zip(texts, negatives or [None] * len(texts), arrays, strict=True)]
+
+    def sampled(self, policy, latents, size: Size, steps: int, scale: float, negatives=None, decode=False, **more):
+        """PROMPTS by the engine: final latents, or images."""
+        call = {"height": size.height, "width": size.width, "num_steps": steps, "guidance_scale": scale, "decode": decode, **more}
+        if self.images:
+            call.setdefault("images", self.images(size))
+        if self.frames > 1:
+            call["frames"] = self.frames
+        return policy.sample(PROMPTS, latents=latents, negative_prompts=negatives, **call)
+
+    def reference(self, pipe, latents, size: Size, steps: int, scale: float, negatives=None, decode=False, **more):
+        """PROMPTS by diffusers: the pipeline's own default where there are no negative prompts."""
+        call = {"height": size.height, "width": size.width, "num_inference_steps": steps, self.guidance: scale, **more}
+        call |= {"num_frames": self.frames} if self.frames > 1 else {}
+        call |= {} if decode else {"output_type": "latent"}
+        images, width, found = self.images and self.images(size), 1 if self.alone else len(PROMPTS), []
+        for i in range(0, len(PROMPTS), width):
+            rows = slice(i, i + width)
+            more = {"negative_prompt": list(negatives[rows])} if negatives else {}
+            more |= self.given(images[rows]) if images else {}
+            out = pipe(prompt=PROMPTS[rows], latents=latents[rows].clone(), **more, **call)
+            found += out.images if self.frames == 1 else out.frames
+        return found if decode else torch.stack(found)
+
+    def prompt_files(self, folder: Path, size: Size) -> dict[str, str]:
+        """data.train and data.heldout; of a family with condition images, with two different sets of them in turn."""
+        if self.images is None:
+            return {"train": str(WORDS), "heldout": str(HELDOUT)}
+        folder.mkdir(parents=True, exist_ok=True)
+        named = [[f"{i}-{j}.png" for j in range(len(images))] for i, images in enumerate(self.images(size))]
+        for names, images in zip(named, self.images(size), strict=True):
+            for name, image in zip(names, images, strict=True):
+                image.save(folder / name)
+        for file, words in (("train", WORDS), ("heldout", HELDOUT)):
+            texts = words.read_text().splitlines()[:32]
+            lines = [json.dumps({"prompt": text, "images": named[i % len(named)]}) for i, text in enumerate(texts)]
+            (folder / f"{file}.jsonl").write_text("\n".join(lines) + "\n")
+        return {file: str(folder / f"{file}.jsonl") for file in ("train", "heldout")}
 
 
 def rescaled(positive, negative, scale):
@@ -169,21 +126,38 @@ def rescaled(positive, negative, scale):
 
 
 FAMILIES = {
-    "sd3": Family(sd3_pipeline, "StableDiffusion3Pipeline", "guidance_scale", 256, "", {"shifted": {"shift": 3.0}, "dynamic": DYNAMIC}),
+    "flux": Family(
+        flux_pipeline,
+        "FluxPipeline",
+        "flux_lora",
+        {"dynamic": {"guidance_embeds": True, **DYNAMIC}, "plain": {}, "shifted": {"shift": 3.0}},
+        (10.2, 4, 8),
+    ),
+    "sd3": Family(
+        sd3_pipeline,
+        "StableDiffusion3Pipeline",
+        "sd35_lora",
+        {"shifted": {"shift": 3.0}, "dynamic": DYNAMIC},
+        (15, 8, 8),
+        negative="",
+        text_length=256,
+    ),
     "qwen_image": Family(
         qwen_pipeline,
         "QwenImagePipeline",
-        "true_cfg_scale",
-        512,
-        " ",
+        "qwen_image_lora",
         {"dynamic": {**DYNAMIC, "base_shift": 0.5, "max_shift": 0.9, "max_image_seq_len": 8192, "shift_terminal": 0.02}, "plain": {}},
-        rescaled,
+        (12.3, 8, 8),
+        guidance="true_cfg_scale",
+        negative=" ",
+        combine=rescaled,
     ),
 }
+GUIDED = [name for name, family in FAMILIES.items() if family.negative is not None]
 
 
 def pipeline_folders(root: Path) -> Callable[..., Path]:
-    """Folder of a tiny pipeline by (family, kind of scheduler), built in `root` when first asked for."""
+    """Folder of a tiny pipeline by (family, kind), built in `root` when first asked for."""
     made = {}
 
     def get(name, kind=None):
@@ -196,6 +170,5 @@ def pipeline_folders(root: Path) -> Callable[..., Path]:
     return get
 
 
-def latents_for(policy, height, width, count=2):
-    shape = policy.latent_shape(Size(height, width))
-    return torch.randn(count, *shape, generator=torch.Generator().manual_seed(0))
+def latents_for(policy, size: Size, count=2):
+    return torch.randn(count, *policy.latent_shape(size), generator=torch.Generator().manual_seed(0))

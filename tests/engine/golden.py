@@ -106,8 +106,7 @@ def run_case(name: str, folder: Path) -> dict:
 def _tiny(family: str, folder: Path) -> dict:
     import family_cases
 
-    build = {"sd3": family_cases.sd3_pipeline, "qwen_image": family_cases.qwen_pipeline}[family]
-    return {"path": str(build(folder / "models" / family)), "max_sequence_length": 20}
+    return {"path": str(family_cases.FAMILIES[family].build(folder / "models" / family)), "max_sequence_length": 20}
 
 
 def tensor_hash(file: Path) -> str:

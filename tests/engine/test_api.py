@@ -11,7 +11,7 @@ from unittest import mock
 import numpy as np
 import pytest
 from engine_cases import ROOT, config_table, examples, small_config
-from family_cases import sd3_pipeline
+from pipelines_sd3 import sd3_pipeline
 from run_cases import Run, environment
 
 import tempflow

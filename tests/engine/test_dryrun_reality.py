@@ -5,7 +5,6 @@ import pytest
 import torch
 from dryrun_cases import CARD, items
 from engine_cases import MODEL, examples, small_config
-from family_cases import qwen_pipeline, sd3_pipeline
 from run_cases import train
 
 from tempflow import types
@@ -40,23 +39,16 @@ VARIANTS = {
 }
 
 
-GUIDED = {"sd3": sd3_pipeline, "qwen_image": qwen_pipeline}
+GUIDED = ("sd3", "qwen_image")
 
 
 TEXT = 20
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
+def folders(family_folders):
     """A pipeline folder by family: the shipped model, and tiny ones of the guided families."""
-    made = {"flux": MODEL}
-
-    def get(family):
-        if family not in made:
-            made[family] = GUIDED[family](tmp_path_factory.mktemp(family))
-        return made[family]
-
-    return get
+    return lambda family: MODEL if family == "flux" else family_folders(family)
 
 
 def training_forward(policy, module, scale, rows, size):

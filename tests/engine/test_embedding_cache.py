@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from engine_cases import MODEL, small_config
-from family_cases import qwen_pipeline, sd3_pipeline
+from family_cases import FAMILIES
 from PIL import Image
 from run_cases import script_here, timeless, train
 from stub_policies import VideoPolicy
@@ -37,7 +37,7 @@ def folders(tmp_path_factory):
 
     def get(name):
         if name not in made:
-            made[name] = {"sd3": sd3_pipeline, "qwen_image": qwen_pipeline}[name](root / name)
+            made[name] = FAMILIES[name].build(root / name)
         return made[name]
 
     return get

@@ -1,55 +1,57 @@
-"""Whole runs on tiny pipelines of the families with classifier-free guidance."""
+"""Whole runs on a tiny pipeline of every family, each serving several tests: LoRA and all weights, guided, with the KL penalty."""
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
+import torch
 from engine_cases import ROOT
-from family_cases import FAMILIES, FP32, NEGATIVES, PROMPTS, latents_for, pipeline_folders
+from family_cases import FAMILIES, FP32, NEGATIVES, latents_for
 from kernel_cases import assert_close
 from PIL import Image
-from run_cases import ADAMW, Run, script_here, train
+from run_cases import ADAMW, Run, script_here, timeless, train
 
 from tempflow.models import load_policy
 from tempflow.run.evaluation import fixed_noise
 from tempflow.types import Size
 
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return pipeline_folders(tmp_path_factory.mktemp("families"))
+pytestmark = pytest.mark.slow
+KINDS = [(name, kind) for name in FAMILIES for kind in ("lora", "full")]
 
 
 @pytest.fixture(scope="module")
-def runs(folders, tmp_path_factory):
-    """One iteration by (family, "full" or "lora"), guided, two updates, with the held-out evaluation."""
+def runs(family_folders, tmp_path_factory):
+    """Two iterations by (family, "full" or "lora"), two updates each, with the held-out evaluation."""
     made, root = {}, tmp_path_factory.mktemp("family-runs")
 
     def get(name, kind):
         if (name, kind) not in made:
-            lora = {"rank": 2, "alpha": 4} if kind == "lora" else None
+            family, lora = FAMILIES[name], {"rank": 2, "alpha": 4} if kind == "lora" else None
             made[name, kind] = train(
                 root,
                 f"{name}-{kind}",
                 processes=None,
-                model={"path": str(folders(name)), "lora": lora, "max_sequence_length": 32},
-                data={"prompts_per_iteration": 1},
+                model={"path": str(family_folders(name)), "lora": lora, "max_sequence_length": 32},
+                data={"prompts_per_iteration": 1, **family.prompt_files(root / name, family.size(32, 32))},
                 rollout={
                     "height": 32,
                     "width": 32,
+                    **({"frames": family.frames} if family.frames > 1 else {}),
                     "num_steps": 4,
                     "plan": {"branch_steps": [0, 2]},
-                    "guidance_scale": 3.0,
+                    "guidance_scale": family.scale,
                     "micro_batch": 8,
                 },
                 training={
-                    "iterations": 1,
+                    "iterations": 2,
                     "updates": {"passes": 2},
                     "penalty": {"coef": 0.01},
                     "objective": {"clip_low": 0.1, "clip_high": 0.1},
                 },
                 eval={"every": 1, "prompts": 2, "guidance_scale": 1.5},
+                checkpoint={"every": 1, "keep": 2},
                 deepspeed={"optimizer": {**ADAMW, "params": {**ADAMW["params"], "lr": 1e-3}}},
             )
         return made[name, kind]
@@ -57,60 +59,62 @@ def runs(folders, tmp_path_factory):
     return get
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["full", "lora"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name, kind", KINDS)
 def test_training(runs, name, kind):
     run = runs(name, kind)
-    base, row = run.rows
-    assert row["ratio/max_dev"] > 0 and row["grad_norm"] > 0 and row["kl"] > 0
-    assert row["reward/std"] > 0 and row["reward/zero_std_groups"] == 0 and row["mismatch/log_prob"] < 1e-5
-    assert math.isfinite(base["eval/reward"]) and row["eval/reward"] != base["eval/reward"], "the model moved"
+    base, *rows = run.rows
+    for row in rows:
+        assert row["ratio/max_dev"] > 0 and row["grad_norm"] > 0 and row["kl"] > 0
+        assert row["reward/std"] > 0 and row["reward/zero_std_groups"] == 0 and row["mismatch/log_prob"] < 1e-5
+        assert math.isfinite(base["eval/reward"]) and row["eval/reward"] != base["eval/reward"], "the model moved"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["full", "lora"])
-@pytest.mark.parametrize("name", FAMILIES)
-def test_export_is_read_by_plain_diffusers(runs, folders, tmp_path, name, kind):
+@pytest.mark.cpu
+@pytest.mark.parametrize("name, kind", KINDS)
+def test_resuming(runs, tmp_path, name, kind):
+    """The second iteration once more, from the checkpoint of the first, to the bit."""
+    run = runs(name, kind)
+    shutil.copytree(run.folder, tmp_path / run.folder.name)
+    again = Run(tmp_path / run.folder.name)
+    shutil.rmtree(again.folder / "checkpoints/000002")
+    config = ["--config", run.folder.parent / f"{run.folder.name}.json", "--set", f"logging.dir={tmp_path}"]
+    again = Run(again.folder, script_here("train", *config, "--resume"))
+    assert timeless(again.rows[-1]) == timeless(run.rows[-1])
+    for weight, tensor in run.weights().items():
+        assert torch.equal(again.weights()[weight], tensor), weight
+
+
+@pytest.mark.parametrize("name, kind", KINDS)
+def test_export_is_read_by_plain_diffusers(runs, family_folders, tmp_path, name, kind):
     """And gives the latents of the tuned policy, which are not the base model's."""
     import diffusers
 
     from tempflow.checkpoints import load
     from tempflow.models.opened import load_whole
 
-    run = runs(name, kind)
+    run, family = runs(name, kind), FAMILIES[name]
     done = script_here("export", "--run", run.folder, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    pipe = getattr(diffusers, FAMILIES[name].pipeline).from_pretrained(folders(name) if kind == "lora" else tmp_path / "out")
+    folder = family_folders(name) if kind == "lora" else tmp_path / "out"
+    pipe = getattr(diffusers, family.pipeline).from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     if kind == "lora":
         assert [file.name for file in (tmp_path / "out").iterdir()] == ["pytorch_lora_weights.safetensors"]
         pipe.load_lora_weights(tmp_path / "out")
     chosen = load.load_tuned(run.folder)
-    policy = load_whole(chosen.config)
-    x, call = latents_for(policy, 32, 32), {"height": 32, "width": 32, "guidance_scale": 3.0, "negative_prompts": NEGATIVES}
-    base = policy.sample(PROMPTS, latents=x, num_steps=3, decode=False, **call)
-    got = load.apply(chosen, policy).sample(PROMPTS, latents=x, num_steps=3, decode=False, **call)
-    expected = pipe(
-        PROMPTS,
-        latents=x.clone(),
-        height=32,
-        width=32,
-        num_inference_steps=3,
-        output_type="latent",
-        max_sequence_length=32,
-        **FAMILIES[name].call(3.0, NEGATIVES),
-    ).images
-    assert_close("latents", got, expected, FP32)
+    policy, size = load_whole(chosen.config), family.size(32, 32)
+    x, call = latents_for(policy, size), (size, 3, family.scale, None if family.negative is None else NEGATIVES)
+    base = family.sampled(policy, x, *call)
+    got = family.sampled(load.apply(chosen, policy), x, *call)
+    assert_close("latents", got, family.reference(pipe, x, *call, max_sequence_length=32), FP32)
     assert (got - base).norm() > 1e-3 * base.norm()
 
 
-@pytest.mark.slow
-def test_evaluation_has_a_guidance_of_its_own(runs, folders):
+def test_evaluation_has_a_guidance_of_its_own(runs, family_folders):
     folder = runs("sd3", "full").folder / "samples/000000"
     first = json.loads((folder / "samples.json").read_text())["items"][0]
     kept = np.asarray(Image.open(folder / first["file"])).astype(int)
-    policy = load_policy(folders("sd3"), max_sequence_length=32)
+    policy = load_policy(family_folders("sd3"), max_sequence_length=32)
     noise = fixed_noise([0], policy.latent_shape(Size(32, 32)), "cpu")
 
     def distance(scale):
@@ -120,7 +124,6 @@ def test_evaluation_has_a_guidance_of_its_own(runs, folders):
     assert distance(1.5) <= 1 < distance(3.0)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_other_scripts(runs, tmp_path, name):
     """evaluate.py finds the run's own held-out reward again; sample.py draws."""
@@ -129,22 +132,26 @@ def test_other_scripts(runs, tmp_path, name):
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["reward"] == pytest.approx(run.rows[-1]["eval/reward"], abs=1e-3)
     done = script_here("sample", "--run", run.folder, "--out", tmp_path / "out", "--count", 2, "--num-steps", 2)
-    assert done.returncode == 0 and len(list((tmp_path / "out").glob("*.png"))) == 3, done.stderr
+    kind = "png" if FAMILIES[name].frames == 1 else "webp"
+    assert done.returncode == 0 and len(list((tmp_path / "out").glob(f"*.{kind}"))) >= 2, done.stderr
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name, config", [("sd3", "sd35_lora"), ("qwen_image", "qwen_image_lora")])
-def test_shipped_configs_run_on_tiny_pipelines(folders, tmp_path, name, config):
+@pytest.mark.parametrize("name", FAMILIES)
+def test_shipped_configs_run_on_tiny_pipelines(family_folders, tmp_path, name):
     """But for the model, the size and the amounts: half precision, ZeRO, checkpointing, guidance."""
+    family = FAMILIES[name]
+    files = family.prompt_files(tmp_path / "prompts", family.size(32, 32))
     settings = {
-        "model.path": str(folders(name)),
+        "model.path": str(family_folders(name)),
         "model.max_sequence_length": 32,
+        **({f"data.{key}": value for key, value in files.items()} if family.images else {}),
         "data.prompts_per_iteration": 1,
         "rollout.height": 32,
         "rollout.width": 32,
         "rollout.num_steps": 4,
         "rollout.plan.seeds": 1,
         "rollout.plan.children": 2,
+        **({"rollout.frames": family.frames} if family.frames > 1 else {}),
         "rewards": {"engine_rewards:contrast": 1.0},
         "reward_pool.workers": 0,
         "training.iterations": 1,
@@ -155,7 +162,7 @@ def test_shipped_configs_run_on_tiny_pipelines(folders, tmp_path, name, config):
         "data.embedding_cache": str(tmp_path / "cache"),
     }
     pairs = [part for key, value in settings.items() for part in ("--set", f"{key}={json.dumps(value)}")]
-    run = Run(tmp_path / config, script_here("train", "--config", ROOT / f"configs/{config}.json", *pairs))
+    run = Run(tmp_path / family.config, script_here("train", "--config", ROOT / f"configs/{family.config}.json", *pairs))
     row = run.rows[-1]
     assert row["iteration"] == 1 and row["grad_norm"] > 0
     assert "warning" not in run.done.stdout

@@ -5,13 +5,13 @@ from functools import cache
 
 import pytest
 import torch
-from engine_cases import MODEL, PROMPTS, Iteration, examples, plan_table, quiet_pool, small_config
-from family_cases import qwen_pipeline, sd3_pipeline
+from engine_cases import MODEL, PROMPTS, Iteration, plan_table, quiet_pool, small_config
+from family_cases import FAMILIES
 from rollout_cases import Rollout, toy_velocity
 from test_graphs import Recorded, cache_of
 
 from tempflow.errors import UserError
-from tempflow.models import load_policy
+from tempflow.models import index_rows, load_policy
 from tempflow.sampling.float8 import FLOAT8, Float8Copy, Float8Linear, float8_bytes, float8_layers, obstacle, quantize_rows
 from tempflow.sampling.graphs import CudaCapture
 from tempflow.sampling.layout import iteration_units
@@ -67,42 +67,40 @@ def test_a_layer_is_the_product_of_the_rounded_factors(dtype, tolerance, bias):
 
 
 # ---------------------------------------------------------------------------------------------------- the copy
-BUILDERS = {"flux": lambda folder: MODEL, "sd3": sd3_pipeline, "qwen_image": qwen_pipeline}
-
-
 @pytest.fixture(scope="module")
-def policies(tmp_path_factory):
-    return cache(lambda family: load_policy(str(BUILDERS[family](tmp_path_factory.mktemp(family) / "model")), max_sequence_length=20))
+def policies(family_folders):
+    return cache(lambda name: load_policy(str(family_folders(name)), max_sequence_length=20))
 
 
-def velocity(policy, transformer, seed=0):
-    conditioning = policy.encode(examples(['the word "ABC"'] * 3))
-    x = torch.randn(3, *policy.latent_shape(SIZE), generator=torch.Generator().manual_seed(seed))
+def velocity(name, policy, transformer, seed=0):
+    size = FAMILIES[name].size(32, 96)
+    conditioning = index_rows(policy.encode(FAMILIES[name].examples(size=size)), [0, 0, 0])
+    x = torch.randn(3, *policy.latent_shape(size), generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
-        return policy.velocity(transformer, x, torch.tensor([0.9, 0.5, 0.1]), conditioning, SIZE, 0.0)
+        return policy.velocity(transformer, x, torch.tensor([0.9, 0.5, 0.1]), conditioning, size, 0.0)
 
 
-@pytest.mark.parametrize("family", BUILDERS)
-def test_it_converts_the_layers_of_the_blocks_that_see_tokens(policies, family):
-    transformer, shapes = policies(family).transformer, {}
+@pytest.mark.parametrize("name", FAMILIES)
+def test_it_converts_the_layers_of_the_blocks_that_see_tokens(policies, name):
+    transformer, shapes = policies(name).denoiser(), {}
     hooks = [
-        module.register_forward_pre_hook(lambda _, args, name=name: shapes.update({name: args[0].shape}))
-        for name, module in transformer.named_modules()
+        module.register_forward_pre_hook(lambda _, args, layer=layer: shapes.update({layer: args[0].shape}))
+        for layer, module in transformer.named_modules()
         if isinstance(module, torch.nn.Linear)
     ]
-    velocity(policies(family), transformer)
+    velocity(name, policies(name), transformer)
     for hook in hooks:
         hook.remove()
-    tokens = {name for name, shape in shapes.items() if len(shape) == 3 and "blocks." in name}
+    tokens = {layer for layer, shape in shapes.items() if len(shape) == 3 and "blocks." in layer}
     unused = set(float8_layers(transformer)) - set(shapes)  # the last block's text stream
     assert set(float8_layers(transformer)) - unused == tokens and len(tokens) > 10
-    assert all("_context" in name or "txt" in name or "add" in name for name in unused)
+    assert all("_context" in layer or "txt" in layer or "add" in layer for layer in unused)
 
 
-@pytest.mark.parametrize("family", BUILDERS)
-def test_the_rest_is_shared_and_weights_follow_in_place(policies, family):
-    policy = policies(family)
-    source = policy.transformer
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_rest_is_shared_and_weights_follow_in_place(policies, name):
+    policy = policies(name)
+    source = policy.denoiser()
     made = Float8Copy(source)
     storages = {t.data_ptr() for t in (*source.parameters(), *source.buffers())}
     own = list(made.tensors())
@@ -111,12 +109,12 @@ def test_the_rest_is_shared_and_weights_follow_in_place(policies, family):
     assert not [name for name, module in source.named_modules() if isinstance(module, Float8Linear)]
 
     def distance():
-        exact = velocity(policy, source)
-        return ((velocity(policy, made.transformer) - exact).norm() / exact.norm()).item()
+        exact = velocity(name, policy, source)
+        return ((velocity(name, policy, made.transformer) - exact).norm() / exact.norm()).item()
 
     close = distance()
     assert 1e-4 < close < 0.15
-    name = next(iter(float8_layers(source)))
+    converted = next(iter(float8_layers(source)))
     kept = {n: p.clone() for n, p in source.named_parameters()}
     with torch.no_grad():
         for parameter in source.parameters():
@@ -125,7 +123,7 @@ def test_the_rest_is_shared_and_weights_follow_in_place(policies, family):
     addresses = [t.data_ptr() for t in own]
     made.refresh()
     assert distance() < min(0.15, stale / 2), "refreshed"
-    assert addresses == [t.data_ptr() for t in made.tensors()] and name in dict(made.transformer.named_modules())
+    assert addresses == [t.data_ptr() for t in made.tensors()] and converted in dict(made.transformer.named_modules())
     with torch.no_grad():
         for n, parameter in source.named_parameters():
             parameter.copy_(kept[n])
@@ -269,25 +267,26 @@ def test_every_rollout_converts_the_weights_of_then():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("family", BUILDERS)
-def test_on_the_hardware_eagerly_and_as_a_graph(tmp_path, family):
-    policy = load_policy(str(BUILDERS[family](tmp_path / "model")), dtype="bfloat16", device="cuda", max_sequence_length=20)
-    reason = obstacle(policy.transformer)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_on_the_hardware_eagerly_and_as_a_graph(family_folders, name):
+    family, size = FAMILIES[name], FAMILIES[name].size(32, 96)
+    policy = load_policy(str(family_folders(name)), dtype="bfloat16", device="cuda", max_sequence_length=20)
+    reason = obstacle(policy.denoiser())
     if reason:
         pytest.skip(reason)
-    made = Float8Copy(policy.transformer)
-    conditioning = policy.encode(examples(['the word "ABC"'] * 4))
-    x = torch.randn(4, *policy.latent_shape(SIZE), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    made = Float8Copy(policy.denoiser())
+    conditioning = index_rows(policy.encode(family.examples(size=size)), [0, 0, 0, 0])
+    x = torch.randn(4, *policy.latent_shape(size), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
     given = {"x": x, "sigma": torch.tensor([0.9, 0.6, 0.4, 0.1], device="cuda"), **conditioning}
 
     def forward(transformer, x, sigma, **conditioning):
-        return (policy.velocity(transformer, x, sigma, conditioning, SIZE, 0.0),)
+        return (policy.velocity(transformer, x, sigma, conditioning, size, 0.0),)
 
     def coarse(**inputs):
         return forward(made.transformer, **inputs)
 
     with torch.no_grad():
-        exact, eager = (forward(module, **given)[0].float() for module in (policy.transformer, made.transformer))
+        exact, eager = (forward(module, **given)[0].float() for module in (policy.denoiser(), made.transformer))
     assert 1e-4 < (eager - exact).norm() / exact.norm() < 0.15
     graphs, notes = cache_of(CudaCapture(), limit_bytes=1 << 30)
     for _ in range(2):

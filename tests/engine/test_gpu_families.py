@@ -3,12 +3,10 @@
 On the CPU the capture is stood in for, so that the comparison itself has run on any machine.
 """
 
-from functools import cache
-
 import pytest
 import torch
-from engine_cases import MODEL, PROMPTS, quiet_pool, small_config
-from family_cases import qwen_pipeline, sd3_pipeline
+from engine_cases import quiet_pool, small_config
+from family_cases import FAMILIES
 from test_graphs import Recorded, cache_of
 
 from tempflow.data.prompts import load_prompts
@@ -18,14 +16,7 @@ from tempflow.sampling.graphs import Captured, CudaCapture
 from tempflow.training.rollout import gather_rewards, plan_iteration, roll_out
 from tempflow.training.session import assemble
 
-BUILDERS = {"flux": lambda folder: MODEL, "sd3": sd3_pipeline, "qwen_image": qwen_pipeline}
-GUIDANCE = {"flux": 0.0, "sd3": 4.5, "qwen_image": 4.0}
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return cache(lambda family: str(BUILDERS[family](tmp_path_factory.mktemp(family) / "model")))
 
 
 def eager(function, inputs):
@@ -47,12 +38,13 @@ def rolled(session):
     return found
 
 
-def check_graphs(folder, family, dtype, device, capture):
+def check_graphs(folder, files, family, dtype, device, capture):
     """Two rollouts, the second with weights changed in place: the same states and children as eagerly, one capture per size."""
-    policy = load_policy(folder, dtype=dtype, device=device, max_sequence_length=20)
+    size, folder = family.size(32, 32), str(folder)
+    policy, files = load_policy(folder, dtype=dtype, device=device, max_sequence_length=20), family.prompt_files(files, size)
     config = small_config(
         model={"path": folder, "dtype": dtype, "max_sequence_length": 20},
-        data={"prompts_per_iteration": 2},
+        data={"prompts_per_iteration": 2, **files},
         rollout={
             "height": 32,
             "width": 32,
@@ -60,15 +52,16 @@ def check_graphs(folder, family, dtype, device, capture):
             "plan": {"branch_steps": [0, 2], "seeds": 1},
             "micro_batch": 8,
             "lanes": 1,
-            "guidance_scale": GUIDANCE[family],
+            "guidance_scale": family.scale,
+            **({"frames": family.frames} if family.frames > 1 else {}),
         },
     )
-    weight = next(p for name, p in policy.transformer.named_parameters() if name.endswith("to_q.weight"))
+    weight = next(p for name, p in policy.denoiser().named_parameters() if name.endswith("to_q.weight"))
     original, found = weight.clone(), []
     for how in (capture, eager):
         graphs, notes = cache_of(how, limit_bytes=1 << 30)
         with quiet_pool(config) as (pool, specs):
-            session = assemble(config, policy, EmbeddingCache(policy), pool, specs, load_prompts(PROMPTS), graphs=graphs)
+            session = assemble(config, policy, EmbeddingCache(policy), pool, specs, load_prompts(files["train"]), graphs=graphs)
             data = [rolled(session)]
             with torch.no_grad():
                 weight.mul_(1.5)
@@ -86,12 +79,12 @@ def check_graphs(folder, family, dtype, device, capture):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("family", BUILDERS)
-def test_graphs_on_the_gpu(folders, family):
+@pytest.mark.parametrize("name", FAMILIES)
+def test_graphs_on_the_gpu(family_folders, tmp_path, name):
     for dtype in TOLERANCE:
-        check_graphs(folders(family), family, dtype, "cuda", CudaCapture())
+        check_graphs(family_folders(name), tmp_path, FAMILIES[name], dtype, "cuda", CudaCapture())
 
 
-@pytest.mark.parametrize("family", BUILDERS)
-def test_the_same_comparison_on_the_cpu(folders, family):
-    check_graphs(folders(family), family, "float32", "cpu", Recorded(nbytes=1))
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_same_comparison_on_the_cpu(family_folders, tmp_path, name):
+    check_graphs(family_folders(name), tmp_path, FAMILIES[name], "float32", "cpu", Recorded(nbytes=1))

@@ -1,49 +1,51 @@
 """Transformer blocks as ZeRO-3's units: in force for every family, with the update that DeepSpeed's own units give."""
 
+from functools import cache
+
 import pytest
 import torch
-from engine_cases import MODEL, examples, small_config
-from family_cases import qwen_pipeline, sd3_pipeline
+from engine_cases import small_config
+from family_cases import FAMILIES
 from run_cases import SGD
 
 from tempflow.training import distributed, leaves
 from tempflow.training import engine as runtime
-from tempflow.types import Size
 
 OWN = {"leaf_module": {"classes": []}}  # what a user writes who wants DeepSpeed's own units
-SIZE = Size(32, 96)
 SUMS = 1e-6  # fp32, relative: gradients of a block's inputs are added in another order
-BLOCKS = {"flux": 6, "sd3": 2, "qwen_image": 2}
 
 
 @pytest.fixture(scope="module")
-def policies(tmp_path_factory):
-    """The policy and the folder of each family, loaded once; a runtime leaves it alone."""
+def policies(family_folders):
+    """Each family with its policy and folder, loaded once; a runtime leaves it alone."""
     from tempflow.models import load_policy
 
     distributed.init_distributed()
-    root = tmp_path_factory.mktemp("families")
-    folders = {"flux": MODEL, "sd3": sd3_pipeline(root / "sd3"), "qwen_image": qwen_pipeline(root / "qwen_image")}
-    return {name: (load_policy(str(folder), max_sequence_length=20), folder) for name, folder in folders.items()}
+    return cache(lambda name: (FAMILIES[name], load_policy(str(family_folders(name)), max_sequence_length=20), family_folders(name)))
 
 
 def updated(family, lora, checkpointing, **zero):
-    """The runtime after one update on two micro-batches, and its trained weights. family: policy and folder."""
-    policy, folder = family
+    """The runtime after one update on two micro-batches, and its trained weights. family: with its policy and folder."""
+    family, policy, folder = family
+    size = family.size(32, 96)
     config = small_config(
         model={"path": str(folder), "lora": {"rank": 2, "alpha": 4.0} if lora else None, "gradient_checkpointing": checkpointing},
         training={"penalty": {"coef": 0.1}},
         deepspeed={**SGD, "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, **zero}},
     )
     made = runtime.Runtime(config, policy)
-    generator, text = torch.Generator().manual_seed(3), policy.encode(examples(["one", "another"]))
+    generator, text = torch.Generator().manual_seed(3), policy.encode(family.examples(size=size))
     for last in (False, True):
-        x = torch.randn(2, *policy.latent_shape(SIZE), generator=generator)
+        x = torch.randn(2, *policy.latent_shape(size), generator=generator)
         goal = torch.randn(x.shape, generator=generator)
-        v = policy.velocity(made.engine, x, torch.tensor([0.9, 0.4]), text, SIZE, 1.0)
+        v = policy.velocity(made.engine, x, torch.tensor([0.9, 0.4]), text, size, 1.0)
         made.accumulate((v - goal).square().mean(), last=last)
     made.step(1.0)
     return made, {name: made.full_fp32(p) for name, p in made.trainable.items()}
+
+
+def block_count(policy):
+    return sum(type(part).__name__ in policy.denoiser()._no_split_modules for part in policy.denoiser().modules())
 
 
 def leaf_count(module):
@@ -51,19 +53,13 @@ def leaf_count(module):
 
 
 @pytest.mark.parametrize(
-    "family, lora, checkpointing",
-    [
-        ("flux", False, False),
-        ("flux", True, True),
-        ("sd3", False, False),
-        ("qwen_image", True, False),
-    ],
+    "name, lora, checkpointing", [*((name, i % 2 == 1, False) for i, name in enumerate(FAMILIES)), ("flux", True, True)]
 )
-def test_an_update_in_whole_blocks_is_the_same(policies, monkeypatch, family, lora, checkpointing):
+def test_an_update_in_whole_blocks_is_the_same(policies, monkeypatch, name, lora, checkpointing):
     """To the bit, against DeepSpeed's own units with blocks called alike. The sharded reference has the same units."""
-    made, got = updated(policies[family], lora, checkpointing)
-    assert leaf_count(made.module) == BLOCKS[family]
-    assert lora or leaf_count(made.reference.module) == BLOCKS[family]
+    made, got = updated(policies(name), lora, checkpointing)
+    assert leaf_count(made.module) == block_count(policies(name)[1])
+    assert lora or leaf_count(made.reference.module) == leaf_count(made.module)
 
     def as_for_leaves(module, zero):
         leaves.call_by_position(module, leaves.leaf_section({"stage": 3}, module))
@@ -71,7 +67,7 @@ def test_an_update_in_whole_blocks_is_the_same(policies, monkeypatch, family, lo
             part._z3_leaf = False
 
     monkeypatch.setattr(runtime, "call_by_position", as_for_leaves)
-    alike, same = updated(policies[family], lora, checkpointing, **OWN)
+    alike, same = updated(policies(name), lora, checkpointing, **OWN)
     assert leaf_count(alike.module) == 0
     assert all(torch.equal(value, same[name]) for name, value in got.items())
 
@@ -86,11 +82,11 @@ def test_hooks_run_once_a_block_and_gradients_stay(policies, monkeypatch):
         "pre_sub_module_forward_function",
         lambda self, module: (seen.append(type(module).__name__), real(self, module))[1],
     )
-    _, got = updated(policies["flux"], False, False)
+    _, got = updated(policies("flux"), False, False)
     blocks = [name for name in seen if "TransformerBlock" in name]
-    assert len(blocks) == 2 * BLOCKS["flux"] and "FluxAttention" not in seen
+    assert len(blocks) == 2 * block_count(policies("flux")[1]) and "FluxAttention" not in seen
     outside, seen[:] = len(seen) - len(blocks), []
-    _, plain = updated(policies["flux"], False, False, **OWN)
+    _, plain = updated(policies("flux"), False, False, **OWN)
     assert "FluxAttention" in seen and len(seen) - outside > 10 * len(blocks)
     for name, value in got.items():
         assert (value - plain[name]).norm() <= SUMS * plain[name].norm(), name

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from engine_cases import ROOT
 from fake_gpu import READ, FakeGpu
+from family_cases import FAMILIES
 from simulated_runs import SimulatedModel, SimulatedRun, cut_card
 
 from tempflow.config import load_config
@@ -14,8 +15,7 @@ from tempflow.estimate.model import Model
 from tempflow.training.ema import Average
 from tempflow.training.update import Part, Updater
 
-FAMILIES = {"flux": "flux_lora", "sd3": "sd35_lora", "qwen_image": "qwen_image_lora"}
-CONFIGS = ("flux_zero3", "flux_lora", "sd35_lora", "sd35_zero2_lora", "qwen_image_lora")
+CONFIGS = (*(family.config for family in FAMILIES.values()), "flux_zero3", "sd35_zero2_lora")
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def most(seen) -> int:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nothing_captured_copies_or_reads(simulations, family):
     """A forward and its step, as a CUDA graph would capture them."""
-    rolled = simulations.rolled(FAMILIES[family])
+    rolled = simulations.rolled(FAMILIES[family].config)
     assert list(rolled.forwards) == ["step"]
     assert sum((seen.waits for seen in rolled.forwards["step"]), start=type(rolled.whole.waits)()) == {}
 
@@ -93,21 +93,19 @@ def test_nothing_captured_copies_or_reads_in_a_coarser_suffix(simulations, famil
         'rollout.suffix={"stride": 2, "order": 2, "weights": "float8"}',
     ]
     with simulations.gpu:
-        rolled = simulations.run(FAMILIES[family], changes=changes).roll_out()
+        rolled = simulations.run(FAMILIES[family].config, changes=changes).roll_out()
     assert set(rolled.forwards) == {"step", "coarse_step"}
     assert not [event for seen in rolled.forwards.values() for one in seen for event in one.waits]
 
 
-# Host waits around the forwards of a rollout, each, and in a training micro-batch: copies, and values read. These numbers may only
-# fall: whoever saves waits lowers them.
-ROLLOUT_WAITS = {"flux": 10.2, "sd3": 15, "qwen_image": 12.3}
-TRAINING_WAITS = {"flux_zero3": (2, 8), "flux_lora": (4, 8), "sd35_lora": (8, 8), "qwen_image_lora": (8, 8)}
+# The copies and reads of a training micro-batch, which may only fall: whoever saves waits lowers them.
+TRAINING_WAITS = {"flux_zero3": (2, 8), **{family.config: family.waits[1:] for family in FAMILIES.values()}}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_host_waits_of_a_rollout(simulations, family):
-    rolled = simulations.rolled(FAMILIES[family])
-    waits, limit = sum(rolled.outside().values()) / rolled.data.stats.batches, ROLLOUT_WAITS[family]
+    rolled = simulations.rolled(FAMILIES[family].config)
+    waits, limit = sum(rolled.outside().values()) / rolled.data.stats.batches, FAMILIES[family].waits[0]
     assert waits < limit + 0.05, rolled.outside()
     assert waits > limit - 0.5, "better than the number here: lower it"
 

@@ -1,0 +1,77 @@
+"""Classifier-free guidance, for the families that have it: one forward of both halves, gradients through both, negative prompts."""
+
+import copy
+
+import pytest
+import torch
+from family_cases import FAMILIES, FP32, GUIDED, NEGATIVES, PROMPTS, latents_for
+from kernel_cases import assert_close
+
+from tempflow.models.embeddings import EmbeddingCache
+
+
+@pytest.mark.parametrize("name", GUIDED)
+def test_a_negative_prompt_has_a_default(family_pairs, name):
+    policy, _ = family_pairs(name)
+    family = FAMILIES[name]
+    default, explicit = (policy.encode(family.examples(negatives=negatives)) for negatives in (None, [family.negative] * 2))
+    for part, tensor in explicit.items():
+        assert_close(part, default[part].float(), tensor.float(), FP32)
+
+
+@pytest.mark.parametrize("name", GUIDED)
+def test_cache_is_by_prompt_and_negative_prompt(family_pairs, name, monkeypatch):
+    """A prompt with two negative prompts has two conditionings; each text is encoded once, be it prompt or negative."""
+    policy, _ = family_pairs(name)
+    family, asked, embed = FAMILIES[name], [], policy.embed
+
+    def given(default):
+        texts = [PROMPTS[0], PROMPTS[0], PROMPTS[0], NEGATIVES[0]], [NEGATIVES[0], default, PROMPTS[1], NEGATIVES[1]]
+        first = family.examples(PROMPTS[:1])[0].images
+        return [type(one)(one.text, one.negative, first) for one in family.examples(*texts)]
+
+    expected = policy.encode(given(family.negative))
+    monkeypatch.setattr(policy, "embed", lambda some: asked.extend(example.text for example in some) or embed(some))
+    got = EmbeddingCache(policy).get(given(None))
+    for part, tensor in got.items():
+        assert_close(part, tensor.float(), expected[part].float(), FP32)
+    rows = next(tensor for part, tensor in got.items() if part.startswith("negative_") and tensor.is_floating_point())
+    assert not torch.equal(rows[0], rows[1]) and not torch.equal(rows[1], rows[2])
+    assert sorted(asked) == sorted({*PROMPTS, *NEGATIVES, family.negative})
+
+
+@pytest.mark.parametrize("name", GUIDED)
+@pytest.mark.parametrize("scale, rows", [(0.0, 2), (1.0, 2), (1.5, 4)])
+def test_guidance_is_one_forward(family_pairs, name, scale, rows):
+    policy, _ = family_pairs(name)
+    seen, size = [], FAMILIES[name].size(32, 32)
+
+    def denoiser(**inputs):
+        seen.append(len(inputs["hidden_states"]))
+        return policy.denoiser()(**inputs)
+
+    policy.velocity(denoiser, latents_for(policy, size), torch.ones(2), policy.encode(FAMILIES[name].examples()), size, scale)
+    assert seen == [rows]
+
+
+@pytest.mark.parametrize("name", GUIDED)
+def test_gradient_flows_through_both_halves(family_pairs, name):
+    """All weights' gradients of the guided velocity, against two forwards without guidance put together by hand."""
+    policy, _ = family_pairs(name)
+    family, size = FAMILIES[name], FAMILIES[name].size(32, 32)
+    denoiser = copy.deepcopy(policy.denoiser()).requires_grad_(True)
+    x, sigma, target = latents_for(policy, size), torch.tensor([0.9, 0.4]), latents_for(policy, size, 4)[2:]
+
+    def velocity(scale, prompts, negatives):
+        return policy.velocity(denoiser, x, sigma, policy.encode(family.examples(prompts, negatives)), size, scale)
+
+    def gradient(v):
+        (v - target).square().sum().backward()
+        found = torch.cat([p.grad.flatten() for p in denoiser.parameters() if p.grad is not None])
+        denoiser.zero_grad()
+        return found
+
+    got = gradient(velocity(4.5, PROMPTS, NEGATIVES))
+    positive, negative = velocity(1.0, PROMPTS, NEGATIVES), velocity(1.0, NEGATIVES, PROMPTS)
+    assert_close("gradient", got, gradient(family.combine(positive, negative, 4.5)), FP32)
+    assert (got - gradient(velocity(1.0, PROMPTS, NEGATIVES))).norm() > 0.01 * got.norm()
