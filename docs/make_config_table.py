@@ -42,7 +42,8 @@ reward of an image is the weighted sum. Weight 0 only watches: such a reward is 
     "rewards": {"ocr": {"weight": 1.0, "detect": false}, "jpeg": 0.0, "my_rewards:Sharpness": {"weight": 0.2, "limit": 15.0}}
 
 A name is one of those below, or `module:Name` of your own (README, "Add a reward"). A table with a `type`, one of these,
-may have any name, which is the one in logs: `{"faithful": {"type": "vlm_judge", ...}, "pretty": {"type": "vlm_judge", ...}}`.
+may have any name, which is the one in logs: `{"faithful": {"type": "vlm_judge", ...}, "pretty": {"type": "vlm_judge", ...}}`. A table's
+`frames` is how many frames of a video the reward is given ([rewards of videos](rewards.md#rewards-of-videos)).
 """
 DEEPSPEED_TEXT = """## `deepspeed`
 

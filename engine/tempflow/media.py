@@ -53,12 +53,14 @@ def frames_of(item: np.ndarray) -> np.ndarray:
     return item if item.ndim == 4 else item[None]
 
 
+def frame_places(count: int, most: int) -> np.ndarray:
+    """Places of at most `most` of `count` frames, evenly spaced from the first to the last; of one alone the first."""
+    return np.linspace(0, count - 1, min(most, count)).round().astype(int)
+
+
 def some_frames(media: np.ndarray, most: int) -> np.ndarray:
-    """At most `most` frames of each video, evenly spaced from the first to the last, [n, f, H, W, 3]; an image is one frame."""
-    if not is_video(media):
-        return media[:, None]
-    count = media.shape[1]
-    return media[:, np.linspace(0, count - 1, min(most, count)).round().astype(int)]
+    """At most `most` frames of each video, as `frame_places` chooses them, [n, f, H, W, 3]; an image is one frame."""
+    return media[:, frame_places(media.shape[1], most)] if is_video(media) else media[:, None]
 
 
 def still(item: np.ndarray) -> np.ndarray:

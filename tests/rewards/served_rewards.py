@@ -34,3 +34,25 @@ class Seen(Reward):
     def score(self, images, prompts, metadata):
         seen = [f"{image.shape} {prompt} {sorted(entry.items())}" for image, prompt, entry in zip(images, prompts, metadata)]
         return Scores(images.reshape(len(images), -1).astype(np.float64).mean(1) / 7, seen)
+
+
+class Still(Reward):
+    """Mean level of an image."""
+
+    @staticmethod
+    def level(images):
+        return images.reshape(len(images), -1).mean(axis=1, dtype=np.float64).astype(np.float32)
+
+    def score(self, images, prompts, metadata):
+        assert images.ndim == 4
+        told = [f"{prompt} {entry} {image.shape}" for image, prompt, entry in zip(images, prompts, metadata)]
+        return Scores(self.level(images), told)
+
+
+class Motion(Reward):
+    """How much brighter a video ends than it begins."""
+
+    takes_videos = True
+
+    def score(self, images, prompts, metadata):
+        return Scores(Still.level(images[:, -1]) - Still.level(images[:, 0]), [str(video.shape) for video in images])

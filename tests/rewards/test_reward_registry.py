@@ -53,7 +53,7 @@ def test_section_refused(section, words):
 @pytest.mark.parametrize(
     "name, options, words",
     [
-        ("ocr", {"detct": False}, ["rewards.ocr.detct", "did you mean 'detect'", "Allowed: weight, type, detect"]),
+        ("ocr", {"detct": False}, ["rewards.ocr.detct", "did you mean 'detect'", "Allowed: weight, type, frames, detect"]),
         ("ocr", {"detect": "no"}, ["rewards.ocr.detect", "true or false", "'no'"]),
         ("jpeg", {"quality": 9.5}, ["rewards.jpeg.quality", "whole number", "9.5"]),
         ("jpeg", {"quality": True}, ["rewards.jpeg.quality", "True"]),
@@ -64,7 +64,7 @@ def test_section_refused(section, words):
         ("faulty_rewards:NotAReward", {}, ["subclass of tempflow.rewards.Reward"]),
         ("faulty_rewards:NoScore", {}, ["rewards.faulty_rewards:NoScore", "does not define score"]),
         ("faulty_rewards:Faulty", {"fault": "nan"}, ["counter", "no default"]),
-        ("faulty_rewards:first_pixel", {"images": 1}, ["images", "Allowed: weight, type, scale"]),
+        ("faulty_rewards:first_pixel", {"images": 1}, ["images", "Allowed: weight, type, frames, scale"]),
         ("faulty_rewards:first_pixel", {"scale": "big"}, ["scale", "a number"]),
     ],
 )

@@ -127,8 +127,8 @@ def read_reward(text: str) -> RewardSpec:
         table = strict_json.loads(options) if given else {}
     except (ValueError, RecursionError) as error:
         raise UserError(f"--reward {shown}: the options are not JSON: {error}") from None
-    if not isinstance(table, dict) or "weight" in table:
-        raise UserError(f"--reward {shown}: expected a table of the reward's options (its weight belongs into the run's config)")
+    if not isinstance(table, dict) or {"weight", "frames"} & set(table):
+        raise UserError(f"--reward {shown}: expected a table of the reward's options (weight and frames belong into the run's config)")
     return parse_rewards({name: table})[0]
 
 

@@ -11,7 +11,7 @@ from tempflow.rewards.combine import Combined, combine
 from tempflow.rewards.fit import applies, check_asked, check_prompts, fits, kinds_of
 from tempflow.rewards.pool import RewardPool, Ticket
 from tempflow.rewards.probe import probe
-from tempflow.rewards.registry import RewardSpec, build_reward, check_watched, parse_rewards
+from tempflow.rewards.registry import RewardSpec, build_reward, check_frames, check_watched, parse_rewards
 
 __all__ = [
     "Combined",
@@ -23,6 +23,7 @@ __all__ = [
     "applies",
     "build_reward",
     "check_asked",
+    "check_frames",
     "check_prompts",
     "check_watched",
     "combine",

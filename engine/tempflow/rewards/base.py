@@ -43,7 +43,8 @@ class Reward(ABC):
     nothing: the training process builds every reward too, only to call `check_prompts`. A `UserError` of the constructor or of
     `load` is shown after the entry's key; it begins with the option at fault, as in "url: expected ..., got ...".
 
-    takes_videos: whether `score` takes videos too, [n, F, H, W, 3]; the pool refuses them for rewards that do not say so.
+    takes_videos: whether `score` takes videos too, [n, F, H, W, 3]. Of the others an entry of the config says how many `frames` of a
+        video they score, one image each; without that the pool refuses videos for them.
     """
 
     takes_videos = False
@@ -109,6 +110,14 @@ def as_scores(result, n: int) -> Scores:
         told = details if details is not None else [""] * n
         details = ["not scored: an infinite value" if bad else text for bad, text in zip(infinite, told, strict=True)]
     return Scores(values, None if details is None else [str(text) for text in details])
+
+
+def joined(parts: list[Scores]) -> Scores:
+    """The scores of several batches as one, in their order; details where all have some."""
+    details = None
+    if all(part.details is not None for part in parts):
+        details = [text for part in parts for text in part.details]
+    return Scores(np.concatenate([part.values for part in parts]), details)
 
 
 def locate(prompt: str, metadata: dict) -> str:

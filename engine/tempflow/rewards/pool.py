@@ -21,7 +21,8 @@ from tempflow.errors import UserError
 from tempflow.media import check_media, is_video
 from tempflow.rewards.base import Scores, as_scores
 from tempflow.rewards.fit import applies
-from tempflow.rewards.registry import RewardSpec, build_reward, load_rewards
+from tempflow.rewards.frames import chosen_frames
+from tempflow.rewards.registry import RewardSpec, images_only, load_rewards, takes_videos
 from tempflow.rewards.workers import WorkerProcess, Workers, rank_gpu
 
 NOT_FINITE = "not scored: the image holds NaN or infinity"
@@ -94,7 +95,8 @@ class RewardPool:
         if workers < 0:
             raise UserError(f"reward workers: expected 0 or more, got {workers}")
         self._specs = list(specs)
-        self._take_videos = {spec.name for spec in self._specs if build_reward(spec.name, spec.options, spec.type).takes_videos}
+        self._frames = {spec.name: spec.frames for spec in self._specs}
+        self._take_videos = {spec.name for spec in self._specs if takes_videos(spec)}
         self._timeout_s, self._retries, self._backoff_s = timeout_s, retries, backoff_s
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._closed = threading.Event()
@@ -137,25 +139,28 @@ class RewardPool:
     ) -> Ticket:
         """Queue a batch for every reward that applies to it; returns at once (unless workers=0).
 
-        images: uint8 RGB [n, H, W, 3], or videos [n, F, H, W, 3], copied here; prompts and metadata: n entries each. finite: bool
-        [n], as `Policy.decode` returns it; no reward is asked about the others, which are failures. rewards: names of those asked;
-        None: all. Raises UserError for videos where one of them takes images only, ValueError where the arguments disagree,
-        RuntimeError on a closed pool.
+        images: uint8 RGB [n, H, W, 3], or videos [n, F, H, W, 3]; what is sent of them is copied here. prompts and metadata: n entries
+        each. finite: bool [n], as `Policy.decode` returns it; no reward is asked about the others, which are failures. rewards: names
+        of those asked; None: all. Raises UserError for videos where one of them takes images only, ValueError where the arguments
+        disagree, RuntimeError on a closed pool.
         """
         if self._closed.is_set():
             raise RuntimeError("the reward pool is closed")
-        images = np.array(images, copy=True, order="C")
+        images = np.asarray(images)
         check_media(images)
         finite = np.ones(len(images), dtype=bool) if finite is None else finite
         if not len(images) == len(prompts) == len(metadata) == len(finite):
             raise ValueError(f"{len(images)} images, {len(prompts)} prompts, {len(metadata)} metadata and {len(finite)} of finite")
         names = [spec.name for spec in self._specs] if rewards is None else rewards
         if is_video(images) and (unfit := [name for name in names if name not in self._take_videos]):
-            raise UserError(f"rewards.{unfit[0]}: scores images, and the model makes videos; a reward for these sets takes_videos = True")
-        ticket = Ticket(names, metadata, finite)
+            raise UserError(images_only(unfit[0]))
+        ticket, whole = Ticket(names, metadata, finite), None
         for name in names:
-            rows = ticket.rows(name)
-            chosen = images if len(rows) == len(images) else images[rows]
+            rows, frames = ticket.rows(name), self._frames[name]
+            if frames is None and len(rows) == len(images):
+                chosen = whole = np.array(images, order="C") if whole is None else whole
+            else:
+                chosen = chosen_frames(images, rows, frames)
             task = _Task(ticket, name, chosen, [prompts[i] for i in rows], [metadata[i] for i in rows])
             if len(images) and not len(rows):
                 self._finish(task, Scores(np.zeros(0, dtype=np.float32)), 0.0)

@@ -11,7 +11,7 @@ from tempflow.media import plain
 from tempflow.rewards.base import BadScores
 from tempflow.rewards.fit import applies
 from tempflow.rewards.pool import RewardPool
-from tempflow.rewards.registry import RewardSpec
+from tempflow.rewards.registry import RewardSpec, check_frames
 from tempflow.types import Size
 
 IMAGES = 2  # with one, [1, 1] and a single number would pass for [1] in careless code
@@ -19,6 +19,7 @@ IMAGES = 2  # with one, [1, 1] and a single number would pass for [1] in careles
 
 def probe(pool: RewardPool, specs: list[RewardSpec], prompts: list[str], metadata: list[dict], size: Size) -> None:
     """UserError for a reward that does not return a number, or NaN, for each image; prompts: those that the run will use."""
+    check_frames(specs, size)
     images = plain(IMAGES, size, 128)
     tickets = {}
     for spec in specs:

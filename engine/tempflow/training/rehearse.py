@@ -56,7 +56,7 @@ def small_config(config: Config, multiple: int, frame_step: int | None = None) -
     frames = min(r["frames"], 1 + (frame_step or 0))
     r |= {"height": min(r["height"], side), "width": min(r["width"], side), "frames": frames, "micro_batch": 2, "lanes": 1}
     r["plan"] |= {key: 2 for key in ("seeds", "children") if key in r["plan"]}
-    table |= {"rewards": {"jpeg": 1.0}, "reward_pool": {"workers": 0}}
+    table |= {"rewards": {"jpeg": {"frames": 1} if frames > 1 else 1.0}, "reward_pool": {"workers": 0}}
     table["eval"]["stop"] = None  # it may wait for another reward
     return parse_config(table)
 

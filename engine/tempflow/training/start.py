@@ -12,7 +12,7 @@ from tempflow.config import Config, load_config
 from tempflow.data.prompts import PromptOrder, check_unchanged, digests, load_prompts
 from tempflow.errors import note
 from tempflow.profiling import Profile
-from tempflow.rewards import RewardSpec, check_asked, check_prompts, check_watched, parse_rewards
+from tempflow.rewards import RewardSpec, check_asked, check_frames, check_prompts, check_watched, parse_rewards
 from tempflow.run import directory
 from tempflow.run.environment import check_gpu
 from tempflow.types import Example
@@ -48,6 +48,7 @@ def checked_inputs(config: Config, *, dry: bool = False) -> tuple[list[RewardSpe
     if config.model.lora and config.model.lora.start:
         read_adapters(config.model.lora)
     check_size(config.model.path, config.rollout.size)
+    check_frames(specs, config.rollout.size)
     check_deepspeed(config.deepspeed)
     check_checkpoint(config.model.path, description=dry)
     for line in told:

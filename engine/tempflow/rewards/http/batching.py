@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tempflow.rewards.base import Scores
-from tempflow.rewards.registry import RewardSpec
+from tempflow.rewards.registry import RewardSpec, takes_videos
 from tempflow.rewards.workers import WorkerProcess, Workers
 
 
@@ -27,7 +27,10 @@ class ScoringFailed(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """Images of one request, uint8 RGB [n, H, W, 3], that stay together. `scores` is cancelled by who no longer waits."""
+    """Images of one request, uint8 RGB [n, H, W, 3], or videos [n, F, H, W, 3], that stay together.
+
+    `scores` is cancelled by who no longer waits.
+    """
 
     images: np.ndarray
     prompts: list[str]
@@ -39,7 +42,7 @@ class Piece:
 class Batcher:
     """Scores pieces with `len(gpus)` worker processes, each of which sees one entry of `gpus` ("": no GPU).
 
-    batch: most images scored at once. wait_s: how long a batch that is not full waits for more. timeout_s: for scoring
+    batch: most images, or videos, scored at once. wait_s: how long a batch that is not full waits for more. timeout_s: for scoring
     one batch; start_timeout_s: for loading the reward. Raises `UserError` for an unknown reward or option.
     """
 
@@ -55,6 +58,7 @@ class Batcher:
         start_timeout_s: float = 1800.0,
     ):
         self._spec, self._batch, self._wait_s = spec, batch, wait_s
+        self.name, self.takes_videos = spec.name, takes_videos(spec)
         self._timeout_s = timeout_s
         self._queue: deque[Piece] = deque()
         self._changed = threading.Condition()
@@ -153,7 +157,7 @@ class Batcher:
 
     def _ask(self, worker: WorkerProcess, pieces: list[Piece]) -> Scores:
         """Scores of all pieces in one batch. Raises what `WorkerProcess.score` does."""
-        images = np.concatenate([piece.images for piece in pieces])
+        images = pieces[0].images if len(pieces) == 1 else np.concatenate([piece.images for piece in pieces])
         prompts = [prompt for piece in pieces for prompt in piece.prompts]
         metadata = [entry for piece in pieces for entry in piece.metadata]
         scores, _ = worker.score(self._spec.name, images, prompts, metadata, self._timeout_s)

@@ -18,9 +18,10 @@ import urllib.parse
 import urllib.request
 
 from tempflow.errors import UserError, shown
-from tempflow.rewards.base import Reward, locate
+from tempflow.rewards.base import Reward, Scores, joined, locate
 from tempflow.rewards.http.protocol import read_answer, write_request
 
+PIXELS = 64_000_000  # of a request at most, which a server allows by default: as noise they are 256 MB, PNG in base64
 ANSWER_LIMIT = 16 << 20  # bytes; an answer is some numbers and short texts
 LONGEST_S = 1e6  # of a timeout; sockets refuse those of more than 292 years
 _LATER = {408, 425, 429, 500, 502, 503, 504}
@@ -83,9 +84,18 @@ class HttpReward(Reward):
     """A reward of a reward server. `url`: its address, or a list of servers that share the work; one that fails is
     passed over. `reward`: which of the server's rewards ("": its only one). `timeout_s`: for one request. `wait_s`: for
     servers that are away or busy, at the start and in every try. `token_env`: the environment variable that holds the server's token.
+    `videos`: the server's reward scores whole videos.
     """
 
-    def __init__(self, url: str | list[str], reward: str = "", timeout_s: float = 60.0, wait_s: float = 30.0, token_env: str = ""):
+    def __init__(
+        self,
+        url: str | list[str],
+        reward: str = "",
+        timeout_s: float = 60.0,
+        wait_s: float = 30.0,
+        token_env: str = "",
+        videos: bool = False,
+    ):
         urls = [url] if isinstance(url, str) else url
         if not isinstance(urls, list) or not urls:
             raise UserError(f"url: expected an address or a list of addresses, got {shown(url)}")
@@ -94,7 +104,7 @@ class HttpReward(Reward):
             raise UserError(f"timeout_s must be above 0 and wait_s at least 0, both at most {LONGEST_S:g}, got {given}")
         token = token_of("token_env", token_env)
         self._servers = [Service(checked_url("url", each), token, timeout_s) for each in urls]
-        self._reward, self._wait_s = reward, wait_s
+        self._reward, self._wait_s, self.takes_videos = reward, wait_s, videos
         self._next = os.getpid()  # workers start at different servers
 
     def check_prompts(self, prompts, metadata):
@@ -113,6 +123,12 @@ class HttpReward(Reward):
             raise UserError(f"{self._servers[0].url} {asked}. It serves: {', '.join(map(str, names)) or 'nothing'}")
 
     def score(self, images, prompts, metadata):
+        each = max(1, PIXELS // max(1, images[0].size // 3)) if len(images) else 1
+        parts = [slice(first, first + each) for first in range(0, len(images), each)] or [slice(0)]
+        return joined([self._ask(images[part], prompts[part], metadata[part]) for part in parts])
+
+    def _ask(self, images, prompts, metadata) -> Scores:
+        """Scores of as many images or videos as a request holds."""
         message = write_request(self._reward, images, prompts, metadata)
         answer = wait_for(lambda: self._from_any(lambda server: server.post("/score", message)), self._wait_s)
         return read_answer(answer, len(images))

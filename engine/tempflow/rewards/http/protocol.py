@@ -2,6 +2,7 @@
 
     POST /score   {"reward": "ocr", "images": ["iVBORw0..."], "prompts": ["..."], "metadata": [{...}]}
     200           {"scores": [0.75, null], "details": ["HELO", "not scored: ..."] or null}
+    POST /score   {"reward": "motion", "frames": 16, "images": [...], ...}: videos of 16 frames each, one video after the other
     4xx, 5xx      {"error": "one line"}
     GET /rewards  {"rewards": {"ocr": {...counts}}}         GET /health  {"status": "ok"}
 
@@ -22,6 +23,7 @@ import numpy as np
 from PIL import Image
 
 from tempflow.errors import shown
+from tempflow.media import frames_of, is_video
 from tempflow.rewards.base import Scores
 
 _LARGEST = float(np.finfo(np.float32).max)
@@ -35,9 +37,10 @@ def encode_png(image: np.ndarray) -> str:
     return base64.b64encode(buffer.getbuffer()).decode("ascii")
 
 
-def write_request(reward: str, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> dict:
-    """The message that asks for n scores; an empty `reward` is left out and means the only one served."""
-    message = {"images": [encode_png(image) for image in images], "prompts": prompts, "metadata": metadata}
+def write_request(reward: str, media: np.ndarray, prompts: list[str], metadata: list[dict]) -> dict:
+    """The message that asks for n scores of images or videos; an empty `reward` is left out and means the only one served."""
+    message = {"images": [encode_png(frame) for item in media for frame in frames_of(item)], "prompts": prompts, "metadata": metadata}
+    message |= {"frames": media.shape[1]} if is_video(media) else {}
     return {"reward": reward, **message} if reward else message
 
 
@@ -66,15 +69,16 @@ def open_images(encoded: list[str], max_pixels: int) -> list[Image.Image]:
     return images
 
 
-def decode(images: list[Image.Image]) -> np.ndarray:
-    """uint8 RGB [n, H, W, 3]; ValueError naming the image that is broken."""
+def decode(images: list[Image.Image], frames: int | None = None) -> np.ndarray:
+    """uint8 RGB [n, H, W, 3], or of n / frames videos [n / frames, frames, H, W, 3]; ValueError naming the image that is broken."""
     arrays = []
     for i, image in enumerate(images):
         try:
             arrays.append(np.asarray(image))
         except (OSError, SyntaxError, ValueError) as error:
             raise ValueError(f"image {i} is a broken PNG file: {error}") from None
-    return np.stack(arrays)
+    stacked = np.stack(arrays)
+    return stacked if frames is None else stacked.reshape(-1, frames, *stacked.shape[1:])
 
 
 def decoded_bytes(images: list[Image.Image]) -> int:

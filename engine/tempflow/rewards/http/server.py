@@ -11,7 +11,6 @@ import hmac
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-import numpy as np
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
@@ -19,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 
-from tempflow.rewards.base import Scores
+from tempflow.rewards.base import joined
 from tempflow.rewards.http.batching import Batcher, ScoringFailed
 from tempflow.rewards.http.protocol import decode, decoded_bytes, open_images, write_answer
 
@@ -42,6 +41,7 @@ class ScoreRequest(BaseModel):
     images: list[str] = Field(min_length=1)
     prompts: list[str]
     metadata: list[dict] | None = None
+    frames: int | None = Field(None, ge=1)
 
 
 class _Memory:
@@ -101,9 +101,11 @@ def create_app(batchers: dict[str, Batcher], limits: Limits, token: str | None) 
         try:
             asked = await run_in_threadpool(_read, body)
             batcher = _chosen(batchers, asked.reward)
+            if asked.frames is not None and not batcher.takes_videos:
+                raise ValueError(f'reward {batcher.name!r} scores images, and videos came; its entry needs "frames": 4, not "videos": true')
             opened = await run_in_threadpool(open_images, asked.images, limits.request_pixels)
             with memory.hold(decoded_bytes(opened)):
-                images = await run_in_threadpool(decode, opened)
+                images = await run_in_threadpool(decode, opened, asked.frames)
                 metadata = asked.metadata or [{} for _ in asked.prompts]
                 futures = batcher.submit(images, asked.prompts, metadata)
                 parts = await asyncio.gather(*map(asyncio.wrap_future, futures))
@@ -111,7 +113,7 @@ def create_app(batchers: dict[str, Batcher], limits: Limits, token: str | None) 
             raise HTTPException(400, str(error)) from None
         except ScoringFailed as error:
             raise HTTPException(500, str(error)) from None
-        return write_answer(_in_order(parts))
+        return write_answer(joined(parts))
 
     return app
 
@@ -157,8 +159,9 @@ def _read(body: bytes) -> ScoreRequest:
         raise ValueError(f"{'.'.join(map(str, first['loc'])) or 'body'}: {first['msg']}") from None
     for name in ("prompts", "metadata"):
         entries = getattr(asked, name)
-        if entries is not None and len(entries) != len(asked.images):
-            raise ValueError(f"{len(asked.images)} images, but {len(entries)} {name}")
+        if entries is not None and len(entries) * (asked.frames or 1) != len(asked.images):
+            each = "" if asked.frames is None else f" of {asked.frames} frames each"
+            raise ValueError(f"{len(asked.images)} images, but {len(entries)} {name}{each}")
     return asked
 
 
@@ -168,11 +171,3 @@ def _chosen(batchers: dict[str, Batcher], name: str) -> Batcher:
     if not name and len(batchers) == 1:
         return next(iter(batchers.values()))
     raise ValueError(f"no reward {name!r}; this server serves {', '.join(batchers)}")
-
-
-def _in_order(parts: list[Scores]) -> Scores:
-    """One Scores of a request's pieces, in order."""
-    details = None
-    if all(part.details is not None for part in parts):
-        details = [text for part in parts for text in part.details]
-    return Scores(np.concatenate([part.values for part in parts]), details)
