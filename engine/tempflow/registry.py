@@ -131,6 +131,7 @@ KINDS = {
             "Flux2Pipeline": "tempflow.models.flux2:Flux2Policy",
             "QwenImagePipeline": "tempflow.models.qwen_image:QwenImagePolicy",
             "StableDiffusion3Pipeline": "tempflow.models.sd3:SD3Policy",
+            "WanPipeline": "tempflow.models.wan:WanPolicy",
         },
     ),
 }

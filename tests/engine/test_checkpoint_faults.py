@@ -12,7 +12,7 @@ from engine_cases import MODEL, write_config
 from run_cases import script_here
 
 from tempflow.errors import UserError
-from tempflow.models import check_checkpoint, check_model, load_denoiser, load_policy
+from tempflow.models import check_checkpoint, check_model, family_of, load_denoiser, load_policy
 from tempflow.models import hub as hub_files
 from tempflow.models.checking import check_module, components_of
 from tempflow.models.component import Component, first_not_finite, is_finite, skeleton
@@ -97,7 +97,7 @@ def test_a_folder_that_may_not_be_listed(folder, monkeypatch, part):
 
 def test_every_missing_tensor_is_missed(folder):
     """Whichever it is, of the whole model: one after the other by its header, with the rest in place."""
-    for component in components_of(folder):
+    for component in components_of(folder, family_of(str(folder))):
         if not component.is_module:
             continue
         whole = dict(component.shapes)

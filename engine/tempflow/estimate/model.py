@@ -16,7 +16,7 @@ from tempflow.models.base import Policy, Sampler
 from tempflow.models.component import Unfilled
 from tempflow.models.hub import local_model
 from tempflow.models.loading import check_model, check_text_length, family_of, resolve_dtype
-from tempflow.models.skeleton import skeleton_module
+from tempflow.models.skeleton import read_index, skeleton_module
 from tempflow.sampling.float8 import float8_bytes
 from tempflow.training.engine import add_lora, engine_dtype
 from tempflow.types import Example, Size
@@ -153,8 +153,9 @@ def _key_of(lora: Lora | None) -> str | None:
 @lru_cache(maxsize=8)
 def _frozen(path: str, dtype: torch.dtype, text: int) -> _Frozen:
     policy = family_of(path).skeleton(path, dtype, text)
-    modules = {name: part for name, part in policy.pipe.components.items() if isinstance(part, torch.nn.Module)}
-    sizes = {name: module_bytes(part) for name, part in modules.items() if name not in policy.denoiser_parts}
+    modules, denoisers = policy.pipe.components, policy.denoiser_parts(policy.pipe.config)
+    others = {name: part for name, part in modules.items() if isinstance(part, torch.nn.Module) and name not in denoisers}
+    sizes = {name: module_bytes(part) for name, part in others.items()}
     sizes["denoiser"] = module_bytes(policy.denoiser())
     float8 = float8_bytes(policy.denoiser())
     return _Frozen(policy, measure.shorten(policy.denoiser()), sizes, float8)
@@ -163,7 +164,7 @@ def _frozen(path: str, dtype: torch.dtype, text: int) -> _Frozen:
 @lru_cache(maxsize=8)
 def _trained(path: str, dtype: torch.dtype, lora: str | None) -> _Trained:
     family = family_of(path)
-    parts = (skeleton_module(path, name, dtype) for name in family.denoiser_parts)
+    parts = (skeleton_module(path, name, dtype) for name in family.denoiser_parts(read_index(path)))
     module = family.join_denoiser(*parts).train().requires_grad_(True)
     if lora is not None:
         try:

@@ -73,9 +73,9 @@ class Policy(ABC):
     """A flow-matching model of images or videos of one family, loaded from a diffusers folder.
 
     pipe: the diffusers pipeline it came from.
-    denoiser_parts: those of its components that `join_denoiser` makes one module of.
     text_length, longest_text: its default and limit of max_sequence_length.
     default_negative_prompt: of training and evaluation where a prompt brings none; None where the family takes none at all.
+    schedulers: classes whose grids its `sigmas` knows.
     masks_text: whether its attention is given a mask.
     embeds_with: components that `embed` needs beside text encoders, tokenizers and processors: the VAE, where it encodes images.
     takes_guidance: whether a guidance scale has an effect.
@@ -83,7 +83,7 @@ class Policy(ABC):
     """
 
     lora_targets: tuple[str, ...]
-    denoiser_parts: tuple[str, ...] = ("transformer",)
+    schedulers: tuple[str, ...] = ("FlowMatchEulerDiscreteScheduler",)
     text_length: int
     longest_text: int
     default_negative_prompt: str | None = None
@@ -116,6 +116,11 @@ class Policy(ABC):
         return [part for part in self.pipe.components.values() if isinstance(part, torch.nn.Module)]
 
     # ------------------------------------------------------------------------------------------------- denoiser
+    @classmethod
+    def denoiser_parts(cls, index: dict) -> tuple[str, ...]:
+        """The components that `join_denoiser` makes one module of, of a checkpoint with this model_index.json."""
+        return ("transformer",)
+
     @staticmethod
     def join_denoiser(part: torch.nn.Module) -> torch.nn.Module:
         """One module of the `denoiser_parts` of a checkpoint."""

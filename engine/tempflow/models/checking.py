@@ -17,40 +17,44 @@ import torch
 
 from tempflow.compat import rename_old_keys
 from tempflow.errors import UserError, brief, shown
-from tempflow.models.base import resolution_shift
+from tempflow.models.base import Policy, resolution_shift
 from tempflow.models.component import Component, listed, problem_with_file, read_table, skeleton
 
-SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 TIMESTEPS = 1000  # of a grid from 1 to 0, as every family's velocity takes them
 REFUSED_OPTIONS = {
     "invert_sigmas": "its grid runs from 0 to 1, the engine's from 1 to 0",
     "stochastic_sampling": "it adds noise of its own at every step",
+    "thresholding": "it clips what the model predicts",
 }
-NEEDED = ("transformer", "vae", "scheduler", "tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2", "processor")
+# The grid of UniPC is integrated by Euler, which is its first order without the corrector; other schedulers lack these options.
+UNIPC = "UniPCMultistepScheduler"
+NEEDED_OPTIONS = {UNIPC: {"prediction_type": "flow_prediction", "use_flow_sigmas": True}}
+NEEDED = ("vae", "scheduler", "tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2", "processor")
 # What tools that quantise leave beside or in place of a weight.
 QUANTISED = ("absmax", "quant_map", "SCB", "weight_scale", "scale_weight", "input_scale", "scale_input", "qweight", "scaled_fp8")
 PROBE = "a photo of a cat, 123"
 
 
-def components_of(folder: Path) -> list[Component]:
+def components_of(folder: Path, family: type[Policy]) -> list[Component]:
     """The components that the pipeline in a folder loads. UserError where one is missing that the family needs."""
     import diffusers
 
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     taken = inspect.signature(getattr(diffusers, index["_class_name"]).__init__).parameters
     given = {name: value for name, value in index.items() if name in taken and isinstance(value, list) and len(value) == 2}
-    lacking = [name for name in NEEDED if name in taken and given.get(name, [None])[0] is None]
+    needed = (*family.denoiser_parts(index), *NEEDED)
+    lacking = [name for name in needed if name in taken and given.get(name, [None])[0] is None]
     if lacking:
         raise UserError(f"model.path: {folder / 'model_index.json'} names no {listed(lacking)}, which a {index['_class_name']} needs")
     return [Component(folder, name, *value) for name, value in given.items() if value[0] is not None]
 
 
-def check_components(components: list[Component], *, weights: bool = True) -> None:
+def check_components(components: list[Component], family: type[Policy], *, weights: bool = True) -> None:
     """UserError for the first thing that is wrong with any of them. weights=False: configs alone, for a folder that has no more."""
     for component in components:
         try:
             if component.name == "scheduler":
-                check_scheduler(component)
+                check_scheduler(component, family.schedulers)
             elif component.is_module:
                 check_module(component, weights)
             elif component.name.startswith("tokenizer") and weights:
@@ -166,12 +170,12 @@ def _quantised(component: Component) -> str | None:
 
 
 # -------------------------------------------------------------------------------------------------- scheduler
-def check_scheduler(component: Component) -> None:
-    """UserError for a scheduler other than Euler's on a grid from 1 to 0, or options that change what a step does."""
+def check_scheduler(component: Component, known: tuple[str, ...]) -> None:
+    """UserError for a scheduler without a grid from 1 to 0 that the family knows, or options that change what a step does."""
     file = component.path / "scheduler_config.json"
-    if component.kind != SCHEDULER:
+    if component.kind not in known:
         raise component.error(
-            f"names the scheduler {component.kind}; this engine integrates with {SCHEDULER}: write that class there and its options "
+            f"names the scheduler {component.kind}; this engine integrates with {known[0]}: write that class there and its options "
             f"into {file}",
             component.folder / "model_index.json",
         )
@@ -180,10 +184,13 @@ def check_scheduler(component: Component) -> None:
         scheduler = component.type.from_pretrained(str(component.path))
         sigmas = _grid(scheduler)
     except Exception as error:
-        raise component.error(f"does not describe a {SCHEDULER}: {brief(error)}", file) from None
+        raise component.error(f"does not describe a {component.kind}: {brief(error)}", file) from None
     for name, reason in REFUSED_OPTIONS.items():
         if scheduler.config.get(name):
             raise component.error(f"sets {name}: {reason}; set it to false", file)
+    for name, value in NEEDED_OPTIONS.get(component.kind, {}).items():
+        if scheduler.config[name] != value:
+            raise component.error(f"sets {name} to {shown(scheduler.config[name])}; only {shown(value)} is allowed", file)
     if scheduler.config.num_train_timesteps != TIMESTEPS:
         raise component.error(f"sets num_train_timesteps {scheduler.config.num_train_timesteps}; only {TIMESTEPS} is allowed", file)
     falls = bool((sigmas.diff() < 0).all()) and math.isclose(sigmas[0], 1, abs_tol=1e-5) and sigmas[-1] == 0

@@ -118,18 +118,19 @@ def check_checkpoint(path: str | Path, *, description: bool = False) -> None:
     """
     if Path(path).is_dir():
         _quiet()
-        components = components_of(Path(path))
-        check_components(components, weights=not (description and is_description(components)))
+        family = family_of(path)
+        components = components_of(Path(path), family)
+        check_components(components, family, weights=not (description and is_description(components)))
 
 
 def _left_out(path: str, parts: str, denoiser: bool) -> list[str]:
     """Names of the components that are not loaded."""
+    family, index = family_of(path), _index(path)
+    denoisers = family.denoiser_parts(index)
     if parts == "text":
-        family = family_of(path)
-        return [*family.denoiser_parts, *({"vae"} - {*family.embeds_with})]
-    index = _index(path)
+        return [*denoisers, *({"vae"} - {*family.embeds_with})]
     text = [name for name in index if parts == "picture" and name.startswith("text_encoder")]
-    return text if denoiser else [*text, *family_of(path).denoiser_parts]
+    return text if denoiser else [*text, *denoisers]
 
 
 def _quiet() -> None:
@@ -169,12 +170,13 @@ def load_policy(
     length, left_out = check_text_length(path, max_sequence_length), _left_out(path, parts, denoiser)
     _quiet()
     folder = local_folder(path, pipeline, left_out)
-    components = [c for c in components_of(folder) if c.name not in left_out]
-    check_components(components)
+    family, index = family_of(path), _index(path)
+    components = [c for c in components_of(folder, family) if c.name not in left_out]
+    check_components(components, family)
     loaded = {component.name: component.load(dtype) for component in components}
-    pipe = _put_together(pipeline, loaded, _index(path))
+    pipe = _put_together(pipeline, loaded, index)
     pipe.register_to_config(_name_or_path=str(folder))
-    return family_of(path)(pipe, device=device, max_sequence_length=length)
+    return family(pipe, device=device, max_sequence_length=length)
 
 
 def _put_together(pipeline: type, components: dict, index: dict):
@@ -188,7 +190,7 @@ def _put_together(pipeline: type, components: dict, index: dict):
 def save_pipeline(policy: Policy, folder: Path) -> None:
     """Write a loaded policy's pipeline as a folder that plain diffusers reads, with the processors for which tokenizers stood in."""
     policy.pipe.to("cpu").save_pretrained(folder)
-    replaced = [c for c in components_of(Path(policy.pipe.config["_name_or_path"])) if c.stand_in]
+    replaced = [c for c in components_of(Path(policy.pipe.config["_name_or_path"]), type(policy)) if c.stand_in]
     if not replaced:
         return
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
@@ -204,7 +206,8 @@ def load_denoiser(path: str, dtype: torch.dtype) -> torch.nn.Module:
     import diffusers
 
     index, family = _index(path), family_of(path)
-    others = [name for name, value in index.items() if isinstance(value, list) and name not in family.denoiser_parts]
+    parts = family.denoiser_parts(index)
+    others = [name for name, value in index.items() if isinstance(value, list) and name not in parts]
     folder = local_folder(path, getattr(diffusers, check_model(path)), others)
-    components = {component.name: component for component in components_of(folder)}
-    return family.join_denoiser(*(components[name].load(dtype) for name in family.denoiser_parts))
+    components = {component.name: component for component in components_of(folder, family)}
+    return family.join_denoiser(*(components[name].load(dtype) for name in parts))

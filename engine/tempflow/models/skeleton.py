@@ -22,7 +22,7 @@ def skeleton_pipe(path: str, dtype: torch.dtype):
     """
     import diffusers
 
-    index = _table(path, "model_index.json")
+    index = read_index(path)
     parts = {name: _part(path, name, *value, dtype) for name, value in index.items() if isinstance(value, list)}
     kind = getattr(diffusers, index["_class_name"])
     return kind(**parts, **plain_options(kind, index))
@@ -36,7 +36,12 @@ def plain_options(pipeline: type, index: dict) -> dict:
 
 def skeleton_module(path: str, part: str, dtype: torch.dtype) -> torch.nn.Module:
     """One of the pipeline's modules, made anew at each call."""
-    return _part(path, part, *_table(path, "model_index.json")[part], dtype)
+    return _part(path, part, *read_index(path)[part], dtype)
+
+
+def read_index(path: str) -> dict:
+    """model_index.json of a folder or hub id."""
+    return _table(path, "model_index.json")
 
 
 def _part(path: str, name: str, library: str | None, kind: str | None, dtype: torch.dtype):

@@ -23,16 +23,25 @@ _MODULATION = re.compile(r"(^|\.)(norm[^.]*|[^.]*mod)(\.|$)")
 
 def float8_layers(transformer: torch.nn.Module) -> dict[str, torch.nn.Linear]:
     """The linear layers of the repeated blocks that see every token and whose sizes float8 products allow, by name."""
-    blocks = tuple(name for name, part in transformer.named_children() if isinstance(part, torch.nn.ModuleList))
+    blocks = tuple(block_lists(transformer))
     return {
         name: part
         for name, part in transformer.named_modules()
         if isinstance(part, torch.nn.Linear)
-        and name.startswith(tuple(f"{block}." for block in blocks))
+        and name.startswith(blocks)
         and not _MODULATION.search(name)
         and part.in_features % SIDES == 0
         and part.out_features % SIDES == 0
     }
+
+
+def block_lists(module: torch.nn.Module, prefix: str = "") -> Iterator[str]:
+    """Names of the lists of modules that lie in no other one."""
+    for name, part in module.named_children():
+        if isinstance(part, torch.nn.ModuleList):
+            yield f"{prefix}{name}."
+        else:
+            yield from block_lists(part, f"{prefix}{name}.")
 
 
 def float8_bytes(transformer: torch.nn.Module) -> int:

@@ -67,28 +67,27 @@ def small_policy(config: Config, device: torch.device):
 
     from tempflow.models import check_text_length, family_of, resolve_dtype
     from tempflow.models.attention import set_attention_backend
+    from tempflow.models.skeleton import plain_options
     from tempflow.training.engine import compile_blocks
 
     path, dtype = config.model.path, resolve_dtype(config.model.dtype, device)
     index = diffusers.DiffusionPipeline.load_config(path)
-    parts = {name: None for name, value in index.items() if isinstance(value, (list, tuple))}
-    parts["transformer"] = transformer = _small_transformer(path, getattr(diffusers, index["transformer"][1]), dtype, device)
+    family, kind = family_of(path), getattr(diffusers, index["_class_name"])
+    parts = plain_options(kind, index) | {name: None for name, value in index.items() if isinstance(value, (list, tuple))}
+    for name in family.denoiser_parts(index):
+        parts[name] = _small_transformer(path, name, getattr(diffusers, index[name][1]), dtype, device)
     parts["scheduler"] = getattr(diffusers, index["scheduler"][1]).from_pretrained(path, subfolder="scheduler")
     parts["vae"] = _described(path, getattr(diffusers, index["vae"][1]))
-    policy = family_of(path)(
-        getattr(diffusers, index["_class_name"])(**parts),
-        device=device,
-        max_sequence_length=check_text_length(path, config.model.max_sequence_length),
-    )
-    set_attention_backend(transformer, config.model.attention_backend)
-    compile_blocks(transformer, config.rollout.compile)
+    policy = family(kind(**parts), device=device, max_sequence_length=check_text_length(path, config.model.max_sequence_length))
+    set_attention_backend(policy.denoiser(), config.model.attention_backend)
+    compile_blocks(policy.denoiser(), config.rollout.compile)
     policy.embed = _embeddings(config, policy)
     policy.decode = lambda latents, size: (plain(len(latents), size, 0), np.ones(len(latents), bool))
     return policy
 
 
-def _small_transformer(path: str, kind, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
-    table = kind.load_config(path, subfolder="transformer")
+def _small_transformer(path: str, name: str, kind, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
+    table = kind.load_config(path, subfolder=name)
     layers = {key: most for key, most in LAYERS.items() if key in table}
     layers = dict.fromkeys(layers, 1) if len(layers) == 2 else layers
     table |= {key: min(table[key], most) for key, most in layers.items()}

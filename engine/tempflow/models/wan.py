@@ -1,0 +1,148 @@
+"""Wan 2.1 and 2.2, text to video: classifier-free guidance, latents [C, F, H, W], and in Wan 2.2 A14B two experts by noise level.
+
+The grid is that of the checkpoint's own scheduler, for which the pipeline names no sigmas. Published folders hold UniPC: its first
+order without the corrector is Euler on the same grid, and that is what is integrated here, so samples differ from those of the
+folder's own solver of second order. Of Wan 2.2 5B text to video alone is made; its pipeline then repeats one timestep for every token,
+for which one a row gives the same velocity.
+"""
+
+from __future__ import annotations
+
+import torch
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+
+from tempflow.errors import UserError
+from tempflow.models.base import Conditioning, check_multiple
+from tempflow.models.checking import TIMESTEPS, UNIPC
+from tempflow.models.guidance import GuidedPolicy
+from tempflow.models.wan_experts import Experts
+from tempflow.types import Example, Size
+
+PATCH = 2  # latent pixels a side of a token, in every checkpoint of the family
+
+
+def unipc_timesteps(sigmas: torch.Tensor) -> torch.Tensor:
+    """The whole numbers that UniPC gives the transformer; at most 999, because its grid begins a millionth below 1."""
+    return (sigmas * TIMESTEPS).floor().clamp(max=TIMESTEPS - 1)
+
+
+def unipc_grid(scheduler, num_steps: int) -> torch.Tensor:
+    """UniPC's sigmas, fp32 [num_steps + 1], from 1: its own first one is 1 - 1e-6, where an SDE's noise would be immense.
+
+    Its timesteps were cut to whole numbers in float64. Where fp32 lies on the other side of a whole number, it moves by its last bits.
+    """
+    scheduler.set_timesteps(num_steps)
+    sigmas, timesteps = scheduler.sigmas.float().cpu(), scheduler.timesteps.cpu()
+    sigmas[0] = 1
+    inner = sigmas[:-1]
+    while (off := timesteps - unipc_timesteps(inner)).any():
+        inner.copy_(torch.nextafter(inner, inner + off))
+    return sigmas
+
+
+class WanPolicy(GuidedPolicy):
+    """Guided velocities of one or two WanTransformer3DModel as WanPipeline asks for them, of videos of 4 k + 1 frames."""
+
+    text_length, longest_text = 512, 512  # padded to, and the padding is attended to
+    schedulers = (*GuidedPolicy.schedulers, UNIPC)
+    lora_targets = (
+        "attn1.to_q",
+        "attn1.to_k",
+        "attn1.to_v",
+        "attn1.to_out.0",
+        "attn2.to_q",
+        "attn2.to_k",
+        "attn2.to_v",
+        "attn2.to_out.0",
+        "ffn.net.0.proj",
+        "ffn.net.2",
+    )
+
+    def __init__(self, pipe, **more):
+        super().__init__(pipe, **more)
+        parts = [getattr(pipe, name) for name in self.denoiser_parts(pipe.config)]
+        self._denoiser = None if None in parts else self.join_denoiser(*parts)
+
+    # ------------------------------------------------------------------------------------------------- denoiser
+    @classmethod
+    def denoiser_parts(cls, index) -> tuple[str, ...]:
+        return ("transformer",) if index.get("boundary_ratio") is None else ("transformer", "transformer_2")
+
+    @staticmethod
+    def join_denoiser(part, second=None):
+        return part if second is None else Experts(part, second)
+
+    def denoiser(self) -> torch.nn.Module:
+        return self._denoiser
+
+    def set_denoiser(self, module: torch.nn.Module) -> None:
+        self._denoiser = module
+        parts = dict(module.named_children()) if isinstance(module, Experts) else {"transformer": module}
+        self.pipe.register_modules(**parts)
+
+    # ---------------------------------------------------------------------------------------------- conditioning
+    @classmethod
+    def identity(cls, example: Example) -> tuple[str, ...]:
+        """What the pipeline cleans the text to, which depends on whether ftfy is installed."""
+        return (prompt_clean(example.text),)
+
+    @torch.no_grad()
+    def embed(self, examples: list[Example]) -> Conditioning:
+        embeds, _ = self.pipe.encode_prompt(
+            [example.text for example in examples],
+            do_classifier_free_guidance=False,
+            device=self.device,
+            max_sequence_length=self.max_sequence_length,
+        )
+        return {"encoder_hidden_states": embeds}
+
+    def empty_embeddings(self, count: int) -> Conditioning:
+        shape = count, self.max_sequence_length, self.pipe.transformer.config.text_dim
+        return {"encoder_hidden_states": torch.empty(shape, dtype=self.dtype, device=self.device)}
+
+    # -------------------------------------------------------------------------------------------------- sampling
+    @staticmethod
+    def size_multiple(vae_config) -> int:
+        return PATCH * vae_config.get("scale_factor_spatial", 8)  # configs of Wan 2.1 may lack both factors
+
+    @staticmethod
+    def frame_step(vae_config) -> int:
+        return vae_config.get("scale_factor_temporal", 4)
+
+    def latent_shape(self, size: Size) -> tuple[int, int, int, int]:
+        vae = self.pipe.vae.config
+        multiple, step = self.size_multiple(vae), self.frame_step(vae)
+        check_multiple(size, multiple, step)
+        frames = (size.frames - 1) // step + 1
+        return self.pipe.transformer.config.in_channels, frames, PATCH * size.height // multiple, PATCH * size.width // multiple
+
+    @property
+    def _by_unipc(self) -> bool:
+        return type(self.pipe.scheduler).__name__ == UNIPC
+
+    def sigmas(self, num_steps: int, size: Size) -> torch.Tensor:
+        scheduler = self.pipe.scheduler
+        if scheduler.config.get("use_dynamic_shifting"):
+            raise UserError("model.path: scheduler: sets use_dynamic_shifting, for which WanPipeline gives no mu; set it to false")
+        if self._by_unipc:
+            return unipc_grid(scheduler, num_steps)
+        scheduler.set_timesteps(num_steps)
+        return scheduler.sigmas.float().cpu()
+
+    def _timesteps(self, sigma: torch.Tensor) -> torch.Tensor:
+        """As the scheduler gives them, in fp32: the pipeline does not round them to the transformer's dtype."""
+        return unipc_timesteps(sigma) if self._by_unipc else sigma * TIMESTEPS
+
+    def _forward(self, denoiser, x, sigma, conditioning, size):
+        timestep = self._timesteps(sigma)
+        boundary = self.pipe.config.boundary_ratio
+        more = {} if boundary is None else {"low": timestep < boundary * TIMESTEPS}
+        return denoiser(hidden_states=x, timestep=timestep, **conditioning, **more, return_dict=False)[0]
+
+    def _decode(self, latents: torch.Tensor, size: Size) -> torch.Tensor:
+        vae = self.pipe.vae
+        mean, std = (
+            torch.tensor(values, device=latents.device).reshape(1, -1, 1, 1, 1)
+            for values in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        return vae.decode((latents * std + mean).to(vae.dtype), return_dict=False)[0]
