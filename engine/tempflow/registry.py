@@ -110,6 +110,7 @@ KINDS = {
         "",
         {
             "aesthetic": "tempflow.rewards.neural.clip:Aesthetic",
+            "clip_image": "tempflow.rewards.neural.clip:ClipImage",
             "clipscore": "tempflow.rewards.neural.clip:ClipScore",
             "hpsv2": "tempflow.rewards.neural.clip:HpsV2",
             "hpsv3": "tempflow.rewards.neural.hpsv3:HpsV3",

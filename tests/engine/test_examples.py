@@ -10,6 +10,7 @@ from run_cases import Run, run_command
 
 sys.path.append(str(ROOT / "examples"))
 
+from kept_reward import Kept  # noqa: E402
 from late_branches import LateBranches  # noqa: E402
 from rank_advantage import RankAdvantage  # noqa: E402
 
@@ -50,3 +51,12 @@ def test_ranks_see_the_order_alone():
     np.testing.assert_allclose(found.values[0], found.values[1])
     np.testing.assert_allclose(found.values[0, 0, 0], [-1.2247, 0, 1.2247, 0], atol=1e-3)
     assert (found.values[2] == 0).all() and found.zero_spread.tolist() == [False, False, True]
+
+
+def test_what_an_edit_keeps():
+    """1 where nothing has changed, whatever the size; less the more has."""
+    before = np.zeros((40, 60, 3), np.uint8)
+    before[:, :30] = 200
+    same, half, none = before[::2, ::2], before[::2, ::2] // 2, 200 - before[::2, ::2]
+    found = Kept(16).score(np.stack([same, half, none]), [""] * 3, [{"images": [before]}] * 3).values
+    assert found[0] == 1 and 0.6 < found[1] < 0.8 and found[2] < 0.3

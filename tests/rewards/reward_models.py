@@ -209,6 +209,7 @@ def options_of(models, name):
     folders = {key: str(folder) for key, folder in models["folders"].items()}
     return {
         "pickscore": {"path": folders["clip"]},
+        "clip_image": {"path": folders["clip"]},
         "clipscore": {"path": folders["clip"]},
         "hpsv2": {"path": folders["hps"], "base": folders["hps_base"]},
         "aesthetic": {"path": folders["clip"], "head": folders["clip"] + "/head.safetensors"},

@@ -8,6 +8,7 @@ in the config as `my_module:MyReward`. Importing this package loads neither torc
 
 from tempflow.rewards.base import Reward, Scores
 from tempflow.rewards.combine import Combined, combine
+from tempflow.rewards.conditions import check_conditions, condition_images
 from tempflow.rewards.fit import applies, check_asked, check_prompts, fits, kinds_of
 from tempflow.rewards.pool import RewardPool, Ticket
 from tempflow.rewards.probe import probe
@@ -22,11 +23,13 @@ __all__ = [
     "Ticket",
     "applies",
     "build_reward",
+    "check_conditions",
     "check_asked",
     "check_frames",
     "check_prompts",
     "check_watched",
     "combine",
+    "condition_images",
     "fits",
     "kinds_of",
     "parse_rewards",

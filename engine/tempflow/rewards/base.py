@@ -60,8 +60,9 @@ class Reward(ABC):
     def score(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> Scores:
         """Score images, or videos where `takes_videos`.
 
-        images: uint8 RGB [n, H, W, 3], videos [n, F, H, W, 3]; prompts and metadata: n entries each. Returns `Scores`; a plain
-        array or list of n numbers does as well. An exception fails the whole batch (it is retried); NaN
+        images: uint8 RGB [n, H, W, 3], videos [n, F, H, W, 3]; prompts and metadata: n entries each. The condition images of a
+        prompt are in its metadata, under "images": see `condition_images`. Returns `Scores`; a plain array or list of n numbers does
+        as well. An exception fails the whole batch (it is retried); NaN
         fails one image.
         """
 

@@ -1,9 +1,9 @@
 """A vision-language model as the judge, asked through the OpenAI-compatible interface of vLLM, SGLang and others.
 
-Each image is one chat request: the image, then the rubric with the prompt put in. The answer is read strictly:
-what is not exactly one number inside the scale, or was cut off, is a failed value, for a guess would be a signal. Or
-the model is asked a question and the value is P(Yes) / (P(Yes) + P(No)) of its first token, as in VQAScore
-(arXiv 2404.01291): finer than a written number, and one token long.
+Each image is one chat request: the prompt's condition images where asked for, the image, then the rubric with the prompt
+put in. The answer is read strictly: what is not exactly one number inside the scale, or was cut off, is a failed value, for
+a guess would be a signal. Or the model is asked a question and the value is P(Yes) / (P(Yes) + P(No)) of its first token, as
+in VQAScore (arXiv 2404.01291): finer than a written number, and one token long.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import numpy as np
 
 from tempflow.errors import UserError, shown
 from tempflow.rewards.base import Reward, Scores
+from tempflow.rewards.conditions import KEY, check_conditions
 from tempflow.rewards.http.client import LONGEST_S, Service, ServiceError, checked_url, token_of, wait_for
-from tempflow.rewards.http.protocol import encode_png
+from tempflow.rewards.http.protocol import encode_condition, encode_png
 
 RATE = """You judge pictures that were generated from a prompt. The prompt is:
 
@@ -30,6 +31,15 @@ How well does the picture show everything that the prompt asks for, and how free
 {lowest} (nothing of the prompt, or ruined) to {highest} (all of it, flawless). Answer with one JSON object and nothing
 else: {"score": a number from {lowest} to {highest}}"""
 ASK = 'Does this picture show "{prompt}"? Answer with one word, Yes or No.'
+EDIT_RATE = """You judge edits of images. The last image was made from the image or images before it by this instruction:
+
+{prompt}
+
+How well does the last image follow the instruction, how much of what the instruction leaves alone has it kept, and how free of visible
+defects is it? Rate it from {lowest} (not followed, or ruined) to {highest} (followed, all else kept, flawless). Answer with one JSON
+object and nothing else: {"score": a number from {lowest} to {highest}}"""
+EDIT_ASK = """The last image was made from the image before it by the instruction "{prompt}". Does it follow the instruction and keep
+everything else? Answer with one word, Yes or No."""
 
 TOP_TOKENS = 20  # the most that OpenAI's interface and vLLM's default offer
 LEAST_MASS = 0.5  # of the first token's probability on Yes and No together; with less the model did not take the question
@@ -42,9 +52,10 @@ class VlmJudge(Reward):
     """A vision-language model's rating, brought to [0, 1]. `base_url`: with its /v1. `rubric`, or a text file
     `rubric_file`: what is asked; {prompt}, {lowest} and {highest} are put in. The answer must be a JSON object with a
     number "score" from `lowest` to `highest`, or hold one match of the regular expression `pattern`, whose group is the
-    number. `yes_no`: ask a question instead and take the probability of Yes. `concurrency`: requests at once for a
-    batch. `timeout_s`, `retries`: of one request. `key_env`: the environment variable that holds the API key.
-    `extra`: more fields of the request's body.
+    number. `yes_no`: ask a question instead and take the probability of Yes. `conditions`: show the prompt's condition
+    images before the image, scaled down to its longer side; what is asked by default is then about edits. `concurrency`:
+    requests at once for a batch. `timeout_s`, `retries`: of one request. `key_env`: the environment variable that holds
+    the API key. `extra`: more fields of the request's body.
     """
 
     def __init__(
@@ -57,6 +68,7 @@ class VlmJudge(Reward):
         lowest: float = 0.0,
         highest: float = 10.0,
         yes_no: bool = False,
+        conditions: bool = False,
         max_tokens: int = 256,
         concurrency: int = 8,
         timeout_s: float = 60.0,
@@ -76,7 +88,8 @@ class VlmJudge(Reward):
             raise UserError("pattern: yes_no reads no written answer; give one of the two")
         if extra is not None and (not isinstance(extra, dict) or set(extra) & set(_OURS)):
             raise UserError(f"extra: expected a table without {', '.join(_OURS)}, got {shown(extra)}")
-        self._rubric = _rubric(rubric, rubric_file) or (ASK if yes_no else RATE)
+        self._conditions = conditions
+        self._rubric = _rubric(rubric, rubric_file) or _question(yes_no, conditions)
         self._pattern = _compiled(pattern) if pattern else None
         self._lowest, self._highest, self._yes_no = lowest, highest, yes_no
         self._concurrency, self._retries, self._wait_s = concurrency, retries, wait_s
@@ -84,6 +97,10 @@ class VlmJudge(Reward):
         self._body = {"model": model, "temperature": 0, "max_tokens": 1 if yes_no else max_tokens, **(extra or {})}
         if yes_no:
             self._body |= {"logprobs": True, "top_logprobs": TOP_TOKENS}
+
+    def check_prompts(self, prompts, metadata):
+        if self._conditions:
+            check_conditions(prompts, metadata)
 
     def load(self, threads=1):
         """Refuse a server that does not answer, or lists its models without this one."""
@@ -101,24 +118,28 @@ class VlmJudge(Reward):
 
     def score(self, images, prompts, metadata):
         with ThreadPoolExecutor(self._concurrency) as threads:
-            judged = list(threads.map(self._judge, images, prompts))
+            judged = list(threads.map(self._judge, images, prompts, metadata))
         if all(math.isnan(value) for value, _ in judged):
             self.load()  # waits for a server that is away, for the batch will be tried again
         return Scores(np.array([value for value, _ in judged], dtype=np.float32), [detail for _, detail in judged])
 
-    def _judge(self, image: np.ndarray, prompt: str) -> tuple[float, str]:
+    def _judge(self, image: np.ndarray, prompt: str, entry: dict) -> tuple[float, str]:
         """Value and detail of one image; NaN with the reason where it failed."""
         try:
-            return self._read(self._ask(image, prompt))
-        except (ServiceError, ValueError) as error:
+            return self._read(self._ask(prompt, [*self._shown(entry, max(image.shape[:2])), encode_png(image)]))
+        except (ServiceError, UserError, ValueError) as error:
             return math.nan, f"not scored: {error}"
 
-    def _ask(self, image: np.ndarray, prompt: str) -> dict:
+    def _shown(self, entry: dict, longest: int) -> list[str]:
+        """The condition images that are shown, in base64."""
+        return [encode_condition(image, longest) for image in entry.get(KEY, ())] if self._conditions else []
+
+    def _ask(self, prompt: str, images: list[str]) -> dict:
         """The answer's first choice. Raises ServiceError, ValueError where the answer has none."""
         values = {"prompt": prompt, "lowest": f"{self._lowest:g}", "highest": f"{self._highest:g}"}
         text = re.sub(r"\{(prompt|lowest|highest)\}", lambda match: values[match[1]], self._rubric)
-        part = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encode_png(image)}"}}
-        messages = [{"role": "user", "content": [part, {"type": "text", "text": text}]}]
+        parts = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}} for image in images]
+        messages = [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
         for attempt in range(self._retries + 1):
             try:
                 answer = self._service.post("/chat/completions", {**self._body, "messages": messages})
@@ -191,6 +212,12 @@ def yes_probability(choice: dict) -> float:
     if not both >= LEAST_MASS:  # also NaN
         raise ValueError(f"Yes and No have {both:.2f} of the first token's probability, less than {LEAST_MASS}; ask otherwise")
     return mass["yes"] / both
+
+
+def _question(yes_no: bool, conditions: bool) -> str:
+    if conditions:
+        return EDIT_ASK if yes_no else EDIT_RATE
+    return ASK if yes_no else RATE
 
 
 def _rubric(rubric: str, file: str) -> str:

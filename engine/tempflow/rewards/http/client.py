@@ -19,7 +19,7 @@ import urllib.request
 
 from tempflow.errors import UserError, shown
 from tempflow.rewards.base import Reward, Scores, joined, locate
-from tempflow.rewards.http.protocol import read_answer, write_request
+from tempflow.rewards.http.protocol import read_answer, sendable, write_request
 
 PIXELS = 64_000_000  # of a request at most, which a server allows by default: as noise they are 256 MB, PNG in base64
 ANSWER_LIMIT = 16 << 20  # bytes; an answer is some numbers and short texts
@@ -110,7 +110,7 @@ class HttpReward(Reward):
     def check_prompts(self, prompts, metadata):
         for prompt, entry in zip(prompts, metadata):
             try:
-                json.dumps(entry, allow_nan=False)
+                json.dumps(sendable(entry), allow_nan=False)
             except (TypeError, ValueError) as error:
                 raise UserError(f"{locate(prompt, entry)} has metadata that cannot be sent to a reward server: {error}") from None
 

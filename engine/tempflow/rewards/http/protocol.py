@@ -8,6 +8,10 @@
 
 PNG is lossless, and a float32 survives the way through JSON's decimal numbers, so a reward's value is the same bits
 wherever it is computed. An image that could not be scored is null, never a number.
+Condition images travel beside the metadata, each once: "conditions" holds them as PNG files, of any sizes, and "conditions_of" the places
+of each prompt's own in it, [[0], [0], [1, 2]]. A request without any lacks both keys. The reward finds arrays in `metadata["images"]`; that
+key of a request's own metadata is refused, for it would name files of the server.
+
 A PNG of some kilobytes can hold gigapixels: sizes are read from the headers, and refused, before any pixel is unpacked.
 """
 
@@ -18,6 +22,7 @@ import binascii
 import io
 import math
 import zlib
+from functools import lru_cache
 
 import numpy as np
 from PIL import Image
@@ -25,6 +30,7 @@ from PIL import Image
 from tempflow.errors import shown
 from tempflow.media import frames_of, is_video
 from tempflow.rewards.base import Scores
+from tempflow.rewards.conditions import KEY, condition_images, scaled
 
 _LARGEST = float(np.finfo(np.float32).max)
 
@@ -37,15 +43,48 @@ def encode_png(image: np.ndarray) -> str:
     return base64.b64encode(buffer.getbuffer()).decode("ascii")
 
 
+@lru_cache(maxsize=16)
+def _encoded_file(file: str, longest: int | None) -> str:
+    (pixels,) = condition_images({KEY: [file]})
+    return encode_png(pixels if longest is None else scaled(pixels, longest))
+
+
+def encode_condition(image: str | np.ndarray, longest: int | None = None) -> str:
+    """A condition image of a prompt's metadata -> base64 of a PNG file, its longer side at most `longest` pixels."""
+    if not isinstance(image, np.ndarray):
+        return _encoded_file(image, longest)
+    return encode_png(image if longest is None else scaled(image, longest))
+
+
+def sendable(metadata: dict) -> dict:
+    """Metadata without the condition images, which do not travel as JSON values."""
+    return {key: value for key, value in metadata.items() if key != KEY}
+
+
 def write_request(reward: str, media: np.ndarray, prompts: list[str], metadata: list[dict]) -> dict:
     """The message that asks for n scores of images or videos; an empty `reward` is left out and means the only one served."""
-    message = {"images": [encode_png(frame) for item in media for frame in frames_of(item)], "prompts": prompts, "metadata": metadata}
+    images = [encode_png(frame) for item in media for frame in frames_of(item)]
+    message = {"images": images, "prompts": prompts, "metadata": [sendable(entry) for entry in metadata]}
     message |= {"frames": media.shape[1]} if is_video(media) else {}
+    message |= _conditions([entry.get(KEY, []) for entry in metadata])
     return {"reward": reward, **message} if reward else message
 
 
-def open_images(encoded: list[str], max_pixels: int) -> list[Image.Image]:
-    """PNG files in base64 -> images, not yet decoded.
+def _conditions(given: list[list]) -> dict:
+    """The part of a message that holds n prompts' condition images: each different one once, {} without any."""
+    keys = [[image if isinstance(image, str) else id(image) for image in images] for images in given]
+    different = {key: image for named, images in zip(keys, given, strict=True) for key, image in zip(named, images, strict=True)}
+    if not different:
+        return {}
+    place = {key: n for n, key in enumerate(different)}
+    return {
+        "conditions": [encode_condition(image) for image in different.values()],
+        "conditions_of": [[place[key] for key in named] for named in keys],
+    }
+
+
+def open_images(encoded: list[str], max_pixels: int, *, name: str = "image", alike: bool = True) -> list[Image.Image]:
+    """PNG files in base64 -> images, not yet decoded. alike: all of one size.
 
     Raises ValueError naming the image that is no 8-bit RGB PNG or not of the first one's size, and for more than
     `max_pixels` in all.
@@ -55,13 +94,13 @@ def open_images(encoded: list[str], max_pixels: int) -> list[Image.Image]:
         try:
             image = Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"])
         except Image.DecompressionBombError:
-            raise ValueError(f"image {i} alone has more pixels than any image may have") from None
+            raise ValueError(f"{name} {i} alone has more pixels than any image may have") from None
         except (binascii.Error, ValueError, OSError) as error:
-            raise ValueError(f"image {i} is no PNG file in base64 ({type(error).__name__})") from None
+            raise ValueError(f"{name} {i} is no PNG file in base64 ({type(error).__name__})") from None
         if image.mode != "RGB":
-            raise ValueError(f"image {i} has mode {image.mode}, expected 8-bit RGB")
-        if images and image.size != images[0].size:
-            raise ValueError(f"image {i} is {_size(image)}, image 0 {_size(images[0])}; a request holds one size")
+            raise ValueError(f"{name} {i} has mode {image.mode}, expected 8-bit RGB")
+        if alike and images and image.size != images[0].size:
+            raise ValueError(f"{name} {i} is {_size(image)}, image 0 {_size(images[0])}; a request holds one size")
         pixels += image.width * image.height
         if pixels > max_pixels:
             raise ValueError(f"more than {max_pixels} pixels in one request; send fewer or smaller images")
@@ -69,15 +108,20 @@ def open_images(encoded: list[str], max_pixels: int) -> list[Image.Image]:
     return images
 
 
-def decode(images: list[Image.Image], frames: int | None = None) -> np.ndarray:
-    """uint8 RGB [n, H, W, 3], or of n / frames videos [n / frames, frames, H, W, 3]; ValueError naming the image that is broken."""
+def decode(images: list[Image.Image], name: str = "image") -> list[np.ndarray]:
+    """uint8 RGB [H, W, 3] each; ValueError naming the image that is broken."""
     arrays = []
     for i, image in enumerate(images):
         try:
             arrays.append(np.asarray(image))
         except (OSError, SyntaxError, ValueError) as error:
-            raise ValueError(f"image {i} is a broken PNG file: {error}") from None
-    stacked = np.stack(arrays)
+            raise ValueError(f"{name} {i} is a broken PNG file: {error}") from None
+    return arrays
+
+
+def as_media(images: list[np.ndarray], frames: int | None = None) -> np.ndarray:
+    """Images of one size as uint8 RGB [n, H, W, 3], or as n / frames videos [n / frames, frames, H, W, 3]."""
+    stacked = np.stack(images)
     return stacked if frames is None else stacked.reshape(-1, frames, *stacked.shape[1:])
 
 

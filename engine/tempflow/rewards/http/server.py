@@ -11,16 +11,19 @@ import hmac
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 
 from tempflow.rewards.base import joined
+from tempflow.rewards.conditions import KEY
 from tempflow.rewards.http.batching import Batcher, ScoringFailed
-from tempflow.rewards.http.protocol import decode, decoded_bytes, open_images, write_answer
+from tempflow.rewards.http.protocol import as_media, decode, decoded_bytes, open_images, write_answer
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,8 @@ class ScoreRequest(BaseModel):
     prompts: list[str]
     metadata: list[dict] | None = None
     frames: int | None = Field(None, ge=1)
+    conditions: list[str] = []
+    conditions_of: list[list[int]] | None = None
 
 
 class _Memory:
@@ -103,10 +108,10 @@ def create_app(batchers: dict[str, Batcher], limits: Limits, token: str | None) 
             batcher = _chosen(batchers, asked.reward)
             if asked.frames is not None and not batcher.takes_videos:
                 raise ValueError(f'reward {batcher.name!r} scores images, and videos came; its entry needs "frames": 4, not "videos": true')
-            opened = await run_in_threadpool(open_images, asked.images, limits.request_pixels)
-            with memory.hold(decoded_bytes(opened)):
-                images = await run_in_threadpool(decode, opened, asked.frames)
-                metadata = asked.metadata or [{} for _ in asked.prompts]
+            opened, conditions = await run_in_threadpool(_open, asked, limits.request_pixels)
+            with memory.hold(decoded_bytes(opened) + decoded_bytes(conditions)):
+                images = as_media(await run_in_threadpool(decode, opened), asked.frames)
+                metadata = _metadata(asked, await run_in_threadpool(decode, conditions, "condition"))
                 futures = batcher.submit(images, asked.prompts, metadata)
                 parts = await asyncio.gather(*map(asyncio.wrap_future, futures))
         except ValueError as error:
@@ -157,12 +162,32 @@ def _read(body: bytes) -> ScoreRequest:
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         raise ValueError(f"{'.'.join(map(str, first['loc'])) or 'body'}: {first['msg']}") from None
-    for name in ("prompts", "metadata"):
+    for name in ("prompts", "metadata", "conditions_of"):
         entries = getattr(asked, name)
         if entries is not None and len(entries) * (asked.frames or 1) != len(asked.images):
             each = "" if asked.frames is None else f" of {asked.frames} frames each"
             raise ValueError(f"{len(asked.images)} images, but {len(entries)} {name}{each}")
+    if any(KEY in entry for entry in asked.metadata or ()):
+        raise ValueError(f'metadata: "{KEY}" is taken; condition images travel in "conditions"')
+    if any(not 0 <= place < len(asked.conditions) for places in asked.conditions_of or () for place in places):
+        raise ValueError(f"conditions_of: expected places from 0 to {len(asked.conditions) - 1}, in a list for each prompt")
     return asked
+
+
+def _open(asked: ScoreRequest, max_pixels: int) -> tuple[list[Image.Image], list[Image.Image]]:
+    """The images and the condition images of a request, not yet decoded; ValueError for more than `max_pixels` in both."""
+    opened = open_images(asked.images, max_pixels)
+    left = max_pixels - sum(image.width * image.height for image in opened)
+    return opened, open_images(asked.conditions, left, name="condition", alike=False)
+
+
+def _metadata(asked: ScoreRequest, conditions: list[np.ndarray]) -> list[dict]:
+    """What the reward is told of each image; its condition images are among it where it has any."""
+    metadata = asked.metadata or [{} for _ in asked.prompts]
+    if asked.conditions_of is None:
+        return metadata
+    own = [{KEY: [conditions[place] for place in places]} if places else {} for places in asked.conditions_of]
+    return [{**entry, **images} for entry, images in zip(metadata, own, strict=True)]
 
 
 def _chosen(batchers: dict[str, Batcher], name: str) -> Batcher:

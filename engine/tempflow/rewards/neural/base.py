@@ -52,7 +52,8 @@ class ModelReward(Reward):
     @torch.inference_mode()
     def score(self, images, prompts, metadata):
         size = self.batch_size
-        batches = [self._score(images[i : i + size], prompts[i : i + size]) for i in range(0, len(images), size)]
+        parts = [slice(i, i + size) for i in range(0, len(images), size)]
+        batches = [self._score(images[part], prompts[part], metadata[part]) for part in parts]
         return Scores(torch.cat(batches).float().cpu().numpy() if batches else np.zeros(0, np.float32))
 
     @abstractmethod
@@ -60,5 +61,5 @@ class ModelReward(Reward):
         """Load the model onto `self.device` in `self.torch_dtype`."""
 
     @abstractmethod
-    def _score(self, images: np.ndarray, prompts: list[str]) -> torch.Tensor:
+    def _score(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> torch.Tensor:
         """images: uint8 [n, H, W, 3] -> fp32 [n]."""

@@ -8,10 +8,12 @@ With u the embedding of the image and v that of the text, both of length 1, and 
 | clipscore | 2.5 max(cos, 0), the text after "A photo depicts " | arXiv 2104.08718, section 3 |
 | hpsv2 | cos | arXiv 2306.09341; hpsv2/img_score.py of its repository |
 | aesthetic | head(u) | improved-aesthetic-predictor (MLP), LAION's aesthetic-predictor (linear) |
+| clip_image | mean of u . c over the prompt's condition images, c their embeddings | CLIP-I of arXiv 2208.12242 |
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from tempflow.errors import UserError
+from tempflow.rewards.conditions import check_conditions, condition_images
 from tempflow.rewards.neural.base import ModelReward
 from tempflow.rewards.neural.heads import linear_head
 from tempflow.rewards.neural.open_clip import to_transformers
@@ -40,8 +43,8 @@ class ClipEncoder:
         self._dtype, self._device = dtype, device
         self._length = config.text_config.max_position_embeddings
 
-    def pixels(self, images: np.ndarray) -> torch.Tensor:
-        """uint8 [n, H, W, 3] -> fp32 [n, 3, size, size] as the image processor's config says."""
+    def pixels(self, images: np.ndarray | list[np.ndarray]) -> torch.Tensor:
+        """uint8 [n, H, W, 3], or n of [H, W, 3] of any sizes -> fp32 [n, 3, size, size] as the image processor's config says."""
         return self.processor(list(images), input_data_format="channels_last", return_tensors="pt")["pixel_values"]
 
     def normalized(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -83,7 +86,7 @@ class PickScore(ClipReward):
 
     path: str = "yuvalkirstain/PickScore_v1"
 
-    def _score(self, images, prompts):
+    def _score(self, images, prompts, metadata):
         return self._clip.model.logit_scale.float().exp() * self._cosine(self._clip.pixels(images), prompts)
 
 
@@ -98,7 +101,7 @@ class ClipScore(ClipReward):
     path: str = "openai/clip-vit-large-patch14"
     prefix: str = "A photo depicts"
 
-    def _score(self, images, prompts):
+    def _score(self, images, prompts, metadata):
         texts = [f"{self.prefix.strip()} {prompt}".lstrip() for prompt in prompts]
         return 2.5 * self._cosine(self._clip.pixels(images), texts).clamp(min=0)
 
@@ -123,9 +126,33 @@ class HpsV2(ClipReward):
             tensors = to_transformers("path", tensors)
         self._clip = ClipEncoder("path", folder, self.torch_dtype, self.device, tensors)
 
-    def _score(self, images, prompts):
+    def _score(self, images, prompts, metadata):
         pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 255
         return self._cosine(self._clip.normalized(resize_and_pad(pixels, self._clip.size)), prompts)
+
+
+@dataclass(eq=False)
+class ClipImage(ClipReward):
+    """Similarity of an image to its prompt's condition images: `cos` of their CLIP embeddings, the mean over several, about 0.5 to 1.
+
+    It asks that an edit keeps what the image was, so it is highest where nothing was edited: weigh it below a reward of the edit.
+    """
+
+    path: str = "openai/clip-vit-large-patch14"
+
+    def check_prompts(self, prompts, metadata):
+        check_conditions(prompts, metadata)
+
+    def _score(self, images, prompts, metadata):
+        given = [condition_images(entry) for entry in metadata]
+        different = {id(image): image for own in given for image in own}
+        known = dict(zip(different, self._embedded(list(different.values())), strict=True)) if different else {}
+        unknown = torch.tensor(math.nan, device=self.device)
+        pairs = zip(self._embedded(images), given, strict=True)
+        return torch.stack([torch.stack([known[id(one)] @ made for one in own]).mean() if own else unknown for made, own in pairs])
+
+    def _embedded(self, images) -> torch.Tensor:
+        return self._clip.embed_images(self._clip.pixels(images))
 
 
 @dataclass(eq=False)
@@ -147,7 +174,7 @@ class Aesthetic(ClipReward):
         if self._head.width != width:
             raise UserError(f"head: {self.head} takes embeddings of {self._head.width}, {self.path} has {width}")
 
-    def _score(self, images, prompts):
+    def _score(self, images, prompts, metadata):
         return self._head(self._clip.embed_images(self._clip.pixels(images)))
 
 

@@ -92,7 +92,7 @@ class HpsV3(ModelReward):
         self._head = Head(head, self.device, between=F.relu)
         self._model = build("path", Qwen2VLModel, config, tensors, self.torch_dtype, self.device)
 
-    def _score(self, images: np.ndarray, prompts: list[str]) -> torch.Tensor:
+    def _score(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> torch.Tensor:
         area = {"shortest_edge": PIXELS, "longest_edge": PIXELS}
         seen = self._processor(list(images), size=area, input_data_format="channels_last", return_tensors="pt")
         grid = seen["image_grid_thw"]

@@ -79,7 +79,7 @@ class ImageReward(ModelReward):
         self._vision = build("path", BlipVisionModel, config.vision_config, vision, *options)
         self._text = build("path", BlipTextModel, config.text_config, text, *options, add_pooling_layer=False)
 
-    def _score(self, images: np.ndarray, prompts: list[str]) -> torch.Tensor:
+    def _score(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> torch.Tensor:
         pixels = torch.stack([clip_transform(image, self._size) for image in images])
         seen = self._vision(pixel_values=pixels.to(self.device, self.torch_dtype)).last_hidden_state
         tokens = self._tokenizer(prompts, padding=True, truncation=True, max_length=MAX_LENGTH, return_tensors="pt").to(self.device)
