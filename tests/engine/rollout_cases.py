@@ -40,6 +40,9 @@ class Units(Denoise):
     def conditions(self, units):
         return {"place": torch.tensor([unit.index for unit in units])}
 
+    def shape(self, unit):
+        return None
+
 
 class Rollout:
     """A finished integration. finished: final latents by (unit index, step where the row branched off or None, child); states: by

@@ -70,7 +70,7 @@ def test_forwards_of_the_rollout_and_of_the_forecast():
     assert run.stats.forwards == 10 + 54 + 48 + 56 + 60 and len(run.finished) == 31
     assert [len(run.states[0, k].children) for k in range(4)] == [6, 6, 8, 10]
     one = Pass(1, 1)
-    model = SimpleNamespace(forward=lambda rows, guidance=None: one, decode=lambda: one, training=lambda rows: one)
+    model = SimpleNamespace(ragged=False, forward=lambda rows, guidance=None: one, decode=lambda: one, training=lambda rows: one)
     forwards = {phase.name: phase.forwards for phase in phases(config, model, 1, 1.0)}
     assert (forwards["rollout"], forwards["decode"], forwards["training"]) == (228, 31, 4)
     assert unit_states(config) == [6, 6, 8, 10]

@@ -78,7 +78,7 @@ def phases(config: Config, model: Model, gpus: int, speed: float) -> list[Phase]
     if parts > 1:  # all but the first part's states are forwarded before the first step moves the weights
         of_all, of_busiest = (n * states * (parts - 1) // parts for n in (units, busiest))
         found.append(Phase("old policy", of_all, of_busiest, forward.flops, _seconds(of_busiest * forward.flops, speed)))
-    found.append(phase("training", states * t.updates.passes, model.training(training_rows(config, gpus))))
+    found.append(phase("training", states * t.updates.passes, model.training(training_rows(config, gpus, model.ragged))))
     if r.suffix and r.suffix.audit_every:
         found.append(phase("audit", count_forwards(rows, r.num_steps, None), forward, 1 / min(r.suffix.audit_every, 10**9)))
     if config.data.heldout and config.eval.every:
@@ -97,9 +97,12 @@ def phases(config: Config, model: Model, gpus: int, speed: float) -> list[Phase]
     return found
 
 
-def training_rows(config: Config, gpus: int) -> int:
-    """Rows of the largest micro-batch: the trainer makes them even. Every state is taken to have something to teach."""
+def training_rows(config: Config, gpus: int, ragged: bool = False) -> int:
+    """Rows of the largest micro-batch: the trainer makes them even, those of each shape for themselves. Every state is taken to have
+    something to teach."""
     states = -(-busiest_units(config, gpus) * len(unit_states(config)) // config.training.updates.parts)
+    if ragged:
+        return min(states, config.training.states)
     return -(-states // -(-states // config.training.states))
 
 

@@ -48,7 +48,7 @@ def memory_of(config: Config, model: Model, zero: Zero, gpus: int, prompts: int)
     encoders = sum(size for name, size in sizes.items() if name not in ("denoiser", "vae"))
     reference, offloaded = _reference(where, zero, weights)
     forward, evaluated = _inference(config, model, gpus)
-    rows = training_rows(config, gpus)
+    rows = training_rows(config, gpus, model.ragged)
     stay = config.data.embedding_cache is None  # otherwise they are gone before the rest is loaded
     processes, unknown = process_items(config)
     resident = [

@@ -118,6 +118,11 @@ class Model:
         return self._frozen.policy.latent_shape(self.size)
 
     @property
+    def ragged(self) -> bool:
+        """Whether prompts differ in shape; the measurements here are of the longest then."""
+        return self._frozen.policy.ragged
+
+    @property
     def embedding(self) -> tuple[int, int]:
         """Bytes of the embeddings of a prompt, and of the negative prompt that is set against it: 0 where the family takes none."""
         policy = self._frozen.policy

@@ -1,6 +1,7 @@
 """Model families behind one protocol: `load_policy` reads a diffusers folder and returns its `Policy`."""
 
-from tempflow.models.base import Conditioning, Policy, Sampler, index_rows
+from tempflow.models.base import Policy, Sampler
+from tempflow.models.conditions import Conditioning, Conditions, Shape, by_shape, index_rows, shape_of
 from tempflow.models.loading import (
     check_checkpoint,
     check_examples,
@@ -16,8 +17,11 @@ from tempflow.models.loading import (
 
 __all__ = [
     "Conditioning",
+    "Conditions",
     "Policy",
     "Sampler",
+    "Shape",
+    "by_shape",
     "check_checkpoint",
     "check_examples",
     "check_model",
@@ -29,4 +33,5 @@ __all__ = [
     "load_denoiser",
     "load_policy",
     "resolve_dtype",
+    "shape_of",
 ]

@@ -19,17 +19,11 @@ from PIL import Image
 from tempflow.errors import UserError
 from tempflow.media import frames_of, no_image
 from tempflow.models.arguments import as_images, as_negative_prompts, as_prompts, check_latents, finite_number, positive_int
+from tempflow.models.conditions import Conditioning, Conditions, by_shape
 from tempflow.models.skeleton import skeleton_pipe
 from tempflow.sampling.steps import ode_coefficients
 from tempflow.types import Example, Size
 from tempflow_kernels import sde_step
-
-Conditioning = dict[str, torch.Tensor]  # prompt embeddings by name, leading dimension = prompts
-
-
-def index_rows(conditioning: Conditioning, indices: list[int]) -> Conditioning:
-    """The conditioning of a batch of rows, by prompt index."""
-    return {name: tensor[indices] for name, tensor in conditioning.items()}
 
 
 def check_multiple(size: Size, multiple: int, frame_step: int | None = None) -> None:
@@ -80,6 +74,8 @@ class Policy(ABC):
     embeds_with: components that `embed` needs beside text encoders, tokenizers and processors: the VAE, where it encodes images.
     takes_guidance: whether a guidance scale has an effect.
     images_taken: how many condition images an example brings, at least and at most.
+    ragged: whether the embeddings of two examples may differ in shape. Then they are embedded one at a time, and rows share a forward
+        only with rows of their shape.
     """
 
     lora_targets: tuple[str, ...]
@@ -91,6 +87,7 @@ class Policy(ABC):
     embeds_with: tuple[str, ...] = ()
     takes_guidance = True
     images_taken: tuple[int, int] = (0, 0)
+    ragged = False
 
     def __init__(self, pipe: Any, *, device: str | torch.device, max_sequence_length: int):
         self.pipe = pipe
@@ -146,8 +143,9 @@ class Policy(ABC):
     # ---------------------------------------------------------------------------------------------- conditioning
     @abstractmethod
     def embed(self, examples: list[Example]) -> Conditioning:
-        """Embeddings of n examples, [n, ...] each, in the policy's dtype on its device. They depend on `identity` alone: not on
-        the other examples of the call, and not on negative prompts, which are embedded as examples of their own (`opposed`)."""
+        """Embeddings of n examples, [n, ...] each, in the policy's dtype on its device; of a `ragged` family n is 1. They depend on
+        `identity` alone: not on the other examples of the call, and not on negative prompts, which are embedded as examples of
+        their own (`opposed`)."""
 
     @classmethod
     def identity(cls, example: Example) -> tuple[str, ...]:
@@ -179,6 +177,15 @@ class Policy(ABC):
         from."""
         return self.embed(examples)
 
+    def encode_each(self, examples: list[Example]) -> Conditions:
+        """What `encode` gives, of n examples whose embeddings may differ in shape."""
+        return Conditions.of([self.encode([example]) for example in examples]) if self.ragged else Conditions.equal(self.encode(examples))
+
+    @classmethod
+    def guides(cls, scale: float) -> bool:
+        """Whether a guidance scale asks for the negative prompts, of a family that takes them."""
+        return scale > 1
+
     # --------------------------------------------------------------------------------------------------- sampling
     @staticmethod
     @abstractmethod
@@ -192,7 +199,12 @@ class Policy(ABC):
 
     @abstractmethod
     def empty_embeddings(self, count: int) -> Conditioning:
-        """What `embed` returns for `count` examples, uninitialised, without the text encoders being run."""
+        """What `embed` returns for `count` examples, uninitialised, without the text encoders being run; where shapes differ, for
+        the longest ones."""
+
+    def empty_conditioning(self, count: int) -> Conditioning:
+        """What `encode` returns for such examples."""
+        return self.empty_embeddings(count)
 
     @abstractmethod
     def latent_shape(self, size: Size) -> tuple[int, ...]:
@@ -289,8 +301,7 @@ class Policy(ABC):
         examples = [Example(*given) for given in zip(prompts, negatives or [None] * len(prompts), conditions, strict=True)]
         for n, example in enumerate(examples):
             self.check_images(example, f"images: prompt {n}")
-        conditioning = self.encode(examples)
-        final = sampler.integrate(latents.to(self.device, torch.float32), conditioning, num_steps)
+        final = sampler.integrate_each(latents.to(self.device, torch.float32), self.encode_each(examples), num_steps)
         if not decode:
             return self.finished(final)
         made, finite = sampler.decode(final)
@@ -338,3 +349,14 @@ class Sampler:
             v = self.velocity(self.policy.denoiser(), x, sigma, conditioning)
             x = sde_step(x, v, a, b, tau, key=no_key)[0][:, 0]
         return x
+
+    def integrate_each(self, x: torch.Tensor, conditions: Conditions, num_steps: int) -> torch.Tensor:
+        """`integrate` for rows whose conditionings may differ in shape: those of each shape together."""
+        groups = by_shape(conditions.shapes)
+        parts = [self.integrate(x if len(groups) == 1 else x[places], conditions.rows(places), num_steps) for places in groups]
+        if len(parts) == 1:
+            return parts[0]
+        final = torch.empty_like(x)
+        for places, part in zip(groups, parts, strict=True):
+            final[places] = part
+        return final

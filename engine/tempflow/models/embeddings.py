@@ -24,7 +24,18 @@ from safetensors.torch import save
 
 from tempflow.config import Config
 from tempflow.errors import RankError, UserError
-from tempflow.models import Conditioning, Policy, check_text_length, encoder_identity, family_of, resolve_dtype
+from tempflow.models import (
+    Conditioning,
+    Conditions,
+    Policy,
+    Shape,
+    by_shape,
+    check_text_length,
+    encoder_identity,
+    family_of,
+    resolve_dtype,
+    shape_of,
+)
 from tempflow.models.guidance import with_negatives
 from tempflow.run.logs import write_atomic
 from tempflow.training import distributed
@@ -46,17 +57,44 @@ class EmbeddingCache:
         self._policy, self._store = policy, store
         self._capacity = capacity or (KEPT if store is None else KEPT_OF_STORE)
         self._held: OrderedDict[Identity, Conditioning] = OrderedDict()
+        self._shapes: dict[Identity, Shape] = {}  # of all that were ever asked for
 
     def get(self, examples: list[Example]) -> Conditioning:
-        """The conditioning of n examples, [n, ...] on the policy's device, as `Policy.encode`."""
+        """The conditioning of n examples of one shape, [n, ...] on the policy's device, as `Policy.encode`."""
         opposed = [other for example in examples if (other := self._policy.opposed(example)) is not None]
         self._hold([*examples, *opposed])
         found = self._rows(examples)
         if opposed:
             found = with_negatives(found, self._rows(opposed))
+        self._let_go()
+        return found
+
+    def each(self, examples: list[Example]) -> Conditions:
+        """The conditionings of n examples whose shapes may differ, on the policy's device."""
+        shapes, stacks = self.shapes(examples), {}
+        for places in by_shape(shapes):
+            stacks[shapes[places[0]]] = self.get([examples[n] for n in places])
+        return Conditions(shapes, stacks)
+
+    def shapes(self, examples: list[Example]) -> list[Shape]:
+        """The shape of each example's conditioning; None for all of a family whose conditionings have one."""
+        if not self._policy.ragged:
+            return [None] * len(examples)
+        return [(self._shape(example), self._shape(self._policy.opposed(example))) for example in examples]
+
+    def _shape(self, example: Example | None) -> Shape:
+        if example is None:
+            return None
+        identity = self._policy.identity(example)
+        if identity not in self._shapes:
+            self._hold([example])
+            self._shapes[identity] = shape_of(self._held[identity])
+            self._let_go()
+        return self._shapes[identity]
+
+    def _let_go(self) -> None:
         while len(self._held) > self._capacity:
             self._held.popitem(last=False)
-        return found
 
     def _hold(self, examples: list[Example]) -> None:
         for identity, example in by_identity(self._policy, examples).items():

@@ -1,8 +1,10 @@
 """Classifier-free guidance, for families whose velocity is made of two forwards: with the prompt and with a negative one.
 
 Both halves go through the transformer as one batch of twice the rows, negative half first, so a row costs what two cost
-elsewhere, and the gradient flows through both. The negative prompt's embeddings are part of the conditioning, under the
-names of the prompt's with a prefix; a scale of 1 or less leaves them unused and runs one half, as diffusers does.
+elsewhere, and the gradient flows through both. Where shapes differ between prompts the halves are two forwards, always: under
+ZeRO-3 a forward is a collective, so its number must not depend on which prompts a rank has. The negative prompt's embeddings are
+part of the conditioning, under the names of the prompt's with a prefix; a scale that does not guide (1 or less, as in diffusers)
+leaves them unused and runs one half.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ from abc import abstractmethod
 
 import torch
 
-from tempflow.models.base import Conditioning, Policy, index_rows
+from tempflow.models.base import Policy
+from tempflow.models.conditions import Conditioning, index_rows
 from tempflow.types import Example, Size
 
 NEGATIVE = "negative_"
@@ -42,17 +45,23 @@ class GuidedPolicy(Policy):
         negative = index_rows(self.embed(list(distinct.values())), [places[self.identity(example)] for example in opposed])
         return with_negatives(self.embed(examples), negative)
 
+    def empty_conditioning(self, count: int) -> Conditioning:
+        return with_negatives(self.empty_embeddings(count), self.empty_embeddings(count))
+
     def velocity(self, denoiser, x, sigma, conditioning, size, guidance, dtype=None):
         dtype = dtype or self.dtype
         positive = {name: tensor for name, tensor in conditioning.items() if not name.startswith(NEGATIVE)}
-        if guidance > 1:
-            both = {name: torch.cat([conditioning[NEGATIVE + name], tensor]) for name, tensor in positive.items()}
-            x, sigma = torch.cat([x, x]), torch.cat([sigma, sigma])
-        else:
-            both = positive
-        both = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in both.items()}
-        predicted = self._forward(denoiser, x.to(dtype), sigma, both, size)
-        if guidance > 1:
-            negative, positive = predicted.chunk(2)
-            return self._combine(positive, negative, guidance)
-        return predicted
+
+        def forward(x: torch.Tensor, sigma: torch.Tensor, given: Conditioning) -> torch.Tensor:
+            given = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in given.items()}
+            return self._forward(denoiser, x.to(dtype), sigma, given, size)
+
+        if not self.guides(guidance):
+            return forward(x, sigma, positive)
+        negative = {name: conditioning[NEGATIVE + name] for name in positive}
+        if self.ragged:
+            opposed = forward(x, sigma, negative)
+            return self._combine(forward(x, sigma, positive), opposed, guidance)
+        both = {name: torch.cat([negative[name], tensor]) for name, tensor in positive.items()}
+        opposed, predicted = forward(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
+        return self._combine(predicted, opposed, guidance)

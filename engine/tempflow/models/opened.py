@@ -100,5 +100,5 @@ def _note_unused(policy: Policy, examples: list[Example], guidance_scale: float,
     given = sum(example.negative is not None for example in examples)
     if given and policy.default_negative_prompt is None:
         note(f"warning: {given} prompts bring a negative_prompt without effect: {name} has its guidance built in")
-    elif given and guidance_scale <= 1:
+    elif given and not policy.guides(guidance_scale):
         note(f"warning: {given} prompts bring a negative_prompt without effect: guidance_scale {guidance_scale:g} is no guidance")

@@ -10,12 +10,14 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Iterator
 
 import numpy as np
 import torch
 from PIL import Image
 
 from tempflow.media import still
+from tempflow.models import by_shape
 from tempflow.models.opened import Opened
 from tempflow.rewards import RewardPool, RewardSpec, combine
 from tempflow.run import drift
@@ -82,19 +84,25 @@ def draw(
 
 
 def final_latents(model: Opened, prompts: list[Example], indices: list[int], *, num_steps: int | None = None, seed: int = EVAL_SEED):
-    """Yield (indices, latents fp32 [n, ...] at sigma 0) of the prompts at `indices`: `rollout.rows` are integrated together, and at
-    most `rollout.decode_batch` of them yielded together. num_steps: None: as in the run's evaluations."""
+    """Yield (indices, latents fp32 [n, ...] at sigma 0) of the prompts at `indices`: `rollout.rows` are integrated together, those of
+    each shape apart, and at most `rollout.decode_batch` of them yielded together. num_steps: None: as in the run's evaluations."""
     r, sampler, steps = model.config.rollout, model.eval_sampler(), model.eval_steps(num_steps)
-    for first in range(0, len(indices), r.rows):
-        part = indices[first : first + r.rows]
+    for part in _portions(model, prompts, indices, r.rows):
         noise = fixed_noise(part, sampler.latent_shape, model.policy.device, seed)
         latents = sampler.integrate(noise, model.embeddings.get([prompts[i] for i in part]), steps)
         for start in range(0, len(part), r.decode_batch):
             yield part[start : start + r.decode_batch], latents[start : start + r.decode_batch]
 
 
+def _portions(model: Opened, prompts: list[Example], indices: list[int], rows: int) -> Iterator[list[int]]:
+    """The indices that are integrated together."""
+    for places in by_shape(model.embeddings.shapes([prompts[i] for i in indices])):
+        for first in range(0, len(places), rows):
+            yield [indices[n] for n in places[first : first + rows]]
+
+
 def evaluate(pool: RewardPool, specs: list[RewardSpec], prompts: list[Example], drawn, keep: int) -> Scored:
-    """Score what `draw` yields while it goes on drawing; images of the first `keep` prompts are kept."""
+    """Score what `draw` yields while it goes on drawing, in the order of the prompts; images of the first `keep` prompts are kept."""
     indices, kept, tickets, finite, looks = [], {}, [], [], []
     for part, images, made in drawn:
         chosen = [prompts[i] for i in part]
@@ -110,7 +118,7 @@ def evaluate(pool: RewardPool, specs: list[RewardSpec], prompts: list[Example], 
         texts = [score[spec.name].details for score in scores]
         known = any(t is not None for t in texts)
         details[spec.name] = [text for t, made in zip(texts, finite, strict=True) for text in t or [""] * len(made)] if known else None
-    return Scored(
+    scored = Scored(
         indices,
         kept,
         np.concatenate(finite),
@@ -120,6 +128,7 @@ def evaluate(pool: RewardPool, specs: list[RewardSpec], prompts: list[Example], 
         details,
         drift.join(looks),
     )
+    return scored if indices == sorted(indices) else merge([scored])
 
 
 def merge(parts: list[Scored]) -> Scored:

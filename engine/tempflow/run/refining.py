@@ -127,7 +127,7 @@ class _Refinement:
         self.sampler = model.eval_sampler()
         sigmas = self.sampler.sigmas(self.steps)
         self.grid = Grid(sigmas, model.config.sde().coefficients(sigmas))
-        self.denoise = Denoise(self.sampler, model.policy.denoiser(), model.embeddings.get(prompts), {n: n for n in range(len(prompts))})
+        self.denoise = Denoise(self.sampler, model.policy.denoiser(), model.embeddings.each(prompts), {n: n for n in range(len(prompts))})
         self.best = Incumbents(len(prompts))
         self.drawn, self.forwards = np.zeros(len(prompts), dtype=np.int64), 0
 

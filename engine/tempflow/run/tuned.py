@@ -159,10 +159,10 @@ def draw(
         for name, chosen in variants.items():
             if chosen:
                 load.apply(chosen, model.policy)
-            drawn = _drawn(model, prompts, num_steps, progress, name, seed)
-            parts = [(images, finite) for _, images, finite in drawn]
-            made.append(np.concatenate([images for images, _ in parts]))
-            missing += sum(int((~finite).sum()) for _, finite in parts)
+            parts = list(_drawn(model, prompts, num_steps, progress, name, seed))
+            order = np.argsort(np.concatenate([indices for indices, _, _ in parts]))
+            made.append(np.concatenate([images for _, images, _ in parts])[order])
+            missing += sum(int((~finite).sum()) for _, _, finite in parts)
     return made, missing
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tempflow.models import Conditioning, Sampler, index_rows
+from tempflow.models import Conditioning, Conditions, Sampler, Shape
 from tempflow.types import Unit
 from tempflow_kernels import sde_step
 
@@ -21,10 +21,10 @@ class Denoise:
 
     sampler: Sampler
     transformer: Any
-    conditioning: Conditioning
-    """Embeddings [prompts, ...] by name."""
+    conditioning: Conditions
+    """Of the prompts."""
     places: dict[int, int]
-    """The place of a prompt's embeddings, by its `Unit.prompt_id`."""
+    """A prompt's place among them, by its `Unit.prompt_id`."""
     coarse_transformer: Any = None
     """Used in the coarse steps of a suffix, where it is another one."""
 
@@ -34,8 +34,12 @@ class Denoise:
         return self.sampler.policy.device
 
     def conditions(self, units: list[Unit]) -> Conditioning:
-        """Embeddings [n, ...] of the prompts of n units."""
-        return index_rows(self.conditioning, [self.places[unit.prompt_id] for unit in units])
+        """Embeddings [n, ...] of the prompts of n units, whose shapes are one."""
+        return self.conditioning.rows([self.places[unit.prompt_id] for unit in units])
+
+    def shape(self, unit: Unit) -> Shape:
+        """Of the conditioning of a unit's prompt: rows share a forward with rows of the same."""
+        return self.conditioning.shapes[self.places[unit.prompt_id]]
 
     def step(self, **inputs):
         """One launch of everything: the velocity [n, ...], the next latents fp32 [n, 1, ...], their log-probabilities [n, 1]."""

@@ -12,7 +12,7 @@ wait is an error. What fails there runs eagerly, and says why, once; what fails 
 from __future__ import annotations
 
 import gc
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Callable, Iterable
@@ -25,6 +25,7 @@ Inputs = dict[str, torch.Tensor]
 Function = Callable[..., tuple]
 
 
+TURNS = 2  # captures of a shape: more, and capturing takes longer than replays save
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}  # relative, of a replay against an eager run
 
 
@@ -115,7 +116,8 @@ class GraphCache:
     Functions are told apart by name, because each rollout brings its own of the same.
 
     capture(function, inputs) -> Captured; raises CannotCapture for what is to run eagerly. limit_bytes: least recently used graphs
-    leave beyond it. verify: compare the first replay of each graph with an eager run. note(text) is told what is not captured, and why.
+    leave beyond it, and shapes whose graph has left TURNS times run eagerly. verify: compare the first replay of each graph with an eager
+    run. note(text) is told what is not captured, and why.
     A call raises UserError where a capture has begun and failed.
     """
 
@@ -123,6 +125,7 @@ class GraphCache:
         self._capture, self._limit, self._verify, self._note = capture, limit_bytes, verify, note
         self._graphs: OrderedDict[tuple, Captured] = OrderedDict()
         self._refused: set[tuple] = set()
+        self._left: Counter[tuple] = Counter()  # how often a graph has gone to make room
         self._weights: tuple[int, ...] = ()
         self.captures = self.replays = 0
 
@@ -149,6 +152,9 @@ class GraphCache:
         if key in self._refused:
             return function(**inputs)
         captured = self._graphs.get(key)
+        if captured is None and self._left[key] == TURNS:
+            limit = f"rollout.graph_limit_mb ({self._limit >> 20})"
+            return self._refuse(key, function, inputs, f"has one of more shapes than {limit} holds graphs for")
         if captured is None:
             return self._first(key, function, inputs)
         self._graphs.move_to_end(key)
@@ -172,7 +178,8 @@ class GraphCache:
                 return self._refuse(key, function, inputs, "gives other values when replayed")
         self._graphs[key] = captured
         while self.nbytes > self._limit and len(self._graphs) > 1:
-            self._graphs.popitem(last=False)
+            gone, _ = self._graphs.popitem(last=False)
+            self._left[gone] += 1
         return outputs
 
     def _replay(self, captured: Captured, inputs: Inputs) -> tuple:

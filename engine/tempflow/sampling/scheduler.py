@@ -1,12 +1,13 @@
 """Integrates the rows of a plan: rows at different steps share forwards, and a shared prefix is computed once.
 
 Roots go first, because children wait for them; a child joins as soon as its parent has passed its branch step, and takes its
-first step from its parent's (x_k, v_k) without a forward of its own. The latent being integrated stays in fp32.
+first step from its parent's (x_k, v_k) without a forward of its own. Rows whose prompts' conditionings differ in shape share no
+forward. The latent being integrated stays in fp32.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, fields
 from typing import Callable, Iterator
 
@@ -14,12 +15,13 @@ import numpy as np
 import torch
 
 from tempflow.config import Suffix
+from tempflow.models import Shape
 from tempflow.profiling import span
 from tempflow.sampling.denoise import Denoise
 from tempflow.sampling.layout import Forest
 from tempflow.sampling.noise import INITIAL, Noise, key_tensor
 from tempflow.sampling.steps import Grid
-from tempflow.sampling.suffix import count_forwards, first_forward, last_decisions, second_order_gain, suffix_path
+from tempflow.sampling.suffix import first_forward, last_decisions, second_order_gain, suffix_path
 from tempflow.types import State
 from tempflow_kernels import sde_step
 
@@ -97,7 +99,8 @@ def integrate(
         micro_batch: most rows in one forward.
         suffix: how rows go on after their last decision; None is exact.
         execute: calls a function with tensors by name.
-        pad: make every forward one of micro_batch rows, for graphs and compiled code.
+        pad: make every forward one of as many rows, for graphs and compiled code: micro_batch, or where shapes differ what
+            `_most` says.
         given: latents, fp32 [...], of rows without a parent that begin at their `start`, by place in the forest; all others begin
             with initial noise.
     """
@@ -114,14 +117,15 @@ class _Integration:
         self.rows, self.device, self.last = forest.rows, denoise.device, len(grid.sigmas) - 1
         self.free = [k + 1 for k in last_decisions(self.rows)]
         self.paths = {free: suffix_path(free, self.last, suffix) for free in set(self.free)}
-        self.total = count_forwards(self.rows, self.last, suffix)
+        self.shape = [denoise.shape(row.unit) for row in self.rows]
+        self.ahead: Counter[Shape] = Counter()  # forwards of the rows of each shape
+        for i, shape in enumerate(self.shape):
+            self.ahead[shape] += self._forwards_of(i)
         self.latent: dict[int, torch.Tensor] = {}
         self.step: dict[int, int] = {}
         self.jumps: dict[int, _Jump] = {}
         self.forwards = self.batches = self.padded = self.peak = 0
-        coarse_alone = denoise.coarse_transformer is not None
-        exact = sum(not self._is_coarse(i, first_forward(row)) for i, row in enumerate(self.rows))
-        self.fill = {False: min(micro_batch, exact) if coarse_alone else micro_batch, True: micro_batch}
+        self.fill = {(shape, coarse): self._most(shape, coarse) for shape in set(self.shape) for coarse in (False, True)}
 
     def run(self) -> Iterator[Arrived]:
         roots = [i for i, row in enumerate(self.rows) if row.parent is None and i not in self.given]
@@ -139,15 +143,16 @@ class _Integration:
         """Roots first, because children wait for them, then their children; among those the rows nearest to their end, because
         rewards wait for them.
 
-        Rows with as many forwards ahead as there are full batches left go before those: left behind, they would end in
-        small batches of their own.
+        Rows with as many forwards ahead as there are full batches left of their shape go before those: left behind, they would end
+        in small batches of their own.
         """
-        batches_left = -(-(self.total - self.forwards) // self.micro_batch)
+        batches_left = {shape: -(-ahead // self.micro_batch) for shape, ahead in self.ahead.items()}
 
         def order(i: int):
-            return self.forest.depth[i], self._forwards_left(i) < batches_left, -self.step[i], i
+            return self.forest.depth[i], self._forwards_left(i) < batches_left[self.shape[i]], -self.step[i], i
 
         waiting = sorted(self.latent, key=order)
+        waiting = [i for i in waiting if self.shape[i] == self.shape[waiting[0]]]
         if self.denoise.coarse_transformer is not None:  # coarse and exact steps share no forward then
             coarse = self._is_coarse(waiting[0], self.step[waiting[0]])
             waiting = [i for i in waiting if self._is_coarse(i, self.step[i]) is coarse]
@@ -160,6 +165,7 @@ class _Integration:
             goals = [self._goal(i, k) for i, k in zip(batch, steps, strict=True)]
             v, x_next, log_prob = self._launch(batch, steps, goals, x)
             self.forwards += len(batch)
+            self.ahead[self.shape[batch[0]]] -= len(batch)
             self.batches += 1
             self._remember(batch, steps, goals, v)
             families, done = self._branch(batch, steps, x, v)
@@ -175,6 +181,22 @@ class _Integration:
     def _is_coarse(self, index: int, step: int) -> bool:
         """Whether a row has its last decision behind it, and the exact steps after that."""
         return self.suffix is not None and step >= self.free[index] + self.suffix.exact_steps
+
+    def _most(self, shape: Shape, coarse: bool) -> int:
+        """The rows of a padded forward.
+
+        Where shapes differ, each has few rows, and another number in the next iteration: a power of two is little work for nothing and
+        few graphs. Where coarse steps have forwards of their own, the exact ones have no more rows than take them.
+        """
+        members = [i for i in range(len(self.rows)) if self.shape[i] == shape]
+        most = self.micro_batch if shape is None else min(self.micro_batch, 1 << (len(members) - 1).bit_length())
+        if coarse or self.denoise.coarse_transformer is None:
+            return most
+        return min(most, sum(not self._is_coarse(i, first_forward(self.rows[i])) for i in members))
+
+    def _forwards_of(self, index: int) -> int:
+        """How many times a row goes through the transformer in all."""
+        return len(self.paths[self.free[index]]) - 1 + self.free[index] - first_forward(self.rows[index])
 
     def _forwards_left(self, index: int) -> int:
         step, free = self.step[index], self.free[index]
@@ -212,7 +234,7 @@ class _Integration:
             **self.denoise.conditions([row.unit for row in rows]),
         }
         coarse = self._is_coarse(batch[0], steps[0])
-        missing = self.fill[coarse] - len(batch) if self.pad else 0
+        missing = self.fill[self.shape[batch[0]], coarse] - len(batch) if self.pad else 0
         if missing:
             self.padded += missing
             inputs = {name: torch.cat([t, t[:1].expand(missing, *t.shape[1:])]) for name, t in inputs.items()}

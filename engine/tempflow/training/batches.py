@@ -2,6 +2,7 @@
 
 The loss is a mean over the states of all ranks. States whose advantages are all zero are not forwarded but counted in that mean, and
 ranks run equal numbers of micro-batches, so neither the micro-batch size, nor the number of ranks, nor skipping changes the gradient.
+A micro-batch holds states whose prompts' conditionings have one shape.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from tempflow.models import Shape, by_shape
 from tempflow.objectives import Batch
 from tempflow.penalties import Penalty
 from tempflow.training import distributed
@@ -60,7 +62,12 @@ def padding_of(states: list[State]) -> State:
 
 
 def make_batches(
-    chosen: list[Weighed], fallback: State, micro_batch: int, step_weight: torch.Tensor, device: torch.device | str
+    chosen: list[Weighed],
+    fallback: State,
+    micro_batch: int,
+    step_weight: torch.Tensor,
+    device: torch.device | str,
+    shapes: list[Shape] | None = None,
 ) -> list[Batch]:
     """This rank's micro-batches, as many as any rank needs (a collective).
 
@@ -70,25 +77,54 @@ def make_batches(
         micro_batch: most states in one.
         step_weight: fp32 [T], the loss weight of every step of the grid.
         device: where the batches are put.
+        shapes: of the conditioning of each chosen state's prompt, where the family's differ; None: all have one.
     """
-    most = int(distributed.reduce(len(chosen), "max"))
+    parts = _even(len(chosen), micro_batch) if shapes is None else _ragged(shapes, micro_batch)
+    width = max([len(one.valid) for one in chosen] or [len(fallback.slots)])
+    filler = _filler(fallback, width)
+    batches = []
+    for members, size in parts:
+        real = [chosen[n] for n in members]
+        places = [_widened(one, width) for one in real + [filler] * (size - len(real))]
+        weights = torch.zeros(size)
+        for i, one in enumerate(places[: len(real)]):
+            # The kernel divides by B; a group with masked children is a mean over the others.
+            weights[i] = step_weight[one.state.step] * width / one.valid.sum()
+        batches.append(_stack(places, weights, len(real), device))
+    return batches
+
+
+_Places = tuple[list[int], int]  # the places of a micro-batch's states, and its size, which may be larger
+
+
+def _even(chosen: int, micro_batch: int) -> list[_Places]:
+    """Micro-batches of one size, on every rank (a collective): the least padding."""
+    most = int(distributed.reduce(chosen, "max"))
     if most == 0:
         return []
     count = math.ceil(most / micro_batch)
-    size = math.ceil(most / count)  # even micro-batches: the least padding
-    width = max([len(one.valid) for one in chosen] or [len(fallback.slots)])
-    filler = _filler(fallback, width)
-    places = [_widened(one, width) for one in chosen + [filler] * (count * size - len(chosen))]
-    weights = torch.zeros(len(places))
-    for i, one in enumerate(places[: len(chosen)]):
-        # The kernel divides by B; a group with masked children is a mean over the others.
-        weights[i] = step_weight[one.state.step] * width / one.valid.sum()
-    batches = []
-    for first in range(0, len(places), size):
-        part = slice(first, first + size)
-        real = max(0, min(len(chosen) - first, size))
-        batches.append(_stack(places[part], weights[part], real, device))
-    return batches
+    size = math.ceil(most / count)
+    return [(list(range(first, min(first + size, chosen))), size) for first in range(0, count * size, size)]
+
+
+def _ragged(shapes: list[Shape], micro_batch: int) -> list[_Places]:
+    """Micro-batches of one shape each, as many on every rank (a collective). A rank that needs fewer than another halves its largest
+    ones, and where all have one state, adds some of padding alone."""
+    parts = [part for places in by_shape(shapes) for part in _cut(places, math.ceil(len(places) / micro_batch))]
+    missing = int(distributed.reduce(len(parts), "max")) - len(parts)
+    for _ in range(missing):
+        largest = max(range(len(parts)), key=lambda n: len(parts[n]), default=None)
+        if largest is None or len(parts[largest]) < 2:
+            parts.append([])
+        else:
+            parts[largest : largest + 1] = _cut(parts[largest], 2)
+    return [(part, max(len(part), 1)) for part in parts]
+
+
+def _cut(places: list[int], count: int) -> list[list[int]]:
+    """In `count` parts whose lengths differ by 1 at most."""
+    bounds = [n * len(places) // count for n in range(count + 1)]
+    return [places[first:last] for first, last in zip(bounds, bounds[1:])]
 
 
 def _filler(state: State, width: int) -> Weighed:

@@ -28,7 +28,8 @@ def make_parts(session: Session, rolled: RolledOut, credit: Advantages, steps: l
     parts = []
     for mine in shares(states, t.updates.parts):
         chosen = select(mine, credit, session.penalty)
-        batches = make_batches(chosen, fallback, t.states, weights, session.policy.device)
+        shapes = session.shapes([one.state for one in chosen]) if session.policy.ragged else None
+        batches = make_batches(chosen, fallback, t.states, weights, session.policy.device, shapes)
         total = int(distributed.reduce(len(mine)))
         if batches:
             parts.append(Part.of(batches, total))

@@ -11,6 +11,7 @@ from typing import Callable
 
 import torch
 
+from tempflow.models import Conditioning
 from tempflow.training import distributed
 from tempflow.training.session import Session
 
@@ -94,4 +95,11 @@ def _velocity(session: Session, prompts: list[int], grad: bool = False) -> torch
     device = session.policy.device
     x = torch.zeros(len(prompts), *session.sampler.latent_shape, device=device, requires_grad=grad)
     sigma = torch.full((len(prompts),), 0.5, device=device)
-    return session.sampler.velocity(session.policy.denoiser(), x, sigma, session.embed_prompts(prompts))
+    return session.sampler.velocity(session.policy.denoiser(), x, sigma, _conditioning(session, prompts))
+
+
+def _conditioning(session: Session, prompts: list[int]) -> Conditioning:
+    """Of the prompts, or where shapes differ of as many of the longest: any prompt must fit."""
+    if not session.policy.ragged:
+        return session.embed_prompts(prompts)
+    return {name: torch.ones_like(tensor) for name, tensor in session.policy.empty_conditioning(len(prompts)).items()}

@@ -228,7 +228,8 @@ def _denoise(session: Session, rows: list[Row], suffix: Suffix | None) -> Denois
     if suffix and suffix.weights == "float8":
         session.float8.refresh()
         coarse = session.float8.transformer
-    return Denoise(session.sampler, session.policy.denoiser(), session.embed_prompts(list(places)), places, coarse)
+    conditions = session.embeddings.each([session.prompts[id] for id in places])
+    return Denoise(session.sampler, session.policy.denoiser(), conditions, places, coarse)
 
 
 def _merge_images(lanes: list[Images]) -> Images:

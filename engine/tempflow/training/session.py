@@ -11,7 +11,7 @@ import torch
 from tempflow.advantages import Advantage
 from tempflow.config import Config
 from tempflow.errors import UserError
-from tempflow.models import Policy
+from tempflow.models import Policy, Shape
 from tempflow.models.embeddings import EmbeddingCache
 from tempflow.models.opened import Opened, open_model
 from tempflow.objectives import Objective
@@ -28,7 +28,7 @@ from tempflow.training.ema import Average
 from tempflow.training.engine import Runtime, compile_blocks
 from tempflow.training.merge import Merge
 from tempflow.training.rehearsal import may_capture
-from tempflow.types import Example, Unit
+from tempflow.types import Example, State, Unit
 
 
 @dataclass
@@ -99,12 +99,16 @@ class Session(Opened):
         return self.grid if sigmas is self.grid.sigmas else Grid(sigmas, sde.coefficients(sigmas))
 
     def embed(self, units: list[Unit]) -> dict[str, torch.Tensor]:
-        """The conditioning of units, [n, ...] by name."""
+        """The conditioning of units of one shape, [n, ...] by name."""
         return self.embed_prompts([unit.prompt_id for unit in units])
 
     def embed_prompts(self, ids: list[int]) -> dict[str, torch.Tensor]:
-        """The conditioning of training prompts, by their place in the file."""
+        """The conditioning of training prompts of one shape, by their place in the file."""
         return self.embeddings.get([self.prompts[id] for id in ids])
+
+    def shapes(self, states: list[State]) -> list[Shape]:
+        """The shape of the conditioning of each state's prompt."""
+        return self.embeddings.shapes([self.prompts[state.unit.prompt_id] for state in states])
 
 
 def build(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tempflow.config import Config
 from tempflow.data.prompts import PromptOrder
 from tempflow.errors import UserError
+from tempflow.models import family_of
 from tempflow.training import distributed
 from tempflow.types import Example
 
@@ -20,6 +21,11 @@ def check_shares(config: Config, prompts: list[Example], heldout: list[Example])
     # Under ZeRO-3 a forward of the engine is a collective: a rank with fewer of them would leave the others waiting.
     if config.rollout.replica or config.deepspeed.get("zero_optimization", {}).get("stage", 0) < 3:
         return
+    if distributed.world_size() > 1 and family_of(config.model.path).ragged:
+        raise UserError(
+            "rollout.replica: false under ZeRO-3 needs as many forwards on every rank, but the prompts of this model differ in shape, and "
+            "so does the number of their batches; set rollout.replica to true"
+        )
     shared = {seeds: units} | ({"data.heldout, eval.prompts": len(heldout)} if config.eval.every else {})
     for key, count in shared.items():
         if count % distributed.world_size():
