@@ -127,9 +127,12 @@ KINDS = {
         "tempflow.models.base:Policy",
         "",
         {  # by the pipeline class of the checkpoint
+            "FluxKontextPipeline": "tempflow.models.flux_kontext:FluxKontextPolicy",
             "FluxPipeline": "tempflow.models.flux:FluxPolicy",
             "Flux2KleinPipeline": "tempflow.models.flux2:Flux2KleinPolicy",
             "Flux2Pipeline": "tempflow.models.flux2:Flux2Policy",
+            "QwenImageEditPipeline": "tempflow.models.qwen_image_edit:QwenImageEditPolicy",
+            "QwenImageEditPlusPipeline": "tempflow.models.qwen_image_edit:QwenImageEditPlusPolicy",
             "QwenImagePipeline": "tempflow.models.qwen_image:QwenImagePolicy",
             "StableDiffusion3Pipeline": "tempflow.models.sd3:SD3Policy",
             "WanPipeline": "tempflow.models.wan:WanPolicy",

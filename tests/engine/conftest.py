@@ -76,6 +76,19 @@ def family_pairs(family_folders):
 
 
 @pytest.fixture
+def small_condition_images(monkeypatch):
+    """Images of about 64 x 64 pixels where diffusers' editing pipelines, and so the engine, scale condition images to a megapixel."""
+    from diffusers.pipelines.flux import pipeline_flux_kontext
+    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
+
+    sizes = [(width // 16, height // 16) for width, height in pipeline_flux_kontext.PREFERRED_KONTEXT_RESOLUTIONS]
+    monkeypatch.setattr(pipeline_flux_kontext, "PREFERRED_KONTEXT_RESOLUTIONS", sizes)
+    for module in (pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus):
+        real = module.calculate_dimensions
+        monkeypatch.setattr(module, "calculate_dimensions", lambda area, ratio, real=real: real(max(area / 256, 4096), ratio))
+
+
+@pytest.fixture
 def skeleton(tmp_path):
     """A FluxPipeline folder that passes for one until its weights are read: there are none."""
     folder = tmp_path / "skeleton"

@@ -13,9 +13,15 @@ from tempflow.types import Example, Size
 
 
 @lru_cache(maxsize=16)
-def position_ids(rows: int, columns: int, text: int, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids of the image's and the text's tokens. Kept, because copying them to a GPU anew cannot be captured in a graph."""
-    return flux_image_ids(rows, columns, device, dtype), torch.zeros(text, 3, device=device, dtype=dtype)
+def image_ids(rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Position ids of an image's tokens, [rows * columns, 3]. Kept, because copying them to a GPU anew cannot be captured in a graph."""
+    return flux_image_ids(rows, columns, device, dtype)
+
+
+@lru_cache(maxsize=16)
+def text_ids(length: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Position ids of the text's tokens, [length, 3], kept likewise."""
+    return torch.zeros(length, 3, device=device, dtype=dtype)
 
 
 class FluxPolicy(Policy):
@@ -72,22 +78,26 @@ class FluxPolicy(Policy):
         scheduler.set_timesteps(num_steps, sigmas=given, mu=resolution_shift(scheduler, length, 1.15))
         return scheduler.sigmas.float().cpu()
 
+    def _image_inputs(self, x: torch.Tensor, conditioning: Conditioning, size: Size) -> tuple[torch.Tensor, torch.Tensor]:
+        """The transformer's tokens that are no text, [n, tokens, channels], those of the latents first, and their position ids."""
+        return x, image_ids(*self._packed_size(size), x.device, x.dtype)
+
     def velocity(self, denoiser, x, sigma, conditioning, size, guidance, dtype=None):
         dtype = dtype or self.dtype
         text = conditioning["encoder_hidden_states"]
-        img_ids, txt_ids = position_ids(*self._packed_size(size), text.shape[1], x.device, dtype)
+        hidden_states, img_ids = self._image_inputs(x.to(dtype), conditioning, size)
         scale = None
         if self.pipe.transformer.config.guidance_embeds:
             scale = torch.full((len(x),), guidance, device=x.device, dtype=torch.float32)
         return denoiser(
-            hidden_states=x.to(dtype),
+            hidden_states=hidden_states,
             # The pipeline's own arithmetic: timesteps are 1000 sigma, rounded to the model's dtype.
             timestep=(sigma * 1000).to(dtype) / 1000,
             guidance=scale,
             encoder_hidden_states=text.to(dtype),
             pooled_projections=conditioning["pooled_projections"].to(dtype),
             img_ids=img_ids,
-            txt_ids=txt_ids,
+            txt_ids=text_ids(text.shape[1], x.device, dtype),
             return_dict=False,
         )[0]
 

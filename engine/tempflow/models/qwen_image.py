@@ -57,7 +57,7 @@ class QwenImagePolicy(GuidedPolicy):
         """As `Policy.sample`. Without negative prompts there is no guidance here, because the pipeline gives none; training
         and evaluation, which have none to give, guide away from `default_negative_prompt`."""
         if negative_prompts is None and finite_number("guidance_scale", guidance_scale) > 1:
-            warnings.warn("negative_prompts: none, so guidance_scale has no effect, as in QwenImagePipeline", stacklevel=2)
+            warnings.warn(f"negative_prompts: none, so guidance_scale has no effect, as in {type(self.pipe).__name__}", stacklevel=2)
             guidance_scale = 1.0
         return super().sample(prompts, guidance_scale=guidance_scale, negative_prompts=negative_prompts, **call)
 

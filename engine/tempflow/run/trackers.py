@@ -60,8 +60,7 @@ class Trackers:
         items = info["items"][:GRID_IMAGES]
         if not items:
             return
-        keys = ("condition", "file") if all("condition" in item for item in items) else ("file",)
-        grid = image_grid([Path(folder) / item[key] for item in items for key in keys])
+        grid = image_grid([Path(folder) / item["file"] for item in items])
         caption = "\n".join(f"{n + 1}. {item['prompt']}" for n, item in enumerate(items))
         self._each("samples", grid, caption, info["iteration"])
 

@@ -1,0 +1,105 @@
+"""Qwen-Image-Edit, and Qwen-Image-Edit-Plus (2509 and later): Qwen-Image that also sees the tokens of the images that it edits.
+
+The text encoder reads the images with the prompt, and with the negative prompt, so both embeddings depend on them. Images are scaled to
+about a megapixel for the VAE, which encodes them to its mode; Edit shows the encoder the same, Plus one of about 384 x 384. Embeddings
+are not padded, because their length is not known before the images are, and not cut. The tokens of the images follow those of the
+latents, in the order of the images, and what the transformer predicts for them is cut off.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
+from PIL import Image
+
+from tempflow.media import condition_image
+from tempflow.models.base import Conditioning
+from tempflow.models.qwen_image import QwenImagePolicy
+from tempflow.models.vae import encoding_whole
+from tempflow.types import Example
+
+IMAGE = "image_tokens_"  # and a number: [n, rows, columns, channels] of the conditioning
+AREA = 1024 * 1024  # pixels of an image for the VAE, about
+TEMPLATE = 6  # tokens of the template behind the prompt, and before each image
+
+
+class QwenImageEditPolicy(QwenImagePolicy):
+    """Guided velocities of a QwenImageTransformer2DModel that edits an image, as QwenImageEditPipeline asks for them."""
+
+    ragged = True
+    masks_text = False  # nothing is padded
+    images_taken = (1, 1)
+    embeds_with = ("vae",)
+    encoder_area = AREA
+    """Pixels of an image for the text encoder, about."""
+
+    @torch.no_grad()
+    def embed(self, examples: list[Example]) -> Conditioning:
+        (example,) = examples
+        seen, pixels = self._scaled([condition_image(image) for image in example.images])
+        embeds, _ = self.pipe.encode_prompt([example.text], image=seen, device=self.device)
+        tokens = [self._image_tokens(image) for image in pixels]
+        return {"encoder_hidden_states": embeds} | {f"{IMAGE}{n}": one for n, one in enumerate(tokens)}
+
+    def _scaled(self, images: list[Image.Image]) -> tuple[Image.Image | list[Image.Image], list[torch.Tensor]]:
+        """What the text encoder sees, and what the VAE encodes, [1, 3, 1, H, W] each."""
+        (image,) = images
+        width, height, _ = pipeline_qwenimage_edit.calculate_dimensions(AREA, image.width / image.height)
+        seen = self.pipe.image_processor.resize(image, height, width)
+        return seen, [self.pipe.image_processor.preprocess(seen, height, width).unsqueeze(2)]
+
+    def _image_tokens(self, pixels: torch.Tensor) -> torch.Tensor:
+        """[1, rows, columns, channels]"""
+        pipe, (height, width) = self.pipe, pixels.shape[-2:]
+        with encoding_whole(pipe.vae):
+            _, tokens = pipe.prepare_latents(
+                pixels,
+                batch_size=1,
+                num_channels_latents=pipe.latent_channels,
+                height=height,
+                width=width,
+                dtype=pipe.vae.dtype,
+                device=self.device,
+                generator=None,
+                latents=torch.empty(0),  # the pipeline would draw some
+            )
+        multiple = self.size_multiple(pipe.vae.config)
+        return tokens.unflatten(1, (height // multiple, width // multiple))
+
+    def empty_embeddings(self, count: int) -> Conditioning:
+        config, like = self.pipe.transformer.config, {"dtype": self.dtype, "device": self.device}
+        images, side = max(self.images_taken), math.isqrt(AREA) // self.size_multiple(self.pipe.vae.config)
+        seen = math.ceil(math.sqrt(self.encoder_area) / 28) ** 2  # the encoder's tokens of an image: 28 x 28 pixels each
+        length = self.max_sequence_length + TEMPLATE + images * (seen + TEMPLATE)
+        embeds = {"encoder_hidden_states": torch.empty(count, length, config.joint_attention_dim, **like)}
+        return embeds | {f"{IMAGE}{n}": torch.empty(count, side, side, config.in_channels, **like) for n in range(images)}
+
+    def _forward(self, denoiser, x, sigma, conditioning, size):
+        images = [conditioning[f"{IMAGE}{n}"] for n in range(len(conditioning) - 1)]
+        grids = [(1, *self._packed_size(size)), *((1, *image.shape[1:3]) for image in images)]
+        return denoiser(
+            hidden_states=torch.cat([x, *(image.flatten(1, 2) for image in images)], dim=1),
+            # The pipeline's own arithmetic: timesteps are 1000 sigma, rounded to the model's dtype.
+            timestep=(sigma * 1000).to(x.dtype) / 1000,
+            img_shapes=[grids] * len(x),
+            encoder_hidden_states=conditioning["encoder_hidden_states"],
+            encoder_hidden_states_mask=None,
+            return_dict=False,
+        )[0][:, : x.shape[1]]
+
+
+class QwenImageEditPlusPolicy(QwenImageEditPolicy):
+    """Guided velocities of a QwenImageTransformer2DModel that edits one to three images, as QwenImageEditPlusPipeline asks for them."""
+
+    images_taken = (1, 3)  # as many as its authors trained it with
+    encoder_area = pipeline_qwenimage_edit_plus.CONDITION_IMAGE_SIZE
+
+    def _scaled(self, images):
+        ratios, processor = [image.width / image.height for image in images], self.pipe.image_processor
+        small = [pipeline_qwenimage_edit_plus.calculate_dimensions(self.encoder_area, ratio) for ratio in ratios]
+        large = [pipeline_qwenimage_edit_plus.calculate_dimensions(AREA, ratio) for ratio in ratios]
+        seen = [processor.resize(image, height, width) for image, (width, height) in zip(images, small, strict=True)]
+        pixels = [processor.preprocess(image, height, width) for image, (width, height) in zip(images, large, strict=True)]
+        return seen, [one.unsqueeze(2) for one in pixels]
