@@ -84,6 +84,7 @@ def sample(
     run: str | Path,
     prompts: Sequence[str],
     *,
+    images: Sequence | None = None,
     checkpoint: int | str | None = None,
     weights: str | None = None,
     base: bool = False,
@@ -95,6 +96,8 @@ def sample(
     Args:
         run, checkpoint, weights, base, num_steps: as of `evaluate`.
         prompts: n texts.
+        images: condition images, for models that edit: n entries, each an image or a list of images; an image is a file, a PIL image or
+            a uint8 array [H, W, 3].
         seed: of the noise, which is a prompt's by its place.
 
     Returns uint8 images [n, H, W, 3], or videos [n, F, H, W, 3]. Raises `tempflow.errors.UserError`.
@@ -105,7 +108,10 @@ def sample(
 
     if isinstance(prompts, str) or not all(isinstance(text, str) for text in prompts) or not len(prompts):
         raise UserError(f"prompts: expected a list of texts that is not empty, got {shown(prompts)}")
-    examples = typed_prompts(list(prompts), "prompts")
+    if images is not None and (isinstance(images, str) or len(images) != len(prompts)):
+        raise UserError(f"images: expected a list with an entry for each of {len(prompts)} prompts, got {shown(images)}")
+    given = [list(entry) if isinstance(entry, (list, tuple)) else [entry] for entry in (() if images is None else images)]
+    examples = typed_prompts(list(prompts), "prompts", given, "images")
     num_steps, seed = _read("num_steps", arguments.steps, num_steps), _read("seed", arguments.seed, seed)
     config, chosen = tuned.choose(*_checkpoint(run, checkpoint, weights), base)
     (images,), missing = tuned.draw(config, {"base" if base else "tuned": chosen}, examples, num_steps=num_steps, seed=seed)

@@ -72,6 +72,17 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser, required: bool = T
     parser.add_argument("--weights", choices=("ema", "merge", "raw"), help="default: the average where the run keeps one, else raw")
 
 
+def add_image_argument(parser: argparse.ArgumentParser) -> None:
+    """The option --image beside --prompt: a list of paths for each time that it is given."""
+    parser.add_argument(
+        "--image",
+        type=path,
+        nargs="+",
+        action="append",
+        help="condition images of --prompt; given once they are for every prompt, else once for each in their order",
+    )
+
+
 positive = whole(1)
 steps = whole(1, 1000)  # of a sampling grid, as rollout.num_steps
 seed = whole(0, 2**63 - 1)  # as training.seed

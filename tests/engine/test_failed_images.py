@@ -141,6 +141,21 @@ def test_samples_name_a_target_that_the_metadata_names(tmp_path):
     assert [item.get("ocr_target") for item in items] == [None, "OPEN"]
 
 
+def test_samples_show_their_condition_images(tmp_path):
+    """In a row of the image's height, and where they came from; prompts without stay as they were."""
+    found, prompts = scored([5, 9, 7], [True] * 3, 3, keep=3)
+    wide, narrow = (np.full((size, 20, 3), level, np.uint8) for size, level in ((8, 40), (40, 80)))
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    prompts[0] = replace(prompts[0], images=(str(tmp_path / "wide.png"),))
+    prompts[2] = replace(prompts[2], images=(str(tmp_path / "wide.png"), narrow))
+    evaluation.write_samples(tmp_path / "000000", found, prompts, {"iteration": 0})
+    items = json.loads((tmp_path / "000000/samples.json").read_text())["items"]
+    assert [item.get("condition") for item in items] == ["0000_condition.png", None, "0002_condition.png"] and "images" not in items[1]
+    assert items[2]["images"] == [str(tmp_path / "wide.png"), prompts[2].image_digests[1]]
+    row = np.asarray(Image.open(tmp_path / "000000/0002_condition.png"))
+    assert row.shape == (16, 40 + 4 + 8, 3) and (row[:, :40] == 40).all() and (row[:, 40:44] == 255).all() and (row[:, 44:] == 80).all()
+
+
 @pytest.mark.parametrize(
     "images, failed, not_finite, allowed, words",
     [

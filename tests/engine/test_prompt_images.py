@@ -187,6 +187,20 @@ def test_images_of_a_command_line(tmp_path):
             typed_prompts(["a"], "--prompt", [[bad]])
 
 
+def test_options_of_the_commands(tmp_path):
+    """--image belongs to --prompt, in sample.py and refine.py; several of one prompt stand behind one --image."""
+    from tempflow.commands import refine, sample
+
+    cat, dog = painted(tmp_path / "cat.png"), painted(tmp_path / "dog.png")
+    given = ["--run", str(tmp_path), "--out", str(tmp_path / "out"), "--prompt", "a", "--prompt", "b"]
+    for command in (sample, refine):
+        args = command.parse_args([*given, "--image", cat, dog, "--image", dog])
+        assert [p.images for p in command.chosen_prompts(args, None)] == [(cat, dog), (dog,)]
+        assert [p.images for p in command.chosen_prompts(command.parse_args(given), None)] == [(), ()]
+        with pytest.raises(UserError, match="^--image: belongs to a --prompt"):
+            command.chosen_prompts(command.parse_args([*given[:4], "--image", cat]), None)
+
+
 # --------------------------------------------------------------------------------------------------- datasets
 @pytest.fixture
 def dataset(tmp_path, monkeypatch):

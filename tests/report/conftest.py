@@ -66,7 +66,7 @@ def corrupt(word, quality, source):
     return "".join(letter for letter in kept if letter != " ")
 
 
-def write_samples(run_dir, iteration, prompts, *, quality, size=(96, 32), details=True, rewards=("ocr",), seed=0):
+def write_samples(run_dir, iteration, prompts, *, quality, size=(96, 32), details=True, rewards=("ocr",), seed=0, conditions=False):
     folder = run_dir / "samples" / f"{iteration:06d}"
     folder.mkdir(parents=True)
     source, items = random.Random(1000 * seed + iteration), []
@@ -76,6 +76,10 @@ def write_samples(run_dir, iteration, prompts, *, quality, size=(96, 32), detail
         reward = sum(a == b for a, b in zip(read, word)) / len(word)
         picture(read, quality, size, random.Random(place)).save(folder / f"{place:04d}.png")
         item = {"prompt": prompt, "file": f"{place:04d}.png", "rewards": {name: reward for name in rewards}, "reward": reward}
+        if conditions:
+            name = f"{place:04d}_condition.png"
+            picture("?", 1, (48, 32), random.Random(place)).save(folder / name)
+            item |= {"condition": name, "images": [f"/data/{place}.png"]}
         items.append({**item, "details": {"ocr": read}} if details else item)
     mean = sum(item["reward"] for item in items) / max(1, len(items))
     info = {"iteration": iteration, "num_steps": 20, "seed": 7, "weights": "ema", "reward": mean, "items": items}

@@ -12,6 +12,7 @@ from tempflow.run.report.charts import thin
 from tempflow.run.report.page import flatten
 from tempflow.run.report.readings import compare
 from tempflow.run.report.run import load_run
+from tempflow.run.report.samples import match
 from tempflow.run.report.thumbnails import Thumbnails
 
 
@@ -200,6 +201,28 @@ def test_large_pictures_become_small(run_factory):
     assert len(found.all("img")) == 12
     assert all((a["width"], a["height"]) == ("256", "192") and a["src"].startswith("data:image/jpeg") for a in found.all("img"))
     assert "pick 0.000 · hps 0.000" in found.text and "Exact words" not in found.text
+
+
+def test_an_edit_is_shown_after_its_condition_image(run_factory):
+    """Condition, before, after; and with the prompts over training."""
+    run_dir = run_factory(iterations=20, sets=(0, 10, 20), prompts=["make it night"] * 4, details=False, rewards=("kept",), conditions=True)
+    found = page(run_dir)
+    alts = [image["alt"] for image in found.all("img")]
+    assert alts[:3] == ["condition image: make it night", "base: make it night", "iteration 20: make it night"]
+    assert sum(alt.startswith("condition image") for alt in alts) == 4 + 4
+    assert "Left the condition image, then the base model, right iteration 20" in found.text
+    (run_dir / "samples/000020/0000_condition.png").unlink()
+    assert len(page(run_dir).all("img")) == len(alts) - 1, "a lost condition image takes nothing else with it"
+
+
+def test_edits_of_one_instruction_are_told_apart_by_their_images(run_factory):
+    """Where the two sets do not have the same prompts in the same places."""
+    run_dir = run_factory(iterations=5, sets=(0, 5), prompts=["make it night"] * 3, conditions=True)
+    path = run_dir / "samples/000005/samples.json"
+    info = json.loads(path.read_text())
+    path.write_text(json.dumps({**info, "items": info["items"][::-1]}))
+    run = load_run(run_dir)
+    assert [(pair.base["file"], pair.tuned["file"]) for pair in match(*run.samples)] == [(f"000{n}.png",) * 2 for n in (2, 1, 0)]
 
 
 def test_size_budget_drops_pictures_and_says_so(run_factory, monkeypatch):

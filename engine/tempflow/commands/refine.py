@@ -29,7 +29,7 @@ def step_range(text: str) -> tuple[int, int]:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    from tempflow.arguments import add_checkpoint_arguments, filled, number, path, positive, seed, steps, whole
+    from tempflow.arguments import add_checkpoint_arguments, add_image_argument, filled, number, path, positive, seed, steps, whole
 
     parser = argparse.ArgumentParser(description="Search for images of high reward with a run's model, or one before training.")
     add_checkpoint_arguments(parser, required=False)
@@ -38,6 +38,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="with --config: override a key of it")
     parser.add_argument("--out", type=path, required=True, help="folder for the images; must not exist, or be empty")
     parser.add_argument("--prompt", type=filled, action="append", help="a prompt; may be given again (default: held-out prompts)")
+    add_image_argument(parser)
     parser.add_argument("--prompts", type=path, help="prompt file")
     parser.add_argument("--count", type=positive, default=8, help="prompts used, from the top of a file")
     parser.add_argument("--rewards", type=filled, metavar="JSON", help='what is searched by, as {"ocr": 1.0} (default: the config\'s)')

@@ -7,25 +7,23 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Sequence
 
-import numpy as np
-
 from tempflow import cli
+from tempflow.errors import UserError
 from tempflow.run import outputs
 
 if TYPE_CHECKING:
     from tempflow.config import Config
     from tempflow.types import Example
 
-GAP = 4
-
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    from tempflow.arguments import add_checkpoint_arguments, filled, path, positive, seed, steps
+    from tempflow.arguments import add_checkpoint_arguments, add_image_argument, filled, path, positive, seed, steps
 
     parser = argparse.ArgumentParser(description="Draw the same prompts and noise with the base and the tuned model.")
     add_checkpoint_arguments(parser)
     parser.add_argument("--out", type=path, required=True, help="folder for the images; must not exist, or be empty")
     parser.add_argument("--prompt", type=filled, action="append", help="a prompt; may be given again (default: held-out prompts)")
+    add_image_argument(parser)
     parser.add_argument("--prompts", type=path, help="prompt file")
     parser.add_argument("--count", type=positive, default=16, help="prompts used, from the top of a file")
     parser.add_argument("--num-steps", type=steps, help="ODE steps (default: the run's eval.num_steps)")
@@ -38,14 +36,10 @@ def chosen_prompts(args: argparse.Namespace, config: Config) -> list[Example]:
     from tempflow.run import tuned
 
     if args.prompt:
-        return typed_prompts(args.prompt, "--prompt")
+        return typed_prompts(args.prompt, "--prompt", args.image)
+    if args.image:
+        raise UserError("--image: belongs to a --prompt; prompts of a file name their own images")
     return tuned.prompts_of(config, args.prompts, args.count, "--prompt or --prompts: the run has no held-out prompts; name some")
-
-
-def beside(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Two images [H, W, 3] with a white gap between them."""
-    gap = np.full((left.shape[0], GAP, 3), 255, np.uint8)
-    return np.concatenate([left, gap, right], axis=1)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,17 +56,19 @@ def draw_pairs(args: argparse.Namespace, draft: Path) -> str:
     from PIL import Image
 
     from tempflow.media import still
-    from tempflow.run import tuned
+    from tempflow.run import collage, tuned
 
     config, chosen = tuned.choose(args.run, args.checkpoint, args.weights)
     prompts = chosen_prompts(args, config)
     drawn, missing = tuned.draw(config, {"base": None, "tuned": chosen}, prompts, num_steps=args.num_steps, seed=args.seed)
-    pairs = [beside(still(base), still(new)) for base, new in zip(*drawn, strict=True)]
+    befores = [collage.conditions(prompt, drawn[0].shape[-3]) for prompt in prompts]
+    pairs = [collage.row([*before, still(base), still(new)]) for before, base, new in zip(befores, *drawn, strict=True)]
     for n, pair in enumerate(pairs):
         Image.fromarray(pair).save(draft / f"{n:04d}.png")
-    Image.fromarray(np.concatenate(pairs)).save(draft / "all.png")
+    Image.fromarray(collage.column(pairs)).save(draft / "all.png")
     (draft / "prompts.txt").write_text("".join(f"{n:04d}.png\t{p.text}\n" for n, p in enumerate(prompts)), encoding="utf-8")
-    written = f"{len(pairs)} pairs in {args.out}: left base, right iteration {chosen.iteration} ({chosen.which} weights)"
+    left = "condition images, base" if any(befores) else "left base"
+    written = f"{len(pairs)} pairs in {args.out}: {left}, right iteration {chosen.iteration} ({chosen.which} weights)"
     return written + (f"\nwarning: {missing} images hold NaN or infinity; a checkerboard stands for each" if missing else "")
 
 

@@ -20,7 +20,7 @@ from tempflow.media import still
 from tempflow.models import by_shape
 from tempflow.models.opened import Opened
 from tempflow.rewards import RewardPool, RewardSpec, combine
-from tempflow.run import drift
+from tempflow.run import collage, drift
 from tempflow.run.logs import write_atomic
 from tempflow.run.means import Mean, gain_of, mean_of
 from tempflow.sampling.noise import INITIAL, key_tensor, noise_key
@@ -188,18 +188,21 @@ def metrics(
 
 
 def write_samples(folder: Path, scored: Scored, prompts: list[Example], facts: dict) -> None:
-    """Write the images and samples.json with `facts` into `folder`, which is new or empty; of a video a contact strip."""
+    """Write the images and samples.json with `facts` into `folder`, which is new or empty; of a video a contact strip. Beside an
+    image those that its prompt brings, in a row of its height."""
     folder.mkdir(parents=True, exist_ok=True)
     items = []
     for n, index in enumerate(scored.indices):
         if index not in scored.images:
             continue
         file = f"{n:04d}.png"
-        Image.fromarray(still(scored.images[index])).save(folder / file)
+        shown = still(scored.images[index])
+        Image.fromarray(shown).save(folder / file)
         items.append(
             {
                 "prompt": prompts[index].text,
                 "file": file,
+                **_written_conditions(folder, file, prompts[index], shown.shape[0]),
                 "reward": _number(scored.reward[n]),
                 "rewards": {name: _number(values[n]) for name, values in scored.parts.items() if scored.applies[name][n]},
                 "details": {name: texts[n] for name, texts in scored.details.items() if texts is not None and scored.applies[name][n]},
@@ -209,6 +212,16 @@ def write_samples(folder: Path, scored: Scored, prompts: list[Example], facts: d
     total = scored.mean()
     content = {**facts, "reward": total.value, "stderr": total.stderr, "scored": total.scored, "failed": total.failed, "items": items}
     write_atomic(folder / "samples.json", json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False))
+
+
+def _written_conditions(folder: Path, file: str, prompt: Example, height: int) -> dict:
+    """The entries of a sample's item on its prompt's condition images, in a file of one row, and where they came from; {} without any."""
+    if not prompt.images:
+        return {}
+    name = f"{Path(file).stem}_condition.png"
+    Image.fromarray(collage.row(collage.conditions(prompt, height))).save(folder / name)
+    came = [digest if isinstance(image, np.ndarray) else str(image) for image, digest in zip(prompt.images, prompt.image_digests)]
+    return {"condition": name, "images": came}
 
 
 def replace_samples(run_dir: Path, scored: Scored, prompts: list[Example], facts: dict) -> Path:

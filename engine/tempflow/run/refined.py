@@ -19,11 +19,10 @@ from tempflow.media import still
 from tempflow.models import Sampler
 from tempflow.models.opened import open_model
 from tempflow.rewards import RewardPool, RewardSpec, check_prompts, combine, parse_rewards, probe
+from tempflow.run import collage
 from tempflow.run.failures import check_failed
 from tempflow.run.refining import Round, Search, refine
 from tempflow.types import Example
-
-GAP = 4  # white columns between images
 
 
 @dataclass
@@ -36,15 +35,15 @@ class Found:
     rounds: list[Round] = field(default_factory=list)
 
     def write(self, folder: Path, prompts: list[Example], facts: dict) -> None:
-        """Write each prompt's images side by side (the first, then the best after each round), the best alone, rewards.json with `facts`
-        and, where matplotlib is installed, rewards.png."""
+        """Write each prompt's images side by side (condition images, the first one made, then the best after each round), the best alone,
+        rewards.json with `facts` and, where matplotlib is installed, rewards.png."""
         strips = []
         for n in range(len(prompts)):
-            row = [still(images[n]) for images in (self.first_images, *(each.images for each in self.rounds))]
-            strips.append(_side_by_side(row))
+            made = [still(images[n]) for images in (self.first_images, *(each.images for each in self.rounds))]
+            strips.append(collage.row([*collage.conditions(prompts[n], made[0].shape[0]), *made]))
             Image.fromarray(strips[n]).save(folder / f"{n:04d}.png")
-            Image.fromarray(row[-1]).save(folder / f"{n:04d}_best.png")
-        Image.fromarray(np.concatenate(strips)).save(folder / "all.png")
+            Image.fromarray(made[-1]).save(folder / f"{n:04d}_best.png")
+        Image.fromarray(collage.column(strips)).save(folder / "all.png")
         content = {**facts, "first": _number(np.nanmean(self.first_rewards)), "rounds": [_described(each) for each in self.rounds]}
         content["items"] = [self._item(n, prompt) for n, prompt in enumerate(prompts)]
         (folder / "rewards.json").write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")
@@ -139,12 +138,6 @@ def _described(each: Round) -> dict:
 
 def _number(value) -> float | None:
     return round(float(value), 6) if np.isfinite(value) else None
-
-
-def _side_by_side(images: list[np.ndarray]) -> np.ndarray:
-    """Images [H, W, 3] in a row with white gaps between them."""
-    gap = np.full((images[0].shape[0], GAP, 3), 255, np.uint8)
-    return np.concatenate([part for image in images for part in (image, gap)][:-1], axis=1)
 
 
 def _draw_plot(file: Path, found: Found) -> None:

@@ -60,7 +60,8 @@ class Trackers:
         items = info["items"][:GRID_IMAGES]
         if not items:
             return
-        grid = image_grid([Path(folder) / item["file"] for item in items])
+        keys = ("condition", "file") if all("condition" in item for item in items) else ("file",)
+        grid = image_grid([Path(folder) / item[key] for item in items for key in keys])
         caption = "\n".join(f"{n + 1}. {item['prompt']}" for n, item in enumerate(items))
         self._each("samples", grid, caption, info["iteration"])
 

@@ -1,4 +1,5 @@
-"""The images of the report: base against tuned for the same prompts and noise, and the way between them."""
+"""The images of the report: base against tuned for the same prompts and noise, after the condition image where a prompt brings one, and
+the way between them."""
 
 from __future__ import annotations
 
@@ -38,32 +39,37 @@ def samples_html(run: Run, thumbnails: Thumbnails) -> str:
     strip = _strip(run, thumbnails)  # first: the budget should go to what is always shown
     cards = [_card(pair, base, tuned, thumbnails) for pair in pairs]
     shown = [card for card in cards if card]
+    grid = "grid" + (" solo" if tuned is base else "") + (" edits" if any(_condition(pair) for pair in pairs) else "")
     more = ""
     if len(shown) > SHOWN:
         more = (
             f'<details class="more"><summary>{len(shown) - SHOWN} more prompts</summary>'
-            f'<div class="grid{" solo" if tuned is base else ""}">{"".join(shown[SHOWN:])}</div></details>'
+            f'<div class="{grid}">{"".join(shown[SHOWN:])}</div></details>'
         )
     lost = len(cards) - len(shown)
     note = f'<p class="note">{lost} more not included: missing, or left out to keep this file small.</p>' if lost else ""
     return (
         f'<section id="samples"><h2>Samples</h2>{_intro(pairs, base, tuned)}'
-        f'<div class="grid{" solo" if tuned is base else ""}">{"".join(shown[:SHOWN])}</div>{more}{note}{strip}</section>'
+        f'<div class="{grid}">{"".join(shown[:SHOWN])}</div>{more}{note}{strip}</section>'
     )
 
 
 def match(base: SampleSet, tuned: SampleSet) -> list[Pair]:
-    """Pairs of the tuned set's items with the base's: same place and prompt, else the same prompt elsewhere."""
+    """Pairs of the tuned set's items with the base's: same place and prompt (with its condition images), else the same prompt elsewhere."""
     if tuned is base:
         return [Pair(str(item.get("prompt", "")), item, None) for item in base.items]
-    by_prompt = {item.get("prompt"): item for item in reversed(base.items)}
+    by_prompt = {_asked(item): item for item in reversed(base.items)}
     pairs = []
     for place, item in enumerate(tuned.items):
         twin = base.items[place] if place < len(base.items) else {}
-        if twin.get("prompt") != item.get("prompt"):
-            twin = by_prompt.get(item.get("prompt"))
+        if _asked(twin) != _asked(item):
+            twin = by_prompt.get(_asked(item))
         pairs.append(Pair(str(item.get("prompt", "")), twin, item))
     return pairs
+
+
+def _asked(item: dict) -> tuple[str, str]:
+    return str(item.get("prompt")), str(item.get("images"))
 
 
 def exact_share(sample: SampleSet) -> float | None:
@@ -84,8 +90,9 @@ def _intro(pairs: list[Pair], base: SampleSet, tuned: SampleSet) -> str:
     weights = {"ema": " (averaged weights)", "merge": " (merged weights)"}.get(tuned.info.get("weights"), "")
     before, after = exact_share(base), exact_share(tuned)
     words = f" Exact words: {before:.0%} before, {after:.0%} after." if None not in (before, after) else ""
+    left = f"Left the condition image, then {_title(base)}" if any(_condition(pair) for pair in pairs) else f"Left {_title(base)}"
     return (
-        f'<p class="lead">Left {_title(base)}, right {_title(tuned)}{weights}: {noise}. The held-out prompts '
+        f'<p class="lead">{left}, right {_title(tuned)}{weights}: {noise}. The held-out prompts '
         f"come in file order, not picked by result.{count if changes else ''}{words}</p>"
     )
 
@@ -98,6 +105,7 @@ def _card(pair: Pair, base: SampleSet, tuned: SampleSet, thumbnails: Thumbnails)
     sides = [_side(item, sample, pair.prompt, thumbnails) for item, sample in ((pair.base, base), (pair.tuned, tuned)) if item]
     if not all(sides) or not sides:
         return ""
+    sides = [*_before(pair, base if pair.tuned is None else tuned, thumbnails), *sides]
     badge = ""
     if pair.change is not None:
         kind = "up" if pair.change > SAME else "down" if pair.change < -SAME else "same"
@@ -119,6 +127,29 @@ def _side(item: dict, sample: SampleSet, prompt: str, thumbnails: Thumbnails) ->
         f'<figure>{_img(thumbnail, f"{label}: {prompt}")}<figcaption><span class="row">'
         f'<span class="who">{label}</span>{_reward(item)}</span>{read}{_parts(item)}</figcaption></figure>'
     )
+
+
+def _condition_of(item: dict) -> str | None:
+    """The file of an item's condition images."""
+    return item["condition"] if isinstance(item.get("condition"), str) else None
+
+
+def _condition(pair: Pair) -> str | None:
+    return _condition_of(pair.tuned or pair.base or {})
+
+
+def _has_conditions(sample: SampleSet) -> bool:
+    return any(_condition_of(item) for item in sample.items)
+
+
+def _before(pair: Pair, sample: SampleSet, thumbnails: Thumbnails) -> list[str]:
+    """A pair's condition images, none where it has none or they are lost."""
+    name = _condition(pair)
+    thumbnail = thumbnails.get(sample.folder / name) if name else None
+    if thumbnail is None:
+        return []
+    image = _img(thumbnail, f"condition image: {pair.prompt}")
+    return [f'<figure>{image}<figcaption><span class="row"><span class="who">condition</span></span></figcaption></figure>']
 
 
 def _img(thumbnail, alt: str) -> str:
@@ -165,7 +196,8 @@ def _strip(run: Run, thumbnails: Thumbnails) -> str:
         return ""
     columns = min(STRIP_COLUMNS, len(run.samples))
     sets = [run.samples[round(n * (len(run.samples) - 1) / (columns - 1))] for n in range(columns)]
-    head = "".join(f'<th scope="col">{"base" if s.iteration == 0 else s.iteration}</th>' for s in sets)
+    head = '<th scope="col">condition</th>' if _has_conditions(sets[0]) else ""
+    head += "".join(f'<th scope="col">{"base" if s.iteration == 0 else s.iteration}</th>' for s in sets)
     body = "".join(f"<tr>{_strip_row(n, sets, thumbnails)}</tr>" for n in range(min(STRIP_PROMPTS, len(sets[0].items))))
     return (
         f'<h3>Over training</h3><p class="lead">The first prompts, same noise, by iteration.</p>'
@@ -176,6 +208,10 @@ def _strip(run: Run, thumbnails: Thumbnails) -> str:
 
 def _strip_row(place: int, sets: list[SampleSet], thumbnails: Thumbnails) -> str:
     cells = []
+    if _has_conditions(sets[0]):
+        item = sets[0].items[place]
+        thumbnail = thumbnails.get(sets[0].folder / item["condition"]) if _condition_of(item) else None
+        cells.append(f"<td>{_img(thumbnail, 'condition image')}</td>" if thumbnail else "<td></td>")
     for sample in sets:
         item = sample.items[place] if place < len(sample.items) else None
         thumbnail = thumbnails.get(sample.folder / str(item["file"])) if item else None
