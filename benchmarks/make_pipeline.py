@@ -19,6 +19,7 @@ if __name__ == "__main__":
     sys.path.append(sys.path.pop(0))  # last: kernels.py in this folder must not pass for Hugging Face's package
 
 import torch
+from chat_tokenizers import klein_tokenizer, save_dev_processor
 
 from tempflow import cli
 from tempflow.errors import UserError
@@ -29,6 +30,7 @@ from tempflow.run.environment import device_name
 ROOT = Path(__file__).parent.parent
 SMALL = ROOT / "engine/tempflow/assets/tiny-flux"
 DEPTHS = ("num_layers", "num_single_layers", "num_hidden_layers", "depth")  # at least 1 each
+READ = {"Qwen3ForCausalLM": 27, "Mistral3ForConditionalGeneration": 30}  # layers whose output FLUX.2 reads, so at least as many
 BLOCKS = {"dual_attention_layers": "num_layers", "fullatt_block_indexes": "depth"}  # lists of blocks by number
 VOCABULARY = 2048  # at least as much: the small tokenizers' fit into it
 WORDS = "system user assistant Describe the image by detailing the color shape size texture quantity text spatial relationships"
@@ -46,6 +48,9 @@ def shrunk(config: dict, scale: float) -> dict:
     for name in DEPTHS:
         if name in config:
             small[name] = max(1, round(config[name] * scale))
+    if config.get("architectures", [None])[0] in READ:
+        text = small.get("text_config", small)
+        text["num_hidden_layers"] = max(READ[config["architectures"][0]], text["num_hidden_layers"])
     for name, depth in BLOCKS.items():
         if name in config:
             small[name] = sorted({round(block * scale) for block in config[name]} & set(range(small[depth])))
@@ -86,6 +91,10 @@ def write_tokenizer(kind: str, folder: Path, length: int) -> None:
     """A small tokenizer that passes for a `kind`, of at most `length` tokens."""
     if kind == "Qwen2Tokenizer":
         qwen_tokenizer().save_pretrained(folder)
+    elif kind == "Qwen2TokenizerFast":
+        klein_tokenizer().save_pretrained(folder)
+    elif kind == "PixtralProcessor":
+        save_dev_processor(folder)
     elif kind == "Qwen2VLProcessor":
         qwen_processor().save_pretrained(folder)
     else:

@@ -32,6 +32,12 @@ def test_shrunk_follows_into_widths_lists_of_blocks_and_nested_configs():
     assert vision["depth"] == 3 and vision["fullatt_block_indexes"] == [1, 2]
 
 
+@pytest.mark.parametrize("card, layers", [("flux2-klein-4b", 27), ("flux2-dev", 30)])
+def test_shrunk_keeps_the_layers_that_flux2_reads(card, layers):
+    encoder = shrunk(json.loads((CARDS / card / "text_encoder/config.json").read_text()), 0.01)
+    assert encoder.get("text_config", encoder)["num_hidden_layers"] == layers
+
+
 @pytest.mark.parametrize("card", [folder for folder in sorted(CARDS.iterdir()) if folder.is_dir()], ids=lambda folder: folder.name)
 def test_the_whole_is_not_shrunk(card):
     for file in card.rglob("config.json"):
@@ -39,7 +45,7 @@ def test_the_whole_is_not_shrunk(card):
         assert shrunk(config, 1.0) == config
 
 
-@pytest.mark.parametrize("kind", ["CLIPTokenizer", "T5TokenizerFast", "Qwen2Tokenizer"])
+@pytest.mark.parametrize("kind", ["CLIPTokenizer", "T5TokenizerFast", "Qwen2Tokenizer", "Qwen2TokenizerFast"])
 def test_tokenizers_are_as_long_as_the_real_ones(tmp_path, kind):
     import transformers
 

@@ -4,19 +4,11 @@ import json
 from pathlib import Path
 
 import torch
+from chat_tokenizers import dev_tokenizer, klein_tokenizer, save_dev_processor
 from engine_cases import randomise
 
 CHANNELS = 4  # of the VAE
 KLEIN_LAYERS, DEV_LAYERS = 27, 30  # of the text encoders, as many as the pipelines read
-THINKING = (
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
-)
-KLEIN_CHAT = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}" + THINKING
-DEV_CHAT = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}[SYSTEM_PROMPT]{{ m.content[0].text }}[/SYSTEM_PROMPT]"
-    "{% else %}[INST]{{ m.content[0].text }}[/INST]{% endif %}{% endfor %}"
-)
-PIXTRAL = {"processor_class": "PixtralProcessor", "image_token": "[IMG]", "patch_size": 14, "spatial_merge_size": 2}
 
 
 def _transformer(seed: int, width: int, guidance_embeds: bool):
@@ -53,32 +45,6 @@ def _vae():
     return vae.eval()
 
 
-def klein_tokenizer():
-    """Bytes and the marks of the chat template, padded on the right."""
-    from make_pipeline import qwen_tokenizer
-
-    tokenizer = qwen_tokenizer()
-    tokenizer.add_tokens(["<think>", "</think>", "assistant", "user"])
-    tokenizer.chat_template = KLEIN_CHAT
-    return tokenizer
-
-
-def dev_tokenizer():
-    """Bytes, the marks of the chat template and the words of the system message, padded on the left."""
-    from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    marks = ["<pad>", "<s>", "</s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[IMG]", "[IMG_BREAK]", "[IMG_END]"]
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    plain = Tokenizer(models.BPE(vocab={name: n for n, name in enumerate([*marks, *letters])}, merges=[]))
-    plain.pre_tokenizer, plain.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "additional_special_tokens": marks[3:]}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, padding_side="left", chat_template=DEV_CHAT, **special)
-    tokenizer.add_tokens([word if n == 0 else f" {word}" for n, word in enumerate(SYSTEM_MESSAGE.split())])
-    return tokenizer
-
-
 def klein_pipeline(folder: Path, is_distilled: bool = False, **scheduling) -> Path:
     """A Flux2KleinPipeline: Qwen3 as text encoder; a base model, or a distilled one."""
     from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
@@ -112,7 +78,7 @@ def klein_pipeline(folder: Path, is_distilled: bool = False, **scheduling) -> Pa
 def dev_pipeline(folder: Path, **scheduling) -> Path:
     """A Flux2Pipeline as the published one lies there: a PixtralProcessor's files, which plain diffusers reads where torchvision is."""
     from diffusers import FlowMatchEulerDiscreteScheduler, Flux2Pipeline
-    from transformers import Mistral3Config, Mistral3ForConditionalGeneration, PixtralImageProcessorPil
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 
     torch.manual_seed(0)
     tokenizer, width = dev_tokenizer(), 16
@@ -150,8 +116,7 @@ def dev_pipeline(folder: Path, **scheduling) -> Path:
         transformer=_transformer(1, width, guidance_embeds=True),
     )
     pipe.save_pretrained(folder)
-    PixtralImageProcessorPil().save_pretrained(folder / "tokenizer")
-    (folder / "tokenizer/processor_config.json").write_text(json.dumps(PIXTRAL))
+    save_dev_processor(folder / "tokenizer")
     index = json.loads((folder / "model_index.json").read_text())
     index["tokenizer"] = ["transformers", "PixtralProcessor"]
     (folder / "model_index.json").write_text(json.dumps(index))

@@ -43,7 +43,7 @@ def pairs(folders):
 @pytest.mark.parametrize("name, scale", [("klein-base", 1.0), ("klein-base", 4.0), ("klein", 1.0), ("dev", 1.0), ("dev", 4.0)])
 def test_sample_equals_the_pipeline(pairs, name, scale, height, width):
     policy, pipe = pairs(name)
-    x, size = latents_for(policy, height, width), {"height": height, "width": width}
+    x, size = latents_for(policy, Size(height, width)), {"height": height, "width": width}
     call = {**size, "num_inference_steps": 4, "guidance_scale": scale, "max_sequence_length": TEXT}
     expected = pipe(prompt=PROMPTS, latents=x.clone(), output_type="latent", **call).images
     mine = {**size, "num_steps": 4, "guidance_scale": scale}
@@ -62,7 +62,7 @@ def test_sample_equals_the_pipeline(pairs, name, scale, height, width):
 def test_negative_prompts_of_a_base_model(pairs):
     """The pipeline takes their embeddings; without them it guides away from the empty prompt, as training does."""
     policy, pipe = pairs("klein-base")
-    x = latents_for(policy, 32, 96)
+    x = latents_for(policy, Size(32, 96))
     given, _ = pipe.encode_prompt(list(NEGATIVES), max_sequence_length=TEXT)
     call = {"height": 32, "width": 96, "num_inference_steps": 3, "guidance_scale": 4.0, "max_sequence_length": TEXT}
     expected = pipe(prompt=PROMPTS, negative_prompt_embeds=given, latents=x.clone(), output_type="latent", **call).images
@@ -80,12 +80,12 @@ def test_negative_prompts_of_a_base_model(pairs):
 def test_no_negative_prompts_where_guidance_is_built_in(pairs, name):
     policy, _ = pairs(name)
     with pytest.raises(UserError, match="negative_prompts: .* takes none"):
-        policy.sample(PROMPTS, latents=latents_for(policy, 32, 96), guidance_scale=1.0, negative_prompts="", **CALL)
+        policy.sample(PROMPTS, latents=latents_for(policy, Size(32, 96)), guidance_scale=1.0, negative_prompts="", **CALL)
 
 
 def test_a_distilled_model_says_that_guidance_has_no_effect(pairs):
     policy, _ = pairs("klein")
-    x = latents_for(policy, 32, 96)
+    x = latents_for(policy, Size(32, 96))
     with pytest.warns(UserWarning, match="guidance_scale: 4 has no effect"):
         got = policy.sample(PROMPTS, latents=x, guidance_scale=4.0, **CALL)
     assert torch.equal(got, policy.sample(PROMPTS, latents=x, guidance_scale=1.0, **CALL))
@@ -96,7 +96,7 @@ def test_rows_may_be_at_different_steps(pairs, name, scale):
     """One forward of rows at their own sigmas is each row's forward, and every row has its prompt."""
     policy, _ = pairs(name)
     conditioning = index_rows(policy.encode(examples(PROMPTS)), [0, 1, 1])
-    x, sigma, call = latents_for(policy, 32, 96, 3), torch.tensor([1.0, 0.55, 0.1]), (Size(32, 96), scale)
+    x, sigma, call = latents_for(policy, Size(32, 96), 3), torch.tensor([1.0, 0.55, 0.1]), (Size(32, 96), scale)
     with torch.no_grad():
         together = policy.velocity(policy.transformer, x, sigma, conditioning, *call)
         assert together.shape == x.shape

@@ -12,6 +12,11 @@ CARDS = Path(__file__).parent.parent / "assets/cards"  # folders of configs with
 KNOWN = {  # hub ids that one of them describes
     "black-forest-labs/FLUX.1-dev": "flux-dev",
     "black-forest-labs/FLUX.1-schnell": "flux-schnell",
+    "black-forest-labs/FLUX.2-dev": "flux2-dev",
+    "black-forest-labs/FLUX.2-klein-4B": "flux2-klein-4b",
+    "black-forest-labs/FLUX.2-klein-9B": "flux2-klein-9b",
+    "black-forest-labs/FLUX.2-klein-base-4B": "flux2-klein-base-4b",
+    "black-forest-labs/FLUX.2-klein-base-9B": "flux2-klein-base-9b",
     "Qwen/Qwen-Image": "qwen-image",
     "stabilityai/stable-diffusion-3.5-large": "sd35-large",
     "stabilityai/stable-diffusion-3.5-medium": "sd35-medium",
