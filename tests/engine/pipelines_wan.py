@@ -14,7 +14,7 @@ def transformer(seed: int, channels: int = CHANNELS):
 
     made = WanTransformer3DModel(
         num_attention_heads=2,
-        attention_head_dim=12,
+        attention_head_dim=16,
         in_channels=channels,
         out_channels=channels,
         text_dim=32,

@@ -116,6 +116,9 @@ REAL = {  # published models: names in their files by the names of today's class
     "qwen-image/transformer": lambda name: name,
     "flux-dev/vae": lambda name: name,
     "qwen-image/vae": lambda name: name,
+    "wan21-1b/text_encoder": lambda name: name,
+    "wan21-1b/transformer": lambda name: name,
+    "wan21-1b/vae": lambda name: name,
 }
 
 

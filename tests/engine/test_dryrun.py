@@ -68,6 +68,14 @@ def test_the_cards_of_flux_schnell_and_qwen_image():
     assert qwen["text_encoder"] == 8_292_166_656, "as the hub says of Qwen2.5-VL-7B"
 
 
+def test_the_cards_of_wan():
+    """Counts that public code asserts of the checkpoints that it has loaded."""
+    others = {"vae": 126_892_531, "text_encoder": 5_680_910_336}
+    assert parameters("wan21-1b") == {"transformer": 1_418_996_800, **others}
+    assert parameters("wan22-a14b") == {"transformer": 14_288_491_584, "transformer_2": 14_288_491_584, **others}
+    assert parameters("wan21-14b") == {"transformer": 14_288_491_584, **others}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name, changes", [("sd35_lora", []), ("qwen_image_lora", ["rollout.replica=false"])])
 def test_shipped_guided_configs_fit_their_cards(name, changes):

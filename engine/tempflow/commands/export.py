@@ -23,15 +23,20 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def write_lora(weights, rank: int, alpha: float, pipeline_class, folder: Path, dtype) -> None:
-    """pytorch_lora_weights.safetensors, as `pipe.load_lora_weights(folder)` reads it. weights: by a checkpoint's names or a file's."""
+    """pytorch_lora_weights.safetensors, as `pipe.load_lora_weights(folder)` reads it, or of a denoiser of two transformers one in a
+    folder for each, the second for `load_lora_weights(folder / "transformer_2", load_into_transformer_2=True)`.
+
+    weights: by a checkpoint's names or a file's.
+    """
     from peft import LoraConfig
 
     from tempflow.checkpoints import load
-    from tempflow.models.lora import layers_of
+    from tempflow.models.lora import by_expert, layers_of
 
     state = {name.replace(".default.weight", ".weight"): load.cast(name, value, dtype) for name, value in weights.items()}
-    settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers_of(state)).to_dict()
-    pipeline_class.save_lora_weights(folder, transformer_lora_layers=state, transformer_lora_adapter_metadata=settings)
+    for part, layers in by_expert(state).items():
+        settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers_of(layers)).to_dict()
+        pipeline_class.save_lora_weights(folder / part, transformer_lora_layers=layers, transformer_lora_adapter_metadata=settings)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,6 +6,9 @@ Files are read in diffusers' layout and in peft's, safetensors only.
                                        engine/export.py)
     adapter_model.safetensors          "base_model.model.LAYER.lora_A.weight", settings in adapter_config.json beside it (peft,
                                        which Flow-GRPO and the paper's code save with)
+
+Those of a denoiser of two transformers are two such files, in folders that are named as the transformers are: diffusers loads one
+file into one transformer.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from tempflow.models.component import is_finite, problem_with_file
 KEY = "model.lora.start"
 FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 PREFIXES = ("transformer.", "base_model.model.")
+EXPERTS = ("transformer", "transformer_2")  # folders, and the first part of names in a joined denoiser
 # Settings that leave peft's layer at base + alpha / rank x B A, whatever their value; every other must have its default.
 HARMLESS = frozenset(
     (
@@ -89,11 +93,35 @@ def read_adapters(lora: Lora) -> Adapters:
 
 
 def load_adapters(path: Path) -> Saved:
-    """The adapters of a .safetensors file, or of a folder that holds one. UserError where they cannot be read, or are of a kind that is
-    not trained here.
+    """The adapters of a .safetensors file, or of a folder that holds one, or two in folders named as `EXPERTS`. UserError where they
+    cannot be read, or are of a kind that is not trained here.
 
     A file without settings has the scale 1 that diffusers gives it.
     """
+    parts = {name: path / name for name in EXPERTS if (path / name).is_dir()}
+    if not parts:
+        return _load_file(path)
+    saved = {name: _load_file(folder) for name, folder in parts.items()}
+    first = next(iter(saved.values()))
+    for other in saved.values():
+        if (other.rank, other.alpha) != (first.rank, first.alpha):
+            differ = f"rank {first.rank} and alpha {first.alpha:g}, {other.file} {other.rank} and {other.alpha:g}"
+            raise UserError(f"{first.file} has {differ}, which this engine does not train: one of each for all")
+    weights = {f"{name}.{layer}": weight for name, one in saved.items() for layer, weight in one.weights.items()}
+    return Saved(weights, first.rank, first.alpha, first.file)
+
+
+def by_expert(adapters: Adapters) -> dict[str, Adapters]:
+    """Adapters by the folder that they are saved in: "" for those of a denoiser of one transformer."""
+    found: dict[str, Adapters] = {}
+    for name, weight in adapters.items():
+        part, _, layer = name.partition(".")
+        folder, layer = (part, layer) if part in EXPERTS else ("", name)
+        found.setdefault(folder, {})[layer] = weight
+    return found
+
+
+def _load_file(path: Path) -> Saved:
     try:
         file = _find(path)
     except (OSError, ValueError) as error:  # no permission, or characters that no path has
