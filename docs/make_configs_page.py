@@ -45,6 +45,23 @@ COMMON = {
 }
 FLUX = COMMON | {"rollout.height": 1024, "rollout.width": 1024, "rollout.sde.eta": 0.9, "rollout.guidance_scale": 3.5, "eval.num_steps": 50}
 SD35 = COMMON | {"rollout.height": 512, "rollout.width": 512, "rollout.sde.eta": 0.7, "rollout.guidance_scale": 4.5, "eval.num_steps": 40}
+# Flow-GRPO's own recipes for these models (counting_flux_kontext, counting_qwenimage_edit), where they say something; the rest is as above.
+KONTEXT = COMMON | {
+    "rollout.height": 512,
+    "rollout.width": 512,
+    "rollout.num_steps": 6,
+    "rollout.sde.eta": 0.9,
+    "rollout.guidance_scale": 2.5,
+    "eval.num_steps": 28,
+    "rewards.clip_image.weight": 0.5,
+}
+QWEN_EDIT = KONTEXT | {
+    "rollout.num_steps": 10,
+    "rollout.sde.eta": 1.0,
+    "rollout.guidance_scale": 4.0,
+    "eval.num_steps": 50,
+    "rewards.clip_image.weight": 0.2,
+}
 
 SHIPPED = {  # config: (what it is for, the paper's values that it is held against)
     "flux_zero3": ("FLUX.1-dev, all weights, one node of 8 GPUs with 80 GB", FLUX),
@@ -54,6 +71,11 @@ SHIPPED = {  # config: (what it is for, the paper's values that it is held again
     "sd35_lora": ("the same, one GPU", SD35),
     "qwen_image_lora": ("Qwen-Image, LoRA, one GPU with 141 GB, or one with 80 GB and `rollout.replica=false`", SD35),
     "flux2_klein_lora": ("FLUX.2 [klein] base 4B, LoRA, one GPU with 48 GB", SD35),
+    "kontext_lora": ("FLUX.1-Kontext-dev, edits of images, LoRA, one GPU with 80 GB", KONTEXT),
+    "qwen_image_edit_lora": (
+        "Qwen-Image-Edit-2509, edits of images, LoRA, one GPU with 141 GB, or one with 80 GB and `rollout.replica=false`",
+        QWEN_EDIT,
+    ),
     "tiny_ocr": ("the small model that ships with the project, a CPU of 2 cores", SD35),
 }
 
@@ -81,24 +103,26 @@ WHY = {
     "model.lora.alpha": "As above. The targets are the families' own lists, which are the paper's for FLUX and SD3.5.",
     "model.max_sequence_length": "SD3.5's own default; Qwen-Image pads to it, so half its default is half the text's cost; the "
     "small model was trained on 20 characters.",
-    "data.train": "The shipped prompts ask for a word to be written, for the OCR reward that needs no further model. Bring your own.",
-    "data.heldout": "Other words than in training.",
+    "data.train": "The shipped prompts ask for a word to be written, for the OCR reward that needs no further model. Bring your own. "
+    "Editing: the shipped scenes, which show that a run works and no more.",
+    "data.heldout": "Other words than in training. Editing: other scenes.",
     "data.embedding_cache": "T5-XXL or Qwen2.5-VL leaves the GPU once the prompts are embedded; the small model's encoders are in "
     "nobody's way. FLUX.2: 7.9 MB a prompt, 36 GB for the shipped words.",
     "data.prompts_per_iteration": "With 4 seeds these are the paper's 48 groups an iteration. Qwen-Image is four times as dear, "
     "so it has a third of them; flux_first: 4, as an hour has room for; tiny_ocr has one seed, so 8 groups, as many as two CPU "
-    "cores roll out in seconds. FLUX.2: as Qwen-Image, since cards of 48 GB are slower.",
+    "cores roll out in seconds. FLUX.2: as Qwen-Image, since cards of 48 GB are slower. Editing: fewer, since "
+    "the tokens of a condition image of a megapixel are four times those of the output.",
     "rollout.plan.type": "Trunks with children at every branch step.",
     "rollout.height": "flux_first: a quarter of the pixels costs a quarter; Qwen-Image below its native 1328, to be affordable; "
     "tiny_ocr: what the small model makes. FLUX.2: between the 384 and 1024 of Flow-Factory's training and evaluation.",
     "rollout.width": "As above.",
-    "rollout.num_steps": "Training needs a reward's order, not the best image.",
+    "rollout.num_steps": "Training needs a reward's order, not the best image. Editing: Flow-GRPO's recipes for these models.",
     "rollout.plan.seeds": "flux_first, tiny_ocr: one seed of more prompts covers more words in the same time.",
     "rollout.plan.children": "Rewards of six children of one state are what an advantage is normalized over.",
     "rollout.plan.branch_steps": "Every step but the last, which takes no noise. flux_first: three, spread over the grid, for 2.4 "
     "times fewer forwards. tiny_ocr: those where its rewards spread, without the first, which decides colors.",
     "rollout.sde.type": "The stochastic step of Flow-GRPO.",
-    "rollout.sde.eta": "Noise of a step: enough to change the image, not to destroy it.",
+    "rollout.sde.eta": "Noise of a step: enough to change the image, not to destroy it. Editing: as Flow-GRPO's recipes.",
     "rollout.guidance_scale": "FLUX embeds it; SD3.5 and Qwen-Image pay a second half of each forward for it. Qwen-Image: its "
     "authors' `true_cfg_scale`. The small model has none. FLUX.2 [klein] base: diffusers' example, and Flow-Factory's recipe for it.",
     "rollout.micro_batch": "The largest that leaves room on the card; `--dry-run` says how much. It changes speed alone.",
@@ -109,11 +133,19 @@ WHY = {
     "rollout.suffix.exact_steps": "The first step after the decision stays exact.",
     "rewards.jpeg": "flux_first: the size of the image as a JPEG file. It costs nothing and any model can change it, so that a curve that "
     "stays flat points at a fault. It says nothing about quality; give it your reward next.",
+    "rewards.edited.type": "Whether the instruction was followed: a vision-language model is asked. Flow-GRPO's recipes count objects "
+    "(GenEval) instead, which needs a detector and a task of counting.",
+    "rewards.edited.base_url": "Of a server that you start, for instance vLLM with the model below.",
+    "rewards.edited.model": "Any that compares two images.",
+    "rewards.edited.conditions": "The judge sees the image before the edit too.",
+    "rewards.edited.weight": "The weight that Flow-GRPO's recipe gives to the task.",
+    "rewards.clip_image.weight": "Likeness to the image before the edit, so that what was not asked for stays; as Flow-GRPO's recipes.",
     "rewards.ocr.weight": "The only reward; flux_first watches it at evaluations alone, to see whether the words stay legible.",
     "rewards.ocr.detect": "True finds the text in a large image first; the small model's images are text from edge to edge.",
     "reward_pool.workers": "OCR on CPU cores beside each GPU. tiny_ocr: two beside two cores in all, which shorten the wait for the last "
-    "images of an iteration.",
-    "reward_pool.threads_per_worker": "More workers are better than more threads for images scored one by one.",
+    "images of an iteration. Editing: one CLIP model.",
+    "reward_pool.threads_per_worker": "More workers are better than more threads for images scored one by one. Editing: CLIP takes "
+    "images in batches.",
     "training.iterations": "The paper gives no end; watch the held-out reward. flux_first: an hour's; tiny_ocr: as many as its "
     "minutes hold.",
     "training.minutes": "A promise to whoever tries it.",
@@ -171,7 +203,8 @@ Keys that a config leaves out have the defaults of the [config page](config.md).
 
 A value in **bold** is what the paper's own code uses for that model; every other one is ours. The FLUX configs are
 held against the paper's FLUX.1-dev, the others against its SD3.5-medium, though Qwen-Image, FLUX.2 and the small model are
-not in the paper. FLUX.2's values are untuned: nobody here has run them. Where two configs differ for the same model, the key's
+not in the paper. The two configs for editing are held against Flow-GRPO's recipes for these models where those say something,
+and are untuned. FLUX.2's values are untuned: nobody here has run them. Where two configs differ for the same model, the key's
 reason says why.
 
 """

@@ -68,6 +68,12 @@ def test_the_cards_of_flux_schnell_and_qwen_image():
     assert qwen["text_encoder"] == 8_292_166_656, "as the hub says of Qwen2.5-VL-7B"
 
 
+def test_the_cards_of_editing_models():
+    """The models that they were finetuned from, to the last parameter."""
+    assert parameters("flux-kontext") == parameters("flux-dev")
+    assert parameters("qwen-image-edit-2511") == parameters("qwen-image-edit") == parameters("qwen-image")
+
+
 def test_the_cards_of_wan():
     """Counts that public code asserts of the checkpoints that it has loaded."""
     others = {"vae": 126_892_531, "text_encoder": 5_680_910_336}

@@ -43,7 +43,15 @@ def dry_run(args: argparse.Namespace) -> int:
 
     asked, config.model.path = config.model.path, local_model(config.model.path)  # configs of some hub models are kept here
     _, train, _ = checked_inputs(config, dry=True)
-    result = estimate(config, gpus=args.gpus, mfu=args.mfu, card_gb=args.card_gb, peak_tflops=args.peak_tflops, prompts=len(train))
+    result = estimate(
+        config,
+        gpus=args.gpus,
+        mfu=args.mfu,
+        card_gb=args.card_gb,
+        peak_tflops=args.peak_tflops,
+        prompts=len(train),
+        images=max(len(prompt.images) for prompt in train),
+    )
     if int(os.environ.get("RANK", 0)) == 0:
         show(replace(result, model=asked))
     return 0

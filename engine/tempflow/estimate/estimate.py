@@ -50,13 +50,23 @@ class Estimate:
 
 
 def estimate(
-    config: Config, *, gpus: int = 1, mfu: float = 0.4, card_gb: float = 80.0, peak_tflops: float = 989.0, prompts: int = KEPT
+    config: Config,
+    *,
+    gpus: int = 1,
+    mfu: float = 0.4,
+    card_gb: float = 80.0,
+    peak_tflops: float = 989.0,
+    prompts: int = KEPT,
+    images: int | None = None,
 ) -> Estimate:
-    """Numbers of a run, from the config and the model's JSON files. prompts: how many the training file holds.
+    """Numbers of a run, from the config and the model's JSON files.
+
+    prompts: how many the training file holds.
+    images: the most that one of them brings; None: as many as the family takes.
 
     Raises UserError where the run would: an unusable model or size, fewer units of work than GPUs, an ill-typed DeepSpeed key.
     """
-    model = Model(config)
+    model = Model(config, images)
     check_size(model.path, model.size)
     units = config.data.prompts_per_iteration * config.plan().seeds
     if units < gpus:

@@ -79,10 +79,10 @@ def memory_of(config: Config, model: Model, zero: Zero, gpus: int, prompts: int)
         Item("refreshing the rollout copy", _refresh(config, weights, model.trained_in), "rollout.refresh_bucket"),
     ]
     average = zero.whole_fp32 * config.averaged_copies()
-    each, negative = model.embedding
+    (each, negative), seen = model.embedding, _prompts_seen(config, gpus, prompts)
     host = [
         Item("average: this process's share", -(-average // gpus), "training.ema, training.merge.last"),
-        Item("prompt embeddings", each * _prompts_seen(config, gpus, prompts) + negative, "model.max_sequence_length"),
+        Item("prompt embeddings", each * seen + negative * (seen if model.takes_images else 1), "model.max_sequence_length"),
         Item("offloaded by DeepSpeed", zero.offloaded, "zero_optimization.offload_*"),
         Item("reference copy: this process's share", offloaded, "training.reference"),
     ]

@@ -83,17 +83,19 @@ class _Trained:
 class Model:
     """The model of a config."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, images: int | None = None):
+        """images: condition images of a prompt; None: as many as the family takes."""
         self.path = local_model(config.model.path)
         check_model(self.path)
         self.size = config.rollout.size
         self.dtype, self.trained_in = resolve_dtype(config.model.dtype, "cuda"), engine_dtype(config.deepspeed)
         self._text, self._scale = check_text_length(self.path, config.model.max_sequence_length), config.rollout.guidance_scale
+        self._images = images
         self._lora, self._checkpointing = _key_of(config.model.lora), config.model.gradient_checkpointing
 
     @property
     def _frozen(self) -> _Frozen:
-        return _frozen(self.path, self.dtype, self._text)
+        return _frozen(self.path, self.dtype, self._text, self._images)
 
     @property
     def _trained(self) -> _Trained:
@@ -121,6 +123,10 @@ class Model:
     def ragged(self) -> bool:
         """Whether prompts differ in shape; the measurements here are of the longest then."""
         return self._frozen.policy.ragged
+
+    @property
+    def takes_images(self) -> bool:
+        return self._frozen.policy.images_taken[1] > 0
 
     @property
     def embedding(self) -> tuple[int, int]:
@@ -156,8 +162,8 @@ def _key_of(lora: Lora | None) -> str | None:
 
 
 @lru_cache(maxsize=8)
-def _frozen(path: str, dtype: torch.dtype, text: int) -> _Frozen:
-    policy = family_of(path).skeleton(path, dtype, text)
+def _frozen(path: str, dtype: torch.dtype, text: int, images: int | None) -> _Frozen:
+    policy = family_of(path).skeleton(path, dtype, text, images)
     modules, denoisers = policy.pipe.components, policy.denoiser_parts(policy.pipe.config)
     others = {name: part for name, part in modules.items() if isinstance(part, torch.nn.Module) and name not in denoisers}
     sizes = {name: module_bytes(part) for name, part in others.items()}

@@ -97,10 +97,14 @@ class Policy(ABC):
             module.to(self.device).eval().requires_grad_(False)
 
     @classmethod
-    def skeleton(cls, path: str, dtype: torch.dtype = torch.float32, max_sequence_length: int | None = None) -> Policy:
+    def skeleton(
+        cls, path: str, dtype: torch.dtype = torch.float32, max_sequence_length: int | None = None, images: int | None = None
+    ) -> Policy:
         """The policy of a folder or hub id made of its configs alone: every module is on the meta device, and `embed` returns the
-        shapes of as many embeddings. UserError where the configs do not fit their classes."""
+        shapes of as many embeddings, with `images` condition images each (None: as many as the family takes). UserError where the
+        configs do not fit their classes."""
         policy = cls(skeleton_pipe(path, dtype), device="meta", max_sequence_length=max_sequence_length or cls.text_length)
+        policy.images_taken = (cls.images_taken[0], cls.images_taken[1] if images is None else images)
         policy.embed = lambda examples: policy.empty_embeddings(len(examples))
         return policy
 

@@ -11,6 +11,7 @@ from tempflow.errors import UserError, brief, shown
 CARDS = Path(__file__).parent.parent / "assets/cards"  # folders of configs without weights
 KNOWN = {  # hub ids that one of them describes
     "black-forest-labs/FLUX.1-dev": "flux-dev",
+    "black-forest-labs/FLUX.1-Kontext-dev": "flux-kontext",
     "black-forest-labs/FLUX.1-schnell": "flux-schnell",
     "black-forest-labs/FLUX.2-dev": "flux2-dev",
     "black-forest-labs/FLUX.2-klein-4B": "flux2-klein-4b",
@@ -21,6 +22,9 @@ KNOWN = {  # hub ids that one of them describes
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "wan21-1b",
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": "wan21-14b",
     "Wan-AI/Wan2.2-T2V-A14B-Diffusers": "wan22-a14b",
+    "Qwen/Qwen-Image-Edit": "qwen-image-edit",
+    "Qwen/Qwen-Image-Edit-2509": "qwen-image-edit-2509",
+    "Qwen/Qwen-Image-Edit-2511": "qwen-image-edit-2511",
     "stabilityai/stable-diffusion-3.5-large": "sd35-large",
     "stabilityai/stable-diffusion-3.5-medium": "sd35-medium",
 }

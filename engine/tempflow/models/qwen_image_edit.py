@@ -70,7 +70,7 @@ class QwenImageEditPolicy(QwenImagePolicy):
 
     def empty_embeddings(self, count: int) -> Conditioning:
         config, like = self.pipe.transformer.config, {"dtype": self.dtype, "device": self.device}
-        images, side = max(self.images_taken), math.isqrt(AREA) // self.size_multiple(self.pipe.vae.config)
+        images, side = self.images_taken[1], math.isqrt(AREA) // self.size_multiple(self.pipe.vae.config)
         seen = math.ceil(math.sqrt(self.encoder_area) / 28) ** 2  # the encoder's tokens of an image: 28 x 28 pixels each
         length = self.max_sequence_length + TEMPLATE + images * (seen + TEMPLATE)
         embeds = {"encoder_hidden_states": torch.empty(count, length, config.joint_attention_dim, **like)}
