@@ -67,6 +67,11 @@ SHIPPED = {  # config: (what it is for, the paper's values that it is held again
     "flux_zero3": ("FLUX.1-dev, all weights, one node of 8 GPUs with 80 GB", FLUX),
     "flux_lora": ("FLUX.1-dev, LoRA, one GPU with 80 GB", FLUX),
     "flux_first": ("FLUX.1-dev, LoRA, one GPU with 80 GB: a first run, with a curve in an hour (below)", FLUX),
+    "flux_control_lora": (
+        "FLUX.1-Depth-dev, LoRA, one GPU with 80 GB; untuned: the settings are FLUX.1-dev's, guidance and steps of evaluations the model "
+        "card's (FLUX.1-Canny-dev: 30 and 50)",
+        FLUX,
+    ),
     "sd35_zero2_lora": ("Stable Diffusion 3.5-medium, LoRA, one node of up to 8 GPUs", SD35),
     "sd35_lora": ("the same, one GPU", SD35),
     "qwen_image_lora": ("Qwen-Image, LoRA, one GPU with 141 GB, or one with 80 GB and `rollout.replica=false`", SD35),
@@ -104,8 +109,8 @@ WHY = {
     "model.max_sequence_length": "SD3.5's own default; Qwen-Image pads to it, so half its default is half the text's cost; the "
     "small model was trained on 20 characters.",
     "data.train": "The shipped prompts ask for a word to be written, for the OCR reward that needs no further model. Bring your own. "
-    "Editing: the shipped scenes, which show that a run works and no more.",
-    "data.heldout": "Other words than in training. Editing: other scenes.",
+    "Editing and control: the shipped scenes and depth maps, which show that a run works and no more.",
+    "data.heldout": "Other words than in training. Editing and control: other scenes.",
     "data.embedding_cache": "T5-XXL or Qwen2.5-VL leaves the GPU once the prompts are embedded; the small model's encoders are in "
     "nobody's way. FLUX.2: 7.9 MB a prompt, 36 GB for the shipped words.",
     "data.prompts_per_iteration": "With 4 seeds these are the paper's 48 groups an iteration. Qwen-Image is four times as dear, "
@@ -123,7 +128,8 @@ WHY = {
     "times fewer forwards. tiny_ocr: those where its rewards spread, without the first, which decides colors.",
     "rollout.sde.type": "The stochastic step of Flow-GRPO.",
     "rollout.sde.eta": "Noise of a step: enough to change the image, not to destroy it. Editing: as Flow-GRPO's recipes.",
-    "rollout.guidance_scale": "FLUX embeds it; SD3.5 and Qwen-Image pay a second half of each forward for it. Qwen-Image: its "
+    "rollout.guidance_scale": "FLUX embeds it (flux_control_lora: the model card's value); SD3.5 and Qwen-Image pay a second half of "
+    "each forward for it. Qwen-Image: its "
     "authors' `true_cfg_scale`. The small model has none. FLUX.2 [klein] base: diffusers' example, and Flow-Factory's recipe for it.",
     "rollout.micro_batch": "The largest that leaves room on the card; `--dry-run` says how much. It changes speed alone.",
     "rollout.decode_batch": "The decoder at 1024 px holds more than the transformer's forward does; it changes speed alone.",
@@ -142,6 +148,10 @@ WHY = {
     "rewards.clip_image.weight": "Likeness to the image before the edit, so that what was not asked for stays; as Flow-GRPO's recipes.",
     "rewards.ocr.weight": "The only reward; flux_first watches it at evaluations alone, to see whether the words stay legible.",
     "rewards.ocr.detect": "True finds the text in a large image first; the small model's images are text from edge to edge.",
+    "rewards.pickscore.weight": "flux_control_lora: what people prefer, since depth maps ask for no words. The "
+    "advantages of one reward do not depend on its weight.",
+    "rewards.pickscore.device": "Beside the policy: 2 GB.",
+    "rewards.pickscore.dtype": "Half the memory.",
     "reward_pool.workers": "OCR on CPU cores beside each GPU. tiny_ocr: two beside two cores in all, which shorten the wait for the last "
     "images of an iteration. Editing: one CLIP model.",
     "reward_pool.threads_per_worker": "More workers are better than more threads for images scored one by one. Editing: CLIP takes "

@@ -92,6 +92,7 @@ def random_policy(config: Config, device: torch.device, dtype: torch.dtype):
     length = check_text_length(str(folder), config.model.max_sequence_length)
     policy = family_of(str(folder))(getattr(diffusers, index["_class_name"])(**named), device=device, max_sequence_length=length)
     described = type(policy).skeleton(str(folder), policy.dtype, length)
+    described.size = config.rollout.size
 
     def embed(examples: list[Example]) -> dict[str, torch.Tensor]:
         return {name: _embedding(like, device) for name, like in described.embed(examples).items()}

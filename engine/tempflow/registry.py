@@ -127,10 +127,11 @@ KINDS = {
         "tempflow.models.base:Policy",
         "",
         {  # by the pipeline class of the checkpoint
-            "FluxKontextPipeline": "tempflow.models.flux_kontext:FluxKontextPolicy",
-            "FluxPipeline": "tempflow.models.flux:FluxPolicy",
             "Flux2KleinPipeline": "tempflow.models.flux2:Flux2KleinPolicy",
             "Flux2Pipeline": "tempflow.models.flux2:Flux2Policy",
+            "FluxControlPipeline": "tempflow.models.flux_control:FluxControlPolicy",
+            "FluxKontextPipeline": "tempflow.models.flux_kontext:FluxKontextPolicy",
+            "FluxPipeline": "tempflow.models.flux:FluxPolicy",
             "QwenImageEditPipeline": "tempflow.models.qwen_image_edit:QwenImageEditPolicy",
             "QwenImageEditPlusPipeline": "tempflow.models.qwen_image_edit:QwenImageEditPlusPolicy",
             "QwenImagePipeline": "tempflow.models.qwen_image:QwenImagePolicy",

@@ -8,6 +8,7 @@ real shapes. What only it has is tested in a file of its own.
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
@@ -18,9 +19,11 @@ from engine_cases import HELDOUT, examples
 from engine_cases import PROMPTS as WORDS
 from PIL import Image
 from pipelines_flux import flux_pipeline
+from pipelines_flux_control import control_images, flux_control_pipeline, of_the_mode
 from pipelines_qwen_image import qwen_pipeline
 from pipelines_sd3 import sd3_pipeline
 
+from tempflow.models import Conditioning, index_rows
 from tempflow.types import Example, Size
 
 FP32 = 1e-5
@@ -57,6 +60,8 @@ class Family:
     """Condition images of PROMPTS for outputs of a size; None: it takes none."""
     given: Callable[[list[list[Image.Image]]], dict] = lambda images: {"image": [one for (one,) in images]}
     """The pipeline's arguments for them."""
+    during: Callable[[], AbstractContextManager] = nullcontext
+    """Context of the pipeline's call, where it needs one to be compared."""
     frames: int = 1
     """Of its videos."""
     alone: bool = False
@@ -80,6 +85,15 @@ class Family:
         arrays = [tuple(np.asarray(image) for image in images[i % len(images)]) for i in range(len(texts))]
         return [Example(text, negative, one) for text, negative, one in zip(texts, negatives or [None] * len(texts), arrays, strict=True)]
 
+    def encoded(self, policy, places=(0, 1), size: Size | None = None, texts=PROMPTS, negatives=None) -> Conditioning:
+        """The conditioning of rows by prompt; where prompts differ in shape all rows have the first one's."""
+        size = size or self.size(32, 32)
+        examples = self.examples(texts, negatives, size)
+        with policy.embedding_for(size):
+            if policy.ragged:
+                return index_rows(policy.encode(examples[:1]), [0] * len(places))
+            return index_rows(policy.encode(examples), list(places))
+
     def sampled(self, policy, latents, size: Size, steps: int, scale: float, negatives=None, decode=False, **more):
         """PROMPTS by the engine: final latents, or images."""
         call = {"height": size.height, "width": size.width, "num_steps": steps, "guidance_scale": scale, "decode": decode, **more}
@@ -99,7 +113,8 @@ class Family:
             rows = slice(i, i + width)
             more = {"negative_prompt": list(negatives[rows])} if negatives else {}
             more |= self.given(images[rows]) if images else {}
-            out = pipe(prompt=PROMPTS[rows], latents=latents[rows].clone(), **more, **call)
+            with self.during():
+                out = pipe(prompt=PROMPTS[rows], latents=latents[rows].clone(), **more, **call)
             found += out.images if self.frames == 1 else out.frames
         return found if decode else torch.stack(found)
 
@@ -132,6 +147,16 @@ FAMILIES = {
         "flux_lora",
         {"dynamic": {"guidance_embeds": True, **DYNAMIC}, "plain": {}, "shifted": {"shift": 3.0}},
         (10.2, 4, 8),
+    ),
+    "flux_control": Family(
+        flux_control_pipeline,
+        "FluxControlPipeline",
+        "flux_control_lora",
+        {"dynamic": {"guidance_embeds": True, **DYNAMIC}},
+        (10.9, 6, 8),
+        images=control_images,
+        given=lambda images: {"control_image": [one for (one,) in images]},
+        during=of_the_mode,
     ),
     "sd3": Family(
         sd3_pipeline,

@@ -6,9 +6,13 @@ import torch
 from engine_cases import randomise
 
 
-def flux_pipeline(folder: Path, *, guidance_embeds=False, **scheduling) -> Path:
-    """A FluxPipeline with the recipe's tokenizers and VAE and a small random transformer."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+def flux_pipeline(folder: Path, *, guidance_embeds=False, kind="FluxPipeline", control=False, **scheduling) -> Path:
+    """A pipeline of the class `kind` with the recipe's tokenizers and VAE and a small random transformer.
+
+    control: whether the transformer takes as many channels again beside those of the latents.
+    """
+    import diffusers
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 
     import tiny_flux
 
@@ -19,7 +23,8 @@ def flux_pipeline(folder: Path, *, guidance_embeds=False, **scheduling) -> Path:
     vae.register_to_config(scaling_factor=0.7, shift_factor=0.2)
     transformer = FluxTransformer2DModel(
         patch_size=1,
-        in_channels=4 * tiny_flux.LATENT_CHANNELS,
+        in_channels=4 * tiny_flux.LATENT_CHANNELS * (2 if control else 1),
+        out_channels=4 * tiny_flux.LATENT_CHANNELS,
         num_layers=1,
         num_single_layers=1,
         attention_head_dim=16,
@@ -29,7 +34,7 @@ def flux_pipeline(folder: Path, *, guidance_embeds=False, **scheduling) -> Path:
         guidance_embeds=guidance_embeds,
         axes_dims_rope=(4, 6, 6),
     )
-    FluxPipeline(
+    getattr(diffusers, kind)(
         scheduler=FlowMatchEulerDiscreteScheduler(**scheduling),
         vae=vae,
         text_encoder=text_encoder.eval(),

@@ -153,11 +153,12 @@ class Rolled:
 class SimulatedModel:
     """A policy on `gpu` of a card's shapes, with embeddings of zeros, and what runs of it need."""
 
-    def __init__(self, gpu: FakeGpu, card: Path, length: int | None):
+    def __init__(self, gpu: FakeGpu, card: Path, length: int | None, size: types.Size):
         self.gpu, self.card = gpu, str(card)
         family = family_of(self.card)
         self.length = length or family.text_length
         self.policy = family.skeleton(self.card, torch.bfloat16, self.length)
+        self.policy.size = size
         self._shapes = self.policy.embed([types.Example("")])
         for module in (self.policy.denoiser(), self.policy.pipe.vae):
             self.on_gpu(module)

@@ -73,16 +73,16 @@ def test_text_length_is_the_pipelines(family_pairs, family_folders, name):
 def test_conditioning_is_by_prompt(family_pairs, name):
     """Rows of prompts, encoded together or one at a time; the default negative prompt, kept once in the cache."""
     policy, _ = family_pairs(name)
-    both = FAMILIES[name].examples()
-    together = policy.encode(both)
+    family, size, cache = FAMILIES[name], FAMILIES[name].size(32, 32), EmbeddingCache(policy)
+    together = family.encoded(policy, size=size)
     assert {len(tensor) for tensor in together.values()} == {2}
-    cache = EmbeddingCache(policy)
-    for i, example in enumerate(both):
-        for other in (policy.encode([example]), cache.get([example])):
-            assert other.keys() == together.keys()
-            for part, tensor in other.items():
-                assert tensor.shape == together[part][i : i + 1].shape
-                assert_close(part, tensor.float(), together[part][i : i + 1].float(), FP32)
+    with policy.embedding_for(size):
+        for i, example in enumerate(family.examples(size=size)[: 1 if policy.ragged else 2]):
+            for other in (policy.encode([example]), cache.get([example])):
+                assert other.keys() == together.keys()
+                for part, tensor in other.items():
+                    assert tensor.shape == together[part][i : i + 1].shape
+                    assert_close(part, tensor.float(), together[part][i : i + 1].float(), FP32)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -90,7 +90,7 @@ def test_rows_may_be_at_different_steps(family_pairs, name):
     """One forward of rows at their own sigmas is each row's forward."""
     policy, _ = family_pairs(name)
     family, size = FAMILIES[name], FAMILIES[name].size(32, 96)
-    conditioning = index_rows(policy.encode(family.examples(size=size)), [0, 1, 1])
+    conditioning = family.encoded(policy, [0, 1, 1], size)
     x, sigma = latents_for(policy, size, 3), torch.tensor([1.0, 0.55, 0.1])
     for scale in (1.0, family.scale):
         with torch.no_grad():

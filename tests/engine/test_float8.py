@@ -11,7 +11,7 @@ from rollout_cases import Rollout, toy_velocity
 from test_graphs import Recorded, cache_of
 
 from tempflow.errors import UserError
-from tempflow.models import index_rows, load_policy
+from tempflow.models import load_policy
 from tempflow.sampling.float8 import FLOAT8, Float8Copy, Float8Linear, float8_bytes, float8_layers, obstacle, quantize_rows
 from tempflow.sampling.graphs import CudaCapture
 from tempflow.sampling.layout import iteration_units
@@ -74,7 +74,7 @@ def policies(family_folders):
 
 def velocity(name, policy, transformer, seed=0):
     size = FAMILIES[name].size(32, 96)
-    conditioning = index_rows(policy.encode(FAMILIES[name].examples(size=size)), [0, 0, 0])
+    conditioning = FAMILIES[name].encoded(policy, [0, 0, 0], size)
     x = torch.randn(3, *policy.latent_shape(size), generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         return policy.velocity(transformer, x, torch.tensor([0.9, 0.5, 0.1]), conditioning, size, 0.0)
@@ -275,7 +275,7 @@ def test_on_the_hardware_eagerly_and_as_a_graph(family_folders, name):
     if reason:
         pytest.skip(reason)
     made = Float8Copy(policy.denoiser())
-    conditioning = index_rows(policy.encode(family.examples(size=size)), [0, 0, 0, 0])
+    conditioning = family.encoded(policy, [0, 0, 0, 0], size)
     x = torch.randn(4, *policy.latent_shape(size), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
     given = {"x": x, "sigma": torch.tensor([0.9, 0.6, 0.4, 0.1], device="cuda"), **conditioning}
 

@@ -14,7 +14,7 @@ from tempflow.models.embeddings import EmbeddingCache
 def test_a_negative_prompt_has_a_default(family_pairs, name):
     policy, _ = family_pairs(name)
     family = FAMILIES[name]
-    default, explicit = (policy.encode(family.examples(negatives=negatives)) for negatives in (None, [family.negative] * 2))
+    default, explicit = (family.encoded(policy, negatives=negatives) for negatives in (None, [family.negative] * 2))
     for part, tensor in explicit.items():
         assert_close(part, default[part].float(), tensor.float(), FP32)
 
@@ -50,7 +50,7 @@ def test_guidance_is_one_forward(family_pairs, name, scale, rows):
         seen.append(len(inputs["hidden_states"]))
         return policy.denoiser()(**inputs)
 
-    policy.velocity(denoiser, latents_for(policy, size), torch.ones(2), policy.encode(FAMILIES[name].examples()), size, scale)
+    policy.velocity(denoiser, latents_for(policy, size), torch.ones(2), FAMILIES[name].encoded(policy), size, scale)
     assert seen == [rows]
 
 
@@ -63,7 +63,7 @@ def test_gradient_flows_through_both_halves(family_pairs, name):
     x, sigma, target = latents_for(policy, size), torch.tensor([0.9, 0.4]), latents_for(policy, size, 4)[2:]
 
     def velocity(scale, prompts, negatives):
-        return policy.velocity(denoiser, x, sigma, policy.encode(family.examples(prompts, negatives)), size, scale)
+        return policy.velocity(denoiser, x, sigma, family.encoded(policy, texts=prompts, negatives=negatives), size, scale)
 
     def gradient(v):
         (v - target).square().sum().backward()

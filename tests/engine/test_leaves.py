@@ -34,7 +34,7 @@ def updated(family, lora, checkpointing, **zero):
         deepspeed={**SGD, "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, **zero}},
     )
     made = runtime.Runtime(config, policy)
-    generator, text = torch.Generator().manual_seed(3), policy.encode(family.examples(size=size))
+    generator, text = torch.Generator().manual_seed(3), family.encoded(policy, size=size)
     for last in (False, True):
         x = torch.randn(2, *policy.latent_shape(size), generator=generator)
         goal = torch.randn(x.shape, generator=generator)

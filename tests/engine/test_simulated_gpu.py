@@ -14,6 +14,7 @@ from tempflow.estimate import estimate, local_model
 from tempflow.estimate.model import Model
 from tempflow.training.ema import Average
 from tempflow.training.update import Part, Updater
+from tempflow.types import Size
 
 CONFIGS = (*(family.config for family in FAMILIES.values()), "flux_zero3", "sd35_zero2_lora")
 
@@ -31,11 +32,12 @@ class Simulations:
         self._models, self._rolled, self._trained = {}, {}, {}
 
     def run(self, name, **more) -> SimulatedRun:
-        model = load_config(ROOT / f"configs/{name}.json").model
+        config = load_config(ROOT / f"configs/{name}.json")
+        model = config.model
         if model.path not in self._models:
             card = cut_card(model.path, self.folder, layers=2)
             with self.gpu:
-                self._models[model.path] = SimulatedModel(self.gpu, card, model.max_sequence_length)
+                self._models[model.path] = SimulatedModel(self.gpu, card, model.max_sequence_length, config.rollout.size)
         return SimulatedRun(self._models[model.path], name, **more)
 
     def rolled(self, name):
@@ -157,7 +159,9 @@ def test_flux_at_its_full_depth(gpu):
     """A rollout of 57 blocks against the dry run's line through two and three rows."""
     changes = ["rollout.num_steps=2", "rollout.plan.branch_steps=[0]", "rollout.plan.children=3"]
     with gpu:
-        run = SimulatedRun(SimulatedModel(gpu, Path(local_model("black-forest-labs/FLUX.1-dev")), None), "flux_lora", changes)
+        run = SimulatedRun(
+            SimulatedModel(gpu, Path(local_model("black-forest-labs/FLUX.1-dev")), None, Size(1024, 1024)), "flux_lora", changes
+        )
         rolled = run.roll_out()
     forwards = rolled.forwards["step"]
     assert len(forwards) == 2 and not any(seen.waits for seen in forwards) and forwards[0].kernels > 3000

@@ -132,7 +132,8 @@ class Model:
     def embedding(self) -> tuple[int, int]:
         """Bytes of the embeddings of a prompt, and of the negative prompt that is set against it: 0 where the family takes none."""
         policy = self._frozen.policy
-        each = tensor_bytes(policy.embed([Example("")]).values())
+        with policy.embedding_for(self.size):
+            each = tensor_bytes(policy.embed([Example("")]).values())
         return each, each if policy.default_negative_prompt is not None else 0
 
     def forward(self, rows: int, scale: float | None = None) -> Pass:
@@ -229,7 +230,8 @@ def _pass(sampler: Sampler, rows: int, dtype: torch.dtype, run: Callable[..., Me
     policy = sampler.policy
     try:
         x, sigma = torch.empty(rows, *sampler.latent_shape, device="meta"), torch.empty(rows, device="meta")
-        inputs = x, sigma, policy.encode([Example("")] * rows), dtype
+        with policy.embedding_for(sampler.size):
+            inputs = x, sigma, policy.encode([Example("")] * rows), dtype
         sampler.velocity(lambda hidden_states, **_: (hidden_states,), *inputs)  # families keep position ids from their first forward on
         meter = run(*inputs)
     except UserError:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Iterator
 
 import numpy as np
 import torch
@@ -52,9 +53,9 @@ def resolution_shift(scheduler, length: int, max_shift: float) -> float:
     return length * slope + (low - slope * short)
 
 
-def _as_bytes(decoded: torch.Tensor) -> tuple[np.ndarray, bool]:
-    """The uint8 image [H, W, 3] or video [F, H, W, 3] of [3, ..., H, W] in about [-1, 1], and whether that is finite."""
-    finite = bool(decoded.isfinite().all())
+def _as_bytes(decoded: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """The uint8 image [H, W, 3] or video [F, H, W, 3] of [3, ..., H, W] in about [-1, 1], and whether that is finite, bool [1]."""
+    finite = decoded.isfinite().all()[None].cpu().numpy()
     pixels = torch.nan_to_num(decoded.float()) * 0.5 + 0.5  # as diffusers' processors of images and of videos
     return pixels.clamp_(0, 1).mul_(255).round_().to(torch.uint8).movedim(0, -1).cpu().numpy(), finite
 
@@ -76,6 +77,8 @@ class Policy(ABC):
     images_taken: how many condition images an example brings, at least and at most.
     ragged: whether the embeddings of two examples may differ in shape. Then they are embedded one at a time, and rows share a forward
         only with rows of their shape.
+    sized: whether embeddings depend on the size of the outputs, as those of images that are scaled to it do; then `embed` makes them for
+        `self.size`.
     """
 
     lora_targets: tuple[str, ...]
@@ -88,6 +91,8 @@ class Policy(ABC):
     takes_guidance = True
     images_taken: tuple[int, int] = (0, 0)
     ragged = False
+    sized = False
+    size: Size | None = None
 
     def __init__(self, pipe: Any, *, device: str | torch.device, max_sequence_length: int):
         self.pipe = pipe
@@ -176,6 +181,15 @@ class Policy(ABC):
         wanted = _images(most) if least == most else f"{least} to {_images(most)}"
         raise UserError(f"{where}: brings {_images(given)}; {family} takes {wanted} with a prompt")
 
+    @contextmanager
+    def embedding_for(self, size: Size) -> Iterator[None]:
+        """`embed` is for outputs of this size meanwhile."""
+        before, self.size = self.size, size
+        try:
+            yield
+        finally:
+            self.size = before
+
     def encode(self, examples: list[Example]) -> Conditioning:
         """All that `velocity` wants to know of n examples, [n, ...] each: their embeddings, and those of what they are guided away
         from."""
@@ -256,7 +270,7 @@ class Policy(ABC):
         if decoded.ndim == 5 and size.frames == 1:
             decoded = decoded.squeeze(2)
         images, finite = zip(*map(_as_bytes, decoded))  # one by one: in fp32, a batch of videos would be four times their size
-        images, finite = np.stack(images), np.array(finite) & latents.isfinite().flatten(1).all(1).cpu().numpy()
+        images, finite = np.stack(images), np.concatenate(finite) & latents.isfinite().flatten(1).all(1).cpu().numpy()
         images[~finite] = no_image(size.height, size.width)
         return images, finite
 
@@ -305,7 +319,9 @@ class Policy(ABC):
         examples = [Example(*given) for given in zip(prompts, negatives or [None] * len(prompts), conditions, strict=True)]
         for n, example in enumerate(examples):
             self.check_images(example, f"images: prompt {n}")
-        final = sampler.integrate_each(latents.to(self.device, torch.float32), self.encode_each(examples), num_steps)
+        with self.embedding_for(size):
+            conditions = self.encode_each(examples)
+        final = sampler.integrate_each(latents.to(self.device, torch.float32), conditions, num_steps)
         if not decode:
             return self.finished(final)
         made, finite = sampler.decode(final)

@@ -184,15 +184,16 @@ def _checksum(tensors: Conditioning) -> int:
 # ------------------------------------------------------------------------------------------- at a run's beginning
 def store_of(config: Config, device: torch.device | str) -> EmbeddingStore:
     """The folder data.embedding_cache, for what the config embeds with (a collective)."""
-    m = config.model
+    m, family = config.model, family_of(config.model.path)
     encoders = encoder_identity(m.path) if distributed.rank() == 0 else None  # reads all their weights
     return EmbeddingStore(
         config.data.embedding_cache,
         {
-            "family": family_of(m.path).__name__,
+            "family": family.__name__,
             "encoders": distributed.agree_on(encoders),
             "dtype": str(resolve_dtype(m.dtype, device)),
             "max_sequence_length": check_text_length(m.path, m.max_sequence_length),
+            **({"size": str(config.rollout.size)} if family.sized else {}),
         },
     )
 

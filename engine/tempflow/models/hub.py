@@ -10,6 +10,8 @@ from tempflow.errors import UserError, brief, shown
 
 CARDS = Path(__file__).parent.parent / "assets/cards"  # folders of configs without weights
 KNOWN = {  # hub ids that one of them describes
+    "black-forest-labs/FLUX.1-Canny-dev": "flux-control",
+    "black-forest-labs/FLUX.1-Depth-dev": "flux-control",
     "black-forest-labs/FLUX.1-dev": "flux-dev",
     "black-forest-labs/FLUX.1-Kontext-dev": "flux-kontext",
     "black-forest-labs/FLUX.1-schnell": "flux-schnell",

@@ -90,7 +90,9 @@ def load_whole(config: Config, dtype: str | None = None) -> Policy:
 
 def _load(config: Config, device: torch.device | str, *, dtype: str | None = None, **chosen) -> Policy:
     m = config.model
-    return load_policy(m.path, dtype=dtype or m.dtype, device=device, max_sequence_length=m.max_sequence_length, **chosen)
+    policy = load_policy(m.path, dtype=dtype or m.dtype, device=device, max_sequence_length=m.max_sequence_length, **chosen)
+    policy.size = config.rollout.size
+    return policy
 
 
 def _note_unused(policy: Policy, examples: list[Example], guidance_scale: float, note: Callable[[str], None]) -> None:

@@ -35,6 +35,7 @@ def rehearse(config: Config, device: torch.device, capture) -> str | None:
     policy, notes = small_policy(config, device), []
     vae_config, family = policy.pipe.vae.config, type(policy)
     config = small_config(config, family.size_multiple(vae_config), family.frame_step(vae_config))
+    policy.size = config.rollout.size
     graphs, specs = make_graphs(config, policy, notes.append, capture), parse_rewards(config.rewards)
     with RewardPool(specs, **config.reward_pool.pool()) as pool:
         session = assemble(config, policy, EmbeddingCache(policy), pool, specs, [Example("a word")], graphs=graphs, note=notes.append)
@@ -121,7 +122,9 @@ def _embeddings(config: Config, policy):
 
     def embed(examples: list[Example]) -> dict[str, torch.Tensor]:
         made = {}
-        for name, like in described.embed(examples).items():
+        with described.embedding_for(policy.size):
+            likes = described.embed(examples)
+        for name, like in likes.items():
             if like.is_floating_point():
                 made[name] = torch.randn_like(like, device=policy.device)
             else:  # a mask, which must leave something out to be taken for one
