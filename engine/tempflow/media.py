@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from tempflow.errors import UserError, brief, shown
+from tempflow.errors import RankError, brief, shown
 from tempflow.types import Size
 
 TILE, NO_IMAGE = 8, (255, 0, 255)  # pixels a side and color of the tiles that stand for a missing image
@@ -20,7 +20,7 @@ STRIP = 8  # frames of a contact strip
 def condition_image(image: str | Path | np.ndarray) -> Image.Image:
     """One of `Example.images` in RGB: the file turned as its EXIF data says, without transparency, or the array as it is.
 
-    UserError for a file that cannot be read as an image.
+    RankError for a file that cannot be read as an image.
     """
     if isinstance(image, np.ndarray):
         return Image.fromarray(image)
@@ -28,7 +28,7 @@ def condition_image(image: str | Path | np.ndarray) -> Image.Image:
         with Image.open(image) as opened:
             return ImageOps.exif_transpose(opened).convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # PIL raises each of them for damaged files
-        raise UserError(f"image {shown(str(image))}: cannot be read as an image: {brief(error)}") from None
+        raise RankError(f"image {shown(str(image), 300)}: cannot be read as an image: {brief(error)}") from None
 
 
 def is_video(media: np.ndarray) -> bool:

@@ -7,12 +7,15 @@ children alike on every rank, rewards and advantages are arrays over those slots
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
+
+from tempflow.errors import RankError
 
 if TYPE_CHECKING:  # reading prompts needs no torch
     import torch
@@ -55,14 +58,24 @@ class Example:
 
     @cached_property
     def image_digests(self) -> tuple[str, ...]:
-        """SHA-256 of each condition image. OSError for a file that cannot be read."""
+        """SHA-256 of each condition image. RankError for a file that cannot be read."""
         return tuple(map(_digest, self.images))
 
 
 def _digest(image: str | Path | np.ndarray) -> str:
     if isinstance(image, np.ndarray):
         return hashlib.sha256(f"{image.dtype} {image.shape} ".encode() + image.tobytes()).hexdigest()
-    return hashlib.sha256(Path(image).read_bytes()).hexdigest()
+    try:
+        found = os.stat(image)
+        return _digest_of_file(os.fspath(image), found.st_ino, found.st_size, found.st_mtime_ns)
+    except OSError as error:
+        raise RankError(f"image {image}: cannot be read: {error.strerror or error}") from None
+
+
+@lru_cache(maxsize=1 << 16)
+def _digest_of_file(file: str, *state: int) -> str:
+    """Once for the many prompts that edit one image; state: what tells the file from another of its name."""
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 @dataclass(frozen=True)

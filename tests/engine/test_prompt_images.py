@@ -71,6 +71,8 @@ def test_flow_factorys_layout(tmp_path):
         ({"image": "folder"}, ["folder", "is no file"]),
         ({"image": "text.png"}, ["text.png", "cannot be read as an image"]),
         ({"image": "empty.png"}, ["empty.png", "cannot be read as an image"]),
+        ({"image": "cut.png"}, ["cut.png", "cannot be read as an image", "truncated"]),
+        ({"image": "cut.jpg"}, ["cut.jpg", "cannot be read as an image", "truncated"]),
         ({"image": "small.png"}, ["small.png", "is 8 x 200", "sides of 16 pixels and more"]),
         ({"image": "long.png"}, ["long.png", "is 16 x 400", "at most 16 times the other"]),
         ({"image": "large.png"}, ["large.png", "is 8000 x 8001", "64 megapixels"]),
@@ -90,6 +92,10 @@ def test_refused(tmp_path, entry, words):
     (tmp_path / "folder").mkdir()
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "empty.png").touch()
+    for name in ("cut.png", "cut.jpg"):
+        whole = (tmp_path / name, np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8))
+        Image.fromarray(whole[1]).save(whole[0])
+        whole[0].write_bytes(whole[0].read_bytes()[:-200])
     painted(tmp_path / "small.png", (8, 200))
     painted(tmp_path / "long.png", (16, 400))
     Image.fromarray(np.zeros((20, 20), np.uint16)).save(tmp_path / "deep.png")
@@ -133,6 +139,32 @@ def test_many_prompts_hold_no_pixels(tmp_path):
     held, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(prompts) == 2000 and held < 3e6 and peak < 12e6
+
+
+def test_what_stands_behind_an_image_does_not_matter(tmp_path):
+    """As in photos that hold a short video."""
+    for name in ("a.jpg", "a.png"):
+        file = painted(tmp_path / name)
+        with open(file, "ab") as opened:
+            opened.write(bytes(1000))
+        assert load_prompts(written(tmp_path, {"prompt": "a", "image": name}))[0].images == (file,)
+
+
+def test_an_image_is_hashed_once(tmp_path, monkeypatch):
+    """However many prompts edit it; again where it was replaced."""
+    from tempflow import types
+
+    painted(tmp_path / "a.png")
+    prompts = load_prompts(written(tmp_path, *({"prompt": f"{n}", "image": "a.png"} for n in range(20))))
+    read = []
+    monkeypatch.setattr(types.Path, "read_bytes", lambda self: read.append(self) or open(self, "rb").read())
+    first = [prompt.image_digests for prompt in prompts]
+    painted(tmp_path / "a.png", (30, 20))
+    second = [prompt.image_digests for prompt in load_prompts(tmp_path / "edits.jsonl")]
+    assert len(read) == 2 and len(set(first)) == len(set(second)) == 1 and first[0] != second[0]
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(UserError, match="a.png: cannot be read: No such file"):
+        digests([Example("a", images=(str(tmp_path / "a.png"),))], [])
 
 
 def test_other_images_are_other_prompts(tmp_path):

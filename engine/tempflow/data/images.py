@@ -1,7 +1,7 @@
 """Condition images beside prompts: files that a prompt file names, and columns of a dataset.
 
-Files stay paths, so a prompt file of any length costs no memory for pixels: of each file the header is read once, when the prompts
-are read, and families and rewards decode it at use. A dataset's images have no files; they are decoded here and kept.
+Files stay paths, so a prompt file of any length costs no memory for pixels: of each file the header and the end are read once, when
+the prompts are read, and families and rewards decode it at use. A dataset's images have no files; they are decoded here and kept.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ FOLDER = "images"  # beside a prompt file: where names are looked up that are no
 LEAST_SIDE, MOST_RATIO, MOST_PIXELS = 16, 16, 64_000_000
 MOST_HELD = 4 << 30  # bytes of a dataset's decoded images, in each process
 DEEP = ("I", "F")  # Pillow's modes of more than 8 bits a channel, whose conversion to RGB clips
+ENDS, TAIL = {"PNG": b"IEND", "JPEG": b"\xff\xd9"}, 64  # what the last bytes of a whole file hold
 READERS = 16  # threads: headers come from a disk or a network that answers many at once
 
 
@@ -45,16 +46,26 @@ def typed_images(given: Iterable, option: str) -> tuple[str | np.ndarray, ...]:
 
 
 def problem_with(file: str) -> str | None:
-    """Why a file cannot be a condition image, by its header; None where nothing is wrong."""
+    """Why a file cannot be a condition image, by its header and its end; None where nothing is wrong."""
     if not os.path.exists(file):
         return "does not exist"
     if not os.path.isfile(file):
         return "is no file"
     try:
         with Image.open(file) as image:
-            return _problem_with_image(image)
+            problem = _problem_with_image(image)
+            if problem is None and _seems_cut(file, image.format):
+                image.load()  # fails where it is cut; others only have something behind the image, as photos with a video do
+            return problem
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow raises each of them for damaged files
         return f"cannot be read as an image: {brief(error, 200)}"
+
+
+def _seems_cut(file: str, kind: str | None) -> bool:
+    """Whether a file does not end as a whole one does: most often a download that was broken off."""
+    with open(file, "rb") as opened:
+        opened.seek(-min(TAIL, os.path.getsize(file)), os.SEEK_END)
+        return ENDS.get(kind, b"") not in opened.read()
 
 
 def arrays_of(cells: list, source: str, column: str) -> tuple[np.ndarray, ...]:

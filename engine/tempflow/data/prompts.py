@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from tempflow.config import HubDataset, strict_json
-from tempflow.data.images import MOST_HELD, arrays_of, typed_images, with_images
+from tempflow.data.images import MOST_HELD, READERS, arrays_of, typed_images, with_images
 from tempflow.errors import VALUE, UserError, brief, note, shortened, shown
 from tempflow.types import Example
 
@@ -46,6 +47,8 @@ def load_prompts(given: str | Path | HubDataset, key: str = "data.train") -> lis
 def digests(train: list[Example], heldout: list[Example]) -> dict[str, str]:
     """What a checkpoint keeps of the prompts, to know them again: SHA-256 of all that embeddings depend on, by config key."""
     given = {"data.train": train, "data.heldout": heldout}
+    with ThreadPoolExecutor(READERS) as readers:  # a hash waits for the disk, and holds no lock while it computes
+        list(readers.map(lambda prompt: prompt.image_digests, (p for p in (*train, *heldout) if p.images)))
     known = {key: json.dumps([[p.text, p.negative, *p.image_digests] for p in prompts]) for key, prompts in given.items()}
     return {key: hashlib.sha256(text.encode()).hexdigest() for key, text in known.items()}
 

@@ -55,6 +55,8 @@ class Trainer:
         self.session, self.config, self.recorder = session, session.config, recorder
         self.profile = profile or Profile(None)
         self.order = prompt_order(self.config, session.prompts)
+        # Reads all condition images, now rather than when a checkpoint waits for it, and on the rank that writes it.
+        self.prompts = digests(session.prompts, session.heldout) if distributed.rank() == 0 else {}
         choice = self.config.data.curation
         self.curation = Curation(choice, self.order, session.advantage.over, kinds_of(session.fitting)) if choice else None
         self.adapt = Adapt(self.config.rollout.adapt, session.plan)
@@ -334,7 +336,7 @@ class Trainer:
             **({f"{s.average.key}_updates": s.average.updates} if s.average else {}),
             "world_size": distributed.world_size(),
             "config": self.config.model_dump(),
-            "prompts": digests(s.prompts, s.heldout),
+            "prompts": self.prompts,
             "versions": versions(),
         }
         with self.recorder.console.phase("checkpoint"), span("checkpoint"):
