@@ -137,6 +137,7 @@ KINDS = {
             "QwenImagePipeline": "tempflow.models.qwen_image:QwenImagePolicy",
             "StableDiffusion3Pipeline": "tempflow.models.sd3:SD3Policy",
             "WanPipeline": "tempflow.models.wan:WanPolicy",
+            "ZImagePipeline": "tempflow.models.z_image:ZImagePolicy",
         },
     ),
 }

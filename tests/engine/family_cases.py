@@ -22,6 +22,7 @@ from pipelines_flux import flux_pipeline
 from pipelines_flux_control import control_images, flux_control_pipeline, of_the_mode
 from pipelines_qwen_image import qwen_pipeline
 from pipelines_sd3 import sd3_pipeline
+from pipelines_z_image import z_image_pipeline
 
 from tempflow.models import Conditioning, index_rows
 from tempflow.types import Example, Size
@@ -176,6 +177,15 @@ FAMILIES = {
         guidance="true_cfg_scale",
         negative=" ",
         combine=rescaled,
+    ),
+    "z_image": Family(
+        z_image_pipeline,
+        "ZImagePipeline",
+        "z_image_lora",
+        {"shifted": {"shift": 3.0}, "dynamic": DYNAMIC},
+        (13.8, 11, 8),
+        negative="",
+        combine=lambda positive, negative, scale: positive + scale * (positive - negative),
     ),
 }
 GUIDED = [name for name, family in FAMILIES.items() if family.negative is not None]

@@ -31,6 +31,7 @@ from tempflow.sampling.weights import step_weights
 from tempflow.training import engine as trainer_runtime
 from tempflow.training.batches import make_batches, select
 from tempflow.training.engine import Runtime, engine_dtype
+from tempflow.training.rehearse import LAYERS
 from tempflow.training.rollout import RolledOut, Scored, gather_rewards, plan_iteration, roll_out
 from tempflow.training.session import Session, assemble
 
@@ -49,7 +50,7 @@ def cut_card(path: str, folder: Path, layers: int) -> Path:
     card = Path(shutil.copytree(local_model(path), folder / Path(local_model(path)).name))
     file = card / "transformer/config.json"
     config = json.loads(file.read_text())
-    config |= {key: layers for key in ("num_layers", "num_single_layers") if key in config}
+    config |= {key: layers for key in LAYERS if key in config}
     if "dual_attention_layers" in config:
         config["dual_attention_layers"] = list(range(layers // 2))
     file.write_text(json.dumps(config))

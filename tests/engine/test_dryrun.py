@@ -68,6 +68,14 @@ def test_the_cards_of_flux_schnell_and_qwen_image():
     assert qwen["text_encoder"] == 8_292_166_656, "as the hub says of Qwen2.5-VL-7B"
 
 
+@pytest.mark.parametrize("card", ["z-image", "z-image-turbo"])
+def test_the_cards_of_z_image(card):
+    """Its authors say 6 B; the published bfloat16 weights are 12.3 GB, those of the text encoder 8.05 GB."""
+    counted = parameters(card)
+    assert counted == {"transformer": 6_154_908_736, "text_encoder": 4_022_468_096, "vae": 83_819_683}
+    assert [round(2 * counted[part] / 1e9, 2) for part in ("transformer", "text_encoder")] == [12.31, 8.04]
+
+
 def test_the_cards_of_editing_models():
     """The models that they were finetuned from, to the last parameter."""
     assert parameters("flux-kontext") == parameters("flux-dev")

@@ -53,11 +53,11 @@ def test_every_familys_rollout_is_captured_in_two_layers(family_folders, name):
     assert rehearse.rehearse(config, CPU, capture) is None
     assert capture.seen == [("step", 2)]
     table = rehearse.small_policy(config, CPU).denoiser().config
-    layers = [table[key] for key in ("num_layers", "num_single_layers") if key in table]
+    layers = [table[key] for key in rehearse.LAYERS if key in table]
     assert layers == [1, 1] or layers == [2]
 
 
-@pytest.mark.parametrize("card", ["flux-dev", "sd35-medium", "sd35-large", "qwen-image"])
+@pytest.mark.parametrize("card", ["flux-dev", "sd35-medium", "sd35-large", "qwen-image", "z-image"])
 def test_two_layers_of_a_large_model_are_small(card):
     """Made without weights: 3 GB at most, beside which a GPU that is to hold the whole model has room."""
     policy = rehearse.small_policy(config_of(CARDS / card, {"dtype": "bfloat16"}), torch.device("meta"))

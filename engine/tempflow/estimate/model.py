@@ -232,7 +232,8 @@ def _pass(sampler: Sampler, rows: int, dtype: torch.dtype, run: Callable[..., Me
         x, sigma = torch.empty(rows, *sampler.latent_shape, device="meta"), torch.empty(rows, device="meta")
         with policy.embedding_for(sampler.size):
             inputs = x, sigma, policy.encode([Example("")] * rows), dtype
-        sampler.velocity(lambda hidden_states, **_: (hidden_states,), *inputs)  # families keep position ids from their first forward on
+        # Families keep position ids from their first forward on.
+        sampler.velocity(lambda hidden_states, *_, **__: (hidden_states,), *inputs)
         meter = run(*inputs)
     except UserError:
         raise

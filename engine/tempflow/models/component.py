@@ -77,7 +77,7 @@ class Component:
                 file,
             )
         for key, value in [*config.items(), *(pair for inner in config.values() if isinstance(inner, dict) for pair in inner.items())]:
-            if key.startswith("num_") and key.endswith("layers") and isinstance(value, (int, float)) and value > MOST_LAYERS:
+            if key.startswith(("num_", "n_")) and key.endswith("layers") and isinstance(value, (int, float)) and value > MOST_LAYERS:
                 raise self.error(f"sets {key} to {shown(value)}; at most {MOST_LAYERS} are built", file)
         return config
 

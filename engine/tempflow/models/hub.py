@@ -21,14 +21,16 @@ KNOWN = {  # hub ids that one of them describes
     "black-forest-labs/FLUX.2-klein-base-4B": "flux2-klein-base-4b",
     "black-forest-labs/FLUX.2-klein-base-9B": "flux2-klein-base-9b",
     "Qwen/Qwen-Image": "qwen-image",
-    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "wan21-1b",
-    "Wan-AI/Wan2.1-T2V-14B-Diffusers": "wan21-14b",
-    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": "wan22-a14b",
     "Qwen/Qwen-Image-Edit": "qwen-image-edit",
     "Qwen/Qwen-Image-Edit-2509": "qwen-image-edit-2509",
     "Qwen/Qwen-Image-Edit-2511": "qwen-image-edit-2511",
     "stabilityai/stable-diffusion-3.5-large": "sd35-large",
     "stabilityai/stable-diffusion-3.5-medium": "sd35-medium",
+    "Tongyi-MAI/Z-Image": "z-image",
+    "Tongyi-MAI/Z-Image-Turbo": "z-image-turbo",
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "wan21-1b",
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": "wan21-14b",
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": "wan22-a14b",
 }
 ONE_FILE = (".safetensors", ".sft", ".ckpt", ".gguf", ".pt", ".pth", ".bin")
 

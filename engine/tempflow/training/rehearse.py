@@ -22,7 +22,8 @@ from tempflow.media import plain
 from tempflow.types import Example
 
 SIDE = 256  # pixels, at most
-LAYERS = {"num_layers": 2, "num_single_layers": 1}  # FLUX.1 has blocks of two kinds, and then gets one of each
+# Where a transformer has blocks of two kinds, it gets one of each.
+LAYERS = {"num_layers": 2, "num_single_layers": 1, "n_layers": 2, "n_refiner_layers": 1}
 
 
 def rehearse(config: Config, device: torch.device, capture) -> str | None:
