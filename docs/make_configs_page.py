@@ -62,6 +62,16 @@ QWEN_EDIT = KONTEXT | {
     "eval.num_steps": 50,
     "rewards.clip_image.weight": 0.2,
 }
+# Flow-Factory's recipe for Z-Image (examples/grpo/lora/z_image), which has no penalty and another plan; the rest is as above.
+Z_IMAGE = {key: value for key, value in COMMON.items() if not key.startswith(("rollout.plan", "training.penalty"))} | {
+    "rollout.height": 512,
+    "rollout.width": 512,
+    "rollout.sde.eta": 0.7,
+    "rollout.guidance_scale": 4.0,
+    "eval.num_steps": 40,
+    "model.lora.rank": 64,
+    "model.lora.alpha": 128,
+}
 
 SHIPPED = {  # config: (what it is for, the paper's values that it is held against)
     "flux_zero3": ("FLUX.1-dev, all weights, one node of 8 GPUs with 80 GB", FLUX),
@@ -81,6 +91,7 @@ SHIPPED = {  # config: (what it is for, the paper's values that it is held again
         "Qwen-Image-Edit-2509, edits of images, LoRA, one GPU with 141 GB, or one with 80 GB and `rollout.replica=false`",
         QWEN_EDIT,
     ),
+    "z_image_lora": ("Z-Image, LoRA, one GPU with 48 GB", Z_IMAGE),
     "tiny_ocr": ("the small model that ships with the project, a CPU of 2 cores", SD35),
 }
 
@@ -104,8 +115,9 @@ WHY = {
     "model.dtype": "bfloat16 as the checkpoints are published; `auto` computes in it where the CPU can.",
     "model.gradient_checkpointing": "Without it the activations of a 1024 px forward alone fill a card; it costs a third more "
     "in training, which is a tenth of an iteration there.",
-    "model.lora.rank": "With full weights there is none. Qwen-Image: as for the others.",
-    "model.lora.alpha": "As above. The targets are the families' own lists, which are the paper's for FLUX and SD3.5.",
+    "model.lora.rank": "With full weights there is none. Qwen-Image: as for the others. Z-Image: Flow-Factory's recipe.",
+    "model.lora.alpha": "As above. The targets are the families' own lists, which are the paper's for FLUX and SD3.5, and "
+    "Flow-Factory's for Z-Image.",
     "model.max_sequence_length": "SD3.5's own default; Qwen-Image pads to it, so half its default is half the text's cost; the "
     "small model was trained on 20 characters.",
     "data.train": "The shipped prompts ask for a word to be written, for the OCR reward that needs no further model. Bring your own. "
@@ -130,7 +142,8 @@ WHY = {
     "rollout.sde.eta": "Noise of a step: enough to change the image, not to destroy it. Editing: as Flow-GRPO's recipes.",
     "rollout.guidance_scale": "FLUX embeds it (flux_control_lora: the model card's value); SD3.5 and Qwen-Image pay a second half of "
     "each forward for it. Qwen-Image: its "
-    "authors' `true_cfg_scale`. The small model has none. FLUX.2 [klein] base: diffusers' example, and Flow-Factory's recipe for it.",
+    "authors' `true_cfg_scale`. The small model has none. FLUX.2 [klein] base: diffusers' example, and Flow-Factory's recipe for it. "
+    "Z-Image: the recipe's, and its authors' example; for Turbo set 0.",
     "rollout.micro_batch": "The largest that leaves room on the card; `--dry-run` says how much. It changes speed alone.",
     "rollout.decode_batch": "The decoder at 1024 px holds more than the transformer's forward does; it changes speed alone.",
     "rollout.graphs": "A forward is one launch instead of some thousand. Not tried on a GPU yet: a rehearsal at the start turns it off "
@@ -214,8 +227,8 @@ Keys that a config leaves out have the defaults of the [config page](config.md).
 A value in **bold** is what the paper's own code uses for that model; every other one is ours. The FLUX configs are
 held against the paper's FLUX.1-dev, the others against its SD3.5-medium, though Qwen-Image, FLUX.2 and the small model are
 not in the paper. The two configs for editing are held against Flow-GRPO's recipes for these models where those say something,
-and are untuned. FLUX.2's values are untuned: nobody here has run them. Where two configs differ for the same model, the key's
-reason says why.
+and are untuned. Z-Image is held against Flow-Factory's recipe; the plan and the penalty are this project's, untuned for it.
+FLUX.2's values are untuned: nobody here has run them. Where two configs differ for the same model, the key's reason says why.
 
 """
 

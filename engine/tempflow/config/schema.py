@@ -58,7 +58,9 @@ class Model(Section):
     vae_slicing: bool = Field(False, description="decode images one after another: less memory for a decode_batch of many")
     vae_tiling: bool = Field(False, description="decode large images in overlapping tiles: less memory, seams may show")
     max_sequence_length: Annotated[int, Field(ge=1, le=65536)] | None = Field(
-        None, description="text tokens; null: the default of the family's diffusers pipeline (FLUX.1, FLUX.2, Qwen-Image 512, SD3.5 256)"
+        None,
+        description="text tokens; null: the default of the family's diffusers pipeline "
+        "(FLUX.1, FLUX.2, Qwen-Image, Z-Image 512, SD3.5 256)",
     )
 
 
