@@ -21,7 +21,7 @@ from tempflow.rewards import Reward, RewardPool, parse_rewards, probe
 from tempflow.run import collage, evaluation
 from tempflow.run.diversity import mean_distance, thumbnails
 from tempflow.run.drift import between_folders, look, metrics
-from tempflow.run.files import encoded, frames_of_file, strip_of_file
+from tempflow.run.files import CONDITION, encoded, frames_of_file, strip_of_file
 from tempflow.training.start import checked_inputs
 from tempflow.types import Size
 
@@ -112,6 +112,7 @@ def test_the_drift_between_folders_of_videos(tmp_path):
         (tmp_path / folder).mkdir()
         for n, video in enumerate(some):
             encoded(video).write(tmp_path / folder, f"{n:04d}")
+        encoded(some[0, 0]).write(tmp_path / folder, f"0000{CONDITION}")
     found = between_folders(tmp_path / "before", tmp_path / "now")
     assert found == pytest.approx(metrics(look(before), look(now)), rel=0.05)
 

@@ -20,7 +20,7 @@ import numpy as np
 from tempflow.errors import UserError
 from tempflow.media import some_frames
 from tempflow.run.diversity import FRAMES, distances, precision_and_recall, thumbnails
-from tempflow.run.files import SUFFIXES, frames_of_file
+from tempflow.run.files import CONDITION, SUFFIXES, frames_of_file
 
 APART = 64  # gray levels; a pixel that is farther than that in any channel is not background: a quarter of the range
 FEWEST = 0.0025  # share of an image's pixels that its ink has at least
@@ -130,8 +130,9 @@ def between_folders(base: Path, now: Path, neighbors: int | None = None) -> dict
 
 
 def _of_folder(folder: Path) -> dict[str, np.ndarray]:
-    """The images of a folder by name, uint8 [H, W, 3], and of its videos FRAMES frames, [FRAMES, H, W, 3]."""
-    return {file.name: _of_file(file) for suffix in SUFFIXES for file in folder.glob(f"*{suffix}")}
+    """The images of a folder by name, uint8 [H, W, 3], and of its videos FRAMES frames, [FRAMES, H, W, 3]; no condition images."""
+    files = [file for suffix in SUFFIXES for file in folder.glob(f"*{suffix}") if not file.stem.endswith(CONDITION)]
+    return {file.name: _of_file(file) for file in files}
 
 
 def _of_file(file: Path) -> np.ndarray:

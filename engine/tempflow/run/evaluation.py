@@ -19,7 +19,7 @@ from tempflow.models import by_shape
 from tempflow.models.opened import Opened
 from tempflow.rewards import RewardPool, RewardSpec, combine
 from tempflow.run import collage, drift
-from tempflow.run.files import MediaFile, encoded
+from tempflow.run.files import CONDITION, MediaFile, encoded
 from tempflow.run.logs import write_atomic
 from tempflow.run.means import Mean, gain_of, mean_of
 from tempflow.sampling.noise import INITIAL, key_tensor, noise_key
@@ -217,7 +217,7 @@ def _written_conditions(folder: Path, file: str, prompt: Example, height: int) -
     """The entries of a sample's item on its prompt's condition images, in a file of one row, and where they came from; {} without any."""
     if not prompt.images:
         return {}
-    name = encoded(collage.row(collage.conditions(prompt, height))).write(folder, f"{Path(file).stem}_condition")
+    name = encoded(collage.row(collage.conditions(prompt, height))).write(folder, Path(file).stem + CONDITION)
     came = [digest if isinstance(image, np.ndarray) else str(image) for image, digest in zip(prompt.images, prompt.image_digests)]
     return {"condition": name, "images": came}
 

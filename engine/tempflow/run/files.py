@@ -16,6 +16,7 @@ from PIL import Image
 from tempflow.media import frame_places
 
 SUFFIXES = (".png", ".webp")
+CONDITION = "_condition"  # ends the name of what a prompt brings, before the suffix
 FRAME_MS = 62  # 16 frames a second, as Wan's; of whole milliseconds, as the format has them
 QUALITY, EFFORT = 80, 2  # of WebP's 100 and 6; effort 4 takes twice the time for the same size
 
