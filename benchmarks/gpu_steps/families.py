@@ -15,7 +15,7 @@ from gpu_steps.context import Context, ratio
 from gpu_steps.models import CONFIGS, RandomEngine
 from tempflow.estimate.estimate import Estimate, estimate
 
-NAMES = {"flux-dev": "FLUX.1", "sd35-medium": "Stable Diffusion 3.5", "qwen-image": "Qwen-Image"}
+NAMES = {"flux-dev": "flux", "sd35-medium": "sd3", "qwen-image": "qwen_image"}  # as tests/engine/family_cases.py has them
 ALLOWED = 0.1  # by which a peak may differ from the dry run's
 
 

@@ -8,6 +8,7 @@ import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass
 from pathlib import Path
 
+from gpu_steps import hardware
 from gpu_steps.context import ROOT, Context, Skipped
 
 KERNELS, RUNS = "tests/kernels", "tests/engine/test_gpu_runs.py"
@@ -19,9 +20,11 @@ SHOWN = {  # start of "module::test" -> the paths that such tests show, where so
     "test_graphs": ["CUDA graphs"],
     "test_float8": ["float8 suffix"],
     "test_reward_models": ["reward models on the GPU"],
-    "test_gpu_families::test_graphs_on_the_gpu[flux": ["FLUX.1", "CUDA graphs"],
-    "test_gpu_families::test_graphs_on_the_gpu[sd3": ["Stable Diffusion 3.5", "CUDA graphs"],
-    "test_gpu_families::test_graphs_on_the_gpu[qwen": ["Qwen-Image", "CUDA graphs"],
+    **{
+        f"test_gpu_families::test_graphs_on_the_gpu[{entry['path']}]": [entry["path"], "CUDA graphs"]
+        for entry in hardware.load()
+        if entry["area"] == "Families"
+    },
     "test_gpu_runs::test_lora": [*REPLAYED, "checkpoint and resume"],
     "test_gpu_runs::test_float8": [*REPLAYED, "float8 suffix"],
     "test_gpu_runs::test_full": ["full fine-tuning", "ZeRO-3", "checkpoint and resume"],

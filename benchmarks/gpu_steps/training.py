@@ -53,7 +53,7 @@ def training(context: Context) -> None:
         sized = session.variant(changed(session.config, training={"micro_batch": size}))
         measure(f"update, micro_batch {size}", lambda sized=sized: train(sized, data, scored), passes)
         assert torch.isfinite(torch.stack([p.detach().float().norm() for p in session.runtime.trainable.values()])).all()
-    context.prove("FLUX.1", "rollout", "LoRA", "ZeRO-1")
+    context.prove("flux", "rollout", "LoRA", "ZeRO-1")
     _expect(context, engine, rows)
 
 

@@ -45,7 +45,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tempflow", description=__doc__, epilog=EPILOG)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     commands.add_parser("components", help="list what a config can name, with the options of each")
-    drift = commands.add_parser("drift", help="how far the PNG files of one folder are from those of the same names in another, as JSON")
+    drift = commands.add_parser(
+        "drift", help="how far the PNG or WebP files of one folder are from those of the same names in another, as JSON"
+    )
     drift.add_argument("base", type=path, help="folder of the base's images, such as RUN/samples/000000")
     drift.add_argument("now", type=path, help="folder of the images now, such as RUN/samples/000150")
     drift.add_argument(

@@ -163,7 +163,7 @@ def test_steps_prove_paths_that_have_an_entry():
     named = {name for call in re.findall(r"\.prove\(([^*\n]*)\)", source) for name in re.findall(r'"([^"]+)"', call)}
     named |= {name for names in suites.SHOWN.values() for name in names} | set(families.NAMES.values())
     known = {entry["path"] for entry in hardware.load()}
-    assert {"LoRA", "normal", "Qwen-Image"} <= named <= known
+    assert {"LoRA", "normal", "qwen_image"} <= named <= known
     with pytest.raises(KeyError, match="nonsense"):
         hardware.upgraded(hardware.load(), {"nonsense": "facts"}, "CARD", "2026-01-02")
 

@@ -68,6 +68,8 @@ class Family:
     """Of its videos."""
     alone: bool = False
     """Whether the pipeline takes one prompt at a time."""
+    models: str = ""
+    """Those that it stands for, as README's table names them."""
 
     @property
     def cases(self) -> list[tuple[float, list[str] | None]]:
@@ -154,6 +156,7 @@ FAMILIES = {
         "flux_lora",
         {"dynamic": {"guidance_embeds": True, **DYNAMIC}, "plain": {}, "shifted": {"shift": 3.0}},
         (10.2, 4, 8),
+        models="FLUX.1 [dev], [schnell]",
     ),
     "flux_control": Family(
         flux_control_pipeline,
@@ -164,6 +167,7 @@ FAMILIES = {
         images=control_images,
         given=lambda images: {"control_image": [one for (one,) in images]},
         during=of_the_mode,
+        models="FLUX.1 Depth, Canny",
     ),
     "sd3": Family(
         sd3_pipeline,
@@ -173,6 +177,7 @@ FAMILIES = {
         (15, 8, 8),
         negative="",
         text_length=256,
+        models="Stable Diffusion 3, 3.5",
     ),
     "qwen_image": Family(
         qwen_pipeline,
@@ -183,6 +188,7 @@ FAMILIES = {
         guidance="true_cfg_scale",
         negative=" ",
         combine=rescaled,
+        models="Qwen-Image",
     ),
     "z_image": Family(
         z_image_pipeline,

@@ -174,7 +174,7 @@ def test_the_command_prints_it(tmp_path, monkeypatch, capsys):
     assert command.main() == 0 and json.loads(capsys.readouterr().out) == between_folders(base, now, 2)
 
 
-@pytest.mark.parametrize("images, wrong", [([], "no PNG files of the same names"), (photos(1), "different sizes")])
+@pytest.mark.parametrize("images, wrong", [([], "no PNG or WebP files of the same names"), (photos(1), "different sizes")])
 def test_folders_without_a_pair(tmp_path, images, wrong):
     with pytest.raises(UserError, match=wrong):
         between_folders(write(tmp_path / "base", words(INKS)), write(tmp_path / "now", images))

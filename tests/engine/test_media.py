@@ -18,8 +18,10 @@ from tempflow.models.base import check_multiple
 from tempflow.models.embeddings import EmbeddingCache
 from tempflow.models.opened import Opened
 from tempflow.rewards import Reward, RewardPool, parse_rewards, probe
-from tempflow.run import evaluation
+from tempflow.run import collage, evaluation
 from tempflow.run.diversity import mean_distance, thumbnails
+from tempflow.run.drift import between_folders, look, metrics
+from tempflow.run.files import CONDITION, encoded, frames_of_file, strip_of_file
 from tempflow.training.start import checked_inputs
 from tempflow.types import Size
 
@@ -58,7 +60,7 @@ def test_a_sampler_decodes_videos():
 
 
 def test_an_evaluation_of_videos(tmp_path):
-    """Drawn, scored and written: the file is a contact strip, and the score of a prompt is that of its own video."""
+    """Drawn, scored and written: the file plays the video, and the score of a prompt is that of its own video."""
     policy, prompts = VideoPolicy(), examples(["a cat", "two dogs", "rain"])
     specs, config = parse_rewards({f"{__name__}:LastFrame": 1.0}), small_config(rollout={"micro_batch": 2, "decode_batch": 1})
     model = Opened(config, policy, EmbeddingCache(policy))
@@ -73,7 +75,46 @@ def test_an_evaluation_of_videos(tmp_path):
     items = json.loads((tmp_path / "samples.json").read_text())["items"]
     assert len(items) == 2
     for item, video in zip(items, made):
-        assert np.array_equal(np.asarray(Image.open(tmp_path / item["file"])), np.concatenate(list(video), axis=1))
+        shown = np.stack([np.asarray(frame) for frame in frames_of_file(tmp_path / item["file"])])
+        assert item["file"].endswith(".webp") and shown.shape == video.shape and np.abs(shown.astype(int) - video).mean() < 8
+
+
+def moving(seed=0, frames=9):
+    """A square that goes across: [frames, 32, 48, 3]."""
+    video = np.full((frames, 32, 48, 3), 0, np.uint8)
+    for n in range(frames):
+        video[n, 8:24, 4 * n : 4 * n + 12] = (200, 30 + 30 * seed, 90)
+    return video
+
+
+def test_a_video_is_a_file_that_plays_and_an_image_one_that_does_not(tmp_path):
+    """Frames that are equal are shown as long as they were; where nothing moves, a strip stands for the video."""
+    video = moving()
+    video[3:6] = video[3]
+    name = encoded(video).write(tmp_path, "0000")
+    with Image.open(tmp_path / name) as opened:
+        assert (name, opened.n_frames, opened.info["loop"]) == ("0000.webp", 7, 0)
+    read = np.stack([np.asarray(frame) for frame in frames_of_file(tmp_path / name)])
+    assert read.shape == video.shape and np.abs(read.astype(int) - video).mean() < 3
+    name = encoded(video[0]).write(tmp_path, "0001")
+    assert name == "0001.png" and np.array_equal(np.asarray(Image.open(tmp_path / name)), video[0])
+    strip, frames = strip_of_file(tmp_path / "0000.webp", 24, 4)
+    assert (strip.size, frames) == ((4 * 24, 16), 4) and strip_of_file(tmp_path / "0001.png", 24, 4)[1] == 1
+    pair = collage.row([video[0], video])
+    assert pair.shape == (9, 32, 100, 3) and (pair[:, :, 48:52] == 255).all() and np.array_equal(pair[:, :, 52:], video)
+    assert all(np.array_equal(frame, video[0]) for frame in pair[:, :, :48])
+
+
+def test_the_drift_between_folders_of_videos(tmp_path):
+    """About that of the videos themselves: their files are lossy."""
+    before, now = (np.stack([moving(seed) for seed in seeds]) for seeds in ((0, 2, 5), (3, 5, 6)))
+    for folder, some in (("before", before), ("now", now)):
+        (tmp_path / folder).mkdir()
+        for n, video in enumerate(some):
+            encoded(video).write(tmp_path / folder, f"{n:04d}")
+        encoded(some[0, 0]).write(tmp_path / folder, f"0000{CONDITION}")
+    found = between_folders(tmp_path / "before", tmp_path / "now")
+    assert found == pytest.approx(metrics(look(before), look(now)), rel=0.05)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 from tempflow.run.report import write_report
 
-VOID = {"meta", "img", "input", "br", "link"}
+VOID = {"meta", "img", "input", "br", "link", "source"}
 
 
 class Page(HTMLParser):

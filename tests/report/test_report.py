@@ -1,19 +1,24 @@
 """report.html of synthetic runs: says what happened, loads nothing, survives what crashes and users leave behind."""
 
+import base64
+import io
 import json
 import re
 
+import numpy as np
 import pytest
+from PIL import Image
 from report_page import Page, page
 
 from tempflow.errors import UserError
+from tempflow.run.files import FRAME_MS, encoded
 from tempflow.run.report import write_report
 from tempflow.run.report.charts import thin
 from tempflow.run.report.page import flatten
 from tempflow.run.report.readings import compare
 from tempflow.run.report.run import load_run
 from tempflow.run.report.samples import match
-from tempflow.run.report.thumbnails import Thumbnails
+from tempflow.run.report.thumbnails import FRAMES, Thumbnails
 
 
 def test_whole_run_says_what_happened(run_factory):
@@ -311,3 +316,36 @@ def test_report_replaces_the_old_one_and_leaves_no_scratch(run_factory):
     write_report(run_dir)
     assert write_report(run_dir) == run_dir / "report.html"
     assert [path.name for path in run_dir.iterdir() if "report" in path.name] == ["report.html"]
+
+
+def test_samples_of_videos_move(run_factory):
+    """In the cards, unless the reader has asked for reduced motion; in the table over training stands one frame of each."""
+    folder = run_factory(prompts=["a ball that rolls"], sets=(0, 45, 90))
+    config = json.loads((folder / "config.json").read_text())
+    config["rollout"]["frames"] = 40
+    (folder / "config.json").write_text(json.dumps(config))
+    for path in sorted(folder.glob("samples/*/samples.json")):
+        info = json.loads(path.read_text())
+        for n, item in enumerate(info["items"]):
+            frames = np.zeros((40, 180, 300, 3), np.uint8)
+            for t in range(40):
+                frames[t, 60:120, 6 * t : 6 * t + 50] = 80
+            item["file"] = encoded(frames).write(path.parent, f"{n:04d}")
+        path.write_text(json.dumps(info))
+    found = page(folder)
+    kinds = [a["src"].partition(";")[0].removeprefix("data:image/") for a in found.all("img")]
+    assert kinds == ["webp"] * 2 + ["jpeg"] * 3
+    stills = found.all("source")
+    assert len(stills) == 2 and all(a["media"] == "(prefers-reduced-motion: reduce)" and "image/jpeg" in a["srcset"] for a in stills)
+    content = base64.b64decode(found.all("img")[0]["src"].partition(",")[2])
+    with Image.open(io.BytesIO(content)) as shown:
+        assert shown.size == (256, 154) and shown.n_frames == FRAMES
+        assert sum(duration_of(shown, n) for n in range(FRAMES)) == pytest.approx(40 * FRAME_MS, rel=0.05), "as long as the video"
+    assert "Of 1 videos" in found.text and "rewarded videos" in found.text and "40 frames" in found.text
+    assert len(content) < 40_000
+
+
+def duration_of(image, frame):
+    image.seek(frame)
+    image.load()
+    return image.info["duration"]

@@ -53,22 +53,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def draw_pairs(args: argparse.Namespace, draft: Path) -> str:
     """Write the pairs into `draft`; returns what to say of them."""
-    from PIL import Image
-
     from tempflow.media import still
     from tempflow.run import collage, tuned
+    from tempflow.run.files import encoded
 
     config, chosen = tuned.choose(args.run, args.checkpoint, args.weights)
     prompts = chosen_prompts(args, config)
     drawn, missing = tuned.draw(config, {"base": None, "tuned": chosen}, prompts, num_steps=args.num_steps, seed=args.seed)
     befores = [collage.conditions(prompt, drawn[0].shape[-3]) for prompt in prompts]
-    pairs = [collage.row([*before, still(base), still(new)]) for before, base, new in zip(befores, *drawn, strict=True)]
-    for n, pair in enumerate(pairs):
-        Image.fromarray(pair).save(draft / f"{n:04d}.png")
-    Image.fromarray(collage.column(pairs)).save(draft / "all.png")
-    (draft / "prompts.txt").write_text("".join(f"{n:04d}.png\t{p.text}\n" for n, p in enumerate(prompts)), encoding="utf-8")
+    names, strips = [], []
+    for n, (before, *pair) in enumerate(zip(befores, *drawn, strict=True)):
+        names.append(encoded(collage.row([*before, *pair])).write(draft, f"{n:04d}"))
+        strips.append(collage.row([*before, *map(still, pair)]))
+    encoded(collage.column(strips)).write(draft, "all")
+    (draft / "prompts.txt").write_text("".join(f"{name}\t{p.text}\n" for name, p in zip(names, prompts, strict=True)), encoding="utf-8")
     left = "condition images, base" if any(befores) else "left base"
-    written = f"{len(pairs)} pairs in {args.out}: {left}, right iteration {chosen.iteration} ({chosen.which} weights)"
+    written = f"{len(names)} pairs in {args.out}: {left}, right iteration {chosen.iteration} ({chosen.which} weights)"
     return written + (f"\nwarning: {missing} images hold NaN or infinity; a checkerboard stands for each" if missing else "")
 
 

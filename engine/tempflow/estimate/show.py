@@ -15,7 +15,7 @@ from tempflow.run.console import duration
 
 NAMES = {
     "rollout": "rollout",
-    "decode": "decoding images",
+    "decode": "decoding",
     "reference": "reference policy",
     "old policy": "old policy of later parts",
     "training": "training (with backward)",

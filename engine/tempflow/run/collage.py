@@ -11,10 +11,12 @@ from tempflow.types import Example
 GAP = 4  # white columns between the images of a row
 
 
-def row(images: list[np.ndarray]) -> np.ndarray:
-    """Images [H, W, 3] of one height beside each other."""
-    gap = np.full((images[0].shape[0], GAP, 3), 255, np.uint8)
-    return np.concatenate([part for image in images for part in (image, gap)][:-1], axis=1)
+def row(items: list[np.ndarray]) -> np.ndarray:
+    """Images [H, W, 3] or videos [F, H, W, 3] of one height beside each other; beside videos an image stands still."""
+    frames = next((item.shape[:1] for item in items if item.ndim == 4), ())
+    gap = np.full((*frames, items[0].shape[-3], GAP, 3), 255, np.uint8)
+    whole = [np.broadcast_to(item, (*frames, *item.shape[-3:])) for item in items]
+    return np.concatenate([part for item in whole for part in (item, gap)][:-1], axis=-2)
 
 
 def column(images: list[np.ndarray]) -> np.ndarray:

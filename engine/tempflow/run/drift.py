@@ -16,11 +16,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from tempflow.errors import UserError
 from tempflow.media import some_frames
 from tempflow.run.diversity import FRAMES, distances, precision_and_recall, thumbnails
+from tempflow.run.files import CONDITION, SUFFIXES, frames_of_file
 
 APART = 64  # gray levels; a pixel that is farther than that in any channel is not background: a quarter of the range
 FEWEST = 0.0025  # share of an image's pixels that its ink has at least
@@ -119,19 +119,28 @@ def metrics(base: Looks, now: Looks, neighbors: int | None = None) -> dict[str, 
 
 
 def between_folders(base: Path, now: Path, neighbors: int | None = None) -> dict[str, float]:
-    """`metrics` of two folders' PNG files, paired by name, as two sample sets of a run have them. UserError without such a pair."""
+    """`metrics` of two folders' PNG or WebP files, paired by name, as two sample sets of a run have them. UserError without such a pair."""
     before, after = (_of_folder(Path(folder)) for folder in (base, now))
     common = sorted(before.keys() & after.keys())
     if not common:
-        raise UserError(f"{base} and {now} hold no PNG files of the same names")
+        raise UserError(f"{base} and {now} hold no PNG or WebP files of the same names")
     if len({images[name].shape for images in (before, after) for name in common}) > 1:
         raise UserError(f"{base} and {now} hold images of different sizes")
     return metrics(*(look(np.stack([images[name] for name in common])) for images in (before, after)), neighbors)
 
 
 def _of_folder(folder: Path) -> dict[str, np.ndarray]:
-    """The PNG files of a folder by name, uint8 [H, W, 3]."""
-    return {file.name: np.asarray(Image.open(file).convert("RGB")) for file in folder.glob("*.png")}
+    """The images of a folder by name, uint8 [H, W, 3], and of its videos FRAMES frames, [FRAMES, H, W, 3]; no condition images."""
+    files = [file for suffix in SUFFIXES for file in folder.glob(f"*{suffix}") if not file.stem.endswith(CONDITION)]
+    return {file.name: _of_file(file) for file in files}
+
+
+def _of_file(file: Path) -> np.ndarray:
+    frames = frames_of_file(file)
+    if file.suffix == ".png":
+        return np.asarray(frames[0])
+    places = np.linspace(0, len(frames) - 1, FRAMES).round().astype(int)  # of fewer frames some twice
+    return np.stack([np.asarray(frames[place]) for place in places])
 
 
 def _colors(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:

@@ -14,13 +14,12 @@ from typing import Iterator
 
 import numpy as np
 import torch
-from PIL import Image
 
-from tempflow.media import still
 from tempflow.models import by_shape
 from tempflow.models.opened import Opened
 from tempflow.rewards import RewardPool, RewardSpec, combine
 from tempflow.run import collage, drift
+from tempflow.run.files import CONDITION, MediaFile, encoded
 from tempflow.run.logs import write_atomic
 from tempflow.run.means import Mean, gain_of, mean_of
 from tempflow.sampling.noise import INITIAL, key_tensor, noise_key
@@ -33,14 +32,15 @@ EVAL_ITERATION = -1  # no training iteration has this number, so evaluation nois
 
 @dataclass(frozen=True)
 class Scored:
-    """Prompts by index, the weighted reward [n], each reward alone, and its readings; images (or videos) of some of them.
+    """Prompts by index, the weighted reward [n], each reward alone, and its readings; the image or video of some of them, as a file:
+    a video's frames are too large to be kept, and gathered from all ranks, as arrays.
 
     reward: NaN where it failed. parts: NaN where a reward failed or does not apply. applies: bool [n] by reward. finite: bool
     [n], False where there is no image to score. looks: of all images, for the distance to the base's.
     """
 
     indices: list[int]
-    images: dict[int, np.ndarray]
+    files: dict[int, MediaFile]
     finite: np.ndarray
     reward: np.ndarray
     parts: dict[str, np.ndarray]
@@ -110,7 +110,7 @@ def evaluate(pool: RewardPool, specs: list[RewardSpec], prompts: list[Example], 
         indices += part
         finite.append(made)
         looks.append(drift.look(images, made))
-        kept |= {i: image for i, image in zip(part, images, strict=True) if i < keep}
+        kept |= {i: encoded(image) for i, image in zip(part, images, strict=True) if i < keep}
     scores = pool.gather(tickets)
     combined = [combine(score, specs) for score in scores]
     details = {}
@@ -148,7 +148,7 @@ def merge(parts: list[Scored]) -> Scored:
         details[name] = list(join(texts)) if known else None
     return Scored(
         np.concatenate([p.indices for p in parts])[order].tolist(),
-        {i: image for p in parts for i, image in p.images.items()},
+        {i: file for p in parts for i, file in p.files.items()},
         join([p.finite for p in parts]),
         join([p.reward for p in parts]),
         by_name(lambda p: p.parts),
@@ -188,21 +188,20 @@ def metrics(
 
 
 def write_samples(folder: Path, scored: Scored, prompts: list[Example], facts: dict) -> None:
-    """Write the images and samples.json with `facts` into `folder`, which is new or empty; of a video a contact strip. Beside an
-    image those that its prompt brings, in a row of its height."""
+    """Write the images or videos and samples.json with `facts` into `folder`, which is new or empty. Beside each those that its prompt
+    brings, in a row of its height."""
     folder.mkdir(parents=True, exist_ok=True)
     items = []
     for n, index in enumerate(scored.indices):
-        if index not in scored.images:
+        if index not in scored.files:
             continue
-        file = f"{n:04d}.png"
-        shown = still(scored.images[index])
-        Image.fromarray(shown).save(folder / file)
+        made = scored.files[index]
+        file = made.write(folder, f"{n:04d}")
         items.append(
             {
                 "prompt": prompts[index].text,
                 "file": file,
-                **_written_conditions(folder, file, prompts[index], shown.shape[0]),
+                **_written_conditions(folder, file, prompts[index], made.height),
                 "reward": _number(scored.reward[n]),
                 "rewards": {name: _number(values[n]) for name, values in scored.parts.items() if scored.applies[name][n]},
                 "details": {name: texts[n] for name, texts in scored.details.items() if texts is not None and scored.applies[name][n]},
@@ -218,8 +217,7 @@ def _written_conditions(folder: Path, file: str, prompt: Example, height: int) -
     """The entries of a sample's item on its prompt's condition images, in a file of one row, and where they came from; {} without any."""
     if not prompt.images:
         return {}
-    name = f"{Path(file).stem}_condition.png"
-    Image.fromarray(collage.row(collage.conditions(prompt, height))).save(folder / name)
+    name = encoded(collage.row(collage.conditions(prompt, height))).write(folder, Path(file).stem + CONDITION)
     came = [digest if isinstance(image, np.ndarray) else str(image) for image, digest in zip(prompt.images, prompt.image_digests)]
     return {"condition": name, "images": came}
 

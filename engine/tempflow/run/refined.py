@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from rich.progress import Progress
 
 from tempflow.checkpoints import load
@@ -21,6 +20,7 @@ from tempflow.models.opened import open_model
 from tempflow.rewards import RewardPool, RewardSpec, check_prompts, combine, parse_rewards, probe
 from tempflow.run import collage
 from tempflow.run.failures import check_failed
+from tempflow.run.files import encoded
 from tempflow.run.refining import Round, Search, refine
 from tempflow.types import Example
 
@@ -35,25 +35,26 @@ class Found:
     rounds: list[Round] = field(default_factory=list)
 
     def write(self, folder: Path, prompts: list[Example], facts: dict) -> None:
-        """Write each prompt's images side by side (condition images, the first one made, then the best after each round), the best alone,
-        rewards.json with `facts` and, where matplotlib is installed, rewards.png."""
-        strips = []
-        for n in range(len(prompts)):
-            made = [still(images[n]) for images in (self.first_images, *(each.images for each in self.rounds))]
-            strips.append(collage.row([*collage.conditions(prompts[n], made[0].shape[0]), *made]))
-            Image.fromarray(strips[n]).save(folder / f"{n:04d}.png")
-            Image.fromarray(made[-1]).save(folder / f"{n:04d}_best.png")
-        Image.fromarray(collage.column(strips)).save(folder / "all.png")
+        """Write each prompt's images or videos side by side (condition images, the first one made, then the best after each round), the
+        best alone, those of all prompts in one image, rewards.json with `facts` and, where matplotlib is installed, rewards.png."""
+        strips, names = [], []
+        for n, prompt in enumerate(prompts):
+            made = [images[n] for images in (self.first_images, *(each.images for each in self.rounds))]
+            before = collage.conditions(prompt, made[0].shape[-3])
+            strips.append(collage.row([*before, *map(still, made)]))
+            names.append(encoded(collage.row([*before, *made])).write(folder, f"{n:04d}"))
+            encoded(made[-1]).write(folder, f"{n:04d}_best")
+        encoded(collage.column(strips)).write(folder, "all")
         content = {**facts, "first": _number(np.nanmean(self.first_rewards)), "rounds": [_described(each) for each in self.rounds]}
-        content["items"] = [self._item(n, prompt) for n, prompt in enumerate(prompts)]
+        content["items"] = [self._item(n, prompt, names[n]) for n, prompt in enumerate(prompts)]
         (folder / "rewards.json").write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")
         if find_spec("matplotlib"):
             _draw_plot(folder / "rewards.png", self)
 
-    def _item(self, n: int, prompt: Example) -> dict:
+    def _item(self, n: int, prompt: Example, file: str) -> dict:
         return {
             "prompt": prompt.text,
-            "file": f"{n:04d}.png",
+            "file": file,
             "images": int(self.rounds[-1].drawn[n]),
             "first": _number(self.first_rewards[n]),
             "rewards": [_number(each.rewards[n]) for each in self.rounds],

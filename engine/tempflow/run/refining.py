@@ -65,7 +65,8 @@ class Incumbents:
         """Take a candidate that is better than the incumbent; of equals the earlier stays."""
         known = self.rewards[prompt]
         if self.images[prompt] is None or reward > known or (np.isnan(known) and not np.isnan(reward)):
-            self.images[prompt], self.latents[prompt], self.rewards[prompt] = image, latent, reward
+            # Copied: a view would keep its whole batch in memory, gigabytes of videos.
+            self.images[prompt], self.latents[prompt], self.rewards[prompt] = np.array(image), latent, reward
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from tempflow.run.byproducts import ByProducts
 from tempflow.run.logs import AppendFile, plain_row, write_atomic
 
 GRID_COLUMNS, GRID_IMAGES, GRID_SIDE = 8, 32, 256
+GRID_FRAMES = 4  # of a video
 
 
 class Trackers:
@@ -156,15 +157,13 @@ def _wandb_id(run_dir: Path) -> str:
 
 
 def image_grid(paths: list, columns: int = GRID_COLUMNS, side: int = GRID_SIDE):
-    """One PIL image with the images of `paths` in rows, each at most `side` pixels a side."""
+    """One PIL image with the images of `paths` in rows, each at most `side` pixels a side; of a video some frames, side by side."""
     from PIL import Image
 
-    images = []
-    for path in paths:
-        with Image.open(path) as image:
-            image = image.convert("RGB")
-            image.thumbnail((side, side), Image.Resampling.LANCZOS)
-            images.append(image)
+    from tempflow.run.files import strip_of_file
+
+    strips = [strip_of_file(path, side, GRID_FRAMES) for path in paths]
+    images, columns = [strip for strip, _ in strips], max(1, columns // max(frames for _, frames in strips))
     width, height = (2 + max(getattr(p, axis) for p in images) for axis in ("width", "height"))
     columns = min(columns, len(images))
     grid = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")

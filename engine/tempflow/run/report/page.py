@@ -87,7 +87,7 @@ def _section(anchor: str, title: str, *parts: str) -> str:
 
 
 def _drift(run: Run, figures: Figures) -> str:
-    text = "What the images gave up for the reward: how far they are from the base's of the same prompts and noise, which are at 0 or 1."
+    text = f"What the {run.things} gave up for the reward: how far they are from the base's of the same prompts and noise, at 0 or 1."
     drawn = figures.grid(charts.drift_charts(run))
     return _section("drift", "Drift from the base", f'<p class="lead">{text}</p>{drawn}' if drawn else "")
 
@@ -149,7 +149,7 @@ def _switch(run: Run) -> str:
     axes = (
         [("iteration", "iterations")]
         + ([("minutes", "minutes")] if run.minutes[-1] else [])
-        + ([("images", "rewarded images")] if run.images[-1] else [])
+        + ([("images", f"rewarded {run.things}")] if run.images[-1] else [])
     )
     options = "".join(
         f'<label><input type="radio" name="axis" value="{key}"{" checked" if key == "iteration" else ""}><span>{text}</span></label>'

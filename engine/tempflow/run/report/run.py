@@ -51,6 +51,11 @@ class Run:
         values = self.config.get(section)
         return values.get(key, default) if isinstance(values, dict) else default
 
+    @property
+    def things(self) -> str:
+        """What the model makes."""
+        return "videos" if (number(self.setting("rollout", "frames")) or 1) > 1 else "images"
+
     @cached_property
     def watched(self) -> list[str]:
         """Names of the rewards that are watched and not trained on."""

@@ -49,7 +49,7 @@ def samples_html(run: Run, thumbnails: Thumbnails) -> str:
     lost = len(cards) - len(shown)
     note = f'<p class="note">{lost} more not included: missing, or left out to keep this file small.</p>' if lost else ""
     return (
-        f'<section id="samples"><h2>Samples</h2>{_intro(pairs, base, tuned)}'
+        f'<section id="samples"><h2>Samples</h2>{_intro(run.things, pairs, base, tuned)}'
         f'<div class="{grid}">{"".join(shown[:SHOWN])}</div>{more}{note}{strip}</section>'
     )
 
@@ -78,15 +78,15 @@ def exact_share(sample: SampleSet) -> float | None:
     return sum(marks) / len(marks) if marks else None
 
 
-def _intro(pairs: list[Pair], base: SampleSet, tuned: SampleSet) -> str:
+def _intro(things: str, pairs: list[Pair], base: SampleSet, tuned: SampleSet) -> str:
     if tuned is base:
         what = "the model before training" if base.iteration == 0 else f"iteration {base.iteration}"
-        return f'<p class="lead">Images of {what}; no later ones have been written yet.</p>'
+        return f'<p class="lead">{things.title()} of {what}; no later ones have been written yet.</p>'
     same = all(base.info.get(key) == tuned.info.get(key) for key in ("seed", "num_steps"))
     noise = "the same prompts and initial noise" if same else "the same prompts, but another seed or step count"
     changes = [pair.change for pair in pairs if pair.change is not None]
     up, down = sum(change > SAME for change in changes), sum(change < -SAME for change in changes)
-    count = f" Of {len(changes)} images {up} scored higher after training, {down} lower, {len(changes) - up - down} the same."
+    count = f" Of {len(changes)} {things} {up} scored higher after training, {down} lower, {len(changes) - up - down} the same."
     weights = {"ema": " (averaged weights)", "merge": " (merged weights)"}.get(tuned.info.get("weights"), "")
     before, after = exact_share(base), exact_share(tuned)
     words = f" Exact words: {before:.0%} before, {after:.0%} after." if None not in (before, after) else ""
@@ -153,7 +153,10 @@ def _before(pair: Pair, sample: SampleSet, thumbnails: Thumbnails) -> list[str]:
 
 
 def _img(thumbnail, alt: str) -> str:
-    return f'<img src="{thumbnail.uri}" width="{thumbnail.width}" height="{thumbnail.height}" alt="{escape(alt)}">'
+    shown = f'<img src="{thumbnail.uri}" width="{thumbnail.width}" height="{thumbnail.height}" alt="{escape(alt)}">'
+    if not thumbnail.still:
+        return shown
+    return f'<picture><source media="(prefers-reduced-motion: reduce)" srcset="{thumbnail.still}">{shown}</picture>'
 
 
 def _part(item: dict, key: str) -> dict:
@@ -214,7 +217,7 @@ def _strip_row(place: int, sets: list[SampleSet], thumbnails: Thumbnails) -> str
         cells.append(f"<td>{_img(thumbnail, 'condition image')}</td>" if thumbnail else "<td></td>")
     for sample in sets:
         item = sample.items[place] if place < len(sample.items) else None
-        thumbnail = thumbnails.get(sample.folder / str(item["file"])) if item else None
+        thumbnail = thumbnails.get(sample.folder / str(item["file"]), moving=False) if item else None
         alt = f"iteration {sample.iteration}: {item.get('prompt', '')}" if item else ""
         cells.append(f"<td>{_img(thumbnail, alt)}{_reward(item)}</td>" if thumbnail else "<td></td>")
     return "".join(cells)

@@ -82,10 +82,10 @@ def tiles(run: Run) -> str:
     found = [
         ("Base reward", base, "{:.3f}"),
         ("Tuned reward", tuned, "{:.3f}"),
-        ("Held-out images scored", _scored(run), "{:,.0f}"),
+        (f"Held-out {run.things} scored", _scored(run), "{:,.0f}"),
         ("Minutes", minutes(run), "{:.1f}"),
         ("Iterations", run.iterations or None, "{:,.0f}"),
-        ("Rewarded images", images(run), "{:,.0f}"),
+        (f"Rewarded {run.things}", images(run), "{:,.0f}"),
         ("Forwards", forwards or None, "{:,.0f}"),
     ]
     cells = [(name, form.format(value)) for name, value, form in found if value is not None]
@@ -103,6 +103,7 @@ def facts(run: Run) -> str:
     """Model, method, rewards and device, as far as they are known."""
     summary, rollout = run.summary or {}, run.config.get("rollout") or {}
     size = f"{rollout['width']} × {rollout['height']} px" if {"width", "height"} <= set(rollout) else None
+    size = f"{size}, {rollout['frames']} frames" if size and run.things == "videos" else size
     lora = run.setting("model", "lora")
     tuned = f"LoRA rank {lora.get('rank', '?')}" if isinstance(lora, dict) else "full weights" if run.config else None
     plan = rollout.get("plan")
@@ -112,7 +113,7 @@ def facts(run: Run) -> str:
         ("Tuned", tuned),
         ("Plan", plan),
         ("Reward", ", ".join(run.config.get("rewards") or {}) or None),
-        ("Images", size),
+        (run.things.title(), size),
         ("Device", summary.get("device")),
     ]
     shown = "".join(f"<div><dt>{name}</dt><dd>{escape(str(value))}</dd></div>" for name, value in values if value)
@@ -136,7 +137,7 @@ def _scored(run: Run) -> float | None:
 def _lost(run: Run) -> str:
     """What of the newest evaluation has no reward."""
     failed, scored = number(evaluated(run).get("eval/failed")), _scored(run)
-    return f" {failed:.0f} of its {failed + scored:.0f} images could not be scored." if failed else ""
+    return f" {failed:.0f} of its {failed + scored:.0f} {run.things} could not be scored." if failed else ""
 
 
 def _spent(run: Run) -> str:
@@ -149,7 +150,7 @@ def _spent(run: Run) -> str:
         parts.append(f"{spent * 60:.0f} seconds" if spent < 1 else f"{spent:.1f} minutes" if spent < 600 else f"{spent / 60:.1f} hours")
         parts[0] += " of training"
     if seen:
-        parts.append(f"{seen:,.0f} rewarded images")
+        parts.append(f"{seen:,.0f} rewarded {run.things}")
     return f" in {' and '.join(parts)}" if parts else ""
 
 
@@ -163,7 +164,8 @@ def _drifted(run: Run, rose: bool) -> str:
     changed = changes(evaluated(run))
     if not changed:
         return ""
-    return f" {'The reward was bought with drift from the base' if rose else 'The images drifted from the base'}: {_listed(changed)}."
+    how = "The reward was bought with drift from the base" if rose else f"The {run.things} drifted from the base"
+    return f" {how}: {_listed(changed)}."
 
 
 def _listed(clauses: list[str]) -> str:

@@ -1,0 +1,82 @@
+"""Writes README's table of models and how far each is verified: python docs/make_models_table.py
+
+Its rows are the model families of `python -m tempflow components`; its cells are the parameters of the tests that the columns name,
+which run every family of tests/engine/family_cases.py, and the entries of benchmarks/results/hardware.json.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+README, HARDWARE = ROOT / "README.md", ROOT / "benchmarks/results/hardware.json"
+BEGIN, END = "<!-- models:begin (python docs/make_models_table.py) -->", "<!-- models:end -->"
+COLUMNS = {  # the tests that show it, by module
+    "equals its pipeline": ("test_families", "test_sample_equals_the_pipeline"),
+    "trains, resumes": ("test_family_runs", "test_training", "test_resuming"),
+    "its export is read by diffusers": ("test_family_runs", "test_export_is_read_by_plain_diffusers"),
+    "CUDA graphs, with a stand-in": ("test_gpu_families", "test_the_same_comparison_on_the_cpu"),
+    "simulated GPU": ("test_simulated_gpu", "test_nothing_captured_copies_or_reads", "test_host_waits_of_a_rollout"),
+}
+KINDS = {"lora": "LoRA", "full": "all weights"}
+
+
+def table() -> str:
+    from family_cases import FAMILIES
+
+    from tempflow.registry import KINDS as COMPONENTS
+
+    pipelines = COMPONENTS["policy"].ids
+    lines = [
+        "| models | pipeline in diffusers | " + " | ".join(COLUMNS) + " | on hardware |",
+        "|---|---|" + "---|" * (len(COLUMNS) + 1),
+    ]
+    for pipeline in pipelines:
+        names = [name for name, family in FAMILIES.items() if family.pipeline == pipeline]
+        for name in names or [None]:
+            cells = [_cell(name, module, tests) for module, *tests in COLUMNS.values()]
+            models = FAMILIES[name].models if name else "(by tests of its own)"
+            lines.append(f"| {models} | `{pipeline}` | " + " | ".join(cells) + f" | {_on_hardware(name)} |")
+    return "\n".join(lines)
+
+
+def _cell(name: str | None, module: str, tests: list[str]) -> str:
+    """What all the tests show of a family: nothing, the kinds of training, or just that they do."""
+    shown = [_parameters(getattr(importlib.import_module(module), test)) for test in tests]
+    if not all(any(name in row for row in rows) for rows in shown):
+        return ""
+    return ", ".join(words for kind, words in KINDS.items() if all((name, kind) in rows for rows in shown)) or "yes"
+
+
+def _parameters(test) -> list[tuple]:
+    """The rows of a test's parameters, one parametrization after the other."""
+    rows = []
+    for mark in getattr(test, "pytestmark", []):
+        if mark.name == "parametrize":
+            rows += [row if isinstance(row, tuple) else (row,) for row in mark.args[1]]
+    return rows
+
+
+def _on_hardware(name: str | None) -> str:
+    for entry in json.loads(HARDWARE.read_text(encoding="utf-8"))["paths"]:
+        if entry["path"] == name and entry["status"] == "hardware":
+            return f"{entry['card']}, {entry['date']}"
+    return ""
+
+
+def files() -> dict[Path, str]:
+    """What is generated: the text of README with its table. ValueError where its markers are missing."""
+    text = README.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    return {README: f"{before}{BEGIN}\n{table()}\n{END}{after}"}
+
+
+if __name__ == "__main__":
+    sys.path += [str(ROOT / folder) for folder in ("tests/engine", "tests/kernels", "recipes", "benchmarks", "engine", "kernels")]
+    for file, text in files().items():
+        file.write_text(text, encoding="utf-8")
+        print(file)
