@@ -198,6 +198,7 @@ FAMILIES = {
         (13.8, 11, 8),
         negative="",
         combine=lambda positive, negative, scale: positive + scale * (positive - negative),
+        models="Z-Image, Z-Image-Turbo",
     ),
     "wan": Family(
         wan_pipeline,
@@ -207,6 +208,7 @@ FAMILIES = {
         (12.2, 4, 8),
         negative="",
         frames=5,
+        models="Wan 2.1, 2.2 (text to video)",
     ),
 }
 GUIDED = [name for name, family in FAMILIES.items() if family.negative is not None]
