@@ -17,9 +17,10 @@ class WordDenoiser(torch.nn.Module):
         generator = torch.Generator().manual_seed(3)
         self.mix, self.query, self.value = (torch.nn.Parameter(torch.randn(3, n, generator=generator)) for n in (3, WIDTH, WIDTH))
 
-    def forward(self, x, sigma, text):
+    def forward(self, x, sigma, text, known=None):
         pixels = x.flatten(2).transpose(1, 2)  # [n, HW, 3]
-        attention = (pixels @ self.query @ text.transpose(1, 2)).softmax(2)
+        scores = pixels @ self.query @ text.transpose(1, 2)
+        attention = (scores if known is None else scores.masked_fill(~known[:, None], -torch.inf)).softmax(2)
         found = torch.tanh(pixels @ self.mix) + attention @ text @ self.value.T + sigma[:, None, None] * pixels
         return found.transpose(1, 2).reshape(x.shape)
 
@@ -55,9 +56,14 @@ class RaggedPolicy(GuidedPolicy):
     def sigmas(self, num_steps, size):
         return torch.linspace(1, 0, num_steps + 1)
 
+    def _join(self, negative, positive):
+        texts = [*negative["text"], *positive["text"]]
+        known = [torch.ones(len(text), dtype=torch.bool) for text in texts]
+        return {name: torch.nn.utils.rnn.pad_sequence(some, batch_first=True) for name, some in (("text", texts), ("known", known))}
+
     def _forward(self, denoiser, x, sigma, conditioning, size):
         self.rows_seen.append(len(x))
-        return denoiser(x, sigma, conditioning["text"])
+        return denoiser(x, sigma, conditioning["text"], conditioning.get("known"))
 
     def expected(self, example, x, sigma, guidance):
         """The velocity of one row, put together by hand."""
@@ -72,3 +78,16 @@ class RaggedPolicy(GuidedPolicy):
 
     def _decode(self, latents, size):
         return latents.repeat_interleave(CELL, 2).repeat_interleave(CELL, 3)
+
+
+class Sharded:
+    """A denoiser in an engine of ZeRO-3."""
+
+    def __init__(self, denoiser):
+        self.denoiser = denoiser
+
+    def zero_optimization_partition_weights(self):
+        return True
+
+    def __call__(self, *args, **kwargs):
+        return self.denoiser(*args, **kwargs)

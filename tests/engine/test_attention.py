@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from engine_cases import write_config
+from engine_cases import small_config, write_config
 from run_cases import script_here
 
 from tempflow.errors import UserError
@@ -64,6 +64,24 @@ def test_what_is_missing_is_named(machine, name, family, capability, dtypes, wor
         check_attention(name, str(CARDS / family), dtypes)
     assert all(word in str(refused.value) for word in ["model.attention_backend", repr(name), *words]), refused.value
     assert str(refused.value).count(";") == 0, "nothing else is missing"
+
+
+def test_two_lengths_in_one_forward_need_a_mask(machine):
+    """As the prompt and the negative prompt of a guided row have under ZeRO-3."""
+    from tempflow.training.shares import guides_in_one
+
+    machine((9, 0), *PACKAGES.values())
+    path = str(CARDS / "z-image")
+    check_attention("flash", path, HALF)
+    with pytest.raises(UserError, match="without a mask, and with guidance under ZeRO-3 ZImage masks"):
+        check_attention("flash", path, HALF, True)
+    asked = [
+        guides_in_one(
+            small_config(model={"path": model}, rollout={"guidance_scale": scale}, deepspeed={"zero_optimization": {"stage": stage}})
+        )
+        for model, scale, stage in ((path, 4.0, 3), (path, 4.0, 2), (path, 0.0, 3), (str(CARDS / "sd35-medium"), 4.0, 3))
+    ]
+    assert asked == [True, False, False, False]
 
 
 @pytest.mark.parametrize("name, package", PACKAGES.items())

@@ -9,6 +9,7 @@ from family_cases import DYNAMIC, FP32, NEGATIVES, PROMPTS, rescaled
 from kernel_cases import assert_close
 from PIL import Image
 from pipelines_qwen_image_edit import edit_pipeline, plain_pipeline
+from ragged_policy import Sharded
 
 from tempflow.errors import UserError
 from tempflow.models import load_policy
@@ -105,6 +106,10 @@ def test_a_negative_prompt_keeps_the_images(pairs, small_condition_images):
         positive = policy.velocity(policy.denoiser(), x, sigma, both, size, 1.0)
         negative = policy.velocity(policy.denoiser(), x, sigma, alone, size, 1.0)
     assert_close("velocity", guided, rescaled(positive, negative, 4.0), FP32)
+    assert both["encoder_hidden_states"].shape != both["negative_encoder_hidden_states"].shape
+    with torch.no_grad():  # in one forward, the shorter text padded and masked
+        joined = policy.velocity(Sharded(policy.denoiser()), x, sigma, both, size, 4.0)
+    assert_close("joined", joined, guided, FP32)
 
 
 def test_without_negative_prompts_there_is_no_guidance(pairs, small_condition_images):

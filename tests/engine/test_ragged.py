@@ -5,7 +5,7 @@ import pytest
 import torch
 from engine_cases import PlainRuntime, quiet_pool, small_config
 from kernel_cases import assert_close
-from ragged_policy import RaggedPolicy
+from ragged_policy import RaggedPolicy, Sharded
 from test_graphs import Recorded, cache_of
 
 from tempflow.errors import UserError
@@ -56,7 +56,7 @@ def rolled(session, prompts):
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_velocity_is_that_of_one_row(ragged, guidance):
-    """Guided by two forwards, whatever the shapes; the negative's may be another than the prompt's."""
+    """Guided by two forwards, whatever the shapes; the negative's may be another than the prompt's. By one through ZeRO-3's engine."""
     conditions, size = ragged.encode_each(PROMPTS), Size(16, 24)
     x, sigma = torch.randn(len(PROMPTS), *ragged.latent_shape(size)), torch.linspace(1, 0.2, len(PROMPTS))
     groups = by_shape(conditions.shapes)
@@ -68,6 +68,10 @@ def test_velocity_is_that_of_one_row(ragged, guidance):
         for n, place in enumerate(places):
             expected = ragged.expected(PROMPTS[place], x[place], sigma[place], guidance)
             assert_close("velocity", got[n], expected, FP32)
+        ragged.rows_seen.clear()
+        again = ragged.velocity(Sharded(ragged.denoiser()), x[places], sigma[places], conditions.rows(places), size, guidance)
+        assert ragged.rows_seen == [len(places) * (2 if guidance > 1 else 1)]
+        assert_close("velocity", again, got, FP32)
 
 
 def test_sample_groups_its_prompts(ragged):
@@ -240,7 +244,7 @@ def test_an_evaluation_is_in_the_order_of_the_prompts(ragged):
     assert [part for part, _, _ in parts] == [[0], [1, 5], [2, 3]]
     with quiet_pool(model.config) as (pool, specs):
         scored = evaluation.evaluate(pool, specs, PROMPTS, iter(parts), keep=2)
-    assert list(scored.indices) == chosen and sorted(scored.images) == [0, 1]
+    assert list(scored.indices) == chosen and sorted(scored.files) == [0, 1]
     images = {i: image for part, made, _ in parts for i, image in zip(part, made, strict=True)}
     with quiet_pool(model.config) as (pool, specs):
         for n, i in enumerate(chosen):

@@ -5,6 +5,7 @@ import torch
 from engine_cases import examples
 from family_cases import FP32
 from kernel_cases import assert_close
+from ragged_policy import Sharded
 
 from tempflow.errors import UserError
 from tempflow.models import by_shape, load_policy
@@ -37,6 +38,15 @@ def test_captions_of_any_length_equal_the_pipeline(pair, guidance, negatives):
     assert given == PROMPTS, "the pipeline's own function overwrites the list that it is given"
     call = {"height": 40, "width": 56, "num_inference_steps": 3, "guidance_scale": guidance, "output_type": "latent"}
     assert_close("latents", got, pipe(given, latents=x.clone(), **call, **more).images, FP32)
+
+
+def test_guidance_in_one_forward(pair):
+    """As through an engine of ZeRO-3: captions of two lengths, which the transformer masks."""
+    policy, _ = pair
+    size, conditioning = Size(32, 48), policy.encode(examples([PROMPTS[-1]], ["short"]))
+    x, sigma = latents_for(policy, 1, size), torch.tensor([0.6])
+    apart = policy.velocity(policy.denoiser(), x, sigma, conditioning, size, 3.0)
+    assert_close("velocity", policy.velocity(Sharded(policy.denoiser()), x, sigma, conditioning, size, 3.0), apart, FP32)
 
 
 def test_prompts_share_a_forward_up_to_a_multiple_of_32(pair):

@@ -46,19 +46,20 @@ BACKENDS = {
 }
 
 
-def check_attention(name: str | None, path: str, dtypes: dict[str, torch.dtype]) -> None:
+def check_attention(name: str | None, path: str, dtypes: dict[str, torch.dtype], guided_in_one: bool = False) -> None:
     """UserError where a backend lacks something here; those not in `BACKENDS` are left to diffusers.
 
-    path: the checkpoint's. dtypes: of the weights that will run with it, by config key.
+    path: the checkpoint's. dtypes: of the weights that will run with it, by config key. guided_in_one: whether a prompt and a negative
+    prompt of another length share forwards.
     """
     if name not in BACKENDS:
         return
-    missing = list(_missing(BACKENDS[name], path, dtypes))
+    missing = list(_missing(BACKENDS[name], path, dtypes, guided_in_one))
     if missing:
         raise UserError(f'model.attention_backend: {name!r} needs {"; ".join(missing)}. "native" needs nothing but torch')
 
 
-def _missing(needs: Needs, path: str, dtypes: dict[str, torch.dtype]):
+def _missing(needs: Needs, path: str, dtypes: dict[str, torch.dtype], guided_in_one: bool):
     if needs.package and find_spec(needs.package) is None:
         yield f"the package {needs.package}, which is not installed ({needs.install})"
     if needs.gpu and not uses_gpu():
@@ -74,6 +75,9 @@ def _missing(needs: Needs, path: str, dtypes: dict[str, torch.dtype]):
             yield f"bfloat16 or float16, and {key} gives {str(dtype).removeprefix('torch.')}"
     if not needs.masks and family_of(path).masks_text:
         yield f"text without a mask, and {family_of(path).__name__.removesuffix('Policy')} masks its text"
+    elif not needs.masks and guided_in_one:
+        name = family_of(path).__name__.removesuffix("Policy")
+        yield f"text without a mask, and with guidance under ZeRO-3 {name} masks the shorter one of prompt and negative prompt"
 
 
 def set_attention_backend(module: torch.nn.Module, name: str | None) -> None:

@@ -1,10 +1,10 @@
 """Classifier-free guidance, for families whose velocity is made of two forwards: with the prompt and with a negative one.
 
 Both halves go through the transformer as one batch of twice the rows, negative half first, so a row costs what two cost
-elsewhere, and the gradient flows through both. Where shapes differ between prompts the halves are two forwards, always: under
-ZeRO-3 a forward is a collective, so its number must not depend on which prompts a rank has. The negative prompt's embeddings are
-part of the conditioning, under the names of the prompt's with a prefix; a scale that does not guide (1 or less, as in diffusers)
-leaves them unused and runs one half.
+elsewhere, and the gradient flows through both. Where shapes differ between prompts the halves are two forwards, for every prompt, but
+one again through an engine of ZeRO-3: a forward there is a collective, so their number must not depend on which prompts a rank has,
+and DeepSpeed takes no second one before the backward. The negative prompt's embeddings are part of the conditioning, under the names
+of the prompt's with a prefix; a scale that does not guide (1 or less, as in diffusers) leaves them unused and runs one half.
 """
 
 from __future__ import annotations
@@ -20,23 +20,31 @@ from tempflow.types import Example, Size
 NEGATIVE = "negative_"
 
 
+Joined = dict[str, torch.Tensor | list[torch.Tensor]]  # a conditioning of rows of two shapes, where a family's `_forward` takes it
+
+
 def with_negatives(positive: Conditioning, negative: Conditioning) -> Conditioning:
     """The conditioning of guided rows: embeddings of n examples and of what each of them is guided away from."""
     return positive | {NEGATIVE + name: tensor for name, tensor in negative.items()}
 
 
 class GuidedPolicy(Policy):
-    """A family with classifier-free guidance. To write: `embed`, `_forward`, and `_combine` where it is not the plain one."""
+    """A family with classifier-free guidance. To write: `embed`, `_forward`, `_combine` where it is not the plain one, and `_join` where
+    the negative prompt's embeddings may have another shape."""
 
     default_negative_prompt = ""
 
     @abstractmethod
-    def _forward(self, denoiser, x: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning, size: Size) -> torch.Tensor:
+    def _forward(self, denoiser, x: torch.Tensor, sigma: torch.Tensor, conditioning: Joined, size: Size) -> torch.Tensor:
         """The denoiser's own prediction of n rows without guidance. x: [n, ...], its dtype the denoiser's."""
 
     def _combine(self, positive: torch.Tensor, negative: torch.Tensor, scale: float) -> torch.Tensor:
         """The guided velocity of two predictions, [n, ...] each, in their dtype as the pipeline does."""
         return negative + scale * (positive - negative)
+
+    def _join(self, negative: Conditioning, positive: Conditioning) -> Joined:
+        """The conditionings of n rows each as that of one forward of 2n rows."""
+        return {name: torch.cat([negative[name], tensor]) for name, tensor in positive.items()}
 
     def encode(self, examples: list[Example]) -> Conditioning:
         opposed = [self.opposed(example) for example in examples]
@@ -52,16 +60,28 @@ class GuidedPolicy(Policy):
         dtype = dtype or self.dtype
         positive = {name: tensor for name, tensor in conditioning.items() if not name.startswith(NEGATIVE)}
 
-        def forward(x: torch.Tensor, sigma: torch.Tensor, given: Conditioning) -> torch.Tensor:
-            given = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in given.items()}
-            return self._forward(denoiser, x.to(dtype), sigma, given, size)
+        def forward(x: torch.Tensor, sigma: torch.Tensor, given: Joined) -> torch.Tensor:
+            return self._forward(denoiser, x.to(dtype), sigma, {name: _cast(value, dtype) for name, value in given.items()}, size)
 
         if not self.guides(guidance):
             return forward(x, sigma, positive)
         negative = {name: conditioning[NEGATIVE + name] for name in positive}
-        if self.ragged:
+        if self.ragged and not _sharded(denoiser):
             opposed = forward(x, sigma, negative)
             return self._combine(forward(x, sigma, positive), opposed, guidance)
-        both = {name: torch.cat([negative[name], tensor]) for name, tensor in positive.items()}
+        both = self._join(negative, positive)
         opposed, predicted = forward(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
         return self._combine(predicted, opposed, guidance)
+
+
+def _cast(value: torch.Tensor | list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor | list[torch.Tensor]:
+    """In another dtype, where it holds floating-point numbers."""
+    if isinstance(value, list):
+        return [_cast(one, dtype) for one in value]
+    return value.to(dtype) if value.is_floating_point() else value
+
+
+def _sharded(denoiser) -> bool:
+    """Whether it is a DeepSpeed engine of ZeRO-3."""
+    asked = getattr(denoiser, "zero_optimization_partition_weights", None)
+    return asked is not None and asked()

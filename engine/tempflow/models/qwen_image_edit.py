@@ -20,6 +20,7 @@ from tempflow.models.qwen_image import QwenImagePolicy
 from tempflow.models.vae import encoding_whole
 from tempflow.types import Example
 
+TEXT = "encoder_hidden_states"
 IMAGE = "image_tokens_"  # and a number: [n, rows, columns, channels] of the conditioning
 AREA = 1024 * 1024  # pixels of an image for the VAE, about
 TEMPLATE = 6  # tokens of the template behind the prompt, and before each image
@@ -29,7 +30,7 @@ class QwenImageEditPolicy(QwenImagePolicy):
     """Guided velocities of a QwenImageTransformer2DModel that edits an image, as QwenImageEditPipeline asks for them."""
 
     ragged = True
-    masks_text = False  # nothing is padded
+    masks_text = False  # nothing is padded, but where `_join` must
     images_taken = (1, 1)
     embeds_with = ("vae",)
     encoder_area = AREA
@@ -76,16 +77,27 @@ class QwenImageEditPolicy(QwenImagePolicy):
         embeds = {"encoder_hidden_states": torch.empty(count, length, config.joint_attention_dim, **like)}
         return embeds | {f"{IMAGE}{n}": torch.empty(count, side, side, config.in_channels, **like) for n in range(images)}
 
+    def _join(self, negative, positive):
+        """With the shorter texts padded and masked, which changes nothing but the last bits."""
+        texts = [half[TEXT] for half in (negative, positive)]
+        if texts[0].shape == texts[1].shape:
+            return super()._join(negative, positive)
+        longest = max(text.shape[1] for text in texts)
+        padded = [torch.nn.functional.pad(text, (0, 0, 0, longest - text.shape[1])) for text in texts]
+        known = [torch.arange(longest, device=text.device).expand(len(text), -1) < text.shape[1] for text in texts]
+        images = super()._join(negative, {name: tensor for name, tensor in positive.items() if name != TEXT})
+        return {TEXT: torch.cat(padded), f"{TEXT}_mask": torch.cat(known), **images}
+
     def _forward(self, denoiser, x, sigma, conditioning, size):
-        images = [conditioning[f"{IMAGE}{n}"] for n in range(len(conditioning) - 1)]
+        images = [tensor for name, tensor in conditioning.items() if name.startswith(IMAGE)]
         grids = [(1, *self._packed_size(size)), *((1, *image.shape[1:3]) for image in images)]
         return denoiser(
             hidden_states=torch.cat([x, *(image.flatten(1, 2) for image in images)], dim=1),
             # The pipeline's own arithmetic: timesteps are 1000 sigma, rounded to the model's dtype.
             timestep=(sigma * 1000).to(x.dtype) / 1000,
             img_shapes=[grids] * len(x),
-            encoder_hidden_states=conditioning["encoder_hidden_states"],
-            encoder_hidden_states_mask=None,
+            encoder_hidden_states=conditioning[TEXT],
+            encoder_hidden_states_mask=conditioning.get(f"{TEXT}_mask"),
             return_dict=False,
         )[0][:, : x.shape[1]]
 

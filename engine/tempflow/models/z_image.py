@@ -98,6 +98,9 @@ class ZImagePolicy(GuidedPolicy):
         scheduler.set_timesteps(sigmas=given, mu=resolution_shift(scheduler, rows * columns, 1.15))
         return scheduler.sigmas.float().cpu()
 
+    def _join(self, negative, positive):
+        return {name: [*negative[name], *tensor] for name, tensor in positive.items()}  # the transformer masks what is shorter
+
     def _forward(self, denoiser, x, sigma, conditioning, size):
         captions = list(zip(conditioning["caption"], conditioning["filled"], strict=True))
         # The pipeline's own arithmetic: time runs from 0 to 1, and the prediction is the velocity towards the image.

@@ -34,6 +34,12 @@ def check_shares(config: Config, prompts: list[Example], heldout: list[Example])
             )
 
 
+def guides_in_one(config: Config) -> bool:
+    """Whether a prompt and its negative prompt share a forward where their lengths differ: see `tempflow.models.guidance`."""
+    family, sharded = family_of(config.model.path), config.deepspeed.get("zero_optimization", {}).get("stage", 0) == 3
+    return sharded and family.ragged and family.default_negative_prompt is not None and family.guides(config.rollout.guidance_scale)
+
+
 def prompt_order(config: Config, prompts: list[Example]) -> PromptOrder:
     """The order in which the run meets its prompts."""
     return PromptOrder(len(prompts), config.data.prompts_per_iteration, config.training.seed)
