@@ -72,6 +72,33 @@ Z_IMAGE = {key: value for key, value in COMMON.items() if not key.startswith(("r
     "model.lora.rank": 64,
     "model.lora.alpha": 128,
 }
+# What Flow-GRPO's own config for the model has, config/grpo.py, general_ocr_wan2_1; its sampling is another.
+WAN = {
+    "rollout.height": 240,
+    "rollout.width": 416,
+    "rollout.frames": 33,
+    "rollout.guidance_scale": 4.5,
+    "rollout.sde.type": "flow",
+    "model.lora.rank": 32,
+    "model.lora.alpha": 64,
+    "training.updates.passes": 1,
+    "training.objective.type": "grpo",
+    "training.objective.clip_low": 1e-3,
+    "training.objective.clip_high": 1e-3,
+    "training.penalty.type": "kl",
+    "training.penalty.coef": 0.004,
+    "training.penalty.form": "x",
+    "training.advantage.clip": 5.0,
+    "training.ema.decay": 0.9,
+    "training.ema.every": 8,
+    "deepspeed.optimizer.type": "AdamW",
+    "deepspeed.optimizer.params.lr": 1e-4,
+    "deepspeed.optimizer.params.betas": [0.9, 0.999],
+    "deepspeed.optimizer.params.eps": 1e-8,
+    "deepspeed.optimizer.params.weight_decay": 1e-4,
+    "deepspeed.gradient_clipping": 1.0,
+    "eval.num_steps": 50,
+}
 
 SHIPPED = {  # config: (what it is for, the paper's values that it is held against)
     "flux_zero3": ("FLUX.1-dev, all weights, one node of 8 GPUs with 80 GB", FLUX),
@@ -92,6 +119,7 @@ SHIPPED = {  # config: (what it is for, the paper's values that it is held again
         QWEN_EDIT,
     ),
     "z_image_lora": ("Z-Image, LoRA, one GPU with 48 GB", Z_IMAGE),
+    "wan21_1b_lora": ("Wan2.1 1.3B, text to video, LoRA, one GPU with 24 GB; with `model.path` Wan2.1 14B, one with 80 GB", WAN),
     "tiny_ocr": ("the small model that ships with the project, a CPU of 2 cores", SD35),
 }
 
@@ -124,18 +152,23 @@ WHY = {
     "Editing and control: the shipped scenes and depth maps, which show that a run works and no more.",
     "data.heldout": "Other words than in training. Editing and control: other scenes.",
     "data.embedding_cache": "T5-XXL or Qwen2.5-VL leaves the GPU once the prompts are embedded; the small model's encoders are in "
-    "nobody's way. FLUX.2: 7.9 MB a prompt, 36 GB for the shipped words.",
+    "nobody's way. FLUX.2: 7.9 MB a prompt, 36 GB for the shipped words. Wan: 4.2 MB a prompt.",
     "data.prompts_per_iteration": "With 4 seeds these are the paper's 48 groups an iteration. Qwen-Image is four times as dear, "
     "so it has a third of them; flux_first: 4, as an hour has room for; tiny_ocr has one seed, so 8 groups, as many as two CPU "
     "cores roll out in seconds. FLUX.2: as Qwen-Image, since cards of 48 GB are slower. Editing: fewer, since "
-    "the tokens of a condition image of a megapixel are four times those of the output.",
+    "the tokens of a condition image of a megapixel are four times those of the output. "
+    "Wan: 16 groups, 4 minutes on an H100 by the dry run.",
     "rollout.plan.type": "Trunks with children at every branch step.",
     "rollout.height": "flux_first: a quarter of the pixels costs a quarter; Qwen-Image below its native 1328, to be affordable; "
-    "tiny_ocr: what the small model makes. FLUX.2: between the 384 and 1024 of Flow-Factory's training and evaluation.",
+    "tiny_ocr: what the small model makes. FLUX.2: between the 384 and 1024 of Flow-Factory's training and evaluation. Wan: "
+    "half its native 480, as in Flow-GRPO's config for it.",
     "rollout.width": "As above.",
-    "rollout.num_steps": "Training needs a reward's order, not the best image. Editing: Flow-GRPO's recipes for these models.",
+    "rollout.frames": "Wan: two seconds at its 16 frames a second, as in Flow-GRPO's config for it.",
+    "rollout.num_steps": "Training needs a reward's order, not the best image. Editing: Flow-GRPO's recipes for these models. "
+    "It takes 20 for Wan, Flow-Factory 10.",
     "rollout.plan.seeds": "flux_first, tiny_ocr: one seed of more prompts covers more words in the same time.",
-    "rollout.plan.children": "Rewards of six children of one state are what an advantage is normalized over.",
+    "rollout.plan.children": "Rewards of six children of one state are what an advantage is normalized over. Wan: four, "
+    "because a video costs more than an image.",
     "rollout.plan.branch_steps": "Every step but the last, which takes no noise. flux_first: three, spread over the grid, for 2.4 "
     "times fewer forwards. tiny_ocr: those where its rewards spread, without the first, which decides colors.",
     "rollout.sde.type": "The stochastic step of Flow-GRPO.",
@@ -143,7 +176,7 @@ WHY = {
     "rollout.guidance_scale": "FLUX embeds it (flux_control_lora: the model card's value); SD3.5 and Qwen-Image pay a second half of "
     "each forward for it. Qwen-Image: its "
     "authors' `true_cfg_scale`. The small model has none. FLUX.2 [klein] base: diffusers' example, and Flow-Factory's recipe for it. "
-    "Z-Image: the recipe's, and its authors' example; for Turbo set 0.",
+    "Z-Image: the recipe's, and its authors' example; for Turbo set 0. Wan: Flow-GRPO's; the pipeline's default is 5.",
     "rollout.micro_batch": "The largest that leaves room on the card; `--dry-run` says how much. It changes speed alone.",
     "rollout.decode_batch": "The decoder at 1024 px holds more than the transformer's forward does; it changes speed alone.",
     "rollout.graphs": "A forward is one launch instead of some thousand. Not tried on a GPU yet: a rehearsal at the start turns it off "
@@ -161,6 +194,7 @@ WHY = {
     "rewards.clip_image.weight": "Likeness to the image before the edit, so that what was not asked for stays; as Flow-GRPO's recipes.",
     "rewards.ocr.weight": "The only reward; flux_first watches it at evaluations alone, to see whether the words stay legible.",
     "rewards.ocr.detect": "True finds the text in a large image first; the small model's images are text from edge to edge.",
+    "rewards.ocr.frames": "Wan: the mean over four frames of each video, from the first to the last.",
     "rewards.pickscore.weight": "flux_control_lora: what people prefer, since depth maps ask for no words. The "
     "advantages of one reward do not depend on its weight.",
     "rewards.pickscore.device": "Beside the policy: 2 GB.",
@@ -181,7 +215,8 @@ WHY = {
     "training.advantage.over": "The initial noise is held fixed, so that only exploration is compared.",
     "training.advantage.clip": "A bound for groups with one outlier.",
     "training.objective.type": "GRPO's clipped loss.",
-    "training.objective.clip_low": "So small because the log-probability is a mean over latent elements. tiny_ocr: its latents have few.",
+    "training.objective.clip_low": "So small because the log-probability is a mean over latent elements. tiny_ocr: its latents have few. "
+    "Wan: Flow-GRPO's.",
     "training.objective.clip_high": "As above.",
     "training.weighting": "A step's loss weighs as much as its noise could change.",
     "training.penalty": "flux_zero3: none, which saves a reference's forwards "
@@ -197,14 +232,16 @@ WHY = {
     "training.merge.shape": "Equal weights, which are a linear decay.",
     "training.seed": "Any.",
     "eval.every": "By the dry run, a fiftieth of the time between two of them for FLUX; flux_first: ten in the run.",
-    "eval.num_steps": "As one would use the model. flux_first: enough to see. Qwen-Image: its authors' number. FLUX.2: diffusers' example.",
-    "eval.prompts": "The paper does not say. More prompts, less noise in the curve.",
+    "eval.num_steps": "As one would use the model. flux_first: enough to see. Qwen-Image: its authors' number. FLUX.2: diffusers' example. "
+    "Wan: the pipeline's default.",
+    "eval.prompts": "The paper does not say. More prompts, less noise in the curve; Wan's cost 50 forwards of a video each.",
     "checkpoint.every": "What a crash may cost at most.",
     "checkpoint.keep": "The newest two, and the best. flux_first: the newest, and the best.",
     "logging.dir": "Below the working directory.",
     "deepspeed.optimizer.type": "As the paper's code.",
     "deepspeed.optimizer.params.lr": "flux_zero3: all weights move, so a thirtieth of LoRA's; Qwen-Image: a third, for a model "
-    "nobody has tuned so; tiny_ocr: measured, see the log. FLUX.2: the paper's, as Flow-Factory's recipe for [klein] base has it.",
+    "nobody has tuned so; tiny_ocr: measured, see the log. FLUX.2: the paper's, as Flow-Factory's recipe for [klein] base has it. "
+    "Wan: Flow-GRPO's.",
     "deepspeed.optimizer.params.betas": "tiny_ocr: fewer updates than 0.999 averages over.",
     "deepspeed.optimizer.params.eps": "AdamW's own default.",
     "deepspeed.optimizer.params.weight_decay": "As the paper's code.",
@@ -228,7 +265,8 @@ A value in **bold** is what the paper's own code uses for that model; every othe
 held against the paper's FLUX.1-dev, the others against its SD3.5-medium, though Qwen-Image, FLUX.2 and the small model are
 not in the paper. The two configs for editing are held against Flow-GRPO's recipes for these models where those say something,
 and are untuned. Z-Image is held against Flow-Factory's recipe; the plan and the penalty are this project's, untuned for it.
-FLUX.2's values are untuned: nobody here has run them. Where two configs differ for the same model, the key's reason says why.
+Wan is held against Flow-GRPO's own config for it (config/grpo.py, general_ocr_wan2_1). The values of FLUX.2 and Wan are untuned:
+nobody here has run them. Where two configs differ for the same model, the key's reason says why.
 
 """
 

@@ -22,6 +22,7 @@ from pipelines_flux import flux_pipeline
 from pipelines_flux_control import control_images, flux_control_pipeline, of_the_mode
 from pipelines_qwen_image import qwen_pipeline
 from pipelines_sd3 import sd3_pipeline
+from pipelines_wan import FIRST_ORDER, wan_pipeline
 from pipelines_z_image import z_image_pipeline
 
 from tempflow.models import Conditioning, index_rows
@@ -118,8 +119,13 @@ class Family:
             more |= self.given(images[rows]) if images else {}
             with self.during():
                 out = pipe(prompt=PROMPTS[rows], latents=latents[rows].clone(), **more, **call)
-            found += out.images if self.frames == 1 else out.frames
+            found += [*(out.images if self.frames == 1 else out.frames)]
         return found if decode else torch.stack(found)
+
+    @property
+    def rewards(self) -> dict:
+        """The entry of a reward that costs nothing."""
+        return {"engine_rewards:contrast": 1.0 if self.frames == 1 else {"weight": 1.0, "frames": 2}}
 
     def prompt_files(self, folder: Path, size: Size) -> dict[str, str]:
         """data.train and data.heldout; of a family with condition images, with two different sets of them in turn."""
@@ -192,6 +198,17 @@ FAMILIES = {
         (13.8, 11, 8),
         negative="",
         combine=lambda positive, negative, scale: positive + scale * (positive - negative),
+        models="Z-Image, Z-Image-Turbo",
+    ),
+    "wan": Family(
+        wan_pipeline,
+        "WanPipeline",
+        "wan21_1b_lora",
+        {"unipc": {"by_unipc": FIRST_ORDER}, "shifted": {"shift": 3.0}},
+        (12.2, 4, 8),
+        negative="",
+        frames=5,
+        models="Wan 2.1, 2.2 (text to video)",
     ),
 }
 GUIDED = [name for name, family in FAMILIES.items() if family.negative is not None]

@@ -43,15 +43,19 @@ def text_encoder(tokens: int):
     return made
 
 
+FIRST_ORDER = {"solver_order": 1, "disable_corrector": list(range(1000))}  # the UniPC that is Euler on its grid
+
+
 def unipc(**options):
     from diffusers import UniPCMultistepScheduler
 
     return UniPCMultistepScheduler(**{**UNIPC, **options})
 
 
-def wan_pipeline(folder: Path, scheduler=None, *, experts: bool = False, small_vae: bool = False, **scheduling) -> Path:
-    """A WanPipeline, with Euler's scheduler where none is given.
+def wan_pipeline(folder: Path, by_unipc: dict | None = None, *, experts: bool = False, small_vae: bool = False, **scheduling) -> Path:
+    """A WanPipeline with Euler's scheduler, or UniPC.
 
+    by_unipc: options of UniPC.
     experts: two transformers with a boundary, as in Wan 2.2 A14B.
     small_vae: the VAE and the timesteps of Wan 2.2 5B, which compress 16 times a side.
     """
@@ -68,7 +72,7 @@ def wan_pipeline(folder: Path, scheduler=None, *, experts: bool = False, small_v
         tokenizer=tokenizer,
         text_encoder=text_encoder(len(tokenizer)),
         vae=vae(**more),
-        scheduler=scheduler or FlowMatchEulerDiscreteScheduler(**scheduling),
+        scheduler=FlowMatchEulerDiscreteScheduler(**scheduling) if by_unipc is None else unipc(**by_unipc),
         transformer=transformer(1),
         transformer_2=transformer(4) if experts else None,
         boundary_ratio=0.875 if experts else None,

@@ -38,7 +38,6 @@ from tempflow.training.session import Session, assemble
 ONE_UNIT = [
     "data.prompts_per_iteration=1",
     "rollout.plan.seeds=1",
-    'rewards={"engine_rewards:contrast": 1.0}',
     "reward_pool.workers=0",
     "training.updates.parts=1",  # `batches` has all states in one
 ]
@@ -193,7 +192,11 @@ class SimulatedRun:
         if changes is None:  # whole micro-batches of states
             full = STATES - STATES % load_config(file).training.micro_batch
             changes = ["rollout.num_steps=5", f"rollout.plan.branch_steps={list(range(full))}"]
-        self.config = load_config(file, [f"model.path={model.card}", *ONE_UNIT, *changes])
+        rewards, frames = {"engine_rewards:contrast": 1.0}, []
+        if load_config(file).rollout.frames > 1:  # the first frames and the next, which the decoder makes in another way
+            rewards, frames = {"engine_rewards:contrast": {"weight": 1.0, "frames": 2}}, ["rollout.frames=5"]
+        shared = [f"model.path={model.card}", f"rewards={json.dumps(rewards)}", *frames, *ONE_UNIT]
+        self.config = load_config(file, [*shared, *changes])
         self.prompts = load_prompts(self.config.data.train)
 
     def make_runtime(self) -> Runtime:

@@ -9,7 +9,6 @@ from family_cases import FAMILIES, FP32, NEGATIVES, PROMPTS, latents_for
 from kernel_cases import assert_close
 
 from tempflow.errors import UserError
-from tempflow.media import still
 from tempflow.models import check_model, check_size, index_rows, load_policy
 from tempflow.models.embeddings import EmbeddingCache
 
@@ -33,7 +32,7 @@ def test_sample_equals_the_pipeline(family_pairs, name, kind, case, height, widt
     images = family.sampled(policy, x, *call, decode=True)
     wanted = family.reference(pipe, x, *call, decode=True)
     if family.frames > 1:
-        wanted = [still((np.asarray(video) * 255).round().astype(np.uint8)) for video in wanted]
+        wanted = [(np.asarray(video) * 255).round().astype(np.uint8) for video in wanted]
     difference = np.stack(images).astype(int) - np.stack(wanted)
     assert np.abs(difference).max() <= 1 and (difference != 0).mean() < 1e-3, "a level here and there, by rounding"
     assert np.stack(wanted).std() > 1, "there is something in the images"
@@ -122,7 +121,7 @@ def test_impossible_size(family_pairs, family_folders, name, height, width):
     assert check_model(folder) == family.pipeline
     check_size(folder, family.size(32, 96))
     for call in (policy.latent_shape, partial(policy.sigmas, 4), partial(check_size, folder)):
-        with pytest.raises(UserError, match=f"rollout.height, rollout.width: {height} x {width}.*; both must be multiples of 8"):
+        with pytest.raises(UserError, match=f"rollout.height, rollout.width: {height} x {width}.*; both must be multiples of "):
             call(family.size(height, width))
 
 

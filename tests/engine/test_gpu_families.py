@@ -56,6 +56,7 @@ def check_graphs(folder, files, family, dtype, device, capture):
             "guidance_scale": family.scale,
             **({"frames": family.frames} if family.frames > 1 else {}),
         },
+        rewards=family.rewards,
     )
     weight = next(p for name, p in policy.denoiser().named_parameters() if name.endswith("to_q.weight"))
     original, found = weight.clone(), []

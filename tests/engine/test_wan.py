@@ -9,17 +9,16 @@ import torch
 from engine_cases import examples
 from family_cases import FP32, NEGATIVES, PROMPTS
 from kernel_cases import assert_close
-from pipelines_wan import unipc, wan_pipeline
+from pipelines_wan import FIRST_ORDER, unipc, wan_pipeline
 
 from tempflow.errors import UserError
 from tempflow.models import check_checkpoint, check_size, family_of, index_rows, load_denoiser, load_policy
 from tempflow.types import Example, Size
 
-FIRST_ORDER = {"solver_order": 1, "disable_corrector": list(range(1000))}
 KINDS = {
     "euler": {"shift": 3.0},
-    "unipc": {"scheduler": unipc(**FIRST_ORDER)},
-    "experts": {"scheduler": unipc(**FIRST_ORDER), "experts": True},
+    "unipc": {"by_unipc": FIRST_ORDER},
+    "experts": {"by_unipc": FIRST_ORDER, "experts": True},
     "small_vae": {"small_vae": True, "shift": 5.0},
 }
 SIZES = [Size(32, 96, 5), Size(64, 64, 1)]
@@ -137,7 +136,7 @@ def test_unipc_of_second_order_is_another_solver(pairs, tmp_path):
 )
 def test_a_unipc_that_is_no_euler_is_refused(tmp_path, options, words):
     with pytest.raises(UserError, match=f"model.path: scheduler: .*{words}"):
-        check_checkpoint(wan_pipeline(tmp_path / "wan", unipc(**options)))
+        check_checkpoint(wan_pipeline(tmp_path / "wan", options))
 
 
 def test_dynamic_shifting_is_refused(tmp_path):

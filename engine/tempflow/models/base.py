@@ -53,11 +53,10 @@ def resolution_shift(scheduler, length: int, max_shift: float) -> float:
     return length * slope + (low - slope * short)
 
 
-def _as_bytes(decoded: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """The uint8 image [H, W, 3] or video [F, H, W, 3] of [3, ..., H, W] in about [-1, 1], and whether that is finite, bool [1]."""
-    finite = decoded.isfinite().all()[None].cpu().numpy()
+def _as_bytes(decoded: torch.Tensor) -> torch.Tensor:
+    """The uint8 image [H, W, 3] or video [F, H, W, 3] of [3, ..., H, W] in about [-1, 1]."""
     pixels = torch.nan_to_num(decoded.float()) * 0.5 + 0.5  # as diffusers' processors of images and of videos
-    return pixels.clamp_(0, 1).mul_(255).round_().to(torch.uint8).movedim(0, -1).cpu().numpy(), finite
+    return pixels.clamp_(0, 1).mul_(255).round_().to(torch.uint8).movedim(0, -1)
 
 
 def _images(count: int) -> str:
@@ -269,8 +268,9 @@ class Policy(ABC):
         decoded = self._decode(latents, size)
         if decoded.ndim == 5 and size.frames == 1:
             decoded = decoded.squeeze(2)
-        images, finite = zip(*map(_as_bytes, decoded))  # one by one: in fp32, a batch of videos would be four times their size
-        images, finite = np.stack(images), np.concatenate(finite) & latents.isfinite().flatten(1).all(1).cpu().numpy()
+        finite = (latents.isfinite().flatten(1).all(1) & decoded.isfinite().flatten(1).all(1)).cpu().numpy()
+        # One by one, because a batch of videos is four times as large in fp32; fetched at once.
+        images = torch.stack([_as_bytes(one) for one in decoded]).cpu().numpy()
         images[~finite] = no_image(size.height, size.width)
         return images, finite
 

@@ -121,6 +121,7 @@ class WanPolicy(GuidedPolicy):
         return type(self.pipe.scheduler).__name__ == UNIPC
 
     def sigmas(self, num_steps: int, size: Size) -> torch.Tensor:
+        self.latent_shape(size)  # which refuses a size
         scheduler = self.pipe.scheduler
         if scheduler.config.get("use_dynamic_shifting"):
             raise UserError("model.path: scheduler: sets use_dynamic_shifting, for which WanPipeline gives no mu; set it to false")

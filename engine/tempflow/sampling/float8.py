@@ -51,7 +51,8 @@ def float8_bytes(transformer: torch.nn.Module) -> int:
 
 def obstacle(transformer: torch.nn.Module) -> str | None:
     """Why a transformer can have no float8 copy here; None where it can. A CPU can, slowly: to see what it does to rewards."""
-    weight = next(transformer.parameters())
+    layers = float8_layers(transformer)
+    weight = next((layer.weight for layer in layers.values()), next(transformer.parameters()))  # some others stay in fp32 (Wan)
     if not hasattr(F, "scaled_mm"):
         return f"it needs torch 2.10 or later, this is {torch.__version__}"
     if weight.device.type == "cuda":
@@ -62,7 +63,7 @@ def obstacle(transformer: torch.nn.Module) -> str | None:
             return f"it needs compute capability 8.9 or later, {name} has {capability[0]}.{capability[1]}"
         if weight.dtype != torch.bfloat16:
             return f"on a GPU it needs model.dtype bfloat16, not {str(weight.dtype).removeprefix('torch.')}"
-    if not float8_layers(transformer):
+    if not layers:
         return f"{type(transformer).__name__} has no linear layer in its blocks whose sizes are multiples of {SIDES}"
     return None
 
