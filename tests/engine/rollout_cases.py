@@ -34,7 +34,8 @@ class Units(Denoise):
         def at(transformer, x, sigma, conditioning):
             return transformer(x, sigma, [by_index[i] for i in conditioning["place"].tolist()])
 
-        sampler = SimpleNamespace(latent_shape=shape, policy=SimpleNamespace(device=torch.device("cpu")), velocity=at)
+        policy = SimpleNamespace(device=torch.device("cpu"), expert=lambda sigma: 0, only=lambda transformer, expert: transformer)
+        sampler = SimpleNamespace(latent_shape=shape, policy=policy, velocity=at)
         super().__init__(sampler, velocity, {}, {}, coarse)
 
     def conditions(self, units):

@@ -6,13 +6,16 @@ import json
 import numpy as np
 import pytest
 import torch
-from engine_cases import examples
-from family_cases import FP32, NEGATIVES, PROMPTS
+from engine_cases import Iteration, examples, small_config
+from family_cases import FAMILIES, FP32, NEGATIVES, PROMPTS
 from kernel_cases import assert_close
 from pipelines_wan import FIRST_ORDER, unipc, wan_pipeline
+from test_gpu_families import check_graphs
+from test_graphs import Recorded
 
+from tempflow.data.prompts import load_prompts
 from tempflow.errors import UserError
-from tempflow.models import check_checkpoint, check_size, family_of, index_rows, load_denoiser, load_policy
+from tempflow.models import check_checkpoint, check_size, family_of, index_rows, load_denoiser, load_policy, wan_experts
 from tempflow.types import Example, Size
 
 KINDS = {
@@ -219,3 +222,44 @@ def test_a_boundary_without_a_second_expert_is_refused(tmp_path):
     with pytest.raises(UserError, match="model_index.json names no transformer_2, which a WanPipeline needs"):
         load_policy(folder)
     assert family_of(folder).denoiser_parts(index) == ("transformer",)
+
+
+# ------------------------------------------------------------------------------------------------------ rollouts
+def test_a_captured_rollout_knows_its_experts(pairs, tmp_path, monkeypatch):
+    """Nothing asks the rows' noise levels, which would make the host wait; the states are those of eager batches."""
+    policy, pipe = pairs("experts")
+    assert [policy.expert(sigma) for sigma in (1.0, 0.875, 0.8749, 0.1)] == [0, 0, 1, 1]
+    assert pairs("unipc")[0].expert(0.1) == 0
+    read = wan_experts._read
+    monkeypatch.setattr(wan_experts, "_read", lambda low, rows: read(low, rows) if isinstance(low, bool) else pytest.fail("it waits"))
+    check_graphs(pipe.config._name_or_path, tmp_path, FAMILIES["wan"], "float32", "cpu", Recorded(nbytes=1))
+
+
+def test_a_rollout_with_two_experts_is_its_replay(pairs):
+    """Every state's velocity in the rollout, in batches of one expert, is that of a mixed batch as training has it."""
+    policy, pipe = pairs("experts")
+    config = small_config(
+        model={"path": str(pipe.config._name_or_path)},
+        rollout={
+            "height": 32,
+            "width": 32,
+            "frames": 5,
+            "num_steps": 4,
+            "plan": {"branch_steps": [0, 2]},
+            "micro_batch": 4,
+            "guidance_scale": 2.0,
+        },
+        rewards=FAMILIES["wan"].rewards,
+    )
+    states = Iteration(policy, config).rolled.kept.states
+    assert {policy.expert(state.sigma) for state in states} == {0, 1}
+    prompts = [state.unit.prompt_id for state in states]
+    words = load_prompts(config.data.train)
+    conditioning = policy.encode([words[n] for n in prompts])
+    x, sigma = torch.stack([state.x for state in states]), torch.tensor([state.sigma for state in states])
+    with torch.no_grad():
+        v = policy.velocity(policy.denoiser(), x, sigma, conditioning, config.rollout.size, 2.0)
+    for n, state in enumerate(states):
+        mean = state.a * state.x + state.b * v[n]
+        score = -((state.children - mean) ** 2).flatten(1).mean(1) / (2 * state.tau**2)
+        assert_close(f"state {n}", score - score.mean(), state.log_prob - state.log_prob.mean(), 1e-4)

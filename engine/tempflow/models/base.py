@@ -11,7 +11,7 @@ import warnings
 from abc import ABC, abstractmethod
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Iterator
+from typing import Any, Callable, Iterator
 
 import numpy as np
 import torch
@@ -138,6 +138,14 @@ class Policy(ABC):
     def set_denoiser(self, module: torch.nn.Module) -> None:
         """Predict with another module of the same kind from now on."""
         self.pipe.register_modules(transformer=module)
+
+    def expert(self, sigma: float) -> int:
+        """Which of the denoiser's experts predicts rows at a noise level, counted from 0: rows of two share no forward of a rollout."""
+        return 0
+
+    def only(self, denoiser: Callable, expert: int) -> Callable:
+        """A denoiser for rows of one expert, which it need not read from their noise levels: a captured forward cannot."""
+        return denoiser
 
     @property
     def transformer(self) -> torch.nn.Module:
@@ -366,7 +374,8 @@ class Sampler:
         no_key = torch.zeros(len(x), 1, dtype=torch.int64, device=x.device)
         for k in range(num_steps):
             sigma, a, b, tau = (s[k].expand(len(x)).to(x.device) for s in (sigmas, grid.a, grid.b, grid.tau))
-            v = self.velocity(self.policy.denoiser(), x, sigma, conditioning)
+            denoiser = self.policy.only(self.policy.denoiser(), self.policy.expert(sigmas[k].item()))
+            v = self.velocity(denoiser, x, sigma, conditioning)
             x = sde_step(x, v, a, b, tau, key=no_key)[0][:, 0]
         return x
 

@@ -8,6 +8,8 @@ for which one a row gives the same velocity.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
@@ -80,6 +82,18 @@ class WanPolicy(GuidedPolicy):
         parts = dict(module.named_children()) if isinstance(module, Experts) else {"transformer": module}
         self.pipe.register_modules(**parts)
 
+    def expert(self, sigma: float) -> int:
+        return 0 if self._boundary is None else int(self._timesteps(torch.tensor(sigma)) < self._boundary)
+
+    def only(self, denoiser, expert):
+        return denoiser if self._boundary is None else partial(denoiser, low=expert == 1)
+
+    @property
+    def _boundary(self) -> float | None:
+        """The timestep below which the second expert predicts."""
+        ratio = self.pipe.config.boundary_ratio
+        return None if ratio is None else ratio * TIMESTEPS
+
     # ---------------------------------------------------------------------------------------------- conditioning
     @classmethod
     def identity(cls, example: Example) -> tuple[str, ...]:
@@ -136,8 +150,8 @@ class WanPolicy(GuidedPolicy):
 
     def _forward(self, denoiser, x, sigma, conditioning, size):
         timestep = self._timesteps(sigma)
-        boundary = self.pipe.config.boundary_ratio
-        more = {} if boundary is None else {"low": timestep < boundary * TIMESTEPS}
+        known = self._boundary is None or isinstance(denoiser, partial)  # by `only`
+        more = {} if known else {"low": timestep < self._boundary}
         return denoiser(hidden_states=x, timestep=timestep, **conditioning, **more, return_dict=False)[0]
 
     def _decode(self, latents: torch.Tensor, size: Size) -> torch.Tensor:

@@ -34,11 +34,11 @@ class Experts(ModelMixin, PeftAdapterMixin):
         hidden_states: [n, C, F, H, W].
         timestep: fp32 [n].
         encoder_hidden_states: [n, tokens, D].
-        low: bool [n], the rows of the expert for low noise. The host reads it.
+        low: whether each row is for the expert for low noise, bool [n], which the host reads; or one bool for all.
         Returns [n, C, F, H, W] alone in a tuple.
         """
         inputs = {"hidden_states": hidden_states, "timestep": timestep, "encoder_hidden_states": encoder_hidden_states}
-        runs = [(which, len(list(run))) for which, run in groupby(_read(low))]
+        runs = [(which, len(list(run))) for which, run in groupby(_read(low, len(hidden_states)))]
         lengths = [length for _, length in runs]
         split = {name: tensor.split(lengths) for name, tensor in inputs.items()}
         pieces = list(hidden_states.split(lengths))
@@ -69,8 +69,10 @@ class Experts(ModelMixin, PeftAdapterMixin):
         return out[:0].reshape(0, *x.shape[1:])
 
 
-def _read(low: torch.Tensor) -> list[bool]:
-    return [False] * len(low) if low.is_meta else low.tolist()  # both experts cost alike
+def _read(low: torch.Tensor | bool, rows: int) -> list[bool]:
+    if isinstance(low, bool):
+        return [low] * rows
+    return [False] * rows if low.is_meta else low.tolist()  # on the meta device either will do: both cost alike
 
 
 def _joined(tensors: list[torch.Tensor]) -> torch.Tensor:

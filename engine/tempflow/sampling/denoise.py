@@ -5,7 +5,7 @@ That is what a CUDA graph can capture: everything that differs from batch to bat
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,8 @@ class Denoise:
     """A prompt's place among them, by its `Unit.prompt_id`."""
     coarse_transformer: Any = None
     """Used in the coarse steps of a suffix, where it is another one."""
+    expert: int = 0
+    """The one that predicts the rows of a launch, of a denoiser of several."""
 
     @property
     def device(self) -> torch.device:
@@ -41,6 +43,10 @@ class Denoise:
         """Of the conditioning of a unit's prompt: rows share a forward with rows of the same."""
         return self.conditioning.shapes[self.places[unit.prompt_id]]
 
+    def of(self, expert: int) -> Denoise:
+        """The same for rows of an expert."""
+        return self if expert == self.expert else replace(self, expert=expert)
+
     def step(self, **inputs):
         """One launch of everything: the velocity [n, ...], the next latents fp32 [n, 1, ...], their log-probabilities [n, 1]."""
         return self._step_along(self.transformer, **inputs)
@@ -50,7 +56,7 @@ class Denoise:
         return self._step_along(self.coarse_transformer, **inputs)
 
     def _step_along(self, transformer, x, sigma, a, b, tau, key, v_before=None, bend=None, extrapolated=None, **conditioning):
-        v = self.sampler.velocity(transformer, x, sigma, conditioning)
+        v = self.sampler.velocity(self.sampler.policy.only(transformer, self.expert), x, sigma, conditioning)
         used = v
         if v_before is not None:  # v itself stays in its dtype, as training will see it
             used = v.float() + bend.reshape(-1, *[1] * (v.ndim - 1)) * (v.float() - v_before)

@@ -113,7 +113,7 @@ def _in_words(error: Exception) -> str:
 class GraphCache:
     """Runs functions of tensors by replaying their captured graphs; `cache(function, inputs)` equals `function(**inputs)`.
 
-    Functions are told apart by name, because each rollout brings its own of the same.
+    Functions are told apart by name and expert (`Denoise.expert`), because each rollout brings its own of the same.
 
     capture(function, inputs) -> Captured; raises CannotCapture for what is to run eagerly. limit_bytes: least recently used graphs
     leave beyond it, and shapes whose graph has left TURNS times run eagerly. verify: compare the first replay of each graph with an eager
@@ -148,7 +148,7 @@ class GraphCache:
     @torch.no_grad()
     def __call__(self, function: Function, inputs: Inputs) -> tuple:
         shapes = tuple((name, tensor.shape, tensor.dtype, tensor.device) for name, tensor in sorted(inputs.items()))
-        key = function.__qualname__, shapes
+        key = function.__qualname__, getattr(getattr(function, "__self__", None), "expert", 0), shapes
         if key in self._refused:
             return function(**inputs)
         captured = self._graphs.get(key)

@@ -1,8 +1,8 @@
 """Integrates the rows of a plan: rows at different steps share forwards, and a shared prefix is computed once.
 
 Roots go first, because children wait for them; a child joins as soon as its parent has passed its branch step, and takes its
-first step from its parent's (x_k, v_k) without a forward of its own. Rows whose prompts' conditionings differ in shape share no
-forward. The latent being integrated stays in fp32.
+first step from its parent's (x_k, v_k) without a forward of its own. Rows whose prompts' conditionings differ in shape, or that
+different experts of a denoiser predict, share no forward. The latent being integrated stays in fp32.
 """
 
 from __future__ import annotations
@@ -118,6 +118,7 @@ class _Integration:
         self.free = [k + 1 for k in last_decisions(self.rows)]
         self.paths = {free: suffix_path(free, self.last, suffix) for free in set(self.free)}
         self.shape = [denoise.shape(row.unit) for row in self.rows]
+        self.expert = [denoise.sampler.policy.expert(sigma) for sigma in grid.sigmas.tolist()]  # by step
         self.ahead: Counter[Shape] = Counter()  # forwards of the rows of each shape
         for i, shape in enumerate(self.shape):
             self.ahead[shape] += self._forwards_of(i)
@@ -153,6 +154,7 @@ class _Integration:
 
         waiting = sorted(self.latent, key=order)
         waiting = [i for i in waiting if self.shape[i] == self.shape[waiting[0]]]
+        waiting = [i for i in waiting if self.expert[self.step[i]] == self.expert[self.step[waiting[0]]]]
         if self.denoise.coarse_transformer is not None:  # coarse and exact steps share no forward then
             coarse = self._is_coarse(waiting[0], self.step[waiting[0]])
             waiting = [i for i in waiting if self._is_coarse(i, self.step[i]) is coarse]
@@ -238,7 +240,8 @@ class _Integration:
         if missing:
             self.padded += missing
             inputs = {name: torch.cat([t, t[:1].expand(missing, *t.shape[1:])]) for name, t in inputs.items()}
-        step = self.denoise.coarse_step if coarse and self.denoise.coarse_transformer is not None else self.denoise.step
+        denoise = self.denoise.of(self.expert[steps[0]])
+        step = denoise.coarse_step if coarse and denoise.coarse_transformer is not None else denoise.step
         return [t[: len(batch)] for t in self.execute(step, inputs)]
 
     def _scalars(self, steps: list[int], goals: list[int], noisy: list[bool]) -> dict[str, torch.Tensor]:
