@@ -1,14 +1,17 @@
 """What only Z-Image has: captions of any length, filled up to a multiple of 32 tokens by the model, and guidance from a scale of 0 on."""
 
+import json
+
 import pytest
 import torch
 from engine_cases import examples
 from family_cases import FP32
 from kernel_cases import assert_close
 from ragged_policy import Sharded
+from run_cases import SGD, train
 
 from tempflow.errors import UserError
-from tempflow.models import by_shape, load_policy
+from tempflow.models import by_shape, load_denoiser, load_policy
 from tempflow.training.micro_batches import _conditioning
 from tempflow.types import Size
 
@@ -96,3 +99,37 @@ def test_a_size_beyond_the_position_embedding(pair):
     assert policy.latent_shape(Size(256, 64)) == (4, 64, 16)
     with pytest.raises(UserError, match="rollout.height, rollout.width: 264 x 64; this model makes at most 256 x 256"):
         policy.latent_shape(Size(264, 64))
+
+
+@pytest.mark.slow
+def test_two_sharded_ranks_learn_what_one_does(family_folders, tmp_path):
+    """An iteration of four prompts of three shapes, of which each rank has others: under ZeRO-3 a forward more on one of them would
+    leave the other waiting. Guided, with the penalty, evaluated before and after."""
+    lines = [{"prompt": text} for text in ("a", "b" * 40, "c" * 90, "d")]
+    lines[3]["negative_prompt"] = "e" * 50
+    (tmp_path / "prompts.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    one, two = (
+        train(
+            tmp_path,
+            f"ranks-{processes}",
+            processes=processes,
+            model={"path": str(family_folders("z_image")), "max_sequence_length": 128},
+            data={name: str(tmp_path / "prompts.jsonl") for name in ("train", "heldout")} | {"prompts_per_iteration": 4},
+            rollout={
+                **{"height": 32, "width": 32, "num_steps": 3, "guidance_scale": 2.0, "micro_batch": 4},
+                "plan": {"seeds": 1, "branch_steps": [0, 1]},
+            },
+            training={"iterations": 1, "micro_batch": 4, "penalty": {"coef": 0.1}, "updates": {"passes": 2}},
+            eval={"every": 1, "prompts": 4},
+            deepspeed=SGD | ({"zero_optimization": zero, "zero_allow_untested_optimizer": True} if processes else {}),
+        )
+        for processes in (None, 2)
+    )
+    base = load_denoiser(str(family_folders("z_image")), torch.float32).state_dict()
+    moved, other = ({name: weight - base[name] for name, weight in run.weights().items()} for run in (one, two))
+    assert moved.keys() == other.keys()
+    joined = torch.cat([tensor.flatten() for tensor in moved.values()])
+    assert_close("updates", torch.cat([other[name].flatten() for name in moved]), joined, 1e-4)
+    assert joined.norm() > 0
+    assert two.rows[-1]["eval/reward"] == pytest.approx(one.rows[-1]["eval/reward"], abs=1e-3)
