@@ -19,7 +19,7 @@ if __name__ == "__main__":
     sys.path.append(sys.path.pop(0))  # last: kernels.py in this folder must not pass for Hugging Face's package
 
 import torch
-from chat_tokenizers import klein_tokenizer, save_dev_processor
+from chat_tokenizers import KLEIN_CHAT, klein_tokenizer, save_dev_processor
 
 from tempflow import cli
 from tempflow.errors import UserError
@@ -29,7 +29,7 @@ from tempflow.run.environment import device_name
 
 ROOT = Path(__file__).parent.parent
 SMALL = ROOT / "engine/tempflow/assets/tiny-flux"
-DEPTHS = ("num_layers", "num_single_layers", "num_hidden_layers", "depth")  # at least 1 each
+DEPTHS = ("num_layers", "num_single_layers", "num_hidden_layers", "depth", "n_layers", "n_refiner_layers")  # at least 1 each
 READ = {"Qwen3ForCausalLM": 27, "Mistral3ForConditionalGeneration": 30}  # layers whose output FLUX.2 reads, so at least as many
 BLOCKS = {"dual_attention_layers": "num_layers", "fullatt_block_indexes": "depth"}  # lists of blocks by number
 VOCABULARY = 2048  # at least as much: the small tokenizers' fit into it
@@ -58,6 +58,9 @@ def shrunk(config: dict, scale: float) -> dict:
         small["num_attention_heads"] = max(1, round(config["num_attention_heads"] * scale))
         if "caption_projection_dim" in config:
             small["caption_projection_dim"] = small["num_attention_heads"] * config["attention_head_dim"]
+    if "n_heads" in config:
+        heads = max(1, round(config["n_heads"] * scale))
+        small |= {"n_heads": heads, "n_kv_heads": heads, "dim": config["dim"] // config["n_heads"] * heads}
     if "vocab_size" in config:
         small["vocab_size"] = max(min(VOCABULARY, config["vocab_size"]), round(config["vocab_size"] * scale))
     return small
@@ -90,7 +93,9 @@ def qwen_processor():
 def write_tokenizer(kind: str, folder: Path, length: int) -> None:
     """A small tokenizer that passes for a `kind`, of at most `length` tokens."""
     if kind == "Qwen2Tokenizer":
-        qwen_tokenizer().save_pretrained(folder)
+        tokenizer = qwen_tokenizer()
+        tokenizer.chat_template = KLEIN_CHAT  # which Z-Image sets its prompts into, too
+        tokenizer.save_pretrained(folder)
     elif kind == "Qwen2TokenizerFast":
         klein_tokenizer().save_pretrained(folder)
     elif kind == "PixtralProcessor":

@@ -65,12 +65,12 @@ def test_refusals(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape, text", [("sd35-medium", (77 + 256, 4096)), ("qwen-image", (256, 3584))])
+@pytest.mark.parametrize("shape, text", [("sd35-medium", (77 + 256, 4096)), ("qwen-image", (256, 3584)), ("z-image", (32, 2560))])
 def test_guided_shapes_load_and_predict(tmp_path, shape, text):
-    """With prompts as long as the real ones; tests/engine/test_family_runs.py trains both families with their configs."""
+    """With prompts as long as the real ones; tests/engine/test_family_runs.py trains these families with their configs."""
     policy = load_policy(str(make_pipeline(shape, tmp_path / "model", scale=0.02)), dtype="bfloat16", max_sequence_length=256)
     conditioning, size = policy.encode(examples(["a word"])), Size(32, 64)
-    assert conditioning["encoder_hidden_states"].shape == (1, *text)
+    assert next(iter(conditioning.values())).shape == (1, *text)
     x = torch.randn(1, *policy.latent_shape(size))
     with torch.no_grad():
         v = policy.velocity(policy.transformer, x, torch.full((1,), 0.5), conditioning, size, 4.5)

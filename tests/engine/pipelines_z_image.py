@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import torch
+from chat_tokenizers import klein_tokenizer
 from engine_cases import randomise
-from pipelines_flux2 import klein_tokenizer
 
 CHANNELS = 4  # of the VAE
 

@@ -119,6 +119,8 @@ REAL = {  # published models: names in their files by the names of today's class
     "wan21-1b/text_encoder": lambda name: name,
     "wan21-1b/transformer": lambda name: name,
     "wan21-1b/vae": lambda name: name,
+    "z-image/text_encoder": lambda name: f"model.{name}",
+    "z-image/transformer": lambda name: name,
 }
 
 
