@@ -36,6 +36,17 @@ class Size:
         return f"{self.height} x {self.width}" + (f" x {self.frames} frames" if self.frames > 1 else "")
 
 
+class Scales(float):
+    """The guidance scales of a denoiser's two experts: the first one's as a number, which says whether there is guidance, and `second`."""
+
+    second: float
+
+    def __new__(cls, first: float, second: float) -> Scales:
+        made = super().__new__(cls, first)
+        made.second = second
+        return made
+
+
 @dataclass(frozen=True)
 class Example:
     """What the model is asked for: a prompt, and what stands beside it in the prompt file."""

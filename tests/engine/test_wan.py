@@ -15,8 +15,8 @@ from test_graphs import Recorded
 
 from tempflow.data.prompts import load_prompts
 from tempflow.errors import UserError
-from tempflow.models import check_checkpoint, check_size, family_of, index_rows, load_denoiser, load_policy, wan_experts
-from tempflow.types import Example, Size
+from tempflow.models import check_checkpoint, check_guidance, check_size, family_of, index_rows, load_denoiser, load_policy, wan_experts
+from tempflow.types import Example, Scales, Size
 
 KINDS = {
     "euler": {"shift": 3.0},
@@ -188,6 +188,27 @@ def test_the_boundary_parts_the_rows(pairs):
             )
             assert_close(f"row {n}", plain[n : n + 1], positive, FP32)
             assert_close(f"row {n}, guided", together[n : n + 1], negative + 4.5 * (positive - negative), FP32)
+
+
+@pytest.mark.parametrize("first, second", [(4.5, 2.0), (3.0, 1.0), (1.0, 4.5)])
+def test_each_expert_has_its_guidance(pairs, first, second):
+    policy, pipe = pairs("experts")
+    x = latents_for(policy, SIZES[0])
+    theirs, mine = called(SIZES[0])
+    theirs |= {"guidance_scale": first, "guidance_scale_2": second}
+    expected = pipe(PROMPTS, latents=x.clone(), output_type="latent", num_inference_steps=5, **theirs).frames
+    got = policy.sample(PROMPTS, latents=x, num_steps=5, decode=False, guidance_scale=Scales(first, second), **mine)
+    assert_close("latents", got, expected, FP32)
+    same = policy.sample(PROMPTS, latents=x, num_steps=5, decode=False, guidance_scale=first, **mine)
+    assert ((got - same).norm() > 1e-3 * got.norm()) == (first > 1)
+
+
+def test_a_second_guidance_scale_needs_a_second_expert(pairs):
+    config = small_config(rollout={"guidance_scale": 4.0, "guidance_scale_2": 3.0})
+    assert (config.rollout.scale, config.rollout.scale.second, config.eval_guidance().second) == (4.0, 3.0, 3.0)
+    check_guidance(pairs("experts")[1].config._name_or_path, 3.0)
+    with pytest.raises(UserError, match="rollout.guidance_scale_2: 3, but .* has one transformer"):
+        check_guidance(pairs("unipc")[1].config._name_or_path, 3.0)
 
 
 def test_experts_are_one_module(pairs):

@@ -28,7 +28,7 @@ from tempflow.config.checks import (
     resolve_components,
 )
 from tempflow.config.fields import Compile, Component, Count, Fraction, Frames, Pixels, Positive, Seconds, Section, Steps, Threads
-from tempflow.types import Size
+from tempflow.types import Scales, Size
 
 if TYPE_CHECKING:
     from tempflow.advantages.base import Advantage
@@ -161,6 +161,9 @@ class Rollout(Section):
     )
     adapt: Adapt | None = Field(None, description="what the rewards of earlier iterations change in a rollout; null: nothing")
     guidance_scale: Annotated[float, Field(ge=0)] = Field(3.5, description="as in the diffusers pipeline's call")
+    guidance_scale_2: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="of the expert for low noise, where the model has two (Wan 2.2); null: guidance_scale"
+    )
     micro_batch: Positive | None = Field(None, description="most rows in one forward of the rollout; null: measured at the start")
     lanes: Threads | None = Field(
         None, description="parts of a rank's rollout that run side by side, in a thread each; null: on a CPU as many as cores"
@@ -173,6 +176,11 @@ class Rollout(Section):
     compile: Compile = Field("eager", description="torch.compile of the rollout copy's blocks; compile-max tunes kernels too")
     replica: bool = Field(True, description="roll out on a static copy of the weights, not through the training engine")
     refresh_bucket: Positive = Field(100_000_000, description="most weights gathered at a time when that copy is refreshed")
+
+    @property
+    def scale(self) -> float:
+        """Guidance scale of rollouts; `Scales` where the second expert has its own."""
+        return self.guidance_scale if self.guidance_scale_2 is None else Scales(self.guidance_scale, self.guidance_scale_2)
 
     @property
     def size(self) -> Size:
@@ -292,7 +300,7 @@ class Stop(Section):
 class Eval(Section):
     every: Count = Field(10, description="iterations between evaluations; 0: never")
     num_steps: Steps | None = Field(None, description="ODE steps; null: as in the rollout")
-    guidance_scale: Annotated[float, Field(ge=0)] | None = Field(None, description="null: as in the rollout")
+    guidance_scale: Annotated[float, Field(ge=0)] | None = Field(None, description="of all experts of the model; null: as in the rollout")
     prompts: Positive = Field(128, description="held-out prompts used, from the top of the file")
     keep_samples: Positive = Field(24, description="images written per evaluation, the first prompts'")
     precision_recall: Positive | None = Field(
@@ -397,7 +405,7 @@ class Config(Section):
     def eval_guidance(self) -> float:
         """Guidance scale of evaluations."""
         own = self.eval.guidance_scale
-        return self.rollout.guidance_scale if own is None else own
+        return self.rollout.scale if own is None else own
 
     def best_metric(self) -> str:
         """Whose highest value makes a checkpoint the best: what `eval.stop` waits to rise, else the held-out reward."""

@@ -5,6 +5,7 @@ from tempflow.models.conditions import Conditioning, Conditions, Shape, by_shape
 from tempflow.models.loading import (
     check_checkpoint,
     check_examples,
+    check_guidance,
     check_model,
     check_size,
     check_text_length,
@@ -24,6 +25,7 @@ __all__ = [
     "by_shape",
     "check_checkpoint",
     "check_examples",
+    "check_guidance",
     "check_model",
     "check_size",
     "check_text_length",

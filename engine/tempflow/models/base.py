@@ -23,7 +23,7 @@ from tempflow.models.arguments import as_images, as_negative_prompts, as_prompts
 from tempflow.models.conditions import Conditioning, Conditions, by_shape
 from tempflow.models.skeleton import skeleton_pipe
 from tempflow.sampling.steps import ode_coefficients
-from tempflow.types import Example, Size
+from tempflow.types import Example, Scales, Size
 from tempflow_kernels import sde_step
 
 
@@ -304,6 +304,7 @@ class Policy(ABC):
 
         prompts: n texts, or one.
         latents: [n, ...] in the layout that the pipeline accepts as `latents=`.
+        guidance_scale: as in the pipeline's call; `Scales(first, second)` for a model of two experts.
         negative_prompts: n, or one for all, as the pipeline takes them; unused without guidance.
         images: condition images, for families that take them: n entries, each a PIL image or a list of PIL images; for one text
             its image or its list.
@@ -318,7 +319,8 @@ class Policy(ABC):
         conditions = as_images(images, len(prompts), alone)
         size = Size(positive_int("height", height), positive_int("width", width), positive_int("frames", 1 if frames is None else frames))
         num_steps = positive_int("num_steps", num_steps, most=1000)
-        sampler = self.at(size, finite_number("guidance_scale", guidance_scale))
+        scale = finite_number("guidance_scale", guidance_scale)
+        sampler = self.at(size, guidance_scale if isinstance(guidance_scale, Scales) else scale)
         if guidance_scale > 1 and not self.takes_guidance:
             warnings.warn(f"guidance_scale: {guidance_scale:g} has no effect: this model is distilled and not guided", stacklevel=2)
         check_latents(latents, (len(prompts), *sampler.latent_shape), str(size))

@@ -38,9 +38,13 @@ class GuidedPolicy(Policy):
     def _forward(self, denoiser, x: torch.Tensor, sigma: torch.Tensor, conditioning: Joined, size: Size) -> torch.Tensor:
         """The denoiser's own prediction of n rows without guidance. x: [n, ...], its dtype the denoiser's."""
 
-    def _combine(self, positive: torch.Tensor, negative: torch.Tensor, scale: float) -> torch.Tensor:
+    def _combine(self, positive: torch.Tensor, negative: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
         """The guided velocity of two predictions, [n, ...] each, in their dtype as the pipeline does."""
         return negative + scale * (positive - negative)
+
+    def _scale(self, guidance: float, sigma: torch.Tensor, dtype: torch.dtype) -> float | torch.Tensor:
+        """What `_combine` scales by: a number, or one for each of n rows, [n, 1, ...] of `dtype`. sigma: of the rows, fp32 [n]."""
+        return guidance
 
     def _join(self, negative: Conditioning, positive: Conditioning) -> Joined:
         """The conditionings of n rows each as that of one forward of 2n rows."""
@@ -65,13 +69,14 @@ class GuidedPolicy(Policy):
 
         if not self.guides(guidance):
             return forward(x, sigma, positive)
+        scale = self._scale(guidance, sigma, dtype)
         negative = {name: conditioning[NEGATIVE + name] for name in positive}
         if self.ragged and not _sharded(denoiser):
             opposed = forward(x, sigma, negative)
-            return self._combine(forward(x, sigma, positive), opposed, guidance)
+            return self._combine(forward(x, sigma, positive), opposed, scale)
         both = self._join(negative, positive)
         opposed, predicted = forward(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
-        return self._combine(predicted, opposed, guidance)
+        return self._combine(predicted, opposed, scale)
 
 
 def _cast(value: torch.Tensor | list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor | list[torch.Tensor]:

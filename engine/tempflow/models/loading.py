@@ -75,6 +75,12 @@ def check_size(path: str, size: Size) -> None:
     check_multiple(size, multiple, frame_step)
 
 
+def check_guidance(path: str, second: float | None) -> None:
+    """UserError for the guidance scale of a second expert that a checkpoint does not have; after `check_model`."""
+    if second is not None and len(family_of(path).denoiser_parts(_index(path))) == 1:
+        raise UserError(f"rollout.guidance_scale_2: {second:g}, but {path} has one transformer and no second expert; set it to null")
+
+
 def check_text_length(path: str, asked: int | None) -> int:
     """Text tokens of a checkpoint's policy: as many as asked for, or its pipeline's default. UserError where it takes fewer."""
     family = family_of(path)

@@ -32,7 +32,7 @@ class Opened:
     @cached_property
     def sampler(self) -> Sampler:
         """The policy at the size and guidance scale of rollouts; it must have its denoiser."""
-        return self.policy.at(self.config.rollout.size, self.config.rollout.guidance_scale)
+        return self.policy.at(self.config.rollout.size, self.config.rollout.scale)
 
     @cached_property
     def grid(self) -> Grid:

@@ -18,7 +18,7 @@ from tempflow.models.base import Conditioning, check_multiple
 from tempflow.models.checking import TIMESTEPS, UNIPC
 from tempflow.models.guidance import GuidedPolicy
 from tempflow.models.wan_experts import Experts
-from tempflow.types import Example, Size
+from tempflow.types import Example, Scales, Size
 
 PATCH = 2  # latent pixels a side of a token, in every checkpoint of the family
 
@@ -153,6 +153,12 @@ class WanPolicy(GuidedPolicy):
         known = self._boundary is None or isinstance(denoiser, partial)  # by `only`
         more = {} if known else {"low": timestep < self._boundary}
         return denoiser(hidden_states=x, timestep=timestep, **conditioning, **more, return_dict=False)[0]
+
+    def _scale(self, guidance, sigma, dtype):
+        if self._boundary is None or not isinstance(guidance, Scales):
+            return guidance
+        low = self._timesteps(sigma) < self._boundary
+        return torch.where(low, guidance.second, float(guidance)).to(dtype).reshape(-1, 1, 1, 1, 1)
 
     def _decode(self, latents: torch.Tensor, size: Size) -> torch.Tensor:
         vae = self.pipe.vae

@@ -39,7 +39,7 @@ def checked_inputs(config: Config, *, dry: bool = False) -> tuple[list[RewardSpe
     PromptOrder(len(train), config.data.prompts_per_iteration, config.training.seed)
     cli.quiet_libraries()
     from tempflow.config.deepspeed import check_deepspeed
-    from tempflow.models import check_checkpoint, check_examples, check_model, check_size, check_text_length
+    from tempflow.models import check_checkpoint, check_examples, check_guidance, check_model, check_size, check_text_length
     from tempflow.models.lora import read_adapters
 
     check_model(config.model.path)
@@ -49,6 +49,7 @@ def checked_inputs(config: Config, *, dry: bool = False) -> tuple[list[RewardSpe
         read_adapters(config.model.lora)
     check_size(config.model.path, config.rollout.size)
     check_frames(specs, config.rollout.size)
+    check_guidance(config.model.path, config.rollout.guidance_scale_2)
     check_deepspeed(config.deepspeed)
     check_checkpoint(config.model.path, description=dry)
     for line in told:
