@@ -3,6 +3,7 @@
 import json
 from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from PIL import Image
 from stub_policies import CELL, VideoPolicy
 
 from tempflow.errors import UserError
-from tempflow.estimate import estimate
+from tempflow.estimate import estimate, memory
+from tempflow.estimate.disk import disk
 from tempflow.media import STRIP, condition_image, no_image, plain, some_frames, still
 from tempflow.models.base import check_multiple
 from tempflow.models.embeddings import EmbeddingCache
@@ -229,3 +231,25 @@ def test_a_run_of_images_with_frames_is_refused_before_anything_is_loaded(tmp_pa
         checked_inputs(small_config(rollout={"frames": 5}, logging={"name": "videos", "dir": str(tmp_path)}))
     with pytest.raises(UserError, match="rollout.frames: 5; this model makes images"):
         estimate(small_config(rollout={"frames": 5}))
+
+
+def test_the_dry_run_counts_the_frames_that_rewards_are_given():
+    """Of all rows of an iteration, beside the decoded batch; rewards that get whole videos share one copy, watched ones get none."""
+
+    def sent(rewards, workers=1):
+        return memory._sent(small_config(rewards=rewards, reward_pool={"workers": workers}, rollout={"frames": 9, "decode_batch": 2}), 2)
+
+    frame, rows = 3 * 32 * 96, 2 * (1 + 3 * 2)
+    image, motion = "engine_rewards:contrast", f"{__name__}:LastFrame"
+    assert sent({image: {"frames": 4}}) == (2 * 9 + rows * 4) * frame
+    assert sent({image: {"frames": 4}, motion: 1.0, "also": {"type": motion}}) == (2 * 9 + rows * (4 + 9)) * frame
+    assert sent({image: {"frames": 4}, motion: 0}) == sent({image: {"frames": 4}})
+    assert sent({image: {"frames": 4}}, workers=0) == 2 * 9 * frame
+
+
+@pytest.mark.parametrize("frames, pixel", [(1, 1.5), (9, 0.1)])
+def test_the_dry_run_says_what_samples_take(frames, pixel):
+    """Of the evaluation before training, those after iterations 2, 4 and 6, and the last one."""
+    table = {"rollout": {"frames": frames}, "training": {"iterations": 7}, "eval": {"every": 2, "prompts": 8, "keep_samples": 3}}
+    parts = SimpleNamespace(whole_fp32=1, saved_weights=1, saved_optimizer=1)
+    assert disk(small_config(**table), parts).samples == int(5 * 3 * 32 * 96 * frames * pixel)

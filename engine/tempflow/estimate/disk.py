@@ -1,7 +1,8 @@
 """Disk that a run's checkpoints take: what one holds, how many there are at once, and whether they fit where they are written.
 
-Counted are the tensors, which are all but some 100 kB of a checkpoint. Left out: the images and logs of a run, the embedding cache, and
-the copy, twice a checkpoint's size, that a resume on another number of ranks makes for a while.
+Counted are the tensors, which are all but some 100 kB of a checkpoint. What the samples of a run take is told apart, by a rule of thumb.
+Left out: its logs, the embedding cache, and the copy, twice a checkpoint's size, that a resume on another number of ranks makes for a
+while.
 """
 
 from __future__ import annotations
@@ -16,15 +17,18 @@ from tempflow.estimate.item import Item
 from tempflow.estimate.zero import Zero
 from tempflow.run.directory import path_of
 
+PIXEL = {"image": 1.5, "video": 0.1}  # bytes of a sample's file for each pixel of each frame: PNG of a photo, WebP of a calm video
+
 
 @dataclass(frozen=True)
 class Disk:
     """parts: of one checkpoint, of all ranks together. kept: checkpoints that stay at the end of a run; most: at once on the way, with
-    the one that is being written before an older one leaves."""
+    the one that is being written before an older one leaves. samples: of all evaluations, about."""
 
     parts: list[Item]
     kept: int
     most: int
+    samples: int = 0
 
     @property
     def checkpoint(self) -> int:
@@ -47,7 +51,17 @@ def disk(config: Config, zero: Zero) -> Disk:
         Item("DeepSpeed: optimizer", zero.saved_optimizer, "model.lora, optimizer"),
     ]
     kept = min(_written(config), config.checkpoint.keep + _keeps_best(config))
-    return Disk([item for item in parts if item.bytes], kept, min(_written(config), kept + 1))
+    return Disk([item for item in parts if item.bytes], kept, min(_written(config), kept + 1), _samples(config))
+
+
+def _samples(config: Config) -> int:
+    """Of the evaluation before training, those on the way and the last one."""
+    e, size = config.eval, config.rollout.size
+    if not config.data.heldout or not e.every:
+        return 0
+    evaluations = 1 + -(-config.training.iterations // e.every)
+    each = size.height * size.width * size.frames * PIXEL["image" if size.frames == 1 else "video"]
+    return int(evaluations * min(e.prompts, e.keep_samples) * each)
 
 
 def _written(config: Config) -> int:

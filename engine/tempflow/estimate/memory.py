@@ -12,12 +12,13 @@ from dataclasses import dataclass
 import torch
 
 from tempflow.config import Config
-from tempflow.estimate.costs import ONE, busiest_units, training_rows, unit_states
+from tempflow.estimate.costs import ONE, busiest_units, training_rows, unit_rows, unit_states
 from tempflow.estimate.item import Item
 from tempflow.estimate.model import Model, Weights
 from tempflow.estimate.processes import process_items
 from tempflow.estimate.zero import Zero
 from tempflow.models.embeddings import KEPT, KEPT_OF_STORE
+from tempflow.rewards import parse_rewards
 from tempflow.training.reference_policy import placement
 
 
@@ -83,6 +84,7 @@ def memory_of(config: Config, model: Model, zero: Zero, gpus: int, prompts: int)
     host = [
         Item("average: this process's share", -(-average // gpus), "training.ema, training.merge.last"),
         Item("prompt embeddings", each * seen + negative * (seen if model.takes_images else 1), "model.max_sequence_length"),
+        Item("images or videos on their way to rewards", _sent(config, gpus), "data.prompts_per_iteration, rewards.NAME.frames"),
         Item("offloaded by DeepSpeed", zero.offloaded, "zero_optimization.offload_*"),
         Item("reference copy: this process's share", offloaded, "training.reference"),
     ]
@@ -129,6 +131,15 @@ def _held(config: Config, model: Model, gpus: int) -> int:
     under_way = (units * (1 + waiting) + r.rows) * 4
     embeddings = sum(model.embedding) * min(config.data.prompts_per_iteration, units)
     return (stored + velocities + under_way) * elements + embeddings
+
+
+def _sent(config: Config, gpus: int) -> int:
+    """The decoded batch, and the frames that rewards of the training are given, where all of an iteration wait for the workers."""
+    r, trained = config.rollout, [spec for spec in parse_rewards(config.rewards) if not spec.watched]
+    asked = sum(spec.frames for spec in trained if spec.frames is not None)
+    asked += r.frames if any(spec.frames is None for spec in trained) else 0  # one copy for all rewards that get whole videos
+    waiting = busiest_units(config, gpus) * len(unit_rows(config)) * asked if config.reward_pool.workers else 0
+    return (r.decode_batch * r.frames + waiting) * 3 * r.height * r.width
 
 
 def _prompts_seen(config: Config, gpus: int, prompts: int) -> int:

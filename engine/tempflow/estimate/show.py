@@ -102,13 +102,15 @@ def _host(estimate: Estimate) -> Table:
 
 
 def _disk(disk: Disk) -> Table:
-    table = _table("Disk under logging.dir: checkpoints", "decided by")
+    table = _table("Disk under logging.dir", "decided by")
     for item in disk.parts:
         _row(table, item)
     table.add_section()
     table.add_row("a checkpoint", size(disk.checkpoint))
     keys = "checkpoint.every, keep, keep_best; one more while it is written"
     table.add_row(f"at most at once: {count(disk.most, 'checkpoint')}", size(disk.total), keys)
+    if disk.samples:
+        table.add_row("samples of all evaluations, about", size(disk.samples), "eval.every, eval.keep_samples, rollout.frames")
     return table
 
 
