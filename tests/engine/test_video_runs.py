@@ -26,7 +26,7 @@ def folder(tmp_path_factory):
 def runs(folder):
     made = {}
 
-    def get(name, processes=0):
+    def get(name, processes=None):
         if name not in made:
             made[name] = train(
                 folder,

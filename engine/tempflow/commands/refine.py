@@ -110,11 +110,11 @@ def search(args: argparse.Namespace, draft: Path) -> str:
 
 def with_rewards(config: Config, given: str | None) -> Config:
     """The config with the rewards of --rewards. UserError as for the section `rewards` of a config."""
-    from tempflow.rewards import parse_rewards
+    from tempflow.rewards import check_frames, parse_rewards
 
     if given is not None:
         config = config.model_copy(update={"rewards": read_table("--rewards", given)})
-    parse_rewards(config.rewards)
+    check_frames(parse_rewards(config.rewards), config.rollout.size)
     return config
 
 
