@@ -40,18 +40,12 @@ def dry_run(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.set)
     cli.quiet_libraries()
     from tempflow.estimate import estimate, local_model, show
+    from tempflow.models import most_images
 
     asked, config.model.path = config.model.path, local_model(config.model.path)  # configs of some hub models are kept here
-    _, train, _ = checked_inputs(config, dry=True)
-    result = estimate(
-        config,
-        gpus=args.gpus,
-        mfu=args.mfu,
-        card_gb=args.card_gb,
-        peak_tflops=args.peak_tflops,
-        prompts=len(train),
-        images=max(len(prompt.images) for prompt in train),
-    )
+    _, train, heldout = checked_inputs(config, dry=True)
+    machine = {"gpus": args.gpus, "mfu": args.mfu, "card_gb": args.card_gb, "peak_tflops": args.peak_tflops}
+    result = estimate(config, **machine, prompts=len(train), images=most_images(train + heldout))
     if int(os.environ.get("RANK", 0)) == 0:
         show(replace(result, model=asked))
     return 0

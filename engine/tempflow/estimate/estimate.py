@@ -62,7 +62,7 @@ def estimate(
     """Numbers of a run, from the config and the model's JSON files.
 
     prompts: how many the training file holds.
-    images: the most that one of them brings; None: as many as the family takes.
+    images: the most that one of them brings; None: as many as the family takes, none where it needs none.
 
     Raises UserError where the run would: an unusable model or size, fewer units of work than GPUs, an ill-typed DeepSpeed key.
     """

@@ -1,6 +1,6 @@
 """Model families behind one protocol: `load_policy` reads a diffusers folder and returns its `Policy`."""
 
-from tempflow.models.base import Policy, Sampler
+from tempflow.models.base import Policy, Sampler, most_images
 from tempflow.models.conditions import Conditioning, Conditions, Shape, by_shape, index_rows, shape_of
 from tempflow.models.loading import (
     check_checkpoint,
@@ -34,6 +34,7 @@ __all__ = [
     "index_rows",
     "load_denoiser",
     "load_policy",
+    "most_images",
     "resolve_dtype",
     "shape_of",
 ]

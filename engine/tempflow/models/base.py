@@ -59,6 +59,11 @@ def _as_bytes(decoded: torch.Tensor) -> torch.Tensor:
     return pixels.clamp_(0, 1).mul_(255).round_().to(torch.uint8).movedim(0, -1)
 
 
+def most_images(examples: list[Example]) -> int:
+    """Condition images of the example that brings most."""
+    return max((len(example.images) for example in examples), default=0)
+
+
 def _images(count: int) -> str:
     return f"{count or 'no'} image{'s' * (count != 1)}"
 
@@ -105,10 +110,12 @@ class Policy(ABC):
         cls, path: str, dtype: torch.dtype = torch.float32, max_sequence_length: int | None = None, images: int | None = None
     ) -> Policy:
         """The policy of a folder or hub id made of its configs alone: every module is on the meta device, and `embed` returns the
-        shapes of as many embeddings, with `images` condition images each (None: as many as the family takes). UserError where the
-        configs do not fit their classes."""
+        shapes of as many embeddings, with `images` condition images each (None: as many as the family takes, none where it needs
+        none). UserError where the configs do not fit their classes."""
         policy = cls(skeleton_pipe(path, dtype), device="meta", max_sequence_length=max_sequence_length or cls.text_length)
-        policy.images_taken = (cls.images_taken[0], cls.images_taken[1] if images is None else images)
+        least, most = cls.images_taken
+        policy.images_taken = (least, (most if least else 0) if images is None else images)
+        policy.ragged = cls.ragged_with(policy.images_taken[1])
         policy.embed = lambda examples: policy.empty_embeddings(len(examples))
         return policy
 
@@ -196,6 +203,11 @@ class Policy(ABC):
             yield
         finally:
             self.size = before
+
+    @classmethod
+    def ragged_with(cls, images: int) -> bool:
+        """Whether `ragged` is true of a run whose prompts bring so many condition images at most."""
+        return cls.ragged
 
     def encode(self, examples: list[Example]) -> Conditioning:
         """All that `velocity` wants to know of n examples, [n, ...] each: their embeddings, and those of what they are guided away

@@ -3,32 +3,48 @@
 Three classes of one architecture. [dev] is given its guidance scale as a number. [klein] base models are guided by a second forward with an
 empty prompt. [klein] models that are distilled to a few steps are not guided at all. Text is padded to `max_sequence_length` tokens
 that are all attended to, as the pipelines do it, so a shorter length is another conditioning.
+
+A prompt may bring reference images. Each is scaled down to a megapixel where it is larger, and cropped about its center to whole tokens;
+the tokens of the VAE's mode follow those of the latents, told apart by the first of their position ids, and what the transformer
+predicts for them is cut off.
 """
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import numpy as np
 import torch
+from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+from PIL import Image
 
+from tempflow.errors import UserError
+from tempflow.media import condition_image
 from tempflow.models.base import Conditioning, Policy, check_multiple
 from tempflow.models.guidance import GuidedPolicy
+from tempflow.models.vae import encoding_whole
 from tempflow.types import Example, Size
 
 MOST_SINGLE_BLOCKS = 48  # of the published models: [dev]'s
+IMAGE = "image_"  # with a number: of the conditioning, [n, rows, columns, channels]
+AREA = 1024 * 1024  # pixels of a reference image, at most
+APART = 10  # between the first position ids of latents and reference images
 
 
 @lru_cache(maxsize=64)
-def position_ids(rows: int, columns: int, text: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Coordinates (frame, row, column, place in the text) of the image's and the text's tokens, int64 [tokens, 4] each.
+def position_ids(grids: tuple[tuple[int, int], ...], text: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Coordinates (image, row, column, place in the text) of the tokens of latents and reference images of so many rows and columns,
+    and of the text's tokens, int64 [tokens, 4] each.
 
     Kept, because copying them to a GPU anew cannot be captured in a graph.
     """
     zero = torch.zeros(1, dtype=torch.int64)
-    image = torch.cartesian_prod(zero, torch.arange(rows), torch.arange(columns), zero)
-    return image.to(device), torch.cartesian_prod(zero, zero, zero, torch.arange(text)).to(device)
+    images = [
+        torch.cartesian_prod(zero + APART * n, torch.arange(rows), torch.arange(columns), zero) for n, (rows, columns) in enumerate(grids)
+    ]
+    return torch.cat(images).to(device), torch.cartesian_prod(zero, zero, zero, torch.arange(text)).to(device)
 
 
 def to_tokens(latents: torch.Tensor) -> torch.Tensor:
@@ -40,6 +56,9 @@ class _Flux2(Policy):
     """What the three have in common."""
 
     text_length, longest_text = 512, 512
+    ragged = True  # with reference images
+    images_taken = (0, 10)
+    embeds_with = ("vae",)
     lora_targets = (
         "attn.to_q",
         "attn.to_k",
@@ -63,15 +82,46 @@ class _Flux2(Policy):
         # The VAE halves the size between its blocks, patching once more.
         return 2 ** len(vae_config["block_out_channels"])
 
+    @classmethod
+    def ragged_with(cls, images: int) -> bool:
+        return images > 0
+
+    @classmethod
+    def check_images(cls, example: Example, where: str) -> None:
+        super().check_images(example, where)
+        for image in example.images:
+            try:
+                with Image.fromarray(image) if isinstance(image, np.ndarray) else Image.open(image) as opened:  # its header alone
+                    Flux2ImageProcessor.check_image_input(opened)
+            except (OSError, ValueError) as error:  # no image, or one of a size that the pipeline refuses
+                raise UserError(f"{where}: {error}") from None
+
     @torch.no_grad()
     def embed(self, examples: list[Example]) -> Conditioning:
         texts = [example.text for example in examples]
         embeds, _ = self.pipe.encode_prompt(prompt=texts, device=self.device, max_sequence_length=self.max_sequence_length)
-        return {"encoder_hidden_states": embeds}
+        if not any(example.images for example in examples):
+            return {"encoder_hidden_states": embeds}
+        (example,) = examples
+        return {"encoder_hidden_states": embeds} | {f"{IMAGE}{n}": self._image_tokens(image) for n, image in enumerate(example.images)}
+
+    def _image_tokens(self, image) -> torch.Tensor:
+        """Of one of `Example.images`, [1, rows, columns, channels]."""
+        pipe, multiple, image = self.pipe, self.size_multiple(self.pipe.vae.config), condition_image(image)
+        if image.width * image.height > AREA:
+            scale = math.sqrt(AREA / (image.width * image.height))
+            image = image.resize((int(image.width * scale), int(image.height * scale)), Image.Resampling.LANCZOS)
+        rows, columns = image.height // multiple, image.width // multiple
+        pixels = pipe.image_processor.preprocess(image, height=rows * multiple, width=columns * multiple, resize_mode="crop")
+        with encoding_whole(pipe.vae):
+            tokens, _ = pipe.prepare_image_latents([pixels], 1, generator=None, device=self.device, dtype=pipe.vae.dtype)
+        return tokens.unflatten(1, (rows, columns))
 
     def empty_embeddings(self, count: int) -> Conditioning:
-        shape = count, self.max_sequence_length, self.pipe.transformer.config.joint_attention_dim
-        return {"encoder_hidden_states": torch.empty(shape, dtype=self.dtype, device=self.device)}
+        config, like = self.pipe.transformer.config, {"dtype": self.dtype, "device": self.device}
+        side = math.isqrt(AREA) // self.size_multiple(self.pipe.vae.config)
+        images = {f"{IMAGE}{n}": torch.empty(count, side, side, config.in_channels, **like) for n in range(self.images_taken[1])}
+        return {"encoder_hidden_states": torch.empty(count, self.max_sequence_length, config.joint_attention_dim, **like)} | images
 
     def _grid(self, size: Size) -> tuple[int, int]:
         multiple = self.size_multiple(self.pipe.vae.config)
@@ -92,10 +142,12 @@ class _Flux2(Policy):
         return self._forward(denoiser, x.to(dtype), sigma, {name: tensor.to(dtype) for name, tensor in conditioning.items()}, size)
 
     def _forward(self, denoiser, x, sigma, conditioning, size, guidance: torch.Tensor | None = None):
-        text = conditioning["encoder_hidden_states"]
-        image_ids, text_ids = position_ids(*self._grid(size), text.shape[1], x.device)
+        text, latents = conditioning["encoder_hidden_states"], to_tokens(x)
+        images = [conditioning[f"{IMAGE}{n}"] for n in range(len(conditioning) - 1)]
+        grids = self._grid(size), *(tuple(image.shape[1:3]) for image in images)
+        image_ids, text_ids = position_ids(grids, text.shape[1], x.device)
         predicted = denoiser(
-            hidden_states=to_tokens(x),
+            hidden_states=torch.cat([latents, *(image.flatten(1, 2) for image in images)], dim=1),
             # The pipelines' own arithmetic: timesteps are 1000 sigma, rounded to the model's dtype.
             timestep=(sigma * 1000).to(x.dtype) / 1000,
             guidance=guidance,
@@ -103,7 +155,7 @@ class _Flux2(Policy):
             img_ids=image_ids,
             txt_ids=text_ids,
             return_dict=False,
-        )[0]
+        )[0][:, : latents.shape[1]]
         return predicted.transpose(1, 2).reshape(x.shape).contiguous()
 
     def _for_vae(self, latents: torch.Tensor) -> torch.Tensor:
@@ -148,4 +200,5 @@ class Flux2KleinBasePolicy(Flux2KleinPolicy, GuidedPolicy):
     """Guided velocities of FLUX.2 [klein] base; another negative prompt than "" is what the pipeline takes as negative_prompt_embeds."""
 
     takes_guidance = True
+    halves_alike = True
     velocity = GuidedPolicy.velocity

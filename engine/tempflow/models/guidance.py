@@ -1,7 +1,7 @@
 """Classifier-free guidance, for families whose velocity is made of two forwards: with the prompt and with a negative one.
 
 Both halves go through the transformer as one batch of twice the rows, negative half first, so a row costs what two cost
-elsewhere, and the gradient flows through both. Where shapes differ between prompts the halves are two forwards, for every prompt, but
+elsewhere, and the gradient flows through both. Where the shapes of two halves may differ they are two forwards, for every prompt, but
 one again through an engine of ZeRO-3: a forward there is a collective, so their number must not depend on which prompts a rank has,
 and DeepSpeed takes no second one before the backward. The negative prompt's embeddings are part of the conditioning, under the names
 of the prompt's with a prefix; a scale that does not guide (1 or less, as in diffusers) leaves them unused and runs one half.
@@ -30,9 +30,13 @@ def with_negatives(positive: Conditioning, negative: Conditioning) -> Conditioni
 
 class GuidedPolicy(Policy):
     """A family with classifier-free guidance. To write: `embed`, `_forward`, `_combine` where it is not the plain one, and `_join` where
-    the negative prompt's embeddings may have another shape."""
+    the negative prompt's embeddings may have another shape.
+
+    halves_alike: of a `ragged` family, whether a negative prompt's embeddings have the shapes of the prompt's, whatever the two say.
+    """
 
     default_negative_prompt = ""
+    halves_alike = False
 
     @abstractmethod
     def _forward(self, denoiser, x: torch.Tensor, sigma: torch.Tensor, conditioning: Joined, size: Size) -> torch.Tensor:
@@ -71,7 +75,7 @@ class GuidedPolicy(Policy):
             return forward(x, sigma, positive)
         scale = self._scale(guidance, sigma, dtype)
         negative = {name: conditioning[NEGATIVE + name] for name in positive}
-        if self.ragged and not _sharded(denoiser):
+        if self.ragged and not self.halves_alike and not _sharded(denoiser):
             opposed = forward(x, sigma, negative)
             return self._combine(forward(x, sigma, positive), opposed, scale)
         both = self._join(negative, positive)

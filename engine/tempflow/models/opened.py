@@ -14,7 +14,7 @@ from typing import Callable
 import torch
 
 from tempflow.config import Config
-from tempflow.models import Policy, Sampler, check_examples, family_of, load_policy
+from tempflow.models import Policy, Sampler, check_examples, family_of, load_policy, most_images
 from tempflow.models.embeddings import EmbeddingCache, by_identity, store_of, write_missing
 from tempflow.run.environment import choose_device
 from tempflow.sampling.steps import Grid
@@ -75,6 +75,7 @@ def open_model(
         opposed = [other for example in examples if (other := family.opposed(example)) is not None]
         write_missing(store, by_identity(family, [*examples, *opposed]), lambda: _load(config, device, parts="text"), note)
     policy = _load(config, device, parts="picture" if store else "all", denoiser=denoiser)
+    policy.ragged = policy.ragged_with(most_images(examples))
     m = config.model
     for wanted, enable in ((m.vae_slicing, "enable_slicing"), (m.vae_tiling, "enable_tiling")):
         if wanted:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tempflow.config import Config
 from tempflow.data.prompts import PromptOrder
 from tempflow.errors import UserError
-from tempflow.models import family_of
+from tempflow.models import family_of, most_images
 from tempflow.training import distributed
 from tempflow.types import Example
 
@@ -21,7 +21,7 @@ def check_shares(config: Config, prompts: list[Example], heldout: list[Example])
     # Under ZeRO-3 a forward of the engine is a collective: a rank with fewer of them would leave the others waiting.
     if config.rollout.replica or config.deepspeed.get("zero_optimization", {}).get("stage", 0) < 3:
         return
-    if distributed.world_size() > 1 and family_of(config.model.path).ragged:
+    if distributed.world_size() > 1 and family_of(config.model.path).ragged_with(most_images([*prompts, *heldout])):
         raise UserError(
             "rollout.replica: false under ZeRO-3 needs as many forwards on every rank, but the prompts of this model differ in shape, and "
             "so does the number of their batches; set rollout.replica to true"
