@@ -58,8 +58,6 @@ def family_folders(tmp_path_factory):
 @pytest.fixture(scope="session")
 def family_pairs(family_folders):
     """By (family, kind): a policy, and diffusers' own pipeline loaded apart. Tests leave both as they are."""
-    import diffusers
-
     from tempflow.models import load_policy
 
     made = {}
@@ -67,9 +65,7 @@ def family_pairs(family_folders):
     def get(name, kind=None):
         if (name, kind) not in made:
             folder = family_folders(name, kind)
-            pipe = getattr(diffusers, FAMILIES[name].pipeline).from_pretrained(folder)
-            pipe.set_progress_bar_config(disable=True)
-            made[name, kind] = load_policy(str(folder)), pipe
+            made[name, kind] = load_policy(str(folder)), FAMILIES[name].plain(folder)
         return made[name, kind]
 
     return get

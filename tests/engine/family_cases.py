@@ -9,23 +9,28 @@ from __future__ import annotations
 
 import json
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Callable
 
 import numpy as np
 import torch
+import transformers
 from engine_cases import HELDOUT, examples
 from engine_cases import PROMPTS as WORDS
 from PIL import Image
 from pipelines_flux import flux_pipeline
 from pipelines_flux_control import control_images, flux_control_pipeline, of_the_mode
+from pipelines_flux_kontext import kontext_pipeline
 from pipelines_qwen_image import qwen_pipeline
+from pipelines_qwen_image_edit import edit_pipeline
 from pipelines_sd3 import sd3_pipeline
 from pipelines_wan import FIRST_ORDER, wan_pipeline
 from pipelines_z_image import z_image_pipeline
 
 from tempflow.models import Conditioning, index_rows
+from tempflow.models.processors import load_part
 from tempflow.types import Example, Size
 
 FP32 = 1e-5
@@ -77,6 +82,17 @@ class Family:
         if self.negative is None:
             return [(0.0, None), (self.scale, None)]
         return [(0.0, None), (1.0, NEGATIVES), (self.scale, None), (self.scale, NEGATIVES)]
+
+    def plain(self, folder: Path):
+        """Diffusers' own pipeline of a folder, its processor as transformers can make it without torchvision."""
+        import diffusers
+
+        index, parts = json.loads((folder / "model_index.json").read_text()), {}
+        if index.get("processor"):
+            parts["processor"] = load_part(getattr(transformers, index["processor"][1]), str(folder / "processor"))
+        pipe = getattr(diffusers, self.pipeline).from_pretrained(folder, **parts)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
 
     def size(self, height: int, width: int) -> Size:
         return Size(height, width, self.frames)
@@ -143,6 +159,13 @@ class Family:
         return {file: str(folder / f"{file}.jsonl") for file in ("train", "heldout")}
 
 
+class Kontext(Family):
+    """Its pipeline makes a megapixel of any output unless told otherwise."""
+
+    def reference(self, pipe, latents, size, *call, **more):
+        return super().reference(pipe, latents, size, *call, max_area=size.height * size.width, **more)
+
+
 def rescaled(positive, negative, scale):
     """Guided, and as long as the positive prediction, token by token."""
     guided = (1 - scale) * negative + scale * positive
@@ -168,6 +191,16 @@ FAMILIES = {
         given=lambda images: {"control_image": [one for (one,) in images]},
         during=of_the_mode,
         models="FLUX.1 Depth, Canny",
+    ),
+    "flux_kontext": Kontext(
+        kontext_pipeline,
+        "FluxKontextPipeline",
+        "kontext_lora",
+        {"dynamic": DYNAMIC},
+        (10.9, 6, 8),
+        images=lambda size: [[drawn(90, 160, 0)], [drawn(150, 64, 1)]],
+        alone=True,
+        models="FLUX.1 Kontext",
     ),
     "sd3": Family(
         sd3_pipeline,
@@ -211,6 +244,18 @@ FAMILIES = {
         models="Wan 2.1, 2.2 (text to video)",
     ),
 }
+FAMILIES["qwen_image_edit"] = replace(
+    FAMILIES["qwen_image"],
+    build=partial(edit_pipeline, plus=True),
+    pipeline="QwenImageEditPlusPipeline",
+    config="qwen_image_edit_lora",
+    waits=(16.5, 16, 8),
+    schedulers={"dynamic": FAMILIES["qwen_image"].schedulers["dynamic"]},
+    images=lambda size: [[drawn(90, 160, 0)], [drawn(150, 64, 1), drawn(90, 160, 0)]],
+    given=lambda images: {"image": images[0]},
+    alone=True,
+    models="Qwen-Image-Edit, Edit-Plus",
+)
 GUIDED = [name for name, family in FAMILIES.items() if family.negative is not None]
 
 
@@ -226,6 +271,12 @@ def pipeline_folders(root: Path) -> Callable[..., Path]:
         return made[name, kind]
 
     return get
+
+
+def drawn(height: int, width: int, seed: int) -> Image.Image:
+    """A condition image with something in it, of any size."""
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).resize((width, height), Image.BICUBIC)
 
 
 def latents_for(policy, size: Size, count=2):

@@ -43,7 +43,7 @@ def kontext_pipeline(folder: Path, *, guidance_embeds=True, halvings=2, **schedu
     )
     FluxKontextPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(**scheduling),
-        vae=vae.eval(),
+        vae=randomise(vae, 2).eval(),  # images matter more than to a new one
         text_encoder=text_encoder.eval(),
         tokenizer=tokenizer,
         text_encoder_2=text_encoder_2.eval(),

@@ -87,15 +87,3 @@ def text_encoder(tokenizer):
             vision_end_token_id=end,
         )
     )
-
-
-def plain_pipeline(folder: Path):
-    """The folder's pipeline as diffusers loads it, with the processor that transformers can make without torchvision."""
-    import diffusers
-    import transformers
-
-    from tempflow.models.processors import load_part
-
-    kind = json.loads((folder / "model_index.json").read_text())["_class_name"]
-    processor = load_part(transformers.Qwen2VLProcessor, str(folder / "processor"))
-    return getattr(diffusers, kind).from_pretrained(folder, processor=processor)

@@ -12,6 +12,7 @@ from tempflow.errors import UserError
 from tempflow.models import check_model, check_size, index_rows, load_policy
 from tempflow.models.embeddings import EmbeddingCache
 
+pytestmark = pytest.mark.usefixtures("small_condition_images")
 SIZES = [(32, 96), (48, 48)]
 KINDS = [(name, kind) for name, family in FAMILIES.items() for kind in family.schedulers]
 CASES = [(name, kind, case) for name, kind in KINDS for case in range(len(FAMILIES[name].cases))]

@@ -17,7 +17,7 @@ from tempflow.models import load_policy
 from tempflow.run.evaluation import fixed_noise
 from tempflow.types import Size
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("small_condition_images")]
 KINDS = [(name, kind) for name in FAMILIES for kind in ("lora", "full")]
 
 
@@ -88,8 +88,6 @@ def test_resuming(runs, tmp_path, name, kind):
 @pytest.mark.parametrize("name, kind", KINDS)
 def test_export_is_read_by_plain_diffusers(runs, family_folders, tmp_path, name, kind):
     """And gives the latents of the tuned policy, which are not the base model's."""
-    import diffusers
-
     from tempflow.checkpoints import load
     from tempflow.models.opened import load_whole
 
@@ -97,8 +95,7 @@ def test_export_is_read_by_plain_diffusers(runs, family_folders, tmp_path, name,
     done = script_here("export", "--run", run.folder, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     folder = family_folders(name) if kind == "lora" else tmp_path / "out"
-    pipe = getattr(diffusers, family.pipeline).from_pretrained(folder)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = family.plain(folder)
     if kind == "lora":
         assert [file.name for file in (tmp_path / "out").iterdir()] == ["pytorch_lora_weights.safetensors"]
         pipe.load_lora_weights(tmp_path / "out")

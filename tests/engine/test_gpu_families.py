@@ -16,6 +16,7 @@ from tempflow.sampling.graphs import Captured, CudaCapture
 from tempflow.training.rollout import gather_rewards, plan_iteration, roll_out
 from tempflow.training.session import assemble
 
+pytestmark = pytest.mark.usefixtures("small_condition_images")
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 
 

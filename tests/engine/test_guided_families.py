@@ -9,6 +9,8 @@ from kernel_cases import assert_close
 
 from tempflow.models.embeddings import EmbeddingCache
 
+pytestmark = pytest.mark.usefixtures("small_condition_images")
+
 
 @pytest.mark.parametrize("name", GUIDED)
 def test_a_negative_prompt_has_a_default(family_pairs, name):
@@ -30,13 +32,15 @@ def test_cache_is_by_prompt_and_negative_prompt(family_pairs, name, monkeypatch)
         first = family.examples(PROMPTS[:1])[0].images
         return [type(one)(one.text, one.negative, first) for one in family.examples(*texts)]
 
-    expected = policy.encode(given(family.negative))
+    expected = policy.encode_each(given(family.negative))
     monkeypatch.setattr(policy, "embed", lambda some: asked.extend(example.text for example in some) or embed(some))
-    got = EmbeddingCache(policy).get(given(None))
-    for part, tensor in got.items():
-        assert_close(part, tensor.float(), expected[part].float(), FP32)
-    rows = next(tensor for part, tensor in got.items() if part.startswith("negative_") and tensor.is_floating_point())
-    assert not torch.equal(rows[0], rows[1]) and not torch.equal(rows[1], rows[2])
+    cached = EmbeddingCache(policy).each(given(None))
+    rows = [cached.rows([n]) for n in range(4)]
+    for n, row in enumerate(rows):
+        for part, tensor in row.items():
+            assert_close(part, tensor.float(), expected.rows([n])[part].float(), FP32)
+    text = next(part for part, tensor in rows[0].items() if part.startswith("negative_") and tensor.is_floating_point())
+    assert not torch.equal(rows[0][text], rows[1][text]) and not torch.equal(rows[1][text], rows[2][text])
     assert sorted(asked) == sorted({*PROMPTS, *NEGATIVES, family.negative})
 
 

@@ -1,14 +1,14 @@
 """Qwen-Image-Edit and Edit-Plus against plain diffusers, and what becomes of their condition images."""
 
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
 import pytest
 import torch
-from family_cases import DYNAMIC, FP32, NEGATIVES, PROMPTS, rescaled
+from family_cases import DYNAMIC, FAMILIES, FP32, NEGATIVES, PROMPTS, drawn, rescaled
 from kernel_cases import assert_close
-from PIL import Image
-from pipelines_qwen_image_edit import edit_pipeline, plain_pipeline
+from pipelines_qwen_image_edit import edit_pipeline
 from ragged_policy import Sharded
 
 from tempflow.errors import UserError
@@ -20,14 +20,13 @@ BUILDS = {"edit": {}, "plus": {"plus": True}, "2511": {"plus": True, "zero_cond_
 SIZES = [(32, 96), (48, 48)]
 
 
-def drawn(height, width, seed):
-    """An image with something in it, of any size."""
-    rng = np.random.default_rng(seed)
-    return Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).resize((width, height), Image.BICUBIC)
-
-
 WIDE, TALL = drawn(90, 160, 0), drawn(150, 64, 1)
 IMAGES = {"edit": [[WIDE], [TALL]], "plus": [[WIDE], [TALL, WIDE]], "2511": [[WIDE, TALL], [TALL]]}  # of PROMPTS
+
+
+def plain(name, folder):
+    kind = "QwenImageEditPipeline" if name == "edit" else "QwenImageEditPlusPipeline"
+    return replace(FAMILIES["qwen_image_edit"], pipeline=kind).plain(folder)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +37,7 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pairs(folders):
     """A policy, and diffusers' own pipeline loaded apart."""
-    return cache(lambda name: (load_policy(folders(name)), plain_pipeline(folders(name))))
+    return cache(lambda name: (load_policy(folders(name)), plain(name, folders(name))))
 
 
 def latents_for(policy, height, width):
@@ -47,7 +46,6 @@ def latents_for(policy, height, width):
 
 def expected(pipe, name, latents, scale, negatives, **call):
     """One prompt at a time: Plus takes no more, and Edit scales all images of a call to the first one's shape."""
-    pipe.set_progress_bar_config(disable=True)
     made = []
     for images, prompt, negative, x in zip(IMAGES[name], PROMPTS, negatives or [None, None], latents, strict=True):
         given = {"image": images[0] if name == "edit" else images, "prompt": prompt, "negative_prompt": negative, "true_cfg_scale": scale}
@@ -74,11 +72,10 @@ def test_sample_equals_the_pipeline(pairs, small_condition_images, name, scale, 
 def test_an_embedding_at_a_megapixel(tmp_path, name):
     """As it is in use, with a VAE of more halvings. What data.embedding_cache loads makes the same, whatever model.vae_tiling says."""
     folder = edit_pipeline(tmp_path / name, halvings=5, **BUILDS[name], **DYNAMIC)
-    part, pipe = load_policy(folder, parts="text"), plain_pipeline(folder)
+    part, pipe = load_policy(folder, parts="text"), plain(name, folder)
     assert part.pipe.transformer is None and part.pipe.vae is not None
     part.pipe.vae.enable_tiling()
     made = embed_one(part, Example(PROMPTS[0], images=(np.asarray(WIDE),)))
-    pipe.set_progress_bar_config(disable=True)
     seen = {}
 
     def transformer(hidden_states, encoder_hidden_states, img_shapes, **_):

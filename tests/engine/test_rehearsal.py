@@ -47,6 +47,7 @@ def config_of(folder, model=None, **rollout):
     return small_config(model={"path": str(folder), "max_sequence_length": 12, **(model or {})}, rollout=rollout)
 
 
+@pytest.mark.usefixtures("small_condition_images")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_familys_rollout_is_captured_in_two_layers(family_folders, name):
     capture, config = Capture(), config_of(family_folders(name))

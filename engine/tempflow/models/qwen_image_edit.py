@@ -23,6 +23,7 @@ from tempflow.types import Example
 TEXT = "encoder_hidden_states"
 IMAGE = "image_tokens_"  # and a number: [n, rows, columns, channels] of the conditioning
 AREA = 1024 * 1024  # pixels of an image for the VAE, about
+PATCH = 28  # pixels a side of an image's token in the text encoder
 TEMPLATE = 6  # tokens of the template behind the prompt, and before each image
 
 
@@ -71,8 +72,9 @@ class QwenImageEditPolicy(QwenImagePolicy):
 
     def empty_embeddings(self, count: int) -> Conditioning:
         config, like = self.pipe.transformer.config, {"dtype": self.dtype, "device": self.device}
-        images, side = self.images_taken[1], math.isqrt(AREA) // self.size_multiple(self.pipe.vae.config)
-        seen = math.ceil(math.sqrt(self.encoder_area) / 28) ** 2  # the encoder's tokens of an image: 28 x 28 pixels each
+        pixels, seen_pixels = (pipeline_qwenimage_edit.calculate_dimensions(area, 1.0)[0] for area in (AREA, self.encoder_area))
+        images, side = self.images_taken[1], pixels // self.size_multiple(self.pipe.vae.config)
+        seen = math.ceil(seen_pixels / PATCH) ** 2
         length = self.max_sequence_length + TEMPLATE + images * (seen + TEMPLATE)
         embeds = {"encoder_hidden_states": torch.empty(count, length, config.joint_attention_dim, **like)}
         return embeds | {f"{IMAGE}{n}": torch.empty(count, side, side, config.in_channels, **like) for n in range(images)}
@@ -89,7 +91,7 @@ class QwenImageEditPolicy(QwenImagePolicy):
         return {TEXT: torch.cat(padded), f"{TEXT}_mask": torch.cat(known), **images}
 
     def _forward(self, denoiser, x, sigma, conditioning, size):
-        images = [tensor for name, tensor in conditioning.items() if name.startswith(IMAGE)]
+        images = [tensor for name, tensor in sorted(conditioning.items()) if name.startswith(IMAGE)]
         grids = [(1, *self._packed_size(size)), *((1, *image.shape[1:3]) for image in images)]
         return denoiser(
             hidden_states=torch.cat([x, *(image.flatten(1, 2) for image in images)], dim=1),
