@@ -60,7 +60,7 @@ class Model(Section):
     max_sequence_length: Annotated[int, Field(ge=1, le=65536)] | None = Field(
         None,
         description="text tokens; null: the default of the family's diffusers pipeline "
-        "(FLUX.1, FLUX.2, Qwen-Image, Z-Image 512, SD3.5 256)",
+        "(FLUX.1, FLUX.2, Qwen-Image, Z-Image, Wan 512, SD3.5 256)",
     )
 
 
