@@ -16,6 +16,7 @@ from run_cases import ADAMW, Run, script_here, timeless, train
 import edits as edit_recipe
 import tempflow
 from tempflow.errors import UserError
+from tempflow.run import drift
 
 sys.path.append(str(ROOT / "examples"))
 
@@ -74,6 +75,8 @@ def _check_samples(run, lines):
         shown = Image.open(folder / item["condition"])
         assert shown.height == SIDE and shown.width == round(condition.shape[1] * SIDE / condition.shape[0])
     assert len({item["reward"] for item in items}) == 3
+    compared = drift.between_folders(run.folder / "samples/000000", folder)
+    assert compared["drift/color_shift"] == pytest.approx(run.rows[-1]["drift/color_shift"], abs=0.1)
 
 
 def _check_resumed(run, root):
