@@ -254,7 +254,7 @@ FAMILIES["qwen_image_edit"] = replace(
     images=lambda size: [[drawn(90, 160, 0)], [drawn(150, 64, 1), drawn(90, 160, 0)]],
     given=lambda images: {"image": images[0]},
     alone=True,
-    models="Qwen-Image-Edit, Edit-Plus",
+    models="Qwen-Image-Edit 2509, 2511",
 )
 GUIDED = [name for name, family in FAMILIES.items() if family.negative is not None]
 
