@@ -103,7 +103,8 @@ WAN = {
 SHIPPED = {  # config: (what it is for, the paper's values that it is held against)
     "flux_zero3": ("FLUX.1-dev, all weights, one node of 8 GPUs with 80 GB", FLUX),
     "flux_lora": ("FLUX.1-dev, LoRA, one GPU with 80 GB", FLUX),
-    "flux_first": ("FLUX.1-dev, LoRA, one GPU with 80 GB: a first run, with a curve in an hour (below)", FLUX),
+    "flux_lora_48gb": ("the same, one GPU with 48 GB", FLUX),
+    "flux_first": ("FLUX.1-dev, LoRA, one GPU with 48 GB or more: a first run, with a curve in an hour on one with 80 GB (below)", FLUX),
     "flux_control_lora": (
         "FLUX.1-Depth-dev, LoRA, one GPU with 80 GB; untuned: the settings are FLUX.1-dev's, guidance and steps of evaluations the model "
         "card's (FLUX.1-Canny-dev: 30 and 50)",
@@ -111,7 +112,7 @@ SHIPPED = {  # config: (what it is for, the paper's values that it is held again
     ),
     "sd35_zero2_lora": ("Stable Diffusion 3.5-medium, LoRA, one node of up to 8 GPUs", SD35),
     "sd35_lora": ("the same, one GPU", SD35),
-    "qwen_image_lora": ("Qwen-Image, LoRA, one GPU with 141 GB, or one with 80 GB and `rollout.replica=false`", SD35),
+    "qwen_image_lora": ("Qwen-Image, LoRA, one GPU with 80 GB", SD35),
     "flux2_klein_lora": ("FLUX.2 [klein] base 4B, LoRA, one GPU with 48 GB", SD35),
     "kontext_lora": ("FLUX.1-Kontext-dev, edits of images, LoRA, one GPU with 80 GB", KONTEXT),
     "qwen_image_edit_lora": (
@@ -127,7 +128,7 @@ SHIPPED = {  # config: (what it is for, the paper's values that it is held again
 FIRST = {
     "mfu": 0.3,
     "tflops": 297,
-    "gb": 57.2,
+    "gb": 33.6,
     "forwards": 472,
     "tflop": 21.5,
     "rollout": 34.2,

@@ -201,6 +201,20 @@ def check_compiled(config: Config) -> None:
         raise ValueError("rollout.compile: without rollout.replica rollouts use training.compile")
 
 
+def check_shared_base(config: Config) -> None:
+    """What `model.share_base: true` needs; the dtypes are compared where the device is known."""
+    if not config.model.share_base or config.may_share_base():
+        return
+    if config.model.lora is None:
+        raise ValueError("model.share_base: true needs model.lora; without adapters every weight is trained")
+    if not config.rollout.replica:
+        raise ValueError("model.share_base: true needs rollout.replica; without it there is one transformer already")
+    raise ValueError(
+        "model.share_base: true needs ZeRO stage 0, 1 or 2; at stage 3 the base is spread over the ranks. Leave it null, or set "
+        "rollout.replica to false"
+    )
+
+
 def check_eval(config: Config) -> None:
     neighbors = config.eval.precision_recall
     if neighbors is None:

@@ -22,6 +22,7 @@ from tempflow.config.checks import (
     check_eval,
     check_groups,
     check_penalty,
+    check_shared_base,
     check_stop,
     check_values,
     check_weighting,
@@ -53,6 +54,11 @@ class Model(Section):
         "float32", description="of the frozen parts and the rollout copy; auto: bfloat16 where the hardware computes it"
     )
     lora: Lora | None = Field(None, description="null trains all weights of the transformer")
+    share_base: bool | None = Field(
+        None,
+        description="with LoRA: rollouts read the training engine's own frozen weights and apply the adapters beside them; false keeps "
+        "a second copy with the adapters merged; null: shared below ZeRO stage 3 where `dtype` is the one that is trained in",
+    )
     attention_backend: str | None = Field(None, description="a diffusers attention backend; null: diffusers' own choice")
     gradient_checkpointing: bool = Field(False, description="trade a second forward for activation memory")
     vae_slicing: bool = Field(False, description="decode images one after another: less memory for a decode_batch of many")
@@ -360,6 +366,7 @@ class Config(Section):
             check_weighting,
             check_penalty,
             check_compiled,
+            check_shared_base,
             check_eval,
             check_stop,
         ):
@@ -388,6 +395,11 @@ class Config(Section):
     def penalty(self) -> Penalty | None:
         """What holds the policy to another; None: nothing."""
         return registry.build("penalty", self.training.penalty) if self.training.penalty else None
+
+    def may_share_base(self) -> bool:
+        """Whether rollouts may read the training engine's frozen weights, if the dtypes of both agree."""
+        stage = self.deepspeed.get("zero_optimization", {}).get("stage", 0)
+        return self.model.lora is not None and self.model.share_base is not False and self.rollout.replica and stage < 3
 
     def averaging(self) -> str | None:
         """The key of `training` by which weights are averaged: "ema", "merge" or None."""

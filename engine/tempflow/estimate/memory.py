@@ -19,6 +19,7 @@ from tempflow.estimate.processes import process_items
 from tempflow.estimate.zero import Zero
 from tempflow.models.embeddings import KEPT, KEPT_OF_STORE
 from tempflow.rewards import parse_rewards
+from tempflow.training.precision import shares_base
 from tempflow.training.reference_policy import placement
 
 
@@ -49,14 +50,16 @@ def memory_of(config: Config, model: Model, zero: Zero, gpus: int, prompts: int)
     encoders = sum(size for name, size in sizes.items() if name not in ("denoiser", "vae"))
     reference, offloaded = _reference(where, zero, weights)
     forward, evaluated = _inference(config, model, gpus)
-    rows = training_rows(config, gpus, model.ragged)
+    rows, shared = training_rows(config, gpus, model.ragged), shares_base(config, "cuda")
+    own = plain if r.replica and not shared else 0
     stay = config.data.embedding_cache is None  # otherwise they are gone before the rest is loaded
     processes, unknown = process_items(config)
     resident = [
         *processes,
         Item("text encoders", encoders if stay else 0, "data.embedding_cache, model.dtype"),
         Item("VAE", vae, "model.dtype"),
-        Item("rollout copy", plain if r.replica else 0, "rollout.replica, model.dtype"),
+        Item("rollout copy", own, "model.share_base, rollout.replica, model.dtype"),
+        Item("rollout copy: adapters", model.adapters if shared else 0, "model.lora"),
         Item("float8 copy for suffixes", model.float8 if r.suffix and r.suffix.weights == "float8" else 0, "rollout.suffix.weights"),
         Item("training engine: parameters", zero.parameters, "model.lora, zero_optimization.stage, bf16"),
         Item("training engine: gradients", zero.gradients, "model.lora, zero_optimization.stage"),
@@ -77,7 +80,7 @@ def memory_of(config: Config, model: Model, zero: Zero, gpus: int, prompts: int)
         Item("evaluation: a forward", evaluated if evaluated > forward else 0, "eval.guidance_scale, rollout.micro_batch"),
         Item(f"decoding {_rows(r.decode_batch)}", model.decode().bytes * r.decode_batch, "rollout.decode_batch"),
         Item("optimizer step", zero.step, "zero_optimization.stage, sub_group_size"),
-        Item("refreshing the rollout copy", _refresh(config, weights, model.trained_in), "rollout.refresh_bucket"),
+        Item("refreshing the rollout copy", _refresh(config, weights, model.trained_in, shared), "rollout.refresh_bucket"),
     ]
     average = zero.whole_fp32 * config.averaged_copies()
     (each, negative), seen = model.embedding, _prompts_seen(config, gpus, prompts)
@@ -88,7 +91,7 @@ def memory_of(config: Config, model: Model, zero: Zero, gpus: int, prompts: int)
         Item("offloaded by DeepSpeed", zero.offloaded, "zero_optimization.offload_*"),
         Item("reference copy: this process's share", offloaded, "training.reference"),
     ]
-    rest = vae + plain
+    rest = vae + own
     start = max(encoders + rest if stay else max(encoders, rest), weights.bytes)
     resident, moments, host = ([item for item in items if item.bytes] for items in (resident, moments, host))
     return Memory(resident, moments, host, start, unknown)
@@ -109,13 +112,18 @@ def _reference(where: str | None, zero: Zero, weights: Weights) -> tuple[int, in
     return (buffers, zero.share) if where == "offloaded" else (buffers + zero.share, 0)
 
 
-def _refresh(config: Config, weights: Weights, dtype: torch.dtype) -> int:
+def _refresh(config: Config, weights: Weights, dtype: torch.dtype, shared: bool) -> int:
     """The weights under way from the training engine, or from the average, to the rollout copy, and one with its adapter merged."""
-    averaged = config.averaging() is not None and config.model.lora is None
+    r, averaged = config.rollout, config.averaging() is not None
+    if not r.replica:
+        return 0
+    if shared:
+        converted = r.suffix is not None and r.suffix.weights == "float8"  # from weights that are merged one by one
+        bucket = 4 * min(r.refresh_bucket, weights.trained) if averaged else 0
+        return max(bucket, (4 + dtype.itemsize) * weights.largest_adapted if converted else 0)
     stage = config.deepspeed.get("zero_optimization", {}).get("stage", 0)
-    each = 4 if averaged else dtype.itemsize if stage == 3 else 0
-    bucket = min(config.rollout.refresh_bucket, weights.parameters) * each
-    return bucket + 4 * weights.largest_adapted if config.rollout.replica else 0
+    each = 4 if averaged and config.model.lora is None else dtype.itemsize if stage == 3 else 0
+    return min(r.refresh_bucket, weights.parameters) * each + 4 * weights.largest_adapted
 
 
 def _held(config: Config, model: Model, gpus: int) -> int:

@@ -18,7 +18,8 @@ from tempflow.models.hub import local_model
 from tempflow.models.loading import check_model, check_text_length, family_of, resolve_dtype
 from tempflow.models.skeleton import read_index, skeleton_module
 from tempflow.sampling.float8 import float8_bytes
-from tempflow.training.engine import add_lora, engine_dtype
+from tempflow.training.engine import add_lora
+from tempflow.training.precision import engine_dtype
 from tempflow.types import Example, Size
 
 
@@ -68,6 +69,8 @@ class _Frozen:
     sizes: dict[str, int]
     """Bytes of each module, whole."""
     float8: int
+    kept: int
+    """Bytes of the denoiser's weights that are in another float dtype than it is loaded in."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +112,11 @@ class Model:
     def sizes(self) -> dict[str, int]:
         """Bytes of the modules of the rollout, by name."""
         return self._frozen.sizes
+
+    @property
+    def adapters(self) -> int:
+        """Bytes of a rollout copy that shares the base: adapters, and what loading keeps in another dtype than the one trained in."""
+        return self.weights.trained * self.trained_in.itemsize + self._frozen.kept
 
     @property
     def float8(self) -> int:
@@ -169,8 +177,9 @@ def _frozen(path: str, dtype: torch.dtype, text: int, images: int | None) -> _Fr
     others = {name: part for name, part in modules.items() if isinstance(part, torch.nn.Module) and name not in denoisers}
     sizes = {name: module_bytes(part) for name, part in others.items()}
     sizes["denoiser"] = module_bytes(policy.denoiser())
-    float8 = float8_bytes(policy.denoiser())
-    return _Frozen(policy, measure.shorten(policy.denoiser()), sizes, float8)
+    float8, whole = float8_bytes(policy.denoiser()), (*policy.denoiser().parameters(), *policy.denoiser().buffers())
+    kept = tensor_bytes(t for t in whole if t.is_floating_point() and t.dtype != dtype)
+    return _Frozen(policy, measure.shorten(policy.denoiser()), sizes, float8, kept)
 
 
 @lru_cache(maxsize=8)

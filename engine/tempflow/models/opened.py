@@ -64,7 +64,7 @@ def open_model(
         examples: that will be asked for.
         device: None: the GPU where there is one.
         note: is told of what a user should know.
-        denoiser: False leaves it out: a run without rollout.replica sets the one that it trains.
+        denoiser: False leaves it out: training sets the one that it trains, or one that shares the base with it.
 
     Raises UserError as `load_policy` does, and on every rank alike where the cache cannot be written.
     """

@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from tempflow.errors import UserError
+from tempflow.models.adapted import whole_weight
 
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FLOAT8).max
@@ -69,11 +70,12 @@ def obstacle(transformer: torch.nn.Module) -> str | None:
 
 
 class Float8Linear(torch.nn.Module):
-    """x W^T + b with both factors of the product rounded to float8 (e4m3). x: [..., in_features] of any float dtype."""
+    """x W^T + b with both factors of the product rounded to float8 (e4m3); W with its adapter, where it has one. x: [..., in_features] of
+    any float dtype."""
 
     def __init__(self, source: torch.nn.Linear):
         super().__init__()
-        weight, scale = quantize_rows(source.weight.detach())
+        weight, scale = quantize_rows(whole_weight(source))
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
         self.bias = source.bias
@@ -81,7 +83,7 @@ class Float8Linear(torch.nn.Module):
     @torch.no_grad()
     def refresh(self, source: torch.nn.Linear) -> None:
         """Take over another weight, in place."""
-        weight, scale = quantize_rows(source.weight)
+        weight, scale = quantize_rows(whole_weight(source))
         self.weight.copy_(weight)
         self.scale.copy_(scale)
 

@@ -1,7 +1,8 @@
 """The DeepSpeed engine around the transformer, and the copies of its weights that rollouts and references use.
 
 Only the transformer is inside the engine; optimizer, precision and ZeRO stage are the config's `deepspeed` section. The
-rollout copy (`replica`) keeps its storage for the whole run and is refreshed in place after each update.
+rollout copy (`replica`) keeps its storage for the whole run and is refreshed in place after each update. With LoRA it shares all that
+is not trained with the engine (`model.share_base`).
 """
 
 from __future__ import annotations
@@ -18,27 +19,15 @@ from deepspeed.utils import safe_get_full_fp32_param
 from tempflow.compat import compile_repeated_blocks
 from tempflow.config import Config, Lora
 from tempflow.errors import UserError
-from tempflow.models import Policy, load_denoiser, resolve_dtype
+from tempflow.models import Policy, load_denoiser
 from tempflow.models.attention import set_attention_backend
 from tempflow.models.lora import fill, layers_of, merged, read_adapters
-from tempflow.run.environment import uses_gpu
 from tempflow.training.leaves import call_by_position, leaf_section
+from tempflow.training.precision import engine_dtype, shares_base
 from tempflow.training.reference_policy import make_reference
+from tempflow.training.shared_base import adopt, bare_copy
 
 ADAPTER = "default"
-
-
-def engine_dtype(ds: dict) -> torch.dtype:
-    """The dtype that the `deepspeed` section trains in."""
-    if ds.get("bf16", {}).get("enabled"):
-        return torch.bfloat16
-    return torch.float16 if ds.get("fp16", {}).get("enabled") else torch.float32
-
-
-def dtypes(config: Config) -> dict[str, torch.dtype]:
-    """Of the rollout's and the training's forwards, by the config key that decides."""
-    rollout = resolve_dtype(config.model.dtype, "cuda" if uses_gpu() else "cpu")
-    return {"model.dtype": rollout, "the deepspeed section": engine_dtype(config.deepspeed)}
 
 
 def add_lora(module: torch.nn.Module, lora: Lora, targets: tuple[str, ...], seed: int) -> None:
@@ -67,7 +56,8 @@ def add_lora(module: torch.nn.Module, lora: Lora, targets: tuple[str, ...], seed
 
 
 class Runtime:
-    """Trains the denoiser of `policy`; without rollout.replica it becomes the policy's own.
+    """Trains the denoiser of `policy`. It becomes the policy's own without rollout.replica, and a copy that shares the base with it where
+    `shares_base` says so; then the policy need not have one.
 
     engine: the DeepSpeed engine. dtype: of its weights and activations. trainable: name -> parameter.
     """
@@ -77,6 +67,7 @@ class Runtime:
         self.dtype = engine_dtype(config.deepspeed)
         self.stage = config.deepspeed.get("zero_optimization", {}).get("stage", 0)
         module = load_denoiser(config.model.path, self.dtype).train()
+        shared = bare_copy(module, self.dtype) if shares_base(config) else None
         if config.model.lora:
             add_lora(module, config.model.lora, policy.lora_targets, config.training.seed)
         else:
@@ -85,9 +76,6 @@ class Runtime:
             module.enable_gradient_checkpointing()
         set_attention_backend(module, config.model.attention_backend)
         compile_blocks(module, config.training.compile)
-        if config.rollout.replica:
-            set_attention_backend(policy.denoiser(), config.model.attention_backend)
-            compile_blocks(policy.denoiser(), config.rollout.compile)
         self.reference = make_reference(config, module, policy.device)
         self.trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
         ds = self._deepspeed_config(module)
@@ -95,11 +83,21 @@ class Runtime:
         self.engine, *_ = deepspeed.initialize(model=module, model_parameters=list(self.trainable.values()), config=ds)
         self.module = self.engine.module
         self._base_lrs = [group["lr"] for group in self.engine.optimizer.param_groups]
-        self._sources = self._replica_sources()
-        if not config.rollout.replica:
-            policy.set_denoiser(self.module)
-        elif config.model.lora and config.model.lora.start:
-            self.refresh(policy.denoiser())
+        self._sources = self._replica_sources() if shared is None else adopt(shared, self.module, ADAPTER)
+        self._start_rollouts(shared)
+
+    def _start_rollouts(self, shared: torch.nn.Module | None) -> None:
+        """Prepare the denoiser that the policy rolls out with: `shared`, its own, or without rollout.replica the trained one."""
+        if not self.config.rollout.replica:
+            self.policy.set_denoiser(self.module)
+            return
+        if shared is not None:
+            self.policy.set_denoiser(shared.to(self.policy.device))
+        copy = self.policy.denoiser()
+        set_attention_backend(copy, self.config.model.attention_backend)
+        compile_blocks(copy, self.config.rollout.compile)
+        if shared is not None or (self.config.model.lora and self.config.model.lora.start):
+            self.refresh(copy)
 
     def _deepspeed_config(self, module: torch.nn.Module) -> dict:
         ds = copy.deepcopy(self.config.deepspeed)
@@ -170,7 +168,7 @@ class Runtime:
         return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self.trainable.items()}
 
     def _replica_sources(self) -> list[tuple[str, list[str]]]:
-        """For each weight of a plain transformer that training changes, the engine's parameters it is made of."""
+        """For each weight of a copy of its own that training changes, the engine's parameters it is made of."""
         names = dict(self.module.named_parameters())
         if not self.config.model.lora:
             return [(name, [name]) for name in names]
@@ -180,7 +178,8 @@ class Runtime:
 
     @torch.no_grad()
     def refresh(self, target: torch.nn.Module, average: Callable[[list[str]], dict[str, torch.Tensor]] | None = None) -> None:
-        """Write the current weights, adapters merged, into a plain transformer, in place (a collective).
+        """Write the current weights into a rollout copy, in place (a collective): adapters as they are where it shares the base, merged
+        where it has weights of its own.
 
         average: gives values to use instead of the engine's for those of the parameters named that it has.
         """

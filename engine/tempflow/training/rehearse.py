@@ -81,6 +81,7 @@ def small_policy(config: Config, device: torch.device):
     parts["scheduler"] = getattr(diffusers, index["scheduler"][1]).from_pretrained(path, subfolder="scheduler")
     parts["vae"] = _described(path, getattr(diffusers, index["vae"][1]))
     policy = family(kind(**parts), device=device, max_sequence_length=check_text_length(path, config.model.max_sequence_length))
+    policy.set_denoiser(_as_rolled_out(config, policy.denoiser(), family.lora_targets, device))
     set_attention_backend(policy.denoiser(), config.model.attention_backend)
     compile_blocks(policy.denoiser(), config.rollout.compile)
     policy.embed = _embeddings(config, policy)
@@ -102,6 +103,25 @@ def _small_transformer(path: str, name: str, kind, dtype: torch.dtype, device: t
         if tensor.is_floating_point() and not kept & set(name.split(".")):
             tensor.data = tensor.data.to(dtype)
     return module
+
+
+def _as_rolled_out(config: Config, module: torch.nn.Module, targets: tuple[str, ...], device: torch.device) -> torch.nn.Module:
+    """With adapters beside its weights where the run's copy has them: on those of their layers that the small module has."""
+    from tempflow.training.engine import ADAPTER, add_lora
+    from tempflow.training.precision import shares_base
+    from tempflow.training.shared_base import adopt, bare_copy
+
+    if not shares_base(config, device.type):
+        return module
+    lora, layers = config.model.lora, [name for name, _ in module.named_modules()]
+    here = [t for t in lora.targets or targets if any(name == t or name.endswith("." + t) for name in layers)]
+    if not here:
+        return module
+    copy = bare_copy(module, module.dtype)
+    with device:
+        add_lora(module, lora.model_copy(update={"targets": here, "start": None}), targets, 0)
+    adopt(copy, module, ADAPTER)
+    return copy
 
 
 @dataclass

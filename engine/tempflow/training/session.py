@@ -27,6 +27,7 @@ from tempflow.training.device import Threads, cores_per_rank, device
 from tempflow.training.ema import Average
 from tempflow.training.engine import Runtime, compile_blocks
 from tempflow.training.merge import Merge
+from tempflow.training.precision import shares_base
 from tempflow.training.rehearsal import may_capture
 from tempflow.types import Example, State, Unit
 
@@ -142,7 +143,7 @@ def build(
     pool = pool or RewardPool(specs, **config.reward_pool.pool())
     captures = may_capture(config, device(), note) if train else False
     chosen = [prompts[i] for i in (range(len(prompts)) if reached is None else reached)]
-    opened = open_model(config, chosen + heldout, device(), note, denoiser=config.rollout.replica or not train)
+    opened = open_model(config, chosen + heldout, device(), note, denoiser=not train or _has_own_copy(config, note))
     policy = opened.policy
     runtime = Runtime(config, policy) if train else None
     return assemble(
@@ -160,6 +161,17 @@ def build(
         average=make_average(config, runtime) if runtime else None,
         graphs=make_graphs(config, policy, note) if captures else None,
     )
+
+
+def _has_own_copy(config: Config, note: Callable[[str], None]) -> bool:
+    """Whether the rollout copy has weights of its own: training does not set a denoiser then."""
+    shared = shares_base(config)
+    if config.may_share_base() and not shared:
+        note(
+            "model.share_base: model.dtype is not the dtype that the deepspeed section trains in, so rollouts have a copy of the "
+            "frozen weights of their own"
+        )
+    return config.rollout.replica and not shared
 
 
 def assemble(

@@ -82,14 +82,15 @@ def start(config: str | Path | dict, *, resume: bool = False, overrides: list[st
     from tempflow.estimate import check_room, disk_of
     from tempflow.models.attention import check_attention
     from tempflow.run.report import write_report
-    from tempflow.training.engine import dtypes
     from tempflow.training.loop import train
+    from tempflow.training.precision import dtypes, shares_base
     from tempflow.training.shares import guides_in_one
     from tempflow.training.signals import StopSignal
 
     check_gpu()
     check_attention(config.model.attention_backend, config.model.path, dtypes(config), guides_in_one(config))
     check_machine(config.deepspeed)
+    shares_base(config)
     stop = StopSignal().install()
     with directory.claim_run(config, resume, lambda: check_room(config, disk_of(config))) as (run_dir, resume_from):
         if resume_from:

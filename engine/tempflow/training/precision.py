@@ -1,0 +1,39 @@
+"""The dtypes of a run's forwards, and whether rollouts and training can read one copy of the frozen weights."""
+
+from __future__ import annotations
+
+import torch
+
+from tempflow.config import Config
+from tempflow.errors import UserError
+from tempflow.models import resolve_dtype
+from tempflow.run.environment import uses_gpu
+
+
+def engine_dtype(ds: dict) -> torch.dtype:
+    """The dtype that the `deepspeed` section trains in."""
+    if ds.get("bf16", {}).get("enabled"):
+        return torch.bfloat16
+    return torch.float16 if ds.get("fp16", {}).get("enabled") else torch.float32
+
+
+def dtypes(config: Config, device: str | None = None) -> dict[str, torch.dtype]:
+    """Of the rollout's and the training's forwards, by the config key that decides. device: of the run; None: this machine's."""
+    rollout = resolve_dtype(config.model.dtype, device or ("cuda" if uses_gpu() else "cpu"))
+    return {"model.dtype": rollout, "the deepspeed section": engine_dtype(config.deepspeed)}
+
+
+def shares_base(config: Config, device: str | None = None) -> bool:
+    """Whether the rollout copy has the training engine's own tensors for what is not trained. device: of the run; None: this machine's.
+
+    UserError where `model.share_base` asks for it and the two are of different dtypes.
+    """
+    if not config.may_share_base():
+        return False
+    found = dtypes(config, device)
+    if len(set(found.values())) == 1:
+        return True
+    if config.model.share_base:
+        named = ", ".join(f"{str(dtype).removeprefix('torch.')} by {key}" for key, dtype in found.items())
+        raise UserError(f"model.share_base: true needs one dtype for rollouts and training, got {named}")
+    return False
