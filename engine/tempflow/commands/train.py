@@ -39,15 +39,17 @@ def dry_run(args: argparse.Namespace) -> int:
         raise UserError("--mfu: above 0, at most 1; --card-gb, --peak-tflops: above 0")
     config = load_config(args.config, args.set)
     cli.quiet_libraries()
-    from tempflow.estimate import estimate, local_model, show
+    from tempflow.estimate import estimate, local_model, propose, show, show_proposal
     from tempflow.models import most_images
 
     asked, config.model.path = config.model.path, local_model(config.model.path)  # configs of some hub models are kept here
     _, train, heldout = checked_inputs(config, dry=True)
     machine = {"gpus": args.gpus, "mfu": args.mfu, "card_gb": args.card_gb, "peak_tflops": args.peak_tflops}
-    result = estimate(config, **machine, prompts=len(train), images=most_images(train + heldout))
+    judge = partial(estimate, **machine, prompts=len(train), images=most_images(train + heldout))
+    result = judge(config)
     if int(os.environ.get("RANK", 0)) == 0:
         show(replace(result, model=asked))
+        show_proposal(result, propose(config, judge, args.gpus))
     return 0
 
 

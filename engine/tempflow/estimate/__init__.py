@@ -6,7 +6,8 @@ Left out: the allocator's fragmentation, NCCL's buffers and the time that ranks 
 
 from tempflow.estimate.disk import check_room
 from tempflow.estimate.estimate import Estimate, disk_of, estimate
-from tempflow.estimate.show import show
+from tempflow.estimate.fitting import propose
+from tempflow.estimate.show import show, show_proposal
 from tempflow.models.hub import local_model
 
-__all__ = ["Estimate", "check_room", "disk_of", "estimate", "local_model", "show"]
+__all__ = ["Estimate", "check_room", "disk_of", "estimate", "local_model", "propose", "show", "show_proposal"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 from rich.console import Console
@@ -10,6 +11,7 @@ from rich.table import Table
 
 from tempflow.estimate.disk import Disk
 from tempflow.estimate.estimate import Estimate
+from tempflow.estimate.fitting import Step
 from tempflow.estimate.item import Item
 from tempflow.run.console import duration
 
@@ -42,6 +44,22 @@ def show(estimate: Estimate, output: Console | None = None) -> None:
     )
     out.print(_host(estimate))
     out.print(_disk(estimate.disk))
+
+
+def show_proposal(estimate: Estimate, steps: list[Step], output: Console | None = None) -> None:
+    """Which changes of the config make a run fit that does not, each with what the run needs after it and what it costs."""
+    out = output or Console(highlight=False, width=None if Console().is_terminal else 120)
+    if estimate.fits:
+        return
+    if steps and steps[-1].estimate.fits:
+        out.print(f"[bold]It fits {size(estimate.card)} with[/] (memory and an iteration's time with each and those above it):")
+    else:
+        out.print(f"[bold]No change of these keys makes it fit {size(estimate.card)}[/]; nearest comes:")
+    for step in steps:
+        for key, value in step.changes.items():
+            out.print(f"  --set '{escape(key)}={escape(json.dumps(value))}'")
+        out.print(f"      {size(step.estimate.total)}, {spent(step.estimate.seconds)}: {escape(step.cost)}")
+    out.print("Not tried, because they change what the run is for: the model, rollout.height and width, prompts, seeds and children.")
 
 
 def _memory(estimate: Estimate) -> Table:
