@@ -89,7 +89,7 @@ def _verdict(estimate: Estimate, out: Console) -> None:
         largest = sorted(estimate.memory.resident, key=lambda item: -item.bytes)[:LARGEST]
         for item in [*largest, max(estimate.memory.moments, key=lambda item: item.bytes)]:
             out.print(f"  {size(item.bytes)}  {escape(item.name)}: {escape(item.keys)}")
-        out.print("Change these keys, or try more or larger GPUs (--gpus, --card-gb), or a smaller rollout.height and width.")
+        out.print("Change these keys, or try more or larger GPUs (--gpus, --card-gb), or a smaller rollout.height, width or frames.")
 
 
 def _costs(estimate: Estimate) -> Table:
