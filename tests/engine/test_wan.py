@@ -57,7 +57,7 @@ def called(size, **more):
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("scale", [1.0, 4.5])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["experts", "small_vae"])  # the others are in the table of families
 def test_sample_equals_the_pipeline(pairs, kind, size, scale):
     policy, pipe = pairs(kind)
     x = latents_for(policy, size)
@@ -70,9 +70,8 @@ def test_sample_equals_the_pipeline(pairs, kind, size, scale):
     assert (got - x).norm() > 0.1 * x.norm(), "the model does something"
 
 
-@pytest.mark.parametrize("kind", ["euler", "small_vae"])
-def test_frames_equal_the_pipelines(pairs, kind):
-    policy, pipe = pairs(kind)
+def test_frames_of_the_small_vae_equal_the_pipelines(pairs):
+    policy, pipe = pairs("small_vae")
     size = Size(32, 96, 5)
     x = latents_for(policy, size, 1)
     theirs, mine = called(size, guidance_scale=1.0)
@@ -83,9 +82,8 @@ def test_frames_equal_the_pipelines(pairs, kind):
     assert np.abs(difference).max() <= 1 and np.stack(expected).std() > 1
 
 
-@pytest.mark.parametrize("kind", ["euler", "experts"])
-def test_guidance_and_negative_prompts_matter(pairs, kind):
-    policy, _ = pairs(kind)
+def test_guidance_and_negative_prompts_matter(pairs):
+    policy, _ = pairs("experts")
     _, mine = called(Size(32, 96, 5), num_steps=3, decode=False)
     runs = [
         policy.sample(PROMPTS, latents=latents_for(policy, Size(32, 96, 5)), guidance_scale=scale, negative_prompts=negatives, **mine)
