@@ -90,6 +90,17 @@ def qwen_processor():
     return kind(Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 16384}), tokenizer)
 
 
+def qwen3_processor():
+    """Qwen-Image 2.1's: the same tokenizer, the words of its own template, and as chat template what marks a message."""
+    from transformers import Qwen2VLImageProcessorPil, Qwen3VLProcessor
+    from transformers.utils import is_torchvision_available
+
+    tokenizer = qwen_processor().tokenizer
+    template = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content[0].text + '<|im_end|>\n' }}{% endfor %}"
+    kind = Qwen3VLProcessor if is_torchvision_available() else without_videos(Qwen3VLProcessor)
+    return kind(Qwen2VLImageProcessorPil(patch_size=16), tokenizer, chat_template=template)
+
+
 def write_tokenizer(kind: str, folder: Path, length: int) -> None:
     """A small tokenizer that passes for a `kind`, of at most `length` tokens."""
     if kind == "Qwen2Tokenizer":
@@ -102,6 +113,8 @@ def write_tokenizer(kind: str, folder: Path, length: int) -> None:
         save_dev_processor(folder)
     elif kind == "Qwen2VLProcessor":
         qwen_processor().save_pretrained(folder)
+    elif kind == "Qwen3VLProcessor":
+        qwen3_processor().save_pretrained(folder)
     else:
         shutil.copytree(SMALL / ("tokenizer" if kind == "CLIPTokenizer" else "tokenizer_2"), folder, dirs_exist_ok=True)
     file = folder / "tokenizer_config.json"

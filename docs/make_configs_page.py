@@ -121,6 +121,10 @@ SHIPPED = {  # config: (what it is for, the paper's values that it is held again
     ),
     "z_image_lora": ("Z-Image, LoRA, one GPU with 48 GB", Z_IMAGE),
     "wan21_1b_lora": ("Wan2.1 1.3B, text to video, LoRA, one GPU with 24 GB; with `model.path` Wan2.1 14B, one with 80 GB", WAN),
+    "qwen_image_21_lora": (
+        "Qwen-Image 2.1, LoRA, one GPU with 48 GB; untuned: the settings are Qwen-Image's, without guidance as its authors sample it",
+        SD35,
+    ),
     "tiny_ocr": ("the small model that ships with the project, a CPU of 2 cores", SD35),
 }
 

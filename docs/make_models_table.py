@@ -19,7 +19,13 @@ COLUMNS = {  # the tests that show it, by module
     "trains, resumes": ("test_family_runs", "test_training", "test_resuming"),
     "its export is read by diffusers": ("test_family_runs", "test_export_is_read_by_plain_diffusers"),
     "CUDA graphs, with a stand-in": ("test_gpu_families", "test_the_same_comparison_on_the_cpu"),
-    "simulated GPU": ("test_simulated_gpu", "test_nothing_captured_copies_or_reads", "test_host_waits_of_a_rollout"),
+    "simulated GPU": (
+        "test_simulated_gpu",
+        "test_nothing_captured_copies_or_reads",
+        "test_host_waits_of_training",
+        "test_memory_of_rollouts_and_evaluations",
+        "test_memory_of_training",
+    ),
 }
 KINDS = {"lora": "LoRA", "full": "all weights"}
 
@@ -37,26 +43,27 @@ def table() -> str:
     for pipeline in pipelines:
         names = [name for name, family in FAMILIES.items() if family.pipeline == pipeline]
         for name in names or [None]:
-            cells = [_cell(name, module, tests) for module, *tests in COLUMNS.values()]
+            known = {name, FAMILIES[name].config} if name else set()
+            cells = [_cell(known, module, tests) for module, *tests in COLUMNS.values()]
             models = FAMILIES[name].models if name else "(by tests of its own)"
             lines.append(f"| {models} | `{pipeline}` | " + " | ".join(cells) + f" | {_on_hardware(name)} |")
     return "\n".join(lines)
 
 
-def _cell(name: str | None, module: str, tests: list[str]) -> str:
-    """What all the tests show of a family: nothing, the kinds of training, or just that they do."""
-    shown = [_parameters(getattr(importlib.import_module(module), test)) for test in tests]
-    if not all(any(name in row for row in rows) for rows in shown):
+def _cell(known: set[str], module: str, tests: list[str]) -> str:
+    """What all the tests show of a family, by its name or its config's: nothing, the kinds of training, or just that they do."""
+    shown = [[row for row in _parameters(getattr(importlib.import_module(module), test)) if known & row] for test in tests]
+    if not all(shown):
         return ""
-    return ", ".join(words for kind, words in KINDS.items() if all((name, kind) in rows for rows in shown)) or "yes"
+    return ", ".join(words for kind, words in KINDS.items() if all(any(kind in row for row in rows) for rows in shown)) or "yes"
 
 
-def _parameters(test) -> list[tuple]:
-    """The rows of a test's parameters, one parametrization after the other."""
+def _parameters(test) -> list[set[str]]:
+    """The texts in the rows of a test's parameters, one parametrization after the other."""
     rows = []
     for mark in getattr(test, "pytestmark", []):
         if mark.name == "parametrize":
-            rows += [row if isinstance(row, tuple) else (row,) for row in mark.args[1]]
+            rows += [{value for value in (row if isinstance(row, tuple) else (row,)) if isinstance(value, str)} for row in mark.args[1]]
     return rows
 
 

@@ -14,6 +14,7 @@ from make_pipeline import random_model, shrunk
 from gpu_steps.context import ROOT, Context
 from tempflow.config import Config, load_config
 from tempflow.models.hub import CARDS
+from tempflow.models.skeleton import not_loaded
 from tempflow.types import Example
 
 CONFIGS = {"flux-dev": "flux_lora", "sd35-medium": "sd35_lora", "qwen-image": "qwen_image_lora"}
@@ -88,7 +89,7 @@ def random_policy(config: Config, device: torch.device, dtype: torch.dtype):
         settings = json.loads((folder / name / "config.json").read_text())
         parts[name] = random_model("diffusers", index[name][1], settings, str(device), dtype)
     parts["scheduler"] = getattr(diffusers, index["scheduler"][1]).from_pretrained(folder / "scheduler")
-    named = {name: parts.get(name) for name, value in index.items() if isinstance(value, list)}
+    named = {name: parts.get(name, not_loaded(name)) for name, value in index.items() if isinstance(value, list)}
     length = check_text_length(str(folder), config.model.max_sequence_length)
     policy = family_of(str(folder))(getattr(diffusers, index["_class_name"])(**named), device=device, max_sequence_length=length)
     described = type(policy).skeleton(str(folder), policy.dtype, length)

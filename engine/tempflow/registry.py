@@ -132,6 +132,7 @@ KINDS = {
             "FluxControlPipeline": "tempflow.models.flux_control:FluxControlPolicy",
             "FluxKontextPipeline": "tempflow.models.flux_kontext:FluxKontextPolicy",
             "FluxPipeline": "tempflow.models.flux:FluxPolicy",
+            "QwenImage21Pipeline": "tempflow.models.qwen_image_21:QwenImage21Policy",
             "QwenImageEditPipeline": "tempflow.models.qwen_image_edit:QwenImageEditPolicy",
             "QwenImageEditPlusPipeline": "tempflow.models.qwen_image_edit:QwenImageEditPlusPolicy",
             "QwenImagePipeline": "tempflow.models.qwen_image:QwenImagePolicy",

@@ -15,7 +15,7 @@ that the host reads are made up: 1, in arrays True, and a single bool is False.
 It cannot see: values, and so what depends on them, a NaN included; what a kernel itself refuses, such as an alignment; time,
 streams and races; host waits inside libraries below PyTorch's dispatcher; and of memory the CUDA context, the allocator's
 fragmentation, workspaces of cuBLAS and cuDNN, and the scratch of our own Triton kernels (they are replaced by their shapes).
-Attention is the fused kernel that a GPU would choose. Collectives and other GPUs do not exist.
+Attention and SiLU are the fused kernels that a GPU would choose. Collectives and other GPUs do not exist.
 """
 
 from __future__ import annotations
@@ -251,6 +251,7 @@ class FakeGpu:
                 mock.patch.object(torch.Tensor, "numpy", _numpy(torch.Tensor.numpy)),
                 mock.patch.object(FakeTensor, "tolist", self._tolist(), create=True),
                 mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", attention),
+                mock.patch.object(torch.nn.functional, "silu", lambda x, inplace=False: _Silu.apply(x)),
                 mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
                 mock.patch.object(torch.cuda, "get_device_name", lambda device=None: "simulated GPU"),
             ):
@@ -324,6 +325,21 @@ def _numpy(real):
         return real(tensor, *args, **more)
 
     return numpy
+
+
+class _Silu(torch.autograd.Function):
+    """A kernel forward and one backward, as on a GPU. Fake tensors take the backward of devices that have none: five kernels, and what
+    they hold between them."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return torch.ops.aten.silu(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return torch.empty_like(x)
 
 
 def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):

@@ -24,6 +24,7 @@ from pipelines_flux import flux_pipeline
 from pipelines_flux_control import control_images, flux_control_pipeline, of_the_mode
 from pipelines_flux_kontext import kontext_pipeline
 from pipelines_qwen_image import qwen_pipeline
+from pipelines_qwen_image_21 import qwen_21_pipeline
 from pipelines_qwen_image_edit import edit_pipeline
 from pipelines_sd3 import sd3_pipeline
 from pipelines_wan import FIRST_ORDER, wan_pipeline
@@ -72,7 +73,11 @@ class Family:
     frames: int = 1
     """Of its videos."""
     alone: bool = False
-    """Whether the pipeline takes one prompt at a time."""
+    """Whether the pipeline is called with one prompt at a time."""
+    cuts: bool = True
+    """Whether it cuts prompts to max_sequence_length tokens."""
+    sizes: tuple[tuple[int, int], ...] = ((32, 96), (48, 48))
+    """Heights and widths at which it is compared with the pipeline."""
     models: str = ""
     """Those that it stands for, as README's table names them."""
 
@@ -93,6 +98,10 @@ class Family:
         pipe = getattr(diffusers, self.pipeline).from_pretrained(folder, **parts)
         pipe.set_progress_bar_config(disable=True)
         return pipe
+
+    def length(self, tokens: int) -> dict:
+        """The pipeline's argument for the length of its text."""
+        return {"max_sequence_length": tokens} if self.cuts else {}
 
     def size(self, height: int, width: int) -> Size:
         return Size(height, width, self.frames)
@@ -222,6 +231,19 @@ FAMILIES = {
         negative=" ",
         combine=rescaled,
         models="Qwen-Image",
+    ),
+    "qwen_image_21": Family(
+        qwen_21_pipeline,
+        "QwenImage21Pipeline",
+        "qwen_image_21_lora",
+        {"dynamic": {**DYNAMIC, "base_shift": 0.5, "max_shift": 0.9, "max_image_seq_len": 8192, "shift_terminal": 0.02}},
+        (11.3, 4, 8),
+        guidance="true_cfg_scale",
+        negative=" ",
+        alone=True,
+        cuts=False,
+        sizes=((32, 96), (64, 64)),
+        models="Qwen-Image 2.1",
     ),
     "z_image": Family(
         z_image_pipeline,

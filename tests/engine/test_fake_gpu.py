@@ -107,3 +107,15 @@ def test_nothing_of_it_stays_behind(gpu):
         assert torch.nn.functional.scaled_dot_product_attention is not attention
     assert torch.nn.functional.scaled_dot_product_attention is attention and torch.Tensor.numpy is numpy
     assert torch.zeros(2).tolist() == [0, 0] and type(torch.zeros(2)) is torch.Tensor
+
+
+def test_silu_is_one_kernel_each_way(gpu):
+    """Its input and result, and in the backward one gradient more."""
+    size = 4 * 512 * 512
+    with gpu:
+        x = torch.empty(512, 512, device=gpu.device, requires_grad=True)
+        with gpu.watch() as seen:
+            y = torch.nn.SiLU()(x)
+            held = gpu.live - seen.start
+            y.backward(torch.empty_like(y))
+    assert held == size and seen.bytes == 3 * size

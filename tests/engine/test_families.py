@@ -13,13 +13,11 @@ from tempflow.models import check_model, check_size, index_rows, load_policy
 from tempflow.models.embeddings import EmbeddingCache
 
 pytestmark = pytest.mark.usefixtures("small_condition_images")
-SIZES = [(32, 96), (48, 48)]
 KINDS = [(name, kind) for name, family in FAMILIES.items() for kind in family.schedulers]
-CASES = [(name, kind, case) for name, kind in KINDS for case in range(len(FAMILIES[name].cases))]
+CASES = [(name, kind, case, *size) for name, kind in KINDS for case in range(len(FAMILIES[name].cases)) for size in FAMILIES[name].sizes]
 
 
-@pytest.mark.parametrize("height, width", SIZES, ids=str)
-@pytest.mark.parametrize("name, kind, case", CASES)
+@pytest.mark.parametrize("name, kind, case, height, width", CASES)
 def test_sample_equals_the_pipeline(family_pairs, name, kind, case, height, width):
     policy, pipe = family_pairs(name, kind)
     family, size = FAMILIES[name], FAMILIES[name].size(height, width)
@@ -34,6 +32,7 @@ def test_sample_equals_the_pipeline(family_pairs, name, kind, case, height, widt
     wanted = family.reference(pipe, x, *call, decode=True)
     if family.frames > 1:
         wanted = [(np.asarray(video) * 255).round().astype(np.uint8) for video in wanted]
+    wanted = [np.asarray(image)[..., :3] for image in wanted]  # an alpha channel is left out
     difference = np.stack(images).astype(int) - np.stack(wanted)
     assert np.abs(difference).max() <= 1 and (difference != 0).mean() < 1e-3, "a level here and there, by rounding"
     assert np.stack(wanted).std() > 1, "there is something in the images"
@@ -56,7 +55,7 @@ def test_what_it_is_given_matters(family_pairs, name):
             assert (one - another).norm() > 1e-3 * one.norm()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [name for name in FAMILIES if FAMILIES[name].cuts])
 def test_text_length_is_the_pipelines(family_pairs, family_folders, name):
     """The default is the pipeline's own; another one is passed on, and cuts what is longer."""
     family, size = FAMILIES[name], FAMILIES[name].size(32, 32)
@@ -133,7 +132,7 @@ def test_sample_refuses_what_does_not_fit(family_pairs, name):
     with pytest.raises((ValueError, UserError), match="negative_prompts: "):
         family.sampled(policy, x, family.size(32, 96), 2, family.scale, negatives=[""] * (1 if family.negative is not None else 2))
     with pytest.raises(ValueError, match="latents: expected shape"):
-        family.sampled(policy, x, family.size(48, 96), 2, family.scale)
+        family.sampled(policy, x, family.size(64, 96), 2, family.scale)
     with pytest.raises(ValueError, match="latents: expected shape"):
         policy.sample(PROMPTS[0], latents=x, height=32, width=96, num_steps=2, guidance_scale=family.scale)
 

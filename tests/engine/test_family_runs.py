@@ -104,7 +104,7 @@ def test_export_is_read_by_plain_diffusers(runs, family_folders, tmp_path, name,
     x, call = latents_for(policy, size), (size, 3, family.scale, None if family.negative is None else NEGATIVES)
     base = family.sampled(policy, x, *call)
     got = family.sampled(load.apply(chosen, policy), x, *call)
-    assert_close("latents", got, family.reference(pipe, x, *call, max_sequence_length=32), FP32)
+    assert_close("latents", got, family.reference(pipe, x, *call, **family.length(32)), FP32)
     assert (got - base).norm() > 1e-3 * base.norm()
 
 

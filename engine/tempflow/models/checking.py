@@ -18,7 +18,7 @@ import torch
 from tempflow.compat import rename_old_keys
 from tempflow.errors import UserError, brief, shown
 from tempflow.models.base import Policy, resolution_shift
-from tempflow.models.component import Component, listed, problem_with_file, read_table, skeleton
+from tempflow.models.component import Component, is_component, listed, problem_with_file, read_table, skeleton
 
 TIMESTEPS = 1000  # of a grid from 1 to 0, as every family's velocity takes them
 REFUSED_OPTIONS = {
@@ -41,7 +41,7 @@ def components_of(folder: Path, family: type[Policy]) -> list[Component]:
 
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     taken = inspect.signature(getattr(diffusers, index["_class_name"]).__init__).parameters
-    given = {name: value for name, value in index.items() if name in taken and isinstance(value, list) and len(value) == 2}
+    given = {name: value for name, value in index.items() if name in taken and is_component(value)}
     needed = (*family.denoiser_parts(index), *NEEDED)
     lacking = [name for name in needed if name in taken and given.get(name, [None])[0] is None]
     if lacking:

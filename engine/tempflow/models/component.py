@@ -31,6 +31,11 @@ STAND_INS = {"PixtralProcessor": "AutoTokenizer"}
 Shapes = dict[str, tuple[str, tuple[int, ...]]]  # tensor name -> (dtype as safetensors writes it, shape)
 
 
+def is_component(value) -> bool:
+    """Whether a value of model_index.json names a component, as [library, class] or [null, null]; others are a pipeline's options."""
+    return isinstance(value, (list, tuple)) and len(value) == 2 and (value[0] is None or isinstance(value[0], str))
+
+
 @dataclass(frozen=True)
 class Component:
     """What model_index.json calls `name`: [library, kind]. folder: the pipeline's."""

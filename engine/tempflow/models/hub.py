@@ -21,6 +21,7 @@ KNOWN = {  # hub ids that one of them describes
     "black-forest-labs/FLUX.2-klein-base-4B": "flux2-klein-base-4b",
     "black-forest-labs/FLUX.2-klein-base-9B": "flux2-klein-base-9b",
     "Qwen/Qwen-Image": "qwen-image",
+    "Qwen/Qwen-Image-2.1": "qwen-image-2.1",
     "Qwen/Qwen-Image-Edit": "qwen-image-edit",
     "Qwen/Qwen-Image-Edit-2509": "qwen-image-edit-2509",
     "Qwen/Qwen-Image-Edit-2511": "qwen-image-edit-2511",

@@ -21,6 +21,7 @@ from tempflow.errors import UserError, brief, shown
 from tempflow.models.arguments import as_dtype, check_device, one_of, positive_int
 from tempflow.models.base import Policy, check_multiple
 from tempflow.models.checking import check_components, components_of, is_description
+from tempflow.models.component import is_component
 from tempflow.models.hub import fetch, folder_hash, local_folder, model_index
 from tempflow.models.skeleton import plain_options
 from tempflow.registry import KINDS
@@ -55,7 +56,7 @@ def check_model(path: str | Path) -> str:
     if name not in FAMILIES:
         raise UserError(f"model.path: {path} is a {name!s:.80}; known are {', '.join(FAMILIES)}")
     if folder.is_dir():
-        needed = [part for part, value in index.items() if isinstance(value, list) and value[0]]
+        needed = [part for part, value in index.items() if is_component(value) and value[0]]
         missing = [part for part in needed if not os.path.isdir(folder / part)]  # False as well where it may not be seen
         if missing:
             raise UserError(f"model.path: {folder} lacks the component{'s' * (len(missing) > 1)} {', '.join(missing)}")
@@ -213,7 +214,7 @@ def load_denoiser(path: str, dtype: torch.dtype) -> torch.nn.Module:
 
     index, family = _index(path), family_of(path)
     parts = family.denoiser_parts(index)
-    others = [name for name, value in index.items() if isinstance(value, list) and name not in parts]
+    others = [name for name, value in index.items() if is_component(value) and name not in parts]
     folder = local_folder(path, getattr(diffusers, check_model(path)), others)
     components = {component.name: component for component in components_of(folder, family)}
     return family.join_denoiser(*(components[name].load(dtype) for name in parts))

@@ -11,8 +11,27 @@ import torch
 
 from tempflow.compat import kept_in_float32
 from tempflow.errors import UserError, brief
-from tempflow.models.component import skeleton
+from tempflow.models.component import is_component, skeleton
 from tempflow.models.hub import fetch
+
+
+class NoProcessor:
+    """In the place of a processor that is not loaded, for pipelines that ask theirs for token ids when they are made."""
+
+    @property
+    def tokenizer(self) -> NoProcessor:
+        return self
+
+    def apply_chat_template(self, *args, **options) -> list[list[int]]:
+        return [[]]
+
+    def encode(self, text: str) -> list[int]:
+        return [0]
+
+
+def not_loaded(part: str) -> NoProcessor | None:
+    """What a pipeline that is made from configs alone gets for a tokenizer, a text encoder or a processor."""
+    return NoProcessor() if part == "processor" else None
 
 
 def skeleton_pipe(path: str, dtype: torch.dtype):
@@ -23,7 +42,7 @@ def skeleton_pipe(path: str, dtype: torch.dtype):
     import diffusers
 
     index = read_index(path)
-    parts = {name: _part(path, name, *value, dtype) for name, value in index.items() if isinstance(value, list)}
+    parts = {name: _part(path, name, *value, dtype) for name, value in index.items() if is_component(value)}
     kind = getattr(diffusers, index["_class_name"])
     return kind(**parts, **plain_options(kind, index))
 
@@ -31,7 +50,7 @@ def skeleton_pipe(path: str, dtype: torch.dtype):
 def plain_options(pipeline: type, index: dict) -> dict:
     """Arguments of a pipeline's constructor that its model_index.json gives and that are no components, as `is_distilled`."""
     taken = inspect.signature(pipeline.__init__).parameters
-    return {name: value for name, value in index.items() if name in taken and not isinstance(value, list)}
+    return {name: value for name, value in index.items() if name in taken and not is_component(value)}
 
 
 def skeleton_module(path: str, part: str, dtype: torch.dtype) -> torch.nn.Module:
@@ -48,7 +67,7 @@ def _part(path: str, name: str, library: str | None, kind: str | None, dtype: to
     if name == "scheduler":
         return getattr(importlib.import_module(library), kind).from_config(_table(path, "scheduler/scheduler_config.json"))
     if library is None or not name.startswith(("transformer", "vae", "text_encoder", "image_encoder")):
-        return None
+        return not_loaded(name)
     module = skeleton(library, kind, _table(path, f"{name}/config.json"), name)
     keep = kept_in_float32(module, dtype)
     for key, tensor in [*module.named_parameters(), *module.named_buffers()]:

@@ -69,13 +69,14 @@ def small_policy(config: Config, device: torch.device):
 
     from tempflow.models import check_text_length, family_of, resolve_dtype
     from tempflow.models.attention import set_attention_backend
-    from tempflow.models.skeleton import plain_options
+    from tempflow.models.component import is_component
+    from tempflow.models.skeleton import not_loaded, plain_options
     from tempflow.training.engine import compile_blocks
 
     path, dtype = config.model.path, resolve_dtype(config.model.dtype, device)
     index = diffusers.DiffusionPipeline.load_config(path)
     family, kind = family_of(path), getattr(diffusers, index["_class_name"])
-    parts = plain_options(kind, index) | {name: None for name, value in index.items() if isinstance(value, (list, tuple))}
+    parts = plain_options(kind, index) | {name: not_loaded(name) for name, value in index.items() if is_component(value)}
     for name in family.denoiser_parts(index):
         parts[name] = _small_transformer(path, name, getattr(diffusers, index[name][1]), dtype, device)
     parts["scheduler"] = getattr(diffusers, index["scheduler"][1]).from_pretrained(path, subfolder="scheduler")
