@@ -154,6 +154,21 @@ def test_memory_of_a_refresh(simulations, name):
     assert seen.bytes == pytest.approx(moments(run.config)["refreshing"], rel=0.1)
 
 
+def test_memory_of_one_base(gpu, tmp_path):
+    """With LoRA the rollout copy holds adapters alone; its forwards hold what the dry run says, and nothing captured waits."""
+    path = load_config(ROOT / "configs/flux_lora.json").model.path
+    with gpu:
+        run = SimulatedRun(SimulatedModel(gpu, cut_card(path, tmp_path, layers=2), None, Size(1024, 1024)), "flux_lora")
+        runtime = run.make_runtime()
+        rolled = run.roll_out()
+    trained, copy = ([*module.parameters(), *module.buffers()] for module in (runtime.module, run.policy.denoiser()))
+    shared = {id(t) for t in trained}
+    said = {item.name.split(":")[0]: item.bytes for item in estimate(run.config).memory.resident if item.name.startswith("rollout copy")}
+    assert sum(t.nbytes for t in copy if id(t) not in shared) == said["rollout copy"] < 0.1 * sum(t.nbytes for t in trained)
+    forwards = rolled.forwards["step"]
+    assert most(forwards) == pytest.approx(moments(run.config)["rollout"], rel=0.1) and not any(seen.waits for seen in forwards)
+
+
 @pytest.mark.slow
 def test_flux_at_its_full_depth(gpu):
     """A rollout of 57 blocks against the dry run's line through two and three rows."""
