@@ -18,6 +18,7 @@ from tempflow.sampling.layout import iteration_units
 from tempflow.sampling.suffix import count_forwards, last_decisions, suffix_path
 from tempflow.types import Size
 
+pytestmark = pytest.mark.usefixtures("small_condition_images")
 STEP = 2.0**-4  # half of the spacing of float8's mantissas of three bits, at their lower end
 SIZE = Size(32, 96)
 

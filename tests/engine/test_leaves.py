@@ -12,6 +12,7 @@ from tempflow.training import distributed, leaves
 from tempflow.training import engine as runtime
 
 OWN = {"leaf_module": {"classes": []}}  # what a user writes who wants DeepSpeed's own units
+pytestmark = pytest.mark.usefixtures("small_condition_images")
 SUMS = 1e-6  # fp32, relative: gradients of a block's inputs are added in another order
 
 
