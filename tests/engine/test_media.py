@@ -16,9 +16,9 @@ from tempflow.errors import UserError
 from tempflow.estimate import estimate, memory
 from tempflow.estimate.disk import disk
 from tempflow.media import STRIP, condition_image, no_image, plain, some_frames, still
-from tempflow.models.base import check_multiple
 from tempflow.models.embeddings import EmbeddingCache
 from tempflow.models.opened import Opened
+from tempflow.models.sizes import check_multiple
 from tempflow.rewards import Reward, RewardPool, parse_rewards, probe
 from tempflow.run import collage, evaluation
 from tempflow.run.diversity import mean_distance, thumbnails

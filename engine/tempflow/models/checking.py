@@ -17,8 +17,9 @@ import torch
 
 from tempflow.compat import rename_old_keys
 from tempflow.errors import UserError, brief, shown
-from tempflow.models.base import Policy, resolution_shift
+from tempflow.models.base import Policy
 from tempflow.models.component import Component, is_component, listed, problem_with_file, read_table, skeleton
+from tempflow.models.sizes import resolution_shift
 
 TIMESTEPS = 1000  # of a grid from 1 to 0, as every family's velocity takes them
 REFUSED_OPTIONS = {

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from tempflow.compat import flux_image_ids, unpack_latents
-from tempflow.models.base import Conditioning, Policy, check_multiple, resolution_shift
+from tempflow.models.base import Conditioning, Policy
+from tempflow.models.sizes import check_multiple, resolution_shift
 from tempflow.types import Example, Size
 
 

@@ -22,8 +22,9 @@ from PIL import Image
 
 from tempflow.errors import UserError
 from tempflow.media import condition_image
-from tempflow.models.base import Conditioning, Policy, check_multiple
+from tempflow.models.base import Conditioning, Policy
 from tempflow.models.guidance import GuidedPolicy
+from tempflow.models.sizes import check_multiple
 from tempflow.models.vae import encoding_whole
 from tempflow.types import Example, Size
 

@@ -19,10 +19,11 @@ import torch
 from tempflow.compat import multiplies_bfloat16
 from tempflow.errors import UserError, brief, shown
 from tempflow.models.arguments import as_dtype, check_device, one_of, positive_int
-from tempflow.models.base import Policy, check_multiple
+from tempflow.models.base import Policy
 from tempflow.models.checking import check_components, components_of, is_description
 from tempflow.models.component import is_component
 from tempflow.models.hub import fetch, folder_hash, local_folder, model_index
+from tempflow.models.sizes import check_multiple
 from tempflow.models.skeleton import plain_options
 from tempflow.registry import KINDS
 from tempflow.types import Example, Size

@@ -15,8 +15,9 @@ from diffusers.models.transformers import transformer_qwenimage
 
 from tempflow.compat import unpack_latents
 from tempflow.models.arguments import finite_number
-from tempflow.models.base import Conditioning, check_multiple, resolution_shift
+from tempflow.models.base import Conditioning
 from tempflow.models.guidance import GuidedPolicy
+from tempflow.models.sizes import check_multiple, resolution_shift
 from tempflow.types import Example, Size
 
 

@@ -13,9 +13,10 @@ import torch
 from diffusers import QwenImage21Transformer2DModel
 
 from tempflow.errors import UserError
-from tempflow.models.base import Conditioning, check_multiple, resolution_shift
+from tempflow.models.base import Conditioning
 from tempflow.models.guidance import GuidedPolicy
 from tempflow.models.qwen_image import QwenImagePolicy
+from tempflow.models.sizes import check_multiple, resolution_shift
 from tempflow.types import Example, Size
 
 TOKEN = 16  # pixels a side

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from tempflow.errors import UserError
-from tempflow.models.base import Conditioning, check_multiple, resolution_shift
+from tempflow.models.base import Conditioning
 from tempflow.models.guidance import GuidedPolicy
+from tempflow.models.sizes import check_multiple, resolution_shift
 from tempflow.types import Example, Size
 
 PATCH = 2  # latent pixels a side of a token, in every checkpoint of the family

@@ -14,9 +14,10 @@ import torch
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
 from tempflow.errors import UserError
-from tempflow.models.base import Conditioning, check_multiple
+from tempflow.models.base import Conditioning
 from tempflow.models.checking import TIMESTEPS, UNIPC
 from tempflow.models.guidance import GuidedPolicy
+from tempflow.models.sizes import check_multiple
 from tempflow.models.wan_experts import Experts
 from tempflow.types import Example, Scales, Size
 

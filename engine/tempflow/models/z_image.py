@@ -12,8 +12,9 @@ from diffusers.models.transformers import ZImageTransformer2DModel
 from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF
 
 from tempflow.errors import UserError
-from tempflow.models.base import Conditioning, check_multiple, resolution_shift
+from tempflow.models.base import Conditioning
 from tempflow.models.guidance import GuidedPolicy
+from tempflow.models.sizes import check_multiple, resolution_shift
 from tempflow.types import Example, Size
 
 PATCH = 2
