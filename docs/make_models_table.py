@@ -58,7 +58,7 @@ def table() -> str:
                 models = FAMILIES[name].models
                 cells = [_cell({name, FAMILIES[name].config}, module, tests) for module, *tests in COLUMNS.values()]
             else:
-                models, shown = OWN[pipeline]
+                models, shown = OWN.get(pipeline, ("(not verified)", {}))
                 cells = ["yes" if column in shown and _there(*shown[column]) else "" for column in COLUMNS]
             lines.append(f"| {models} | `{pipeline}` | " + " | ".join(cells) + f" | {_on_hardware(name)} |")
     return "\n".join(lines)

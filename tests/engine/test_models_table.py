@@ -45,4 +45,4 @@ def test_a_cell_needs_a_test(script, monkeypatch):
     changed = next(line for line in script.table().splitlines() if "`FluxPipeline`" in line)
     assert changed == row.replace("| LoRA, all weights |", "| LoRA |", 1)
     monkeypatch.delitem(family_cases.FAMILIES, "flux")
-    assert "| (by tests of its own) | `FluxPipeline` |  |  |" in script.table()
+    assert "| (not verified) | `FluxPipeline` |  |  |" in script.table()
