@@ -29,9 +29,8 @@ COLUMNS = {  # the tests that show it, by module
 }
 KINDS = {"lora": "LoRA", "full": "all weights"}
 OWN = {  # families without an entry there: their models, and tests of their own by column
-    "Flux2KleinPipeline": ("FLUX.2 klein", {"equals its pipeline": ("test_flux2", "test_sample_equals_the_pipeline")}),
     "Flux2Pipeline": (
-        "FLUX.2 dev",
+        "FLUX.2 [dev]",
         {
             "equals its pipeline": ("test_flux2", "test_sample_equals_the_pipeline"),
             "its export is read by diffusers": ("test_flux2_runs", "test_training_and_export"),

@@ -21,6 +21,7 @@ from engine_cases import HELDOUT, examples
 from engine_cases import PROMPTS as WORDS
 from PIL import Image
 from pipelines_flux import flux_pipeline
+from pipelines_flux2 import klein_pipeline, negative_embeddings
 from pipelines_flux_control import control_images, flux_control_pipeline, of_the_mode
 from pipelines_flux_kontext import kontext_pipeline
 from pipelines_qwen_image import qwen_pipeline
@@ -70,6 +71,8 @@ class Family:
     """The pipeline's arguments for them."""
     during: Callable[[], AbstractContextManager] = nullcontext
     """Context of the pipeline's call, where it needs one to be compared."""
+    negatives: Callable = lambda pipe, texts, call: {"negative_prompt": texts}
+    """The pipeline's arguments for negative prompts."""
     frames: int = 1
     """Of its videos."""
     alone: bool = False
@@ -140,7 +143,7 @@ class Family:
         images, width, found = self.images and self.images(size), 1 if self.alone else len(PROMPTS), []
         for i in range(0, len(PROMPTS), width):
             rows = slice(i, i + width)
-            more = {"negative_prompt": list(negatives[rows])} if negatives else {}
+            more = self.negatives(pipe, list(negatives[rows]), call) if negatives else {}
             more |= self.given(images[rows]) if images else {}
             with self.during():
                 out = pipe(prompt=PROMPTS[rows], latents=latents[rows].clone(), **more, **call)
@@ -264,6 +267,16 @@ FAMILIES = {
         negative="",
         frames=5,
         models="Wan 2.1, 2.2 (text to video)",
+    ),
+    "flux2": Family(
+        klein_pipeline,
+        "Flux2KleinPipeline",
+        "flux2_klein_lora",
+        {"dynamic": DYNAMIC},
+        (11.5, 4, 8),  # its config's larger micro-batches: fewer forwards, so branching's copies weigh more in each
+        negative="",
+        negatives=negative_embeddings,
+        models="FLUX.2 [klein] base",
     ),
 }
 FAMILIES["qwen_image_edit"] = replace(

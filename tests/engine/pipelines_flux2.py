@@ -29,12 +29,10 @@ def _transformer(seed: int, width: int, guidance_embeds: bool):
 
 @torch.no_grad()
 def _sharpened(transformer):
-    """Attention that chooses among its tokens, and blocks that add as much as they get, so that text and images show in the latents."""
+    """Weights that matter twice as much, so that text and images show in the latents; more would amplify rounding errors too."""
     for name, parameter in transformer.named_parameters():
-        if "norm_q" in name or "norm_k" in name or "norm_added" in name:
-            parameter.mul_(3)
-        elif "modulation" in name or "timestep_embedder" in name:
-            parameter.mul_(4)
+        if any(part in name for part in ("norm_q", "norm_k", "norm_added", "modulation", "timestep_embedder")):
+            parameter.mul_(2)
     return transformer
 
 
@@ -42,9 +40,9 @@ def _vae():
     from diffusers import AutoencoderKLFlux2
 
     vae = AutoencoderKLFlux2(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 8),
         layers_per_block=1,
         latent_channels=CHANNELS,
         norm_num_groups=4,
@@ -146,3 +144,9 @@ def plain_pipeline(folder: Path):
         pipe.register_modules(tokenizer=AutoTokenizer.from_pretrained(Path(folder) / "tokenizer"))
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def negative_embeddings(pipe, texts: list[str], call: dict) -> dict:
+    """[klein]'s pipeline takes negative prompts as embeddings."""
+    embeds, _ = pipe.encode_prompt(texts, max_sequence_length=call.get("max_sequence_length", 512))
+    return {"negative_prompt_embeds": embeds}

@@ -39,7 +39,7 @@ VARIANTS = {
 }
 
 
-GUIDED = ("sd3", "qwen_image")
+GUIDED = ("sd3", "qwen_image", "flux2")
 
 
 TEXT = 20
@@ -115,7 +115,7 @@ def test_bytes_of_a_real_runtime(folders, family, variant):
 def described(folder, scale, **model) -> Model:
     """The dry run's, of images of 32 x 96 in fp32."""
     model = {"path": str(folder), "dtype": "float32", "max_sequence_length": TEXT, **model}
-    return Model(small_config(model=model, rollout={"guidance_scale": scale}))
+    return Model(small_config(model=model, rollout={"guidance_scale": scale}), images=0)
 
 
 @pytest.mark.parametrize("family, scale", [("flux", 0.0), *[(f, s) for f in GUIDED for s in (1.0, 4.5)]])

@@ -1,4 +1,4 @@
-"""FLUX.2 [klein] base, [klein] distilled and [dev] against plain diffusers."""
+"""FLUX.2 [klein] distilled and [dev] against plain diffusers, and what only this family has; [klein] base is in the table of families."""
 
 import json
 import shutil
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from engine_cases import examples
-from family_cases import FP32, NEGATIVES, PROMPTS, latents_for
+from family_cases import FP32, PROMPTS, latents_for
 from kernel_cases import assert_close
 from pipelines_flux2 import CHANNELS, dev_pipeline, klein_pipeline, plain_pipeline
 from safetensors.torch import load_file, save_file
@@ -40,7 +40,7 @@ def pairs(folders):
 
 
 @pytest.mark.parametrize("height, width", [(32, 96), (48, 48)], ids=str)
-@pytest.mark.parametrize("name, scale", [("klein-base", 1.0), ("klein-base", 4.0), ("klein", 1.0), ("dev", 1.0), ("dev", 4.0)])
+@pytest.mark.parametrize("name, scale", [("klein", 1.0), ("dev", 1.0), ("dev", 4.0)])
 def test_sample_equals_the_pipeline(pairs, name, scale, height, width):
     policy, pipe = pairs(name)
     x, size = latents_for(policy, Size(height, width)), {"height": height, "width": width}
@@ -48,7 +48,7 @@ def test_sample_equals_the_pipeline(pairs, name, scale, height, width):
     expected = pipe(prompt=PROMPTS, latents=x.clone(), output_type="latent", **call).images
     mine = {**size, "num_steps": 4, "guidance_scale": scale}
     got = policy.sample(PROMPTS, latents=x, decode=False, **mine)
-    rows, columns = height // 4, width // 4
+    rows, columns = height // 8, width // 8
     assert got.dtype == torch.float32
     assert got.shape == ((2, rows * columns, 4 * CHANNELS) if name == "dev" else (2, CHANNELS, 2 * rows, 2 * columns))
     assert_close("latents", got, expected, FP32)
@@ -57,23 +57,6 @@ def test_sample_equals_the_pipeline(pairs, name, scale, height, width):
     difference = np.stack(pictures).astype(int) - np.stack(wanted)
     assert np.abs(difference).max() <= 1 and (difference != 0).mean() < 1e-3, "a level here and there, by rounding"
     assert np.stack(wanted).std() > 1, "there is something in the pictures"
-
-
-def test_negative_prompts_of_a_base_model(pairs):
-    """The pipeline takes their embeddings; without them it guides away from the empty prompt, as training does."""
-    policy, pipe = pairs("klein-base")
-    x = latents_for(policy, Size(32, 96))
-    given, _ = pipe.encode_prompt(list(NEGATIVES), max_sequence_length=TEXT)
-    call = {"height": 32, "width": 96, "num_inference_steps": 3, "guidance_scale": 4.0, "max_sequence_length": TEXT}
-    expected = pipe(prompt=PROMPTS, negative_prompt_embeds=given, latents=x.clone(), output_type="latent", **call).images
-    got = policy.sample(PROMPTS, latents=x, guidance_scale=4.0, negative_prompts=NEGATIVES, **CALL)
-    assert_close("latents", got, expected, FP32)
-    plain, default, empty = (
-        policy.sample(PROMPTS, latents=x, guidance_scale=scale, negative_prompts=negatives, **CALL)
-        for scale, negatives in ((1.0, NEGATIVES), (4.0, None), (4.0, ""))
-    )
-    assert torch.equal(default, empty)
-    assert min((got - default)[0].norm(), (got - plain).norm()) > 1e-3 * got.norm()
 
 
 @pytest.mark.parametrize("name", ["klein", "dev"])
@@ -91,7 +74,7 @@ def test_a_distilled_model_says_that_guidance_has_no_effect(pairs):
     assert torch.equal(got, policy.sample(PROMPTS, latents=x, guidance_scale=1.0, **CALL))
 
 
-@pytest.mark.parametrize("name, scale", [("klein-base", 4.0), ("klein", 1.0), ("dev", 4.0)])
+@pytest.mark.parametrize("name, scale", [("klein", 1.0), ("dev", 4.0)])
 def test_rows_may_be_at_different_steps(pairs, name, scale):
     """One forward of rows at their own sigmas is each row's forward, and every row has its prompt."""
     policy, _ = pairs(name)

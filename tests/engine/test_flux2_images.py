@@ -36,7 +36,7 @@ def picture(width, height, seed):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
 
 
-WIDE, TALL, OTHER = picture(102, 66, 0), picture(64, 81, 1), picture(102, 66, 2)  # cropped to tokens of 4 pixels a side
+WIDE, TALL, OTHER = picture(102, 66, 0), picture(64, 81, 1), picture(102, 66, 2)  # cropped to tokens of 8 pixels a side
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def test_large_images_are_scaled_down(pairs, monkeypatch):
     monkeypatch.setattr(flux2, "AREA", 90 * 90)
     tokens = policy.embed([Example(PROMPTS[0], images=(np.asarray(large),))])["image_0"]
     small = pipe.image_processor._resize_to_target_area(large, 90 * 90)
-    assert small.size == (127, 63) and tokens.shape == (1, 15, 31, 4 * CHANNELS)
+    assert small.size == (127, 63) and tokens.shape == (1, 7, 15, 4 * CHANNELS)
     expected, _ = pipe.prepare_image_latents(
         [pipe.image_processor.preprocess(small, height=60, width=124, resize_mode="crop")], 1, None, "cpu", torch.float32
     )
@@ -129,7 +129,7 @@ def test_the_cache_keeps_shapes_apart(pairs):
     conditions = EmbeddingCache(policy).each(examples)
     assert conditions.shapes[0] == conditions.shapes[2] != conditions.shapes[1]
     rows = conditions.rows([0, 2])
-    assert rows["image_0"].shape == rows["negative_image_0"].shape == (2, 16, 25, 4 * CHANNELS)
+    assert rows["image_0"].shape == rows["negative_image_0"].shape == (2, 8, 12, 4 * CHANNELS)
     x = latents_for(policy, Size(32, 48), 3)
     got = policy.at(Size(32, 48), 4.0).integrate_each(x, conditions, 2)
     wanted = policy.sample(texts, latents=x, images=images, guidance_scale=4.0, **CALL)
@@ -154,7 +154,7 @@ def test_a_run_without_images_has_one_shape(folders, monkeypatch):
         else:
             check_shares(config, examples, [])
         monkeypatch.undo()
-    assert described.embed([with_image])["image_0"].shape == (1, 256, 256, 4 * CHANNELS) and AREA == 4**2 * 256**2
+    assert described.embed([with_image])["image_0"].shape == (1, 128, 128, 4 * CHANNELS) and AREA == 8**2 * 128**2
 
 
 def test_the_dry_run_counts_reference_images():
