@@ -125,7 +125,9 @@ def names_a_key(line: str, table: dict, file) -> bool:
     given = [key if key.isprintable() else repr(key) for key in table] + [repr("")]
     unfit = line.removeprefix(f"config file {file}: ")
     if unfit != line:
-        return unfit.startswith(("a key holds", *(f"{key}{end}" for key in [*Config.model_fields, *given] for end in (".", "[", " holds"))))
+        return unfit.startswith(
+            ("a key holds", *(f"{key}{end}" for key in [*Config.model_fields, "$schema", *given] for end in (".", "[", " holds")))
+        )
     return any(line.startswith((f"{key}.", f"{key}:")) for key in [*Config.model_fields, *given])
 
 
@@ -150,6 +152,7 @@ def with_value(*path, value) -> dict:
 @example(with_value("", value="\ud800"))
 @example(with_value("rollout", "\ud800", value=1))
 @example(with_value("data", "train", value="\udfff"))
+@example(with_value("$schema", value=["\ud800"]))
 @settings(max_examples=1000, database=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(table=mutated())
 def test_any_mistake_is_refused_or_estimated(folder, table):

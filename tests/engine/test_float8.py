@@ -1,6 +1,7 @@
 """The float8 copy for suffix rows: its arithmetic against float64, what it converts and shares, and its rows in the scheduler."""
 
 import math
+import types
 from functools import cache
 
 import pytest
@@ -12,7 +13,7 @@ from test_graphs import Recorded, cache_of
 
 from tempflow.errors import UserError
 from tempflow.models import load_policy
-from tempflow.sampling.float8 import FLOAT8, Float8Copy, Float8Linear, float8_bytes, float8_layers, obstacle, quantize_rows
+from tempflow.sampling.float8 import FLOAT8, Float8Copy, Float8Linear, block_lists, float8_bytes, float8_layers, obstacle, quantize_rows
 from tempflow.sampling.graphs import CudaCapture
 from tempflow.sampling.layout import iteration_units
 from tempflow.sampling.suffix import count_forwards, last_decisions, suffix_path
@@ -92,7 +93,13 @@ def test_it_converts_the_layers_of_the_blocks_that_see_tokens(policies, name):
     velocity(name, policies(name), transformer)
     for hook in hooks:
         hook.remove()
-    tokens = {layer for layer, shape in shapes.items() if len(shape) == 3 and "blocks." in layer}
+    fits = {
+        name
+        for name, layer in transformer.named_modules()
+        if isinstance(layer, torch.nn.Linear) and not any(n % 16 for n in layer.weight.shape)
+    }
+    blocks = tuple(block_lists(transformer))
+    tokens = {layer for layer, shape in shapes.items() if len(shape) == 3 and layer.startswith(blocks) and layer in fits}
     unused = set(float8_layers(transformer)) - set(shapes)  # the last block's text stream
     assert set(float8_layers(transformer)) - unused == tokens and len(tokens) > 10
     assert all("_context" in layer or "txt" in layer or "add" in layer for layer in unused)
@@ -153,12 +160,9 @@ def test_gpus_that_cannot(monkeypatch, capability, dtype, hip, words):
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
     monkeypatch.setattr("torch.version.hip", hip)
 
-    class OnGpu(torch.nn.Module):
-        def parameters(self):
-            yield type("Weight", (), {"device": torch.device("cuda"), "dtype": dtype})()
-
-    module = OnGpu()
-    module.blocks = torch.nn.ModuleList([torch.nn.Linear(32, 16)])
+    layer = types.SimpleNamespace(weight=types.SimpleNamespace(device=torch.device("cuda"), dtype=dtype))
+    monkeypatch.setattr("tempflow.sampling.float8.float8_layers", lambda module: {"blocks.0": layer})
+    module = torch.nn.Linear(32, 16)
     reason = obstacle(module)
     assert reason is None if words is None else words in reason
 

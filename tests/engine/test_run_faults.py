@@ -29,7 +29,7 @@ def fail(*a, **k):
 def test_by_products_fail_and_the_run_goes_on(tmp_path, monkeypatch):
     """Every picture, report, event, summary and row of metrics; nothing half-written stays."""
     append = logs.AppendFile.append
-    monkeypatch.setattr(evaluation.Image.Image, "save", fail)
+    monkeypatch.setattr(evaluation.MediaFile, "write", fail)
     monkeypatch.setattr("tempflow.run.report.page.render", fail)
     monkeypatch.setattr(trackers.Board, "log", fail)
     monkeypatch.setattr(logs.AppendFile, "append", lambda self, record, sync=False: fail() if sync else append(self, record))

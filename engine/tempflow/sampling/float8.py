@@ -19,7 +19,7 @@ from tempflow.models.adapted import whole_weight
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FLOAT8).max
 SIDES = 16  # what both sides of a float8 product must be multiples of
-_MODULATION = re.compile(r"(^|\.)(norm[^.]*|[^.]*mod)(\.|$)")
+_MODULATION = re.compile(r"(^|\.)(norm[^.]*|[^.]*mod|[^.]*modulation)(\.|$)")
 
 
 def float8_layers(transformer: torch.nn.Module) -> dict[str, torch.nn.Linear]:
