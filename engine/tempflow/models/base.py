@@ -7,9 +7,10 @@ fixes the size and the guidance scale of a run.
 
 from __future__ import annotations
 
+import threading
 import warnings
 from abc import ABC, abstractmethod
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Callable, Iterator
 
@@ -25,6 +26,9 @@ from tempflow.models.skeleton import skeleton_pipe
 from tempflow.sampling.steps import ode_coefficients
 from tempflow.types import Example, Scales, Size
 from tempflow_kernels import sde_step
+
+# Held by a decode of a VAE that keeps features from call to call in itself, as those of videos do: a rollout's lanes are threads.
+_DECODING = threading.Lock()
 
 
 def _as_bytes(decoded: torch.Tensor) -> torch.Tensor:
@@ -259,7 +263,8 @@ class Policy(ABC):
         A video of one frame is an image. NaN or infinity in a latent, or in what the VAE makes of it, is no image: a cast to uint8
         would make it a black one, which rewards score like any other. Its place is taken by `no_image`, in every frame.
         """
-        decoded = self._decode(latents, size)
+        with _DECODING if hasattr(self.pipe.vae, "clear_cache") else nullcontext():
+            decoded = self._decode(latents, size)
         if decoded.ndim == 5 and size.frames == 1:
             decoded = decoded.squeeze(2)
         finite = (latents.isfinite().flatten(1).all(1) & decoded.isfinite().flatten(1).all(1)).cpu().numpy()
