@@ -263,7 +263,8 @@ class Policy(ABC):
         A video of one frame is an image. NaN or infinity in a latent, or in what the VAE makes of it, is no image: a cast to uint8
         would make it a black one, which rewards score like any other. Its place is taken by `no_image`, in every frame.
         """
-        with _DECODING if hasattr(getattr(self.pipe, "vae", None), "clear_cache") else nullcontext():
+        vae = getattr(getattr(self, "pipe", None), "vae", None)  # a policy may have none
+        with _DECODING if hasattr(vae, "clear_cache") else nullcontext():
             decoded = self._decode(latents, size)
         if decoded.ndim == 5 and size.frames == 1:
             decoded = decoded.squeeze(2)
