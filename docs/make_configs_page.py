@@ -106,8 +106,8 @@ SHIPPED = {  # config: (what it is for, the paper's values that it is held again
     "flux_lora_48gb": ("the same, one GPU with 48 GB", FLUX),
     "flux_first": ("FLUX.1-dev, LoRA, one GPU with 48 GB or more: a first run, with a curve in an hour on one with 80 GB (below)", FLUX),
     "flux_control_lora": (
-        "FLUX.1-Depth-dev, LoRA, one GPU with 80 GB; untuned: the settings are FLUX.1-dev's, guidance and steps of evaluations the model "
-        "card's (FLUX.1-Canny-dev: 30 and 50)",
+        "FLUX.1-Depth-dev, LoRA, one GPU with 80 GB; untuned: the settings are FLUX.1-dev's, guidance and steps of evaluations those "
+        "of public examples for it (FLUX.1-Canny-dev: 30 and 50)",
         FLUX,
     ),
     "sd35_zero2_lora": ("Stable Diffusion 3.5-medium, LoRA, one node of up to 8 GPUs", SD35),
@@ -178,7 +178,7 @@ WHY = {
     "times fewer forwards. tiny_ocr: those where its rewards spread, without the first, which decides colors.",
     "rollout.sde.type": "The stochastic step of Flow-GRPO.",
     "rollout.sde.eta": "Noise of a step: enough to change the image, not to destroy it. Editing: as Flow-GRPO's recipes.",
-    "rollout.guidance_scale": "FLUX embeds it (flux_control_lora: the model card's value); SD3.5 and Qwen-Image pay a second half of "
+    "rollout.guidance_scale": "FLUX embeds it (flux_control_lora: that of public examples); SD3.5 and Qwen-Image pay a second half of "
     "each forward for it. Qwen-Image: its "
     "authors' `true_cfg_scale`. The small model has none. FLUX.2 [klein] base: diffusers' example, and Flow-Factory's recipe for it. "
     "Z-Image: the recipe's, and its authors' example; for Turbo set 0. Wan: Flow-GRPO's; the pipeline's default is 5.",
