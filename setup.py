@@ -19,11 +19,21 @@ setup(
     python_requires=">=3.10,<3.13",
     packages=find_packages("engine") + find_packages("kernels"),
     package_dir={"tempflow": "engine/tempflow", "tempflow_kernels": "kernels/tempflow_kernels"},
-    package_data={"tempflow": ["assets/**/*", "run/report/*.html", "run/report/*.css", "run/report/*.js"]},
+    package_data={
+        "tempflow": ["assets/**/*", "run/report/*.html", "run/report/*.css", "run/report/*.js"]
+    },
     entry_points={
         "console_scripts": [
             f"tempflow-{name.replace('_', '-')} = tempflow.commands.{name}:command"
-            for name in ("train", "evaluate", "sample", "export", "merge", "refine", "reward_server")
+            for name in (
+                "train",
+                "evaluate",
+                "sample",
+                "export",
+                "merge",
+                "refine",
+                "reward_server",
+            )
         ]
     },
     install_requires=[
@@ -53,6 +63,16 @@ setup(
         "server": SERVER,
         "geneval": GENEVAL,
         "datasets": DATASETS,
-        "dev": ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "matplotlib>=3.8", "triton>=3.5", "ruff", *SERVER, *GENEVAL, *DATASETS],
+        "dev": [
+            "pytest>=8",
+            "pytest-xdist>=3",
+            "hypothesis>=6",
+            "matplotlib>=3.8",
+            "triton>=3.5",
+            "ruff",
+            *SERVER,
+            *GENEVAL,
+            *DATASETS,
+        ],
     },
 )

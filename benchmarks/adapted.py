@@ -1,9 +1,11 @@
-"""A linear layer under LoRA three ways: the adapter merged into the weight, peft's layer, and the rollout's (`AdaptedLinear`).
+"""A linear layer under LoRA three ways: the adapter merged into the weight, peft's layer, and the
+rollout's (`AdaptedLinear`).
 
     python benchmarks/adapted.py [--tokens 512] [--widths 1536 3072] [--rank 32]
 
-Prints for each width and dtype the time of a forward as a ratio to the merged layer's, each way in turn, and the relative distance of its
-output from float64; and how many weights of a merged base differ after the adapter was subtracted again. On a CPU it is processor time.
+Prints for each width and dtype the time of a forward as a ratio to the merged layer's, each way in
+turn, and the relative distance of its output from float64; and how many weights of a merged base
+differ after the adapter was subtracted again. On a CPU it is processor time.
 """
 
 import argparse
@@ -23,9 +25,14 @@ def layers(width: int, rank: int, dtype: torch.dtype, device: str) -> dict[str, 
     merged = torch.nn.Linear(width, width, dtype=dtype, device=device).requires_grad_(False)
     merged.weight.copy_(whole_weight(adapted)), merged.bias.copy_(source.bias)
     holder = torch.nn.ModuleDict({"layer": source})
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["layer"]), holder)
+    inject_adapter_in_model(
+        LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["layer"]), holder
+    )
     peft = holder["layer"]
-    peft.lora_A["default"].weight.copy_(adapted.down), peft.lora_B["default"].weight.copy_(adapted.up)
+    (
+        peft.lora_A["default"].weight.copy_(adapted.down),
+        peft.lora_B["default"].weight.copy_(adapted.up),
+    )
     return {"merged": merged, "peft": peft.to(dtype), "adapted": adapted}
 
 
@@ -39,7 +46,9 @@ def seconds(function, device: str) -> float:
 
 
 @torch.no_grad()
-def measure(tokens: int, width: int, rank: int, dtype: torch.dtype, device: str, rounds: int) -> dict:
+def measure(
+    tokens: int, width: int, rank: int, dtype: torch.dtype, device: str, rounds: int
+) -> dict:
     ways = layers(width, rank, dtype, device)
     adapted, x = ways["adapted"], torch.randn(tokens, width, device=device).to(dtype)
     exact = x.double() @ adapted.weight.double().T + adapted.bias.double()
@@ -49,7 +58,10 @@ def measure(tokens: int, width: int, rank: int, dtype: torch.dtype, device: str,
     restored = (ways["merged"].weight.float() - change).to(dtype)
     return {
         "time": {name: t / times["merged"] for name, t in times.items()},
-        "distance": {name: ((layer(x).double() - exact).norm() / exact.norm()).item() for name, layer in ways.items()},
+        "distance": {
+            name: ((layer(x).double() - exact).norm() / exact.norm()).item()
+            for name, layer in ways.items()
+        },
         "not restored": (restored != adapted.weight).float().mean().item(),
     }
 
@@ -63,7 +75,7 @@ def _in_turn(ways: dict, x: torch.Tensor, device: str, rounds: int) -> dict[str,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--widths", type=int, nargs="+", default=[1536, 3072])
     parser.add_argument("--rank", type=int, default=32)
@@ -73,8 +85,13 @@ def main() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         for width in args.widths:
             found = measure(args.tokens, width, args.rank, dtype, device, args.rounds)
-            told = "; ".join(f"{name} {found['time'][name]:.3f} x, {found['distance'][name]:.2e}" for name in found["time"])
-            print(f"{dtype} {width}: {told}; not restored by subtracting {found['not restored']:.1%}")
+            told = "; ".join(
+                f"{name} {found['time'][name]:.3f} x, {found['distance'][name]:.2e}"
+                for name in found["time"]
+            )
+            print(
+                f"{dtype} {width}: {told}; not restored by subtracting {found['not restored']:.1%}"
+            )
 
 
 if __name__ == "__main__":

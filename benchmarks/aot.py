@@ -1,9 +1,10 @@
-"""Compiles the kernels for GPUs that need not be there, and reads what came out: `python benchmarks/aot.py`.
+"""Compiles the kernels for GPUs that need not be there, and reads what came out: `python
+benchmarks/aot.py`.
 
-One row per kernel specialisation and target: registers, spills, local and shared memory, the widths of global
-accesses, and for kernels that make noise the instructions per element. `--json FILE` writes the same as data.
-It needs triton and its bundled cuobjdump and nvdisasm, no GPU, and TRITON_INTERPRET unset. It says nothing about
-speed on hardware.
+One row per kernel specialisation and target: registers, spills, local and shared memory, the widths
+of global accesses, and for kernels that make noise the instructions per element. `--json FILE`
+writes the same as data. It needs triton and its bundled cuobjdump and nvdisasm, no GPU, and
+TRITON_INTERPRET unset. It says nothing about speed on hardware.
 """
 
 import argparse
@@ -32,8 +33,9 @@ FLOATS = {"lower", "upper", "kl_coef", "inv_numel", "inv_rows", "inv_children"}
 
 @dataclass(frozen=True)
 class Variant:
-    """A kernel with the dtypes of its pointers (fp32 where not given), its constants, and the sizes for which the launcher would
-    specialise it: one that is 1 becomes a constant, of a multiple of 16 the compiler is told; others can be any."""
+    """A kernel with the dtypes of its pointers (fp32 where not given), its constants, and the sizes
+    for which the launcher would specialise it: one that is 1 becomes a constant, of a multiple of
+    16 the compiler is told; others can be any."""
 
     name: str
     kernel: object
@@ -44,7 +46,11 @@ class Variant:
     types: dict = field(init=False)
 
     def __post_init__(self):
-        ones = {name: 1 for name, size in self.sizes.items() if size == 1 and name in self.kernel.arg_names}
+        ones = {
+            name: 1
+            for name, size in self.sizes.items()
+            if size == 1 and name in self.kernel.arg_names
+        }
         object.__setattr__(self, "constants", {**self.constants, **ones})
 
         def type_of(name):
@@ -69,7 +75,14 @@ def step(name, x, velocity, x_next, sizes=ROW):
     pointers = {"x": x, "velocity": velocity, "x_next": x_next, "key": "i64", "counter": "i32"}
     width = 4 if {x, velocity, x_next} == {"fp32"} else 8
     constants = {"WIDTH": width, "BLOCK": triton_sde_step.BLOCK, **tiles(sizes)}
-    return Variant(f"sde_step {name}", triton_sde_step.sde_step_kernel, triton_sde_step, pointers, constants, sizes)
+    return Variant(
+        f"sde_step {name}",
+        triton_sde_step.sde_step_kernel,
+        triton_sde_step,
+        pointers,
+        constants,
+        sizes,
+    )
 
 
 def latents(x, velocity, x_next):
@@ -86,22 +99,39 @@ def latents(x, velocity, x_next):
 
 def forward(name, mode, kl, *dtypes, sizes=ROW):
     module = triton_group_loss
-    constants = {"MODE": mode, "KL": kl, "BLOCK": module.BLOCK, "COLUMNS": module.COLUMNS, **tiles(sizes)}
-    return Variant(f"group_loss {name}", module.group_loss_kernel, module, latents(*dtypes), constants, sizes)
+    constants = {
+        "MODE": mode,
+        "KL": kl,
+        "BLOCK": module.BLOCK,
+        "COLUMNS": module.COLUMNS,
+        **tiles(sizes),
+    }
+    return Variant(
+        f"group_loss {name}", module.group_loss_kernel, module, latents(*dtypes), constants, sizes
+    )
 
 
 def backward(name, old_centre, kl, *dtypes, sizes=ROW):
     module = triton_group_loss
     constants = {"OLD_CENTRE": old_centre, "KL": kl, "BLOCK": module.BLOCK}
     kernel = module.group_loss_backward_kernel
-    return Variant(f"group_loss_backward {name}", kernel, module, latents(*dtypes), constants, sizes)
+    return Variant(
+        f"group_loss_backward {name}", kernel, module, latents(*dtypes), constants, sizes
+    )
 
 
 def variants():
-    """The specialisations that production uses: fp32 states with fp32 or bf16 velocities, and all-bf16."""
+    """The specialisations that production uses: fp32 states with fp32 or bf16 velocities, and
+    all-bf16."""
     mixed, fp32, bf16 = ("fp32", "bf16", "fp32"), ("fp32",) * 3, ("bf16",) * 3
     return [
-        Variant("normal", triton_noise.normal_kernel, triton_noise, {"key": "i64"}, {"BLOCK": triton_noise.BLOCK}),
+        Variant(
+            "normal",
+            triton_noise.normal_kernel,
+            triton_noise,
+            {"key": "i64"},
+            {"BLOCK": triton_noise.BLOCK},
+        ),
         step("fp32", *fp32),
         step("fp32, velocity bf16", *mixed),
         step("bf16", *bf16),
@@ -120,14 +150,28 @@ def variants():
 
 
 def launches():
-    """What the launcher makes of the kernels for sizes of real runs: FLUX at 1024 px, one row or several, and single elements."""
-    mixed, flux, one = ("fp32", "bf16", "fp32"), {"numel": 262144, "blocks": 128}, {"numel": 1, "blocks": 1, "children": 1, "rows": 1}
+    """What the launcher makes of the kernels for sizes of real runs: FLUX at 1024 px, one row or
+    several, and single elements."""
+    mixed, flux, one = (
+        ("fp32", "bf16", "fp32"),
+        {"numel": 262144, "blocks": 128},
+        {"numel": 1, "blocks": 1, "children": 1, "rows": 1},
+    )
 
     def sized(make, *arguments, **sizes):
-        return make(" ".join(f"{name}={size}" for name, size in sizes.items()), *arguments, sizes=sizes)
+        return make(
+            " ".join(f"{name}={size}" for name, size in sizes.items()), *arguments, sizes=sizes
+        )
 
     def noise(name, sizes):
-        return Variant(f"normal {name}", triton_noise.normal_kernel, triton_noise, {"key": "i64"}, {"BLOCK": triton_noise.BLOCK}, sizes)
+        return Variant(
+            f"normal {name}",
+            triton_noise.normal_kernel,
+            triton_noise,
+            {"key": "i64"},
+            {"BLOCK": triton_noise.BLOCK},
+            sizes,
+        )
 
     return [
         sized(noise, **flux),
@@ -150,7 +194,10 @@ def compile_for(variant, target):
         if kind.startswith("*") or kind == "i32" and variant.sizes.get(name, 1) % 16 == 0
     ]
     source = ASTSource(
-        variant.kernel, signature=variant.types, constexprs=variant.constants, attrs={(i,): [["tt.divisibility", 16]] for i in aligned}
+        variant.kernel,
+        signature=variant.types,
+        constexprs=variant.constants,
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
     options = {"num_warps": variant.module.NUM_WARPS, "enable_fp_fusion": False}
     return triton.compile(source, target=target, options=options)
@@ -180,7 +227,9 @@ def disassemble(path):
             waiting.append(label[1])
         elif match:
             # A branch on a uniform predicate names it as an operand: BRA.U UP0, `(.L_x_1)
-            conditional = bool(match[2]) or bool(re.match(r"!?UP\d", match[4]) and match[3].startswith("BRA"))
+            conditional = bool(match[2]) or bool(
+                re.match(r"!?UP\d", match[4]) and match[3].startswith("BRA")
+            )
             found = Instruction(int(match[1], 16), conditional, match[3], match[4])
             labels.update(dict.fromkeys(waiting, found.address))
             waiting = []
@@ -205,7 +254,9 @@ def reached_without(instructions, labels, avoid):
         target = jump_target(instructions[i], labels)
         if target is not None:
             pending.append(index[target])
-        if instructions[i].conditional or not (target is not None or instructions[i].opcode == "EXIT"):
+        if instructions[i].conditional or not (
+            target is not None or instructions[i].opcode == "EXIT"
+        ):
             pending.append(i + 1)
     return {instructions[i].opcode for i in seen}
 
@@ -215,8 +266,9 @@ def makes_noise(instruction):
 
 
 def noise_loop(instructions, labels):
-    """Instructions of the loop that makes noise (the shortest of those with most of it). Without such a loop: all of a
-    straight-line kernel, none of one with branches, where the count would mean nothing."""
+    """Instructions of the loop that makes noise (the shortest of those with most of it). Without
+    such a loop: all of a straight-line kernel, none of one with branches, where the count would
+    mean nothing."""
 
     def body(start, end):
         return [i for i in instructions if start <= i.address <= end and i.opcode != "NOP"]
@@ -225,16 +277,24 @@ def noise_loop(instructions, labels):
     bodies = [body(start, end) for start, end in jumps if start is not None and start < end]
     bodies = [b for b in bodies if any(map(makes_noise, b))]
     if not bodies:
-        return [] if {"EXIT", "STG.E.128"} <= reached_without(instructions, labels, makes_noise) else body(0, math.inf)
+        return (
+            []
+            if {"EXIT", "STG.E.128"} <= reached_without(instructions, labels, makes_noise)
+            else body(0, math.inf)
+        )
     return max(bodies, key=lambda b: (sum(map(makes_noise, b)), -len(b)))
 
 
 def access_width(opcode):
-    return next((bits for bits in (128, 64) if str(bits) in opcode.split(".")), 16 if "U16" in opcode else 32)
+    return next(
+        (bits for bits in (128, 64) if str(bits) in opcode.split(".")),
+        16 if "U16" in opcode else 32,
+    )
 
 
 def expected_wide(ttgir, block, threads, operation):
-    """16-byte accesses per thread that move the whole blocks which `operation` (tt.load, tt.store) names."""
+    """16-byte accesses per thread that move the whole blocks which `operation` (tt.load, tt.store)
+    names."""
     total = 0
     for line in ttgir.splitlines():
         match = re.search(rf"{operation} .*tensor<{block}x!tt.ptr<(?:f|bf)(\d+)>", line)
@@ -255,9 +315,15 @@ def inspect_cuda(variant, compiled):
     noisy = any(map(makes_noise, instructions))
     loop = noise_loop(instructions, labels) if noisy else []
     without_noise = reached_without(instructions, labels, makes_noise)
-    shapes = {name: expected_wide(compiled.asm["ttgir"], variant.module.BLOCK, threads, f"tt.{name}") for name in ("load", "store")}
+    shapes = {
+        name: expected_wide(compiled.asm["ttgir"], variant.module.BLOCK, threads, f"tt.{name}")
+        for name in ("load", "store")
+    }
     return {
-        **{name.lower(): int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL")},
+        **{
+            name.lower(): int(re.search(rf"{name}:(\d+)", usage)[1])
+            for name in ("REG", "STACK", "LOCAL")
+        },
         "shared": compiled.metadata.shared,
         "local_accesses": sum(i.opcode.startswith(("LDL", "STL")) for i in instructions),
         "wide_loads": sum(access_width(o) == 128 for o in loads),
@@ -268,7 +334,11 @@ def inspect_cuda(variant, compiled):
         "narrow_stores": sum(access_width(o) < 128 for o in stores),
         "instructions": len(instructions),
         "noise_instructions_per_element": len(loop) / variant.elements_per_thread if loop else None,
-        "noise_multiplies_per_element": (sum("WIDE.U32" in i.opcode for i in loop) / variant.elements_per_thread if loop else None),
+        "noise_multiplies_per_element": (
+            sum("WIDE.U32" in i.opcode for i in loop) / variant.elements_per_thread
+            if loop
+            else None
+        ),
         "ode_path_without_noise": {"EXIT", "STG.E.128"} <= without_noise if noisy else None,
     }
 
@@ -284,7 +354,11 @@ def report():
 
 
 def cuda_row(variant, arch):
-    return {"kernel": variant.name, "target": f"sm_{arch}", **inspect_cuda(variant, compile_for(variant, GPUTarget("cuda", arch, 32)))}
+    return {
+        "kernel": variant.name,
+        "target": f"sm_{arch}",
+        **inspect_cuda(variant, compile_for(variant, GPUTarget("cuda", arch, 32))),
+    }
 
 
 def launch_report():
@@ -322,10 +396,15 @@ def table(rows):
         "instructions",
         "noise_instructions_per_element",
     )
-    lines = ["| " + " | ".join(c.replace("_", " ") for c in columns) + " |", "|" + " --- |" * len(columns)]
+    lines = [
+        "| " + " | ".join(c.replace("_", " ") for c in columns) + " |",
+        "|" + " --- |" * len(columns),
+    ]
     for row in rows:
         values = [row.get(c) for c in columns]
-        cells = ["" if v is None else f"{v:.1f}" if isinstance(v, float) else str(v) for v in values]
+        cells = [
+            "" if v is None else f"{v:.1f}" if isinstance(v, float) else str(v) for v in values
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -336,5 +415,7 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     found = report()
     if arguments.json:
-        arguments.json.write_text(json.dumps({"triton": triton.__version__, "rows": found}, indent=1) + "\n")
+        arguments.json.write_text(
+            json.dumps({"triton": triton.__version__, "rows": found}, indent=1) + "\n"
+        )
     print(f"triton {triton.__version__}, no GPU involved\n\n{table(found)}")

@@ -1,11 +1,13 @@
-"""Kills a run again and again at random moments, resumes it, and compares it with one that nobody disturbed.
+"""Kills a run again and again at random moments, resumes it, and compares it with one that nobody
+disturbed.
 
     python benchmarks/faults.py [--faults 20] [--processes 1] [--stage 0] [--seed 0]
 
-A short run of the shipped model goes to its end once. Then the same run is started again under random faults: kill -9 of
-everything, kill -9 of one rank, SIGTERM, kill -9 of a reward worker; after each, `--resume`. At the end its metrics must
-equal the undisturbed run's, the clock apart, and its weights bit for bit. Where more faults are asked for than one run
-survives until its end, another run begins. Written to benchmarks/results/ as JSON and as a table.
+A short run of the shipped model goes to its end once. Then the same run is started again under
+random faults: kill -9 of everything, kill -9 of one rank, SIGTERM, kill -9 of a reward worker;
+after each, `--resume`. At the end its metrics must equal the undisturbed run's, the clock apart,
+and its weights bit for bit. Where more faults are asked for than one run survives until its end,
+another run begins. Written to benchmarks/results/ as JSON and as a table.
 """
 
 from __future__ import annotations
@@ -46,7 +48,12 @@ SHORT = [
     "checkpoint.keep=9",
     "logging.tensorboard=false",
 ]
-FAULTS = ("kill -9 of everything", "kill -9 of one rank", "SIGTERM to the ranks", "kill -9 of a reward worker")
+FAULTS = (
+    "kill -9 of everything",
+    "kill -9 of one rank",
+    "SIGTERM to the ranks",
+    "kill -9 of a reward worker",
+)
 TIMEOUT_S = 900
 
 
@@ -55,11 +62,27 @@ class Process:
 
     def __init__(self, args: argparse.Namespace, name: str, resume: bool):
         launcher = Path(sys.executable).with_name("deepspeed")
-        overrides = [*SHORT, f"deepspeed.zero_optimization.stage={args.stage}", f"logging.dir={args.runs}", f"logging.name={name}"]
-        command = [str(launcher), "--num_accelerators", str(args.processes), "engine/train.py", "--config", "configs/tiny_ocr.json"]
-        command += [part for override in overrides for part in ("--set", override)] + ["--resume"] * resume
+        overrides = [
+            *SHORT,
+            f"deepspeed.zero_optimization.stage={args.stage}",
+            f"logging.dir={args.runs}",
+            f"logging.name={name}",
+        ]
+        command = [
+            str(launcher),
+            "--num_accelerators",
+            str(args.processes),
+            "engine/train.py",
+            "--config",
+            "configs/tiny_ocr.json",
+        ]
+        command += [part for override in overrides for part in ("--set", override)] + [
+            "--resume"
+        ] * resume
         self.log = open(args.runs / f"{name}.log", "a")
-        self.launcher = subprocess.Popen(command, cwd=ROOT, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True)
+        self.launcher = subprocess.Popen(
+            command, cwd=ROOT, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True
+        )
 
     def running(self) -> bool:
         return self.launcher.poll() is None
@@ -70,9 +93,14 @@ class Process:
         return status
 
     def strike(self, fault: str, rng: random.Random) -> bool:
-        """Do it; False where there is nobody to do it to yet. A worker's death does not end the run."""
+        """Do it; False where there is nobody to do it to yet. A worker's death does not end the
+        run."""
         everybody = psutil.Process(self.launcher.pid).children(recursive=True)
-        ranks = [p for p in everybody if "--local_rank" in " ".join(_command(p)) and "launch" not in " ".join(_command(p)[:4])]
+        ranks = [
+            p
+            for p in everybody
+            if "--local_rank" in " ".join(_command(p)) and "launch" not in " ".join(_command(p)[:4])
+        ]
         workers = [p for p in everybody if "tempflow.rewards.worker_main" in _command(p)]
         victims = {
             FAULTS[0]: [psutil.Process(self.launcher.pid), *everybody],
@@ -95,7 +123,9 @@ def _command(process: psutil.Process) -> list[str]:
         return []
 
 
-def disturbed(args: argparse.Namespace, name: str, length: float, rng: random.Random, budget: int) -> list[dict]:
+def disturbed(
+    args: argparse.Namespace, name: str, length: float, rng: random.Random, budget: int
+) -> list[dict]:
     """A run to its end under up to `budget` faults; what was done to it and how far it had come."""
     seen: list[dict] = []
     run_dir = args.runs / name
@@ -106,11 +136,18 @@ def disturbed(args: argparse.Namespace, name: str, length: float, rng: random.Ra
             fault = rng.choice(FAULTS)
             if process.running() and process.strike(fault, rng):
                 done = [row["iteration"] for row in read_metrics(run_dir)]
-                seen.append({"fault": fault, "run": name, "after_iteration": max(done, default=None)})
+                seen.append(
+                    {"fault": fault, "run": name, "after_iteration": max(done, default=None)}
+                )
                 if fault != FAULTS[3]:
                     break
         status = process.wait()
-        if status and len(seen) >= budget and not (run_dir / "summary.json").exists() and not _just_struck(seen):
+        if (
+            status
+            and len(seen) >= budget
+            and not (run_dir / "summary.json").exists()
+            and not _just_struck(seen)
+        ):
             raise UserError(f"{name} ended with status {status}, see {args.runs / name}.log")
         if seen:
             seen[-1].setdefault("exit", status)
@@ -124,7 +161,10 @@ def _just_struck(seen: list[dict]) -> bool:
 def same(one: Path, other: Path) -> list[str]:
     """What differs between two finished runs, the clock apart; [] where nothing does."""
     differences = []
-    rows = [[{k: v for k, v in row.items() if not k.startswith("time/")} for row in read_metrics(run)] for run in (one, other)]
+    rows = [
+        [{k: v for k, v in row.items() if not k.startswith("time/")} for row in read_metrics(run)]
+        for run in (one, other)
+    ]
     if rows[0] != rows[1]:
         differences.append("metrics")
     newest = [sorted((run / "checkpoints").glob("[0-9]*"))[-1] for run in (one, other)]
@@ -135,13 +175,17 @@ def same(one: Path, other: Path) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--faults", type=int, default=20)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--stage", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs/faults", help="folder of the runs; emptied first")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results", help="folder of the report")
+    parser.add_argument(
+        "--runs", type=Path, default=ROOT / "runs/faults", help="folder of the runs; emptied first"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "benchmarks/results", help="folder of the report"
+    )
     args = parser.parse_args()
     shutil.rmtree(args.runs, ignore_errors=True)
     args.runs.mkdir(parents=True)
@@ -153,11 +197,19 @@ def main() -> int:
         name = f"disturbed{len(broken)}"
         faults += disturbed(args, name, length, rng, args.faults - len(faults))
         broken[name] = same(args.runs / "undisturbed", args.runs / name)
-        print(f"{name}: {len(faults)} faults so far; {'differs in ' + ', '.join(broken[name]) if broken[name] else 'equal'}", flush=True)
+        print(
+            f"{name}: {len(faults)} faults so far;"
+            f" {'differs in ' + ', '.join(broken[name]) if broken[name] else 'equal'}",
+            flush=True,
+        )
     table = Table("fault", "times", "runs differing from the undisturbed one")
     for fault in FAULTS:
         runs = {one["run"] for one in faults if one["fault"] == fault}
-        table.add_row(fault, str(sum(one["fault"] == fault for one in faults)), f"{sum(bool(broken[r]) for r in runs)} of {len(runs)}")
+        table.add_row(
+            fault,
+            str(sum(one["fault"] == fault for one in faults)),
+            f"{sum(bool(broken[r]) for r in runs)} of {len(runs)}",
+        )
     Console().print(table)
     out = args.output / f"faults-{args.processes}x-zero{args.stage}-{date.today()}.json"
     record = {

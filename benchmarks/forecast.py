@@ -1,4 +1,5 @@
-"""What a benchmark of several variants will need, by the dry run's arithmetic: nothing is loaded."""
+"""What a benchmark of several variants will need, by the dry run's arithmetic: nothing is
+loaded."""
 
 from __future__ import annotations
 
@@ -17,14 +18,18 @@ TIMED = ("rollout", "decode", "reference", "training")
 
 @dataclass(frozen=True)
 class Forecast:
-    """seconds: of one iteration of every variant, rewards not counted. bytes: on the device at most."""
+    """seconds: of one iteration of every variant, rewards not counted. bytes: on the device at
+    most."""
 
     seconds: float
     bytes: int
 
 
-def forecast(configs: list[Config], flops_per_s: float, engines: int = 1, per_child: list[bool] | None = None) -> Forecast:
-    """Of variants that share `engines` loaded engines. What each holds besides (float8 copies, graphs) is there until the end.
+def forecast(
+    configs: list[Config], flops_per_s: float, engines: int = 1, per_child: list[bool] | None = None
+) -> Forecast:
+    """Of variants that share `engines` loaded engines. What each holds besides (float8 copies,
+    graphs) is there until the end.
 
     per_child: which of them train with a forward for every child.
     """
@@ -34,9 +39,16 @@ def forecast(configs: list[Config], flops_per_s: float, engines: int = 1, per_ch
         return estimate(embedded, mfu=MFU, peak_tflops=flops_per_s / 1e12)
 
     made = [of(config) for config in configs]
-    trained = [of(_each_a_state(config)) if alone else one for config, one, alone in zip(configs, made, per_child or [False] * len(made))]
-    seconds = sum(phase.seconds for each in made for phase in each.phases if phase.name in TIMED[:2])
-    seconds += sum(phase.seconds for each in trained for phase in each.phases if phase.name in TIMED[2:])
+    trained = [
+        of(_each_a_state(config)) if alone else one
+        for config, one, alone in zip(configs, made, per_child or [False] * len(made))
+    ]
+    seconds = sum(
+        phase.seconds for each in made for phase in each.phases if phase.name in TIMED[:2]
+    )
+    seconds += sum(
+        phase.seconds for each in trained for phase in each.phases if phase.name in TIMED[2:]
+    )
     resident = [_resident(each.memory) for each in made]
     extra = sum(size - min(resident) for size in resident)
     moment = max(item.bytes for each in trained for item in each.memory.moments)

@@ -1,21 +1,25 @@
-"""Time of `tempflow_kernels` against what must move through memory, and against the same formulas in PyTorch.
+"""Time of `tempflow_kernels` against what must move through memory, and against the same formulas
+in PyTorch.
 
-    python benchmarks/kernels.py                    # GPU: FLUX-1024 and SD3.5-512; CPU: the reference, small sizes
-    python benchmarks/kernels.py --cases sde --compile
+    python benchmarks/kernels.py                    # GPU: FLUX-1024 and SD3.5-512; CPU: the
+    reference, small sizes python benchmarks/kernels.py --cases sde --compile
 
-A row is one case: bytes that any implementation must move, median time with its 20 % and 80 % quantiles, bandwidth
-as a share of a device copy measured in the same run, and the ratio to the eager chain of small fp32 ops that GRPO
-codebases run (and, with --compile, to that chain under torch.compile). Every case is compared with the chain first;
-one that disagrees is an error, not a number. On a GPU the inputs rotate through sets larger than the L2 cache, and one
-CUDA graph holds all the launches of a measurement. The report goes to benchmarks/results/ as JSON after every row, with
-a plot at the end.
+A row is one case: bytes that any implementation must move, median time with its 20 % and 80 %
+quantiles, bandwidth as a share of a device copy measured in the same run, and the ratio to the
+eager chain of small fp32 ops that GRPO codebases run (and, with --compile, to that chain under
+torch.compile). Every case is compared with the chain first; one that disagrees is an error, not a
+number. On a GPU the inputs rotate through sets larger than the L2 cache, and one CUDA graph holds
+all the launches of a measurement. The report goes to benchmarks/results/ as JSON after every row,
+with a plot at the end.
 
-The goal is 90 % of the copy's bandwidth, except for the SDE step with bf16 children: making a normal takes as many
-instructions for 2 bytes as for 4, so issuing them takes about twice as long as moving them, and such a case cannot pass
-about 50 % of the copy. The column "of bound" allows for it: the share of what the slower of the two, the copy and the
-issue of the kernel's instructions, would allow.
+The goal is 90 % of the copy's bandwidth, except for the SDE step with bf16 children: making a
+normal takes as many instructions for 2 bytes as for 4, so issuing them takes about twice as long as
+moving them, and such a case cannot pass about 50 % of the copy. The column "of bound" allows for
+it: the share of what the slower of the two, the copy and the issue of the kernel's instructions,
+would allow.
 
-On a CPU this times the PyTorch reference, not the Triton kernels: such a report says nothing about a GPU.
+On a CPU this times the PyTorch reference, not the Triton kernels: such a report says nothing about
+a GPU.
 """
 
 import argparse
@@ -42,9 +46,12 @@ HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 
 def inputs(shape, rows, children, dtype, device, ode):
-    """Arguments of one decision: states, velocities, coefficients of a flow SDE step at sigma 0.6, and its children."""
+    """Arguments of one decision: states, velocities, coefficients of a flow SDE step at sigma 0.6,
+    and its children."""
     x, velocity = (torch.randn(rows, *shape, device=device).to(dtype) for _ in range(2))
-    a, b, tau = (torch.full((rows,), value, device=device) for value in (0.92, -0.14, 0.0 if ode else 0.27))
+    a, b, tau = (
+        torch.full((rows,), value, device=device) for value in (0.92, -0.14, 0.0 if ode else 0.27)
+    )
     key = torch.randint(-(2**62), 2**62, (rows, children), device=device)
     x_next, log_prob = sde_step(x, velocity, a, b, tau, key=key, children=children)
     return {
@@ -66,7 +73,8 @@ def expand(scalar, like):
 
 
 def eager_step(x, velocity, a, b, tau, noise):
-    """The step and its log-probability as a chain of PyTorch ops on all children at once; noise [N, B, ...]."""
+    """The step and its log-probability as a chain of PyTorch ops on all children at once; noise [N,
+    B, ...]."""
     mean = (expand(a, x) * x.float() + expand(b, x) * velocity.float())[:, None]
     std = expand(tau, mean)
     x_next = (mean + std * noise).to(x.dtype)
@@ -82,7 +90,9 @@ def eager_sde(case):
 
 def eager_ode(case):
     x = case["x"]
-    return (expand(case["a"], x) * x.float() + expand(case["b"], x) * case["velocity"].float()).to(x.dtype)[:, None]
+    return (expand(case["a"], x) * x.float() + expand(case["b"], x) * case["velocity"].float()).to(
+        x.dtype
+    )[:, None]
 
 
 def eager_loss(velocity, case):
@@ -127,8 +137,18 @@ def gradient_bytes(rows, children, numel, size):
 OPS = {
     "ode": (our_step, eager_ode, step_bytes, True),
     "sde": (our_step, eager_sde, step_bytes, False),
-    "loss": (lambda c: our_loss(c["velocity"], c), lambda c: eager_loss(c["velocity"], c), step_bytes, False),
-    "loss+grad": (lambda c: with_gradient(our_loss, c), lambda c: with_gradient(eager_loss, c), gradient_bytes, False),
+    "loss": (
+        lambda c: our_loss(c["velocity"], c),
+        lambda c: eager_loss(c["velocity"], c),
+        step_bytes,
+        False,
+    ),
+    "loss+grad": (
+        lambda c: with_gradient(our_loss, c),
+        lambda c: with_gradient(eager_loss, c),
+        gradient_bytes,
+        False,
+    ),
 }
 
 
@@ -138,19 +158,27 @@ def check(name, case):
     if name == "sde":
         from tempflow_kernels import normal
 
-        noise = normal(case["key"], case["x"][0].numel()).view(*case["key"].shape, *case["x"].shape[1:])
+        noise = normal(case["key"], case["x"][0].numel()).view(
+            *case["key"].shape, *case["x"].shape[1:]
+        )
         got, want = our_step(case), eager_step(*pick(case, "x", "velocity", "a", "b", "tau"), noise)
         agree(name, got[1], want[1], 1e-5)
         got, want = got[0], want[0]
     else:
-        got, want = (result[0] if isinstance(result, tuple) else result for result in (ours(case), eager(case)))
+        got, want = (
+            result[0] if isinstance(result, tuple) else result
+            for result in (ours(case), eager(case))
+        )
     agree(name, got, want, 1e-5 if got.dtype == torch.float32 else 2 * torch.finfo(got.dtype).eps)
 
 
 def agree(name, got, want, tolerance):
     error = ((got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-3)).item()
     if not error <= tolerance:
-        raise SystemExit(f"{name}: differs from the PyTorch chain by {error:.1e} (allowed {tolerance:.0e}); not timed")
+        raise SystemExit(
+            f"{name}: differs from the PyTorch chain by {error:.1e} (allowed {tolerance:.0e}); not"
+            " timed"
+        )
 
 
 def time_cpu(function, cases, repeats):
@@ -164,7 +192,8 @@ def time_cpu(function, cases, repeats):
 
 
 def time_gpu(function, cases, repeats):
-    """Seconds per call from replays of one graph that runs every case once: launch gaps and the L2 stay out of it."""
+    """Seconds per call from replays of one graph that runs every case once: launch gaps and the L2
+    stay out of it."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for case in cases[:2]:
@@ -209,9 +238,18 @@ def enough_cases(make, case_bytes, device):
 def measure(name, size, rows, children, dtype, device, timer, ceiling, arguments):
     ours, eager, count_bytes, ode = OPS[name]
     moved = count_bytes(rows, children, math.prod(SIZES[size]), DTYPES[dtype].itemsize)
-    cases = enough_cases(lambda: inputs(SIZES[size], rows, children, DTYPES[dtype], device, ode), moved, device)
+    cases = enough_cases(
+        lambda: inputs(SIZES[size], rows, children, DTYPES[dtype], device, ode), moved, device
+    )
     check(name, cases[0])
-    row = {"op": name, "size": size, "rows": rows, "children": children, "dtype": dtype, "bytes": moved}
+    row = {
+        "op": name,
+        "size": size,
+        "rows": rows,
+        "children": children,
+        "dtype": dtype,
+        "bytes": moved,
+    }
     row["seconds"] = quantiles(timer(ours, cases, arguments.repeats))
     row["bytes_per_second"] = moved / row["seconds"]["median"]
     row["share_of_copy"] = row["bytes_per_second"] / ceiling
@@ -220,7 +258,11 @@ def measure(name, size, rows, children, dtype, device, timer, ceiling, arguments
     if arguments.compile:
         row["compiled_seconds"] = quantiles(timer(torch.compile(eager), cases, arguments.repeats))
         row["times_compiled"] = row["compiled_seconds"]["median"] / row["seconds"]["median"]
-    floor = noise_floor(rows * children * math.prod(SIZES[size]), dtype, device) if name == "sde" and device.type == "cuda" else None
+    floor = (
+        noise_floor(rows * children * math.prod(SIZES[size]), dtype, device)
+        if name == "sde" and device.type == "cuda"
+        else None
+    )
     row["arithmetic_floor_seconds"] = floor
     row["share_of_bound"] = max(moved / ceiling, floor or 0.0) / row["seconds"]["median"]
     return row
@@ -239,26 +281,35 @@ def noise_instructions(dtype, capability):
 def noise_floor(elements, dtype, device):
     """Seconds to issue the SDE step's instructions at 128 lanes per clock and multiprocessor.
 
-    None on ROCm, and where the driver does not tell the clock (CUDA 13 took the field out of cudaDeviceProp).
+    None on ROCm, and where the driver does not tell the clock (CUDA 13 took the field out of
+    cudaDeviceProp).
     """
     properties = torch.cuda.get_device_properties(device)
     clock_khz = getattr(properties, "clock_rate", None)
     if torch.version.hip or not clock_khz:
         return None
     lanes_per_second = properties.multi_processor_count * 128 * clock_khz * 1e3
-    return elements * noise_instructions(dtype, torch.cuda.get_device_capability(device)) / lanes_per_second
+    return (
+        elements
+        * noise_instructions(dtype, torch.cuda.get_device_capability(device))
+        / lanes_per_second
+    )
 
 
 def table(rows):
-    head = "| op | size | N | B | dtype | MB | time, us (p20 - p80) | GB/s | of copy | of bound | x eager | x compiled |"
+    head = (
+        "| op | size | N | B | dtype | MB | time, us (p20 - p80) | GB/s | of copy | of bound | x"
+        " eager | x compiled |"
+    )
     lines = [head, "|" + " --- |" * head.count(" | ") + " --- |"]
     for r in rows:
         t = {name: value * 1e6 for name, value in r["seconds"].items()}
         compiled = f"{r['times_compiled']:.1f}" if "times_compiled" in r else ""
         lines.append(
-            f"| {r['op']} | {r['size']} | {r['rows']} | {r['children']} | {r['dtype']} | {r['bytes'] / 1e6:.1f} | "
-            f"{t['median']:.1f} ({t['p20']:.1f} - {t['p80']:.1f}) | {r['bytes_per_second'] / 1e9:.0f} | "
-            f"{r['share_of_copy']:.0%} | {r['share_of_bound']:.0%} | {r['times_eager']:.1f} | {compiled} |"
+            f"| {r['op']} | {r['size']} | {r['rows']} | {r['children']} | {r['dtype']} |"
+            f" {r['bytes'] / 1e6:.1f} | {t['median']:.1f} ({t['p20']:.1f} - {t['p80']:.1f}) |"
+            f" {r['bytes_per_second'] / 1e9:.0f} | {r['share_of_copy']:.0%} |"
+            f" {r['share_of_bound']:.0%} | {r['times_eager']:.1f} | {compiled} |"
         )
     return "\n".join(lines)
 
@@ -276,35 +327,61 @@ def plot(report, path):
         if points:
             axes.scatter(*zip(*points), marker=marker, label=name)
     ends = [f(r["bytes"] for r in report["rows"]) for f in (min, max)]
-    axes.plot(ends, [e / report["copy_bytes_per_second"] for e in ends], color="black", label="device copy")
-    axes.set(xscale="log", yscale="log", xlabel="bytes that must move", ylabel="seconds", title=report["what"])
+    axes.plot(
+        ends,
+        [e / report["copy_bytes_per_second"] for e in ends],
+        color="black",
+        label="device copy",
+    )
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="bytes that must move",
+        ylabel="seconds",
+        title=report["what"],
+    )
     axes.legend()
     figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
 def parse_arguments(on_gpu, given=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cases", nargs="+", choices=OPS, default=list(OPS))
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES) if on_gpu else ["SD3.5-512"])
+    parser.add_argument(
+        "--sizes", nargs="+", choices=SIZES, default=list(SIZES) if on_gpu else ["SD3.5-512"]
+    )
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 9, 36] if on_gpu else [1, 9])
     parser.add_argument("--children", nargs="+", type=int, default=[1, 6])
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES) if on_gpu else ["fp32"])
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES) if on_gpu else ["fp32"]
+    )
     parser.add_argument("--repeats", type=int, default=50 if on_gpu else 10)
-    parser.add_argument("--compile", action="store_true", help="also time the PyTorch chain under torch.compile")
+    parser.add_argument(
+        "--compile", action="store_true", help="also time the PyTorch chain under torch.compile"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the report")
     return parser.parse_args(given)
 
 
 def cases(arguments):
     """(size, op, rows, children, dtype) of every case."""
-    chosen = itertools.product(arguments.sizes, arguments.cases, arguments.rows, arguments.children, arguments.dtypes)
+    chosen = itertools.product(
+        arguments.sizes, arguments.cases, arguments.rows, arguments.children, arguments.dtypes
+    )
     return [case for case in chosen if not (case[1] == "ode" and case[3] > 1)]
 
 
 def run(arguments, device, keep):
-    """Measure every case; returns the report. keep(report) is called after each, with what there is so far."""
+    """Measure every case; returns the report. keep(report) is called after each, with what there is
+    so far."""
     timer = time_gpu if device.type == "cuda" else time_cpu
-    implementation = "Triton kernels" if device.type == "cuda" else "PyTorch reference, no GPU: not the Triton kernels"
+    implementation = (
+        "Triton kernels"
+        if device.type == "cuda"
+        else "PyTorch reference, no GPU: not the Triton kernels"
+    )
     report = {
         "what": f"{implementation} on {device_name()}, {torch.get_num_threads()} threads",
         "date": datetime.date.today().isoformat(),
@@ -312,9 +389,22 @@ def run(arguments, device, keep):
         "copy_bytes_per_second": copy_bandwidth(device, timer, arguments.repeats),
         "rows": [],
     }
-    print(f"{report['what']}, torch {report['torch']}, copy {report['copy_bytes_per_second'] / 1e9:.1f} GB/s\n")
+    print(
+        f"{report['what']}, torch {report['torch']}, copy"
+        f" {report['copy_bytes_per_second'] / 1e9:.1f} GB/s\n"
+    )
     for size, name, rows, children, dtype in cases(arguments):
-        row = measure(name, size, rows, children, dtype, device, timer, report["copy_bytes_per_second"], arguments)
+        row = measure(
+            name,
+            size,
+            rows,
+            children,
+            dtype,
+            device,
+            timer,
+            report["copy_bytes_per_second"],
+            arguments,
+        )
         report["rows"].append(row)
         keep(report)
     return report
@@ -325,7 +415,11 @@ def main():
     arguments = parse_arguments(device.type == "cuda")
     arguments.output.mkdir(parents=True, exist_ok=True)
     stem = arguments.output / f"kernels-{device.type}-{datetime.date.today().isoformat()}"
-    report = run(arguments, device, lambda report: write_atomic(stem.with_suffix(".json"), json.dumps(report, indent=1) + "\n"))
+    report = run(
+        arguments,
+        device,
+        lambda report: write_atomic(stem.with_suffix(".json"), json.dumps(report, indent=1) + "\n"),
+    )
     print(table(report["rows"]))
     plot(report, stem.with_suffix(".png"))
     print(f"\n{stem}.json, {stem}.png")

@@ -1,16 +1,20 @@
-"""Who learns faster, whatever the seed, and at what drift? Trains variants of a config and records their held-out curves.
+"""Who learns faster, whatever the seed, and at what drift? Trains variants of a config and records
+their held-out curves.
 
-    python benchmarks/learning.py --seeds 5 --variants tempflow            # does the shipped run learn
-    python benchmarks/learning.py --seeds 3 --set training.minutes=8       # TempFlow-GRPO against Flow-GRPO
-    python benchmarks/learning.py --variant hinge training.objective=hinge training.updates.passes=4 --variants hinge flow_grpo
+    python benchmarks/learning.py --seeds 5 --variants tempflow            # does the shipped run
+        learn
+    python benchmarks/learning.py --seeds 3 --set training.minutes=8       # TempFlow-GRPO against
+    Flow-GRPO python benchmarks/learning.py --variant hinge training.objective=hinge
+    training.updates.passes=4 --variants hinge flow_grpo
 
-Every run starts from the same weights, has the same minutes of training and goes through the deepspeed launcher, as a user's
-would; one after another, because each needs the whole machine, all seeds of a variant before the next. Runs found complete in --runs
-are not repeated. With --final each run's model is scored once more at the end, on prompts that no run was tuned on.
+Every run starts from the same weights, has the same minutes of training and goes through the
+deepspeed launcher, as a user's would; one after another, because each needs the whole machine, all
+seeds of a variant before the next. Runs found complete in --runs are not repeated. With --final
+each run's model is scored once more at the end, on prompts that no run was tuned on.
 
-Written to benchmarks/results/: JSON, a table (final reward with its error, what it takes to get to where the last variant ends up,
-drift from the base), and the curves' mean and range over the seeds against minutes, transformer forwards (a backward counts
-two) and rewarded images.
+Written to benchmarks/results/: JSON, a table (final reward with its error, what it takes to get to
+where the last variant ends up, drift from the base), and the curves' mean and range over the seeds
+against minutes, transformer forwards (a backward counts two) and rewarded images.
 """
 
 from __future__ import annotations
@@ -52,7 +56,11 @@ VARIANTS = {
     "suffix every 2nd": ["rollout.suffix={}"],
     "exact suffix": ["rollout.suffix=null"],
 }
-AXES = {"minutes": "minutes of training", "forwards": "transformer forwards (backward = 2)", "images": "rewarded images"}
+AXES = {
+    "minutes": "minutes of training",
+    "forwards": "transformer forwards (backward = 2)",
+    "images": "rewarded images",
+}
 DRIFT = ("drift/color_shift", "drift/color_spread", "drift/diversity")
 POINTS = 60
 
@@ -60,7 +68,11 @@ POINTS = 60
 def settings(args: argparse.Namespace, variant: str) -> list[str]:
     """What makes a variant of the config, and what the command line says of all or of this one."""
     own = {name: changes for name, *changes in args.variant}
-    return [*own.get(variant, VARIANTS.get(variant, [])), *args.set, *(override for name, override in args.set_for if name == variant)]
+    return [
+        *own.get(variant, VARIANTS.get(variant, [])),
+        *args.set,
+        *(override for name, override in args.set_for if name == variant),
+    ]
 
 
 def train(args: argparse.Namespace, variant: str, seed: int) -> Path:
@@ -69,7 +81,12 @@ def train(args: argparse.Namespace, variant: str, seed: int) -> Path:
     run_dir = args.runs / name
     if (run_dir / "summary.json").exists():
         return run_dir
-    overrides = [*settings(args, variant), f"training.seed={seed}", f"logging.name={name}", f"logging.dir={args.runs}"]
+    overrides = [
+        *settings(args, variant),
+        f"training.seed={seed}",
+        f"logging.name={name}",
+        f"logging.dir={args.runs}",
+    ]
     launcher = Path(sys.executable).with_name("deepspeed")
     command = [str(launcher), "engine/train.py", "--config", args.config]
     command += [part for override in overrides for part in ("--set", override)]
@@ -82,7 +99,8 @@ def train(args: argparse.Namespace, variant: str, seed: int) -> Path:
 
 
 def curve(run_dir: Path) -> list[dict]:
-    """Held-out reward and drift against training minutes, rewarded images and transformer forwards."""
+    """Held-out reward and drift against training minutes, rewarded images and transformer
+    forwards."""
     points, forwards = [], 0
     for row in read_metrics(run_dir):
         forwards += row.get("forwards/rollout", 0) + 3 * row.get("forwards/train", 0)
@@ -105,13 +123,20 @@ def on_grid(curves: list[list[dict]], axis: str) -> tuple[np.ndarray, np.ndarray
     """Places [n] that all curves reach, and their rewards there, interpolated, [seeds, n]."""
     end = min(points[-1][axis] for points in curves)
     grid = np.linspace(0, end, POINTS)
-    return grid, np.stack([np.interp(grid, [p[axis] for p in points], [p["reward"] for p in points]) for points in curves])
+    return grid, np.stack(
+        [
+            np.interp(grid, [p[axis] for p in points], [p["reward"] for p in points])
+            for points in curves
+        ]
+    )
 
 
 def level_reached(results: dict[str, list[dict]], baseline: str) -> dict:
-    """What every variant's mean curve needs to get to where the baseline ends up, and how many times less that is.
+    """What every variant's mean curve needs to get to where the baseline ends up, and how many
+    times less that is.
 
-    The level: the mean of the baseline's curve over the last third of its minutes. None where a variant never reaches it.
+    The level: the mean of the baseline's curve over the last third of its minutes. None where a
+    variant never reaches it.
     """
     grid, rewards = on_grid([run["curve"] for run in results[baseline]], "minutes")
     level = float(rewards.mean(0)[grid >= grid[-1] * 2 / 3].mean())
@@ -134,12 +159,18 @@ def draw(results: dict[str, list[dict]], file: Path, title: str) -> None:
     from matplotlib import pyplot as plt
     from matplotlib.ticker import EngFormatter
 
-    figure, axes = plt.subplots(1, len(AXES), figsize=(5 * len(AXES), 4), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(
+        1, len(AXES), figsize=(5 * len(AXES), 4), layout="constrained", sharey=True
+    )
     for place, (axis, label) in zip(axes, AXES.items(), strict=True):
         for number, (variant, runs) in enumerate(results.items()):
             grid, rewards = on_grid([run["curve"] for run in runs], axis)
-            place.plot(grid, rewards.mean(0), color=f"C{number}", label=f"{variant} ({len(runs)} seeds)")
-            place.fill_between(grid, rewards.min(0), rewards.max(0), color=f"C{number}", alpha=0.15, linewidth=0)
+            place.plot(
+                grid, rewards.mean(0), color=f"C{number}", label=f"{variant} ({len(runs)} seeds)"
+            )
+            place.fill_between(
+                grid, rewards.min(0), rewards.max(0), color=f"C{number}", alpha=0.15, linewidth=0
+            )
         place.set(xlabel=label)
         place.xaxis.set_major_formatter(EngFormatter(sep=""))
         place.grid(alpha=0.3)
@@ -150,12 +181,19 @@ def draw(results: dict[str, list[dict]], file: Path, title: str) -> None:
 
 
 def table(results: dict[str, list[dict]], needed: dict) -> str:
-    """A markdown table with a line for each variant; errors: of the mean over seeds, or over prompts where there is one seed."""
-    lines = ["| variant | seeds | reward | gain | minutes to level | forwards to level | color shift | color spread | diversity |"]
+    """A markdown table with a line for each variant; errors: of the mean over seeds, or over
+    prompts where there is one seed."""
+    lines = [
+        "| variant | seeds | reward | gain | minutes to level | forwards to level | color shift |"
+        " color spread | diversity |"
+    ]
     lines.append("|---" * 9 + "|")
     for variant, runs in results.items():
         cells = [variant, str(len(runs)), mean_text(runs, "tuned"), mean_text(runs, "gain", "+")]
-        cells += ["-" if needed[variant][axis] is None else f"{needed[variant][axis]:.4g}" for axis in ("minutes", "forwards")]
+        cells += [
+            "-" if needed[variant][axis] is None else f"{needed[variant][axis]:.4g}"
+            for axis in ("minutes", "forwards")
+        ]
         for key in DRIFT:
             known = [run["drift"][key] for run in runs if key in run["drift"]]
             cells.append(f"{np.mean(known):.2f}" if known else "-")
@@ -164,25 +202,37 @@ def table(results: dict[str, list[dict]], needed: dict) -> str:
 
 
 def mean_text(runs: list[dict], key: str, sign: str = "") -> str:
-    """The mean of a result over seeds with its standard error; of one seed, with the error over prompts."""
+    """The mean of a result over seeds with its standard error; of one seed, with the error over
+    prompts."""
     values = [run[key] for run in runs]
-    error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else runs[0].get(f"{key}_stderr")
+    error = (
+        np.std(values, ddof=1) / len(values) ** 0.5
+        if len(values) > 1
+        else runs[0].get(f"{key}_stderr")
+    )
     return with_error(float(np.mean(values)), None if error is None else float(error), sign)
 
 
 def final(run_dir: Path, prompts: Path) -> dict:
-    """What `tempflow.evaluate` says of a run's end beside its base, on prompts that it was not evaluated on."""
+    """What `tempflow.evaluate` says of a run's end beside its base, on prompts that it was not
+    evaluated on."""
     file = run_dir / f"compared-{prompts.stem}.json"
     if not file.exists():
         count = sum(1 for line in prompts.open(encoding="utf-8") if line.strip())
-        write_atomic(file, json.dumps(tempflow.evaluate(run_dir, prompts=prompts, count=count, compare=True)))
+        write_atomic(
+            file, json.dumps(tempflow.evaluate(run_dir, prompts=prompts, count=count, compare=True))
+        )
     return json.loads(file.read_text())
 
 
 def result(run_dir: Path, seed: int, prompts: Path | None) -> dict:
     summary = json.loads((run_dir / "summary.json").read_text())
     points = curve(run_dir)
-    scored = final(run_dir, prompts) if prompts else summary | {"reward": summary["tuned_reward"], "stderr": summary.get("tuned_stderr")}
+    scored = (
+        final(run_dir, prompts)
+        if prompts
+        else summary | {"reward": summary["tuned_reward"], "stderr": summary.get("tuned_stderr")}
+    )
     return {
         "seed": seed,
         "base": scored["base_reward"],
@@ -203,22 +253,30 @@ def check(args: argparse.Namespace) -> None:
     """UserError for a variant that nobody defined, and for prompts that are not there."""
     known = {*VARIANTS, *(name for name, *_ in args.variant)}
     of_no_variant = {name for name, _ in args.set_for} - set(args.variants)
-    for option, names, allowed in (("--variants", set(args.variants) - known, known), ("--set-for", of_no_variant, set(args.variants))):
+    for option, names, allowed in (
+        ("--variants", set(args.variants) - known, known),
+        ("--set-for", of_no_variant, set(args.variants)),
+    ):
         if names:
-            raise UserError(f"{option}: {', '.join(sorted(names))} is not one of {', '.join(sorted(allowed))}")
+            raise UserError(
+                f"{option}: {', '.join(sorted(names))} is not one of {', '.join(sorted(allowed))}"
+            )
     if args.final and not args.final.is_file():
         raise UserError(f"--final: no such file: {args.final}")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--config", default="configs/tiny_ocr.json")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
         "--variants",
         nargs="+",
         default=["tempflow", "flow_grpo"],
-        help=f"what is compared; the last is what the others are measured against. Known: {', '.join(VARIANTS)}, and those of --variant",
+        help=(
+            "what is compared; the last is what the others are measured against. Known:"
+            f" {', '.join(VARIANTS)}, and those of --variant"
+        ),
     )
     parser.add_argument(
         "--variant",
@@ -228,7 +286,11 @@ def main() -> int:
         metavar=("NAME", "SECTION.KEY=VALUE"),
         help="another variant: its name, and what it sets of the config",
     )
-    parser.add_argument("--final", type=Path, help="prompt file that every run's model is scored on at its end, all of its prompts")
+    parser.add_argument(
+        "--final",
+        type=Path,
+        help="prompt file that every run's model is scored on at its end, all of its prompts",
+    )
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
     parser.add_argument(
         "--set-for",
@@ -238,24 +300,40 @@ def main() -> int:
         metavar=("VARIANT", "SECTION.KEY=VALUE"),
         help="a setting of one variant, such as a learning rate that suits it",
     )
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs/learning", help="folder of the runs")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results", help="folder of the report")
+    parser.add_argument(
+        "--runs", type=Path, default=ROOT / "runs/learning", help="folder of the runs"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "benchmarks/results", help="folder of the report"
+    )
     args = parser.parse_args()
     check(args)
-    configs = {variant: load_config(args.config, settings(args, variant)).model_dump() for variant in args.variants}
+    configs = {
+        variant: load_config(args.config, settings(args, variant)).model_dump()
+        for variant in args.variants
+    }
     results: dict[str, list[dict]] = {variant: [] for variant in args.variants}
     for variant in args.variants:
         for seed in range(args.seeds):
             one = result(train(args, variant, seed), seed, args.final)
             results[variant].append(one)
             print(
-                f"{variant}, seed {seed}: {one['base']:.3f} -> {one['tuned']:.3f} ({one['gain']:+.3f}) in {one['minutes']:.1f} min",
+                f"{variant}, seed {seed}: {one['base']:.3f} -> {one['tuned']:.3f}"
+                f" ({one['gain']:+.3f}) in {one['minutes']:.1f} min",
                 flush=True,
             )
-    out = args.output / f"learning-{Path(args.config).stem}-{'-'.join(args.variants).replace(' ', '_')}-{date.today()}.json"
+    variants = "-".join(args.variants).replace(" ", "_")
+    out = args.output / f"learning-{Path(args.config).stem}-{variants}-{date.today()}.json"
     device = results[args.variants[0]][0]["device"]
     levels = level_reached(results, args.variants[-1])
-    record = {"date": str(date.today()), "command": sys.argv, "device": device, "configs": configs, "results": results, "level": levels}
+    record = {
+        "date": str(date.today()),
+        "command": sys.argv,
+        "device": device,
+        "configs": configs,
+        "results": results,
+        "level": levels,
+    }
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(out, json.dumps(record, indent=1))
     written = table(results, levels["needed"])
@@ -264,10 +342,20 @@ def main() -> int:
     draw(results, out.with_suffix(".png"), f"{Path(args.config).stem}, {device}, {date.today()}")
     for variant, runs in results.items():
         gains = [run["gain"] for run in runs]
-        print(f"{variant}: gain {min(gains):+.3f} to {max(gains):+.3f}, {sum(g >= 0.3 for g in gains)} of {len(gains)} at least +0.30")
+        print(
+            f"{variant}: gain {min(gains):+.3f} to {max(gains):+.3f},"
+            f" {sum(g >= 0.3 for g in gains)} of {len(gains)} at least +0.30"
+        )
     for variant, cost in levels["needed"].items():
-        parts = [f"{cost[axis]:.4g} {axis} ({cost[f'{axis}_times_less'] or 0:.2f} times less)" for axis in AXES if cost[axis] is not None]
-        print(f"to {levels['level']:.3f}, where {levels['baseline']} ends up, {variant} needs: {', '.join(parts) or 'more than it had'}")
+        parts = [
+            f"{cost[axis]:.4g} {axis} ({cost[f'{axis}_times_less'] or 0:.2f} times less)"
+            for axis in AXES
+            if cost[axis] is not None
+        ]
+        print(
+            f"to {levels['level']:.3f}, where {levels['baseline']} ends up, {variant} needs:"
+            f" {', '.join(parts) or 'more than it had'}"
+        )
     print(out)
     return 0
 

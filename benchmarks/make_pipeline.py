@@ -1,10 +1,12 @@
-"""Writes a diffusers pipeline folder of a real architecture with random weights, to rehearse and to measure with.
+"""Writes a diffusers pipeline folder of a real architecture with random weights, to rehearse and to
+measure with.
 
     python benchmarks/make_pipeline.py --shape flux-dev --out DIR [--scale 0.1] [--device cuda]
 
-The shapes are those of the model cards in engine/tempflow/assets/cards/; the tokenizers are small ones, of characters, as long as the real
-ones. --scale shrinks depth, heads and vocabularies, for a machine that cannot hold the whole. Weights are bfloat16 in sharded
-safetensors. Any config then runs unchanged with `--set model.path=DIR`.
+The shapes are those of the model cards in engine/tempflow/assets/cards/; the tokenizers are small
+ones, of characters, as long as the real ones. --scale shrinks depth, heads and vocabularies, for a
+machine that cannot hold the whole. Weights are bfloat16 in sharded safetensors. Any config then
+runs unchanged with `--set model.path=DIR`.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path.append(sys.path.pop(0))  # last: kernels.py in this folder must not pass for Hugging Face's package
+    sys.path.append(
+        sys.path.pop(0)
+    )  # last: kernels.py in this folder must not pass for Hugging Face's package
 
 import torch
 from chat_tokenizers import KLEIN_CHAT, klein_tokenizer, save_dev_processor
@@ -29,22 +33,43 @@ from tempflow.run.environment import device_name
 
 ROOT = Path(__file__).parent.parent
 SMALL = ROOT / "engine/tempflow/assets/tiny-flux"
-DEPTHS = ("num_layers", "num_single_layers", "num_hidden_layers", "depth", "n_layers", "n_refiner_layers")  # at least 1 each
-READ = {"Qwen3ForCausalLM": 27, "Mistral3ForConditionalGeneration": 30}  # layers whose output FLUX.2 reads, so at least as many
-BLOCKS = {"dual_attention_layers": "num_layers", "fullatt_block_indexes": "depth"}  # lists of blocks by number
+DEPTHS = (
+    "num_layers",
+    "num_single_layers",
+    "num_hidden_layers",
+    "depth",
+    "n_layers",
+    "n_refiner_layers",
+)  # at least 1 each
+READ = {
+    "Qwen3ForCausalLM": 27,
+    "Mistral3ForConditionalGeneration": 30,
+}  # layers whose output FLUX.2 reads, so at least as many
+BLOCKS = {
+    "dual_attention_layers": "num_layers",
+    "fullatt_block_indexes": "depth",
+}  # lists of blocks by number
 VOCABULARY = 2048  # at least as much: the small tokenizers' fit into it
-WORDS = "system user assistant Describe the image by detailing the color shape size texture quantity text spatial relationships"
+WORDS = (
+    "system user assistant Describe the image by detailing the color shape size texture quantity"
+    " text spatial relationships"
+)
 WORDS += " of the objects and background"  # of the template that Qwen-Image sets its prompts into
 EDIT_WORDS = (
-    "key features input ( ), , then explain how user's instruction should alter or modify Generate a new that meets requirements while"
+    "key features input ( ), , then explain how user's instruction should alter or modify Generate"
+    " a new that meets requirements while"
 )
 EDIT_WORDS += " maintaining consistency with original where appropriate"  # and of Qwen-Image-Edit's
 VISION = [f"<|{name}|>" for name in ("vision_start", "vision_end", "image_pad", "video_pad")]
 
 
 def shrunk(config: dict, scale: float) -> dict:
-    """A config with depth, number of heads and vocabulary scaled, and the widths that follow from the heads."""
-    small = {name: shrunk(value, scale) if isinstance(value, dict) else value for name, value in config.items()}
+    """A config with depth, number of heads and vocabulary scaled, and the widths that follow from
+    the heads."""
+    small = {
+        name: shrunk(value, scale) if isinstance(value, dict) else value
+        for name, value in config.items()
+    }
     for name in DEPTHS:
         if name in config:
             small[name] = max(1, round(config[name] * scale))
@@ -53,25 +78,41 @@ def shrunk(config: dict, scale: float) -> dict:
         text["num_hidden_layers"] = max(READ[config["architectures"][0]], text["num_hidden_layers"])
     for name, depth in BLOCKS.items():
         if name in config:
-            small[name] = sorted({round(block * scale) for block in config[name]} & set(range(small[depth])))
+            small[name] = sorted(
+                {round(block * scale) for block in config[name]} & set(range(small[depth]))
+            )
     if "num_attention_heads" in config and "attention_head_dim" in config:
         small["num_attention_heads"] = max(1, round(config["num_attention_heads"] * scale))
         if "caption_projection_dim" in config:
-            small["caption_projection_dim"] = small["num_attention_heads"] * config["attention_head_dim"]
+            small["caption_projection_dim"] = (
+                small["num_attention_heads"] * config["attention_head_dim"]
+            )
     if "n_heads" in config:
         heads = max(1, round(config["n_heads"] * scale))
-        small |= {"n_heads": heads, "n_kv_heads": heads, "dim": config["dim"] // config["n_heads"] * heads}
+        small |= {
+            "n_heads": heads,
+            "n_kv_heads": heads,
+            "dim": config["dim"] // config["n_heads"] * heads,
+        }
     if "vocab_size" in config:
-        small["vocab_size"] = max(min(VOCABULARY, config["vocab_size"]), round(config["vocab_size"] * scale))
+        small["vocab_size"] = max(
+            min(VOCABULARY, config["vocab_size"]), round(config["vocab_size"] * scale)
+        )
     return small
 
 
 def qwen_tokenizer():
-    """Byte-level without merges, and the words of the pipeline's template: 34 tokens before the prompt, as in the real one."""
+    """Byte-level without merges, and the words of the pipeline's template: 34 tokens before the
+    prompt, as in the real one."""
     from tokenizers import pre_tokenizers
     from transformers import Qwen2Tokenizer
 
-    names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    names = [
+        "<|endoftext|>",
+        "<|im_start|>",
+        "<|im_end|>",
+        *sorted(pre_tokenizers.ByteLevel.alphabet()),
+    ]
     tokenizer = Qwen2Tokenizer(vocab={name: i for i, name in enumerate(names)}, merges=[])
     tokenizer.add_special_tokens({"additional_special_tokens": names[1:3]})
     tokenizer.add_tokens([word if n < 4 else f" {word}" for n, word in enumerate(WORDS.split())])
@@ -79,24 +120,34 @@ def qwen_tokenizer():
 
 
 def qwen_processor():
-    """Qwen-Image-Edit's: the tokenizer with the marks of images and the words of its template, and the real image processor."""
+    """Qwen-Image-Edit's: the tokenizer with the marks of images and the words of its template, and
+    the real image processor."""
     from transformers import Qwen2VLImageProcessorPil, Qwen2VLProcessor
     from transformers.utils import is_torchvision_available
 
     tokenizer = qwen_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", *VISION]})
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": ["<|im_start|>", "<|im_end|>", *VISION]}
+    )
     tokenizer.add_tokens([f" {word}" for word in EDIT_WORDS.split()])
     kind = Qwen2VLProcessor if is_torchvision_available() else without_videos(Qwen2VLProcessor)
-    return kind(Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 16384}), tokenizer)
+    return kind(
+        Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 16384}),
+        tokenizer,
+    )
 
 
 def qwen3_processor():
-    """Qwen-Image 2.1's: the same tokenizer, the words of its own template, and as chat template what marks a message."""
+    """Qwen-Image 2.1's: the same tokenizer, the words of its own template, and as chat template
+    what marks a message."""
     from transformers import Qwen2VLImageProcessorPil, Qwen3VLProcessor
     from transformers.utils import is_torchvision_available
 
     tokenizer = qwen_processor().tokenizer
-    template = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content[0].text + '<|im_end|>\n' }}{% endfor %}"
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content[0].text +"
+        " '<|im_end|>\n' }}{% endfor %}"
+    )
     kind = Qwen3VLProcessor if is_torchvision_available() else without_videos(Qwen3VLProcessor)
     return kind(Qwen2VLImageProcessorPil(patch_size=16), tokenizer, chat_template=template)
 
@@ -116,17 +167,27 @@ def write_tokenizer(kind: str, folder: Path, length: int) -> None:
     elif kind == "Qwen3VLProcessor":
         qwen3_processor().save_pretrained(folder)
     else:
-        shutil.copytree(SMALL / ("tokenizer" if kind == "CLIPTokenizer" else "tokenizer_2"), folder, dirs_exist_ok=True)
+        shutil.copytree(
+            SMALL / ("tokenizer" if kind == "CLIPTokenizer" else "tokenizer_2"),
+            folder,
+            dirs_exist_ok=True,
+        )
     file = folder / "tokenizer_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "model_max_length": length}, indent=1))
+    file.write_text(
+        json.dumps({**json.loads(file.read_text()), "model_max_length": length}, indent=1)
+    )
 
 
 def make_pipeline(shape: str, out: Path, *, scale: float = 1.0, device: str = "cpu") -> Path:
-    """The folder of pipeline `shape` (a card's name). Raises UserError for an unknown shape or a scale outside (0, 1]."""
+    """The folder of pipeline `shape` (a card's name). Raises UserError for an unknown shape or a
+    scale outside (0, 1]."""
     cli.quiet_libraries()
     card = CARDS / shape
     if not (card / "model_index.json").exists():
-        raise UserError(f"--shape {shape}: no such card; known are {', '.join(sorted(p.name for p in CARDS.iterdir() if p.is_dir()))}")
+        raise UserError(
+            f"--shape {shape}: no such card; known are"
+            f" {', '.join(sorted(p.name for p in CARDS.iterdir() if p.is_dir()))}"
+        )
     if not 0 < scale <= 1:
         raise UserError(f"--scale {scale}: above 0, at most 1")
     index = json.loads((card / "model_index.json").read_text())
@@ -136,19 +197,28 @@ def make_pipeline(shape: str, out: Path, *, scale: float = 1.0, device: str = "c
             continue
         library, name = value
         if part.startswith(("tokenizer", "processor")):
-            write_tokenizer(name, out / part, json.loads((card / part / "tokenizer_config.json").read_text())["model_max_length"])
+            write_tokenizer(
+                name,
+                out / part,
+                json.loads((card / part / "tokenizer_config.json").read_text())["model_max_length"],
+            )
         elif part == "scheduler":
             shutil.copytree(card / part, out / part, dirs_exist_ok=True)
         else:
             config = shrunk(json.loads((card / part / "config.json").read_text()), scale)
-            random_model(library, name, config, device).save_pretrained(out / part, max_shard_size="5GB")
+            random_model(library, name, config, device).save_pretrained(
+                out / part, max_shard_size="5GB"
+            )
     (out / "model_index.json").write_text(json.dumps(index, indent=1))
     return out
 
 
 @torch.no_grad()
-def random_model(library: str, name: str, config: dict, device: str, dtype: torch.dtype = torch.bfloat16) -> torch.nn.Module:
-    """A model with weights as its class initialises them, made on the device; always the same ones."""
+def random_model(
+    library: str, name: str, config: dict, device: str, dtype: torch.dtype = torch.bfloat16
+) -> torch.nn.Module:
+    """A model with weights as its class initialises them, made on the device; always the same
+    ones."""
     import diffusers
     import transformers
 
@@ -166,7 +236,7 @@ def random_model(library: str, name: str, config: dict, device: str, dtype: torc
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--shape", required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--scale", type=float, default=1.0)
@@ -174,7 +244,9 @@ def main() -> int:
     args = parser.parse_args()
     folder = make_pipeline(args.shape, args.out, scale=args.scale, device=args.device)
     size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
-    print(f"{folder}: {args.shape}, scale {args.scale}, {size / 1e9:.2f} GB, made on {device_name()}")
+    print(
+        f"{folder}: {args.shape}, scale {args.scale}, {size / 1e9:.2f} GB, made on {device_name()}"
+    )
     return 0
 
 

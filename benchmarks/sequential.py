@@ -1,6 +1,6 @@
-"""The paper's procedure, which throughput.py compares the engine with: branch steps one after another, each with its B children
-as one small batch that is integrated, decoded and rewarded before the next begins; then training with a forward for every child.
-"""
+"""The paper's procedure, which throughput.py compares the engine with: branch steps one after
+another, each with its B children as one small batch that is integrated, decoded and rewarded before
+the next begins; then training with a forward for every child."""
 
 from __future__ import annotations
 
@@ -25,14 +25,21 @@ class Sequential:
 
     def __init__(self, bench: Bench, config: Config):
         # A state alone in its micro-batch, and then each of its children.
-        self.bench, self.session = bench, bench.session.variant(changed(config, training={"micro_batch": 1}))
+        self.bench, self.session = (
+            bench,
+            bench.session.variant(changed(config, training={"micro_batch": 1})),
+        )
 
     def free(self) -> None:
         """It holds nothing on the device."""
 
     def __call__(self, iteration: int) -> Iteration:
         s = self.session
-        self.seconds, self.forwards, self.noise = dict.fromkeys(PHASES, 0.0), 0, Noise(s.config.training.seed, iteration)
+        self.seconds, self.forwards, self.noise = (
+            dict.fromkeys(PHASES, 0.0),
+            0,
+            Noise(s.config.training.seed, iteration),
+        )
         layout = plan_iteration(s, self.bench.order.indices(iteration), iteration)
         states, total = [], np.zeros(len(layout))
         with torch.no_grad():  # rewards are waited for, so all cores are the model's
@@ -41,33 +48,47 @@ class Sequential:
                 trunk = self.trunk(unit)
                 for (parent, k), slots in forest.slots.items():
                     rows = forest.branches[parent, k]
-                    state, values = self.branch(unit, k, trunk[k], [forest.rows[n] for n in rows], slots)
+                    state, values = self.branch(
+                        unit, k, trunk[k], [forest.rows[n] for n in rows], slots
+                    )
                     states.append(state)
                     total[[forest.numbers[n] for n in rows]] = values
-        rolled = _Rolled(layout, Rollout(layout.slots, states, [], s.grid, self.noise, s.advantage.over))
+        rolled = _Rolled(
+            layout, Rollout(layout.slots, states, [], s.grid, self.noise, s.advantage.over)
+        )
         rewards = layout.slots.means(total[None])[0]
         everywhere = np.ones(len(rewards), dtype=bool)
         name = s.trained[0].name
         given = Rewards(rewards, {name: rewards}, {name: 1.0}, {name: everywhere})
         started = time.perf_counter()
-        trained = train(s, rolled, Scored(given, len(rewards), 0, float("nan"), {}, {}), each_child=True)
+        trained = train(
+            s, rolled, Scored(given, len(rewards), 0, float("nan"), {}, {}), each_child=True
+        )
         self.seconds["train"] = time.perf_counter() - started
         self.seconds["sync"] = refresh(s)
         return Iteration(self.seconds, len(rewards), {"rollout": self.forwards, "train": trained})
 
     def trunk(self, unit: Unit) -> list[torch.Tensor]:
         s, started = self.session, time.perf_counter()
-        states = [self.noise.sample([self.noise.key(unit, INITIAL)], s.sampler.latent_shape, s.policy.device)]
+        states = [
+            self.noise.sample(
+                [self.noise.key(unit, INITIAL)], s.sampler.latent_shape, s.policy.device
+            )
+        ]
         for k in range(s.config.rollout.num_steps - 1):
             states.append(self.step(states[-1], k, unit))
         self.seconds["rollout"] += time.perf_counter() - started
         return states
 
-    def branch(self, unit: Unit, k: int, x: torch.Tensor, rows: list[Row], slots: np.ndarray) -> tuple[State, np.ndarray]:
+    def branch(
+        self, unit: Unit, k: int, x: torch.Tensor, rows: list[Row], slots: np.ndarray
+    ) -> tuple[State, np.ndarray]:
         s, started = self.session, time.perf_counter()
         a, b, tau = s.grid.sde.a[k], s.grid.sde.b[k], s.grid.sde.tau[k]
         keys = [[self.noise.key(unit, k, row.path)] for row in rows]
-        children, log_prob = self.transition(x.expand(len(rows), *x.shape[1:]), k, unit, (a, b, tau), keys)
+        children, log_prob = self.transition(
+            x.expand(len(rows), *x.shape[1:]), k, unit, (a, b, tau), keys
+        )
         latents = children
         for later in range(k + 1, s.config.rollout.num_steps):
             latents = self.step(latents, later, unit)
@@ -76,7 +97,18 @@ class Sequential:
         started = time.perf_counter()
         images, _ = s.sampler.decode(latents)
         self.seconds["decode"] += time.perf_counter() - started
-        state = State(unit, k, s.grid.sigmas[k].item(), a.item(), b.item(), tau.item(), x[0], children, slots, log_prob)
+        state = State(
+            unit,
+            k,
+            s.grid.sigmas[k].item(),
+            a.item(),
+            b.item(),
+            tau.item(),
+            x[0],
+            children,
+            slots,
+            log_prob,
+        )
         return state, self.score(unit, images)
 
     def score(self, unit: Unit, images: np.ndarray) -> np.ndarray:
@@ -93,10 +125,14 @@ class Sequential:
 
     def transition(self, x, k: int, unit: Unit, scalars, keys):
         s, n, device = self.session, len(x), x.device
-        v = s.sampler.velocity(s.policy.denoiser(), x, s.grid.sigmas[k].expand(n).to(device), s.embed([unit] * n))
+        v = s.sampler.velocity(
+            s.policy.denoiser(), x, s.grid.sigmas[k].expand(n).to(device), s.embed([unit] * n)
+        )
         self.forwards += n
         a, b, tau = (t.expand(n).to(device) for t in scalars)
-        x_next, log_prob = sde_step(x, v, a, b, tau, key=key_tensor(keys, device), out_dtype=torch.float32)
+        x_next, log_prob = sde_step(
+            x, v, a, b, tau, key=key_tensor(keys, device), out_dtype=torch.float32
+        )
         return x_next[:, 0], log_prob[:, 0]
 
 

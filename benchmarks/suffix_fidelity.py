@@ -1,11 +1,14 @@
-"""What a coarser suffix costs and saves: speed of the rollout against agreement of its rewards with the exact suffix's.
+"""What a coarser suffix costs and saves: speed of the rollout against agreement of its rewards with
+the exact suffix's.
 
-    python benchmarks/suffix_fidelity.py [--config FILE] [--iterations N] [--set section.key=value ...]
+    python benchmarks/suffix_fidelity.py [--config FILE] [--iterations N] [--set section.key=value
+        ...]
 
-Every option runs the same plan from the same noise as the exact suffix, one after another in every iteration. Printed and
-written to benchmarks/results/: forwards and seconds saved, rank correlation of the rewards, and of the advantages, which is
-what training sees; by branch step too. The plot is the trade-off curve. The exact suffix in batches of two thirds the size
-shows what rounding alone does to the ranks: no option can be expected to agree better. Float8 is slow where hardware does not
+Every option runs the same plan from the same noise as the exact suffix, one after another in every
+iteration. Printed and written to benchmarks/results/: forwards and seconds saved, rank correlation
+of the rewards, and of the advantages, which is what training sees; by branch step too. The plot is
+the trade-off curve. The exact suffix in batches of two thirds the size shows what rounding alone
+does to the ranks: no option can be expected to agree better. Float8 is slow where hardware does not
 multiply it, as on CPUs; its agreement is what can be read there.
 """
 
@@ -18,7 +21,9 @@ from datetime import date
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path.append(sys.path.pop(0))  # last: kernels.py in this folder must not pass for Hugging Face's package
+    sys.path.append(
+        sys.path.pop(0)
+    )  # last: kernels.py in this folder must not pass for Hugging Face's package
 
 import numpy as np
 import torch
@@ -52,7 +57,9 @@ OPTIONS: dict[str, Suffix | None] = {
     "one jump": Suffix(stride=64, order=1),
     FLOAT8: Suffix(stride=1, order=1, weights="float8"),
     "2 exact, every step, float8": Suffix(stride=1, order=1, exact_steps=2, weights="float8"),
-    "2 exact, every 2nd, order 2, float8": Suffix(stride=2, order=2, exact_steps=2, weights="float8"),
+    "2 exact, every 2nd, order 2, float8": Suffix(
+        stride=2, order=2, exact_steps=2, weights="float8"
+    ),
 }
 
 
@@ -78,7 +85,11 @@ def possible(transformer: torch.nn.Module) -> list[str]:
     reason = obstacle(transformer)
     if reason:
         print(f"float8 is left out: {reason}")
-    return [name for name, suffix in OPTIONS.items() if not (reason and suffix and suffix.weights == "float8")]
+    return [
+        name
+        for name, suffix in OPTIONS.items()
+        if not (reason and suffix and suffix.weights == "float8")
+    ]
 
 
 def measure(config: Config, iterations: int) -> dict:
@@ -86,14 +97,20 @@ def measure(config: Config, iterations: int) -> dict:
     from tempflow.training.rollout import gather_rewards, plan_iteration, roll_out
 
     session = open_session(config)
-    order = PromptOrder(len(session.prompts), config.data.prompts_per_iteration, config.training.seed)
-    regrouped = session.variant(changed(config, rollout={"micro_batch": -(-config.rollout.rows * 2 // 3)}))
+    order = PromptOrder(
+        len(session.prompts), config.data.prompts_per_iteration, config.training.seed
+    )
+    regrouped = session.variant(
+        changed(config, rollout={"micro_batch": -(-config.rollout.rows * 2 // 3)})
+    )
     options = possible(session.policy.denoiser())
     sessions = {name: regrouped if name == REGROUPED else session for name in options}
     for name in options:
         if OPTIONS[name] and OPTIONS[name].weights == "float8":
             sessions[name] = session.variant(changed(config, rollout={"suffix": OPTIONS[name]}))
-    seen = {name: {"rewards": [], "rollout_s": 0.0, "total_s": 0.0, "forwards": 0} for name in options}
+    seen = {
+        name: {"rewards": [], "rollout_s": 0.0, "total_s": 0.0, "forwards": 0} for name in options
+    }
 
     def run(iteration: int, name: str):
         layout = plan_iteration(session, order.indices(iteration), iteration)
@@ -104,11 +121,15 @@ def measure(config: Config, iterations: int) -> dict:
         slots = run(0, "one jump")[0].layout.slots  # warms up
         if FLOAT8 in options:
             run(0, FLOAT8)
-        for iteration, name in track([(i, name) for i in range(iterations) for name in options], description="rollouts"):
+        for iteration, name in track(
+            [(i, name) for i in range(iterations) for name in options], description="rollouts"
+        ):
             (rolled, scored), one = run(iteration, name), seen[name]
             one["rewards"].append(scored.rewards)
             one["rollout_s"] += rolled.seconds["rollout"]
-            one["total_s"] += rolled.seconds["rollout"] + rolled.seconds["decode"] + scored.seconds["reward"]
+            one["total_s"] += (
+                rolled.seconds["rollout"] + rolled.seconds["decode"] + scored.seconds["reward"]
+            )
             one["forwards"] += rolled.stats.forwards
     return {"slots": slots, "options": seen, "advantage": session.advantage}
 
@@ -124,7 +145,9 @@ def compare(seen: dict) -> list[dict]:
 
         def correlate(kept, of=values, masks=valid):
             """Spearman's rho of the advantages of the kept slots."""
-            both = [np.concatenate([v[i].values[kept & m] for v, m in zip(of, masks)]) for i in (0, 1)]
+            both = [
+                np.concatenate([v[i].values[kept & m] for v, m in zip(of, masks)]) for i in (0, 1)
+            ]
             return rank_correlation(*both)
 
         rewards = [np.concatenate([p[i].total[m] for p, m in zip(pairs, valid)]) for i in (0, 1)]
@@ -147,7 +170,14 @@ def compare(seen: dict) -> list[dict]:
 
 def show(rows: list[dict]) -> None:
     table = Table(title="suffixes against the exact one")
-    for column in ("suffix", "forwards", "rollout", "rollout + decode + reward", "reward rho", "advantage rho"):
+    for column in (
+        "suffix",
+        "forwards",
+        "rollout",
+        "rollout + decode + reward",
+        "reward rho",
+        "advantage rho",
+    ):
         table.add_column(column, justify="left" if column == "suffix" else "right")
     for row in rows:
         table.add_row(
@@ -173,17 +203,23 @@ def draw(rows: list[dict], file: Path, title: str) -> None:
         axes.plot(*place, "o", color=f"C{number % 10}", label=f"{number}: {row['option']}")
         axes.annotate(str(number), place, textcoords="offset points", xytext=(5, 3), fontsize=8)
     axes.axhline(0.9, color="grey", linewidth=0.8, linestyle="--")
-    axes.set(xlabel="rollout, times faster than exact", ylabel="rank correlation of advantages", title=title)
+    axes.set(
+        xlabel="rollout, times faster than exact",
+        ylabel="rank correlation of advantages",
+        title=title,
+    )
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     figure.savefig(file, dpi=130)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--config", default=str(ROOT / "configs/tiny_ocr.json"))
     parser.add_argument("--iterations", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results", help="folder of the report")
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "benchmarks/results", help="folder of the report"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
     args = parser.parse_args()
     config = load_config(args.config, args.set)
@@ -200,7 +236,9 @@ def main() -> int:
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(out, json.dumps(record, indent=1))
-    draw(rows, out.with_suffix(".png"), f"{Path(args.config).stem}, {device_name()}, {date.today()}")
+    draw(
+        rows, out.with_suffix(".png"), f"{Path(args.config).stem}, {device_name()}, {date.today()}"
+    )
     print(out)
     return 0
 

@@ -1,15 +1,19 @@
-"""Iterations side by side: the paper's procedure, Flow-GRPO's, and this engine with each of its means off and on.
+"""Iterations side by side: the paper's procedure, Flow-GRPO's, and this engine with each of its
+means off and on.
 
-    python benchmarks/throughput.py [--quick] [--config FILE] [--rounds N] [--only NAME ...] [--set section.key=value ...]
+    python benchmarks/throughput.py [--quick] [--config FILE] [--rounds N] [--only NAME ...] [--set
+        section.key=value ...]
 
-Without --config, on a CPU: the shipped model at the paper's proportions (T = 10, 4 seeds, 6 children, 9 branch steps, 2
-prompts, KL on). On a GPU of 80 GB: FLUX.1-dev's shape with random weights (benchmarks/make_pipeline.py), LoRA, at 512 and 1024
-pixels, with three branch steps and one prompt, so that a round takes minutes. What it will take is said beforehand, and what
-does not fit the GPU is refused. Every variant does whole iterations, one after another in every round, on the same prompts:
-rollout, decoding, reward, updates; in its last round it then gives back the memory it holds. Printed and written to
-benchmarks/results/, with a bar chart: seconds of every phase (medians over the rounds), images per second, transformer
-forwards, and the ratio to the paper's procedure. The JSON is written after every iteration. Model FLOPs are set against a matrix
-product of the same dtype measured in the same run.
+Without --config, on a CPU: the shipped model at the paper's proportions (T = 10, 4 seeds, 6
+children, 9 branch steps, 2 prompts, KL on). On a GPU of 80 GB: FLUX.1-dev's shape with random
+weights (benchmarks/make_pipeline.py), LoRA, at 512 and 1024 pixels, with three branch steps and one
+prompt, so that a round takes minutes. What it will take is said beforehand, and what does not fit
+the GPU is refused. Every variant does whole iterations, one after another in every round, on the
+same prompts: rollout, decoding, reward, updates; in its last round it then gives back the memory it
+holds. Printed and written to benchmarks/results/, with a bar chart: seconds of every phase (medians
+over the rounds), images per second, transformer forwards, and the ratio to the paper's procedure.
+The JSON is written after every iteration. Model FLOPs are set against a matrix product of the same
+dtype measured in the same run.
 """
 
 from __future__ import annotations
@@ -27,7 +31,9 @@ from pathlib import Path
 from typing import Callable, Iterator
 
 if __name__ == "__main__":
-    sys.path.append(sys.path.pop(0))  # last: kernels.py in this folder must not pass for Hugging Face's package
+    sys.path.append(
+        sys.path.pop(0)
+    )  # last: kernels.py in this folder must not pass for Hugging Face's package
 
 import numpy as np
 import torch
@@ -77,10 +83,11 @@ QUICK = ["data.prompts_per_iteration=1", "rollout.plan.seeds=1"]
 PIPELINE_BYTES = 34e9  # of the random FLUX.1-dev pipeline on disk
 
 
-# ---------------------------------------------------------------------------------------------------------- variants
+# ----------------------------------------------------------------------------------------- variants
 @dataclass(frozen=True)
 class Variant:
-    """One way to do an iteration. kind: Sequential or Engine; compiled: on an engine of its own with compiled blocks."""
+    """One way to do an iteration. kind: Sequential or Engine; compiled: on an engine of its own
+    with compiled blocks."""
 
     name: str
     config: Config
@@ -89,10 +96,14 @@ class Variant:
 
 
 def variants(config: Config, compiled: bool, gpu: bool) -> list[Variant]:
-    """What is compared: the paper's procedure, Flow-GRPO at as many rewarded images, and the engine part by part."""
+    """What is compared: the paper's procedure, Flow-GRPO at as many rewarded images, and the engine
+    part by part."""
     plan, float8 = config.rollout.plan, {"suffix": Suffix(weights="float8")}
     if not isinstance(plan["children"], int):
-        raise UserError(f"rollout.plan.children: {plan['children']}; the paper's procedure has one number for all steps")
+        raise UserError(
+            f"rollout.plan.children: {plan['children']}; the paper's procedure has one number for"
+            " all steps"
+        )
     images = plan["seeds"] * len(config.plan().steps(0)) * plan["children"]
     flow = changed(
         config,
@@ -115,7 +126,13 @@ def variants(config: Config, compiled: bool, gpu: bool) -> list[Variant]:
         whole = compiled_config(config)
         found.append(Variant("engine, compiled", whole, compiled=True))
         if gpu:
-            found.append(Variant("engine, compiled, suffix every 2nd step in float8", changed(whole, rollout=float8), compiled=True))
+            found.append(
+                Variant(
+                    "engine, compiled, suffix every 2nd step in float8",
+                    changed(whole, rollout=float8),
+                    compiled=True,
+                )
+            )
     return found
 
 
@@ -128,22 +145,36 @@ def chosen(config: Config, args: argparse.Namespace) -> list[Variant]:
     every = variants(config, args.compile, uses_gpu())
     found = [v for v in every if not args.only or any(part in v.name for part in args.only)]
     if not found:
-        raise UserError(f"--only {' '.join(args.only)}: no such variant; there are {', '.join(v.name for v in every)}")
+        raise UserError(
+            f"--only {' '.join(args.only)}: no such variant; there are"
+            f" {', '.join(v.name for v in every)}"
+        )
     return found
 
 
-# ------------------------------------------------------------------------------------------------------- measurement
+# -------------------------------------------------------------------------------------- measurement
 def forward_flops(session, prompt: int) -> int:
     """FLOPs of one row's forward. prompt: place of any prompt that is embedded."""
     device = session.policy.device
     x = torch.zeros(1, *session.sampler.latent_shape, device=device)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        session.sampler.velocity(session.policy.denoiser(), x, torch.ones(1, device=device), session.embed_prompts([prompt]))
+        session.sampler.velocity(
+            session.policy.denoiser(),
+            x,
+            torch.ones(1, device=device),
+            session.embed_prompts([prompt]),
+        )
     return counter.get_total_flops()
 
 
-def measure(benches: dict[bool, Bench], wanted: list[Variant], rounds: int, keep: Callable[[list[dict]], None]) -> list[dict]:
-    """Rows of all variants. benches: by whether their blocks are compiled. keep(rows so far) is called after every iteration."""
+def measure(
+    benches: dict[bool, Bench],
+    wanted: list[Variant],
+    rounds: int,
+    keep: Callable[[list[dict]], None],
+) -> list[dict]:
+    """Rows of all variants. benches: by whether their blocks are compiled. keep(rows so far) is
+    called after every iteration."""
     runs = {v.name: v.kind(benches[v.compiled], v.config) for v in wanted}
     seen: dict[str, list[Iteration]] = {name: [] for name in runs}
     with Progress() as bar:
@@ -167,7 +198,10 @@ def summarise(name: str, results: list[Iteration]) -> dict:
         "variant": name,
         "images": results[0].images,
         "forwards": results[0].forwards,
-        "seconds": {phase: statistics.median(result.seconds[phase] for result in results) for phase in PHASES},
+        "seconds": {
+            phase: statistics.median(result.seconds[phase] for result in results)
+            for phase in PHASES
+        },
         "total_s": statistics.median(totals),
         "totals_s": totals,
         "images_per_s": results[0].images / statistics.median(totals),
@@ -175,10 +209,12 @@ def summarise(name: str, results: list[Iteration]) -> dict:
 
 
 def add_ratios(rows: list[dict], flops: int, peaks: dict[str, float], config: Config) -> None:
-    """Ratios to the first row, and the share of the measured peak that the transformer reaches in each phase.
+    """Ratios to the first row, and the share of the measured peak that the transformer reaches in
+    each phase.
 
-    Every variant trains on as many pictures; the engine's trunks, scored besides, count as its work, not as its output.
-    A backward counts as two forwards, as one where only adapters are trained; recomputation is not counted.
+    Every variant trains on as many pictures; the engine's trunks, scored besides, count as its
+    work, not as its output. A backward counts as two forwards, as one where only adapters are
+    trained; recomputation is not counted.
     """
     updates, references = config.training.updates.passes, int(config.needs_reference())
     policy = 2 if config.model.lora else 3
@@ -186,14 +222,28 @@ def add_ratios(rows: list[dict], flops: int, peaks: dict[str, float], config: Co
     for row in rows:
         row["times_faster"] = rows[0]["total_s"] / row["total_s"]
         row["train_times_faster"] = rows[0]["seconds"]["train"] / row["seconds"]["train"]
-        row["mfu_train"] = flops * per_row * row["forwards"]["train"] / row["seconds"]["train"] / peaks["train"]
-        row["mfu_rollout"] = flops * row["forwards"]["rollout"] / row["seconds"]["rollout"] / peaks["rollout"]
+        row["mfu_train"] = (
+            flops * per_row * row["forwards"]["train"] / row["seconds"]["train"] / peaks["train"]
+        )
+        row["mfu_rollout"] = (
+            flops * row["forwards"]["rollout"] / row["seconds"]["rollout"] / peaks["rollout"]
+        )
 
 
 def show(rows: list[dict]) -> None:
     table = Table(title="one iteration")
     table.add_column("variant")
-    for column in ("s", *PHASES, "pictures/s", "rows: rollout", "train", "times faster", "training", "MFU rollout", "train"):
+    for column in (
+        "s",
+        *PHASES,
+        "pictures/s",
+        "rows: rollout",
+        "train",
+        "times faster",
+        "training",
+        "MFU rollout",
+        "train",
+    ):
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(
@@ -260,8 +310,15 @@ def benchmark(name: str, config: Config, args: argparse.Namespace) -> None:
         def keep(rows: list[dict]) -> None:
             add_ratios(rows, flops, peaks, config)
             peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-            whole = len(rows) == len(wanted) and all(len(row["totals_s"]) == args.rounds for row in rows)
-            write_atomic(out, json.dumps(record | {"complete": whole, "peak_memory_bytes": peak, "rows": rows}, indent=1))
+            whole = len(rows) == len(wanted) and all(
+                len(row["totals_s"]) == args.rounds for row in rows
+            )
+            write_atomic(
+                out,
+                json.dumps(
+                    record | {"complete": whole, "peak_memory_bytes": peak, "rows": rows}, indent=1
+                ),
+            )
 
         rows = measure(benches, wanted, args.rounds, keep)
     add_ratios(rows, flops, peaks, config)
@@ -275,7 +332,10 @@ def possible(wanted: list[Variant], transformer: torch.nn.Module) -> list[Varian
     from tempflow.sampling.float8 import obstacle
 
     def in_float8(variant: Variant) -> bool:
-        return variant.config.rollout.suffix is not None and variant.config.rollout.suffix.weights == "float8"
+        return (
+            variant.config.rollout.suffix is not None
+            and variant.config.rollout.suffix.weights == "float8"
+        )
 
     reason = obstacle(transformer) if any(map(in_float8, wanted)) else None
     if reason:
@@ -290,34 +350,48 @@ def announce(configs: dict[str, Config], args: argparse.Namespace) -> None:
     for name, config in configs.items():
         speed = matmul_peak(torch.bfloat16 if gpu else torch.float32, device)
         wanted = chosen(config, args)
-        found = forecast([v.config for v in wanted], speed, engines=1 + args.compile, per_child=[v.kind is not Engine for v in wanted])
+        found = forecast(
+            [v.config for v in wanted],
+            speed,
+            engines=1 + args.compile,
+            per_child=[v.kind is not Engine for v in wanted],
+        )
         minutes = found.seconds * (args.rounds + 1) / 60
         print(
-            f"{name}: about {minutes:.1f} minutes for {args.rounds} rounds and one to warm up, rewards and loading not counted; "
-            f"up to {found.bytes / 1e9:.1f} GB of device memory"
+            f"{name}: about {minutes:.1f} minutes for {args.rounds} rounds and one to warm up,"
+            f" rewards and loading not counted; up to {found.bytes / 1e9:.1f} GB of device memory"
         )
         if gpu and found.bytes + SPARE > torch.cuda.get_device_properties(0).total_memory:
             raise UserError(
-                f"{name}: needs {(found.bytes + SPARE) / 1e9:.1f} GB, {device_name()} has "
-                f"{torch.cuda.get_device_properties(0).total_memory / 1e9:.1f}; choose fewer variants (--only), leave "
-                "--compile out, or take a smaller size (--quick, --set rollout.height)"
+                f"{name}: needs {(found.bytes + SPARE) / 1e9:.1f} GB, {device_name()} has"
+                f" {torch.cuda.get_device_properties(0).total_memory / 1e9:.1f}; choose fewer"
+                " variants (--only), leave --compile out, or take a smaller size (--quick, --set"
+                " rollout.height)"
             )
 
 
 def large_config(size: int, args: argparse.Namespace, path: str | Path = CARD) -> Config:
     """FLUX.1-dev's shape at size x size pixels, weights from `path`."""
-    settings = [*LARGE, f"model.path={path}", f"rollout.height={size}", f"rollout.width={size}", *args.set]
+    settings = [
+        *LARGE,
+        f"model.path={path}",
+        f"rollout.height={size}",
+        f"rollout.width={size}",
+        *args.set,
+    ]
     return load_config(ROOT / "configs/flux_lora.json", settings)
 
 
 @contextmanager
 def random_flux() -> Iterator[Path]:
-    """A temporary folder with a random FLUX.1-dev pipeline. UserError where the disk has no room for it."""
+    """A temporary folder with a random FLUX.1-dev pipeline. UserError where the disk has no room
+    for it."""
     with tempfile.TemporaryDirectory(prefix="tempflow-flux-") as folder:
         free = shutil.disk_usage(folder).free
         if free < PIPELINE_BYTES:
             raise UserError(
-                f"{folder}: {free / 1e9:.1f} GB free, the random pipeline needs {PIPELINE_BYTES / 1e9:.0f}; set TMPDIR to another disk"
+                f"{folder}: {free / 1e9:.1f} GB free, the random pipeline needs"
+                f" {PIPELINE_BYTES / 1e9:.0f}; set TMPDIR to another disk"
             )
         yield make_pipeline("flux-dev", Path(folder), scale=1.0, device="cuda")
         release()
@@ -343,15 +417,27 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--config", help="default: the shipped model at the paper's proportions")
-    parser.add_argument("--rounds", type=int, help="iterations of every variant, after one to warm up (default 3)")
     parser.add_argument(
-        "--quick", action="store_true", help="one round; without --config also one prompt and seed, or on a GPU 512 pixels alone"
+        "--rounds", type=int, help="iterations of every variant, after one to warm up (default 3)"
     )
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="variants whose name contains one of these")
-    parser.add_argument("--compile", action="store_true", help="also the engine with compiled blocks, on weights of its own")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results", help="folder of the report")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="one round; without --config also one prompt and seed, or on a GPU 512 pixels alone",
+    )
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="variants whose name contains one of these"
+    )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="also the engine with compiled blocks, on weights of its own",
+    )
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "benchmarks/results", help="folder of the report"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
     args = parser.parse_args()
     args.rounds = args.rounds or (1 if args.quick else 3)

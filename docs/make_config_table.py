@@ -1,4 +1,5 @@
-"""Writes docs/config.md and configs/schema.json from the config's own types and descriptions: python docs/make_config_table.py"""
+"""Writes docs/config.md and configs/schema.json from the config's own types and descriptions:
+python docs/make_config_table.py"""
 
 from __future__ import annotations
 
@@ -61,8 +62,15 @@ def cell(text: str) -> str:
 
 def bounds(schema: dict) -> str:
     """What a number's range is, in words: "" where it has none."""
-    signs = (("minimum", "at least"), ("exclusiveMinimum", "above"), ("maximum", "at most"), ("exclusiveMaximum", "below"))
-    return ", ".join(f"{words} {schema[key]:g}" for key, words in signs if schema.get(key, 2**31) != 2**31)
+    signs = (
+        ("minimum", "at least"),
+        ("exclusiveMinimum", "above"),
+        ("maximum", "at most"),
+        ("exclusiveMaximum", "below"),
+    )
+    return ", ".join(
+        f"{words} {schema[key]:g}" for key, words in signs if schema.get(key, 2**31) != 2**31
+    )
 
 
 def kind(schema: dict) -> str:
@@ -74,12 +82,20 @@ def kind(schema: dict) -> str:
     if "anyOf" in schema:
         return " or ".join(kind(option) for option in schema["anyOf"])
     if "const" in schema or "enum" in schema:
-        return " or ".join(f"`{json.dumps(value)}`" for value in schema.get("enum", [schema.get("const")]))
+        return " or ".join(
+            f"`{json.dumps(value)}`" for value in schema.get("enum", [schema.get("const")])
+        )
     if schema.get("type") == "array":
         inner, limits = schema["items"], bounds(schema["items"])
         words = "list of texts" if inner["type"] == "string" else f"list of {inner['type']}s"
         return f"{words} ({limits})" if limits else words
-    name = {"number": "number", "integer": "integer", "string": "text", "boolean": "true or false", "object": "table"}
+    name = {
+        "number": "number",
+        "integer": "integer",
+        "string": "text",
+        "boolean": "true or false",
+        "object": "table",
+    }
     word = name.get(schema.get("type"), schema.get("type", "any"))
     limits = bounds(schema)
     return f"{word} ({limits})" if limits else word
@@ -89,36 +105,70 @@ def rows(name: str, schema: dict, definitions: dict) -> list[str]:
     """Table rows of one section; nested tables follow their key as `key.inner`."""
     lines = []
     for key, field in schema["properties"].items():
-        default = "required" if key in schema.get("required", ()) else f"`{json.dumps(field.get('default'))}`"
-        lines.append(f"| `{name}{key}` | {cell(kind(field))} | {cell(default)} | {cell(field.get('description', ''))} |")
+        default = (
+            "required"
+            if key in schema.get("required", ())
+            else f"`{json.dumps(field.get('default'))}`"
+        )
+        lines.append(
+            f"| `{name}{key}` | {cell(kind(field))} | {cell(default)} |"
+            f" {cell(field.get('description', ''))} |"
+        )
         for option in [field, *field.get("anyOf", ())]:
             if "$ref" in option:
-                lines += rows(f"{name}{key}.", definitions[option["$ref"].rsplit("/", 1)[1]], definitions)
+                lines += rows(
+                    f"{name}{key}.", definitions[option["$ref"].rsplit("/", 1)[1]], definitions
+                )
     return lines
 
 
 def section(name: str, schema: dict, definitions: dict) -> str:
-    table = ["| key | type | default | meaning |", "|---|---|---|---|", *rows("", schema, definitions)]
-    parts = ["\n".join(table), *(components(key) for key in IN_CONFIG if key.startswith(f"{name}."))]
+    table = [
+        "| key | type | default | meaning |",
+        "|---|---|---|---|",
+        *rows("", schema, definitions),
+    ]
+    parts = [
+        "\n".join(table),
+        *(components(key) for key in IN_CONFIG if key.startswith(f"{name}.")),
+    ]
     return f"## `{name}`\n\n" + "\n\n".join(parts) + "\n"
 
 
 def components(key: str) -> str:
     """The types of a component and their options."""
-    lines = [f"### `{key}`", "", "| type | option | of type | default | meaning |", "|---|---|---|---|---|"]
+    lines = [
+        f"### `{key}`",
+        "",
+        "| type | option | of type | default | meaning |",
+        "|---|---|---|---|---|",
+    ]
     for name in KINDS[IN_CONFIG[key]].ids:
         target = find(IN_CONFIG[key], name)
         lines.append(f"| `{name}` | | | | {cell(summary_of(target))} |")
         for option in options_of(target):
-            default = "required" if option.default is inspect.Parameter.empty else f"`{json.dumps(option.default)}`"
+            default = (
+                "required"
+                if option.default is inspect.Parameter.empty
+                else f"`{json.dumps(option.default)}`"
+            )
             words = kind(option_schema(option) or {"type": "any"})
-            lines.append(f"| | `{option.name}` | {cell(words)} | {cell(default)} | {cell(option.help)} |")
+            lines.append(
+                f"| | `{option.name}` | {cell(words)} | {cell(default)} | {cell(option.help)} |"
+            )
     return "\n".join(lines)
 
 
 def option_schema(option) -> dict:
     """The JSON schema of an option, as far as its annotation says."""
-    plain = {bool: "boolean", int: "integer", float: "number", str: "string", dict: "object", type(None): "null"}
+    plain = {
+        bool: "boolean",
+        int: "integer",
+        float: "number",
+        str: "string",
+        dict: "object",
+        type(None): "null",
+    }
     if typing.get_origin(option.annotation) is typing.Literal:
         return {"enum": list(typing.get_args(option.annotation))}
     if option.annotation in plain:
@@ -126,7 +176,11 @@ def option_schema(option) -> dict:
     return (
         {
             "anyOf": [
-                {"type": "array", "items": {"type": "integer"}} if each is list else {"type": plain[each]}
+                (
+                    {"type": "array", "items": {"type": "integer"}}
+                    if each is list
+                    else {"type": plain[each]}
+                )
                 for each in typing.get_args(option.annotation)
             ]
         }
@@ -139,9 +193,14 @@ def component_schema(name: str) -> dict:
     """What an editor may complete: ids, and the options of all types."""
     own, options = {"type": "string", "pattern": ":"}, {}
     for target in (find(name, id) for id in KINDS[name].ids):
-        options |= {option.name: {**option_schema(option), "description": option.help} for option in options_of(target)}
+        options |= {
+            option.name: {**option_schema(option), "description": option.help}
+            for option in options_of(target)
+        }
     kinds = {"anyOf": [{"enum": list(KINDS[name].ids)}, own]}
-    return {"anyOf": [*kinds["anyOf"], {"type": "object", "properties": {"type": kinds, **options}}]}
+    return {
+        "anyOf": [*kinds["anyOf"], {"type": "object", "properties": {"type": kinds, **options}}]
+    }
 
 
 def rewards_table() -> str:
@@ -149,9 +208,13 @@ def rewards_table() -> str:
     for name, path in KINDS["reward"].ids.items():
         target = pkgutil.resolve_name(path)
         parameters = inspect.signature(target).parameters.values()
-        defaults = ["required" if p.default is p.empty else f"`{json.dumps(p.default)}`" for p in parameters]
+        defaults = [
+            "required" if p.default is p.empty else f"`{json.dumps(p.default)}`" for p in parameters
+        ]
         options = ", ".join(f"`{p.name}` ({default})" for p, default in zip(parameters, defaults))
-        lines.append(f"| `{name}` | {cell(options)} | {cell(' '.join(inspect.getdoc(target).split()))} |")
+        lines.append(
+            f"| `{name}` | {cell(options)} | {cell(' '.join(inspect.getdoc(target).split()))} |"
+        )
     return REWARDS_TEXT + "\n" + "\n".join(lines) + "\n"
 
 
@@ -170,7 +233,8 @@ def page() -> str:
 
 
 def json_schema() -> dict:
-    """The config's JSON schema, for editors. It knows types and bounds; what keys must agree on, only the engine does."""
+    """The config's JSON schema, for editors. It knows types and bounds; what keys must agree on,
+    only the engine does."""
     schema = Config.model_json_schema()
     for part in (schema, *schema["$defs"].values()):
         for piece in (part, *part["properties"].values()):
@@ -182,13 +246,25 @@ def json_schema() -> dict:
         owner[field].pop("anyOf", None)
         owner[field] |= {"anyOf": component_schema(name)["anyOf"] + nullable}
     properties = schema["properties"]
-    properties["rewards"] |= {"description": "rewards by name: a weight, or a table of weight and options", "minProperties": 1}
-    properties["rewards"]["additionalProperties"] = {"anyOf": [{"type": "number"}, {"type": "object"}]}
-    optimizer = {"type": "object", "description": 'for example {"type": "AdamW", "params": {"lr": 1e-4}}'}
+    properties["rewards"] |= {
+        "description": "rewards by name: a weight, or a table of weight and options",
+        "minProperties": 1,
+    }
+    properties["rewards"]["additionalProperties"] = {
+        "anyOf": [{"type": "number"}, {"type": "object"}]
+    }
+    optimizer = {
+        "type": "object",
+        "description": 'for example {"type": "AdamW", "params": {"lr": 1e-4}}',
+    }
     properties["deepspeed"] |= {"properties": {"optimizer": optimizer}, "required": ["optimizer"]}
     properties["$schema"] = {"type": "string", "description": "this file, for editors"}
     schema["required"].append("deepspeed")
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Config of a TempFlow-GRPO run", **schema}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "Config of a TempFlow-GRPO run",
+        **schema,
+    }
 
 
 def files() -> dict[Path, str]:

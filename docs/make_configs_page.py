@@ -1,7 +1,8 @@
-"""Writes docs/configs.md, where the values of the shipped configs come from, from the configs: python docs/make_configs_page.py
+"""Writes docs/configs.md, where the values of the shipped configs come from, from the configs:
+python docs/make_configs_page.py
 
-What is written here is the paper's values and a reason for each key; which value a config has, and whether it is the
-paper's, is read from the configs.
+What is written here is the paper's values and a reason for each key; which value a config has, and
+whether it is the paper's, is read from the configs.
 """
 
 from __future__ import annotations
@@ -43,9 +44,22 @@ COMMON = {
     "deepspeed.optimizer.params.weight_decay": 1e-4,
     "deepspeed.gradient_clipping": 1.0,
 }
-FLUX = COMMON | {"rollout.height": 1024, "rollout.width": 1024, "rollout.sde.eta": 0.9, "rollout.guidance_scale": 3.5, "eval.num_steps": 50}
-SD35 = COMMON | {"rollout.height": 512, "rollout.width": 512, "rollout.sde.eta": 0.7, "rollout.guidance_scale": 4.5, "eval.num_steps": 40}
-# Flow-GRPO's own recipes for these models (counting_flux_kontext, counting_qwenimage_edit), where they say something; the rest is as above.
+FLUX = COMMON | {
+    "rollout.height": 1024,
+    "rollout.width": 1024,
+    "rollout.sde.eta": 0.9,
+    "rollout.guidance_scale": 3.5,
+    "eval.num_steps": 50,
+}
+SD35 = COMMON | {
+    "rollout.height": 512,
+    "rollout.width": 512,
+    "rollout.sde.eta": 0.7,
+    "rollout.guidance_scale": 4.5,
+    "eval.num_steps": 40,
+}
+# Flow-GRPO's own recipes for these models (counting_flux_kontext, counting_qwenimage_edit), where
+# they say something; the rest is as above.
 KONTEXT = COMMON | {
     "rollout.height": 512,
     "rollout.width": 512,
@@ -62,8 +76,13 @@ QWEN_EDIT = KONTEXT | {
     "eval.num_steps": 50,
     "rewards.clip_image.weight": 0.2,
 }
-# Flow-Factory's recipe for Z-Image (examples/grpo/lora/z_image), which has no penalty and another plan; the rest is as above.
-Z_IMAGE = {key: value for key, value in COMMON.items() if not key.startswith(("rollout.plan", "training.penalty"))} | {
+# Flow-Factory's recipe for Z-Image (examples/grpo/lora/z_image), which has no penalty and another
+# plan; the rest is as above.
+Z_IMAGE = {
+    key: value
+    for key, value in COMMON.items()
+    if not key.startswith(("rollout.plan", "training.penalty"))
+} | {
     "rollout.height": 512,
     "rollout.width": 512,
     "rollout.sde.eta": 0.7,
@@ -72,7 +91,8 @@ Z_IMAGE = {key: value for key, value in COMMON.items() if not key.startswith(("r
     "model.lora.rank": 64,
     "model.lora.alpha": 128,
 }
-# What Flow-GRPO's own config for the model has, config/grpo.py, general_ocr_wan2_1; its sampling is another.
+# What Flow-GRPO's own config for the model has, config/grpo.py, general_ocr_wan2_1; its sampling is
+# another.
 WAN = {
     "rollout.height": 240,
     "rollout.width": 416,
@@ -104,10 +124,19 @@ SHIPPED = {  # config: (what it is for, the paper's values that it is held again
     "flux_zero3": ("FLUX.1-dev, all weights, one node of 8 GPUs with 80 GB", FLUX),
     "flux_lora": ("FLUX.1-dev, LoRA, one GPU with 80 GB", FLUX),
     "flux_lora_48gb": ("the same, one GPU with 48 GB", FLUX),
-    "flux_first": ("FLUX.1-dev, LoRA, one GPU with 48 GB or more: a first run, with a curve in an hour on one with 80 GB (below)", FLUX),
+    "flux_first": (
+        (
+            "FLUX.1-dev, LoRA, one GPU with 48 GB or more: a first run, with a curve in an hour on"
+            " one with 80 GB (below)"
+        ),
+        FLUX,
+    ),
     "flux_control_lora": (
-        "FLUX.1-Depth-dev, LoRA, one GPU with 80 GB; untuned: the settings are FLUX.1-dev's, guidance and steps of evaluations those "
-        "of public examples for it (FLUX.1-Canny-dev: 30 and 50)",
+        (
+            "FLUX.1-Depth-dev, LoRA, one GPU with 80 GB; untuned: the settings are FLUX.1-dev's,"
+            " guidance and steps of evaluations those of public examples for it (FLUX.1-Canny-dev:"
+            " 30 and 50)"
+        ),
         FLUX,
     ),
     "sd35_zero2_lora": ("Stable Diffusion 3.5-medium, LoRA, one node of up to 8 GPUs", SD35),
@@ -116,19 +145,32 @@ SHIPPED = {  # config: (what it is for, the paper's values that it is held again
     "flux2_klein_lora": ("FLUX.2 [klein] base 4B, LoRA, one GPU with 48 GB", SD35),
     "kontext_lora": ("FLUX.1-Kontext-dev, edits of images, LoRA, one GPU with 80 GB", KONTEXT),
     "qwen_image_edit_lora": (
-        "Qwen-Image-Edit-2509, edits of images, LoRA, one GPU with 141 GB, or one with 80 GB and `rollout.replica=false`",
+        (
+            "Qwen-Image-Edit-2509, edits of images, LoRA, one GPU with 141 GB, or one with 80 GB"
+            " and `rollout.replica=false`"
+        ),
         QWEN_EDIT,
     ),
     "z_image_lora": ("Z-Image, LoRA, one GPU with 48 GB", Z_IMAGE),
-    "wan21_1b_lora": ("Wan2.1 1.3B, text to video, LoRA, one GPU with 24 GB; with `model.path` Wan2.1 14B, one with 80 GB", WAN),
+    "wan21_1b_lora": (
+        (
+            "Wan2.1 1.3B, text to video, LoRA, one GPU with 24 GB; with `model.path` Wan2.1 14B,"
+            " one with 80 GB"
+        ),
+        WAN,
+    ),
     "qwen_image_21_lora": (
-        "Qwen-Image 2.1, LoRA, one GPU with 48 GB; untuned: the settings are Qwen-Image's, without guidance as its authors sample it",
+        (
+            "Qwen-Image 2.1, LoRA, one GPU with 48 GB; untuned: the settings are Qwen-Image's,"
+            " without guidance as its authors sample it"
+        ),
         SD35,
     ),
     "tiny_ocr": ("the small model that ships with the project, a CPU of 2 cores", SD35),
 }
 
-# What `python engine/train.py --config configs/flux_first.json --dry-run --mfu 0.3` says: tests/engine/test_dryrun.py holds it to that.
+# What `python engine/train.py --config configs/flux_first.json --dry-run --mfu 0.3` says:
+# tests/engine/test_dryrun.py holds it to that.
 FIRST = {
     "mfu": 0.3,
     "tflops": 297,
@@ -145,118 +187,230 @@ FIRST = {
 
 WHY = {
     "model.path": "Hub ids; the small model is a folder of this repository.",
-    "model.dtype": "bfloat16 as the checkpoints are published; `auto` computes in it where the CPU can.",
-    "model.gradient_checkpointing": "Without it the activations of a 1024 px forward alone fill a card; it costs a third more "
-    "in training, which is a tenth of an iteration there.",
-    "model.lora.rank": "With full weights there is none. Qwen-Image: as for the others. Z-Image: Flow-Factory's recipe.",
-    "model.lora.alpha": "As above. The targets are the families' own lists, which are the paper's for FLUX and SD3.5, and "
-    "Flow-Factory's for Z-Image.",
-    "model.max_sequence_length": "SD3.5's own default; Qwen-Image pads to it, so half its default is half the text's cost; the "
-    "small model was trained on 20 characters.",
-    "data.train": "The shipped prompts ask for a word to be written, for the OCR reward that needs no further model. Bring your own. "
-    "Editing and control: the shipped scenes and depth maps, which show that a run works and no more.",
+    "model.dtype": (
+        "bfloat16 as the checkpoints are published; `auto` computes in it where the CPU can."
+    ),
+    "model.gradient_checkpointing": (
+        "Without it the activations of a 1024 px forward alone fill a card; it costs a third more "
+        "in training, which is a tenth of an iteration there."
+    ),
+    "model.lora.rank": (
+        "With full weights there is none. Qwen-Image: as for the others. Z-Image: Flow-Factory's"
+        " recipe."
+    ),
+    "model.lora.alpha": (
+        "As above. The targets are the families' own lists, which are the paper's for FLUX and"
+        " SD3.5, and Flow-Factory's for Z-Image."
+    ),
+    "model.max_sequence_length": (
+        "SD3.5's own default; Qwen-Image pads to it, so half its default is half the text's cost;"
+        " the small model was trained on 20 characters."
+    ),
+    "data.train": (
+        "The shipped prompts ask for a word to be written, for the OCR reward that needs no further"
+        " model. Bring your own. Editing and control: the shipped scenes and depth maps, which show"
+        " that a run works and no more."
+    ),
     "data.heldout": "Other words than in training. Editing and control: other scenes.",
-    "data.embedding_cache": "T5-XXL or Qwen2.5-VL leaves the GPU once the prompts are embedded; the small model's encoders are in "
-    "nobody's way. FLUX.2: 7.9 MB a prompt, 36 GB for the shipped words. Wan: 4.2 MB a prompt.",
-    "data.prompts_per_iteration": "With 4 seeds these are the paper's 48 groups an iteration. Qwen-Image is four times as dear, "
-    "so it has a third of them; flux_first: 4, as an hour has room for; tiny_ocr has one seed, so 8 groups, as many as two CPU "
-    "cores roll out in seconds. FLUX.2: as Qwen-Image, since cards of 48 GB are slower. Editing: fewer, since "
-    "the tokens of a condition image of a megapixel are four times those of the output. "
-    "Wan: 16 groups, 4 minutes on an H100 by the dry run.",
+    "data.embedding_cache": (
+        "T5-XXL or Qwen2.5-VL leaves the GPU once the prompts are embedded; the small model's"
+        " encoders are in nobody's way. FLUX.2: 7.9 MB a prompt, 36 GB for the shipped words. Wan:"
+        " 4.2 MB a prompt."
+    ),
+    "data.prompts_per_iteration": (
+        "With 4 seeds these are the paper's 48 groups an iteration. Qwen-Image is four times as"
+        " dear, so it has a third of them; flux_first: 4, as an hour has room for; tiny_ocr has one"
+        " seed, so 8 groups, as many as two CPU cores roll out in seconds. FLUX.2: as Qwen-Image,"
+        " since cards of 48 GB are slower. Editing: fewer, since the tokens of a condition image of"
+        " a megapixel are four times those of the output. Wan: 16 groups, 4 minutes on an H100 by"
+        " the dry run."
+    ),
     "rollout.plan.type": "Trunks with children at every branch step.",
-    "rollout.height": "flux_first: a quarter of the pixels costs a quarter; Qwen-Image below its native 1328, to be affordable; "
-    "tiny_ocr: what the small model makes. FLUX.2: between the 384 and 1024 of Flow-Factory's training and evaluation. Wan: "
-    "half its native 480, as in Flow-GRPO's config for it.",
+    "rollout.height": (
+        "flux_first: a quarter of the pixels costs a quarter; Qwen-Image below its native 1328, to"
+        " be affordable; tiny_ocr: what the small model makes. FLUX.2: between the 384 and 1024 of"
+        " Flow-Factory's training and evaluation. Wan: half its native 480, as in Flow-GRPO's"
+        " config for it."
+    ),
     "rollout.width": "As above.",
-    "rollout.frames": "Wan: two seconds at its 16 frames a second, as in Flow-GRPO's config for it.",
-    "rollout.num_steps": "Training needs a reward's order, not the best image. Editing: Flow-GRPO's recipes for these models. "
-    "It takes 20 for Wan, Flow-Factory 10.",
-    "rollout.plan.seeds": "flux_first, tiny_ocr: one seed of more prompts covers more words in the same time.",
-    "rollout.plan.children": "Rewards of six children of one state are what an advantage is normalized over. Wan: four, "
-    "because a video costs more than an image.",
-    "rollout.plan.branch_steps": "Every step but the last, which takes no noise. flux_first: three, spread over the grid, for 2.4 "
-    "times fewer forwards. tiny_ocr: those where its rewards spread, without the first, which decides colors.",
+    "rollout.frames": (
+        "Wan: two seconds at its 16 frames a second, as in Flow-GRPO's config for it."
+    ),
+    "rollout.num_steps": (
+        "Training needs a reward's order, not the best image. Editing: Flow-GRPO's recipes for"
+        " these models. It takes 20 for Wan, Flow-Factory 10."
+    ),
+    "rollout.plan.seeds": (
+        "flux_first, tiny_ocr: one seed of more prompts covers more words in the same time."
+    ),
+    "rollout.plan.children": (
+        "Rewards of six children of one state are what an advantage is normalized over. Wan: four, "
+        "because a video costs more than an image."
+    ),
+    "rollout.plan.branch_steps": (
+        "Every step but the last, which takes no noise. flux_first: three, spread over the grid,"
+        " for 2.4 times fewer forwards. tiny_ocr: those where its rewards spread, without the"
+        " first, which decides colors."
+    ),
     "rollout.sde.type": "The stochastic step of Flow-GRPO.",
-    "rollout.sde.eta": "Noise of a step: enough to change the image, not to destroy it. Editing: as Flow-GRPO's recipes.",
-    "rollout.guidance_scale": "FLUX embeds it (flux_control_lora: that of public examples); SD3.5 and Qwen-Image pay a second half of "
-    "each forward for it. Qwen-Image: its "
-    "authors' `true_cfg_scale`. The small model has none. FLUX.2 [klein] base: diffusers' example, and Flow-Factory's recipe for it. "
-    "Z-Image: the recipe's, and its authors' example; for Turbo set 0. Wan: Flow-GRPO's; the pipeline's default is 5.",
-    "rollout.micro_batch": "The largest that leaves room on the card; `--dry-run` says how much. It changes speed alone.",
-    "rollout.decode_batch": "The decoder at 1024 px holds more than the transformer's forward does; it changes speed alone.",
-    "rollout.graphs": "A forward is one launch instead of some thousand. Not tried on a GPU yet: a rehearsal at the start turns it off "
-    "where it fails.",
-    "rollout.suffix.stride": "Coarser steps after the decision of a child; measured on the small model alone, see the log.",
+    "rollout.sde.eta": (
+        "Noise of a step: enough to change the image, not to destroy it. Editing: as Flow-GRPO's"
+        " recipes."
+    ),
+    "rollout.guidance_scale": (
+        "FLUX embeds it (flux_control_lora: that of public examples); SD3.5 and Qwen-Image pay a"
+        " second half of each forward for it. Qwen-Image: its authors' `true_cfg_scale`. The small"
+        " model has none. FLUX.2 [klein] base: diffusers' example, and Flow-Factory's recipe for"
+        " it. Z-Image: the recipe's, and its authors' example; for Turbo set 0. Wan: Flow-GRPO's;"
+        " the pipeline's default is 5."
+    ),
+    "rollout.micro_batch": (
+        "The largest that leaves room on the card; `--dry-run` says how much. It changes speed"
+        " alone."
+    ),
+    "rollout.decode_batch": (
+        "The decoder at 1024 px holds more than the transformer's forward does; it changes speed"
+        " alone."
+    ),
+    "rollout.graphs": (
+        "A forward is one launch instead of some thousand. Not tried on a GPU yet: a rehearsal at"
+        " the start turns it off where it fails."
+    ),
+    "rollout.suffix.stride": (
+        "Coarser steps after the decision of a child; measured on the small model alone, see the"
+        " log."
+    ),
     "rollout.suffix.exact_steps": "The first step after the decision stays exact.",
-    "rewards.jpeg": "flux_first: the size of the image as a JPEG file. It costs nothing and any model can change it, so that a curve that "
-    "stays flat points at a fault. It says nothing about quality; give it your reward next.",
-    "rewards.edited.type": "Whether the instruction was followed: a vision-language model is asked. Flow-GRPO's recipes count objects "
-    "(GenEval) instead, which needs a detector and a task of counting.",
-    "rewards.edited.base_url": "Of a server that you start, for instance vLLM with the model below.",
+    "rewards.jpeg": (
+        "flux_first: the size of the image as a JPEG file. It costs nothing and any model can"
+        " change it, so that a curve that stays flat points at a fault. It says nothing about"
+        " quality; give it your reward next."
+    ),
+    "rewards.edited.type": (
+        "Whether the instruction was followed: a vision-language model is asked. Flow-GRPO's"
+        " recipes count objects (GenEval) instead, which needs a detector and a task of counting."
+    ),
+    "rewards.edited.base_url": (
+        "Of a server that you start, for instance vLLM with the model below."
+    ),
     "rewards.edited.model": "Any that compares two images.",
     "rewards.edited.conditions": "The judge sees the image before the edit too.",
     "rewards.edited.weight": "The weight that Flow-GRPO's recipe gives to the task.",
-    "rewards.clip_image.weight": "Likeness to the image before the edit, so that what was not asked for stays; as Flow-GRPO's recipes.",
-    "rewards.ocr.weight": "The only reward; flux_first watches it at evaluations alone, to see whether the words stay legible.",
-    "rewards.ocr.detect": "True finds the text in a large image first; the small model's images are text from edge to edge.",
-    "rewards.ocr.frames": "Wan: the mean over four frames of each video, from the first to the last.",
-    "rewards.pickscore.weight": "flux_control_lora: what people prefer, since depth maps ask for no words. The "
-    "advantages of one reward do not depend on its weight.",
+    "rewards.clip_image.weight": (
+        "Likeness to the image before the edit, so that what was not asked for stays; as"
+        " Flow-GRPO's recipes."
+    ),
+    "rewards.ocr.weight": (
+        "The only reward; flux_first watches it at evaluations alone, to see whether the words stay"
+        " legible."
+    ),
+    "rewards.ocr.detect": (
+        "True finds the text in a large image first; the small model's images are text from edge to"
+        " edge."
+    ),
+    "rewards.ocr.frames": (
+        "Wan: the mean over four frames of each video, from the first to the last."
+    ),
+    "rewards.pickscore.weight": (
+        "flux_control_lora: what people prefer, since depth maps ask for no words. The "
+        "advantages of one reward do not depend on its weight."
+    ),
     "rewards.pickscore.device": "Beside the policy: 2 GB.",
     "rewards.pickscore.dtype": "Half the memory.",
-    "reward_pool.workers": "OCR on CPU cores beside each GPU. tiny_ocr: two beside two cores in all, which shorten the wait for the last "
-    "images of an iteration. Editing: one CLIP model.",
-    "reward_pool.threads_per_worker": "More workers are better than more threads for images scored one by one. Editing: CLIP takes "
-    "images in batches.",
-    "training.iterations": "The paper gives no end; watch the held-out reward. flux_first: an hour's; tiny_ocr: as many as its "
-    "minutes hold.",
+    "reward_pool.workers": (
+        "OCR on CPU cores beside each GPU. tiny_ocr: two beside two cores in all, which shorten the"
+        " wait for the last images of an iteration. Editing: one CLIP model."
+    ),
+    "reward_pool.threads_per_worker": (
+        "More workers are better than more threads for images scored one by one. Editing: CLIP"
+        " takes images in batches."
+    ),
+    "training.iterations": (
+        "The paper gives no end; watch the held-out reward. flux_first: an hour's; tiny_ocr: as"
+        " many as its minutes hold."
+    ),
     "training.minutes": "A promise to whoever tries it.",
-    "training.updates.passes": "Each part once. tiny_ocr: all states twice, since its images cost far more than its training; the "
-    "first pass is on-policy, and in the second the ratio and its clip begin to matter.",
-    "training.updates.parts": "The paper's two updates of a rollout have half of it each, which costs half of two passes.",
-    "training.micro_batch": "As many states in a forward as activations leave room for; it changes speed alone. FLUX: 3 at 1024 px hold "
-    "little more than decoding does anyway, for a third of the gathers, launches and host reads of 1.",
+    "training.updates.passes": (
+        "Each part once. tiny_ocr: all states twice, since its images cost far more than its"
+        " training; the first pass is on-policy, and in the second the ratio and its clip begin to"
+        " matter."
+    ),
+    "training.updates.parts": (
+        "The paper's two updates of a rollout have half of it each, which costs half of two passes."
+    ),
+    "training.micro_batch": (
+        "As many states in a forward as activations leave room for; it changes speed alone. FLUX: 3"
+        " at 1024 px hold little more than decoding does anyway, for a third of the gathers,"
+        " launches and host reads of 1."
+    ),
     "training.advantage.type": "The weighted sum of the rewards, in groups.",
-    "training.advantage.over": "The initial noise is held fixed, so that only exploration is compared.",
+    "training.advantage.over": (
+        "The initial noise is held fixed, so that only exploration is compared."
+    ),
     "training.advantage.clip": "A bound for groups with one outlier.",
     "training.objective.type": "GRPO's clipped loss.",
-    "training.objective.clip_low": "So small because the log-probability is a mean over latent elements. tiny_ocr: its latents have few. "
-    "Wan: Flow-GRPO's.",
+    "training.objective.clip_low": (
+        "So small because the log-probability is a mean over latent elements. tiny_ocr: its latents"
+        " have few. Wan: Flow-GRPO's."
+    ),
     "training.objective.clip_high": "As above.",
     "training.weighting": "A step's loss weighs as much as its noise could change.",
-    "training.penalty": "flux_zero3: none, which saves a reference's forwards "
-    "and memory; for where one is kept, see `training.reference` in the [config page](config.md).",
-    "training.penalty.type": "The paper's. tiny_ocr: holds the colors, which an OCR reward buys itself legibility with; see the log.",
+    "training.penalty": (
+        "flux_zero3: none, which saves a reference's forwards and memory; for where one is kept,"
+        " see `training.reference` in the [config page](config.md)."
+    ),
+    "training.penalty.type": (
+        "The paper's. tiny_ocr: holds the colors, which an OCR reward buys itself legibility with;"
+        " see the log."
+    ),
     "training.penalty.coef": "The paper's for HPSv3 and for OCR. tiny_ocr: measured, see the log.",
     "training.penalty.form": "Between the means of the steps.",
     "training.ema.decay": "What is evaluated and exported is the average.",
     "training.ema.every": "flux_first: every update, because it makes few.",
-    "training.merge.last": "tiny_ocr: with `every` the last sixteen iterations; merged weights stand for a learning-rate decay at any "
-    "length of the run.",
+    "training.merge.last": (
+        "tiny_ocr: with `every` the last sixteen iterations; merged weights stand for a"
+        " learning-rate decay at any length of the run."
+    ),
     "training.merge.every": "As above.",
     "training.merge.shape": "Equal weights, which are a linear decay.",
     "training.seed": "Any.",
-    "eval.every": "By the dry run, a fiftieth of the time between two of them for FLUX; flux_first: ten in the run.",
-    "eval.num_steps": "As one would use the model. flux_first: enough to see. Qwen-Image: its authors' number. FLUX.2: diffusers' example. "
-    "Wan: the pipeline's default.",
-    "eval.prompts": "The paper does not say. More prompts, less noise in the curve; Wan's cost 50 forwards of a video each.",
+    "eval.every": (
+        "By the dry run, a fiftieth of the time between two of them for FLUX; flux_first: ten in"
+        " the run."
+    ),
+    "eval.num_steps": (
+        "As one would use the model. flux_first: enough to see. Qwen-Image: its authors' number."
+        " FLUX.2: diffusers' example. Wan: the pipeline's default."
+    ),
+    "eval.prompts": (
+        "The paper does not say. More prompts, less noise in the curve; Wan's cost 50 forwards of a"
+        " video each."
+    ),
     "checkpoint.every": "What a crash may cost at most.",
     "checkpoint.keep": "The newest two, and the best. flux_first: the newest, and the best.",
     "logging.dir": "Below the working directory.",
     "deepspeed.optimizer.type": "As the paper's code.",
-    "deepspeed.optimizer.params.lr": "flux_zero3: all weights move, so a thirtieth of LoRA's; Qwen-Image: a third, for a model "
-    "nobody has tuned so; tiny_ocr: measured, see the log. FLUX.2: the paper's, as Flow-Factory's recipe for [klein] base has it. "
-    "Wan: Flow-GRPO's.",
+    "deepspeed.optimizer.params.lr": (
+        "flux_zero3: all weights move, so a thirtieth of LoRA's; Qwen-Image: a third, for a model"
+        " nobody has tuned so; tiny_ocr: measured, see the log. FLUX.2: the paper's, as"
+        " Flow-Factory's recipe for [klein] base has it. Wan: Flow-GRPO's."
+    ),
     "deepspeed.optimizer.params.betas": "tiny_ocr: fewer updates than 0.999 averages over.",
     "deepspeed.optimizer.params.eps": "AdamW's own default.",
     "deepspeed.optimizer.params.weight_decay": "As the paper's code.",
-    "deepspeed.optimizer.params.torch_adam": "PyTorch's AdamW: DeepSpeed's own is compiled at first use, for which many machines "
-    "lack a compiler.",
+    "deepspeed.optimizer.params.torch_adam": (
+        "PyTorch's AdamW: DeepSpeed's own is compiled at first use, for which many machines "
+        "lack a compiler."
+    ),
     "deepspeed.bf16.enabled": "Half the memory, with fp32 masters in the optimizer.",
-    "deepspeed.data_types.grad_accum_dtype": "Sums of dozens of micro-batches lose their small ones in bfloat16.",
+    "deepspeed.data_types.grad_accum_dtype": (
+        "Sums of dozens of micro-batches lose their small ones in bfloat16."
+    ),
     "deepspeed.gradient_clipping": "As the paper's code.",
-    "deepspeed.zero_optimization.stage": "3 spreads 214 GB of weights, gradients and states over 8 cards. Adapters are small: 1 on "
-    "one GPU, for the fp32 masters alone, and 2 on several. A CPU needs none.",
+    "deepspeed.zero_optimization.stage": (
+        "3 spreads 214 GB of weights, gradients and states over 8 cards. Adapters are small: 1 on "
+        "one GPU, for the fp32 masters alone, and 2 on several. A CPU needs none."
+    ),
     "deepspeed.zero_optimization.overlap_comm": "Gradients travel while the backward goes on.",
     "deepspeed.zero_optimization.contiguous_gradients": "One buffer for them, no fragmentation.",
 }
@@ -303,13 +457,19 @@ def leaves(table: dict, prefix: str = "") -> dict:
     """Values by dotted key."""
     found = {}
     for key, value in table.items():
-        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        found |= (
+            leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
     return found
 
 
 def shipped(name: str) -> dict:
     """A config's values by dotted key."""
-    return {key: value for key, value in leaves(json.loads((CONFIGS / f"{name}.json").read_text())).items() if key != "$schema"}
+    return {
+        key: value
+        for key, value in leaves(json.loads((CONFIGS / f"{name}.json").read_text())).items()
+        if key != "$schema"
+    }
 
 
 def cell(key: str, values: dict, paper: dict) -> str:
@@ -325,8 +485,20 @@ def page() -> str:
     keys = [key for key in WHY if any(key in values for values in configs.values())]
     lines = [f"- `{name}.json`: {purpose}." for name, (purpose, _) in SHIPPED.items()]
     lines += ["", "| key | " + " | ".join(SHIPPED) + " |", "|---" * (len(SHIPPED) + 1) + "|"]
-    lines += [f"| `{key}` | " + " | ".join(cell(key, configs[name], paper) for name, (_, paper) in SHIPPED.items()) + " |" for key in keys]
-    lines += ["", "## Why", "", "| key | reason |", "|---|---|", *(f"| `{key}` | {WHY[key]} |" for key in keys)]
+    lines += [
+        f"| `{key}` | "
+        + " | ".join(cell(key, configs[name], paper) for name, (_, paper) in SHIPPED.items())
+        + " |"
+        for key in keys
+    ]
+    lines += [
+        "",
+        "## Why",
+        "",
+        "| key | reason |",
+        "|---|---|",
+        *(f"| `{key}` | {WHY[key]} |" for key in keys),
+    ]
     return HEAD + "\n".join(lines) + "\n\n" + first_run()
 
 

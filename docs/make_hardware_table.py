@@ -1,4 +1,5 @@
-"""Writes README's table of what has run on which hardware from benchmarks/results/hardware.json: python docs/make_hardware_table.py"""
+"""Writes README's table of what has run on which hardware from benchmarks/results/hardware.json:
+python docs/make_hardware_table.py"""
 
 from __future__ import annotations
 
@@ -8,11 +9,16 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 README, SOURCE = ROOT / "README.md", ROOT / "benchmarks/results/hardware.json"
 BEGIN, END = "<!-- hardware:begin (python docs/make_hardware_table.py) -->", "<!-- hardware:end -->"
-COLUMNS = {"unit": "tests on a CPU only", "simulated GPU": "and on a simulated GPU", "hardware": "on hardware"}
+COLUMNS = {
+    "unit": "tests on a CPU only",
+    "simulated GPU": "and on a simulated GPU",
+    "hardware": "on hardware",
+}
 
 
 def table(entries: list[dict]) -> str:
-    """A row for every area; in each column the parts whose best evidence is of that kind. Families: see make_models_table.py."""
+    """A row for every area; in each column the parts whose best evidence is of that kind. Families:
+    see make_models_table.py."""
     entries = [entry for entry in entries if entry["area"] != "Families"]
     lines = ["| | " + " | ".join(COLUMNS.values()) + " |", "|---|" + "---|" * len(COLUMNS)]
     for area in dict.fromkeys(entry["area"] for entry in entries):
@@ -26,12 +32,20 @@ def _cell(entries: list[dict], status: str) -> str:
 
 
 def _name(entry: dict) -> str:
-    return f"{entry['path']} ({entry['card']}, {entry['date']})" if entry["status"] == "hardware" else entry["path"]
+    return (
+        f"{entry['path']} ({entry['card']}, {entry['date']})"
+        if entry["status"] == "hardware"
+        else entry["path"]
+    )
 
 
 def files() -> dict[Path, str]:
-    """What is generated: the text of README with its table. ValueError where its markers are missing."""
-    text, entries = README.read_text(encoding="utf-8"), json.loads(SOURCE.read_text(encoding="utf-8"))["paths"]
+    """What is generated: the text of README with its table. ValueError where its markers are
+    missing."""
+    text, entries = (
+        README.read_text(encoding="utf-8"),
+        json.loads(SOURCE.read_text(encoding="utf-8"))["paths"],
+    )
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
     return {README: f"{before}{BEGIN}\n{table(entries)}\n{END}{after}"}

@@ -18,12 +18,16 @@ is; a limit is where the report begins to speak of drift ([rewards](rewards.md))
 
 def page() -> str:
     return HEAD + "".join(
-        f"\n## {name}\n\n| key | title | meaning | better |\n|---|---|---|---|\n{_rows(group)}" for name, group in GROUPS.items()
+        f"\n## {name}\n\n| key | title | meaning | better |\n|---|---|---|---|\n{_rows(group)}"
+        for name, group in GROUPS.items()
     )
 
 
 def _rows(group: tuple[Metric, ...]) -> str:
-    return "".join(f"| `{m.key}` | {m.title} | {m.help.replace('|', chr(92) + '|')} | {_better(m)} |\n" for m in group)
+    return "".join(
+        f"| `{m.key}` | {m.title} | {m.help.replace('|', chr(92) + '|')} | {_better(m)} |\n"
+        for m in group
+    )
 
 
 def _better(metric: Metric) -> str:

@@ -1,7 +1,8 @@
 """Writes README's table of models and how far each is verified: python docs/make_models_table.py
 
-Its rows are the model families of `python -m tempflow components`; its cells are the parameters of the tests that the columns name,
-which run every family of tests/engine/family_cases.py, and the entries of benchmarks/results/hardware.json.
+Its rows are the model families of `python -m tempflow components`; its cells are the parameters of
+the tests that the columns name, which run every family of tests/engine/family_cases.py, and the
+entries of benchmarks/results/hardware.json.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ BEGIN, END = "<!-- models:begin (python docs/make_models_table.py) -->", "<!-- m
 COLUMNS = {  # the tests that show it, by module
     "equals its pipeline": ("test_families", "test_sample_equals_the_pipeline"),
     "trains, resumes": ("test_family_runs", "test_training", "test_resuming"),
-    "its export is read by diffusers": ("test_family_runs", "test_export_is_read_by_plain_diffusers"),
+    "its export is read by diffusers": (
+        "test_family_runs",
+        "test_export_is_read_by_plain_diffusers",
+    ),
     "CUDA graphs, with a stand-in": ("test_gpu_families", "test_the_same_comparison_on_the_cpu"),
     "simulated GPU": (
         "test_simulated_gpu",
@@ -36,7 +40,10 @@ OWN = {  # families without an entry there: their models, and tests of their own
             "its export is read by diffusers": ("test_flux2_runs", "test_training_and_export"),
         },
     ),
-    "QwenImageEditPipeline": ("Qwen-Image-Edit", {"equals its pipeline": ("test_qwen_image_edit", "test_sample_equals_the_pipeline")}),
+    "QwenImageEditPipeline": (
+        "Qwen-Image-Edit",
+        {"equals its pipeline": ("test_qwen_image_edit", "test_sample_equals_the_pipeline")},
+    ),
 }
 
 
@@ -55,20 +62,39 @@ def table() -> str:
         for name in names or [None]:
             if name:
                 models = FAMILIES[name].models
-                cells = [_cell({name, FAMILIES[name].config}, module, tests) for module, *tests in COLUMNS.values()]
+                cells = [
+                    _cell({name, FAMILIES[name].config}, module, tests)
+                    for module, *tests in COLUMNS.values()
+                ]
             else:
                 models, shown = OWN.get(pipeline, ("(not verified)", {}))
-                cells = ["yes" if column in shown and _there(*shown[column]) else "" for column in COLUMNS]
-            lines.append(f"| {models} | `{pipeline}` | " + " | ".join(cells) + f" | {_on_hardware(name)} |")
+                cells = [
+                    "yes" if column in shown and _there(*shown[column]) else ""
+                    for column in COLUMNS
+                ]
+            lines.append(
+                f"| {models} | `{pipeline}` | " + " | ".join(cells) + f" | {_on_hardware(name)} |"
+            )
     return "\n".join(lines)
 
 
 def _cell(known: set[str], module: str, tests: list[str]) -> str:
-    """What all the tests show of a family, by its name or its config's: nothing, the kinds of training, or just that they do."""
-    shown = [[row for row in _parameters(getattr(importlib.import_module(module), test)) if known & row] for test in tests]
+    """What all the tests show of a family, by its name or its config's: nothing, the kinds of
+    training, or just that they do."""
+    shown = [
+        [row for row in _parameters(getattr(importlib.import_module(module), test)) if known & row]
+        for test in tests
+    ]
     if not all(shown):
         return ""
-    return ", ".join(words for kind, words in KINDS.items() if all(any(kind in row for row in rows) for rows in shown)) or "yes"
+    return (
+        ", ".join(
+            words
+            for kind, words in KINDS.items()
+            if all(any(kind in row for row in rows) for rows in shown)
+        )
+        or "yes"
+    )
 
 
 def _there(module: str, test: str) -> bool:
@@ -81,7 +107,14 @@ def _parameters(test) -> list[set[str]]:
     rows = []
     for mark in getattr(test, "pytestmark", []):
         if mark.name == "parametrize":
-            rows += [{value for value in (row if isinstance(row, tuple) else (row,)) if isinstance(value, str)} for row in mark.args[1]]
+            rows += [
+                {
+                    value
+                    for value in (row if isinstance(row, tuple) else (row,))
+                    if isinstance(value, str)
+                }
+                for row in mark.args[1]
+            ]
     return rows
 
 
@@ -93,7 +126,8 @@ def _on_hardware(name: str | None) -> str:
 
 
 def files() -> dict[Path, str]:
-    """What is generated: the text of README with its table. ValueError where its markers are missing."""
+    """What is generated: the text of README with its table. ValueError where its markers are
+    missing."""
     text = README.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
@@ -101,7 +135,17 @@ def files() -> dict[Path, str]:
 
 
 if __name__ == "__main__":
-    sys.path += [str(ROOT / folder) for folder in ("tests/engine", "tests/kernels", "recipes", "benchmarks", "engine", "kernels")]
+    sys.path += [
+        str(ROOT / folder)
+        for folder in (
+            "tests/engine",
+            "tests/kernels",
+            "recipes",
+            "benchmarks",
+            "engine",
+            "kernels",
+        )
+    ]
     for file, text in files().items():
         file.write_text(text, encoding="utf-8")
         print(file)

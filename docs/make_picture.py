@@ -1,10 +1,11 @@
 """Draws README's picture from an evaluation of a run and its base:
 
-    python engine/evaluate.py --run runs/tiny_ocr --compare --prompts engine/tempflow/assets/prompts/words_final.txt --count 256 --out final
-    python docs/make_picture.py --samples final --out docs/images/before_after.png
+    python engine/evaluate.py --run runs/tiny_ocr --compare --prompts
+    engine/tempflow/assets/prompts/words_final.txt --count 256 --out final python
+    docs/make_picture.py --samples final --out docs/images/before_after.png
 
-The first prompts in file order, the same noise, base on the left and tuned on the right, each with what the OCR
-reward read.
+The first prompts in file order, the same noise, base on the left and tuned on the right, each with
+what the OCR reward read.
 """
 
 from __future__ import annotations
@@ -24,16 +25,21 @@ SCALE, PAD, CAPTION, PER_ROW = 2, 12, 20, 3
 def read_samples(folder: Path) -> list[tuple[str, Image.Image, str]]:
     """(target word, picture, reading) of each sample of an evaluation."""
     items = json.loads((folder / "samples.json").read_text())["items"]
-    return [(quoted_text(i["prompt"]), Image.open(folder / i["file"]), i["details"].get("ocr", "")) for i in items]
+    return [
+        (quoted_text(i["prompt"]), Image.open(folder / i["file"]), i["details"].get("ocr", ""))
+        for i in items
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--samples", type=Path, required=True, help="folder with base/ and tuned/")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--count", type=int, default=18)
     args = parser.parse_args()
-    pairs = list(zip(read_samples(args.samples / "base"), read_samples(args.samples / "tuned")))[: args.count]
+    pairs = list(zip(read_samples(args.samples / "base"), read_samples(args.samples / "tuned")))[
+        : args.count
+    ]
     width, height = (side * SCALE for side in pairs[0][0][1].size)
     font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", 13)
     cell = 2 * width + 3 * PAD, height + CAPTION + PAD
@@ -42,14 +48,21 @@ def main() -> None:
     draw = ImageDraw.Draw(sheet)
     for column in range(PER_ROW):
         for side, label in enumerate(("before", "after")):
-            draw.text((column * cell[0] + PAD + side * (width + PAD), PAD // 2), label, "#555", font)
+            draw.text(
+                (column * cell[0] + PAD + side * (width + PAD), PAD // 2), label, "#555", font
+            )
     for n, pair in enumerate(pairs):
         for side, (target, picture, reading) in enumerate(pair):
             x = n % PER_ROW * cell[0] + PAD + side * (width + PAD)
             y = n // PER_ROW * cell[1] + CAPTION + PAD
             sheet.paste(picture.resize((width, height), Image.Resampling.LANCZOS), (x, y))
             right = reading.replace(" ", "").lower() == target.lower()
-            draw.text((x, y + height + 2), f"{target}: read {reading or '-'}", "#1a7f37" if right else "#b35900", font)
+            draw.text(
+                (x, y + height + 2),
+                f"{target}: read {reading or '-'}",
+                "#1a7f37" if right else "#b35900",
+                font,
+            )
     args.out.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(args.out)
 

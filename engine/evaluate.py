@@ -1,4 +1,5 @@
-"""Rewards of a run's model on held-out prompts: python engine/evaluate.py --run runs/tiny_ocr [--base]"""
+"""Rewards of a run's model on held-out prompts: python engine/evaluate.py --run runs/tiny_ocr
+[--base]"""
 
 from tempflow import cli
 from tempflow.commands.evaluate import main

@@ -1,4 +1,5 @@
-"""The mean of several runs' weights for plain diffusers: python engine/merge.py runs/a runs/b --out FOLDER [--weights 0.7 0.3]"""
+"""The mean of several runs' weights for plain diffusers: python engine/merge.py runs/a runs/b --out
+FOLDER [--weights 0.7 0.3]"""
 
 from tempflow import cli
 from tempflow.commands.merge import main

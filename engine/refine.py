@@ -1,4 +1,5 @@
-"""Images of high reward without training: python engine/refine.py --run runs/tiny_ocr --out refined [--rounds 8 --step 3..1]"""
+"""Images of high reward without training: python engine/refine.py --run runs/tiny_ocr --out refined
+[--rounds 8 --step 3..1]"""
 
 from tempflow import cli
 from tempflow.commands.refine import main

@@ -1,4 +1,5 @@
-"""Serve rewards over HTTP: python engine/reward_server.py --reward ocr [--reward 'NAME={"option": value}' ...]"""
+"""Serve rewards over HTTP: python engine/reward_server.py --reward ocr [--reward 'NAME={"option":
+value}' ...]"""
 
 from tempflow import cli
 from tempflow.commands.reward_server import main

@@ -1,4 +1,5 @@
-"""Prompts to pictures, base and tuned side by side: python engine/sample.py --run runs/tiny_ocr --out pictures"""
+"""Prompts to pictures, base and tuned side by side: python engine/sample.py --run runs/tiny_ocr
+--out pictures"""
 
 from tempflow import cli
 from tempflow.commands.sample import main

@@ -1,4 +1,5 @@
-"""Train: deepspeed engine/train.py --config configs/tiny_ocr.json [--set section.key=value ...] [--resume | --dry-run]"""
+"""Train: deepspeed engine/train.py --config configs/tiny_ocr.json [--set section.key=value ...]
+[--resume | --dry-run]"""
 
 from tempflow import cli
 from tempflow.commands.train import main

@@ -1,4 +1,5 @@
-"""An objective of your own: learn from the children that are better than their group, and leave the others alone."""
+"""An objective of your own: learn from the children that are better than their group, and leave the
+others alone."""
 
 import torch
 

@@ -1,4 +1,5 @@
-"""A plan of your own: branch steps that move from the start of the grid to its end in the course of the run."""
+"""A plan of your own: branch steps that move from the start of the grid to its end in the course of
+the run."""
 
 from tempflow.errors import UserError
 from tempflow.sampling.plans.base import Plan
@@ -6,7 +7,8 @@ from tempflow.types import Row, Unit
 
 
 class LateBranches(Plan):
-    """A trunk for each seed, and children at a few neighboring steps, which move on by one every few iterations.
+    """A trunk for each seed, and children at a few neighboring steps, which move on by one every
+    few iterations.
 
     Args:
         seeds: trunks per prompt.
@@ -29,5 +31,10 @@ class LateBranches(Plan):
 
     def rows(self, unit: Unit, iteration: int) -> list[Row]:
         trunk = Row(unit)
-        # parent: the trunk's place in the list. path: what names a child's noise among its siblings'.
-        return [trunk] + [Row(unit, k, frozenset([k]), parent=0, path=(i,)) for k in self.steps(iteration) for i in range(self.children)]
+        # parent: the trunk's place in the list. path: what names a child's noise among its
+        # siblings'.
+        return [trunk] + [
+            Row(unit, k, frozenset([k]), parent=0, path=(i,))
+            for k in self.steps(iteration)
+            for i in range(self.children)
+        ]

@@ -1,8 +1,10 @@
-"""A tiny dataset of depth maps to try a configuration of FLUX.1 Depth with: six scenes of spheres and boxes, and prompts for each.
+"""A tiny dataset of depth maps to try a configuration of FLUX.1 Depth with: six scenes of spheres
+and boxes, and prompts for each.
 
-`python recipes/depth_maps.py` writes the shipped folder engine/tempflow/assets/prompts/depths anew: a PNG for each scene, near is
-bright, `train.jsonl` with the prompts for four of them and `test.jsonl` with those for the two others. It is no benchmark: train on maps
-of your own images, such as Depth Anything's.
+`python recipes/depth_maps.py` writes the shipped folder engine/tempflow/assets/prompts/depths anew:
+a PNG for each scene, near is bright, `train.jsonl` with the prompts for four of them and
+`test.jsonl` with those for the two others. It is no benchmark: train on maps of your own images,
+such as Depth Anything's.
 """
 
 from __future__ import annotations
@@ -16,14 +18,31 @@ from PIL import Image
 FOLDER = Path(__file__).parent.parent / "engine/tempflow/assets/prompts/depths"
 SIDE = 256
 NEAR, FAR = 2.0, 9.0  # from the camera, which is 1 above the floor
-# Spheres (x, y, z, radius) and boxes (lowest corner, highest corner); x to the right, y up from the camera, z into the image.
+# Spheres (x, y, z, radius) and boxes (lowest corner, highest corner); x to the right, y up from the
+# camera, z into the image.
 SCENES = {
     "ball": [(0.0, -0.3, 4.0, 0.7)],
     "three": [(-1.2, -0.5, 4.5, 0.5), (0.1, -0.2, 5.5, 0.8), (1.1, -0.65, 3.5, 0.35)],
-    "table": [((-1.2, -0.3, 3.4), (1.2, -0.15, 4.8)), ((-1.1, -1.0, 3.5), (-0.95, -0.3, 3.65)), ((0.95, -1.0, 3.5), (1.1, -0.3, 3.65))],
-    "towers": [((-2.2, -1.0, 5.0), (-1.2, 1.6, 6.0)), ((-0.6, -1.0, 6.5), (0.4, 2.2, 7.5)), ((1.2, -1.0, 4.5), (2.0, 0.8, 5.5))],
-    "steps": [((-1.5, -1.0, 3.5), (1.5, -0.7, 6.5)), ((-1.5, -0.7, 4.5), (1.5, -0.4, 6.5)), ((-1.5, -0.4, 5.5), (1.5, -0.1, 6.5))],
-    "gate": [((-1.4, -1.0, 4.5), (-0.9, 1.2, 5.2)), ((0.9, -1.0, 4.5), (1.4, 1.2, 5.2)), ((-1.4, 1.2, 4.5), (1.4, 1.6, 5.2))],
+    "table": [
+        ((-1.2, -0.3, 3.4), (1.2, -0.15, 4.8)),
+        ((-1.1, -1.0, 3.5), (-0.95, -0.3, 3.65)),
+        ((0.95, -1.0, 3.5), (1.1, -0.3, 3.65)),
+    ],
+    "towers": [
+        ((-2.2, -1.0, 5.0), (-1.2, 1.6, 6.0)),
+        ((-0.6, -1.0, 6.5), (0.4, 2.2, 7.5)),
+        ((1.2, -1.0, 4.5), (2.0, 0.8, 5.5)),
+    ],
+    "steps": [
+        ((-1.5, -1.0, 3.5), (1.5, -0.7, 6.5)),
+        ((-1.5, -0.7, 4.5), (1.5, -0.4, 6.5)),
+        ((-1.5, -0.4, 5.5), (1.5, -0.1, 6.5)),
+    ],
+    "gate": [
+        ((-1.4, -1.0, 4.5), (-0.9, 1.2, 5.2)),
+        ((0.9, -1.0, 4.5), (1.4, 1.2, 5.2)),
+        ((-1.4, 1.2, 4.5), (1.4, 1.6, 5.2)),
+    ],
 }
 HELDOUT = ("steps", "gate")
 PROMPTS = {
@@ -37,13 +56,18 @@ PROMPTS = {
 
 
 def draw(scene: str) -> Image.Image:
-    """The depth map of a scene, RGB of one gray level a pixel: 255 at NEAR or nearer, 0 at FAR, where a wall is."""
+    """The depth map of a scene, RGB of one gray level a pixel: 255 at NEAR or nearer, 0 at FAR,
+    where a wall is."""
     across, up = np.meshgrid(*[(np.arange(SIDE) + 0.5) / SIDE * 1.1 - 0.55] * 2)
     up = -up  # rays (across, up, 1): their length along z is the depth
     depth = np.minimum(FAR, np.where(up < 0, -1 / np.minimum(up, -1e-9), FAR))
     for shape in SCENES[scene]:
-        depth = np.minimum(depth, _sphere(across, up, *shape) if len(shape) == 4 else _box(across, up, *shape))
-    levels = np.clip((1 / depth - 1 / FAR) / (1 / NEAR - 1 / FAR), 0, 1)  # inverse depth, as depth models give it
+        depth = np.minimum(
+            depth, _sphere(across, up, *shape) if len(shape) == 4 else _box(across, up, *shape)
+        )
+    levels = np.clip(
+        (1 / depth - 1 / FAR) / (1 / NEAR - 1 / FAR), 0, 1
+    )  # inverse depth, as depth models give it
     return Image.fromarray((255 * levels).round().astype(np.uint8)).convert("RGB")
 
 
@@ -54,15 +78,22 @@ def _sphere(across, up, x, y, z, radius):
 
 
 def _box(across, up, low, high):
-    hits = [np.sort(np.stack([low[i] / ray, high[i] / ray]), axis=0) for i, ray in enumerate((across, up, np.ones_like(up)))]
-    enter, leave = (combine([hit[side] for hit in hits], axis=0) for side, combine in ((0, np.max), (1, np.min)))
+    hits = [
+        np.sort(np.stack([low[i] / ray, high[i] / ray]), axis=0)
+        for i, ray in enumerate((across, up, np.ones_like(up)))
+    ]
+    enter, leave = (
+        combine([hit[side] for hit in hits], axis=0) for side, combine in ((0, np.max), (1, np.min))
+    )
     return np.where(enter < leave, enter, np.inf)
 
 
 def lines(split: str) -> list[dict]:
     """The prompts of a split, "train" or "test"."""
     scenes = [scene for scene in SCENES if (scene in HELDOUT) == (split == "test")]
-    return [{"prompt": prompt, "image": f"{scene}.png"} for scene in scenes for prompt in PROMPTS[scene]]
+    return [
+        {"prompt": prompt, "image": f"{scene}.png"} for scene in scenes for prompt in PROMPTS[scene]
+    ]
 
 
 def write(folder: Path = FOLDER) -> None:
@@ -71,7 +102,9 @@ def write(folder: Path = FOLDER) -> None:
     for scene in SCENES:
         draw(scene).save(folder / f"{scene}.png", optimize=True)
     for split in ("train", "test"):
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines(split)), encoding="utf-8")
+        (folder / f"{split}.jsonl").write_text(
+            "".join(json.dumps(line) + "\n" for line in lines(split)), encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""A tiny editing dataset to try a configuration with: six drawn scenes, and instructions that change one thing of each.
+"""A tiny editing dataset to try a configuration with: six drawn scenes, and instructions that
+change one thing of each.
 
-`python recipes/edits.py` writes the shipped folder engine/tempflow/assets/prompts/edits anew: a PNG for each scene, `train.jsonl`
-with the instructions for four of them and `test.jsonl` with those for the two others. It is no benchmark: train on your own images.
+`python recipes/edits.py` writes the shipped folder engine/tempflow/assets/prompts/edits anew: a PNG
+for each scene, `train.jsonl` with the instructions for four of them and `test.jsonl` with those for
+the two others. It is no benchmark: train on your own images.
 """
 
 from __future__ import annotations
@@ -13,9 +15,16 @@ from PIL import Image, ImageDraw
 
 FOLDER = Path(__file__).parent.parent / "engine/tempflow/assets/prompts/edits"
 SUPERSAMPLE = 4
-SKY, GRASS, SEA, TABLE, WALL = (178, 216, 240), (122, 172, 92), (58, 116, 168), (150, 108, 72), (236, 226, 206)
+SKY, GRASS, SEA, TABLE, WALL = (
+    (178, 216, 240),
+    (122, 172, 92),
+    (58, 116, 168),
+    (150, 108, 72),
+    (236, 226, 206),
+)
 
-# Name of the image, its size, what stands behind (a color down to a horizon, then another), and shapes, in units of its height.
+# Name of the image, its size, what stands behind (a color down to a horizon, then another), and
+# shapes, in units of its height.
 SCENES = {
     "house": (
         (256, 256),
@@ -73,7 +82,14 @@ SCENES = {
     ),
 }
 HELDOUT = ("cup", "car")
-PARTS = {"house": "roof", "boat": "sail", "tree": "crown", "balloon": "basket", "cup": "handle", "car": "wheels"}
+PARTS = {
+    "house": "roof",
+    "boat": "sail",
+    "tree": "crown",
+    "balloon": "basket",
+    "cup": "handle",
+    "car": "wheels",
+}
 INSTRUCTIONS = (
     "make it night",
     "turn it into a watercolor painting",
@@ -99,7 +115,11 @@ def draw(name: str) -> Image.Image:
 def lines(split: str) -> list[dict]:
     """The lines of train.jsonl or test.jsonl."""
     names = [name for name in SCENES if (name in HELDOUT) is (split == "test")]
-    return [{"prompt": text.format(thing=name, part=PARTS[name]), "image": f"{name}.png"} for text in INSTRUCTIONS for name in names]
+    return [
+        {"prompt": text.format(thing=name, part=PARTS[name]), "image": f"{name}.png"}
+        for text in INSTRUCTIONS
+        for name in names
+    ]
 
 
 def write(folder: Path = FOLDER) -> None:
@@ -108,7 +128,9 @@ def write(folder: Path = FOLDER) -> None:
     for name in SCENES:
         draw(name).save(folder / f"{name}.png", optimize=True)
     for split in ("train", "test"):
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines(split)))
+        (folder / f"{split}.jsonl").write_text(
+            "".join(json.dumps(line) + "\n" for line in lines(split))
+        )
 
 
 if __name__ == "__main__":

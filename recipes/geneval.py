@@ -1,9 +1,11 @@
-"""GenEval's object check (arXiv 2310.11513) as a reward: does the picture hold the objects, counts, colours and places asked for?
+"""GenEval's object check (arXiv 2310.11513) as a reward: does the picture hold the objects, counts,
+colours and places asked for?
 
-Named `geneval:GenEval` where this folder is the working directory or on PYTHONPATH; docs/rewards.md serves it to
-training. Objects are found by a Mask2Former and coloured by a CLIP, both through transformers, where GenEval itself
-runs mmdet: the thresholds and rules are GenEval's, the detector's code is not, so publish numbers from GenEval's own
-evaluation. What an object needs is in a prompt's metadata, in the benchmark's own format (`include`, `exclude`, `tag`).
+Named `geneval:GenEval` where this folder is the working directory or on PYTHONPATH; docs/rewards.md
+serves it to training. Objects are found by a Mask2Former and coloured by a CLIP, both through
+transformers, where GenEval itself runs mmdet: the thresholds and rules are GenEval's, the
+detector's code is not, so publish numbers from GenEval's own evaluation. What an object needs is in
+a prompt's metadata, in the benchmark's own format (`include`, `exclude`, `tag`).
 """
 
 from __future__ import annotations
@@ -27,7 +29,11 @@ computer keyboard,cell phone,microwave,oven,toaster,sink,refrigerator,book,clock
 CLASSES = CLASSES.replace("\n", "").split(",")
 COLOURS = ["red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white"]
 PLACES = ["left of", "right of", "above", "below"]
-TEMPLATES = ["a photo of a {colour} {name}", "a photo of a {colour}-colored {name}", "a photo of a {colour} object"]
+TEMPLATES = [
+    "a photo of a {colour} {name}",
+    "a photo of a {colour}-colored {name}",
+    "a photo of a {colour} object",
+]
 
 THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9
 MOST_OBJECTS = 16  # of a class
@@ -38,7 +44,8 @@ GREY = 0x99  # what surrounds an object whose colour is asked
 
 @dataclass(frozen=True)
 class Found:
-    """An object: its box (left, top, right, bottom) in pixels, its mask [H, W], the detector's score."""
+    """An object: its box (left, top, right, bottom) in pixels, its mask [H, W], the detector's
+    score."""
 
     box: np.ndarray
     mask: np.ndarray
@@ -46,10 +53,11 @@ class Found:
 
 
 class GenEval(Reward):
-    """Share of what a prompt's metadata asks for that the picture shows; 1 exactly where GenEval calls it correct; no value where
-    the metadata is not in GenEval's format.
+    """Share of what a prompt's metadata asks for that the picture shows; 1 exactly where GenEval
+    calls it correct; no value where the metadata is not in GenEval's format.
 
-    strict: 1 or 0 instead. detector, clip: folders or hub repositories. device: "cuda" or "cpu". batch: pictures a forward.
+    strict: 1 or 0 instead. detector, clip: folders or hub repositories. device: "cuda" or "cpu".
+    batch: pictures a forward.
     """
 
     def __init__(
@@ -68,7 +76,9 @@ class GenEval(Reward):
             try:
                 check_metadata(entry)
             except ValueError as error:
-                raise UserError(f"{locate(prompt, entry)} is no prompt of GenEval: {error}") from None
+                raise UserError(
+                    f"{locate(prompt, entry)} is no prompt of GenEval: {error}"
+                ) from None
 
     def load(self, threads=1):
         import torch
@@ -78,48 +88,79 @@ class GenEval(Reward):
         from tempflow.rewards.neural.weights import fetch
 
         self._processor = AutoImageProcessor.from_pretrained(self._detector_path)
-        detector = Mask2FormerForUniversalSegmentation.from_pretrained(self._detector_path, use_safetensors=True)
+        detector = Mask2FormerForUniversalSegmentation.from_pretrained(
+            self._detector_path, use_safetensors=True
+        )
         if detector.config.num_labels != len(CLASSES):
-            raise UserError(f"detector: {self._detector_path} knows {detector.config.num_labels} classes, not COCO's {len(CLASSES)}")
+            raise UserError(
+                f"detector: {self._detector_path} knows {detector.config.num_labels} classes, not"
+                f" COCO's {len(CLASSES)}"
+            )
         self._detector = detector.to(self._device).eval()
-        self._clip = ClipEncoder("clip", fetch("clip", self._clip_path), torch.float32, self._device)
+        self._clip = ClipEncoder(
+            "clip", fetch("clip", self._clip_path), torch.float32, self._device
+        )
         self._colour_texts = cache(self._embed_colours)
 
     def score(self, images, prompts, metadata):
         values, details = [], []
         for start in range(0, len(images), self._batch):
             part = slice(start, start + self._batch)
-            for image, found, entry in zip(images[part], self.detect(images[part], metadata[part]), metadata[part]):
+            for image, found, entry in zip(
+                images[part], self.detect(images[part], metadata[part]), metadata[part]
+            ):
                 try:
                     check_metadata(entry)
                 except ValueError as error:
                     values.append(np.nan)
                     details.append(f"not scored: {error}")
                     continue
-                value, faults = judge(found, entry, lambda name, objects, image=image: self.colours(image, name, objects))
+                value, faults = judge(
+                    found,
+                    entry,
+                    lambda name, objects, image=image: self.colours(image, name, objects),
+                )
                 values.append(float(not faults) if self._strict else value)
                 details.append("; ".join(faults) or "all as asked")
         return Scores(np.array(values, dtype=np.float32), details)
 
     def detect(self, images: np.ndarray, metadata: list[dict]) -> list[dict[str, list[Found]]]:
-        """Objects of each picture (uint8 [n, H, W, 3]) by class, the surest first, as Mask2Former's instance inference has it."""
+        """Objects of each picture (uint8 [n, H, W, 3]) by class, the surest first, as Mask2Former's
+        instance inference has it."""
         import torch
 
-        pixels = self._processor(list(images), return_tensors="pt", input_data_format="channels_last")["pixel_values"]
+        pixels = self._processor(
+            list(images), return_tensors="pt", input_data_format="channels_last"
+        )["pixel_values"]
         with torch.inference_mode():
             out = self._detector(pixel_values=pixels.to(self._device))
         results = []
-        for logits, masks, entry in zip(out.class_queries_logits, out.masks_queries_logits, metadata):
+        for logits, masks, entry in zip(
+            out.class_queries_logits, out.masks_queries_logits, metadata
+        ):
             threshold = COUNTING_THRESHOLD if entry.get("tag") == "counting" else THRESHOLD
             scores = logits.float().softmax(-1)[:, :-1]
             best, places = scores.flatten().topk(min(QUERIES_KEPT, scores.numel()))
-            best, places = best[best > threshold], places[best > threshold]  # the mask only lowers the score
+            best, places = (
+                best[best > threshold],
+                places[best > threshold],
+            )  # the mask only lowers the score
             masks = torch.nn.functional.interpolate(
-                masks[places // scores.shape[1]][None].float(), images.shape[1:3], mode="bilinear", align_corners=False
+                masks[places // scores.shape[1]][None].float(),
+                images.shape[1:3],
+                mode="bilinear",
+                align_corners=False,
             )[0]
             inside = masks > 0
             best = best * (masks.sigmoid() * inside).sum((1, 2)) / (inside.sum((1, 2)) + 1e-6)
-            results.append(by_class(best.cpu().numpy(), (places % scores.shape[1]).cpu().numpy(), inside.cpu().numpy(), threshold))
+            results.append(
+                by_class(
+                    best.cpu().numpy(),
+                    (places % scores.shape[1]).cpu().numpy(),
+                    inside.cpu().numpy(),
+                    threshold,
+                )
+            )
         return results
 
     def colours(self, image: np.ndarray, name: str, objects: list[Found]) -> list[str]:
@@ -129,35 +170,58 @@ class GenEval(Reward):
         crops = []
         for found in objects:
             left, top, right, bottom = found.box.astype(int)
-            crops.append(np.where(found.mask[..., None], image, np.uint8(GREY))[top:bottom, left:right])
+            crops.append(
+                np.where(found.mask[..., None], image, np.uint8(GREY))[top:bottom, left:right]
+            )
         with torch.inference_mode():
-            best = (self._clip.embed_images(self._clip.pixels(crops)) @ self._colour_texts(name).T).argmax(1).tolist()
+            best = (
+                (self._clip.embed_images(self._clip.pixels(crops)) @ self._colour_texts(name).T)
+                .argmax(1)
+                .tolist()
+            )
         return [COLOURS[i] for i in best]
 
     def _embed_colours(self, name: str):
         """The mean of each colour's templates, of length 1: fp32 [colours, d]."""
         import torch
 
-        texts = self._clip.embed_texts([t.format(colour=colour, name=name) for colour in COLOURS for t in TEMPLATES])
-        return torch.nn.functional.normalize(texts.reshape(len(COLOURS), len(TEMPLATES), -1).mean(1), dim=-1)
+        texts = self._clip.embed_texts(
+            [t.format(colour=colour, name=name) for colour in COLOURS for t in TEMPLATES]
+        )
+        return torch.nn.functional.normalize(
+            texts.reshape(len(COLOURS), len(TEMPLATES), -1).mean(1), dim=-1
+        )
 
 
-def by_class(scores: np.ndarray, labels: np.ndarray, masks: np.ndarray, threshold: float) -> dict[str, list[Found]]:
+def by_class(
+    scores: np.ndarray, labels: np.ndarray, masks: np.ndarray, threshold: float
+) -> dict[str, list[Found]]:
     """Objects above the threshold by class, the surest first, at most MOST_OBJECTS of each."""
     objects: dict[str, list[Found]] = {}
     for i in np.argsort(-scores, kind="stable"):
         kept = objects.setdefault(CLASSES[labels[i]], [])
         if scores[i] > threshold and masks[i].any() and len(kept) < MOST_OBJECTS:
             rows, columns = np.flatnonzero(masks[i].any(1)), np.flatnonzero(masks[i].any(0))
-            kept.append(Found(np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], float), masks[i], float(scores[i])))
+            kept.append(
+                Found(
+                    np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], float),
+                    masks[i],
+                    float(scores[i]),
+                )
+            )
     return {name: found for name, found in objects.items() if found}
 
 
-def judge(objects: dict[str, list[Found]], metadata: dict, colours_of: Callable[[str, list[Found]], list[str]]) -> tuple[float, list[str]]:
+def judge(
+    objects: dict[str, list[Found]],
+    metadata: dict,
+    colours_of: Callable[[str, list[Found]], list[str]],
+) -> tuple[float, list[str]]:
     """The share of what is asked that is there, in [0, 1], and what is not, in words.
 
-    Asked are, each counting alike: of an `include` its number (too few count in part), its colour (in part), its place; of
-    an `exclude` that there are fewer. Only the surest objects of a class, as many as asked, are looked at.
+    Asked are, each counting alike: of an `include` its number (too few count in part), its colour
+    (in part), its place; of an `exclude` that there are fewer. Only the surest objects of a class,
+    as many as asked, are looked at.
     """
     marks, faults, groups = [], [], []
 
@@ -177,29 +241,42 @@ def judge(objects: dict[str, list[Found]], metadata: dict, colours_of: Callable[
         if "position" in wanted:
             place, group = wanted["position"]
             targets = groups[group]
-            there = good and targets is not None and all(place in places(a, b) for a in found for b in targets)
+            there = (
+                good
+                and targets is not None
+                and all(place in places(a, b) for a in found for b in targets)
+            )
             good &= mark(float(there), f"{name} not {place} {metadata['include'][group]['class']}")
         groups.append(found if good else None)
     for unwanted in metadata.get("exclude", ()):
         seen = len(objects.get(unwanted["class"], ()))
-        mark(float(seen < unwanted["count"]), f"{seen} {unwanted['class']}, fewer than {unwanted['count']} asked")
+        mark(
+            float(seen < unwanted["count"]),
+            f"{seen} {unwanted['class']}, fewer than {unwanted['count']} asked",
+        )
     return sum(marks) / len(marks), faults
 
 
 def places(a: Found, b: Found) -> set[str]:
-    """Where `a` is, seen from `b`: of PLACES those whose direction the centres' offset has, sizes taken off."""
+    """Where `a` is, seen from `b`: of PLACES those whose direction the centres' offset has, sizes
+    taken off."""
     (left_a, top_a, right_a, bottom_a), (left_b, top_b, right_b, bottom_b) = a.box, b.box
-    offset = np.array([left_a + right_a - left_b - right_b, top_a + bottom_a - top_b - bottom_b]) / 2
+    offset = (
+        np.array([left_a + right_a - left_b - right_b, top_a + bottom_a - top_b - bottom_b]) / 2
+    )
     sizes = np.array([right_a - left_a + right_b - left_b, bottom_a - top_a + bottom_b - top_b])
     apart = np.maximum(np.abs(offset) - SLACK * sizes, 0) * np.sign(offset)
     if (np.abs(apart) < 1e-3).all():
         return set()
     dx, dy = apart / np.linalg.norm(offset)
-    return {place for place, holds in zip(PLACES, (dx < -0.5, dx > 0.5, dy < -0.5, dy > 0.5)) if holds}
+    return {
+        place for place, holds in zip(PLACES, (dx < -0.5, dx > 0.5, dy < -0.5, dy > 0.5)) if holds
+    }
 
 
 def check_metadata(entry: dict) -> None:
-    """ValueError unless `include` (at least one) and `exclude` are as in GenEval's evaluation_metadata.jsonl."""
+    """ValueError unless `include` (at least one) and `exclude` are as in GenEval's
+    evaluation_metadata.jsonl."""
     include = entry.get("include")
     if not isinstance(include, list) or not include:
         raise ValueError('its metadata needs "include", as in [{"class": "cat", "count": 2}]')
@@ -211,5 +288,10 @@ def check_metadata(entry: dict) -> None:
         if wanted.get("color", "red") not in COLOURS:
             raise ValueError(f"{wanted!r:.80}: the color must be one of {', '.join(COLOURS)}")
         earlier = range(min(i, len(include)))
-        if "position" in wanted and wanted["position"] not in [[place, group] for place in PLACES for group in earlier]:
-            raise ValueError(f'{wanted!r:.80}: expected a position such as ["left of", 0], 0 being an earlier entry')
+        if "position" in wanted and wanted["position"] not in [
+            [place, group] for place in PLACES for group in earlier
+        ]:
+            raise ValueError(
+                f'{wanted!r:.80}: expected a position such as ["left of", 0], 0 being an earlier'
+                " entry"
+            )

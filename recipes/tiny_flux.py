@@ -1,17 +1,20 @@
-"""Builds the small model that ships: a real diffusers FluxPipeline that spells short words, not too well.
+"""Builds the small model that ships: a real diffusers FluxPipeline that spells short words, not too
+well.
 
-    python recipes/tiny_flux.py                  # about 20 minutes on 2 cores; stages already built are kept
+    python recipes/tiny_flux.py                  # about 20 minutes on 2 cores; stages already built
+        are kept
     python recipes/tiny_flux.py --work FOLDER    # where stages are kept between runs
 
-Stages: prompts -> VAE -> latents -> text encoders and transformer -> pipeline folder with a model card. Training
-stops at the first check where the mean OCR reward reaches `--target`: a base model that is good enough to be
-rewarded and bad enough to learn.
+Stages: prompts -> VAE -> latents -> text encoders and transformer -> pipeline folder with a model
+card. Training stops at the first check where the mean OCR reward reaches `--target`: a base model
+that is good enough to be rewarded and bad enough to learn.
 
-The T5 encoder has a zero embedding for padding and attends within 8 tokens only, so padding far from the text encodes to
-exactly zero, whatever the text length. Such tokens are equal, and can be trained as one token whose attention logit is
-raised by log(how many it stands for): the same attention exactly, at 44 tokens instead of diffusers' default of 512.
-One batch in three is trained so. Hundreds of equal tokens would still drown the others, and training alone does not
-learn to ignore them; a channel that marks padding, and weights held so that attention turns away from it, do
+The T5 encoder has a zero embedding for padding and attends within 8 tokens only, so padding far
+from the text encodes to exactly zero, whatever the text length. Such tokens are equal, and can be
+trained as one token whose attention logit is raised by log(how many it stands for): the same
+attention exactly, at 44 tokens instead of diffusers' default of 512. One batch in three is trained
+so. Hundreds of equal tokens would still drown the others, and training alone does not learn to
+ignore them; a channel that marks padding, and weights held so that attention turns away from it, do
 (`pin_padding_flag`).
 """
 
@@ -63,7 +66,7 @@ def progress() -> Progress:
     )
 
 
-# -------------------------------------------------------------------------------------------------- pictures
+# ----------------------------------------------------------------------------------------- pictures
 def picture_batch(count: int, rng: np.random.Generator) -> tuple[torch.Tensor, list[str]]:
     """Pictures in [-1, 1], fp32 [count, 3, 32, 96], and their words."""
     words = [tiny_words.random_word(rng) for _ in range(count)]
@@ -91,7 +94,8 @@ def to_uint8(pictures: torch.Tensor) -> np.ndarray:
 def vae_loss(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
     """Reconstruction of noised latents, and a light pull of the latents to unit variance.
 
-    Hue is a small part of the absolute error, and the last to be learned; so it counts a second time, alone.
+    Hue is a small part of the absolute error, and the last to be learned; so it counts a second
+    time, alone.
     """
     with torch.autocast("cpu", dtype=torch.bfloat16):
         posterior = vae.encode(pictures).latent_dist
@@ -100,13 +104,21 @@ def vae_loss(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
     scale = 1e-3 * (mean.square() + logvar.exp() - logvar - 1).mean()
     error = rebuilt.float() - pictures
     hue = error - error.mean(1, keepdim=True)
-    return error.abs().mean() + 2 * error.square().mean() + 4 * hue.abs().mean() + 8 * hue.square().mean() + scale
+    return (
+        error.abs().mean()
+        + 2 * error.square().mean()
+        + 4 * hue.abs().mean()
+        + 8 * hue.square().mean()
+        + scale
+    )
 
 
 def train_vae(steps: int, rng: np.random.Generator) -> tuple[AutoencoderKL, dict]:
     vae, batch = new_vae(), 48
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 2e-3, total_steps=steps, pct_start=0.1
+    )
     with progress() as bar:
         task = bar.add_task("VAE", total=steps, status="")
         for _ in range(steps):
@@ -120,7 +132,9 @@ def train_vae(steps: int, rng: np.random.Generator) -> tuple[AutoencoderKL, dict
     with torch.no_grad():
         pictures, words = picture_batch(512, rng)
         latents = vae.encode(pictures).latent_dist.mean
-        vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
+        vae.register_to_config(
+            shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item()
+        )
         noised = latents + 0.2 * latents.std() * torch.randn_like(latents)
         seen = {
             "ocr_ground_truth": spelling(to_uint8(pictures), words),
@@ -133,17 +147,25 @@ def train_vae(steps: int, rng: np.random.Generator) -> tuple[AutoencoderKL, dict
 
 def tokenize(pipe: dict, words: list[str], length: int) -> tuple[torch.Tensor, torch.Tensor]:
     prompts = [tiny_words.prompt_of(word) for word in words]
-    clip = pipe["tokenizer"](prompts, padding="max_length", max_length=32, truncation=True, return_tensors="pt")
-    t5 = pipe["tokenizer_2"](prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    clip = pipe["tokenizer"](
+        prompts, padding="max_length", max_length=32, truncation=True, return_tensors="pt"
+    )
+    t5 = pipe["tokenizer_2"](
+        prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    )
     return clip.input_ids, t5.input_ids
 
 
 def pack(latents: torch.Tensor) -> torch.Tensor:
-    return FluxPipeline._pack_latents(latents, len(latents), LATENT_CHANNELS, LATENT_HEIGHT, LATENT_WIDTH)
+    return FluxPipeline._pack_latents(
+        latents, len(latents), LATENT_CHANNELS, LATENT_HEIGHT, LATENT_WIDTH
+    )
 
 
 def image_ids() -> torch.Tensor:
-    return FluxPipeline._prepare_latent_image_ids(1, LATENT_HEIGHT // 2, LATENT_WIDTH // 2, "cpu", torch.float32)
+    return FluxPipeline._prepare_latent_image_ids(
+        1, LATENT_HEIGHT // 2, LATENT_WIDTH // 2, "cpu", torch.float32
+    )
 
 
 def far_padding_bias(length: int, copies: float) -> torch.Tensor:
@@ -153,7 +175,9 @@ def far_padding_bias(length: int, copies: float) -> torch.Tensor:
     return mask
 
 
-def velocity(parts: dict, x: torch.Tensor, sigma: torch.Tensor, ids: tuple, mask: torch.Tensor | None) -> torch.Tensor:
+def velocity(
+    parts: dict, x: torch.Tensor, sigma: torch.Tensor, ids: tuple, mask: torch.Tensor | None
+) -> torch.Tensor:
     clip_ids, t5_ids = ids
     pooled = parts["text_encoder"](clip_ids).pooler_output
     hidden = parts["text_encoder_2"](t5_ids)[0]
@@ -172,13 +196,17 @@ def velocity(parts: dict, x: torch.Tensor, sigma: torch.Tensor, ids: tuple, mask
 
 
 @torch.no_grad()
-def encode_latents(vae: AutoencoderKL, count: int, rng: np.random.Generator) -> tuple[torch.Tensor, list[str]]:
+def encode_latents(
+    vae: AutoencoderKL, count: int, rng: np.random.Generator
+) -> tuple[torch.Tensor, list[str]]:
     latents, words = [], []
     with progress() as bar:
         task = bar.add_task("latents", total=count, status="")
         for _ in range(count // 500):
             pictures, batch_words = picture_batch(500, rng)
-            scaled = (vae.encode(pictures).latent_dist.mean - vae.config.shift_factor) * vae.config.scaling_factor
+            scaled = (
+                vae.encode(pictures).latent_dist.mean - vae.config.shift_factor
+            ) * vae.config.scaling_factor
             latents.append(pack(scaled))
             words += batch_words
             bar.update(task, advance=500)
@@ -200,12 +228,19 @@ def training_loss(parts: dict, latents: torch.Tensor, words: list[str], full: bo
 @torch.no_grad()
 def sample(parts: dict, vae: AutoencoderKL, words: list[str], steps: int = 10) -> np.ndarray:
     """ODE pictures with fixed noise as of FULL_TEXT tokens, uint8 [n, 32, 96, 3]."""
-    x = torch.randn(len(words), TOKENS, 4 * LATENT_CHANNELS, generator=torch.Generator().manual_seed(1))
-    ids, mask = tokenize(parts, words, LONG_TEXT), far_padding_bias(LONG_TEXT, FULL_TEXT - LONG_TEXT + 1)
+    x = torch.randn(
+        len(words), TOKENS, 4 * LATENT_CHANNELS, generator=torch.Generator().manual_seed(1)
+    )
+    ids, mask = (
+        tokenize(parts, words, LONG_TEXT),
+        far_padding_bias(LONG_TEXT, FULL_TEXT - LONG_TEXT + 1),
+    )
     for k in range(steps):
         x = x - velocity(parts, x, torch.full((len(words),), 1 - k / steps), ids, mask) / steps
     latents = FluxPipeline._unpack_latents(x, tiny_words.HEIGHT, tiny_words.WIDTH, 4)
-    return to_uint8(vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample)
+    return to_uint8(
+        vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample
+    )
 
 
 class Average:
@@ -224,12 +259,19 @@ class Average:
                 mean.lerp_(value, 1 - decay)
 
 
-def train_transformer(args, vae: AutoencoderKL, heldout: list[str], rng: np.random.Generator) -> tuple[dict, list]:
-    """Trains until the averaged weights reach the target reward; returns them and the checks made."""
+def train_transformer(
+    args, vae: AutoencoderKL, heldout: list[str], rng: np.random.Generator
+) -> tuple[dict, list]:
+    """Trains until the averaged weights reach the target reward; returns them and the checks
+    made."""
     latents, words = encode_latents(vae, 24_000, rng)
     tokenizer, tokenizer_2 = new_tokenizers()
     text_encoder, text_encoder_2 = new_text_encoders(len(tokenizer), len(tokenizer_2))
-    modules = {"text_encoder": text_encoder, "text_encoder_2": text_encoder_2, "transformer": new_transformer()}
+    modules = {
+        "text_encoder": text_encoder,
+        "text_encoder_2": text_encoder_2,
+        "transformer": new_transformer(),
+    }
     tools = {"tokenizer": tokenizer, "tokenizer_2": tokenizer_2}
     scale_to_padding_flag(modules)
     pin_padding_flag(modules)
@@ -244,7 +286,9 @@ def train_transformer(args, vae: AutoencoderKL, heldout: list[str], rng: np.rand
         for step in range(1, args.steps + 1):
             chosen = torch.from_numpy(rng.integers(0, len(latents), 64))
             full = step % 3 == 0
-            loss = training_loss({**modules, **tools}, latents[chosen], [words[i] for i in chosen], full)
+            loss = training_loss(
+                {**modules, **tools}, latents[chosen], [words[i] for i in chosen], full
+            )
             recent[full].append(loss.item())
             optimizer.zero_grad()
             loss.backward()
@@ -256,7 +300,10 @@ def train_transformer(args, vae: AutoencoderKL, heldout: list[str], rng: np.rand
             average.update(modules)
             if step % args.check_every == 0:
                 reward = spelling(sample({**average.parts, **tools}, vae, heldout), heldout)
-                losses = {f"loss_{n}": round(float(np.mean(recent[full])), 4) for n, full in ((SHORT_TEXT, False), (FULL_TEXT, True))}
+                losses = {
+                    f"loss_{n}": round(float(np.mean(recent[full])), 4)
+                    for n, full in ((SHORT_TEXT, False), (FULL_TEXT, True))
+                }
                 recent = {True: [], False: []}
                 checks.append({"step": step, **losses, "ocr": round(reward, 4)})
                 bar.console.print(checks[-1])
@@ -266,18 +313,24 @@ def train_transformer(args, vae: AutoencoderKL, heldout: list[str], rng: np.rand
     return {**average.parts, **tools}, checks
 
 
-# ------------------------------------------------------------------------------------------------------ folder
+# ------------------------------------------------------------------------------------------- folder
 def save_pipeline(parts: dict, vae: AutoencoderKL, out: Path) -> FluxPipeline:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=False)
     pipe = FluxPipeline(
-        scheduler=scheduler, vae=vae, **{k: parts[k] for k in ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "transformer")}
+        scheduler=scheduler,
+        vae=vae,
+        **{
+            k: parts[k]
+            for k in ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "transformer")
+        },
     )
     pipe.save_pretrained(out)
     return FluxPipeline.from_pretrained(out)
 
 
 def check_pipeline(pipe: FluxPipeline, heldout: list[str]) -> dict:
-    """OCR reward of the saved folder through plain diffusers, at a short and at the default text length."""
+    """OCR reward of the saved folder through plain diffusers, at a short and at the default text
+    length."""
     pipe.set_progress_bar_config(disable=True)
     seen = {}
     for steps, length in ((10, SHORT_TEXT), (10, FULL_TEXT), (28, FULL_TEXT)):
@@ -303,24 +356,29 @@ def check_pipeline(pipe: FluxPipeline, heldout: list[str]) -> dict:
 def write_card(out: Path, facts: dict) -> None:
     rows = "".join(f"| {key} | {value} |\n" for key, value in facts.items())
     (out / "README.md").write_text(
-        "---\nlicense: apache-2.0\nlibrary_name: diffusers\npipeline_tag: text-to-image\n---\n"
-        "# tiny-flux\nA real diffusers `FluxPipeline` of "
-        f"{facts['parameters (M)']} M parameters that spells the quoted word of its prompt, somewhat badly: the base "
-        "model of this project's examples and tests. Built by `python recipes/tiny_flux.py`.\n\n"
-        "```python\nfrom diffusers import FluxPipeline\n"
-        "pipe = FluxPipeline.from_pretrained('engine/tempflow/assets/tiny-flux')\n"
-        "pipe('the word \"HELLO\"', height=32, width=96).images[0]\n```\n\n"
-        'It knows one prompt form, `the word "XXXXX"`, with 3 to 5 capital letters, at 32 x 96 pixels; other prompts '
-        "and sizes give nothing of use. It ignores padding of the text: `max_sequence_length=20` is several times faster than "
-        "diffusers' default of 512 and spells as well.\n\n## Numbers seen when it was built\n| what | value |\n|---|---|\n" + rows
+        "---\nlicense: apache-2.0\nlibrary_name: diffusers\npipeline_tag: text-to-image\n---\n#"
+        f" tiny-flux\nA real diffusers `FluxPipeline` of {facts['parameters (M)']} M parameters"
+        " that spells the quoted word of its prompt, somewhat badly: the base model of this"
+        " project's examples and tests. Built by `python recipes/tiny_flux.py`.\n\n```python\nfrom"
+        " diffusers import FluxPipeline\npipe ="
+        " FluxPipeline.from_pretrained('engine/tempflow/assets/tiny-flux')\npipe('the word"
+        ' "HELLO"\', height=32, width=96).images[0]\n```\n\nIt knows one prompt form, `the word'
+        ' "XXXXX"`, with 3 to 5 capital letters, at 32 x 96 pixels; other prompts and sizes give'
+        " nothing of use. It ignores padding of the text: `max_sequence_length=20` is several"
+        " times faster than diffusers' default of 512 and spells as well.\n\n## Numbers seen when"
+        " it was built\n| what | value |\n|---|---|\n" + rows
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=ASSETS / "tiny-flux")
-    parser.add_argument("--work", type=Path, default=Path("runs/tiny-flux-recipe"), help="kept between runs")
-    parser.add_argument("--target", type=float, default=0.455, help="held-out OCR reward at which training stops")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/tiny-flux-recipe"), help="kept between runs"
+    )
+    parser.add_argument(
+        "--target", type=float, default=0.455, help="held-out OCR reward at which training stops"
+    )
     parser.add_argument("--vae-steps", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=5000, help="most transformer steps")
     parser.add_argument("--check-every", type=int, default=50)
@@ -330,7 +388,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
     started = time.time()
-    heldout = tiny_words.write_prompts(ASSETS / "prompts", args.seed)["heldout"][: tiny_words.FIRST_HELDOUT]
+    heldout = tiny_words.write_prompts(ASSETS / "prompts", args.seed)["heldout"][
+        : tiny_words.FIRST_HELDOUT
+    ]
 
     vae_file, vae_facts = args.work / "vae.safetensors", args.work / "vae.json"
     torch.manual_seed(args.seed)
@@ -341,7 +401,10 @@ def main() -> None:
         vae.register_to_config(**facts["config"])
     else:
         vae, seen = train_vae(args.vae_steps, np.random.default_rng(args.seed + 1))
-        facts = {"config": {k: vae.config[k] for k in ("shift_factor", "scaling_factor")}, "seen": seen}
+        facts = {
+            "config": {k: vae.config[k] for k in ("shift_factor", "scaling_factor")},
+            "seen": seen,
+        }
         save_file(vae.state_dict(), vae_file)
         vae_facts.write_text(json.dumps(facts))
     print("VAE:", facts["seen"], f"{(time.time() - started) / 60:.1f} min", flush=True)

@@ -1,11 +1,19 @@
-"""The modules of the small model: VAE, tokenizers, text encoders, transformer, and the weights that are held."""
+"""The modules of the small model: VAE, tokenizers, text encoders, transformer, and the weights that
+are held."""
 
 from __future__ import annotations
 
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from tokenizers import pre_tokenizers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 import words as tiny_words
 
@@ -15,7 +23,11 @@ LATENT_CHANNELS, LATENT_HEIGHT, LATENT_WIDTH = 8, tiny_words.HEIGHT // 4, tiny_w
 TEXT_REACH = 8  # T5 tokens attend this far; two layers reach 16
 
 
-SHORT_TEXT, LONG_TEXT, FULL_TEXT = 20, 44, 512  # 44: the longest prompt (18), its reach (16) and their reach (8)
+SHORT_TEXT, LONG_TEXT, FULL_TEXT = (
+    20,
+    44,
+    512,
+)  # 44: the longest prompt (18), its reach (16) and their reach (8)
 
 
 T5_CONSTANT, PADDING = 256.0, 32.0  # sizes of the channels that mark padding
@@ -47,7 +59,9 @@ def new_tokenizers() -> tuple[CLIPTokenizer, T5TokenizerFast]:
     """A byte-level CLIP tokenizer without merges and a character-level T5 tokenizer."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     names = letters + [letter + "</w>" for letter in letters] + ["<|startoftext|>", "<|endoftext|>"]
-    clip = CLIPTokenizer(vocab={name: i for i, name in enumerate(names)}, merges=[], model_max_length=32)
+    clip = CLIPTokenizer(
+        vocab={name: i for i, name in enumerate(names)}, merges=[], model_max_length=32
+    )
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     pieces += [(chr(code), -3.0) for code in range(33, 127)]
     return clip, T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=FULL_TEXT)
@@ -85,7 +99,9 @@ def new_text_encoders(clip_size: int, t5_size: int) -> tuple[CLIPTextModel, T5En
         )
     )
     torch.nn.init.normal_(t5.shared.weight, std=1.0)
-    with torch.no_grad():  # a letter's place in its word is how far back the quote is: look there from the start
+    with (
+        torch.no_grad()
+    ):  # a letter's place in its word is how far back the quote is: look there from the start
         bias = t5.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
         for head, bucket in enumerate((1, 2, 3, 4, 5, 17)):  # 1 to 5 tokens back, 1 ahead
             bias[bucket, head] += 4.0
@@ -102,7 +118,8 @@ def pin_text_reach(t5: T5EncoderModel) -> None:
 
 
 def new_transformer() -> FluxTransformer2DModel:
-    """2 double and 4 single blocks of width 128; the layers that open the residual paths start at zero."""
+    """2 double and 4 single blocks of width 128; the layers that open the residual paths start at
+    zero."""
     model = FluxTransformer2DModel(
         patch_size=1,
         in_channels=4 * LATENT_CHANNELS,
@@ -116,7 +133,11 @@ def new_transformer() -> FluxTransformer2DModel:
         axes_dims_rope=(4, 12, 16),
     )
     gates = [block.norm.linear for block in model.single_transformer_blocks]
-    gates += [norm.linear for block in model.transformer_blocks for norm in (block.norm1, block.norm1_context)]
+    gates += [
+        norm.linear
+        for block in model.transformer_blocks
+        for norm in (block.norm1, block.norm1_context)
+    ]
     for layer in (*gates, model.norm_out.linear, model.proj_out):
         torch.nn.init.zeros_(layer.weight)
         torch.nn.init.zeros_(layer.bias)
@@ -125,12 +146,14 @@ def new_transformer() -> FluxTransformer2DModel:
 
 @torch.no_grad()
 def pin_padding_flag(parts: dict) -> None:
-    """Hold the weights that keep attention off padding, hundreds of equal tokens that would drown all else.
+    """Hold the weights that keep attention off padding, hundreds of equal tokens that would drown
+    all else.
 
-    A constant T5 channel, far larger than the others so that RMS norms leave it alone, is +8 for text and -8 for padding.
-    The transformer's last hidden channel takes it over as a flag: PADDING for padding, 0 for text and picture. No layer
-    writes to it. Keys copy it into the first channel of each head, which rotary embedding leaves alone because text and
-    picture share their first position axis; queries hold a large negative number there.
+    A constant T5 channel, far larger than the others so that RMS norms leave it alone, is +8 for
+    text and -8 for padding. The transformer's last hidden channel takes it over as a flag: PADDING
+    for padding, 0 for text and picture. No layer writes to it. Keys copy it into the first channel
+    of each head, which rotary embedding leaves alone because text and picture share their first
+    position axis; queries hold a large negative number there.
     """
     t5, model, flag = parts["text_encoder_2"], parts["transformer"], -1
     t5.shared.weight[0] = 0

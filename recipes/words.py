@@ -1,13 +1,16 @@
 """The tiny model's world: pictures of short words, the prompts that name them, and the word lists.
 
-Ground-truth pictures are rendered with DejaVu Sans Bold as matplotlib ships it, so no font file lives in this
-repository. Everything is drawn from one `numpy.random.Generator`: same generator state, same picture.
+Ground-truth pictures are rendered with DejaVu Sans Bold as matplotlib ships it, so no font file
+lives in this repository. Everything is drawn from one `numpy.random.Generator`: same generator
+state, same picture.
 
 `python recipes/words.py` writes the shipped prompt files anew:
 
     words_train.txt    4000 words that runs are trained on
-    words_heldout.txt   512 words of evaluations while runs go on, and of everything that is chosen by them
-    words_final.txt     256 words for the last number of a finished comparison: nothing is chosen by them
+    words_heldout.txt   512 words of evaluations while runs go on, and of everything that is chosen
+        by them
+    words_final.txt     256 words for the last number of a finished comparison: nothing is chosen by
+        them
 
 No word is in two of them.
 """
@@ -26,7 +29,9 @@ HEIGHT, WIDTH = 32, 96
 LETTERS = 3, 5  # shortest and longest word
 SUPERSAMPLE = 2
 TRAIN, HELDOUT, FINAL = 4000, 512, 256  # words in each prompt file
-FIRST_HELDOUT = 128  # drawn before the words of training; the rest came later, so that the first ones stayed what they were
+# drawn before the words of training; the rest came later, so that the first ones stayed what they
+# were
+FIRST_HELDOUT = 128
 PROMPTS = Path(__file__).parent.parent / "engine/tempflow/assets/prompts"
 
 
@@ -41,7 +46,9 @@ def random_word(rng: np.random.Generator) -> str:
     return "".join(rng.choice(list(string.ascii_uppercase), length))
 
 
-def distinct_words(count: int, rng: np.random.Generator, exclude: frozenset[str] = frozenset()) -> list[str]:
+def distinct_words(
+    count: int, rng: np.random.Generator, exclude: frozenset[str] = frozenset()
+) -> list[str]:
     """`count` different words, none of them in `exclude`, in the order drawn."""
     words: dict[str, None] = {}
     while len(words) < count:
@@ -62,7 +69,8 @@ def word_lists(seed: int = 0) -> dict[str, list[str]]:
 
 
 def write_prompts(folder: Path = PROMPTS, seed: int = 0) -> dict[str, list[str]]:
-    """Write words_train.txt, words_heldout.txt and words_final.txt, a prompt a line; returns the words."""
+    """Write words_train.txt, words_heldout.txt and words_final.txt, a prompt a line; returns the
+    words."""
     lists = word_lists(seed)
     folder.mkdir(parents=True, exist_ok=True)
     for name, words in lists.items():
@@ -74,7 +82,9 @@ def write_prompts(folder: Path = PROMPTS, seed: int = 0) -> dict[str, list[str]]
 def _font(size: int) -> ImageFont.FreeTypeFont:
     import matplotlib
 
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans-Bold.ttf", size)
+    return ImageFont.truetype(
+        Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans-Bold.ttf", size
+    )
 
 
 def _fitting_size(word: str, scale: float) -> int:
@@ -87,7 +97,9 @@ def _fitting_size(word: str, scale: float) -> int:
 def _colours(rng: np.random.Generator) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """A dark ink (grey or coloured) and a light paper."""
     hue, saturation = rng.random(), 0.0 if rng.random() < 0.4 else rng.uniform(0.6, 1.0)
-    ink = colorsys.hsv_to_rgb(hue, saturation, rng.uniform(0.1, 0.3) if saturation == 0 else rng.uniform(0.35, 0.65))
+    ink = colorsys.hsv_to_rgb(
+        hue, saturation, rng.uniform(0.1, 0.3) if saturation == 0 else rng.uniform(0.35, 0.65)
+    )
     paper = colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.0, 0.08), rng.uniform(0.94, 1.0))
     return tuple(int(255 * c) for c in ink), tuple(int(255 * c) for c in paper)
 

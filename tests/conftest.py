@@ -1,8 +1,9 @@
 """What a machine with a GPU and one without do differently in the tests.
 
-Without a GPU the Triton kernels run interpreted, which has to be set before anything imports triton, as diffusers and transformers do,
-and tests marked `gpu` are skipped. With one, every test that runs a kernel on it is marked `gpu`, so that `-m gpu` is all of a GPU's part.
-Tests marked `cpu` stay on the CPU wherever they run.
+Without a GPU the Triton kernels run interpreted, which has to be set before anything imports
+triton, as diffusers and transformers do, and tests marked `gpu` are skipped. With one, every test
+that runs a kernel on it is marked `gpu`, so that `-m gpu` is all of a GPU's part. Tests marked
+`cpu` stay on the CPU wherever they run.
 """
 
 import os
@@ -12,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-# Workers side by side (pytest -n) share out the cores: torch's threads wait in busy loops, many times slower where two need one core.
+# Workers side by side (pytest -n) share out the cores: torch's threads wait in busy loops, many
+# times slower where two need one core.
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     cores, count = sorted(os.sched_getaffinity(0)), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     mine = cores[int(worker.removeprefix("gw")) % len(cores) :: count]
@@ -43,7 +45,8 @@ def _parameters(item) -> dict:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
-    """Around a test's fixtures, too, whatever their scope, since one that many tests share belongs to the first."""
+    """Around a test's fixtures, too, whatever their scope, since one that many tests share belongs
+    to the first."""
     if not item.get_closest_marker("cpu"):
         return (yield)
     with on_cpu():

@@ -1,4 +1,5 @@
-"""The steps of gpu.py, cheapest knowledge first. Each runs in a process of its own and writes what it finds as it finds it."""
+"""The steps of gpu.py, cheapest knowledge first. Each runs in a process of its own and writes what
+it finds as it finds it."""
 
 from __future__ import annotations
 
@@ -9,8 +10,8 @@ from typing import Callable
 
 @dataclass(frozen=True)
 class Step:
-    """One step. seconds: its share of ten minutes on an H100, more than it should need there. run: the module of this folder and the
-    function in it that does the step, given a Context."""
+    """One step. seconds: its share of ten minutes on an H100, more than it should need there. run:
+    the module of this folder and the function in it that does the step, given a Context."""
 
     name: str
     seconds: int
@@ -23,15 +24,50 @@ class Step:
 
 
 STEPS = (
-    Step("facts", 25, "facts:facts", "versions, the card, the speed of a matrix product and of a copy"),
-    Step("families", 60, "families:families", "two layers of every family: memory and host waits against the dry run"),
+    Step(
+        "facts",
+        25,
+        "facts:facts",
+        "versions, the card, the speed of a matrix product and of a copy",
+    ),
+    Step(
+        "families",
+        60,
+        "families:families",
+        "two layers of every family: memory and host waits against the dry run",
+    ),
     Step("tests", 50, "suites:tests", "pytest -m gpu of the engine and the rewards"),
     Step("sweeps", 60, "suites:sweeps", "the kernels against float64 on the card"),
-    Step("runs", 130, "suites:runs", "tiny_ocr through the launcher: LoRA at ZeRO-1, all weights at ZeRO-3, resume, float8"),
-    Step("kernels", 30, "kernel_speed:kernel_speed", "the kernels' share of copy bandwidth at FLUX-1024"),
-    Step("forwards", 90, "forwards:forwards", "FLUX.1-dev: a forward eager, as a graph, in float8, compiled; decoding"),
-    Step("training", 80, "training:training", "FLUX.1-dev: a rollout, then LoRA updates of 1, 2 and 3 states at a time"),
+    Step(
+        "runs",
+        130,
+        "suites:runs",
+        "tiny_ocr through the launcher: LoRA at ZeRO-1, all weights at ZeRO-3, resume, float8",
+    ),
+    Step(
+        "kernels",
+        30,
+        "kernel_speed:kernel_speed",
+        "the kernels' share of copy bandwidth at FLUX-1024",
+    ),
+    Step(
+        "forwards",
+        90,
+        "forwards:forwards",
+        "FLUX.1-dev: a forward eager, as a graph, in float8, compiled; decoding",
+    ),
+    Step(
+        "training",
+        80,
+        "training:training",
+        "FLUX.1-dev: a rollout, then LoRA updates of 1, 2 and 3 states at a time",
+    ),
     Step("capture", 20, "capture:capture", "what a failed graph capture leaves behind"),
-    Step("trace", 45, "trace:trace", "torch.profiler: kernels and gaps of a forward and of a micro-batch"),
+    Step(
+        "trace",
+        45,
+        "trace:trace",
+        "torch.profiler: kernels and gaps of a forward and of a micro-batch",
+    ),
 )
 BY_NAME = {step.name: step for step in STEPS}

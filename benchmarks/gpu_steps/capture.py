@@ -1,6 +1,8 @@
-"""What the engine does with a forward that no graph can hold, and what a capture that fails leaves in its process.
+"""What the engine does with a forward that no graph can hold, and what a capture that fails leaves
+in its process.
 
-The second part spoils the process for good, so it comes last, and each finding is written before the next is looked for.
+The second part spoils the process for good, so it comes last, and each finding is written before
+the next is looked for.
 """
 
 from __future__ import annotations
@@ -16,13 +18,24 @@ from gpu_steps.forwards import recomputing
 def capture(context: Context) -> None:
     engine = _engine(context)
     if context.rehearse:
-        context.note(engine=engine, torch={"rehearsed": "no capture without a GPU"}, headline="no capture without a GPU")
+        context.note(
+            engine=engine,
+            torch={"rehearsed": "no capture without a GPU"},
+            headline="no capture without a GPU",
+        )
         return
-    context.note(engine=engine, headline=f"the engine: {engine['said'] or 'captured what reads a value'}")
+    context.note(
+        engine=engine, headline=f"the engine: {engine['said'] or 'captured what reads a value'}"
+    )
     found: dict = {}
     _spoil(context, found)
     broken = [what for what, how in found["afterwards"].items() if how != "ok"]
-    context.note(headline=f"the engine: {engine['said']}; after a capture that failed, broken: {', '.join(broken) or 'nothing'}")
+    context.note(
+        headline=(
+            f"the engine: {engine['said']}; after a capture that failed, broken:"
+            f" {', '.join(broken) or 'nothing'}"
+        )
+    )
 
 
 def _reading(x: torch.Tensor) -> tuple:
@@ -30,11 +43,17 @@ def _reading(x: torch.Tensor) -> tuple:
 
 
 def _engine(context: Context) -> dict:
-    """Its graph cache on a function that reads a value: it should run eagerly, for a reason, without beginning a capture."""
+    """Its graph cache on a function that reads a value: it should run eagerly, for a reason,
+    without beginning a capture."""
     from tempflow.sampling.graphs import CudaCapture, GraphCache
 
     said: list[str] = []
-    cache = GraphCache(recomputing if context.rehearse else CudaCapture(), limit_bytes=1 << 30, verify=True, note=said.append)
+    cache = GraphCache(
+        recomputing if context.rehearse else CudaCapture(),
+        limit_bytes=1 << 30,
+        verify=True,
+        note=said.append,
+    )
     x = torch.ones(4, device=context.device)
     (out,) = cache(_reading, {"x": x})
     if not torch.equal(out, torch.full_like(x, 4.0)):

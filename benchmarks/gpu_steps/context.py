@@ -21,20 +21,25 @@ class Skipped(Exception):
 
 
 class Context:
-    """file: the step's findings, written anew with each of them, so that a step that is ended early leaves what it had.
+    """file: the step's findings, written anew with each of them, so that a step that is ended early
+    leaves what it had.
 
-    rehearse: every step's code on a CPU, at sizes that mean nothing. scratch: a folder of the step's own.
+    rehearse: every step's code on a CPU, at sizes that mean nothing. scratch: a folder of the
+    step's own.
     """
 
     def __init__(self, file: Path, rehearse: bool):
         self.file, self.rehearse = file, rehearse
         self.scratch = file.parent
         self.device = torch.device("cpu" if rehearse else "cuda:0")
-        self.dtype = torch.float32 if rehearse else torch.bfloat16  # of weights: many CPUs compute bf16 very slowly
+        self.dtype = (
+            torch.float32 if rehearse else torch.bfloat16
+        )  # of weights: many CPUs compute bf16 very slowly
         self._found = {"status": "running", "reason": None, "result": {}, "proved": []}
 
     def note(self, **found) -> None:
-        """Add findings (JSON values). `headline`: the line of the summary; `table`: rows for it, as dictionaries of the same keys."""
+        """Add findings (JSON values). `headline`: the line of the summary; `table`: rows for it, as
+        dictionaries of the same keys."""
         self._found["result"] |= found
         self._write()
 
@@ -65,7 +70,7 @@ class Context:
     def _write(self) -> None:
         write_atomic(self.file, json.dumps(self._found, indent=1))
 
-    # ---------------------------------------------------------------------------------------------------- measuring
+    # ------------------------------------------------------------------------------------ measuring
     def synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
@@ -87,7 +92,8 @@ class Context:
         return torch.cuda.memory_allocated() if self.device.type == "cuda" else None
 
     def peak_of(self, function: Callable[[], object]) -> tuple[object, int | None]:
-        """(what a call returns, the most bytes it allocated on top of what was there; None without a card)."""
+        """(what a call returns, the most bytes it allocated on top of what was there; None without
+        a card)."""
         if self.device.type != "cuda":
             return function(), None
         torch.cuda.synchronize()

@@ -14,7 +14,13 @@ from bench import matmul_peak
 from gpu_steps.context import Context
 from tempflow.run.environment import device_name, nvidia_driver, versions
 
-PROPERTIES = ("total_memory", "multi_processor_count", "L2_cache_size", "clock_rate", "memory_clock_rate")
+PROPERTIES = (
+    "total_memory",
+    "multi_processor_count",
+    "L2_cache_size",
+    "clock_rate",
+    "memory_clock_rate",
+)
 
 
 def facts(context: Context) -> None:
@@ -30,12 +36,20 @@ def facts(context: Context) -> None:
     if context.device.type == "cuda":
         context.note(**_card())
     speed, copied = matmul_peak(context.dtype, context.device), _copy_speed(context)
-    speeds = f"{speed / 1e12:.3g} TFLOP/s in {str(context.dtype).removeprefix('torch.')}, copies {copied / 1e12:.3g} TB/s"
-    context.note(matmul_flops_per_s=speed, copy_bytes_per_s=copied, headline=f"{found['card']}, torch {torch.__version__}: {speeds}")
+    speeds = (
+        f"{speed / 1e12:.3g} TFLOP/s in {str(context.dtype).removeprefix('torch.')}, copies"
+        f" {copied / 1e12:.3g} TB/s"
+    )
+    context.note(
+        matmul_flops_per_s=speed,
+        copy_bytes_per_s=copied,
+        headline=f"{found['card']}, torch {torch.__version__}: {speeds}",
+    )
 
 
 def _card() -> dict:
-    """Of the properties those that the benchmarks read, "missing" where CUDA has taken them away."""
+    """Of the properties those that the benchmarks read, "missing" where CUDA has taken them
+    away."""
     given = torch.cuda.get_device_properties(0)
     return {
         "driver": nvidia_driver(),

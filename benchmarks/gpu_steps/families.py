@@ -1,5 +1,5 @@
-"""Two layers of every family at their real width: what a rollout, decoding and an update hold on the card, and how often the host
-waits for it, beside what the dry run and the simulated GPU say."""
+"""Two layers of every family at their real width: what a rollout, decoding and an update hold on
+the card, and how often the host waits for it, beside what the dry run and the simulated GPU say."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from gpu_steps.context import Context, ratio
 from gpu_steps.models import CONFIGS, RandomEngine
 from tempflow.estimate.estimate import Estimate, estimate
 
-NAMES = {"flux-dev": "flux", "sd35-medium": "sd3", "qwen-image": "qwen_image"}  # as tests/engine/family_cases.py has them
+NAMES = {
+    "flux-dev": "flux",
+    "sd35-medium": "sd3",
+    "qwen-image": "qwen_image",
+}  # as tests/engine/family_cases.py has them
 ALLOWED = 0.1  # by which a peak may differ from the dry run's
 
 
@@ -29,26 +33,38 @@ def families(context: Context) -> None:
             torch.cuda.empty_cache()
     measured = [row["ratio"] for row in rows if row["ratio"] is not None]
     close = sum(abs(value - 1) <= ALLOWED for value in measured)
-    context.note(headline=f"{close} of {len(measured)} measured peaks within {ALLOWED:.0%} of the dry run")
+    context.note(
+        headline=f"{close} of {len(measured)} measured peaks within {ALLOWED:.0%} of the dry run"
+    )
 
 
 def _family(context: Context, card: str) -> list[dict]:
     """Rows of one family: measured and expected GB."""
-    engine = RandomEngine(context, card, 2, "rollout.plan.children=3", "rollout.plan.branch_steps=[0,2]")
+    engine = RandomEngine(
+        context, card, 2, "rollout.plan.children=3", "rollout.plan.branch_steps=[0,2]"
+    )
     expected = estimate(engine.session.config)
     with host_waits(context) as waits:
-        (data, scored), rolled = context.peak_of(lambda: roll_out_and_score(engine.session, engine.order.indices(0), 0))
+        (data, scored), rolled = context.peak_of(
+            lambda: roll_out_and_score(engine.session, engine.order.indices(0), 0)
+        )
     if not data.stats.forwards or scored.failed:
-        raise AssertionError(f"{card}: {data.stats.forwards} forwards, {scored.failed} failed images")
+        raise AssertionError(
+            f"{card}: {data.stats.forwards} forwards, {scored.failed} failed images"
+        )
     if not all(state.children.isfinite().all() for state in data.kept.states):
         raise AssertionError(f"{card}: latents that are not finite")
     context.prove(NAMES[card], "rollout", "decoding")
-    most = max(_moment(expected, "rollout"), _moment(expected, "decoding")) + _item(expected, "latents, embeddings")
+    most = max(_moment(expected, "rollout"), _moment(expected, "decoding")) + _item(
+        expected, "latents, embeddings"
+    )
     rows = [
         _row(card, "weights", engine.weights, _item(expected, "VAE") + _transformer_bytes(engine)),
         _row(card, "rollout and decoding", rolled, most),
     ]
-    rows[1]["host waits a forward"] = None if waits is None else round(len(waits) / data.stats.batches, 1)
+    rows[1]["host waits a forward"] = (
+        None if waits is None else round(len(waits) / data.stats.batches, 1)
+    )
     engine.start_training()
     _, trained = context.peak_of(lambda: train(engine.session, data, scored))
     context.prove("LoRA", "ZeRO-1")
@@ -74,7 +90,13 @@ def host_waits(context: Context) -> Iterator[list | None]:
 
 def _row(card: str, what: str, measured: int | None, expected: int) -> dict:
     gigabytes = None if measured is None else measured / 1e9
-    return {"model": card, "what": what, "GB": gigabytes, "dry run": expected / 1e9, "ratio": ratio(measured, expected)}
+    return {
+        "model": card,
+        "what": what,
+        "GB": gigabytes,
+        "dry run": expected / 1e9,
+        "ratio": ratio(measured, expected),
+    }
 
 
 def _item(expected: Estimate, name: str) -> int:

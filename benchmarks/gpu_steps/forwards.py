@@ -1,4 +1,5 @@
-"""One forward of FLUX.1-dev's transformer in every way the engine has, on the same inputs, and the decoding of four images."""
+"""One forward of FLUX.1-dev's transformer in every way the engine has, on the same inputs, and the
+decoding of four images."""
 
 from __future__ import annotations
 
@@ -20,7 +21,11 @@ def forwards(context: Context) -> None:
     session, policy = engine.session, engine.session.policy
     flops, peak = forward_flops(session, 0), matmul_peak(policy.dtype, context.device)
     x = torch.randn(ROWS, *session.sampler.latent_shape, device=context.device)
-    inputs = {"x": x, "sigma": torch.linspace(0.9, 0.3, ROWS, device=context.device), **policy.embed([Example("a")] * ROWS)}
+    inputs = {
+        "x": x,
+        "sigma": torch.linspace(0.9, 0.3, ROWS, device=context.device),
+        **policy.embed([Example("a")] * ROWS),
+    }
     rows, exact = [], None
 
     def forward_with(transformer):
@@ -44,7 +49,13 @@ def forwards(context: Context) -> None:
                 "relative distance": distance,
             }
         )
-        context.note(table=rows, flops_a_row=flops, matmul_flops_per_s=peak, weights_bytes=engine.weights, headline=_headline(rows))
+        context.note(
+            table=rows,
+            flops_a_row=flops,
+            matmul_flops_per_s=peak,
+            weights_bytes=engine.weights,
+            headline=_headline(rows),
+        )
 
     with torch.no_grad():
         exactly = forward_with(policy.transformer)
@@ -58,7 +69,9 @@ def forwards(context: Context) -> None:
 
 
 def _headline(rows: list[dict]) -> str:
-    return "; ".join(f"{row['forward of 4 rows']} {row['s']:.3g} s, {row['MFU']:.0%}" for row in rows)
+    return "; ".join(
+        f"{row['forward of 4 rows']} {row['s']:.3g} s, {row['MFU']:.0%}" for row in rows
+    )
 
 
 def _decode(context: Context, sampler) -> None:
@@ -71,11 +84,17 @@ def _decode(context: Context, sampler) -> None:
 
 
 def _graphed(context: Context, function):
-    """The function through the engine's graph cache. In a rehearsal the stand-in computes anew instead of replaying."""
+    """The function through the engine's graph cache. In a rehearsal the stand-in computes anew
+    instead of replaying."""
     from tempflow.sampling.graphs import CudaCapture, GraphCache
 
     notes: list[str] = []
-    cache = GraphCache(recomputing if context.rehearse else CudaCapture(), limit_bytes=8 << 30, verify=True, note=notes.append)
+    cache = GraphCache(
+        recomputing if context.rehearse else CudaCapture(),
+        limit_bytes=8 << 30,
+        verify=True,
+        note=notes.append,
+    )
 
     def run(**inputs):
         out = cache(function, inputs)

@@ -1,8 +1,9 @@
 """hardware.json: how far each path of the engine is verified.
 
-An entry is of one part of the engine in an area: `status` is "unit" (tests on a CPU), "simulated GPU" (tests that run the engine
-on tensors of a GPU that is not there) or "hardware"; `evidence` is the test file, or the step of gpu.py, that says so; entries of
-hardware name the card and the date. A run of gpu.py on a CUDA card makes entries "hardware" and never takes that back.
+An entry is of one part of the engine in an area: `status` is "unit" (tests on a CPU), "simulated
+GPU" (tests that run the engine on tensors of a GPU that is not there) or "hardware"; `evidence` is
+the test file, or the step of gpu.py, that says so; entries of hardware name the card and the date.
+A run of gpu.py on a CUDA card makes entries "hardware" and never takes that back.
 """
 
 from __future__ import annotations
@@ -26,14 +27,23 @@ def load() -> list[dict]:
 
 
 def upgraded(entries: list[dict], proved: dict[str, str], card: str, date: str) -> list[dict]:
-    """The entries after a run. proved: path -> the step that showed it. KeyError for a path without an entry."""
+    """The entries after a run. proved: path -> the step that showed it. KeyError for a path without
+    an entry."""
     unknown = proved.keys() - {entry["path"] for entry in entries}
     if unknown:
         raise KeyError(f"no entry in hardware.json: {', '.join(sorted(unknown))}")
     return [
-        entry | {"status": "hardware", "evidence": f"gpu.py: {proved[entry['path']]}", "card": card, "date": date}
-        if entry["path"] in proved
-        else entry
+        (
+            entry
+            | {
+                "status": "hardware",
+                "evidence": f"gpu.py: {proved[entry['path']]}",
+                "card": card,
+                "date": date,
+            }
+            if entry["path"] in proved
+            else entry
+        )
         for entry in entries
     ]
 

@@ -1,4 +1,5 @@
-"""Models of real shapes with random weights made on the device, and the engine's parts around them. Nothing is read but JSON."""
+"""Models of real shapes with random weights made on the device, and the engine's parts around them.
+Nothing is read but JSON."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ PIXELS, TOKENS = 64, 16  # of a rehearsal's images and texts
 
 
 def card_folder(card: str, scratch: Path, layers: int | None, rehearse: bool) -> Path:
-    """A copy of a card's folder whose transformer has fewer layers; in a rehearsal also fewer heads."""
+    """A copy of a card's folder whose transformer has fewer layers; in a rehearsal also fewer
+    heads."""
     folder = scratch / f"{card}-{layers or 'all'}"
     shutil.copytree(CARDS / card, folder)
     file = folder / "transformer/config.json"
@@ -41,12 +43,17 @@ def card_folder(card: str, scratch: Path, layers: int | None, rehearse: bool) ->
 def _narrow(file: Path) -> None:
     """A VAE of as many blocks, with few channels."""
     config = json.loads(file.read_text())
-    config |= {"block_out_channels": [32] * len(config["block_out_channels"])} if "block_out_channels" in config else {"base_dim": 16}
+    config |= (
+        {"block_out_channels": [32] * len(config["block_out_channels"])}
+        if "block_out_channels" in config
+        else {"base_dim": 16}
+    )
     file.write_text(json.dumps(config))
 
 
 def card_config(card: str, folder: Path, rehearse: bool, *settings: str) -> Config:
-    """The shipped config of a card on a folder: one unit, the JPEG reward in this process, no second copy of the transformer."""
+    """The shipped config of a card on a folder: one unit, the JPEG reward in this process, no
+    second copy of the transformer."""
     own = [
         f"model.path={folder}",
         "data.prompts_per_iteration=1",
@@ -77,7 +84,8 @@ def card_config(card: str, folder: Path, rehearse: bool, *settings: str) -> Conf
 
 
 def random_policy(config: Config, device: torch.device, dtype: torch.dtype):
-    """The policy of a config whose folder holds JSON alone: transformer and VAE on the device, and made-up embeddings of texts."""
+    """The policy of a config whose folder holds JSON alone: transformer and VAE on the device, and
+    made-up embeddings of texts."""
     import diffusers
 
     from tempflow.models import check_text_length, family_of
@@ -88,10 +96,18 @@ def random_policy(config: Config, device: torch.device, dtype: torch.dtype):
     for name in ("transformer", "vae"):
         settings = json.loads((folder / name / "config.json").read_text())
         parts[name] = random_model("diffusers", index[name][1], settings, str(device), dtype)
-    parts["scheduler"] = getattr(diffusers, index["scheduler"][1]).from_pretrained(folder / "scheduler")
-    named = {name: parts.get(name, not_loaded(name)) for name, value in index.items() if isinstance(value, list)}
+    parts["scheduler"] = getattr(diffusers, index["scheduler"][1]).from_pretrained(
+        folder / "scheduler"
+    )
+    named = {
+        name: parts.get(name, not_loaded(name))
+        for name, value in index.items()
+        if isinstance(value, list)
+    }
     length = check_text_length(str(folder), config.model.max_sequence_length)
-    policy = family_of(str(folder))(getattr(diffusers, index["_class_name"])(**named), device=device, max_sequence_length=length)
+    policy = family_of(str(folder))(
+        getattr(diffusers, index["_class_name"])(**named), device=device, max_sequence_length=length
+    )
     described = type(policy).skeleton(str(folder), policy.dtype, length)
     described.size = config.rollout.size
 
@@ -118,17 +134,26 @@ class RandomEngine:
         from tempflow.training.session import assemble
 
         distributed.init_distributed()
-        config = card_config(card, card_folder(card, context.scratch, layers, context.rehearse), context.rehearse, *settings)
+        config = card_config(
+            card,
+            card_folder(card, context.scratch, layers, context.rehearse),
+            context.rehearse,
+            *settings,
+        )
         before = context.allocated()
         policy = random_policy(config, context.device, context.dtype)
         self.weights = None if before is None else context.allocated() - before  # bytes
         specs, prompts = parse_rewards(config.rewards), load_prompts(config.data.train)
         self.order = PromptOrder(len(prompts), 1, 0)
-        self.session = assemble(config, policy, EmbeddingCache(policy), RewardPool(specs, workers=0), specs, prompts)
+        self.session = assemble(
+            config, policy, EmbeddingCache(policy), RewardPool(specs, workers=0), specs, prompts
+        )
 
     def start_training(self) -> None:
         from tempflow.training import engine as runtime
 
         s = self.session
-        with mock.patch.object(runtime, "load_denoiser", lambda path, dtype: s.policy.denoiser().to(dtype)):
+        with mock.patch.object(
+            runtime, "load_denoiser", lambda path, dtype: s.policy.denoiser().to(dtype)
+        ):
             s.runtime = runtime.Runtime(s.config, s.policy)

@@ -12,7 +12,8 @@ SHOWN = 160  # characters of a reason on the page
 
 
 class Report:
-    """head: what the whole report depends on; steps: name, status, reason, seconds, result and proved paths of each so far.
+    """head: what the whole report depends on; steps: name, status, reason, seconds, result and
+    proved paths of each so far.
 
     The file is written after every step; its name may depend on the first one's findings.
     """
@@ -46,16 +47,37 @@ class Report:
 
 def summary(head: dict, steps: list[dict]) -> str:
     """The report on a page: a line a step, then the tables that steps have made."""
-    title = "# Rehearsal on a CPU: no number below says anything about a GPU" if head["rehearsed"] else f"# {head['card']}, {head['date']}"
-    versions = ", ".join(f"{name} {version}" for name, version in head.get("versions", {}).items() if version)
-    lines = [title, "", f"`python benchmarks/gpu.py`; {versions}.", "", "| step | status | s | |", "|---|---|---|---|"]
+    title = (
+        "# Rehearsal on a CPU: no number below says anything about a GPU"
+        if head["rehearsed"]
+        else f"# {head['card']}, {head['date']}"
+    )
+    versions = ", ".join(
+        f"{name} {version}" for name, version in head.get("versions", {}).items() if version
+    )
+    lines = [
+        title,
+        "",
+        f"`python benchmarks/gpu.py`; {versions}.",
+        "",
+        "| step | status | s | |",
+        "|---|---|---|---|",
+    ]
     for step in steps:
         said = step["result"].get("headline") or BY_NAME[step["name"]].about
         reason = f"; {step['reason'][:SHOWN]}" if step["reason"] else ""
-        lines.append(f"| {step['name']} | {step['status']} | {step['seconds']:.0f} | {_cell(said + reason)} |")
+        lines.append(
+            f"| {step['name']} | {step['status']} | {step['seconds']:.0f} |"
+            f" {_cell(said + reason)} |"
+        )
     for step in steps:
         if step["result"].get("table"):
-            lines += ["", f"**{step['name']}**: {BY_NAME[step['name']].about}.", "", *table(step["result"]["table"])]
+            lines += [
+                "",
+                f"**{step['name']}**: {BY_NAME[step['name']].about}.",
+                "",
+                *table(step["result"]["table"]),
+            ]
     return "\n".join(lines) + "\n"
 
 
@@ -63,7 +85,9 @@ def table(rows: list[dict]) -> list[str]:
     """Markdown of dictionaries; a column for every key."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     head = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-    return head + [f"| {' | '.join(_cell(_text(row.get(column))) for column in columns)} |" for row in rows]
+    return head + [
+        f"| {' | '.join(_cell(_text(row.get(column))) for column in columns)} |" for row in rows
+    ]
 
 
 def _text(value) -> str:

@@ -12,8 +12,18 @@ from gpu_steps import hardware
 from gpu_steps.context import ROOT, Context, Skipped
 
 KERNELS, RUNS = "tests/kernels", "tests/engine/test_gpu_runs.py"
-REPLAYED = ["rollout", "decoding", "evaluation", "weight sync", "weight average", "LoRA", "ZeRO-1", "CUDA graphs"]
-SHOWN = {  # start of "module::test" -> the paths that such tests show, where some passed and none failed
+REPLAYED = [
+    "rollout",
+    "decoding",
+    "evaluation",
+    "weight sync",
+    "weight average",
+    "LoRA",
+    "ZeRO-1",
+    "CUDA graphs",
+]
+# start of "module::test" -> the paths that such tests show, where some passed and none failed
+SHOWN = {
     "test_noise": ["normal"],
     "test_sde_step": ["sde_step"],
     "test_group_loss": ["group_loss"],
@@ -21,7 +31,10 @@ SHOWN = {  # start of "module::test" -> the paths that such tests show, where so
     "test_float8": ["float8 suffix"],
     "test_reward_models": ["reward models on the GPU"],
     **{
-        f"test_gpu_families::test_graphs_on_the_gpu[{entry['path']}]": [entry["path"], "CUDA graphs"]
+        f"test_gpu_families::test_graphs_on_the_gpu[{entry['path']}]": [
+            entry["path"],
+            "CUDA graphs",
+        ]
         for entry in hardware.load()
         if entry["area"] == "Families"
     },
@@ -34,7 +47,8 @@ SHOWN = {  # start of "module::test" -> the paths that such tests show, where so
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one test. test: "module::name"; status: "passed", "failed" or "skipped"; message: why it is not the first."""
+    """Of one test. test: "module::name"; status: "passed", "failed" or "skipped"; message: why it
+    is not the first."""
 
     test: str
     status: str
@@ -49,14 +63,30 @@ def tests(context: Context) -> None:
 
 
 def sweeps(context: Context) -> None:
-    """Every kernel against float64, and what only a GPU can show of them. A rehearsal takes one, in Triton's interpreter."""
-    _run(context, [KERNELS, "-k", "test_normals_match_float64 and triton"] if context.rehearse else [KERNELS, "-m", "gpu"])
+    """Every kernel against float64, and what only a GPU can show of them. A rehearsal takes one, in
+    Triton's interpreter."""
+    _run(
+        context,
+        (
+            [KERNELS, "-k", "test_normals_match_float64 and triton"]
+            if context.rehearse
+            else [KERNELS, "-m", "gpu"]
+        ),
+    )
 
 
 def runs(context: Context) -> None:
-    """Two iterations of tiny_ocr through the launcher, as a user starts it: LoRA at ZeRO-1 with graphs, all weights at ZeRO-3, both
-    resumed, and a float8 suffix. A rehearsal takes the smallest of the same runs on the CPU."""
-    _run(context, [RUNS, "-k", "the_same_runs_on_the_cpu and full"] if context.rehearse else [RUNS, "-m", "gpu"])
+    """Two iterations of tiny_ocr through the launcher, as a user starts it: LoRA at ZeRO-1 with
+    graphs, all weights at ZeRO-3, both resumed, and a float8 suffix. A rehearsal takes the smallest
+    of the same runs on the CPU."""
+    _run(
+        context,
+        (
+            [RUNS, "-k", "the_same_runs_on_the_cpu and full"]
+            if context.rehearse
+            else [RUNS, "-m", "gpu"]
+        ),
+    )
 
 
 def _run(context: Context, chosen: list[str]) -> None:
@@ -64,9 +94,14 @@ def _run(context: Context, chosen: list[str]) -> None:
     command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={file}", *chosen]
     done = subprocess.run(command, cwd=ROOT)
     if not file.exists():
-        raise AssertionError(f"pytest ended with status {done.returncode} before it wrote its results")
+        raise AssertionError(
+            f"pytest ended with status {done.returncode} before it wrote its results"
+        )
     found = outcomes(file)
-    counts = {status: sum(one.status == status for one in found) for status in ("passed", "failed", "skipped")}
+    counts = {
+        status: sum(one.status == status for one in found)
+        for status in ("passed", "failed", "skipped")
+    }
     context.note(
         **counts,
         tests=[one.__dict__ for one in found if one.status != "skipped" or one.message],
@@ -75,7 +110,9 @@ def _run(context: Context, chosen: list[str]) -> None:
     context.prove(*shown(found))
     failed = [one for one in found if one.status == "failed"]
     if failed:
-        raise AssertionError(f"{len(failed)} tests failed, the first: {failed[0].test}: {failed[0].message[:300]}")
+        raise AssertionError(
+            f"{len(failed)} tests failed, the first: {failed[0].test}: {failed[0].message[:300]}"
+        )
     if not counts["passed"]:
         reasons = "; ".join(sorted({one.message for one in found}))
         raise Skipped(reasons or f"no test was chosen (pytest ended with status {done.returncode})")
@@ -85,10 +122,21 @@ def outcomes(file: Path) -> list[Outcome]:
     """Every test of pytest's XML report."""
     found = []
     for case in ElementTree.parse(file).getroot().iter("testcase"):
-        trouble = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
-        status = "passed" if trouble is None else "skipped" if trouble.tag == "skipped" else "failed"
+        trouble = next(
+            (child for child in case if child.tag in ("failure", "error", "skipped")), None
+        )
+        status = (
+            "passed" if trouble is None else "skipped" if trouble.tag == "skipped" else "failed"
+        )
         test = f"{case.get('classname', '').split('.')[-1]}::{case.get('name', '')}"
-        found.append(Outcome(test, status, float(case.get("time", 0)), "" if trouble is None else trouble.get("message", "")))
+        found.append(
+            Outcome(
+                test,
+                status,
+                float(case.get("time", 0)),
+                "" if trouble is None else trouble.get("message", ""),
+            )
+        )
     return found
 
 

@@ -1,4 +1,5 @@
-"""torch.profiler of FLUX.1-dev's forward and of a micro-batch: which kernels take the time, and does the host keep the card busy?"""
+"""torch.profiler of FLUX.1-dev's forward and of a micro-batch: which kernels take the time, and
+does the host keep the card busy?"""
 
 from __future__ import annotations
 
@@ -18,14 +19,25 @@ TOP = 12
 
 
 def trace(context: Context) -> None:
-    engine = RandomEngine(context, "flux-dev", None, "rollout.plan.branch_steps=[0]", "rollout.plan.children=2", "rollout.num_steps=2")
+    engine = RandomEngine(
+        context,
+        "flux-dev",
+        None,
+        "rollout.plan.branch_steps=[0]",
+        "rollout.plan.children=2",
+        "rollout.num_steps=2",
+    )
     session, rows = engine.session, []
 
     def profile(what: str, function: Callable) -> None:
         function()
         seen = busy_and_gaps(_events(context, function))
         rows.append({"what": what, **{key: value for key, value in seen.items() if key != "top"}})
-        context.note(table=rows, **{what: seen["top"]}, headline="; ".join(f"{row['what']}: busy {row['busy']:.1%}" for row in rows))
+        context.note(
+            table=rows,
+            **{what: seen["top"]},
+            headline="; ".join(f"{row['what']}: busy {row['busy']:.1%}" for row in rows),
+        )
 
     def roll_out():
         return roll_out_and_score(session, engine.order.indices(0), 0)
@@ -47,12 +59,15 @@ def _events(context: Context, function: Callable) -> list[dict]:
     file = Path(context.scratch, "trace.json")
     profiler.export_chrome_trace(str(file))
     wanted = ("cpu_op",) if context.rehearse else ON_DEVICE
-    return [event for event in json.loads(file.read_text())["traceEvents"] if event.get("cat") in wanted]
+    return [
+        event for event in json.loads(file.read_text())["traceEvents"] if event.get("cat") in wanted
+    ]
 
 
 def busy_and_gaps(events: list[dict]) -> dict:
-    """From the first event's start to the last one's end: the share of the time in which something runs, the gaps between, and the
-    events that take most time together. Times are microseconds in a trace, seconds here."""
+    """From the first event's start to the last one's end: the share of the time in which something
+    runs, the gaps between, and the events that take most time together. Times are microseconds in a
+    trace, seconds here."""
     if not events:
         raise AssertionError("the profiler saw nothing on the device")
     spans = sorted((event["ts"], event["ts"] + event["dur"]) for event in events)

@@ -1,4 +1,5 @@
-"""FLUX.1-dev, 12 billion random weights: the rollout of one unit, and LoRA updates on it of one, two and three states at a time."""
+"""FLUX.1-dev, 12 billion random weights: the rollout of one unit, and LoRA updates on it of one,
+two and three states at a time."""
 
 from __future__ import annotations
 
@@ -12,7 +13,10 @@ from gpu_steps.context import Context, ratio
 from gpu_steps.models import RandomEngine
 from tempflow.estimate.estimate import estimate
 
-POLICY, REFERENCE = 2, 1  # forwards that a row of an update costs: with the adapters' backward, and of the reference
+POLICY, REFERENCE = (
+    2,
+    1,
+)  # forwards that a row of an update costs: with the adapters' backward, and of the reference
 
 
 def training(context: Context) -> None:
@@ -45,22 +49,31 @@ def training(context: Context) -> None:
         )
         return result
 
-    data, scored = measure("rollout of a unit", lambda: roll_out_and_score(session, engine.order.indices(0), 0), 1)
+    data, scored = measure(
+        "rollout of a unit", lambda: roll_out_and_score(session, engine.order.indices(0), 0), 1
+    )
     engine.start_training()
     context.note(trained_bytes=context.allocated())
     passes = (POLICY + REFERENCE) / 2 if session.config.needs_reference() else POLICY
     for size in (1, 2, 3):
         sized = session.variant(changed(session.config, training={"micro_batch": size}))
-        measure(f"update, micro_batch {size}", lambda sized=sized: train(sized, data, scored), passes)
-        assert torch.isfinite(torch.stack([p.detach().float().norm() for p in session.runtime.trainable.values()])).all()
+        measure(
+            f"update, micro_batch {size}", lambda sized=sized: train(sized, data, scored), passes
+        )
+        assert torch.isfinite(
+            torch.stack([p.detach().float().norm() for p in session.runtime.trainable.values()])
+        ).all()
     context.prove("flux", "rollout", "LoRA", "ZeRO-1")
     _expect(context, engine, rows)
 
 
 def _expect(context: Context, engine: RandomEngine, rows: list[dict]) -> None:
-    """Beside each update's memory the dry run's. At the end: at full depth it takes a CPU some seconds each."""
+    """Beside each update's memory the dry run's. At the end: at full depth it takes a CPU some
+    seconds each."""
     for row, size in zip(rows[1:], (1, 2, 3), strict=True):
         expected = estimate(changed(engine.session.config, training={"micro_batch": size}))
-        activations = max(item.bytes for item in expected.memory.moments if item.name.startswith("training"))
+        activations = max(
+            item.bytes for item in expected.memory.moments if item.name.startswith("training")
+        )
         row |= {"dry run": activations / 1e9, "ratio": ratio(row["GB on top"], activations / 1e9)}
         context.note(table=rows)

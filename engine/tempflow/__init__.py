@@ -1,12 +1,17 @@
 """TempFlow-GRPO: reinforcement learning of flow-matching text-to-image models.
 
-The library surface for notebooks is `train`, `evaluate`, `sample` and `load_policy`; the commands use the modules below it. Importing
-this package loads no torch, so that reward workers start fast.
+The library surface for notebooks is `train`, `evaluate`, `sample` and `load_policy`; the commands
+use the modules below it. Importing this package loads no torch, so that reward workers start fast.
 """
 
 import importlib
 
-_HOMES = {"evaluate": "tempflow.api", "load_policy": "tempflow.models", "sample": "tempflow.api", "train": "tempflow.api"}
+_HOMES = {
+    "evaluate": "tempflow.api",
+    "load_policy": "tempflow.models",
+    "sample": "tempflow.api",
+    "train": "tempflow.api",
+}
 
 __all__ = list(_HOMES)
 

@@ -1,4 +1,5 @@
-"""Small questions: what a config can name (`python -m tempflow components`), and how far two folders of images are apart (`drift`)."""
+"""Small questions: what a config can name (`python -m tempflow components`), and how far two
+folders of images are apart (`drift`)."""
 
 from __future__ import annotations
 
@@ -11,16 +12,24 @@ from tempflow.arguments import path, positive
 from tempflow.errors import UserError
 from tempflow.registry import KINDS, Kind, find, options_of, summary_of
 
-EPILOG = "Training, evaluation, sampling and export: tempflow-train, tempflow-evaluate, tempflow-sample, tempflow-export."
+EPILOG = (
+    "Training, evaluation, sampling and export: tempflow-train, tempflow-evaluate, tempflow-sample,"
+    " tempflow-export."
+)
 
 
 def components() -> str:
-    """Every kind with its ids, a line each: the options with their defaults, and what it is. The weights of the steps are no
-    classes, but chosen in the same way."""
+    """Every kind with its ids, a line each: the options with their defaults, and what it is. The
+    weights of the steps are no classes, but chosen in the same way."""
     from tempflow.sampling.weights import PROFILES  # loads torch
 
-    weights = ["weighting: training.weighting", *(f"  {value}: {what}" for value, what in PROFILES.items())]
-    return "\n\n".join([*(_of_kind(name, kind) for name, kind in KINDS.items()), "\n".join(weights)])
+    weights = [
+        "weighting: training.weighting",
+        *(f"  {value}: {what}" for value, what in PROFILES.items()),
+    ]
+    return "\n\n".join(
+        [*(_of_kind(name, kind) for name, kind in KINDS.items()), "\n".join(weights)]
+    )
 
 
 def _of_kind(name: str, kind: Kind) -> str:
@@ -32,12 +41,18 @@ def _line(name: str, id: str) -> str:
         target = find(name, id)
     except UserError as error:  # a package of its own that is not installed
         return f"{id}: {error}"
-    options = "" if name == "policy" else f"({', '.join(_option(o) for o in options_of(target))})"  # a policy is made from a checkpoint
+    options = (
+        "" if name == "policy" else f"({', '.join(_option(o) for o in options_of(target))})"
+    )  # a policy is made from a checkpoint
     return f"{id}{options}: {summary_of(target)}"
 
 
 def _option(option) -> str:
-    return option.name if option.default is inspect.Parameter.empty else f"{option.name}={json.dumps(option.default, default=repr)}"
+    return (
+        option.name
+        if option.default is inspect.Parameter.empty
+        else f"{option.name}={json.dumps(option.default, default=repr)}"
+    )
 
 
 def main() -> int:
@@ -46,12 +61,22 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     commands.add_parser("components", help="list what a config can name, with the options of each")
     drift = commands.add_parser(
-        "drift", help="how far the PNG or WebP files of one folder are from those of the same names in another, as JSON"
+        "drift",
+        help=(
+            "how far the PNG or WebP files of one folder are from those of the same names in"
+            " another, as JSON"
+        ),
     )
-    drift.add_argument("base", type=path, help="folder of the base's images, such as RUN/samples/000000")
-    drift.add_argument("now", type=path, help="folder of the images now, such as RUN/samples/000150")
     drift.add_argument(
-        "--neighbors", type=positive, help="precision and recall as well, with balls to the k-th nearest image (default: off)"
+        "base", type=path, help="folder of the base's images, such as RUN/samples/000000"
+    )
+    drift.add_argument(
+        "now", type=path, help="folder of the images now, such as RUN/samples/000150"
+    )
+    drift.add_argument(
+        "--neighbors",
+        type=positive,
+        help="precision and recall as well, with balls to the k-th nearest image (default: off)",
     )
     args = parser.parse_args()
     if args.command == "components":

@@ -1,4 +1,5 @@
-"""Types of command-line options: what cannot be meant is argparse's error, which names the option, with status 2."""
+"""Types of command-line options: what cannot be meant is argparse's error, which names the option,
+with status 2."""
 
 from __future__ import annotations
 
@@ -18,8 +19,15 @@ def whole(low: int, high: int = LARGEST) -> Callable[[str], int]:
 
     def read(text: str) -> int:
         digits = text.removeprefix("-")
-        if not (digits.isascii() and digits.isdecimal() and len(digits) < 30 and low <= int(text) <= high):
-            raise argparse.ArgumentTypeError(f"expected a whole number from {low} to {high}, got {shown(text)}")
+        if not (
+            digits.isascii()
+            and digits.isdecimal()
+            and len(digits) < 30
+            and low <= int(text) <= high
+        ):
+            raise argparse.ArgumentTypeError(
+                f"expected a whole number from {low} to {high}, got {shown(text)}"
+            )
         return int(text)
 
     return read
@@ -37,14 +45,16 @@ def number(text: str) -> float:
 
 
 def filled(text: str) -> str:
-    """A name or text. An empty one is most often a shell variable that was not set, and no wish for the default."""
+    """A name or text. An empty one is most often a shell variable that was not set, and no wish for
+    the default."""
     if not text.strip():
         raise argparse.ArgumentTypeError(f"expected a text that is not empty, got {shown(text)}")
     return text
 
 
 def path(text: str) -> Path:
-    """A file or folder; an empty name would be the working folder. Shells leave the ~ of --out=~/images as it is."""
+    """A file or folder; an empty name would be the working folder. Shells leave the ~ of
+    --out=~/images as it is."""
     try:
         return Path(at_home(filled(text)))
     except ValueError as error:
@@ -67,9 +77,15 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser, required: bool = T
         "--checkpoint",
         type=checkpoint,
         metavar="N|best",
-        help="an iteration, or the best as checkpoint.keep_best says (default: the newest whole one)",
+        help=(
+            "an iteration, or the best as checkpoint.keep_best says (default: the newest whole one)"
+        ),
     )
-    parser.add_argument("--weights", choices=("ema", "merge", "raw"), help="default: the average where the run keeps one, else raw")
+    parser.add_argument(
+        "--weights",
+        choices=("ema", "merge", "raw"),
+        help="default: the average where the run keeps one, else raw",
+    )
 
 
 def add_image_argument(parser: argparse.ArgumentParser) -> None:
@@ -79,7 +95,10 @@ def add_image_argument(parser: argparse.ArgumentParser) -> None:
         type=path,
         nargs="+",
         action="append",
-        help="condition images of --prompt; given once they are for every prompt, else once for each in their order",
+        help=(
+            "condition images of --prompt; given once they are for every prompt, else once for each"
+            " in their order"
+        ),
     )
 
 

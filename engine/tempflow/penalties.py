@@ -1,8 +1,10 @@
-"""Penalties: what holds the policy to the one before training, or to the one before an iteration's updates.
+"""Penalties: what holds the policy to the one before training, or to the one before an iteration's
+updates.
 
-Both policies take the same noise, so divergences of their steps are functions of one number per state, z^2 = |mean - mean'|^2 / tau^2 with
-mean - mean' = b (v - v'). The sum over the latent's D elements is a mean here, as it is in log-probabilities, times an option `scale`;
-with scale = D it is the divergence of the joint density.
+Both policies take the same noise, so divergences of their steps are functions of one number per
+state, z^2 = |mean - mean'|^2 / tau^2 with mean - mean' = b (v - v'). The sum over the latent's D
+elements is a mean here, as it is in log-probabilities, times an option `scale`; with scale = D it
+is the divergence of the joint density.
 """
 
 from __future__ import annotations
@@ -16,11 +18,13 @@ from tempflow.errors import UserError, check_range, shown
 
 To = Literal["reference", "old"]
 FIRST_STEPS = [0, 1, 2]
-MOST = 20.0  # of z^2 under an exponential, which goes on along its tangent: e^20 leaves fp32 room for sums
+# of z^2 under an exponential, which goes on along its tangent: e^20 leaves fp32 room for sums
+MOST = 20.0
 
 
 class Penalty(ABC):
-    """A divergence from another policy, added to the loss of every state that it acts on, whatever the state's weight."""
+    """A divergence from another policy, added to the loss of every state that it acts on, whatever
+    the state's weight."""
 
     coef: float
     """What the divergence is multiplied by."""
@@ -41,8 +45,11 @@ class Penalty(ABC):
         return self.steps is None or step in self.steps
 
     @abstractmethod
-    def divergence(self, velocity: torch.Tensor, reference: torch.Tensor, b: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
-        """fp32 [N], differentiable in `velocity` [N, ...]; b, tau: fp32 [N] of the states' steps."""
+    def divergence(
+        self, velocity: torch.Tensor, reference: torch.Tensor, b: torch.Tensor, tau: torch.Tensor
+    ) -> torch.Tensor:
+        """fp32 [N], differentiable in `velocity` [N, ...]; b, tau: fp32 [N] of the states'
+        steps."""
 
 
 def apart(velocity: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
@@ -57,9 +64,17 @@ def over_noise(b: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
 
 def checked(steps: list | None) -> list[int] | None:
     """UserError for what is no list of steps."""
-    if steps is None or isinstance(steps, list) and steps and all(type(k) is int and k >= 0 for k in steps):
+    if (
+        steps is None
+        or isinstance(steps, list)
+        and steps
+        and all(type(k) is int and k >= 0 for k in steps)
+    ):
         return steps
-    raise UserError(f"steps: expected null or a list of places in the sampling grid from 0 on, got {shown(steps)}")
+    raise UserError(
+        "steps: expected null or a list of places in the sampling grid from 0 on, got"
+        f" {shown(steps)}"
+    )
 
 
 class Kl(Penalty):
@@ -68,11 +83,18 @@ class Kl(Penalty):
     Args:
         coef: beta, its weight in the loss, above 0.
         form: "x", of the means of the steps over tau, or "v", the plain distance of the velocities.
-        to: "reference", the policy before training, or "old", the one before an iteration's updates, which costs no forward.
+        to: "reference", the policy before training, or "old", the one before an iteration's
+            updates, which costs no forward.
         steps: places in the sampling grid on whose states it acts; null: all.
     """
 
-    def __init__(self, coef: float, form: Literal["x", "v"] = "x", to: To = "reference", steps: list | None = None):
+    def __init__(
+        self,
+        coef: float,
+        form: Literal["x", "v"] = "x",
+        to: To = "reference",
+        steps: list | None = None,
+    ):
         check_range("coef", coef, above=0)
         self.coef, self.form, self.to, self.steps = coef, form, to, checked(steps)
         self.kernel = (coef, form) if steps is None else None
@@ -83,15 +105,18 @@ class Kl(Penalty):
 
 
 class ChannelKl(Penalty):
-    """KL divergence of the channel means of a step from the other policy's: holds color and brightness, leaves structure free.
+    """KL divergence of the channel means of a step from the other policy's: holds color and
+    brightness, leaves structure free.
 
-    A latent's mean over its positions decides what an image looks like on the whole; words, layout and detail hardly change it. Its
-    Gaussian has the mean of mu over positions and the variance tau^2 / positions; per element the divergence is
-    b^2 mean_channels(mean_positions(v - v')^2) / (2 tau^2), never more than that of the whole latent, so coefficients compare.
+    A latent's mean over its positions decides what an image looks like on the whole; words, layout
+    and detail hardly change it. Its Gaussian has the mean of mu over positions and the variance
+    tau^2 / positions; per element the divergence is b^2 mean_channels(mean_positions(v - v')^2) /
+    (2 tau^2), never more than that of the whole latent, so coefficients compare.
 
     Args:
         coef: its weight in the loss, above 0.
-        to: "reference", the policy before training, or "old", the one before an iteration's updates, which costs no forward.
+        to: "reference", the policy before training, or "old", the one before an iteration's
+            updates, which costs no forward.
         steps: places in the sampling grid on whose states it acts; null: all.
     """
 
@@ -100,7 +125,11 @@ class ChannelKl(Penalty):
         self.coef, self.to, self.steps = coef, to, checked(steps)
 
     def divergence(self, velocity, reference, b, tau):
-        return 0.5 * over_noise(b, tau) * channel_means(velocity.float() - reference.float()).square().mean(1)
+        return (
+            0.5
+            * over_noise(b, tau)
+            * channel_means(velocity.float() - reference.float()).square().mean(1)
+        )
 
 
 def channel_means(latents: torch.Tensor) -> torch.Tensor:
@@ -109,11 +138,13 @@ def channel_means(latents: torch.Tensor) -> torch.Tensor:
 
 
 class W2(Penalty):
-    """Squared Wasserstein-2 distance of a step from the other policy's, b^2 mean((v - v')^2) (DiverseGRPO).
+    """Squared Wasserstein-2 distance of a step from the other policy's, b^2 mean((v - v')^2)
+    (DiverseGRPO).
 
     Args:
         coef: its weight in the loss, above 0.
-        to: "reference", the policy before training, or "old", the one before an iteration's updates, which costs no forward.
+        to: "reference", the policy before training, or "old", the one before an iteration's
+            updates, which costs no forward.
         steps: places in the sampling grid on whose states it acts; null: all.
     """
 
@@ -125,19 +156,23 @@ class W2(Penalty):
         return b.square() * apart(velocity, reference)
 
 
-# ------------------------------------------------------------------------------------ functions of z^2 (arXiv 2503.06171)
+# -------------------------------------------------------------- functions of z^2 (arXiv 2503.06171)
 class OfDistance(Penalty):
     """A function of z^2, the squared distance of two steps in units of their noise.
 
     Args:
         coef: its weight in the loss, above 0.
-        to: "reference", the policy before training, or "old", the one before an iteration's updates, which costs no forward.
-        scale: what the mean over elements of z^2 is multiplied by, above 0. With 1, z^2 is so small that all divergences are KL
-            times a constant; with the number of elements it is that of the joint density.
+        to: "reference", the policy before training, or "old", the one before an iteration's
+            updates, which costs no forward.
+        scale: what the mean over elements of z^2 is multiplied by, above 0. With 1, z^2 is so small
+            that all divergences are KL times a constant; with the number of elements it is that of
+            the joint density.
         steps: places in the sampling grid on whose states it acts; null: all.
     """
 
-    def __init__(self, coef: float, to: To = "reference", scale: float = 1.0, steps: list | None = None):
+    def __init__(
+        self, coef: float, to: To = "reference", scale: float = 1.0, steps: list | None = None
+    ):
         check_range("coef", coef, above=0)
         check_range("scale", scale, above=0)
         self.coef, self.to, self.scale, self.steps = coef, to, scale, checked(steps)
@@ -165,7 +200,8 @@ class Hellinger(OfDistance):
 
 
 class Chi2(OfDistance):
-    """Pearson's chi-squared divergence, exp(z^2) - 1: forbids what is far out; above z^2 = 20 its tangent, so that it stays finite."""
+    """Pearson's chi-squared divergence, exp(z^2) - 1: forbids what is far out; above z^2 = 20 its
+    tangent, so that it stays finite."""
 
     def of(self, z2):
         near = z2.clamp(max=MOST)
@@ -179,7 +215,14 @@ class Renyi(OfDistance):
         order: above 0; 1 is KL.
     """
 
-    def __init__(self, coef: float, order: float = 0.5, to: To = "reference", scale: float = 1.0, steps: list | None = None):
+    def __init__(
+        self,
+        coef: float,
+        order: float = 0.5,
+        to: To = "reference",
+        scale: float = 1.0,
+        steps: list | None = None,
+    ):
         super().__init__(coef, to, scale, steps)
         check_range("order", order, above=0)
         self.order = order
@@ -189,13 +232,21 @@ class Renyi(OfDistance):
 
 
 class Alpha(OfDistance):
-    """Alpha divergence of an order, (1 - exp(-order (1 - order) z^2 / 2)) / (order (1 - order)): bounded, KL for small z.
+    """Alpha divergence of an order, (1 - exp(-order (1 - order) z^2 / 2)) / (order (1 - order)):
+    bounded, KL for small z.
 
     Args:
         order: above 0, below 1.
     """
 
-    def __init__(self, coef: float, order: float = 0.5, to: To = "reference", scale: float = 1.0, steps: list | None = None):
+    def __init__(
+        self,
+        coef: float,
+        order: float = 0.5,
+        to: To = "reference",
+        scale: float = 1.0,
+        steps: list | None = None,
+    ):
         super().__init__(coef, to, scale, steps)
         check_range("order", order, above=0, below=1)
         self.order = order
@@ -209,5 +260,7 @@ class TotalVariation(OfDistance):
     """Total variation, 2 Phi(z / 2) - 1: bounded, and of the same slope however small z is."""
 
     def of(self, z2):
-        z = torch.where(z2 > 0, torch.where(z2 > 0, z2, 1.0).sqrt(), 0.0)  # without a gradient at 0, where the slope has no direction
+        z = torch.where(
+            z2 > 0, torch.where(z2 > 0, z2, 1.0).sqrt(), 0.0
+        )  # without a gradient at 0, where the slope has no direction
         return torch.erf(z / 8**0.5)

@@ -1,6 +1,8 @@
-"""Names for what a profiler sees: NVTX ranges in the domain "tempflow", and the bracket for `--profile START:STOP`.
+"""Names for what a profiler sees: NVTX ranges in the domain "tempflow", and the bracket for
+`--profile START:STOP`.
 
-Without a profiler attached a range costs two microseconds. Use: nsys profile -t cuda,nvtx (README, "Profiling with Nsight").
+Without a profiler attached a range costs two microseconds. Use: nsys profile -t cuda,nvtx (README,
+"Profiling with Nsight").
 """
 
 from __future__ import annotations
@@ -24,9 +26,11 @@ def span(name: str, **facts) -> Iterator[None]:
 
 
 class Profile:
-    """Iterations between which the CUDA profiler runs, START:STOP with STOP excluded; nothing where text is None.
+    """Iterations between which the CUDA profiler runs, START:STOP with STOP excluded; nothing where
+    text is None.
 
-    For `nsys profile --capture-range=cudaProfilerApi`. Raises UserError for anything else than two rising numbers.
+    For `nsys profile --capture-range=cudaProfilerApi`. Raises UserError for anything else than two
+    rising numbers.
     """
 
     def __init__(self, text: str | None):
@@ -34,9 +38,14 @@ class Profile:
         if text is None:
             return
         first, colon, stop = text.partition(":")
-        numbers = first.isdecimal() and stop.isdecimal() and len(text) < 30  # more digits than that are not read at all
+        numbers = (
+            first.isdecimal() and stop.isdecimal() and len(text) < 30
+        )  # more digits than that are not read at all
         if not (colon and numbers and int(first) < int(stop)):
-            raise UserError(f"--profile {shortened(text, VALUE)}: expected START:STOP, iterations from 0 on, for example 2:4")
+            raise UserError(
+                f"--profile {shortened(text, VALUE)}: expected START:STOP, iterations from 0 on,"
+                " for example 2:4"
+            )
         self.first, self.stop = int(first), int(stop)
 
     def before(self, iteration: int) -> None:
@@ -46,5 +55,9 @@ class Profile:
         if iteration not in (self.first, self.stop) or not torch.cuda.is_available():
             return
         torch.cuda.synchronize()
-        call = torch.cuda.cudart().cudaProfilerStart if iteration == self.first else torch.cuda.cudart().cudaProfilerStop
+        call = (
+            torch.cuda.cudart().cudaProfilerStart
+            if iteration == self.first
+            else torch.cuda.cudart().cudaProfilerStop
+        )
         call()

@@ -1,8 +1,10 @@
-"""Components by name: what a run is made of, where each class lies, and the check of the options that a config gives it.
+"""Components by name: what a run is made of, where each class lies, and the check of the options
+that a config gives it.
 
-An id maps to `module:Name`, imported only when the component is used, so its packages are needed only by those who use it. The
-options of a component are the arguments of its constructor: their names, types and defaults are read from its signature, their help
-from the `Args:` of its docstring. To add a component, add its line to `KINDS`; a user's own is named `my_module:MyName` in the config.
+An id maps to `module:Name`, imported only when the component is used, so its packages are needed
+only by those who use it. The options of a component are the arguments of its constructor: their
+names, types and defaults are read from its signature, their help from the `Args:` of its docstring.
+To add a component, add its line to `KINDS`; a user's own is named `my_module:MyName` in the config.
 """
 
 from __future__ import annotations
@@ -142,7 +144,9 @@ KINDS = {
         },
     ),
 }
-IN_CONFIG = {kind.key: name for name, kind in KINDS.items() if kind.default}  # keys whose value is one component
+IN_CONFIG = {
+    kind.key: name for name, kind in KINDS.items() if kind.default
+}  # keys whose value is one component
 
 _TYPES = {
     "bool": (bool, "true or false"),
@@ -165,12 +169,13 @@ class Option:
     help: str
 
 
-# ------------------------------------------------------------------------------------------------------------ building
+# ----------------------------------------------------------------------------------------- building
 def build(kind: str, given: str | dict, key: str | None = None):
     """A component of a config's value: an id, `module:Name`, or a table of a `type` and options.
 
-    Raises `UserError`, which begins with the key, for an unknown name, an import that fails, a class of another kind, and an
-    option that the component lacks, that has the wrong type or that its constructor refuses.
+    Raises `UserError`, which begins with the key, for an unknown name, an import that fails, a
+    class of another kind, and an option that the component lacks, that has the wrong type or that
+    its constructor refuses.
     """
     key = key or KINDS[kind].key
     name, options = _split(kind, given, key)
@@ -184,8 +189,15 @@ def resolve(kind: str, given: str | dict) -> dict:
     """The table of a component with every option in it, defaults included. UserError as `build`."""
     build(kind, given)
     name, options = _split(kind, given, KINDS[kind].key)
-    known = {option.name: options.get(option.name, option.default) for option in options_of(find(kind, name))}
-    return {"type": name, **{key: value for key, value in known.items() if isinstance(value, _PLAIN)}, **options}
+    known = {
+        option.name: options.get(option.name, option.default)
+        for option in options_of(find(kind, name))
+    }
+    return {
+        "type": name,
+        **{key: value for key, value in known.items() if isinstance(value, _PLAIN)},
+        **options,
+    }
 
 
 def _split(kind: str, given: str | dict, key: str) -> tuple[str, dict]:
@@ -201,7 +213,10 @@ def find(kind: str, name: str, key: str | None = None):
     key = key or KINDS[kind].key
     target, base = import_from(key, path_of(kind, name, key)), KINDS[kind].base
     if not (inspect.isclass(target) and issubclass(target, import_from(key, base))):
-        raise UserError(f"{key}: {name} is no {kind}: expected a subclass of {base.replace(':', '.')}, got {target!r}")
+        raise UserError(
+            f"{key}: {name} is no {kind}: expected a subclass of {base.replace(':', '.')}, got"
+            f" {target!r}"
+        )
     check_concrete(key, target)
     return target
 
@@ -219,52 +234,73 @@ def path_of(kind: str, name: str, key: str) -> str:
     near = difflib.get_close_matches(str(name), ids, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else "."
     raise UserError(
-        f"{key}: unknown {kind} {shown(name)}{hint} Known: {', '.join(sorted(ids))}; or your own as 'my_module:My{kind.title()}'"
+        f"{key}: unknown {kind} {shown(name)}{hint} Known: {', '.join(sorted(ids))}; or your own as"
+        f" 'my_module:My{kind.title()}'"
     )
 
 
 def import_from(key: str, path: str):
     """What `module:Name` names; UserError, after `key`, where it cannot be imported."""
     module, _, attribute = path.partition(":")
-    # A user's module usually lies where the command is run, which a script's sys.path does not hold.
+    # A user's module usually lies where the command is run, which a script's sys.path does not
+    # hold.
     if module.partition(".")[0] != __package__ and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
         return getattr(importlib.import_module(module), attribute)
     except Exception as error:
-        text = f"{key}: cannot import {path!r}: {type(error).__name__}: {error}{_place(error, module)}"
+        text = (
+            f"{key}: cannot import {path!r}: {type(error).__name__}: {error}{_place(error, module)}"
+        )
         raise UserError(text) from error
 
 
 def _place(error: Exception, module: str) -> str:
     """Where an import failed: the line in the user's file, or where the module was looked for."""
     if isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]:
-        return f"; it must lie in the folder of the command ({os.getcwd()}), in one of PYTHONPATH, or be installed"
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__)[1:] if "importlib" not in frame.filename]
+        return (
+            f"; it must lie in the folder of the command ({os.getcwd()}), in one of PYTHONPATH, or"
+            " be installed"
+        )
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)[1:]
+        if "importlib" not in frame.filename
+    ]
     return f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
 
 
 def check_concrete(key: str, target) -> None:
     """UserError for a class that leaves methods of its protocol out."""
     if inspect.isabstract(target):
-        raise UserError(f"{key}: {target!r} does not define {', '.join(sorted(target.__abstractmethods__))}")
+        raise UserError(
+            f"{key}: {target!r} does not define {', '.join(sorted(target.__abstractmethods__))}"
+        )
 
 
 @contextmanager
 def keyed(key: str, target):
-    """Put the key before what a component finds wrong, as `key.option: ` where that begins with one of its options."""
+    """Put the key before what a component finds wrong, as `key.option: ` where that begins with one
+    of its options."""
     try:
         yield
     except UserError as error:
-        is_option = str(error).partition(":")[0].partition(".")[0] in inspect.signature(target).parameters
+        is_option = (
+            str(error).partition(":")[0].partition(".")[0] in inspect.signature(target).parameters
+        )
         raise UserError(f"{key}{'.' if is_option else ': '}{error}") from error
 
 
-# ------------------------------------------------------------------------------------------------------------- options
+# ------------------------------------------------------------------------------------------ options
 def options_of(target, skip: int = 0) -> list[Option]:
-    """The options of a class, or of a function less its first `skip` arguments; a class need not repeat the help of its base's."""
+    """The options of a class, or of a function less its first `skip` arguments; a class need not
+    repeat the help of its base's."""
     documented = reversed(target.__mro__[:-1]) if inspect.isclass(target) else [target]
-    help_of = {name: text for one in documented for name, text in _help(inspect.cleandoc(one.__doc__ or "")).items()}
+    help_of = {
+        name: text
+        for one in documented
+        for name, text in _help(inspect.cleandoc(one.__doc__ or "")).items()
+    }
     hints = _hints(target)
     return [
         Option(p.name, hints.get(p.name, p.annotation), p.default, help_of.get(p.name, ""))
@@ -273,10 +309,13 @@ def options_of(target, skip: int = 0) -> list[Option]:
     ]
 
 
-def check_options(key: str, target, options: dict, *, also: tuple[str, ...] = (), skip: int = 0) -> None:
+def check_options(
+    key: str, target, options: dict, *, also: tuple[str, ...] = (), skip: int = 0
+) -> None:
     """UserError for options that the signature of `target` does not have, or that contradict it.
 
-    also: other keys of the table, named in the messages. skip: arguments of a function that are not options.
+    also: other keys of the table, named in the messages. skip: arguments of a function that are not
+    options.
     """
     known = {option.name: option for option in options_of(target, skip)}
     takes_any = any(p.kind == p.VAR_KEYWORD for p in inspect.signature(target).parameters.values())
@@ -286,22 +325,35 @@ def check_options(key: str, target, options: dict, *, also: tuple[str, ...] = ()
         elif not takes_any:
             near = difflib.get_close_matches(name, [*also, *known], n=1)
             hint = f", did you mean {near[0]!r}?" if near else "."
-            raise UserError(f"{_joined(key, name)}: no such option{hint} Allowed: {', '.join([*also, *known])}")
-    missing = [name for name, option in known.items() if option.default is inspect.Parameter.empty and name not in options]
+            raise UserError(
+                f"{_joined(key, name)}: no such option{hint} Allowed: {', '.join([*also, *known])}"
+            )
+    missing = [
+        name
+        for name, option in known.items()
+        if option.default is inspect.Parameter.empty and name not in options
+    ]
     if missing:
         raise UserError(f"{key}.{missing[0]}: this option has no default and must be given")
 
 
 def check_type(key: str, value, annotation) -> None:
-    """Refuse a value that contradicts an annotation of a plain type or of choices; other annotations are the component's affair."""
+    """Refuse a value that contradicts an annotation of a plain type or of choices; other
+    annotations are the component's affair."""
     if typing.get_origin(annotation) is typing.Literal:
         choices = typing.get_args(annotation)
         if not any(type(value) is type(choice) and value == choice for choice in choices):
-            raise UserError(f"{key}: expected {' or '.join(map(repr, choices))}, got {shown(value)}")
+            raise UserError(
+                f"{key}: expected {' or '.join(map(repr, choices))}, got {shown(value)}"
+            )
         return
     kind, words = _TYPES.get(getattr(annotation, "__name__", annotation), (object, ""))
     is_bool_elsewhere = isinstance(value, bool) and kind not in (bool, object)
-    beyond_all = isinstance(value, (int, float)) and kind is not object and not abs(value) <= sys.float_info.max
+    beyond_all = (
+        isinstance(value, (int, float))
+        and kind is not object
+        and not abs(value) <= sys.float_info.max
+    )
     if is_bool_elsewhere or beyond_all or not isinstance(value, kind):
         raise UserError(f"{key}: expected {words}, got {shown(value)}")
 

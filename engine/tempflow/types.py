@@ -1,7 +1,9 @@
-"""The data that the parts of a run hand to each other: frozen, with the meaning of every field beside it.
+"""The data that the parts of a run hand to each other: frozen, with the meaning of every field
+beside it.
 
-Nothing here computes a method. A plan makes rows, `sampling.scheduler` turns rows into states, `Slots` numbers their
-children alike on every rank, rewards and advantages are arrays over those slots, and an objective weighs states with them.
+Nothing here computes a method. A plan makes rows, `sampling.scheduler` turns rows into states,
+`Slots` numbers their children alike on every rank, rewards and advantages are arrays over those
+slots, and an objective weighs states with them.
 """
 
 from __future__ import annotations
@@ -33,11 +35,14 @@ class Size:
     """1 for an image."""
 
     def __str__(self) -> str:
-        return f"{self.height} x {self.width}" + (f" x {self.frames} frames" if self.frames > 1 else "")
+        return f"{self.height} x {self.width}" + (
+            f" x {self.frames} frames" if self.frames > 1 else ""
+        )
 
 
 class Scales(float):
-    """The guidance scales of a denoiser's two experts: the first one's as a number, which says whether there is guidance, and `second`."""
+    """The guidance scales of a denoiser's two experts: the first one's as a number, which says
+    whether there is guidance, and `second`."""
 
     second: float
 
@@ -53,19 +58,27 @@ class Example:
 
     text: str
     negative: str | None = None
-    """What to guide away from, for families with classifier-free guidance; None: the family's default."""
+    """What to guide away from, for families with classifier-free guidance; None: the family's
+    default."""
     images: tuple[str | Path | np.ndarray, ...] = ()
     """Condition images, for families that edit: files, or uint8 [H, W, 3]."""
     metadata: dict = field(default_factory=dict)
-    """Everything else that the prompt file says; "source" is "file:line", or "dataset[split]:row" from row 0."""
+    """Everything else that the prompt file says; "source" is "file:line", or "dataset[split]:row"
+    from row 0."""
 
     @property
     def for_rewards(self) -> dict:
-        """What rewards are told of the example: its metadata, and its condition images under "images" where there are any: a list of
-        paths, and of uint8 arrays [H, W, 3] where they came as arrays."""
+        """What rewards are told of the example: its metadata, and its condition images under
+        "images" where there are any: a list of paths, and of uint8 arrays [H, W, 3] where they came
+        as arrays."""
         if not self.images:
             return self.metadata
-        return {**self.metadata, "images": [image if isinstance(image, np.ndarray) else str(image) for image in self.images]}
+        return {
+            **self.metadata,
+            "images": [
+                image if isinstance(image, np.ndarray) else str(image) for image in self.images
+            ],
+        }
 
     @cached_property
     def image_digests(self) -> tuple[str, ...]:
@@ -75,7 +88,9 @@ class Example:
 
 def _digest(image: str | Path | np.ndarray) -> str:
     if isinstance(image, np.ndarray):
-        return hashlib.sha256(f"{image.dtype} {image.shape} ".encode() + image.tobytes()).hexdigest()
+        return hashlib.sha256(
+            f"{image.dtype} {image.shape} ".encode() + image.tobytes()
+        ).hexdigest()
     try:
         found = os.stat(image)
         return _digest_of_file(os.fspath(image), found.st_ino, found.st_size, found.st_mtime_ns)
@@ -85,7 +100,8 @@ def _digest(image: str | Path | np.ndarray) -> str:
 
 @lru_cache(maxsize=1 << 16)
 def _digest_of_file(file: str, *state: int) -> str:
-    """Once for the many prompts that edit one image; state: what tells the file from another of its name."""
+    """Once for the many prompts that edit one image; state: what tells the file from another of its
+    name."""
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
@@ -109,23 +125,27 @@ class Row:
     unit: Unit
     """The unit whose initial noise it starts from."""
     start: int = 0
-    """The step at which it leaves its parent; of a row without one the step at which it begins: 0, or that of a latent which the
-    scheduler is given for it."""
+    """The step at which it leaves its parent; of a row without one the step at which it begins: 0,
+    or that of a latent which the scheduler is given for it."""
     noise: frozenset[int] = frozenset()
-    """The steps that it takes by the SDE; all others follow the ODE. A child's first step is `start`."""
+    """The steps that it takes by the SDE; all others follow the ODE. A child's first step is
+    `start`."""
     parent: int | None = None
-    """The row that it branches off, by its place in the list of the unit's rows; None: it starts from the initial noise."""
+    """The row that it branches off, by its place in the list of the unit's rows; None: it starts
+    from the initial noise."""
     path: tuple[int, ...] = ()
     """Names its noise: two rows of a unit that take noise at the same step need different paths."""
     value: bool = False
-    """Whether its reward is the value of the state that it leaves, and part of no slot's: such a row takes no noise."""
+    """Whether its reward is the value of the state that it leaves, and part of no slot's: such a
+    row takes no noise."""
 
 
 @dataclass(frozen=True)
 class State:
     """What training forwards once: a latent and the B children that left it.
 
-    The scalars tie the children to the velocity there: log p_i is the log density of y_i under N(a x + b v, tau^2).
+    The scalars tie the children to the velocity there: log p_i is the log density of y_i under N(a
+    x + b v, tau^2).
     """
 
     unit: Unit
@@ -158,7 +178,8 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class Slots:
-    """One line per child of a state, of all ranks and the same on every rank: what rewards and advantages are arrays over."""
+    """One line per child of a state, of all ranks and the same on every rank: what rewards and
+    advantages are arrays over."""
 
     prompt: np.ndarray
     """int [n]: place among the iteration's prompts."""
@@ -173,24 +194,34 @@ class Slots:
     leaves: tuple[tuple[int, ...], ...] = field(repr=False, default=())
     """n tuples: the rows below it, numbered over all units, whose rewards are its own."""
     before: np.ndarray | None = field(repr=False, default=None)
-    """int [n]: the row whose reward is the value of the state that it left, numbered alike; -1 where there is none. None: the plan
-    has no values."""
+    """int [n]: the row whose reward is the value of the state that it left, numbered alike; -1
+    where there is none. None: the plan has no values."""
     after: np.ndarray | None = field(repr=False, default=None)
-    """int [n]: the row whose reward is its own value: that of the next state on its way, or its own end after the last one."""
+    """int [n]: the row whose reward is its own value: that of the next state on its way, or its own
+    end after the last one."""
 
-    OVER: ClassVar = {"state": ("state",), "seed": ("prompt", "seed", "step"), "prompt": ("prompt", "step"), "step": ("step",)}
+    OVER: ClassVar = {
+        "state": ("state",),
+        "seed": ("prompt", "seed", "step"),
+        "prompt": ("prompt", "step"),
+        "step": ("step",),
+    }
 
     def __len__(self) -> int:
         return len(self.state)
 
     def groups(self, over: str, by_step: bool = True) -> np.ndarray:
-        """int [n], labels from 0 on in order of first appearance: slots whose rewards are normalized together.
+        """int [n], labels from 0 on in order of first appearance: slots whose rewards are
+        normalized together.
 
-        "state" has the children of one state together, "seed" those of one prompt, seed and step, "prompt" those of one prompt
-        and step, "step" all of one step. Without by_step the steps of each are together.
+        "state" has the children of one state together, "seed" those of one prompt, seed and step,
+        "prompt" those of one prompt and step, "step" all of one step. Without by_step the steps of
+        each are together.
         """
         names = [name for name in self.OVER[over] if by_step or name != "step"]
-        keys = np.stack([getattr(self, name) for name in names] or [np.zeros_like(self.step)], axis=1)
+        keys = np.stack(
+            [getattr(self, name) for name in names] or [np.zeros_like(self.step)], axis=1
+        )
         _, first, inverse = np.unique(keys, axis=0, return_index=True, return_inverse=True)
         return np.argsort(np.argsort(first))[inverse.reshape(-1)]
 
@@ -199,7 +230,8 @@ class Slots:
         return np.unique(self.step).tolist()
 
     def means(self, rewards: np.ndarray) -> np.ndarray:
-        """Each slot's reward, [n], from those of all rows: the mean of the finite ones below it; NaN where none is.
+        """Each slot's reward, [n], from those of all rows: the mean of the finite ones below it;
+        NaN where none is.
 
         rewards: float64 [..., rows]. Returns [..., n].
         """
@@ -209,14 +241,22 @@ class Slots:
         for slot, rows in enumerate(self.leaves):
             below = rewards[..., list(rows)]
             known = np.isfinite(below)
-            np.divide(np.where(known, below, 0.0).sum(-1), known.sum(-1), out=found[..., slot], where=known.any(-1))
+            np.divide(
+                np.where(known, below, 0.0).sum(-1),
+                known.sum(-1),
+                out=found[..., slot],
+                where=known.any(-1),
+            )
         return found
 
     def values(self, rewards: np.ndarray) -> tuple[np.ndarray | None, np.ndarray | None]:
-        """(before, after), [n] each, from the rewards [rows] of all rows; NaN where one is missing, None without values."""
+        """(before, after), [n] each, from the rewards [rows] of all rows; NaN where one is missing,
+        None without values."""
         if self.before is None:
             return None, None
-        return tuple(np.where(rows >= 0, rewards[rows], np.nan) for rows in (self.before, self.after))
+        return tuple(
+            np.where(rows >= 0, rewards[rows], np.nan) for rows in (self.before, self.after)
+        )
 
 
 @dataclass(frozen=True)
@@ -231,11 +271,13 @@ class Rewards:
     applies: dict[str, np.ndarray]
     """bool [n] each: whether the reward is for the slot's prompt."""
     before: np.ndarray | None = None
-    """float64 [n]: `total` of the ODE's completion of the state that the slot left; None where the plan has no values."""
+    """float64 [n]: `total` of the ODE's completion of the state that the slot left; None where the
+    plan has no values."""
     after: np.ndarray | None = None
     """float64 [n]: and of that of the slot's own latent."""
     novelty: np.ndarray | None = None
-    """float64 [n]: mean distance of the slot's image to the others of its group; NaN where there is none, None where nobody asked."""
+    """float64 [n]: mean distance of the slot's image to the others of its group; NaN where there is
+    none, None where nobody asked."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""Argument checks of the public ops. They read shapes, dtypes and devices only: no synchronisation with a GPU."""
+"""Argument checks of the public ops. They read shapes, dtypes and devices only: no synchronisation
+with a GPU."""
 
 import torch
 
@@ -13,11 +14,15 @@ def dtype_name(dtype):
 
 
 def check_tensor(name, tensor, shape, dtypes, device):
-    """TypeError or ValueError unless `tensor` has this shape and device, and one of these dtypes."""
+    """TypeError or ValueError unless `tensor` has this shape and device, and one of these
+    dtypes."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     if tensor.dtype not in dtypes:
-        raise TypeError(f"{name}: expected {' or '.join(map(dtype_name, dtypes))}, got {dtype_name(tensor.dtype)}")
+        raise TypeError(
+            f"{name}: expected {' or '.join(map(dtype_name, dtypes))}, got"
+            f" {dtype_name(tensor.dtype)}"
+        )
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
     if tensor.device != device:
@@ -29,9 +34,13 @@ def check_latents(x, **others):
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
     if x.ndim == 0 or x.numel() == 0:
-        raise ValueError(f"x: expected shape [N, ...] with at least one element, got {list(x.shape)}")
+        raise ValueError(
+            f"x: expected shape [N, ...] with at least one element, got {list(x.shape)}"
+        )
     if x.numel() // x.shape[0] > MAX_NUMEL:
-        raise ValueError(f"x: expected at most {MAX_NUMEL} elements per row, got {x.numel() // x.shape[0]}")
+        raise ValueError(
+            f"x: expected at most {MAX_NUMEL} elements per row, got {x.numel() // x.shape[0]}"
+        )
     check_tensor("x", x, x.shape, LATENT_DTYPES, x.device)
     for name, tensor in others.items():
         if tensor is not None:

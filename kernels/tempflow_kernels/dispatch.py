@@ -1,7 +1,7 @@
 """Which implementation runs: TEMPFLOW_KERNELS = auto | reference | triton.
 
-auto: Triton for CUDA (and ROCm) tensors, the PyTorch reference for all others. A path that cannot run raises and
-says why; nothing falls back in silence.
+auto: Triton for CUDA (and ROCm) tensors, the PyTorch reference for all others. A path that cannot
+run raises and says why; nothing falls back in silence.
 """
 
 import functools
@@ -20,7 +20,9 @@ def use_triton(device):
         return False
     reason = why_not_triton(device.type)
     if reason:
-        raise RuntimeError(f"TEMPFLOW_KERNELS={choice}: the Triton kernels cannot run on {device}: {reason}")
+        raise RuntimeError(
+            f"TEMPFLOW_KERNELS={choice}: the Triton kernels cannot run on {device}: {reason}"
+        )
     return True
 
 
@@ -28,13 +30,21 @@ def use_triton(device):
 def why_not_triton(device_type):
     """The reason why Triton cannot run on such a device, or None."""
     if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed (pip install triton, or set TEMPFLOW_KERNELS=reference)"
+        return (
+            "the package triton is not installed (pip install triton, or set"
+            " TEMPFLOW_KERNELS=reference)"
+        )
     import triton.language
     from triton.runtime.jit import JITFunction
 
     interpreting = os.environ.get("TRITON_INTERPRET", "0") == "1"
     if interpreting and isinstance(triton.language.zeros_like, JITFunction):
-        return "TRITON_INTERPRET was set after triton had been imported; set it before Python starts"
+        return (
+            "TRITON_INTERPRET was set after triton had been imported; set it before Python starts"
+        )
     if device_type != "cuda" and not interpreting:
-        return "this device is not a GPU, and TRITON_INTERPRET=1 is not set (it must be, before Python starts)"
+        return (
+            "this device is not a GPU, and TRITON_INTERPRET=1 is not set (it must be, before Python"
+            " starts)"
+        )
     return None

@@ -1,9 +1,10 @@
 """Plain PyTorch versions of every op: the CPU path, the oracle of the tests, and the documentation.
 
-Each function takes the arguments of the public op of the same name (`ops.py`) and can be checked by eye against the
-formulas in kernels/README.md. Arithmetic is fp32, or float64 where the latents are float64 (used by gradient checks;
-the public ops refuse it). Sums run over a fixed binary tree, so a row's result does not depend on the batch it sits in,
-nor on the number of threads. Nothing here is fused: the Triton kernels are for speed.
+Each function takes the arguments of the public op of the same name (`ops.py`) and can be checked by
+eye against the formulas in kernels/README.md. Arithmetic is fp32, or float64 where the latents are
+float64 (used by gradient checks; the public ops refuse it). Sums run over a fixed binary tree, so a
+row's result does not depend on the batch it sits in, nor on the number of threads. Nothing here is
+fused: the Triton kernels are for speed.
 """
 
 import math
@@ -11,7 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-# Philox-4x32-10 multipliers and key increments: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011).
+# Philox-4x32-10 multipliers and key increments: Salmon et al., "Parallel Random Numbers: As Easy as
+# 1, 2, 3" (SC 2011).
 PHILOX_M0, PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
 PHILOX_W0, PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
 PHILOX_ROUNDS = 10
@@ -22,12 +24,14 @@ CHUNK = 8192
 
 
 class GroupStats(NamedTuple):
-    """What `group_loss` measures, detached. Scalars are means over the rows with weight != 0 (0 if there are none).
+    """What `group_loss` measures, detached. Scalars are means over the rows with weight != 0 (0 if
+    there are none).
 
     ratio: fp32 [N, B], exp(log pi_theta - log pi_old), before clipping; 1 in rows of weight 0.
     log_prob: fp32 [N, B], log-probability of the children under `velocity`; 0 where tau = 0.
     kl: fp32 [], mean KL to the reference policy; 0 without velocity_ref.
-    clip_fraction: fp32 [], share of children whose ratio lies outside [1 - clip_low, 1 + clip_high].
+    clip_fraction: fp32 [], share of children whose ratio lies outside [1 - clip_low, 1 +
+    clip_high].
     approx_kl: fp32 [], mean of (log ratio)^2 / 2, the distance from the old policy.
     """
 
@@ -41,8 +45,9 @@ class GroupStats(NamedTuple):
 def philox(counter, key):
     """Four 32-bit words (held in int64) of Philox-4x32-10.
 
-    counter: four int64 tensors of 32-bit words; key: two of them, broadcastable against the counter.
-    int64 products wrap, which keeps the low 64 bits: an arithmetic shift and a mask give the high word.
+    counter: four int64 tensors of 32-bit words; key: two of them, broadcastable against the
+    counter. int64 products wrap, which keeps the low 64 bits: an arithmetic shift and a mask give
+    the high word.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -56,10 +61,12 @@ def philox(counter, key):
 
 
 def box_muller(w0, w1):
-    """Two independent normals from two 32-bit words: sqrt(-2 ln u) (cos t, sin t), t = pi (w1 as a signed word) / 2^31.
+    """Two independent normals from two 32-bit words: sqrt(-2 ln u) (cos t, sin t), t = pi (w1 as a
+    signed word) / 2^31.
 
-    u = w0 / 2^32 + 2^-33 lies in (0, 1], so |normal| <= 6.77 and the logarithm is finite. cos t is taken as
-    sin(pi / 2 - |t|) and |sin t| as its cosine, so that fp32 rounds an angle in [-pi/2, pi/2] and not in [-pi, pi].
+    u = w0 / 2^32 + 2^-33 lies in (0, 1], so |normal| <= 6.77 and the logarithm is finite. cos t is
+    taken as sin(pi / 2 - |t|) and |sin t| as its cosine, so that fp32 rounds an angle in [-pi/2,
+    pi/2] and not in [-pi, pi].
     """
     radius = torch.sqrt(-2.0 * torch.log(w0.to(torch.float32) * 2.0**-32 + 2.0**-33))
     signed = w1 - ((w1 >> 31) << 32)
@@ -69,7 +76,8 @@ def box_muller(w0, w1):
 
 
 def normal(key, numel):
-    """Standard normals fp32 [*key.shape, numel]: element j comes from word j % 4 of Philox(counter j // 4, key)."""
+    """Standard normals fp32 [*key.shape, numel]: element j comes from word j % 4 of Philox(counter
+    j // 4, key)."""
     flat = key.reshape(-1, 1)
     k0, k1 = flat & WORD, (flat >> 32) & WORD
     blocks = -(-numel // 4)
@@ -79,12 +87,15 @@ def normal(key, numel):
         c0 = torch.arange(start, min(start + columns, blocks), device=key.device)[None]
         zero = torch.zeros_like(c0)
         w0, w1, w2, w3 = philox((c0, zero, zero, zero), (k0, k1))
-        out[:, start : start + columns] = torch.stack(box_muller(w0, w1) + box_muller(w2, w3), dim=-1)
+        out[:, start : start + columns] = torch.stack(
+            box_muller(w0, w1) + box_muller(w2, w3), dim=-1
+        )
     return out.reshape(flat.shape[0], blocks * 4)[:, :numel].contiguous().reshape(*key.shape, numel)
 
 
 def tree_sum(values):
-    """Sum over the last dimension as a binary tree of element-wise additions: the same bits for every batch."""
+    """Sum over the last dimension as a binary tree of element-wise additions: the same bits for
+    every batch."""
     while values.shape[-1] > 1:
         half = values.shape[-1] // 2
         pairs = values[..., :half] + values[..., half : 2 * half]
@@ -104,10 +115,13 @@ def wide(tensor, rows):
 
 
 def log_density(deviation, tau):
-    """Mean Gaussian log density [N, B] of children [N, B, D] that lie `deviation` from their mean; 0 where tau = 0."""
+    """Mean Gaussian log density [N, B] of children [N, B, D] that lie `deviation` from their mean;
+    0 where tau = 0."""
     tau = tau[:, None]
     safe = torch.where(tau == 0, 1.0, tau)
-    log_prob = -tree_mean(deviation * deviation) / (2 * safe * safe) - torch.log(safe) - HALF_LOG_2PI
+    log_prob = (
+        -tree_mean(deviation * deviation) / (2 * safe * safe) - torch.log(safe) - HALF_LOG_2PI
+    )
     return torch.where(tau == 0, 0.0, log_prob)
 
 
@@ -118,8 +132,13 @@ def sde_step(x, velocity, a, b, tau, key, out_dtype):
     mean = (a[:, None] * state + b[:, None] * v)[:, None]
     x_next = mean.to(out_dtype).expand(-1, children, -1).contiguous()
     log_prob = torch.zeros(rows, children, dtype=mean.dtype, device=x.device)
-    # A CPU skips the rows without noise. A GPU must not wait to know them: it adds 0 * noise, and log_density gives 0.
-    noisy = (tau != 0).nonzero()[:, 0] if x.device.type == "cpu" else torch.arange(rows, device=x.device)
+    # A CPU skips the rows without noise. A GPU must not wait to know them: it adds 0 * noise, and
+    # log_density gives 0.
+    noisy = (
+        (tau != 0).nonzero()[:, 0]
+        if x.device.type == "cpu"
+        else torch.arange(rows, device=x.device)
+    )
     if len(noisy):
         mean = mean[noisy]
         sample = (mean + tau[noisy, None, None] * normal(key[noisy], mean.shape[-1])).to(out_dtype)
@@ -143,7 +162,8 @@ def surrogate(advantage, log_ratio, clip_low, clip_high):
 def kl_divergence(v, v_ref, b, tau, kl_form):
     """KL [N] to the reference policy, and the factor [N] of mean((v - v_ref)^2) in it.
 
-    `x` form: means differ by b (v - v_ref), so the factor is b^2 / (2 tau^2), and 0 where tau = 0. `v` form: 1.
+    `x` form: means differ by b (v - v_ref), so the factor is b^2 / (2 tau^2), and 0 where tau = 0.
+    `v` form: 1.
     """
     factor = torch.ones_like(tau)
     if kl_form == "x":
@@ -171,18 +191,25 @@ def group_loss_forward(
 ):
     """The loss (shapes as in `ops.group_loss`) and what its gradient needs.
 
-    Returns loss [], ratio [N, B], log_prob [N, B], scalars [3] = (kl, clip_fraction, approx_kl), and the coefficients
-    pull [N, B], kl_pull [N] of `group_loss_backward`. Differentiable in velocity by autograd, too; tests compare both.
+    Returns loss [], ratio [N, B], log_prob [N, B], scalars [3] = (kl, clip_fraction, approx_kl),
+    and the coefficients pull [N, B], kl_pull [N] of `group_loss_backward`. Differentiable in
+    velocity by autograd, too; tests compare both.
     """
     rows, children = advantage.shape
-    v, state, next_state = wide(velocity, rows), wide(x, rows), wide(x_next, rows).reshape(rows, children, -1)
+    v, state, next_state = (
+        wide(velocity, rows),
+        wide(x, rows),
+        wide(x_next, rows).reshape(rows, children, -1),
+    )
     numel = v.shape[1]
     live, safe_tau = weight != 0, torch.where(tau == 0, 1.0, tau)
     deviation = next_state - (a[:, None] * state + b[:, None] * v)[:, None]
     log_prob = log_density(deviation, tau)
     if ratio == "guard":
         v_old = v.detach() if velocity_old is None else wide(velocity_old, rows)
-        eps = (next_state - (a[:, None] * state + b[:, None] * v_old)[:, None]) / safe_tau[:, None, None]
+        eps = (next_state - (a[:, None] * state + b[:, None] * v_old)[:, None]) / safe_tau[
+            :, None, None
+        ]
         log_ratio = tree_mean(eps * (b[:, None] * (v - v_old))[:, None])
         log_ratio = torch.where(tau[:, None] == 0, 0.0, log_ratio)
     else:
@@ -212,19 +239,31 @@ def policy_scalars(log_ratio, ratio, kl, live, clip_low, clip_high):
     return torch.where(live, columns, 0.0).sum(dim=1) / live.sum().clamp(min=1)
 
 
-def group_loss_backward(grad_loss, velocity, x, x_next, a, b, pull, kl_pull, velocity_ref, velocity_old):
-    """d loss / d velocity = grad_loss (sum_i pull_i (x_next_i - centre) + kl_pull (v - v_ref)), in velocity's dtype.
+def group_loss_backward(
+    grad_loss, velocity, x, x_next, a, b, pull, kl_pull, velocity_ref, velocity_old
+):
+    """d loss / d velocity = grad_loss (sum_i pull_i (x_next_i - centre) + kl_pull (v - v_ref)), in
+    velocity's dtype.
 
-    centre is the mean of the policy whose deviations the ratio uses: the old one's if velocity_old is given (guard).
-    What has coefficient 0 is left out, so that NaN in a row of weight 0 stays there.
+    centre is the mean of the policy whose deviations the ratio uses: the old one's if velocity_old
+    is given (guard). What has coefficient 0 is left out, so that NaN in a row of weight 0 stays
+    there.
     """
     rows, children = pull.shape
-    v, state, next_state = wide(velocity, rows), wide(x, rows), wide(x_next, rows).reshape(rows, children, -1)
-    centre = a[:, None] * state + b[:, None] * (v if velocity_old is None else wide(velocity_old, rows))
+    v, state, next_state = (
+        wide(velocity, rows),
+        wide(x, rows),
+        wide(x_next, rows).reshape(rows, children, -1),
+    )
+    centre = a[:, None] * state + b[:, None] * (
+        v if velocity_old is None else wide(velocity_old, rows)
+    )
     grad = torch.zeros_like(v)
     for i in range(children):
         pull_i = pull[:, i, None]
         grad += torch.where(pull_i == 0, 0.0, pull_i * (next_state[:, i] - centre))
     if velocity_ref is not None:
-        grad += torch.where(kl_pull[:, None] == 0, 0.0, kl_pull[:, None] * (v - wide(velocity_ref, rows)))
+        grad += torch.where(
+            kl_pull[:, None] == 0, 0.0, kl_pull[:, None] * (v - wide(velocity_ref, rows))
+        )
     return (grad_loss * grad).to(velocity.dtype).reshape(velocity.shape)

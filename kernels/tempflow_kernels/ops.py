@@ -1,9 +1,10 @@
-"""The public ops: argument checks, dispatch, and their registration as torch custom ops (`torch.ops.tempflow`).
+"""The public ops: argument checks, dispatch, and their registration as torch custom ops
+(`torch.ops.tempflow`).
 
-As custom ops they are opaque to torch.compile, which sees their shapes (the fakes), their gradient and nothing
-of the choice between Triton and the reference; that choice is made when they run (`dispatch`), on the device of their
-arguments. They launch without synchronising, so a CUDA graph can capture them, and they take their arguments as they
-are under autocast.
+As custom ops they are opaque to torch.compile, which sees their shapes (the fakes), their gradient
+and nothing of the choice between Triton and the reference; that choice is made when they run
+(`dispatch`), on the device of their arguments. They launch without synchronising, so a CUDA graph
+can capture them, and they take their arguments as they are under autocast.
 Formulas, symbols and their derivation: kernels/README.md.
 """
 
@@ -13,7 +14,14 @@ import torch
 from torch import Tensor
 
 from . import naive
-from .checks import LATENT_DTYPES, check_choice, check_latents, check_per_child, check_per_row, check_tensor
+from .checks import (
+    LATENT_DTYPES,
+    check_choice,
+    check_latents,
+    check_per_child,
+    check_per_row,
+    check_tensor,
+)
 from .dispatch import use_triton
 from .naive import GroupStats
 
@@ -24,9 +32,9 @@ def normal(key: Tensor, numel: int) -> Tensor:
     """Standard normals from counter-based random bits (Philox-4x32-10, then Box-Muller).
 
     key: int64 of any shape, one 64-bit key per row of noise. numel: elements per row, at least 1.
-    Returns fp32 [*key.shape, numel]. Element j of a row depends on its key and j only, not on the shape of the call nor
-    on the device (the random words are equal bit for bit, the normals up to fp32 rounding).
-    Raises TypeError or ValueError naming the argument.
+    Returns fp32 [*key.shape, numel]. Element j of a row depends on its key and j only, not on the
+    shape of the call nor on the device (the random words are equal bit for bit, the normals up to
+    fp32 rounding). Raises TypeError or ValueError naming the argument.
     """
     if not isinstance(key, Tensor):
         raise TypeError(f"key: expected a tensor, got {type(key).__name__}")
@@ -47,15 +55,18 @@ def sde_step(
     children: int = 1,
     out_dtype: Optional[torch.dtype] = None,
 ) -> tuple[Tensor, Tensor]:
-    """One step of a batch of rows, SDE or ODE, with B children each: x' = a x + b v + tau eps (README, "The step").
+    """One step of a batch of rows, SDE or ODE, with B children each: x' = a x + b v + tau eps
+    (README, "The step").
 
-    x, velocity: [N, ...] of bf16, fp16 or fp32, each its own. a, b, tau: fp32 [N]; tau = 0 is an ODE step, which costs
-    no noise. key: int64 [N, B], one per child: child i of row n gets the noise `normal(key[n, i], ...)`.
+    x, velocity: [N, ...] of bf16, fp16 or fp32, each its own. a, b, tau: fp32 [N]; tau = 0 is an
+    ODE step, which costs no noise. key: int64 [N, B], one per child: child i of row n gets the
+    noise `normal(key[n, i], ...)`.
     children: B, 1 to 64. out_dtype: of x_next (default: x's).
 
-    Returns x_next [N, B, ...] in out_dtype, and log_prob fp32 [N, B]: the mean over elements of the Gaussian log
-    density of the *rounded* x_next, 0 where tau = 0. Arithmetic is fp32. NaN and inf propagate. Not differentiable.
-    Raises TypeError or ValueError naming the argument, what came and what is allowed.
+    Returns x_next [N, B, ...] in out_dtype, and log_prob fp32 [N, B]: the mean over elements of the
+    Gaussian log density of the *rounded* x_next, 0 where tau = 0. Arithmetic is fp32. NaN and inf
+    propagate. Not differentiable. Raises TypeError or ValueError naming the argument, what came and
+    what is allowed.
     """
     check_latents(x, velocity=velocity)
     check_per_row(x, a=a, b=b, tau=tau)
@@ -84,27 +95,35 @@ def group_loss(
     ratio: str = "plain",
     velocity_old: Optional[Tensor] = None,
 ) -> tuple[Tensor, GroupStats]:
-    """The clipped policy loss of N groups of B children that share a state and a velocity (README, "The loss").
+    """The clipped policy loss of N groups of B children that share a state and a velocity (README,
+    "The loss").
 
-        loss = mean_n [ w_n mean_i max(-A_ni r_ni, -A_ni clip(r_ni, 1 - clip_low, 1 + clip_high)) + kl_coef KL_n ]
+        loss = mean_n [ w_n mean_i max(-A_ni r_ni, -A_ni clip(r_ni, 1 - clip_low, 1 + clip_high)) +
+            kl_coef KL_n ]
 
-    velocity, x: [N, ...]; x_next: [N, B, ...], the children; bf16, fp16 or fp32, each its own. a, b, tau, weight:
-    fp32 [N]. log_prob_old, advantage: fp32 [N, B], 1 <= B <= 64. clip_low, clip_high: at least 0.
-    velocity_ref: [N, ...], needed if kl_coef != 0; with kl_coef = 0 its KL is only measured. kl_form: "x", means:
-    b^2 mean((v - v_ref)^2) / (2 tau^2), 0 where tau = 0; "v": mean((v - v_ref)^2).
-    ratio: "plain": log r = log_prob - log_prob_old. "guard" (GRPO-Guard): log r = mean(eps Delta) with
-    eps = (x_next - mean_old) / tau, Delta = b (velocity - velocity_old); log_prob_old is then not used.
+    velocity, x: [N, ...]; x_next: [N, B, ...], the children; bf16, fp16 or fp32, each its own. a,
+    b, tau, weight: fp32 [N]. log_prob_old, advantage: fp32 [N, B], 1 <= B <= 64. clip_low,
+    clip_high: at least 0.
+    velocity_ref: [N, ...], needed if kl_coef != 0; with kl_coef = 0 its KL is only measured.
+    kl_form: "x", means: b^2 mean((v - v_ref)^2) / (2 tau^2), 0 where tau = 0; "v": mean((v -
+    v_ref)^2).
+    ratio: "plain": log r = log_prob - log_prob_old. "guard" (GRPO-Guard): log r = mean(eps Delta)
+    with eps = (x_next - mean_old) / tau, Delta = b (velocity - velocity_old); log_prob_old is then
+    not used.
 
-    The first update after a rollout needs no stored old policy: with log_prob_old=None (and velocity_old=None under
-    guard) the old policy is this very call, detached: r is exactly 1 and the gradient is that of the loss at r = 1.
+    The first update after a rollout needs no stored old policy: with log_prob_old=None (and
+    velocity_old=None under guard) the old policy is this very call, detached: r is exactly 1 and
+    the gradient is that of the loss at r = 1.
 
-    Rows with weight 0 are padding: they add exactly 0 to the loss and the gradient, their KL included, whatever they
-    hold, and do not enter the scalars of the statistics; the mean over N still counts them. A child with
-    advantage 0 adds 0 whatever its ratio. NaN elsewhere, in an advantage too, makes the loss NaN.
+    Rows with weight 0 are padding: they add exactly 0 to the loss and the gradient, their KL
+    included, whatever they hold, and do not enter the scalars of the statistics; the mean over N
+    still counts them. A child with advantage 0 adds 0 whatever its ratio. NaN elsewhere, in an
+    advantage too, makes the loss NaN.
 
-    Returns loss fp32 [], differentiable in velocity (all else is constant), and the detached GroupStats. The gradient
-    has velocity's dtype: at D elements and N rows it is of order 1 / (N D tau), which underflows in fp16 unless the
-    loss is scaled. Bitwise reproducible. Raises TypeError or ValueError naming the argument.
+    Returns loss fp32 [], differentiable in velocity (all else is constant), and the detached
+    GroupStats. The gradient has velocity's dtype: at D elements and N rows it is of order 1 / (N D
+    tau), which underflows in fp16 unless the loss is scaled. Bitwise reproducible. Raises TypeError
+    or ValueError naming the argument.
     """
     children = x_next.shape[1] if isinstance(x_next, Tensor) and x_next.ndim > 1 else 1
     check_latents(x, velocity=velocity, velocity_ref=velocity_ref, velocity_old=velocity_old)
@@ -112,7 +131,9 @@ def group_loss(
     check_tensor("x_next", x_next, (x.shape[0], children, *x.shape[1:]), LATENT_DTYPES, x.device)
     check_per_child(x, children, torch.float32, log_prob_old=log_prob_old)
     check_tensor("advantage", advantage, (x.shape[0], children), (torch.float32,), x.device)
-    check_loss_options(clip_low, clip_high, velocity_ref, kl_coef, kl_form, ratio, log_prob_old, velocity_old)
+    check_loss_options(
+        clip_low, clip_high, velocity_ref, kl_coef, kl_form, ratio, log_prob_old, velocity_old
+    )
     loss, ratio_value, log_prob, scalars, _, _ = torch.ops.tempflow.group_loss(
         velocity,
         x,
@@ -135,7 +156,9 @@ def group_loss(
     return loss, GroupStats(ratio_value.detach(), log_prob.detach(), kl, clip_fraction, approx_kl)
 
 
-def check_loss_options(clip_low, clip_high, velocity_ref, kl_coef, kl_form, ratio, log_prob_old, velocity_old):
+def check_loss_options(
+    clip_low, clip_high, velocity_ref, kl_coef, kl_form, ratio, log_prob_old, velocity_old
+):
     check_choice("kl_form", kl_form, ("x", "v"))
     check_choice("ratio", ratio, ("plain", "guard"))
     if not (clip_low >= 0 and clip_high >= 0):
@@ -143,9 +166,14 @@ def check_loss_options(clip_low, clip_high, velocity_ref, kl_coef, kl_form, rati
     if kl_coef != 0 and velocity_ref is None:
         raise ValueError(f"velocity_ref: expected a tensor, as kl_coef is {kl_coef}, got None")
     if ratio == "guard" and log_prob_old is not None and velocity_old is None:
-        raise ValueError("velocity_old: ratio='guard' needs the old policy's velocity beside log_prob_old, got None")
+        raise ValueError(
+            "velocity_old: ratio='guard' needs the old policy's velocity beside log_prob_old, got"
+            " None"
+        )
     if ratio == "plain" and velocity_old is not None:
-        raise ValueError("velocity_old: only ratio='guard' uses it, got a tensor with ratio='plain'")
+        raise ValueError(
+            "velocity_old: only ratio='guard' uses it, got a tensor with ratio='plain'"
+        )
 
 
 @torch.library.custom_op("tempflow::normal", mutates_args=())
@@ -165,7 +193,13 @@ def normal_fake(key, numel):
 
 @torch.library.custom_op("tempflow::sde_step", mutates_args=())
 def sde_step_op(
-    x: Tensor, velocity: Tensor, a: Tensor, b: Tensor, tau: Tensor, key: Tensor, out_dtype: torch.dtype
+    x: Tensor,
+    velocity: Tensor,
+    a: Tensor,
+    b: Tensor,
+    tau: Tensor,
+    key: Tensor,
+    out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     if use_triton(x.device):
         from .triton_sde_step import sde_step as step
@@ -177,7 +211,9 @@ def sde_step_op(
 
 @sde_step_op.register_fake
 def sde_step_fake(x, velocity, a, b, tau, key, out_dtype):
-    return x.new_empty(*key.shape, *x.shape[1:], dtype=out_dtype), key.new_empty(key.shape, dtype=torch.float32)
+    return x.new_empty(*key.shape, *x.shape[1:], dtype=out_dtype), key.new_empty(
+        key.shape, dtype=torch.float32
+    )
 
 
 @torch.library.custom_op("tempflow::group_loss", mutates_args=())
@@ -244,7 +280,14 @@ def group_loss_fake(
     velocity_old,
 ):
     per_child = [advantage.new_empty(advantage.shape) for _ in range(3)]
-    return (advantage.new_empty(()), per_child[0], per_child[1], advantage.new_empty(3), per_child[2], weight.new_empty(weight.shape))
+    return (
+        advantage.new_empty(()),
+        per_child[0],
+        per_child[1],
+        advantage.new_empty(3),
+        per_child[2],
+        weight.new_empty(weight.shape),
+    )
 
 
 @torch.library.custom_op("tempflow::group_loss_backward", mutates_args=())
@@ -265,18 +308,24 @@ def group_loss_backward_op(
     else:
         backward = naive.group_loss_backward
     with torch.cuda.device_of(x):
-        return backward(grad_loss, velocity, x, x_next, a, b, pull, kl_pull, velocity_ref, velocity_old)
+        return backward(
+            grad_loss, velocity, x, x_next, a, b, pull, kl_pull, velocity_ref, velocity_old
+        )
 
 
 @group_loss_backward_op.register_fake
-def group_loss_backward_fake(grad_loss, velocity, x, x_next, a, b, pull, kl_pull, velocity_ref, velocity_old):
+def group_loss_backward_fake(
+    grad_loss, velocity, x, x_next, a, b, pull, kl_pull, velocity_ref, velocity_old
+):
     return velocity.new_empty(velocity.shape)
 
 
 def save_for_gradient(ctx, inputs, output):
     velocity, x, x_next, a, b = inputs[:5]
     velocity_ref, velocity_old = inputs[11], inputs[15]
-    ctx.save_for_backward(velocity, x, x_next, a, b, output[4], output[5], velocity_ref, velocity_old)
+    ctx.save_for_backward(
+        velocity, x, x_next, a, b, output[4], output[5], velocity_ref, velocity_old
+    )
 
 
 def group_loss_gradient(ctx, grad_loss, *_):

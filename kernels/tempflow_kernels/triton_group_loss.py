@@ -1,10 +1,13 @@
-"""The group loss in Triton: one forward launch for the loss and its statistics, one backward launch for its gradient.
+"""The group loss in Triton: one forward launch for the loss and its statistics, one backward launch
+for its gradient.
 
-Forward: a program owns one block of one row, reads the state, the velocities and each child once, and stores its part
-of the sums. The last program of a row turns the sums into log-probabilities, ratios, the clipped surrogate, the KL
-term, and the coefficients that are all the backward needs; the last program of the launch adds the rows.
-Backward: d loss / d velocity is a weighted sum of (child - centre) over the children; a child with coefficient 0
-(clipped, advantage 0, padding) is not read. Fused multiply-adds are explicit, as in `triton_sde_step`.
+Forward: a program owns one block of one row, reads the state, the velocities and each child once,
+and stores its part of the sums. The last program of a row turns the sums into log-probabilities,
+ratios, the clipped surrogate, the KL term, and the coefficients that are all the backward needs;
+the last program of the launch adds the rows.
+Backward: d loss / d velocity is a weighted sum of (child - centre) over the children; a child with
+coefficient 0 (clipped, advantage 0, padding) is not read. Fused multiply-adds are explicit, as in
+`triton_sde_step`.
 """
 
 import torch
@@ -13,10 +16,12 @@ import triton.language as tl
 
 from .triton_common import PARTS, arrives_last, log_density, round_to, sum_parts
 
-# Elements per program. Not measured on a GPU yet: 16 elements per thread are two to four 16-byte loads per stream.
+# Elements per program. Not measured on a GPU yet: 16 elements per thread are two to four 16-byte
+# loads per stream.
 BLOCK = 2048
 NUM_WARPS = 4
-# Columns of the scratch that collects rows: loss, 1 if the row counts, kl, clip fraction, approximate kl.
+# Columns of the scratch that collects rows: loss, 1 if the row counts, kl, clip fraction,
+# approximate kl.
 COLUMNS = 5
 
 
@@ -27,17 +32,21 @@ def load_block(pointer, o_elem, mask):
 
 @triton.jit
 def exp_near_zero(value):
-    """exp, within half an ulp near 0, where ex2.approx alone is off by 2e-7: 0.2 % of a clip range of 1e-4."""
-    series = tl.fma(value, tl.fma(value, tl.fma(value, tl.fma(value, 1.0 / 24, 1.0 / 6), 0.5), 1.0), 1.0)
+    """exp, within half an ulp near 0, where ex2.approx alone is off by 2e-7: 0.2 % of a clip range
+    of 1e-4."""
+    series = tl.fma(
+        value, tl.fma(value, tl.fma(value, tl.fma(value, 1.0 / 24, 1.0 / 6), 0.5), 1.0), 1.0
+    )
     return tl.where(tl.abs(value) < 0.015625, series, tl.exp(value))
 
 
 @triton.jit
 def surrogate(advantage, log_ratio, lower, upper):
-    """Clipped surrogate of each child, its derivative in log_ratio, the ratio, and whether it lies out of range.
+    """Clipped surrogate of each child, its derivative in log_ratio, the ratio, and whether it lies
+    out of range.
 
-    Comparisons send NaN to the branch that keeps it. A child with advantage 0 contributes 0 however large its
-    ratio: 0 * inf would be NaN."""
+    Comparisons send NaN to the branch that keeps it. A child with advantage 0 contributes 0 however
+    large its ratio: 0 * inf would be NaN."""
     ratio = exp_near_zero(log_ratio)
     outside = (ratio < lower) | (ratio > upper)
     clipped = tl.where(ratio < lower, lower, tl.where(ratio > upper, upper, ratio))
@@ -71,12 +80,15 @@ def finish_policy(
     TILE_B: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """The policy term of one row from its parts: loss, clip fraction, approximate KL; stores the [N, B] outputs."""
+    """The policy term of one row from its parts: loss, clip fraction, approximate KL; stores the
+    [N, B] outputs."""
     first = i_row * children
     o_child = tl.arange(0, TILE_B)
     m_child = o_child < children
     safe_tau = tl.where(s_tau == 0, 1.0, s_tau)
-    density = log_density(sum_parts(square + first * blocks, children, blocks, TILE_B, PARTS), safe_tau, inv_numel)
+    density = log_density(
+        sum_parts(square + first * blocks, children, blocks, TILE_B, PARTS), safe_tau, inv_numel
+    )
     log_prob = tl.where(s_tau == 0, 0.0, density)
     scale = safe_tau * safe_tau
     if MODE == "plain_old":
@@ -89,10 +101,14 @@ def finish_policy(
         log_ratio = log_prob - log_prob
         if MODE == "guard":
             scale = safe_tau
-    value, slope, ratio, outside = surrogate(tl.load(advantage + first + o_child, mask=m_child, other=0.0), log_ratio, lower, upper)
+    value, slope, ratio, outside = surrogate(
+        tl.load(advantage + first + o_child, mask=m_child, other=0.0), log_ratio, lower, upper
+    )
     # d log_ratio / d velocity is b / (tau^2 D) times (child - centre); b / (tau D) under guard.
     slope = slope * (s_weight * inv_rows * inv_children) * (s_b * inv_numel / scale)
-    tl.store(pull + first + o_child, tl.where((s_weight == 0) | (s_tau == 0), 0.0, slope), mask=m_child)
+    tl.store(
+        pull + first + o_child, tl.where((s_weight == 0) | (s_tau == 0), 0.0, slope), mask=m_child
+    )
     tl.store(ratio_out + first + o_child, tl.where(s_weight == 0, 1.0, ratio), mask=m_child)
     tl.store(log_prob_out + first + o_child, log_prob, mask=m_child)
     return (
@@ -103,19 +119,26 @@ def finish_policy(
 
 
 @triton.jit
-def finish_kl(i_row, kl_parts, s_b, s_tau, inv_numel, blocks, KL: tl.constexpr, PARTS: tl.constexpr):
+def finish_kl(
+    i_row, kl_parts, s_b, s_tau, inv_numel, blocks, KL: tl.constexpr, PARTS: tl.constexpr
+):
     """KL of one row, and the factor of mean((v - v_ref)^2) in it."""
     factor = s_tau * 0.0 + 1.0
     if KL == "x":
         safe_tau = tl.where(s_tau == 0, 1.0, s_tau)
         factor = tl.where(s_tau == 0, 0.0, 0.5 * (s_b / safe_tau) * (s_b / safe_tau))
-    mean_square = tl.sum(sum_parts(kl_parts + i_row * blocks, 1, blocks, 1, PARTS), axis=0) * inv_numel
+    mean_square = (
+        tl.sum(sum_parts(kl_parts + i_row * blocks, 1, blocks, 1, PARTS), axis=0) * inv_numel
+    )
     return tl.where(factor == 0, 0.0, factor * mean_square), factor
 
 
 @triton.jit
-def finish_launch(row_stats, loss, scalars, rows, inv_rows, COLUMNS: tl.constexpr, PARTS: tl.constexpr):
-    """loss [] and scalars [3] from row_stats [COLUMNS, N]: the loss over all rows, the rest over those that count."""
+def finish_launch(
+    row_stats, loss, scalars, rows, inv_rows, COLUMNS: tl.constexpr, PARTS: tl.constexpr
+):
+    """loss [] and scalars [3] from row_stats [COLUMNS, N]: the loss over all rows, the rest over
+    those that count."""
     totals = sum_parts(row_stats, COLUMNS, rows, 8, PARTS)
     o_column = tl.arange(0, 8)
     counting = tl.maximum(tl.sum(tl.where(o_column == 1, totals, 0.0), axis=0), 1.0)
@@ -164,9 +187,11 @@ def group_loss_kernel(
     COLUMNS: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """velocity*, x [N, D]; x_next [N, B, D]; a, b, tau, weight, kl_pull [N]; log_prob*, advantage, ratio, pull [N, B];
-    square, cross [N, B, blocks]; kl_parts [N, blocks]; row_stats [5, N]; scalars [3]; counter int32 [N + 1], zero.
-    MODE: plain | plain_old | guard | guard_old ("old" is given); KL: none | x | v. One program per block of a row."""
+    """velocity*, x [N, D]; x_next [N, B, D]; a, b, tau, weight, kl_pull [N]; log_prob*, advantage,
+    ratio, pull [N, B]; square, cross [N, B, blocks]; kl_parts [N, blocks]; row_stats [5, N];
+    scalars [3]; counter int32 [N + 1], zero.
+    MODE: plain | plain_old | guard | guard_old ("old" is given); KL: none | x | v. One program per
+    block of a row."""
     pid = tl.program_id(0)
     i_row = (pid // blocks).to(tl.int64)
     i_block = pid % blocks
@@ -192,7 +217,9 @@ def group_loss_kernel(
         deviation = b_next - mean
         tl.store(square + i_child * blocks + i_block, tl.sum(deviation * deviation, axis=0))
         if MODE == "guard_old":
-            tl.store(cross + i_child * blocks + i_block, tl.sum((b_next - mean_old) * delta, axis=0))
+            tl.store(
+                cross + i_child * blocks + i_block, tl.sum((b_next - mean_old) * delta, axis=0)
+            )
 
     if arrives_last(counter + i_row, blocks):
         s_weight = tl.load(weight + i_row)
@@ -256,7 +283,8 @@ def group_loss_backward_kernel(
     KL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """grad_loss []; grad [N, D] = grad_loss (sum_i pull_i (x_next_i - centre) + kl_pull (velocity - velocity_ref))."""
+    """grad_loss []; grad [N, D] = grad_loss (sum_i pull_i (x_next_i - centre) + kl_pull (velocity -
+    velocity_ref))."""
     pid = tl.program_id(0)
     i_row = (pid // blocks).to(tl.int64)
     i_block = pid % blocks
@@ -277,7 +305,9 @@ def group_loss_backward_kernel(
     if KL:
         s_pull = tl.load(kl_pull + i_row)
         if s_pull != 0:
-            total = tl.fma(b_v - load_block(velocity_ref + i_row * numel, o_elem, mask), s_pull, total)
+            total = tl.fma(
+                b_v - load_block(velocity_ref + i_row * numel, o_elem, mask), s_pull, total
+            )
     total = total * tl.load(grad_loss)
     tl.store(grad + i_row * numel + o_elem, round_to(total, grad.dtype.element_ty), mask=mask)
 
@@ -311,7 +341,11 @@ def forward(
         return torch.empty(shape, dtype=torch.float32, device=x.device)
 
     velocity = velocity.contiguous()
-    loss, scalars, kl_pull = empty(), empty(3), torch.zeros(rows, dtype=torch.float32, device=x.device)
+    loss, scalars, kl_pull = (
+        empty(),
+        empty(3),
+        torch.zeros(rows, dtype=torch.float32, device=x.device),
+    )
     ratio_out, log_prob, pull = empty(rows, children), empty(rows, children), empty(rows, children)
     square = empty(rows, children, blocks)
     cross = torch.empty_like(square) if ratio == "guard" and velocity_old is not None else square
@@ -392,5 +426,6 @@ def backward(grad_loss, velocity, x, x_next, a, b, pull, kl_pull, velocity_ref, 
 
 
 def contiguous_or(tensor, placeholder):
-    """A kernel's pointer argument cannot be None: an absent tensor is replaced by one that is not read."""
+    """A kernel's pointer argument cannot be None: an absent tensor is replaced by one that is not
+    read."""
     return placeholder if tensor is None else tensor.contiguous()

@@ -1,23 +1,25 @@
 """Counter-based normals in Triton: Philox-4x32-10, then Box-Muller with fp32 polynomials.
 
-The jit helpers are what `triton_sde_step` inlines; the kernel writes the noise by itself. The words equal those of
-`naive.philox` bit for bit. The polynomials replace libdevice's log, sin and cos, whose slow paths use local memory
-and whose fast ones (lg2.approx, sin.approx) are off by up to 1e-6: these stay within fp32 rounding of
-`naive.box_muller`, and have no branch.
+The jit helpers are what `triton_sde_step` inlines; the kernel writes the noise by itself. The words
+equal those of `naive.philox` bit for bit. The polynomials replace libdevice's log, sin and cos,
+whose slow paths use local memory and whose fast ones (lg2.approx, sin.approx) are off by up to
+1e-6: these stay within fp32 rounding of `naive.box_muller`, and have no branch.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-# Elements per program. Not measured on a GPU yet: 16 per thread make 4 independent Philox calls in flight.
+# Elements per program. Not measured on a GPU yet: 16 per thread make 4 independent Philox calls in
+# flight.
 BLOCK = 2048
 NUM_WARPS = 4
 
 
 @triton.jit
 def philox_words(c0, k0, k1):
-    """Four uint32 words of Philox-4x32-10 with counter (c0, 0, 0, 0); c0 uint32 [..], k0 and k1 uint32 scalars."""
+    """Four uint32 words of Philox-4x32-10 with counter (c0, 0, 0, 0); c0 uint32 [..], k0 and k1
+    uint32 scalars."""
     c1 = tl.zeros_like(c0)
     c2 = tl.zeros_like(c0)
     c3 = tl.zeros_like(c0)
@@ -35,7 +37,8 @@ def philox_words(c0, k0, k1):
 
 @triton.jit
 def minus_two_log(u):
-    """-2 ln u for u in [2^-33, 1]: u = m 2^e with m in [2/3, 4/3), and a polynomial in f = m - 1 (error 3e-8)."""
+    """-2 ln u for u in [2^-33, 1]: u = m 2^e with m in [2/3, 4/3), and a polynomial in f = m - 1
+    (error 3e-8)."""
     bits = u.to(tl.int32, bitcast=True)
     exponent = (bits - 0x3F2AAAAB) & -0x800000
     f = (bits - exponent).to(tl.float32, bitcast=True) - 1.0
@@ -81,10 +84,13 @@ def four_normals(counter, k0, k1):
 
 @triton.jit
 def normal_block(key, i_block, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
-    """Normals of elements [i_block * BLOCK, (i_block + 1) * BLOCK) of the int64 scalar key: fp32 [BLOCK].
+    """Normals of elements [i_block * BLOCK, (i_block + 1) * BLOCK) of the int64 scalar key: fp32
+    [BLOCK].
 
-    A thread makes WIDTH neighbours, 4 or 8: as many as its 16-byte accesses hold, or they would pass through shared
-    memory on their way to the store. The joins put the neighbours in order, the last one varying fastest."""
+    A thread makes WIDTH neighbours, 4 or 8: as many as its 16-byte accesses hold, or they would
+    pass through shared memory on their way to the store. The joins put the neighbours in order, the
+    last one varying fastest.
+    """
     k0 = (key & 0xFFFFFFFF).to(tl.uint32)
     k1 = ((key >> 32) & 0xFFFFFFFF).to(tl.uint32)
     if WIDTH == 4:
@@ -94,7 +100,9 @@ def normal_block(key, i_block, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
         counter = i_block * (BLOCK // 4) + 2 * tl.arange(0, BLOCK // 8)
         e0, e1, e2, e3 = four_normals(counter, k0, k1)
         o0, o1, o2, o3 = four_normals(counter + 1, k0, k1)
-        noise = tl.join(tl.join(tl.join(e0, o0), tl.join(e2, o2)), tl.join(tl.join(e1, o1), tl.join(e3, o3)))
+        noise = tl.join(
+            tl.join(tl.join(e0, o0), tl.join(e2, o2)), tl.join(tl.join(e1, o1), tl.join(e3, o3))
+        )
     return noise.reshape(BLOCK)
 
 
@@ -115,5 +123,7 @@ def normal(key, numel):
     out = torch.empty(flat.shape[0], numel, dtype=torch.float32, device=key.device)
     blocks = triton.cdiv(numel, BLOCK)
     if out.numel():
-        normal_kernel[(flat.shape[0] * blocks,)](flat, out, numel, blocks, BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=False)
+        normal_kernel[(flat.shape[0] * blocks,)](
+            flat, out, numel, blocks, BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=False
+        )
     return out.view(*key.shape, numel)

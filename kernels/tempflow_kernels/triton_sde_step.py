@@ -1,9 +1,10 @@
-"""The SDE step in Triton: one launch reads a parent row once, and writes all its children and their log-probabilities.
+"""The SDE step in Triton: one launch reads a parent row once, and writes all its children and their
+log-probabilities.
 
-A program owns one block of one row. It computes the mean, draws each child's noise in registers, rounds the child to
-its storage dtype, and sums the squared deviations of the rounded values. Rows with tau = 0 branch past the
-noise and the sums. Fused multiply-adds are explicit and the compiler's own are off, so that the arithmetic
-does not depend on the compiler's version.
+A program owns one block of one row. It computes the mean, draws each child's noise in registers,
+rounds the child to its storage dtype, and sums the squared deviations of the rounded values. Rows
+with tau = 0 branch past the noise and the sums. Fused multiply-adds are explicit and the compiler's
+own are off, so that the arithmetic does not depend on the compiler's version.
 """
 
 import torch
@@ -13,7 +14,8 @@ import triton.language as tl
 from .triton_common import PARTS, arrives_last, log_density, round_to, sum_parts
 from .triton_noise import normal_block
 
-# Elements per program. Not measured on a GPU yet: 16 elements per thread are two to four 16-byte loads per stream.
+# Elements per program. Not measured on a GPU yet: 16 elements per thread are two to four 16-byte
+# loads per stream.
 BLOCK = 2048
 NUM_WARPS = 4
 
@@ -39,8 +41,8 @@ def sde_step_kernel(
     TILE_B: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """x, velocity [N, D]; a, b, tau fp32 [N]; key int64 [N, B]; x_next [N, B, D]; log_prob fp32 [N, B];
-    parts fp32 [N, B, blocks]; counter int32 [N], zero. One program per block of a row."""
+    """x, velocity [N, D]; a, b, tau fp32 [N]; key int64 [N, B]; x_next [N, B, D]; log_prob fp32 [N,
+    B]; parts fp32 [N, B, blocks]; counter int32 [N], zero. One program per block of a row."""
     pid = tl.program_id(0)
     i_row = (pid // blocks).to(tl.int64)
     i_block = pid % blocks
@@ -57,7 +59,9 @@ def sde_step_kernel(
         for i in range(children):
             tl.store(x_next + (first + i) * numel + o_elem, value, mask=mask)
         if i_block == 0:
-            tl.store(log_prob + first + o_child, tl.zeros([TILE_B], tl.float32), mask=o_child < children)
+            tl.store(
+                log_prob + first + o_child, tl.zeros([TILE_B], tl.float32), mask=o_child < children
+            )
     else:
         for i in range(children):
             noise = normal_block(tl.load(key + first + i), i_block, BLOCK, WIDTH)

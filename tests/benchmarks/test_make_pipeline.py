@@ -1,4 +1,5 @@
-"""Pipelines of real shapes with random weights: they load as any checkpoint does, and FLUX's config trains one."""
+"""Pipelines of real shapes with random weights: they load as any checkpoint does, and FLUX's config
+trains one."""
 
 import json
 
@@ -17,14 +18,26 @@ from tempflow.types import Size
 def test_shrunk_keeps_what_heads_do_not_decide():
     card = json.loads((CARDS / "flux-dev/transformer/config.json").read_text())
     small = shrunk(card, 0.1)
-    assert (small["num_layers"], small["num_single_layers"], small["num_attention_heads"]) == (2, 4, 2)
-    assert {key for key in card if card[key] != small[key]} == {"num_layers", "num_single_layers", "num_attention_heads"}
+    assert (small["num_layers"], small["num_single_layers"], small["num_attention_heads"]) == (
+        2,
+        4,
+        2,
+    )
+    assert {key for key in card if card[key] != small[key]} == {
+        "num_layers",
+        "num_single_layers",
+        "num_attention_heads",
+    }
     assert shrunk(card, 1e-6)["num_layers"] == 1
 
 
 def test_shrunk_follows_into_widths_lists_of_blocks_and_nested_configs():
     medium = shrunk(json.loads((CARDS / "sd35-medium/transformer/config.json").read_text()), 0.25)
-    assert (medium["num_layers"], medium["num_attention_heads"], medium["caption_projection_dim"]) == (6, 6, 6 * 64)
+    assert (
+        medium["num_layers"],
+        medium["num_attention_heads"],
+        medium["caption_projection_dim"],
+    ) == (6, 6, 6 * 64)
     assert medium["dual_attention_layers"] == [0, 1, 2, 3], "of the first 13 of 24"
     encoder = shrunk(json.loads((CARDS / "qwen-image/text_encoder/config.json").read_text()), 0.1)
     text, vision = encoder["text_config"], encoder["vision_config"]
@@ -38,14 +51,20 @@ def test_shrunk_keeps_the_layers_that_flux2_reads(card, layers):
     assert encoder.get("text_config", encoder)["num_hidden_layers"] == layers
 
 
-@pytest.mark.parametrize("card", [folder for folder in sorted(CARDS.iterdir()) if folder.is_dir()], ids=lambda folder: folder.name)
+@pytest.mark.parametrize(
+    "card",
+    [folder for folder in sorted(CARDS.iterdir()) if folder.is_dir()],
+    ids=lambda folder: folder.name,
+)
 def test_the_whole_is_not_shrunk(card):
     for file in card.rglob("config.json"):
         config = json.loads(file.read_text())
         assert shrunk(config, 1.0) == config
 
 
-@pytest.mark.parametrize("kind", ["CLIPTokenizer", "T5TokenizerFast", "Qwen2Tokenizer", "Qwen2TokenizerFast"])
+@pytest.mark.parametrize(
+    "kind", ["CLIPTokenizer", "T5TokenizerFast", "Qwen2Tokenizer", "Qwen2TokenizerFast"]
+)
 def test_tokenizers_are_as_long_as_the_real_ones(tmp_path, kind):
     import transformers
 
@@ -65,10 +84,18 @@ def test_refusals(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape, text", [("sd35-medium", (77 + 256, 4096)), ("qwen-image", (256, 3584)), ("z-image", (32, 2560))])
+@pytest.mark.parametrize(
+    "shape, text",
+    [("sd35-medium", (77 + 256, 4096)), ("qwen-image", (256, 3584)), ("z-image", (32, 2560))],
+)
 def test_guided_shapes_load_and_predict(tmp_path, shape, text):
-    """With prompts as long as the real ones; tests/engine/test_family_runs.py trains these families with their configs."""
-    policy = load_policy(str(make_pipeline(shape, tmp_path / "model", scale=0.02)), dtype="bfloat16", max_sequence_length=256)
+    """With prompts as long as the real ones; tests/engine/test_family_runs.py trains these families
+    with their configs."""
+    policy = load_policy(
+        str(make_pipeline(shape, tmp_path / "model", scale=0.02)),
+        dtype="bfloat16",
+        max_sequence_length=256,
+    )
     conditioning, size = policy.encode(examples(["a word"])), Size(32, 64)
     assert next(iter(conditioning.values())).shape == (1, *text)
     x = torch.randn(1, *policy.latent_shape(size))
@@ -79,9 +106,13 @@ def test_guided_shapes_load_and_predict(tmp_path, shape, text):
 
 @pytest.mark.slow
 def test_the_cards_command_trains_a_shrunk_flux(tmp_path):
-    """configs/flux_zero3.json as it stands, but for the path, the size and the amounts, on two ranks."""
+    """configs/flux_zero3.json as it stands, but for the path, the size and the amounts, on two
+    ranks."""
     folder = make_pipeline("flux-dev", tmp_path / "flux", scale=0.02)
-    assert not list(folder.rglob("*.bin")) and (folder / "transformer/diffusion_pytorch_model.safetensors").exists()
+    assert (
+        not list(folder.rglob("*.bin"))
+        and (folder / "transformer/diffusion_pytorch_model.safetensors").exists()
+    )
     settings = {
         "model.path": str(folder),
         "model.max_sequence_length": 32,
@@ -100,6 +131,10 @@ def test_the_cards_command_trains_a_shrunk_flux(tmp_path):
         "logging.tensorboard": False,
         "data.embedding_cache": str(tmp_path / "cache"),
     }
-    pairs = [part for key, value in settings.items() for part in ("--set", f"{key}={json.dumps(value)}")]
-    row = Run(tmp_path / "flux_zero3", launch(2, "--config", ROOT / "configs/flux_zero3.json", *pairs)).rows[-1]
+    pairs = [
+        part for key, value in settings.items() for part in ("--set", f"{key}={json.dumps(value)}")
+    ]
+    row = Run(
+        tmp_path / "flux_zero3", launch(2, "--config", ROOT / "configs/flux_zero3.json", *pairs)
+    ).rows[-1]
     assert row["iteration"] == 1 and row["grad_norm"] > 0

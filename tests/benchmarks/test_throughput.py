@@ -1,4 +1,5 @@
-"""throughput.py measures equal work, forecasts what it needs, loses nothing in a crash and gives back what it held."""
+"""throughput.py measures equal work, forecasts what it needs, loses nothing in a crash and gives
+back what it held."""
 
 import json
 import sys
@@ -52,24 +53,41 @@ def test_the_papers_procedure_does_the_same_work(bench, monkeypatch):
     result = sequential.Sequential(bench, session.config)(0)
     assert len(kept["states"]) == len(rolled.kept.states) == 2 * 2 * 4
     for one, other in zip(kept["states"], rolled.kept.states, strict=True):
-        assert one.unit == other.unit and one.step == other.step and one.slots.tolist() == other.slots.tolist()
+        assert (
+            one.unit == other.unit
+            and one.step == other.step
+            and one.slots.tolist() == other.slots.tolist()
+        )
         assert_close("state", one.x, other.x, 1e-5)
         assert_close("children", one.children, other.children, 1e-5)
     np.testing.assert_allclose(kept["rewards"].total, scored.rewards.total, atol=2e-3)
     assert session.advantage(rolled.layout.slots, kept["rewards"]).values.any()
-    # 4 units: a trunk of 4 forwards, and 3 children at each of 4 branch steps, each with a first forward and its suffix
+    # 4 units: a trunk of 4 forwards, and 3 children at each of 4 branch steps, each with a first
+    # forward and its suffix
     assert result.forwards["rollout"] == 4 * (4 + 3 * (5 + 4 + 3 + 2))
 
 
 def test_variants_count_what_they_run(bench):
     wanted, kept = throughput.variants(bench.session.config, compiled=False, gpu=False), []
-    rows = throughput.measure({False: bench}, wanted, 1, lambda rows: kept.append([row["variant"] for row in rows]))
-    assert kept == [[v.name for v in wanted][: n + 1] for n in range(len(wanted))], "rows are kept as they come"
+    rows = throughput.measure(
+        {False: bench}, wanted, 1, lambda rows: kept.append([row["variant"] for row in rows])
+    )
+    assert kept == [[v.name for v in wanted][: n + 1] for n in range(len(wanted))], (
+        "rows are kept as they come"
+    )
     by_name = {row["variant"]: row for row in rows}
     assert list(by_name)[0] == "paper's procedure"
     engine, separate = by_name["engine"], by_name["engine, one forward per child"]
-    assert separate["forwards"]["train"] == by_name["paper's procedure"]["forwards"]["train"] == 3 * engine["forwards"]["train"]
-    assert separate["forwards"]["rollout"] == engine["forwards"]["rollout"] == 4 * (5 + 3 * (4 + 3 + 2 + 1))
+    assert (
+        separate["forwards"]["train"]
+        == by_name["paper's procedure"]["forwards"]["train"]
+        == 3 * engine["forwards"]["train"]
+    )
+    assert (
+        separate["forwards"]["rollout"]
+        == engine["forwards"]["rollout"]
+        == 4 * (5 + 3 * (4 + 3 + 2 + 1))
+    )
     assert by_name["Flow-GRPO, as many images"]["images"] == 2 * 2 * 4 * 3
     peaks = {"rollout": 1e9, "train": 1e9}
     throughput.add_ratios(rows, 10**6, peaks, bench.session.config)
@@ -77,7 +95,9 @@ def test_variants_count_what_they_run(bench):
     rollout = engine["forwards"]["rollout"] * 1e6 / engine["seconds"]["rollout"] / 1e9
     assert engine["mfu_rollout"] == pytest.approx(rollout)
     # one update and one pass of the reference: rows count 3 and 1 forwards
-    assert engine["mfu_train"] == pytest.approx(engine["forwards"]["train"] * 2 * 1e6 / engine["seconds"]["train"] / 1e9)
+    assert engine["mfu_train"] == pytest.approx(
+        engine["forwards"]["train"] * 2 * 1e6 / engine["seconds"]["train"] / 1e9
+    )
 
 
 class Stub:
@@ -122,37 +142,51 @@ def test_an_engine_variant_lets_its_session_go(bench):
     assert session() is None
 
 
-# ------------------------------------------------------------------------------------------------------- forecast
+# ----------------------------------------------------------------------------------------- forecast
 def arguments(**changes):
     return Namespace(**{"only": None, "compile": False, "set": [], "rounds": 3, **changes})
 
 
 @pytest.fixture
 def announce(monkeypatch, tmp_path):
-    """announce(bytes of the card, --compile) of the default variants on a GPU, at FLUX.1-dev's shape with few layers and heads."""
-    config = throughput.large_config(256, arguments(), card_folder("flux-dev", tmp_path, 2, rehearse=True))
+    """announce(bytes of the card, --compile) of the default variants on a GPU, at FLUX.1-dev's
+    shape with few layers and heads."""
+    config = throughput.large_config(
+        256, arguments(), card_folder("flux-dev", tmp_path, 2, rehearse=True)
+    )
     monkeypatch.setattr(throughput, "uses_gpu", lambda: True)
     monkeypatch.setattr(throughput, "matmul_peak", lambda dtype, device: 600e12)
     monkeypatch.setattr(throughput, "device_name", lambda: "CARD")
 
     def announce(total: int, compiled: bool = False) -> None:
-        monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: Namespace(total_memory=total))
+        monkeypatch.setattr(
+            "torch.cuda.get_device_properties", lambda device: Namespace(total_memory=total)
+        )
         throughput.announce({"small": config}, arguments(compile=compiled))
 
     variants = throughput.variants(config, compiled=False, gpu=True)
-    announce.configs, announce.per_child = [v.config for v in variants], [v.kind is not Engine for v in variants]
+    announce.configs, announce.per_child = (
+        [v.config for v in variants],
+        [v.kind is not Engine for v in variants],
+    )
     return announce
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_made(announce, capsys):
     found = forecast(announce.configs, 600e12, per_child=announce.per_child)
-    assert found.seconds > forecast(announce.configs, 600e12).seconds, "a forward for every child takes longer"
+    assert found.seconds > forecast(announce.configs, 600e12).seconds, (
+        "a forward for every child takes longer"
+    )
     needed = int(found.bytes + SPARE)
     announce(needed + 1)
     said = capsys.readouterr().out
-    assert f"small: about {found.seconds * 4 / 60:.1f} minutes for 3 rounds and one to warm up" in said
+    assert (
+        f"small: about {found.seconds * 4 / 60:.1f} minutes for 3 rounds and one to warm up" in said
+    )
     assert f"up to {found.bytes / 1e9:.1f} GB" in said
-    with pytest.raises(UserError, match="small: needs .* GB, CARD has .*--only.*leave --compile out.*--quick"):
+    with pytest.raises(
+        UserError, match="small: needs .* GB, CARD has .*--only.*leave --compile out.*--quick"
+    ):
         announce(needed - 1)
     with pytest.raises(UserError):  # a second engine
         announce(needed + 1, compiled=True)
@@ -162,26 +196,35 @@ def test_the_forecast_is_the_dry_runs_largest_moment_over_what_all_variants_hold
     from tempflow.estimate.estimate import estimate
 
     made = [estimate(config).memory for config in announce.configs]
-    items = [{item.name: item.bytes for item in memory.resident if item.name != "text encoders"} for memory in made]
+    items = [
+        {item.name: item.bytes for item in memory.resident if item.name != "text encoders"}
+        for memory in made
+    ]
     shared, names = min(sum(one.values()) for one in items), {name for one in items for name in one}
     assert {"CUDA graph of the rollout", "float8 copy for suffixes"} <= names
     extra = sum(sum(one.values()) - shared for one in items)
     moments = {item.name: item.bytes for memory in made for item in memory.moments}
     assert forecast(announce.configs, 1e12).bytes == shared + extra + max(moments.values())
-    assert forecast(announce.configs, 1e12).seconds == pytest.approx(10 * forecast(announce.configs, 1e13).seconds)
+    assert forecast(announce.configs, 1e12).seconds == pytest.approx(
+        10 * forecast(announce.configs, 1e13).seconds
+    )
 
 
 def test_graphs_are_what_sets_one_variant_apart():
-    wanted = throughput.variants(throughput.large_config(512, arguments()), compiled=False, gpu=True)
+    wanted = throughput.variants(
+        throughput.large_config(512, arguments()), compiled=False, gpu=True
+    )
     assert [v.name for v in wanted if v.config.rollout.graphs] == ["engine, CUDA graphs"]
 
 
 def test_an_unknown_variant_is_refused():
-    with pytest.raises(UserError, match="--only nonsense: no such variant; there are paper's procedure, "):
+    with pytest.raises(
+        UserError, match="--only nonsense: no such variant; there are paper's procedure, "
+    ):
         throughput.chosen(small_config(), arguments(only=["nonsense"]))
 
 
-# -------------------------------------------------------------------------------------------------------- command
+# ------------------------------------------------------------------------------------------ command
 @pytest.mark.slow
 def test_throughput_as_a_command(tmp_path, monkeypatch):
     """And once more in the same process, beside nothing of the first."""
@@ -196,12 +239,27 @@ def test_throughput_as_a_command(tmp_path, monkeypatch):
 
     monkeypatch.setattr(throughput, "Bench", Watched)
     config = write_config(tmp_path, **SMALL)
-    monkeypatch.setattr(sys, "argv", ["throughput.py", "--config", str(config), "--quick", "--only", "suffix", "--output", str(tmp_path)])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "throughput.py",
+            "--config",
+            str(config),
+            "--quick",
+            "--only",
+            "suffix",
+            "--output",
+            str(tmp_path),
+        ],
+    )
     for _ in range(2):
         assert throughput.main() == 0
     (report,) = tmp_path.glob("throughput-small-*.json")
     record = json.loads(report.read_text())
-    assert {"date", "device", "versions", "config", "rows"} <= record.keys() and len(record["rows"]) == 1
+    assert {"date", "device", "versions", "config", "rows"} <= record.keys() and len(
+        record["rows"]
+    ) == 1
     assert record["complete"] is True and [len(row["totals_s"]) for row in record["rows"]] == [1]
     assert report.with_suffix(".png").stat().st_size > 5000 and len(engines) == 2
 

@@ -1,4 +1,5 @@
-"""Fixtures of the engine's tests: the shipped model, and random ones of other shapes. No test reaches the network."""
+"""Fixtures of the engine's tests: the shipped model, and random ones of other shapes. No test
+reaches the network."""
 
 import os
 import shutil
@@ -11,10 +12,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 HERE = Path(__file__).parent
-# The tests' own helpers and rewards, the kernel tests' comparison, and the recipe of the small model.
+# The tests' own helpers and rewards, the kernel tests' comparison, and the recipe of the small
+# model.
 for folder in (HERE, HERE.parent / "kernels", HERE.parent.parent / "recipes"):
     sys.path.insert(0, str(folder))
-sys.path.append(str(HERE.parent.parent / "benchmarks"))  # last: its kernels.py must not pass for Hugging Face's package
+sys.path.append(
+    str(HERE.parent.parent / "benchmarks")
+)  # last: its kernels.py must not pass for Hugging Face's package
 
 import pytest  # noqa: E402
 from engine_cases import MODEL  # noqa: E402
@@ -38,7 +42,8 @@ def policy():
 
 @pytest.fixture(scope="session")
 def pipelines(tmp_path_factory):
-    """Folders of random FluxPipelines by kind: "plain", "guidance" (embedded), "shifted" (static), "dynamic"."""
+    """Folders of random FluxPipelines by kind: "plain", "guidance" (embedded), "shifted" (static),
+    "dynamic"."""
     kinds = {
         "plain": {},
         "guidance": {"guidance_embeds": True},
@@ -57,7 +62,8 @@ def family_folders(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def family_pairs(family_folders):
-    """By (family, kind): a policy, and diffusers' own pipeline loaded apart. Tests leave both as they are."""
+    """By (family, kind): a policy, and diffusers' own pipeline loaded apart. Tests leave both as
+    they are."""
     from tempflow.models import load_policy
 
     made = {}
@@ -73,22 +79,32 @@ def family_pairs(family_folders):
 
 @pytest.fixture
 def small_condition_images(monkeypatch):
-    """Images of about 64 x 64 pixels where diffusers' editing pipelines, and so the engine, scale condition images to a megapixel."""
+    """Images of about 64 x 64 pixels where diffusers' editing pipelines, and so the engine, scale
+    condition images to a megapixel."""
     from diffusers.pipelines.flux import pipeline_flux_kontext
     from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 
-    sizes = [(width // 16, height // 16) for width, height in pipeline_flux_kontext.PREFERRED_KONTEXT_RESOLUTIONS]
+    sizes = [
+        (width // 16, height // 16)
+        for width, height in pipeline_flux_kontext.PREFERRED_KONTEXT_RESOLUTIONS
+    ]
     monkeypatch.setattr(pipeline_flux_kontext, "PREFERRED_KONTEXT_RESOLUTIONS", sizes)
     for module in (pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus):
         real = module.calculate_dimensions
-        monkeypatch.setattr(module, "calculate_dimensions", lambda area, ratio, real=real: real(max(area / 256, 4096), ratio))
+        monkeypatch.setattr(
+            module,
+            "calculate_dimensions",
+            lambda area, ratio, real=real: real(max(area / 256, 4096), ratio),
+        )
 
 
 @pytest.fixture
 def skeleton(tmp_path):
     """A FluxPipeline folder that passes for one until its weights are read: there are none."""
     folder = tmp_path / "skeleton"
-    shutil.copytree(MODEL, folder, ignore=shutil.ignore_patterns("*.safetensors", "*.bin", "tokenizer*.json"))
+    shutil.copytree(
+        MODEL, folder, ignore=shutil.ignore_patterns("*.safetensors", "*.bin", "tokenizer*.json")
+    )
     return folder
 
 
@@ -100,7 +116,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def interrupted(folder):
-    """A run of 4 iterations that sends itself a signal; with all that has a state: Adam, an average, a decaying rate."""
+    """A run of 4 iterations that sends itself a signal; with all that has a state: Adam, an
+    average, a decaying rate."""
 
     def start(name, *more, at=10**9, signal_name="SIGTERM", every=2):
         reward = {"counter": str(folder / f"{name}.count"), "at": at, "signal_name": signal_name}

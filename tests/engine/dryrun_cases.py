@@ -9,5 +9,6 @@ def items(result) -> dict[str, int]:
     """Bytes by the first words of their names."""
     memory = result.memory
     return {
-        item.name.removeprefix("training engine: ").split(":")[0]: item.bytes for item in [*memory.resident, *memory.moments, *memory.host]
+        item.name.removeprefix("training engine: ").split(":")[0]: item.bytes
+        for item in [*memory.resident, *memory.moments, *memory.host]
     }

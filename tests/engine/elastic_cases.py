@@ -1,7 +1,9 @@
-"""A small transformer's Runtime trained on made-up gradients, taken from one number of ranks to another and back.
+"""A small transformer's Runtime trained on made-up gradients, taken from one number of ranks to
+another and back.
 
-One rank makes 2 updates and saves; two ranks take that up, make 2 more and save; one rank takes that up and makes the last 2.
-The middle part is this file as a script under the launcher, with the folder as its argument.
+One rank makes 2 updates and saves; two ranks take that up, make 2 more and save; one rank takes
+that up and makes the last 2. The middle part is this file as a script under the launcher, with the
+folder as its argument.
 """
 
 import json
@@ -28,8 +30,12 @@ CASES = {
     "bf16-zero1": (1, True, True),
     "bf16-zero3": (3, True, True),
 }
-# With a large eps an update is nearly linear in the gradient: rounding stays rounding, and the moments still count.
-ADAMW = {"type": "AdamW", "params": {"lr": 1e-3, "eps": 1e-3, "betas": [0.9, 0.99], "torch_adam": True}}
+# With a large eps an update is nearly linear in the gradient: rounding stays rounding, and the
+# moments still count.
+ADAMW = {
+    "type": "AdamW",
+    "params": {"lr": 1e-3, "eps": 1e-3, "betas": [0.9, 0.99], "torch_adam": True},
+}
 # ZeRO-3 keeps small weights whole, and all in one group, unless told otherwise.
 SPREAD = {"stage3_param_persistence_threshold": 0, "sub_group_size": 20_000}
 BEGINNING, MIDDLE, END = range(2), range(2, 4), range(4, 6)
@@ -44,7 +50,8 @@ def policy():
 
 
 class Toy:
-    """Its loss is the squared distance of velocities from a target; every rank takes its share of the rows."""
+    """Its loss is the squared distance of velocities from a target; every rank takes its share of
+    the rows."""
 
     def __init__(self, case: str, seed: int = 0, optimizer: dict = ADAMW):
         from tempflow.training.ema import Average
@@ -54,8 +61,17 @@ class Toy:
         self.optimizer = optimizer
         stage, lora, bf16 = CASES[case]
         zero = {"stage": stage, **(SPREAD if stage == 3 else {})}
-        deepspeed = {"optimizer": optimizer, "zero_optimization": zero, "gradient_clipping": 0.5, "bf16": {"enabled": bf16}}
-        config = small_config(model={"lora": {"rank": 4, "alpha": 8.0} if lora else None}, deepspeed=deepspeed, training={"seed": seed})
+        deepspeed = {
+            "optimizer": optimizer,
+            "zero_optimization": zero,
+            "gradient_clipping": 0.5,
+            "bf16": {"enabled": bf16},
+        }
+        config = small_config(
+            model={"lora": {"rank": 4, "alpha": 8.0} if lora else None},
+            deepspeed=deepspeed,
+            training={"seed": seed},
+        )
         self.runtime = Runtime(config, policy())
         self.average = Merge(self.runtime, 3, 1, "sqrt") if lora else Average(self.runtime, 0.5, 1)
 
@@ -72,8 +88,18 @@ class Toy:
             x, target = torch.randn(2, ROWS, *shape, generator=generator)
             sigma = torch.rand(ROWS, generator=generator)
             own = {name: tensor[mine] for name, tensor in text.items()}
-            v = policy().velocity(self.runtime.engine, x[mine], sigma[mine], own, Size(32, 96), 0.0, self.runtime.dtype)
-            self.runtime.accumulate((v.float() - target[mine]).square().sum() / target.numel(), last=True)
+            v = policy().velocity(
+                self.runtime.engine,
+                x[mine],
+                sigma[mine],
+                own,
+                Size(32, 96),
+                0.0,
+                self.runtime.dtype,
+            )
+            self.runtime.accumulate(
+                (v.float() - target[mine]).square().sum() / target.numel(), last=True
+            )
             norms.append(self.runtime.step(1.0))
             self.average.update()
         return torch.tensor(norms, dtype=torch.float64)
@@ -82,13 +108,20 @@ class Toy:
         """Weights, moments and average of every trained parameter, whole, fp32 (a collective)."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        held = {f"{name}:average": value for name, value in self.average.gather(self.runtime.trainable).items()}
+        held = {
+            f"{name}:average": value
+            for name, value in self.average.gather(self.runtime.trainable).items()
+        }
         moments = ("exp_avg", "exp_avg_sq") if self.optimizer is ADAMW else ()
         plain = self.runtime.engine.optimizer.state if self.runtime.stage == 0 else None
         for name, parameter in self.runtime.trainable.items():
             held[name] = self.runtime.full_fp32(parameter)
             for key in moments:
-                held[f"{name}:{key}"] = plain[parameter][key] if plain else safe_get_full_optimizer_state(parameter, key)
+                held[f"{name}:{key}"] = (
+                    plain[parameter][key]
+                    if plain
+                    else safe_get_full_optimizer_state(parameter, key)
+                )
         return {name: value.detach().float().clone().contiguous() for name, value in held.items()}
 
     def save(self, folder: Path, updates: int) -> dict[str, torch.Tensor]:
@@ -96,7 +129,11 @@ class Toy:
         from tempflow.checkpoints import save
         from tempflow.training import distributed
 
-        state = {"iteration": updates, "world_size": distributed.world_size(), f"{self.average.key}_updates": self.average.updates}
+        state = {
+            "iteration": updates,
+            "world_size": distributed.world_size(),
+            f"{self.average.key}_updates": self.average.updates,
+        }
         save.save_checkpoint(self.runtime, self.average, folder, state, keep=9)
         return self.held()
 
@@ -122,8 +159,14 @@ def main(folder: Path) -> None:
         restored, norms = toy.held(), toy.train(MIDDLE)
         saved = toy.save(folder / case, MIDDLE.stop)
         if distributed.rank() == 0:
-            for name, tensors in {"restored": restored, "saved": saved, "norms": {"norms": norms}}.items():
-                save_file(tensors, folder / case / f"{name}.safetensors", {"notes": "\n".join(notes)})
+            for name, tensors in {
+                "restored": restored,
+                "saved": saved,
+                "norms": {"norms": norms},
+            }.items():
+                save_file(
+                    tensors, folder / case / f"{name}.safetensors", {"notes": "\n".join(notes)}
+                )
         toy.close()
     seal_together(folder / "sealed")
     claim_apart(folder / "apart")
@@ -141,7 +184,8 @@ def seal_together(draft: Path) -> None:
 
 
 def claim_apart(folder: Path) -> None:
-    """Claim a run directory from a working directory of each rank's own; leaves what that brings."""
+    """Claim a run directory from a working directory of each rank's own; leaves what that
+    brings."""
     from tempflow.errors import UserError
     from tempflow.run.directory import claim_run
     from tempflow.training import distributed

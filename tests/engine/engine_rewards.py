@@ -1,4 +1,5 @@
-"""Rewards for runs under test: smooth in the pixels, so that rounding elsewhere stays rounding here, and quick."""
+"""Rewards for runs under test: smooth in the pixels, so that rounding elsewhere stays rounding
+here, and quick."""
 
 import os
 import signal
@@ -18,14 +19,22 @@ def contrast(images, prompts, metadata):
 
 def warmth(images, prompts, metadata):
     """Mean red over mean blue, in percent."""
-    return (images[..., 0].mean(axis=(1, 2), dtype=np.float64) - images[..., 2].mean(axis=(1, 2), dtype=np.float64)) / 2.55
+    return (
+        images[..., 0].mean(axis=(1, 2), dtype=np.float64)
+        - images[..., 2].mean(axis=(1, 2), dtype=np.float64)
+    ) / 2.55
 
 
 def contrast_of_some(images, prompts, metadata):
     """`contrast`; of words that say so, the same for every picture."""
     flat = {"FLAT": 100.0, "EVEN": -100.0}
     values = contrast(images, prompts, metadata)
-    return np.array([next((x for word, x in flat.items() if word in p), value) for value, p in zip(values, prompts, strict=True)])
+    return np.array(
+        [
+            next((x for word, x in flat.items() if word in p), value)
+            for value, p in zip(values, prompts, strict=True)
+        ]
+    )
 
 
 def now_and_then(images, prompts, metadata):
@@ -40,13 +49,16 @@ def never(images, prompts, metadata):
 
 
 class Signalling(Reward):
-    """`contrast`, but batch number `at`, or each of several, of process `rank` sends that process a signal; a file counts them.
+    """`contrast`, but batch number `at`, or each of several, of process `rank` sends that process a
+    signal; a file counts them.
 
-    Meant for reward_pool.workers = 0, where the process is the one that trains. The file outlives the process, so a
-    resumed run is left alone.
+    Meant for reward_pool.workers = 0, where the process is the one that trains. The file outlives
+    the process, so a resumed run is left alone.
     """
 
-    def __init__(self, counter: str, at: int | list[int], signal_name: str = "SIGTERM", rank: int = 0):
+    def __init__(
+        self, counter: str, at: int | list[int], signal_name: str = "SIGTERM", rank: int = 0
+    ):
         self.counter, self.at = Path(counter), at if isinstance(at, list) else [at]
         self.signal, self.rank = signal.Signals[signal_name], rank
 

@@ -1,7 +1,8 @@
-"""Small runs that together use every component: each trains two iterations, and then the second once more from a checkpoint.
+"""Small runs that together use every component: each trains two iterations, and then the second
+once more from a checkpoint.
 
-As a script under the launcher, with a prepared folder as its argument, it runs the cases of two ranks one after another: a launch
-costs more than a run.
+As a script under the launcher, with a prepared folder as its argument, it runs the cases of two
+ranks one after another: a launch costs more than a run.
 """
 
 import json
@@ -16,10 +17,17 @@ PROMPT = {"over": "prompt"}
 CVAR = {"utility": {"type": "cvar", "over": "batch"}, "scale": "quasi_norm"}
 NOVELTY = {"utility": "novelty"}
 LORA = {"lora": {"rank": 4, "alpha": 8}}
-REWARDS = {"left": {"type": "engine_rewards:now_and_then"}, "red": {"type": "engine_rewards:warmth", "weight": 0.5}}
-PROMPTS = [{"prompt": "a cat", "rewards": ["left"]}, {"prompt": "a dog", "rewards": ["left", "red"]}]
+REWARDS = {
+    "left": {"type": "engine_rewards:now_and_then"},
+    "red": {"type": "engine_rewards:warmth", "weight": 0.5},
+}
+PROMPTS = [
+    {"prompt": "a cat", "rewards": ["left"]},
+    {"prompt": "a dog", "rewards": ["left", "red"]},
+]
 
-# Name: ZeRO stage, whether adapters are trained, plan, sde, objective, penalty, and other keys of `training`.
+# Name: ZeRO stage, whether adapters are trained, plan, sde, objective, penalty, and other keys of
+# `training`.
 CASES = {
     "grpo": (
         3,
@@ -37,9 +45,20 @@ CASES = {
         "cps",
         {"delta": 1e-9},
         {"type": "jeffreys"},
-        {"advantage": {"type": "gdpo", "utility": "win_rate", "anchor": 0.1}, "weighting": {"value": 0.9}},
+        {
+            "advantage": {"type": "gdpo", "utility": "win_rate", "anchor": 0.1},
+            "weighting": {"value": 0.9},
+        },
     ),
-    "hinge": (0, True, {"type": "flow_grpo", "values": True}, "dance", {"xi": 1e-7}, {"type": "hellinger"}, {"advantage": "dense"}),
+    "hinge": (
+        0,
+        True,
+        {"type": "flow_grpo", "values": True},
+        "dance",
+        {"xi": 1e-7},
+        {"type": "hellinger"},
+        {"advantage": "dense"},
+    ),
     "spo": (
         3,
         False,
@@ -76,11 +95,29 @@ CASES = {
         {"type": "chi2", "to": "old"},
         {"weighting": {"value": 0.9}, "advantage": NOVELTY},
     ),
-    "fpo": (0, True, {"type": "samples"}, "flow", {"pick": "extremes", "draws": 2}, {"type": "kl", "form": "v"}, {"advantage": PROMPT}),
-    "awm": (3, True, {"type": "tempflow", "seeds": 1, "children": 2}, "flow", {"draws": 1}, {"type": "channel_kl"}, {"advantage": PROMPT}),
+    "fpo": (
+        0,
+        True,
+        {"type": "samples"},
+        "flow",
+        {"pick": "extremes", "draws": 2},
+        {"type": "kl", "form": "v"},
+        {"advantage": PROMPT},
+    ),
+    "awm": (
+        3,
+        True,
+        {"type": "tempflow", "seeds": 1, "children": 2},
+        "flow",
+        {"draws": 1},
+        {"type": "channel_kl"},
+        {"advantage": PROMPT},
+    ),
     "nft": (3, False, {"type": "flow_grpo"}, "flow", {"draws": 2}, None, {"advantage": PROMPT}),
 }
-BESIDE = {  # further keys by case and section: what is no component, and has a state of its own or follows the iteration
+# further keys by case and section: what is no component, and has a state of its own or follows the
+# iteration
+BESIDE = {
     "dmpo": {
         "data": {"curation": {"prefer": 0.5}},
         "rollout": {"jitter": 0.5, "adapt": {"steps": 2, "noise": {"step": 0.1}}},
@@ -96,10 +133,15 @@ def prepare(folder: Path) -> None:
 
 
 def table_of(name: str, folder: Path) -> dict:
-    """The config of a case, its run directory in `folder`. Rewards fail now and then; an iteration makes four updates."""
+    """The config of a case, its run directory in `folder`. Rewards fail now and then; an iteration
+    makes four updates."""
     stage, adapters, plan, sde, objective, penalty, training = CASES[name]
     table = {
-        "model": {"path": str(folder / "model"), "max_sequence_length": 20, **(LORA if adapters else {})},
+        "model": {
+            "path": str(folder / "model"),
+            "max_sequence_length": 20,
+            **(LORA if adapters else {}),
+        },
         "data": {"train": str(folder / "prompts.jsonl"), "prompts_per_iteration": 2},
         "rollout": {
             "height": 32,
@@ -126,11 +168,15 @@ def table_of(name: str, folder: Path) -> dict:
         "logging": {"dir": str(folder), "name": name, "tensorboard": False},
         "deepspeed": {"optimizer": ADAMW, "zero_optimization": {"stage": stage}},
     }
-    return {section: {**keys, **BESIDE.get(name, {}).get(section, {})} for section, keys in table.items()}
+    return {
+        section: {**keys, **BESIDE.get(name, {}).get(section, {})}
+        for section, keys in table.items()
+    }
 
 
 def run(name: str, folder: Path) -> None:
-    """Train; set aside what that wrote, and repeat the second iteration from the first one's checkpoint (a collective)."""
+    """Train; set aside what that wrote, and repeat the second iteration from the first one's
+    checkpoint (a collective)."""
     import tempflow
     from tempflow.training import distributed
 
@@ -144,17 +190,35 @@ def run(name: str, folder: Path) -> None:
 
 
 def wrong_with(name: str, folder: Path) -> list[str]:
-    """What the resumed run has otherwise than the undisturbed one, and what is missing of a run that learned."""
+    """What the resumed run has otherwise than the undisturbed one, and what is missing of a run
+    that learned."""
     import torch
 
     whole, resumed = Run(folder / f"{name}-undisturbed"), Run(folder / name)
-    found = [] if [timeless(row) for row in whole.rows] == [timeless(row) for row in resumed.rows] else ["metrics after resuming"]
+    found = (
+        []
+        if [timeless(row) for row in whole.rows] == [timeless(row) for row in resumed.rows]
+        else ["metrics after resuming"]
+    )
     before, weights, again = whole.weights(1), whole.weights(2), resumed.weights(2)
-    found += [f"{key} after resuming" for key in weights if not torch.equal(weights[key], again[key])]
-    found += [f"{key} is not finite" for key, value in weights.items() if not value.isfinite().all()]
+    found += [
+        f"{key} after resuming" for key in weights if not torch.equal(weights[key], again[key])
+    ]
+    found += [
+        f"{key} is not finite" for key, value in weights.items() if not value.isfinite().all()
+    ]
     last = whole.rows[-1]
-    found += [] if any(not torch.equal(weights[key], before[key]) for key in weights) and last["grad_norm"] > 0 else ["nothing was learned"]
-    return found + ([] if last["ratio/max_dev"] > 0 and not last["updates/skipped"] else ["not all updates were made"])
+    found += (
+        []
+        if any(not torch.equal(weights[key], before[key]) for key in weights)
+        and last["grad_norm"] > 0
+        else ["nothing was learned"]
+    )
+    return found + (
+        []
+        if last["ratio/max_dev"] > 0 and not last["updates/skipped"]
+        else ["not all updates were made"]
+    )
 
 
 if __name__ == "__main__":

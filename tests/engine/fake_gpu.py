@@ -1,21 +1,25 @@
-"""A simulated GPU: tensors on "cuda:0" without hardware or data, and a record of what real code does to them.
+"""A simulated GPU: tensors on "cuda:0" without hardware or data, and a record of what real code
+does to them.
 
     gpu = FakeGpu()
     with gpu:                                    # may be entered again
         x = torch.zeros(4, 8, device=gpu.device)
         with gpu.watch() as seen:
             value = x.sum().item()
-    seen.waits    # Counter of (what made the host wait, file:line): a CUDA graph cannot capture those
+    seen.waits    # Counter of (what made the host wait, file:line): a CUDA graph cannot capture
+        those
     seen.kernels  # operations that launch something
     seen.bytes    # the most that was allocated above what was there at the start
 
-CUDA tensors are fake (shape, dtype, device), CPU tensors stay real. An operation that mixes devices raises, as on a GPU. Values
-that the host reads are made up: 1, in arrays True, and a single bool is False.
+CUDA tensors are fake (shape, dtype, device), CPU tensors stay real. An operation that mixes devices
+raises, as on a GPU. Values that the host reads are made up: 1, in arrays True, and a single bool is
+False.
 
-It cannot see: values, and so what depends on them, a NaN included; what a kernel itself refuses, such as an alignment; time,
-streams and races; host waits inside libraries below PyTorch's dispatcher; and of memory the CUDA context, the allocator's
-fragmentation, workspaces of cuBLAS and cuDNN, and the scratch of our own Triton kernels (they are replaced by their shapes).
-Attention and SiLU are the fused kernels that a GPU would choose. Collectives and other GPUs do not exist.
+It cannot see: values, and so what depends on them, a NaN included; what a kernel itself refuses,
+such as an alignment; time, streams and races; host waits inside libraries below PyTorch's
+dispatcher; and of memory the CUDA context, the allocator's fragmentation, workspaces of cuBLAS and
+cuDNN, and the scratch of our own Triton kernels (they are replaced by their shapes). Attention and
+SiLU are the fused kernels that a GPU would choose. Collectives and other GPUs do not exist.
 """
 
 from __future__ import annotations
@@ -43,7 +47,8 @@ from torch.utils._pytree import tree_leaves
 
 BLOCK = 512  # bytes that the allocator rounds up to
 READ = "value read by the host"
-# What a CPU build of torch lacks: a device guard, which indexing and autograd ask for, and autograd's word that CUDA was built.
+# What a CPU build of torch lacks: a device guard, which indexing and autograd ask for, and
+# autograd's word that CUDA was built.
 STAND_IN = """
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -65,7 +70,8 @@ struct Hooks final : public at::CUDAHooksInterface {
   bool hasPrimaryContext(DeviceIndex) const override { return false; }
 } hooks;
 }
-extern "C" void swap_hooks() {  // torch's hooks are a base class without data: exchanging the tables exchanges the objects
+// torch's hooks are a base class without data: exchanging the tables exchanges the objects
+extern "C" void swap_hooks() {
   void* theirs = const_cast<at::CUDAHooksInterface*>(&at::detail::getCUDAHooks());
   void* ours = &hooks;
   void* table;
@@ -112,7 +118,8 @@ INDEXING = {"_index_put_impl_", "index", "index_put", "index_put_"}
 
 @cache
 def stand_in() -> ctypes.CDLL | None:
-    """STAND_IN, compiled and loaded; its guard is registered for good. None where torch has the real thing."""
+    """STAND_IN, compiled and loaded; its guard is registered for good. None where torch has the
+    real thing."""
     if torch.version.cuda or torch.version.hip:
         return None
     compiler = shutil.which("c++")
@@ -145,7 +152,8 @@ def stand_in() -> ctypes.CDLL | None:
 
 @cache
 def _mode() -> FakeTensorMode:
-    """One for all simulated GPUs, because tensors of two cannot meet, and code under test keeps some in caches."""
+    """One for all simulated GPUs, because tensors of two cannot meet, and code under test keeps
+    some in caches."""
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
@@ -172,7 +180,9 @@ def place() -> str:
     frame = sys._getframe(1)
     while frame:
         name = frame.f_code.co_filename
-        if not ("/torch/" in name or name == __file__ or "contextlib" in name or name.startswith("<")):
+        if not (
+            "/torch/" in name or name == __file__ or "contextlib" in name or name.startswith("<")
+        ):
             return f"{'/'.join(name.split('/')[-3:])}:{frame.f_lineno}"
         frame = frame.f_back
     return "?"
@@ -180,7 +190,8 @@ def place() -> str:
 
 @dataclass
 class Seen:
-    """What happened within a `FakeGpu.watch`. waits: by (kind, file:line). bytes: the most allocated above `start`."""
+    """What happened within a `FakeGpu.watch`. waits: by (kind, file:line). bytes: the most
+    allocated above `start`."""
 
     start: int
     peak: int
@@ -247,13 +258,19 @@ class FakeGpu:
                 built_with_cuda(),
                 _mode(),
                 _Recorder(self),
-                torch.autograd.set_multithreading_enabled(False),  # a backward would want a thread for the GPU
+                torch.autograd.set_multithreading_enabled(
+                    False
+                ),  # a backward would want a thread for the GPU
                 mock.patch.object(torch.Tensor, "numpy", _numpy(torch.Tensor.numpy)),
                 mock.patch.object(FakeTensor, "tolist", self._tolist(), create=True),
                 mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", attention),
-                mock.patch.object(torch.nn.functional, "silu", lambda x, inplace=False: _Silu.apply(x)),
+                mock.patch.object(
+                    torch.nn.functional, "silu", lambda x, inplace=False: _Silu.apply(x)
+                ),
                 mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
-                mock.patch.object(torch.cuda, "get_device_name", lambda device=None: "simulated GPU"),
+                mock.patch.object(
+                    torch.cuda, "get_device_name", lambda device=None: "simulated GPU"
+                ),
             ):
                 stack.enter_context(context)
         except BaseException:
@@ -268,7 +285,9 @@ class FakeGpu:
     def _tolist(self):
         def tolist(tensor):
             self.note(READ, on_gpu(tensor))
-            return np.ones(tuple(tensor.shape), dtype=str(tensor.dtype).removeprefix("torch.")).tolist()
+            return np.ones(
+                tuple(tensor.shape), dtype=str(tensor.dtype).removeprefix("torch.")
+            ).tolist()
 
         return tolist
 
@@ -284,13 +303,21 @@ class _Recorder(TorchDispatchMode):
         kwargs, gpu = kwargs or {}, self._gpu
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         asked = kwargs.get("device")
-        if not any(isinstance(t, FakeTensor) for t in given) and (asked is None or torch.device(asked).type != "cuda"):
+        if not any(isinstance(t, FakeTensor) for t in given) and (
+            asked is None or torch.device(asked).type != "cuda"
+        ):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
         name = func.overloadpacket.__name__ if hasattr(func, "overloadpacket") else str(func)
         if name == "_local_scalar_dense":
             gpu.note(READ, on_gpu(given[0]))
-            return False if given[0].dtype == torch.bool else 1.0 if given[0].is_floating_point() else 1
+            return (
+                False
+                if given[0].dtype == torch.bool
+                else 1.0
+                if given[0].is_floating_point()
+                else 1
+            )
         if name == "equal":
             gpu.note(READ)
             return True
@@ -311,7 +338,9 @@ class _Recorder(TorchDispatchMode):
         if name in ("_to_copy", "copy_"):
             source = given[-1 if name == "copy_" else 0].device.type
             target = torch.device(kwargs.get("device") or given[0].device).type
-            gpu.note(f"copy {source} -> {target}", source != target and "meta" not in (source, target))
+            gpu.note(
+                f"copy {source} -> {target}", source != target and "meta" not in (source, target)
+            )
         if name in INDEXING and on_gpu(args[0]):
             for index in (t for t in args[1] if t is not None):
                 gpu.note("index copied from the CPU", index.device.type == "cpu")
@@ -328,8 +357,8 @@ def _numpy(real):
 
 
 class _Silu(torch.autograd.Function):
-    """A kernel forward and one backward, as on a GPU. Fake tensors take the backward of devices that have none: five kernels, and what
-    they hold between them."""
+    """A kernel forward and one backward, as on a GPU. Fake tensors take the backward of devices
+    that have none: five kernels, and what they hold between them."""
 
     @staticmethod
     def forward(ctx, x):
@@ -342,13 +371,20 @@ class _Silu(torch.autograd.Function):
         return torch.empty_like(x)
 
 
-def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    """The kernel that a GPU chooses: flash attention, or the memory-efficient one for a mask or heads wider than 256."""
+def attention(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+):
+    """The kernel that a GPU chooses: flash attention, or the memory-efficient one for a mask or
+    heads wider than 256."""
     aten = torch.ops.aten
     if attn_mask is None and query.shape[-1] <= 256:
-        return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
+        return aten._scaled_dot_product_flash_attention(
+            query, key, value, dropout_p, is_causal, scale=scale
+        )[0]
     if attn_mask is not None:  # added to the scores; broadcast, not copied
-        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).expand(*query.shape[:3], key.shape[2])
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).expand(
+            *query.shape[:3], key.shape[2]
+        )
     return aten._scaled_dot_product_efficient_attention(
         query, key, value, attn_mask, query.requires_grad, dropout_p, is_causal, scale=scale
     )[0]

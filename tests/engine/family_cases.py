@@ -1,8 +1,10 @@
-"""The model families that the tests go over, one entry each, and diffusers' own pipelines as their reference.
+"""The model families that the tests go over, one entry each, and diffusers' own pipelines as their
+reference.
 
-A new family is a builder of a tiny pipeline in pipelines_NAME.py and a line in FAMILIES: test_families.py compares it with its pipeline,
-test_family_runs.py trains and exports it, test_gpu_families.py replays its graphs, test_simulated_gpu.py runs its shipped config at
-real shapes. What only it has is tested in a file of its own.
+A new family is a builder of a tiny pipeline in pipelines_NAME.py and a line in FAMILIES:
+test_families.py compares it with its pipeline, test_family_runs.py trains and exports it,
+test_gpu_families.py replays its graphs, test_simulated_gpu.py runs its shipped config at real
+shapes. What only it has is tested in a file of its own.
 """
 
 from __future__ import annotations
@@ -52,9 +54,11 @@ class Family:
     config: str
     """A shipped config that starts from it."""
     schedulers: dict[str, dict]
-    """Options of `build` by kind; the first kind is the one of all tests that do not compare kinds."""
+    """Options of `build` by kind; the first kind is the one of all tests that do not compare
+    kinds."""
     waits: tuple[float, int, int]
-    """Host waits on the simulated GPU, which may only fall: around each forward of a rollout; copies and reads of a training step."""
+    """Host waits on the simulated GPU, which may only fall: around each forward of a rollout;
+    copies and reads of a training step."""
     guidance: str = "guidance_scale"
     """What the pipeline calls the engine's guidance_scale."""
     scale: float = 3.0
@@ -67,7 +71,9 @@ class Family:
     """Two predictions to the guided one, for families with negative prompts."""
     images: Callable[[Size], list[list[Image.Image]]] | None = None
     """Condition images of PROMPTS for outputs of a size; None: it takes none."""
-    given: Callable[[list[list[Image.Image]]], dict] = lambda images: {"image": [one for (one,) in images]}
+    given: Callable[[list[list[Image.Image]]], dict] = lambda images: {
+        "image": [one for (one,) in images]
+    }
     """The pipeline's arguments for them."""
     during: Callable[[], AbstractContextManager] = nullcontext
     """Context of the pipeline's call, where it needs one to be compared."""
@@ -92,12 +98,15 @@ class Family:
         return [(0.0, None), (1.0, NEGATIVES), (self.scale, None), (self.scale, NEGATIVES)]
 
     def plain(self, folder: Path):
-        """Diffusers' own pipeline of a folder, its processor as transformers can make it without torchvision."""
+        """Diffusers' own pipeline of a folder, its processor as transformers can make it without
+        torchvision."""
         import diffusers
 
         index, parts = json.loads((folder / "model_index.json").read_text()), {}
         if index.get("processor"):
-            parts["processor"] = load_part(getattr(transformers, index["processor"][1]), str(folder / "processor"))
+            parts["processor"] = load_part(
+                getattr(transformers, index["processor"][1]), str(folder / "processor")
+            )
         pipe = getattr(diffusers, self.pipeline).from_pretrained(folder, **parts)
         pipe.set_progress_bar_config(disable=True)
         return pipe
@@ -114,11 +123,21 @@ class Family:
         if self.images is None:
             return examples(texts, negatives)
         images = self.images(size or self.size(32, 32))
-        arrays = [tuple(np.asarray(image) for image in images[i % len(images)]) for i in range(len(texts))]
-        return [Example(text, negative, one) for text, negative, one in zip(texts, negatives or [None] * len(texts), arrays, strict=True)]
+        arrays = [
+            tuple(np.asarray(image) for image in images[i % len(images)]) for i in range(len(texts))
+        ]
+        return [
+            Example(text, negative, one)
+            for text, negative, one in zip(
+                texts, negatives or [None] * len(texts), arrays, strict=True
+            )
+        ]
 
-    def encoded(self, policy, places=(0, 1), size: Size | None = None, texts=PROMPTS, negatives=None) -> Conditioning:
-        """The conditioning of rows by prompt; where prompts differ in shape all rows have the first one's."""
+    def encoded(
+        self, policy, places=(0, 1), size: Size | None = None, texts=PROMPTS, negatives=None
+    ) -> Conditioning:
+        """The conditioning of rows by prompt; where prompts differ in shape all rows have the first
+        one's."""
         size = size or self.size(32, 32)
         examples = self.examples(texts, negatives, size)
         with policy.embedding_for(size):
@@ -126,21 +145,58 @@ class Family:
                 return index_rows(policy.encode(examples[:1]), [0] * len(places))
             return index_rows(policy.encode(examples), list(places))
 
-    def sampled(self, policy, latents, size: Size, steps: int, scale: float, negatives=None, decode=False, **more):
+    def sampled(
+        self,
+        policy,
+        latents,
+        size: Size,
+        steps: int,
+        scale: float,
+        negatives=None,
+        decode=False,
+        **more,
+    ):
         """PROMPTS by the engine: final latents, or images."""
-        call = {"height": size.height, "width": size.width, "num_steps": steps, "guidance_scale": scale, "decode": decode, **more}
+        call = {
+            "height": size.height,
+            "width": size.width,
+            "num_steps": steps,
+            "guidance_scale": scale,
+            "decode": decode,
+            **more,
+        }
         if self.images:
             call.setdefault("images", self.images(size))
         if self.frames > 1:
             call["frames"] = self.frames
         return policy.sample(PROMPTS, latents=latents, negative_prompts=negatives, **call)
 
-    def reference(self, pipe, latents, size: Size, steps: int, scale: float, negatives=None, decode=False, **more):
+    def reference(
+        self,
+        pipe,
+        latents,
+        size: Size,
+        steps: int,
+        scale: float,
+        negatives=None,
+        decode=False,
+        **more,
+    ):
         """PROMPTS by diffusers: the pipeline's own default where there are no negative prompts."""
-        call = {"height": size.height, "width": size.width, "num_inference_steps": steps, self.guidance: scale, **more}
+        call = {
+            "height": size.height,
+            "width": size.width,
+            "num_inference_steps": steps,
+            self.guidance: scale,
+            **more,
+        }
         call |= {"num_frames": self.frames} if self.frames > 1 else {}
         call |= {} if decode else {"output_type": "latent"}
-        images, width, found = self.images and self.images(size), 1 if self.alone else len(PROMPTS), []
+        images, width, found = (
+            self.images and self.images(size),
+            1 if self.alone else len(PROMPTS),
+            [],
+        )
         for i in range(0, len(PROMPTS), width):
             rows = slice(i, i + width)
             more = self.negatives(pipe, list(negatives[rows]), call) if negatives else {}
@@ -153,20 +209,29 @@ class Family:
     @property
     def rewards(self) -> dict:
         """The entry of a reward that costs nothing."""
-        return {"engine_rewards:contrast": 1.0 if self.frames == 1 else {"weight": 1.0, "frames": 2}}
+        return {
+            "engine_rewards:contrast": 1.0 if self.frames == 1 else {"weight": 1.0, "frames": 2}
+        }
 
     def prompt_files(self, folder: Path, size: Size) -> dict[str, str]:
-        """data.train and data.heldout; of a family with condition images, with two different sets of them in turn."""
+        """data.train and data.heldout; of a family with condition images, with two different sets
+        of them in turn."""
         if self.images is None:
             return {"train": str(WORDS), "heldout": str(HELDOUT)}
         folder.mkdir(parents=True, exist_ok=True)
-        named = [[f"{i}-{j}.png" for j in range(len(images))] for i, images in enumerate(self.images(size))]
+        named = [
+            [f"{i}-{j}.png" for j in range(len(images))]
+            for i, images in enumerate(self.images(size))
+        ]
         for names, images in zip(named, self.images(size), strict=True):
             for name, image in zip(names, images, strict=True):
                 image.save(folder / name)
         for file, words in (("train", WORDS), ("heldout", HELDOUT)):
             texts = words.read_text().splitlines()[:32]
-            lines = [json.dumps({"prompt": text, "images": named[i % len(named)]}) for i, text in enumerate(texts)]
+            lines = [
+                json.dumps({"prompt": text, "images": named[i % len(named)]})
+                for i, text in enumerate(texts)
+            ]
             (folder / f"{file}.jsonl").write_text("\n".join(lines) + "\n")
         return {file: str(folder / f"{file}.jsonl") for file in ("train", "heldout")}
 
@@ -175,13 +240,18 @@ class Kontext(Family):
     """Its pipeline makes a megapixel of any output unless told otherwise."""
 
     def reference(self, pipe, latents, size, *call, **more):
-        return super().reference(pipe, latents, size, *call, max_area=size.height * size.width, **more)
+        return super().reference(
+            pipe, latents, size, *call, max_area=size.height * size.width, **more
+        )
 
 
 def rescaled(positive, negative, scale):
     """Guided, and as long as the positive prediction, token by token."""
     guided = (1 - scale) * negative + scale * positive
-    return guided * (positive.square().sum(-1, keepdim=True) / guided.square().sum(-1, keepdim=True)).sqrt()
+    return (
+        guided
+        * (positive.square().sum(-1, keepdim=True) / guided.square().sum(-1, keepdim=True)).sqrt()
+    )
 
 
 FAMILIES = {
@@ -228,7 +298,16 @@ FAMILIES = {
         qwen_pipeline,
         "QwenImagePipeline",
         "qwen_image_lora",
-        {"dynamic": {**DYNAMIC, "base_shift": 0.5, "max_shift": 0.9, "max_image_seq_len": 8192, "shift_terminal": 0.02}, "plain": {}},
+        {
+            "dynamic": {
+                **DYNAMIC,
+                "base_shift": 0.5,
+                "max_shift": 0.9,
+                "max_image_seq_len": 8192,
+                "shift_terminal": 0.02,
+            },
+            "plain": {},
+        },
         (12.3, 8, 8),
         guidance="true_cfg_scale",
         negative=" ",
@@ -239,7 +318,15 @@ FAMILIES = {
         qwen_21_pipeline,
         "QwenImage21Pipeline",
         "qwen_image_21_lora",
-        {"dynamic": {**DYNAMIC, "base_shift": 0.5, "max_shift": 0.9, "max_image_seq_len": 8192, "shift_terminal": 0.02}},
+        {
+            "dynamic": {
+                **DYNAMIC,
+                "base_shift": 0.5,
+                "max_shift": 0.9,
+                "max_image_seq_len": 8192,
+                "shift_terminal": 0.02,
+            }
+        },
         (11.3, 4, 8),
         guidance="true_cfg_scale",
         negative=" ",
@@ -273,7 +360,13 @@ FAMILIES = {
         "Flux2KleinPipeline",
         "flux2_klein_lora",
         {"dynamic": DYNAMIC},
-        (11.5, 4, 8),  # its config's larger micro-batches: fewer forwards, so branching's copies weigh more in each
+        (
+            11.5,
+            4,
+            8,
+            # its config's larger micro-batches: fewer forwards, so branching's copies weigh more in
+            # each
+        ),
         negative="",
         negatives=negative_embeddings,
         models="FLUX.2 [klein] base",
@@ -311,8 +404,12 @@ def pipeline_folders(root: Path) -> Callable[..., Path]:
 def drawn(height: int, width: int, seed: int) -> Image.Image:
     """A condition image with something in it, of any size."""
     rng = np.random.default_rng(seed)
-    return Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).resize((width, height), Image.BICUBIC)
+    return Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).resize(
+        (width, height), Image.BICUBIC
+    )
 
 
 def latents_for(policy, size: Size, count=2):
-    return torch.randn(count, *policy.latent_shape(size), generator=torch.Generator().manual_seed(0))
+    return torch.randn(
+        count, *policy.latent_shape(size), generator=torch.Generator().manual_seed(0)
+    )

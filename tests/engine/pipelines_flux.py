@@ -1,4 +1,5 @@
-"""A tiny FluxPipeline: the shipped model's tokenizers and VAE, and a smaller transformer with random weights."""
+"""A tiny FluxPipeline: the shipped model's tokenizers and VAE, and a smaller transformer with
+random weights."""
 
 from pathlib import Path
 
@@ -6,8 +7,11 @@ import torch
 from engine_cases import randomise
 
 
-def flux_pipeline(folder: Path, *, guidance_embeds=False, kind="FluxPipeline", control=False, **scheduling) -> Path:
-    """A pipeline of the class `kind` with the recipe's tokenizers and VAE and a small random transformer.
+def flux_pipeline(
+    folder: Path, *, guidance_embeds=False, kind="FluxPipeline", control=False, **scheduling
+) -> Path:
+    """A pipeline of the class `kind` with the recipe's tokenizers and VAE and a small random
+    transformer.
 
     control: whether the transformer takes as many channels again beside those of the latents.
     """

@@ -1,4 +1,5 @@
-"""Tiny pipelines of FLUX.2: the real diffusers and transformers classes with random weights, and plain diffusers' loading of them."""
+"""Tiny pipelines of FLUX.2: the real diffusers and transformers classes with random weights, and
+plain diffusers' loading of them."""
 
 import json
 from pathlib import Path
@@ -29,9 +30,13 @@ def _transformer(seed: int, width: int, guidance_embeds: bool):
 
 @torch.no_grad()
 def _sharpened(transformer):
-    """Weights that matter twice as much, so that text and images show in the latents; more would amplify rounding errors too."""
+    """Weights that matter twice as much, so that text and images show in the latents; more would
+    amplify rounding errors too."""
     for name, parameter in transformer.named_parameters():
-        if any(part in name for part in ("norm_q", "norm_k", "norm_added", "modulation", "timestep_embedder")):
+        if any(
+            part in name
+            for part in ("norm_q", "norm_k", "norm_added", "modulation", "timestep_embedder")
+        ):
             parameter.mul_(2)
     return transformer
 
@@ -85,7 +90,8 @@ def klein_pipeline(folder: Path, is_distilled: bool = False, **scheduling) -> Pa
 
 
 def dev_pipeline(folder: Path, **scheduling) -> Path:
-    """A Flux2Pipeline as the published one lies there: a PixtralProcessor's files, which plain diffusers reads where torchvision is."""
+    """A Flux2Pipeline as the published one lies there: a PixtralProcessor's files, which plain
+    diffusers reads where torchvision is."""
     from diffusers import FlowMatchEulerDiscreteScheduler, Flux2Pipeline
     from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 
@@ -133,7 +139,8 @@ def dev_pipeline(folder: Path, **scheduling) -> Path:
 
 
 def plain_pipeline(folder: Path):
-    """diffusers' own pipeline of a folder. That of [dev] gets its tokenizer by hand: its processor cannot be loaded without torchvision."""
+    """diffusers' own pipeline of a folder. That of [dev] gets its tokenizer by hand: its processor
+    cannot be loaded without torchvision."""
     import diffusers
     from transformers import AutoTokenizer
 

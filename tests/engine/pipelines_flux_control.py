@@ -28,5 +28,8 @@ def control_images(size: Size) -> list[list[Image.Image]]:
 
 
 def of_the_mode() -> AbstractContextManager:
-    """The pipeline draws its control latents; here it gets the most likely ones, as the policy does."""
-    return mock.patch.object(DiagonalGaussianDistribution, "sample", lambda posterior, generator=None: posterior.mode())
+    """The pipeline draws its control latents; here it gets the most likely ones, as the policy
+    does."""
+    return mock.patch.object(
+        DiagonalGaussianDistribution, "sample", lambda posterior, generator=None: posterior.mode()
+    )

@@ -9,8 +9,14 @@ CHANNELS = 4  # of the latents
 
 
 def kontext_pipeline(folder: Path, *, guidance_embeds=True, halvings=2, **scheduling) -> Path:
-    """halvings: of the VAE. With 5 of them, two more than the real one has, a megapixel is 16 x 16 tokens."""
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxKontextPipeline, FluxTransformer2DModel
+    """halvings: of the VAE. With 5 of them, two more than the real one has, a megapixel is 16 x 16
+    tokens."""
+    from diffusers import (
+        AutoencoderKL,
+        FlowMatchEulerDiscreteScheduler,
+        FluxKontextPipeline,
+        FluxTransformer2DModel,
+    )
 
     import tiny_flux
 

@@ -9,7 +9,12 @@ from make_pipeline import qwen_tokenizer
 
 def qwen_pipeline(folder: Path, **scheduling) -> Path:
     """A QwenImagePipeline: Qwen2.5-VL as text encoder, the video VAE."""
-    from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
+    from diffusers import (
+        AutoencoderKLQwenImage,
+        FlowMatchEulerDiscreteScheduler,
+        QwenImagePipeline,
+        QwenImageTransformer2DModel,
+    )
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     torch.manual_seed(0)
@@ -26,7 +31,11 @@ def qwen_pipeline(folder: Path, **scheduling) -> Path:
                 "bos_token_id": 0,
                 "eos_token_id": 2,
                 "pad_token_id": 0,
-                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 1e4,
+                    "mrope_section": [2, 3, 3],
+                },
             },
             vision_config={
                 "depth": 1,

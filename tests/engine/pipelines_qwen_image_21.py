@@ -12,21 +12,27 @@ CHANNELS, WIDTH = 8, 32  # of the latents and of the text
 
 def qwen_21_pipeline(folder: Path, sample_sigmas=None, **scheduling) -> Path:
     """sample_sigmas: of a distilled checkpoint, which brings its own grid."""
-    from diffusers import AutoencoderKLQwenImage21, FlowMatchEulerDiscreteScheduler, QwenImage21Transformer2DModel
+    from diffusers import (
+        AutoencoderKLQwenImage21,
+        FlowMatchEulerDiscreteScheduler,
+        QwenImage21Transformer2DModel,
+    )
 
     torch.manual_seed(0)
     processor = qwen3_processor()
     parts = {
         "scheduler": FlowMatchEulerDiscreteScheduler(**scheduling),
-        "vae": AutoencoderKLQwenImage21(
-            base_dim=4,
-            decoder_base_dim=4,
-            z_dim=CHANNELS,
-            dim_mult=[1, 1, 1, 2, 2],
-            num_res_blocks=1,
-            latents_mean=[0.1 * n for n in range(CHANNELS)],
-            latents_std=[1 + 0.1 * n for n in range(CHANNELS)],
-        ).eval(),
+        "vae": (
+            AutoencoderKLQwenImage21(
+                base_dim=4,
+                decoder_base_dim=4,
+                z_dim=CHANNELS,
+                dim_mult=[1, 1, 1, 2, 2],
+                num_res_blocks=1,
+                latents_mean=[0.1 * n for n in range(CHANNELS)],
+                latents_std=[1 + 0.1 * n for n in range(CHANNELS)],
+            ).eval()
+        ),
         "text_encoder": randomise(text_encoder(processor.tokenizer), 2).eval(),
         "processor": processor,
         "transformer": randomise(
@@ -45,8 +51,15 @@ def qwen_21_pipeline(folder: Path, sample_sigmas=None, **scheduling) -> Path:
     }
     for name, part in parts.items():
         part.save_pretrained(folder / name)
-    index = {name: [type(part).__module__.split(".")[0], type(part).__name__] for name, part in parts.items()}
-    about = {"_class_name": "QwenImage21Pipeline", "_diffusers_version": "0.42.1", "sample_sigmas": sample_sigmas}
+    index = {
+        name: [type(part).__module__.split(".")[0], type(part).__name__]
+        for name, part in parts.items()
+    }
+    about = {
+        "_class_name": "QwenImage21Pipeline",
+        "_diffusers_version": "0.42.1",
+        "sample_sigmas": sample_sigmas,
+    }
     (folder / "model_index.json").write_text(json.dumps({**about, **index}))
     return folder
 
@@ -65,7 +78,12 @@ def text_encoder(tokenizer):
                 "num_attention_heads": 2,
                 "num_key_value_heads": 1,
                 "head_dim": 16,
-                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2], "mrope_interleaved": True},
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 1e4,
+                    "mrope_section": [4, 2, 2],
+                    "mrope_interleaved": True,
+                },
             },
             vision_config={
                 "depth": 1,

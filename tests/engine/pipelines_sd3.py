@@ -1,4 +1,5 @@
-"""A tiny StableDiffusion3Pipeline: the real diffusers and transformers classes with random weights."""
+"""A tiny StableDiffusion3Pipeline: the real diffusers and transformers classes with random
+weights."""
 
 from pathlib import Path
 
@@ -7,8 +8,13 @@ from engine_cases import randomise
 
 
 def sd3_pipeline(folder: Path, **scheduling) -> Path:
-    """A StableDiffusion3Pipeline like SD3.5-M's: two CLIPs and T5, and a block with the second attention; pictures to 128 x 128."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    """A StableDiffusion3Pipeline like SD3.5-M's: two CLIPs and T5, and a block with the second
+    attention; pictures to 128 x 128."""
+    from diffusers import (
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     import tiny_flux

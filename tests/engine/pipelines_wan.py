@@ -1,4 +1,5 @@
-"""Tiny pipelines of Wan 2.1 and 2.2: the real diffusers and transformers classes with random weights."""
+"""Tiny pipelines of Wan 2.1 and 2.2: the real diffusers and transformers classes with random
+weights."""
 
 from pathlib import Path
 
@@ -38,12 +39,19 @@ def text_encoder(tokens: int):
     from transformers import UMT5Config, UMT5EncoderModel
 
     config = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_heads": 2}
-    made = randomise(UMT5EncoderModel(UMT5Config(vocab_size=tokens, **config, pad_token_id=0)), 2).eval()
-    made.encoder.final_layer_norm.weight.data *= 20  # or some words would be nothing beside the padding, which is attended to
+    made = randomise(
+        UMT5EncoderModel(UMT5Config(vocab_size=tokens, **config, pad_token_id=0)), 2
+    ).eval()
+    made.encoder.final_layer_norm.weight.data *= (
+        20  # or some words would be nothing beside the padding, which is attended to
+    )
     return made
 
 
-FIRST_ORDER = {"solver_order": 1, "disable_corrector": list(range(1000))}  # the UniPC that is Euler on its grid
+FIRST_ORDER = {
+    "solver_order": 1,
+    "disable_corrector": list(range(1000)),
+}  # the UniPC that is Euler on its grid
 
 
 def unipc(**options):
@@ -52,7 +60,14 @@ def unipc(**options):
     return UniPCMultistepScheduler(**{**UNIPC, **options})
 
 
-def wan_pipeline(folder: Path, by_unipc: dict | None = None, *, experts: bool = False, small_vae: bool = False, **scheduling) -> Path:
+def wan_pipeline(
+    folder: Path,
+    by_unipc: dict | None = None,
+    *,
+    experts: bool = False,
+    small_vae: bool = False,
+    **scheduling,
+) -> Path:
     """A WanPipeline with Euler's scheduler, or UniPC.
 
     by_unipc: options of UniPC.
@@ -67,12 +82,20 @@ def wan_pipeline(folder: Path, by_unipc: dict | None = None, *, experts: bool = 
     _, tokenizer = tiny_flux.new_tokenizers()
     more = {}
     if small_vae:
-        more = {"is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16}
+        more = {
+            "is_residual": True,
+            "in_channels": 12,
+            "out_channels": 12,
+            "patch_size": 2,
+            "scale_factor_spatial": 16,
+        }
     WanPipeline(
         tokenizer=tokenizer,
         text_encoder=text_encoder(len(tokenizer)),
         vae=vae(**more),
-        scheduler=FlowMatchEulerDiscreteScheduler(**scheduling) if by_unipc is None else unipc(**by_unipc),
+        scheduler=(
+            FlowMatchEulerDiscreteScheduler(**scheduling) if by_unipc is None else unipc(**by_unipc)
+        ),
         transformer=transformer(1),
         transformer_2=transformer(4) if experts else None,
         boundary_ratio=0.875 if experts else None,

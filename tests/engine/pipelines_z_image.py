@@ -10,8 +10,14 @@ CHANNELS = 4  # of the VAE
 
 
 def z_image_pipeline(folder: Path, **scheduling) -> Path:
-    """A ZImagePipeline: Qwen3 as text encoder, whose chat template fills captions of PROMPTS up to 32 and 64 tokens."""
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+    """A ZImagePipeline: Qwen3 as text encoder, whose chat template fills captions of PROMPTS up to
+    32 and 64 tokens."""
+    from diffusers import (
+        AutoencoderKL,
+        FlowMatchEulerDiscreteScheduler,
+        ZImagePipeline,
+        ZImageTransformer2DModel,
+    )
     from transformers import Qwen3Config, Qwen3Model
 
     torch.manual_seed(0)

@@ -8,20 +8,29 @@ CELL, WIDTH, LONGEST = 8, 4, 9
 
 
 class WordDenoiser(torch.nn.Module):
-    """v depends on the latent, sigma and the words, with attention over them, so on how many there are."""
+    """v depends on the latent, sigma and the words, with attention over them, so on how many there
+    are."""
 
     dtype = torch.float32
 
     def __init__(self):
         super().__init__()
         generator = torch.Generator().manual_seed(3)
-        self.mix, self.query, self.value = (torch.nn.Parameter(torch.randn(3, n, generator=generator)) for n in (3, WIDTH, WIDTH))
+        self.mix, self.query, self.value = (
+            torch.nn.Parameter(torch.randn(3, n, generator=generator)) for n in (3, WIDTH, WIDTH)
+        )
 
     def forward(self, x, sigma, text, known=None):
         pixels = x.flatten(2).transpose(1, 2)  # [n, HW, 3]
         scores = pixels @ self.query @ text.transpose(1, 2)
-        attention = (scores if known is None else scores.masked_fill(~known[:, None], -torch.inf)).softmax(2)
-        found = torch.tanh(pixels @ self.mix) + attention @ text @ self.value.T + sigma[:, None, None] * pixels
+        attention = (
+            scores if known is None else scores.masked_fill(~known[:, None], -torch.inf)
+        ).softmax(2)
+        found = (
+            torch.tanh(pixels @ self.mix)
+            + attention @ text @ self.value.T
+            + sigma[:, None, None] * pixels
+        )
         return found.transpose(1, 2).reshape(x.shape)
 
 
@@ -44,7 +53,10 @@ class RaggedPolicy(GuidedPolicy):
     def embed(self, examples):
         (example,) = examples
         self.embedded.append(example)
-        rows = [[len(word), ord(word[0]) / 100, n, 1.0] for n, word in enumerate(example.text.split() or [" "])]
+        rows = [
+            [len(word), ord(word[0]) / 100, n, 1.0]
+            for n, word in enumerate(example.text.split() or [" "])
+        ]
         return {"text": torch.tensor([rows]).sin()}
 
     def empty_embeddings(self, count):
@@ -59,7 +71,10 @@ class RaggedPolicy(GuidedPolicy):
     def _join(self, negative, positive):
         texts = [*negative["text"], *positive["text"]]
         known = [torch.ones(len(text), dtype=torch.bool) for text in texts]
-        return {name: torch.nn.utils.rnn.pad_sequence(some, batch_first=True) for name, some in (("text", texts), ("known", known))}
+        return {
+            name: torch.nn.utils.rnn.pad_sequence(some, batch_first=True)
+            for name, some in (("text", texts), ("known", known))
+        }
 
     def _forward(self, denoiser, x, sigma, conditioning, size):
         self.rows_seen.append(len(x))

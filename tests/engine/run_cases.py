@@ -20,16 +20,26 @@ from safetensors.torch import load_file
 from tempflow import cli
 
 TIMEOUT_S = 900  # of a busy machine; a run takes some ten seconds on an idle one
-LAUNCHED = ("RANK", "LOCAL_RANK", "LOCAL_SIZE", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHED = (
+    "RANK",
+    "LOCAL_RANK",
+    "LOCAL_SIZE",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 
-# Plain gradient descent: an update is linear in the gradient, so that rounding stays rounding. Adam's first steps have the
-# gradient's sign alone, and turn the rounding of a small gradient into a whole step.
+# Plain gradient descent: an update is linear in the gradient, so that rounding stays rounding.
+# Adam's first steps have the gradient's sign alone, and turn the rounding of a small gradient into
+# a whole step.
 SGD = {"optimizer": {"type": "SGD", "params": {"lr": 1.0}}, "zero_optimization": {"stage": 0}}
 ADAMW = {"type": "AdamW", "params": {"lr": 1e-4, "betas": [0.9, 0.99], "torch_adam": True}}
 
 
 def environment() -> dict:
-    """The caller's, without what an earlier run in this process may have left, and with this project's commands and rewards.
+    """The caller's, without what an earlier run in this process may have left, and with this
+    project's commands and rewards.
 
     A run with it takes the machine's GPU where there is one, unless its test is marked `cpu`.
     """
@@ -49,7 +59,9 @@ def free_port() -> int:
 
 def run_command(command, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     command = [str(part) for part in command]
-    return subprocess.run(command, env=environment(), cwd=cwd, capture_output=True, text=True, timeout=TIMEOUT_S)
+    return subprocess.run(
+        command, env=environment(), cwd=cwd, capture_output=True, text=True, timeout=TIMEOUT_S
+    )
 
 
 def script(name: str, *arguments) -> subprocess.CompletedProcess:
@@ -66,12 +78,15 @@ def load_script(name: str):
 
 
 def script_here(name: str, *arguments) -> subprocess.CompletedProcess:
-    """engine/NAME.py in this process, on the CPU, with the libraries loaded already; what it sets globally is put back.
+    """engine/NAME.py in this process, on the CPU, with the libraries loaded already; what it sets
+    globally is put back.
 
     Its end is an ordinary one, whatever process group it joined.
     """
     out, err, threads = io.StringIO(), io.StringIO(), torch.get_num_threads()
-    handlers = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    handlers = {
+        kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
     try:
         with (
             mock.patch.object(sys, "argv", [name, *map(str, arguments)]),
@@ -85,7 +100,9 @@ def script_here(name: str, *arguments) -> subprocess.CompletedProcess:
                 os.environ.pop(variable, None)
             cli.run(load_script(name).main)
     except SystemExit as stop:
-        return subprocess.CompletedProcess([name, *arguments], stop.code, out.getvalue(), err.getvalue())
+        return subprocess.CompletedProcess(
+            [name, *arguments], stop.code, out.getvalue(), err.getvalue()
+        )
     finally:
         torch.set_num_threads(threads)
         for kind, handler in handlers.items():
@@ -94,36 +111,58 @@ def script_here(name: str, *arguments) -> subprocess.CompletedProcess:
 
 def launch(processes: int, *arguments) -> subprocess.CompletedProcess:
     """engine/train.py under the deepspeed launcher."""
-    command = ["deepspeed", "--num_accelerators", processes, "--master_port", free_port(), ROOT / "engine/train.py", *arguments]
+    command = [
+        "deepspeed",
+        "--num_accelerators",
+        processes,
+        "--master_port",
+        free_port(),
+        ROOT / "engine/train.py",
+        *arguments,
+    ]
     return run_command(command)
 
 
 class Run:
     """A finished run's directory."""
 
-    def __init__(self, folder: Path, done: subprocess.CompletedProcess | None = None, status: int = 0):
+    def __init__(
+        self, folder: Path, done: subprocess.CompletedProcess | None = None, status: int = 0
+    ):
         self.folder, self.done = folder, done
         if done is not None:
-            assert done.returncode == status, f"status {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+            assert done.returncode == status, (
+                f"status {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+            )
 
     @property
     def rows(self) -> list[dict]:
-        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        return [
+            json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()
+        ]
 
     @property
     def checkpoints(self) -> list[int]:
         return sorted(int(p.name) for p in (self.folder / "checkpoints").iterdir() if p.is_dir())
 
-    def weights(self, iteration: int | None = None, name: str = "weights") -> dict[str, torch.Tensor]:
+    def weights(
+        self, iteration: int | None = None, name: str = "weights"
+    ) -> dict[str, torch.Tensor]:
         iteration = self.checkpoints[-1] if iteration is None else iteration
         return load_file(self.folder / f"checkpoints/{iteration:06d}/{name}.safetensors")
 
     def pictures(self, iteration: int) -> list[bytes]:
-        return [file.read_bytes() for file in sorted((self.folder / f"samples/{iteration:06d}").glob("*.png"))]
+        return [
+            file.read_bytes()
+            for file in sorted((self.folder / f"samples/{iteration:06d}").glob("*.png"))
+        ]
 
 
-def train(folder: Path, name: str, *more, processes: int | None = 0, status: int = 0, **changes) -> Run:
-    """A run to its end: under the launcher with `processes`, without it where that is 0, or in this process (None)."""
+def train(
+    folder: Path, name: str, *more, processes: int | None = 0, status: int = 0, **changes
+) -> Run:
+    """A run to its end: under the launcher with `processes`, without it where that is 0, or in this
+    process (None)."""
     changes["logging"] = {"dir": str(folder), "name": name, **changes.get("logging", {})}
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     config = write_config(folder, f"{name}.json", **changes)
@@ -145,7 +184,13 @@ def train_checked(folder, name, more, reward, every, processes=0, rank=0, **deep
         *more,
         processes=processes,
         rewards={"engine_rewards:Signalling": {**reward, "rank": rank}},
-        training={"iterations": 4, "updates": {"passes": 2}, "ema": {"decay": 0.5, "every": 3}, "lr_decay": 0.1, "penalty": {"coef": 0.01}},
+        training={
+            "iterations": 4,
+            "updates": {"passes": 2},
+            "ema": {"decay": 0.5, "every": 3},
+            "lr_decay": 0.1,
+            "penalty": {"coef": 0.01},
+        },
         eval={"precision_recall": 3},
         checkpoint={"every": every, "keep": 9},
         deepspeed={"optimizer": ADAMW, **deepspeed},

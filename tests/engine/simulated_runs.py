@@ -1,6 +1,6 @@
-"""The shipped configs on the simulated GPU: real shapes, fewer layers, one unit of work. All of the engine is real but the
-loading of weights, prompts' embeddings (zeros), and DeepSpeed's engine, for which `PlainEngine` stands.
-"""
+"""The shipped configs on the simulated GPU: real shapes, fewer layers, one unit of work. All of the
+engine is real but the loading of weights, prompts' embeddings (zeros), and DeepSpeed's engine, for
+which `PlainEngine` stands."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ STATES = 4  # at most: enough for SD3.5's micro-batch of four
 
 
 def cut_card(path: str, folder: Path, layers: int) -> Path:
-    """A copy of a model's card whose transformer has `layers` blocks of each kind; a half of SD3.5's, as it has, with two attentions."""
+    """A copy of a model's card whose transformer has `layers` blocks of each kind; a half of
+    SD3.5's, as it has, with two attentions."""
     card = Path(shutil.copytree(local_model(path), folder / Path(local_model(path)).name))
     file = card / "transformer/config.json"
     config = json.loads(file.read_text())
@@ -57,12 +58,16 @@ def cut_card(path: str, folder: Path, layers: int) -> Path:
 
 
 class PlainEngine:
-    """What a Runtime asks of DeepSpeed's engine. A gradient is added to its fp32 sum as it comes, as ZeRO's optimizers do."""
+    """What a Runtime asks of DeepSpeed's engine. A gradient is added to its fp32 sum as it comes,
+    as ZeRO's optimizers do."""
 
     dp_world_size = 1
 
     def __init__(self, module: torch.nn.Module, parameters: list[torch.nn.Parameter]):
-        self.module, self.sums = module, {p: torch.zeros_like(p, dtype=torch.float32) for p in parameters}
+        self.module, self.sums = (
+            module,
+            {p: torch.zeros_like(p, dtype=torch.float32) for p in parameters},
+        )
         self.optimizer = mock.Mock(param_groups=[{"lr": 1e-4}])
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(self._take)
@@ -91,7 +96,8 @@ class PlainEngine:
 
 
 def already_there():
-    """Modules are not moved: they are made where they belong, and a fake weight cannot be exchanged for another."""
+    """Modules are not moved: they are made where they belong, and a fake weight cannot be exchanged
+    for another."""
     return mock.patch.object(torch.nn.Module, "to", lambda module, *args, **more: module)
 
 
@@ -107,7 +113,8 @@ def adapters_in(dtype: torch.dtype):
 
 
 class Forwards:
-    """Takes the graph cache's place in a Session: runs what would be captured, and sees what each run does.
+    """Takes the graph cache's place in a Session: runs what would be captured, and sees what each
+    run does.
 
     Of every function the first run is apart, as a capture is warmed up before.
     """
@@ -180,7 +187,10 @@ class SimulatedModel:
         return module
 
     def _embed(self, examples: list[types.Example]) -> dict[str, torch.Tensor]:
-        return {name: torch.zeros(len(examples), *t.shape[1:], dtype=t.dtype) for name, t in self._shapes.items()}
+        return {
+            name: torch.zeros(len(examples), *t.shape[1:], dtype=t.dtype)
+            for name, t in self._shapes.items()
+        }
 
 
 class SimulatedRun:
@@ -193,8 +203,13 @@ class SimulatedRun:
             full = STATES - STATES % load_config(file).training.micro_batch
             changes = ["rollout.num_steps=5", f"rollout.plan.branch_steps={list(range(full))}"]
         rewards, frames = {"engine_rewards:contrast": 1.0}, []
-        if load_config(file).rollout.frames > 1:  # the first frames and the next, which the decoder makes in another way
-            rewards, frames = {"engine_rewards:contrast": {"weight": 1.0, "frames": 2}}, ["rollout.frames=5"]
+        if (
+            load_config(file).rollout.frames > 1
+        ):  # the first frames and the next, which the decoder makes in another way
+            rewards, frames = (
+                {"engine_rewards:contrast": {"weight": 1.0, "frames": 2}},
+                ["rollout.frames=5"],
+            )
         shared = [f"model.path={model.card}", f"rewards={json.dumps(rewards)}", *frames, *ONE_UNIT]
         self.config = load_config(file, [*shared, *changes])
         self.prompts = load_prompts(self.config.data.train)
@@ -219,9 +234,19 @@ class SimulatedRun:
         """One iteration's collection, every forward padded to full size."""
         forwards, decodes = Forwards(self.gpu), []
         with quiet_pool(self.config) as (pool, specs), self._watched("decode", decodes):
-            session = assemble(self.config, self.policy, self.model.embeddings, pool, specs, self.prompts, graphs=forwards)
+            session = assemble(
+                self.config,
+                self.policy,
+                self.model.embeddings,
+                pool,
+                specs,
+                self.prompts,
+                graphs=forwards,
+            )
             with self.gpu.watch() as whole:
-                data = roll_out(session, plan_iteration(session, [0], 0), 0, self.config.rollout.suffix)
+                data = roll_out(
+                    session, plan_iteration(session, [0], 0), 0, self.config.rollout.suffix
+                )
                 scored = gather_rewards(session, data)
         return Rolled(data, scored, session, whole, forwards.seen, decodes)
 
@@ -246,14 +271,24 @@ class SimulatedRun:
         """The micro-batches of every state, as the trainer makes them, with made-up rewards."""
         t, states, session = self.config.training, rolled.data.kept.states, rolled.session
         rewards = np.random.default_rng(0).normal(size=len(rolled.data.layout.slots))
-        credit = session.advantage(rolled.data.layout.slots, replace(rolled.scored.rewards, total=rewards))
+        credit = session.advantage(
+            rolled.data.layout.slots, replace(rolled.scored.rewards, total=rewards)
+        )
         chosen = select(states, credit, session.penalty)
-        weights = step_weights(session.grid, rolled.data.layout.slots.steps(), ratio=session.objective.ratio, **t.profile())
+        weights = step_weights(
+            session.grid,
+            rolled.data.layout.slots.steps(),
+            ratio=session.objective.ratio,
+            **t.profile(),
+        )
         return make_batches(chosen, states[0], t.micro_batch, weights, self.policy.device)
 
     def evaluate(self, num_steps: int = 2) -> Seen:
         """Draw as many prompts as are integrated together, as the trainer's evaluation does."""
-        rows, model = self.config.rollout.rows, Opened(self.config, self.policy, self.model.embeddings)
+        rows, model = (
+            self.config.rollout.rows,
+            Opened(self.config, self.policy, self.model.embeddings),
+        )
         with self.gpu.watch() as seen:
             drawn = evaluation.draw(model, self.prompts, list(range(rows)), num_steps=num_steps)
             assert sum(len(part[0]) for part in drawn) == rows

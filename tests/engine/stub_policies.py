@@ -1,4 +1,5 @@
-"""A model family small enough to know what it must compute: it makes videos, and may be conditioned on images."""
+"""A model family small enough to know what it must compute: it makes videos, and may be conditioned
+on images."""
 
 import numpy as np
 import torch
@@ -10,7 +11,8 @@ CELL = 8  # pixels a side of a latent pixel
 
 
 class VideoPolicy(GuidedPolicy):
-    """Latents [3, F, H / 8, W / 8], which the decoder repeats; an example's embedding is of its text and its condition images."""
+    """Latents [3, F, H / 8, W / 8], which the decoder repeats; an example's embedding is of its
+    text and its condition images."""
 
     images_taken = (0, 1)
 
@@ -32,7 +34,10 @@ class VideoPolicy(GuidedPolicy):
 
     def embed(self, examples):
         self.embedded += examples
-        rows = [[len(e.text), *(pixels_of(image).mean() for image in e.images[:1] or [np.zeros(1)])] for e in examples]
+        rows = [
+            [len(e.text), *(pixels_of(image).mean() for image in e.images[:1] or [np.zeros(1)])]
+            for e in examples
+        ]
         return {"given": torch.tensor(rows, dtype=torch.float32)}
 
     def empty_embeddings(self, count):

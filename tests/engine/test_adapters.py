@@ -1,4 +1,5 @@
-"""Adapters that others saved as the start of a run: the same velocities in each layout, and refusals that say why."""
+"""Adapters that others saved as the start of a run: the same velocities in each layout, and
+refusals that say why."""
 
 import copy
 import json
@@ -41,7 +42,11 @@ def velocity(policy, module):
 
 
 def state(module):
-    return {name.replace(".default.", "."): p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+    return {
+        name.replace(".default.", "."): p.detach().clone()
+        for name, p in module.named_parameters()
+        if p.requires_grad
+    }
 
 
 @pytest.fixture(scope="module")
@@ -62,22 +67,31 @@ def saved(plain, trained, tmp_path_factory):
     root = tmp_path_factory.mktemp("adapters")
     settings = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["to_q", "to_out.0", "proj_mlp"])
     peft = get_peft_model(copy.deepcopy(plain.transformer), settings)
-    named = {f"base_model.model.{name.replace('.weight', '.default.weight')}": w for name, w in state(trained).items()}
+    named = {
+        f"base_model.model.{name.replace('.weight', '.default.weight')}": w
+        for name, w in state(trained).items()
+    }
     assert not peft.load_state_dict(named, strict=False).unexpected_keys
     peft.save_pretrained(root / "peft")
     FluxPipeline.save_lora_weights(
-        root / "diffusers", transformer_lora_layers=state(trained), transformer_lora_adapter_metadata=settings.to_dict()
+        root / "diffusers",
+        transformer_lora_layers=state(trained),
+        transformer_lora_adapter_metadata=settings.to_dict(),
     )
     return root
 
 
-@pytest.mark.parametrize("start", ["peft", "diffusers", "diffusers/pytorch_lora_weights.safetensors"])
+@pytest.mark.parametrize(
+    "start", ["peft", "diffusers", "diffusers/pytorch_lora_weights.safetensors"]
+)
 def test_the_start_is_the_saved_policy(plain, trained, saved, start):
     """Targets are the file's own, since none are named."""
     module = adapted(plain, start=str(saved / start))
     expected = velocity(plain, trained)
     assert torch.equal(velocity(plain, module), expected)
-    assert (expected - velocity(plain, plain.transformer)).norm() > 0.01 * expected.norm(), "the adapters matter"
+    assert (expected - velocity(plain, plain.transformer)).norm() > 0.01 * expected.norm(), (
+        "the adapters matter"
+    )
 
 
 def test_diffusers_gives_the_same(plain, saved, pipelines):
@@ -94,7 +108,9 @@ def test_without_settings_the_scale_is_one(plain, trained, saved, tmp_path):
     save_file(load_file(saved / "diffusers/pytorch_lora_weights.safetensors"), file)
     with pytest.raises(UserError, match="model.lora.alpha: 5, but .* has 3"):
         read_adapters(Lora(rank=RANK, alpha=ALPHA, start=str(file)))
-    assert read_adapters(Lora(rank=RANK, alpha=RANK, start=str(file))).keys() == state(trained).keys()
+    assert (
+        read_adapters(Lora(rank=RANK, alpha=RANK, start=str(file))).keys() == state(trained).keys()
+    )
 
 
 @pytest.mark.parametrize(
@@ -103,7 +119,10 @@ def test_without_settings_the_scale_is_one(plain, trained, saved, tmp_path):
         ({"rank": 4}, "model.lora.rank: 4, but .* has rank 3"),
         ({"alpha": 6.0}, "model.lora.alpha: 6, but .* has 5"),
         ({"targets": ["to_q", "to_out.0"]}, "adapts a layer that the run does not: .*proj_mlp"),
-        ({"targets": ["to_q", "to_k", "to_out.0", "proj_mlp"]}, "lacks an adapter that the run has: .*to_k"),
+        (
+            {"targets": ["to_q", "to_k", "to_out.0", "proj_mlp"]},
+            "lacks an adapter that the run has: .*to_k",
+        ),
     ],
 )
 def test_another_run_is_refused(plain, saved, lora, words):
@@ -114,11 +133,19 @@ def test_another_run_is_refused(plain, saved, lora, words):
 def test_another_model_is_refused(plain, saved, pipelines, tmp_path):
     weights = load_file(saved / "diffusers/pytorch_lora_weights.safetensors")
     cases = [
-        ({name.replace("to_q", "to_z"): w for name, w in weights.items()}, "no layer of the transformer is named .*to_z"),
-        ({name: w[:, :-1] if "lora_A" in name else w for name, w in weights.items()}, "made for another model"),
+        (
+            {name.replace("to_q", "to_z"): w for name, w in weights.items()},
+            "no layer of the transformer is named .*to_z",
+        ),
+        (
+            {name: w[:, :-1] if "lora_A" in name else w for name, w in weights.items()},
+            "made for another model",
+        ),
     ]
     for tensors, words in cases:
-        save_file({name: w.contiguous() for name, w in tensors.items()}, tmp_path / "other.safetensors")
+        save_file(
+            {name: w.contiguous() for name, w in tensors.items()}, tmp_path / "other.safetensors"
+        )
         with pytest.raises(UserError, match=f"model.lora.start: .*{words}"):
             adapted(plain, alpha=RANK, start=str(tmp_path / "other.safetensors"))
 
@@ -146,12 +173,13 @@ def test_files_that_are_no_adapters(saved, tmp_path):
     refused("holds pytorch_lora_weights.safetensors and adapter_model.safetensors")
 
 
-# ------------------------------------------------------------------------------- how the adapters were made
+# ----------------------------------------------------------------------- how the adapters were made
 TARGETS = ["to_q", "to_out.0", "proj_mlp"]
 
 
 def made_by_peft(plain, folder, **settings):
-    """Adapters that peft made and trained a little, and their velocities in peft on the base that it was given."""
+    """Adapters that peft made and trained a little, and their velocities in peft on the base that
+    it was given."""
     from peft import LoraConfig, PeftModel, get_peft_model
 
     config = LoraConfig(**{"r": RANK, "lora_alpha": ALPHA, "target_modules": TARGETS, **settings})
@@ -188,7 +216,10 @@ def test_what_peft_computes_otherwise_or_not_at_all_is_the_same_policy(plain, tm
 @pytest.mark.parametrize(
     "settings, words",
     [
-        ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa'.*path_initial_model_for_weight_conversion"),
+        (
+            {"init_lora_weights": "pissa"},
+            "init_lora_weights 'pissa'.*path_initial_model_for_weight_conversion",
+        ),
         ({"init_lora_weights": "pissa_niter_2"}, "init_lora_weights 'pissa_niter_2'"),
         ({"init_lora_weights": "olora"}, "init_lora_weights 'olora'"),
         ({"use_rslora": True}, "use_rslora"),
@@ -208,7 +239,20 @@ def test_other_kinds_of_peft_are_refused(plain, tmp_path, settings, words):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"init_lora_weights": kind} for kind in ("corda", "loftq", "lora_ga", "mica", "PiSSA", "of_tomorrow", None, 3, ["pissa"])]
+    [
+        {"init_lora_weights": kind}
+        for kind in (
+            "corda",
+            "loftq",
+            "lora_ga",
+            "mica",
+            "PiSSA",
+            "of_tomorrow",
+            None,
+            3,
+            ["pissa"],
+        )
+    ]
     + [
         {"peft_type": "LOHA"},
         {"peft_type": None},
@@ -232,7 +276,9 @@ def test_settings_that_are_not_known_to_be_plain_are_refused(saved, tmp_path, se
         (tmp_path / "adapter_config.json").write_text(json.dumps(config | settings))
     else:
         file = tmp_path / "pytorch_lora_weights.safetensors"
-        metadata = {f"transformer.{key}": value for key, value in {"lora_alpha": ALPHA, **settings}.items()}
+        metadata = {
+            f"transformer.{key}": value for key, value in {"lora_alpha": ALPHA, **settings}.items()
+        }
         save_file(
             load_file(saved / "diffusers/pytorch_lora_weights.safetensors"),
             file,
@@ -243,50 +289,79 @@ def test_settings_that_are_not_known_to_be_plain_are_refused(saved, tmp_path, se
 
 
 TENSORS = {
-    "text encoder": (lambda w: {**w, "text_encoder.text_model.q.lora_A.weight": torch.zeros(3, 4)}, "adapter of a text encoder"),
-    "kohya's": (lambda w: {**w, "lora_te1_text_model.lora_down.weight": torch.zeros(3, 4)}, "adapter of a text encoder"),
+    "text encoder": (
+        lambda w: {**w, "text_encoder.text_model.q.lora_A.weight": torch.zeros(3, 4)},
+        "adapter of a text encoder",
+    ),
+    "kohya's": (
+        lambda w: {**w, "lora_te1_text_model.lora_down.weight": torch.zeros(3, 4)},
+        "adapter of a text encoder",
+    ),
     "NaN": (lambda w: {name: t * float("nan") for name, t in w.items()}, "NaN"),
     "whole numbers": (lambda w: {name: t.to(torch.int8) for name, t in w.items()}, "whole numbers"),
     "convolution": (lambda w: {name: t[..., None, None] for name, t in w.items()}, "4 dimensions"),
-    "half a pair": (lambda w: {name: t for name, t in w.items() if name != min(w)}, "lora_B.weight without .*lora_A.weight"),
+    "half a pair": (
+        lambda w: {name: t for name, t in w.items() if name != min(w)},
+        "lora_B.weight without .*lora_A.weight",
+    ),
     "two ranks": (
-        lambda w: {name: t[:2] if "to_q.lora_A" in name else t[:, :2] if "to_q.lora_B" in name else t for name, t in w.items()},
+        lambda w: {
+            name: t[:2] if "to_q.lora_A" in name else t[:, :2] if "to_q.lora_B" in name else t
+            for name, t in w.items()
+        },
         "different ranks",
     ),
-    "halves of two ranks": (lambda w: {name: t[:2] if "to_q.lora_A" in name else t for name, t in w.items()}, "different ranks"),
+    "halves of two ranks": (
+        lambda w: {name: t[:2] if "to_q.lora_A" in name else t for name, t in w.items()},
+        "different ranks",
+    ),
 }
 
 
 @pytest.mark.parametrize("edit, words", TENSORS.values(), ids=TENSORS)
 def test_tensors_that_are_no_adapters_of_the_transformer(saved, tmp_path, edit, words):
     weights = edit(load_file(saved / "diffusers/pytorch_lora_weights.safetensors"))
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, tmp_path / "adapter_model.safetensors")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in weights.items()},
+        tmp_path / "adapter_model.safetensors",
+    )
     with pytest.raises(UserError, match=f"model.lora.start: .*{words}"):
         read_adapters(Lora(rank=RANK, alpha=RANK, start=str(tmp_path)))
 
 
 def test_files_that_may_not_be_read(saved, tmp_path, monkeypatch):
-    """As an operating system refuses them to others than root; and settings that are no table, or a link to nothing."""
+    """As an operating system refuses them to others than root; and settings that are no table, or a
+    link to nothing."""
 
     def refuse(self):
         raise PermissionError(13, "Permission denied", str(self))
 
     shutil.copytree(saved / "peft", tmp_path / "peft")
-    settings, lora = tmp_path / "peft/adapter_config.json", Lora(rank=RANK, alpha=RANK, start=str(tmp_path / "peft"))
+    settings, lora = (
+        tmp_path / "peft/adapter_config.json",
+        Lora(rank=RANK, alpha=RANK, start=str(tmp_path / "peft")),
+    )
     for text in ("[1]", "[]", "7", "null", "[" * 100_000, '{"r": '):
         settings.write_text(text)
         with pytest.raises(UserError, match="model.lora.start: .*has unreadable settings"):
             read_adapters(lora)
     settings.unlink()
     settings.symlink_to(tmp_path / "nothing")
-    with pytest.raises(UserError, match="model.lora.start: .*has unreadable settings: .*No such file"):
+    with pytest.raises(
+        UserError, match="model.lora.start: .*has unreadable settings: .*No such file"
+    ):
         read_adapters(lora)
     monkeypatch.setattr(Path, "is_file", refuse)
-    with pytest.raises(UserError, match="model.lora.start: .*peft' cannot be read: Permission denied"):
+    with pytest.raises(
+        UserError, match="model.lora.start: .*peft' cannot be read: Permission denied"
+    ):
         read_adapters(lora)
 
 
-@pytest.mark.parametrize("content, words", [(b"", "is empty"), (b"version https://git-lfs.github.com/spec/v1", "git-lfs pointer")])
+@pytest.mark.parametrize(
+    "content, words",
+    [(b"", "is empty"), (b"version https://git-lfs.github.com/spec/v1", "git-lfs pointer")],
+)
 def test_files_that_were_not_downloaded(tmp_path, content, words):
     (tmp_path / "adapter_model.safetensors").write_bytes(content)
     with pytest.raises(UserError, match=f"model.lora.start: .*{words}"):

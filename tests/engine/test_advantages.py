@@ -20,7 +20,9 @@ GROUPS = ("seed", "prompt")
 def advantages(rewards, *, group, global_std, clip, applies=None):
     """applies: R times bool [P], which rewards are for a prompt."""
     weights = None if applies is None else [1.0] * len(applies)
-    return dense(Group(group, clip, global_std), rewards, [rewards] * len(applies or []), weights, applies)
+    return dense(
+        Group(group, clip, global_std), rewards, [rewards] * len(applies or []), weights, applies
+    )
 
 
 def compute(rewards, group="seed", global_std=False, clip=5.0):
@@ -31,7 +33,10 @@ def members(shape, group):
     """Index arrays of each group's rewards."""
     prompts, seeds, steps, _ = shape
     if group == "seed":
-        return [np.s_[p, s, k, :] for p, s, k in itertools.product(range(prompts), range(seeds), range(steps))]
+        return [
+            np.s_[p, s, k, :]
+            for p, s, k in itertools.product(range(prompts), range(seeds), range(steps))
+        ]
     return [np.s_[p, :, k, :] for p, k in itertools.product(range(prompts), range(steps))]
 
 
@@ -48,7 +53,7 @@ def by_loop(rewards, group, global_std, clip):
     return values
 
 
-# ---------------------------------------------------------------------------------------------------- by hand
+# ------------------------------------------------------------------------------------------ by hand
 def test_seed_group():
     # mean 2, population std sqrt(2/3)
     found = compute([[[[1.0, 2.0, 3.0]]]])
@@ -60,7 +65,8 @@ def test_seed_group():
 
 
 def test_groups_keep_apart_what_differs():
-    """Two seeds of one prompt at different levels: seed groups see their own spread, the prompt group both levels."""
+    """Two seeds of one prompt at different levels: seed groups see their own spread, the prompt
+    group both levels."""
     rewards = [[[[0.0, 1.0]], [[10.0, 11.0]]]]
     a = 0.5 / (0.5 + 1e-4)
     np.testing.assert_allclose(compute(rewards, "seed").values.ravel(), [-a, a, -a, a], rtol=1e-6)
@@ -70,27 +76,34 @@ def test_groups_keep_apart_what_differs():
 
 
 def test_steps_and_prompts_are_never_mixed():
-    # two prompts, one seed, two steps: four groups whose spreads are 1, 2, 3 and 4 times the first's
+    # two prompts, one seed, two steps: four groups whose spreads are 1, 2, 3 and 4 times the
+    # first's
     rewards = [[[[0.0, 2.0], [5.0, 9.0]]], [[[1.0, 7.0], [3.0, 11.0]]]]
     for group in GROUPS:
         found = compute(rewards, group)
         expected = [[[[-s / (s + 1e-4), s / (s + 1e-4)] for s in row]] for row in ([1, 2], [3, 4])]
         np.testing.assert_allclose(found.values, expected, rtol=1e-6)
-        np.testing.assert_allclose(list(found.spread.values()), [2, 3])  # means over prompts, per step
+        np.testing.assert_allclose(
+            list(found.spread.values()), [2, 3]
+        )  # means over prompts, per step
 
 
 def test_global_std_divides_by_that_of_the_whole_batch():
     rewards = [[[[0.0, 2.0]]], [[[10.0, 14.0]]]]
     std = np.std([0, 2, 10, 14])
     expected = np.array([-1, 1, -2, 2]) / (std + 1e-4)
-    np.testing.assert_allclose(compute(rewards, global_std=True).values.ravel(), expected, rtol=1e-6)
+    np.testing.assert_allclose(
+        compute(rewards, global_std=True).values.ravel(), expected, rtol=1e-6
+    )
 
 
 def test_masked_rewards_leave_their_group():
     found = compute([[[[1.0, NAN, 3.0, 100.0]]], [[[NAN, 1.0, np.inf, 3.0]]]])
     scored = np.array([1.0, 3.0, 100.0])
     expected = (scored - scored.mean()) / (scored.std() + 1e-4)
-    np.testing.assert_allclose(found.values[0, 0, 0], [expected[0], 0, expected[1], expected[2]], rtol=1e-6)
+    np.testing.assert_allclose(
+        found.values[0, 0, 0], [expected[0], 0, expected[1], expected[2]], rtol=1e-6
+    )
     a = 1 / (1 + 1e-4)
     np.testing.assert_allclose(found.values[1, 0, 0], [0, -a, 0, a], rtol=1e-6)
     assert found.valid.tolist() == [[[[True, False, True, True]]], [[[False, True, False, True]]]]
@@ -106,14 +119,19 @@ def test_global_std_leaves_masked_rewards_out():
 @pytest.mark.parametrize("global_std", [False, True])
 def test_no_spread_is_exactly_zero(global_std):
     """0.1 has no exact mean of three: rounding must not become an advantage."""
-    found = compute([[[[0.1, 0.1, 0.1]]], [[[0.1, NAN, 0.3]]], [[[NAN, 0.7, NAN]]], [[[NAN] * 3]]], global_std=global_std)
+    found = compute(
+        [[[[0.1, 0.1, 0.1]]], [[[0.1, NAN, 0.3]]], [[[NAN, 0.7, NAN]]], [[[NAN] * 3]]],
+        global_std=global_std,
+    )
     assert (found.values[[0, 2, 3]] == 0).all()
     assert (found.values[1, 0, 0] != 0).tolist() == [True, False, True]
     assert found.zero_spread.ravel().tolist() == [True, False, True, True]
 
 
 def test_spread_is_a_mean_over_groups_that_have_rewards():
-    found = compute([[[[0.0, 2.0], [NAN, NAN]]], [[[0.0, 6.0], [NAN, NAN]]], [[[NAN, NAN], [NAN, NAN]]]])
+    found = compute(
+        [[[[0.0, 2.0], [NAN, NAN]]], [[[0.0, 6.0], [NAN, NAN]]], [[[NAN, NAN], [NAN, NAN]]]]
+    )
     np.testing.assert_allclose(list(found.spread.values()), [2.0, NAN])
 
 
@@ -125,17 +143,21 @@ def test_clip():
     assert clipped.max() == 5
 
 
-# ------------------------------------------------------------------------------------------------ by property
+# -------------------------------------------------------------------------------------- by property
 numbers = st.integers(-400, 400).map(lambda n: n / 8)
 shapes = st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(2, 5))
-batches = shapes.flatmap(lambda shape: arrays(np.float64, shape, elements=numbers | st.just(NAN), fill=st.nothing()))
+batches = shapes.flatmap(
+    lambda shape: arrays(np.float64, shape, elements=numbers | st.just(NAN), fill=st.nothing())
+)
 options = {"group": st.sampled_from(GROUPS), "global_std": st.booleans()}
 
 
 @given(rewards=batches, clip=st.sampled_from([0.5, 5.0, NEVER]), **options)
 def test_equals_a_loop_over_groups(rewards, group, global_std, clip):
     found = advantages(rewards, group=group, global_std=global_std, clip=clip)
-    np.testing.assert_allclose(found.values, by_loop(rewards, group, global_std, clip), rtol=1e-5, atol=1e-9)
+    np.testing.assert_allclose(
+        found.values, by_loop(rewards, group, global_std, clip), rtol=1e-5, atol=1e-9
+    )
 
 
 @given(rewards=batches, shift=numbers, **options)
@@ -171,7 +193,7 @@ def test_masked_children_have_no_advantage(rewards, group, global_std):
     assert (found.values[~found.valid] == 0).all() and np.isfinite(found.values).all()
 
 
-# ---------------------------------------------------------------------------------------------- several rewards
+# ---------------------------------------------------------------------------------- several rewards
 def decoupled(parts, weights, group="seed", global_std=False, clip=NEVER):
     parts = [np.asarray(part, dtype=np.float64) for part in parts]
     total = sum(w * part for w, part in zip(weights, parts, strict=True))
@@ -184,13 +206,20 @@ def gdpo_by_loop(parts, weights, group, global_std):
     one_by_one = [by_loop(np.where(scored, part, NAN), group, global_std, NEVER) for part in parts]
     total = sum(w * one for w, one in zip(weights, one_by_one, strict=True))
     batch = total[scored]
-    return np.where(scored, (total - batch.mean()) / (batch.std() + 1e-4), 0) if len(batch) else np.zeros(total.shape)
+    return (
+        np.where(scored, (total - batch.mean()) / (batch.std() + 1e-4), 0)
+        if len(batch)
+        else np.zeros(total.shape)
+    )
 
 
 @st.composite
 def several(draw):
     shape, count = draw(shapes), draw(st.integers(1, 3))
-    parts = [draw(arrays(np.float64, shape, elements=numbers | st.just(NAN), fill=st.nothing())) for _ in range(count)]
+    parts = [
+        draw(arrays(np.float64, shape, elements=numbers | st.just(NAN), fill=st.nothing()))
+        for _ in range(count)
+    ]
     return parts, [draw(st.sampled_from([-2.0, 0.3, 1.0])) for _ in range(count)]
 
 
@@ -201,7 +230,8 @@ def test_decoupled_equals_gdpo(case, group, global_std):
 
 
 def test_decoupled_keeps_apart_what_the_sum_collapses():
-    """GDPO's own example: of two children one has both rewards, or one of two; the sum sees the same advantage."""
+    """GDPO's own example: of two children one has both rewards, or one of two; the sum sees the
+    same advantage."""
     both, one = [[[[0.0, 1.0], [0.0, 1.0]]]], [[[[0.0, 1.0], [0.0, 0.0]]]]
     summed = compute(np.add(both, one)).values[0, 0]
     np.testing.assert_allclose(summed[0], summed[1], rtol=2e-4)
@@ -222,11 +252,14 @@ def test_decoupled_masks_a_picture_that_any_reward_failed():
     one, other = [[[[1.0, 2.0, NAN, 9.0]]]], [[[[3.0, 1.0, 5.0, NAN]]]]
     found = decoupled([one, other], [1.0, 3.0])
     assert found.valid.tolist() == [[[[True, True, False, False]]]]
-    np.testing.assert_allclose(found.values, [[[[1, -1, 0, 0]]]], rtol=1e-3)  # as if the last two had never been drawn
+    np.testing.assert_allclose(
+        found.values, [[[[1, -1, 0, 0]]]], rtol=1e-3
+    )  # as if the last two had never been drawn
 
 
 def test_decoupled_group_is_flat_only_where_every_reward_is():
-    """In the first group the sum is constant and its parts are not; in the second nothing differs."""
+    """In the first group the sum is constant and its parts are not; in the second nothing
+    differs."""
     one, other = [[[[0.0, 1.0], [0.1, 0.1]]]], [[[[1.0, 0.0], [0.3, 0.3]]]]
     found = decoupled([one, other], [2.0, 2.0])
     assert found.zero_spread.ravel().tolist() == [False, True]

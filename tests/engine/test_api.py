@@ -1,4 +1,5 @@
-"""The engine from Python: training twice in one process, then evaluating and sampling; and the console scripts."""
+"""The engine from Python: training twice in one process, then evaluating and sampling; and the
+console scripts."""
 
 import importlib
 import json
@@ -27,7 +28,8 @@ from pathlib import Path
 import tempflow
 
 table = json.loads(sys.argv[1])
-handler, interrupt = lambda number, frame: None, signal.getsignal(signal.SIGINT)  # ignored where a shell started this in the background
+# ignored where a shell started this in the background
+handler, interrupt = lambda number, frame: None, signal.getsignal(signal.SIGINT)
 signal.signal(signal.SIGTERM, handler)
 first = tempflow.train(table)
 second = tempflow.train(table, overrides=["logging.name=second", "rollout.replica=false"])
@@ -46,30 +48,55 @@ Path(sys.argv[2]).write_text(json.dumps(found, default=str))
 
 def test_train_evaluate_and_sample(tmp_path):
     rollout = {"lanes": 1, "num_steps": 3, "plan": {"branch_steps": [0, 1]}}
-    table = config_table(logging={"dir": str(tmp_path / "runs"), "name": "first"}, eval={"prompts": 2}, rollout=rollout)
+    table = config_table(
+        logging={"dir": str(tmp_path / "runs"), "name": "first"},
+        eval={"prompts": 2},
+        rollout=rollout,
+    )
     command = [sys.executable, "-c", CODE, json.dumps(table), str(tmp_path / "found.json")]
-    done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     found = json.loads((tmp_path / "found.json").read_text())
     for name in ("first", "second"):
         run = Run(tmp_path / "runs" / name)
-        assert found[name] == {"run_dir": str(run.folder), **json.loads((run.folder / "summary.json").read_text())}
-        assert [row["iteration"] for row in run.rows] == [0, 1, 2] and found[name]["iterations"] == 2
+        assert found[name] == {
+            "run_dir": str(run.folder),
+            **json.loads((run.folder / "summary.json").read_text()),
+        }
+        assert [row["iteration"] for row in run.rows] == [0, 1, 2] and found[name][
+            "iterations"
+        ] == 2
     assert found["first"]["tuned_reward"] == found["second"]["tuned_reward"]
     assert found["result"]["iteration"] == 2 and found["base"]["weights"] == "base"
-    assert found["both"]["reward"] == found["result"]["reward"] and found["both"]["base_reward"] == found["base"]["reward"]
+    assert (
+        found["both"]["reward"] == found["result"]["reward"]
+        and found["both"]["base_reward"] == found["base"]["reward"]
+    )
     assert found["both"]["drift/color_shift"] > 0
     assert found["result"]["prompts"] == found["result"]["scored"] == 2
-    assert found["shape"] == [1, table["rollout"]["height"], table["rollout"]["width"], 3] and found["dtype"] == "uint8"
+    assert (
+        found["shape"] == [1, table["rollout"]["height"], table["rollout"]["width"], 3]
+        and found["dtype"] == "uint8"
+    )
     assert found["differ"]
 
 
 def test_sampling_a_run_is_sampling_its_session(tmp_path):
     """One assembly: the same size, guidance, steps, negative prompts and embeddings."""
-    rollout, evaluation_table = {"guidance_scale": 3.0, "height": 32, "width": 64}, {"guidance_scale": 1.5, "num_steps": 3}
-    logging, data = {"dir": str(tmp_path / "runs"), "name": "one"}, {"embedding_cache": str(tmp_path / "cache")}
+    rollout, evaluation_table = (
+        {"guidance_scale": 3.0, "height": 32, "width": 64},
+        {"guidance_scale": 1.5, "num_steps": 3},
+    )
+    logging, data = (
+        {"dir": str(tmp_path / "runs"), "name": "one"},
+        {"embedding_cache": str(tmp_path / "cache")},
+    )
     model = {"path": str(sd3_pipeline(tmp_path / "sd3")), "max_sequence_length": 12}
-    config = small_config(model=model, data=data, rollout=rollout, eval=evaluation_table, logging=logging)
+    config = small_config(
+        model=model, data=data, rollout=rollout, eval=evaluation_table, logging=logging
+    )
     directory.claim(config, resume=False)
     prompts = examples(["a word", "two words"])
     session = build(config, prompts, [], parse_rewards(config.rewards), train=False)
@@ -83,7 +110,10 @@ def test_sampling_a_run_is_sampling_its_session(tmp_path):
     "table, words",
     [
         (config_table(), ["logging.name", "required"]),
-        (config_table(training={"itterations": 2}, logging={"name": "a"}), ["training.itterations", "did you mean"]),
+        (
+            config_table(training={"itterations": 2}, logging={"name": "a"}),
+            ["training.itterations", "did you mean"],
+        ),
         (config_table(training={"seed": {1}}), ["JSON", "set"]),
     ],
 )
@@ -121,17 +151,24 @@ def test_arguments_that_are_refused(tmp_path, arguments, words):
 def console_scripts() -> dict[str, str]:
     with mock.patch("setuptools.setup") as setup, mock.patch.object(sys, "argv", ["setup.py"]):
         runpy.run_path(str(ROOT / "setup.py"))
-    return dict(line.split(" = ") for line in setup.call_args.kwargs["entry_points"]["console_scripts"])
+    return dict(
+        line.split(" = ") for line in setup.call_args.kwargs["entry_points"]["console_scripts"]
+    )
 
 
 def test_console_scripts(capsys):
-    """Each is a command of its own module, whose options `main` reads from what it is given; engine/ has a script for each."""
+    """Each is a command of its own module, whose options `main` reads from what it is given;
+    engine/ has a script for each."""
     scripts = console_scripts()
-    assert {target.partition(":")[0].rpartition(".")[2] for target in scripts.values()} == {p.stem for p in (ROOT / "engine").glob("*.py")}
+    assert {target.partition(":")[0].rpartition(".")[2] for target in scripts.values()} == {
+        p.stem for p in (ROOT / "engine").glob("*.py")
+    }
     for name, target in scripts.items():
         module, _, command = target.partition(":")
         module = importlib.import_module(module)
-        assert callable(getattr(module, command)) and name == "tempflow-" + Path(module.__file__).stem.replace("_", "-")
+        assert callable(getattr(module, command)) and name == "tempflow-" + Path(
+            module.__file__
+        ).stem.replace("_", "-")
         with pytest.raises(SystemExit) as end:
             module.main(["--help"])
         assert end.value.code == 0 and "usage:" in capsys.readouterr().out

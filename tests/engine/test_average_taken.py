@@ -1,4 +1,5 @@
-"""An average that was never taken holds the weights before training: it is not written, loaded, exported or evaluated."""
+"""An average that was never taken holds the weights before training: it is not written, loaded,
+exported or evaluated."""
 
 import json
 import shutil
@@ -16,7 +17,8 @@ from tempflow.training.ema import Average
 
 
 def saved_by_hand(folder, updates, every, file):
-    """A run directory with one checkpoint, as this version and older ones write them; raw weights are 1, the average is 0."""
+    """A run directory with one checkpoint, as this version and older ones write them; raw weights
+    are 1, the average is 0."""
     config = small_config(training={"ema": every and {"decay": 0.9, "every": every}})
     (folder / "config.json").write_text(config.model_dump_json())
     draft = find.folder(folder, 5)
@@ -44,11 +46,18 @@ def saved_by_hand(folder, updates, every, file):
 def test_which_weights_are_read(tmp_path, capsys, updates, every, file, which):
     saved_by_hand(tmp_path, updates, every, file)
     found = load.load_tuned(tmp_path)
-    assert found.which == which and found.weights["w"].tolist() == ([0, 0] if which == "ema" else [1, 1])
+    assert found.which == which and found.weights["w"].tolist() == (
+        [0, 0] if which == "ema" else [1, 1]
+    )
     out, err = capsys.readouterr()
-    told = f"no average was taken in the {updates} updates until iteration 5 (training.ema.every: {every}); the raw weights are used"
+    told = (
+        f"no average was taken in the {updates} updates until iteration 5 (training.ema.every:"
+        f" {every}); the raw weights are used"
+    )
     assert out == "" and (told in err) == (every is not None and which == "raw")
-    assert load.load_tuned(tmp_path, which="raw").which == "raw" and capsys.readouterr().err == "", "which was asked for"
+    assert (
+        load.load_tuned(tmp_path, which="raw").which == "raw" and capsys.readouterr().err == ""
+    ), "which was asked for"
 
 
 @pytest.mark.parametrize("which", ["ema", "raw"])
@@ -66,7 +75,9 @@ def test_weights_that_diverged_are_refused(tmp_path, value):
     saved_by_hand(tmp_path, 9, 8, True)
     folder = find.folder(tmp_path, 5)
     for name in ("weights", "ema"):
-        save_file({"v": torch.ones(2), "w": torch.tensor([0.0, value])}, folder / f"{name}.safetensors")
+        save_file(
+            {"v": torch.ones(2), "w": torch.tensor([0.0, value])}, folder / f"{name}.safetensors"
+        )
     (folder / manifest.MANIFEST).unlink()
     manifest.seal(folder)
     for which in ("raw", "ema"):
@@ -78,7 +89,10 @@ def test_weights_that_diverged_are_refused(tmp_path, value):
 def test_weights_too_large_for_a_dtype_are_refused(lora):
     """Not written as infinity. Beyond float16 is 1e5; of the adapters it is their product."""
     layer = torch.nn.ModuleDict({"w": torch.nn.Linear(2, 2, bias=False)})
-    names = {"w" + load.LORA_DOWN: torch.full((1, 2), 1e3), "w" + load.LORA_UP: torch.full((2, 1), 1e2)}
+    names = {
+        "w" + load.LORA_DOWN: torch.full((1, 2), 1e3),
+        "w" + load.LORA_UP: torch.full((2, 1), 1e2),
+    }
     config = small_config(model={"lora": {"rank": 1, "alpha": 1.0} if lora else None})
     large = load.Tuned(config, 1, "raw", names if lora else {"w.weight": torch.full((2, 2), 1e5)})
     with pytest.raises(UserError, match="w.* holds values too large for float16"):
@@ -116,12 +130,17 @@ def test_a_run_resumed_before_the_first_average_takes_the_same_one(tmp_path, cut
 
 
 def test_an_average_that_was_taken_must_be_there(tmp_path, monkeypatch):
-    (tmp_path / "state.json").write_text(json.dumps({"iteration": 5, "ema_updates": 3, "world_size": 1}))
+    (tmp_path / "state.json").write_text(
+        json.dumps({"iteration": 5, "ema_updates": 3, "world_size": 1})
+    )
     monkeypatch.setattr(load.universal, "load_state", lambda engine, folder: True)
     runtime = SimpleNamespace(stage=0, engine=None)
     with pytest.raises(UserError, match="holds no average"):
         load.restore(runtime, average_of({"w": torch.zeros(2)}, every=3), tmp_path)
-    assert load.restore(runtime, average_of({"w": torch.zeros(2)}, every=4), tmp_path)["ema_updates"] == 3
+    assert (
+        load.restore(runtime, average_of({"w": torch.zeros(2)}, every=4), tmp_path)["ema_updates"]
+        == 3
+    )
 
 
 @pytest.mark.slow
@@ -139,4 +158,6 @@ def test_a_run_without_an_average_is_taken_for_what_it_trained(tmp_path):
     assert json.loads((run.folder / "samples/000001/samples.json").read_text())["weights"] == "raw"
     assert not (run.folder / "checkpoints/000001/ema.safetensors").exists()
     found = load.load_tuned(run.folder)
-    assert found.which == "raw" and all(t.abs().max() > 0 for name, t in found.weights.items() if "lora_B" in name)
+    assert found.which == "raw" and all(
+        t.abs().max() > 0 for name, t in found.weights.items() if "lora_B" in name
+    )

@@ -18,7 +18,11 @@ from safetensors.torch import load_file, save_file
 from tempflow.checkpoints import find, load, manifest, save
 from tempflow.errors import RankError, UserError
 
-FILES = {"weights.safetensors": b"w" * 1000, "state.json": b'{"iteration": 3}', "deepspeed/state/rank_0.pt": b"d" * 500}
+FILES = {
+    "weights.safetensors": b"w" * 1000,
+    "state.json": b'{"iteration": 3}',
+    "deepspeed/state/rank_0.pt": b"d" * 500,
+}
 
 
 def make(folder, files=FILES):
@@ -33,7 +37,7 @@ def checkpoints(run_dir, *iterations):
     return [make(find.folder(run_dir, n)) for n in iterations]
 
 
-# ----------------------------------------------------------------------------------------------------- manifest
+# ----------------------------------------------------------------------------------------- manifest
 def test_a_sealed_checkpoint_is_whole(tmp_path):
     assert manifest.problem_with(make(tmp_path / "000003")) is None
 
@@ -56,15 +60,23 @@ def test_faults_are_named(tmp_path, name):
     assert manifest.problem_with(folder) is None
 
 
-@pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b"3", b"\xff\xfe", b'{"state.json": {}}', b'{"state.json": 3}'])
+@pytest.mark.parametrize(
+    "content",
+    [None, b"", b"{", b"[]", b"3", b"\xff\xfe", b'{"state.json": {}}', b'{"state.json": 3}'],
+)
 def test_a_damaged_manifest_is_a_fault(tmp_path, content):
     folder = make(tmp_path / "000003")
-    (folder / manifest.MANIFEST).unlink() if content is None else (folder / manifest.MANIFEST).write_bytes(content)
+    (
+        (folder / manifest.MANIFEST).unlink()
+        if content is None
+        else (folder / manifest.MANIFEST).write_bytes(content)
+    )
     assert "manifest.json is missing or damaged" in manifest.problem_with(folder)
 
 
 def test_an_empty_manifest_is_no_checkpoint(tmp_path):
-    """Not even of an empty folder: what a crash leaves must not pass for a checkpoint of nothing."""
+    """Not even of an empty folder: what a crash leaves must not pass for a checkpoint of
+    nothing."""
     folder = tmp_path / "000003"
     folder.mkdir()
     (folder / manifest.MANIFEST).write_text("{}")
@@ -100,7 +112,7 @@ def equal_json(content, file):
     return False
 
 
-# ------------------------------------------------------------------------------------------------------- newest
+# ------------------------------------------------------------------------------------------- newest
 def test_newest(tmp_path):
     assert find.newest(tmp_path) is None
     checkpoints(tmp_path, 2, 40, 9)
@@ -134,9 +146,10 @@ def test_all_broken_is_none(tmp_path):
     assert find.newest(tmp_path) is None
 
 
-# --------------------------------------------------------------------------------------------------------- save
+# --------------------------------------------------------------------------------------------- save
 class Engine:
-    """DeepSpeed's part of a checkpoint: one file; or, with `broken`, half of it and an exception."""
+    """DeepSpeed's part of a checkpoint: one file; or, with `broken`, half of it and an
+    exception."""
 
     def __init__(self):
         self.broken, self.module = False, torch.nn.Linear(1, 1)
@@ -202,7 +215,13 @@ def test_save_keeps_the_newest(runtime, tmp_path):
     assert all(manifest.problem_with(p) is None for p in find.folders(tmp_path))
 
 
-EVALUATED = {1: (0.5, 5.0), 2: (0.4, 7.0), 10: (0.7, 6.0), 12: (0.6, None), 14: (0.6, 7.0)}  # the held-out reward, another metric
+EVALUATED = {
+    1: (0.5, 5.0),
+    2: (0.4, 7.0),
+    10: (0.7, 6.0),
+    12: (0.6, None),
+    14: (0.6, 7.0),
+}  # the held-out reward, another metric
 
 
 @pytest.mark.parametrize(
@@ -213,11 +232,14 @@ EVALUATED = {1: (0.5, 5.0), 2: (0.4, 7.0), 10: (0.7, 6.0), 12: (0.6, None), 14: 
     ],
 )
 def test_save_keeps_the_best(runtime, tmp_path, metric, expected):
-    """Of those evaluated, which iteration 3 is not, though a rollout has told its diversity; the first of equals."""
+    """Of those evaluated, which iteration 3 is not, though a rollout has told its diversity; the
+    first of equals."""
     kept = []
     for iteration in (1, 2, 3, 10, 12, 14):
         reward, diversity = EVALUATED.get(iteration, (None, 9.0))
-        row = {"iteration": iteration, "diversity/seeds": diversity} | ({"eval/reward": reward} if reward else {})
+        row = {"iteration": iteration, "diversity/seeds": diversity} | (
+            {"eval/reward": reward} if reward else {}
+        )
         with open(tmp_path / "metrics.jsonl", "a") as log:
             log.write(json.dumps(row) + "\n")
         save.save_checkpoint(runtime, None, tmp_path, state_of(iteration), keep=1, best_by=metric)
@@ -239,7 +261,9 @@ def test_an_evaluation_with_broken_images_is_never_the_best(runtime, tmp_path):
 def test_without_evaluations_there_is_no_best(runtime, tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"iteration": 1}\n')
     for iteration in (1, 2):
-        save.save_checkpoint(runtime, None, tmp_path, state_of(iteration), keep=1, best_by="eval/reward")
+        save.save_checkpoint(
+            runtime, None, tmp_path, state_of(iteration), keep=1, best_by="eval/reward"
+        )
     assert find.best(tmp_path, "eval/reward") is None and len(find.folders(tmp_path)) == 1
 
 
@@ -261,7 +285,9 @@ def test_a_save_that_fails_leaves_the_last_one(runtime, tmp_path):
     (tmp_path / "checkpoints/.universal-000001/state").mkdir(parents=True)
     next_one = save.save_checkpoint(runtime, None, tmp_path, state_of(3), keep=1)
     assert find.newest(tmp_path) == next_one != first
-    assert not list((tmp_path / "checkpoints").glob(".*")), "what the broken one left is gone, though it had another number"
+    assert not list((tmp_path / "checkpoints").glob(".*")), (
+        "what the broken one left is gone, though it had another number"
+    )
 
 
 @pytest.mark.parametrize(
@@ -279,11 +305,17 @@ def test_a_full_disk_is_named_and_cleared(runtime, tmp_path, monkeypatch, error,
 
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr("tempflow.checkpoints.save.write_together", full)
-    monkeypatch.setattr("tempflow.checkpoints.save.shutil.disk_usage", lambda path: usage._replace(free=free))
-    with pytest.raises(RankError, match="no space left .* MB were written.*--resume from 000001, which is whole"):
+    monkeypatch.setattr(
+        "tempflow.checkpoints.save.shutil.disk_usage", lambda path: usage._replace(free=free)
+    )
+    with pytest.raises(
+        RankError, match="no space left .* MB were written.*--resume from 000001, which is whole"
+    ):
         save.save_checkpoint(runtime, None, tmp_path, state_of(2), keep=2)
     assert find.newest(tmp_path) == first and not list((tmp_path / "checkpoints").glob(".*"))
-    monkeypatch.setattr("tempflow.checkpoints.save.shutil.disk_usage", lambda path: usage._replace(free=1 << 40))
+    monkeypatch.setattr(
+        "tempflow.checkpoints.save.shutil.disk_usage", lambda path: usage._replace(free=1 << 40)
+    )
     error = RuntimeError("something else")
     with pytest.raises(RuntimeError, match="something else"):
         save.save_checkpoint(runtime, None, tmp_path, state_of(2), keep=2)
@@ -299,8 +331,17 @@ def test_a_disk_too_full_for_a_folder(runtime, tmp_path, monkeypatch):
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.EIO])
 def test_a_disk_that_cannot_be_written_is_named(runtime, tmp_path, monkeypatch, code):
     first = save.save_checkpoint(runtime, None, tmp_path, state_of(1), keep=2)
-    monkeypatch.setattr("tempflow.checkpoints.save.write_together", mock.Mock(side_effect=OSError(code, os.strerror(code))))
-    with pytest.raises(RankError, match=f"checkpoints: a checkpoint cannot be written .*{os.strerror(code)}.*--resume from 000001"):
+    monkeypatch.setattr(
+        "tempflow.checkpoints.save.write_together",
+        mock.Mock(side_effect=OSError(code, os.strerror(code))),
+    )
+    with pytest.raises(
+        RankError,
+        match=(
+            f"checkpoints: a checkpoint cannot be written .*{os.strerror(code)}.*--resume from"
+            " 000001"
+        ),
+    ):
         save.save_checkpoint(runtime, None, tmp_path, state_of(2), keep=2)
     assert find.newest(tmp_path) == first and not list((tmp_path / "checkpoints").glob(".*"))
 
@@ -309,7 +350,9 @@ def test_an_old_one_that_stays_ends_nothing(runtime, tmp_path, monkeypatch):
     """As on NFS while another process has one of its files open: the next save removes it."""
     save.save_checkpoint(runtime, None, tmp_path, state_of(1), keep=1)
     with monkeypatch.context() as busy:
-        busy.setattr(os, "rmdir", mock.Mock(side_effect=OSError(errno.EBUSY, os.strerror(errno.EBUSY))))
+        busy.setattr(
+            os, "rmdir", mock.Mock(side_effect=OSError(errno.EBUSY, os.strerror(errno.EBUSY)))
+        )
         second = save.save_checkpoint(runtime, None, tmp_path, state_of(2), keep=1)
     assert find.newest(tmp_path) == second and len(find.folders(tmp_path)) == 2
     third = save.save_checkpoint(runtime, None, tmp_path, state_of(3), keep=1)
@@ -330,7 +373,10 @@ def test_a_crash_at_any_point_of_saving(runtime, tmp_path, monkeypatch, crash_at
 
 
 def test_without_zero_any_number_of_ranks_is_taken_up(runtime, tmp_path):
-    saved, notes = save.save_checkpoint(runtime, None, tmp_path, state_of(1, world_size=4), keep=1), []
+    saved, notes = (
+        save.save_checkpoint(runtime, None, tmp_path, state_of(1, world_size=4), keep=1),
+        [],
+    )
     load.restore(runtime, None, saved, notes.append)
     assert notes == ["checkpoint 000001 was written by 4 ranks and is resumed on 1"]
 

@@ -1,4 +1,5 @@
-"""Model folders with one thing wrong: one message names the component and what to do; what is whole, if unusual, is loaded."""
+"""Model folders with one thing wrong: one message names the component and what to do; what is
+whole, if unusual, is loaded."""
 
 import json
 import re
@@ -30,7 +31,9 @@ def refusal(call, *args, **kwargs) -> str:
     with pytest.raises(UserError) as error:
         call(*args, **kwargs)
     message = str(error.value)
-    assert message.startswith("model.path: ") and len(message) < 700 and "\n" not in message, message
+    assert message.startswith("model.path: ") and len(message) < 700 and "\n" not in message, (
+        message
+    )
     return message
 
 
@@ -62,7 +65,9 @@ def test_what_is_whole_is_loaded(folder, policy, edit):
     for part in ("transformer", "text_encoder", "text_encoder_2", "vae"):
         expected = getattr(policy.pipe, part).state_dict()
         held = getattr(loaded.pipe, part).state_dict()
-        assert held.keys() == expected.keys() and all(torch.equal(held[name], expected[name]) for name in held), part
+        assert held.keys() == expected.keys() and all(
+            torch.equal(held[name], expected[name]) for name in held
+        ), part
 
 
 def test_tensors_that_are_left_out_are_told(folder, capsys):
@@ -70,10 +75,15 @@ def test_tensors_that_are_left_out_are_told(folder, capsys):
     config_of("transformer/config.json", num_layers=1)(folder)
     load_policy(folder, max_sequence_length=LENGTH)
     told = capsys.readouterr().err
-    assert told.startswith("note: model.path: transformer: left out transformer_blocks.1.") and "more, which" in told
+    assert (
+        told.startswith("note: model.path: transformer: left out transformer_blocks.1.")
+        and "more, which" in told
+    )
 
 
-@pytest.mark.parametrize("index", ["[]", "7", "null", "{}", '{"_class_name": null}', '{"_class_name": ["FluxPipeline"]}'])
+@pytest.mark.parametrize(
+    "index", ["[]", "7", "null", "{}", '{"_class_name": null}', '{"_class_name": ["FluxPipeline"]}']
+)
 def test_an_index_without_a_pipeline(folder, index):
     (folder / "model_index.json").write_text(index)
     assert "model_index.json is damaged: it names no _class_name" in refusal(check_model, folder)
@@ -96,21 +106,32 @@ def test_a_folder_that_may_not_be_listed(folder, monkeypatch, part):
 
 
 def test_every_missing_tensor_is_missed(folder):
-    """Whichever it is, of the whole model: one after the other by its header, with the rest in place."""
+    """Whichever it is, of the whole model: one after the other by its header, with the rest in
+    place."""
     for component in components_of(folder, family_of(str(folder))):
         if not component.is_module:
             continue
         whole = dict(component.shapes)
         for name in list(whole)[:: max(1, len(whole) // 12)]:
-            component.__dict__["shapes"] = {other: shape for other, shape in whole.items() if other != name}
-            assert f"lacks {name}" in refusal(check_module, component).replace("encoder.embed_tokens.weight, ", ""), name
+            component.__dict__["shapes"] = {
+                other: shape for other, shape in whole.items() if other != name
+            }
+            assert f"lacks {name}" in refusal(check_module, component).replace(
+                "encoder.embed_tokens.weight, ", ""
+            ), name
 
 
 REAL = {  # published models: names in their files by the names of today's classes
     "flux-dev/text_encoder": lambda name: f"text_model.{name}",
     "flux-dev/text_encoder_2": lambda name: name,
-    "sd35-medium/text_encoder": lambda name: name if name.startswith(("text_model.", "text_projection")) else f"text_model.{name}",
-    "qwen-image/text_encoder": lambda name: name.replace("model.language_model.", "model.").replace("model.visual.", "visual."),
+    "sd35-medium/text_encoder": lambda name: (
+        name if name.startswith(("text_model.", "text_projection")) else f"text_model.{name}"
+    ),
+    "qwen-image/text_encoder": (
+        lambda name: name.replace("model.language_model.", "model.").replace(
+            "model.visual.", "visual."
+        )
+    ),
     "flux-dev/transformer": lambda name: name,
     "sd35-medium/transformer": lambda name: name,
     "qwen-image/transformer": lambda name: name,
@@ -132,7 +153,11 @@ def test_published_models_are_whole(place):
     component = Component(CARDS / card, part, *index[part])
     module = skeleton(component.library, component.kind, component.config, part)
     names = {name for name, _ in module.named_parameters()}
-    shapes = {REAL[place](name): ("BF16", tuple(tensor.shape)) for name, tensor in module.state_dict().items() if name in names}
+    shapes = {
+        REAL[place](name): ("BF16", tuple(tensor.shape))
+        for name, tensor in module.state_dict().items()
+        if name in names
+    }
     component.__dict__.update(shapes=shapes, files=[Path("model.safetensors")])
     check_module(component)
     gone = sorted(name for name in shapes if "q_proj" in name or ".q." in name or "to_q" in name)[0]
@@ -147,12 +172,16 @@ def test_a_description_has_no_weights_to_check():
     assert "text_encoder" in refusal(check_checkpoint, card)
 
 
-@pytest.mark.parametrize("case", ["half a transformer", "Heun", "NF4", "an emptied tokenizer", "CLIP lacks a weight"])
+@pytest.mark.parametrize(
+    "case", ["half a transformer", "Heun", "NF4", "an emptied tokenizer", "CLIP lacks a weight"]
+)
 @pytest.mark.parametrize("more", [[], ["--dry-run"]], ids=["train", "dry run"])
 def test_train_says_the_same(folder, tmp_path, case, more):
     edit, words = SHOWN[case]
     edit(folder)
-    config = write_config(tmp_path, model={"path": str(folder)}, logging={"dir": str(tmp_path / "runs")})
+    config = write_config(
+        tmp_path, model={"path": str(folder)}, logging={"dir": str(tmp_path / "runs")}
+    )
     done = script_here("train", "--config", config, *more)
     assert done.returncode == 2 and done.stdout == "", done.stderr
     assert done.stderr.strip().splitlines()[-1] == f"error: {refusal(check_checkpoint, folder)}"
@@ -160,11 +189,21 @@ def test_train_says_the_same(folder, tmp_path, case, more):
 
 
 def test_half_precision_that_overflows_is_named(folder):
-    edit_tensors(folder, "vae", lambda tensors: {name: w * 1e9 if "conv_out.weight" in name else w for name, w in tensors.items()})
+    edit_tensors(
+        folder,
+        "vae",
+        lambda tensors: {
+            name: w * 1e9 if "conv_out.weight" in name else w for name, w in tensors.items()
+        },
+    )
     assert "too large for float16" in refusal(load_policy, folder, dtype="float16")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn],
+    ids=str,
+)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_one_value_among_many(dtype, value):
     if dtype == torch.float8_e4m3fn and value != value:
@@ -187,11 +226,17 @@ def test_masks_that_are_not_weights_may_be_infinite():
     assert first_not_finite(module) == "mean"
 
 
-# -------------------------------------------------------------------------------------------------- paths and the hub
+# -------------------------------------------------------------------------------- paths and the hub
 PATHS = {
-    "one file": ("{tmp}/flux1-dev.safetensors", ["checkpoint in one file", "from_single_file", "save_pretrained"]),
+    "one file": (
+        "{tmp}/flux1-dev.safetensors",
+        ["checkpoint in one file", "from_single_file", "save_pretrained"],
+    ),
     "quantised file": ("{tmp}/flux.gguf", ["one file, and quantised"]),
-    "one file that is not there": ("models/flux1-dev.safetensors", ["models/flux1-dev.safetensors does not exist"]),
+    "one file that is not there": (
+        "models/flux1-dev.safetensors",
+        ["models/flux1-dev.safetensors does not exist"],
+    ),
     "the index": ("{tmp}/model/model_index.json", ["name its folder, {tmp}/model"]),
     "a component": ("{tmp}/model/transformer", ["one component of a pipeline"]),
     "a run": ("{tmp}/run", ["is a run directory", "engine/export.py"]),
@@ -231,7 +276,8 @@ def test_what_the_hub_says_is_passed_on():
 
 
 def test_a_hub_out_of_reach_is_asked_once(monkeypatch):
-    """Not six times over half a minute, as downloads do; one that answers is left to the download."""
+    """Not six times over half a minute, as downloads do; one that answers is left to the
+    download."""
     import huggingface_hub as hub
 
     def ask(error):
@@ -240,7 +286,9 @@ def test_a_hub_out_of_reach_is_asked_once(monkeypatch):
 
     monkeypatch.setattr(hub, "hf_hub_download", lambda *args: pytest.fail("asked again"))
     assert "ConnectionError: no route" in ask(ConnectionError("no route"))
-    monkeypatch.setattr(hub, "hf_hub_download", lambda *args: (_ for _ in ()).throw(OSError("after six tries")))
+    monkeypatch.setattr(
+        hub, "hf_hub_download", lambda *args: (_ for _ in ()).throw(OSError("after six tries"))
+    )
     busy = hub.errors.HfHubHTTPError.__new__(hub.errors.HfHubHTTPError)
     assert "after six tries" in ask(busy)
 
@@ -254,7 +302,9 @@ def test_a_model_of_the_hub_is_checked_where_it_was_downloaded(folder, tmp_path,
     (home / "refs/main").write_text(commit)
     downloaded = Path(shutil.move(folder, home / "snapshots" / commit))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    assert load_policy("owner/tiny", max_sequence_length=LENGTH, parts="text").pipe.transformer is None
+    assert (
+        load_policy("owner/tiny", max_sequence_length=LENGTH, parts="text").pipe.transformer is None
+    )
     assert isinstance(load_denoiser("owner/tiny", torch.bfloat16), torch.nn.Module)
     content_of("vae", lambda data: data[:1000])(downloaded)
     assert str(tensor_file(downloaded, "vae")) in refusal(load_policy, "owner/tiny")

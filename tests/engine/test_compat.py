@@ -1,4 +1,5 @@
-"""The private names of other libraries that the engine uses: the installed versions have them, and they do what compat.py says."""
+"""The private names of other libraries that the engine uses: the installed versions have them, and
+they do what compat.py says."""
 
 import atexit
 import importlib
@@ -29,14 +30,20 @@ def test_whether_a_processor_multiplies_bfloat16():
     assert compat.multiplies_bfloat16() in (True, False)
 
 
-@pytest.mark.parametrize("name", ["FluxTransformer2DModel", "SD3Transformer2DModel", "QwenImageTransformer2DModel"])
+@pytest.mark.parametrize(
+    "name", ["FluxTransformer2DModel", "SD3Transformer2DModel", "QwenImageTransformer2DModel"]
+)
 def test_transformers_name_their_blocks(name):
     import diffusers
 
     kind = getattr(diffusers, name)
     module = kind.__new__(kind)
     torch.nn.Module.__init__(module)
-    blocks = {cls.__name__ for cls in vars(importlib.import_module(kind.__module__)).values() if isinstance(cls, type)}
+    blocks = {
+        cls.__name__
+        for cls in vars(importlib.import_module(kind.__module__)).values()
+        if isinstance(cls, type)
+    }
     assert compat.block_classes(module) and set(compat.block_classes(module)) <= blocks
     module.compile_repeated_blocks = lambda **options: options
     compat.compile_repeated_blocks(module, mode="default")
@@ -45,7 +52,8 @@ def test_transformers_name_their_blocks(name):
 
 
 def test_weights_that_stay_in_float32():
-    """Diffusers' in every dtype, transformers' in float16, and those it is strict about in every one."""
+    """Diffusers' in every dtype, transformers' in float16, and those it is strict about in every
+    one."""
     import diffusers
     import transformers
 
@@ -55,13 +63,16 @@ def test_weights_that_stay_in_float32():
     )
     autoencoder._keep_in_fp32_modules = ["time_embed"]
     assert compat.kept_in_float32(autoencoder, torch.bfloat16) == {"time_embed"}
-    assert compat.kept_in_float32(encoder, torch.float16) == {"wo"} and not compat.kept_in_float32(encoder, torch.bfloat16)
+    assert compat.kept_in_float32(encoder, torch.float16) == {"wo"} and not compat.kept_in_float32(
+        encoder, torch.bfloat16
+    )
     encoder._keep_in_fp32_modules_strict = {"shared"}
     assert compat.kept_in_float32(encoder, torch.bfloat16) == {"shared"}
 
 
 def test_old_names_are_read():
-    """As of attention blocks in VAEs that are years old; a module that knows no older names is left alone."""
+    """As of attention blocks in VAEs that are years old; a module that knows no older names is left
+    alone."""
     import diffusers
 
     vae = diffusers.AutoencoderKL(block_out_channels=(4,), norm_num_groups=2)
@@ -79,19 +90,27 @@ def test_names_within_pipelines():
 
     latents = torch.randn(2, 8, 4, 12)
     packed = diffusers.FluxPipeline._pack_latents(latents, 2, 8, 4, 12)
-    pipe = types.SimpleNamespace(_unpack_latents=diffusers.FluxPipeline._unpack_latents, vae_scale_factor=4)
+    pipe = types.SimpleNamespace(
+        _unpack_latents=diffusers.FluxPipeline._unpack_latents, vae_scale_factor=4
+    )
     assert torch.equal(compat.unpack_latents(pipe, packed, 16, 48), latents)
     assert callable(diffusers.QwenImagePipeline._unpack_latents)
     ids = compat.flux_image_ids(2, 3, torch.device("cpu"), torch.float32)
-    assert ids[:, 1:].tolist() == [[row, column] for row in range(2) for column in range(3)] and not ids[:, 0].any()
+    assert (
+        ids[:, 1:].tolist() == [[row, column] for row in range(2) for column in range(3)]
+        and not ids[:, 0].any()
+    )
 
 
 def test_attention_that_can_be_switched(policy):
-    assert compat.has_attention_backends(policy.transformer) and not compat.has_attention_backends(torch.nn.Linear(1, 1))
+    assert compat.has_attention_backends(policy.transformer) and not compat.has_attention_backends(
+        torch.nn.Linear(1, 1)
+    )
 
 
 def test_names_of_deepspeed():
-    """The setting that an engine asks for, also while it is switched on for one load; and the function that is put out of action."""
+    """The setting that an engine asks for, also while it is switched on for one load; and the
+    function that is put out of action."""
     from deepspeed.runtime.engine import DeepSpeedEngine
 
     config = types.SimpleNamespace(load_universal_checkpoint=False)
@@ -100,7 +119,9 @@ def test_names_of_deepspeed():
         assert DeepSpeedEngine.load_universal_checkpoint(engine) is True
     assert DeepSpeedEngine.load_universal_checkpoint(engine) is False
     module = importlib.import_module("deepspeed.comm.torch")
-    assert "build_shm_op" in module.TorchBackend.__init__.__code__.co_names, "looked up when the backend is made"
+    assert "build_shm_op" in module.TorchBackend.__init__.__code__.co_names, (
+        "looked up when the backend is made"
+    )
     kept = module.build_shm_op
     try:
         compat.leave_all_reduce_to_gloo()

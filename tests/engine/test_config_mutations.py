@@ -1,4 +1,5 @@
-"""A thousand configs with mistakes in them: each is refused by messages that name keys, or the dry run can say what it takes."""
+"""A thousand configs with mistakes in them: each is refused by messages that name keys, or the dry
+run can say what it takes."""
 
 import copy
 import json
@@ -13,7 +14,11 @@ from tempflow.errors import UserError
 from tempflow.estimate import estimate
 
 TABLE = config_table(
-    model={"dtype": "float32", "lora": {"rank": 4, "alpha": 8.0, "targets": None}, "gradient_checkpointing": True},
+    model={
+        "dtype": "float32",
+        "lora": {"rank": 4, "alpha": 8.0, "targets": None},
+        "gradient_checkpointing": True,
+    },
     rollout={
         "suffix": {"stride": 2, "order": 1, "exact_steps": 1, "audit_every": 5},
         "sde": {"type": "flow", "eta": 0.7},
@@ -34,7 +39,12 @@ TABLE = config_table(
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "torch_adam": True}},
         "bf16": {"enabled": True},
         "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_optimization": {"stage": 2, "reduce_bucket_size": 1000, "overlap_comm": True, "offload_optimizer": {"device": "none"}},
+        "zero_optimization": {
+            "stage": 2,
+            "reduce_bucket_size": 1000,
+            "overlap_comm": True,
+            "offload_optimizer": {"device": "none"},
+        },
     },
 )
 NUMBERS = [
@@ -79,12 +89,22 @@ TEXTS = [
     "owner/name",
     ".",
 ]
-leaves = st.none() | st.booleans() | st.sampled_from(NUMBERS) | st.sampled_from(TEXTS) | st.text(max_size=4)
+leaves = (
+    st.none()
+    | st.booleans()
+    | st.sampled_from(NUMBERS)
+    | st.sampled_from(TEXTS)
+    | st.text(max_size=4)
+)
 garbage = st.recursive(
     leaves,
     lambda inner: (
         st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(["stage", "rank", "random", "x"]) | st.text(max_size=3), inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["stage", "rank", "random", "x"]) | st.text(max_size=3),
+            inner,
+            max_size=3,
+        )
     ),
     max_leaves=6,
 )
@@ -113,20 +133,34 @@ def mutated(draw) -> dict:
         if how == "delete":
             inner.pop(path[-1], None)
         elif how == "unknown":
-            inner[draw(st.text(max_size=6) | st.sampled_from(["itterations", "$schema", "stage", "rank"]))] = draw(garbage)
+            inner[
+                draw(
+                    st.text(max_size=6)
+                    | st.sampled_from(["itterations", "$schema", "stage", "rank"])
+                )
+            ] = draw(garbage)
         else:
-            inner[path[-1]] = draw({"value": garbage, "number": st.sampled_from(NUMBERS), "null": st.none()}[how])
+            inner[path[-1]] = draw(
+                {"value": garbage, "number": st.sampled_from(NUMBERS), "null": st.none()}[how]
+            )
     return table
 
 
 def names_a_key(line: str, table: dict, file) -> bool:
-    """Each line opens with a key: one of the config, or the unknown one that was given. Of text that no JSON should hold, the file
-    comes first."""
+    """Each line opens with a key: one of the config, or the unknown one that was given. Of text
+    that no JSON should hold, the file comes first."""
     given = [key if key.isprintable() else repr(key) for key in table] + [repr("")]
     unfit = line.removeprefix(f"config file {file}: ")
     if unfit != line:
         return unfit.startswith(
-            ("a key holds", *(f"{key}{end}" for key in [*Config.model_fields, "$schema", *given] for end in (".", "[", " holds")))
+            (
+                "a key holds",
+                *(
+                    f"{key}{end}"
+                    for key in [*Config.model_fields, "$schema", *given]
+                    for end in (".", "[", " holds")
+                ),
+            )
         )
     return any(line.startswith((f"{key}.", f"{key}:")) for key in [*Config.model_fields, *given])
 
@@ -153,7 +187,11 @@ def with_value(*path, value) -> dict:
 @example(with_value("rollout", "\ud800", value=1))
 @example(with_value("data", "train", value="\udfff"))
 @example(with_value("$schema", value=["\ud800"]))
-@settings(max_examples=1000, database=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(
+    max_examples=1000,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
 @given(table=mutated())
 def test_any_mistake_is_refused_or_estimated(folder, table):
     file = folder / "config.json"
@@ -162,7 +200,9 @@ def test_any_mistake_is_refused_or_estimated(folder, table):
         result = estimate(load_config(file), gpus=2, prompts=4000, card_gb=0.05)
     except UserError as error:
         table.pop("$schema", None)
-        assert str(error) and all(names_a_key(line, table, file) for line in str(error).split("\n")), str(error)
+        assert str(error) and all(
+            names_a_key(line, table, file) for line in str(error).split("\n")
+        ), str(error)
     else:
         assert result.total > 0 and result.phase("rollout").forwards > 0 and result.seconds >= 0
 

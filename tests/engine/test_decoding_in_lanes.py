@@ -28,7 +28,9 @@ def decoding(vae):
     return most[0]
 
 
-@pytest.mark.parametrize("vae, together", [(SimpleNamespace(clear_cache=None), 1), (SimpleNamespace(), 2)])
+@pytest.mark.parametrize(
+    "vae, together", [(SimpleNamespace(clear_cache=None), 1), (SimpleNamespace(), 2)]
+)
 def test_a_vae_that_keeps_features_in_itself_decodes_one_batch_at_a_time(vae, together):
     """Otherwise one lane's images are made of the other's features."""
     assert decoding(vae) == together

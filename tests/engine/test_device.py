@@ -20,16 +20,32 @@ from tempflow.training import device, distributed
 OLD = "The NVIDIA driver on your system is too old (found version 12020)."
 
 
-# --------------------------------------------------------------------------------------- of a rank among several
+# -------------------------------------------------------------------------- of a rank among several
 def test_the_gpu_is_chosen_before_the_first_collective(monkeypatch, tmp_path):
-    """Rank 3 of 8: NCCL's object collectives take the current device, and refuse another one than the rank's own."""
+    """Rank 3 of 8: NCCL's object collectives take the current device, and refuse another one than
+    the rank's own."""
     events = []
-    for name, value in {"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "8", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+    for name, value in {
+        "RANK": "3",
+        "LOCAL_RANK": "3",
+        "WORLD_SIZE": "8",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+    }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(device, "uses_gpu", lambda: True)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda chosen: events.append(("device", torch.device(chosen).index)))
+    monkeypatch.setattr(
+        torch.cuda,
+        "set_device",
+        lambda chosen: events.append(("device", torch.device(chosen).index)),
+    )
     monkeypatch.setattr(deepspeed, "init_distributed", lambda **how: events.append("group"))
-    for name, value in {"is_initialized": True, "get_rank": 3, "get_world_size": 8, "get_backend": "gloo"}.items():
+    for name, value in {
+        "is_initialized": True,
+        "get_rank": 3,
+        "get_world_size": 8,
+        "get_backend": "gloo",
+    }.items():
         monkeypatch.setattr(dist, name, lambda value=value: value)
     for name in ("broadcast_object_list", "all_reduce", "gather_object"):
         monkeypatch.setattr(dist, name, lambda *given, name=name: events.append(name))
@@ -50,15 +66,21 @@ def test_a_rank_without_a_gpu_chooses_none(monkeypatch):
     assert device.device() == torch.device("cpu")
 
 
-# ------------------------------------------------------------------------------------------ a GPU out of reach
+# ------------------------------------------------------------------------------- a GPU out of reach
 @pytest.fixture
 def gpu_machine(monkeypatch, tmp_path):
-    """A machine with an NVIDIA driver whose GPU torch cannot use; torch is built for CUDA 13 or for none."""
+    """A machine with an NVIDIA driver whose GPU torch cannot use; torch is built for CUDA 13 or for
+    none."""
 
-    def make(built_for="13.0", version="NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023"):
+    def make(
+        built_for="13.0",
+        version="NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023",
+    ):
         if version is not None:
             (tmp_path / "version").write_text(version + "\nGCC version:  gcc 12\n")
-        monkeypatch.setattr(environment, "PROC", tmp_path if version is not None else tmp_path / "none")
+        monkeypatch.setattr(
+            environment, "PROC", tmp_path if version is not None else tmp_path / "none"
+        )
         monkeypatch.setattr(torch.version, "cuda", built_for)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         monkeypatch.setattr(torch.cuda, "init", lambda: (_ for _ in ()).throw(RuntimeError(OLD)))
@@ -82,8 +104,17 @@ def smi(tmp_path, monkeypatch, answer):
 @pytest.mark.parametrize(
     "version, driver",
     [
-        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023", "535.104.05"),
-        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  550.54  Release Build", "550.54"),
+        (
+            (
+                "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15"
+                " UTC 2023"
+            ),
+            "535.104.05",
+        ),
+        (
+            "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  550.54  Release Build",
+            "550.54",
+        ),
         ("something else", "of unknown version"),
     ],
 )
@@ -102,14 +133,19 @@ def test_the_error_names_driver_and_cuda(gpu_machine, version, driver):
         ("echo failed; exit 9", "of unknown version"),
     ],
 )
-def test_nvidia_smi_is_asked_where_the_kernel_says_nothing(gpu_machine, tmp_path, monkeypatch, answer, driver):
+def test_nvidia_smi_is_asked_where_the_kernel_says_nothing(
+    gpu_machine, tmp_path, monkeypatch, answer, driver
+):
     smi(tmp_path, monkeypatch, answer)
     gpu_machine(version=None)
     with pytest.raises(UserError, match=f"driver is {driver}"):
         environment.check_gpu()
 
 
-@pytest.mark.parametrize("variable, value", [("DS_ACCELERATOR", "cpu"), ("CUDA_VISIBLE_DEVICES", ""), ("CUDA_VISIBLE_DEVICES", "-1")])
+@pytest.mark.parametrize(
+    "variable, value",
+    [("DS_ACCELERATOR", "cpu"), ("CUDA_VISIBLE_DEVICES", ""), ("CUDA_VISIBLE_DEVICES", "-1")],
+)
 def test_who_asks_for_the_cpu_gets_it(gpu_machine, monkeypatch, variable, value):
     gpu_machine()
     monkeypatch.setenv(variable, value)
@@ -119,12 +155,15 @@ def test_who_asks_for_the_cpu_gets_it(gpu_machine, monkeypatch, variable, value)
 
 
 def test_a_run_ends_before_it_begins(gpu_machine, monkeypatch, tmp_path):
-    """Not as a silent run on the CPU: status 2, no run directory, and DeepSpeed was not told to take the CPU."""
+    """Not as a silent run on the CPU: status 2, no run directory, and DeepSpeed was not told to
+    take the CPU."""
     gpu_machine()
     monkeypatch.setattr("run_cases.on_cpu", nullcontext)  # as a user starts it, pinned to nothing
     config = write_config(tmp_path, logging={"dir": str(tmp_path / "runs")})
     done = script_here("train", "--config", config)
-    assert done.returncode == 2 and done.stderr.startswith("error: no usable GPU: the NVIDIA driver is 535.104.05"), done.stderr
+    assert done.returncode == 2 and done.stderr.startswith(
+        "error: no usable GPU: the NVIDIA driver is 535.104.05"
+    ), done.stderr
     assert not (tmp_path / "runs").exists() and "DS_ACCELERATOR" not in os.environ
 
 
@@ -134,12 +173,15 @@ def test_a_dry_run_needs_no_gpu(gpu_machine, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-# ------------------------------------------------------------------------------------------------- what is said
+# ------------------------------------------------------------------------------------- what is said
 def test_a_cpu_build_on_a_gpu_machine_says_so(gpu_machine):
     gpu_machine(built_for=None)
     environment.check_gpu()
     line = environment.describe(2)
-    assert line.startswith(f"device: CPU, {environment.device_name()}; 2 processes; this machine has an NVIDIA driver (535.104.05)")
+    assert line.startswith(
+        f"device: CPU, {environment.device_name()}; 2 processes; this machine has an NVIDIA driver"
+        " (535.104.05)"
+    )
     assert "built without CUDA" in line and "make install" in line and "\n" not in line
 
 
@@ -148,20 +190,33 @@ def test_a_machine_without_a_gpu_says_no_more_than_that(gpu_machine, monkeypatch
     monkeypatch.setenv("PATH", "")
     environment.check_gpu()
     environment.prefer_cpu()
-    assert environment.describe() == f"device: CPU, {environment.device_name()}" and os.environ["DS_ACCELERATOR"] == "cpu"
+    assert (
+        environment.describe() == f"device: CPU, {environment.device_name()}"
+        and os.environ["DS_ACCELERATOR"] == "cpu"
+    )
 
 
 def test_a_gpu_is_named_with_its_memory_and_driver(gpu_machine, monkeypatch):
     gpu_machine()
     card = type("Card", (), {"total_memory": 85_000_000_000})
-    for name, value in {"is_available": True, "get_device_name": "CARD", "get_device_properties": card, "current_device": 0}.items():
+    for name, value in {
+        "is_available": True,
+        "get_device_name": "CARD",
+        "get_device_properties": card,
+        "current_device": 0,
+    }.items():
         monkeypatch.setattr(torch.cuda, name, lambda *given, value=value: value)
-    assert environment.describe(8) == "device: CARD, 85 GB, CUDA 13.0, driver 535.104.05; 8 processes"
+    assert (
+        environment.describe(8) == "device: CARD, 85 GB, CUDA 13.0, driver 535.104.05; 8 processes"
+    )
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    assert environment.describe() == f"device: CPU, {environment.device_name()}; DS_ACCELERATOR=cpu leaves the GPU alone"
+    assert (
+        environment.describe()
+        == f"device: CPU, {environment.device_name()}; DS_ACCELERATOR=cpu leaves the GPU alone"
+    )
 
 
-# ------------------------------------------------------------------------------------------------ the allocator
+# ------------------------------------------------------------------------------------ the allocator
 @pytest.mark.parametrize(
     "given, expected",
     [
@@ -176,6 +231,8 @@ def test_memory_grows_in_place_unless_the_user_says_otherwise(monkeypatch, given
         if name in given:
             monkeypatch.setenv(name, given[name])
     with monkeypatch.context() as here:
-        here.setattr(os, "environ", os.environ.copy())  # what the libraries are told is none of the other tests' business
+        here.setattr(
+            os, "environ", os.environ.copy()
+        )  # what the libraries are told is none of the other tests' business
         cli.quiet_libraries()
         assert os.environ.get("PYTORCH_ALLOC_CONF") == expected

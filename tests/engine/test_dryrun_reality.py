@@ -1,4 +1,5 @@
-"""The dry run against reality: bytes of a real runtime's tensors, what real forwards keep, and the forwards of a real run."""
+"""The dry run against reality: bytes of a real runtime's tensors, what real forwards keep, and the
+forwards of a real run."""
 
 import diffusers
 import pytest
@@ -34,8 +35,14 @@ def total(tensors) -> int:
 VARIANTS = {
     "float8": {"rollout": {"suffix": {"weights": "float8"}}},
     "full": {"training": {"ema": {"decay": 0.5}, "penalty": {"coef": 0.01}}},
-    "lora": {"model": {"lora": {"rank": 4, "alpha": 8.0}}, "training": {"merge": {"last": 2, "every": 1}, "penalty": {"coef": 0.01}}},
-    "sgd, no copy": {"rollout": {"replica": False}, "deepspeed": {"optimizer": {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}}}},
+    "lora": {
+        "model": {"lora": {"rank": 4, "alpha": 8.0}},
+        "training": {"merge": {"last": 2, "every": 1}, "penalty": {"coef": 0.01}},
+    },
+    "sgd, no copy": {
+        "rollout": {"replica": False},
+        "deepspeed": {"optimizer": {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}}},
+    },
 }
 
 
@@ -52,10 +59,16 @@ def folders(family_folders):
 
 
 def training_forward(policy, module, scale, rows, size):
-    """Conditioning, latents and sigmas of some rows, and a function that makes their velocities with `module`."""
-    conditioning = {name: tensor.clone() for name, tensor in policy.encode(examples(['the word "ABC"'] * rows)).items()}
+    """Conditioning, latents and sigmas of some rows, and a function that makes their velocities
+    with `module`."""
+    conditioning = {
+        name: tensor.clone()
+        for name, tensor in policy.encode(examples(['the word "ABC"'] * rows)).items()
+    }
     x, sigma = torch.randn(rows, *policy.latent_shape(size)), torch.full((rows,), 0.5)
-    return (x, sigma, *conditioning.values()), lambda: policy.velocity(module, x, sigma, conditioning, size, scale)
+    return (x, sigma, *conditioning.values()), lambda: policy.velocity(
+        module, x, sigma, conditioning, size, scale
+    )
 
 
 def training_peak(module, velocity) -> int:
@@ -65,9 +78,13 @@ def training_peak(module, velocity) -> int:
     return held.peak
 
 
-@pytest.mark.parametrize("family, variant", [*[("flux", v) for v in VARIANTS], *[(f, v) for f in GUIDED for v in ("full", "lora")]])
+@pytest.mark.parametrize(
+    "family, variant",
+    [*[("flux", v) for v in VARIANTS], *[(f, v) for f in GUIDED for v in ("full", "lora")]],
+)
 def test_bytes_of_a_real_runtime(folders, family, variant):
-    """Every resident byte at ZeRO stage 0 after one step, and the activations of its training module, in one process."""
+    """Every resident byte at ZeRO stage 0 after one step, and the activations of its training
+    module, in one process."""
     from tempflow.models import load_policy
     from tempflow.training.distributed import init_distributed
     from tempflow.training.engine import Runtime
@@ -85,8 +102,12 @@ def test_bytes_of_a_real_runtime(folders, family, variant):
     policy = load_policy(str(folders(family)), max_sequence_length=TEXT)
     runtime = Runtime(config, policy)
     average = make_average(config, runtime)
-    held = training_peak(runtime.module, training_forward(policy, runtime.module, scale, rows, size)[1])
-    runtime.accumulate(training_forward(policy, runtime.engine, scale, rows, size)[1]().square().mean(), last=True)
+    held = training_peak(
+        runtime.module, training_forward(policy, runtime.module, scale, rows, size)[1]
+    )
+    runtime.accumulate(
+        training_forward(policy, runtime.engine, scale, rows, size)[1]().square().mean(), last=True
+    )
     gradients = total(p.grad for p in runtime.trainable.values())
     assert runtime.step(1.0) is not None
 
@@ -94,21 +115,36 @@ def test_bytes_of_a_real_runtime(folders, family, variant):
     assert seen["parameters"] == module_bytes(runtime.module)
     assert seen["gradients"] == gradients
     assert seen["optimizer"] == total(tensors_of(dict(runtime.engine.optimizer.state)))
-    engine, copy = ({t.data_ptr(): t for t in (*m.parameters(), *m.buffers())} for m in (runtime.module, policy.transformer))
-    assert seen.get("rollout copy", 0) == total(copy[address] for address in copy.keys() - engine.keys())
+    engine, copy = (
+        {t.data_ptr(): t for t in (*m.parameters(), *m.buffers())}
+        for m in (runtime.module, policy.transformer)
+    )
+    assert seen.get("rollout copy", 0) == total(
+        copy[address] for address in copy.keys() - engine.keys()
+    )
     float8 = total(Float8Copy(policy.transformer).tensors()) if variant == "float8" else 0
     assert seen.get("float8 copy for suffixes", 0) == float8
     assert seen["VAE"] == module_bytes(policy.pipe.vae)
-    encoders = [module for name, module in policy.pipe.components.items() if name.startswith("text_encoder")]
+    encoders = [
+        module for name, module in policy.pipe.components.items() if name.startswith("text_encoder")
+    ]
     assert seen["text encoders"] == sum(map(module_bytes, encoders))
-    assert seen.get("reference copy", 0) == (module_bytes(runtime.reference) if runtime.reference is not None else 0)
+    assert seen.get("reference copy", 0) == (
+        module_bytes(runtime.reference) if runtime.reference is not None else 0
+    )
     if average:
         average.update(), average.update()
         copies = [average._means] if config.training.ema else average._snapshots
         assert seen["average"] == total(tensors_of(dict(enumerate(copies))))
         assert seen["average"] == len(copies) * total(average.gather(runtime.trainable).values())
     # 12 decisions of a micro-batch of 6
-    measured = items(estimate(small_config(**{**changes, "training": {**changes.get("training", {}), "micro_batch": rows}})))
+    measured = items(
+        estimate(
+            small_config(
+                **{**changes, "training": {**changes.get("training", {}), "micro_batch": rows}}
+            )
+        )
+    )
     assert measured["training"] == pytest.approx(held, rel=0.15)
 
 
@@ -118,11 +154,14 @@ def described(folder, scale, **model) -> Model:
     return Model(small_config(model=model, rollout={"guidance_scale": scale}), images=0)
 
 
-@pytest.mark.parametrize("family, scale", [("flux", 0.0), *[(f, s) for f in GUIDED for s in (1.0, 4.5)]])
+@pytest.mark.parametrize(
+    "family, scale", [("flux", 0.0), *[(f, s) for f in GUIDED for s in (1.0, 4.5)]]
+)
 @pytest.mark.parametrize("rows", [1, 2, 5])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_activations_of_a_real_forward(folders, family, scale, rows, checkpointing):
-    """The most that the real model's forward and backward hold, on the CPU with its fused attention."""
+    """The most that the real model's forward and backward hold, on the CPU with its fused
+    attention."""
     from tempflow.models import load_policy
 
     policy, size = load_policy(str(folders(family)), max_sequence_length=TEXT), types.Size(32, 96)
@@ -160,7 +199,11 @@ TRANSFORMERS = {
 def transformer(kind, lora) -> torch.nn.Module:
     """Of a few more blocks than are left of them, on the meta device; and a forward's arguments."""
     with torch.device("meta"):
-        table = {"attention_head_dim": 16, "num_attention_heads": 2, "patch_size": 1 if kind.startswith("Flux") else 2}
+        table = {
+            "attention_head_dim": 16,
+            "num_attention_heads": 2,
+            "patch_size": 1 if kind.startswith("Flux") else 2,
+        }
         module = getattr(diffusers, kind)(**table, **TRANSFORMERS[kind])
     if lora:
         add_lora(module, Lora(rank=2, alpha=1.0), family_of(str(CARD)).lora_targets, 0)
@@ -176,14 +219,18 @@ def arguments_of(kind, rows) -> dict:
     }
     given = {name: torch.empty(rows, *shape, device="meta") for name, shape in shapes.items()}
     if kind.startswith("Flux"):
-        given |= {"img_ids": torch.empty(20, 3, device="meta"), "txt_ids": torch.empty(7, 3, device="meta")}
+        given |= {
+            "img_ids": torch.empty(20, 3, device="meta"),
+            "txt_ids": torch.empty(7, 3, device="meta"),
+        }
     return given
 
 
 @pytest.mark.parametrize("kind", TRANSFORMERS)
 @pytest.mark.parametrize("checkpointing, lora", [(False, False), (True, False), (False, True)])
 def test_three_blocks_stand_for_all(kind, checkpointing, lora):
-    """To the byte and to the operation, but for the states of random number generators that checkpointing keeps on the CPU."""
+    """To the byte and to the operation, but for the states of random number generators that
+    checkpointing keeps on the CPU."""
     given, seen = arguments_of(kind, 3), []
     for short in (False, True):
         module = transformer(kind, lora)
@@ -198,15 +245,22 @@ def test_three_blocks_stand_for_all(kind, checkpointing, lora):
 
         train, infer = measure.training(run, module, blocks), measure.inference(run, blocks)
         seen.append((train.flops, infer.flops, infer.peak, train.peak))
-    assert seen[0][:3] == seen[1][:3] and seen[1][3] == pytest.approx(seen[0][3], abs=9 * 6000 * checkpointing)
+    assert seen[0][:3] == seen[1][:3] and seen[1][3] == pytest.approx(
+        seen[0][3], abs=9 * 6000 * checkpointing
+    )
 
 
 @pytest.mark.parametrize("family", ["flux", *GUIDED])
 def test_a_forward_without_gradients(folders, family):
-    """The most that the real model holds at once in a forward of the rollout, guided where the family is, and embeddings."""
+    """The most that the real model holds at once in a forward of the rollout, guided where the
+    family is, and embeddings."""
     from tempflow.models import load_policy
 
-    policy, rows, size = load_policy(str(folders(family)), max_sequence_length=TEXT), 4, types.Size(32, 96)
+    policy, rows, size = (
+        load_policy(str(folders(family)), max_sequence_length=TEXT),
+        4,
+        types.Size(32, 96),
+    )
     inputs, velocity = training_forward(policy, policy.transformer, 4.5, rows, size)
     with torch.no_grad(), Meter() as held:
         velocity()
@@ -217,19 +271,29 @@ def test_a_forward_without_gradients(folders, family):
 
 
 RUNS = {
-    "tempflow": {"rollout": {"suffix": {"stride": 2, "exact_steps": 1}}, "training": {"updates": {"passes": 2}, "penalty": {"coef": 0.01}}},
+    "tempflow": {
+        "rollout": {"suffix": {"stride": 2, "exact_steps": 1}},
+        "training": {"updates": {"passes": 2}, "penalty": {"coef": 0.01}},
+    },
     "random steps": {"rollout": {"plan": {"branch_steps": {"random": 2}}}},
     "flow_grpo": {
         "rollout": {"plan": {"type": "flow_grpo", "branch_steps": "all", "seeds": 3}},
         "training": {"advantage": {"over": "prompt"}, "updates": {"parts": 2}},
     },
     "values": {
-        "rollout": {"plan": {"type": "flow_grpo", "branch_steps": [0, 2], "seeds": 3, "values": True}, "num_steps": 4},
+        "rollout": {
+            "plan": {"type": "flow_grpo", "branch_steps": [0, 2], "seeds": 3, "values": True},
+            "num_steps": 4,
+        },
         "training": {"advantage": {"type": "dense"}},
     },
     "samples": {
         "rollout": {"plan": {"type": "samples", "seeds": 3}, "num_steps": 4},
-        "training": {"advantage": {"over": "prompt"}, "objective": {"type": "nft", "draws": 2}, "updates": {"passes": 2}},
+        "training": {
+            "advantage": {"over": "prompt"},
+            "objective": {"type": "nft", "draws": 2},
+            "updates": {"passes": 2},
+        },
     },
 }
 
@@ -249,9 +313,12 @@ def test_forwards_of_a_real_run(tmp_path, changes):
 
 @pytest.mark.parametrize("family", GUIDED)
 def test_guidance_doubles_a_forward(folders, family):
-    """Where it is true guidance: twice the operations of a row, which is counted as one, as the metrics do."""
+    """Where it is true guidance: twice the operations of a row, which is counted as one, as the
+    metrics do."""
     model = {"path": str(folders(family)), "max_sequence_length": TEXT}
-    plain, guided = (estimate(small_config(model=model, rollout={"guidance_scale": scale})) for scale in (1, 4.5))
+    plain, guided = (
+        estimate(small_config(model=model, rollout={"guidance_scale": scale})) for scale in (1, 4.5)
+    )
     for phase in ("rollout", "training"):
         assert guided.phase(phase).flops == 2 * plain.phase(phase).flops
         assert guided.phase(phase).forwards == plain.phase(phase).forwards
@@ -272,7 +339,10 @@ def test_evaluations_may_be_guided_where_rollouts_are_not(folders):
 
     plain, guided = moments(1, 1), moments(1, 4.5)
     assert "evaluation" not in plain and "evaluation" not in moments(4.5, 1)
-    assert guided["evaluation"] == moments(4.5, None)["rollout"] > 1.5 * guided["rollout"] and guided["rollout"] == plain["rollout"]
+    assert (
+        guided["evaluation"] == moments(4.5, None)["rollout"] > 1.5 * guided["rollout"]
+        and guided["rollout"] == plain["rollout"]
+    )
 
 
 @pytest.mark.parametrize("where", ["sharded", "offloaded"])
@@ -287,4 +357,8 @@ def test_bytes_of_a_spread_reference(where):
     runtime = Runtime(config, load_policy(str(MODEL), max_sequence_length=TEXT))
     parameters = list(runtime.reference.parameters())
     seen = items(estimate(config))
-    assert total(p.ds_tensor for p in parameters) == seen["reference copy"] == 4 * sum(p.ds_numel for p in parameters)
+    assert (
+        total(p.ds_tensor for p in parameters)
+        == seen["reference copy"]
+        == 4 * sum(p.ds_numel for p in parameters)
+    )

@@ -1,4 +1,5 @@
-"""Prompt embeddings on disk: kept to the bit, found by what they depend on, made anew when damaged; encoders gone after."""
+"""Prompt embeddings on disk: kept to the bit, found by what they depend on, made anew when damaged;
+encoders gone after."""
 
 import hashlib
 import json
@@ -21,7 +22,11 @@ from tempflow.models.opened import open_model
 from tempflow.types import Example
 
 pytestmark = pytest.mark.cpu  # a run with the cache and one without it, to the last bit
-PROMPTS = [Example('the word "ABC"'), Example("something else", "blurred"), Example('the word "ABC"', "")]
+PROMPTS = [
+    Example('the word "ABC"'),
+    Example("something else", "blurred"),
+    Example('the word "ABC"', ""),
+]
 TENSORS = {
     "half": torch.randn(5, 3).bfloat16(),
     "mask": torch.tensor([True, False, True]),
@@ -57,7 +62,11 @@ def loads(monkeypatch):
 
 
 def config_for(model, cache, **more):
-    return small_config(model={"path": str(model), **more}, data={"embedding_cache": cache and str(cache)}, rollout={"guidance_scale": 3.0})
+    return small_config(
+        model={"path": str(model), **more},
+        data={"embedding_cache": cache and str(cache)},
+        rollout={"guidance_scale": 3.0},
+    )
 
 
 def open_with(model, cache, prompts=PROMPTS, **more):
@@ -75,21 +84,33 @@ def files(folder):
     return sorted(folder.rglob("*.safetensors"))
 
 
-# -------------------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 def test_what_is_written_is_read(tmp_path):
     store = EmbeddingStore(tmp_path, {"encoders": "a"})
     assert store.problem_with(("ein Café",)) == "missing"
     size = store.write(("ein Café",), TENSORS)
-    assert store.problem_with(("ein Café",)) is None and store.path(("ein Café",)).stat().st_size == size
+    assert (
+        store.problem_with(("ein Café",)) is None
+        and store.path(("ein Café",)).stat().st_size == size
+    )
     same_bits(store.read(("ein Café",)), TENSORS)
-    assert [p.suffix for p in store.path(("ein Café",)).parent.iterdir()] == [".safetensors"], "nothing half written is left"
+    assert [p.suffix for p in store.path(("ein Café",)).parent.iterdir()] == [".safetensors"], (
+        "nothing half written is left"
+    )
 
 
 def test_the_key_is_all_that_an_embedding_depends_on(tmp_path):
     kind = {"family": "F", "encoders": "a", "dtype": "torch.float32", "max_sequence_length": 20}
-    other = [dict(kind, **change) for change in ({"encoders": "b"}, {"dtype": "torch.bfloat16"}, {"max_sequence_length": 21})]
-    paths = [EmbeddingStore(tmp_path, one).path(("x",)) for one in (kind, *other)] + [EmbeddingStore(tmp_path, kind).path(("x ",))]
-    assert len(set(paths)) == 5 and paths[0] == EmbeddingStore(tmp_path, dict(reversed(kind.items()))).path(("x",))
+    other = [
+        dict(kind, **change)
+        for change in ({"encoders": "b"}, {"dtype": "torch.bfloat16"}, {"max_sequence_length": 21})
+    ]
+    paths = [EmbeddingStore(tmp_path, one).path(("x",)) for one in (kind, *other)] + [
+        EmbeddingStore(tmp_path, kind).path(("x ",))
+    ]
+    assert len(set(paths)) == 5 and paths[0] == EmbeddingStore(
+        tmp_path, dict(reversed(kind.items()))
+    ).path(("x",))
 
 
 DAMAGE = {
@@ -106,7 +127,9 @@ def test_damage_is_noticed(tmp_path, harm):
     store.write(("x",), TENSORS)
     store.path(("x",)).write_bytes(harm(store.path(("x",)).read_bytes()))
     assert store.problem_with(("x",)).startswith("damaged: ")
-    with pytest.raises(UserError, match="data.embedding_cache: .*safetensors was whole when .* start again"):
+    with pytest.raises(
+        UserError, match="data.embedding_cache: .*safetensors was whole when .* start again"
+    ):
         store.read(("x",))
 
 
@@ -115,13 +138,16 @@ def test_a_file_of_another_text_is_noticed(tmp_path):
     store.write(("x",), TENSORS)
     store.path(("y",)).parent.mkdir(parents=True, exist_ok=True)
     store.path(("x",)).rename(store.path(("y",)))
-    assert store.problem_with(("y",)).startswith("damaged") and store.problem_with(("x",)) == "missing"
+    assert (
+        store.problem_with(("y",)).startswith("damaged") and store.problem_with(("x",)) == "missing"
+    )
 
 
-# -------------------------------------------------------------------------------------------------------- models
+# ------------------------------------------------------------------------------------------- models
 @pytest.mark.parametrize("name", ["flux", "sd3", "qwen_image"])
 def test_a_second_start_loads_no_encoder(folders, tmp_path, loads, name):
-    """And has the same bits as the first, which are those of encoding without a cache: all texts fit one batch."""
+    """And has the same bits as the first, which are those of encoding without a cache: all texts
+    fit one batch."""
     model, cache = folders(name), tmp_path / "cache"
     policy, first = open_with(model, cache, max_sequence_length=16)
     assert loads == ["text", "picture"]
@@ -133,7 +159,9 @@ def test_a_second_start_loads_no_encoder(folders, tmp_path, loads, name):
     _, third = open_with(model, None, max_sequence_length=16)
     assert loads[3:] == ["all"]
     same_bits(first, third)
-    texts = {"flux": 2, "sd3": 4, "qwen_image": 5}[name]  # prompts, "blurred", "" and the default one, "" or " "
+    texts = {"flux": 2, "sd3": 4, "qwen_image": 5}[
+        name
+    ]  # prompts, "blurred", "" and the default one, "" or " "
     assert len(files(cache)) == texts
 
 
@@ -177,7 +205,9 @@ def test_a_folder_that_cannot_be_used(tmp_path, loads, monkeypatch):
     many = [Example(f"number {n}") for n in range(40)]
     usage = embeddings.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(embeddings.shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(UserError, match="data.embedding_cache: .* needs 0.0 GB more and has 0.0 GB free"):
+    with pytest.raises(
+        UserError, match="data.embedding_cache: .* needs 0.0 GB more and has 0.0 GB free"
+    ):
         open_with(MODEL, tmp_path / "cache", many)
     assert "picture" not in loads
 
@@ -190,12 +220,26 @@ def test_the_vae_may_decode_in_slices_and_tiles(folders, name):
         assert vae.use_slicing is chosen and vae.use_tiling is chosen
 
 
-# ------------------------------------------------------------------------------------------ negative prompts unused
+# -------------------------------------------------------------------------- negative prompts unused
 @pytest.mark.parametrize(
     "name, scale, words",
     [
-        ("flux", 3.0, "warning: 2 prompts bring a negative_prompt without effect: FluxPipeline has its guidance built in"),
-        ("sd3", 1.0, "warning: 2 prompts bring a negative_prompt without effect: guidance_scale 1 is no guidance"),
+        (
+            "flux",
+            3.0,
+            (
+                "warning: 2 prompts bring a negative_prompt without effect: FluxPipeline has its"
+                " guidance built in"
+            ),
+        ),
+        (
+            "sd3",
+            1.0,
+            (
+                "warning: 2 prompts bring a negative_prompt without effect: guidance_scale 1 is no"
+                " guidance"
+            ),
+        ),
         ("sd3", 3.0, None),
     ],
 )
@@ -210,16 +254,22 @@ def test_unused_negative_prompts_are_noted(folders, name, scale, words):
     assert said == []
 
 
-# ---------------------------------------------------------------------------------------------------- whole runs
+# --------------------------------------------------------------------------------------- whole runs
 @pytest.mark.slow
 def test_runs_with_negative_prompts_and_a_cache(folders, tmp_path, monkeypatch, loads):
-    """A run of lines that carry a negative prompt, with a cache, is one without of plain lines whose default is that one: in the
-    rollout, the updates and the evaluation. evaluate.py and sample.py read the cache."""
+    """A run of lines that carry a negative prompt, with a cache, is one without of plain lines
+    whose default is that one: in the rollout, the updates and the evaluation. evaluate.py and
+    sample.py read the cache."""
     from tempflow.models.sd3 import SD3Policy
 
     def lines(name, **more):
         file = tmp_path / f"{name}.jsonl"
-        file.write_text("".join(json.dumps({"prompt": text, **more}) + "\n" for text in ("a cube", "two dogs", "a bench", "rain")))
+        file.write_text(
+            "".join(
+                json.dumps({"prompt": text, **more}) + "\n"
+                for text in ("a cube", "two dogs", "a bench", "rain")
+            )
+        )
         return str(file)
 
     run = partial(
@@ -227,12 +277,26 @@ def test_runs_with_negative_prompts_and_a_cache(folders, tmp_path, monkeypatch, 
         tmp_path,
         processes=None,
         model={"path": str(folders("sd3")), "max_sequence_length": 16},
-        rollout={"height": 32, "width": 32, "num_steps": 3, "plan": {"branch_steps": [0]}, "guidance_scale": 3.0, "micro_batch": 8},
-        training={"iterations": 1, "updates": {"passes": 2}, "objective": {"clip_low": 0.1, "clip_high": 0.1}},
+        rollout={
+            "height": 32,
+            "width": 32,
+            "num_steps": 3,
+            "plan": {"branch_steps": [0]},
+            "guidance_scale": 3.0,
+            "micro_batch": 8,
+        },
+        training={
+            "iterations": 1,
+            "updates": {"passes": 2},
+            "objective": {"clip_low": 0.1, "clip_high": 0.1},
+        },
         eval={"every": 1, "prompts": 4},
     )
     plain, negative = lines("plain"), lines("negative", negative_prompt="blurred, too many words")
-    cached = run("cached", data={"train": negative, "heldout": negative, "embedding_cache": str(tmp_path / "cache")})
+    cached = run(
+        "cached",
+        data={"train": negative, "heldout": negative, "embedding_cache": str(tmp_path / "cache")},
+    )
     monkeypatch.setattr(SD3Policy, "default_negative_prompt", "blurred, too many words")
     default = run("default", data={"train": plain, "heldout": plain})
     monkeypatch.undo()
@@ -240,24 +304,47 @@ def test_runs_with_negative_prompts_and_a_cache(folders, tmp_path, monkeypatch, 
     assert cached.rows[1]["grad_norm"] > 0 and loads == ["text", "picture", "all"]
     done = script_here("evaluate", "--run", cached.folder)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["reward"] == pytest.approx(cached.rows[-1]["eval/reward"], abs=1e-3)
+    assert json.loads(done.stdout.splitlines()[-1])["reward"] == pytest.approx(
+        cached.rows[-1]["eval/reward"], abs=1e-3
+    )
     before = files(tmp_path / "cache")
-    done = script_here("sample", "--run", cached.folder, "--out", tmp_path / "out", "--prompt", "a new one", "--num-steps", 2)
+    done = script_here(
+        "sample",
+        "--run",
+        cached.folder,
+        "--out",
+        tmp_path / "out",
+        "--prompt",
+        "a new one",
+        "--num-steps",
+        2,
+    )
     assert done.returncode == 0 and len(list((tmp_path / "out").glob("*.png"))) == 2, done.stderr
-    assert len(files(tmp_path / "cache")) == len(before) + 2, "the prompt and the default negative prompt"
+    assert len(files(tmp_path / "cache")) == len(before) + 2, (
+        "the prompt and the default negative prompt"
+    )
 
 
-# ------------------------------------------------------------------------------------------------ condition images
+# --------------------------------------------------------------------------------- condition images
 def test_condition_images_are_part_of_an_embeddings_identity(tmp_path):
-    """The same text with another image is another embedding; with the same image, be it a file or a copy, it is encoded once."""
-    policy, black, white = VideoPolicy(), np.zeros((4, 4, 3), np.uint8), np.full((4, 4, 3), 255, np.uint8)
+    """The same text with another image is another embedding; with the same image, be it a file or a
+    copy, it is encoded once."""
+    policy, black, white = (
+        VideoPolicy(),
+        np.zeros((4, 4, 3), np.uint8),
+        np.full((4, 4, 3), 255, np.uint8),
+    )
     for name, image in (("one", white), ("other", white), ("third", black)):
         Image.fromarray(image).save(tmp_path / f"{name}.png")
     files = [tmp_path / f"{name}.png" for name in ("one", "other", "third")]
-    given = [Example("edit", images=(image,)) for image in (black, white, white.copy(), *files)] + [Example("edit")]
+    given = [Example("edit", images=(image,)) for image in (black, white, white.copy(), *files)] + [
+        Example("edit")
+    ]
     found = EmbeddingCache(policy).get(given)
     assert found["given"][:, 1].tolist() == [0, 255, 255, 255, 255, 0, 0]
-    assert len(policy.embedded) == 2 * 5, "five different ones, and what each of them is guided away from"
+    assert len(policy.embedded) == 2 * 5, (
+        "five different ones, and what each of them is guided away from"
+    )
     assert len({policy.identity(example) for example in given}) == 5
     for name, tensor in policy.encode(given).items():
         assert torch.equal(tensor, found[name]), name
@@ -267,7 +354,10 @@ def test_an_example_is_guided_away_from_its_negative_with_the_same_images():
     image = np.zeros((4, 4, 3), np.uint8)
     opposed = VideoPolicy.opposed(Example("edit", "blurred", (image,)))
     assert (opposed.text, opposed.negative, opposed.images) == ("blurred", None, (image,))
-    assert VideoPolicy.opposed(Example("edit")).text == "" and FluxPolicy.opposed(Example("edit", "blurred")) is None
+    assert (
+        VideoPolicy.opposed(Example("edit")).text == ""
+        and FluxPolicy.opposed(Example("edit", "blurred")) is None
+    )
 
 
 def test_each_identity_has_a_file_of_its_own(tmp_path):
@@ -283,4 +373,7 @@ def test_each_identity_has_a_file_of_its_own(tmp_path):
 def test_files_of_texts_alone_keep_their_names(tmp_path):
     """A folder that was filled before condition images were known goes on serving."""
     key = json.dumps([1, {"encoders": "a"}, "ein Café"], sort_keys=True)
-    assert EmbeddingStore(tmp_path, {"encoders": "a"}).path(("ein Café",)).stem == hashlib.sha256(key.encode()).hexdigest()
+    assert (
+        EmbeddingStore(tmp_path, {"encoders": "a"}).path(("ein Café",)).stem
+        == hashlib.sha256(key.encode()).hexdigest()
+    )

@@ -21,13 +21,17 @@ def test_a_value_fits_a_line(size):
     for value in ("x" * size, ["x" * size], {"x" * size: 1}, b"x" * size):
         text = shown(value)
         assert len(text) <= VALUE
-        assert text == repr(value) or (text[:40] == repr(value)[:40] and text[-10:] == repr(value)[-10:])
+        assert text == repr(value) or (
+            text[:40] == repr(value)[:40] and text[-10:] == repr(value)[-10:]
+        )
         assert text == repr(value) or f"({len(repr(value))} characters)" in text
 
 
 def test_values_that_have_no_text():
     assert shown(10**5000) == f"a int of {(10**5000).bit_length()} bits"
-    assert shown(None) == "None" and shown(float("nan")) == "nan" and shown("\x1b[1m") == "'\\x1b[1m'"
+    assert (
+        shown(None) == "None" and shown(float("nan")) == "nan" and shown("\x1b[1m") == "'\\x1b[1m'"
+    )
     assert shortened("abc", 3) == "abc"
 
 

@@ -21,15 +21,22 @@ def drawn(policy, micro_batch, decode_batch):
     model, told = Opened(config, policy, EmbeddingCache(policy)), []
     policy.decode = counted
     try:
-        parts = list(evaluation.draw(model, prompts, list(range(5)), num_steps=2, advance=told.append))
+        parts = list(
+            evaluation.draw(model, prompts, list(range(5)), num_steps=2, advance=told.append)
+        )
     finally:
         del policy.decode
     assert told == sizes == [len(part[0]) for part in parts]
-    return [i for part in parts for i in part[0]], np.concatenate([part[1] for part in parts]), sizes
+    return (
+        [i for part in parts for i in part[0]],
+        np.concatenate([part[1] for part in parts]),
+        sizes,
+    )
 
 
 def test_decoding_goes_by_its_own_batch(policy):
-    """As in rollouts: decoding takes more memory a row than a forward does. The images are the same."""
+    """As in rollouts: decoding takes more memory a row than a forward does. The images are the
+    same."""
     indices, whole, sizes = drawn(policy, 4, 8)
     assert indices == [0, 1, 2, 3, 4] and sizes == [4, 1]
     parted = drawn(policy, 4, 3)

@@ -1,4 +1,5 @@
-"""The examples of docs/extending.md: a user's own plan, advantage, objective and reward, by dotted path."""
+"""The examples of docs/extending.md: a user's own plan, advantage, objective and reward, by dotted
+path."""
 
 import json
 import sys
@@ -21,18 +22,36 @@ EXAMPLES = ROOT / "examples"
 
 @pytest.mark.slow
 def test_own_parts_train(tmp_path):
-    """From their folder, as the page says; and what is wrong with an option is said with its key."""
+    """From their folder, as the page says; and what is wrong with an option is said with its
+    key."""
 
     def train(*changes):
         words = [word for change in changes for word in ("--set", change)]
-        return run_command([sys.executable, "../engine/train.py", "--config", "own_parts.json", *words], cwd=EXAMPLES)
+        return run_command(
+            [sys.executable, "../engine/train.py", "--config", "own_parts.json", *words],
+            cwd=EXAMPLES,
+        )
 
-    changes = [f"logging.dir={tmp_path}", "training.iterations=2", "eval.every=2", "eval.prompts=4", "reward_pool.workers=1"]
+    changes = [
+        f"logging.dir={tmp_path}",
+        "training.iterations=2",
+        "eval.every=2",
+        "eval.prompts=4",
+        "reward_pool.workers=1",
+    ]
     found = Run(tmp_path / "own_parts", train(*changes))
     assert [row["iteration"] for row in found.rows] == [0, 1, 2]
-    assert found.rows[1]["ratio/max_dev"] > 0 and found.rows[1]["images"] == 4 * (1 + 3 * 4), "two passes; a trunk and 3 x 4 children"
+    assert found.rows[1]["ratio/max_dev"] > 0 and found.rows[1]["images"] == 4 * (1 + 3 * 4), (
+        "two passes; a trunk and 3 x 4 children"
+    )
     saved = json.loads((found.folder / "config.json").read_text())
-    assert saved["rollout"]["plan"] == {"type": "late_branches:LateBranches", "seeds": 2, "children": 4, "size": 3, "every": 10}
+    assert saved["rollout"]["plan"] == {
+        "type": "late_branches:LateBranches",
+        "seeds": 2,
+        "children": 4,
+        "size": 3,
+        "every": 10,
+    }
     refused = train("rollout.plan.size=9", f"logging.dir={tmp_path}/b")
     assert refused.returncode == 2 and "rollout.plan.size: 9 of 7 steps" in refused.stderr
 
@@ -46,7 +65,9 @@ def test_the_steps_move():
 
 
 def test_ranks_see_the_order_alone():
-    rewards = np.array([[[[1.0, 2.0, 4.0, np.nan]]], [[[1.0, 2.0, 400.0, np.nan]]], [[[3.0, 3.0, 3.0, 3.0]]]])
+    rewards = np.array(
+        [[[[1.0, 2.0, 4.0, np.nan]]], [[[1.0, 2.0, 400.0, np.nan]]], [[[3.0, 3.0, 3.0, 3.0]]]]
+    )
     found = dense(RankAdvantage(), rewards)
     np.testing.assert_allclose(found.values[0], found.values[1])
     np.testing.assert_allclose(found.values[0, 0, 0], [-1.2247, 0, 1.2247, 0], atol=1e-3)
@@ -58,5 +79,7 @@ def test_what_an_edit_keeps():
     before = np.zeros((40, 60, 3), np.uint8)
     before[:, :30] = 200
     same, half, none = before[::2, ::2], before[::2, ::2] // 2, 200 - before[::2, ::2]
-    found = Kept(16).score(np.stack([same, half, none]), [""] * 3, [{"images": [before]}] * 3).values
+    found = (
+        Kept(16).score(np.stack([same, half, none]), [""] * 3, [{"images": [before]}] * 3).values
+    )
     assert found[0] == 1 and 0.6 < found[1] < 0.8 and found[2] < 0.3

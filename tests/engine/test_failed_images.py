@@ -1,4 +1,5 @@
-"""Images that hold NaN or infinity: never scored, masked, counted, and out of every mean, gradient and picture file."""
+"""Images that hold NaN or infinity: never scored, masked, counted, and out of every mean, gradient
+and picture file."""
 
 import itertools
 import json
@@ -26,7 +27,7 @@ from tempflow.types import Example, Size
 NAN, INF = float("nan"), float("inf")
 
 
-# ------------------------------------------------------------------------------------------------------- decoding
+# ----------------------------------------------------------------------------------------- decoding
 BROKEN = {
     "one NaN": lambda x: x.view(-1)[7:8].fill_(NAN),
     "one infinity": lambda x: x.view(-1)[:1].fill_(INF),
@@ -40,14 +41,18 @@ BROKEN = {
 @pytest.mark.parametrize("row", [0, 2])
 def test_what_is_not_finite_is_no_image(policy, how, row):
     """It is marked and told apart; the images beside it are the same bits as without it."""
-    latents = torch.randn(3, *policy.latent_shape(Size(32, 96)), generator=torch.Generator().manual_seed(0))
+    latents = torch.randn(
+        3, *policy.latent_shape(Size(32, 96)), generator=torch.Generator().manual_seed(0)
+    )
     whole, finite = policy.decode(latents, Size(32, 96))
     assert finite.tolist() == [True] * 3 and whole.dtype == np.uint8
     how(latents[row])
     images, finite = policy.decode(latents, Size(32, 96))
     assert finite.tolist() == [i != row for i in range(3)]
     assert (images[row] == no_image(32, 96)).all() and (images[finite] == whole[finite]).all()
-    assert len(np.unique(no_image(32, 96).reshape(-1, 3), axis=0)) == 2, "no plain image, which a reward or a person takes for one"
+    assert len(np.unique(no_image(32, 96).reshape(-1, 3), axis=0)) == 2, (
+        "no plain image, which a reward or a person takes for one"
+    )
 
 
 def test_a_decoder_that_overflows_makes_no_image(policy, monkeypatch):
@@ -64,17 +69,22 @@ def test_a_decoder_that_overflows_makes_no_image(policy, monkeypatch):
 
 
 def test_the_library_says_that_an_image_is_missing(policy, monkeypatch):
-    latents, broken = torch.zeros(2, *policy.latent_shape(Size(32, 96))), torch.zeros(2, *policy.latent_shape(Size(32, 96)))
+    latents, broken = (
+        torch.zeros(2, *policy.latent_shape(Size(32, 96))),
+        torch.zeros(2, *policy.latent_shape(Size(32, 96))),
+    )
     broken[0, 0, 0] = NAN
     monkeypatch.setattr(Sampler, "integrate", lambda *args, **call: broken)
     call = {"latents": latents, "height": 32, "width": 96, "num_steps": 2, "guidance_scale": 0.0}
     with pytest.warns(UserWarning, match="1 of 2 images hold NaN or infinity"):
         images = policy.sample(["a", "b"], **call)
     assert (np.asarray(images[0]) == no_image(32, 96)).all()
-    assert policy.sample(["a", "b"], decode=False, **call)[0].isnan().any(), "latents are left as they are"
+    assert policy.sample(["a", "b"], decode=False, **call)[0].isnan().any(), (
+        "latents are left as they are"
+    )
 
 
-# ----------------------------------------------------------------------------------------------------- evaluation
+# --------------------------------------------------------------------------------------- evaluation
 def level(images, prompts, metadata):
     """The first pixel; for images above 200 no value; never asked about a missing image."""
     assert not any((image == no_image(*image.shape[:2])).all() for image in images)
@@ -84,9 +94,21 @@ def level(images, prompts, metadata):
 
 def scored(levels, finite, batch, keep=0):
     """The evaluation of plain images of these levels; those that are not finite hold the mark."""
-    images = np.stack([np.full((16, 16, 3), x if ok else 0, np.uint8) if ok else no_image(16, 16) for x, ok in zip(levels, finite)])
+    images = np.stack(
+        [
+            np.full((16, 16, 3), x if ok else 0, np.uint8) if ok else no_image(16, 16)
+            for x, ok in zip(levels, finite)
+        ]
+    )
     places = range(0, len(levels), batch)
-    drawn = ((list(range(i, min(i + batch, len(levels)))), images[i : i + batch], np.array(finite[i : i + batch])) for i in places)
+    drawn = (
+        (
+            list(range(i, min(i + batch, len(levels)))),
+            images[i : i + batch],
+            np.array(finite[i : i + batch]),
+        )
+        for i in places
+    )
     specs = parse_rewards({f"{__name__}:level": 1.0, "jpeg": 0})
     prompts = [Example(f"prompt {i}") for i in range(len(levels))]
     with RewardPool(specs, workers=0) as pool:
@@ -94,7 +116,10 @@ def scored(levels, finite, batch, keep=0):
 
 
 @settings(max_examples=40)
-@given(st.lists(st.tuples(st.integers(0, 255), st.booleans()), min_size=1, max_size=9), st.integers(1, 4))
+@given(
+    st.lists(st.tuples(st.integers(0, 255), st.booleans()), min_size=1, max_size=9),
+    st.integers(1, 4),
+)
 def test_an_evaluation_says_what_it_is_made_of(images, batch):
     levels, finite = zip(*images)
     found, _ = scored(levels, finite, batch)
@@ -105,9 +130,13 @@ def test_an_evaluation_says_what_it_is_made_of(images, batch):
     row = evaluation.metrics(found)
     assert row["eval/scored"] == len(good) and row["eval/failed"] == len(images) - len(good)
     assert row["eval/jpeg/failed"] == finite.count(False) == row.get("eval/not_finite", 0)
-    assert ("eval/reward" in row) == bool(good) and (not good or row["eval/reward"] == pytest.approx(np.mean(good)))
+    assert ("eval/reward" in row) == bool(good) and (
+        not good or row["eval/reward"] == pytest.approx(np.mean(good))
+    )
     if len(good) > 1:
-        assert row["eval/reward/stderr"] == pytest.approx(np.std(good, ddof=1) / len(good) ** 0.5, abs=1e-9)
+        assert row["eval/reward/stderr"] == pytest.approx(
+            np.std(good, ddof=1) / len(good) ** 0.5, abs=1e-9
+        )
 
 
 def test_ranks_together_are_one_evaluation():
@@ -118,14 +147,22 @@ def test_ranks_together_are_one_evaluation():
         one, _ = scored(levels[rank::2], finite[rank::2], 2)
         parts.append(replace(one, indices=[rank + 2 * i for i in one.indices]))
     merged = evaluation.merge(parts)
-    assert evaluation.metrics(merged) == evaluation.metrics(whole) and merged.indices == whole.indices
-    assert merged.details["jpeg"][:2] == whole.details["jpeg"][:2] and "NaN or infinity" in merged.details["jpeg"][2]
+    assert (
+        evaluation.metrics(merged) == evaluation.metrics(whole) and merged.indices == whole.indices
+    )
+    assert (
+        merged.details["jpeg"][:2] == whole.details["jpeg"][:2]
+        and "NaN or infinity" in merged.details["jpeg"][2]
+    )
 
 
 def test_samples_mark_what_is_missing(tmp_path):
     found, prompts = scored([5, 250, 9], [True, True, False], 2, keep=3)
     evaluation.write_samples(tmp_path / "000000", found, prompts, {"iteration": 0})
-    info = json.loads((tmp_path / "000000/samples.json").read_text(), parse_constant=lambda text: pytest.fail(text))
+    info = json.loads(
+        (tmp_path / "000000/samples.json").read_text(),
+        parse_constant=lambda text: pytest.fail(text),
+    )
     assert (info["reward"], info["stderr"], info["scored"], info["failed"]) == (5.0, None, 1, 2)
     assert [item["reward"] for item in info["items"]] == [5.0, None, None]
     assert "NaN or infinity" in info["items"][2]["details"]["jpeg"]
@@ -142,7 +179,8 @@ def test_samples_name_a_target_that_the_metadata_names(tmp_path):
 
 
 def test_samples_show_their_condition_images(tmp_path):
-    """In a row of the image's height, and where they came from; prompts without stay as they were."""
+    """In a row of the image's height, and where they came from; prompts without stay as they
+    were."""
     found, prompts = scored([5, 9, 7], [True] * 3, 3, keep=3)
     wide, narrow = (np.full((size, 20, 3), level, np.uint8) for size, level in ((8, 40), (40, 80)))
     Image.fromarray(wide).save(tmp_path / "wide.png")
@@ -150,10 +188,19 @@ def test_samples_show_their_condition_images(tmp_path):
     prompts[2] = replace(prompts[2], images=(str(tmp_path / "wide.png"), narrow))
     evaluation.write_samples(tmp_path / "000000", found, prompts, {"iteration": 0})
     items = json.loads((tmp_path / "000000/samples.json").read_text())["items"]
-    assert [item.get("condition") for item in items] == ["0000_condition.png", None, "0002_condition.png"] and "images" not in items[1]
+    assert [item.get("condition") for item in items] == [
+        "0000_condition.png",
+        None,
+        "0002_condition.png",
+    ] and "images" not in items[1]
     assert items[2]["images"] == [str(tmp_path / "wide.png"), prompts[2].image_digests[1]]
     row = np.asarray(Image.open(tmp_path / "000000/0002_condition.png"))
-    assert row.shape == (16, 40 + 4 + 8, 3) and (row[:, :40] == 40).all() and (row[:, 40:44] == 255).all() and (row[:, 44:] == 80).all()
+    assert (
+        row.shape == (16, 40 + 4 + 8, 3)
+        and (row[:, :40] == 40).all()
+        and (row[:, 40:44] == 255).all()
+        and (row[:, 44:] == 80).all()
+    )
 
 
 @pytest.mark.parametrize(
@@ -172,13 +219,16 @@ def test_when_too_many_have_failed(images, failed, not_finite, allowed, words):
         return check_failed("IT", images, failed, not_finite, allowed, "E")
     with pytest.raises(TooManyFailed) as error:
         check_failed("IT", images, failed, not_finite, allowed, "E")
-    assert all(word in str(error.value) for word in words) and error.value.model_broken == bool(not_finite)
+    assert all(word in str(error.value) for word in words) and error.value.model_broken == bool(
+        not_finite
+    )
     assert not_finite < failed or "last error" not in str(error.value)
 
 
-# ---------------------------------------------------------------------------------------------------------- means
+# -------------------------------------------------------------------------------------------- means
 def test_a_gain_is_measured_prompt_by_prompt():
-    """Prompts differ much, the change is the same for each: sure, whatever the means' own errors; failures are in no pair."""
+    """Prompts differ much, the change is the same for each: sure, whatever the means' own errors;
+    failures are in no pair."""
     rng = np.random.default_rng(0)
     base = rng.normal(0, 10, 50)
     tuned = base + 0.5 + rng.normal(0, 0.1, 50)
@@ -187,13 +237,20 @@ def test_a_gain_is_measured_prompt_by_prompt():
     both = np.isfinite(base) & np.isfinite(tuned)
     change = (tuned - base)[both]
     assert (gain.scored, gain.failed) == (47, 3) and gain.value == pytest.approx(change.mean())
-    assert gain.stderr == pytest.approx(change.std(ddof=1) / 47**0.5) and is_sure(gain.value, gain.stderr)
+    assert gain.stderr == pytest.approx(change.std(ddof=1) / 47**0.5) and is_sure(
+        gain.value, gain.stderr
+    )
     assert not is_sure(mean_of(tuned).value - mean_of(base).value, mean_of(base).stderr)
 
 
 @pytest.mark.parametrize(
     "values, expected",
-    [([], (None, None, 0, 0)), ([NAN], (None, None, 0, 1)), ([2.0], (2.0, None, 1, 0)), ([2.0, 2.0, INF], (2.0, 0.0, 2, 1))],
+    [
+        ([], (None, None, 0, 0)),
+        ([NAN], (None, None, 0, 1)),
+        ([2.0], (2.0, None, 1, 0)),
+        ([2.0, 2.0, INF], (2.0, 0.0, 2, 1)),
+    ],
 )
 def test_means_of_little(values, expected):
     found = mean_of(np.array(values))
@@ -201,8 +258,13 @@ def test_means_of_little(values, expected):
     assert not is_sure(0.0, 0.0)
 
 
-# ------------------------------------------------------------------------------------------------------- training
-SMALL = {"num_steps": 3, "plan": {"branch_steps": [0, 1], "seeds": 2, "children": 3}, "lanes": 1, "decode_batch": 5}
+# ----------------------------------------------------------------------------------------- training
+SMALL = {
+    "num_steps": 3,
+    "plan": {"branch_steps": [0, 1], "seeds": 2, "children": 3},
+    "lanes": 1,
+    "decode_batch": 5,
+}
 
 
 def breaking(policy, monkeypatch, numbers):
@@ -228,21 +290,36 @@ def test_a_rollout_masks_and_counts_them(policy, monkeypatch):
     assert data.failed == 3 and data.images == whole.images and 0 < lost.sum() <= 3
     assert (data.rewards.total[~lost] == whole.rewards.total[~lost]).all()
     for key, value in data.diversity.items():
-        assert np.isfinite(value) and value == pytest.approx(whole.diversity[key], rel=0.5), "of the images that are there"
+        assert np.isfinite(value) and value == pytest.approx(whole.diversity[key], rel=0.5), (
+            "of the images that are there"
+        )
 
 
 def test_a_rollout_of_nothing_stops_the_run(policy, monkeypatch):
     breaking(policy, monkeypatch, range(10**6))
-    with pytest.raises(TooManyFailed, match=r"28 of 28 images of this iteration could not be scored, .*max_failed \(0.5\).*diverged"):
+    with pytest.raises(
+        TooManyFailed,
+        match=(
+            r"28 of 28 images of this iteration could not be scored, .*max_failed \(0.5\).*diverged"
+        ),
+    ):
         Iteration(policy, small_config(rollout=SMALL))
 
 
-@pytest.mark.parametrize("training", [{}, {"penalty": {"type": "kl", "coef": 0.3}}], ids=["plain", "kl"])
+@pytest.mark.parametrize(
+    "training", [{}, {"penalty": {"type": "kl", "coef": 0.3}}], ids=["plain", "kl"]
+)
 def test_what_a_failed_child_holds_reaches_no_gradient(policy, training):
-    """NaN in failed children, in a state all of whose children failed, and in the state that would serve as padding."""
+    """NaN in failed children, in a state all of whose children failed, and in the state that would
+    serve as padding."""
     iteration = Iteration(policy, small_config(rollout={**SMALL, "lanes": None}, training=training))
     rewards = iteration.dense(iteration.rewards).copy()
-    rewards[0, 0, 1, 2], rewards[0, 1, 0, :2], rewards[1, 1, 1], rewards[0, 0, 0] = NAN, NAN, NAN, NAN
+    rewards[0, 0, 1, 2], rewards[0, 1, 0, :2], rewards[1, 1, 1], rewards[0, 0, 0] = (
+        NAN,
+        NAN,
+        NAN,
+        NAN,
+    )
     rewards, gradients = rewards.ravel(), []
     for broken in (False, True):
         if broken:
@@ -254,10 +331,17 @@ def test_what_a_failed_child_holds_reaches_no_gradient(policy, training):
                 iteration.states[n] = replace(s, x=x, children=children, log_prob=log_prob)
             assert not iteration.states[0].x.isfinite().any()
         runtime = PlainRuntime(policy, drift=0.05)
-        part, updater = iteration.part(iteration.advantages(rewards), 3, extra=1), iteration.updater(runtime)
+        part, updater = (
+            iteration.part(iteration.advantages(rewards), 3, extra=1),
+            iteration.updater(runtime),
+        )
         for _ in range(2):
             metrics = updater.update(part, 1.0)
-            assert all(np.isfinite(value) for key, value in metrics.items() if key not in ("broken", "skipped"))
+            assert all(
+                np.isfinite(value)
+                for key, value in metrics.items()
+                if key not in ("broken", "skipped")
+            )
         gradients.append(flat(runtime.gradient()))
     assert_close("gradient", gradients[1], gradients[0], 1e-5)
 
@@ -284,7 +368,10 @@ def test_a_run_that_diverges_reports_no_gain(tmp_path):
         checkpoint={"every": 1},
         deepspeed={"optimizer": {"type": "AdamW", "params": {"lr": 1e6, "torch_adam": True}}},
     )
-    assert "4 of 4 images of the evaluation at iteration 1" in run.done.stderr and "diverged" in run.done.stderr
+    assert (
+        "4 of 4 images of the evaluation at iteration 1" in run.done.stderr
+        and "diverged" in run.done.stderr
+    )
     assert "gain" not in run.done.stdout and not (run.folder / "summary.json").exists()
     base, last = run.rows
     assert base["eval/scored"] == 4 and base["eval/failed"] == 0 and "eval/gain" not in base

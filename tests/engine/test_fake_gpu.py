@@ -1,4 +1,5 @@
-"""The simulated GPU itself: it must see what it is there to see, or the checks that stand on it are worth nothing."""
+"""The simulated GPU itself: it must see what it is there to see, or the checks that stand on it are
+worth nothing."""
 
 import numpy as np
 import pytest
@@ -46,8 +47,14 @@ def test_what_makes_the_host_wait_is_counted_at_its_line(gpu, action, kind):
 def test_what_stays_on_one_side_makes_nobody_wait(gpu):
     with gpu, gpu.watch() as seen:
         x = torch.zeros(4, 8, device=gpu.device, dtype=torch.bfloat16)
-        (x @ x.T).softmax(-1)[1:].float()[:, torch.arange(2, device=gpu.device)].fill_(3) + torch.tensor(2.0)
-        assert torch.arange(3).tolist() == [0, 1, 2] and torch.ones(2).numpy().sum() == 2 and np.ones(2).sum() == 2
+        (x @ x.T).softmax(-1)[1:].float()[:, torch.arange(2, device=gpu.device)].fill_(
+            3
+        ) + torch.tensor(2.0)
+        assert (
+            torch.arange(3).tolist() == [0, 1, 2]
+            and torch.ones(2).numpy().sum() == 2
+            and np.ones(2).sum() == 2
+        )
     assert not seen.waits and seen.kernels == 8
 
 
@@ -57,7 +64,8 @@ def test_devices_do_not_mix(gpu):
 
 
 def test_bytes(gpu):
-    """The most at once, in blocks of 512; views are free, and memory returns when its last view goes."""
+    """The most at once, in blocks of 512; views are free, and memory returns when its last view
+    goes."""
     with gpu, gpu.watch() as seen:
         start = gpu.live
         x = torch.empty(1000, device=gpu.device)
@@ -72,8 +80,8 @@ def test_bytes(gpu):
 
 
 def test_a_backward_runs_in_the_simulation(gpu):
-    """Whatever ran before in this process; a checkpointed block is computed again. Three matrices beside weight and input at
-    the most: block's inside, its gradient and the weight's."""
+    """Whatever ran before in this process; a checkpointed block is computed again. Three matrices
+    beside weight and input at the most: block's inside, its gradient and the weight's."""
     torch.ones(2, requires_grad=True).sum().backward()
     size = 512
     with gpu:
@@ -105,7 +113,10 @@ def test_nothing_of_it_stays_behind(gpu):
     attention, numpy = torch.nn.functional.scaled_dot_product_attention, torch.Tensor.numpy
     with gpu:
         assert torch.nn.functional.scaled_dot_product_attention is not attention
-    assert torch.nn.functional.scaled_dot_product_attention is attention and torch.Tensor.numpy is numpy
+    assert (
+        torch.nn.functional.scaled_dot_product_attention is attention
+        and torch.Tensor.numpy is numpy
+    )
     assert torch.zeros(2).tolist() == [0, 0] and type(torch.zeros(2)) is torch.Tensor
 
 

@@ -1,4 +1,5 @@
-"""Every family against plain diffusers: latents, images and grids; rows, conditioning and its cache."""
+"""Every family against plain diffusers: latents, images and grids; rows, conditioning and its
+cache."""
 
 from functools import partial
 
@@ -14,7 +15,12 @@ from tempflow.models.embeddings import EmbeddingCache
 
 pytestmark = pytest.mark.usefixtures("small_condition_images")
 KINDS = [(name, kind) for name, family in FAMILIES.items() for kind in family.schedulers]
-CASES = [(name, kind, case, *size) for name, kind in KINDS for case in range(len(FAMILIES[name].cases)) for size in FAMILIES[name].sizes]
+CASES = [
+    (name, kind, case, *size)
+    for name, kind in KINDS
+    for case in range(len(FAMILIES[name].cases))
+    for size in FAMILIES[name].sizes
+]
 
 
 @pytest.mark.parametrize("name, kind, case, height, width", CASES)
@@ -34,17 +40,26 @@ def test_sample_equals_the_pipeline(family_pairs, name, kind, case, height, widt
         wanted = [(np.asarray(video) * 255).round().astype(np.uint8) for video in wanted]
     wanted = [np.asarray(image)[..., :3] for image in wanted]  # an alpha channel is left out
     difference = np.stack(images).astype(int) - np.stack(wanted)
-    assert np.abs(difference).max() <= 1 and (difference != 0).mean() < 1e-3, "a level here and there, by rounding"
+    assert np.abs(difference).max() <= 1 and (difference != 0).mean() < 1e-3, (
+        "a level here and there, by rounding"
+    )
     assert np.stack(wanted).std() > 1, "there is something in the images"
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_it_is_given_matters(family_pairs, name):
-    """Prompt, guidance, steps, negative prompt, images: otherwise agreeing with the pipeline on them would say little."""
+    """Prompt, guidance, steps, negative prompt, images: otherwise agreeing with the pipeline on
+    them would say little."""
     policy, _ = family_pairs(name)
     family, size = FAMILIES[name], FAMILIES[name].size(32, 96)
-    negatives = [None] if family.negative is None else [[family.negative] * 2, NEGATIVES, NEGATIVES[::-1]]
-    calls = [(3, 1.0, negatives[0]), (4, family.scale, negatives[0]), *((3, family.scale, negative) for negative in negatives)]
+    negatives = (
+        [None] if family.negative is None else [[family.negative] * 2, NEGATIVES, NEGATIVES[::-1]]
+    )
+    calls = [
+        (3, 1.0, negatives[0]),
+        (4, family.scale, negatives[0]),
+        *((3, family.scale, negative) for negative in negatives),
+    ]
     x = latents_for(policy, size, 1).expand(2, *policy.latent_shape(size))
     runs = [family.sampled(policy, x, size, *call) for call in calls]
     if family.images:
@@ -64,13 +79,16 @@ def test_text_length_is_the_pipelines(family_pairs, family_folders, name):
     x, call = latents_for(policy, size), (size, 2, *family.cases[-1])
     expected = family.reference(family_pairs(name)[1], x, *call, max_sequence_length=12)
     assert_close("latents", family.sampled(policy, x, *call), expected, FP32)
-    with pytest.raises(UserError, match=f"model.max_sequence_length: 20000; {family.pipeline} takes"):
+    with pytest.raises(
+        UserError, match=f"model.max_sequence_length: 20000; {family.pipeline} takes"
+    ):
         load_policy(str(family_folders(name)), max_sequence_length=20000)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_conditioning_is_by_prompt(family_pairs, name):
-    """Rows of prompts, encoded together or one at a time; the default negative prompt, kept once in the cache."""
+    """Rows of prompts, encoded together or one at a time; the default negative prompt, kept once in
+    the cache."""
     policy, _ = family_pairs(name)
     family, size, cache = FAMILIES[name], FAMILIES[name].size(32, 32), EmbeddingCache(policy)
     together = family.encoded(policy, size=size)
@@ -97,7 +115,9 @@ def test_rows_may_be_at_different_steps(family_pairs, name):
             assert together.shape == x.shape
             for i in range(3):
                 row = index_rows(conditioning, [i])
-                alone = policy.velocity(policy.denoiser(), x[i : i + 1], sigma[i : i + 1], row, size, scale)
+                alone = policy.velocity(
+                    policy.denoiser(), x[i : i + 1], sigma[i : i + 1], row, size, scale
+                )
                 assert_close(f"row {i}", together[i : i + 1], alone, FP32)
 
 
@@ -109,7 +129,9 @@ def test_grid_falls_from_one_to_zero(family_pairs, name, kind):
         sigmas = policy.sigmas(steps, family.size(32, 96))
         assert sigmas.dtype == torch.float32 and sigmas.shape == (steps + 1,)
         assert sigmas[0] == 1 and sigmas[-1] == 0 and (sigmas.diff() < 0).all()
-    same = torch.equal(policy.sigmas(4, family.size(32, 32)), policy.sigmas(4, family.size(128, 128)))
+    same = torch.equal(
+        policy.sigmas(4, family.size(32, 32)), policy.sigmas(4, family.size(128, 128))
+    )
     assert same != family.schedulers[kind].get("use_dynamic_shifting", False)
 
 
@@ -121,7 +143,12 @@ def test_impossible_size(family_pairs, family_folders, name, height, width):
     assert check_model(folder) == family.pipeline
     check_size(folder, family.size(32, 96))
     for call in (policy.latent_shape, partial(policy.sigmas, 4), partial(check_size, folder)):
-        with pytest.raises(UserError, match=f"rollout.height, rollout.width: {height} x {width}.*; both must be multiples of "):
+        with pytest.raises(
+            UserError,
+            match=(
+                f"rollout.height, rollout.width: {height} x {width}.*; both must be multiples of "
+            ),
+        ):
             call(family.size(height, width))
 
 
@@ -130,11 +157,20 @@ def test_sample_refuses_what_does_not_fit(family_pairs, name):
     policy, _ = family_pairs(name)
     family, x = FAMILIES[name], latents_for(policy, FAMILIES[name].size(32, 96))
     with pytest.raises((ValueError, UserError), match="negative_prompts: "):
-        family.sampled(policy, x, family.size(32, 96), 2, family.scale, negatives=[""] * (1 if family.negative is not None else 2))
+        family.sampled(
+            policy,
+            x,
+            family.size(32, 96),
+            2,
+            family.scale,
+            negatives=[""] * (1 if family.negative is not None else 2),
+        )
     with pytest.raises(ValueError, match="latents: expected shape"):
         family.sampled(policy, x, family.size(64, 96), 2, family.scale)
     with pytest.raises(ValueError, match="latents: expected shape"):
-        policy.sample(PROMPTS[0], latents=x, height=32, width=96, num_steps=2, guidance_scale=family.scale)
+        policy.sample(
+            PROMPTS[0], latents=x, height=32, width=96, num_steps=2, guidance_scale=family.scale
+        )
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -144,5 +180,9 @@ def test_blocks_can_be_compiled(family_folders, name):
 
     denoiser = load_policy(str(family_folders(name))).denoiser()
     compile_blocks(denoiser, "compile")
-    repeated = [module for module in denoiser.modules() if type(module).__name__ in denoiser._repeated_blocks]
+    repeated = [
+        module
+        for module in denoiser.modules()
+        if type(module).__name__ in denoiser._repeated_blocks
+    ]
     assert repeated and all(block._compiled_call_impl is not None for block in repeated)

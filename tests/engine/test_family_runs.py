@@ -1,4 +1,5 @@
-"""Whole runs on a tiny pipeline of every family, each serving several tests: LoRA and all weights, guided, with the KL penalty."""
+"""Whole runs on a tiny pipeline of every family, each serving several tests: LoRA and all weights,
+guided, with the KL penalty."""
 
 import json
 import math
@@ -23,7 +24,8 @@ KINDS = [(name, kind) for name in FAMILIES for kind in ("lora", "full")]
 
 @pytest.fixture(scope="module")
 def runs(family_folders, tmp_path_factory):
-    """Two iterations by (family, "full" or "lora"), two updates each, with the held-out evaluation."""
+    """Two iterations by (family, "full" or "lora"), two updates each, with the held-out
+    evaluation."""
     made, root = {}, tmp_path_factory.mktemp("family-runs")
 
     def get(name, kind):
@@ -34,7 +36,10 @@ def runs(family_folders, tmp_path_factory):
                 f"{name}-{kind}",
                 processes=None,
                 model={"path": str(family_folders(name)), "lora": lora, "max_sequence_length": 32},
-                data={"prompts_per_iteration": 1, **family.prompt_files(root / name, family.size(32, 32))},
+                data={
+                    "prompts_per_iteration": 1,
+                    **family.prompt_files(root / name, family.size(32, 32)),
+                },
                 rollout={
                     "height": 32,
                     "width": 32,
@@ -66,8 +71,14 @@ def test_training(runs, name, kind):
     base, *rows = run.rows
     for row in rows:
         assert row["ratio/max_dev"] > 0 and row["grad_norm"] > 0 and row["kl"] > 0
-        assert row["reward/std"] > 0 and row["reward/zero_std_groups"] == 0 and row["mismatch/log_prob"] < 1e-5
-        assert math.isfinite(base["eval/reward"]) and row["eval/reward"] != base["eval/reward"], "the model moved"
+        assert (
+            row["reward/std"] > 0
+            and row["reward/zero_std_groups"] == 0
+            and row["mismatch/log_prob"] < 1e-5
+        )
+        assert math.isfinite(base["eval/reward"]) and row["eval/reward"] != base["eval/reward"], (
+            "the model moved"
+        )
 
 
 @pytest.mark.cpu
@@ -78,7 +89,12 @@ def test_resuming(runs, tmp_path, name, kind):
     shutil.copytree(run.folder, tmp_path / run.folder.name)
     again = Run(tmp_path / run.folder.name)
     shutil.rmtree(again.folder / "checkpoints/000002")
-    config = ["--config", run.folder.parent / f"{run.folder.name}.json", "--set", f"logging.dir={tmp_path}"]
+    config = [
+        "--config",
+        run.folder.parent / f"{run.folder.name}.json",
+        "--set",
+        f"logging.dir={tmp_path}",
+    ]
     again = Run(again.folder, script_here("train", *config, "--resume"))
     assert timeless(again.rows[-1]) == timeless(run.rows[-1])
     for weight, tensor in run.weights().items():
@@ -97,11 +113,16 @@ def test_export_is_read_by_plain_diffusers(runs, family_folders, tmp_path, name,
     folder = family_folders(name) if kind == "lora" else tmp_path / "out"
     pipe = family.plain(folder)
     if kind == "lora":
-        assert [file.name for file in (tmp_path / "out").iterdir()] == ["pytorch_lora_weights.safetensors"]
+        assert [file.name for file in (tmp_path / "out").iterdir()] == [
+            "pytorch_lora_weights.safetensors"
+        ]
         pipe.load_lora_weights(tmp_path / "out")
     chosen = load.load_tuned(run.folder)
     policy, size = load_whole(chosen.config), family.size(32, 32)
-    x, call = latents_for(policy, size), (size, 3, family.scale, None if family.negative is None else NEGATIVES)
+    x, call = (
+        latents_for(policy, size),
+        (size, 3, family.scale, None if family.negative is None else NEGATIVES),
+    )
     base = family.sampled(policy, x, *call)
     got = family.sampled(load.apply(chosen, policy), x, *call)
     assert_close("latents", got, family.reference(pipe, x, *call, **family.length(32)), FP32)
@@ -116,7 +137,9 @@ def test_evaluation_has_a_guidance_of_its_own(runs, family_folders):
     noise = fixed_noise([0], policy.latent_shape(Size(32, 32)), "cpu")
 
     def distance(scale):
-        (drawn,) = policy.sample([first["prompt"]], latents=noise, height=32, width=32, num_steps=4, guidance_scale=scale)
+        (drawn,) = policy.sample(
+            [first["prompt"]], latents=noise, height=32, width=32, num_steps=4, guidance_scale=scale
+        )
         return np.abs(kept - np.asarray(drawn)).max()
 
     assert distance(1.5) <= 1 < distance(3.0)
@@ -128,15 +151,20 @@ def test_other_scripts(runs, tmp_path, name):
     run = runs(name, "lora")
     done = script_here("evaluate", "--run", run.folder)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["reward"] == pytest.approx(run.rows[-1]["eval/reward"], abs=1e-3)
-    done = script_here("sample", "--run", run.folder, "--out", tmp_path / "out", "--count", 2, "--num-steps", 2)
+    assert json.loads(done.stdout.splitlines()[-1])["reward"] == pytest.approx(
+        run.rows[-1]["eval/reward"], abs=1e-3
+    )
+    done = script_here(
+        "sample", "--run", run.folder, "--out", tmp_path / "out", "--count", 2, "--num-steps", 2
+    )
     drawn = [file for file in (tmp_path / "out").iterdir() if file.suffix in (".png", ".webp")]
     assert done.returncode == 0 and len(drawn) >= 2, done.stderr
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_shipped_configs_run_on_tiny_pipelines(family_folders, tmp_path, name):
-    """But for the model, the size and the amounts: half precision, ZeRO, checkpointing, guidance."""
+    """But for the model, the size and the amounts: half precision, ZeRO, checkpointing,
+    guidance."""
     family = FAMILIES[name]
     files = family.prompt_files(tmp_path / "prompts", family.size(32, 32))
     settings = {
@@ -159,8 +187,13 @@ def test_shipped_configs_run_on_tiny_pipelines(family_folders, tmp_path, name):
         "logging.tensorboard": False,
         "data.embedding_cache": str(tmp_path / "cache"),
     }
-    pairs = [part for key, value in settings.items() for part in ("--set", f"{key}={json.dumps(value)}")]
-    run = Run(tmp_path / family.config, script_here("train", "--config", ROOT / f"configs/{family.config}.json", *pairs))
+    pairs = [
+        part for key, value in settings.items() for part in ("--set", f"{key}={json.dumps(value)}")
+    ]
+    run = Run(
+        tmp_path / family.config,
+        script_here("train", "--config", ROOT / f"configs/{family.config}.json", *pairs),
+    )
     row = run.rows[-1]
     assert row["iteration"] == 1 and row["grad_norm"] > 0
     assert "warning" not in run.done.stdout

@@ -12,7 +12,11 @@ from tempflow.estimate import estimate, propose, show_proposal
 from tempflow.estimate.fitting import changed
 
 pytestmark = pytest.mark.cpu
-CONFIG = small_config(data={"embedding_cache": "there"}, rollout={"decode_batch": 16}, training={"penalty": {"coef": 0.1}})
+CONFIG = small_config(
+    data={"embedding_cache": "there"},
+    rollout={"decode_batch": 16},
+    training={"penalty": {"coef": 0.1}},
+)
 
 
 def judge_of(card):
@@ -32,7 +36,8 @@ def test_what_fits_is_left_alone():
 
 
 def test_the_proposal_fits_and_each_change_is_needed():
-    """The config with all changes is what the last step says; without any one of them it does not fit."""
+    """The config with all changes is what the last step says; without any one of them it does not
+    fit."""
     whole = estimate(CONFIG).total
     resident = sum(item.bytes for item in estimate(CONFIG).memory.resident)
     card = resident + (whole - resident) // 3
@@ -41,9 +46,18 @@ def test_the_proposal_fits_and_each_change_is_needed():
     everything = {key: value for step in steps for key, value in step.changes.items()}
     assert judge_of(card)(changed(CONFIG, everything)).total == steps[-1].estimate.total <= card
     for step in steps:
-        others = {key: value for other in steps if other is not step for key, value in other.changes.items()}
+        others = {
+            key: value
+            for other in steps
+            if other is not step
+            for key, value in other.changes.items()
+        }
         assert not others or not judge_of(card)(changed(CONFIG, others)).fits
-    assert keys(steps) <= {"rollout.decode_batch", "rollout.micro_batch", "training.micro_batch"}, "rows are cheaper than copies"
+    assert keys(steps) <= {
+        "rollout.decode_batch",
+        "rollout.micro_batch",
+        "training.micro_batch",
+    }, "rows are cheaper than copies"
 
 
 def test_where_nothing_fits_the_nearest_is_said():
@@ -52,7 +66,10 @@ def test_where_nothing_fits_the_nearest_is_said():
     assert {"model.lora", "model.dtype", "deepspeed.bf16"} <= keys(steps), "all that saves"
     out = io.StringIO()
     show_proposal(judge_of(1000)(CONFIG), steps, Console(file=out, width=300))
-    assert "No change of these keys makes it fit" in out.getvalue() and "--set 'model.lora={}'" in out.getvalue()
+    assert (
+        "No change of these keys makes it fit" in out.getvalue()
+        and "--set 'model.lora={}'" in out.getvalue()
+    )
 
 
 def test_a_change_that_the_config_refuses_is_passed_over():
@@ -65,4 +82,6 @@ def test_a_change_that_the_config_refuses_is_passed_over():
 def test_the_command_says_it(tmp_path):
     card = estimate(small_config()).total / 1e9 - 0.01
     done = script_here("train", "--config", write_config(tmp_path), "--dry-run", "--card-gb", card)
-    assert done.returncode == 0 and "It fits" in done.stdout and "--set '" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "It fits" in done.stdout and "--set '" in done.stdout, (
+        done.stdout + done.stderr
+    )

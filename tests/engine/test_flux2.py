@@ -1,4 +1,5 @@
-"""FLUX.2 [klein] distilled and [dev] against plain diffusers, and what only this family has; [klein] base is in the table of families."""
+"""FLUX.2 [klein] distilled and [dev] against plain diffusers, and what only this family has;
+[klein] base is in the table of families."""
 
 import json
 import shutil
@@ -36,7 +37,12 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pairs(folders):
     """A policy, and diffusers' own pipeline loaded apart."""
-    return cache(lambda name: (load_policy(folders(name), max_sequence_length=TEXT), plain_pipeline(folders(name))))
+    return cache(
+        lambda name: (
+            load_policy(folders(name), max_sequence_length=TEXT),
+            plain_pipeline(folders(name)),
+        )
+    )
 
 
 @pytest.mark.parametrize("height, width", [(32, 96), (48, 48)], ids=str)
@@ -50,12 +56,19 @@ def test_sample_equals_the_pipeline(pairs, name, scale, height, width):
     got = policy.sample(PROMPTS, latents=x, decode=False, **mine)
     rows, columns = height // 8, width // 8
     assert got.dtype == torch.float32
-    assert got.shape == ((2, rows * columns, 4 * CHANNELS) if name == "dev" else (2, CHANNELS, 2 * rows, 2 * columns))
+    assert got.shape == (
+        (2, rows * columns, 4 * CHANNELS) if name == "dev" else (2, CHANNELS, 2 * rows, 2 * columns)
+    )
     assert_close("latents", got, expected, FP32)
 
-    pictures, wanted = policy.sample(PROMPTS, latents=x, **mine), pipe(prompt=PROMPTS, latents=x.clone(), **call).images
+    pictures, wanted = (
+        policy.sample(PROMPTS, latents=x, **mine),
+        pipe(prompt=PROMPTS, latents=x.clone(), **call).images,
+    )
     difference = np.stack(pictures).astype(int) - np.stack(wanted)
-    assert np.abs(difference).max() <= 1 and (difference != 0).mean() < 1e-3, "a level here and there, by rounding"
+    assert np.abs(difference).max() <= 1 and (difference != 0).mean() < 1e-3, (
+        "a level here and there, by rounding"
+    )
     assert np.stack(wanted).std() > 1, "there is something in the pictures"
 
 
@@ -63,7 +76,13 @@ def test_sample_equals_the_pipeline(pairs, name, scale, height, width):
 def test_no_negative_prompts_where_guidance_is_built_in(pairs, name):
     policy, _ = pairs(name)
     with pytest.raises(UserError, match="negative_prompts: .* takes none"):
-        policy.sample(PROMPTS, latents=latents_for(policy, Size(32, 96)), guidance_scale=1.0, negative_prompts="", **CALL)
+        policy.sample(
+            PROMPTS,
+            latents=latents_for(policy, Size(32, 96)),
+            guidance_scale=1.0,
+            negative_prompts="",
+            **CALL,
+        )
 
 
 def test_a_distilled_model_says_that_guidance_has_no_effect(pairs):
@@ -76,18 +95,33 @@ def test_a_distilled_model_says_that_guidance_has_no_effect(pairs):
 
 @pytest.mark.parametrize("name, scale", [("klein", 1.0), ("dev", 4.0)])
 def test_rows_may_be_at_different_steps(pairs, name, scale):
-    """One forward of rows at their own sigmas is each row's forward, and every row has its prompt."""
+    """One forward of rows at their own sigmas is each row's forward, and every row has its
+    prompt."""
     policy, _ = pairs(name)
     conditioning = index_rows(policy.encode(examples(PROMPTS)), [0, 1, 1])
-    x, sigma, call = latents_for(policy, Size(32, 96), 3), torch.tensor([1.0, 0.55, 0.1]), (Size(32, 96), scale)
+    x, sigma, call = (
+        latents_for(policy, Size(32, 96), 3),
+        torch.tensor([1.0, 0.55, 0.1]),
+        (Size(32, 96), scale),
+    )
     with torch.no_grad():
         together = policy.velocity(policy.transformer, x, sigma, conditioning, *call)
         assert together.shape == x.shape
         for i in range(3):
-            alone = policy.velocity(policy.transformer, x[i : i + 1], sigma[i : i + 1], index_rows(conditioning, [i]), *call)
+            alone = policy.velocity(
+                policy.transformer,
+                x[i : i + 1],
+                sigma[i : i + 1],
+                index_rows(conditioning, [i]),
+                *call,
+            )
             assert_close(f"row {i}", together[i : i + 1], alone, FP32)
-        swapped = policy.velocity(policy.transformer, x, sigma, index_rows(conditioning, [1, 0, 0]), *call)
-    assert ((swapped - together).flatten(1).norm(dim=1) > 1e-4 * together.flatten(1).norm(dim=1)).all()
+        swapped = policy.velocity(
+            policy.transformer, x, sigma, index_rows(conditioning, [1, 0, 0]), *call
+        )
+    assert (
+        (swapped - together).flatten(1).norm(dim=1) > 1e-4 * together.flatten(1).norm(dim=1)
+    ).all()
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -95,14 +129,21 @@ def test_embeddings_are_of_one_prompt(pairs, name):
     """Each alike alone and among others, and by default as long as the pipeline makes them."""
     policy, pipe = pairs(name)
     together = policy.encode(examples(PROMPTS))
-    parts = ("encoder_hidden_states", "negative_encoder_hidden_states")[: 1 + (name == "klein-base")]
-    assert {part: tensor.shape for part, tensor in together.items()} == dict.fromkeys(parts, (2, TEXT, 48))
+    parts = ("encoder_hidden_states", "negative_encoder_hidden_states")[
+        : 1 + (name == "klein-base")
+    ]
+    assert {part: tensor.shape for part, tensor in together.items()} == dict.fromkeys(
+        parts, (2, TEXT, 48)
+    )
     assert policy.empty_embeddings(2)["encoder_hidden_states"].shape == (2, TEXT, 48)
     for i, prompt in enumerate(PROMPTS):
         for part, tensor in policy.encode(examples([prompt])).items():
             assert_close(part, tensor, together[part][i : i + 1], FP32)
     expected, _ = pipe.encode_prompt(PROMPTS)
-    assert torch.equal(load_policy(pipe.config["_name_or_path"]).embed(examples(PROMPTS))["encoder_hidden_states"], expected)
+    assert torch.equal(
+        load_policy(pipe.config["_name_or_path"]).embed(examples(PROMPTS))["encoder_hidden_states"],
+        expected,
+    )
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -122,7 +163,11 @@ def test_a_folder_says_which_klein_it_is(folders, pairs, tmp_path):
     from tempflow.models import family_of
 
     kinds = {name: type(pairs(name)[0]).__name__ for name in BUILDERS}
-    assert kinds == {"klein-base": "Flux2KleinBasePolicy", "klein": "Flux2KleinPolicy", "dev": "Flux2Policy"}
+    assert kinds == {
+        "klein-base": "Flux2KleinBasePolicy",
+        "klein": "Flux2KleinPolicy",
+        "dev": "Flux2Policy",
+    }
     for name, kind in kinds.items():
         assert family_of(str(folders(name))).__name__ == kind
         assert type(family_of(str(folders(name))).skeleton(str(folders(name)))).__name__ == kind
@@ -136,7 +181,10 @@ def test_a_written_pipeline_keeps_its_processor(folders, tmp_path):
     names = {file.name for file in (folders("dev") / "tokenizer").iterdir()}
     assert {"processor_config.json", "tokenizer.json", "chat_template.jinja"} <= names
     assert {file.name for file in (tmp_path / "written/tokenizer").iterdir()} == names
-    assert json.loads((tmp_path / "written/model_index.json").read_text())["tokenizer"] == ["transformers", "PixtralProcessor"]
+    assert json.loads((tmp_path / "written/model_index.json").read_text())["tokenizer"] == [
+        "transformers",
+        "PixtralProcessor",
+    ]
     check_checkpoint(tmp_path / "written")
 
 
@@ -144,7 +192,9 @@ def test_a_vae_without_its_statistics_is_refused(folders, tmp_path):
     """Its class would take means of 0 and variances of 1."""
     folder = shutil.copytree(folders("klein"), tmp_path / "model")
     file = folder / "vae/diffusion_pytorch_model.safetensors"
-    save_file({name: tensor for name, tensor in load_file(file).items() if name != "bn.running_var"}, file)
+    save_file(
+        {name: tensor for name, tensor in load_file(file).items() if name != "bn.running_var"}, file
+    )
     with pytest.raises(UserError, match="model.path: vae: .* lacks bn.running_var"):
         check_checkpoint(folder)
 

@@ -1,4 +1,5 @@
-"""The model cards of FLUX.2 against what is published of the checkpoints, and the shipped config on its card."""
+"""The model cards of FLUX.2 against what is published of the checkpoints, and the shipped config on
+its card."""
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from tempflow.models.hub import CARDS, KNOWN, local_model
 from tempflow.models.loading import check_checkpoint, check_size, family_of
 from tempflow.types import Size
 
-# Bytes of published .safetensors files: bfloat16, and float32 for the VAE. Their headers are the rest.
+# Bytes of published .safetensors files: bfloat16, and float32 for the VAE. Their headers are the
+# rest.
 FILES = {"transformer": 7_751_105_712, "text_encoder": 8_044_982_048, "vae": 336_213_556}
 
 
@@ -36,8 +38,14 @@ def test_klein_4b_has_the_size_of_its_files():
 def test_the_larger_ones_are_as_large_as_their_authors_say():
     large, dev = counted("flux2-klein-9b"), counted("flux2-dev")
     assert counted("flux2-klein-base-9b") == large
-    assert (large["transformer"], dev["transformer"]) == (9_078_581_248, 32_223_281_152), "9 B and 32 B"
-    assert (large["text_encoder"], dev["text_encoder"]) == (8_190_735_360, 24_011_361_280), "8.19 B and 24.0 B"
+    assert (large["transformer"], dev["transformer"]) == (
+        9_078_581_248,
+        32_223_281_152,
+    ), "9 B and 32 B"
+    assert (large["text_encoder"], dev["text_encoder"]) == (
+        8_190_735_360,
+        24_011_361_280,
+    ), "8.19 B and 24.0 B"
     assert large["vae"] == dev["vae"]
 
 
@@ -46,7 +54,13 @@ def test_a_card_describes_a_family(card):
     folder = str(CARDS / card)
     check_checkpoint(folder, description=True)
     check_size(folder, Size(1024, 1360))
-    kind = "Flux2Policy" if "dev" in card else "Flux2KleinBasePolicy" if "base" in card else "Flux2KleinPolicy"
+    kind = (
+        "Flux2Policy"
+        if "dev" in card
+        else "Flux2KleinBasePolicy"
+        if "base" in card
+        else "Flux2KleinPolicy"
+    )
     policy = family_of(folder).skeleton(folder)
     assert type(policy).__name__ == kind and policy.latent_shape(Size(512, 768)) == (128, 32, 48)
     width = policy.pipe.text_encoder.config.get_text_config().hidden_size

@@ -1,4 +1,5 @@
-"""FLUX.2 [dev] trained with LoRA on prompts with and without reference images, exported, and read by plain diffusers."""
+"""FLUX.2 [dev] trained with LoRA on prompts with and without reference images, exported, and read
+by plain diffusers."""
 
 import json
 
@@ -28,7 +29,10 @@ def test_training_and_export(tmp_path):
     TALL.save(tmp_path / "tall.png")
     images = [["wide.png"], [], ["tall.png", "wide.png"], []]
     lines = [
-        json.dumps({"prompt": f"number {n}", "images": names} if names else {"prompt": f"number {n}"}) for n, names in enumerate(images)
+        json.dumps(
+            {"prompt": f"number {n}", "images": names} if names else {"prompt": f"number {n}"}
+        )
+        for n, names in enumerate(images)
     ]
     files["data"].write_text("\n".join(lines) + "\n")
     run = train(
@@ -36,7 +40,11 @@ def test_training_and_export(tmp_path):
         "dev-lora",
         processes=None,
         model={"path": str(folder), "lora": {"rank": 2, "alpha": 4}, "max_sequence_length": 80},
-        data={"prompts_per_iteration": 2, "train": str(files["data"]), "heldout": str(files["data"])},
+        data={
+            "prompts_per_iteration": 2,
+            "train": str(files["data"]),
+            "heldout": str(files["data"]),
+        },
         rollout={
             "height": 32,
             "width": 32,
@@ -45,7 +53,11 @@ def test_training_and_export(tmp_path):
             "guidance_scale": 3.0,
             "micro_batch": 8,
         },
-        training={"iterations": 2, "penalty": {"coef": 0.01}, "objective": {"clip_low": 0.1, "clip_high": 0.1}},
+        training={
+            "iterations": 2,
+            "penalty": {"coef": 0.01},
+            "objective": {"clip_low": 0.1, "clip_high": 0.1},
+        },
         eval={"every": 2, "prompts": 3, "num_steps": 2},
         checkpoint={"every": 2, "keep": 1},
         deepspeed={"optimizer": {**ADAMW, "params": {**ADAMW["params"], "lr": 1e-3}}},
@@ -62,8 +74,12 @@ def test_training_and_export(tmp_path):
     pipe.load_lora_weights(tmp_path / "out")
     policy = load_whole(chosen.config)
     x = latents_for(policy, Size(32, 32), 1)
-    base = policy.sample("number", latents=x, images=[WIDE, TALL], num_steps=2, decode=False, **CALL)
-    got = load.apply(chosen, policy).sample("number", latents=x, images=[WIDE, TALL], num_steps=2, decode=False, **CALL)
+    base = policy.sample(
+        "number", latents=x, images=[WIDE, TALL], num_steps=2, decode=False, **CALL
+    )
+    got = load.apply(chosen, policy).sample(
+        "number", latents=x, images=[WIDE, TALL], num_steps=2, decode=False, **CALL
+    )
     expected = reference(pipe, x)
     assert_close("latents", got, expected, FP32)
     assert torch.norm(got - base) > 1e-3 * base.norm()

@@ -35,8 +35,16 @@ def pipe(folder):
 
 
 def expected(pipe, latents, height, width, **more):
-    """One prompt at a time: the pipeline scales all images of a call to the first one's shape, and the output to a megapixel."""
-    call = {"height": height, "width": width, "max_area": height * width, "num_inference_steps": 3, "max_sequence_length": 64, **more}
+    """One prompt at a time: the pipeline scales all images of a call to the first one's shape, and
+    the output to a megapixel."""
+    call = {
+        "height": height,
+        "width": width,
+        "max_area": height * width,
+        "num_inference_steps": 3,
+        "max_sequence_length": 64,
+        **more,
+    }
     made = [
         pipe(image=image, prompt=prompt, latents=x[None].clone(), guidance_scale=2.5, **call).images
         for image, prompt, x in zip(IMAGES, PROMPTS, latents, strict=True)
@@ -47,12 +55,25 @@ def expected(pipe, latents, height, width, **more):
 @pytest.mark.parametrize("height, width", [(128, 320), (192, 192)], ids=str)
 def test_sample_equals_the_pipeline(policy, pipe, height, width):
     """At a megapixel, as it is; images of two shapes in one call."""
-    x = torch.randn(2, *policy.latent_shape(Size(height, width)), generator=torch.Generator().manual_seed(0))
-    call = {"latents": x, "height": height, "width": width, "num_steps": 3, "guidance_scale": 2.5, "images": IMAGES}
+    x = torch.randn(
+        2, *policy.latent_shape(Size(height, width)), generator=torch.Generator().manual_seed(0)
+    )
+    call = {
+        "latents": x,
+        "height": height,
+        "width": width,
+        "num_steps": 3,
+        "guidance_scale": 2.5,
+        "images": IMAGES,
+    }
     got = policy.sample(PROMPTS, decode=False, **call)
     assert_close("latents", got, expected(pipe, x, height, width, output_type="latent"), FP32)
-    assert (got - policy.sample(PROMPTS, decode=False, **{**call, "images": IMAGES[::-1]})).norm() > 1e-3 * got.norm()
-    difference = np.stack(policy.sample(PROMPTS, **call)).astype(int) - np.stack(expected(pipe, x, height, width))
+    assert (
+        got - policy.sample(PROMPTS, decode=False, **{**call, "images": IMAGES[::-1]})
+    ).norm() > 1e-3 * got.norm()
+    difference = np.stack(policy.sample(PROMPTS, **call)).astype(int) - np.stack(
+        expected(pipe, x, height, width)
+    )
     assert np.abs(difference).max() <= 1 and (difference != 0).mean() < 1e-3
 
 
@@ -73,15 +94,22 @@ def test_the_dry_run_counts_the_largest_image(folder):
     from tempflow.models.flux_kontext import FluxKontextPolicy
 
     made = FluxKontextPolicy.skeleton(str(folder), max_sequence_length=20).embed([Example("")] * 3)
-    assert made["image_tokens"].shape == (3, 16, 16, 16) and made["encoder_hidden_states"].shape[:2] == (3, 20)
+    assert made["image_tokens"].shape == (3, 16, 16, 16) and made["encoder_hidden_states"].shape[
+        :2
+    ] == (3, 20)
 
 
 def test_images_that_it_does_not_take(policy):
     x = torch.zeros(1, *policy.latent_shape(Size(128, 128)))
     call = {"latents": x, "height": 128, "width": 128, "num_steps": 1, "guidance_scale": 2.5}
-    with pytest.raises(UserError, match="images: prompt 0: brings no images; FluxKontext takes 1 image with a prompt"):
+    with pytest.raises(
+        UserError,
+        match="images: prompt 0: brings no images; FluxKontext takes 1 image with a prompt",
+    ):
         policy.sample("a", **call)
     with pytest.raises(UserError, match="images: prompt 0: brings 2 images"):
         policy.sample("a", images=IMAGES, **call)
-    with pytest.raises(UserError, match="a condition image of 200 x 50 pixels: each side needs 64 at least"):
+    with pytest.raises(
+        UserError, match="a condition image of 200 x 50 pixels: each side needs 64 at least"
+    ):
         policy.sample("a", images=drawn(50, 200, 0), **call)

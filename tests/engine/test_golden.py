@@ -1,4 +1,5 @@
-"""The comparison of runs with the recorded ones; the runs themselves are for a change of structure: python tests/engine/golden.py."""
+"""The comparison of runs with the recorded ones; the runs themselves are for a change of structure:
+python tests/engine/golden.py."""
 
 import copy
 import json

@@ -1,4 +1,5 @@
-"""Rollouts of every family as CUDA graphs: through the real collector, equal to the same batches run eagerly.
+"""Rollouts of every family as CUDA graphs: through the real collector, equal to the same batches
+run eagerly.
 
 On the CPU the capture is stood in for, so that the comparison itself has run on any machine.
 """
@@ -21,7 +22,8 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 
 
 def eager(function, inputs):
-    """A capture that runs the function at every replay: the same batches as of a graph, padded rows included."""
+    """A capture that runs the function at every replay: the same batches as of a graph, padded rows
+    included."""
     static = {name: tensor.clone() for name, tensor in inputs.items()}
     outputs = tuple(t.clone() for t in function(**static))
 
@@ -40,9 +42,13 @@ def rolled(session):
 
 
 def check_graphs(folder, files, family, dtype, device, capture):
-    """Two rollouts, the second with weights changed in place: the same states and children as eagerly, one capture per size."""
+    """Two rollouts, the second with weights changed in place: the same states and children as
+    eagerly, one capture per size."""
     size, folder = family.size(32, 32), str(folder)
-    policy, files = load_policy(folder, dtype=dtype, device=device, max_sequence_length=20), family.prompt_files(files, size)
+    policy, files = (
+        load_policy(folder, dtype=dtype, device=device, max_sequence_length=20),
+        family.prompt_files(files, size),
+    )
     policy.size = size
     config = small_config(
         model={"path": folder, "dtype": dtype, "max_sequence_length": 20},
@@ -59,12 +65,22 @@ def check_graphs(folder, files, family, dtype, device, capture):
         },
         rewards=family.rewards,
     )
-    weight = next(p for name, p in policy.denoiser().named_parameters() if name.endswith("to_q.weight"))
+    weight = next(
+        p for name, p in policy.denoiser().named_parameters() if name.endswith("to_q.weight")
+    )
     original, found = weight.clone(), []
     for how in (capture, eager):
         graphs, notes = cache_of(how, limit_bytes=1 << 30)
         with quiet_pool(config) as (pool, specs):
-            session = assemble(config, policy, EmbeddingCache(policy), pool, specs, load_prompts(files["train"]), graphs=graphs)
+            session = assemble(
+                config,
+                policy,
+                EmbeddingCache(policy),
+                pool,
+                specs,
+                load_prompts(files["train"]),
+                graphs=graphs,
+            )
             data = [rolled(session)]
             with torch.no_grad():
                 weight.mul_(1.5)
@@ -78,7 +94,9 @@ def check_graphs(folder, files, family, dtype, device, capture):
         for name in ("x", "children", "log_prob"):
             got, want = (getattr(decision, name).float() for decision in (one, other))
             assert (got - want).norm() <= TOLERANCE[dtype] * want.norm(), name
-    assert not torch.equal(found[0][0].children, found[0][4].children), "the graphs follow the weights"
+    assert not torch.equal(found[0][0].children, found[0][4].children), (
+        "the graphs follow the weights"
+    )
 
 
 @pytest.mark.gpu
@@ -90,4 +108,6 @@ def test_graphs_on_the_gpu(family_folders, tmp_path, name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_same_comparison_on_the_cpu(family_folders, tmp_path, name):
-    check_graphs(family_folders(name), tmp_path, FAMILIES[name], "float32", "cpu", Recorded(nbytes=1))
+    check_graphs(
+        family_folders(name), tmp_path, FAMILIES[name], "float32", "cpu", Recorded(nbytes=1)
+    )

@@ -1,4 +1,5 @@
-"""What `python -m pytest -m gpu` selects on a machine with a GPU, seen on any machine; and that no test there drifts to the CPU."""
+"""What `python -m pytest -m gpu` selects on a machine with a GPU, seen on any machine; and that no
+test there drifts to the CPU."""
 
 import os
 import subprocess
@@ -30,21 +31,46 @@ WHOLE = [  # graphs, float8, and runs
     "test_gpu_runs.py::test_float8_suffix",
     "test_gpu_runs.py::test_two_gpus",
     "test_float8.py::test_on_the_hardware_eagerly_and_as_a_graph[flux]",
-    *(f"test_gpu_families.py::test_graphs_on_the_gpu[{family}]" for family in ("flux", "sd3", "qwen_image")),
+    *(
+        f"test_gpu_families.py::test_graphs_on_the_gpu[{family}]"
+        for family in ("flux", "sd3", "qwen_image")
+    ),
 ]
 
 
 def collect(folder, *arguments):
-    """(ids selected, the plugin's line) of pytest on a machine that says it has a GPU. Nothing is run."""
+    """(ids selected, the plugin's line) of pytest on a machine that says it has a GPU. Nothing is
+    run."""
     (folder / "with_a_gpu.py").write_text(PLUGIN)
-    env = {name: value for name, value in os.environ.items() if name not in (VARIABLE, "TRITON_INTERPRET")}
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in (VARIABLE, "TRITON_INTERPRET")
+    }
     env["PYTHONPATH"] = os.pathsep.join([str(folder), env.get("PYTHONPATH", "")])
-    files = [HERE.parent / "kernels", *(HERE / f"test_{name}.py" for name in ("gpu_runs", "gpu_families", "float8"))]
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "with_a_gpu", *arguments, *files]
-    done = subprocess.run(list(map(str, command)), env=env, cwd=ROOT, capture_output=True, text=True)
+    files = [
+        HERE.parent / "kernels",
+        *(HERE / f"test_{name}.py" for name in ("gpu_runs", "gpu_families", "float8")),
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--collect-only",
+        "-q",
+        "-p",
+        "with_a_gpu",
+        *arguments,
+        *files,
+    ]
+    done = subprocess.run(
+        list(map(str, command)), env=env, cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     lines = done.stdout.splitlines()
-    return [line.rpartition("/")[2] for line in lines if "::" in line], next(line for line in lines if line.startswith("accelerator:"))
+    return [line.rpartition("/")[2] for line in lines if "::" in line], next(
+        line for line in lines if line.startswith("accelerator:")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +85,9 @@ def test_sweeps_graphs_float8_and_runs_are_selected(selected):
         found = [name for name in ids if name.startswith(sweep)]
         assert found and all("triton" in name for name in found), sweep
     assert not set(WHOLE) - set(ids)
-    assert not [name for name in ids if "reference" in name.partition("[")[2] or "on_the_cpu" in name]
+    assert not [
+        name for name in ids if "reference" in name.partition("[")[2] or "on_the_cpu" in name
+    ]
 
 
 @pytest.mark.slow
@@ -85,8 +113,14 @@ def test_a_run_takes_the_gpu_unless_its_test_is_pinned(monkeypatch):
 def test_the_marker_pins_a_test_and_no_other(request, monkeypatch, marked):
     monkeypatch.setenv(VARIABLE, "")
     monkeypatch.delenv(VARIABLE)
-    (conftest,) = (p for p in request.config.pluginmanager.get_plugins() if getattr(p, "__file__", "") == str(ROOT / "tests/conftest.py"))
-    around = conftest.pytest_runtest_protocol(SimpleNamespace(get_closest_marker=lambda name: marked and name == "cpu"))
+    (conftest,) = (
+        p
+        for p in request.config.pluginmanager.get_plugins()
+        if getattr(p, "__file__", "") == str(ROOT / "tests/conftest.py")
+    )
+    around = conftest.pytest_runtest_protocol(
+        SimpleNamespace(get_closest_marker=lambda name: marked and name == "cpu")
+    )
     next(around)
     assert os.environ.get(VARIABLE) == ("cpu" if marked else None)
     around.close()

@@ -1,5 +1,5 @@
-"""The graph cache's logic with the capture stood in for, and the capture with torch.cuda stood in for; both for real under the
-marker `gpu`."""
+"""The graph cache's logic with the capture stood in for, and the capture with torch.cuda stood in
+for; both for real under the marker `gpu`."""
 
 import sys
 from contextlib import contextmanager
@@ -17,10 +17,18 @@ from tempflow.types import Size
 
 
 class Recorded:
-    """A capture that behaves as a graph does: replay reads the static inputs, and writes over the outputs."""
+    """A capture that behaves as a graph does: replay reads the static inputs, and writes over the
+    outputs."""
 
     def __init__(self, nbytes=10, refuse=(), fail=(), wrong=(), off=0.0):
-        self.nbytes, self.refuse, self.fail, self.wrong, self.off, self.shapes = nbytes, refuse, fail, wrong, off, []
+        self.nbytes, self.refuse, self.fail, self.wrong, self.off, self.shapes = (
+            nbytes,
+            refuse,
+            fail,
+            wrong,
+            off,
+            [],
+        )
 
     def __call__(self, function, inputs):
         rows = len(inputs["x"])
@@ -50,7 +58,10 @@ def double(x, y):
 
 def inputs(rows, seed=0, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
-    return {"x": torch.randn(rows, 3, generator=generator).to(dtype), "y": torch.randn(rows, 3, generator=generator)}
+    return {
+        "x": torch.randn(rows, 3, generator=generator).to(dtype),
+        "y": torch.randn(rows, 3, generator=generator),
+    }
 
 
 def check(cache, rows, seed=0):
@@ -104,7 +115,12 @@ def test_what_cannot_be_captured_runs_eagerly_and_says_so_once():
     for rows in (2, 2, 3, 4, 4):
         check(cache, rows)
     assert capture.shapes == [2, 3, 4], "what was refused is not tried again"
-    assert len(notes) == 1 and "2 rows" in notes[0] and "synchronizing" in notes[0] and "eagerly" in notes[0]
+    assert (
+        len(notes) == 1
+        and "2 rows" in notes[0]
+        and "synchronizing" in notes[0]
+        and "eagerly" in notes[0]
+    )
 
 
 def test_a_capture_that_fails_ends_the_run():
@@ -116,7 +132,12 @@ def test_a_capture_that_fails_ends_the_run():
         calls.append(len(x))
         return (x + y,)
 
-    with pytest.raises(UserError, match="rollout.graphs: .* 2 rows failed .*stream is capturing.* set rollout.graphs to false"):
+    with pytest.raises(
+        UserError,
+        match=(
+            "rollout.graphs: .* 2 rows failed .*stream is capturing.* set rollout.graphs to false"
+        ),
+    ):
         cache(counted, inputs(2))
     assert not calls and not notes and len(cache) == 0
 
@@ -170,17 +191,26 @@ def test_weights_that_moved_invalidate():
     assert capture.shapes == [4, 4] and "moved" in notes[0]
 
 
-# ------------------------------------------------------------------------------------------------- torch.cuda's part
+# -------------------------------------------------------------------------------- torch.cuda's part
 class Cuda:
-    """torch.cuda as far as a capture uses it: a cache that is emptied first, waits that can be errors, and a capture that fails as
-    torch's does, in ending, before its stream is left."""
+    """torch.cuda as far as a capture uses it: a cache that is emptied first, waits that can be
+    errors, and a capture that fails as torch's does, in ending, before its stream is left."""
 
     def __init__(self, monkeypatch, ends_well=True):
-        self.reserved, self.cached, self.mode, self.stream, self.modes, self.ends_well = 1000, 400, 0, "main", [], ends_well
+        self.reserved, self.cached, self.mode, self.stream, self.modes, self.ends_well = (
+            1000,
+            400,
+            0,
+            "main",
+            [],
+            ends_well,
+        )
         stream = type("Stream", (), {"wait_stream": lambda self, other: None})
         graph = type("Graph", (), {"replay": lambda self: None})
         for name in ("empty_cache", "graph", "stream"):
-            monkeypatch.setattr(torch.cuda, name, getattr(self, name if name != "stream" else "on_stream"))
+            monkeypatch.setattr(
+                torch.cuda, name, getattr(self, name if name != "stream" else "on_stream")
+            )
         for name, value in {
             "Stream": stream,
             "CUDAGraph": graph,
@@ -227,12 +257,16 @@ def test_a_capture_is_preceded_by_a_run_that_must_not_wait(monkeypatch):
     x = torch.ones(3, 4)
     captured = CudaCapture()(cuda.forward, {"x": x})
     assert cuda.modes == [(0, "main")] * 2 + [("error", "main"), (0, "capture")]
-    assert captured.nbytes == x.nbytes + 64, "what the capture reserved, though it emptied the cache first"
+    assert captured.nbytes == x.nbytes + 64, (
+        "what the capture reserved, though it emptied the cache first"
+    )
 
 
 def test_what_waits_is_refused_before_a_capture_begins(monkeypatch):
     cuda = Cuda(monkeypatch)
-    with pytest.raises(CannotCapture, match=r"RuntimeError: called a synchronizing CUDA operation$"):
+    with pytest.raises(
+        CannotCapture, match=r"RuntimeError: called a synchronizing CUDA operation$"
+    ):
         CudaCapture()(cuda.waiting, {"x": torch.ones(3)})
     assert cuda.mode == 0 and {stream for _, stream in cuda.modes} == {"main"}
 
@@ -245,7 +279,7 @@ def test_a_failed_capture_leaves_its_stream(monkeypatch):
     assert cuda.stream == "main"
 
 
-# ----------------------------------------------------------------------------------------------- in the scheduler
+# --------------------------------------------------------------------------------- in the scheduler
 def plain(x, sigma, units):
     """By row alone, so that padding rows do not matter."""
     return sigma.reshape(-1, 1, 1) * x.clamp(-1, 1)
@@ -254,7 +288,9 @@ def plain(x, sigma, units):
 @pytest.mark.parametrize("suffix", [None, {}])
 def test_a_rollout_through_the_cache_equals_an_eager_one(suffix):
     """With every forward of one size, so that one graph does."""
-    config = small_config(rollout={"plan": {"branch_steps": "all", "children": 3}, "suffix": suffix})
+    config = small_config(
+        rollout={"plan": {"branch_steps": "all", "children": 3}, "suffix": suffix}
+    )
     units = iteration_units([5, 9], 1)
     capture = Recorded()
     cache, notes = cache_of(capture)
@@ -270,16 +306,19 @@ def test_a_rollout_through_the_cache_equals_an_eager_one(suffix):
     assert graphed.stats.padded == 16 * graphed.stats.batches - graphed.stats.forwards > 0
 
 
-# -------------------------------------------------------------------------------------------------------- hardware
+# ----------------------------------------------------------------------------------------- hardware
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_capture_and_replay_of_the_shipped_model(dtype):
-    """A captured forward equals an eager one, follows its inputs, and follows weights refreshed in place."""
+    """A captured forward equals an eager one, follows its inputs, and follows weights refreshed in
+    place."""
     from engine_cases import MODEL
 
     from tempflow.models import load_policy
 
-    policy = load_policy(MODEL, dtype=str(dtype).removeprefix("torch."), device="cuda", max_sequence_length=20)
+    policy = load_policy(
+        MODEL, dtype=str(dtype).removeprefix("torch."), device="cuda", max_sequence_length=20
+    )
     conditioning = policy.encode(examples(['the word "HELLO"'] * 4))
     shape = policy.latent_shape(Size(32, 96))
 
@@ -324,7 +363,8 @@ def test_a_forward_that_reads_a_value_runs_eagerly():
 
 @pytest.mark.gpu
 def test_a_capture_that_fails_on_hardware_ends_in_one_message():
-    """In a process of its own, which it spoils: a wait for the whole device is no error in the checked run."""
+    """In a process of its own, which it spoils: a wait for the whole device is no error in the
+    checked run."""
     code = """if True:
         import torch
         from tempflow import cli
@@ -345,4 +385,8 @@ def test_a_capture_that_fails_on_hardware_ends_in_one_message():
     """
     done = run_command([sys.executable, "-c", code])
     assert done.returncode == 2 and "same stream" in done.stdout, done.stdout + done.stderr
-    assert done.stderr.strip().splitlines()[-1].startswith("error: rollout.graphs: the capture of a forward of 4 rows failed")
+    assert (
+        done.stderr.strip()
+        .splitlines()[-1]
+        .startswith("error: rollout.graphs: the capture of a forward of 4 rows failed")
+    )

@@ -1,5 +1,5 @@
-"""`make install` on a machine with a GPU's driver and nothing else of CUDA, where what it would fetch is not fetched; and what a wheel
-holds."""
+"""`make install` on a machine with a GPU's driver and nothing else of CUDA, where what it would
+fetch is not fetched; and what a wheel holds."""
 
 import importlib
 import inspect
@@ -51,13 +51,24 @@ def test_a_driver_that_lists_a_gpu_decides(tmp_path, smi, constraints):
 
 
 def steps(tmp_path, constraints):
-    """(arguments of pip, DS_ variables) of each step of the installation; the environment's Python writes them down."""
+    """(arguments of pip, DS_ variables) of each step of the installation; the environment's Python
+    writes them down."""
     log = tmp_path / "steps"
-    executable(tmp_path / "venv/bin/python", f'[ "$2" = pip ] && echo "$@ | $(env | grep ^DS_ | sort | tr "\\n" " ")" >> {log}; exit 0')
+    executable(
+        tmp_path / "venv/bin/python",
+        f'[ "$2" = pip ] && echo "$@ | $(env | grep ^DS_ | sort | tr "\\n" " ")" >> {log}; exit 0',
+    )
     env = {name: value for name, value in os.environ.items() if not name.startswith("DS_")}
-    subprocess.run([ROOT / "scripts/install.sh", tmp_path / "venv", constraints], env={**env, "PYTHON": sys.executable}, check=True)
+    subprocess.run(
+        [ROOT / "scripts/install.sh", tmp_path / "venv", constraints],
+        env={**env, "PYTHON": sys.executable},
+        check=True,
+    )
     lines = [line.split(" | ") for line in log.read_text().splitlines()]
-    return [(arguments, dict(pair.split("=") for pair in variables.split())) for arguments, variables in lines]
+    return [
+        (arguments, dict(pair.split("=") for pair in variables.split()))
+        for arguments, variables in lines
+    ]
 
 
 def cuda_builders():
@@ -70,7 +81,10 @@ def cuda_builders():
             yield from (
                 kind
                 for name, kind in vars(found).items()
-                if name.endswith("Builder") and inspect.isclass(kind) and kind.__module__ == found.__name__ and "NAME" in vars(kind)
+                if name.endswith("Builder")
+                and inspect.isclass(kind)
+                and kind.__module__ == found.__name__
+                and "NAME" in vars(kind)
             )
 
 
@@ -79,14 +93,23 @@ def driver_alone(monkeypatch):
     """An H100 that torch can use, and no CUDA toolkit."""
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     card = type("Card", (), {"major": 9, "minor": 0})
-    for name, value in {"is_available": True, "get_device_properties": card, "device_count": 1, "current_device": 0}.items():
+    for name, value in {
+        "is_available": True,
+        "get_device_properties": card,
+        "device_count": 1,
+        "current_device": 0,
+    }.items():
         monkeypatch.setattr(torch.cuda, name, lambda *given, value=value: value)
     monkeypatch.setattr(torch.utils.cpp_extension, "CUDA_HOME", None)
     monkeypatch.delenv("DS_IGNORE_CUDA_DETECTION", raising=False)
 
 
 def test_deepspeed_installs_without_the_toolkit(tmp_path, monkeypatch, driver_alone, capsys):
-    (variables,) = [variables for arguments, variables in steps(tmp_path, "constraints-gpu.txt") if arguments.endswith(" deepspeed")]
+    (variables,) = [
+        variables
+        for arguments, variables in steps(tmp_path, "constraints-gpu.txt")
+        if arguments.endswith(" deepspeed")
+    ]
     assert variables["DS_BUILD_OPS"] == "0"
     builders = [kind() for kind in cuda_builders()]
     assert len(builders) > 15
@@ -99,29 +122,44 @@ def test_deepspeed_installs_without_the_toolkit(tmp_path, monkeypatch, driver_al
 
 def extras():
     with mock.patch.object(setuptools, "setup") as setup:
-        exec(compile((ROOT / "setup.py").read_text(), str(ROOT / "setup.py"), "exec"), {"__file__": str(ROOT / "setup.py")})
+        exec(
+            compile((ROOT / "setup.py").read_text(), str(ROOT / "setup.py"), "exec"),
+            {"__file__": str(ROOT / "setup.py")},
+        )
     return setup.call_args.kwargs["extras_require"]
 
 
 def test_a_gpu_machine_gets_the_gpu_extra_and_others_do_not(tmp_path):
-    assert any("-e .[dev,gpu]" in arguments for arguments, _ in steps(tmp_path, "constraints-gpu.txt"))
+    assert any(
+        "-e .[dev,gpu]" in arguments for arguments, _ in steps(tmp_path, "constraints-gpu.txt")
+    )
     assert any("-e .[dev]" in arguments for arguments, _ in steps(tmp_path, "constraints.txt"))
 
 
 def test_the_gpu_extra_needs_no_compiler():
-    """flash-attn has no wheel; it has an extra of its own. The rest is pinned where torch does not bring it."""
+    """flash-attn has no wheel; it has an extra of its own. The rest is pinned where torch does not
+    bring it."""
     pinned = set(re.findall(r"^([\w-]+)==", (ROOT / "constraints-gpu.txt").read_text(), re.M))
     names = {re.match(r"[\w-]+", requirement)[0] for requirement in extras()["gpu"]}
     assert "flash-attn" not in names and names - {"triton"} <= pinned
-    assert [re.match(r"[\w-]+", requirement)[0] for requirement in extras()["flash"]] == ["flash-attn"]
+    assert [re.match(r"[\w-]+", requirement)[0] for requirement in extras()["flash"]] == [
+        "flash-attn"
+    ]
 
 
 def test_a_wheel_has_all_that_the_package_reads(tmp_path):
-    """The model cards and the tiny model, whose files are data and not modules; and every module."""
+    """The model cards and the tiny model, whose files are data and not modules; and every
+    module."""
     build = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", tmp_path / "wheel"]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
     for package in ("engine/tempflow", "kernels/tempflow_kernels"):
         source, built = ROOT / package, tmp_path / "wheel" / Path(package).name
-        wanted = {file.relative_to(source) for file in source.rglob("*") if file.is_file() and "__pycache__" not in file.parts}
-        assert {Path(f"assets/cards/{card}/transformer/config.json") for card in KNOWN.values()} <= wanted or "kernels" in package
+        wanted = {
+            file.relative_to(source)
+            for file in source.rglob("*")
+            if file.is_file() and "__pycache__" not in file.parts
+        }
+        assert {
+            Path(f"assets/cards/{card}/transformer/config.json") for card in KNOWN.values()
+        } <= wanted or "kernels" in package
         assert {file.relative_to(built) for file in built.rglob("*") if file.is_file()} == wanted

@@ -1,4 +1,5 @@
-"""What the environment says of the launch: what is wrong is told in one message that names the variable or the launcher's option."""
+"""What the environment says of the launch: what is wrong is told in one message that names the
+variable or the launcher's option."""
 
 import os
 import signal
@@ -18,7 +19,13 @@ from tempflow.models.arguments import check_device
 from tempflow.training import distributed
 from tempflow_kernels import dispatch
 
-VARIABLES = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+VARIABLES = {
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "WORLD_SIZE": "1",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "1",
+}
 
 
 @pytest.fixture
@@ -42,8 +49,14 @@ def test_a_port_that_is_taken(launched, monkeypatch):
         other.listen()
         port = other.getsockname()[1]
         launched(MASTER_PORT=str(port))
-        monkeypatch.setattr(deepspeed, "init_distributed", lambda **_: dist.TCPStore("127.0.0.1", port, 1, is_master=True))
-        with pytest.raises(RankError, match=f"port {port} of 127.0.0.1 is taken.*deepspeed --master_port PORT"):
+        monkeypatch.setattr(
+            deepspeed,
+            "init_distributed",
+            lambda **_: dist.TCPStore("127.0.0.1", port, 1, is_master=True),
+        )
+        with pytest.raises(
+            RankError, match=f"port {port} of 127.0.0.1 is taken.*deepspeed --master_port PORT"
+        ):
             distributed.init_distributed()
 
 
@@ -67,28 +80,42 @@ def test_other_ranks_that_cannot_be_reached(launched, monkeypatch, error):
     monkeypatch.setattr(deepspeed, "init_distributed", fail)
     with pytest.raises(RankError) as refused:
         distributed.init_distributed()
-    words = ["rank 3", "127.0.0.2:29500", type(error).__name__, str(error).splitlines()[0], "--master_addr", "GLOO_SOCKET_IFNAME"]
-    assert all(word in str(refused.value) for word in words) and "\n" not in str(refused.value), refused.value
+    words = [
+        "rank 3",
+        "127.0.0.2:29500",
+        type(error).__name__,
+        str(error).splitlines()[0],
+        "--master_addr",
+        "GLOO_SOCKET_IFNAME",
+    ]
+    assert all(word in str(refused.value) for word in words) and "\n" not in str(refused.value), (
+        refused.value
+    )
 
 
 def test_an_address_that_nobody_knows(launched, monkeypatch):
     launched(RANK="0", WORLD_SIZE="2", MASTER_ADDR="no host")
     monkeypatch.setattr(deepspeed, "init_distributed", lambda **_: pytest.fail("waits for minutes"))
-    with pytest.raises(RankError, match="rank 0 cannot join the others at no host:1 .*--master_addr"):
+    with pytest.raises(
+        RankError, match="rank 0 cannot join the others at no host:1 .*--master_addr"
+    ):
         distributed.init_distributed()
 
 
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_wait_for_missing_ranks(launched, kind):
-    """With the handlers that training installs before; the wait has begun once the store listens."""
+    """With the handlers that training installs before; the wait has begun once the store
+    listens."""
     port = free_port()
     launched(WORLD_SIZE="2", MASTER_PORT=str(port))
     code = (
-        "from tempflow.training import distributed; from tempflow.training.signals import StopSignal; "
-        "StopSignal().install(); distributed.init_distributed()"
+        "from tempflow.training import distributed; from tempflow.training.signals import"
+        " StopSignal; StopSignal().install(); distributed.init_distributed()"
     )
     env = os.environ | {"DS_ACCELERATOR": "cpu"}
-    with subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as waiting:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as waiting:
         try:
             while waiting.poll() is None and socket.socket().connect_ex(("127.0.0.1", port)) != 0:
                 time.sleep(0.1)
@@ -113,11 +140,20 @@ def test_launch_variables_that_are_no_numbers(launched, monkeypatch, capsys, nam
     with pytest.raises(SystemExit) as end:
         cli.run(lambda: pytest.fail("begun"))
     assert end.value.code == 2
-    assert capsys.readouterr().err == f"error: the environment has {name}={value!r}; expected a whole number, as launchers set it\n"
+    assert (
+        capsys.readouterr().err
+        == f"error: the environment has {name}={value!r}; expected a whole number, as launchers set"
+        " it\n"
+    )
 
 
 @pytest.mark.parametrize(
-    "choice, words", [("gpu", "expected one of auto, reference, triton"), ("", "expected one of"), ("triton", "cannot run on cpu")]
+    "choice, words",
+    [
+        ("gpu", "expected one of auto, reference, triton"),
+        ("", "expected one of"),
+        ("triton", "cannot run on cpu"),
+    ],
 )
 def test_kernels_that_cannot_run(monkeypatch, choice, words):
     """Before a model is loaded, and not at the first step of the first rollout."""

@@ -1,4 +1,5 @@
-"""Layouts: states, slots and forests of any plan; and the scheduler on trees, unequal families and rows without noise."""
+"""Layouts: states, slots and forests of any plan; and the scheduler on trees, unequal families and
+rows without noise."""
 
 from dataclasses import replace
 
@@ -23,8 +24,9 @@ FLOW = Grid(GRID, Flow(0.7).coefficients(GRID))
 
 
 def tree(unit):
-    """A root with noise at steps 0 and 2, where it also splits: two branches at 2, of which one splits again at 5; beside them a
-    branch off the root at 7, and a row without noise that leaves the root at 1."""
+    """A root with noise at steps 0 and 2, where it also splits: two branches at 2, of which one
+    splits again at 5; beside them a branch off the root at 7, and a row without noise that leaves
+    the root at 1."""
     return [
         Row(unit, noise=frozenset([0, 2])),
         Row(unit, 2, frozenset([2, 6]), parent=0, path=(1,)),
@@ -40,20 +42,33 @@ def layout(units=None, endpoints=False):
     return Layout(units, [tree(unit) for unit in units], endpoints)
 
 
-# ------------------------------------------------------------------------------------------------------------ numbers
+# ------------------------------------------------------------------------------------------ numbers
 def test_states_and_their_children():
     """A row's own noisy step is its state's first child; a row without noise is no child of any."""
-    assert states_of(tree(iteration_units([0], 1)[0])) == {(0, 0): [0], (0, 2): [0, 1, 2], (1, 5): [3], (1, 6): [1], (0, 7): [4]}
+    assert states_of(tree(iteration_units([0], 1)[0])) == {
+        (0, 0): [0],
+        (0, 2): [0, 1, 2],
+        (1, 5): [3],
+        (1, 6): [1],
+        (0, 7): [4],
+    }
 
 
 def test_slots_of_a_tree():
     slots = layout().slots
     per_unit = 7
     assert len(slots) == 4 * per_unit and slots.steps() == [0, 2, 5, 6, 7]
-    assert slots.step[:per_unit].tolist() == [0, 2, 2, 2, 5, 6, 7] and slots.child[:per_unit].tolist() == [0, 0, 1, 2, 0, 0, 0]
+    assert slots.step[:per_unit].tolist() == [0, 2, 2, 2, 5, 6, 7] and slots.child[
+        :per_unit
+    ].tolist() == [0, 0, 1, 2, 0, 0, 0]
     assert slots.state[:per_unit].tolist() == [0, 1, 1, 1, 2, 3, 4] and slots.state[per_unit] == 5
-    assert (slots.prompt[: 2 * per_unit] == 0).all() and slots.seed[per_unit] == 1 and slots.prompt[-1] == 1
-    # what is below: the root's first step is under everything, its step at 2 under what leaves it later
+    assert (
+        (slots.prompt[: 2 * per_unit] == 0).all()
+        and slots.seed[per_unit] == 1
+        and slots.prompt[-1] == 1
+    )
+    # what is below: the root's first step is under everything, its step at 2 under what leaves it
+    # later
     assert slots.leaves[:per_unit] == ((0, 1, 2, 3, 4, 5), (0, 4), (1, 3), (2,), (3,), (1,), (4,))
     assert slots.leaves[per_unit][0] == 6, "the second unit's rows are numbered on"
 
@@ -67,16 +82,26 @@ def test_a_slot_is_worth_the_mean_of_what_is_known_below_it():
 
 def test_groups():
     slots = layout().slots
-    for over, size in (("state", [1, 3, 1, 1, 1]), ("seed", [1, 3, 1, 1, 1]), ("prompt", [2, 6, 2, 2, 2]), ("step", [4, 12, 4, 4, 4])):
+    for over, size in (
+        ("state", [1, 3, 1, 1, 1]),
+        ("seed", [1, 3, 1, 1, 1]),
+        ("prompt", [2, 6, 2, 2, 2]),
+        ("step", [4, 12, 4, 4, 4]),
+    ):
         labels = slots.groups(over)
-        assert sorted(np.bincount(labels).tolist()) == sorted(size * {"state": 4, "seed": 4, "prompt": 2, "step": 1}[over])
+        assert sorted(np.bincount(labels).tolist()) == sorted(
+            size * {"state": 4, "seed": 4, "prompt": 2, "step": 1}[over]
+        )
         assert labels[0] == 0 and labels.max() + 1 == len(set(labels.tolist()))
 
 
 def test_endpoints_are_slots_of_their_own():
     slots = layout(endpoints=True).slots
     assert len(slots) == 24 and (slots.step == ENDPOINT).all() and slots.leaves[7] == (7,)
-    assert np.bincount(slots.groups("prompt")).tolist() == [12, 12] and np.bincount(slots.groups("seed")).tolist() == [6] * 4
+    assert (
+        np.bincount(slots.groups("prompt")).tolist() == [12, 12]
+        and np.bincount(slots.groups("seed")).tolist() == [6] * 4
+    )
 
 
 def test_rows_that_no_slot_is_made_of():
@@ -92,24 +117,38 @@ def test_forests_share_out_the_rows(parts):
     whole = layout()
     forests = [whole.forest(list(range(4))[first::parts]) for first in range(parts)]
     assert sorted(n for forest in forests for n in forest.numbers) == list(range(24))
-    assert sorted(s for forest in forests for found in forest.slots.values() for s in found) == list(range(len(whole.slots)))
+    assert sorted(
+        s for forest in forests for found in forest.slots.values() for s in found
+    ) == list(range(len(whole.slots)))
     rows = [row for unit in whole.rows for row in unit]
     for forest in forests:
         assert forest.depth == sorted(forest.depth)
         for place, (row, number) in enumerate(zip(forest.rows, forest.numbers, strict=True)):
             assert replace(row, parent=rows[number].parent) == rows[number]
             if row.parent is not None:
-                assert row.parent < place and forest.numbers[row.parent] == 6 * row.unit.index + rows[number].parent
+                assert (
+                    row.parent < place
+                    and forest.numbers[row.parent] == 6 * row.unit.index + rows[number].parent
+                )
 
 
-# ------------------------------------------------------------------------------------------------------ in the scheduler
+# --------------------------------------------------------------------------------- in the scheduler
 def run(found: Layout, chosen=None, micro_batch=7, suffix=None):
     """Final latents by row number, and states by (unit, step, number of the first child's slot)."""
     forest = found.forest(chosen if chosen is not None else list(range(len(found.units))))
     finished, states, forwards = {}, [], 0
-    for arrived in integrate(forest, Units(toy_velocity, found.units, SHAPE), FLOW, Noise(0, 0), micro_batch=micro_batch, suffix=suffix):
+    for arrived in integrate(
+        forest,
+        Units(toy_velocity, found.units, SHAPE),
+        FLOW,
+        Noise(0, 0),
+        micro_batch=micro_batch,
+        suffix=suffix,
+    ):
         latents = arrived.latents if arrived.rows else []
-        finished |= {forest.numbers[n]: latent for n, latent in zip(arrived.rows, latents, strict=True)}
+        finished |= {
+            forest.numbers[n]: latent for n, latent in zip(arrived.rows, latents, strict=True)
+        }
         states += arrived.states
         forwards += arrived.forwards
     assert forwards == count_forwards(forest.rows, STEPS, suffix)
@@ -125,13 +164,21 @@ def one_at_a_time(found: Layout):
     def step(x, unit, k, path=None):
         a, b, tau = step_scalars("ode" if path is None else "flow", GRID, k, 0.7)
         x = a * x + b * toy_velocity(x[None], GRID[k : k + 1], [unit])[0]
-        return x if path is None else x + tau * noise.sample([noise.key(unit, k, path)], SHAPE, "cpu")[0]
+        return (
+            x
+            if path is None
+            else x + tau * noise.sample([noise.key(unit, k, path)], SHAPE, "cpu")[0]
+        )
 
     number = 0
     for unit, rows in zip(found.units, found.rows, strict=True):
         at = {}
         for n, row in enumerate(rows):
-            x, first = (initial_noise(config, unit, SHAPE), 0) if row.parent is None else (at[row.parent, row.start], row.start)
+            x, first = (
+                (initial_noise(config, unit, SHAPE), 0)
+                if row.parent is None
+                else (at[row.parent, row.start], row.start)
+            )
             for k in range(first, STEPS):
                 at[n, k] = x
                 x = step(x, unit, k, row.path if k in row.noise else None)
@@ -148,7 +195,9 @@ def test_a_tree_equals_one_row_at_a_time():
     assert finished.keys() == expected.keys()
     for number, latent in expected.items():
         assert_close(f"row {number}", finished[number], latent, 1e-5)
-    assert len(states) == 5 * 4 and sorted(s for state in states.values() for s in state.slots) == list(range(len(found.slots)))
+    assert len(states) == 5 * 4 and sorted(
+        s for state in states.values() for s in state.slots
+    ) == list(range(len(found.slots)))
     for state in states.values():
         rows = states_of(found.rows[state.unit.index])
         members = next(m for (_, k), m in rows.items() if k == state.step)
@@ -162,15 +211,24 @@ def test_neither_batches_nor_shares_change_a_tree(micro_batch):
     found = layout()
     finished, states = run(found)
     others = [run(found, [0, 2], micro_batch), run(found, [1, 3], micro_batch)]
-    assert all(torch.equal((others[0][0] | others[1][0])[number], latent) for number, latent in finished.items())
+    assert all(
+        torch.equal((others[0][0] | others[1][0])[number], latent)
+        for number, latent in finished.items()
+    )
     for slot, state in states.items():
         other = (others[0][1] | others[1][1])[slot]
-        assert torch.equal(other.children, state.children) and torch.equal(other.log_prob, state.log_prob)
+        assert torch.equal(other.children, state.children) and torch.equal(
+            other.log_prob, state.log_prob
+        )
 
 
 def test_a_row_without_noise_goes_the_way_its_parent_would():
     unit = iteration_units([5], 1)[0]
-    rows = [Row(unit), Row(unit, 4, parent=0, path=(1,)), Row(unit, 4, frozenset([4]), parent=0, path=(2,))]
+    rows = [
+        Row(unit),
+        Row(unit, 4, parent=0, path=(1,)),
+        Row(unit, 4, frozenset([4]), parent=0, path=(2,)),
+    ]
     finished, states = run(Layout([unit], [rows]))
     assert torch.equal(finished[0], finished[1]) and not torch.equal(finished[0], finished[2])
     assert [len(state.children) for state in states.values()] == [1]
@@ -199,11 +257,17 @@ def test_any_tree(rows, micro_batch):
     expected, children = one_at_a_time(found)
     for number, latent in expected.items():
         assert_close(f"row {number}", finished[number], latent, 1e-4)
-    assert sorted(s for state in states.values() for s in state.slots) == list(range(len(found.slots)))
+    assert sorted(s for state in states.values() for s in state.slots) == list(
+        range(len(found.slots))
+    )
     assert len(found.slots) == sum(len(row.noise) for row in rows)
-    assert {leaf for leaves in found.slots.leaves for leaf in leaves} | set(found.without_slot.tolist()) == set(range(len(rows)))
+    assert {leaf for leaves in found.slots.leaves for leaf in leaves} | set(
+        found.without_slot.tolist()
+    ) == set(range(len(rows)))
 
 
 def test_initial_noise_has_a_step_of_its_own():
     noise, unit = Noise(3, 4), iteration_units([5], 1)[0]
-    assert noise.key(unit, INITIAL) != noise.key(unit, 0) and noise.key(unit, 0) == noise.key(unit, 0, (0,))
+    assert noise.key(unit, INITIAL) != noise.key(unit, 0) and noise.key(unit, 0) == noise.key(
+        unit, 0, (0,)
+    )

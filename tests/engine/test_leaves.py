@@ -1,4 +1,5 @@
-"""Transformer blocks as ZeRO-3's units: in force for every family, with the update that DeepSpeed's own units give."""
+"""Transformer blocks as ZeRO-3's units: in force for every family, with the update that DeepSpeed's
+own units give."""
 
 from functools import cache
 
@@ -22,17 +23,31 @@ def policies(family_folders):
     from tempflow.models import load_policy
 
     distributed.init_distributed()
-    return cache(lambda name: (FAMILIES[name], load_policy(str(family_folders(name)), max_sequence_length=20), family_folders(name)))
+    return cache(
+        lambda name: (
+            FAMILIES[name],
+            load_policy(str(family_folders(name)), max_sequence_length=20),
+            family_folders(name),
+        )
+    )
 
 
 def updated(family, lora, checkpointing, **zero):
-    """The runtime after one update on two micro-batches, and its trained weights. family: with its policy and folder."""
+    """The runtime after one update on two micro-batches, and its trained weights. family: with its
+    policy and folder."""
     family, policy, folder = family
     size = family.size(32, 96)
     config = small_config(
-        model={"path": str(folder), "lora": {"rank": 2, "alpha": 4.0} if lora else None, "gradient_checkpointing": checkpointing},
+        model={
+            "path": str(folder),
+            "lora": {"rank": 2, "alpha": 4.0} if lora else None,
+            "gradient_checkpointing": checkpointing,
+        },
         training={"penalty": {"coef": 0.1}},
-        deepspeed={**SGD, "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, **zero}},
+        deepspeed={
+            **SGD,
+            "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, **zero},
+        },
     )
     made = runtime.Runtime(config, policy)
     generator, text = torch.Generator().manual_seed(3), family.encoded(policy, size=size)
@@ -45,12 +60,16 @@ def updated(family, lora, checkpointing, **zero):
     return made, {name: made.full_fp32(p) for name, p in made.trainable.items()}
 
 
-# The gradients of what all its blocks take, the time's embedding among it, come out 5e-8 to 2e-7 apart.
+# The gradients of what all its blocks take, the time's embedding among it, come out 5e-8 to 2e-7
+# apart.
 SUMMED_IN_ANOTHER_ORDER = {"z_image"}
 
 
 def block_count(policy):
-    return sum(type(part).__name__ in policy.denoiser()._no_split_modules for part in policy.denoiser().modules())
+    return sum(
+        type(part).__name__ in policy.denoiser()._no_split_modules
+        for part in policy.denoiser().modules()
+    )
 
 
 def leaf_count(module):
@@ -58,10 +77,12 @@ def leaf_count(module):
 
 
 @pytest.mark.parametrize(
-    "name, lora, checkpointing", [*((name, i % 2 == 1, False) for i, name in enumerate(FAMILIES)), ("flux", True, True)]
+    "name, lora, checkpointing",
+    [*((name, i % 2 == 1, False) for i, name in enumerate(FAMILIES)), ("flux", True, True)],
 )
 def test_an_update_in_whole_blocks_is_the_same(policies, monkeypatch, name, lora, checkpointing):
-    """To the bit, or the order of sums, against DeepSpeed's own units with blocks called alike. The reference has the same units."""
+    """To the bit, or the order of sums, against DeepSpeed's own units with blocks called alike. The
+    reference has the same units."""
     made, got = updated(policies(name), lora, checkpointing)
     assert leaf_count(made.module) == block_count(policies(name)[1])
     assert lora or leaf_count(made.reference.module) == leaf_count(made.module)
@@ -81,7 +102,8 @@ def test_an_update_in_whole_blocks_is_the_same(policies, monkeypatch, name, lora
 
 
 def test_hooks_run_once_a_block_and_gradients_stay(policies, monkeypatch):
-    """Against blocks called by keyword, as diffusers does, the update is the same but for the order of sums."""
+    """Against blocks called by keyword, as diffusers does, the update is the same but for the order
+    of sums."""
     from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 
     seen, real = [], DeepSpeedZeRoOffload.pre_sub_module_forward_function
@@ -100,7 +122,9 @@ def test_hooks_run_once_a_block_and_gradients_stay(policies, monkeypatch):
         assert (value - plain[name]).norm() <= SUMS * plain[name].norm(), name
 
 
-@pytest.mark.parametrize("zero", [{"stage": 2}, {"stage": 3, "leaf_module": {"names": ["proj_out"]}}])
+@pytest.mark.parametrize(
+    "zero", [{"stage": 2}, {"stage": 3, "leaf_module": {"names": ["proj_out"]}}]
+)
 def test_other_stages_and_a_users_own_leaves_stay(zero):
     module = torch.nn.Linear(2, 2)
     module._no_split_modules = ["Linear"]

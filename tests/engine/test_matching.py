@@ -1,4 +1,5 @@
-"""Objectives on finished latents: their likelihood by hand and in every form, and which latents are taken."""
+"""Objectives on finished latents: their likelihood by hand and in every form, and which latents are
+taken."""
 
 import numpy as np
 import pytest
@@ -24,8 +25,17 @@ def rollout(over="prompt", mine=slice(None)) -> Rollout:
     """Eight finished latents, two of each unit."""
     g = torch.Generator().manual_seed(0)
     endpoints = [Endpoint(UNITS[n // 2], torch.randn(*SHAPE, generator=g), n) for n in range(8)]
-    prompt, seed = (np.array([getattr(e.unit, name) for e in endpoints]) for name in ("prompt", "seed"))
-    slots = Slots(prompt, seed, np.full(8, -1), np.arange(8), np.zeros(8, dtype=int), tuple((n,) for n in range(8)))
+    prompt, seed = (
+        np.array([getattr(e.unit, name) for e in endpoints]) for name in ("prompt", "seed")
+    )
+    slots = Slots(
+        prompt,
+        seed,
+        np.full(8, -1),
+        np.arange(8),
+        np.zeros(8, dtype=int),
+        tuple((n,) for n in range(8)),
+    )
     return Rollout(slots, [], endpoints[mine], GRID, Noise(0, 3), over)
 
 
@@ -35,10 +45,22 @@ def advantages(*values) -> Advantages:
 
 
 def batch_of(states: list[State], advantage) -> Batch:
-    scalars = [torch.tensor([getattr(s, name) for s in states]) for name in ("sigma", "a", "b", "tau")]
+    scalars = [
+        torch.tensor([getattr(s, name) for s in states]) for name in ("sigma", "a", "b", "tau")
+    ]
     advantage, n = torch.tensor(advantage)[:, None], len(states)
     x, children = torch.stack([s.x for s in states]), torch.stack([s.children for s in states])
-    return Batch([s.unit for s in states], x, children, *scalars, torch.ones(n), advantage, None, n, torch.ones(n, 1, dtype=torch.bool))
+    return Batch(
+        [s.unit for s in states],
+        x,
+        children,
+        *scalars,
+        torch.ones(n),
+        advantage,
+        None,
+        n,
+        torch.ones(n, 1, dtype=torch.bool),
+    )
 
 
 def ratio_of(objective, batch, velocity, before):
@@ -46,20 +68,34 @@ def ratio_of(objective, batch, velocity, before):
     return objective.measure(velocity, batch, old).ratio[:, 0]
 
 
-# ------------------------------------------------------------------------------------------------------- likelihoods
+# -------------------------------------------------------------------------------------- likelihoods
 @pytest.mark.parametrize("form, log_ratio", [("v", 0.75), ("eps", 0.75 / 4)])
 def test_fpo_by_hand(form, log_ratio):
-    """x0 = 0, eps = 1, s = .5, v from 0 to .5: errors 1 and .25, log ratio .75; of the noise (1 - s)^2 = 1/4 of that."""
+    """x0 = 0, eps = 1, s = .5, v from 0 to .5: errors 1 and .25, log ratio .75; of the noise (1 -
+    s)^2 = 1/4 of that."""
     a, b, child = {"v": (0.0, 1.0, 1.0), "eps": (1.0, 0.5, 1.0)}[form]
-    one = State(UNITS[0], 0, 0.5, a, b, 0.5**0.5, torch.tensor([0.5]), torch.tensor([[child]]), np.array([0]))
-    found = ratio_of(Fpo(form=form), batch_of([one], [1.0]), torch.tensor([[0.5]]), torch.tensor([[0.0]]))
+    one = State(
+        UNITS[0],
+        0,
+        0.5,
+        a,
+        b,
+        0.5**0.5,
+        torch.tensor([0.5]),
+        torch.tensor([[child]]),
+        np.array([0]),
+    )
+    found = ratio_of(
+        Fpo(form=form), batch_of([one], [1.0]), torch.tensor([[0.5]]), torch.tensor([[0.0]])
+    )
     assert found.log().item() == pytest.approx(log_ratio, rel=1e-6)
 
 
 @pytest.mark.parametrize("form", ["v", "eps"])
 @pytest.mark.parametrize("kappa", [1.0, 4.0])
 def test_the_ratio_is_that_of_the_errors(form, kappa):
-    """exp(kappa (l_old - l)), with l the error of the velocity, or of the noise x + (1 - s) v, in float64."""
+    """exp(kappa (l_old - l)), with l the error of the velocity, or of the noise x + (1 - s) v, in
+    float64."""
     made = rollout()
     states = noised(made, made.endpoints, 3, form, kappa)
     g = torch.Generator().manual_seed(1)
@@ -70,18 +106,25 @@ def test_the_ratio_is_that_of_the_errors(form, kappa):
         for n, state in enumerate(states):
             x0, s = made.endpoints[state.slots[0]].latent.double(), state.sigma
             eps = (state.x.double() - (1 - s) * x0) / s
-            apart = velocity[n].double() - (eps - x0) if form == "v" else state.x + (1 - s) * velocity[n].double() - eps
+            apart = (
+                velocity[n].double() - (eps - x0)
+                if form == "v"
+                else state.x + (1 - s) * velocity[n].double() - eps
+            )
             rows.append(apart.square().mean())
         errors.append(torch.stack(rows))
     expected = kappa * (errors[0] - errors[1])
-    found = ratio_of(Fpo(form=form, kappa=kappa), batch_of(states, [1.0] * len(states)), v, before).log()
+    found = ratio_of(
+        Fpo(form=form, kappa=kappa), batch_of(states, [1.0] * len(states)), v, before
+    ).log()
     assert_close("log ratio", found, expected.float(), 1e-5, scale=expected.norm().item())
     assert expected.abs().mean() > 0.1
 
 
 @pytest.mark.parametrize("form", ["v", "eps"])
 def test_levels_are_spread_over_the_grid(form):
-    """One in each of as many parts, drawn anew for each latent; the noise's error has no gradient at s = 1, so it is not drawn."""
+    """One in each of as many parts, drawn anew for each latent; the noise's error has no gradient
+    at s = 1, so it is not drawn."""
     made = rollout()
     first = 1 if form == "eps" else 0
     strata = [np.arange(first, 8)[part] for part in np.array_split(np.arange(8 - first), 3)]
@@ -91,14 +134,19 @@ def test_levels_are_spread_over_the_grid(form):
     assert len(noised(made, made.endpoints[:1], 64, form)) == 8 - first
     alone = noised(rollout(mine=slice(5, 6)), made.endpoints[5:6], 3, form)
     again = noised(made, made.endpoints, 3, form)[15:18]
-    assert all(torch.equal(a.x, b.x) and a.step == b.step for a, b in zip(alone, again, strict=True)), "whatever the rank holds"
+    assert all(
+        torch.equal(a.x, b.x) and a.step == b.step for a, b in zip(alone, again, strict=True)
+    ), "whatever the rank holds"
 
 
 @pytest.mark.parametrize(
-    "objective", [Fpo(clip=0.5), Fpo(clip=1e-3), Fpo(clip=0.5, form="eps"), Awm()], ids=["fpo", "clipped", "eps", "awm"]
+    "objective",
+    [Fpo(clip=0.5), Fpo(clip=1e-3), Fpo(clip=0.5, form="eps"), Awm()],
+    ids=["fpo", "clipped", "eps", "awm"],
 )
 def test_gradients_are_those_of_the_losses(objective):
-    """Of fpo max(-A ratio, -A clip(ratio)), of awm A times the error, mean over the draws, by autograd in float64."""
+    """Of fpo max(-A ratio, -A clip(ratio)), of awm A times the error, mean over the draws, by
+    autograd in float64."""
     made = rollout()
     form = getattr(objective, "form", "v")
     states = noised(made, made.endpoints, 1, form)
@@ -111,21 +159,28 @@ def test_gradients_are_those_of_the_losses(objective):
     w = v.detach().double().requires_grad_(True)
 
     def errors(velocity):
-        mean = batch.a.double()[:, None, None] * batch.x + batch.b.double()[:, None, None] * velocity
+        mean = (
+            batch.a.double()[:, None, None] * batch.x + batch.b.double()[:, None, None] * velocity
+        )
         return (mean - batch.children[:, 0]).square().flatten(1).mean(1)
 
     a = batch.advantage[:, 0].double()
     ratio = (errors(before.double()) - errors(w)).exp()
     low, high = 1 - objective.clip_low, 1 + objective.clip_high
-    rows = a * errors(w) if isinstance(objective, Awm) else torch.maximum(-a * ratio, -a * ratio.clamp(low, high))
+    rows = (
+        a * errors(w)
+        if isinstance(objective, Awm)
+        else torch.maximum(-a * ratio, -a * ratio.clamp(low, high))
+    )
     rows.mean().backward()
     assert_close("gradient", v.grad, w.grad.float(), 1e-4)
     assert v.grad.abs().max() > 0
 
 
-# ------------------------------------------------------------------------------------------------------------- picks
+# -------------------------------------------------------------------------------------------- picks
 def test_extremes_are_the_best_and_the_worst_of_each_group():
-    """Of those whose reward is known; of equal ones the first; the same on every rank, by what it holds."""
+    """Of those whose reward is known; of equal ones the first; the same on every rank, by what it
+    holds."""
     credit = advantages(0.1, np.nan, -0.5, 0.4, 0.0, 0.0, 0.0, 0.0)
     assert [e.slot for e in picked(rollout(), credit, "all")] == list(range(8))
     assert [e.slot for e in picked(rollout(), credit, "extremes")] == [2, 3, 4]
@@ -135,7 +190,9 @@ def test_extremes_are_the_best_and_the_worst_of_each_group():
 
 
 @pytest.mark.parametrize(
-    "objective", [Fpo(pick="extremes"), Fpo(form="eps", pick="extremes"), Awm(pick="extremes")], ids=["fpo", "eps", "awm"]
+    "objective",
+    [Fpo(pick="extremes"), Fpo(form="eps", pick="extremes"), Awm(pick="extremes")],
+    ids=["fpo", "eps", "awm"],
 )
 def test_a_rank_without_a_pick_has_something_to_pad_with(objective):
     made = rollout(mine=slice(0, 2))
@@ -144,27 +201,44 @@ def test_a_rank_without_a_pick_has_something_to_pad_with(objective):
     assert filler.x.isfinite().all() and filler.children.shape == (1, *SHAPE)
 
 
-# ---------------------------------------------------------------------------------------------------- a real rollout
+# ----------------------------------------------------------------------------------- a real rollout
 @pytest.fixture(scope="module")
 def iteration(policy):
-    return Iteration(policy, small_config(rollout=PLAN, training={"objective": "fpo", "advantage": {"over": "prompt"}}))
+    return Iteration(
+        policy,
+        small_config(rollout=PLAN, training={"objective": "fpo", "advantage": {"over": "prompt"}}),
+    )
 
 
-@pytest.mark.parametrize("objective", [{"type": "fpo", "pick": "extremes", "draws": 2}, {"type": "awm", "draws": 1}], ids=["fpo", "awm"])
+@pytest.mark.parametrize(
+    "objective",
+    [{"type": "fpo", "pick": "extremes", "draws": 2}, {"type": "awm", "draws": 1}],
+    ids=["fpo", "awm"],
+)
 def test_an_update_of_the_shipped_model(iteration, objective):
-    """A gradient that is finite, the same in micro-batches of any size; extremes forward two of three latents, in parts too."""
+    """A gradient that is finite, the same in micro-batches of any size; extremes forward two of
+    three latents, in parts too."""
     from tempflow.training.credit import make_parts
 
     gradients = []
     for size in (3, 12):
-        training = {"objective": objective, "advantage": {"over": "prompt"}, "micro_batch": size, "updates": {"parts": 2}}
+        training = {
+            "objective": objective,
+            "advantage": {"over": "prompt"},
+            "micro_batch": size,
+            "updates": {"parts": 2},
+        }
         session = iteration.session.variant(small_config(rollout=PLAN, training=training))
         runtime = PlainRuntime(iteration.policy, drift=0.02)
         parts = make_parts(session, iteration.rolled, iteration.advantages())
         assert sum(part.total for part in parts) == (8 if objective["type"] == "fpo" else 6)
         for part in parts:
             metrics = iteration.updater(runtime, session.config).update(part, 1.0)
-            assert np.isfinite(metrics["loss"]) and "mismatch/log_prob" not in metrics and metrics["ratio/max_dev"] == 0
+            assert (
+                np.isfinite(metrics["loss"])
+                and "mismatch/log_prob" not in metrics
+                and metrics["ratio/max_dev"] == 0
+            )
         gradients.append(flat(runtime.gradient()))
     assert gradients[0].norm() > 1e-6
     assert_close("gradient", gradients[0], gradients[1], 1e-4)

@@ -1,4 +1,5 @@
-"""A merge of snapshots stands for a decay of the updates; it is saved, resumed and read as an average is."""
+"""A merge of snapshots stands for a decay of the updates; it is saved, resumed and read as an
+average is."""
 
 import json
 import math
@@ -41,7 +42,9 @@ def merge_of(weights, last=4, every=1, shape="sqrt"):
 
 
 @pytest.mark.parametrize("shape", DECAYS)
-@pytest.mark.parametrize("last, updates, window", [(4, 4, 4), (4, 9, 4), (8, 3, 3)], ids=["full", "later", "fewer"])
+@pytest.mark.parametrize(
+    "last, updates, window", [(4, 4, 4), (4, 9, 4), (8, 3, 3)], ids=["full", "later", "fewer"]
+)
 def test_it_equals_decayed_updates(shape, last, updates, window):
     """The weights before the window plus its updates, the i-th scaled by w_i."""
     steps = torch.randn(updates, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -69,9 +72,13 @@ def test_snapshots_are_taken_every_few_updates():
 
 @pytest.mark.parametrize("cut, last", [(2, 3), (4, 3), (7, 3), (7, 2), (7, 5)])
 def test_a_resumed_merge_goes_on(tmp_path, cut, last):
-    """Bit for bit where `last` stays; the newest snapshots are kept where it shrinks, all where it grows."""
+    """Bit for bit where `last` stays; the newest snapshots are kept where it shrinks, all where it
+    grows."""
     values = torch.randn(10, 2, 3, generator=torch.Generator().manual_seed(2))
-    weights, resumed = {"a": torch.zeros(3), "b": torch.zeros(3)}, {"a": torch.zeros(3), "b": torch.zeros(3)}
+    weights, resumed = (
+        {"a": torch.zeros(3), "b": torch.zeros(3)},
+        {"a": torch.zeros(3), "b": torch.zeros(3)},
+    )
     whole, again = merge_of(weights, 3, 2), merge_of(resumed, last, 2)
     for n, (a, b) in enumerate(values, start=1):
         weights["a"].copy_(a), weights["b"].copy_(b)
@@ -83,18 +90,26 @@ def test_a_resumed_merge_goes_on(tmp_path, cut, last):
         if n > cut:
             resumed["a"].copy_(a), resumed["b"].copy_(b)
             again.update()
-    assert again.updates == whole.updates and len(again._snapshots) == min(last, 3 if last == 3 else 5)
+    assert again.updates == whole.updates and len(again._snapshots) == min(
+        last, 3 if last == 3 else 5
+    )
     if last == 3:
         assert all(torch.equal(whole.gather([n])[n], again.gather([n])[n]) for n in "ab")
     newest = min(last, 3)
-    for mine, theirs in zip(list(again._snapshots)[-newest:], list(whole._snapshots)[-newest:], strict=True):
+    for mine, theirs in zip(
+        list(again._snapshots)[-newest:], list(whole._snapshots)[-newest:], strict=True
+    ):
         assert all(torch.equal(mine[n], theirs[n]) for n in "ab")
 
 
 def test_a_config_has_one_average():
     with pytest.raises(UserError, match="training.merge: excludes training.ema"):
         parse_config(config_table(training={"ema": {}, "merge": {}}))
-    assert parse_config(config_table(training={"merge": {}})).training.merge.model_dump() == {"last": 8, "every": 6, "shape": "sqrt"}
+    assert parse_config(config_table(training={"merge": {}})).training.merge.model_dump() == {
+        "last": 8,
+        "every": 6,
+        "shape": "sqrt",
+    }
     for change in ({"last": 1}, {"every": 0}, {"shape": "cosine"}):
         with pytest.raises(UserError, match=f"training.merge.{next(iter(change))}"):
             small_config(training={"merge": change})
@@ -102,7 +117,8 @@ def test_a_config_has_one_average():
 
 @pytest.mark.slow
 def test_a_run_evaluates_saves_and_resumes_its_merge(tmp_path):
-    """After each of three updates; that of a run which was cut after the second is the same, bit for bit."""
+    """After each of three updates; that of a run which was cut after the second is the same, bit
+    for bit."""
 
     def start(name, *more):
         return train(
@@ -122,14 +138,29 @@ def test_a_run_evaluates_saves_and_resumes_its_merge(tmp_path):
     shutil.rmtree(tmp_path / "cut/checkpoints/000003")
     again = start("cut", "--resume")
     folders = [whole.folder / f"checkpoints/{n:06d}" for n in (2, 3)]
-    before, after, merged = (load_file(file) for file in (*(f / "weights.safetensors" for f in folders), folders[1] / "merge.safetensors"))
-    assert all(torch.equal(merged[name], ((before[name].double() + after[name].double()) / 2).float()) for name in merged)
-    assert json.loads((whole.folder / "samples/000003/samples.json").read_text())["weights"] == "merge"
+    before, after, merged = (
+        load_file(file)
+        for file in (
+            *(f / "weights.safetensors" for f in folders),
+            folders[1] / "merge.safetensors",
+        )
+    )
+    assert all(
+        torch.equal(merged[name], ((before[name].double() + after[name].double()) / 2).float())
+        for name in merged
+    )
+    assert (
+        json.loads((whole.folder / "samples/000003/samples.json").read_text())["weights"] == "merge"
+    )
     assert timeless(whole.rows[-1]) == timeless(again.rows[-1])
-    assert all(torch.equal(merged[name], value) for name, value in again.weights(name="merge").items())
+    assert all(
+        torch.equal(merged[name], value) for name, value in again.weights(name="merge").items()
+    )
 
     found = load.load_tuned(whole.folder)
-    assert found.which == "merge" and all(torch.equal(found.weights[name], merged[name]) for name in merged)
+    assert found.which == "merge" and all(
+        torch.equal(found.weights[name], merged[name]) for name in merged
+    )
     assert load.load_tuned(whole.folder, which="raw").which == "raw"
     with pytest.raises(UserError, match="--weights ema: .* keeps merge; allowed are merge and raw"):
         load.load_tuned(whole.folder, which="ema")

@@ -1,4 +1,5 @@
-"""engine/merge.py: the merged model is the one whose weights are the mean, adapters by what they add, and refusals that say why."""
+"""engine/merge.py: the merged model is the one whose weights are the mean, adapters by what they
+add, and refusals that say why."""
 
 import copy
 import json
@@ -29,7 +30,14 @@ def plain(pipelines):
 def velocity(policy, module):
     x = torch.randn(2, *policy.latent_shape(SIZE), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        return policy.velocity(module, x, torch.tensor([0.9, 0.3]), policy.encode(examples(["a cat", "two dogs"])), SIZE, 0.0)
+        return policy.velocity(
+            module,
+            x,
+            torch.tensor([0.9, 0.3]),
+            policy.encode(examples(["a cat", "two dogs"])),
+            SIZE,
+            0.0,
+        )
 
 
 def run_of(folder, model, weights, lora=None, iteration=3):
@@ -39,7 +47,10 @@ def run_of(folder, model, weights, lora=None, iteration=3):
     (folder / "config.json").write_text(config.model_dump_json())
     draft = find.folder(folder, iteration)
     draft.mkdir(parents=True)
-    save_file({name: weight.detach().float().contiguous() for name, weight in weights.items()}, draft / "weights.safetensors")
+    save_file(
+        {name: weight.detach().float().contiguous() for name, weight in weights.items()},
+        draft / "weights.safetensors",
+    )
     (draft / "state.json").write_text(json.dumps({"iteration": iteration}))
     manifest.seal(draft)
     return folder
@@ -48,7 +59,9 @@ def run_of(folder, model, weights, lora=None, iteration=3):
 def adapters_of(policy, rank, alpha, seed, targets=("to_q", "to_out.0")):
     """Names and values of trained adapters."""
     module = copy.deepcopy(policy.transformer)
-    add_lora(module, Lora(rank=rank, alpha=alpha, targets=list(targets)), policy.lora_targets, seed=0)
+    add_lora(
+        module, Lora(rank=rank, alpha=alpha, targets=list(targets)), policy.lora_targets, seed=0
+    )
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     randomise(torch.nn.ParameterList(trained.values()), seed)
     return {name: p.detach() for name, p in trained.items()}
@@ -62,7 +75,14 @@ def with_deltas(policy, adapted):
         for part, scale, weights in adapted:
             for name in (name for name in weights if ".lora_A." in name):
                 weight = target[name.split(".lora_A.")[0] + ".weight"]
-                weight.copy_(merged(weight, weights[name], weights[name.replace(".lora_A.", ".lora_B.")], part * scale))
+                weight.copy_(
+                    merged(
+                        weight,
+                        weights[name],
+                        weights[name.replace(".lora_A.", ".lora_B.")],
+                        part * scale,
+                    )
+                )
     return module
 
 
@@ -85,15 +105,23 @@ def lora_runs(plain, pipelines, tmp_path_factory):
     settings = [(2, 4.0), (3, 1.5)]
     held = [adapters_of(plain, rank, alpha, seed) for seed, (rank, alpha) in enumerate(settings)]
     runs = [
-        run_of(folder / str(n), pipelines["plain"], weights, {"rank": rank, "alpha": alpha, "targets": ["to_q", "to_out.0"]})
+        run_of(
+            folder / str(n),
+            pipelines["plain"],
+            weights,
+            {"rank": rank, "alpha": alpha, "targets": ["to_q", "to_out.0"]},
+        )
         for n, (weights, (rank, alpha)) in enumerate(zip(held, settings))
     ]
     return runs, [(alpha / rank, weights) for weights, (rank, alpha) in zip(held, settings)]
 
 
 @pytest.mark.parametrize("parts", [None, (0.7, 0.3)], ids=["equal", "weighted"])
-def test_merged_adapters_add_the_mean_of_what_each_adds(plain, pipelines, lora_runs, tmp_path, parts):
-    """In diffusers, as the velocities of full weights say; averaging the factors would be another model."""
+def test_merged_adapters_add_the_mean_of_what_each_adds(
+    plain, pipelines, lora_runs, tmp_path, parts
+):
+    """In diffusers, as the velocities of full weights say; averaging the factors would be another
+    model."""
     from diffusers import FluxPipeline
 
     runs, held = lora_runs
@@ -114,7 +142,11 @@ def test_a_merge_of_merges(plain, pipelines, lora_runs, tmp_path):
 
     runs, ((s1, w1), (s2, w2)) = lora_runs
     command(tmp_path / "half", *runs)
-    text = command(tmp_path / "out", tmp_path / "half/pytorch_lora_weights.safetensors", runs[1] / "checkpoints/000003")
+    text = command(
+        tmp_path / "out",
+        tmp_path / "half/pytorch_lora_weights.safetensors",
+        runs[1] / "checkpoints/000003",
+    )
     assert "rank 8" in text
     pipe = FluxPipeline.from_pretrained(pipelines["plain"])
     pipe.load_lora_weights(tmp_path / "out")
@@ -124,24 +156,44 @@ def test_a_merge_of_merges(plain, pipelines, lora_runs, tmp_path):
 
 def test_whole_models(plain, pipelines, tmp_path):
     """Two runs, and an exported model with the third: each weight is the mean."""
-    tuned = [{name: p + 0.01 * (n + 1) for name, p in plain.transformer.named_parameters()} for n in range(3)]
-    a, b, c = (run_of(tmp_path / name, pipelines["plain"], weights) for name, weights in zip("abc", tuned))
+    tuned = [
+        {name: p + 0.01 * (n + 1) for name, p in plain.transformer.named_parameters()}
+        for n in range(3)
+    ]
+    a, b, c = (
+        run_of(tmp_path / name, pipelines["plain"], weights) for name, weights in zip("abc", tuned)
+    )
     text = command(tmp_path / "ab", a, b)
     assert text.startswith("diffusers pipeline: ") and "0.5 x" in text
     command(tmp_path / "abc", tmp_path / "ab", c, "--weights", "0.75", "0.25")
-    found = dict(load_policy(tmp_path / "abc", max_sequence_length=20).transformer.named_parameters())
+    found = dict(
+        load_policy(tmp_path / "abc", max_sequence_length=20).transformer.named_parameters()
+    )
     for name, parameter in plain.transformer.named_parameters():
         assert_close(name, found[name], parameter + 0.75 * 0.015 + 0.25 * 0.03, 1e-6)
-    assert load_file(next((tmp_path / "abc/transformer").glob("*.safetensors"))).keys() == found.keys()
+    assert (
+        load_file(next((tmp_path / "abc/transformer").glob("*.safetensors"))).keys() == found.keys()
+    )
 
 
 def test_what_cannot_be_merged_is_refused(plain, pipelines, lora_runs, tmp_path):
     (one, two), out = lora_runs[0], tmp_path / "out"
     whole = {name: p for name, p in plain.transformer.named_parameters()}
-    full, other = run_of(tmp_path / "full", pipelines["plain"], whole), run_of(tmp_path / "other", pipelines["shifted"], whole)
+    full, other = (
+        run_of(tmp_path / "full", pipelines["plain"], whole),
+        run_of(tmp_path / "other", pipelines["shifted"], whole),
+    )
     fewer = adapters_of(plain, 2, 4.0, 7, targets=("to_q",))
-    fewer = run_of(tmp_path / "fewer", pipelines["plain"], fewer, {"rank": 2, "alpha": 4.0, "targets": ["to_q"]})
-    larger = {name: torch.cat([p, p], dim=1) if name.endswith("proj_out.weight") else p for name, p in whole.items()}
+    fewer = run_of(
+        tmp_path / "fewer",
+        pipelines["plain"],
+        fewer,
+        {"rank": 2, "alpha": 4.0, "targets": ["to_q"]},
+    )
+    larger = {
+        name: torch.cat([p, p], dim=1) if name.endswith("proj_out.weight") else p
+        for name, p in whole.items()
+    }
     larger = run_of(tmp_path / "larger", pipelines["plain"], larger)
     (tmp_path / "empty").mkdir()
     assert "is adapters, " in refused(out, one, full) and "--merge" in refused(out, one, full)
@@ -149,7 +201,9 @@ def test_what_cannot_be_merged_is_refused(plain, pipelines, lora_runs, tmp_path)
     assert "lora_A.weight, which " in refused(out, one, fewer)
     assert "they are of different models" in refused(out, full, larger)
     assert "empty is no run directory" in refused(out, one, tmp_path / "empty")
-    assert "expected 2 numbers above 0 whose sum is 1, got 0.5 0.6" in refused(out, one, two, "--weights", "0.5", "0.6")
+    assert "expected 2 numbers above 0 whose sum is 1, got 0.5 0.6" in refused(
+        out, one, two, "--weights", "0.5", "0.6"
+    )
     assert "at least two" in refused(out, one)
     assert "inside the run directory" in refused(two / "merged", one, two)
     assert shares(None, 4) == [0.25] * 4
@@ -165,5 +219,7 @@ def test_checkpoints_of_one_run(plain, pipelines, tmp_path):
     (draft / "state.json").write_text('{"iteration": 4}')
     manifest.seal(draft)
     command(tmp_path / "out", run / "checkpoints/000003", run / "checkpoints/000004")
-    name, found = next(iter(load_policy(tmp_path / "out", max_sequence_length=20).transformer.named_parameters()))
+    name, found = next(
+        iter(load_policy(tmp_path / "out", max_sequence_length=20).transformer.named_parameters())
+    )
     assert_close(name, found, weights[name] + 0.5, 1e-6)

@@ -1,4 +1,5 @@
-"""docs/migration.md: its config is one, it misses no key of the peers, and the keys that it names of ours exist."""
+"""docs/migration.md: its config is one, it misses no key of the peers, and the keys that it names
+of ours exist."""
 
 import inspect
 import json
@@ -13,7 +14,8 @@ from tempflow.registry import IN_CONFIG, KINDS
 
 PAGE = (ROOT / "docs/migration.md").read_text()
 
-# Flow-GRPO: config/base.py, and what the image recipes of config/grpo.py add. Flow-Factory: examples/grpo/lora/flux1/default.yaml.
+# Flow-GRPO: config/base.py, and what the image recipes of config/grpo.py add. Flow-Factory:
+# examples/grpo/lora/flux1/default.yaml.
 FLOW_GRPO = """run_name debug num_epochs resume_from seed logdir save_freq eval_freq num_checkpoint_limit mixed_precision allow_tf32
 use_lora dataset resolution activation_checkpointing fsdp_optimizer_offload pretrained.model pretrained.revision sample.num_steps
 sample.eval_num_steps sample.guidance_scale sample.eval_guidance_scale sample.train_batch_size sample.num_image_per_prompt
@@ -40,7 +42,11 @@ optimizers.max_grad_norm"""
 def rows(heading: str) -> list[list[str]]:
     """The cells of a section's table."""
     section = PAGE.split(f"## {heading}")[1].split("\n## ")[0]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line.startswith("| ")][1:]
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in section.splitlines()
+        if line.startswith("| ")
+    ][1:]
 
 
 def test_the_example_is_a_config():
@@ -49,7 +55,9 @@ def test_the_example_is_a_config():
     assert config.rollout.plan["type"] == "flow_grpo" and config.plan().steps(0) == list(range(9))
 
 
-@pytest.mark.parametrize("heading, keys", [("Flow-GRPO: ", FLOW_GRPO), ("Flow-Factory: ", FLOW_FACTORY)])
+@pytest.mark.parametrize(
+    "heading, keys", [("Flow-GRPO: ", FLOW_GRPO), ("Flow-Factory: ", FLOW_FACTORY)]
+)
 def test_every_key_of_theirs_is_mapped(heading, keys):
     named = set(re.findall(r"`([\w.]+)`", " ".join(row[0] for row in rows(heading))))
     assert set(keys.split()) <= named
@@ -63,13 +71,20 @@ def test_every_key_of_ours_exists(heading):
             section, _, rest = name.partition(".")
             assert section in Config.model_fields, name
             if rest and section != "deepspeed":
-                owner, key = (Lora, rest.removeprefix("lora.")) if rest.startswith("lora.") else (None, rest.split(".")[0])
+                owner, key = (
+                    (Lora, rest.removeprefix("lora."))
+                    if rest.startswith("lora.")
+                    else (None, rest.split(".")[0])
+                )
                 owner = owner or Config.model_fields[section].annotation
                 assert key in owner.model_fields, name
                 option = rest.partition(".")[2]
                 if f"{section}.{key}" in IN_CONFIG and option not in ("", "type"):
                     kind = KINDS[IN_CONFIG[f"{section}.{key}"]]
-                    assert any(option in inspect.signature(pkgutil.resolve_name(path)).parameters for path in kind.ids.values()), name
+                    assert any(
+                        option in inspect.signature(pkgutil.resolve_name(path)).parameters
+                        for path in kind.ids.values()
+                    ), name
 
 
 def test_links_lead_somewhere():

@@ -1,4 +1,5 @@
-"""README's table of models says what the tests over family_cases.py show, and hardware.json has a line for every family."""
+"""README's table of models says what the tests over family_cases.py show, and hardware.json has a
+line for every family."""
 
 import importlib.util
 import json
@@ -13,7 +14,9 @@ from tempflow.registry import KINDS
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("make_models_table", ROOT / "docs/make_models_table.py")
+    spec = importlib.util.spec_from_file_location(
+        "make_models_table", ROOT / "docs/make_models_table.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -27,15 +30,22 @@ def test_readme_has_it_as_the_tests_are_now(script):
 def test_every_family_is_named_and_known():
     paths = [
         entry["path"]
-        for entry in json.loads((ROOT / "benchmarks/results/hardware.json").read_text(encoding="utf-8"))["paths"]
+        for entry in json.loads(
+            (ROOT / "benchmarks/results/hardware.json").read_text(encoding="utf-8")
+        )["paths"]
         if entry["area"] == "Families"
     ]
-    assert sorted(paths) == sorted(FAMILIES), "an entry for each in benchmarks/results/hardware.json"
-    assert all(family.models and family.pipeline in KINDS["policy"].ids for family in FAMILIES.values())
+    assert sorted(paths) == sorted(FAMILIES), (
+        "an entry for each in benchmarks/results/hardware.json"
+    )
+    assert all(
+        family.models and family.pipeline in KINDS["policy"].ids for family in FAMILIES.values()
+    )
 
 
 def test_a_cell_needs_a_test(script, monkeypatch):
-    """A family without an entry is said to be verified by none of them, and so is one that a test leaves out."""
+    """A family without an entry is said to be verified by none of them, and so is one that a test
+    leaves out."""
     import test_family_runs
 
     row = next(line for line in script.table().splitlines() if "`FluxPipeline`" in line)

@@ -1,4 +1,5 @@
-"""Objectives: what a pull gives is the gradient that it says, and the kernel's own clip is one of them."""
+"""Objectives: what a pull gives is the gradient that it says, and the kernel's own clip is one of
+them."""
 
 import pytest
 import torch
@@ -19,7 +20,20 @@ def batch_of(seed=0, weight=(1.0, 0.5, 2.0, 1.0, 0.0), advantage=None, valid=Non
     advantage = torch.randn(N, B, generator=g) if advantage is None else advantage
     valid = torch.ones(N, B, dtype=torch.bool) if valid is None else valid
     ones = torch.ones(N)
-    return Batch([None] * N, x, children, 0.5 * ones, ones, -0.1 * ones, tau, torch.tensor(weight), advantage * valid, None, N, valid)
+    return Batch(
+        [None] * N,
+        x,
+        children,
+        0.5 * ones,
+        ones,
+        -0.1 * ones,
+        tau,
+        torch.tensor(weight),
+        advantage * valid,
+        None,
+        N,
+        valid,
+    )
 
 
 def velocities(seed=1, apart=0.2):
@@ -82,8 +96,15 @@ def test_any_loss_of_log_ratios_by_its_pull():
     found, _, _ = gradient(objective, batch, new, old)
     v = new.double().requires_grad_(True)
     mean = batch.a.reshape(-1, 1, 1) * batch.x.double() + batch.b.reshape(-1, 1, 1) * v
-    density = -((batch.children.double() - mean[:, None]) ** 2).flatten(2).mean(2) / (2 * batch.tau[:, None].double() ** 2)
-    ratio = density - (density.detach() * 0 + old.log_prob.double() + torch.log(batch.tau[:, None].double()) + 0.9189385332046727)
+    density = -((batch.children.double() - mean[:, None]) ** 2).flatten(2).mean(2) / (
+        2 * batch.tau[:, None].double() ** 2
+    )
+    ratio = density - (
+        density.detach() * 0
+        + old.log_prob.double()
+        + torch.log(batch.tau[:, None].double())
+        + 0.9189385332046727
+    )
     rows = ((ratio - batch.advantage) ** 2 / 2).mean(1)
     (batch.weight * rows).mean().backward()
     assert_close("gradient", found, v.grad.float(), 1e-4)
@@ -105,7 +126,7 @@ def test_a_class_with_neither_is_refused():
         type("Neither", (Objective,), {})
 
 
-# -------------------------------------------------------------------------------------------------------- penalties
+# ---------------------------------------------------------------------------------------- penalties
 @pytest.mark.parametrize("form", ["x", "v"])
 def test_the_kernels_kl_is_the_written_one(form):
     """Whatever the weights: every state that counts has its divergence in the mean."""
@@ -113,7 +134,9 @@ def test_the_kernels_kl_is_the_written_one(form):
     new, reference = velocities()
     found, loss, seen = gradient(Grpo(), batch, new, None, penalty, reference)
     v = new.clone().requires_grad_(True)
-    divergence = torch.where(batch.weight != 0, penalty.divergence(v, reference, batch.b, batch.tau), 0.0)
+    divergence = torch.where(
+        batch.weight != 0, penalty.divergence(v, reference, batch.b, batch.tau), 0.0
+    )
     (0.7 * divergence.sum() / N).backward()
     assert_close("gradient", found, v.grad, 1e-5)
     assert seen.kl.item() == pytest.approx(divergence.sum().item() / 4, rel=1e-5)

@@ -1,4 +1,5 @@
-"""--out of evaluate, sample and export: nothing that the command did not make is removed, renamed or written over."""
+"""--out of evaluate, sample and export: nothing that the command did not make is removed, renamed
+or written over."""
 
 import errno
 import os
@@ -20,8 +21,11 @@ SCRIPTS = ["evaluate", "sample", "export"]
 
 @pytest.fixture
 def run_dir(tmp_path):
-    """A run that evaluate --base could score; sample and export would say that it has no checkpoint."""
-    table = config_table(logging={"dir": str(tmp_path / "runs"), "name": "one"}, eval={"prompts": 1})
+    """A run that evaluate --base could score; sample and export would say that it has no
+    checkpoint."""
+    table = config_table(
+        logging={"dir": str(tmp_path / "runs"), "name": "one"}, eval={"prompts": 1}
+    )
     directory.claim(parse_config(table), resume=False)
     return tmp_path / "runs/one"
 
@@ -33,7 +37,11 @@ def everything(folder: Path) -> dict[str, tuple]:
         for name in folders + files:
             path = Path(parent, name)
             seen = path.lstat()
-            found[str(path)] = (seen.st_mode, seen.st_ino, path.read_bytes() if path.is_file() else None)
+            found[str(path)] = (
+                seen.st_mode,
+                seen.st_ino,
+                path.read_bytes() if path.is_file() else None,
+            )
     return found
 
 
@@ -63,7 +71,9 @@ REFUSED = {
     "a folder with a file": lambda t: filled(t / "pictures"),
     "the same with a slash": lambda t: f"{filled(t / 'pictures')}/",
     "a folder with a hidden file": lambda t: file_in(t / "pictures", ".keep"),
-    "a folder with an empty folder": lambda t: (t / "pictures/empty").mkdir(parents=True) or t / "pictures",
+    "a folder with an empty folder": lambda t: (
+        (t / "pictures/empty").mkdir(parents=True) or t / "pictures"
+    ),
     "a file": lambda t: file(t / "pictures"),
     "a file in the way of a parent": lambda t: file(t / "pictures") / "new",
     "a parent that cannot be made": lambda t: "/proc/nowhere/pictures",
@@ -105,8 +115,14 @@ def test_refused_before_anything_is_read(tmp_path, run_dir, monkeypatch, name, c
     out = str(case(tmp_path))
     before = everything(tmp_path)
     done = script_here(name, "--run", run_dir, "--out", out)
-    assert done.returncode == 2 and "--out" in done.stderr and "no whole checkpoint" not in done.stderr, done.stderr
-    assert "Traceback" not in done.stderr and done.stdout == "" and len(done.stderr.splitlines()[-1]) < 1000
+    assert (
+        done.returncode == 2 and "--out" in done.stderr and "no whole checkpoint" not in done.stderr
+    ), done.stderr
+    assert (
+        "Traceback" not in done.stderr
+        and done.stdout == ""
+        and len(done.stderr.splitlines()[-1]) < 1000
+    )
     if "runs/one" in os.path.realpath(out) and out:
         assert "run directory" in done.stderr
     assert everything(tmp_path) == before
@@ -115,7 +131,8 @@ def test_refused_before_anything_is_read(tmp_path, run_dir, monkeypatch, name, c
 @pytest.mark.parametrize("name", SCRIPTS)
 @pytest.mark.parametrize("out", ["new", "a/b/new", "empty"])
 def test_a_failure_leaves_what_was(tmp_path, run_dir, name, out):
-    """The prompts are missing (evaluate) or the checkpoint is: no draft stays, nor a parent made for it."""
+    """The prompts are missing (evaluate) or the checkpoint is: no draft stays, nor a parent made
+    for it."""
     (tmp_path / "empty").mkdir()
     before = everything(tmp_path)
     more = ["--base", "--prompts", tmp_path / "none.txt"] if name == "evaluate" else []
@@ -152,7 +169,9 @@ def test_what_is_written(tmp_path, run_dir, case):
     assert (out / "sub/a.txt").read_text() == "a" and sorted(os.listdir(out)) == ["b.txt", "sub"]
     assert before.items() <= after.items(), "what was there is the same file or folder still"
     assert not [name for name in after if ".tempflow" in name]
-    assert out.stat().st_mode & 0o777 == (tmp_path / "runs").stat().st_mode & 0o777, "as readable as any new folder"
+    assert out.stat().st_mode & 0o777 == (tmp_path / "runs").stat().st_mode & 0o777, (
+        "as readable as any new folder"
+    )
 
 
 def test_an_empty_folder_of_the_command(tmp_path, run_dir, monkeypatch):
@@ -160,7 +179,10 @@ def test_an_empty_folder_of_the_command(tmp_path, run_dir, monkeypatch):
     monkeypatch.chdir(tmp_path / "here")
     with outputs.new_folder(Path("."), run_dir) as draft:
         write(draft)
-    assert os.path.samefile(os.getcwd(), tmp_path / "here") and sorted(os.listdir()) == ["b.txt", "sub"]
+    assert os.path.samefile(os.getcwd(), tmp_path / "here") and sorted(os.listdir()) == [
+        "b.txt",
+        "sub",
+    ]
 
 
 MEANWHILE = {
@@ -179,7 +201,10 @@ def test_what_appears_meanwhile_is_left_alone(tmp_path, run_dir, meanwhile, empt
     out = tmp_path / "out"
     if empty:
         out.mkdir()
-    with pytest.raises(UserError, match="meanwhile") as error, outputs.new_folder(out, run_dir) as draft:
+    with (
+        pytest.raises(UserError, match="meanwhile") as error,
+        outputs.new_folder(out, run_dir) as draft,
+    ):
         write(draft)
         if empty and out.exists():
             file(out / "b.txt")
@@ -192,17 +217,26 @@ def test_what_appears_meanwhile_is_left_alone(tmp_path, run_dir, meanwhile, empt
 
 @pytest.mark.parametrize(
     "error",
-    [OSError(errno.ENOSPC, "no space"), OSError(errno.EDQUOT, "quota"), Exception("SafetensorError: I/O error: No space left on device")],
+    [
+        OSError(errno.ENOSPC, "no space"),
+        OSError(errno.EDQUOT, "quota"),
+        Exception("SafetensorError: I/O error: No space left on device"),
+    ],
 )
 def test_a_full_disk_is_named_and_cleared(tmp_path, run_dir, error):
     before = everything(tmp_path)
-    with pytest.raises(UserError, match="--out .*no space left"), outputs.new_folder(tmp_path / "a/new", run_dir) as draft:
+    with (
+        pytest.raises(UserError, match="--out .*no space left"),
+        outputs.new_folder(tmp_path / "a/new", run_dir) as draft,
+    ):
         write(draft)
         raise error
     assert everything(tmp_path) == before
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), KeyError("bug"), PermissionError(errno.EACCES, "elsewhere")])
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), KeyError("bug"), PermissionError(errno.EACCES, "elsewhere")]
+)
 def test_other_errors_pass_and_are_cleared_after(tmp_path, run_dir, error):
     before = everything(tmp_path)
     with pytest.raises(type(error)), outputs.new_folder(tmp_path / "new", run_dir) as draft:
@@ -214,7 +248,9 @@ def test_other_errors_pass_and_are_cleared_after(tmp_path, run_dir, error):
 def test_evaluate_writes_its_pictures_and_nothing_else(tmp_path, run_dir):
     filled(tmp_path / ".pictures")
     before = everything(tmp_path)
-    done = script_here("evaluate", "--run", run_dir, "--base", "--num-steps", 1, "--out", tmp_path / "pictures")
+    done = script_here(
+        "evaluate", "--run", run_dir, "--base", "--num-steps", 1, "--out", tmp_path / "pictures"
+    )
     assert done.returncode == 0, done.stderr
     assert sorted(os.listdir(tmp_path / "pictures")) == ["0000.png", "samples.json"]
     assert before.items() <= everything(tmp_path).items() and MODEL.is_dir()
@@ -227,7 +263,10 @@ def test_a_signal_leaves_what_was(tmp_path, run_dir, kind):
     before, handler = everything(tmp_path), signal.signal(kind, signal.SIG_DFL)
     try:
         cli.unwind_on_signals()
-        with pytest.raises(SystemExit) as end, outputs.new_folder(tmp_path / "empty", run_dir) as draft:
+        with (
+            pytest.raises(SystemExit) as end,
+            outputs.new_folder(tmp_path / "empty", run_dir) as draft,
+        ):
             write(draft)
             os.kill(os.getpid(), kind)
     finally:

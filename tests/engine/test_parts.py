@@ -1,4 +1,5 @@
-"""Parts of an update: disjoint shares of the states with an optimizer step each, the same whatever the number of ranks."""
+"""Parts of an update: disjoint shares of the states with an optimizer step each, the same whatever
+the number of ranks."""
 
 import numpy as np
 import pytest
@@ -20,29 +21,43 @@ def iteration(policy):
 
 
 def parts_of(iteration, count):
-    session = iteration.session.variant(small_config(rollout=TABLE, training={"updates": {"parts": count}}))
+    session = iteration.session.variant(
+        small_config(rollout=TABLE, training={"updates": {"parts": count}})
+    )
     return make_parts(session, iteration.rolled, iteration.advantages())
 
 
 @pytest.mark.parametrize("count, sizes", [(1, [8]), (2, [4, 4]), (3, [2, 3, 3])])
 def test_parts_share_out_the_states(iteration, count, sizes):
-    """Each state once, those of a unit in turn from (prompt + seed) on; steps and prompts are spread."""
+    """Each state once, those of a unit in turn from (prompt + seed) on; steps and prompts are
+    spread."""
     parts = parts_of(iteration, count)
     assert [part.total for part in parts] == sizes
-    seen = [(unit, round(s.item(), 6)) for part in parts for batch in part.batches for unit, s in zip(batch.units, batch.sigma)]
+    seen = [
+        (unit, round(s.item(), 6))
+        for part in parts
+        for batch in part.batches
+        for unit, s in zip(batch.units, batch.sigma)
+    ]
     assert len(seen) == len(set(seen)) == 8
     for n, part in enumerate(parts):
         for batch in part.batches:
-            assert {(u.prompt + u.seed + (step == 2)) % count for u, step in zip(batch.units, batch.step.tolist())} == {n}
+            assert {
+                (u.prompt + u.seed + (step == 2)) % count
+                for u, step in zip(batch.units, batch.step.tolist())
+            } == {n}
         assert len({s.item() for batch in part.batches for s in batch.sigma}) == 2, "both steps"
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 @pytest.mark.parametrize("prompts, seeds", [(12, 4), (8, 1), (2, 24)])
 def test_every_rank_has_work_in_every_part(ranks, prompts, seeds):
-    """Units are dealt to ranks in turn; of nine states each no rank has more than one a unit more in one of two parts."""
+    """Units are dealt to ranks in turn; of nine states each no rank has more than one a unit more
+    in one of two parts."""
     units = iteration_units(list(range(prompts)), seeds)
-    states = [State(unit, k, 0.5, 1.0, -0.1, 0.3, None, None, None) for unit in units for k in range(9)]
+    states = [
+        State(unit, k, 0.5, 1.0, -0.1, 0.3, None, None, None) for unit in units for k in range(9)
+    ]
     whole = shares(states, 2)
     for rank in range(ranks):
         mine = units[rank::ranks]
@@ -55,7 +70,8 @@ def test_every_rank_has_work_in_every_part(ranks, prompts, seeds):
 
 
 def test_gradients_of_the_parts_are_shares_of_the_whole(iteration):
-    """At the same weights the mean of the parts' gradients, by their states, is the whole pass's."""
+    """At the same weights the mean of the parts' gradients, by their states, is the whole
+    pass's."""
     found = {}
     for count in (1, 2):
         runtime = PlainRuntime(iteration.policy, drift=0.02)
@@ -83,7 +99,17 @@ def test_a_later_part_has_the_old_policy_of_before_the_first_step(iteration):
 
 @pytest.mark.slow
 def test_a_run_in_parts(tmp_path):
-    """Two optimizer steps an iteration; the second share's states are forwarded once more, without gradient."""
-    run = train(tmp_path, "parts", processes=None, rollout=TABLE, training={"updates": {"parts": 2}, "iterations": 2}, eval={"every": 0})
+    """Two optimizer steps an iteration; the second share's states are forwarded once more, without
+    gradient."""
+    run = train(
+        tmp_path,
+        "parts",
+        processes=None,
+        rollout=TABLE,
+        training={"updates": {"parts": 2}, "iterations": 2},
+        eval={"every": 0},
+    )
     for row in run.rows[1:]:
-        assert row["forwards/train"] == 8 + 4 and np.isfinite(row["loss"]) and row["ratio/max_dev"] > 0
+        assert (
+            row["forwards/train"] == 8 + 4 and np.isfinite(row["loss"]) and row["ratio/max_dev"] > 0
+        )

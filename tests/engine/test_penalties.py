@@ -1,4 +1,5 @@
-"""Penalties: closed forms against worked numbers and finite differences, what they are measured from, and on which states they act."""
+"""Penalties: closed forms against worked numbers and finite differences, what they are measured
+from, and on which states they act."""
 
 import math
 from contextlib import contextmanager
@@ -14,7 +15,17 @@ from tempflow.estimate import estimate
 from tempflow.objectives import Batch
 from tempflow.objectives.grpo import Grpo
 from tempflow.objectives.nft import Nft
-from tempflow.penalties import W2, Alpha, ChannelKl, Chi2, Hellinger, Jeffreys, Kl, Renyi, TotalVariation
+from tempflow.penalties import (
+    W2,
+    Alpha,
+    ChannelKl,
+    Chi2,
+    Hellinger,
+    Jeffreys,
+    Kl,
+    Renyi,
+    TotalVariation,
+)
 from tempflow.training.batches import select
 from tempflow.training.reference_policy import placement
 from tempflow.training.update import Part, Updater
@@ -36,20 +47,36 @@ def made(kind, **options):
     return kind(1.0, **({"order": 0.3} if kind in (Alpha, Renyi) else {}), **options)
 
 
-@pytest.mark.parametrize("shape", [(2, 6, 3), (2, 3, 2, 3), (2, 3, 1, 2, 3)], ids=["tokens", "image", "video"])
+@pytest.mark.parametrize(
+    "shape", [(2, 6, 3), (2, 3, 2, 3), (2, 3, 1, 2, 3)], ids=["tokens", "image", "video"]
+)
 def test_the_kl_of_channel_means_sees_what_all_positions_share(shape):
-    """Against the divergence of the means' own Gaussian, whose variance is tau^2 over the positions; fp32 [N, tokens, C] or [N, C, ...]."""
+    """Against the divergence of the means' own Gaussian, whose variance is tau^2 over the
+    positions; fp32 [N, tokens, C] or [N, C, ...]."""
     channel, positions = (2, (1,)) if len(shape) == 3 else (1, tuple(range(2, len(shape))))
-    v, other = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).unbind(0)
+    v, other = torch.randn(
+        2, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    ).unbind(0)
     b, tau = torch.tensor([0.2, 0.3]), torch.tensor([0.5, 0.7])
     count, channels = v[0].numel() / shape[channel], shape[channel]
     means = (v - other).mean(positions)
-    want = (b.double()[:, None] * means).square().sum(1) / (2 * tau.double().square() / count) / (count * channels)
+    want = (
+        (b.double()[:, None] * means).square().sum(1)
+        / (2 * tau.double().square() / count)
+        / (count * channels)
+    )
     found = ChannelKl(1.0).divergence(v, other, b, tau)  # in fp32
     assert_close("means", found, want, 1e-6)
     assert (found <= Kl(1.0).divergence(v, other, b, tau)).all()
-    assert_close("level", ChannelKl(1.0).divergence(other + 0.5, other, b, tau), Kl(1.0).divergence(other + 0.5, other, b, tau), 1e-6)
-    level = (v - other) - means.reshape(*(size if k in (0, channel) else 1 for k, size in enumerate(shape)))
+    assert_close(
+        "level",
+        ChannelKl(1.0).divergence(other + 0.5, other, b, tau),
+        Kl(1.0).divergence(other + 0.5, other, b, tau),
+        1e-6,
+    )
+    level = (v - other) - means.reshape(
+        *(size if k in (0, channel) else 1 for k, size in enumerate(shape))
+    )
     assert ChannelKl(1.0).divergence(other + level, other, b, tau).max() < 1e-12
 
 
@@ -76,18 +103,28 @@ def test_worked_numbers(kind, apart, value):
 
 @pytest.mark.parametrize(
     "kind, scale",
-    [(kind, scale) for kind in FORMULAS for scale in (1.0, 4.0) if kind is not Kl or scale == 1],  # Kl's coefficient is its scale
+    [
+        (kind, scale) for kind in FORMULAS for scale in (1.0, 4.0) if kind is not Kl or scale == 1
+    ],  # Kl's coefficient is its scale
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_gradients_against_finite_differences(kind, scale):
-    g, b, tau = torch.Generator().manual_seed(0), torch.tensor([-0.3, -0.1]), torch.tensor([0.25, 0.4])
+    g, b, tau = (
+        torch.Generator().manual_seed(0),
+        torch.tensor([-0.3, -0.1]),
+        torch.tensor([0.25, 0.4]),
+    )
     v, other = torch.randn(2, 3, 5, generator=g), torch.randn(2, 3, 5, generator=g)
     v.requires_grad_(True)
     penalty = made(kind) if kind is Kl else made(kind, scale=scale)
     penalty.divergence(v, other, b, tau).sum().backward()
 
     def value(moved):
-        z2 = scale * (b / tau).double().numpy() ** 2 * ((moved - other.double().numpy()) ** 2).reshape(2, -1).mean(1)
+        z2 = (
+            scale
+            * (b / tau).double().numpy() ** 2
+            * ((moved - other.double().numpy()) ** 2).reshape(2, -1).mean(1)
+        )
         return sum(FORMULAS[kind](one) for one in z2)
 
     start, expected = v.detach().double().numpy(), np.zeros(v.shape)
@@ -107,7 +144,9 @@ def test_the_scale_makes_it_the_joint_density():
 
 def test_w2_is_the_distance_of_the_means():
     assert W2(1.0).steps == [0, 1, 2]
-    found = W2(1.0).divergence(torch.tensor([[3.0, 1.0]]), torch.tensor([[1.0, 1.0]]), -0.1 * ONE, 0 * ONE)
+    found = W2(1.0).divergence(
+        torch.tensor([[3.0, 1.0]]), torch.tensor([[1.0, 1.0]]), -0.1 * ONE, 0 * ONE
+    )
     assert found.item() == pytest.approx(0.01 * 2)
 
 
@@ -115,10 +154,14 @@ def test_w2_is_the_distance_of_the_means():
 def test_at_no_distance_and_far_out(kind):
     """No NaN at z = 0; finite however large z is, and chi-squared still pulls there."""
     v = torch.tensor([[1.0, 2.0], [1e6, 2.0], [3.0, 4.0]], requires_grad=True)
-    found = made(kind).divergence(v, torch.tensor([[1.0, 2.0]] * 3), torch.ones(3), torch.tensor([0.1, 0.1, 0.0]))
+    found = made(kind).divergence(
+        v, torch.tensor([[1.0, 2.0]] * 3), torch.ones(3), torch.tensor([0.1, 0.1, 0.0])
+    )
     found.sum().backward()
     assert found.isfinite().all() and v.grad.isfinite().all()
-    assert found[0] == 0 and found[2] == 0 and (v.grad[[0, 2]] == 0).all(), "equal, and a step without noise"
+    assert found[0] == 0 and found[2] == 0 and (v.grad[[0, 2]] == 0).all(), (
+        "equal, and a step without noise"
+    )
     assert kind is not Chi2 or v.grad[1, 0] > math.exp(20)
 
 
@@ -136,9 +179,10 @@ def test_options_are_checked(make, words):
         make()
 
 
-# ------------------------------------------------------------------------------------------------- in an update
+# ------------------------------------------------------------------------------------- in an update
 class Line:
-    """A policy of one weight, v = w x, whose updates move it by a step; in the place of an engine and of a sampler."""
+    """A policy of one weight, v = w x, whose updates move it by a step; in the place of an engine
+    and of a sampler."""
 
     dtype = torch.float32
 
@@ -168,7 +212,8 @@ class Line:
 
 
 def part_of(weight=(1.0, 1.0, 0.0), endpoints=False) -> Part:
-    """States at steps 0, 2 and 2, the last of them padding, all of x = (1, 2), with nothing to learn but the penalty."""
+    """States at steps 0, 2 and 2, the last of them padding, all of x = (1, 2), with nothing to
+    learn but the penalty."""
     n, x = len(weight), torch.tensor([[1.0, 2.0]] * len(weight))
     ones = torch.ones(n)
     children = x[:, None].expand(n, 1 if endpoints else 2, 2).contiguous()
@@ -176,10 +221,36 @@ def part_of(weight=(1.0, 1.0, 0.0), endpoints=False) -> Part:
     real = sum(w != 0 for w in weight)
     b, tau = (ones, 0.5**0.5 * ones) if endpoints else (-0.5 * ones, 0.5 * ones)
     step = torch.tensor([0, 2, 2])
-    return Part.of([Batch([None] * n, x, children, ones, 0 * ones, b, tau, torch.tensor(weight), none, None, real, none == 0, step)], real)
+    return Part.of(
+        [
+            Batch(
+                [None] * n,
+                x,
+                children,
+                ones,
+                0 * ones,
+                b,
+                tau,
+                torch.tensor(weight),
+                none,
+                None,
+                real,
+                none == 0,
+                step,
+            )
+        ],
+        real,
+    )
 
 
-PENALTIES = [Kl(0.5), Kl(0.5, steps=[0, 2]), Kl(0.5, "v"), Jeffreys(0.5), Hellinger(0.5, scale=2.0), W2(0.5)]
+PENALTIES = [
+    Kl(0.5),
+    Kl(0.5, steps=[0, 2]),
+    Kl(0.5, "v"),
+    Jeffreys(0.5),
+    Hellinger(0.5, scale=2.0),
+    W2(0.5),
+]
 
 
 @pytest.mark.parametrize("penalty", PENALTIES, ids=lambda p: f"{type(p).__name__}-{p.steps}")
@@ -187,9 +258,13 @@ def test_the_loss_is_its_mean_over_the_states(penalty):
     line = Line()
     found = line.updater(Grpo(), penalty).update(part_of(), 1.0)
     w = torch.tensor(1.0, requires_grad=True)
-    value = penalty.divergence(w * torch.tensor([[1.0, 2.0]]), torch.tensor([[0.5, 1.0]]), -0.5 * ONE, 0.5 * ONE)
+    value = penalty.divergence(
+        w * torch.tensor([[1.0, 2.0]]), torch.tensor([[0.5, 1.0]]), -0.5 * ONE, 0.5 * ONE
+    )
     (0.5 * value).backward()
-    assert found["kl"] == pytest.approx(value.item(), rel=1e-5) and found["loss"] == pytest.approx(0.5 * value.item(), rel=1e-5)
+    assert found["kl"] == pytest.approx(value.item(), rel=1e-5) and found["loss"] == pytest.approx(
+        0.5 * value.item(), rel=1e-5
+    )
     assert line.gradient == pytest.approx(w.grad.item(), rel=1e-5) and line.gradient > 0.01
     assert line.references == 1
 
@@ -200,14 +275,18 @@ def test_only_states_at_its_steps_pay(kind, steps, share):
     some, everywhere = Line(), Line()
     few = some.updater(Grpo(), kind(0.5, steps=steps)).update(part_of(), 1.0)
     many = everywhere.updater(Grpo(), kind(0.5, steps=None)).update(part_of(), 1.0)
-    assert some.gradient == pytest.approx(share * everywhere.gradient, rel=1e-6) and everywhere.gradient > 0.01
+    assert (
+        some.gradient == pytest.approx(share * everywhere.gradient, rel=1e-6)
+        and everywhere.gradient > 0.01
+    )
     assert few["kl"] == pytest.approx(share * many["kl"], rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", [Kl, Jeffreys, TotalVariation, W2])
 @pytest.mark.parametrize("objective", [Grpo(), Nft()], ids=["grpo", "nft"])
 def test_the_old_policy_needs_no_reference(kind, objective):
-    """The first update has no distance from it, and the second that of the first one's move: 0.25 (1, 2)."""
+    """The first update has no distance from it, and the second that of the first one's move: 0.25
+    (1, 2)."""
     line, endpoints = Line(), isinstance(objective, Nft)
     penalty, updater, part = kind(0.5, to="old"), None, part_of(endpoints=endpoints)
     updater, plain = line.updater(objective, penalty), Line()
@@ -215,7 +294,9 @@ def test_the_old_policy_needs_no_reference(kind, objective):
     without = plain.updater(objective, None).update(part_of(endpoints=endpoints), 1.0)
     assert first["kl"] == 0 and first["loss"] == without["loss"] and line.gradient == plain.gradient
     second, batch = updater.update(part, 1.0), part.batches[0]
-    expected = penalty.divergence(torch.tensor([[1.25, 2.5]]), torch.tensor([[1.0, 2.0]]), batch.b[:1], batch.tau[:1])
+    expected = penalty.divergence(
+        torch.tensor([[1.25, 2.5]]), torch.tensor([[1.0, 2.0]]), batch.b[:1], batch.tau[:1]
+    )
     assert second["kl"] == pytest.approx(expected.item(), rel=1e-5) and second["kl"] > 0.01
     assert line.references == 0 and not penalty.needs_reference
 
@@ -231,29 +312,52 @@ def test_a_part_that_is_met_later_remembers_the_old_velocity():
     assert line.references == 0
 
 
-@pytest.mark.parametrize("penalty, kept", [(None, [1]), (Kl(0.1), [0, 1, 2]), (W2(0.1, steps=[2]), [1, 2])])
+@pytest.mark.parametrize(
+    "penalty, kept", [(None, [1]), (Kl(0.1), [0, 1, 2]), (W2(0.1, steps=[2]), [1, 2])]
+)
 def test_states_where_only_it_acts_are_forwarded(penalty, kept):
-    """Three states at steps 0, 1 and 2, of which the second has advantages; and one without a reward."""
+    """Three states at steps 0, 1 and 2, of which the second has advantages; and one without a
+    reward."""
     x = torch.zeros(2)
     states = [State(None, k, 1.0, 1.0, -0.1, 0.3, x, x[None], np.array([k])) for k in range(3)]
     states.append(State(None, 2, 1.0, 1.0, -0.1, 0.3, x, x[None], np.array([3])))
-    credit = Advantages(np.array([0, 1, 0, 0], dtype=np.float32), np.array([True, True, True, False]), np.array([]), {})
+    credit = Advantages(
+        np.array([0, 1, 0, 0], dtype=np.float32),
+        np.array([True, True, True, False]),
+        np.array([]),
+        {},
+    )
     assert [one.state.step for one in select(states, credit, penalty)] == kept
 
 
-# ---------------------------------------------------------------------------------------------------- in a config
+# -------------------------------------------------------------------------------------- in a config
 @pytest.mark.parametrize(
     "penalty, words",
     [
-        ({"type": "w2", "coef": 1.0, "steps": [0, 10]}, "training.penalty.steps: 10 is outside the grid; allowed are 0 to 9"),
-        ({"type": "tv", "coef": 1.0, "to": "old"}, 'training.penalty.to: "old" .* training.updates must make several'),
-        ({"type": "alpha", "coef": 1.0, "order": 2.0}, "training.penalty.order: expected a number above 0 and below 1"),
-        ({"type": "chi2", "coef": 1.0, "to": "base"}, "training.penalty.to: expected 'reference' or 'old'"),
+        (
+            {"type": "w2", "coef": 1.0, "steps": [0, 10]},
+            "training.penalty.steps: 10 is outside the grid; allowed are 0 to 9",
+        ),
+        (
+            {"type": "tv", "coef": 1.0, "to": "old"},
+            'training.penalty.to: "old" .* training.updates must make several',
+        ),
+        (
+            {"type": "alpha", "coef": 1.0, "order": 2.0},
+            "training.penalty.order: expected a number above 0 and below 1",
+        ),
+        (
+            {"type": "chi2", "coef": 1.0, "to": "base"},
+            "training.penalty.to: expected 'reference' or 'old'",
+        ),
     ],
 )
 def test_a_config_that_cannot_work(penalty, words):
     with pytest.raises(UserError, match=words):
-        small_config(rollout={"num_steps": 10, "plan": {"branch_steps": [0, 4, 8]}}, training={"penalty": penalty})
+        small_config(
+            rollout={"num_steps": 10, "plan": {"branch_steps": [0, 4, 8]}},
+            training={"penalty": penalty},
+        )
 
 
 def test_no_copy_is_made_for_the_old_policy():
@@ -262,7 +366,11 @@ def test_no_copy_is_made_for_the_old_policy():
     def of(penalty, **more):
         return small_config(training={"penalty": penalty, "updates": {"passes": 2}, **more})
 
-    old, reference, guard = of({"coef": 0.1, "to": "old"}), of({"coef": 0.1}), of(None, objective={"ratio": "guard"})
+    old, reference, guard = (
+        of({"coef": 0.1, "to": "old"}),
+        of({"coef": 0.1}),
+        of(None, objective={"ratio": "guard"}),
+    )
     assert placement(old) is None and placement(reference) == "whole" and not old.needs_reference()
     seen = [estimate(config) for config in (old, reference, guard)]
     names = [{item.name for item in one.memory.resident} for one in seen]
@@ -275,8 +383,14 @@ def test_help_of_inherited_options_is_found():
     from tempflow.registry import options_of
 
     by_name = {option.name: option.help for option in options_of(Alpha)}
-    assert by_name["order"] == "above 0, below 1." and by_name["coef"].startswith("its weight") and all(by_name.values())
+    assert (
+        by_name["order"] == "above 0, below 1."
+        and by_name["coef"].startswith("its weight")
+        and all(by_name.values())
+    )
 
 
 def test_a_kernel_is_used_where_it_acts_everywhere():
-    assert [penalty.kernel for penalty in (Kl(0.1), Kl(0.1, "v", to="old"), Kl(0.1, steps=[1]))] == [(0.1, "x"), (0.1, "v"), None]
+    assert [
+        penalty.kernel for penalty in (Kl(0.1), Kl(0.1, "v", to="old"), Kl(0.1, steps=[1]))
+    ] == [(0.1, "x"), (0.1, "v"), None]

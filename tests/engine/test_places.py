@@ -1,4 +1,5 @@
-"""A run is found from any working directory, and after it was moved, alone or together with what it names."""
+"""A run is found from any working directory, and after it was moved, alone or together with what it
+names."""
 
 import json
 import os
@@ -18,12 +19,16 @@ from tempflow.config import load_config
 from tempflow.errors import UserError
 from tempflow.run import directory, places
 
-REWARD = "def brightness(images, prompts, metadata):\n    return [float(image.mean()) for image in images]\n"
+REWARD = (
+    "def brightness(images, prompts, metadata):\n    return [float(image.mean()) for image in"
+    " images]\n"
+)
 
 
 @pytest.fixture
 def clone(tmp_path, monkeypatch):
-    """A folder as a user has it: model, prompts, a module of one's own, and a config with relative paths."""
+    """A folder as a user has it: model, prompts, a module of one's own, and a config with relative
+    paths."""
     root = tmp_path / "clone"
     for name in ("models/small", "models/judge", "adapters"):
         (root / name).mkdir(parents=True)
@@ -33,8 +38,20 @@ def clone(tmp_path, monkeypatch):
     (root / "my_rewards_here.py").write_text(REWARD)
     table = {
         "model": {"path": "models/small", "lora": {"start": "adapters"}},
-        "data": {"train": "train.txt", "heldout": {"dataset": "models"}, "prompts_per_iteration": 1, "embedding_cache": "cache"},
-        "rewards": {"jpeg": {"path": "models/judge", "rubric_file": "rubric.txt", "base": "openai/clip", "model": "adapters"}},
+        "data": {
+            "train": "train.txt",
+            "heldout": {"dataset": "models"},
+            "prompts_per_iteration": 1,
+            "embedding_cache": "cache",
+        },
+        "rewards": {
+            "jpeg": {
+                "path": "models/judge",
+                "rubric_file": "rubric.txt",
+                "base": "openai/clip",
+                "model": "adapters",
+            }
+        },
         "deepspeed": {"optimizer": {"type": "SGD"}},
     }
     (root / "one.json").write_text(json.dumps(table))
@@ -73,7 +90,12 @@ def expected(root: Path) -> dict:
     return {key: str(root / name) for key, name in names.items()}
 
 
-RUNS = {"in the clone": [], "deep": ["logging.name=a/b/c"], "elsewhere": ["logging.dir=../scratch"], "absolute": ["logging.dir={}/far"]}
+RUNS = {
+    "in the clone": [],
+    "deep": ["logging.name=a/b/c"],
+    "elsewhere": ["logging.dir=../scratch"],
+    "absolute": ["logging.dir={}/far"],
+}
 
 
 @pytest.mark.parametrize("where", RUNS.values(), ids=RUNS)
@@ -83,7 +105,9 @@ def test_from_any_working_directory(clone, tmp_path, monkeypatch, where):
         monkeypatch.chdir(folder)
         assert named(Path(os.path.relpath(run_dir))) == expected(clone)
     options = directory.read_config(run_dir).rewards["jpeg"]
-    assert options["base"] == "openai/clip" and options["model"] == "adapters", "what is no path stays"
+    assert options["base"] == "openai/clip" and options["model"] == "adapters", (
+        "what is no path stays"
+    )
 
 
 def moved(tmp_path, how) -> Path:
@@ -92,7 +116,9 @@ def moved(tmp_path, how) -> Path:
 
 
 @pytest.mark.parametrize(
-    "how", [shutil.move, shutil.copytree, lambda old, new: (shutil.move(old, new), old.symlink_to(new))], ids=["moved", "copied", "linked"]
+    "how",
+    [shutil.move, shutil.copytree, lambda old, new: (shutil.move(old, new), old.symlink_to(new))],
+    ids=["moved", "copied", "linked"],
 )
 def test_the_clone_was_moved(clone, tmp_path, monkeypatch, how):
     run_dir = begun()
@@ -104,7 +130,9 @@ def test_the_clone_was_moved(clone, tmp_path, monkeypatch, how):
     config = load_config("one.json")
     assert directory.claim(config, resume=True).absolute() == there
     again = load_config(there / "config.json")
-    assert directory.path_of(again).samefile(there) and os.path.realpath(again.model.path) == str(root / "models/small")
+    assert directory.path_of(again).samefile(there) and os.path.realpath(again.model.path) == str(
+        root / "models/small"
+    )
 
 
 @pytest.mark.parametrize("through", ["itself", "a link"])
@@ -116,7 +144,9 @@ def test_the_run_alone_was_moved(clone, tmp_path, monkeypatch, through):
         (tmp_path / "link").symlink_to(there)
         there = tmp_path / "link"
     monkeypatch.chdir("/")
-    assert named(there) | {"cache": ""} == expected(clone) | {"cache": ""}, "what is made anew may lie anywhere"
+    assert named(there) | {"cache": ""} == expected(clone) | {"cache": ""}, (
+        "what is made anew may lie anywhere"
+    )
     again = load_config(there / "config.json")
     assert directory.claim(again, resume=True) == there
 
@@ -135,7 +165,9 @@ def test_a_run_of_an_older_version(clone, monkeypatch):
     """Its config.json has the paths as they were given; they are found above the run."""
     run_dir = begun()
     table = json.loads((clone / "one.json").read_text())
-    (run_dir / "config.json").write_text(json.dumps({**table, "logging": {"dir": "runs", "name": "one"}}))
+    (run_dir / "config.json").write_text(
+        json.dumps({**table, "logging": {"dir": "runs", "name": "one"}})
+    )
     monkeypatch.chdir("/")
     found = named(run_dir)
     assert found | {"cache": ""} == expected(clone) | {"cache": ""}
@@ -189,8 +221,18 @@ def test_evaluating_a_moved_clone_from_elsewhere(clone, tmp_path, monkeypatch):
     sys.modules.pop("my_rewards_here", None)
 
 
-# ------------------------------------------------------------------------------------------------------------------ home
-@pytest.mark.parametrize("key", ["model.path", "data.train", "data.heldout", "data.embedding_cache", "logging.dir", "model.lora.start"])
+# --------------------------------------------------------------------------------------------- home
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model.path",
+        "data.train",
+        "data.heldout",
+        "data.embedding_cache",
+        "logging.dir",
+        "model.lora.start",
+    ],
+)
 def test_home_is_put_in_or_missed(clone, tmp_path, monkeypatch, key):
     monkeypatch.setenv("HOME", str(tmp_path))
     changed = load_config("one.json", [f"{key}=~/clone/adapters"]).model_dump()
@@ -212,7 +254,14 @@ def test_home_on_a_command_line(tmp_path, monkeypatch):
 
 
 def test_tables_of_any_shape_are_left_to_the_config():
-    for table in ({}, {"model": 1}, {"data": {"train": 5}}, {"rewards": ["a"]}, {"rewards": {"a": 1}}, {"model": {"lora": "x"}}):
+    for table in (
+        {},
+        {"model": 1},
+        {"data": {"train": 5}},
+        {"rewards": ["a"]},
+        {"rewards": {"a": 1}},
+        {"model": {"lora": "x"}},
+    ):
         before = json.dumps(table)
         for function in (places.expanded, places.absolute, places.resolved):
             function(table)
@@ -223,7 +272,14 @@ def test_tables_of_any_shape_are_left_to_the_config():
 def test_compiled_code_is_kept_in_the_home_or_where_there_is_room(tmp_path, monkeypatch, writable):
     """As in a container whose user may not write its home."""
     home = "/proc" if not writable else str(tmp_path / "home")
-    for name in (caches := ["TORCHINDUCTOR_CACHE_DIR", "TRITON_HOME", "TRITON_CACHE_DIR", "TORCH_EXTENSIONS_DIR"]):
+    for name in (
+        caches := [
+            "TORCHINDUCTOR_CACHE_DIR",
+            "TRITON_HOME",
+            "TRITON_CACHE_DIR",
+            "TORCH_EXTENSIONS_DIR",
+        ]
+    ):
         monkeypatch.setenv(name, "")  # put back afterwards
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", home)
@@ -233,20 +289,37 @@ def test_compiled_code_is_kept_in_the_home_or_where_there_is_room(tmp_path, monk
     if writable:
         assert chosen == [f"{home}/.cache/tempflow/inductor", None, None, None]
     else:
-        assert all(Path(place).is_relative_to(tmp_path / f"tempflow-home-{os.getuid()}") for place in chosen)
+        assert all(
+            Path(place).is_relative_to(tmp_path / f"tempflow-home-{os.getuid()}")
+            for place in chosen
+        )
     assert os.environ["HOME"] == home, "paths that begin with ~ mean what they did"
 
 
 def test_a_process_without_a_home_gets_one_elsewhere(tmp_path, monkeypatch):
     """As in a container whose user has no name."""
-    code = "import os; from tempflow import cli; cli._ensure_home(); print(os.path.expanduser('~/x'))"
+    code = (
+        "import os; from tempflow import cli; cli._ensure_home(); print(os.path.expanduser('~/x'))"
+    )
     env = {**environment(), "TMPDIR": str(tmp_path)}
     env.pop("HOME")
-    unknown = f"import os, pwd; pwd.getpwuid = lambda uid: (_ for _ in ()).throw(KeyError(uid)); {code}"
-    done = subprocess.run([sys.executable, "-c", unknown], env=env, cwd=tmp_path, capture_output=True, text=True)
+    unknown = (
+        f"import os, pwd; pwd.getpwuid = lambda uid: (_ for _ in ()).throw(KeyError(uid)); {code}"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", unknown], env=env, cwd=tmp_path, capture_output=True, text=True
+    )
     home = tmp_path / f"tempflow-home-{os.getuid()}"
-    assert done.stdout.strip() == str(home / "x") and os.listdir(tmp_path) == [home.name], done.stderr
-    done = subprocess.run([sys.executable, "-c", code], env={**env, "HOME": "relative"}, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip() == str(home / "x") and os.listdir(tmp_path) == [home.name], (
+        done.stderr
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**env, "HOME": "relative"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert done.stdout.strip() == str(home / "x"), done.stderr
     monkeypatch.setenv("HOME", str(tmp_path))
     cli._ensure_home()

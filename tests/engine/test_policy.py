@@ -1,4 +1,5 @@
-"""Policies against plain diffusers: the same latents and pictures, and one message for each bad input."""
+"""Policies against plain diffusers: the same latents and pictures, and one message for each bad
+input."""
 
 import json
 import shutil
@@ -16,7 +17,11 @@ from tempflow.models.embeddings import EmbeddingCache
 from tempflow.types import Size
 
 FP32 = 1e-5
-PROMPTS = ['the word "ABC"', 'the word "HELLO"', "something else, and rather longer than the others"]
+PROMPTS = [
+    'the word "ABC"',
+    'the word "HELLO"',
+    "something else, and rather longer than the others",
+]
 SIZES = [(32, 96), (48, 16)]
 CALLS = {  # kind of pipeline: guidance_scale
     "plain": 0.0,
@@ -28,7 +33,8 @@ CALLS = {  # kind of pipeline: guidance_scale
 
 @pytest.fixture(scope="module")
 def pairs(pipelines):
-    """A policy, and diffusers' own pipeline loaded apart, of each random kind and of the shipped model."""
+    """A policy, and diffusers' own pipeline loaded apart, of each random kind and of the shipped
+    model."""
     from diffusers import FluxPipeline
 
     made = {}
@@ -58,7 +64,9 @@ def arguments(height, width, scale):
 def test_sample_equals_the_pipeline(pairs, kind, height, width):
     policy, pipe = pairs(kind)
     x, call = latents_for(policy, height, width), arguments(height, width, CALLS.get(kind, 0.0))
-    expected = pipe(PROMPTS, latents=x.clone(), num_inference_steps=5, output_type="latent", **call).images
+    expected = pipe(
+        PROMPTS, latents=x.clone(), num_inference_steps=5, output_type="latent", **call
+    ).images
     got = policy.sample(PROMPTS, latents=x, num_steps=5, decode=False, **call)
     assert got.dtype == torch.float32
     assert_close("latents", got, expected, FP32)
@@ -68,7 +76,9 @@ def test_sample_equals_the_pipeline(pairs, kind, height, width):
     wanted = pipe(PROMPTS, latents=x.clone(), num_inference_steps=5, **call).images
     assert [p.size for p in pictures] == [(width, height)] * len(PROMPTS)
     difference = np.stack(pictures).astype(int) - np.stack(wanted)
-    assert np.abs(difference).max() <= 1 and (difference != 0).mean() < 1e-3, "a level here and there, by rounding"
+    assert np.abs(difference).max() <= 1 and (difference != 0).mean() < 1e-3, (
+        "a level here and there, by rounding"
+    )
 
 
 def test_what_the_variants_change_matters(pairs):
@@ -85,7 +95,9 @@ def test_what_the_variants_change_matters(pairs):
     assert (sample(num_steps=5) - base).norm() > 1e-3 * base.norm()
     plain, _ = pairs("plain")
     assert torch.allclose(plain.sigmas(4, Size(32, 96)), torch.linspace(1, 0, 5))
-    assert not torch.allclose(policy.sigmas(4, Size(32, 96)), policy.sigmas(4, Size(128, 128)), rtol=1e-3)
+    assert not torch.allclose(
+        policy.sigmas(4, Size(32, 96)), policy.sigmas(4, Size(128, 128)), rtol=1e-3
+    )
     assert (base[0] - base[1]).norm() > 0.1
 
 
@@ -94,7 +106,14 @@ def test_text_length_is_the_pipelines(pairs, pipelines):
     _, pipe = pairs("plain")
     policy = load_policy(str(pipelines["plain"]), max_sequence_length=20)
     x, call = latents_for(policy, 32, 32), arguments(32, 32, 0.0)
-    expected = pipe(PROMPTS, latents=x.clone(), num_inference_steps=2, output_type="latent", max_sequence_length=20, **call)
+    expected = pipe(
+        PROMPTS,
+        latents=x.clone(),
+        num_inference_steps=2,
+        output_type="latent",
+        max_sequence_length=20,
+        **call,
+    )
     got = policy.sample(PROMPTS, latents=x, num_steps=2, decode=False, **call)
     assert_close("latents", got, expected.images, FP32)
     assert policy.encode(examples(PROMPTS))["encoder_hidden_states"].shape[1] == 20
@@ -109,7 +128,13 @@ def test_rows_may_be_at_different_steps(policy):
     with torch.no_grad():
         together = policy.velocity(policy.transformer, x, sigma, conditioning, *call)
         for i in range(3):
-            alone = policy.velocity(policy.transformer, x[i : i + 1], sigma[i : i + 1], index_rows(conditioning, [i]), *call)
+            alone = policy.velocity(
+                policy.transformer,
+                x[i : i + 1],
+                sigma[i : i + 1],
+                index_rows(conditioning, [i]),
+                *call,
+            )
             assert_close(f"row {i}", together[i : i + 1], alone, FP32)
 
 
@@ -123,7 +148,12 @@ def test_grid_falls_from_one_to_zero(pairs, kind):
 
 
 def test_frozen_and_in_evaluation_mode(policy):
-    modules = [policy.pipe.text_encoder, policy.pipe.text_encoder_2, policy.pipe.vae, policy.transformer]
+    modules = [
+        policy.pipe.text_encoder,
+        policy.pipe.text_encoder_2,
+        policy.pipe.vae,
+        policy.transformer,
+    ]
     assert not any(p.requires_grad for module in modules for p in module.parameters())
     assert not any(module.training for module in modules)
 
@@ -136,17 +166,25 @@ def test_load_denoiser_is_another_copy_of_the_same_weights(policy):
         assert torch.equal(parameter, own[name].bfloat16())
 
 
-@pytest.mark.parametrize("name, dtype", [("bfloat16", torch.bfloat16), ("float16", torch.float16), (torch.float32, torch.float32)])
+@pytest.mark.parametrize(
+    "name, dtype",
+    [("bfloat16", torch.bfloat16), ("float16", torch.float16), (torch.float32, torch.float32)],
+)
 def test_dtype(pipelines, name, dtype):
     policy = load_policy(str(pipelines["plain"]), dtype=name)
     assert policy.dtype == dtype
     assert policy.encode(examples(PROMPTS))["encoder_hidden_states"].dtype == dtype
     if dtype != torch.float16:  # what a CPU may lack
         x = latents_for(policy, 32, 32)
-        assert policy.sample(PROMPTS, latents=x, num_steps=2, decode=False, **arguments(32, 32, 0.0)).dtype == torch.float32
+        assert (
+            policy.sample(
+                PROMPTS, latents=x, num_steps=2, decode=False, **arguments(32, 32, 0.0)
+            ).dtype
+            == torch.float32
+        )
 
 
-# --------------------------------------------------------------------------------------------------- embeddings
+# --------------------------------------------------------------------------------------- embeddings
 class CountingPolicy:
     """Encodes a prompt as its length, and writes down what it was asked for."""
 
@@ -176,10 +214,13 @@ def test_embeddings_forget_the_least_recently_used():
     for prompts in (["a", "bb"], ["a"], ["ccc"], ["a"], ["bb"]):
         cache.get(examples(prompts))
     assert policy.asked == ["a", "bb", "ccc", "bb"]
-    assert cache.get(examples(list("vwxyz")))["length"].shape == (5, 1), "more prompts at once than are kept"
+    assert cache.get(examples(list("vwxyz")))["length"].shape == (
+        5,
+        1,
+    ), "more prompts at once than are kept"
 
 
-# -------------------------------------------------------------------------------------------------------- errors
+# ------------------------------------------------------------------------------------------- errors
 def refused(words, call, *args, kind=UserError, **kwargs):
     with pytest.raises(kind) as error:
         call(*args, **kwargs)
@@ -202,7 +243,9 @@ def test_two_missing_components_are_named(skeleton):
 
 def test_unknown_family_lists_the_known(skeleton):
     index = json.loads((skeleton / "model_index.json").read_text())
-    (skeleton / "model_index.json").write_text(json.dumps({**index, "_class_name": "CogViewPipeline"}))
+    (skeleton / "model_index.json").write_text(
+        json.dumps({**index, "_class_name": "CogViewPipeline"})
+    )
     refused(["model.path", "CogViewPipeline", "FluxPipeline"], check_model, str(skeleton))
 
 
@@ -219,7 +262,9 @@ def test_folders_that_are_no_model(tmp_path):
 
 
 def test_hub_id_that_cannot_be_had():
-    refused(["model.path", "no-such-owner/no-such-model"], check_model, "no-such-owner/no-such-model")
+    refused(
+        ["model.path", "no-such-owner/no-such-model"], check_model, "no-such-owner/no-such-model"
+    )
 
 
 def test_weights_that_are_missing(skeleton):
@@ -229,15 +274,35 @@ def test_weights_that_are_missing(skeleton):
 @pytest.mark.parametrize("height, width", [(30, 96), (32, 100), (33, 97)])
 def test_impossible_size(policy, height, width):
     for call in (policy.latent_shape, partial(policy.sigmas, 4)):
-        refused(["rollout.height", "rollout.width", f"{height} x {width}", "multiples of 8"], call, Size(height, width))
+        refused(
+            ["rollout.height", "rollout.width", f"{height} x {width}", "multiples of 8"],
+            call,
+            Size(height, width),
+        )
 
 
 def test_sample_refuses_what_does_not_fit(policy):
     x = latents_for(policy, 32, 96)
     call = {"num_steps": 2, "guidance_scale": 0.0, "height": 32, "width": 96}
-    refused(["latents", "(2, 48, 32)", "(3, 48, 32)"], policy.sample, PROMPTS[:2], latents=x, kind=ValueError, **call)
-    refused(["latents", "(3, 24, 32)"], policy.sample, PROMPTS, latents=x, kind=ValueError, **{**call, "width": 48})
-    refused(["negative_prompts"], policy.sample, PROMPTS, latents=x, negative_prompts=[""] * 3, **call)
+    refused(
+        ["latents", "(2, 48, 32)", "(3, 48, 32)"],
+        policy.sample,
+        PROMPTS[:2],
+        latents=x,
+        kind=ValueError,
+        **call,
+    )
+    refused(
+        ["latents", "(3, 24, 32)"],
+        policy.sample,
+        PROMPTS,
+        latents=x,
+        kind=ValueError,
+        **{**call, "width": 48},
+    )
+    refused(
+        ["negative_prompts"], policy.sample, PROMPTS, latents=x, negative_prompts=[""] * 3, **call
+    )
 
 
 def sample_arguments(policy, **changes):
@@ -293,24 +358,54 @@ SAMPLE = {
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_sample_names_the_argument(policy, monkeypatch, name, value):
-    """Before anything is encoded. A wrong count of prompts is one of latents, whose shape is told."""
+    """Before anything is encoded. A wrong count of prompts is one of latents, whose shape is
+    told."""
     monkeypatch.setattr(policy, "embed", lambda texts: pytest.fail("encoded"))
     few = name == "prompts" and value in ("one", ["one too few"])
-    refused(["latents" if few else name], policy.sample, kind=(ValueError, UserError), **sample_arguments(policy, **{name: value}))
+    refused(
+        ["latents" if few else name],
+        policy.sample,
+        kind=(ValueError, UserError),
+        **sample_arguments(policy, **{name: value}),
+    )
 
 
 def test_one_text_is_one_prompt(policy):
-    """As in diffusers. A tuple is as good as a list, and what numpy makes of numbers as good as Python's."""
+    """As in diffusers. A tuple is as good as a list, and what numpy makes of numbers as good as
+    Python's."""
     x = latents_for(policy, 32, 96)[:1]
-    call = {"latents": x, "height": 32, "width": 96, "num_steps": 2, "guidance_scale": 0.0, "decode": False}
+    call = {
+        "latents": x,
+        "height": 32,
+        "width": 96,
+        "num_steps": 2,
+        "guidance_scale": 0.0,
+        "decode": False,
+    }
     expected = policy.sample(PROMPTS[:1], **call)
     assert torch.equal(policy.sample(PROMPTS[0], **call), expected)
-    others = {"latents": x.double(), "height": np.int64(32), "num_steps": np.int32(2), "guidance_scale": np.float32(0)}
+    others = {
+        "latents": x.double(),
+        "height": np.int64(32),
+        "num_steps": np.int32(2),
+        "guidance_scale": np.float32(0),
+    }
     assert torch.equal(policy.sample(tuple(PROMPTS[:1]), **{**call, **others}), expected)
 
 
 LOADED = {
-    "dtype": ("fp16", "bf16", "half", "", "float64", None, 16, torch.float64, torch.int8, torch.float8_e4m3fn),
+    "dtype": (
+        "fp16",
+        "bf16",
+        "half",
+        "",
+        "float64",
+        None,
+        16,
+        torch.float64,
+        torch.int8,
+        torch.float8_e4m3fn,
+    ),
     "device": ("gpu", "cuda:99", "cuda:-1", "tpu", "", None, 1.5, "cpu:x", "meta"),
     "max_sequence_length": (0, -5, 2.0, "20", True, 10**12),
     "parts": ("images", "", None, 1),
@@ -318,10 +413,19 @@ LOADED = {
 }
 
 
-@pytest.mark.parametrize("name, value", [(name, value) for name, values in LOADED.items() for value in values], ids=repr)
+@pytest.mark.parametrize(
+    "name, value", [(name, value) for name, values in LOADED.items() for value in values], ids=repr
+)
 def test_load_policy_names_the_argument(monkeypatch, name, value):
     from tempflow.models.component import Component
 
     monkeypatch.setattr(Component, "load", lambda *args: pytest.fail("loaded"))
-    allowed = {"dtype": ["'bfloat16'", "'auto'"], "device": ["cpu"], "parts": ["'text'"]}.get(name, [])
-    refused([name, *allowed], load_policy, kind=(ValueError, UserError), **{"path": str(MODEL), name: value})
+    allowed = {"dtype": ["'bfloat16'", "'auto'"], "device": ["cpu"], "parts": ["'text'"]}.get(
+        name, []
+    )
+    refused(
+        [name, *allowed],
+        load_policy,
+        kind=(ValueError, UserError),
+        **{"path": str(MODEL), name: value},
+    )

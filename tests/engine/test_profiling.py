@@ -1,4 +1,5 @@
-"""What a profiler sees of a run: the real NVTX calls, recorded by a small injected tool (nvtx_recorder.c)."""
+"""What a profiler sees of a run: the real NVTX calls, recorded by a small injected tool
+(nvtx_recorder.c)."""
 
 import re
 import shutil
@@ -19,12 +20,15 @@ def recorder(tmp_path_factory):
     compiler = shutil.which("cc") or shutil.which("gcc")
     assert compiler, "a C compiler is a requirement of the project"
     library = tmp_path_factory.mktemp("nvtx") / "recorder.so"
-    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, HERE / "nvtx_recorder.c"], check=True)
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", "-o", library, HERE / "nvtx_recorder.c"], check=True
+    )
     return library
 
 
 def ranges(record) -> list[tuple[str, ...]]:
-    """Every range as the messages of those around it and its own; checks that all are closed and in the one domain."""
+    """Every range as the messages of those around it and its own; checks that all are closed and in
+    the one domain."""
     stack, seen = [], []
     for line in record.read_text().splitlines():
         kind, domain, *message = line.split("\t")
@@ -54,19 +58,37 @@ def test_every_stage_of_a_run_has_its_range(recorder, tmp_path, monkeypatch):
         rollout={"lanes": 1},
     )  # a lane's ranges stand in its own thread, not inside the rollout's
     seen = ranges(record)
-    stages = Counter(tuple(re.sub(r"( \w+=\S+)+$", "", message) for message in path) for path in seen)
+    stages = Counter(
+        tuple(re.sub(r"( \w+=\S+)+$", "", message) for message in path) for path in seen
+    )
     assert stages["iteration",] == 2 and ("iteration number=1",) in seen
-    assert stages["iteration", "rollout"] == stages["iteration", "reward"] == stages["iteration", "weight sync"] == 2
+    assert (
+        stages["iteration", "rollout"]
+        == stages["iteration", "reward"]
+        == stages["iteration", "weight sync"]
+        == 2
+    )
     assert stages["iteration", "optimizer step"] == 4
-    assert stages["iteration", "train micro-batch"] == 4 * 2, "12 decisions in micro-batches of 8, 2 updates, 2 iterations"
+    assert stages["iteration", "train micro-batch"] == 4 * 2, (
+        "12 decisions in micro-batches of 8, 2 updates, 2 iterations"
+    )
     assert stages["iteration", "rollout", "decode"] >= 2 and stages["checkpoint",] == 1
-    rows = sum(int(re.search(r"rows=(\d+) steps=(\d+)-(\d+)", path[-1])[1]) for path in seen if path[-1].startswith("forward"))
+    rows = sum(
+        int(re.search(r"rows=(\d+) steps=(\d+)-(\d+)", path[-1])[1])
+        for path in seen
+        if path[-1].startswith("forward")
+    )
     assert rows == sum(row["forwards/rollout"] for row in run.rows if row["iteration"] > 0)
-    assert stages["iteration", "rollout", "forward"] == sum(path[-1].startswith("forward") for path in seen)
+    assert stages["iteration", "rollout", "forward"] == sum(
+        path[-1].startswith("forward") for path in seen
+    )
 
 
 def test_ranges_close_when_what_they_name_fails(recorder, tmp_path, monkeypatch):
-    code = "from tempflow.profiling import span\ntry:\n  with span('a', n=1):\n    with span('b'): 1 / 0\nexcept ZeroDivisionError: pass"
+    code = (
+        "from tempflow.profiling import span\ntry:\n  with span('a', n=1):\n    with span('b'): 1 /"
+        " 0\nexcept ZeroDivisionError: pass"
+    )
     monkeypatch.setenv("NVTX_INJECTION64_PATH", str(recorder))
     monkeypatch.setenv("NVTX_RECORD", str(tmp_path / "record.txt"))
     subprocess.run([sys.executable, "-c", code], check=True, env=environment())

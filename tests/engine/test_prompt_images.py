@@ -32,7 +32,8 @@ def written(tmp_path, *entries):
 
 
 def test_a_prompt_names_one_image_or_several(tmp_path):
-    """From the prompt file's folder, or by absolute path; the keys leave the metadata, and rewards find the paths there."""
+    """From the prompt file's folder, or by absolute path; the keys leave the metadata, and rewards
+    find the paths there."""
     cat, dog = painted(tmp_path / "in" / "cat.png"), painted(tmp_path / "dog.jpg")
     file = written(
         tmp_path,
@@ -43,8 +44,14 @@ def test_a_prompt_names_one_image_or_several(tmp_path):
     )
     prompts = load_prompts(file)
     assert [p.images for p in prompts] == [(cat,), (cat, dog), (), ()]
-    assert [p.metadata for p in prompts] == [{"source": f"{file}:{n}", **more} for n, more in ((1, {"tag": 3}), (2, {}), (3, {}), (4, {}))]
-    assert prompts[1].for_rewards == {"source": f"{file}:2", "images": [cat, dog]} and prompts[2].for_rewards is prompts[2].metadata
+    assert [p.metadata for p in prompts] == [
+        {"source": f"{file}:{n}", **more}
+        for n, more in ((1, {"tag": 3}), (2, {}), (3, {}), (4, {}))
+    ]
+    assert (
+        prompts[1].for_rewards == {"source": f"{file}:2", "images": [cat, dog]}
+        and prompts[2].for_rewards is prompts[2].metadata
+    )
 
 
 def test_a_relative_file_gives_absolute_paths(tmp_path, monkeypatch):
@@ -56,10 +63,18 @@ def test_a_relative_file_gives_absolute_paths(tmp_path, monkeypatch):
 
 
 def test_flow_factorys_layout(tmp_path):
-    """Names are those of its folder images/, a list may stand under "image"; a file beside the prompt file goes before."""
+    """Names are those of its folder images/, a list may stand under "image"; a file beside the
+    prompt file goes before."""
     folder = tmp_path / "sharegpt"
-    one, two, beside = painted(folder / "images" / "1.png"), painted(folder / "images" / "2.png"), painted(folder / "2.png")
-    (folder / "train.jsonl").write_text('{"prompt": "a", "image": ["1.png"]}\n{"prompt": "b", "images": ["2.png", "images/2.png"]}\n')
+    one, two, beside = (
+        painted(folder / "images" / "1.png"),
+        painted(folder / "images" / "2.png"),
+        painted(folder / "2.png"),
+    )
+    (folder / "train.jsonl").write_text(
+        '{"prompt": "a", "image": ["1.png"]}\n{"prompt": "b", "images": ["2.png",'
+        ' "images/2.png"]}\n'
+    )
     assert [p.images for p in load_prompts(folder)] == [(one,), (beside, two)]
 
 
@@ -112,10 +127,14 @@ def _header_alone(file, width, height):
     import zlib
 
     def chunk(kind, data):
-        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+        return (
+            len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+        )
 
     header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 2, 0, 0, 0])
-    file.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
+    file.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+    )
 
 
 def test_exif_rotation_at_use(tmp_path):
@@ -133,7 +152,9 @@ def test_many_prompts_hold_no_pixels(tmp_path):
     """A file of 2000 prompts on 100 images of a megapixel: the images are 300 MB decoded."""
     for n in range(100):
         _header_alone(tmp_path / f"{n}.png", 1000, 1000)
-    file = written(tmp_path, *({"prompt": f"edit {n}", "image": f"{n % 100}.png"} for n in range(2000)))
+    file = written(
+        tmp_path, *({"prompt": f"edit {n}", "image": f"{n % 100}.png"} for n in range(2000))
+    )
     tracemalloc.start()
     prompts = load_prompts(file)
     held, peak = tracemalloc.get_traced_memory()
@@ -155,9 +176,13 @@ def test_an_image_is_hashed_once(tmp_path, monkeypatch):
     from tempflow import types
 
     painted(tmp_path / "a.png")
-    prompts = load_prompts(written(tmp_path, *({"prompt": f"{n}", "image": "a.png"} for n in range(20))))
+    prompts = load_prompts(
+        written(tmp_path, *({"prompt": f"{n}", "image": "a.png"} for n in range(20)))
+    )
     read = []
-    monkeypatch.setattr(types.Path, "read_bytes", lambda self: read.append(self) or open(self, "rb").read())
+    monkeypatch.setattr(
+        types.Path, "read_bytes", lambda self: read.append(self) or open(self, "rb").read()
+    )
     first = [prompt.image_digests for prompt in prompts]
     painted(tmp_path / "a.png", (30, 20))
     second = [prompt.image_digests for prompt in load_prompts(tmp_path / "edits.jsonl")]
@@ -168,10 +193,14 @@ def test_an_image_is_hashed_once(tmp_path, monkeypatch):
 
 
 def test_other_images_are_other_prompts(tmp_path):
-    """By content: a run goes on where the file has moved, and is refused where another image has its name."""
+    """By content: a run goes on where the file has moved, and is refused where another image has
+    its name."""
     painted(tmp_path / "a.png"), painted(tmp_path / "moved" / "a.png")
     entry = {"prompt": "make it night", "image": "a.png"}
-    here, moved = load_prompts(written(tmp_path, entry)), load_prompts(written(tmp_path / "moved", entry))
+    here, moved = (
+        load_prompts(written(tmp_path, entry)),
+        load_prompts(written(tmp_path / "moved", entry)),
+    )
     check_unchanged(digests(here, []), digests(moved, []))
     painted(tmp_path / "moved" / "a.png", color=(0, 0, 0))
     moved = load_prompts(tmp_path / "moved" / "edits.jsonl")
@@ -184,7 +213,10 @@ def test_a_family_that_takes_no_images_refuses_them(tmp_path):
     painted(tmp_path / "cat.png")
     file = written(tmp_path, {"prompt": "a"}, {"prompt": "make it night", "image": "cat.png"})
     config = parse_config(
-        config_table(data={"train": str(file), "heldout": None, "prompts_per_iteration": 1}, logging={"dir": str(tmp_path), "name": "run"})
+        config_table(
+            data={"train": str(file), "heldout": None, "prompts_per_iteration": 1},
+            logging={"dir": str(tmp_path), "name": "run"},
+        )
     )
     assert config.model.path == str(MODEL)
     with pytest.raises(UserError, match=f"^{file}:2: brings 1 image, and Flux takes none"):
@@ -195,74 +227,128 @@ def test_the_shipped_edits():
     """They are what the recipe draws and writes, no scene in both files."""
     for key, split in (("data.train", "train"), ("data.heldout", "test")):
         prompts = load_prompts(edit_recipe.FOLDER, key)
-        given = [{"prompt": p.text, "image": os.path.relpath(p.images[0], edit_recipe.FOLDER)} for p in prompts]
+        given = [
+            {"prompt": p.text, "image": os.path.relpath(p.images[0], edit_recipe.FOLDER)}
+            for p in prompts
+        ]
         assert given == edit_recipe.lines(split)
         for prompt in prompts:
             name = os.path.basename(prompt.images[0]).removesuffix(".png")
             assert (name in edit_recipe.HELDOUT) is (split == "test")
-            assert np.array_equal(np.asarray(condition_image(prompt.images[0])), np.asarray(edit_recipe.draw(name)))
+            assert np.array_equal(
+                np.asarray(condition_image(prompt.images[0])), np.asarray(edit_recipe.draw(name))
+            )
 
 
-# ----------------------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------------- command line
 def test_images_of_a_command_line(tmp_path):
     """One entry for all prompts, or one for each; files, PIL images and arrays."""
     cat, pixels = painted(tmp_path / "cat.png"), np.full((16, 20, 3), 9, np.uint8)
     assert [p.images for p in typed_prompts(["a", "b"], "--prompt", [[cat]])] == [(cat,), (cat,)]
-    assert [p.images for p in typed_prompts(["a", "b"], "--prompt", [[os.path.relpath(cat)], [cat, cat]])] == [(cat,), (cat, cat)]
+    assert [
+        p.images
+        for p in typed_prompts(["a", "b"], "--prompt", [[os.path.relpath(cat)], [cat, cat]])
+    ] == [(cat,), (cat, cat)]
     (given,) = typed_prompts(["a"], "prompts", [[pixels, Image.fromarray(pixels)]], "images")
     assert len(given.images) == 2 and all(np.array_equal(image, pixels) for image in given.images)
     assert typed_prompts(["a"], "--prompt") == [Example("a")]
     with pytest.raises(UserError, match="^--image: given 2 times for 3 prompts"):
         typed_prompts(["a", "b", "c"], "--prompt", [[cat], [cat]])
-    for bad in (str(tmp_path / "none.png"), 3, np.zeros((16, 16), np.uint8), np.zeros((16, 8, 3), np.uint8)):
+    for bad in (
+        str(tmp_path / "none.png"),
+        3,
+        np.zeros((16, 16), np.uint8),
+        np.zeros((16, 8, 3), np.uint8),
+    ):
         with pytest.raises(UserError, match="^--image: "):
             typed_prompts(["a"], "--prompt", [[bad]])
 
 
 def test_options_of_the_commands(tmp_path):
-    """--image belongs to --prompt, in sample.py and refine.py; several of one prompt stand behind one --image."""
+    """--image belongs to --prompt, in sample.py and refine.py; several of one prompt stand behind
+    one --image."""
     from tempflow.commands import refine, sample
 
     cat, dog = painted(tmp_path / "cat.png"), painted(tmp_path / "dog.png")
-    given = ["--run", str(tmp_path), "--out", str(tmp_path / "out"), "--prompt", "a", "--prompt", "b"]
+    given = [
+        "--run",
+        str(tmp_path),
+        "--out",
+        str(tmp_path / "out"),
+        "--prompt",
+        "a",
+        "--prompt",
+        "b",
+    ]
     for command in (sample, refine):
         args = command.parse_args([*given, "--image", cat, dog, "--image", dog])
         assert [p.images for p in command.chosen_prompts(args, None)] == [(cat, dog), (dog,)]
-        assert [p.images for p in command.chosen_prompts(command.parse_args(given), None)] == [(), ()]
+        assert [p.images for p in command.chosen_prompts(command.parse_args(given), None)] == [
+            (),
+            (),
+        ]
         with pytest.raises(UserError, match="^--image: belongs to a --prompt"):
             command.chosen_prompts(command.parse_args([*given[:4], "--image", cat]), None)
 
 
-# --------------------------------------------------------------------------------------------------- datasets
+# ----------------------------------------------------------------------------------------- datasets
 @pytest.fixture
 def dataset(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     datasets.disable_progress_bars()
     files = [painted(tmp_path / f"{n}.png", color=(n, 0, 0)) for n in (10, 20, 30)]
-    rows = {"prompt": ["a", "b"], "source_img": files[:2], "others": [[files[2]], []], "tag": [1, 2], "target_img": files[1:]}
-    kinds = {"source_img": datasets.Image(), "others": datasets.List(datasets.Image()), "target_img": datasets.Image()}
-    features = datasets.Features({"prompt": datasets.Value("string"), "tag": datasets.Value("int64"), **kinds})
+    rows = {
+        "prompt": ["a", "b"],
+        "source_img": files[:2],
+        "others": [[files[2]], []],
+        "tag": [1, 2],
+        "target_img": files[1:],
+    }
+    kinds = {
+        "source_img": datasets.Image(),
+        "others": datasets.List(datasets.Image()),
+        "target_img": datasets.Image(),
+    }
+    features = datasets.Features(
+        {"prompt": datasets.Value("string"), "tag": datasets.Value("int64"), **kinds}
+    )
     (tmp_path / "set").mkdir()
-    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "set" / "train.parquet")
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(
+        tmp_path / "set" / "train.parquet"
+    )
     return str(tmp_path / "set")
 
 
 def test_a_datasets_columns(dataset):
     """Of images or lists of images, as arrays; other image columns are not decoded."""
-    prompts = load_prompts(HubDataset(dataset=dataset, images=["source_img", "others"], metadata=["tag"]))
+    prompts = load_prompts(
+        HubDataset(dataset=dataset, images=["source_img", "others"], metadata=["tag"])
+    )
     assert [[image[0, 0, 0] for image in p.images] for p in prompts] == [[10, 30], [20]]
-    assert all(image.dtype == np.uint8 and image.shape == (16, 24, 3) for p in prompts for image in p.images)
-    assert [p.metadata for p in prompts] == [{"tag": n + 1, "source": f"{dataset}[train]:{n}"} for n in (0, 1)]
+    assert all(
+        image.dtype == np.uint8 and image.shape == (16, 24, 3)
+        for p in prompts
+        for image in p.images
+    )
+    assert [p.metadata for p in prompts] == [
+        {"tag": n + 1, "source": f"{dataset}[train]:{n}"} for n in (0, 1)
+    ]
     assert prompts[0].for_rewards["images"][0] is prompts[0].images[0]
     without = load_prompts(HubDataset(dataset=dataset))
-    assert without == [Example(text, metadata={"source": f"{dataset}[train]:{n}"}) for n, text in enumerate("ab")]
+    assert without == [
+        Example(text, metadata={"source": f"{dataset}[train]:{n}"}) for n, text in enumerate("ab")
+    ]
 
 
 def test_a_datasets_columns_refused(dataset, monkeypatch):
-    with pytest.raises(UserError, match="data.train.images: .* has no column image; it has prompt, "):
+    with pytest.raises(
+        UserError, match="data.train.images: .* has no column image; it has prompt, "
+    ):
         load_prompts(HubDataset(dataset=dataset, images=["image"]))
-    with pytest.raises(UserError, match=r"\[train\]:0: tag: expected an image or a list of images .*, got 1"):
+    with pytest.raises(
+        UserError, match=r"\[train\]:0: tag: expected an image or a list of images .*, got 1"
+    ):
         load_prompts(HubDataset(dataset=dataset, images=["tag"]))
     monkeypatch.setattr("tempflow.data.prompts.MOST_HELD", 2000)
     with pytest.raises(UserError, match="first 2 of 2 rows .*train\\[:1000\\]"):

@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 
 import words as word_recipe
 from tempflow.config import HubDataset, load_config, parse_config
-from tempflow.data.prompts import LONGEST, PromptOrder, check_unchanged, digests, load_prompts, typed_prompts
+from tempflow.data.prompts import (
+    LONGEST,
+    PromptOrder,
+    check_unchanged,
+    digests,
+    load_prompts,
+    typed_prompts,
+)
 from tempflow.errors import UserError
 from tempflow.rewards.quotes import quoted_text
 from tempflow.types import Example
@@ -43,17 +50,27 @@ def test_jsonl_file(tmp_path):
 
 def test_shipped_prompts():
     """They are what the recipe makes of seed 0, and no word is in two files."""
-    files = {name: load_prompts(PROMPTS.with_name(f"words_{name}.txt")) for name in word_recipe.word_lists()}
+    files = {
+        name: load_prompts(PROMPTS.with_name(f"words_{name}.txt"))
+        for name in word_recipe.word_lists()
+    }
     read = {name: [quoted_text(p.text) for p in prompts] for name, prompts in files.items()}
     assert read == word_recipe.word_lists()
-    assert {name: len(set(found)) for name, found in read.items()} == {"train": 4000, "heldout": 512, "final": 256}
+    assert {name: len(set(found)) for name, found in read.items()} == {
+        "train": 4000,
+        "heldout": 512,
+        "final": 256,
+    }
     assert len(set().union(*read.values())) == 4000 + 512 + 256
 
 
 def test_the_first_held_out_words_stay():
     """Numbers on the first 128 are compared with those from before there were more."""
     text = "".join(p.text + "\n" for p in load_prompts(HELDOUT)[: word_recipe.FIRST_HELDOUT])
-    assert hashlib.sha256(text.encode()).hexdigest() == "84f9fb53566e97880f86544ab51d93a5f42859ba9230ea2f5b8027dc228b4632"
+    assert (
+        hashlib.sha256(text.encode()).hexdigest()
+        == "84f9fb53566e97880f86544ab51d93a5f42859ba9230ea2f5b8027dc228b4632"
+    )
 
 
 @pytest.mark.parametrize(
@@ -70,7 +87,11 @@ def test_the_first_held_out_words_stay():
         ("p.jsonl", '{"prompt": 3}', [":1", '"prompt"']),
         ("p.jsonl", '["a"]', [":1", "object"]),
         ("p.jsonl", "[" * 100_000, [":1", "not JSON"]),
-        ("p.jsonl", '{"prompt": "a", "negative_prompt": ["b"]}', [":1", '"negative_prompt"', "['b']"]),
+        (
+            "p.jsonl",
+            '{"prompt": "a", "negative_prompt": ["b"]}',
+            [":1", '"negative_prompt"', "['b']"],
+        ),
         # in another encoding
         ("p.txt", "a barn\na fox".encode("utf-16-le"), [":1", "not UTF-8 text", "UTF-16"]),
         ("P.TXT", "a barn\n\na fox\n".encode("utf-16-be"), [":1", "not UTF-8 text"]),
@@ -78,13 +99,33 @@ def test_the_first_held_out_words_stay():
         ("p.txt", "fine\na \x93quoted\x94 word\n", [":2", "control character U+0093", "UTF-8"]),
         ("p.txt", "a \x1b[31mred\x1b[0m barn", [":1", "U+001B"]),
         ("p.jsonl", r'{"prompt": "a\u0000b"}', [":1", "U+0000"]),
-        ("p.jsonl", '{"prompt": "a"}\n' + r'{"prompt": "a smile \ud83d"}', [":2", "half a character (U+D83D)"]),
-        ("p.jsonl", r'{"prompt": "a smile", "negative_prompt": "\ude00"}', [":1", "half a character (U+DE00)"]),
-        ("p.jsonl", r'{"prompt": "a smile", "tags": {"list": ["\ud83d"]}}', [":1", "half a character (U+D83D)"]),
+        (
+            "p.jsonl",
+            '{"prompt": "a"}\n' + r'{"prompt": "a smile \ud83d"}',
+            [":2", "half a character (U+D83D)"],
+        ),
+        (
+            "p.jsonl",
+            r'{"prompt": "a smile", "negative_prompt": "\ude00"}',
+            [":1", "half a character (U+DE00)"],
+        ),
+        (
+            "p.jsonl",
+            r'{"prompt": "a smile", "tags": {"list": ["\ud83d"]}}',
+            [":1", "half a character (U+D83D)"],
+        ),
         # twice
         ("p.jsonl", '{"prompt": "a", "prompt": "b"}', [":1", "'prompt' is given twice"]),
-        ("p.jsonl", '{"prompt": "a", "box": {"x": 1, "y": 2, "x": 3}}', [":1", "'box.x' is given twice"]),
-        ("p.jsonl", '{"prompt": "a", "boxes": [{"x": 1}, {"x": 1, "x": 1}]}', [":1", "'boxes[1].x' is given twice"]),
+        (
+            "p.jsonl",
+            '{"prompt": "a", "box": {"x": 1, "y": 2, "x": 3}}',
+            [":1", "'box.x' is given twice"],
+        ),
+        (
+            "p.jsonl",
+            '{"prompt": "a", "boxes": [{"x": 1}, {"x": 1, "x": 1}]}',
+            [":1", "'boxes[1].x' is given twice"],
+        ),
     ],
 )
 def test_refused(tmp_path, name, content, words):
@@ -113,9 +154,12 @@ def test_refusals_are_short(tmp_path):
 
 
 def test_what_a_prompt_may_hold(tmp_path):
-    """Line ends inside a JSON text, tabs, whole emoji (also as the two halves that JSON writes), joiners, any script."""
+    """Line ends inside a JSON text, tabs, whole emoji (also as the two halves that JSON writes),
+    joiners, any script."""
     texts = ["two\nlines\r\nhere", "a\ttab", "😀 and 👩\u200d🌾", "ｆｕｌｌ 幅", "עברית\u200e"]
-    file = written(tmp_path, "p.jsonl", "".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    file = written(
+        tmp_path, "p.jsonl", "".join(json.dumps({"prompt": text}) + "\n" for text in texts)
+    )
     assert r"\ud83d\ude00" in file.read_text() and [p.text for p in load_prompts(file)] == texts
 
 
@@ -129,7 +173,8 @@ def test_endings_in_capitals(tmp_path):
 
 
 def test_a_spreadsheets_quoting_is_taken_off(tmp_path, capsys):
-    """Where it can be nothing else: the line is quoted as a whole and doubles the marks inside. It is told."""
+    """Where it can be nothing else: the line is quoted as a whole and doubles the marks inside. It
+    is told."""
     lines = [
         '"a cup, white, that says ""TEA"""',
         "a plain line",
@@ -141,8 +186,17 @@ def test_a_spreadsheets_quoting_is_taken_off(tmp_path, capsys):
     ]
     file = written(tmp_path, "p.txt", "\r\n".join(lines))
     found = [p.text for p in load_prompts(file, "--prompts")]
-    assert found == ['a cup, white, that says "TEA"', "a plain line", '"TEA" on a cup, white', *lines[3:]]
-    assert capsys.readouterr().err == f"note: --prompts: prompts read without the quoting of a spreadsheet: 2, the first at {file}:1\n"
+    assert found == [
+        'a cup, white, that says "TEA"',
+        "a plain line",
+        '"TEA" on a cup, white',
+        *lines[3:],
+    ]
+    assert (
+        capsys.readouterr().err
+        == "note: --prompts: prompts read without the quoting of a spreadsheet: 2, the first at"
+        f" {file}:1\n"
+    )
     load_prompts(written(tmp_path, "q.jsonl", json.dumps({"prompt": lines[0]})))
     assert capsys.readouterr().err == ""
 
@@ -151,7 +205,10 @@ def test_long_prompts_are_cut_and_told(tmp_path, capsys):
     whole = "x" * LONGEST
     file = written(tmp_path, "p.txt", f"{whole}\n{whole}y\n\n{'z' * 10**6}\n")
     assert [p.text for p in load_prompts(file)] == [whole, whole, "z" * LONGEST]
-    assert capsys.readouterr().err == f"note: data.train: prompts cut to {LONGEST} characters: 2, the first at {file}:2\n"
+    assert (
+        capsys.readouterr().err
+        == f"note: data.train: prompts cut to {LONGEST} characters: 2, the first at {file}:2\n"
+    )
 
 
 def test_prompts_of_a_command_line_are_held_to_the_same():
@@ -166,7 +223,10 @@ def test_prompts_of_a_command_line_are_held_to_the_same():
     [
         ([], ["none of train.txt, train.jsonl, train_metadata.jsonl"]),
         (["test.txt", "train.csv"], ["none of train.txt"]),
-        (["train.txt", "train_metadata.jsonl"], ["holds train.txt and train_metadata.jsonl", "one is expected"]),
+        (
+            ["train.txt", "train_metadata.jsonl"],
+            ["holds train.txt and train_metadata.jsonl", "one is expected"],
+        ),
     ],
 )
 def test_folder_without_one_file_of_the_split(tmp_path, names, words):
@@ -179,7 +239,11 @@ def test_folder_without_one_file_of_the_split(tmp_path, names, words):
 
 def test_folders_as_flow_grpo_and_flow_factory_lay_them_out(tmp_path):
     """The split is the key's; GenEval's metadata stay as they are, for its reward."""
-    entry = {"tag": "counting", "include": [{"class": "bench", "count": 2}], "exclude": [{"class": "bench", "count": 3}]}
+    entry = {
+        "tag": "counting",
+        "include": [{"class": "bench", "count": 2}],
+        "exclude": [{"class": "bench", "count": 3}],
+    }
     (tmp_path / "geneval").mkdir()
     for split in ("train", "test"):
         line = json.dumps({**entry, "prompt": f"a photo of two benches, {split}"})
@@ -189,7 +253,9 @@ def test_folders_as_flow_grpo_and_flow_factory_lay_them_out(tmp_path):
         assert [p.text for p in load_prompts(tmp_path, key)] == [f"{split} prompt"]
         (prompt,) = load_prompts(tmp_path / "geneval", key)
         source = f"{tmp_path}/geneval/{split}_metadata.jsonl:1"
-        assert prompt == Example(f"a photo of two benches, {split}", metadata={**entry, "source": source})
+        assert prompt == Example(
+            f"a photo of two benches, {split}", metadata={**entry, "source": source}
+        )
 
 
 def test_negative_prompts(tmp_path):
@@ -205,17 +271,20 @@ def test_negative_prompts(tmp_path):
 
 
 def test_what_editors_leave_in_a_file(tmp_path):
-    """Byte order marks (of joined files too, and inside pasted text), Windows' line ends, and separators that end no line: Unicode's
-    may stand in a JSON text."""
+    """Byte order marks (of joined files too, and inside pasted text), Windows' line ends, and
+    separators that end no line: Unicode's may stand in a JSON text."""
     file = written(tmp_path, "p.txt", "\ufeffone\r\ntwo\u2028still two\r\n")
-    assert [(p.text, p.metadata["source"]) for p in load_prompts(file)] == [("one", f"{file}:1"), ("two\u2028still two", f"{file}:2")]
+    assert [(p.text, p.metadata["source"]) for p in load_prompts(file)] == [
+        ("one", f"{file}:1"),
+        ("two\u2028still two", f"{file}:2"),
+    ]
     file = written(tmp_path, "q.txt", '\ufeffone\n\ufeff"two ""2"""\n\ufeff\nthree\ufeff, four\n')
     assert [p.text for p in load_prompts(file)] == ["one", 'two "2"', "three, four"]
     file = written(tmp_path, "p.jsonl", '{"prompt": "a\u2028b"}\r\n\ufeff{"prompt": "c"}')
     assert [p.text for p in load_prompts(file)] == ["a\u2028b", "c"]
 
 
-# --------------------------------------------------------------------------------------------------- datasets
+# ----------------------------------------------------------------------------------------- datasets
 ROWS = [
     {"caption": "a red cube", "negative_prompt": "blue", "tag": 1, "extra": "x"},
     {"caption": "two dogs", "negative_prompt": None, "tag": 2, "extra": "y"},
@@ -231,7 +300,9 @@ def dataset(tmp_path, monkeypatch):
     folder = tmp_path / "dataset"
     folder.mkdir()
     datasets.Dataset.from_list(ROWS).to_parquet(folder / "train.parquet")
-    datasets.Dataset.from_list([{"caption": "a"}, {"caption": " "}]).to_parquet(folder / "test.parquet")
+    datasets.Dataset.from_list([{"caption": "a"}, {"caption": " "}]).to_parquet(
+        folder / "test.parquet"
+    )
     return folder
 
 
@@ -245,7 +316,9 @@ def test_dataset(dataset):
 
 def test_dataset_is_named_in_a_config(dataset, tmp_path):
     """Looked up from the config file's folder, as files are."""
-    table = config_table(data={"train": {"dataset": "dataset", "column": "caption"}, "heldout": None})
+    table = config_table(
+        data={"train": {"dataset": "dataset", "column": "caption"}, "heldout": None}
+    )
     config = load_config(written(tmp_path, "c.json", json.dumps(table)))
     assert config.data.train.dataset == str(dataset) and len(load_prompts(config.data.train)) == 2
     assert parse_config(json.loads(config.model_dump_json())) == config
@@ -254,7 +327,10 @@ def test_dataset_is_named_in_a_config(dataset, tmp_path):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"column": "prompt"}, ["data.heldout.column", "has no column prompt", "caption, negative_prompt, tag, extra"]),
+        (
+            {"column": "prompt"},
+            ["data.heldout.column", "has no column prompt", "caption, negative_prompt, tag, extra"],
+        ),
         ({"metadata": ["tag", "size"]}, ["data.heldout.metadata", "has no column size"]),
         ({"split": "validation"}, ["data.heldout", "validation", "ValueError"]),
         ({"split": "test"}, ["[test]:1", "non-empty", "caption"]),
@@ -270,11 +346,13 @@ def test_dataset_refused(dataset, changes, words):
 
 def test_dataset_without_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match="data.train: a dataset needs the package datasets .*pip install datasets"):
+    with pytest.raises(
+        UserError, match="data.train: a dataset needs the package datasets .*pip install datasets"
+    ):
         load_prompts(HubDataset(dataset="a/b"))
 
 
-# ------------------------------------------------------------------------------------------------------ order
+# -------------------------------------------------------------------------------------------- order
 sizes = st.integers(1, 40).flatmap(lambda count: st.tuples(st.just(count), st.integers(1, count)))
 
 
@@ -291,7 +369,8 @@ def test_an_epoch_holds_no_prompt_twice(size, seed):
 
 @given(sizes, st.integers(0, 100), st.integers(0, 200))
 def test_the_order_has_no_memory(size, seed, iteration):
-    """What an iteration draws does not depend on what was drawn before: a resumed run sees the same."""
+    """What an iteration draws does not depend on what was drawn before: a resumed run sees the
+    same."""
     order = PromptOrder(*size, seed)
     for earlier in (iteration + 3, 0, iteration):
         order.indices(earlier)
@@ -324,7 +403,7 @@ def test_more_prompts_an_iteration_than_there_are():
         PromptOrder(4, 5, 0)
 
 
-# ------------------------------------------------------------------------------------------------------- resuming
+# ----------------------------------------------------------------------------------------- resuming
 CHANGED = {
     "a word": [Example("a"), Example("c")],
     "the order": [Example("b"), Example("a")],
@@ -337,7 +416,10 @@ CHANGED = {
 
 @pytest.mark.parametrize("other", CHANGED.values(), ids=CHANGED)
 def test_other_prompts_are_known(other):
-    same, moved = [Example("a"), Example("b")], [Example("a", metadata={"source": "elsewhere:1"}), Example("b")]
+    same, moved = (
+        [Example("a"), Example("b")],
+        [Example("a", metadata={"source": "elsewhere:1"}), Example("b")],
+    )
     check_unchanged(digests(same, same), digests(moved, moved))
     check_unchanged({}, digests(other, same))  # of a version that kept no digests
     with pytest.raises(UserError, match="--resume: data.train holds other prompts"):

@@ -1,4 +1,5 @@
-"""What only Qwen-Image 2.1 has: its own grid, a forward without condition images, and text that cannot be padded."""
+"""What only Qwen-Image 2.1 has: its own grid, a forward without condition images, and text that
+cannot be padded."""
 
 import pytest
 import torch
@@ -16,15 +17,23 @@ GRID = [1.0, 0.7, 0.2]  # of a distilled checkpoint
 
 @pytest.fixture(scope="module")
 def distilled(tmp_path_factory):
-    folder = FAMILY.build(tmp_path_factory.mktemp("distilled") / "model", sample_sigmas=GRID, shift=3.0)
+    folder = FAMILY.build(
+        tmp_path_factory.mktemp("distilled") / "model", sample_sigmas=GRID, shift=3.0
+    )
     return load_policy(str(folder)), FAMILY.plain(folder)
 
 
 def test_a_checkpoints_own_grid_is_used_for_as_many_steps(distilled):
-    """The pipeline takes it whatever the number of steps; here another number makes even steps, as in training."""
+    """The pipeline takes it whatever the number of steps; here another number makes even steps, as
+    in training."""
     policy, pipe = distilled
     x = latents_for(policy, SIZE)
-    assert_close("latents", FAMILY.sampled(policy, x, SIZE, 3, 1.0), FAMILY.reference(pipe, x, SIZE, 40, 1.0), FP32)
+    assert_close(
+        "latents",
+        FAMILY.sampled(policy, x, SIZE, 3, 1.0),
+        FAMILY.reference(pipe, x, SIZE, 40, 1.0),
+        FP32,
+    )
     own, even = policy.sigmas(3, SIZE), policy.sigmas(5, SIZE)
     wanted = torch.tensor([*GRID, 0.0])
     assert_close("grid", own, 3 * wanted / (1 + 2 * wanted), FP32)
@@ -32,14 +41,20 @@ def test_a_checkpoints_own_grid_is_used_for_as_many_steps(distilled):
 
 
 def test_the_forward_for_text_is_that_of_diffusers(family_pairs):
-    """With the mask that says so, it is diffusers' own that runs: one prediction and another, for one and two rows, by prompt length."""
+    """With the mask that says so, it is diffusers' own that runs: one prediction and another, for
+    one and two rows, by prompt length."""
     policy, pipe = family_pairs("qwen_image_21")
     rows, columns = SIZE.height // 16, SIZE.width // 16
     for prompt in PROMPTS:
         text = policy.embed(examples([prompt]))["encoder_hidden_states"].expand(2, -1, -1)
         x, sigma = latents_for(policy, SIZE), torch.tensor([0.9, 0.3])
         mask = torch.arange(text.shape[1] + rows * columns // 4) >= text.shape[1]
-        given = {"hidden_states": x, "encoder_hidden_states": text, "timestep": sigma, "img_shapes": [[(1, rows, columns)]] * 2}
+        given = {
+            "hidden_states": x,
+            "encoder_hidden_states": text,
+            "timestep": sigma,
+            "img_shapes": [[(1, rows, columns)]] * 2,
+        }
         with torch.no_grad():
             whole = pipe.transformer(**given, img_mask=mask.expand(2, -1), return_dict=False)[0]
             got = policy.transformer(**given)[0]

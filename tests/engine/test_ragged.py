@@ -1,4 +1,5 @@
-"""Prompts whose conditionings differ in shape: they share no forward, and nothing that is computed depends on that."""
+"""Prompts whose conditionings differ in shape: they share no forward, and nothing that is computed
+depends on that."""
 
 import numpy as np
 import pytest
@@ -24,7 +25,10 @@ from tempflow.types import Example, Size
 
 FP32 = 1e-5
 TEXTS = ["one", "one two", "three words here", "three other words", "a b c d e f", "two more"]
-PROMPTS = [Example(text, negative) for text, negative in zip(TEXTS, [None, None, None, None, "x y", None], strict=True)]
+PROMPTS = [
+    Example(text, negative)
+    for text, negative in zip(TEXTS, [None, None, None, None, "x y", None], strict=True)
+]
 
 SMALL = {
     "height": 16,
@@ -43,33 +47,52 @@ def ragged():
 
 
 def session_of(policy, *, graphs=None, **changes):
-    config = small_config(rollout=SMALL | changes.pop("rollout", {}), data={"prompts_per_iteration": len(PROMPTS)}, **changes)
+    config = small_config(
+        rollout=SMALL | changes.pop("rollout", {}),
+        data={"prompts_per_iteration": len(PROMPTS)},
+        **changes,
+    )
     with quiet_pool(config) as (pool, specs):
         return assemble(config, policy, EmbeddingCache(policy), pool, specs, PROMPTS, graphs=graphs)
 
 
 def rolled(session, prompts):
     with quiet_pool(session.config) as (session.pool, _):
-        found = roll_out(session, plan_iteration(session, prompts, 0), 0, session.config.rollout.suffix)
+        found = roll_out(
+            session, plan_iteration(session, prompts, 0), 0, session.config.rollout.suffix
+        )
         return found, gather_rewards(session, found)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_velocity_is_that_of_one_row(ragged, guidance):
-    """Guided by two forwards, whatever the shapes; the negative's may be another than the prompt's. By one through ZeRO-3's engine."""
+    """Guided by two forwards, whatever the shapes; the negative's may be another than the prompt's.
+    By one through ZeRO-3's engine."""
     conditions, size = ragged.encode_each(PROMPTS), Size(16, 24)
-    x, sigma = torch.randn(len(PROMPTS), *ragged.latent_shape(size)), torch.linspace(1, 0.2, len(PROMPTS))
+    x, sigma = (
+        torch.randn(len(PROMPTS), *ragged.latent_shape(size)),
+        torch.linspace(1, 0.2, len(PROMPTS)),
+    )
     groups = by_shape(conditions.shapes)
     assert groups == [[0], [1, 5], [2, 3], [4]]
     for places in groups:
         ragged.rows_seen.clear()
-        got = ragged.velocity(ragged.denoiser(), x[places], sigma[places], conditions.rows(places), size, guidance)
+        got = ragged.velocity(
+            ragged.denoiser(), x[places], sigma[places], conditions.rows(places), size, guidance
+        )
         assert ragged.rows_seen == [len(places)] * (2 if guidance > 1 else 1)
         for n, place in enumerate(places):
             expected = ragged.expected(PROMPTS[place], x[place], sigma[place], guidance)
             assert_close("velocity", got[n], expected, FP32)
         ragged.rows_seen.clear()
-        again = ragged.velocity(Sharded(ragged.denoiser()), x[places], sigma[places], conditions.rows(places), size, guidance)
+        again = ragged.velocity(
+            Sharded(ragged.denoiser()),
+            x[places],
+            sigma[places],
+            conditions.rows(places),
+            size,
+            guidance,
+        )
         assert ragged.rows_seen == [len(places) * (2 if guidance > 1 else 1)]
         assert_close("velocity", again, got, FP32)
 
@@ -82,7 +105,11 @@ def test_sample_groups_its_prompts(ragged):
         assert_close(text, together[n], ragged.sample(text, latents=x[n : n + 1], **size)[0], FP32)
 
 
-@pytest.mark.parametrize("changes", [{}, {"suffix": {"stride": 2, "order": 2}}, {"lanes": 2}, {"micro_batch": 1}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"suffix": {"stride": 2, "order": 2}}, {"lanes": 2}, {"micro_batch": 1}],
+    ids=str,
+)
 def test_a_prompt_is_rolled_out_as_if_it_were_alone(ragged, changes):
     session = session_of(ragged, rollout=changes)
     together, _ = rolled(session, list(range(len(PROMPTS))))
@@ -98,7 +125,8 @@ def test_a_prompt_is_rolled_out_as_if_it_were_alone(ragged, changes):
 
 
 def test_padded_forwards_have_few_shapes(ragged):
-    """A power of two for each shape, no more than its rows need, captured once and used again in the next iteration."""
+    """A power of two for each shape, no more than its rows need, captured once and used again in
+    the next iteration."""
     graphs, notes = cache_of(Recorded(nbytes=1), limit_bytes=100)
     session = session_of(ragged, graphs=graphs, rollout={"micro_batch": 16})
     first, _ = rolled(session, [0, 2, 3])
@@ -119,10 +147,14 @@ def test_more_shapes_than_graphs_fit_run_eagerly(ragged):
     for _ in range(6):
         rolled(session, [0, 1, 2])
     assert len(capture.shapes) <= 6 and len(graphs) == 1
-    assert len(notes) == 1 and "more shapes than rollout.graph_limit_mb" in notes[0] and "eagerly" in notes[0]
+    assert (
+        len(notes) == 1
+        and "more shapes than rollout.graph_limit_mb" in notes[0]
+        and "eagerly" in notes[0]
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------- training
+# ----------------------------------------------------------------------------------------- training
 def gradient_of(session, parts):
     runtime = PlainRuntime(session.policy)
     updater = Updater(runtime, session.sampler, session.objective, session.penalty, session.embed)
@@ -145,14 +177,24 @@ def parts_of(session, states, credit, rolled_out, micro_batch, shapes=True):
 
 
 def test_the_gradient_is_that_of_one_state_at_a_time(ragged):
-    session = session_of(ragged, training={"micro_batch": 3, "penalty": {"type": "kl", "coef": 0.1}})
+    session = session_of(
+        ragged, training={"micro_batch": 3, "penalty": {"type": "kl", "coef": 0.1}}
+    )
     found, credit = credited(session)
     (part,) = make_parts(session, found, credit)
-    assert max(len(batch.x) for batch in part.batches) == 3 and sum(batch.real for batch in part.batches) == 24
+    assert (
+        max(len(batch.x) for batch in part.batches) == 3
+        and sum(batch.real for batch in part.batches) == 24
+    )
     for batch in part.batches:
-        assert len(set(session.embeddings.shapes([PROMPTS[unit.prompt_id] for unit in batch.units]))) == 1
+        assert (
+            len(set(session.embeddings.shapes([PROMPTS[unit.prompt_id] for unit in batch.units])))
+            == 1
+        )
     got = gradient_of(session, [part])
-    alone = gradient_of(session, [parts_of(session, found.kept.states, credit, found, 1, shapes=False)])
+    alone = gradient_of(
+        session, [parts_of(session, found.kept.states, credit, found, 1, shapes=False)]
+    )
     assert_close("gradient", got, alone, FP32)
     assert got.norm() > 0
 
@@ -162,7 +204,10 @@ def test_two_ranks_have_the_gradient_of_one(ragged, monkeypatch):
     session = session_of(ragged)
     found, credit = credited(session)
     whole = gradient_of(session, make_parts(session, found, credit))
-    mine = [[s for s in found.kept.states if (s.unit.prompt_id in (2, 3)) is first] for first in (True, False)]
+    mine = [
+        [s for s in found.kept.states if (s.unit.prompt_id in (2, 3)) is first]
+        for first in (True, False)
+    ]
     needed = []
     with monkeypatch.context() as here:
         here.setattr(batches.distributed, "reduce", lambda value, op: needed.append(value) or value)
@@ -186,22 +231,34 @@ def test_a_rank_without_enough_states_adds_padding(monkeypatch):
 
 def test_sizes_are_measured_with_the_longest_prompt(ragged, monkeypatch):
     seen = []
-    monkeypatch.setattr(ragged, "velocity", lambda denoiser, x, sigma, conditioning, *_: seen.append(conditioning) or x)
+    monkeypatch.setattr(
+        ragged,
+        "velocity",
+        lambda denoiser, x, sigma, conditioning, *_: seen.append(conditioning) or x,
+    )
     micro_batches._velocity(session_of(ragged), [0, 1, 2])
-    assert {name: tuple(tensor.shape) for name, tensor in seen[0].items()} == {"text": (3, 9, 4), "negative_text": (3, 9, 4)}
+    assert {name: tuple(tensor.shape) for name, tensor in seen[0].items()} == {
+        "text": (3, 9, 4),
+        "negative_text": (3, 9, 4),
+    }
 
 
 def test_sharded_rollouts_without_a_copy_are_refused(ragged, monkeypatch):
-    """Ranks would wait for each other: their numbers of forwards differ with the shapes of their prompts."""
+    """Ranks would wait for each other: their numbers of forwards differ with the shapes of their
+    prompts."""
     monkeypatch.setattr(shares.distributed, "world_size", lambda: 2)
-    config = small_config(rollout={"replica": False}, deepspeed={"zero_optimization": {"stage": 3}}, eval={"prompts": 6})
+    config = small_config(
+        rollout={"replica": False},
+        deepspeed={"zero_optimization": {"stage": 3}},
+        eval={"prompts": 6},
+    )
     shares.check_shares(config, PROMPTS, PROMPTS)
     monkeypatch.setattr(shares, "family_of", lambda path: RaggedPolicy)
     with pytest.raises(UserError, match="rollout.replica: false under ZeRO-3 .* differ in shape"):
         shares.check_shares(config, PROMPTS, PROMPTS)
 
 
-# ------------------------------------------------------------------------------------------------- embeddings, drawing
+# ------------------------------------------------------------------------------ embeddings, drawing
 def test_the_cache_gives_what_the_policy_encodes(ragged):
     """Also where it holds one embedding; shapes are remembered longer than what they are of."""
     for capacity in (None, 1):
@@ -222,7 +279,9 @@ def test_embeddings_on_disk_keep_their_shapes(ragged, tmp_path):
         store.write(ragged.identity(example), embed_one(ragged, example))
     ragged.embed = None
     cache = EmbeddingCache(ragged, store)
-    assert [shape[0][0][1][0] for shape in cache.shapes(PROMPTS)] == [len(text.split()) for text in TEXTS]
+    assert [shape[0][0][1][0] for shape in cache.shapes(PROMPTS)] == [
+        len(text.split()) for text in TEXTS
+    ]
 
 
 def test_rows_of_conditions_are_of_one_shape(ragged):
@@ -248,13 +307,18 @@ def test_an_evaluation_is_in_the_order_of_the_prompts(ragged):
     images = {i: image for part, made, _ in parts for i, image in zip(part, made, strict=True)}
     with quiet_pool(model.config) as (pool, specs):
         for n, i in enumerate(chosen):
-            one = evaluation.evaluate(pool, specs, PROMPTS, iter([([i], images[i][None], np.ones(1, bool))]), keep=0)
+            one = evaluation.evaluate(
+                pool, specs, PROMPTS, iter([([i], images[i][None], np.ones(1, bool))]), keep=0
+            )
             assert one.reward[0] == pytest.approx(scored.reward[n])
 
 
 def test_refinement_of_prompts_of_many_shapes(ragged):
     def judge(places, latents):
-        return lambda: (np.zeros((len(places), 2, 2, 3), np.uint8), latents.flatten(1).mean(1).double().numpy())
+        return lambda: (
+            np.zeros((len(places), 2, 2, 3), np.uint8),
+            latents.flatten(1).mean(1).double().numpy(),
+        )
 
     *_, together = refine(opened(ragged), PROMPTS, judge, Search(2, 3, (1, 2)))
     assert np.isfinite(together.rewards).all() and together.drawn.tolist() == [9] * len(PROMPTS)

@@ -1,6 +1,7 @@
 """The policy ratio: exactly 1 before the first update, whatever the step, the storage and the loss.
 
-The chain: log-probability taken in the rollout == taken from what was stored == taken by training's forward == taken again.
+The chain: log-probability taken in the rollout == taken from what was stored == taken by training's
+forward == taken again.
 """
 
 import math
@@ -28,7 +29,9 @@ def test_a_ratio_that_is_no_number_is_no_deviation_of_zero():
 
 
 KINDS = ("flow", "dance", "cps")
-LOG_PROB = 2e-6  # fp32, of values of size 1: forwards of other batch shapes differ in their last bits
+LOG_PROB = (
+    2e-6  # fp32, of values of size 1: forwards of other batch shapes differ in their last bits
+)
 
 
 def config_of(sde, **training):
@@ -50,10 +53,15 @@ def iterations(policy):
 
 
 def prepared(iteration, size=5, share=True, **objective):
-    """An updater of that rollout under other options of the objective, and its states in micro-batches."""
-    config = config_of(iteration.config.rollout.sde, objective={"clip_low": 1e-3, "clip_high": 1e-3, **objective})
+    """An updater of that rollout under other options of the objective, and its states in
+    micro-batches."""
+    config = config_of(
+        iteration.config.rollout.sde, objective={"clip_low": 1e-3, "clip_high": 1e-3, **objective}
+    )
     part = iteration.part(iteration.advantages(), size, config=config)
-    return iteration.updater(PlainRuntime(iteration.policy), config), part if share else one_child_per_state(part)
+    return iteration.updater(PlainRuntime(iteration.policy), config), (
+        part if share else one_child_per_state(part)
+    )
 
 
 def again(part):
@@ -65,14 +73,17 @@ def again(part):
 @pytest.mark.parametrize("ratio", ["plain", "guard"])
 @pytest.mark.parametrize("sde", KINDS)
 def test_first_update_has_ratio_one(iterations, sde, ratio, share):
-    """And so has a second one that finds the weights unchanged, by the old policy that the first has left."""
+    """And so has a second one that finds the weights unchanged, by the old policy that the first
+    has left."""
     iteration = iterations(sde)
     updater, part = prepared(iteration, share=share, ratio=ratio)
     for _ in range(2):
         metrics = updater.update(part, 1.0)
         assert metrics["ratio/max_dev"] == 0 and metrics["ratio/min"] == metrics["ratio/max"] == 1
         assert metrics["clip_fraction"] == 0
-        assert any(g.abs().max() > 0 for g in updater.runtime.gradient().values()), "ratio 1 is no lack of gradient"
+        assert any(g.abs().max() > 0 for g in updater.runtime.gradient().values()), (
+            "ratio 1 is no lack of gradient"
+        )
 
 
 @pytest.mark.parametrize("sde", KINDS)
@@ -108,7 +119,8 @@ def test_replay_is_exact(iterations, sde):
 
 @pytest.mark.parametrize("ratio", ["plain", "guard"])
 def test_what_is_remembered_is_what_a_first_update_leaves(iterations, ratio):
-    """A part that is met after the weights have moved has the old policy of one that is met before."""
+    """A part that is met after the weights have moved has the old policy of one that is met
+    before."""
     updater, part = prepared(iterations("flow"), ratio=ratio)
     other = again(part)
     assert updater.remember(other) == iterations("flow").total
@@ -138,7 +150,10 @@ def test_stored_children_have_the_log_probability_that_was_taken(iterations, sde
     """Rounding comes before the log-probability, so that it moves the sample and not the ratio."""
     iteration = iterations(sde)
     states = iteration.states
-    x, scalars = torch.stack([s.x for s in states]), [torch.tensor([getattr(s, name) for s in states]) for name in ("a", "b", "tau")]
+    x, scalars = (
+        torch.stack([s.x for s in states]),
+        [torch.tensor([getattr(s, name) for s in states]) for name in ("a", "b", "tau")],
+    )
     updater, part = prepared(iteration, size=len(states))
     (batch,) = part.batches
     with torch.no_grad():
@@ -161,16 +176,31 @@ def test_stored_children_have_the_log_probability_that_was_taken(iterations, sde
 @pytest.mark.parametrize("reals", [[3, 2], [3, 0], [4]])
 def test_clip_fractions_above_and_below(low, high, reals):
     """Together they are the clip fraction; padding counts in neither."""
-    updater, stats, counted = Updater(None, None, Grpo(clip_low=low, clip_high=high), None, None), UpdateStats(), []
+    updater, stats, counted = (
+        Updater(None, None, Grpo(clip_low=low, clip_high=high), None, None),
+        UpdateStats(),
+        [],
+    )
     generator = torch.Generator().manual_seed(0)
     for real in reals:
         ratio = 0.6 + 0.8 * torch.rand(4, 5, generator=generator)
         chosen = ratio[:real].double()
         outside = ((chosen < 1 - low) | (chosen > 1 + high)).double()
-        seen = Seen(ratio, ratio, kl=torch.zeros(()), clip_fraction=outside.mean() if real else torch.zeros(()))
-        updater._observe(SimpleNamespace(real=real, units=[None] * 4), seen, first=False, stats=stats)
+        seen = Seen(
+            ratio,
+            ratio,
+            kl=torch.zeros(()),
+            clip_fraction=outside.mean() if real else torch.zeros(()),
+        )
+        updater._observe(
+            SimpleNamespace(real=real, units=[None] * 4), seen, first=False, stats=stats
+        )
         counted.append(chosen)
     counted, found = torch.cat(counted), stats.reduced()
-    assert found["clip_fraction/high"] == pytest.approx((counted > 1 + high).double().mean().item(), abs=1e-6)
-    assert found["clip_fraction/low"] == pytest.approx((counted < 1 - low).double().mean().item(), abs=1e-6)
+    assert found["clip_fraction/high"] == pytest.approx(
+        (counted > 1 + high).double().mean().item(), abs=1e-6
+    )
+    assert found["clip_fraction/low"] == pytest.approx(
+        (counted < 1 - low).double().mean().item(), abs=1e-6
+    )
     assert 0 < found["clip_fraction/high"] < found["clip_fraction"] < 1

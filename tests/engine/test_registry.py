@@ -1,4 +1,5 @@
-"""Components by name: what a config may say of them, every refusal, and keys and run directories of earlier versions."""
+"""Components by name: what a config may say of them, every refusal, and keys and run directories of
+earlier versions."""
 
 import json
 
@@ -72,7 +73,7 @@ def message(call, *arguments) -> str:
     return str(error.value)
 
 
-# -------------------------------------------------------------------------------------------------------- building
+# ----------------------------------------------------------------------------------------- building
 @pytest.mark.parametrize(
     "given, words",
     [
@@ -87,14 +88,32 @@ def message(call, *arguments) -> str:
         ),
         ("branch_grpo", ["rollout.plan: 'branch_grpo' is now called 'tree'"]),
         ({"type": 3}, ["rollout.plan.type: expected a plan's id or module:Name, got 3"]),
-        ({"childern": 3}, ["rollout.plan.childern: no such option, did you mean 'children'?", "type, seeds, children, branch_steps"]),
-        ({"type": "flow_grpo", "children": 3}, ["rollout.plan.children: no such option", "Allowed: type, seeds, branch_steps"]),
+        (
+            {"childern": 3},
+            [
+                "rollout.plan.childern: no such option, did you mean 'children'?",
+                "type, seeds, children, branch_steps",
+            ],
+        ),
+        (
+            {"type": "flow_grpo", "children": 3},
+            ["rollout.plan.children: no such option", "Allowed: type, seeds, branch_steps"],
+        ),
         ({"seeds": 2.5}, ["rollout.plan.seeds: expected a whole number, got 2.5"]),
         ({"seeds": True}, ["rollout.plan.seeds: expected a whole number, got True"]),
         ({"seeds": 0}, ["rollout.plan.seeds: expected a number at least 1", "got 0"]),
-        ("no_such_module:Plan", ["rollout.plan: cannot import 'no_such_module:Plan'", "folder of the command"]),
+        (
+            "no_such_module:Plan",
+            ["rollout.plan: cannot import 'no_such_module:Plan'", "folder of the command"],
+        ),
         ("tempflow.registry:Nothing", ["rollout.plan: cannot import", "AttributeError", "Nothing"]),
-        ("tempflow.sampling.steps:Flow", ["rollout.plan: tempflow.sampling.steps:Flow is no plan", "tempflow.sampling.plans.base.Plan"]),
+        (
+            "tempflow.sampling.steps:Flow",
+            [
+                "rollout.plan: tempflow.sampling.steps:Flow is no plan",
+                "tempflow.sampling.plans.base.Plan",
+            ],
+        ),
     ],
 )
 def test_refused(given, words):
@@ -105,9 +124,24 @@ def test_refused(given, words):
 def test_other_kinds_are_refused_under_their_own_keys():
     for kind, given, start in (
         ("penalty", "kl", "training.penalty.coef: this option has no default"),
-        ("advantage", {"over": "batch"}, "training.advantage.over: expected 'state' or 'seed' or 'prompt' or 'step', got 'batch'"),
-        ("objective", {"clip_low": 1.0}, "training.objective.clip_low: expected a number above 0 and below 1, got 1.0"),
-        ("sde", {"type": "cps", "eta": 1.1}, "rollout.sde.eta: expected a number above 0 and at most 1, got 1.1"),
+        (
+            "advantage",
+            {"over": "batch"},
+            (
+                "training.advantage.over: expected 'state' or 'seed' or 'prompt' or 'step', got"
+                " 'batch'"
+            ),
+        ),
+        (
+            "objective",
+            {"clip_low": 1.0},
+            "training.objective.clip_low: expected a number above 0 and below 1, got 1.0",
+        ),
+        (
+            "sde",
+            {"type": "cps", "eta": 1.1},
+            "rollout.sde.eta: expected a number above 0 and at most 1, got 1.1",
+        ),
     ):
         assert message(registry.build, kind, given).startswith(start)
 
@@ -121,11 +155,16 @@ def test_every_component_is_found_and_described():
 
 
 def test_a_plan_of_ones_own_from_the_working_directory(mine):
-    config = parse_config(config_table(rollout={"plan": {"type": f"{mine}:Tail", "length": 2}}, training={"advantage": {"over": "prompt"}}))
+    config = parse_config(
+        config_table(
+            rollout={"plan": {"type": f"{mine}:Tail", "length": 2}},
+            training={"advantage": {"over": "prompt"}},
+        )
+    )
     assert config.rollout.plan == {"type": f"{mine}:Tail", "length": 2, "seeds": 3}
     (row,) = config.plan().rows(Unit(0, 0, 0, 0), 0)
     assert row.noise == {7, 8} and config.plan().steps(5) == [7, 8]
-    (option, _) = registry.options_of(registry.find("plan", f"{mine}:Tail"))
+    option, _ = registry.options_of(registry.find("plan", f"{mine}:Tail"))
     assert option.help == "of the tail, in steps."
 
 
@@ -140,7 +179,10 @@ def test_a_plan_of_ones_own_from_the_working_directory(mine):
     ],
 )
 def test_a_plan_of_ones_own_that_is_refused(mine, given, words):
-    table = config_table(rollout={"plan": {**given, "type": f"{mine}:{given['type']}"}}, training={"advantage": {"over": "prompt"}})
+    table = config_table(
+        rollout={"plan": {**given, "type": f"{mine}:{given['type']}"}},
+        training={"advantage": {"over": "prompt"}},
+    )
     text = message(parse_config, table)
     assert text.startswith("rollout.plan") and all(word in text for word in words), text
 
@@ -153,15 +195,22 @@ def test_a_module_that_fails_names_its_line(tmp_path, monkeypatch):
 
 
 def test_components_are_listed(monkeypatch, capsys):
-    monkeypatch.setattr(command, "KINDS", {name: registry.KINDS[name] for name in ("plan", "penalty")})
+    monkeypatch.setattr(
+        command, "KINDS", {name: registry.KINDS[name] for name in ("plan", "penalty")}
+    )
     monkeypatch.setattr("sys.argv", ["tempflow", "components"])
     assert command.main() == 0
     lines = capsys.readouterr().out.splitlines()
     plans = list(registry.KINDS["plan"].ids)
     assert lines[0] == "plan: rollout.plan" and "training.penalty" in lines[len(plans) + 2]
     assert [line.split("(")[0].strip() for line in lines[1 : len(plans) + 1]] == plans
-    assert '  kl(coef, form="x", to="reference", steps=null): KL divergence' in "\n".join(lines[len(plans) + 3 :])
-    values = [line.strip().split(": The")[0].split(": As")[0] for line in lines[lines.index("weighting: training.weighting") + 1 :]]
+    assert '  kl(coef, form="x", to="reference", steps=null): KL divergence' in "\n".join(
+        lines[len(plans) + 3 :]
+    )
+    values = [
+        line.strip().split(": The")[0].split(": As")[0]
+        for line in lines[lines.index("weighting: training.weighting") + 1 :]
+    ]
     for value in values:
         small_config(training={"weighting": json.loads(value.replace("gamma", "0.5"))})
     assert len(values) == 4
@@ -169,16 +218,34 @@ def test_components_are_listed(monkeypatch, capsys):
     assert command.main() == 0 and "components" in capsys.readouterr().out
 
 
-# ---------------------------------------------------------------------------------------------------------- config
+# ------------------------------------------------------------------------------------------- config
 def test_the_resolved_config_is_complete_and_reads_back(tmp_path):
-    config = load_config(write_config(tmp_path, training={"penalty": {"coef": 0.1}, "advantage": "gdpo"}))
+    config = load_config(
+        write_config(tmp_path, training={"penalty": {"coef": 0.1}, "advantage": "gdpo"})
+    )
     table = json.loads(config.model_dump_json())
-    assert table["training"]["penalty"] == {"type": "kl", "coef": 0.1, "form": "x", "to": "reference", "steps": None}
+    assert table["training"]["penalty"] == {
+        "type": "kl",
+        "coef": 0.1,
+        "form": "x",
+        "to": "reference",
+        "steps": None,
+    }
     shaping = {"utility": None, "scale": "std", "anchor": 0.0}
-    assert table["training"]["advantage"] == {"type": "gdpo", "over": "seed", "clip": 5.0, "global_std": False, **shaping}
+    assert table["training"]["advantage"] == {
+        "type": "gdpo",
+        "over": "seed",
+        "clip": 5.0,
+        "global_std": False,
+        **shaping,
+    }
     assert table["rollout"]["sde"] == {"type": "flow", "eta": 0.7}
     assert parse_config(table) == config
-    assert isinstance(config.plan(), TempFlow) and config.penalty().coef == 0.1 and config.advantage().over == "seed"
+    assert (
+        isinstance(config.plan(), TempFlow)
+        and config.penalty().coef == 0.1
+        and config.advantage().over == "seed"
+    )
 
 
 @pytest.mark.parametrize("plan", [None, "tempflow", {"seeds": 2}, {"type": "tempflow", "seeds": 2}])
@@ -189,7 +256,12 @@ def test_an_option_is_set_whatever_the_file_holds(tmp_path, plan):
     file = tmp_path / "one.json"
     file.write_text(json.dumps(table))
     found = load_config(file, ["rollout.plan.children=8"]).rollout.plan
-    assert found == {"type": "tempflow", "seeds": 2 if isinstance(plan, dict) else 4, "children": 8, "branch_steps": "all"}
+    assert found == {
+        "type": "tempflow",
+        "seeds": 2 if isinstance(plan, dict) else 4,
+        "children": 8,
+        "branch_steps": "all",
+    }
 
 
 @pytest.mark.parametrize("setting", ["rollout.plan=flow_grpo", "rollout.plan.type=flow_grpo"])
@@ -204,11 +276,18 @@ def test_a_penalty_is_set_and_taken_away(tmp_path):
     file = write_config(tmp_path)
     assert load_config(file).training.penalty is None
     found = load_config(file, ["training.penalty.coef=0.004"])
-    assert found.training.penalty["coef"] == 0.004 and found.training.penalty["type"] == "kl" and found.penalty().form == "x"
-    assert load_config(file, ["training.penalty.coef=0.004", "training.penalty=null"]).penalty() is None
+    assert (
+        found.training.penalty["coef"] == 0.004
+        and found.training.penalty["type"] == "kl"
+        and found.penalty().form == "x"
+    )
+    assert (
+        load_config(file, ["training.penalty.coef=0.004", "training.penalty=null"]).penalty()
+        is None
+    )
 
 
-# ---------------------------------------------------------------------------------------------------- earlier keys
+# ------------------------------------------------------------------------------------- earlier keys
 @pytest.mark.parametrize("key", MOVED)
 def test_moved_keys_say_where_they_went(tmp_path, key):
     text = message(load_config, write_config(tmp_path), [f"{key}=1"])
@@ -217,7 +296,10 @@ def test_moved_keys_say_where_they_went(tmp_path, key):
 
 def test_a_moved_key_ends_with_status_2(tmp_path):
     done = script_here("train", "--config", write_config(tmp_path), "--set", "rollout.children=3")
-    assert done.returncode == 2 and done.stderr == "error: rollout.children: moved to rollout.plan.children\n"
+    assert (
+        done.returncode == 2
+        and done.stderr == "error: rollout.children: moved to rollout.plan.children\n"
+    )
 
 
 def as_before(config) -> dict:
@@ -231,11 +313,29 @@ def as_before(config) -> dict:
         "children": plan.get("children", 6),
         "branch_steps": plan.get("branch_steps", "all"),
     }
-    r |= {"window": {"size": plan.get("window", 4), "every": plan.get("every", 25)}, "sde": sde["type"], "eta": sde["eta"]}
-    advantage, objective, penalty = t.pop("advantage"), t.pop("objective"), t.pop("penalty") or {"coef": 0.0, "form": "x"}
-    t |= {"advantage_of": {"group": "sum", "gdpo": "each"}[advantage["type"]], "advantage_group": advantage["over"]}
-    t |= {"global_std": advantage["global_std"], "adv_clip": advantage["clip"], "share_group_forward": True}
-    t |= {key: objective[key] for key in ("clip_low", "clip_high", "ratio")} | {"kl_coef": penalty["coef"], "kl_form": penalty["form"]}
+    r |= {
+        "window": {"size": plan.get("window", 4), "every": plan.get("every", 25)},
+        "sde": sde["type"],
+        "eta": sde["eta"],
+    }
+    advantage, objective, penalty = (
+        t.pop("advantage"),
+        t.pop("objective"),
+        t.pop("penalty") or {"coef": 0.0, "form": "x"},
+    )
+    t |= {
+        "advantage_of": {"group": "sum", "gdpo": "each"}[advantage["type"]],
+        "advantage_group": advantage["over"],
+    }
+    t |= {
+        "global_std": advantage["global_std"],
+        "adv_clip": advantage["clip"],
+        "share_group_forward": True,
+    }
+    t |= {key: objective[key] for key in ("clip_low", "clip_high", "ratio")} | {
+        "kl_coef": penalty["coef"],
+        "kl_form": penalty["form"],
+    }
     t["updates_per_rollout"] = t.pop("updates")["passes"]
     return table
 
@@ -245,12 +345,19 @@ def as_before(config) -> dict:
     [
         {},
         {
-            "rollout": {"plan": {"type": "mix_grpo", "seeds": 3, "window": 2, "every": 9}, "sde": "cps"},
+            "rollout": {
+                "plan": {"type": "mix_grpo", "seeds": 3, "window": 2, "every": 9},
+                "sde": "cps",
+            },
             "training": {"advantage": {"over": "prompt"}},
         },
         {
             "rollout": {"plan": {"type": "flow_grpo", "branch_steps": {"random": 2}}},
-            "training": {"advantage": {"type": "gdpo", "over": "prompt"}, "penalty": {"coef": 0.1, "form": "v"}, "updates": {"passes": 3}},
+            "training": {
+                "advantage": {"type": "gdpo", "over": "prompt"},
+                "penalty": {"coef": 0.1, "form": "v"},
+                "updates": {"passes": 3},
+            },
         },
     ],
 )
@@ -268,15 +375,36 @@ def test_configs_of_runs_of_the_version_before_are_translated(changes):
 
 def test_a_run_of_the_version_before_goes_on(tmp_path):
     small = {"rollout": {"num_steps": 3, "plan": {"branch_steps": [0, 1]}}, "eval": {"every": 0}}
-    run = train(tmp_path, "old", processes=None, training={"iterations": 1, "penalty": {"coef": 0.1}}, **small)
+    run = train(
+        tmp_path,
+        "old",
+        processes=None,
+        training={"iterations": 1, "penalty": {"coef": 0.1}},
+        **small,
+    )
     file = run.folder / "config.json"
     started = json.loads(file.read_text())["$started_in"]
     config = read_config(run.folder)
     file.write_text(json.dumps({"$started_in": started, **as_before(config)}))
     assert read_config(run.folder) == config and load_config(file) == config
-    other = train(tmp_path, "old", "--resume", processes=None, status=2, training={"iterations": 2, "penalty": {"coef": 0.2}}, **small)
+    other = train(
+        tmp_path,
+        "old",
+        "--resume",
+        processes=None,
+        status=2,
+        training={"iterations": 2, "penalty": {"coef": 0.2}},
+        **small,
+    )
     assert "training.penalty.coef is 0.2, but the run in" in other.done.stderr
-    run = train(tmp_path, "old", "--resume", processes=None, training={"iterations": 2, "penalty": {"coef": 0.1}}, **small)
+    run = train(
+        tmp_path,
+        "old",
+        "--resume",
+        processes=None,
+        training={"iterations": 2, "penalty": {"coef": 0.1}},
+        **small,
+    )
     assert [row["iteration"] for row in run.rows][-1] == 2
     assert json.loads(file.read_text())["rollout"]["plan"]["type"] == "tempflow"
 
@@ -298,7 +426,10 @@ class Samples(Plan):
 """
     (tmp_path / "plain_rows.py").write_text(source)
     monkeypatch.chdir(tmp_path)
-    changes = {"rollout": {"plan": "plain_rows:Samples"}, "training": {"advantage": {"over": "prompt"}}}
+    changes = {
+        "rollout": {"plan": "plain_rows:Samples"},
+        "training": {"advantage": {"over": "prompt"}},
+    }
     with pytest.raises(UserError, match="rollout.plan: plain_rows:Samples takes no noise"):
         small_config(**changes)
     changes["training"]["objective"] = "nft"

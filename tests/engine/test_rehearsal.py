@@ -1,4 +1,5 @@
-"""The rehearsal of graph captures: its rollout for every family with the capture stood in for, and what becomes of its answers."""
+"""The rehearsal of graph captures: its rollout for every family with the capture stood in for, and
+what becomes of its answers."""
 
 import io
 import json
@@ -43,8 +44,18 @@ class Capture:
 
 def config_of(folder, model=None, **rollout):
     plan = {"branch_steps": [0, 1]}
-    rollout = {"num_steps": 4, "plan": plan, "graphs": True, "height": 32, "width": 32, "guidance_scale": 3.0, **rollout}
-    return small_config(model={"path": str(folder), "max_sequence_length": 12, **(model or {})}, rollout=rollout)
+    rollout = {
+        "num_steps": 4,
+        "plan": plan,
+        "graphs": True,
+        "height": 32,
+        "width": 32,
+        "guidance_scale": 3.0,
+        **rollout,
+    }
+    return small_config(
+        model={"path": str(folder), "max_sequence_length": 12, **(model or {})}, rollout=rollout
+    )
 
 
 @pytest.mark.usefixtures("small_condition_images")
@@ -60,8 +71,11 @@ def test_every_familys_rollout_is_captured_in_two_layers(family_folders, name):
 
 @pytest.mark.parametrize("card", ["flux-dev", "sd35-medium", "sd35-large", "qwen-image", "z-image"])
 def test_two_layers_of_a_large_model_are_small(card):
-    """Made without weights: 3 GB at most, beside which a GPU that is to hold the whole model has room."""
-    policy = rehearse.small_policy(config_of(CARDS / card, {"dtype": "bfloat16"}), torch.device("meta"))
+    """Made without weights: 3 GB at most, beside which a GPU that is to hold the whole model has
+    room."""
+    policy = rehearse.small_policy(
+        config_of(CARDS / card, {"dtype": "bfloat16"}), torch.device("meta")
+    )
     weights = sum(p.nbytes for p in policy.transformer.parameters())
     assert 1e8 < weights < 3e9 and policy.velocity(
         policy.transformer,
@@ -75,28 +89,40 @@ def test_two_layers_of_a_large_model_are_small(card):
 
 @pytest.mark.slow
 def test_the_runs_own_settings_are_rehearsed():
-    """Its dtype, its text length, and both functions of a rollout whose coarse steps take the float8 copy."""
-    config = config_of(MODEL, {"dtype": "bfloat16", "attention_backend": "native"}, suffix=SUFFIX, height=64)
+    """Its dtype, its text length, and both functions of a rollout whose coarse steps take the
+    float8 copy."""
+    config = config_of(
+        MODEL, {"dtype": "bfloat16", "attention_backend": "native"}, suffix=SUFFIX, height=64
+    )
     capture = Capture()
     assert rehearse.rehearse(config, CPU, capture) is None
     assert {name for name, _ in capture.seen} == {"step", "coarse_step"}
     policy = rehearse.small_policy(config, CPU)
-    assert policy.dtype == torch.bfloat16 and policy.embed(examples(["a"]))["encoder_hidden_states"].shape[:2] == (1, 12)
+    assert policy.dtype == torch.bfloat16 and policy.embed(examples(["a"]))[
+        "encoder_hidden_states"
+    ].shape[:2] == (1, 12)
 
 
 def test_a_refusal_comes_back_as_the_reason():
     reason = rehearse.rehearse(config_of(MODEL), CPU, Capture(refuse="step"))
-    assert reason == "a forward of 2 rows cannot be captured (a copy to the host); such forwards run eagerly"
+    assert (
+        reason
+        == "a forward of 2 rows cannot be captured (a copy to the host); such forwards run eagerly"
+    )
 
 
 def test_no_size_is_larger_than_it_must_be():
     stop = {"metric": "eval/reward", "above": 1.0}
-    config = small_config(rollout={"height": 1024, "width": 64, "plan": {"branch_steps": "all"}}, eval={"stop": stop})
+    config = small_config(
+        rollout={"height": 1024, "width": 64, "plan": {"branch_steps": "all"}}, eval={"stop": stop}
+    )
     small = rehearse.small_config(config, 48)
-    assert (small.rollout.height, small.rollout.width) == (240, 64) and small.rewards == {"jpeg": 1.0}
+    assert (small.rollout.height, small.rollout.width) == (240, 64) and small.rewards == {
+        "jpeg": 1.0
+    }
 
 
-# ------------------------------------------------------------------------------------------- between the processes
+# ---------------------------------------------------------------------------- between the processes
 def said_by_the_child(monkeypatch, capsys, config, capture):
     """The child's main with its GPU stood in for."""
     request = {"config": json.loads(config.model_dump_json()), "device": "cpu"}
@@ -132,8 +158,17 @@ def child(code):
     "code, reason",
     [
         ("print('words'); print(json.dumps({'refusal': None}))", None),
-        ("print(json.dumps({'refusal': request['device'] + request['config']['model']['path']}))", f"cuda:0{MODEL}"),
-        ("sys.exit('no kernel image is available')", "its process ended with status 1: no kernel image is available"),
+        (
+            (
+                "print(json.dumps({'refusal': request['device'] +"
+                " request['config']['model']['path']}))"
+            ),
+            f"cuda:0{MODEL}",
+        ),
+        (
+            "sys.exit('no kernel image is available')",
+            "its process ended with status 1: no kernel image is available",
+        ),
         ("import os; os.abort()", "its process ended with status -6: it said nothing"),
         ("print('not JSON')", "its process ended with status 0: it said nothing"),
     ],
@@ -143,7 +178,9 @@ def test_any_end_of_the_child_is_an_answer(code, reason):
 
 
 def test_a_child_that_hangs_is_an_answer():
-    assert "longer than 0.5 s" in rehearsal.refusal(config_of(MODEL), GPU, child("import time; time.sleep(60)"), limit_s=0.5)
+    assert "longer than 0.5 s" in rehearsal.refusal(
+        config_of(MODEL), GPU, child("import time; time.sleep(60)"), limit_s=0.5
+    )
 
 
 @pytest.mark.parametrize("answer, expected", [(None, True), ("no kernel image", False)])
@@ -151,8 +188,12 @@ def test_the_trainer_is_told_and_says_why(monkeypatch, answer, expected):
     notes = []
     monkeypatch.setattr(rehearsal, "refusal", lambda config, device: answer)
     assert rehearsal.may_capture(config_of(MODEL), GPU, notes.append) is expected
-    assert [("rollout.graphs" in note and "eagerly: no kernel image" in note) for note in notes] == [True] * (not expected)
-    monkeypatch.setattr(rehearsal, "refusal", lambda config, device: pytest.fail("there is nothing to rehearse"))
+    assert [
+        ("rollout.graphs" in note and "eagerly: no kernel image" in note) for note in notes
+    ] == [True] * (not expected)
+    monkeypatch.setattr(
+        rehearsal, "refusal", lambda config, device: pytest.fail("there is nothing to rehearse")
+    )
     assert rehearsal.may_capture(config_of(MODEL, graphs=False), GPU, notes.append)
     assert rehearsal.may_capture(config_of(MODEL), CPU, notes.append)
 
@@ -164,11 +205,17 @@ def test_a_refused_run_captures_nothing(policy, monkeypatch):
     from tempflow.types import Example
 
     notes = []
-    monkeypatch.setattr(session, "open_model", lambda config, *given, **how: Opened(config, policy, EmbeddingCache(policy)))
+    monkeypatch.setattr(
+        session,
+        "open_model",
+        lambda config, *given, **how: Opened(config, policy, EmbeddingCache(policy)),
+    )
     monkeypatch.setattr(session, "Runtime", lambda *given: None)
     for may, said in ((False, []), (True, ["rollout.graphs: no GPU, so rollouts run eagerly"])):
         monkeypatch.setattr(session, "may_capture", lambda *given, may=may: may)
-        made = session.build(config_of(MODEL), [Example("a")], [], [], pool=object(), note=notes.append)
+        made = session.build(
+            config_of(MODEL), [Example("a")], [], [], pool=object(), note=notes.append
+        )
         assert made.graphs is None and notes == said
 
 

@@ -1,4 +1,5 @@
-"""Operations on the meta device that are run once: their second results are what running them again gives."""
+"""Operations on the meta device that are run once: their second results are what running them again
+gives."""
 
 import pytest
 import torch
@@ -70,4 +71,6 @@ def test_what_shares_storage_is_run_every_time(operation, more):
 
 def test_numbers_are_computed_every_time():
     run = Repeats()
-    assert [run(ATEN.mul.Tensor, (torch.full((3,), value), 2.0), {})[0].tolist() for value in (1.0, 2.0)] == [[2.0] * 3, [4.0] * 3]
+    assert [
+        run(ATEN.mul.Tensor, (torch.full((3,), value), 2.0), {})[0].tolist() for value in (1.0, 2.0)
+    ] == [[2.0] * 3, [4.0] * 3]

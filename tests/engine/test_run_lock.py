@@ -1,4 +1,5 @@
-"""One process group writes a run directory: its lock, who holds it, and what a start may take over."""
+"""One process group writes a run directory: its lock, who holds it, and what a start may take
+over."""
 
 import errno
 import fcntl
@@ -19,7 +20,8 @@ from tempflow.errors import UserError
 from tempflow.run import directory
 from tempflow.run import lock as run_lock
 
-# Two processes that wait for each other before they claim; the one that holds the run says so and waits to be ended.
+# Two processes that wait for each other before they claim; the one that holds the run says so and
+# waits to be ended.
 CLAIM = """
 import json, os, sys
 from tempflow.config import parse_config
@@ -46,13 +48,18 @@ def configured(tmp_path, **changes):
 def process(tmp_path, number: int) -> subprocess.Popen:
     config = configured(tmp_path, training={"seed": number}).model_dump_json()
     return subprocess.Popen(
-        [sys.executable, "-c", CLAIM, config], env=environment(), text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-c", CLAIM, config],
+        env=environment(),
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     )
 
 
 @pytest.fixture
 def holder(tmp_path):
-    """The process that holds the run directory, of two that were started at the same moment, and what the other said."""
+    """The process that holds the run directory, of two that were started at the same moment, and
+    what the other said."""
     both = [process(tmp_path, number) for number in (0, 1)]
     said = [one.stdout.readline() for one in both]
     yield both, said
@@ -69,15 +76,24 @@ def test_of_two_starts_one_holds_and_a_killed_one_lets_go(tmp_path, holder):
     number = said.index("held\n")
     held, refused = both[number], said[1 - number]
     assert f"process {held.pid} on {socket.gethostname()}" in refused and "logging.name" in refused
-    assert json.loads((tmp_path / "one/config.json").read_text())["training"]["seed"] == number, "the other wrote nothing"
+    assert json.loads((tmp_path / "one/config.json").read_text())["training"]["seed"] == number, (
+        "the other wrote nothing"
+    )
     for resume in (False, True):
-        with pytest.raises(UserError, match=f"being written by process {held.pid} "), directory.held(configured(tmp_path), resume):
+        with (
+            pytest.raises(UserError, match=f"being written by process {held.pid} "),
+            directory.held(configured(tmp_path), resume),
+        ):
             pass
     held.send_signal(signal.SIGKILL)
     held.wait()
-    with directory.held(configured(tmp_path, training={"seed": number}), resume=True) as run_dir:  # at once, over a stale record
+    with directory.held(
+        configured(tmp_path, training={"seed": number}), resume=True
+    ) as run_dir:  # at once, over a stale record
         assert json.loads((run_dir / ".lock").read_text())["pid"] == os.getpid()
-    with directory.held(configured(tmp_path), resume=False):  # a failed start is no run, though it left a lock
+    with directory.held(
+        configured(tmp_path), resume=False
+    ):  # a failed start is no run, though it left a lock
         pass
 
 
@@ -95,24 +111,30 @@ def test_reading_a_run_needs_no_lock_and_a_copy_holds_none(tmp_path):
 
 
 def test_a_child_that_outlives_its_parent_keeps_no_lock(tmp_path):
-    """As a forked data loader would. The child closes its copy, and its end leaves the parent's lock alone."""
+    """As a forked data loader would. The child closes its copy, and its end leaves the parent's
+    lock alone."""
     with directory.held(configured(tmp_path), resume=False) as run_dir:
         reading, writing = os.pipe()
         if (child := os.fork()) == 0:
             descriptors = [
-                os.readlink(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{name}")
+                os.readlink(f"/proc/self/fd/{name}")
+                for name in os.listdir("/proc/self/fd")
+                if os.path.exists(f"/proc/self/fd/{name}")
             ]
             os.write(writing, b"kept" if str(run_dir / ".lock") in descriptors else b"free")
             os._exit(0)
         os.waitpid(child, 0)
         assert os.read(reading, 4) == b"free"
-        with pytest.raises(UserError, match="being written"), directory.held(configured(tmp_path), resume=True):
+        with (
+            pytest.raises(UserError, match="being written"),
+            directory.held(configured(tmp_path), resume=True),
+        ):
             pass
     os.close(reading)
     os.close(writing)
 
 
-# -------------------------------------------------------------------------------------- file systems without locks
+# ----------------------------------------------------------------------- file systems without locks
 @pytest.fixture(params=[errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
 def no_flock(monkeypatch, request):
     def refuse(file, how):
@@ -154,7 +176,9 @@ def test_without_locks_the_record_decides(tmp_path, no_flock, host, pid, age, re
 
 def test_without_locks_the_last_of_two_signatures_wins(tmp_path, no_flock, monkeypatch):
     other = {"host": "elsewhere", "pid": 7, "started": "now"}
-    monkeypatch.setattr(time, "sleep", lambda seconds: (tmp_path / ".lock").write_text(json.dumps(other)))
+    monkeypatch.setattr(
+        time, "sleep", lambda seconds: (tmp_path / ".lock").write_text(json.dumps(other))
+    )
     with pytest.raises(UserError, match="process 7 on elsewhere"), run_lock.lock(tmp_path):
         pass
     assert json.loads((tmp_path / ".lock").read_text()) == other
@@ -170,7 +194,7 @@ def test_without_locks_the_holder_keeps_touching_its_record(tmp_path, no_flock, 
         assert beats.acquire(timeout=60) and beats.acquire(timeout=60)
 
 
-# ------------------------------------------------------------------------------------------------ what a start takes over
+# -------------------------------------------------------------------------- what a start takes over
 def leave(run_dir: Path, *names, rows=()):
     run_dir.mkdir(parents=True, exist_ok=True)
     for name in names:
@@ -181,7 +205,9 @@ def leave(run_dir: Path, *names, rows=()):
             place.parent.mkdir(parents=True, exist_ok=True)
             place.write_text("x")
     if rows is not None:
-        (run_dir / "metrics.jsonl").write_text("".join(json.dumps({"iteration": n}) + "\n" for n in rows))
+        (run_dir / "metrics.jsonl").write_text(
+            "".join(json.dumps({"iteration": n}) + "\n" for n in rows)
+        )
 
 
 TAKEN = {
@@ -189,7 +215,10 @@ TAKEN = {
     "a lock": ([".lock"], None),
     "no rows": ([], []),
     "the base evaluation": (["samples/000000/samples.json"], [0]),
-    "a tracker's files": (["tensorboard/events.out.1", "wandb/run/log", "wandb_id.txt", "report.html"], []),
+    "a tracker's files": (
+        ["tensorboard/events.out.1", "wandb/run/log", "wandb_id.txt", "report.html"],
+        [],
+    ),
     "half-written files": ([".metrics.jsonl.17.tmp", "samples/.000000/0000.png"], [0]),
 }
 KEPT = {
@@ -216,14 +245,20 @@ def test_a_start_that_failed_before_training_is_taken_over(tmp_path, names, rows
 def test_what_may_be_worth_something_is_refused(tmp_path, names, rows, locked):
     leave(tmp_path / "one", *names, *([".lock"] if locked else []), rows=rows)
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(UserError, match="exists; continue it with --resume"), directory.held(configured(tmp_path), resume=False):
+    with (
+        pytest.raises(UserError, match="exists; continue it with --resume"),
+        directory.held(configured(tmp_path), resume=False),
+    ):
         pass
     assert sorted(tmp_path.rglob("*")) == before
 
 
 PLACES = {
     "a file": lambda t: (t / "runs").write_text(""),
-    "a file above": lambda t: ((t / "file").write_text(""), (t / "runs").symlink_to(t / "file/runs"))[0],
+    "a file above": lambda t: (
+        (t / "file").write_text(""),
+        (t / "runs").symlink_to(t / "file/runs"),
+    )[0],
     "a link to nothing": lambda t: (t / "runs").symlink_to(t / "nowhere"),
     "a fifo": lambda t: os.mkfifo(t / "runs"),
     "the run is a file": lambda t: ((t / "runs").mkdir(), (t / "runs/one").write_text("")),
@@ -252,7 +287,9 @@ def test_a_parent_that_only_trying_shows():
         pass
 
 
-@pytest.mark.parametrize("name", ["../outside", "a/../../b", "/tmp/run", "..", ".", "", " ", "a\0b", "a/.."])
+@pytest.mark.parametrize(
+    "name", ["../outside", "a/../../b", "/tmp/run", "..", ".", "", " ", "a\0b", "a/.."]
+)
 def test_names_that_leave_the_folder(name):
     with pytest.raises(UserError, match="logging.name: expected"):
         small_config(logging={"name": name})
@@ -260,5 +297,7 @@ def test_names_that_leave_the_folder(name):
 
 @pytest.mark.parametrize("name", ["a/b/c", "..a", "a..b", "ä b", "a\nb", "x" * 200])
 def test_names_below_the_folder(tmp_path, name):
-    with directory.held(small_config(logging={"dir": str(tmp_path), "name": name}), resume=False) as run_dir:
+    with directory.held(
+        small_config(logging={"dir": str(tmp_path), "name": name}), resume=False
+    ) as run_dir:
         assert run_dir == tmp_path / name

@@ -1,4 +1,5 @@
-"""What the other scripts make of a run on the shipped model: exported, scored and sampled it is the run's own."""
+"""What the other scripts make of a run on the shipped model: exported, scored and sampled it is the
+run's own."""
 
 import json
 
@@ -14,7 +15,8 @@ from tempflow.run.drift import between_folders
 from tempflow.run.means import gain_text
 from tempflow.types import Size
 
-# One rank against two, a run against its resumed half, bit for bit: the CPU's part. A GPU's is test_gpu_runs.py.
+# One rank against two, a run against its resumed half, bit for bit: the CPU's part. A GPU's is
+# test_gpu_runs.py.
 pytestmark = [pytest.mark.slow, pytest.mark.cpu]
 
 
@@ -43,7 +45,8 @@ def through_diffusers(pipe, latents):
 
 
 def tuned_latents(run: Run, which=None):
-    """What the run's own loading code makes of PROMPTS: before training, tuned, and from which noise."""
+    """What the run's own loading code makes of PROMPTS: before training, tuned, and from which
+    noise."""
     from tempflow.checkpoints import load
     from tempflow.models.opened import load_whole
 
@@ -61,7 +64,9 @@ def exported(run: Run, out, *more, run_script=script_here):
     return done.stdout
 
 
-@pytest.mark.parametrize("which, run_script", [("ema", script), ("raw", script_here)], ids=["ema", "raw"])
+@pytest.mark.parametrize(
+    "which, run_script", [("ema", script), ("raw", script_here)], ids=["ema", "raw"]
+)
 def test_export_loads_in_diffusers(whole, tmp_path, which, run_script):
     from diffusers import FluxPipeline
 
@@ -80,7 +85,11 @@ def lora_run(folder):
         "lora",
         processes=None,
         model={"lora": {"rank": 4, "alpha": 8.0}},
-        training={"iterations": 2, "updates": {"passes": 2}, "penalty": {"coef": 0.05, "form": "v"}},
+        training={
+            "iterations": 2,
+            "updates": {"passes": 2},
+            "penalty": {"coef": 0.05, "form": "v"},
+        },
         deepspeed={"optimizer": {**ADAMW, "params": {**ADAMW["params"], "lr": 1e-2}}},
     )
 
@@ -109,21 +118,34 @@ def test_lora_export_loads_in_diffusers(lora_run, tmp_path):
     assert_close("adapters", through_diffusers(pipe, latents), after, 1e-5)
 
     exported(lora_run, tmp_path / "merged", "--merge")
-    assert_close("merged", through_diffusers(FluxPipeline.from_pretrained(tmp_path / "merged"), latents), after, 1e-5)
+    assert_close(
+        "merged",
+        through_diffusers(FluxPipeline.from_pretrained(tmp_path / "merged"), latents),
+        after,
+        1e-5,
+    )
 
 
 def test_a_run_starts_where_an_exported_one_ended(lora_run, folder, tmp_path):
-    """Its first evaluation is the last of the run that was exported, and its policy is what the replica holds."""
+    """Its first evaluation is the last of the run that was exported, and its policy is what the
+    replica holds."""
     assert "LoRA" in exported(lora_run, tmp_path / "adapters")
     lora = {"rank": 4, "alpha": 8.0, "start": str(tmp_path / "adapters")}
-    run = train(folder, "started", processes=None, model={"lora": lora}, training={"iterations": 1, "penalty": {"coef": 0.05}})
+    run = train(
+        folder,
+        "started",
+        processes=None,
+        model={"lora": lora},
+        training={"iterations": 1, "penalty": {"coef": 0.05}},
+    )
     assert run.rows[0]["eval/reward"] == pytest.approx(lora_run.rows[-1]["eval/reward"], abs=1e-6)
     assert run.rows[1]["kl"] > 0, "the reference is the model without adapters"
     assert run.rows[1]["mismatch/log_prob"] < 1e-4, "rollouts came from the same policy"
 
 
 def test_evaluate_repeats_the_runs_own_evaluation(whole, tmp_path, monkeypatch):
-    """And its gain and drift, with the base beside it; without DeepSpeed, whose import alone takes seconds."""
+    """And its gain and drift, with the base beside it; without DeepSpeed, whose import alone takes
+    seconds."""
     monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")
     done = script("evaluate", "--run", whole.folder, "--compare", "--out", tmp_path / "pictures")
     assert done.returncode == 0, done.stderr
@@ -132,20 +154,43 @@ def test_evaluate_repeats_the_runs_own_evaluation(whole, tmp_path, monkeypatch):
     assert found["reward"] == pytest.approx(row["eval/reward"], abs=1e-6)
     assert found["base_reward"] == pytest.approx(whole.rows[0]["eval/reward"], abs=1e-6)
     assert found["weights"] == "ema" and found["iteration"] == 4 and found["prompts"] == 8
-    assert found["gain"] == pytest.approx(row["eval/gain"], abs=1e-6) and found["gain_stderr"] == pytest.approx(row["eval/gain/stderr"])
-    for key in ("drift/color_shift", "drift/color_spread", "drift/diversity", "eval/precision", "eval/recall"):
+    assert found["gain"] == pytest.approx(row["eval/gain"], abs=1e-6) and found[
+        "gain_stderr"
+    ] == pytest.approx(row["eval/gain/stderr"])
+    for key in (
+        "drift/color_shift",
+        "drift/color_spread",
+        "drift/diversity",
+        "eval/precision",
+        "eval/recall",
+    ):
         assert found[key] == pytest.approx(row[key], rel=1e-6), key
-    assert "base: reward" in done.stderr and f"gain {gain_text(found['gain'], found['gain_stderr'])}; drift: color shift" in done.stderr
-    assert between_folders(tmp_path / "pictures/base", tmp_path / "pictures/tuned") == {key: found[key] for key in found if "drift/" in key}
+    assert (
+        "base: reward" in done.stderr
+        and f"gain {gain_text(found['gain'], found['gain_stderr'])}; drift: color shift"
+        in done.stderr
+    )
+    assert between_folders(tmp_path / "pictures/base", tmp_path / "pictures/tuned") == {
+        key: found[key] for key in found if "drift/" in key
+    }
     for name in ("base", "tuned"):
-        assert len(list((tmp_path / "pictures" / name).glob("*.png"))) == 8 and (tmp_path / "pictures" / name / "samples.json").exists()
+        assert (
+            len(list((tmp_path / "pictures" / name).glob("*.png"))) == 8
+            and (tmp_path / "pictures" / name / "samples.json").exists()
+        )
 
 
 def test_sample_shows_base_beside_tuned(whole, tmp_path):
-    """The held-out prompts at the evaluation's noise: the very pictures of the run, at the start and at the end."""
+    """The held-out prompts at the evaluation's noise: the very pictures of the run, at the start
+    and at the end."""
     done = script("sample", "--run", whole.folder, "--out", tmp_path / "pairs", "--count", 3)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "pairs/prompts.txt").read_text().splitlines()[0].endswith(HELDOUT.read_text().splitlines()[0])
+    assert (
+        (tmp_path / "pairs/prompts.txt")
+        .read_text()
+        .splitlines()[0]
+        .endswith(HELDOUT.read_text().splitlines()[0])
+    )
     for n in range(3):
         pair = np.asarray(Image.open(tmp_path / f"pairs/{n:04d}.png")).astype(int)
         for iteration, half in ((0, pair[:, :96]), (4, pair[:, -96:])):

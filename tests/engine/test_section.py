@@ -1,4 +1,5 @@
-"""The deepspeed section is refused for what DeepSpeed would refuse once the model is loaded, or would pass over in silence."""
+"""The deepspeed section is refused for what DeepSpeed would refuse once the model is loaded, or
+would pass over in silence."""
 
 import json
 
@@ -16,28 +17,79 @@ def zero(**keys) -> dict:
 
 
 REFUSED = {
-    "unknown key": ({"zero_optimisation": {}}, ["deepspeed.zero_optimisation", "did you mean 'zero_optimization'"]),
+    "unknown key": (
+        {"zero_optimisation": {}},
+        ["deepspeed.zero_optimisation", "did you mean 'zero_optimization'"],
+    ),
     "key like no other": ({"q\n": 1}, [r"deepspeed.'q\n'", "unknown key", ", zero_optimization"]),
-    "key within": (zero(reduce_buckets=1), ["deepspeed.zero_optimization.reduce_buckets", "not permitted", "got 1"]),
-    "bucket": (zero(reduce_bucket_size="big"), ["deepspeed.zero_optimization.reduce_bucket_size", "integer", "got 'big'"]),
-    "no bucket": (zero(reduce_bucket_size=0), ["deepspeed.zero_optimization.reduce_bucket_size", "greater than 0", "got 0"]),
-    "offload no table": (zero(offload_optimizer="cpu"), ["deepspeed.zero_optimization.offload_optimizer", "dictionary", "got 'cpu'"]),
-    "offload where": (zero(offload_param={"device": "tape"}), ["offload_param.device", "'cpu' or 'nvme'", "got 'tape'"]),
-    "offload passed over": (zero(stage=2, offload_param={"device": "cpu"}), ["offload_param", "at stage 2", "needs 3"]),
-    "offload path": (zero(offload_optimizer={"device": "nvme"}), ["offload_optimizer.nvme_path", "missing"]),
+    "key within": (
+        zero(reduce_buckets=1),
+        ["deepspeed.zero_optimization.reduce_buckets", "not permitted", "got 1"],
+    ),
+    "bucket": (
+        zero(reduce_bucket_size="big"),
+        ["deepspeed.zero_optimization.reduce_bucket_size", "integer", "got 'big'"],
+    ),
+    "no bucket": (
+        zero(reduce_bucket_size=0),
+        ["deepspeed.zero_optimization.reduce_bucket_size", "greater than 0", "got 0"],
+    ),
+    "offload no table": (
+        zero(offload_optimizer="cpu"),
+        ["deepspeed.zero_optimization.offload_optimizer", "dictionary", "got 'cpu'"],
+    ),
+    "offload where": (
+        zero(offload_param={"device": "tape"}),
+        ["offload_param.device", "'cpu' or 'nvme'", "got 'tape'"],
+    ),
+    "offload passed over": (
+        zero(stage=2, offload_param={"device": "cpu"}),
+        ["offload_param", "at stage 2", "needs 3"],
+    ),
+    "offload path": (
+        zero(offload_optimizer={"device": "nvme"}),
+        ["offload_optimizer.nvme_path", "missing"],
+    ),
     "flag": ({"bf16": {"enabled": "maybe"}}, ["deepspeed.bf16.enabled", "boolean", "got 'maybe'"]),
-    "both halves": ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, ["deepspeed: ", "simultaneously"]),
+    "both halves": (
+        {"bf16": {"enabled": True}, "fp16": {"enabled": True}},
+        ["deepspeed: ", "simultaneously"],
+    ),
     "table": ({"activation_checkpointing": 3}, ["deepspeed.activation_checkpointing", "got 3"]),
     "tracker": ({"tensorboard": 3}, ["deepspeed.tensorboard: ", "dictionary", "got 3"]),
-    "writer": ({"checkpoint": {"writer": {"decoupled": True}}}, ["deepspeed.checkpoint.writer", "remove it"]),
-    "clipping": ({"gradient_clipping": "auto"}, ["deepspeed.gradient_clipping", "number from 0 on", "got 'auto'"]),
-    "optimizer": ({"optimizer": {"type": "Adamm"}}, ["deepspeed.optimizer.type", "AdamW", "got 'Adamm'"]),
+    "writer": (
+        {"checkpoint": {"writer": {"decoupled": True}}},
+        ["deepspeed.checkpoint.writer", "remove it"],
+    ),
+    "clipping": (
+        {"gradient_clipping": "auto"},
+        ["deepspeed.gradient_clipping", "number from 0 on", "got 'auto'"],
+    ),
+    "optimizer": (
+        {"optimizer": {"type": "Adamm"}},
+        ["deepspeed.optimizer.type", "AdamW", "got 'Adamm'"],
+    ),
     "no optimizer": ({"optimizer": {}}, ["deepspeed.optimizer.type", "got None"]),
-    "parameters": ({"optimizer": {"type": "AdamW", "params": [1]}}, ["deepspeed.optimizer.params", "table", "got [1]"]),
-    "rate": ({"optimizer": {"type": "Adam", "params": {"lr": "1e-4"}}}, ["deepspeed.optimizer.params.lr", "number", "got '1e-4'"]),
-    "half of the betas": ({"optimizer": {"type": "AdamW", "params": {"betas": [0.9]}}}, ["deepspeed.optimizer.params"]),
-    "betas": ({"optimizer": {"type": "AdamW", "params": {"betas": [0.9, 2]}}}, ["deepspeed.optimizer.params", "beta", "2"]),
-    "parameter": ({"optimizer": {"type": "RMSprop", "params": {"beta": 1}}}, ["deepspeed.optimizer.params", "'beta'"]),
+    "parameters": (
+        {"optimizer": {"type": "AdamW", "params": [1]}},
+        ["deepspeed.optimizer.params", "table", "got [1]"],
+    ),
+    "rate": (
+        {"optimizer": {"type": "Adam", "params": {"lr": "1e-4"}}},
+        ["deepspeed.optimizer.params.lr", "number", "got '1e-4'"],
+    ),
+    "half of the betas": (
+        {"optimizer": {"type": "AdamW", "params": {"betas": [0.9]}}},
+        ["deepspeed.optimizer.params"],
+    ),
+    "betas": (
+        {"optimizer": {"type": "AdamW", "params": {"betas": [0.9, 2]}}},
+        ["deepspeed.optimizer.params", "beta", "2"],
+    ),
+    "parameter": (
+        {"optimizer": {"type": "RMSprop", "params": {"beta": 1}}},
+        ["deepspeed.optimizer.params", "'beta'"],
+    ),
 }
 
 
@@ -60,10 +112,19 @@ TAKEN = {
         "flops_profiler": {"enabled": True},
         "wall_clock_breakdown": True,
         "zero_allow_untested_optimizer": True,
-        **zero(offload_optimizer={"device": "nvme", "nvme_path": "/nvme"}, offload_param={"device": "cpu"}, reduce_bucket_size=5e8),
+        **zero(
+            offload_optimizer={"device": "nvme", "nvme_path": "/nvme"},
+            offload_param={"device": "cpu"},
+            reduce_bucket_size=5e8,
+        ),
     },
     "torch's": {"optimizer": {"type": "RMSprop", "params": {"lr": 0.1, "momentum": 0.9}}},
-    "DeepSpeed's": {"optimizer": {"type": "adam", "params": {"lr": 1e-4, "adam_w_mode": True, "torch_adam": True}}},
+    "DeepSpeed's": {
+        "optimizer": {
+            "type": "adam",
+            "params": {"lr": 1e-4, "adam_w_mode": True, "torch_adam": True},
+        }
+    },
 }
 
 
@@ -72,7 +133,9 @@ def test_taken(changes):
     check_deepspeed({"optimizer": ADAMW, **changes})
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*_*.json")), ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "configs").glob("*_*.json")), ids=lambda file: file.stem
+)
 def test_shipped_configs_are_taken(file):
     check_deepspeed(json.loads(file.read_text())["deepspeed"])
 
@@ -85,10 +148,14 @@ def test_nvme_needs_an_operator_and_a_folder(monkeypatch, tmp_path, key):
         return zero(**{key: {"device": "nvme", "nvme_path": str(folder)}})
 
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: False)
-    with pytest.raises(UserError, match=f'^deepspeed.zero_optimization.{key}.device: "nvme" .* libaio'):
+    with pytest.raises(
+        UserError, match=f'^deepspeed.zero_optimization.{key}.device: "nvme" .* libaio'
+    ):
         check_machine(section(tmp_path))
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: True)
     check_machine(section(tmp_path))
-    with pytest.raises(UserError, match=f"^deepspeed.zero_optimization.{key}.nvme_path: no folder .*/none"):
+    with pytest.raises(
+        UserError, match=f"^deepspeed.zero_optimization.{key}.nvme_path: no folder .*/none"
+    ):
         check_machine(section(tmp_path / "none"))
     check_machine(zero(**{key: {"device": "cpu"}}))

@@ -1,4 +1,5 @@
-"""One frozen base: the rollout copy has the training engine's own tensors for all that is not trained, and adapters of its own."""
+"""One frozen base: the rollout copy has the training engine's own tensors for all that is not
+trained, and adapters of its own."""
 
 import shutil
 
@@ -34,7 +35,11 @@ def config_of(stage=0, dtype="float32", lora=LORA, share_base=None, **more):
     half = BF16 if dtype == "bfloat16" else {}
     adamw = {**ADAMW, "params": {**ADAMW["params"], "lr": 1e-2}}
     model = {"dtype": dtype, "lora": lora, "share_base": share_base, **more.pop("model", {})}
-    return small_config(model=model, deepspeed={"optimizer": adamw, **half, "zero_optimization": {"stage": stage}}, **more)
+    return small_config(
+        model=model,
+        deepspeed={"optimizer": adamw, **half, "zero_optimization": {"stage": stage}},
+        **more,
+    )
 
 
 class Trained:
@@ -53,18 +58,25 @@ class Trained:
         return self.policy.denoiser()
 
     def velocity(self, module):
-        return self.policy.velocity(module, self.x, torch.tensor([0.9, 0.5, 0.2]), self.text, SIZE, self.scale)
+        return self.policy.velocity(
+            module, self.x, torch.tensor([0.9, 0.5, 0.2]), self.text, SIZE, self.scale
+        )
 
     @torch.enable_grad()
     def update(self, times=2, lr=1.0):
         for _ in range(times):
-            self.runtime.accumulate(self.velocity(self.runtime.engine).float().square().mean(), last=True)
+            self.runtime.accumulate(
+                self.velocity(self.runtime.engine).float().square().mean(), last=True
+            )
             assert self.runtime.step(lr) is not None
         return self
 
 
 def tensors(module) -> dict[str, torch.Tensor]:
-    return {name.replace(".base_layer.", "."): t for name, t in (*module.named_parameters(), *module.named_buffers())}
+    return {
+        name.replace(".base_layer.", "."): t
+        for name, t in (*module.named_parameters(), *module.named_buffers())
+    }
 
 
 def assert_one_base(trained: Trained):
@@ -72,17 +84,20 @@ def assert_one_base(trained: Trained):
     engine, copy = tensors(trained.runtime.module), tensors(trained.copy)
     own = {name for name in copy if name.endswith((".down", ".up"))}
     frozen = {name for name, t in engine.items() if not t.requires_grad}
-    assert own and copy.keys() - own == frozen == engine.keys() - {n for n, t in engine.items() if t.requires_grad}
+    assert own and copy.keys() - own == frozen == engine.keys() - {
+        n for n, t in engine.items() if t.requires_grad
+    }
     assert all(copy[name].data_ptr() == engine[name].data_ptr() for name in frozen)
     assert not {copy[name].data_ptr() for name in own} & {t.data_ptr() for t in engine.values()}
 
 
-# ---------------------------------------------------------------------------------------------------------- the layer
+# ---------------------------------------------------------------------------------------- the layer
 @pytest.mark.parametrize("dtype, rel", [(torch.float32, 1e-6), (torch.bfloat16, 5e-3)])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(7,), (3, 7), (2, 3, 7)])
 def test_an_adapted_layer_against_its_formula(dtype, rel, bias, shape):
-    """In float64, with a scale that is no power of two; the weight and the bias are the source's own."""
+    """In float64, with a scale that is no power of two; the weight and the bias are the source's
+    own."""
     source = torch.nn.Linear(7, 10, bias=bias, dtype=dtype)
     layer = AdaptedLinear(source, rank=3, scale=1.7)
     x = torch.randn(shape).to(dtype)
@@ -93,14 +108,23 @@ def test_an_adapted_layer_against_its_formula(dtype, rel, bias, shape):
         want = x.double() @ w.T + (source.bias.double() if bias else 0)
         assert_close("forward", layer(x), want, rel)
         assert_close("one weight", whole_weight(layer), w, rel)
-    assert layer.weight is source.weight and layer.bias is source.bias and whole_weight(source).data_ptr() == source.weight.data_ptr()
-    assert layer(x.requires_grad_()).sum().backward() is None and x.grad is not None, "a micro-batch is measured with a backward"
+    assert (
+        layer.weight is source.weight
+        and layer.bias is source.bias
+        and whole_weight(source).data_ptr() == source.weight.data_ptr()
+    )
+    assert layer(x.requires_grad_()).sum().backward() is None and x.grad is not None, (
+        "a micro-batch is measured with a backward"
+    )
 
 
-# -------------------------------------------------------------------------------------------------------- one base
-@pytest.mark.parametrize("stage, dtype", [(0, "float32"), (1, "bfloat16"), (2, "float32"), (2, "bfloat16")])
+# ----------------------------------------------------------------------------------------- one base
+@pytest.mark.parametrize(
+    "stage, dtype", [(0, "float32"), (1, "bfloat16"), (2, "float32"), (2, "bfloat16")]
+)
 def test_the_base_is_one_and_rollouts_have_the_adapters(stage, dtype):
-    """Before and after updates; the base stays as it was loaded, to the bit, and the reference is it."""
+    """Before and after updates; the base stays as it was loaded, to the bit, and the reference is
+    it."""
     trained = Trained(config_of(stage, dtype, training={"penalty": {"coef": 0.1}}))
     assert_one_base(trained)
     loaded = load_policy(str(MODEL), dtype=dtype, max_sequence_length=20).denoiser()
@@ -113,7 +137,9 @@ def test_the_base_is_one_and_rollouts_have_the_adapters(stage, dtype):
         engine, rollout = trained.velocity(trained.runtime.engine), trained.velocity(trained.copy)
         with trained.runtime.reference_transformer() as reference:
             assert torch.equal(trained.velocity(reference), base)
-        assert_close("rollout and training", rollout, engine, {"float32": 1e-6, "bfloat16": 2e-2}[dtype])
+        assert_close(
+            "rollout and training", rollout, engine, {"float32": 1e-6, "bfloat16": 2e-2}[dtype]
+        )
         assert (engine - base).float().norm() > 1e-2 * base.float().norm(), "the adapters matter"
     assert_one_base(trained)
     for name, weight in loaded.named_parameters():
@@ -123,16 +149,28 @@ def test_the_base_is_one_and_rollouts_have_the_adapters(stage, dtype):
 @pytest.mark.parametrize("family", GUIDED)
 def test_the_base_of_guided_families_is_one(family, tmp_path):
     folder = GUIDED[family](tmp_path / family)
-    trained = Trained(config_of(1, "bfloat16", model={"path": str(folder), "max_sequence_length": 20}), folder, scale=4.0)
+    trained = Trained(
+        config_of(1, "bfloat16", model={"path": str(folder), "max_sequence_length": 20}),
+        folder,
+        scale=4.0,
+    )
     assert_one_base(trained.update(1))
     with torch.no_grad():
         trained.runtime.refresh(trained.copy)
-        assert_close("velocity", trained.velocity(trained.copy), trained.velocity(trained.runtime.engine), 2e-2)
+        assert_close(
+            "velocity",
+            trained.velocity(trained.copy),
+            trained.velocity(trained.runtime.engine),
+            2e-2,
+        )
 
 
 def test_what_stays_in_float32_is_the_rollouts_own():
-    """DeepSpeed casts the trained module whole; the copy keeps the precision that the model was loaded in."""
-    module = torch.nn.ModuleDict({"norm": torch.nn.Linear(4, 4), "block": torch.nn.Linear(4, 4, dtype=torch.bfloat16)})
+    """DeepSpeed casts the trained module whole; the copy keeps the precision that the model was
+    loaded in."""
+    module = torch.nn.ModuleDict(
+        {"norm": torch.nn.Linear(4, 4), "block": torch.nn.Linear(4, 4, dtype=torch.bfloat16)}
+    )
     module.register_buffer("table", torch.zeros(3, dtype=torch.bfloat16))
     module.register_buffer("places", torch.arange(3))
     copy = bare_copy(module, torch.bfloat16)
@@ -141,7 +179,10 @@ def test_what_stays_in_float32_is_the_rollouts_own():
     adopt(copy, module, ADAPTER)
     assert copy["norm"].weight.dtype == torch.float32 and torch.equal(copy["norm"].weight, before)
     assert copy["block"].weight.data_ptr() == module["block"].base_layer.weight.data_ptr()
-    assert copy.table.data_ptr() == module.table.data_ptr() and copy.places.data_ptr() == module.places.data_ptr()
+    assert (
+        copy.table.data_ptr() == module.table.data_ptr()
+        and copy.places.data_ptr() == module.places.data_ptr()
+    )
 
 
 def add_lora_to(module, targets):
@@ -154,7 +195,9 @@ def test_only_linear_layers_are_adapted():
     module = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.Linear(4, 4))
     copy = bare_copy(module, torch.float32)
     add_lora_to(module, ["0"])
-    with pytest.raises(UserError, match="model.lora.targets: 0 is a Conv2d; only linear layers are adapted"):
+    with pytest.raises(
+        UserError, match="model.lora.targets: 0 is a Conv2d; only linear layers are adapted"
+    ):
         adopt(copy, module, ADAPTER)
 
 
@@ -197,7 +240,9 @@ def test_the_float8_copy_is_made_of_merged_weights():
         trained.update(1)
         trained.runtime.refresh(trained.copy)
         one.refresh()
-        assert (trained.velocity(one.transformer) - before).norm() > 1e-3 * before.norm(), "the adapters are followed"
+        assert (trained.velocity(one.transformer) - before).norm() > 1e-3 * before.norm(), (
+            "the adapters are followed"
+        )
 
 
 def test_nothing_that_a_graph_reads_moves():
@@ -216,13 +261,18 @@ def test_nothing_that_a_graph_reads_moves():
         assert addresses() == first
 
 
-# ----------------------------------------------------------------------------------------------------- who shares it
+# ------------------------------------------------------------------------------------ who shares it
 def test_who_shares_the_base():
     def shared(**changes):
         return shares_base(config_of(**changes), "cuda")
 
     assert shared() and shared(stage=2, dtype="bfloat16") and shared(share_base=True)
-    assert not shared(lora=None) and not shared(share_base=False) and not shared(stage=3) and not shared(rollout={"replica": False})
+    assert (
+        not shared(lora=None)
+        and not shared(share_base=False)
+        and not shared(stage=3)
+        and not shared(rollout={"replica": False})
+    )
     assert not shared(model={"dtype": "bfloat16"}), "of another dtype than is trained in"
     assert (
         not shares_base(config_of(model={"dtype": "auto"}), "cuda")
@@ -244,11 +294,14 @@ def test_a_base_that_cannot_be_shared_is_refused(changes, words):
 
 
 def test_two_dtypes_are_refused_with_both_keys():
-    with pytest.raises(UserError, match="model.share_base: .* bfloat16 by model.dtype, float32 by the deepspeed section"):
+    with pytest.raises(
+        UserError,
+        match="model.share_base: .* bfloat16 by model.dtype, float32 by the deepspeed section",
+    ):
         shares_base(config_of(share_base=True, model={"dtype": "bfloat16"}))
 
 
-# -------------------------------------------------------------------------------------------------------------- bytes
+# -------------------------------------------------------------------------------------------- bytes
 @pytest.mark.parametrize("share_base", [None, False])
 def test_bytes_of_the_rollout_copy(share_base):
     """All that it holds beside the engine, against the dry run."""
@@ -259,25 +312,38 @@ def test_bytes_of_the_rollout_copy(share_base):
     assert own == items(estimate(config))["rollout copy"]
 
 
-# --------------------------------------------------------------------------------------------------------------- runs
+# --------------------------------------------------------------------------------------------- runs
 RUN = {
     "model": {"lora": LORA},
     "rollout": {"num_steps": 4, "plan": {"branch_steps": [0, 2]}, "lanes": 1},
-    "training": {"iterations": 3, "penalty": {"coef": 0.05}, "ema": {"decay": 0.5, "every": 1}, "updates": {"passes": 2}},
-    "deepspeed": {"optimizer": {**ADAMW, "params": {**ADAMW["params"], "lr": 1e-2}}, "zero_optimization": {"stage": 2}},
+    "training": {
+        "iterations": 3,
+        "penalty": {"coef": 0.05},
+        "ema": {"decay": 0.5, "every": 1},
+        "updates": {"passes": 2},
+    },
+    "deepspeed": {
+        "optimizer": {**ADAMW, "params": {**ADAMW["params"], "lr": 1e-2}},
+        "zero_optimization": {"stage": 2},
+    },
 }
 
 
 def test_a_run_is_that_of_two_copies(tmp_path):
     """In fp32, to its rounding; and the transformer is loaded once."""
     one = train(tmp_path, "one", processes=None, **RUN)
-    two = train(tmp_path, "two", processes=None, **RUN | {"model": {"lora": LORA, "share_base": False}})
+    two = train(
+        tmp_path, "two", processes=None, **RUN | {"model": {"lora": LORA, "share_base": False}}
+    )
     for mine, theirs in zip(one.rows, two.rows, strict=True):
         for key in ("reward/mean", "eval/reward", "loss", "grad_norm", "kl"):
             if key in theirs:
                 assert mine[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-6), key
     assert max(row["mismatch/log_prob"] for row in one.rows[1:]) < 1e-6
-    assert all(torch.allclose(value, two.weights()[name], atol=1e-4) for name, value in one.weights().items())
+    assert all(
+        torch.allclose(value, two.weights()[name], atol=1e-4)
+        for name, value in one.weights().items()
+    )
 
 
 @pytest.mark.slow
@@ -288,8 +354,17 @@ def test_a_resumed_run_is_the_same_to_the_bit(tmp_path, processes):
     shutil.copytree(whole.folder, tmp_path / "again")
     for lost in (2, 3):
         shutil.rmtree(tmp_path / f"again/checkpoints/{lost:06d}")
-    again = train(tmp_path, "again", "--resume", processes=processes, **RUN, checkpoint={"every": 1, "keep": 3})
+    again = train(
+        tmp_path,
+        "again",
+        "--resume",
+        processes=processes,
+        **RUN,
+        checkpoint={"every": 1, "keep": 3},
+    )
     assert [timeless(row) for row in again.rows] == [timeless(row) for row in whole.rows]
     for name in ("weights", "ema"):
         mine, theirs = again.weights(name=name), whole.weights(name=name)
-        assert mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)
+        assert mine.keys() == theirs.keys() and all(
+            torch.equal(mine[key], theirs[key]) for key in mine
+        )

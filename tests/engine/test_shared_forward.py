@@ -1,7 +1,8 @@
 """One forward per state gives the gradient of one forward per child, on the shipped model.
 
-Three ways to the same gradient: the engine's shared forward, the benchmark's one_child_per_state, and DESIGN section 2 written
-out child by child in float64 (engine_cases.naive_loss), in which nothing is skipped, padded or batched.
+Three ways to the same gradient: the engine's shared forward, the benchmark's one_child_per_state,
+and DESIGN section 2 written out child by child in float64 (engine_cases.naive_loss), in which
+nothing is skipped, padded or batched.
 """
 
 import copy
@@ -17,7 +18,10 @@ from kernel_cases import assert_close
 FP32 = 1e-5
 PLAIN = {"clip_low": 2e-3, "clip_high": 1e-3}
 GUARD = {"objective": {**PLAIN, "ratio": "guard"}}
-KL_X, KL_V = ({"penalty": {"type": "kl", "coef": coef, "form": form}} for form, coef in (("x", 0.3), ("v", 0.03)))
+KL_X, KL_V = (
+    {"penalty": {"type": "kl", "coef": coef, "form": form}}
+    for form, coef in (("x", 0.3), ("v", 0.03))
+)
 VARIANTS = {
     "plain": {},
     "guard": GUARD,
@@ -43,7 +47,8 @@ def iteration(policy):
 
 @pytest.fixture(scope="module")
 def rewards(iteration):
-    """The rollout's own, but: one failed child, two failed children, a group without spread, a group that failed."""
+    """The rollout's own, but: one failed child, two failed children, a group without spread, a
+    group that failed."""
     rewards = iteration.dense(iteration.rewards).copy()
     rewards[0, 0, 1, 2] = np.nan
     rewards[0, 1, 0, :2] = np.nan
@@ -95,7 +100,9 @@ def naive_gradients(iteration, rewards, **training):
 
     def forward(transformer, state):
         sigma = session.grid.sigmas[state.step : state.step + 1]
-        return session.sampler.velocity(transformer, state.x[None], sigma, session.embed([state.unit]))[0]
+        return session.sampler.velocity(
+            transformer, state.x[None], sigma, session.embed([state.unit])
+        )[0]
 
     with torch.no_grad():
         old = {id(s): forward(runtime.engine, s) for s in states}
@@ -132,32 +139,50 @@ def test_equals_the_formulas(iteration, rewards, shared, variant):
 
 @pytest.mark.parametrize("name", ["plain", "kl-x", "guard-kl-v"])
 def test_equals_one_forward_per_child(iteration, rewards, shared, name):
-    """Each ratio and each KL once: the formulas above are held to in all variants, and they go child by child too."""
+    """Each ratio and each KL once: the formulas above are held to in all variants, and they go
+    child by child too."""
     variant = VARIANTS[name]
-    together, per_child = shared(variant), Engine(iteration, rewards, size=3, extra=1, share=False, **variant)
+    together, per_child = (
+        shared(variant),
+        Engine(iteration, rewards, size=3, extra=1, share=False, **variant),
+    )
     assert_same_gradients(together.gradients, per_child.gradients)
     for one, other in zip(together.metrics, per_child.metrics):
         for key in ("loss", "kl", "clip_fraction", "clip_fraction/high", "ratio/max_dev"):
             assert one[key] == pytest.approx(other[key], rel=1e-3, abs=1e-7), key
-        assert other["forwards"] == 3 * one["forwards"], "the reference's forwards, once per iteration, are shared as well"
+        assert other["forwards"] == 3 * one["forwards"], (
+            "the reference's forwards, once per iteration, are shared as well"
+        )
 
 
-@pytest.mark.parametrize("variant", [VARIANTS["plain"], VARIANTS["guard-kl-x"]], ids=["plain", "guard-kl-x"])
+@pytest.mark.parametrize(
+    "variant", [VARIANTS["plain"], VARIANTS["guard-kl-x"]], ids=["plain", "guard-kl-x"]
+)
 def test_micro_batches_and_padding_change_nothing(iteration, rewards, shared, variant):
     whole = Engine(iteration, rewards, size=8, **variant)
-    for parts in (shared(variant), *(Engine(iteration, rewards, size, extra, **variant) for size, extra in ((1, 0), (5, 2)))):
+    for parts in (
+        shared(variant),
+        *(Engine(iteration, rewards, size, extra, **variant) for size, extra in ((1, 0), (5, 2))),
+    ):
         assert_same_gradients(parts.gradients, whole.gradients)
-        assert [m["forwards"] for m in parts.metrics] == [m["forwards"] for m in whole.metrics], "padding is not counted"
+        assert [m["forwards"] for m in parts.metrics] == [m["forwards"] for m in whole.metrics], (
+            "padding is not counted"
+        )
         for key in ("loss", "kl", "clip_fraction", "clip_fraction/high", "ratio/max_dev"):
-            assert parts.metrics[1][key] == pytest.approx(whole.metrics[1][key], rel=1e-3, abs=1e-7), key
+            assert parts.metrics[1][key] == pytest.approx(
+                whole.metrics[1][key], rel=1e-3, abs=1e-7
+            ), key
 
 
 def test_groups_without_advantage_are_skipped_but_counted(iteration, rewards):
-    """8 states; one has no spread, one no rewards, and one a single reward: 5 forwards, the mean over 8."""
+    """8 states; one has no spread, one no rewards, and one a single reward: 5 forwards, the mean
+    over 8."""
     engine = Engine(iteration, rewards, size=8)
     assert engine.metrics[0]["forwards"] == engine.metrics[1]["forwards"] == 5
     with_kl = Engine(iteration, rewards, size=8, **KL_X)
-    assert with_kl.metrics[0]["forwards"] == 2 * 7, "a KL term needs every state with a reward, and its reference"
+    assert with_kl.metrics[0]["forwards"] == 2 * 7, (
+        "a KL term needs every state with a reward, and its reference"
+    )
     assert with_kl.metrics[1]["forwards"] == 7, "the reference is kept for the second update"
 
 
@@ -166,12 +191,21 @@ def test_one_child_per_state_is_the_same_loss_laid_out_otherwise(iteration, rewa
     apart = one_child_per_state(part)
     (batch,), (split,) = part.batches, apart.batches
     assert apart.total == 3 * part.total
-    assert split.x.shape == (15, 48, 32) and split.children.shape == (15, 1, 48, 32) and split.real == 3 * batch.real == 15
+    assert (
+        split.x.shape == (15, 48, 32)
+        and split.children.shape == (15, 1, 48, 32)
+        and split.real == 3 * batch.real == 15
+    )
     for n in range(5):
         for i in range(3):
             row = 3 * n + i
-            assert torch.equal(split.x[row], batch.x[n]) and torch.equal(split.children[row, 0], batch.children[n, i])
-            assert split.advantage[row, 0] == batch.advantage[n, i] and split.weight[row] == batch.weight[n]
+            assert torch.equal(split.x[row], batch.x[n]) and torch.equal(
+                split.children[row, 0], batch.children[n, i]
+            )
+            assert (
+                split.advantage[row, 0] == batch.advantage[n, i]
+                and split.weight[row] == batch.weight[n]
+            )
             assert split.units[row] == batch.units[n] and split.sigma[row] == batch.sigma[n]
 
 

@@ -1,4 +1,5 @@
-"""The shipped configs: each parses, and docs/configs.md gives a reason for every value of theirs."""
+"""The shipped configs: each parses, and docs/configs.md gives a reason for every value of
+theirs."""
 
 import importlib.util
 import json
@@ -15,14 +16,18 @@ NAMES = sorted(file.stem for file in (ROOT / "configs").glob("*.json") if file.s
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("make_configs_page", ROOT / "docs/make_configs_page.py")
+    spec = importlib.util.spec_from_file_location(
+        "make_configs_page", ROOT / "docs/make_configs_page.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 def test_the_page_says_what_the_configs_say_now(script):
-    assert script.TARGET.read_text(encoding="utf-8") == script.page(), "python docs/make_configs_page.py"
+    assert script.TARGET.read_text(encoding="utf-8") == script.page(), (
+        "python docs/make_configs_page.py"
+    )
     assert sorted(script.SHIPPED) == NAMES
 
 
@@ -55,11 +60,15 @@ def test_shipped_configs(name, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_shipped_configs_name_their_schema(name):
-    """And the schema knows each of their keys, has what they leave out as optional, and pins choices."""
+    """And the schema knows each of their keys, has what they leave out as optional, and pins
+    choices."""
     file = ROOT / f"configs/{name}.json"
     table = json.loads(file.read_text())
     schema = json.loads((file.parent / table["$schema"]).read_text())
-    assert set(schema["required"]) <= set(table) <= set(schema["properties"]) and not schema["additionalProperties"]
+    assert (
+        set(schema["required"]) <= set(table) <= set(schema["properties"])
+        and not schema["additionalProperties"]
+    )
     for section in (name for name in table if "$ref" in schema["properties"][name]):
         part = schema["$defs"][schema["properties"][section]["$ref"].rsplit("/", 1)[1]]
         assert set(part.get("required", ())) <= set(table[section]) <= set(part["properties"])

@@ -1,5 +1,5 @@
-"""The shipped configs of large models on a simulated GPU, at their real shapes: nothing waits where it must not, and what is held
-is what --dry-run says."""
+"""The shipped configs of large models on a simulated GPU, at their real shapes: nothing waits where
+it must not, and what is held is what --dry-run says."""
 
 from pathlib import Path
 
@@ -25,7 +25,8 @@ def gpu():
 
 
 class Simulations:
-    """One model by path, with two layers of each kind, and one rollout of it, for all the checks and configs of this file."""
+    """One model by path, with two layers of each kind, and one rollout of it, for all the checks
+    and configs of this file."""
 
     def __init__(self, gpu, folder):
         self.gpu, self.folder = gpu, folder
@@ -37,7 +38,9 @@ class Simulations:
         if model.path not in self._models:
             card = cut_card(model.path, self.folder, layers=2)
             with self.gpu:
-                self._models[model.path] = SimulatedModel(self.gpu, card, model.max_sequence_length, config.rollout.size)
+                self._models[model.path] = SimulatedModel(
+                    self.gpu, card, model.max_sequence_length, config.rollout.size
+                )
         return SimulatedRun(self._models[model.path], name, **more)
 
     def rolled(self, name):
@@ -69,20 +72,25 @@ def simulations(gpu, tmp_path_factory):
 
 def moments(config) -> dict[str, int]:
     """Bytes of the dry run's moments by their first words."""
-    return {item.name.split(":")[0].split()[0]: item.bytes for item in estimate(config).memory.moments}
+    return {
+        item.name.split(":")[0].split()[0]: item.bytes for item in estimate(config).memory.moments
+    }
 
 
 def most(seen) -> int:
     return max(one.bytes for one in seen)
 
 
-# ------------------------------------------------------------------------------------------------------- host waits
+# --------------------------------------------------------------------------------------- host waits
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nothing_captured_copies_or_reads(simulations, family):
     """A forward and its step, as a CUDA graph would capture them."""
     rolled = simulations.rolled(FAMILIES[family].config)
     assert list(rolled.forwards) == ["step"]
-    assert sum((seen.waits for seen in rolled.forwards["step"]), start=type(rolled.whole.waits)()) == {}
+    assert (
+        sum((seen.waits for seen in rolled.forwards["step"]), start=type(rolled.whole.waits)())
+        == {}
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -100,14 +108,21 @@ def test_nothing_captured_copies_or_reads_in_a_coarser_suffix(simulations, famil
     assert not [event for seen in rolled.forwards.values() for one in seen for event in one.waits]
 
 
-# The copies and reads of a training micro-batch, which may only fall: whoever saves waits lowers them.
-TRAINING_WAITS = {"flux_zero3": (2, 8), **{family.config: family.waits[1:] for family in FAMILIES.values()}}
+# The copies and reads of a training micro-batch, which may only fall: whoever saves waits lowers
+# them.
+TRAINING_WAITS = {
+    "flux_zero3": (2, 8),
+    **{family.config: family.waits[1:] for family in FAMILIES.values()},
+}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_host_waits_of_a_rollout(simulations, family):
     rolled = simulations.rolled(FAMILIES[family].config)
-    waits, limit = sum(rolled.outside().values()) / rolled.data.stats.batches, FAMILIES[family].waits[0]
+    waits, limit = (
+        sum(rolled.outside().values()) / rolled.data.stats.batches,
+        FAMILIES[family].waits[0],
+    )
     assert waits < limit + 0.05, rolled.outside()
     assert waits > limit - 0.5, "better than the number here: lower it"
 
@@ -121,23 +136,34 @@ def test_host_waits_of_training(simulations, name):
     assert (copies, read) == limit, "better than the numbers here: lower them"
 
 
-# --------------------------------------------------------------------------------------------------------- memory
+# ------------------------------------------------------------------------------------------- memory
 @pytest.mark.parametrize("name", CONFIGS)
 def test_memory_of_rollouts_and_evaluations(simulations, name):
-    """Peaks above what is there anyway: of a forward, of decoding, and of an evaluation, which does both."""
+    """Peaks above what is there anyway: of a forward, of decoding, and of an evaluation, which does
+    both."""
     run, rolled = simulations.run(name), simulations.rolled(name)
     said = moments(run.config)
     assert most(rolled.forwards["step"]) == pytest.approx(said["rollout"], rel=0.1)
     assert most(rolled.decodes) == pytest.approx(said["decoding"], rel=0.1)
     with run.gpu:
-        assert run.evaluate().bytes == pytest.approx(max(said["rollout"], said["decoding"]), rel=0.1)
-    held = next(item.bytes for item in estimate(run.config).memory.resident if item.name.startswith("latents"))
-    assert rolled.whole.bytes == pytest.approx(max(said["rollout"], said["decoding"]) + held, rel=0.1)
+        assert run.evaluate().bytes == pytest.approx(
+            max(said["rollout"], said["decoding"]), rel=0.1
+        )
+    held = next(
+        item.bytes
+        for item in estimate(run.config).memory.resident
+        if item.name.startswith("latents")
+    )
+    assert rolled.whole.bytes == pytest.approx(
+        max(said["rollout"], said["decoding"]) + held, rel=0.1
+    )
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_memory_of_training(simulations, name):
-    assert simulations.trained(name).bytes == pytest.approx(moments(simulations.run(name).config)["training"], rel=0.1)
+    assert simulations.trained(name).bytes == pytest.approx(
+        moments(simulations.run(name).config)["training"], rel=0.1
+    )
 
 
 @pytest.mark.parametrize("name", ["flux_zero3", "flux_lora"])
@@ -155,18 +181,35 @@ def test_memory_of_a_refresh(simulations, name):
 
 
 def test_memory_of_one_base(gpu, tmp_path):
-    """With LoRA the rollout copy holds adapters alone; its forwards hold what the dry run says, and nothing captured waits."""
+    """With LoRA the rollout copy holds adapters alone; its forwards hold what the dry run says, and
+    nothing captured waits."""
     path = load_config(ROOT / "configs/flux_lora.json").model.path
     with gpu:
-        run = SimulatedRun(SimulatedModel(gpu, cut_card(path, tmp_path, layers=2), None, Size(1024, 1024)), "flux_lora")
+        run = SimulatedRun(
+            SimulatedModel(gpu, cut_card(path, tmp_path, layers=2), None, Size(1024, 1024)),
+            "flux_lora",
+        )
         runtime = run.make_runtime()
         rolled = run.roll_out()
-    trained, copy = ([*module.parameters(), *module.buffers()] for module in (runtime.module, run.policy.denoiser()))
+    trained, copy = (
+        [*module.parameters(), *module.buffers()]
+        for module in (runtime.module, run.policy.denoiser())
+    )
     shared = {id(t) for t in trained}
-    said = {item.name.split(":")[0]: item.bytes for item in estimate(run.config).memory.resident if item.name.startswith("rollout copy")}
-    assert sum(t.nbytes for t in copy if id(t) not in shared) == said["rollout copy"] < 0.1 * sum(t.nbytes for t in trained)
+    said = {
+        item.name.split(":")[0]: item.bytes
+        for item in estimate(run.config).memory.resident
+        if item.name.startswith("rollout copy")
+    }
+    assert (
+        sum(t.nbytes for t in copy if id(t) not in shared)
+        == said["rollout copy"]
+        < 0.1 * sum(t.nbytes for t in trained)
+    )
     forwards = rolled.forwards["step"]
-    assert most(forwards) == pytest.approx(moments(run.config)["rollout"], rel=0.1) and not any(seen.waits for seen in forwards)
+    assert most(forwards) == pytest.approx(moments(run.config)["rollout"], rel=0.1) and not any(
+        seen.waits for seen in forwards
+    )
 
 
 @pytest.mark.slow
@@ -175,9 +218,17 @@ def test_flux_at_its_full_depth(gpu):
     changes = ["rollout.num_steps=2", "rollout.plan.branch_steps=[0]", "rollout.plan.children=3"]
     with gpu:
         run = SimulatedRun(
-            SimulatedModel(gpu, Path(local_model("black-forest-labs/FLUX.1-dev")), None, Size(1024, 1024)), "flux_lora", changes
+            SimulatedModel(
+                gpu, Path(local_model("black-forest-labs/FLUX.1-dev")), None, Size(1024, 1024)
+            ),
+            "flux_lora",
+            changes,
         )
         rolled = run.roll_out()
     forwards = rolled.forwards["step"]
-    assert len(forwards) == 2 and not any(seen.waits for seen in forwards) and forwards[0].kernels > 3000
+    assert (
+        len(forwards) == 2
+        and not any(seen.waits for seen in forwards)
+        and forwards[0].kernels > 3000
+    )
     assert most(forwards) == pytest.approx(Model(run.config).forward(4).bytes, rel=0.1)

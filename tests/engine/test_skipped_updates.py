@@ -1,4 +1,5 @@
-"""Updates whose gradient is not finite: skipped on all ranks, counted, named; too many in a row end the run, saved."""
+"""Updates whose gradient is not finite: skipped on all ranks, counted, named; too many in a row end
+the run, saved."""
 
 import itertools
 
@@ -29,7 +30,8 @@ def break_calls(monkeypatch, numbers):
 
 
 def run(folder, name, stage, status=0, **training):
-    """Three iterations of one update on one micro-batch; the first two calls of the loss are the check of replays."""
+    """Three iterations of one update on one micro-batch; the first two calls of the loss are the
+    check of replays."""
     zero = {"stage": stage, **({"stage3_param_persistence_threshold": 0} if stage == 3 else {})}
     return train(
         folder,
@@ -51,7 +53,9 @@ def test_a_broken_update_changes_nothing_and_the_next_one_does(tmp_path, monkeyp
     assert [rows[n]["updates/skipped"] for n in (1, 2, 3)] == [0, 1, 0]
     assert rows[2]["grad_norm"] is None and rows[3]["grad_norm"] > 0
     base = load_file(next((MODEL / "transformer").glob("*.safetensors")))
-    first, second, third = ({name: t for name, t in done.weights(iteration=n).items()} for n in (1, 2, 3))
+    first, second, third = (
+        {name: t for name, t in done.weights(iteration=n).items()} for n in (1, 2, 3)
+    )
     assert all(torch.equal(first[name], second[name]) for name in base)
     assert any(not torch.equal(second[name], third[name]) for name in base)
     assert all(tensor.isfinite().all() for tensor in third.values())

@@ -1,4 +1,5 @@
-"""Nothing is silently taken for "not given": empty texts and lists, keys given twice, numbers that cannot be meant."""
+"""Nothing is silently taken for "not given": empty texts and lists, keys given twice, numbers that
+cannot be meant."""
 
 import copy
 import json
@@ -35,8 +36,16 @@ def keys_of(model=Config, before=""):
     """(name, types allowed) of every key of the config that is no table."""
     for name, field in model.model_fields.items():
         given = typing.get_args(field.annotation)
-        options = [field.annotation, *given, *(inner for option in given for inner in typing.get_args(option))]
-        inside = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
+        options = [
+            field.annotation,
+            *given,
+            *(inner for option in given for inner in typing.get_args(option)),
+        ]
+        inside = [
+            option
+            for option in options
+            if isinstance(option, type) and issubclass(option, BaseModel)
+        ]
         for table in inside:
             yield from keys_of(table, f"{before}{name}.")
         yield f"{before}{name}", [option for option in options if option in (str, int, list[str])]
@@ -51,8 +60,13 @@ def component_keys():
         for name in KINDS[kind].ids:
             for option in options_of(find(kind, name)):
                 words = typing.get_origin(option.annotation) is typing.Literal
-                yield f"{key}.{option.name}", [str] if words else [option.annotation] * (option.annotation is int)
-                TYPES[f"{key}.{option.name}"] = {"type": name} | ({"coef": 0.1} if name == "kl" else {})
+                yield (
+                    f"{key}.{option.name}",
+                    [str] if words else [option.annotation] * (option.annotation is int),
+                )
+                TYPES[f"{key}.{option.name}"] = {"type": name} | (
+                    {"coef": 0.1} if name == "kl" else {}
+                )
 
 
 KEYS = dict(pair for pair in (*keys_of(), *component_keys()) if pair[1])
@@ -93,7 +107,13 @@ def test_no_key_takes_numbers_that_cannot_be_meant(key):
 def test_the_walk_finds_the_keys():
     """So that the two tests above are about something."""
     texts, numbers = ({key for key, kinds in KEYS.items() if kind in kinds} for kind in (str, int))
-    assert {"model.path", "model.lora.start", "data.train.dataset", "logging.name", "eval.stop.metric"} <= texts
+    assert {
+        "model.path",
+        "model.lora.start",
+        "data.train.dataset",
+        "logging.name",
+        "eval.stop.metric",
+    } <= texts
     assert {"rollout.plan.seeds", "training.seed", "eval.num_steps", "checkpoint.every"} <= numbers
 
 
@@ -102,7 +122,9 @@ def test_lists_without_entries_or_with_empty_ones():
         refused("model.lora.targets", value)
     with pytest.raises(UserError, match="^model.lora.targets: expected a list that is not empty"):
         parse_config(with_value("model.lora.targets", []))
-    with pytest.raises(UserError, match="^rewards: expected keys that are texts and not empty, got ''"):
+    with pytest.raises(
+        UserError, match="^rewards: expected keys that are texts and not empty, got ''"
+    ):
         parse_config({**config_table(), "rewards": {"": 1.0}})
     with pytest.raises(UserError, match="^logging.name: expected a text that is not empty"):
         parse_config(with_value("logging.name", ""))
@@ -127,7 +149,9 @@ def test_rewards_without_a_name(section):
         parse_rewards(section)
 
 
-@pytest.mark.parametrize("value", [10**400, -(10**400), float("inf"), float("nan"), "1", True, None, [1]])
+@pytest.mark.parametrize(
+    "value", [10**400, -(10**400), float("inf"), float("nan"), "1", True, None, [1]]
+)
 def test_numbers_of_rewards(value):
     with pytest.raises(UserError, match="^rewards.jpeg: the weight must be a finite number"):
         parse_rewards({"jpeg": {"weight": value}})
@@ -135,7 +159,7 @@ def test_numbers_of_rewards(value):
         build_reward("http", {"url": "http://127.0.0.1:1", "timeout_s": value})
 
 
-# ------------------------------------------------------------------------------------------------------- twice
+# -------------------------------------------------------------------------------------------- twice
 def places(value, path=()):
     """Paths of all tables in a JSON value that have a key."""
     if isinstance(value, dict):
@@ -155,7 +179,11 @@ def text_with_a_key_twice(value, path, n):
         return json.dumps(value), None
     pairs, name = [], None
     for key, inner in value.items():
-        text, found = text_with_a_key_twice(inner, path[1:], n) if path and path[0] == key else (json.dumps(inner), None)
+        text, found = (
+            text_with_a_key_twice(inner, path[1:], n)
+            if path and path[0] == key
+            else (json.dumps(inner), None)
+        )
         name = f"{key}.{found}" if found else name
         pairs.append(f"{json.dumps(key)}: {text}")
     if not path:
@@ -177,7 +205,9 @@ def test_a_key_given_twice_is_named(path, n):
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.text(max_size=4),
-        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+        lambda inner: (
+            st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+        ),
         max_leaves=8,
     )
 )
@@ -196,11 +226,19 @@ HALVES = ["\\ud83d", "a\\ude00", "\\ude00\\ud83d", "\\ud83d x"]
 
 @pytest.mark.parametrize("half", HALVES)
 @pytest.mark.parametrize(
-    "text, place", [('"%s"', "it"), ('{"a": {"b": ["x", "%s"]}}', "a.b[1]"), ('{"%s": 1}', "a key"), ('{"a": {"%s": 1}}', "a key")]
+    "text, place",
+    [
+        ('"%s"', "it"),
+        ('{"a": {"b": ["x", "%s"]}}', "a.b[1]"),
+        ('{"%s": 1}', "a key"),
+        ('{"a": {"%s": 1}}', "a key"),
+    ],
 )
 def test_half_a_character_is_named_by_its_place(half, text, place):
     """In escapes, which is how programs write it; both halves together are one character."""
-    with pytest.raises(strict_json.Refused, match=re.escape(f"{place} holds half a character (U+D")):
+    with pytest.raises(
+        strict_json.Refused, match=re.escape(f"{place} holds half a character (U+D")
+    ):
         strict_json.loads(text % half)
     assert strict_json.loads(text % "\\ud83d\\ude00") == json.loads(text % "😀")
 
@@ -209,7 +247,9 @@ def test_half_a_character_in_a_config(tmp_path):
     """Also where only a library reads it, which would fail late, with a traceback."""
     file = tmp_path / "half.json"
     file.write_text(json.dumps(config_table(logging={"wandb": {"project": "\ud83d"}})))
-    with pytest.raises(UserError, match=r"half\.json: logging\.wandb\.project holds half a character"):
+    with pytest.raises(
+        UserError, match=r"half\.json: logging\.wandb\.project holds half a character"
+    ):
         load_config(file)
     for setting in ("logging.wandb.project=\udcff", 'logging.wandb={"project": "\\ud83d"}'):
         with pytest.raises(UserError, match="^--set logging.wandb.* holds half a character"):
@@ -234,22 +274,37 @@ def test_a_config_with_a_byte_order_mark(tmp_path):
 @pytest.mark.parametrize(
     "settings, values, told",
     [
-        (["training.seed=1", "training.seed=2"], {"seed": 2}, ["--set training.seed is given before --set training.seed=2"]),
+        (
+            ["training.seed=1", "training.seed=2"],
+            {"seed": 2},
+            ["--set training.seed is given before --set training.seed=2"],
+        ),
         (["training.seed=1", "training.iterations=5"], {"seed": 1, "iterations": 5}, []),
         (['training={"seed": 1}', "training.iterations=5"], {"seed": 1, "iterations": 5}, []),
         (
             ["training.seed=1", 'training={"iterations": 5}'],
             {"seed": 0, "iterations": 5},
-            ['--set training.seed is given before --set training={"iterations": 5}, which replaces it'],
+            [
+                '--set training.seed is given before --set training={"iterations": 5}, which'
+                " replaces it"
+            ],
         ),
-        (["training.seed=1", "training.seed=2", "training.seed=3"], {"seed": 3}, ["--set training.seed=2", "--set training.seed=3"]),
+        (
+            ["training.seed=1", "training.seed=2", "training.seed=3"],
+            {"seed": 3},
+            ["--set training.seed=2", "--set training.seed=3"],
+        ),
     ],
 )
-def test_of_settings_given_twice_the_last_counts_and_it_is_told(tmp_path, capsys, settings, values, told):
+def test_of_settings_given_twice_the_last_counts_and_it_is_told(
+    tmp_path, capsys, settings, values, told
+):
     config = load_config(write_config(tmp_path), settings)
     assert {key: getattr(config.training, key) for key in values} == values
     lines = capsys.readouterr().err.splitlines()
-    assert bool(lines) == bool(told) and all(any(words in line for line in lines) for words in told), lines
+    assert bool(lines) == bool(told) and all(
+        any(words in line for line in lines) for words in told
+    ), lines
     assert all(line.startswith("note: ") for line in lines)
 
 
@@ -261,7 +316,10 @@ def test_of_settings_given_twice_the_last_counts_and_it_is_told(tmp_path, capsys
         ("training.seed=" + "[" * 100_000, ["--set training.seed", "recursion"]),
         ("logging.name=", ["logging.name", "not empty"]),
         ("data.heldout=", ["data.heldout", "got ''"]),
-        *((name, [f"--set {name}: expected section.key=value"]) for name in (".seed=1", "training.=1", "training..seed=1")),
+        *(
+            (name, [f"--set {name}: expected section.key=value"])
+            for name in (".seed=1", "training.=1", "training..seed=1")
+        ),
         ("training." + "x" * 10**6 + "=1", ["training.'xxx", "unknown key"]),
         ("deepspeed.zero_optimization.stage=true", ["deepspeed.zero_optimization", "True"]),
         ("x" * 10**6, ["--set xxx", "expected section.key=value"]),
@@ -271,14 +329,20 @@ def test_of_settings_given_twice_the_last_counts_and_it_is_told(tmp_path, capsys
 def test_settings_that_are_refused(tmp_path, setting, words):
     with pytest.raises(UserError) as error:
         load_config(write_config(tmp_path), [setting])
-    assert all(word in str(error.value) for word in words) and len(str(error.value)) < 500, error.value
+    assert all(word in str(error.value) for word in words) and len(str(error.value)) < 500, (
+        error.value
+    )
 
 
-# ----------------------------------------------------------------------------------------------- command lines
+# ------------------------------------------------------------------------------------ command lines
 @pytest.mark.parametrize(
     "read, good, bad",
     [
-        (whole(1), ["1", "7", str(2**31 - 1)], ["0", "-1", str(2**31), "9" * 5000, "1.0", "1e3", "", " 1", "+1", "--1", "٣", "one"]),
+        (
+            whole(1),
+            ["1", "7", str(2**31 - 1)],
+            ["0", "-1", str(2**31), "9" * 5000, "1.0", "1e3", "", " 1", "+1", "--1", "٣", "one"],
+        ),
         (whole(-2, 2), ["-2", "0", "2"], ["-3", "3", "-"]),
         (steps, ["1", "1000"], ["0", "1001"]),
         (seed, ["0", str(2**63 - 1)], ["-1", str(2**63)]),
@@ -297,7 +361,9 @@ def test_types_of_options(read, good, bad):
         assert len(str(error.value)) < 200
 
 
-@pytest.mark.parametrize("text", ["", ":", "2", "2:", "2:2", "4:2", "-1:2", "a:b", "1:" + "9" * 5000])
+@pytest.mark.parametrize(
+    "text", ["", ":", "2", "2:", "2:2", "4:2", "-1:2", "a:b", "1:" + "9" * 5000]
+)
 def test_the_profilers_iterations(text):
     with pytest.raises(UserError, match="expected START:STOP") as error:
         Profile(text)
@@ -351,5 +417,6 @@ def test_the_reward_servers_rewards(text, words):
     ],
 )
 def test_what_is_made_or_waited_for_has_a_limit(key, value):
-    """Processes and threads are made, so that too many end the machine; a timer of more than 292 years is an OverflowError."""
+    """Processes and threads are made, so that too many end the machine; a timer of more than 292
+    years is an OverflowError."""
     refused(key, value)

@@ -22,7 +22,8 @@ def plan(num_steps=STEPS, **options) -> Tree:
 
 @pytest.mark.parametrize("width, splits", [(2, [0, 3, 6]), (3, [1, 2]), (2, [8]), (4, [0])])
 def test_rows_are_the_leaves_of_a_tree(width, splits):
-    """Every state before the last step is trained on; at a split it has `width` children, elsewhere one; all noise differs."""
+    """Every state before the last step is trained on; at a split it has `width` children, elsewhere
+    one; all noise differs."""
     unit = iteration_units([3], 1)[0]
     rows = plan(width=width, split_steps=splits).rows(unit, 0)
     assert len(rows) == width ** len(splits)
@@ -33,28 +34,43 @@ def test_rows_are_the_leaves_of_a_tree(width, splits):
     assert nodes == {step: width ** sum(split < step for split in splits) for step in range(9)}
     keys = [(step, row.path) for row in rows for step in row.noise]
     assert len(set(keys)) == len(keys)
-    assert count_forwards(rows, 10, None) == sum(nodes.values()) + len(rows), "each node once, and each leaf's last step"
+    assert count_forwards(rows, 10, None) == sum(nodes.values()) + len(rows), (
+        "each node once, and each leaf's last step"
+    )
 
 
 def test_a_node_is_worth_the_mean_of_its_leaves_against_its_depth():
     """Two trees of four leaves: each depth of a tree is a group, as in the paper's code."""
     found = layout_of(plan(width=2, split_steps=[0, 4]), iteration_units([5], 2))
     slots, labels = found.slots, found.slots.groups("seed")
-    rewards = np.array([1.0, 3.0, 5.0, 11.0, 0.0, 0.0, 0.0, 4.0])  # rows 0 and 2 share the first half, and 1 and 3
+    rewards = np.array(
+        [1.0, 3.0, 5.0, 11.0, 0.0, 0.0, 0.0, 4.0]
+    )  # rows 0 and 2 share the first half, and 1 and 3
     worth = slots.means(rewards[None])[0]
-    by_depth = {step: sorted(worth[(slots.step == step) & (slots.seed == 0)].tolist()) for step in (0, 3, 4, 8)}
+    by_depth = {
+        step: sorted(worth[(slots.step == step) & (slots.seed == 0)].tolist())
+        for step in (0, 3, 4, 8)
+    }
     assert by_depth == {0: [3, 7], 3: [3, 7], 4: [1, 3, 5, 11], 8: [1, 3, 5, 11]}
-    sizes = {(int(slots.step[labels == g][0]), int(slots.seed[labels == g][0])): int((labels == g).sum()) for g in set(labels.tolist())}
+    sizes = {
+        (int(slots.step[labels == g][0]), int(slots.seed[labels == g][0])): int((labels == g).sum())
+        for g in set(labels.tolist())
+    }
     assert sizes == {(step, seed): 2 if step < 4 else 4 for step in range(9) for seed in (0, 1)}
 
 
 def test_one_rollout_and_its_advantages(policy):
     """On the shipped model: the images are the leaves, and groups sum to nothing."""
-    table = {"plan": {"type": "tree", "seeds": 1, "width": 2, "split_steps": [0, 2]}, "num_steps": 4}
+    table = {
+        "plan": {"type": "tree", "seeds": 1, "width": 2, "split_steps": [0, 2]},
+        "num_steps": 4,
+    }
     found = Iteration(policy, small_config(rollout=table))
     assert found.scored.images == 2 * 4 and len(found.states) == 2 * (1 + 2 + 2)
     credit, labels = found.advantages(), found.slots.groups("seed")
-    assert credit.values.any() and np.allclose(np.bincount(labels, weights=credit.values), 0, atol=1e-3)
+    assert credit.values.any() and np.allclose(
+        np.bincount(labels, weights=credit.values), 0, atol=1e-3
+    )
     assert {len(state.children) for state in found.states} == {1, 2}
 
 
@@ -76,5 +92,9 @@ def test_it_trains(tmp_path):
         training={"iterations": 2},
     )
     last = run.rows[-1]
-    assert last["images"] == 2 * 4 and last["forwards/train"] == 2 * (1 + 2 + 2) and last["loss"] == pytest.approx(0, abs=0.5)
+    assert (
+        last["images"] == 2 * 4
+        and last["forwards/train"] == 2 * (1 + 2 + 2)
+        and last["loss"] == pytest.approx(0, abs=0.5)
+    )
     assert last["grad_norm"] > 0 and {f"reward_std/step_{k}" for k in range(3)} <= last.keys()

@@ -1,4 +1,5 @@
-"""Plans with a number of children for each branch step: their rows, their cost, and the mean over each state's own children."""
+"""Plans with a number of children for each branch step: their rows, their cost, and the mean over
+each state's own children."""
 
 from types import SimpleNamespace
 
@@ -50,7 +51,9 @@ def test_numbers_stay_with_their_steps():
     plan = prepared(**RSM)
     narrowed = plan.at_steps([3, 1])
     assert narrowed.steps(7) == [1, 3] and counts(narrowed) == {1: 6, 3: 10}
-    assert set(narrowed.rows(UNIT, 7)) < set(plan.rows(UNIT, 7)), "the noise of a child depends on neither"
+    assert set(narrowed.rows(UNIT, 7)) < set(plan.rows(UNIT, 7)), (
+        "the noise of a child depends on neither"
+    )
     assert counts(plan) == {0: 6, 1: 6, 2: 8, 3: 10}, "the plan itself stays as it is"
     with pytest.raises(ValueError, match=r"\[4\] of \[0, 1, 2, 3\]"):
         plan.at_steps([4])
@@ -64,13 +67,19 @@ def test_other_plans_narrowed():
 
 
 def test_forwards_of_the_rollout_and_of_the_forecast():
-    """A trunk of 10, and children whose first step is their parent's: 6 x 9 + 6 x 8 + 8 x 7 + 10 x 6."""
+    """A trunk of 10, and children whose first step is their parent's: 6 x 9 + 6 x 8 + 8 x 7 + 10 x
+    6."""
     config = small_config(rollout={"plan": RSM}, data={"prompts_per_iteration": 1})
     run = Rollout(config, [UNIT])
     assert run.stats.forwards == 10 + 54 + 48 + 56 + 60 and len(run.finished) == 31
     assert [len(run.states[0, k].children) for k in range(4)] == [6, 6, 8, 10]
     one = Pass(1, 1)
-    model = SimpleNamespace(ragged=False, forward=lambda rows, guidance=None: one, decode=lambda: one, training=lambda rows: one)
+    model = SimpleNamespace(
+        ragged=False,
+        forward=lambda rows, guidance=None: one,
+        decode=lambda: one,
+        training=lambda rows: one,
+    )
     forwards = {phase.name: phase.forwards for phase in phases(config, model, 1, 1.0)}
     assert (forwards["rollout"], forwards["decode"], forwards["training"]) == (228, 31, 4)
     assert unit_states(config) == [6, 6, 8, 10]
@@ -78,22 +87,45 @@ def test_forwards_of_the_rollout_and_of_the_forecast():
 
 @pytest.mark.parametrize("padding, trained", [(5, 3), (2, 3)], ids=["wider", "narrower"])
 def test_padding_is_as_wide_as_what_is_trained_on(monkeypatch, padding, trained):
-    """Another rank has three states; this one has one, and pads with a state that itself has no spread."""
+    """Another rank has three states; this one has one, and pads with a state that itself has no
+    spread."""
     monkeypatch.setattr(batches.distributed, "reduce", lambda value, op="sum": 3)
     g, states = torch.Generator().manual_seed(0), []
     for size, first in ((padding, 0), (trained, padding)):
         x, children = torch.randn(4, generator=g), torch.randn(size, 4, generator=g)
-        states.append(State(UNIT, 0, 0.5, 0.9, -0.2, 0.3, x, children, first + torch.arange(size).numpy(), torch.zeros(size)))
+        states.append(
+            State(
+                UNIT,
+                0,
+                0.5,
+                0.9,
+                -0.2,
+                0.3,
+                x,
+                children,
+                first + torch.arange(size).numpy(),
+                torch.zeros(size),
+            )
+        )
     values = torch.arange(padding + trained, dtype=torch.float32)
     values[:padding] = 0
-    credit = Advantages(values.numpy(), torch.ones(padding + trained, dtype=torch.bool).numpy(), None, {})
-    (batch,) = make_batches(select(states, credit, None), padding_of(states), 8, torch.ones(1), "cpu")
-    assert batch.children.shape == (3, trained, 4) and batch.real == 1 and batch.weight.tolist() == [1, 0, 0]
+    credit = Advantages(
+        values.numpy(), torch.ones(padding + trained, dtype=torch.bool).numpy(), None, {}
+    )
+    (batch,) = make_batches(
+        select(states, credit, None), padding_of(states), 8, torch.ones(1), "cpu"
+    )
+    assert (
+        batch.children.shape == (3, trained, 4)
+        and batch.real == 1
+        and batch.weight.tolist() == [1, 0, 0]
+    )
     assert batch.advantage.tolist() == [values[padding:].tolist(), [0] * trained, [0] * trained]
 
 
 def test_a_state_is_a_mean_over_its_own_children():
-    """In a micro-batch as wide as its widest state: the gradient is -w mean_i A_i d log p_i / dv, a failed child left out."""
+    """In a micro-batch as wide as its widest state: the gradient is -w mean_i A_i d log p_i / dv, a
+    failed child left out."""
     torch.manual_seed(0)
     a, b, tau, d = 0.9, -0.2, 0.3, 5
     sizes, values = [2, 4, 1], [0.5, -1.0, 1.0, 0.0, -2.0, 3.0, 0.7]
@@ -101,9 +133,27 @@ def test_a_state_is_a_mean_over_its_own_children():
     states, first = [], 0
     for step, size in enumerate(sizes):
         slots = torch.arange(first, first + size).numpy()
-        states.append(State(UNIT, step, 0.5, a, b, tau, torch.randn(d), torch.randn(size, d), slots, torch.zeros(size)))
+        states.append(
+            State(
+                UNIT,
+                step,
+                0.5,
+                a,
+                b,
+                tau,
+                torch.randn(d),
+                torch.randn(size, d),
+                slots,
+                torch.zeros(size),
+            )
+        )
         first += size
-    credit = Advantages(torch.tensor(values).masked_fill(~torch.tensor(valid), 0).numpy(), torch.tensor(valid).numpy(), None, {})
+    credit = Advantages(
+        torch.tensor(values).masked_fill(~torch.tensor(valid), 0).numpy(),
+        torch.tensor(valid).numpy(),
+        None,
+        {},
+    )
     weights = torch.tensor([1.0, 0.5, 2.0])
     (batch,) = make_batches(select(states, credit, None), padding_of(states), 8, weights, "cpu")
     assert batch.children.shape == (3, 4, d)

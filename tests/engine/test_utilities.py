@@ -1,4 +1,5 @@
-"""What a reward is worth before it is compared, the scale that it is divided by, and the anchor: by hand, and with rewards that failed."""
+"""What a reward is worth before it is compared, the scale that it is divided by, and the anchor: by
+hand, and with rewards that failed."""
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ def of(rewards, utility=None, **options):
     return dense(Group(utility=utility, **options), [[[rewards]]]).values.ravel()
 
 
-# ------------------------------------------------------------------------------------------------------- utilities
+# ---------------------------------------------------------------------------------------- utilities
 WORKED = [  # utility, rewards, worth, advantages
     ("cvar", [0, 1, 2, 3], [0, 2, 2, 2], [-1.73, 0.58, 0.58, 0.58]),
     ("superquantile", [0, 1, 2, 3], [2, 2, 4, 6], [-0.90, -0.90, 0.30, 1.51]),
@@ -40,7 +41,8 @@ def test_worked_numbers(utility, rewards, worth, advantages):
 
 @pytest.mark.parametrize("utility", EVERY, ids=list(TYPES))
 def test_failed_rewards_stay_masked_and_change_nothing(utility):
-    """Two groups, interleaved, without and with rewards that failed; a group of which all failed."""
+    """Two groups, interleaved, without and with rewards that failed; a group of which all
+    failed."""
     rewards, labels = np.array([0.3, 0.9, 0.1, 0.4, 0.3, 0.2]), np.array([0, 1, 0, 1, 0, 1])
     far = np.array([0.1, 0.2, 0.3, 0.4, NAN, 0.6])
     few = utility(rewards, labels, far)
@@ -52,7 +54,8 @@ def test_failed_rewards_stay_masked_and_change_nothing(utility):
 
 
 def test_a_quantile_of_the_batch_weighs_groups():
-    """Group 1 lies above the median of all: under CVaR nothing of it counts. Its spread is reported all the same."""
+    """Group 1 lies above the median of all: under CVaR nothing of it counts. Its spread is reported
+    all the same."""
     rewards = [[[[0.0, 0.2, 0.4]]], [[[0.6, 0.8, 1.0]]]]
     found = dense(Group(utility={"type": "cvar", "over": "batch"}, global_std=True), rewards)
     assert (found.values[1] == 0).all() and found.values[0, 0, 0, 0] < 0 < found.values[0, 0, 0, 2]
@@ -65,7 +68,9 @@ def test_a_quantile_of_the_batch_is_of_prompts_with_the_same_rewards():
     applies = [[True, True, False], [False, False, True]]
     parts = [np.where(np.reshape(one, (3, 1, 1, 1)), rewards, 0.0) for one in applies]
     for how in (Group, Gdpo):
-        found = dense(how(utility={"type": "cvar", "over": "batch"}), rewards, parts, [1.0, 1.0], applies)
+        found = dense(
+            how(utility={"type": "cvar", "over": "batch"}), rewards, parts, [1.0, 1.0], applies
+        )
         assert (found.values[1] == 0).all() and (found.values[0] != 0).any()
         low, middle, high = found.values[2, 0, 0]
         assert low < 0 < middle == high, "10, 20 and 30 have the median 20"
@@ -79,17 +84,20 @@ def test_gdpo_takes_the_utility_of_each_reward():
     np.testing.assert_allclose(found, total / (total.std() + 1e-4), rtol=1e-5)
 
 
-# --------------------------------------------------------------------------------------------------- scale, anchor
+# ------------------------------------------------------------------------------------ scale, anchor
 def test_scales_by_hand():
     np.testing.assert_allclose(of([-1, 0, 1], scale="quasi_norm"), [-0.4204, 0, 0.4204], atol=1e-4)
     np.testing.assert_allclose(of([1, 2, NAN, 6], scale="none"), [-2, -1, 0, 3])
-    np.testing.assert_allclose(of([-2, NAN, 0, 2], scale="quasi_norm"), of([-2, 0, 2], scale="quasi_norm")[[0, 1, 1, 2]])
+    np.testing.assert_allclose(
+        of([-2, NAN, 0, 2], scale="quasi_norm"), of([-2, 0, 2], scale="quasi_norm")[[0, 1, 1, 2]]
+    )
     assert (of([0.1, 0.1, 0.1], scale="quasi_norm") == 0).all()
 
 
 @pytest.mark.parametrize("how", [Group, Gdpo])
 def test_the_anchor(how):
-    """Without spread the reward is left, and still reported as without spread; with one it is a constant."""
+    """Without spread the reward is left, and still reported as without spread; with one it is a
+    constant."""
     rewards = np.array([[[[1.0, 1.0, NAN, 1.0]]], [[[0.0, 2.0, 2.0, 0.0]]]])
     plain, found = (dense(how(anchor=anchor), rewards, [rewards], [1.0]) for anchor in (0.0, 0.5))
     np.testing.assert_allclose(found.values[0, 0, 0], [0.5, 0.5, 0, 0.5])
@@ -97,50 +105,84 @@ def test_the_anchor(how):
     np.testing.assert_allclose(found.values[1] - plain.values[1], [[[0, 1, 1, 0]]], atol=1e-6)
 
 
-# ----------------------------------------------------------------------------------------------------------- novelty
+# ------------------------------------------------------------------------------------------ novelty
 def test_distance_to_the_others_by_hand():
     """Points of two elements on a line; two groups, an image that is missing, one that is alone."""
-    points = np.array([[0, 0], [3, 3], [6, 6], [NAN, NAN], [1, 1], [5, 5], [7, 7]], dtype=np.float32)
+    points = np.array(
+        [[0, 0], [3, 3], [6, 6], [NAN, NAN], [1, 1], [5, 5], [7, 7]], dtype=np.float32
+    )
     found = distance_to_others(points, np.array([0, 0, 0, 0, 1, 1, 2]))
     np.testing.assert_allclose(found, [4.5, 3, 4.5, NAN, 4, 4, NAN])
 
 
 def test_novelty_by_hand():
     given = Rewards(np.array([0.5, 0.5, NAN]), {}, {}, {}, novelty=np.array([0.1, 0.3, 0.2]))
-    worth = make({"type": "novelty", "coef": 2.0})(given.total, np.zeros(3, dtype=int), given.novelty)
+    worth = make({"type": "novelty", "coef": 2.0})(
+        given.total, np.zeros(3, dtype=int), given.novelty
+    )
     np.testing.assert_allclose(worth, [0.7, 1.1, NAN])
 
 
 @pytest.mark.parametrize("over", ["seed", "prompt"])
 def test_novelty_of_a_rollout(policy, over):
-    """The mean over the group of root mean square differences of thumbnails; nothing of it where nobody asks."""
+    """The mean over the group of root mean square differences of thumbnails; nothing of it where
+    nobody asks."""
     rollout = {"num_steps": 3, "plan": {"seeds": 2, "children": 3, "branch_steps": [0, 1]}}
-    run = Iteration(policy, small_config(rollout=rollout, training={"advantage": {"over": over, "utility": "novelty"}}))
+    run = Iteration(
+        policy,
+        small_config(rollout=rollout, training={"advantage": {"over": over, "utility": "novelty"}}),
+    )
     images, layout = run.rolled.images, run.rolled.layout
-    seen = {run.rolled.forest.numbers[n]: one for n, one in zip(images.rows, images.thumbnails, strict=True)}
+    seen = {
+        run.rolled.forest.numbers[n]: one
+        for n, one in zip(images.rows, images.thumbnails, strict=True)
+    }
     labels, expected = layout.slots.groups(over), []
     for slot, (row,) in enumerate(layout.slots.leaves):
-        others = [layout.slots.leaves[k][0] for k in np.flatnonzero(labels == labels[slot]) if k != slot]
-        expected.append(np.mean([np.sqrt(np.mean((seen[row].astype(float) - seen[one]) ** 2)) for one in others]))
+        others = [
+            layout.slots.leaves[k][0] for k in np.flatnonzero(labels == labels[slot]) if k != slot
+        ]
+        expected.append(
+            np.mean(
+                [np.sqrt(np.mean((seen[row].astype(float) - seen[one]) ** 2)) for one in others]
+            )
+        )
     np.testing.assert_allclose(run.scored.rewards.novelty, expected, rtol=1e-6)
     assert min(expected) > 0.01 and len(others) == {"seed": 2, "prompt": 5}[over]
     plain = run.session.variant(small_config(rollout=rollout))
     from tempflow.training.rollout import _novelty
 
     assert _novelty(plain, run.rolled) is None
-    assert not np.allclose(run.advantages().values, plain.advantage(layout.slots, run.scored.rewards).values)
+    assert not np.allclose(
+        run.advantages().values, plain.advantage(layout.slots, run.scored.rewards).values
+    )
 
 
-# --------------------------------------------------------------------------------------------------------- in a config
+# -------------------------------------------------------------------------------------- in a config
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"utility": "cvra"}, "training.advantage.utility: expected null, cvar, mean_variance, .*got 'cvra'"),
+        (
+            {"utility": "cvra"},
+            "training.advantage.utility: expected null, cvar, mean_variance, .*got 'cvra'",
+        ),
         ({"utility": {"level": 0.5}}, "training.advantage.utility: expected null, cvar"),
-        ({"utility": {"type": "cvar", "level": 1.0}}, "training.advantage.utility.level: expected a number above 0 and below 1, got 1.0"),
-        ({"utility": {"type": "cvar", "over": "prompt"}}, "training.advantage.utility.over: expected 'group' or 'batch', got 'prompt'"),
-        ({"utility": {"type": "win_rate", "level": 0.5}}, "training.advantage.utility.level: no such option"),
-        ({"scale": "quasi_norm", "global_std": True}, "training.advantage.global_std: true is a standard deviation"),
+        (
+            {"utility": {"type": "cvar", "level": 1.0}},
+            "training.advantage.utility.level: expected a number above 0 and below 1, got 1.0",
+        ),
+        (
+            {"utility": {"type": "cvar", "over": "prompt"}},
+            "training.advantage.utility.over: expected 'group' or 'batch', got 'prompt'",
+        ),
+        (
+            {"utility": {"type": "win_rate", "level": 0.5}},
+            "training.advantage.utility.level: no such option",
+        ),
+        (
+            {"scale": "quasi_norm", "global_std": True},
+            "training.advantage.global_std: true is a standard deviation",
+        ),
         ({"anchor": -0.5}, "training.advantage.anchor: expected a number at least 0"),
     ],
 )

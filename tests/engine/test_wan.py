@@ -1,4 +1,5 @@
-"""Wan 2.1 and 2.2 against plain diffusers: grids, guidance, frames, and the two experts of Wan 2.2."""
+"""Wan 2.1 and 2.2 against plain diffusers: grids, guidance, frames, and the two experts of Wan
+2.2."""
 
 import copy
 import json
@@ -15,7 +16,16 @@ from test_graphs import Recorded
 
 from tempflow.data.prompts import load_prompts
 from tempflow.errors import UserError
-from tempflow.models import check_checkpoint, check_guidance, check_size, family_of, index_rows, load_denoiser, load_policy, wan_experts
+from tempflow.models import (
+    check_checkpoint,
+    check_guidance,
+    check_size,
+    family_of,
+    index_rows,
+    load_denoiser,
+    load_policy,
+    wan_experts,
+)
 from tempflow.types import Example, Scales, Size
 
 KINDS = {
@@ -46,7 +56,9 @@ def pairs(tmp_path_factory):
 
 
 def latents_for(policy, size, count=2):
-    return torch.randn(count, *policy.latent_shape(size), generator=torch.Generator().manual_seed(0))
+    return torch.randn(
+        count, *policy.latent_shape(size), generator=torch.Generator().manual_seed(0)
+    )
 
 
 def called(size, **more):
@@ -57,14 +69,30 @@ def called(size, **more):
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("scale", [1.0, 4.5])
-@pytest.mark.parametrize("kind", ["experts", "small_vae"])  # the others are in the table of families
+@pytest.mark.parametrize(
+    "kind", ["experts", "small_vae"]
+)  # the others are in the table of families
 def test_sample_equals_the_pipeline(pairs, kind, size, scale):
     policy, pipe = pairs(kind)
     x = latents_for(policy, size)
     theirs, mine = called(size, guidance_scale=scale)
     negatives = {} if scale == 1.0 else {"negative_prompt": NEGATIVES}
-    expected = pipe(PROMPTS, latents=x.clone(), output_type="latent", num_inference_steps=4, **negatives, **theirs).frames
-    got = policy.sample(PROMPTS, latents=x, decode=False, num_steps=4, negative_prompts=negatives.get("negative_prompt"), **mine)
+    expected = pipe(
+        PROMPTS,
+        latents=x.clone(),
+        output_type="latent",
+        num_inference_steps=4,
+        **negatives,
+        **theirs,
+    ).frames
+    got = policy.sample(
+        PROMPTS,
+        latents=x,
+        decode=False,
+        num_steps=4,
+        negative_prompts=negatives.get("negative_prompt"),
+        **mine,
+    )
     assert got.dtype == torch.float32
     assert_close("latents", got, expected, FP32)
     assert (got - x).norm() > 0.1 * x.norm(), "the model does something"
@@ -75,7 +103,9 @@ def test_frames_of_the_small_vae_equal_the_pipelines(pairs):
     size = Size(32, 96, 5)
     x = latents_for(policy, size, 1)
     theirs, mine = called(size, guidance_scale=1.0)
-    expected = pipe(PROMPTS[:1], latents=x.clone(), num_inference_steps=2, output_type="pil", **theirs).frames[0]
+    expected = pipe(
+        PROMPTS[:1], latents=x.clone(), num_inference_steps=2, output_type="pil", **theirs
+    ).frames[0]
     (got,) = policy.sample(PROMPTS[:1], latents=x, num_steps=2, **mine)
     assert len(got) == 5 and got[0].size == (96, 32)
     difference = np.stack(got).astype(int) - np.stack(expected)
@@ -86,8 +116,19 @@ def test_guidance_and_negative_prompts_matter(pairs):
     policy, _ = pairs("experts")
     _, mine = called(Size(32, 96, 5), num_steps=3, decode=False)
     runs = [
-        policy.sample(PROMPTS, latents=latents_for(policy, Size(32, 96, 5)), guidance_scale=scale, negative_prompts=negatives, **mine)
-        for scale, negatives in ((1.0, NEGATIVES), (4.5, None), (4.5, NEGATIVES), (4.5, NEGATIVES[::-1]))
+        policy.sample(
+            PROMPTS,
+            latents=latents_for(policy, Size(32, 96, 5)),
+            guidance_scale=scale,
+            negative_prompts=negatives,
+            **mine,
+        )
+        for scale, negatives in (
+            (1.0, NEGATIVES),
+            (4.5, None),
+            (4.5, NEGATIVES),
+            (4.5, NEGATIVES[::-1]),
+        )
     ]
     for i, one in enumerate(runs):
         assert (one[0] - one[1]).norm() > 0.1
@@ -95,9 +136,11 @@ def test_guidance_and_negative_prompts_matter(pairs):
             assert (one - another).norm() > 1e-3 * one.norm()
 
 
-# ------------------------------------------------------------------------------------------------------- grids
+# -------------------------------------------------------------------------------------------- grids
 @pytest.mark.parametrize("shift", [1.0, 3.0, 5.0])
-@pytest.mark.parametrize("steps", [2, 9, 27, 50])  # 9 and 27 divide 999: UniPC's timesteps are whole numbers or a rounding below
+@pytest.mark.parametrize(
+    "steps", [2, 9, 27, 50]
+)  # 9 and 27 divide 999: UniPC's timesteps are whole numbers or a rounding below
 def test_unipc_gives_its_grid_and_whole_timesteps(pairs, steps, shift):
     policy, _ = pairs("unipc")
     policy = copy.copy(policy)
@@ -120,8 +163,12 @@ def test_unipc_of_second_order_is_another_solver(pairs, tmp_path):
     theirs, mine = called(Size(32, 96, 5), guidance_scale=1.0)
     got = policy.sample(PROMPTS, latents=x, decode=False, num_steps=4, **mine)
     first = pipe.scheduler
-    pipe.scheduler = UniPCMultistepScheduler.from_config(first.config, solver_order=2, disable_corrector=[])
-    other = pipe(PROMPTS, latents=x.clone(), output_type="latent", num_inference_steps=4, **theirs).frames
+    pipe.scheduler = UniPCMultistepScheduler.from_config(
+        first.config, solver_order=2, disable_corrector=[]
+    )
+    other = pipe(
+        PROMPTS, latents=x.clone(), output_type="latent", num_inference_steps=4, **theirs
+    ).frames
     pipe.scheduler = first
     assert (got - other).norm() > 1e-2 * got.norm()
 
@@ -129,7 +176,10 @@ def test_unipc_of_second_order_is_another_solver(pairs, tmp_path):
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"prediction_type": "epsilon"}, "prediction_type to 'epsilon'; only 'flow_prediction' is allowed"),
+        (
+            {"prediction_type": "epsilon"},
+            "prediction_type to 'epsilon'; only 'flow_prediction' is allowed",
+        ),
         ({"use_flow_sigmas": False}, "does not describe a UniPCMultistepScheduler"),
         ({"thresholding": True}, "sets thresholding"),
         ({"final_sigmas_type": "sigma_min"}, "falls from 1 to 0"),
@@ -146,7 +196,7 @@ def test_dynamic_shifting_is_refused(tmp_path):
         policy.sigmas(4, Size(32, 96, 5))
 
 
-# -------------------------------------------------------------------------------------------------- sizes, texts
+# ------------------------------------------------------------------------------------- sizes, texts
 @pytest.mark.parametrize("kind, multiple", [("euler", 16), ("small_vae", 32)])
 def test_sizes(pairs, kind, multiple):
     policy, pipe = pairs(kind)
@@ -162,13 +212,24 @@ def test_sizes(pairs, kind, multiple):
 
 def test_text_is_padded_to_the_pipelines_length_and_cleaned(pairs):
     policy, pipe = pairs("euler")
-    embedded = policy.embed([Example(" a  &amp;  cat\n"), Example("a & cat")])["encoder_hidden_states"]
+    embedded = policy.embed([Example(" a  &amp;  cat\n"), Example("a & cat")])[
+        "encoder_hidden_states"
+    ]
     assert embedded.shape == (2, 512, 32) and torch.equal(embedded[0], embedded[1])
-    assert policy.identity(Example(" a  &amp;  cat\n")) == policy.identity(Example("a & cat")) == ("a & cat",)
-    assert_close("text", embedded[:1], pipe.encode_prompt(["a & cat"], max_sequence_length=512)[0].detach(), FP32)
+    assert (
+        policy.identity(Example(" a  &amp;  cat\n"))
+        == policy.identity(Example("a & cat"))
+        == ("a & cat",)
+    )
+    assert_close(
+        "text",
+        embedded[:1],
+        pipe.encode_prompt(["a & cat"], max_sequence_length=512)[0].detach(),
+        FP32,
+    )
 
 
-# ------------------------------------------------------------------------------------------------------ experts
+# ------------------------------------------------------------------------------------------ experts
 def test_the_boundary_parts_the_rows(pairs):
     """Every row is what its own expert alone makes of it, in any order and with guidance."""
     policy, pipe = pairs("experts")
@@ -178,14 +239,27 @@ def test_the_boundary_parts_the_rows(pairs):
     with torch.no_grad():
         together = policy.velocity(policy.denoiser(), x, sigma, conditioning, size, 4.5)
         plain = policy.velocity(policy.denoiser(), x, sigma, conditioning, size, 1.0)
-        for n, expert in enumerate((pipe.transformer_2, pipe.transformer, pipe.transformer, pipe.transformer_2, pipe.transformer)):
+        for n, expert in enumerate(
+            (
+                pipe.transformer_2,
+                pipe.transformer,
+                pipe.transformer,
+                pipe.transformer_2,
+                pipe.transformer,
+            )
+        ):
             timestep = torch.tensor([min(int(1000 * sigma[n].item() + 1e-3), 999)])
             positive, negative = (
                 expert(x[n : n + 1], timestep, conditioning[name][n : n + 1], return_dict=False)[0]
                 for name in ("encoder_hidden_states", "negative_encoder_hidden_states")
             )
             assert_close(f"row {n}", plain[n : n + 1], positive, FP32)
-            assert_close(f"row {n}, guided", together[n : n + 1], negative + 4.5 * (positive - negative), FP32)
+            assert_close(
+                f"row {n}, guided",
+                together[n : n + 1],
+                negative + 4.5 * (positive - negative),
+                FP32,
+            )
 
 
 @pytest.mark.parametrize("first, second", [(4.5, 2.0), (3.0, 1.0), (1.0, 4.5)])
@@ -194,16 +268,26 @@ def test_each_expert_has_its_guidance(pairs, first, second):
     x = latents_for(policy, SIZES[0])
     theirs, mine = called(SIZES[0])
     theirs |= {"guidance_scale": first, "guidance_scale_2": second}
-    expected = pipe(PROMPTS, latents=x.clone(), output_type="latent", num_inference_steps=5, **theirs).frames
-    got = policy.sample(PROMPTS, latents=x, num_steps=5, decode=False, guidance_scale=Scales(first, second), **mine)
+    expected = pipe(
+        PROMPTS, latents=x.clone(), output_type="latent", num_inference_steps=5, **theirs
+    ).frames
+    got = policy.sample(
+        PROMPTS, latents=x, num_steps=5, decode=False, guidance_scale=Scales(first, second), **mine
+    )
     assert_close("latents", got, expected, FP32)
-    same = policy.sample(PROMPTS, latents=x, num_steps=5, decode=False, guidance_scale=first, **mine)
+    same = policy.sample(
+        PROMPTS, latents=x, num_steps=5, decode=False, guidance_scale=first, **mine
+    )
     assert ((got - same).norm() > 1e-3 * got.norm()) == (first > 1)
 
 
 def test_a_second_guidance_scale_needs_a_second_expert(pairs):
     config = small_config(rollout={"guidance_scale": 4.0, "guidance_scale_2": 3.0})
-    assert (config.rollout.scale, config.rollout.scale.second, config.eval_guidance().second) == (4.0, 3.0, 3.0)
+    assert (config.rollout.scale, config.rollout.scale.second, config.eval_guidance().second) == (
+        4.0,
+        3.0,
+        3.0,
+    )
     check_guidance(pairs("experts")[1].config._name_or_path, 3.0)
     with pytest.raises(UserError, match="rollout.guidance_scale_2: 3, but .* has one transformer"):
         check_guidance(pairs("unipc")[1].config._name_or_path, 3.0)
@@ -212,12 +296,17 @@ def test_a_second_guidance_scale_needs_a_second_expert(pairs):
 def test_experts_are_one_module(pairs):
     policy, pipe = pairs("experts")
     again = load_denoiser(pipe.config._name_or_path, torch.float32)
-    assert {name.split(".")[0] for name, _ in again.named_parameters()} == {"transformer", "transformer_2"}
+    assert {name.split(".")[0] for name, _ in again.named_parameters()} == {
+        "transformer",
+        "transformer_2",
+    }
     for name, weight in policy.denoiser().named_parameters():
         assert torch.equal(weight, dict(again.named_parameters())[name])
     policy.set_denoiser(again)
     assert policy.denoiser() is again and policy.pipe.transformer_2 is again.transformer_2
-    assert isinstance(load_denoiser(pairs("euler")[1].config._name_or_path, torch.float32), type(pipe.transformer))
+    assert isinstance(
+        load_denoiser(pairs("euler")[1].config._name_or_path, torch.float32), type(pipe.transformer)
+    )
 
 
 @pytest.mark.parametrize("sigma", [[0.9, 0.95], [0.2, 0.5], [0.9, 0.5]])
@@ -226,7 +315,9 @@ def test_every_weight_has_a_gradient_in_training(pairs, sigma):
     policy, _ = pairs("experts")
     module, size = copy.deepcopy(policy.denoiser()).train().requires_grad_(True), Size(32, 96, 5)
     conditioning = policy.encode(examples(PROMPTS))
-    v = policy.velocity(module, latents_for(policy, size), torch.tensor(sigma), conditioning, size, 1.0)
+    v = policy.velocity(
+        module, latents_for(policy, size), torch.tensor(sigma), conditioning, size, 1.0
+    )
     assert v.shape == (2, *policy.latent_shape(size))
     v.square().sum().backward()
     used = {"transformer" if level >= 0.875 else "transformer_2" for level in sigma}
@@ -238,24 +329,34 @@ def test_a_boundary_without_a_second_expert_is_refused(tmp_path):
     folder = wan_pipeline(tmp_path / "wan")
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps({**index, "boundary_ratio": 0.875}))
-    with pytest.raises(UserError, match="model_index.json names no transformer_2, which a WanPipeline needs"):
+    with pytest.raises(
+        UserError, match="model_index.json names no transformer_2, which a WanPipeline needs"
+    ):
         load_policy(folder)
     assert family_of(folder).denoiser_parts(index) == ("transformer",)
 
 
-# ------------------------------------------------------------------------------------------------------ rollouts
+# ----------------------------------------------------------------------------------------- rollouts
 def test_a_captured_rollout_knows_its_experts(pairs, tmp_path, monkeypatch):
-    """Nothing asks the rows' noise levels, which would make the host wait; the states are those of eager batches."""
+    """Nothing asks the rows' noise levels, which would make the host wait; the states are those of
+    eager batches."""
     policy, pipe = pairs("experts")
     assert [policy.expert(sigma) for sigma in (1.0, 0.875, 0.8749, 0.1)] == [0, 0, 1, 1]
     assert pairs("unipc")[0].expert(0.1) == 0
     read = wan_experts._read
-    monkeypatch.setattr(wan_experts, "_read", lambda low, rows: read(low, rows) if isinstance(low, bool) else pytest.fail("it waits"))
-    check_graphs(pipe.config._name_or_path, tmp_path, FAMILIES["wan"], "float32", "cpu", Recorded(nbytes=1))
+    monkeypatch.setattr(
+        wan_experts,
+        "_read",
+        lambda low, rows: read(low, rows) if isinstance(low, bool) else pytest.fail("it waits"),
+    )
+    check_graphs(
+        pipe.config._name_or_path, tmp_path, FAMILIES["wan"], "float32", "cpu", Recorded(nbytes=1)
+    )
 
 
 def test_a_rollout_with_two_experts_is_its_replay(pairs):
-    """Every state's velocity in the rollout, in batches of one expert, is that of a mixed batch as training has it."""
+    """Every state's velocity in the rollout, in batches of one expert, is that of a mixed batch as
+    training has it."""
     policy, pipe = pairs("experts")
     config = small_config(
         model={"path": str(pipe.config._name_or_path)},
@@ -275,10 +376,15 @@ def test_a_rollout_with_two_experts_is_its_replay(pairs):
     prompts = [state.unit.prompt_id for state in states]
     words = load_prompts(config.data.train)
     conditioning = policy.encode([words[n] for n in prompts])
-    x, sigma = torch.stack([state.x for state in states]), torch.tensor([state.sigma for state in states])
+    x, sigma = (
+        torch.stack([state.x for state in states]),
+        torch.tensor([state.sigma for state in states]),
+    )
     with torch.no_grad():
         v = policy.velocity(policy.denoiser(), x, sigma, conditioning, config.rollout.size, 2.0)
     for n, state in enumerate(states):
         mean = state.a * state.x + state.b * v[n]
         score = -((state.children - mean) ** 2).flatten(1).mean(1) / (2 * state.tau**2)
-        assert_close(f"state {n}", score - score.mean(), state.log_prob - state.log_prob.mean(), 1e-4)
+        assert_close(
+            f"state {n}", score - score.mean(), state.log_prob - state.log_prob.mean(), 1e-4
+        )

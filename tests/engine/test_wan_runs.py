@@ -1,4 +1,5 @@
-"""Whole runs on the two experts of Wan 2.2: LoRA and all weights, on one and two ranks, at ZeRO 0 and 3, resumed, exported."""
+"""Whole runs on the two experts of Wan 2.2: LoRA and all weights, on one and two ranks, at ZeRO 0
+and 3, resumed, exported."""
 
 import shutil
 
@@ -34,9 +35,14 @@ def runs(model, tmp_path_factory):
                 root,
                 name,
                 processes=processes,
-                model={"path": str(model), "lora": {"rank": 2, "alpha": 4} if lora else None, "max_sequence_length": 32},
+                model={
+                    "path": str(model),
+                    "lora": {"rank": 2, "alpha": 4} if lora else None,
+                    "max_sequence_length": 32,
+                },
                 data={"prompts_per_iteration": 1},
-                # Sigma 1 and 0.9 are the first expert's, 0.75 and 0.5 the second's: rows and ranks are at both.
+                # Sigma 1 and 0.9 are the first expert's, 0.75 and 0.5 the second's: rows and ranks
+                # are at both.
                 rollout={
                     "height": SIZE.height,
                     "width": SIZE.width,
@@ -57,7 +63,8 @@ def runs(model, tmp_path_factory):
                 rewards={"engine_rewards:contrast": {"weight": 1.0, "frames": 2}},
                 eval={"every": 2, "prompts": 2, "guidance_scale": 1.5},
                 checkpoint={"every": 1, "keep": 2},
-                deepspeed=deepspeed or {"optimizer": {**ADAMW, "params": {**ADAMW["params"], "lr": 1e-3}}},
+                deepspeed=deepspeed
+                or {"optimizer": {**ADAMW, "params": {**ADAMW["params"], "lr": 1e-3}}},
             )
         return made[name]
 
@@ -66,7 +73,11 @@ def runs(model, tmp_path_factory):
 
 def experts_moved(run) -> set[str]:
     before, after = run.weights(1), run.weights(2)
-    return {name.split(".")[0] for name, weight in after.items() if not torch.equal(weight, before[name])}
+    return {
+        name.split(".")[0]
+        for name, weight in after.items()
+        if not torch.equal(weight, before[name])
+    }
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
@@ -98,7 +109,10 @@ def test_export_is_read_by_plain_diffusers(runs, model, tmp_path, kind):
     if kind == "lora":
         pipe.load_lora_weights(out / "transformer")
         pipe.load_lora_weights(out / "transformer_2", load_into_transformer_2=True)
-        trained = {name.replace(".default.weight", ".weight"): weight for name, weight in run.weights().items()}
+        trained = {
+            name.replace(".default.weight", ".weight"): weight
+            for name, weight in run.weights().items()
+        }
         saved = load_adapters(out)
         assert (saved.rank, saved.alpha) == (2, 4) and saved.weights.keys() == trained.keys()
         assert all(torch.equal(saved.weights[name], weight) for name, weight in trained.items())
@@ -108,14 +122,25 @@ def test_export_is_read_by_plain_diffusers(runs, model, tmp_path, kind):
     mine = {**call, "frames": 5, "num_steps": 4, "negative_prompts": NEGATIVES, "decode": False}
     base = policy.sample(PROMPTS, latents=x, **mine)
     got = load.apply(chosen, policy).sample(PROMPTS, latents=x, **mine)
-    theirs = {**call, "num_frames": 5, "num_inference_steps": 4, "negative_prompt": NEGATIVES, "max_sequence_length": 32}
-    assert_close("latents", got, pipe(PROMPTS, latents=x.clone(), output_type="latent", **theirs).frames, FP32)
+    theirs = {
+        **call,
+        "num_frames": 5,
+        "num_inference_steps": 4,
+        "negative_prompt": NEGATIVES,
+        "max_sequence_length": 32,
+    }
+    assert_close(
+        "latents",
+        got,
+        pipe(PROMPTS, latents=x.clone(), output_type="latent", **theirs).frames,
+        FP32,
+    )
     assert (got - base).norm() > 1e-3 * base.norm()
 
 
 def test_two_ranks_at_zero_3_train_as_one_at_zero_0(runs):
-    """All weights, by plain gradient descent, a state a micro-batch: of one expert or of the other. Rollouts go through the engine, so
-    that every forward gathers weights on both ranks."""
+    """All weights, by plain gradient descent, a state a micro-batch: of one expert or of the other.
+    Rollouts go through the engine, so that every forward gathers weights on both ranks."""
     plain = runs("plain", False, None, SGD)
     sharded = runs("sharded", False, 2, ZERO3, replica=False)
     for iteration in (1, 2):
@@ -132,6 +157,12 @@ def test_a_run_goes_on_from_its_exported_adapters(runs, model, tmp_path):
 
     module = load_denoiser(str(model), torch.float32)
     add_lora(module, Lora(rank=2, alpha=4.0, start=str(out)), load_policy(model).lora_targets, 0)
-    held = {name.replace(".default.weight", ".weight"): weight for name, weight in module.named_parameters() if ".lora_" in name}
+    held = {
+        name.replace(".default.weight", ".weight"): weight
+        for name, weight in module.named_parameters()
+        if ".lora_" in name
+    }
     assert held.keys() == load_adapters(out).weights.keys()
-    assert all(torch.equal(weight, load_adapters(out).weights[name]) for name, weight in held.items())
+    assert all(
+        torch.equal(weight, load_adapters(out).weights[name]) for name, weight in held.items()
+    )

@@ -46,13 +46,23 @@ def test_noise_weights_by_hand():
     assert step_weights(grid, [0, 1, 2], "noise").tolist() == pytest.approx([4 / 3, 2 / 3, 1, 0])
     for ratio in ("plain", "guard"):
         assert step_weights(grid, [1, 3], "uniform", ratio).tolist() == [0, 1, 0, 1]
-    assert step_weights(grid, [0, 1, 2], "noise", "guard").tolist() == [1, 1, 1, 0], "that ratio has tau in it already"
+    assert step_weights(grid, [0, 1, 2], "noise", "guard").tolist() == [
+        1,
+        1,
+        1,
+        0,
+    ], "that ratio has tau in it already"
 
 
-@pytest.mark.parametrize("sigmas, weights", [([1.0, 0.9, 0.8, 0.0], [1, 1]), ([1.0, 0.8, 0.75, 0.7, 0.0], [1 / 3, 4 / 3, 4 / 3])])
+@pytest.mark.parametrize(
+    "sigmas, weights",
+    [([1.0, 0.9, 0.8, 0.0], [1, 1]), ([1.0, 0.8, 0.75, 0.7, 0.0], [1 / 3, 4 / 3, 4 / 3])],
+)
 def test_guard_weights_by_hand(sigmas, weights):
     steps = list(range(len(weights)))
-    assert step_weights(grid_of(sigmas), steps, "guard", "guard")[steps].tolist() == pytest.approx(weights, rel=1e-5)
+    assert step_weights(grid_of(sigmas), steps, "guard", "guard")[steps].tolist() == pytest.approx(
+        weights, rel=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -67,14 +77,24 @@ def test_value_weights_by_hand(gamma, weights):
     found = step_weights(grid, steps, "value", "guard", gamma)
     assert found[:9].tolist() == pytest.approx(weights, abs=6e-4) and found[9] == 0
     plain, tau = step_weights(grid, steps, "value", "plain", gamma), grid.sde.tau[:9]
-    assert_close("times tau under the plain ratio", plain[:9] / plain[0], found[:9] * tau / (found[0] * tau[0]), 1e-6)
+    assert_close(
+        "times tau under the plain ratio",
+        plain[:9] / plain[0],
+        found[:9] * tau / (found[0] * tau[0]),
+        1e-6,
+    )
     some = step_weights(grid, [2, 5], "value", "guard", gamma)
-    assert (some[2] / some[5]).item() == pytest.approx(weights[2] / weights[5], rel=2e-3), "by place in the grid"
+    assert (some[2] / some[5]).item() == pytest.approx(weights[2] / weights[5], rel=2e-3), (
+        "by place in the grid"
+    )
 
 
 @pytest.mark.parametrize(
     "shift, spread",
-    [(1.0, {"plain-uniform": 7.9, "b": 1.25, "b/dt": 1.25}), (3.0, {"plain-uniform": 17.0, "b": 6.2, "b/dt": 1.25})],
+    [
+        (1.0, {"plain-uniform": 7.9, "b": 1.25, "b/dt": 1.25}),
+        (3.0, {"plain-uniform": 17.0, "b": 6.2, "b/dt": 1.25}),
+    ],
     ids=["uniform", "shifted"],
 )
 def test_largest_over_smallest_gradient(shift, spread):
@@ -92,18 +112,33 @@ def test_largest_over_smallest_gradient(shift, spread):
         assert found("guard", ratio) == pytest.approx(spread["b/dt"], rel=0.01)
 
 
-# ---------------------------------------------------------------------------------------------------- in a config
+# -------------------------------------------------------------------------------------- in a config
 @pytest.mark.parametrize(
     "training, words",
     [
-        ({"weighting": "gaurd"}, 'training.weighting: expected "noise", "uniform", "guard" or {"value": gamma}, got \'gaurd\'$'),
+        (
+            {"weighting": "gaurd"},
+            (
+                'training.weighting: expected "noise", "uniform", "guard" or {"value": gamma}, got'
+                " 'gaurd'$"
+            ),
+        ),
         ({"weighting": {"valu": 0.5}}, "training.weighting.valu: unknown key"),
-        ({"weighting": {"value": 1.5}}, "training.weighting.value: input should be less than or equal to 1, got 1.5"),
+        (
+            {"weighting": {"value": 1.5}},
+            "training.weighting.value: input should be less than or equal to 1, got 1.5",
+        ),
         (
             {"weighting": "guard", "objective": "nft"},
-            "training.weighting: 'guard' weighs the stochastic steps.* \"nft\" learns from finished",
+            (
+                "training.weighting: 'guard' weighs the stochastic steps.* \"nft\" learns from"
+                " finished"
+            ),
         ),
-        ({"weighting": {"value": 0.9}, "objective": "nft"}, "training.weighting: {'value': 0.9} weighs the stochastic steps"),
+        (
+            {"weighting": {"value": 0.9}, "objective": "nft"},
+            "training.weighting: {'value': 0.9} weighs the stochastic steps",
+        ),
     ],
 )
 def test_a_config_that_cannot_work(training, words):
@@ -112,5 +147,12 @@ def test_a_config_that_cannot_work(training, words):
 
 
 def test_profiles_of_a_config():
-    profiles = [small_config(training={"weighting": given}).training.profile() for given in ("noise", "guard", {"value": 0.9})]
-    assert profiles == [{"weighting": "noise"}, {"weighting": "guard"}, {"weighting": "value", "gamma": 0.9}]
+    profiles = [
+        small_config(training={"weighting": given}).training.profile()
+        for given in ("noise", "guard", {"value": 0.9})
+    ]
+    assert profiles == [
+        {"weighting": "noise"},
+        {"weighting": "guard"},
+        {"weighting": "value", "gamma": 0.9},
+    ]

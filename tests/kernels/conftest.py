@@ -1,5 +1,6 @@
-"""Both implementations under one set of tests: the reference on the CPU, and the Triton kernels on the GPU if there is
-one, else in Triton's interpreter (which has to be chosen before triton is first imported)."""
+"""Both implementations under one set of tests: the reference on the CPU, and the Triton kernels on
+the GPU if there is one, else in Triton's interpreter (which has to be chosen before triton is first
+imported)."""
 
 import os
 import sys
@@ -17,12 +18,15 @@ if not torch.cuda.is_available():
 def device(request, monkeypatch):
     """The device of a test that runs on either implementation; the implementation is forced."""
     monkeypatch.setenv("TEMPFLOW_KERNELS", request.param)
-    return torch.device("cuda" if request.param == "triton" and torch.cuda.is_available() else "cpu")
+    return torch.device(
+        "cuda" if request.param == "triton" and torch.cuda.is_available() else "cpu"
+    )
 
 
 @pytest.fixture(autouse=True)
 def poison(monkeypatch):
-    """Memory that the package allocates without filling it holds NaN, so that a forgotten element shows."""
+    """Memory that the package allocates without filling it holds NaN, so that a forgotten element
+    shows."""
 
     def poisoned(allocate):
         def allocate_nan(*args, **kwargs):

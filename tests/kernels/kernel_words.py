@@ -13,7 +13,9 @@ from tempflow_kernels.triton_noise import box_muller, philox_words
 def words_kernel(key, out, COUNT: tl.constexpr):
     value = tl.load(key)
     counter = tl.arange(0, COUNT)
-    w0, w1, w2, w3 = philox_words(counter.to(tl.uint32), value.to(tl.uint32), (value >> 32).to(tl.uint32))
+    w0, w1, w2, w3 = philox_words(
+        counter.to(tl.uint32), value.to(tl.uint32), (value >> 32).to(tl.uint32)
+    )
     tl.store(out + counter, w0.to(tl.int64))
     tl.store(out + COUNT + counter, w1.to(tl.int64))
     tl.store(out + 2 * COUNT + counter, w2.to(tl.int64))
@@ -23,7 +25,9 @@ def words_kernel(key, out, COUNT: tl.constexpr):
 @triton.jit
 def box_muller_kernel(words, out):
     o = tl.arange(0, 1)
-    first, second = box_muller(tl.load(words + o).to(tl.uint32), tl.load(words + 1 + o).to(tl.uint32))
+    first, second = box_muller(
+        tl.load(words + o).to(tl.uint32), tl.load(words + 1 + o).to(tl.uint32)
+    )
     tl.store(out + o, first)
     tl.store(out + 1 + o, second)
 

@@ -1,4 +1,5 @@
-"""The machine code of every kernel specialisation that production uses, for GPUs that need not be here."""
+"""The machine code of every kernel specialisation that production uses, for GPUs that need not be
+here."""
 
 import json
 import os
@@ -13,16 +14,22 @@ pytest.importorskip("triton", reason="compiling the kernels needs triton")
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 FIND = f"import sys; sys.path.append({str(BENCHMARKS)!r})"
 
-# Loads that are not of whole blocks: scalars of a row and, once per row, advantages and old log-probabilities.
+# Loads that are not of whole blocks: scalars of a row and, once per row, advantages and old
+# log-probabilities.
 MOST_NARROW_LOADS = 12
 
 
 def run_aot(*arguments, path=None):
-    """In a process of its own: this one may hold interpreted kernels. path: where to look for packages first."""
+    """In a process of its own: this one may hold interpreted kernels. path: where to look for
+    packages first."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     if path:
-        environment["PYTHONPATH"] = os.pathsep.join([str(path), *filter(None, [environment.get("PYTHONPATH")])])
-    result = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment)
+        environment["PYTHONPATH"] = os.pathsep.join(
+            [str(path), *filter(None, [environment.get("PYTHONPATH")])]
+        )
+    result = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env=environment
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
 
@@ -45,14 +52,21 @@ def names(rows):
 
 def test_every_kernel_compiles_for_every_target(rows):
     kernels = {row["kernel"] for row in rows}
-    assert {name.split()[0] for name in kernels} == {"normal", "sde_step", "group_loss", "group_loss_backward"}
+    assert {name.split()[0] for name in kernels} == {
+        "normal",
+        "sde_step",
+        "group_loss",
+        "group_loss_backward",
+    }
     assert {(row["kernel"], row["target"]) for row in rows} == {
         (kernel, target) for kernel in kernels for target in ("sm_80", "sm_90", "sm_100", "gfx942")
     }
 
 
 def test_no_spills_and_no_local_memory(rows):
-    assert not names(row for row in rows if row["local"] or row["local_accesses"] or row.get("stack"))
+    assert not names(
+        row for row in rows if row["local"] or row["local_accesses"] or row.get("stack")
+    )
 
 
 def test_blocks_move_in_16_byte_accesses(cuda_rows):
@@ -63,13 +77,17 @@ def test_blocks_move_in_16_byte_accesses(cuda_rows):
 
 
 def test_an_ode_row_makes_no_noise(cuda_rows):
-    """A path from entry to exit stores the children without a single Philox multiply; `normal` has no such path."""
-    assert all(row["ode_path_without_noise"] for row in cuda_rows if row["kernel"].startswith("sde_step"))
+    """A path from entry to exit stores the children without a single Philox multiply; `normal` has
+    no such path."""
+    assert all(
+        row["ode_path_without_noise"] for row in cuda_rows if row["kernel"].startswith("sde_step")
+    )
     assert not any(row["ode_path_without_noise"] for row in cuda_rows if row["kernel"] == "normal")
 
 
 def test_noise_stays_within_its_instruction_budget(cuda_rows):
-    """Guards the arithmetic limit that kernels/README.md states: instructions per element of a child, all included."""
+    """Guards the arithmetic limit that kernels/README.md states: instructions per element of a
+    child, all included."""
     counts = [(row, row["noise_instructions_per_element"]) for row in cuda_rows]
     assert sum(count is not None for _, count in counts) >= 15
     assert not names(row for row, count in counts if count is not None and count > 42)
@@ -77,20 +95,36 @@ def test_noise_stays_within_its_instruction_budget(cuda_rows):
 
 def launch_rows(path=None):
     """(version of Triton, rows) of what the launcher makes of the kernels."""
-    code = f"{FIND}; import json, aot, triton; print(json.dumps([triton.__version__, aot.launch_report()]))"
+    code = (
+        f"{FIND}; import json, aot, triton; print(json.dumps([triton.__version__,"
+        " aot.launch_report()]))"
+    )
     return json.loads(run_aot("-c", code, path=path).splitlines()[-1])
 
 
 def check_launches(rows):
-    assert len(rows) == 11 and {row["kernel"].split()[0] for row in rows} == {"normal", "sde_step", "group_loss", "group_loss_backward"}
+    assert len(rows) == 11 and {row["kernel"].split()[0] for row in rows} == {
+        "normal",
+        "sde_step",
+        "group_loss",
+        "group_loss_backward",
+    }
     assert not names(row for row in rows if row["local"] or row["local_accesses"] or row["stack"])
     flux = [row for row in rows if "numel=262144" in row["kernel"]]
-    assert len(flux) == 7 and not names(row for row in flux if row["wide_loads"] < row["wide_loads_expected"])
-    assert not names(row for row in flux if row["wide_stores"] < row["wide_stores_expected"] or row["narrow_loads"] > MOST_NARROW_LOADS)
+    assert len(flux) == 7 and not names(
+        row for row in flux if row["wide_loads"] < row["wide_loads_expected"]
+    )
+    assert not names(
+        row
+        for row in flux
+        if row["wide_stores"] < row["wide_stores_expected"]
+        or row["narrow_loads"] > MOST_NARROW_LOADS
+    )
 
 
 def test_what_the_launcher_makes():
-    """It turns sizes of 1 into constants and tells the compiler of multiples of 16: other code than `variants` of any size."""
+    """It turns sizes of 1 into constants and tells the compiler of multiples of 16: other code than
+    `variants` of any size."""
     check_launches(launch_rows()[1])
 
 
@@ -105,11 +139,14 @@ def test_what_the_launcher_makes_with_the_triton_of_cuda_builds():
 
 
 def test_the_checks_see_narrow_accesses():
-    """Rows of a length that is no multiple of 16 cannot move in 16-byte accesses: the same inspection must say so."""
+    """Rows of a length that is no multiple of 16 cannot move in 16-byte accesses: the same
+    inspection must say so."""
     code = (
         f"{FIND}; import json, aot; from triton.backends.compiler import GPUTarget; "
         "v = aot.step('odd', 'fp32', 'fp32', 'fp32', sizes={}); "
         "print(json.dumps(aot.inspect_cuda(v, aot.compile_for(v, GPUTarget('cuda', 90, 32)))))"
     )
     row = json.loads(run_aot("-c", code).splitlines()[-1])
-    assert row["wide_loads"] < row["wide_loads_expected"] and row["narrow_loads"] > MOST_NARROW_LOADS
+    assert (
+        row["wide_loads"] < row["wide_loads_expected"] and row["narrow_loads"] > MOST_NARROW_LOADS
+    )

@@ -24,7 +24,8 @@ def test_cpu_and_gpu_draw_the_same_noise():
 
 @pytest.mark.parametrize("rows, children", [(1, 6), (9, 6), (36, 1)])
 def test_many_runs_give_the_same_bits(rows, children):
-    """A sum that saw another program's part too early, or in another order, would differ in some run."""
+    """A sum that saw another program's part too early, or in another order, would differ in some
+    run."""
     case = step_case(rows, (4096, 64), children, still_rows=[0] if rows > 1 else [], device="cuda")
     want = sde_step(**case, children=children)
     loss_inputs = loss_case(rows, (64, 64), children, device="cuda")
@@ -59,7 +60,9 @@ def test_step_in_a_cuda_graph():
         for name, tensor in case.items():
             static[name].copy_(tensor)
         graph.replay()
-        assert all(torch.equal(got, want) for got, want in zip(output, sde_step(**case, children=3)))
+        assert all(
+            torch.equal(got, want) for got, want in zip(output, sde_step(**case, children=3))
+        )
 
 
 def test_loss_in_a_cuda_graph():
@@ -88,7 +91,10 @@ def test_nothing_synchronises():
 def test_runs_on_the_device_of_its_arguments():
     case = step_case(4, (5000,), 3, device="cuda:1")
     want = sde_step(**step_case(4, (5000,), 3, device="cuda:0"), children=3)
-    assert all(torch.equal(got.cpu(), expected.cpu()) for got, expected in zip(sde_step(**case, children=3), want))
+    assert all(
+        torch.equal(got.cpu(), expected.cpu())
+        for got, expected in zip(sde_step(**case, children=3), want)
+    )
 
 
 def test_compiles_with_inductor():
@@ -113,4 +119,6 @@ def test_a_second_stream_is_independent():
             with torch.cuda.stream(stream):
                 found.append(sde_step(**case, children=4))
         torch.cuda.synchronize()
-        assert all(torch.equal(g, w) for got, expected in zip(found, want) for g, w in zip(got, expected))
+        assert all(
+            torch.equal(g, w) for got, expected in zip(found, want) for g, w in zip(got, expected)
+        )

@@ -4,7 +4,15 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernel_cases import DTYPES, assert_close, assert_rounded, drift, exact_loss, loss_case, step_case
+from kernel_cases import (
+    DTYPES,
+    assert_close,
+    assert_rounded,
+    drift,
+    exact_loss,
+    loss_case,
+    step_case,
+)
 
 from tempflow_kernels import group_loss, naive, sde_step
 
@@ -22,19 +30,33 @@ def run(case, **options):
 
 def check(case, loss, gradient, stats, **options):
     want_loss, want_gradient, want_ratio, want_log_prob = exact_loss(**case, **{**CLIP, **options})
-    scale = (case["weight"].cpu().double() * case["advantage"].cpu().double().abs().mean(1)).mean().item() + 1e-3
+    scale = (
+        case["weight"].cpu().double() * case["advantage"].cpu().double().abs().mean(1)
+    ).mean().item() + 1e-3
     assert_close("loss", loss, want_loss, rel=1e-6, scale=scale)
     if gradient.dtype == torch.float32:
         assert_close("gradient", gradient, want_gradient, rel=1e-5)
     else:
-        assert_rounded("gradient", gradient, want_gradient, rel=1e-5, scale=want_gradient.square().mean().sqrt())
+        assert_rounded(
+            "gradient",
+            gradient,
+            want_gradient,
+            rel=1e-5,
+            scale=want_gradient.square().mean().sqrt(),
+        )
     assert_close("ratio", stats.ratio, want_ratio, rel=1e-6)
-    assert_close("log_prob", stats.log_prob, want_log_prob, rel=1e-6, scale=2 * stats.log_prob.numel() ** 0.5)
+    assert_close(
+        "log_prob", stats.log_prob, want_log_prob, rel=1e-6, scale=2 * stats.log_prob.numel() ** 0.5
+    )
 
 
 def options_for(case, kl, ratio, given_old):
     """Options of group_loss, and the case with its old policy given or not."""
-    options = {} if kl is None else {"velocity_ref": drift(case["velocity"], 0.2), "kl_coef": 0.05, "kl_form": kl}
+    options = (
+        {}
+        if kl is None
+        else {"velocity_ref": drift(case["velocity"], 0.2), "kl_coef": 0.05, "kl_form": kl}
+    )
     case = dict(case)
     if ratio == "guard":
         options["ratio"] = "guard"
@@ -47,7 +69,9 @@ def options_for(case, kl, ratio, given_old):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kl", [None, "x", "v"])
-@pytest.mark.parametrize("ratio, given_old", [("plain", True), ("plain", False), ("guard", True), ("guard", False)])
+@pytest.mark.parametrize(
+    "ratio, given_old", [("plain", True), ("plain", False), ("guard", True), ("guard", False)]
+)
 def test_matches_float64(device, dtype, kl, ratio, given_old):
     case = loss_case(3, (1100,), 4, DTYPES[dtype], device=device)
     case, options = options_for(case, kl, ratio, given_old)
@@ -73,17 +97,22 @@ def test_shapes(device, rows, shape, children, ratio):
     check(case, *run(case, **options), **options)
 
 
-@pytest.mark.parametrize("shape, children", [((16, 64, 64), 2), ((4096, 64), 1)], ids=["SD3", "FLUX"])
+@pytest.mark.parametrize(
+    "shape, children", [((16, 64, 64), 2), ((4096, 64), 1)], ids=["SD3", "FLUX"]
+)
 def test_real_sizes(device, shape, children):
     case, options = options_for(loss_case(1, shape, children, device=device), "x", "plain", True)
     check(case, *run(case, **options), **options)
 
 
 def test_clipping_is_asymmetric_and_stops_the_gradient(device):
-    """A child out of range on the side that its advantage pushes to has no gradient; on the other side it keeps it."""
+    """A child out of range on the side that its advantage pushes to has no gradient; on the other
+    side it keeps it."""
     case = loss_case(1, (500,), 4, device=device)
     log_prob = run(case)[2].log_prob
-    case["log_prob_old"] = log_prob - torch.tensor([[1.5e-3, 2.5e-3, -0.5e-3, -1.5e-3]], device=device)
+    case["log_prob_old"] = log_prob - torch.tensor(
+        [[1.5e-3, 2.5e-3, -0.5e-3, -1.5e-3]], device=device
+    )
     for sign, in_range in ((1, [0, 2, 3]), (-1, [0, 1, 2])):
         case["advantage"] = torch.full((1, 4), float(sign), device=device)
         loss, gradient, stats = run(case)
@@ -98,28 +127,42 @@ def test_clipping_is_asymmetric_and_stops_the_gradient(device):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("numel", [1, 1536, 5001])
 def test_first_update_has_ratio_one(device, dtype, ratio, numel):
-    """log_prob_old=None, or the statistics' log_prob handed back: every ratio is exactly 1, and the gradient flows."""
+    """log_prob_old=None, or the statistics' log_prob handed back: every ratio is exactly 1, and the
+    gradient flows."""
     case = step_case(3, (numel,), 4, DTYPES[dtype], still_rows=[1], device=device)
     case["x_next"], _ = sde_step(**case, children=4)
     del case["key"]
-    case.update(advantage=torch.randn(3, 4, device=device), weight=torch.ones(3, device=device), log_prob_old=None)
+    case.update(
+        advantage=torch.randn(3, 4, device=device),
+        weight=torch.ones(3, device=device),
+        log_prob_old=None,
+    )
     loss, gradient, stats = run(case, ratio=ratio)
     assert (stats.ratio == 1).all() and stats.approx_kl == 0 and stats.clip_fraction == 0
     assert gradient[0].abs().sum() > 0 and gradient[2].abs().sum() > 0 and (gradient[1] == 0).all()
     if ratio == "plain":
         again = run({**case, "log_prob_old": stats.log_prob})
-        assert (again[2].ratio == 1).all() and torch.equal(again[0], loss) and torch.equal(again[1], gradient)
+        assert (
+            (again[2].ratio == 1).all()
+            and torch.equal(again[0], loss)
+            and torch.equal(again[1], gradient)
+        )
 
 
 @pytest.mark.parametrize("kind", ["flow", "small tau"])
 def test_ratio_between_step_and_loss(device, kind):
-    """Sampled log-probabilities and those of the loss agree to a few fp32 roundings: the identity step -> loss."""
+    """Sampled log-probabilities and those of the loss agree to a few fp32 roundings: the identity
+    step -> loss."""
     case = step_case(2, (4000,), 6, device=device)
     if kind == "small tau":
         case["tau"].fill_(0.02)
     case["x_next"], log_prob = sde_step(**case, children=6)
     del case["key"]
-    case.update(advantage=torch.ones(2, 6, device=device), weight=torch.ones(2, device=device), log_prob_old=log_prob)
+    case.update(
+        advantage=torch.ones(2, 6, device=device),
+        weight=torch.ones(2, device=device),
+        log_prob_old=log_prob,
+    )
     assert (run(case)[2].ratio - 1).abs().max() < 1e-6
 
 
@@ -137,15 +180,21 @@ def poisoned_padding(case, options, rows):
 @pytest.mark.parametrize("kl", [None, "x", "v"])
 @pytest.mark.parametrize("ratio", ["plain", "guard"])
 def test_rows_of_weight_zero_contribute_nothing(device, ratio, kl):
-    """Whatever they hold. The other rows' gradient is what it is in a batch without them, times the share of rows."""
+    """Whatever they hold. The other rows' gradient is what it is in a batch without them, times the
+    share of rows."""
     case = loss_case(5, (300,), 3, padding_rows=[0, 3], device=device)
     case, options = options_for(case, kl, ratio, True)
     rows = torch.tensor([0, 3], device=device)
-    loss, gradient, stats = run(*poisoned_padding(case, options, rows)[:1], **poisoned_padding(case, options, rows)[1])
+    loss, gradient, stats = run(
+        *poisoned_padding(case, options, rows)[:1], **poisoned_padding(case, options, rows)[1]
+    )
     check({n: t for n, t in case.items()}, loss, gradient, stats_where(stats, case), **options)
     assert (gradient[rows] == 0).all() and (stats.ratio[rows] == 1).all()
     live = torch.tensor([1, 2, 4], device=device)
-    alone = run({n: t[live] for n, t in case.items()}, **{n: t[live] if isinstance(t, torch.Tensor) else t for n, t in options.items()})
+    alone = run(
+        {n: t[live] for n, t in case.items()},
+        **{n: t[live] if isinstance(t, torch.Tensor) else t for n, t in options.items()},
+    )
     assert_close("loss", loss, alone[0] * 3 / 5, rel=1e-6)
     assert_close("gradient", gradient[live], alone[1] * 3 / 5, rel=1e-6)
     for name in ("kl", "clip_fraction", "approx_kl"):
@@ -153,21 +202,31 @@ def test_rows_of_weight_zero_contribute_nothing(device, ratio, kl):
 
 
 def stats_where(stats, case):
-    """The statistics with log_prob, which padding rows report as computed, taken from the oracle there."""
+    """The statistics with log_prob, which padding rows report as computed, taken from the oracle
+    there."""
     exact = exact_loss(**case, **CLIP)[3].float().to(stats.log_prob.device)
     return stats._replace(log_prob=torch.where(case["weight"][:, None] == 0, exact, stats.log_prob))
 
 
 def test_padding_alone(device):
-    case, options = options_for(loss_case(2, (40,), 3, padding_rows=[0, 1], device=device), "x", "plain", True)
+    case, options = options_for(
+        loss_case(2, (40,), 3, padding_rows=[0, 1], device=device), "x", "plain", True
+    )
     loss, gradient, stats = run(case, **options)
-    assert loss == 0 and (gradient == 0).all() and stats.kl == stats.clip_fraction == stats.approx_kl == 0
+    assert (
+        loss == 0
+        and (gradient == 0).all()
+        and stats.kl == stats.clip_fraction == stats.approx_kl == 0
+    )
 
 
 def test_rows_without_noise(device):
-    """tau = 0: log_prob 0, ratio 1, no policy gradient, no `x` KL; the `v` KL, which needs no noise, stays."""
+    """tau = 0: log_prob 0, ratio 1, no policy gradient, no `x` KL; the `v` KL, which needs no
+    noise, stays."""
     for kl in ("x", "v"):
-        case, options = options_for(loss_case(3, (200,), 2, still_rows=[1], device=device), kl, "plain", True)
+        case, options = options_for(
+            loss_case(3, (200,), 2, still_rows=[1], device=device), kl, "plain", True
+        )
         loss, gradient, stats = run(case, **options)
         check(case, loss, gradient, stats, **options)
         assert (stats.ratio[1] == 1).all() and (gradient[1] == 0).all() == (kl == "x")
@@ -177,21 +236,30 @@ def test_nan_advantage_is_not_dropped(device):
     case = loss_case(3, (50,), 4, device=device)
     case["advantage"][1, 2] = float("nan")
     loss, gradient, _ = run(case)
-    assert torch.isnan(loss) and torch.isnan(gradient[1]).all() and torch.isfinite(gradient[[0, 2]]).all()
+    assert (
+        torch.isnan(loss)
+        and torch.isnan(gradient[1]).all()
+        and torch.isfinite(gradient[[0, 2]]).all()
+    )
 
 
-@pytest.mark.parametrize("name", ["velocity", "x", "x_next", "a", "b", "tau", "weight", "log_prob_old", "velocity_ref"])
+@pytest.mark.parametrize(
+    "name", ["velocity", "x", "x_next", "a", "b", "tau", "weight", "log_prob_old", "velocity_ref"]
+)
 def test_nan_makes_the_loss_nan(device, name):
     case, options = options_for(loss_case(3, (2100,), 2, device=device), "x", "plain", True)
     target = options if name in options else case
     target[name] = target[name].clone()
     target[name].reshape(3, -1)[2, -1] = float("nan")
     loss, gradient, _ = run(case, **options)
-    assert torch.isnan(loss) and torch.isnan(gradient[2]).any() and torch.isfinite(gradient[:2]).all()
+    assert (
+        torch.isnan(loss) and torch.isnan(gradient[2]).any() and torch.isfinite(gradient[:2]).all()
+    )
 
 
 def test_ratios_that_overflow(device):
-    """exp(200) = inf: clipped with A > 0, inf with A < 0 as the formula says, 0 with A = 0 (a masked child)."""
+    """exp(200) = inf: clipped with A > 0, inf with A < 0 as the formula says, 0 with A = 0 (a
+    masked child)."""
     case = loss_case(1, (30,), 3, device=device)
     case["log_prob_old"] = run(case)[2].log_prob - 200
     case["advantage"] = torch.tensor([[1.0, 0.0, 0.0]], device=device)
@@ -203,11 +271,14 @@ def test_ratios_that_overflow(device):
     assert run(case)[0] == float("inf")
     case["log_prob_old"] += 400
     case["advantage"] = torch.tensor([[1.0, -1.0, 0.0]], device=device)
-    assert_close("underflow", run(case)[0], (1 - CLIP["clip_low"]) / 3 * case["weight"][0].double(), rel=1e-6)
+    assert_close(
+        "underflow", run(case)[0], (1 - CLIP["clip_low"]) / 3 * case["weight"][0].double(), rel=1e-6
+    )
 
 
 def test_kl_is_measured_without_a_coefficient(device):
-    """kl_coef = 0 leaves loss and gradient as they are without a reference, bit for bit, and reports its KL."""
+    """kl_coef = 0 leaves loss and gradient as they are without a reference, bit for bit, and
+    reports its KL."""
     case, options = options_for(loss_case(3, (900,), 2, device=device), "x", "plain", True)
     with_kl = run(case, **options)
     measured = run(case, **{**options, "kl_coef": 0.0})
@@ -235,7 +306,9 @@ def test_calls_repeat_bit_for_bit_and_rows_are_independent(device):
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
     row = {n: t[:1] if isinstance(t, torch.Tensor) else t for n, t in {**case, **options}.items()}
     alone = run(row)
-    assert torch.equal(alone[2].log_prob, first[2].log_prob[:1]) and torch.equal(alone[2].ratio, first[2].ratio[:1])
+    assert torch.equal(alone[2].log_prob, first[2].log_prob[:1]) and torch.equal(
+        alone[2].ratio, first[2].ratio[:1]
+    )
 
 
 def test_non_contiguous_inputs(device):
@@ -243,9 +316,15 @@ def test_non_contiguous_inputs(device):
     want = run(case, **options)
 
     def strided(tensor):
-        return torch.stack([tensor, tensor], dim=-1)[..., 0] if isinstance(tensor, torch.Tensor) else tensor
+        return (
+            torch.stack([tensor, tensor], dim=-1)[..., 0]
+            if isinstance(tensor, torch.Tensor)
+            else tensor
+        )
 
-    got = run({n: strided(t) for n, t in case.items()}, **{n: strided(t) for n, t in options.items()})
+    got = run(
+        {n: strided(t) for n, t in case.items()}, **{n: strided(t) for n, t in options.items()}
+    )
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
 
 
@@ -257,7 +336,9 @@ def test_gradient_scales_with_the_incoming_one(device):
     assert_close("gradient", tripled, 3 * run(case)[1].double(), rel=1e-6)
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     rows=st.integers(1, 4),
     numel=st.integers(1, 3000),
@@ -294,13 +375,23 @@ class ReferenceLoss(torch.autograd.Function):
 @pytest.mark.parametrize("kl", [None, "x", "v"])
 @pytest.mark.parametrize("ratio", ["plain", "guard"])
 def test_gradcheck_of_the_reference(ratio, kl):
-    """In float64: the backward formula against finite differences, and against autograd through the forward formula."""
+    """In float64: the backward formula against finite differences, and against autograd through the
+    forward formula."""
     case, options = options_for(loss_case(2, (9,), 3, still_rows=[1], seed=3), kl, ratio, True)
     case = {n: t.double() for n, t in case.items()}
     options = {n: t.double() if isinstance(t, torch.Tensor) else t for n, t in options.items()}
     velocity = case.pop("velocity").requires_grad_()
     a, b, tau = case["a"], case["b"], case["tau"]
-    positional = (case["x"], case["x_next"], a, b, tau, case["log_prob_old"], case["advantage"], case["weight"])
+    positional = (
+        case["x"],
+        case["x_next"],
+        a,
+        b,
+        tau,
+        case["log_prob_old"],
+        case["advantage"],
+        case["weight"],
+    )
     optional = (
         1e-3,
         2e-3,
@@ -316,7 +407,9 @@ def test_gradcheck_of_the_reference(ratio, kl):
 
     assert torch.autograd.gradcheck(loss, velocity, eps=1e-7, atol=1e-6)
     (formula,) = torch.autograd.grad(loss(velocity), velocity)
-    (automatic,) = torch.autograd.grad(naive.group_loss_forward(velocity, *positional, *optional)[0], velocity)
+    (automatic,) = torch.autograd.grad(
+        naive.group_loss_forward(velocity, *positional, *optional)[0], velocity
+    )
     assert_close("backward formula", formula, automatic, rel=1e-12)
 
 
@@ -325,18 +418,54 @@ def change(name, value):
 
 
 ERRORS = {
-    "advantage dtype": (TypeError, "advantage: expected float32", change("advantage", lambda c: c["x_next"].double())),
-    "advantage shape": (ValueError, r"advantage: expected shape \[2, 3\]", change("advantage", lambda c: c["weight"])),
-    "old shape": (ValueError, r"log_prob_old: expected shape \[2, 3\]", change("log_prob_old", lambda c: c["a"])),
-    "x_next shape": (ValueError, r"x_next: expected shape \[2, 3, 8\]", change("x_next", lambda c: c["x_next"][..., 1:])),
-    "weight dtype": (TypeError, "weight: expected float32, got int64", change("weight", lambda c: c["weight"].long())),
+    "advantage dtype": (
+        TypeError,
+        "advantage: expected float32",
+        change("advantage", lambda c: c["x_next"].double()),
+    ),
+    "advantage shape": (
+        ValueError,
+        r"advantage: expected shape \[2, 3\]",
+        change("advantage", lambda c: c["weight"]),
+    ),
+    "old shape": (
+        ValueError,
+        r"log_prob_old: expected shape \[2, 3\]",
+        change("log_prob_old", lambda c: c["a"]),
+    ),
+    "x_next shape": (
+        ValueError,
+        r"x_next: expected shape \[2, 3, 8\]",
+        change("x_next", lambda c: c["x_next"][..., 1:]),
+    ),
+    "weight dtype": (
+        TypeError,
+        "weight: expected float32, got int64",
+        change("weight", lambda c: c["weight"].long()),
+    ),
     "kl_form": (ValueError, "kl_form: expected 'x' or 'v', got 'z'", change("kl_form", "z")),
-    "ratio": (ValueError, "ratio: expected 'plain' or 'guard', got 'none'", change("ratio", "none")),
-    "clip": (ValueError, "clip_low, clip_high: expected at least 0, got -0.1", change("clip_low", -0.1)),
+    "ratio": (
+        ValueError,
+        "ratio: expected 'plain' or 'guard', got 'none'",
+        change("ratio", "none"),
+    ),
+    "clip": (
+        ValueError,
+        "clip_low, clip_high: expected at least 0, got -0.1",
+        change("clip_low", -0.1),
+    ),
     "clip nan": (ValueError, "clip_low, clip_high: expected", change("clip_high", float("nan"))),
-    "kl without reference": (ValueError, "velocity_ref: expected a tensor, as kl_coef is 0.1", change("kl_coef", 0.1)),
+    "kl without reference": (
+        ValueError,
+        "velocity_ref: expected a tensor, as kl_coef is 0.1",
+        change("kl_coef", 0.1),
+    ),
     "guard": (ValueError, "velocity_old: ratio='guard' needs", change("ratio", "guard")),
-    "old velocity": (ValueError, "velocity_old: only ratio='guard'", change("velocity_old", lambda c: c["velocity"])),
+    "old velocity": (
+        ValueError,
+        "velocity_old: only ratio='guard'",
+        change("velocity_old", lambda c: c["velocity"]),
+    ),
 }
 
 

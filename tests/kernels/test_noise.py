@@ -12,7 +12,11 @@ from tempflow_kernels import naive, normal
 KNOWN_ANSWERS = {
     "zeros": ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
     "ones": ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
-    "pi": ([0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344], [0xA4093822, 0x299F31D0], [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]),
+    "pi": (
+        [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+        [0xA4093822, 0x299F31D0],
+        [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+    ),
 }
 
 
@@ -44,7 +48,14 @@ def test_normals_match_float64(device, numel):
     assert_close("normal", got, exact_normal(key, numel), rel=1.5e-7)
 
 
-EXTREMES = [(0, 0), (0, 2**31), (2**32 - 1, 2**32 - 1), (2**32 - 1, 2**31), (12345, 2**30), (0, 3 * 2**30)]
+EXTREMES = [
+    (0, 0),
+    (0, 2**31),
+    (2**32 - 1, 2**32 - 1),
+    (2**32 - 1, 2**31),
+    (12345, 2**30),
+    (0, 3 * 2**30),
+]
 
 
 @pytest.mark.parametrize("device", ["triton"], indirect=True)
@@ -58,7 +69,13 @@ def test_extreme_words_give_finite_normals(device, words):
     assert_close("pair", got[:, 0], want, rel=1.5e-7, scale=max(radius, 1e-6))
     from kernel_words import triton_box_muller
 
-    assert_close("kernel's pair", triton_box_muller(w0, w1, device), got[:, 0], rel=2e-7, scale=max(radius, 1e-6))
+    assert_close(
+        "kernel's pair",
+        triton_box_muller(w0, w1, device),
+        got[:, 0],
+        rel=2e-7,
+        scale=max(radius, 1e-6),
+    )
 
 
 def test_an_element_depends_on_its_key_and_index_only(device):
@@ -86,7 +103,8 @@ def test_moments(samples):
 
 
 def test_distribution(samples):
-    """Kolmogorov-Smirnov statistic below the 1e-6 critical value, and no tail cut off where samples should be."""
+    """Kolmogorov-Smirnov statistic below the 1e-6 critical value, and no tail cut off where samples
+    should be."""
     z = samples.flatten().sort().values
     uniform = torch.special.ndtr(z)
     grid = torch.arange(1, SAMPLES + 1, dtype=torch.float64) / SAMPLES
@@ -96,7 +114,8 @@ def test_distribution(samples):
 
 @pytest.mark.parametrize("kind", ["neighbours", "same call", "children", "next key squared"])
 def test_no_correlation(samples, kind):
-    """Between neighbouring elements, elements of one Philox call, children with consecutive keys, and their squares."""
+    """Between neighbouring elements, elements of one Philox call, children with consecutive keys,
+    and their squares."""
     pairs = {
         "neighbours": (samples[:, :-1], samples[:, 1:]),
         "same call": (samples[:, 0::4], samples[:, 2::4]),

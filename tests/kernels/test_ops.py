@@ -1,4 +1,5 @@
-"""The ops as torch custom ops: registration, compilation, autocast, and the choice of implementation."""
+"""The ops as torch custom ops: registration, compilation, autocast, and the choice of
+implementation."""
 
 import os
 import subprocess
@@ -23,7 +24,17 @@ def loss_arguments(device, ratio="plain"):
     velocity = case.pop("velocity").requires_grad_()
     order = ("x", "x_next", "a", "b", "tau", "log_prob_old", "advantage", "weight")
     old = drift(velocity.detach(), 0.1) if ratio == "guard" else None
-    return (velocity, *(case[name] for name in order), 1e-3, 2e-3, drift(velocity.detach(), 0.2), 0.05, "x", ratio, old)
+    return (
+        velocity,
+        *(case[name] for name in order),
+        1e-3,
+        2e-3,
+        drift(velocity.detach(), 0.2),
+        0.05,
+        "x",
+        ratio,
+        old,
+    )
 
 
 def backward_arguments(device):
@@ -42,9 +53,12 @@ def backward_arguments(device):
     )
 
 
-@pytest.mark.parametrize("name", ["normal", "sde_step", "sde_step bf16", "group_loss", "group_loss guard", "backward"])
+@pytest.mark.parametrize(
+    "name", ["normal", "sde_step", "sde_step bf16", "group_loss", "group_loss guard", "backward"]
+)
 def test_opcheck(device, name):
-    """torch.library.opcheck: schema, fake implementation, autograd registration, AOT dispatch with dynamic shapes."""
+    """torch.library.opcheck: schema, fake implementation, autograd registration, AOT dispatch with
+    dynamic shapes."""
     op, arguments = {
         "normal": lambda: (ops.normal, (torch.arange(6, device=device).reshape(2, 3), 37)),
         "sde_step": lambda: (ops.sde_step, step_arguments(device)),
@@ -57,17 +71,24 @@ def test_opcheck(device, name):
 
 
 def training_step(weight, features, case, options):
-    """A linear model of the velocity, its loss and its statistics: what a compiled training step contains."""
+    """A linear model of the velocity, its loss and its statistics: what a compiled training step
+    contains."""
     velocity = (features @ weight).unflatten(-1, case["x"].shape[1:])
     loss, stats = group_loss(velocity, **case, **options)
     return loss + 0 * stats.kl, stats.ratio
 
 
 def test_compiles_as_one_graph(device):
-    """torch.compile(fullgraph=True) of a model, the loss and its gradient equals eager, bit for bit."""
+    """torch.compile(fullgraph=True) of a model, the loss and its gradient equals eager, bit for
+    bit."""
     case = loss_case(3, (8, 5), 4, device=device)
     velocity = case.pop("velocity")
-    options = {"clip_low": 1e-3, "clip_high": 1e-3, "velocity_ref": drift(velocity, 0.1), "kl_coef": 0.01}
+    options = {
+        "clip_low": 1e-3,
+        "clip_high": 1e-3,
+        "velocity_ref": drift(velocity, 0.1),
+        "kl_coef": 0.01,
+    }
     features, found = torch.randn(3, 7, device=device), []
     initial = torch.randn(7, 40, device=device)
     for step in (training_step, torch.compile(training_step, fullgraph=True, backend="aot_eager")):
@@ -115,7 +136,10 @@ def test_autocast_changes_nothing(device, dtype):
 def test_the_two_implementations_agree(monkeypatch):
     """Reference and Triton on the same inputs: fp32 rounding apart, for every output."""
     if torch.cuda.is_available():
-        pytest.skip("the reference runs on the CPU and Triton on the GPU: each is tested against float64 instead")
+        pytest.skip(
+            "the reference runs on the CPU and Triton on the GPU: each is tested against float64"
+            " instead"
+        )
     step, loss = step_case(3, (5003,), 2, still_rows=[0]), loss_case(3, (5003,), 2)
     found = []
     for choice in ("reference", "triton"):
@@ -128,23 +152,38 @@ def test_the_two_implementations_agree(monkeypatch):
 
 def test_unknown_choice_is_an_error(monkeypatch):
     monkeypatch.setenv("TEMPFLOW_KERNELS", "cuda")
-    with pytest.raises(ValueError, match="TEMPFLOW_KERNELS='cuda': expected one of auto, reference, triton"):
+    with pytest.raises(
+        ValueError, match="TEMPFLOW_KERNELS='cuda': expected one of auto, reference, triton"
+    ):
         normal(torch.zeros(1, dtype=torch.int64), 4)
 
 
 def run_python(code, **environment):
-    clean = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "TEMPFLOW_KERNELS")}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**clean, **environment})
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("TRITON_INTERPRET", "TEMPFLOW_KERNELS")
+    }
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**clean, **environment}
+    )
 
 
-CALL = "import torch; from tempflow_kernels import normal; print(normal(torch.zeros(1, dtype=torch.int64), 2).shape)"
+CALL = (
+    "import torch; from tempflow_kernels import normal; print(normal(torch.zeros(1,"
+    " dtype=torch.int64), 2).shape)"
+)
 
 
 @pytest.mark.parametrize(
     "prelude, environment, message",
     [
         ("", {}, "is not a GPU, and TRITON_INTERPRET=1 is not set"),
-        ("import triton, os; os.environ['TRITON_INTERPRET'] = '1'; ", {}, "TRITON_INTERPRET was set after triton had been"),
+        (
+            "import triton, os; os.environ['TRITON_INTERPRET'] = '1'; ",
+            {},
+            "TRITON_INTERPRET was set after triton had been",
+        ),
         ("import sys; sys.modules['triton'] = None; ", {}, "the package triton is not installed"),
     ],
     ids=["no GPU", "too late", "no triton"],

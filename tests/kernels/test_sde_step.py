@@ -4,7 +4,15 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernel_cases import DTYPES, assert_close, assert_rounded, exact_log_prob, exact_step, per_row, step_case
+from kernel_cases import (
+    DTYPES,
+    assert_close,
+    assert_rounded,
+    exact_log_prob,
+    exact_step,
+    per_row,
+    step_case,
+)
 
 from tempflow_kernels import normal, sde_step
 
@@ -23,7 +31,8 @@ def term_size(case):
 
 
 def check(case, x_next, log_prob, out_dtype):
-    """x_next is the float64 step to 1e-6 (fp32), or rounded, within 1 ulp; log_prob is that of x_next as stored."""
+    """x_next is the float64 step to 1e-6 (fp32), or rounded, within 1 ulp; log_prob is that of
+    x_next as stored."""
     want, mean = exact_step(**case)
     assert x_next.shape == want.shape and x_next.dtype == out_dtype
     if out_dtype == torch.float32:
@@ -32,7 +41,9 @@ def check(case, x_next, log_prob, out_dtype):
         assert_rounded("x_next", x_next, want, rel=1e-6, scale=term_size(case))
     density = exact_log_prob(x_next, mean, case["tau"])
     assert log_prob.dtype == torch.float32
-    assert_close("log_prob", log_prob, density, rel=1e-6, scale=LOG_PROB_SCALE * log_prob.numel() ** 0.5)
+    assert_close(
+        "log_prob", log_prob, density, rel=1e-6, scale=LOG_PROB_SCALE * log_prob.numel() ** 0.5
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -54,14 +65,18 @@ def test_matches_float64(device, dtype, rows, shape, children):
     check(case, *run(case), DTYPES[dtype])
 
 
-@pytest.mark.parametrize("rows, shape, children", [(2, (16, 64, 64), 1), (1, (4096, 64), 2)], ids=["SD3", "FLUX"])
+@pytest.mark.parametrize(
+    "rows, shape, children", [(2, (16, 64, 64), 1), (1, (4096, 64), 2)], ids=["SD3", "FLUX"]
+)
 def test_real_sizes(device, rows, shape, children):
     case = step_case(rows, shape, children, device=device)
     check(case, *run(case), torch.float32)
 
 
 @pytest.mark.parametrize("out_dtype", DTYPES)
-@pytest.mark.parametrize("x_dtype, velocity_dtype", [("fp32", "bf16"), ("bf16", "fp32"), ("fp16", "bf16")])
+@pytest.mark.parametrize(
+    "x_dtype, velocity_dtype", [("fp32", "bf16"), ("bf16", "fp32"), ("fp16", "bf16")]
+)
 def test_mixed_dtypes(device, x_dtype, velocity_dtype, out_dtype):
     case = step_case(3, (333,), 4, DTYPES[x_dtype], still_rows=[1], device=device)
     case["velocity"] = case["velocity"].to(DTYPES[velocity_dtype])
@@ -69,7 +84,8 @@ def test_mixed_dtypes(device, x_dtype, velocity_dtype, out_dtype):
 
 
 def test_rows_without_noise_are_ode_steps(device):
-    """In a mixed batch tau = 0 gives the mean, the same for all children, and log_prob 0; other rows notice nothing."""
+    """In a mixed batch tau = 0 gives the mean, the same for all children, and log_prob 0; other
+    rows notice nothing."""
     case = step_case(4, (777,), 3, still_rows=[0, 2], device=device)
     x_next, log_prob = run(case)
     check(case, x_next, log_prob, torch.float32)
@@ -107,23 +123,36 @@ def test_non_contiguous_inputs(device):
     assert torch.equal(run(every_other)[0], want[0][::2])
 
 
-@pytest.mark.parametrize("name, value", [("x", float("nan")), ("x", float("inf")), ("velocity", float("-inf"))])
+@pytest.mark.parametrize(
+    "name, value", [("x", float("nan")), ("x", float("inf")), ("velocity", float("-inf"))]
+)
 def test_nan_and_inf_propagate(device, name, value):
-    """They stay where they are in x_next, and reach the log-probability of their row, which is stochastic, alone."""
+    """They stay where they are in x_next, and reach the log-probability of their row, which is
+    stochastic, alone."""
     case = step_case(3, (2100,), 2, still_rows=[2], device=device)
     case[name][0, 5] = value
     case[name][2, 2099] = value
     x_next, log_prob = run(case)
     assert_close("x_next", x_next, exact_step(**case)[0], rel=1e-6)
-    assert not torch.isfinite(x_next[0, :, 5]).any() and not torch.isfinite(x_next[2, :, 2099]).any()
-    assert torch.isnan(log_prob[0]).all() and torch.isfinite(log_prob[1]).all() and (log_prob[2] == 0).all()
+    assert (
+        not torch.isfinite(x_next[0, :, 5]).any() and not torch.isfinite(x_next[2, :, 2099]).any()
+    )
+    assert (
+        torch.isnan(log_prob[0]).all()
+        and torch.isfinite(log_prob[1]).all()
+        and (log_prob[2] == 0).all()
+    )
 
 
 def test_nan_scalar_propagates(device):
     case = step_case(2, (10,), 2, device=device)
     case["tau"][0] = float("nan")
     x_next, log_prob = run(case)
-    assert torch.isnan(x_next[0]).all() and torch.isnan(log_prob[0]).all() and torch.isfinite(x_next[1]).all()
+    assert (
+        torch.isnan(x_next[0]).all()
+        and torch.isnan(log_prob[0]).all()
+        and torch.isfinite(x_next[1]).all()
+    )
 
 
 def test_overflow_of_the_storage_dtype(device):
@@ -140,7 +169,9 @@ def test_calls_repeat_bit_for_bit(device):
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     rows=st.integers(1, 4),
     numel=st.integers(1, 4500),
@@ -162,7 +193,9 @@ def test_any_shape_and_value(device, rows, numel, children, seed, magnitude, dty
         assert_rounded("x_next", x_next, want, rel=1e-6, scale=term_size(case))
     if magnitude <= 1 and dtype == "fp32":
         scale = LOG_PROB_SCALE * log_prob.numel() ** 0.5
-        assert_close("log_prob", log_prob, exact_log_prob(x_next, mean, case["tau"]), rel=1e-6, scale=scale)
+        assert_close(
+            "log_prob", log_prob, exact_log_prob(x_next, mean, case["tau"]), rel=1e-6, scale=scale
+        )
 
 
 def wrong(case, name, value):
@@ -170,21 +203,57 @@ def wrong(case, name, value):
 
 
 ERRORS = {
-    "x dtype": (TypeError, "x: expected bfloat16 or float16 or float32, got float64", lambda c: wrong(c, "x", c["x"].double())),
-    "x empty": (ValueError, "x: expected shape .*at least one element", lambda c: wrong(c, "x", c["x"][:, :0])),
+    "x dtype": (
+        TypeError,
+        "x: expected bfloat16 or float16 or float32, got float64",
+        lambda c: wrong(c, "x", c["x"].double()),
+    ),
+    "x empty": (
+        ValueError,
+        "x: expected shape .*at least one element",
+        lambda c: wrong(c, "x", c["x"][:, :0]),
+    ),
     "x list": (TypeError, "x: expected a tensor, got list", lambda c: wrong(c, "x", [1.0])),
     "velocity shape": (
         ValueError,
         r"velocity: expected shape \[2, 8\], got \[2, 7\]",
         lambda c: wrong(c, "velocity", c["velocity"][:, :7]),
     ),
-    "a dtype": (TypeError, "a: expected float32, got float64", lambda c: wrong(c, "a", c["a"].double())),
-    "tau shape": (ValueError, r"tau: expected shape \[2\], got \[\]", lambda c: wrong(c, "tau", c["tau"][0])),
-    "key dtype": (TypeError, "key: expected int64, got int32", lambda c: wrong(c, "key", c["key"].int())),
-    "key shape": (ValueError, r"key: expected shape \[2, 3\], got \[2, 2\]", lambda c: wrong(c, "key", c["key"][:, :2])),
-    "children": (ValueError, "children: expected 1 to 64 per row, got 65", lambda c: wrong(c, "children", 65)),
-    "out_dtype": (ValueError, "out_dtype: expected .*got torch.int32", lambda c: wrong(c, "out_dtype", torch.int32)),
-    "device": (ValueError, "b: expected a tensor on cpu as x, got one on meta", lambda c: wrong(c, "b", c["b"].to("meta"))),
+    "a dtype": (
+        TypeError,
+        "a: expected float32, got float64",
+        lambda c: wrong(c, "a", c["a"].double()),
+    ),
+    "tau shape": (
+        ValueError,
+        r"tau: expected shape \[2\], got \[\]",
+        lambda c: wrong(c, "tau", c["tau"][0]),
+    ),
+    "key dtype": (
+        TypeError,
+        "key: expected int64, got int32",
+        lambda c: wrong(c, "key", c["key"].int()),
+    ),
+    "key shape": (
+        ValueError,
+        r"key: expected shape \[2, 3\], got \[2, 2\]",
+        lambda c: wrong(c, "key", c["key"][:, :2]),
+    ),
+    "children": (
+        ValueError,
+        "children: expected 1 to 64 per row, got 65",
+        lambda c: wrong(c, "children", 65),
+    ),
+    "out_dtype": (
+        ValueError,
+        "out_dtype: expected .*got torch.int32",
+        lambda c: wrong(c, "out_dtype", torch.int32),
+    ),
+    "device": (
+        ValueError,
+        "b: expected a tensor on cpu as x, got one on meta",
+        lambda c: wrong(c, "b", c["b"].to("meta")),
+    ),
 }
 
 

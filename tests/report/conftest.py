@@ -1,4 +1,5 @@
-"""Synthetic run directories: a plausible TempFlow-GRPO run, or one that lacks whatever a test takes away."""
+"""Synthetic run directories: a plausible TempFlow-GRPO run, or one that lacks whatever a test takes
+away."""
 
 import json
 import math
@@ -49,7 +50,12 @@ def metrics_row(iteration, total, source):
         "time/elapsed": 6.3 * iteration,
         "advantage/max": 2.0,
     }
-    row.update({f"reward_std/step_{step}": 0.3 * math.exp(-step / 3) * (1 + source.random() * 0.3) for step in STEPS})
+    row.update(
+        {
+            f"reward_std/step_{step}": 0.3 * math.exp(-step / 3) * (1 + source.random() * 0.3)
+            for step in STEPS
+        }
+    )
     return row
 
 
@@ -57,16 +63,31 @@ def picture(word, quality, size, source):
     width, height = size
     image = Image.new("RGB", size, tuple(source.randint(200, 255) for _ in range(3)))
     font = ImageFont.load_default(size=height * 0.7 if width > height else height * 0.25)
-    ImageDraw.Draw(image).text((width / 2, height / 2), word, fill=(30, 30, 60), font=font, anchor="mm")
+    ImageDraw.Draw(image).text(
+        (width / 2, height / 2), word, fill=(30, 30, 60), font=font, anchor="mm"
+    )
     return image.filter(ImageFilter.GaussianBlur((1 - quality) * height / 20))
 
 
 def corrupt(word, quality, source):
-    kept = [letter if source.random() < quality else source.choice(LETTERS + " ") for letter in word]
+    kept = [
+        letter if source.random() < quality else source.choice(LETTERS + " ") for letter in word
+    ]
     return "".join(letter for letter in kept if letter != " ")
 
 
-def write_samples(run_dir, iteration, prompts, *, quality, size=(96, 32), details=True, rewards=("ocr",), seed=0, conditions=False):
+def write_samples(
+    run_dir,
+    iteration,
+    prompts,
+    *,
+    quality,
+    size=(96, 32),
+    details=True,
+    rewards=("ocr",),
+    seed=0,
+    conditions=False,
+):
     folder = run_dir / "samples" / f"{iteration:06d}"
     folder.mkdir(parents=True)
     source, items = random.Random(1000 * seed + iteration), []
@@ -75,14 +96,26 @@ def write_samples(run_dir, iteration, prompts, *, quality, size=(96, 32), detail
         read = corrupt(word, quality, source)
         reward = sum(a == b for a, b in zip(read, word)) / len(word)
         picture(read, quality, size, random.Random(place)).save(folder / f"{place:04d}.png")
-        item = {"prompt": prompt, "file": f"{place:04d}.png", "rewards": {name: reward for name in rewards}, "reward": reward}
+        item = {
+            "prompt": prompt,
+            "file": f"{place:04d}.png",
+            "rewards": {name: reward for name in rewards},
+            "reward": reward,
+        }
         if conditions:
             name = f"{place:04d}_condition.png"
             picture("?", 1, (48, 32), random.Random(place)).save(folder / name)
             item |= {"condition": name, "images": [f"/data/{place}.png"]}
         items.append({**item, "details": {"ocr": read}} if details else item)
     mean = sum(item["reward"] for item in items) / max(1, len(items))
-    info = {"iteration": iteration, "num_steps": 20, "seed": 7, "weights": "ema", "reward": mean, "items": items}
+    info = {
+        "iteration": iteration,
+        "num_steps": 20,
+        "seed": 7,
+        "weights": "ema",
+        "reward": mean,
+        "items": items,
+    }
     (folder / "samples.json").write_text(json.dumps(info))
     return folder
 
@@ -102,12 +135,28 @@ CONFIG = {
         "sde": {"type": "flow", "eta": 0.7},
     },
     "rewards": {"ocr": {"weight": 1.0}},
-    "training": {"iterations": 90, "objective": {"clip_low": 1e-3, "clip_high": 1e-3}, "penalty": None, "seed": 0},
+    "training": {
+        "iterations": 90,
+        "objective": {"clip_low": 1e-3, "clip_high": 1e-3},
+        "penalty": None,
+        "seed": 0,
+    },
     "deepspeed": {"zero_optimization": {"stage": 0}},
 }
 
 
-def make_run(run_dir, *, iterations=90, total=None, prompts=None, every=10, evaluate=True, sets=(0, 30, 60, 90), summary=True, **samples):
+def make_run(
+    run_dir,
+    *,
+    iterations=90,
+    total=None,
+    prompts=None,
+    every=10,
+    evaluate=True,
+    sets=(0, 30, 60, 90),
+    summary=True,
+    **samples,
+):
     """Write a whole run directory and return its path; `samples` goes to write_samples."""
     run_dir.mkdir(parents=True, exist_ok=True)
     total, source = total or iterations, random.Random(1)
@@ -118,11 +167,15 @@ def make_run(run_dir, *, iterations=90, total=None, prompts=None, every=10, eval
         if evaluate and row["iteration"] % every == 0:
             row["eval/reward"] = row["eval/ocr"] = heldout_reward(row["iteration"], total)
     if evaluate:
-        rows.insert(0, {"iteration": 0, "eval/reward": heldout_reward(0, total), "time/elapsed": 0.0})
+        rows.insert(
+            0, {"iteration": 0, "eval/reward": heldout_reward(0, total), "time/elapsed": 0.0}
+        )
     write_rows(run_dir, rows)
     prompts = prompts if prompts is not None else [f'the word "{word}"' for word in words(32)]
     for iteration in sets:
-        write_samples(run_dir, iteration, prompts, quality=0.55 + 0.4 * iteration / max(1, total), **samples)
+        write_samples(
+            run_dir, iteration, prompts, quality=0.55 + 0.4 * iteration / max(1, total), **samples
+        )
     if summary:
         content = {
             "base_reward": heldout_reward(0, total),

@@ -10,7 +10,8 @@ VOID = {"meta", "img", "input", "br", "link", "source"}
 
 
 class Page(HTMLParser):
-    """Every element with its attributes and the nesting checked; texts of script and style kept apart."""
+    """Every element with its attributes and the nesting checked; texts of script and style kept
+    apart."""
 
     def __init__(self, text):
         super().__init__()

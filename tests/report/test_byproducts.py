@@ -1,4 +1,5 @@
-"""What fails beside the training is told of once, leaves nothing half-written, and is tried again."""
+"""What fails beside the training is told of once, leaves nothing half-written, and is tried
+again."""
 
 import errno
 import json
@@ -21,7 +22,8 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
 
 @contextmanager
 def files_at_most(size):
-    """The kernel writes no file beyond `size` bytes meanwhile, as on a disk that is full: the last write is cut short."""
+    """The kernel writes no file beyond `size` bytes meanwhile, as on a disk that is full: the last
+    write is cut short."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -37,7 +39,11 @@ def test_attempts_are_told_of_once_by_name(capsys):
         assert attempt("one", int, "x") is None and attempt("two", [].pop) is None
     assert attempt("one", int, "7") == 7, "and tried again"
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2 and lines[0].startswith("warning: one failed (ValueError: ") and lines[1].startswith("warning: two failed")
+    assert (
+        len(lines) == 2
+        and lines[0].startswith("warning: one failed (ValueError: ")
+        and lines[1].startswith("warning: two failed")
+    )
 
 
 def test_an_end_is_no_failure():
@@ -68,7 +74,12 @@ def test_rows_that_found_no_room_are_written_with_the_next(tmp_path):
     with files_at_most(size + 9), pytest.raises(OSError):
         log.replace_last({"iteration": 2, "final": True})
     log.append({"iteration": 3})
-    assert read_metrics(tmp_path) == [{"iteration": 0}, {"iteration": 1}, {"iteration": 2, "final": True}, {"iteration": 3}]
+    assert read_metrics(tmp_path) == [
+        {"iteration": 0},
+        {"iteration": 1},
+        {"iteration": 2, "final": True},
+        {"iteration": 3},
+    ]
     log.replace_last({"iteration": 3, "final": True})
     log.append({"iteration": 4})
     assert [row.get("final") for row in read_metrics(tmp_path)] == [None, None, True, True, None]
@@ -99,9 +110,10 @@ def test_a_folder_that_cannot_be_flushed_is_no_error(tmp_path, monkeypatch, code
     assert write_atomic(tmp_path / "file", "new").read_text() == "new"
 
 
-# -------------------------------------------------------------------------------------------------------- trackers
+# ----------------------------------------------------------------------------------------- trackers
 def test_events_on_a_full_disk(tmp_path, capsys):
-    """One line, no traceback of a thread; what is written once there is room can be read, and what was there before."""
+    """One line, no traceback of a thread; what is written once there is room can be read, and what
+    was there before."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     board = Trackers(tmp_path, tensorboard=True)
     board.begin(after=-1)
@@ -115,7 +127,11 @@ def test_events_on_a_full_disk(tmp_path, capsys):
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 0.5), (3, 0.125)]
     said = capsys.readouterr().err
-    assert said.count("warning: logging.tensorboard failed") == 1 and "Traceback" not in said and len(said.splitlines()) == 1
+    assert (
+        said.count("warning: logging.tensorboard failed") == 1
+        and "Traceback" not in said
+        and len(said.splitlines()) == 1
+    )
 
 
 def test_events_of_an_earlier_attempt_are_hidden(tmp_path, monkeypatch):
@@ -128,7 +144,12 @@ def test_events_of_an_earlier_attempt_are_hidden(tmp_path, monkeypatch):
                 board.log({"iteration": step, "attempt": attempt})
         events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
         seen = [(event.step, event.value) for event in events.Scalars("attempt")]
-        assert seen == [[(n, 0) for n in range(5)], [(0, 0), (1, 0), (2, 0), (3, 1), (4, 1)], [(0, 2)]][attempt]
+        assert (
+            seen
+            == [[(n, 0) for n in range(5)], [(0, 0), (1, 0), (2, 0), (3, 1), (4, 1)], [(0, 2)]][
+                attempt
+            ]
+        )
 
 
 def test_a_start_that_fails_leaves_no_events(tmp_path):
@@ -143,8 +164,14 @@ class UsageError(Exception):
 @pytest.mark.parametrize(
     "error, words",
     [
-        (UsageError("api_key not configured (no-tty).\ncall wandb.login(key=[your_api_key])"), "api_key not configured .no-tty.. call"),
-        (TypeError("init() got an unexpected keyword argument 'projct'"), "unexpected keyword argument 'projct'"),
+        (
+            UsageError("api_key not configured (no-tty).\ncall wandb.login(key=[your_api_key])"),
+            "api_key not configured .no-tty.. call",
+        ),
+        (
+            TypeError("init() got an unexpected keyword argument 'projct'"),
+            "unexpected keyword argument 'projct'",
+        ),
         (OSError(errno.ENETUNREACH, "Network is unreachable"), "Network is unreachable"),
         (RuntimeError(""), "RuntimeError"),
     ],
@@ -164,7 +191,9 @@ def test_wandb_that_is_lost_on_the_way(run_factory, monkeypatch, capsys):
         raise ConnectionError("gone")
 
     run = types.SimpleNamespace(log=lost, define_metric=lambda *a, **k: None, finish=lost)
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **options: run, Image=lost))
+    monkeypatch.setitem(
+        sys.modules, "wandb", types.SimpleNamespace(init=lambda **options: run, Image=lost)
+    )
     run_dir = run_factory("demo", iterations=2, sets=(0,))
     with Trackers(run_dir, wandb={}, tensorboard=True) as both:
         both.begin(-1)
@@ -172,4 +201,6 @@ def test_wandb_that_is_lost_on_the_way(run_factory, monkeypatch, capsys):
             both.log(row)
         both.samples(run_dir / "samples/000000")
     assert capsys.readouterr().err.count("warning: ") == 1
-    assert json.loads((run_dir / "config.json").read_text()) and list((run_dir / "tensorboard").iterdir())
+    assert json.loads((run_dir / "config.json").read_text()) and list(
+        (run_dir / "tensorboard").iterdir()
+    )

@@ -1,4 +1,5 @@
-"""The terminal's view: one plain line per iteration through a pipe, a live display at a terminal, silence off rank 0."""
+"""The terminal's view: one plain line per iteration through a pipe, a live display at a terminal,
+silence off rank 0."""
 
 import io
 import re
@@ -10,12 +11,26 @@ from rich.console import Console as RichConsole
 
 from tempflow.run.console import Console, duration
 
-ROW = {"iteration": 2, "reward/mean": 0.512, "reward/std": 0.2, "kl": 1e-4, "grad_norm": 0.5, "time/total": 5.1}
+ROW = {
+    "iteration": 2,
+    "reward/mean": 0.512,
+    "reward/std": 0.2,
+    "kl": 1e-4,
+    "grad_norm": 0.5,
+    "time/total": 5.1,
+}
 
 
 def recorded(terminal, total=10, **options):
     out = io.StringIO()
-    rich = RichConsole(file=out, force_terminal=terminal, width=120, highlight=False, soft_wrap=True, color_system=None)
+    rich = RichConsole(
+        file=out,
+        force_terminal=terminal,
+        width=120,
+        highlight=False,
+        soft_wrap=True,
+        color_system=None,
+    )
     return Console(total, output=rich, **options), out
 
 
@@ -57,13 +72,21 @@ def test_live_output_shows_iteration_phase_and_reward():
 def test_watched_rewards_stand_beside_the_held_out_one(terminal):
     console, out = recorded(terminal, watched=["jpeg", "clip"])
     with console:
-        console.iteration({**ROW, "eval/reward": 0.561, "eval/jpeg": -2.5, "eval/clip": float("nan")})
+        console.iteration(
+            {**ROW, "eval/reward": 0.561, "eval/jpeg": -2.5, "eval/clip": float("nan")}
+        )
         console.iteration({**ROW, "iteration": 3})
     shown = [line for line in out.getvalue().splitlines() if "jpeg" in line]
     assert len(shown) == 1 and "jpeg -2.500" in shown[0] and "clip" not in out.getvalue()
 
 
-BASE = {"iteration": 0, "eval/reward": 0.48, "eval/reward/stderr": 0.01, "eval/scored": 128, "eval/failed": 0}
+BASE = {
+    "iteration": 0,
+    "eval/reward": 0.48,
+    "eval/reward/stderr": 0.01,
+    "eval/scored": 128,
+    "eval/failed": 0,
+}
 EVALUATED = {
     "eval/reward": 0.561,
     "eval/reward/stderr": 0.012,
@@ -80,14 +103,18 @@ EVALUATED = {
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_an_evaluation_is_shown_with_what_it_is_made_of(terminal):
-    """The gain is the one measured prompt by prompt, not the difference of the means; a watched reward that failed is told of."""
+    """The gain is the one measured prompt by prompt, not the difference of the means; a watched
+    reward that failed is told of."""
     console, out = recorded(terminal, watched=["jpeg", "clip"])
     with console:
         console.iteration(BASE)
         console.iteration({**ROW, **EVALUATED})
     text = out.getvalue()
     assert "0.480 ± 0.010  128 scored, 0 failed" in text
-    assert "0.561 ± 0.012 (+0.079 ± 0.015)  125 scored, 3 failed  jpeg -2.500 ± 0.125  clip (128 failed)" in text
+    assert (
+        "0.561 ± 0.012 (+0.079 ± 0.015)  125 scored, 3 failed  jpeg -2.500 ± 0.125  clip (128"
+        " failed)" in text
+    )
 
 
 @pytest.mark.parametrize(
@@ -114,7 +141,11 @@ def test_the_summary_says_whether_the_gain_is_beyond_its_error(tmp_path, gain, s
         },
         tmp_path,
     )
-    assert words in out.getvalue() and "0.790 ± 0.020 on 125 prompts (3 failed)" in out.getvalue() and "0.480 ± 0.010" in out.getvalue()
+    assert (
+        words in out.getvalue()
+        and "0.790 ± 0.020 on 125 prompts (3 failed)" in out.getvalue()
+        and "0.480 ± 0.010" in out.getvalue()
+    )
 
 
 def test_no_gain_is_shown_where_no_prompt_has_one(tmp_path):
@@ -123,14 +154,24 @@ def test_no_gain_is_shown_where_no_prompt_has_one(tmp_path):
     with console:
         console.iteration({"iteration": 0, "eval/reward": 0.2, "eval/scored": 1, "eval/failed": 1})
         console.iteration({"iteration": 1, "eval/reward": 0.9, "eval/scored": 1, "eval/failed": 1})
-        console.summary({"base_reward": 0.2, "tuned_reward": 0.9, "scored": 1, "failed": 1}, tmp_path)
-    assert "held-out 0.900  1 scored" in out.getvalue() and "unknown: no prompt" in out.getvalue() and "0.700" not in out.getvalue()
+        console.summary(
+            {"base_reward": 0.2, "tuned_reward": 0.9, "scored": 1, "failed": 1}, tmp_path
+        )
+    assert (
+        "held-out 0.900  1 scored" in out.getvalue()
+        and "unknown: no prompt" in out.getvalue()
+        and "0.700" not in out.getvalue()
+    )
 
 
 def test_nested_and_failing_phases_are_taken_away():
     console, _ = recorded(terminal=True)
     with console:
-        with pytest.raises(RuntimeError), console.phase("rollout"), console.phase("reward", total=2):
+        with (
+            pytest.raises(RuntimeError),
+            console.phase("rollout"),
+            console.phase("reward", total=2),
+        ):
             raise RuntimeError
         assert console._phases.tasks == []
 
@@ -153,9 +194,26 @@ def test_summary_names_gain_report_and_next_commands(tmp_path, monkeypatch):
     run_dir.mkdir(parents=True)
     (run_dir / "report.html").touch()
     console, out = recorded(terminal=False)
-    console.summary({"base_reward": 0.48, "tuned_reward": 0.79, "minutes": 9.41, "iterations": 90, "images": 38880}, run_dir)
+    console.summary(
+        {
+            "base_reward": 0.48,
+            "tuned_reward": 0.79,
+            "minutes": 9.41,
+            "iterations": 90,
+            "images": 38880,
+        },
+        run_dir,
+    )
     text = out.getvalue()
-    for expected in ("0.480", "0.790", "+0.310", "9.4 minutes", "38,880", "engine/sample.py --run", "engine/export.py --run"):
+    for expected in (
+        "0.480",
+        "0.790",
+        "+0.310",
+        "9.4 minutes",
+        "38,880",
+        "engine/sample.py --run",
+        "engine/export.py --run",
+    ):
         assert expected in text
     assert "report.html" in text
 
@@ -163,7 +221,11 @@ def test_summary_names_gain_report_and_next_commands(tmp_path, monkeypatch):
 def test_summary_of_an_unevaluated_run(tmp_path):
     console, out = recorded(terminal=False)
     console.summary({"minutes": 1.0, "base_reward": float("nan"), "tuned_reward": None}, tmp_path)
-    assert "gain" not in out.getvalue() and "1.0 minutes" in out.getvalue() and "report" not in out.getvalue()
+    assert (
+        "gain" not in out.getvalue()
+        and "1.0 minutes" in out.getvalue()
+        and "report" not in out.getvalue()
+    )
 
 
 def test_resumed_run_estimates_from_its_own_iterations(monkeypatch):
@@ -192,7 +254,9 @@ def test_time_left_knows_the_limit_in_minutes(monkeypatch, minutes, elapsed, tra
     console, out = recorded(terminal=False, total=100, minutes=minutes, elapsed=elapsed)
     with console:
         console.iteration({"iteration": 10, "time/elapsed": trained})
-    assert out.getvalue().strip() == "  ".join(["iteration  10/100", *([f"left {left}"] if left else [])])
+    assert out.getvalue().strip() == "  ".join(
+        ["iteration  10/100", *([f"left {left}"] if left else [])]
+    )
 
 
 @pytest.mark.parametrize(
@@ -237,8 +301,14 @@ def test_drift_stands_beside_the_reward(terminal, tmp_path):
         console.iteration({**ROW, **EVALUATED, **DRIFTED})
         console.summary({"base_reward": 0.48, "tuned_reward": 0.561, **DRIFTED}, tmp_path)
     text = " ".join(out.getvalue().split())
-    assert "color shift 38.2 color spread 0.71 diversity 0.95" in text and "color shift 0.0" not in text
-    assert "the mean color moved by 38 of 255 gray levels; colors vary only 0.71 times as much" in text.replace("│", "").replace("  ", " ")
+    assert (
+        "color shift 38.2 color spread 0.71 diversity 0.95" in text
+        and "color shift 0.0" not in text
+    )
+    assert (
+        "the mean color moved by 38 of 255 gray levels; colors vary only 0.71 times as much"
+        in text.replace("│", "").replace("  ", " ")
+    )
 
 
 @pytest.mark.parametrize("name", ["a b", "it's", "$(rm -rf x)", "ä;b", "line\nend", "-r"])
@@ -249,6 +319,9 @@ def test_the_next_commands_can_be_pasted(tmp_path, name):
     assert [shlex.split(text) for text in quoted] == [[str(tmp_path / name)]] * 2
 
 
-@pytest.mark.parametrize("seconds, text", [(0, "0s"), (45.4, "45s"), (400, "6m40s"), (3599.6, "1h00m"), (11100, "3h05m"), (-1, "0s")])
+@pytest.mark.parametrize(
+    "seconds, text",
+    [(0, "0s"), (45.4, "45s"), (400, "6m40s"), (3599.6, "1h00m"), (11100, "3h05m"), (-1, "0s")],
+)
 def test_durations(seconds, text):
     assert duration(seconds) == text

@@ -17,12 +17,22 @@ from tempflow.run.trackers import Trackers, image_grid
 def test_rows_are_on_disk_after_append(tmp_path):
     log = MetricsLog(tmp_path / "runs" / "new")
     log.append({"iteration": 1, "reward/mean": 0.5, "text": "ü", "flag": None})
-    assert read_metrics(tmp_path / "runs" / "new") == [{"iteration": 1, "reward/mean": 0.5, "text": "ü", "flag": None}]
+    assert read_metrics(tmp_path / "runs" / "new") == [
+        {"iteration": 1, "reward/mean": 0.5, "text": "ü", "flag": None}
+    ]
 
 
 def test_nan_and_infinity_become_null_and_arrays_numbers(tmp_path):
     with MetricsLog(tmp_path) as log:
-        log.append({"iteration": np.int64(1), "a": math.nan, "b": -math.inf, "c": np.float32(0.5), "d": np.float32("nan")})
+        log.append(
+            {
+                "iteration": np.int64(1),
+                "a": math.nan,
+                "b": -math.inf,
+                "c": np.float32(0.5),
+                "d": np.float32("nan"),
+            }
+        )
     line = (tmp_path / "metrics.jsonl").read_text()
     assert line.endswith("\n") and "NaN" not in line and "Infinity" not in line
     assert json.loads(line) == {"iteration": 1, "a": None, "b": None, "c": 0.5, "d": None}
@@ -85,10 +95,16 @@ def test_failed_atomic_write_keeps_the_old_file(tmp_path, monkeypatch):
 
 def test_importing_needs_no_torch_or_tracker():
     code = (
-        "import sys, tempflow.run.logs, tempflow.run.trackers, tempflow.run.console, tempflow.run.report; "
-        "print([m for m in ('torch', 'tensorboard', 'wandb', 'plotly') if m in sys.modules])"
+        "import sys, tempflow.run.logs, tempflow.run.trackers, tempflow.run.console,"
+        " tempflow.run.report; print([m for m in ('torch', 'tensorboard', 'wandb', 'plotly') if m"
+        " in sys.modules])"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )
 
 
 def test_tensorboard_gets_scalars_and_a_grid(run_factory):
@@ -107,9 +123,14 @@ def test_tensorboard_gets_scalars_and_a_grid(run_factory):
 
 
 def fake_wandb(calls):
-    run = types.SimpleNamespace(log=calls.append, define_metric=lambda *a, **k: None, finish=lambda: calls.append("finished"))
+    run = types.SimpleNamespace(
+        log=calls.append,
+        define_metric=lambda *a, **k: None,
+        finish=lambda: calls.append("finished"),
+    )
     return types.SimpleNamespace(
-        init=lambda **options: calls.append(options) or run, Image=lambda picture, caption: ("image", picture.size, caption)
+        init=lambda **options: calls.append(options) or run,
+        Image=lambda picture, caption: ("image", picture.size, caption),
     )
 
 
@@ -122,14 +143,23 @@ def test_wandb_gets_config_scalars_and_grid_and_resumes(run_factory, monkeypatch
         trackers.samples(run_dir / "samples/000000")
     Trackers(run_dir, wandb={"project": "p", "name": "mine"})
     first, again = calls[0], calls[-1]
-    assert first["project"] == "p" and first["name"] == "demo" and first["config"]["rollout"]["plan"]["children"] == 6
-    assert calls[1] == {"iteration": 1, "loss": 0.5} and calls[2]["samples"][2].startswith('1. the word "')
+    assert (
+        first["project"] == "p"
+        and first["name"] == "demo"
+        and first["config"]["rollout"]["plan"]["children"] == 6
+    )
+    assert calls[1] == {"iteration": 1, "loss": 0.5} and calls[2]["samples"][2].startswith(
+        '1. the word "'
+    )
     assert calls[3] == "finished" and again["id"] == first["id"] and again["name"] == "mine"
 
 
 @pytest.mark.parametrize(
     "module, options, package",
-    [("wandb", {"wandb": {}}, "wandb"), ("torch.utils.tensorboard.summary", {"tensorboard": True}, "tensorboard")],
+    [
+        ("wandb", {"wandb": {}}, "wandb"),
+        ("torch.utils.tensorboard.summary", {"tensorboard": True}, "tensorboard"),
+    ],
 )
 def test_missing_tracker_names_the_pip_command(tmp_path, monkeypatch, module, options, package):
     monkeypatch.setitem(sys.modules, module, None)

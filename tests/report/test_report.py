@@ -1,4 +1,5 @@
-"""report.html of synthetic runs: says what happened, loads nothing, survives what crashes and users leave behind."""
+"""report.html of synthetic runs: says what happened, loads nothing, survives what crashes and users
+leave behind."""
 
 import base64
 import io
@@ -23,9 +24,16 @@ from tempflow.run.report.thumbnails import FRAMES, Thumbnails
 
 def test_whole_run_says_what_happened(run_factory):
     found = page(run_factory("demo"))
-    assert "Held-out reward rose from 0.480 to 0.775 in 9.4 minutes of training and 38,880 rewarded images." in found.text
+    assert (
+        "Held-out reward rose from 0.480 to 0.775 in 9.4 minutes of training and 38,880 rewarded"
+        " images." in found.text
+    )
     assert "+0.295" in found.text and "finished" in found.text and "tiny-flux" in found.text
-    assert "not picked by result" in found.text and "8 more prompts" in found.text and "Exact words:" in found.text
+    assert (
+        "not picked by result" in found.text
+        and "8 more prompts" in found.text
+        and "Exact words:" in found.text
+    )
     titles = {chart["title"] for chart in found.data["charts"]}
     assert titles >= {
         "Reward",
@@ -46,7 +54,9 @@ def test_whole_run_says_what_happened(run_factory):
 def test_curves_hold_the_numbers_of_the_metrics(run_factory):
     run_dir = run_factory()
     found, rows = page(run_dir), load_run(run_dir).rows
-    held = next(series for series in found.chart("Reward")["series"] if series["name"] == "held-out")
+    held = next(
+        series for series in found.chart("Reward")["series"] if series["name"] == "held-out"
+    )
     assert held["y"] == [row["eval/reward"] for row in rows if "eval/reward" in row]
     assert found.data["frames"]["eval"]["iteration"] == list(range(0, 91, 10))
     assert found.data["frames"]["eval"]["minutes"][1] == pytest.approx(6.3 * 10 / 60)
@@ -57,7 +67,8 @@ def test_curves_hold_the_numbers_of_the_metrics(run_factory):
 
 
 def test_guards(run_factory, row_writer):
-    """Watched rewards and diversity in a section of their own, the bound drawn in, and why the run stopped."""
+    """Watched rewards and diversity in a section of their own, the bound drawn in, and why the run
+    stopped."""
     folder = run_factory(iterations=3, every=1)
     config = json.loads((folder / "config.json").read_text())
     config |= {
@@ -65,30 +76,61 @@ def test_guards(run_factory, row_writer):
         "eval": {"stop": {"metric": "eval/jpeg", "patience": None, "below": 2.0}},
     }
     (folder / "config.json").write_text(json.dumps(config))
-    rows = [{**row, "eval/jpeg": 3.0 - row["iteration"] / 2, "diversity/seeds": 0.2} for row in load_run(folder).rows]
+    rows = [
+        {**row, "eval/jpeg": 3.0 - row["iteration"] / 2, "diversity/seeds": 0.2}
+        for row in load_run(folder).rows
+    ]
     row_writer(folder, rows)
-    (folder / "summary.json").write_text(json.dumps({"iterations": 3, "stopped": "eval.stop: eval/jpeg 1.5 is below 2"}))
+    (folder / "summary.json").write_text(
+        json.dumps({"iterations": 3, "stopped": "eval.stop: eval/jpeg 1.5 is below 2"})
+    )
     found = page(folder)
     watched = found.chart("jpeg, watched")
-    assert watched["series"][0]["y"] == [3.0, 2.5, 2.0, 1.5] and watched["level"] == {"name": "stop below", "y": 2.0}
+    assert watched["series"][0]["y"] == [3.0, 2.5, 2.0, 1.5] and watched["level"] == {
+        "name": "stop below",
+        "y": 2.0,
+    }
     assert found.chart("Difference between seeds")["series"][0]["y"] == [0.2] * 4
     assert found.chart("Difference between children") is None
-    assert {series["name"] for series in found.chart("Rewards by name")["series"]} == {"ocr", "jpeg (watched)"}
+    assert {series["name"] for series in found.chart("Rewards by name")["series"]} == {
+        "ocr",
+        "jpeg (watched)",
+    }
     assert "Stopped early by eval.stop: eval/jpeg 1.5 is below 2." in found.text
-    assert all(chart["title"] not in ("eval/jpeg", "diversity/seeds") for chart in found.data["charts"])
+    assert all(
+        chart["title"] not in ("eval/jpeg", "diversity/seeds") for chart in found.data["charts"]
+    )
 
 
 def test_page_loads_nothing(run_factory):
     text = write_report(run_factory()).read_text(encoding="utf-8")
     found = Page(text)
-    assert "default-src 'none'" in next(a["content"] for a in found.all("meta") if "http-equiv" in a)
-    assert not found.all("link") and not found.all("iframe") and not any("src" in a for a in found.all("script"))
+    assert "default-src 'none'" in next(
+        a["content"] for a in found.all("meta") if "http-equiv" in a
+    )
+    assert (
+        not found.all("link")
+        and not found.all("iframe")
+        and not any("src" in a for a in found.all("script"))
+    )
     assert found.all("img") and all(a["src"].startswith("data:image/") for a in found.all("img"))
-    assert "http:" not in text and "https:" not in text and "url(" not in text and "@import" not in text
+    assert (
+        "http:" not in text
+        and "https:" not in text
+        and "url(" not in text
+        and "@import" not in text
+    )
     assert all(len(a.get("alt", "")) > 4 and int(a["width"]) > 0 for a in found.all("img"))
 
 
-@pytest.mark.parametrize("hostile", ['</script><script>alert("x")</script>', '<img src=x onerror="alert(1)"> "AB"', "a & b <!-- 'q'"])
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        '</script><script>alert("x")</script>',
+        '<img src=x onerror="alert(1)"> "AB"',
+        "a & b <!-- 'q'",
+    ],
+)
 def test_prompts_and_config_stay_text(run_factory, hostile):
     run_dir = run_factory("r", prompts=[hostile] * 3)
     config = json.loads((run_dir / "config.json").read_text())
@@ -105,7 +147,10 @@ def test_prompts_and_config_stay_text(run_factory, hostile):
 def test_unfinished_run(run_factory):
     found = page(run_factory(iterations=7, total=50, every=5, sets=(0, 5), summary=False))
     assert "unfinished: iteration 7 of 50" in found.text
-    assert "So far, held-out reward rose from 0.480" in found.text and "in 32 seconds of training and 2,160 rewarded images" in found.text
+    assert (
+        "So far, held-out reward rose from 0.480" in found.text
+        and "in 32 seconds of training and 2,160 rewarded images" in found.text
+    )
 
 
 def test_one_iteration_without_evaluation(run_factory):
@@ -116,7 +161,10 @@ def test_one_iteration_without_evaluation(run_factory):
 
 def test_training_reward_alone_is_not_called_held_out(run_factory):
     found = page(run_factory(iterations=30, evaluate=False, sets=(), summary=False))
-    assert "Training reward went from" in found.text and "no trained model has been evaluated" in found.text
+    assert (
+        "Training reward went from" in found.text
+        and "no trained model has been evaluated" in found.text
+    )
 
 
 def test_falling_reward_is_said(run_factory):
@@ -147,13 +195,20 @@ def test_missing_keys_and_nulls(run_factory, row_writer):
     )
     found = page(run_dir)
     training = found.chart("Reward")["series"][0]["y"]
-    assert training == [None, 0.4, None, 0.6] and found.chart("KL to the reference") is None and found.chart("Loss") is None
+    assert (
+        training == [None, 0.4, None, 0.6]
+        and found.chart("KL to the reference") is None
+        and found.chart("Loss") is None
+    )
 
 
 def test_resumed_run_counts_each_iteration_once_and_carries_the_clock(run_factory, row_writer):
     run_dir = run_factory(iterations=2, sets=(), summary=False)
     clock = [(1, 60, 0.1), (2, 120, 0.2), (3, 180, 0.3), (3, 60, 0.35), (4, 120, 0.4)]
-    row_writer(run_dir, [{"iteration": i, "time/elapsed": t, "reward/mean": r, "images": 10} for i, t, r in clock])
+    row_writer(
+        run_dir,
+        [{"iteration": i, "time/elapsed": t, "reward/mean": r, "images": 10} for i, t, r in clock],
+    )
     run = load_run(run_dir)
     assert [row["iteration"] for row in run.rows] == [1, 2, 3, 4]
     assert run.column("reward/mean") == [0.1, 0.2, 0.35, 0.4]
@@ -177,7 +232,11 @@ def test_evaluation_time_is_beside_the_total(run_factory, row_writer):
     found = page(run_dir)
     series = found.chart("Seconds per iteration")["series"]
     assert found.chart("time/reward_busy")
-    assert {s["name"]: s["y"] for s in series} == {"rollout": [3, 3], "eval": [9, 9], "other": [2, 2]}
+    assert {s["name"]: s["y"] for s in series} == {
+        "rollout": [3, 3],
+        "eval": [9, 9],
+        "other": [2, 2],
+    }
 
 
 def test_half_written_files_are_not_taken_for_whole(run_factory):
@@ -204,20 +263,36 @@ def test_large_pictures_become_small(run_factory):
     )
     found = page(run_dir)
     assert len(found.all("img")) == 12
-    assert all((a["width"], a["height"]) == ("256", "192") and a["src"].startswith("data:image/jpeg") for a in found.all("img"))
+    assert all(
+        (a["width"], a["height"]) == ("256", "192") and a["src"].startswith("data:image/jpeg")
+        for a in found.all("img")
+    )
     assert "pick 0.000 · hps 0.000" in found.text and "Exact words" not in found.text
 
 
 def test_an_edit_is_shown_after_its_condition_image(run_factory):
     """Condition, before, after; and with the prompts over training."""
-    run_dir = run_factory(iterations=20, sets=(0, 10, 20), prompts=["make it night"] * 4, details=False, rewards=("kept",), conditions=True)
+    run_dir = run_factory(
+        iterations=20,
+        sets=(0, 10, 20),
+        prompts=["make it night"] * 4,
+        details=False,
+        rewards=("kept",),
+        conditions=True,
+    )
     found = page(run_dir)
     alts = [image["alt"] for image in found.all("img")]
-    assert alts[:3] == ["condition image: make it night", "base: make it night", "iteration 20: make it night"]
+    assert alts[:3] == [
+        "condition image: make it night",
+        "base: make it night",
+        "iteration 20: make it night",
+    ]
     assert sum(alt.startswith("condition image") for alt in alts) == 4 + 4
     assert "Left the condition image, then the base model, right iteration 20" in found.text
     (run_dir / "samples/000020/0000_condition.png").unlink()
-    assert len(page(run_dir).all("img")) == len(alts) - 1, "a lost condition image takes nothing else with it"
+    assert len(page(run_dir).all("img")) == len(alts) - 1, (
+        "a lost condition image takes nothing else with it"
+    )
 
 
 def test_edits_of_one_instruction_are_told_apart_by_their_images(run_factory):
@@ -227,7 +302,9 @@ def test_edits_of_one_instruction_are_told_apart_by_their_images(run_factory):
     info = json.loads(path.read_text())
     path.write_text(json.dumps({**info, "items": info["items"][::-1]}))
     run = load_run(run_dir)
-    assert [(pair.base["file"], pair.tuned["file"]) for pair in match(*run.samples)] == [(f"000{n}.png",) * 2 for n in (2, 1, 0)]
+    assert [(pair.base["file"], pair.tuned["file"]) for pair in match(*run.samples)] == [
+        (f"000{n}.png",) * 2 for n in (2, 1, 0)
+    ]
 
 
 def test_size_budget_drops_pictures_and_says_so(run_factory, monkeypatch):
@@ -241,7 +318,9 @@ def test_failed_rewards_are_not_zeros(run_factory):
     run_dir = run_factory(iterations=5, sets=(0, 5))
     path = run_dir / "samples/000005/samples.json"
     info = json.loads(path.read_text())
-    info["items"][0].update(reward=None, rewards={"ocr": None}, details={"ocr": "not scored: timeout"})
+    info["items"][0].update(
+        reward=None, rewards={"ocr": None}, details={"ocr": "not scored: timeout"}
+    )
     path.write_text(json.dumps(info))
     text = page(run_dir).text
     assert "failed" in text and "ocr: not scored: timeout" in text and "Of 31 images" in text
@@ -292,7 +371,9 @@ def test_a_target_that_the_metadata_names_is_marked(run_factory):
     run_dir = run_factory(iterations=5, sets=(0,), prompts=['a "7 inch" sleeve'])
     path = run_dir / "samples/000000/samples.json"
     info = json.loads(path.read_text())
-    info["items"][0].update(reward=0.5, rewards={"ocr": 0.5}, details={"ocr": "SIDX"}, ocr_target="SIDE")
+    info["items"][0].update(
+        reward=0.5, rewards={"ocr": 0.5}, details={"ocr": "SIDX"}, ocr_target="SIDE"
+    )
     path.write_text(json.dumps(info))
     found = page(run_dir)
     assert len(found.all("mark")) == 1 and "SIDX" in found.text.replace(" ", "")
@@ -301,14 +382,21 @@ def test_a_target_that_the_metadata_names_is_marked(run_factory):
 def test_long_runs_are_thinned_over_all_iterations(run_factory):
     run_dir = run_factory(iterations=3000, every=100, sets=())
     found = page(run_dir)
-    assert len(found.data["frames"]["fine"]["iteration"]) <= 600 and found.data["frames"]["fine"]["iteration"][-1] == 3000
+    assert (
+        len(found.data["frames"]["fine"]["iteration"]) <= 600
+        and found.data["frames"]["fine"]["iteration"][-1] == 3000
+    )
     assert len(found.data["frames"]["eval"]["iteration"]) == 31
     assert (run_dir / "report.html").stat().st_size < 600_000
     assert thin([1.0, 3.0, None, 5.0, None, None], 3) == [2.0, 5.0, None]
 
 
 def test_config_is_flattened_for_search():
-    assert flatten({"a": {"b": 1, "c": {}}, "d": [1, {"e": 2}]}) == [("a.b", 1), ("a.c", {}), ("d", [1, {"e": 2}])]
+    assert flatten({"a": {"b": 1, "c": {}}, "d": [1, {"e": 2}]}) == [
+        ("a.b", 1),
+        ("a.c", {}),
+        ("d", [1, {"e": 2}]),
+    ]
 
 
 def test_report_replaces_the_old_one_and_leaves_no_scratch(run_factory):
@@ -319,7 +407,8 @@ def test_report_replaces_the_old_one_and_leaves_no_scratch(run_factory):
 
 
 def test_samples_of_videos_move(run_factory):
-    """In the cards, unless the reader has asked for reduced motion; in the table over training stands one frame of each."""
+    """In the cards, unless the reader has asked for reduced motion; in the table over training
+    stands one frame of each."""
     folder = run_factory(prompts=["a ball that rolls"], sets=(0, 45, 90))
     config = json.loads((folder / "config.json").read_text())
     config["rollout"]["frames"] = 40
@@ -336,12 +425,21 @@ def test_samples_of_videos_move(run_factory):
     kinds = [a["src"].partition(";")[0].removeprefix("data:image/") for a in found.all("img")]
     assert kinds == ["webp"] * 2 + ["jpeg"] * 3
     stills = found.all("source")
-    assert len(stills) == 2 and all(a["media"] == "(prefers-reduced-motion: reduce)" and "image/jpeg" in a["srcset"] for a in stills)
+    assert len(stills) == 2 and all(
+        a["media"] == "(prefers-reduced-motion: reduce)" and "image/jpeg" in a["srcset"]
+        for a in stills
+    )
     content = base64.b64decode(found.all("img")[0]["src"].partition(",")[2])
     with Image.open(io.BytesIO(content)) as shown:
         assert shown.size == (256, 154) and shown.n_frames == FRAMES
-        assert sum(duration_of(shown, n) for n in range(FRAMES)) == pytest.approx(40 * FRAME_MS, rel=0.05), "as long as the video"
-    assert "Of 1 videos" in found.text and "rewarded videos" in found.text and "40 frames" in found.text
+        assert sum(duration_of(shown, n) for n in range(FRAMES)) == pytest.approx(
+            40 * FRAME_MS, rel=0.05
+        ), "as long as the video"
+    assert (
+        "Of 1 videos" in found.text
+        and "rewarded videos" in found.text
+        and "40 frames" in found.text
+    )
     assert len(content) < 40_000
 
 

@@ -29,7 +29,11 @@ def closed_file():
     return stream
 
 
-BROKEN = {"a closed pipe": closed_pipe, "a full disk": lambda: open("/dev/full", "w", buffering=1), "a closed file": closed_file}
+BROKEN = {
+    "a closed pipe": closed_pipe,
+    "a full disk": lambda: open("/dev/full", "w", buffering=1),
+    "a closed file": closed_file,
+}
 broken = pytest.mark.parametrize("make", BROKEN.values(), ids=BROKEN)
 
 
@@ -49,7 +53,10 @@ def test_the_console_goes_on(make, terminal, capsys, tmp_path):
         assert list(progress.track(range(3))) == [0, 1, 2]
     print("print", file=stream, flush=True)
     said = capsys.readouterr()
-    assert said.err.count("warning: standard output cannot be written") == 1 and len(said.err.splitlines()) == 1, said.err
+    assert (
+        said.err.count("warning: standard output cannot be written") == 1
+        and len(said.err.splitlines()) == 1
+    ), said.err
     assert said.out == ""
 
 
@@ -90,7 +97,9 @@ def test_what_is_whole_passes_unchanged():
     out = io.StringIO()
     stream = Steady(out, "standard output")
     stream.writelines(["a\n", "ü\n"])
-    assert out.getvalue() == "a\nü\n" and not stream.isatty() and stream.getvalue() == out.getvalue()
+    assert (
+        out.getvalue() == "a\nü\n" and not stream.isatty() and stream.getvalue() == out.getvalue()
+    )
 
 
 CODE = """
@@ -110,12 +119,17 @@ cli.run(main)
 @pytest.mark.parametrize("how", ["| head -1 > /dev/null", "> /dev/full", ">&-", "<&- >&-"])
 @pytest.mark.parametrize("refuses", [False, True])
 def test_the_end_of_a_command(how, refuses):
-    """Its status and its messages are what they would be; files it opens are not taken for the closed stream."""
+    """Its status and its messages are what they would be; files it opens are not taken for the
+    closed stream."""
     command = f'"$0" -c "$1" {"refuse" if refuses else ""} {how}; exit ${{PIPESTATUS[0]}}'
     env = {**os.environ, "PYTHONPATH": str(ENGINE)}
-    done = subprocess.run(["bash", "-c", command, sys.executable, CODE], capture_output=True, text=True, env=env)
+    done = subprocess.run(
+        ["bash", "-c", command, sys.executable, CODE], capture_output=True, text=True, env=env
+    )
     assert done.returncode == (2 if refuses else 0), done.stderr
     lines = done.stderr.splitlines()
-    assert lines[-1].startswith("error: refused" if refuses else "done ") and len(lines) <= 2, done.stderr
+    assert lines[-1].startswith("error: refused" if refuses else "done ") and len(lines) <= 2, (
+        done.stderr
+    )
     assert refuses or int(lines[-1].split()[1]) > 2
     assert ("warning: standard output" in done.stderr) == (">&-" not in how)

@@ -12,7 +12,12 @@ from tempflow.run.report.run import load_run
 def with_evaluation(run_dir, **last):
     """The newest evaluation of a run of `make_run`, as runs write it now."""
     rows = load_run(run_dir).rows
-    rows[0] |= {"eval/reward/stderr": 0.03, "eval/scored": 128, "eval/failed": 0, "eval/ocr/stderr": 0.03}
+    rows[0] |= {
+        "eval/reward/stderr": 0.03,
+        "eval/scored": 128,
+        "eval/failed": 0,
+        "eval/ocr/stderr": 0.03,
+    }
     rows[-1] |= {"eval/reward/stderr": 0.02, "eval/scored": 128, "eval/failed": 0, **last}
     return rows
 
@@ -20,28 +25,52 @@ def with_evaluation(run_dir, **last):
 @pytest.mark.parametrize(
     "gain, stderr, words, tile",
     [
-        (0.295, 0.012, "rose from 0.480 to 0.775 (+0.295 ± 0.012 prompt by prompt)", "+0.295 ± 0.012"),
+        (
+            0.295,
+            0.012,
+            "rose from 0.480 to 0.775 (+0.295 ± 0.012 prompt by prompt)",
+            "+0.295 ± 0.012",
+        ),
         (
             0.295,
             0.2,
-            "shows no difference beyond two standard errors, from 0.480 to 0.775 (+0.295 ± 0.200 prompt by prompt)",
+            (
+                "shows no difference beyond two standard errors, from 0.480 to 0.775 (+0.295 ±"
+                " 0.200 prompt by prompt)"
+            ),
             "+0.295 ± 0.200",
         ),
-        (0.004, 0.001, "hardly moved, from 0.480 to 0.775 (+0.004 ± 0.001 prompt by prompt)", "+0.004 ± 0.001"),
+        (
+            0.004,
+            0.001,
+            "hardly moved, from 0.480 to 0.775 (+0.004 ± 0.001 prompt by prompt)",
+            "+0.004 ± 0.001",
+        ),
     ],
 )
 def test_the_verdict_says_how_sure_it_is(run_factory, row_writer, gain, stderr, words, tile):
     """The change is the one that was measured prompt by prompt."""
     run_dir = run_factory(iterations=20, total=20, sets=())
-    summary = json.loads((run_dir / "summary.json").read_text()) | {"base_reward": 0.48, "tuned_reward": 0.775}
+    summary = json.loads((run_dir / "summary.json").read_text()) | {
+        "base_reward": 0.48,
+        "tuned_reward": 0.775,
+    }
     (run_dir / "summary.json").write_text(json.dumps(summary))
-    row_writer(run_dir, with_evaluation(run_dir, **{"eval/gain": gain, "eval/gain/stderr": stderr, "eval/failed": 3, "eval/scored": 125}))
+    row_writer(
+        run_dir,
+        with_evaluation(
+            run_dir,
+            **{"eval/gain": gain, "eval/gain/stderr": stderr, "eval/failed": 3, "eval/scored": 125},
+        ),
+    )
     found = page(run_dir)
     assert f"Held-out reward {words} in " in found.text and tile in found.text
     assert "3 of its 128 images could not be scored." in found.text and "125" in found.text
     held = found.chart("Reward")["series"][0]
     assert held["error"] == [0.03, None, 0.02] and len(held["y"]) == 3
-    assert found.chart("Failed held-out images") and not any("stderr" in chart["title"] for chart in found.data["charts"])
+    assert found.chart("Failed held-out images") and not any(
+        "stderr" in chart["title"] for chart in found.data["charts"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -50,11 +79,27 @@ def test_the_verdict_says_how_sure_it_is(run_factory, row_writer, gain, stderr, 
         (
             {"drift/color_shift": 38.2, "drift/color_spread": 0.71, "eval/recall": 0.4},
             0.295,
-            "The reward was bought with drift from the base: the mean color moved by 38 of 255 gray levels, colors vary only 0.71 times "
-            "as much as the base's and only 40% of the base's images lie among those of now.",
+            (
+                "The reward was bought with drift from the base: the mean color moved by 38 of 255"
+                " gray levels, colors vary only 0.71 times as much as the base's and only 40% of"
+                " the base's images lie among those of now."
+            ),
         ),
-        ({"drift/color_spread": 0.89}, 0.01, "The images drifted from the base: colors vary only 0.89 times as much as the base's."),
-        ({"drift/color_shift": 15.0, "drift/color_spread": 0.9, "eval/recall": 0.5, "drift/diversity": 0.2}, 0.295, None),
+        (
+            {"drift/color_spread": 0.89},
+            0.01,
+            "The images drifted from the base: colors vary only 0.89 times as much as the base's.",
+        ),
+        (
+            {
+                "drift/color_shift": 15.0,
+                "drift/color_spread": 0.9,
+                "eval/recall": 0.5,
+                "drift/diversity": 0.2,
+            },
+            0.295,
+            None,
+        ),
     ],
 )
 def test_the_verdict_says_what_a_reward_was_bought_with(run_factory, row_writer, drift, gain, said):
@@ -64,12 +109,21 @@ def test_the_verdict_says_what_a_reward_was_bought_with(run_factory, row_writer,
     row_writer(run_dir, rows)
     found = page(run_dir)
     assert (said is None and "drift" not in found.text.split("Drift from")[0]) or said in found.text
-    for title, key in (("Color shift", "drift/color_shift"), ("Color spread", "drift/color_spread"), ("Recall", "eval/recall")):
+    for title, key in (
+        ("Color shift", "drift/color_shift"),
+        ("Color spread", "drift/color_spread"),
+        ("Recall", "eval/recall"),
+    ):
         chart = found.chart(title)
         assert (chart is not None) == (key in drift)
         if chart:
-            assert chart["series"][0]["y"][-1] == drift[key] and chart["level"]["y"] == describe(key).limit
-    assert not any(chart["title"] in drift for chart in found.data["charts"]), "nor among the others"
+            assert (
+                chart["series"][0]["y"][-1] == drift[key]
+                and chart["level"]["y"] == describe(key).limit
+            )
+    assert not any(chart["title"] in drift for chart in found.data["charts"]), (
+        "nor among the others"
+    )
     lost = [attrs for attrs in found.all("div") if attrs.get("class") == "lost"]
     assert len(lost) == sum(describe(key).beyond(value) for key, value in drift.items())
 
@@ -78,9 +132,14 @@ def test_the_verdict_says_what_a_reward_was_bought_with(run_factory, row_writer,
 def test_a_higher_evaluation_is_one_beyond_the_errors(run_factory, row_writer, error, told):
     """0.835 at iteration 10 and 0.775 at the end: of 0.03 each that is no difference."""
     run_dir = run_factory(iterations=20, total=20, sets=())
-    rows = with_evaluation(run_dir, **{"eval/gain": 0.295, "eval/gain/stderr": 0.012, "eval/reward": 0.775})
+    rows = with_evaluation(
+        run_dir, **{"eval/gain": 0.295, "eval/gain/stderr": 0.012, "eval/reward": 0.775}
+    )
     for row in (rows[10], rows[20]):
-        row |= {"eval/reward": {10: 0.835}.get(row["iteration"], 0.775), "eval/reward/stderr": error}
+        row |= {
+            "eval/reward": {10: 0.835}.get(row["iteration"], 0.775),
+            "eval/reward/stderr": error,
+        }
     row_writer(run_dir, rows)
     assert ("Its highest was 0.835, at iteration 10." in page(run_dir).text) == told
 
@@ -88,9 +147,15 @@ def test_a_higher_evaluation_is_one_beyond_the_errors(run_factory, row_writer, e
 def test_no_gain_is_claimed_where_no_prompt_has_one(run_factory, row_writer):
     """What was scored before training and what after are other prompts."""
     run_dir = run_factory(iterations=20, total=20, sets=())
-    summary = json.loads((run_dir / "summary.json").read_text()) | {"base_reward": 0.48, "tuned_reward": 0.775}
+    summary = json.loads((run_dir / "summary.json").read_text()) | {
+        "base_reward": 0.48,
+        "tuned_reward": 0.775,
+    }
     (run_dir / "summary.json").write_text(json.dumps(summary))
     row_writer(run_dir, with_evaluation(run_dir, **{"eval/failed": 64, "eval/scored": 64}))
     found = page(run_dir).text
-    assert "No held-out prompt was scored both before training (0.480) and after (0.775): the gain is unknown" in found
+    assert (
+        "No held-out prompt was scored both before training (0.480) and after (0.775): the gain is"
+        " unknown" in found
+    )
     assert "+0.295" not in found

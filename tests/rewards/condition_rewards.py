@@ -13,10 +13,16 @@ class Told(Reward):
 
     def score(self, images, prompts, metadata):
         given = [condition_images(entry) for entry in metadata]
-        values = [np.mean([image.mean(dtype=np.float64) for image in own]) if own else np.nan for own in given]
+        values = [
+            np.mean([image.mean(dtype=np.float64) for image in own]) if own else np.nan
+            for own in given
+        ]
         return Scores(np.array(values), [str([image.shape for image in own]) for own in given])
 
 
 def kept(images, prompts, metadata):
     """Minus the mean difference of an image to its one condition image of the same size."""
-    return [-np.abs(image.astype(float) - condition_images(entry)[0]).mean() for image, entry in zip(images, metadata)]
+    return [
+        -np.abs(image.astype(float) - condition_images(entry)[0]).mean()
+        for image, entry in zip(images, metadata)
+    ]

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-# Rewards named 'faulty_rewards:...' must import, here and in the pool's workers; recipes/ holds one too.
+# Rewards named 'faulty_rewards:...' must import, here and in the pool's workers; recipes/ holds one
+# too.
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "recipes")]
 
 # A busy machine is no failure of a property.

@@ -90,7 +90,9 @@ class Unscored(Reward):
     """Says of every picture why it has no score."""
 
     def score(self, images, prompts, metadata):
-        return Scores(np.full(len(images), np.nan), [f"not scored: no {prompt}" for prompt in prompts])
+        return Scores(
+            np.full(len(images), np.nan), [f"not scored: no {prompt}" for prompt in prompts]
+        )
 
 
 class Slow(Reward):
@@ -141,5 +143,8 @@ def answer(images, prompts, metadata, kind: str):
 
 def only(images, prompts, metadata, word: str, value: float):
     """A constant; AssertionError for a prompt without the word, which must not be asked about."""
-    assert all(word in prompt for prompt in prompts) and len(prompts) == len(metadata) == len(images) > 0, prompts
+    assert (
+        all(word in prompt for prompt in prompts)
+        and len(prompts) == len(metadata) == len(images) > 0
+    ), prompts
     return [value] * len(images)

@@ -19,7 +19,8 @@ def refused(words):
 
 @contextmanager
 def answering(respond):
-    """The address of a server that answers `respond(path, headers, body)`: a status, headers and a body, as bytes."""
+    """The address of a server that answers `respond(path, headers, body)`: a status, headers and a
+    body, as bytes."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):

@@ -1,4 +1,5 @@
-"""Tiny random models of the real classes, saved as their hub repositories are; seeded, in a folder."""
+"""Tiny random models of the real classes, saved as their hub repositories are; seeded, in a
+folder."""
 
 import json
 import string
@@ -26,7 +27,12 @@ from tempflow.rewards.registry import load_rewards
 SIZE, WIDTH, EMBEDDING = 28, 32, 24  # pixels of a side; of the towers; of the shared space
 CHARACTERS = list(string.printable)
 END = 2 * len(CHARACTERS) + 1  # id of the end-of-text, CLIP's highest
-TOWER = {"hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+TOWER = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 
 
 def randomised(model):
@@ -57,8 +63,12 @@ def save_clip_parts(folder, config):
     """Config, tokenizer and image processor, without weights."""
     names = [*CHARACTERS, *(c + "</w>" for c in CHARACTERS), "<|startoftext|>", "<|endoftext|>"]
     config.save_pretrained(folder)
-    CLIPTokenizer(vocab={name: i for i, name in enumerate(names)}, merges=[], model_max_length=77).save_pretrained(folder)
-    CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}).save_pretrained(folder)
+    CLIPTokenizer(
+        vocab={name: i for i, name in enumerate(names)}, merges=[], model_max_length=77
+    ).save_pretrained(folder)
+    CLIPImageProcessorPil(
+        size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}
+    ).save_pretrained(folder)
 
 
 def save_clip(folder, seed=5):
@@ -116,16 +126,25 @@ def open_clip_tensors(seed=2):
 
 
 def save_imagereward(folder):
-    """ImageReward in its published layout (BLIP's own names) and BERT's tokenizer; vision, text, head."""
+    """ImageReward in its published layout (BLIP's own names) and BERT's tokenizer; vision, text,
+    head."""
     torch.manual_seed(3)
     config = BlipConfig(
         vision_config={**TOWER, "image_size": SIZE, "patch_size": 14, "layer_norm_eps": 1e-6},
-        text_config={**TOWER, "hidden_size": 40, "vocab_size": 300, "max_position_embeddings": 64, "encoder_hidden_size": WIDTH},
+        text_config={
+            **TOWER,
+            "hidden_size": 40,
+            "vocab_size": 300,
+            "max_position_embeddings": 64,
+            "encoder_hidden_size": WIDTH,
+        },
     )
     vision = randomised(BlipVisionModel(config.vision_config))
     text = randomised(BlipTextModel(config.text_config, add_pooling_layer=False))
     head = save_head(folder / "model.safetensors", ["mlp.layers.0.", "mlp.layers.2."], [40, 8, 1])
-    tensors = {f"blip.text_encoder.{name}": tensor for name, tensor in text.state_dict().items()} | head
+    tensors = {
+        f"blip.text_encoder.{name}": tensor for name, tensor in text.state_dict().items()
+    } | head
     renames = [
         ("embeddings.class_embedding", "cls_token"),
         ("embeddings.position_embedding", "pos_embed"),
@@ -141,7 +160,10 @@ def save_imagereward(folder):
         for ours, theirs in renames:
             name = name.replace(ours, theirs)
         tensors[f"blip.visual_encoder.{name}"] = tensor
-    tensors |= {"blip.text_encoder.embeddings.position_ids": torch.arange(64), "blip.vision_proj.weight": torch.zeros(2, 2)}
+    tensors |= {
+        "blip.text_encoder.embeddings.position_ids": torch.arange(64),
+        "blip.vision_proj.weight": torch.zeros(2, 2),
+    }
     save_file(tensors, folder / "model.safetensors")
     config.save_pretrained(folder)
     letters = [prefix + c for prefix in ("", "##") for c in string.ascii_lowercase + string.digits]
@@ -158,12 +180,22 @@ def byte_characters():
 
 
 def save_hpsv3(base, weights, legacy=False):
-    """A Qwen2-VL repository without weights, and HPSv3's tensors in `weights`; the model and the head."""
+    """A Qwen2-VL repository without weights, and HPSv3's tensors in `weights`; the model and the
+    head."""
     torch.manual_seed(4)
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
+    special = [
+        "<|endoftext|>",
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|vision_start|>",
+        "<|vision_end|>",
+        "<|image_pad|>",
+    ]
     names = [*byte_characters(), *special]
     ids = {name: i for i, name in enumerate(names)}
-    tokenizer = Qwen2Tokenizer(vocab={name: ids[name] for name in names[:257]}, merges=[], pad_token="<|endoftext|>")
+    tokenizer = Qwen2Tokenizer(
+        vocab={name: ids[name] for name in names[:257]}, merges=[], pad_token="<|endoftext|>"
+    )
     tokenizer.add_tokens(special, special_tokens=True)
     config = Qwen2VLConfig(
         text_config={
@@ -175,7 +207,11 @@ def save_hpsv3(base, weights, legacy=False):
             "vocab_size": len(names) + 1,
             "bos_token_id": None,
             "eos_token_id": ids["<|im_end|>"],
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [2, 3, 3],
+            },
         },
         vision_config={"depth": 1, "embed_dim": 16, "hidden_size": WIDTH, "num_heads": 2},
         image_token_id=ids["<|image_pad|>"],
@@ -188,11 +224,17 @@ def save_hpsv3(base, weights, legacy=False):
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     if legacy:  # the names of transformers before 4.52
         tensors = {
-            name.replace("model.language_model.", "model.").replace("model.visual.", "visual."): tensor for name, tensor in tensors.items()
+            name.replace("model.language_model.", "model.").replace(
+                "model.visual.", "visual."
+            ): tensor
+            for name, tensor in tensors.items()
         }
     tensors["lm_head.weight"] = torch.zeros(len(names) + 1, WIDTH)
     for i, layer in zip((0, 3, 5), head):
-        tensors |= {f"rm_head.{i}.weight": layer.weight.detach(), f"rm_head.{i}.bias": layer.bias.detach()}
+        tensors |= {
+            f"rm_head.{i}.weight": layer.weight.detach(),
+            f"rm_head.{i}.bias": layer.bias.detach(),
+        }
     save_file(tensors, weights / "HPSv3.safetensors")
     tokenizer.save_pretrained(base)
     Qwen2VLImageProcessorPil().save_pretrained(base)
@@ -219,19 +261,30 @@ def options_of(models, name):
 
 
 def loaded(models, name, **options):
-    return load_rewards([RewardSpec(name, 1.0, {**options_of(models, name), **options})], threads=1)[name]
+    return load_rewards(
+        [RewardSpec(name, 1.0, {**options_of(models, name), **options})], threads=1
+    )[name]
 
 
 def save_models(make_folder):
-    """Every model that the tests read; folders by name, and the tensors or modules they hold. make_folder: from a name."""
-    folders = {name: make_folder(name) for name in ("clip", "hps_base", "hps", "imagereward", "qwen", "hpsv3")}
+    """Every model that the tests read; folders by name, and the tensors or modules they hold.
+    make_folder: from a name."""
+    folders = {
+        name: make_folder(name)
+        for name in ("clip", "hps_base", "hps", "imagereward", "qwen", "hpsv3")
+    }
     made = {"folders": folders, "clip": save_clip(folders["clip"])}
     made["mlp"] = save_head(folders["clip"] / "head.safetensors", HEAD_MLP, [EMBEDDING, 12, 5, 1])
     folders["linear"] = folders["clip"].parent / "linear.safetensors"
     made["linear"] = save_head(folders["linear"], [""], [EMBEDDING, 1])
-    save_clip_parts(folders["hps_base"], clip_config(eos_token_id=2))  # as the published base has it
+    save_clip_parts(
+        folders["hps_base"], clip_config(eos_token_id=2)
+    )  # as the published base has it
     made["hps"] = open_clip_tensors()
-    save_file({f"model.{name}": tensor for name, tensor in made["hps"].items()}, folders["hps"] / "model.safetensors")
+    save_file(
+        {f"model.{name}": tensor for name, tensor in made["hps"].items()},
+        folders["hps"] / "model.safetensors",
+    )
     made["imagereward"] = save_imagereward(folders["imagereward"])
     made["hpsv3"] = save_hpsv3(folders["qwen"], folders["hpsv3"])
     return made

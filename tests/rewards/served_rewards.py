@@ -10,7 +10,8 @@ from tempflow.rewards import Reward, Scores
 
 
 def listed(images, prompts, metadata):
-    """The metadata's "value", none where it is null; the size of the batch that it was scored in as the detail."""
+    """The metadata's "value", none where it is null; the size of the batch that it was scored in as
+    the detail."""
     if any(entry.get("bad") for entry in metadata):
         raise KeyError("bad metadata")
     if any(entry.get("fatal") for entry in metadata):
@@ -32,7 +33,10 @@ class Seen(Reward):
     """Tells what reached it."""
 
     def score(self, images, prompts, metadata):
-        seen = [f"{image.shape} {prompt} {sorted(entry.items())}" for image, prompt, entry in zip(images, prompts, metadata)]
+        seen = [
+            f"{image.shape} {prompt} {sorted(entry.items())}"
+            for image, prompt, entry in zip(images, prompts, metadata)
+        ]
         return Scores(images.reshape(len(images), -1).astype(np.float64).mean(1) / 7, seen)
 
 
@@ -45,7 +49,10 @@ class Still(Reward):
 
     def score(self, images, prompts, metadata):
         assert images.ndim == 4
-        told = [f"{prompt} {entry} {image.shape}" for image, prompt, entry in zip(images, prompts, metadata)]
+        told = [
+            f"{prompt} {entry} {image.shape}"
+            for image, prompt, entry in zip(images, prompts, metadata)
+        ]
         return Scores(self.level(images), told)
 
 
@@ -55,4 +62,7 @@ class Motion(Reward):
     takes_videos = True
 
     def score(self, images, prompts, metadata):
-        return Scores(Still.level(images[:, -1]) - Still.level(images[:, 0]), [str(video.shape) for video in images])
+        return Scores(
+            Still.level(images[:, -1]) - Still.level(images[:, 0]),
+            [str(video.shape) for video in images],
+        )

@@ -27,12 +27,16 @@ def serving(*specs, limits=Limits(), token=None, **options):  # noqa: B008
     """The address of a server in a thread of this process."""
     options = {"gpus": [""], "threads": 1, "batch": 8, "wait_s": 0.0, "timeout_s": 20.0, **options}
     with ExitStack() as stack:
-        batchers = {spec.name: stack.enter_context(closing(Batcher(spec, **options))) for spec in specs}
+        batchers = {
+            spec.name: stack.enter_context(closing(Batcher(spec, **options))) for spec in specs
+        }
         for batcher in batchers.values():
             batcher.wait_ready()
         listener = stack.enter_context(socket.socket())
         listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(create_app(batchers, limits, token), log_level="error"))
+        server = uvicorn.Server(
+            uvicorn.Config(create_app(batchers, limits, token), log_level="error")
+        )
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         while not server.started:

@@ -43,7 +43,16 @@ SAME = [
     ("❤\ufe0f", "❤"),
     ("e\u200b\u0301", "é"),
 ]
-DIFFERENT = [("café", "cafe"), ("OPEN", "0PEN"), ("it's", "its"), ("a-b", "ab"), ("Р", "P"), ("10", "1O"), ("カ", "ガ"), ("!", "?")]
+DIFFERENT = [
+    ("café", "cafe"),
+    ("OPEN", "0PEN"),
+    ("it's", "its"),
+    ("a-b", "ab"),
+    ("Р", "P"),
+    ("10", "1O"),
+    ("カ", "ガ"),
+    ("!", "?"),
+]
 
 
 @pytest.mark.parametrize("typed, read", SAME)

@@ -1,4 +1,5 @@
-"""Which text a prompt quotes: every mark is read as meant, or the prompt is refused; never a guess."""
+"""Which text a prompt quotes: every mark is read as meant, or the prompt is refused; never a
+guess."""
 
 import pytest
 from hypothesis import given
@@ -80,10 +81,15 @@ def test_read(prompt, target):
 def test_refused_with_the_line_and_what_counts(prompt, reason):
     assert quoted_text(prompt) == ""
     with pytest.raises(UserError) as error:
-        OcrReward().check_prompts(['a sign "FINE"', prompt], [{"source": "p.txt:1"}, {"source": "p.txt:2"}])
+        OcrReward().check_prompts(
+            ['a sign "FINE"', prompt], [{"source": "p.txt:1"}, {"source": "p.txt:2"}]
+        )
     text = str(error.value)
     assert text.startswith("p.txt:2: prompt ") and reason in text, text
-    assert all(words in text for words in (ACCEPTED, 'says "OPEN"', '"ocr_target"')) and len(text) < 700
+    assert (
+        all(words in text for words in (ACCEPTED, 'says "OPEN"', '"ocr_target"'))
+        and len(text) < 700
+    )
 
 
 def test_a_mark_too_many_in_either_reading_is_told_with_both():
@@ -92,7 +98,9 @@ def test_a_mark_too_many_in_either_reading_is_told_with_both():
 
 
 PAIRS = ['""', "“”", "„“", "„”", "””", "«»", "»«", "「」", "『』", "＂＂"]
-WORDS = st.text("abcXYZ ,.-!’'&é日", min_size=1, max_size=12).filter(lambda text: any(char.isalnum() for char in text))
+WORDS = st.text("abcXYZ ,.-!’'&é日", min_size=1, max_size=12).filter(
+    lambda text: any(char.isalnum() for char in text)
+)
 
 
 @given(WORDS, WORDS, WORDS, st.sampled_from(PAIRS), st.integers(1, 99), st.booleans())
@@ -112,7 +120,11 @@ def test_whatever_comes_is_read_or_refused(prompt):
     except Unreadable:
         return
     start = prompt.index(target)
-    assert target and prompt[:start].rstrip()[-1] in '"“”„«»' and prompt[start + len(target) :].lstrip()[0] in '"“”„«»'
+    assert (
+        target
+        and prompt[:start].rstrip()[-1] in '"“”„«»'
+        and prompt[start + len(target) :].lstrip()[0] in '"“”„«»'
+    )
 
 
 def test_many_inches_are_no_burden():
@@ -124,14 +136,22 @@ def test_many_inches_are_no_burden():
 def test_a_line_may_name_its_target():
     """In its metadata, whatever the marks; null is a table's way to say that it has none."""
     named = {"source": "p.jsonl:1", "ocr_target": "OPEN"}
-    told = OcrReward().check_prompts(["a shop sign", 'a 7" label "A"', 'a "B"'], [named, {**named, "ocr_target": None}, {}])
+    told = OcrReward().check_prompts(
+        ["a shop sign", 'a 7" label "A"', 'a "B"'], [named, {**named, "ocr_target": None}, {}]
+    )
     assert told == "OCR targets: 'OPEN', 'A', 'B'"
     for bad in ("", " ", 7, ["OPEN"], "\u200b"):
-        with pytest.raises(UserError, match='p.jsonl:1: .* as "ocr_target", where a text is expected'):
+        with pytest.raises(
+            UserError, match='p.jsonl:1: .* as "ocr_target", where a text is expected'
+        ):
             OcrReward().check_prompts(['a "B"'], [{**named, "ocr_target": bad}])
 
 
 def test_targets_are_told():
     prompts = [f'the word "W{n}"' for n in range(9)] * 2 + ['"W0" over "W1" here']
     told = OcrReward().check_prompts(prompts, [{}] * len(prompts))
-    assert told == "OCR targets: 'W0', 'W1', 'W2', 'W3', 'W4' and 4 more; prompts that quote several texts, of which the first counts: 1"
+    assert (
+        told
+        == "OCR targets: 'W0', 'W1', 'W2', 'W3', 'W4' and 4 more; prompts that quote several texts,"
+        " of which the first counts: 1"
+    )

@@ -1,4 +1,5 @@
-"""Condition images on their way to rewards: in this process, to workers, to a reward server, to a judge, into CLIP."""
+"""Condition images on their way to rewards: in this process, to workers, to a reward server, to a
+judge, into CLIP."""
 
 import base64
 import io
@@ -39,7 +40,13 @@ def files(tmp_path_factory):
 def entries(files):
     """Metadata of five images: by file, by array, two at once, none."""
     (a, b), (_, second) = files
-    return [{"images": [a], "tag": 1}, {"images": [a]}, {"images": [second]}, {"images": [b, a]}, {}]
+    return [
+        {"images": [a], "tag": 1},
+        {"images": [a]},
+        {"images": [second]},
+        {"images": [b, a]},
+        {},
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +76,13 @@ def test_in_this_process_and_in_a_worker(files, entries, workers):
     with RewardPool([TOLD], workers=workers, retries=0) as pool:
         (scores,) = pool.gather([pool.submit(noise(5), [""] * 5, entries)])
     assert np.array_equal(scores["told"].values, expected(files), equal_nan=True)
-    assert scores["told"].details == ["[(20, 30, 3)]", "[(20, 30, 3)]", "[(24, 16, 3)]", "[(24, 16, 3), (20, 30, 3)]", "[]"]
+    assert scores["told"].details == [
+        "[(20, 30, 3)]",
+        "[(20, 30, 3)]",
+        "[(24, 16, 3)]",
+        "[(24, 16, 3), (20, 30, 3)]",
+        "[]",
+    ]
 
 
 def test_a_damaged_file_masks_and_is_told(tmp_path, files):
@@ -77,7 +90,9 @@ def test_a_damaged_file_masks_and_is_told(tmp_path, files):
     whole = png(noise(1, 100, 100)[0])
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
     with RewardPool([TOLD], workers=1, retries=0) as pool:
-        (scores,) = pool.gather([pool.submit(noise(2), [""] * 2, [{"images": [str(tmp_path / "cut.png")]}] * 2)])
+        (scores,) = pool.gather(
+            [pool.submit(noise(2), [""] * 2, [{"images": [str(tmp_path / "cut.png")]}] * 2)]
+        )
         assert np.isnan(scores["told"].values).all() and "cut.png" in pool.last_error
 
 
@@ -86,33 +101,53 @@ def test_prompts_without_are_refused():
     with pytest.raises(UserError, match="^f:2: prompt 'b' brings no condition image"):
         check_prompts([TOLD], ["a", "b"], [{"images": ["x.png"]}, {"source": "f:2"}])
     other = RewardSpec("jpeg")
-    check_prompts([TOLD, other], ["a", "b"], [{"images": ["x.png"], "rewards": ["told"]}, {"rewards": ["jpeg"]}])
+    check_prompts(
+        [TOLD, other],
+        ["a", "b"],
+        [{"images": ["x.png"], "rewards": ["told"]}, {"rewards": ["jpeg"]}],
+    )
 
 
-# ------------------------------------------------------------------------------------------------ reward server
+# ------------------------------------------------------------------------------------ reward server
 def test_through_the_server(server, files, entries):
     """The same values as here, the other metadata with them."""
     here = build_reward("condition_rewards:Told").score(noise(5), [""] * 5, entries)
     there = client(server, "told").score(noise(5), [""] * 5, entries)
-    assert np.array_equal(there.values, here.values.astype(np.float32), equal_nan=True) and there.details == here.details
+    assert (
+        np.array_equal(there.values, here.values.astype(np.float32), equal_nan=True)
+        and there.details == here.details
+    )
 
 
 def test_each_condition_travels_once(files, entries):
     message = write_request("told", noise(5), [""] * 5, [entry.copy() for entry in entries])
-    assert len(message["conditions"]) == 3 and message["conditions_of"] == [[0], [0], [1], [2, 0], []]
+    assert len(message["conditions"]) == 3 and message["conditions_of"] == [
+        [0],
+        [0],
+        [1],
+        [2, 0],
+        [],
+    ]
     assert message["metadata"] == [{"tag": 1}, {}, {}, {}, {}]
     json.dumps(message)
 
 
 def test_requests_without_are_what_they_were(files):
     """Servers of earlier versions refuse keys that they do not know."""
-    assert write_request("told", noise(1), ["a"], [{"tag": 1}]).keys() == {"reward", "images", "prompts", "metadata"}
+    assert write_request("told", noise(1), ["a"], [{"tag": 1}]).keys() == {
+        "reward",
+        "images",
+        "prompts",
+        "metadata",
+    }
 
 
 def test_prompts_with_images_may_go_to_a_server(files):
     """Arrays are no JSON, but they are not sent as metadata."""
     spec = RewardSpec("told", 1.0, {"url": "http://127.0.0.1:1"}, "http")
-    check_prompts([spec], ["a", "b"], [{"images": [files[1][0]]}, {"images": [files[0][0]], "tag": "x"}])
+    check_prompts(
+        [spec], ["a", "b"], [{"images": [files[1][0]]}, {"images": [files[0][0]], "tag": "x"}]
+    )
     with pytest.raises(UserError, match="metadata that cannot be sent"):
         check_prompts([spec], ["a"], [{"mask": files[1][0]}])
 
@@ -129,16 +164,26 @@ IMAGE = encode_png(noise(1)[0])
         ({"conditions_of": [[0]]}, "conditions_of"),
         ({"conditions": ["no image"], "conditions_of": [[0]]}, "condition 0 is no PNG file"),
         (
-            {"conditions": [base64.b64encode(png(noise(1, 60, 60)[0])[:-4000]).decode()], "conditions_of": [[0]]},
+            {
+                "conditions": [base64.b64encode(png(noise(1, 60, 60)[0])[:-4000]).decode()],
+                "conditions_of": [[0]],
+            },
             "condition 0 is a broken PNG",
         ),
-        ({"conditions": [base64.b64encode(png(noise(1, 200, 100, seed=3)[0])).decode()], "conditions_of": [[0]]}, "pixels in one request"),
+        (
+            {
+                "conditions": [base64.b64encode(png(noise(1, 200, 100, seed=3)[0])).decode()],
+                "conditions_of": [[0]],
+            },
+            "pixels in one request",
+        ),
         ({"metadata": [{"images": ["/etc/passwd"]}]}, '"images" is taken'),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_messages_refused(server, more, words):
-    """Limits hold for images and condition images together; no request names files of the server."""
+    """Limits hold for images and condition images together; no request names files of the
+    server."""
     status, error = post(server, {"images": [IMAGE], "prompts": [""], **more})
     assert status == 400 and words in error, error
 
@@ -151,27 +196,39 @@ def test_a_server_of_an_earlier_version_is_told_of(files, entries):
             build_reward("http", {"url": url, "wait_s": 0.0}).score(noise(1), [""], entries[:1])
 
 
-# --------------------------------------------------------------------------------------------------------- judge
+# -------------------------------------------------------------------------------------------- judge
 def shown(body):
     """The images of a chat request in order, and its text."""
     *parts, text = body["messages"][0]["content"]
-    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(part["image_url"]["url"].partition(",")[2])))) for part in parts], text[
-        "text"
-    ]
+    return [
+        np.asarray(
+            Image.open(io.BytesIO(base64.b64decode(part["image_url"]["url"].partition(",")[2])))
+        )
+        for part in parts
+    ], text["text"]
 
 
 @pytest.mark.parametrize("yes_no", [False, True])
 def test_the_judge_sees_conditions_before_the_image(files, yes_no):
-    """Scaled to the image's longer side; asked by default whether the edit was made and the rest kept."""
+    """Scaled to the image's longer side; asked by default whether the edit was made and the rest
+    kept."""
     (a, b), (first, second) = files
     images = noise(1, 24, 18)
-    answer = {"logprobs": {"content": [{"top_logprobs": [{"token": "Yes", "logprob": -0.01}]}]}} if yes_no else says('{"score": 5}')
+    answer = (
+        {"logprobs": {"content": [{"top_logprobs": [{"token": "Yes", "logprob": -0.01}]}]}}
+        if yes_no
+        else says('{"score": 5}')
+    )
     with fake(answer) as (url, api):
         reward = judge(url, conditions=True, yes_no=yes_no)
         assert reward.score(images, ["make it night"], [{"images": [a, b]}]).values[0] > 0.4
     pictures, text = shown(api.bodies[0])
     assert [picture.shape for picture in pictures] == [(16, 24, 3), (24, 16, 3), (24, 18, 3)]
-    assert np.array_equal(pictures[0], scaled(first, 24)) and np.array_equal(pictures[1], second) and np.array_equal(pictures[2], images[0])
+    assert (
+        np.array_equal(pictures[0], scaled(first, 24))
+        and np.array_equal(pictures[1], second)
+        and np.array_equal(pictures[2], images[0])
+    )
     assert "make it night" in text and "before it" in text and "instruction" in text
 
 
@@ -183,18 +240,34 @@ def test_the_judge_shows_none_unless_asked(files):
         judge(url, conditions=True).check_prompts(["a"], [{}])
 
 
-# ---------------------------------------------------------------------------------------------------------- CLIP
+# --------------------------------------------------------------------------------------------- CLIP
 def test_clip_image(models, files):
-    """The cosine of CLIPModel's own embeddings, the mean over several condition images; 1 for the image itself, NaN without any."""
+    """The cosine of CLIPModel's own embeddings, the mean over several condition images; 1 for the
+    image itself, NaN without any."""
     (a, b), conditions = files
     images = noise(4, 40, 30)
     made = clip_outputs(models, images, [""] * 4)[0]
     first, second = (clip_outputs(models, [image], [""])[0][0] for image in conditions)
     reward = loaded(models, "clip_image", batch_size=3)
-    given = [{"images": [a]}, {"images": [conditions[1]]}, {"images": [a, b]}, {"images": [images[3]]}]
+    given = [
+        {"images": [a]},
+        {"images": [conditions[1]]},
+        {"images": [a, b]},
+        {"images": [images[3]]},
+    ]
     values = reward.score(images, [""] * 4, given).values
-    wanted = torch.stack([made[0] @ first, made[1] @ second, (made[2] @ first + made[2] @ second) / 2, torch.tensor(1.0)])
+    wanted = torch.stack(
+        [
+            made[0] @ first,
+            made[1] @ second,
+            (made[2] @ first + made[2] @ second) / 2,
+            torch.tensor(1.0),
+        ]
+    )
     torch.testing.assert_close(torch.from_numpy(values), wanted, rtol=1e-4, atol=1e-5)
-    assert np.isnan(reward.score(images[:2], [""] * 2, [{}, given[0]]).values).tolist() == [True, False]
+    assert np.isnan(reward.score(images[:2], [""] * 2, [{}, given[0]]).values).tolist() == [
+        True,
+        False,
+    ]
     with pytest.raises(UserError, match="^f:1: .* brings no condition image"):
         reward.check_prompts(["a"], [{"source": "f:1"}])

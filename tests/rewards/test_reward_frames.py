@@ -1,4 +1,5 @@
-"""Rewards of images in runs of videos: which frames they are given, by which way, and what becomes of frames that fail."""
+"""Rewards of images in runs of videos: which frames they are given, by which way, and what becomes
+of frames that fail."""
 
 import numpy as np
 import pytest
@@ -6,7 +7,15 @@ from served_rewards import Still
 from server_cases import client, noise, served, serving
 
 from tempflow.errors import UserError
-from tempflow.rewards import Reward, RewardPool, RewardSpec, Scores, check_frames, parse_rewards, probe
+from tempflow.rewards import (
+    Reward,
+    RewardPool,
+    RewardSpec,
+    Scores,
+    check_frames,
+    parse_rewards,
+    probe,
+)
 from tempflow.rewards.frames import FrameMean, chosen_frames
 from tempflow.types import Size
 
@@ -32,9 +41,17 @@ def test_an_image_reward_scores_evenly_spaced_frames(workers):
     media, finite = videos(), np.array([True, True, False])
     with RewardPool([spec(STILL, 3), spec(MOTION, 5, "motion")], workers=workers) as pool:
         (found,) = pool.gather([pool.submit(media, PROMPTS, METADATA, finite=finite)])
-    assert np.allclose(found["r"].values[:2], mean_of(media, [0, 4, 8])[:2]) and np.isnan(found["r"].values[2])
-    assert [text.split(" | ")[0] for text in found["r"].details] == ["a {'n': 0} (9, 13, 3)", "b {'n': 1} (9, 13, 3)", text_of_missing()]
-    assert found["motion"].details[:2] == ["(5, 9, 13, 3)"] * 2, "a reward of videos with frames gets a video of as many"
+    assert np.allclose(found["r"].values[:2], mean_of(media, [0, 4, 8])[:2]) and np.isnan(
+        found["r"].values[2]
+    )
+    assert [text.split(" | ")[0] for text in found["r"].details] == [
+        "a {'n': 0} (9, 13, 3)",
+        "b {'n': 1} (9, 13, 3)",
+        text_of_missing(),
+    ]
+    assert found["motion"].details[:2] == ["(5, 9, 13, 3)"] * 2, (
+        "a reward of videos with frames gets a video of as many"
+    )
 
 
 def text_of_missing():
@@ -46,7 +63,9 @@ def text_of_missing():
 def test_frames_that_fail_are_left_out_of_the_mean():
     class Faulty(Reward):
         def score(self, images, prompts, metadata):
-            return Scores(np.array([1.0, np.nan, 3.0, np.nan, np.inf, np.nan]), ["x", "y", "x", "", "z", ""])
+            return Scores(
+                np.array([1.0, np.nan, 3.0, np.nan, np.inf, np.nan]), ["x", "y", "x", "", "z", ""]
+            )
 
     found = FrameMean(Faulty()).score(videos(2, 3), ["a", "b"], [{}, {}])
     assert found.values[0] == 2.0 and np.isnan(found.values[1])
@@ -57,7 +76,11 @@ def test_only_the_chosen_frames_are_sent():
     """Copied, so that the caller may go on with the array, and no more of it."""
     media = videos(3, 81)
     chosen = chosen_frames(media, np.array([0, 2]), 4)
-    assert chosen.shape == (2, 4, 9, 13, 3) and chosen.base is None and np.array_equal(chosen[1], media[2, [0, 27, 53, 80]])
+    assert (
+        chosen.shape == (2, 4, 9, 13, 3)
+        and chosen.base is None
+        and np.array_equal(chosen[1], media[2, [0, 27, 53, 80]])
+    )
     assert chosen_frames(media[:, 0], np.array([1]), 4).shape == (1, 1, 9, 13, 3)
 
 
@@ -77,7 +100,14 @@ def test_a_run_that_cannot_be_scored_is_refused(kind, frames, size, message):
 
 
 def test_runs_that_can_be_scored_are_not_refused():
-    check_frames([spec(STILL, 5), spec(MOTION, name="m"), spec("http", name="h", url="http://127.0.0.1:1", videos=True)], Size(8, 8, 5))
+    check_frames(
+        [
+            spec(STILL, 5),
+            spec(MOTION, name="m"),
+            spec("http", name="h", url="http://127.0.0.1:1", videos=True),
+        ],
+        Size(8, 8, 5),
+    )
     check_frames([spec(STILL), spec(STILL, 1, "one")], Size(8, 8))
 
 
@@ -88,10 +118,12 @@ def test_frames_are_a_number(frames):
 
 
 def test_frames_are_no_option_of_the_reward():
-    assert parse_rewards({"jpeg": {"frames": 4, "goal": "large"}}) == [RewardSpec("jpeg", 1.0, {"goal": "large"}, "", 4)]
+    assert parse_rewards({"jpeg": {"frames": 4, "goal": "large"}}) == [
+        RewardSpec("jpeg", 1.0, {"goal": "large"}, "", 4)
+    ]
 
 
-# ------------------------------------------------------------------------------------------------------ over HTTP
+# ---------------------------------------------------------------------------------------- over HTTP
 @pytest.fixture(scope="module")
 def server():
     with serving(served("Still"), served("Motion"), batch=2) as url:
@@ -99,7 +131,8 @@ def server():
 
 
 def test_a_server_scores_frames_and_videos_as_a_worker_does(server):
-    """Image by image where the entry says frames; whole videos where it says videos, in batches of the server's size."""
+    """Image by image where the entry says frames; whole videos where it says videos, in batches of
+    the server's size."""
     media = videos()
     specs = [
         spec("http", 3, "still", url=server, reward="Still"),
@@ -109,13 +142,22 @@ def test_a_server_scores_frames_and_videos_as_a_worker_does(server):
     with RewardPool(specs, workers=1) as pool:
         probe(pool, specs, PROMPTS, METADATA, Size(9, 13, 9))
         (found,) = pool.gather([pool.submit(media, PROMPTS, METADATA)])
-    assert np.allclose(found["still"].values, mean_of(media, [0, 4, 8])) and found["still"].details[1] == "b {'n': 1} (9, 13, 3)"
-    assert np.array_equal(found["motion"].values, found["here"].values) and found["motion"].details == ["(9, 9, 13, 3)"] * 3
+    assert (
+        np.allclose(found["still"].values, mean_of(media, [0, 4, 8]))
+        and found["still"].details[1] == "b {'n': 1} (9, 13, 3)"
+    )
+    assert (
+        np.array_equal(found["motion"].values, found["here"].values)
+        and found["motion"].details == ["(9, 9, 13, 3)"] * 3
+    )
 
 
 def test_a_server_refuses_videos_for_a_reward_of_images(server):
     specs = [spec("http", url=server, reward="Still", videos=True, wait_s=0.0)]
-    with RewardPool(specs, workers=1, retries=0) as pool, pytest.raises(UserError, match="'Still' scores images, and videos came"):
+    with (
+        RewardPool(specs, workers=1, retries=0) as pool,
+        pytest.raises(UserError, match="'Still' scores images, and videos came"),
+    ):
         probe(pool, specs, PROMPTS, METADATA, Size(9, 13, 9))
 
 
@@ -124,6 +166,10 @@ def test_large_batches_are_sent_in_several_requests(server, monkeypatch):
     monkeypatch.setattr("tempflow.rewards.http.client.PIXELS", 9 * 13 * 9 * 2)
     reward, media = client(server, "Motion", videos=True), videos(5)
     ask = reward._ask
-    monkeypatch.setattr(reward, "_ask", lambda images, *rest: asked.append(len(images)) or ask(images, *rest))
+    monkeypatch.setattr(
+        reward, "_ask", lambda images, *rest: asked.append(len(images)) or ask(images, *rest)
+    )
     found = reward.score(media, list("abcde"), [{}] * 5)
-    assert asked == [2, 2, 1] and np.array_equal(found.values, Still.level(media[:, -1]) - Still.level(media[:, 0]))
+    assert asked == [2, 2, 1] and np.array_equal(
+        found.values, Still.level(media[:, -1]) - Still.level(media[:, 0])
+    )

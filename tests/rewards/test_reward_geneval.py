@@ -19,7 +19,11 @@ def at(x, y, size=10, shape=(100, 100)):
 
 
 def judged(objects, include, exclude=(), colours=()):
-    return judge(objects, {"include": include, "exclude": list(exclude)}, lambda name, found: list(colours)[: len(found)])
+    return judge(
+        objects,
+        {"include": include, "exclude": list(exclude)},
+        lambda name, found: list(colours)[: len(found)],
+    )
 
 
 def wanted(name, count=1, **more):
@@ -64,10 +68,34 @@ CATS = {"cat": [at(20, 20), at(80, 20), at(20, 80)]}
         (CATS, [wanted("cat", 2, color="red")], [], ["red", "red", "blue"], 1),
         (CATS, [wanted("cat", 2, color="red")], [], ["red", "blue", "red"], (1 + 1 / 2) / 2),
         (CATS, [wanted("dog", color="red")], [], [], 0),
-        ({"cat": [at(20, 20)], "dog": [at(80, 20)]}, [wanted("cat"), wanted("dog", position=["right of", 0])], [], [], 1),
-        ({"cat": [at(20, 20)], "dog": [at(80, 20)]}, [wanted("cat"), wanted("dog", position=["above", 0])], [], [], 2 / 3),
-        ({"dog": [at(80, 20)]}, [wanted("cat"), wanted("dog", position=["right of", 0])], [], [], 1 / 3),
-        ({"cat": [at(20, 20)]}, [wanted("cat"), wanted("dog", position=["right of", 0])], [], [], 1 / 3),
+        (
+            {"cat": [at(20, 20)], "dog": [at(80, 20)]},
+            [wanted("cat"), wanted("dog", position=["right of", 0])],
+            [],
+            [],
+            1,
+        ),
+        (
+            {"cat": [at(20, 20)], "dog": [at(80, 20)]},
+            [wanted("cat"), wanted("dog", position=["above", 0])],
+            [],
+            [],
+            2 / 3,
+        ),
+        (
+            {"dog": [at(80, 20)]},
+            [wanted("cat"), wanted("dog", position=["right of", 0])],
+            [],
+            [],
+            1 / 3,
+        ),
+        (
+            {"cat": [at(20, 20)]},
+            [wanted("cat"), wanted("dog", position=["right of", 0])],
+            [],
+            [],
+            1 / 3,
+        ),
     ],
 )
 def test_judge(objects, include, exclude, colours, value):
@@ -76,10 +104,16 @@ def test_judge(objects, include, exclude, colours, value):
 
 
 def test_by_class():
-    masks = np.stack([at(20, 20).mask, at(50, 50).mask, at(80, 80).mask, np.zeros((100, 100), bool)] + [at(9, 9).mask] * 20)
+    masks = np.stack(
+        [at(20, 20).mask, at(50, 50).mask, at(80, 80).mask, np.zeros((100, 100), bool)]
+        + [at(9, 9).mask] * 20
+    )
     labels = np.array([15, 15, 0, 16] + [74] * 20)
     objects = by_class(np.array([0.5, 0.8, 0.3, 0.9] + [0.95] * 20), labels, masks, threshold=0.3)
-    assert {name: len(found) for name, found in objects.items()} == {"cat": 2, "clock": geneval.MOST_OBJECTS}
+    assert {name: len(found) for name, found in objects.items()} == {
+        "cat": 2,
+        "clock": geneval.MOST_OBJECTS,
+    }
     assert [found.score for found in objects["cat"]] == [0.8, 0.5]
     assert objects["cat"][1].box.tolist() == at(20, 20).box.tolist()
 
@@ -107,15 +141,27 @@ def test_metadata_refused(entry, words):
 
 
 def test_metadata_of_the_benchmark():
-    line = '{"tag": "position", "include": [{"class": "cup", "count": 1}, {"class": "tie", "count": 1, "position": ["right of", 0]}]}'
+    line = (
+        '{"tag": "position", "include": [{"class": "cup", "count": 1}, {"class": "tie", "count": 1,'
+        ' "position": ["right of", 0]}]}'
+    )
     check_metadata(json.loads(line))
-    assert len(geneval.CLASSES) == 80 and geneval.CLASSES[64:67] == ["computer mouse", "tv remote", "computer keyboard"]
+    assert len(geneval.CLASSES) == 80 and geneval.CLASSES[64:67] == [
+        "computer mouse",
+        "tv remote",
+        "computer keyboard",
+    ]
 
 
 @pytest.fixture(scope="module")
 def reward(tmp_path_factory):
     import torch
-    from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessor, SwinConfig
+    from transformers import (
+        Mask2FormerConfig,
+        Mask2FormerForUniversalSegmentation,
+        Mask2FormerImageProcessor,
+        SwinConfig,
+    )
 
     torch.manual_seed(3)
     folder = tmp_path_factory.mktemp("geneval")
@@ -145,7 +191,9 @@ def reward(tmp_path_factory):
     detector.save_pretrained(folder / "detector")
     Mask2FormerImageProcessor(size={"height": 64, "width": 64}).save_pretrained(folder / "detector")
     reward_models.save_clip(folder / "clip")
-    made = GenEval(detector=str(folder / "detector"), clip=str(folder / "clip"), device="cpu", batch=2)
+    made = GenEval(
+        detector=str(folder / "detector"), clip=str(folder / "clip"), device="cpu", batch=2
+    )
     made.load()
     return made
 
@@ -153,19 +201,40 @@ def reward(tmp_path_factory):
 def test_objects_of_a_real_model(reward):
     images = np.random.default_rng(0).integers(0, 256, (3, 40, 56, 3), np.uint8)
     found = reward.detect(images, [{}] * 3)
-    assert any(found) and any(geneval.THRESHOLD < one.score < 1 for objects in found for many in objects.values() for one in many)
+    assert any(found) and any(
+        geneval.THRESHOLD < one.score < 1
+        for objects in found
+        for many in objects.values()
+        for one in many
+    )
     for objects in found:
         for name, many in objects.items():
-            assert name in geneval.CLASSES and [one.score for one in many] == sorted((one.score for one in many), reverse=True)
+            assert name in geneval.CLASSES and [one.score for one in many] == sorted(
+                (one.score for one in many), reverse=True
+            )
             for one in many:
                 left, top, right, bottom = one.box.astype(int)
-                assert one.mask.shape == (40, 56) and one.mask[top:bottom, left:right].sum() == one.mask.sum()
-                assert one.mask[top].any() and one.mask[bottom - 1].any() and one.mask[:, left].any() and one.mask[:, right - 1].any()
+                assert (
+                    one.mask.shape == (40, 56)
+                    and one.mask[top:bottom, left:right].sum() == one.mask.sum()
+                )
+                assert (
+                    one.mask[top].any()
+                    and one.mask[bottom - 1].any()
+                    and one.mask[:, left].any()
+                    and one.mask[:, right - 1].any()
+                )
     name = next(iter(next(filter(None, found))))
     scores = reward.score(images, [""] * 3, [{"include": [wanted(name)]}] * 3)
     assert scores.values.tolist() == [float(name in objects) for objects in found]
-    spoilt = reward.score(images[:2], [""] * 2, [{"include": [wanted(name)]}, {"include": [wanted("unicorn")]}])
-    assert spoilt.values[0] == scores.values[0] and np.isnan(spoilt.values[1]) and "unicorn" in spoilt.details[1]
+    spoilt = reward.score(
+        images[:2], [""] * 2, [{"include": [wanted(name)]}, {"include": [wanted("unicorn")]}]
+    )
+    assert (
+        spoilt.values[0] == scores.values[0]
+        and np.isnan(spoilt.values[1])
+        and "unicorn" in spoilt.details[1]
+    )
 
 
 def test_objects_are_those_of_transformers_own_postprocessing(reward, monkeypatch):
@@ -174,7 +243,9 @@ def test_objects_are_those_of_transformers_own_postprocessing(reward, monkeypatc
 
     monkeypatch.setattr(geneval, "QUERIES_KEPT", 12)
     images = np.random.default_rng(2).integers(0, 256, (2, 384, 384, 3), np.uint8)
-    pixels = reward._processor(list(images), return_tensors="pt", input_data_format="channels_last")["pixel_values"]
+    pixels = reward._processor(
+        list(images), return_tensors="pt", input_data_format="channels_last"
+    )["pixel_values"]
     with torch.inference_mode():
         out = reward._detector(pixel_values=pixels)
     theirs = reward._processor.post_process_instance_segmentation(
@@ -182,8 +253,12 @@ def test_objects_are_those_of_transformers_own_postprocessing(reward, monkeypatc
     )
     compared = 0
     for ours, other in zip(reward.detect(images, [{}] * 2), theirs):
-        expected = [(geneval.CLASSES[s["label_id"]], round(s["score"], 4)) for s in other["segments_info"]]
-        assert sorted((name, round(one.score, 4)) for name, many in ours.items() for one in many) == sorted(expected)
+        expected = [
+            (geneval.CLASSES[s["label_id"]], round(s["score"], 4)) for s in other["segments_info"]
+        ]
+        assert sorted(
+            (name, round(one.score, 4)) for name, many in ours.items() for one in many
+        ) == sorted(expected)
         compared += len(expected)
     assert compared >= 4
 

@@ -15,10 +15,17 @@ from tempflow.rewards.neural import convert
 from tempflow.rewards.workers import rank_gpu
 
 
-@pytest.mark.parametrize("visible, rank, expected", [(None, None, "0"), (None, "3", "3"), ("4,7", "1", "7"), ("", "0", ""), ("2", "1", "")])
+@pytest.mark.parametrize(
+    "visible, rank, expected",
+    [(None, None, "0"), (None, "3", "3"), ("4,7", "1", "7"), ("", "0", ""), ("2", "1", "")],
+)
 def test_gpu_of_a_rank(monkeypatch, visible, rank, expected):
     for key, value in (("CUDA_VISIBLE_DEVICES", visible), ("LOCAL_RANK", rank)):
-        monkeypatch.setenv(key, value) if value is not None else monkeypatch.delenv(key, raising=False)
+        (
+            monkeypatch.setenv(key, value)
+            if value is not None
+            else monkeypatch.delenv(key, raising=False)
+        )
     assert rank_gpu() == expected
 
 
@@ -86,14 +93,26 @@ def test_folder_refused(models, tmp_path, fault, words):
 @pytest.mark.parametrize(
     "name, options, words",
     [
-        ("pickscore", {"path": "no/such/folder"}, ["rewards.pickscore.path", "'no/such/folder' is no folder here"]),
+        (
+            "pickscore",
+            {"path": "no/such/folder"},
+            ["rewards.pickscore.path", "'no/such/folder' is no folder here"],
+        ),
         ("pickscore", {"revision": "v2"}, ["rewards.pickscore.path", "'v2'"]),
         ("hpsv2", {"path": "{imagereward}"}, ["rewards.hpsv2.path", "visual.conv1.weight"]),
         ("hpsv2", {"base": "{qwen}"}, ["rewards.hpsv2.base", "'qwen2_vl'"]),
         ("aesthetic", {"head": "{clip}"}, ["rewards.aesthetic.head", "no linear layers"]),
-        ("aesthetic", {"head": "{imagereward}"}, ["rewards.aesthetic.head", "takes embeddings of 40", "has 24"]),
+        (
+            "aesthetic",
+            {"head": "{imagereward}"},
+            ["rewards.aesthetic.head", "takes embeddings of 40", "has 24"],
+        ),
         ("imagereward", {"path": "{clip}"}, ["rewards.imagereward.path", "'clip'"]),
-        ("imagereward", {"path": "{clip}/model.safetensors"}, ["rewards.imagereward.path", "no linear layers"]),
+        (
+            "imagereward",
+            {"path": "{clip}/model.safetensors"},
+            ["rewards.imagereward.path", "no linear layers"],
+        ),
         ("hpsv3", {"path": "{clip}/model.safetensors"}, ["rewards.hpsv3.path", "rm_head.0.weight"]),
         ("hpsv3", {"base": "{clip}"}, ["rewards.hpsv3.base", "'qwen2_vl'"]),
     ],
@@ -112,12 +131,17 @@ def test_hpsv3_refuses_control_tokens():
 
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_convert(tmp_path, wrapped, capsys):
-    tensors = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.ones(2, dtype=torch.bfloat16)}
+    tensors = {
+        "a.weight": torch.arange(6.0).reshape(2, 3),
+        "a.bias": torch.ones(2, dtype=torch.bfloat16),
+    }
     tensors["transposed"] = tensors["a.weight"].T
     torch.save({"state_dict": tensors, "epoch": 3} if wrapped else tensors, tmp_path / "in.pth")
     assert convert.main([str(tmp_path / "in.pth"), str(tmp_path / "out.safetensors")]) == 0
     result = load_file(tmp_path / "out.safetensors")
-    assert result.keys() == tensors.keys() and all(torch.equal(result[name], tensors[name]) for name in tensors)
+    assert result.keys() == tensors.keys() and all(
+        torch.equal(result[name], tensors[name]) for name in tensors
+    )
     assert "3 tensors" in capsys.readouterr().out
 
 
@@ -125,7 +149,10 @@ class Mine:
     """Something only a full unpickler builds."""
 
 
-@pytest.mark.parametrize("content, words", [(Mine(), "cannot be read as plain tensors"), ([1, 2], "no dictionary of tensors")])
+@pytest.mark.parametrize(
+    "content, words",
+    [(Mine(), "cannot be read as plain tensors"), ([1, 2], "no dictionary of tensors")],
+)
 def test_convert_refuses(tmp_path, capsys, content, words):
     torch.save(content, tmp_path / "in.pt")
     assert convert.main([str(tmp_path / "in.pt"), str(tmp_path / "out.safetensors")]) == 2

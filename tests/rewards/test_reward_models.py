@@ -1,6 +1,8 @@
-"""The neural rewards, on tiny random models saved as their repositories are, against the published formulas.
+"""The neural rewards, on tiny random models saved as their repositories are, against the published
+formulas.
 
-Each formula is computed here from the models' own forward, or from the tensors, by the published procedure.
+Each formula is computed here from the models' own forward, or from the tensors, by the published
+procedure.
 """
 
 import numpy as np
@@ -22,13 +24,21 @@ from transformers import AutoTokenizer
 from tempflow.errors import UserError
 from tempflow.rewards import RewardPool, RewardSpec
 
-MEAN, STD = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
+MEAN, STD = (
+    torch.tensor([0.48145466, 0.4578275, 0.40821073]),
+    torch.tensor([0.26862954, 0.26130258, 0.27577711]),
+)
 PROMPTS = ["a cat", "two dogs on a hill", "a cat", "a b " * 60, "a man, 30 years old"]
 
 
 def pictures(height, width, n=5):
     noise = np.random.default_rng(0).integers(0, 256, (n, 6, 5, 3), np.uint8)
-    return np.stack([np.array(Image.fromarray(x).resize((width, height), Image.Resampling.BICUBIC)) for x in noise])
+    return np.stack(
+        [
+            np.array(Image.fromarray(x).resize((width, height), Image.Resampling.BICUBIC))
+            for x in noise
+        ]
+    )
 
 
 def scores(reward, images, prompts=PROMPTS):
@@ -37,31 +47,45 @@ def scores(reward, images, prompts=PROMPTS):
 
 
 def cropped(image, half):
-    """CLIP's transform: shorter side to SIZE by Pillow's bicubic, centre crop, normalized -> [3, SIZE, SIZE]."""
+    """CLIP's transform: shorter side to SIZE by Pillow's bicubic, centre crop, normalized -> [3,
+    SIZE, SIZE]."""
     height, width = image.shape[:2]
     scale = SIZE / min(height, width)
-    picture = Image.fromarray(image).resize((int(width * scale + 1e-9), int(height * scale + 1e-9)), Image.Resampling.BICUBIC)
+    picture = Image.fromarray(image).resize(
+        (int(width * scale + 1e-9), int(height * scale + 1e-9)), Image.Resampling.BICUBIC
+    )
     left, top = half(picture.width - SIZE), half(picture.height - SIZE)
     pixels = torch.from_numpy(np.array(picture)[top : top + SIZE, left : left + SIZE]) / 255
     return ((pixels - MEAN) / STD).permute(2, 0, 1)
 
 
 def clip_outputs(models, images, texts):
-    """CLIPModel's own forward, a picture at a time: its embeddings and its similarity times exp(logit_scale)."""
+    """CLIPModel's own forward, a picture at a time: its embeddings and its similarity times
+    exp(logit_scale)."""
     tokenizer = AutoTokenizer.from_pretrained(models["folders"]["clip"])
     rows = []
     with torch.no_grad():
         for image, text in zip(images, texts):
-            tokens = tokenizer([text], padding="max_length", truncation=True, max_length=77, return_tensors="pt")
-            rows.append(models["clip"](pixel_values=cropped(image, lambda margin: margin // 2)[None], **tokens))
-    return torch.cat([row.image_embeds for row in rows]), torch.cat([row.logits_per_image[0] for row in rows])
+            tokens = tokenizer(
+                [text], padding="max_length", truncation=True, max_length=77, return_tensors="pt"
+            )
+            rows.append(
+                models["clip"](
+                    pixel_values=cropped(image, lambda margin: margin // 2)[None], **tokens
+                )
+            )
+    return torch.cat([row.image_embeds for row in rows]), torch.cat(
+        [row.logits_per_image[0] for row in rows]
+    )
 
 
 @pytest.mark.parametrize("size", [(SIZE, SIZE), (64, 64), (40, 75), (31, 20)])
 def test_pickscore(models, size):
     images = pictures(*size)
     expected = clip_outputs(models, images, PROMPTS)[1]
-    torch.testing.assert_close(scores(loaded(models, "pickscore"), images), expected, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(
+        scores(loaded(models, "pickscore"), images), expected, rtol=1e-4, atol=1e-3
+    )
     assert expected.std() > 1, "the pictures and prompts must differ in score"
 
 
@@ -81,8 +105,14 @@ def test_aesthetic(models, head):
     x = clip_outputs(models, images, PROMPTS)[0]
     for name in HEAD_MLP if head == "mlp" else [""]:
         x = x @ tensors[name + "weight"].T + tensors[name + "bias"]
-    path = models["folders"]["linear"] if head == "linear" else models["folders"]["clip"] / "head.safetensors"
-    torch.testing.assert_close(scores(loaded(models, "aesthetic", head=str(path)), images), x[:, 0], rtol=1e-4, atol=1e-4)
+    path = (
+        models["folders"]["linear"]
+        if head == "linear"
+        else models["folders"]["clip"] / "head.safetensors"
+    )
+    torch.testing.assert_close(
+        scores(loaded(models, "aesthetic", head=str(path)), images), x[:, 0], rtol=1e-4, atol=1e-4
+    )
 
 
 def open_clip_tower(tensors, x, tower, causal):
@@ -127,7 +157,9 @@ def open_clip_tower(tensors, x, tower, causal):
         x = x + y[:, 0]
         y = F.layer_norm(x, (WIDTH,), t["ln_2.weight"], t["ln_2.bias"])
         y = y @ t["mlp.c_fc.weight"].T + t["mlp.c_fc.bias"]
-        y = y * torch.sigmoid(1.702 * y)  # the tiny config's activation; the published base's is gelu
+        y = y * torch.sigmoid(
+            1.702 * y
+        )  # the tiny config's activation; the published base's is gelu
         x = x + y @ t["mlp.c_proj.weight"].T + t["mlp.c_proj.bias"]
     return x
 
@@ -138,15 +170,21 @@ def hps_direct(t, pixels, ids):
     x = torch.cat([t["visual.class_embedding"][None], x]) + t["visual.positional_embedding"]
     x = F.layer_norm(x, (WIDTH,), t["visual.ln_pre.weight"], t["visual.ln_pre.bias"])
     x = open_clip_tower(t, x, "visual.", causal=False)[0]
-    image = F.layer_norm(x, (WIDTH,), t["visual.ln_post.weight"], t["visual.ln_post.bias"]) @ t["visual.proj"]
-    x = open_clip_tower(t, t["token_embedding.weight"][ids] + t["positional_embedding"][: len(ids)], "", causal=True)
+    image = (
+        F.layer_norm(x, (WIDTH,), t["visual.ln_post.weight"], t["visual.ln_post.bias"])
+        @ t["visual.proj"]
+    )
+    x = open_clip_tower(
+        t, t["token_embedding.weight"][ids] + t["positional_embedding"][: len(ids)], "", causal=True
+    )
     x = F.layer_norm(x, (WIDTH,), t["ln_final.weight"], t["ln_final.bias"])
     return F.cosine_similarity(image, x[-1] @ t["text_projection"], dim=0)
 
 
 @pytest.mark.parametrize("size", [(SIZE, SIZE), (64, 64), (40, 75), (75, 40)])
 def test_hpsv2(models, size):
-    """Published weights by open_clip's names, against open_clip's computation; the longer side fits, the rest is black."""
+    """Published weights by open_clip's names, against open_clip's computation; the longer side
+    fits, the rest is black."""
     images = pictures(*size)
     tokenizer = AutoTokenizer.from_pretrained(models["folders"]["hps_base"])
     expected = []
@@ -161,15 +199,25 @@ def test_hpsv2(models, size):
         canvas[:, top : top + new[0], left : left + new[1]] = pixels[0]
         ids = tokenizer(prompt, truncation=True, max_length=77)["input_ids"]
         ids = ids[: ids.index(END) + 1]  # to the end-of-text
-        expected.append(hps_direct(models["hps"], (canvas - MEAN[:, None, None]) / STD[:, None, None], torch.tensor(ids)))
-    torch.testing.assert_close(scores(loaded(models, "hpsv2"), images), torch.stack(expected), rtol=1e-4, atol=1e-5)
+        expected.append(
+            hps_direct(
+                models["hps"],
+                (canvas - MEAN[:, None, None]) / STD[:, None, None],
+                torch.tensor(ids),
+            )
+        )
+    torch.testing.assert_close(
+        scores(loaded(models, "hpsv2"), images), torch.stack(expected), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_hpsv2_in_transformers_layout(models):
     """A converted copy scores as a CLIPModel does."""
     folder = str(models["folders"]["clip"])
     images = pictures(SIZE, SIZE)
-    result = scores(loaded(models, "hpsv2", path=f"{folder}/model.safetensors", base=folder), images)
+    result = scores(
+        loaded(models, "hpsv2", path=f"{folder}/model.safetensors", base=folder), images
+    )
     expected = clip_outputs(models, images, PROMPTS)[1] / models["clip"].logit_scale.exp()
     torch.testing.assert_close(result, expected.detach(), rtol=1e-4, atol=1e-5)
 
@@ -182,8 +230,12 @@ def test_imagereward(models, size):
     expected = []
     with torch.no_grad():
         for image, prompt in zip(images, PROMPTS):
-            tokens = tokenizer(prompt, padding="max_length", truncation=True, max_length=35, return_tensors="pt")
-            seen = vision(pixel_values=cropped(image, lambda margin: round(margin / 2))[None]).last_hidden_state
+            tokens = tokenizer(
+                prompt, padding="max_length", truncation=True, max_length=35, return_tensors="pt"
+            )
+            seen = vision(
+                pixel_values=cropped(image, lambda margin: round(margin / 2))[None]
+            ).last_hidden_state
             read = text(
                 input_ids=tokens.input_ids,
                 attention_mask=tokens.attention_mask,
@@ -194,31 +246,43 @@ def test_imagereward(models, size):
                 read = read @ head[f"mlp.layers.{i}.weight"].T + head[f"mlp.layers.{i}.bias"]
             expected.append((read[0, 0] - 0.16717362830052426) / 1.0333394966054072)
     assert len({round(float(x), 4) for x in expected}) == len(expected)
-    torch.testing.assert_close(scores(loaded(models, "imagereward"), images), torch.stack(expected), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        scores(loaded(models, "imagereward"), images), torch.stack(expected), rtol=1e-4, atol=1e-4
+    )
 
 
 def hpsv3_direct(model, head, tokenizer, image, prompt, new):
-    """The published forward: embeddings with the picture's put in, no position ids, head at the reward token."""
+    """The published forward: embeddings with the picture's put in, no position ids, head at the
+    reward token."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     from tempflow.rewards.neural.hpsv3 import INSTRUCTION
 
     picture = Image.fromarray(image).resize(new, Image.Resampling.BICUBIC)
-    seen = Qwen2VLImageProcessorPil()([picture], return_tensors="pt")  # its own resizing finds nothing to do
+    seen = Qwen2VLImageProcessorPil()(
+        [picture], return_tensors="pt"
+    )  # its own resizing finds nothing to do
     count = new[0] * new[1] // 28**2
     text = (
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
+        "<|im_start|>system\nYou are a helpful"
+        " assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
         + "<|image_pad|>" * count
         + "<|vision_end|>"
         + INSTRUCTION.format(prompt=prompt)
-        + "\nPlease provide the overall ratings of this image: <|Reward|>\n\nEND\n<|im_end|>\n<|im_start|>assistant\n"
+        + "\nPlease provide the overall ratings of this image:"
+        " <|Reward|>\n\nEND\n<|im_end|>\n<|im_start|>assistant\n"
     )
     ids = tokenizer([text], return_tensors="pt").input_ids
     with torch.no_grad():
         embeddings = model.get_input_embeddings()(ids)
         visual = model.visual(seen["pixel_values"], grid_thw=seen["image_grid_thw"]).pooler_output
-        is_image = (ids == tokenizer.convert_tokens_to_ids("<|image_pad|>"))[..., None].expand_as(embeddings)
-        hidden = model(inputs_embeds=embeddings.masked_scatter(is_image, visual), attention_mask=torch.ones_like(ids)).last_hidden_state
+        is_image = (ids == tokenizer.convert_tokens_to_ids("<|image_pad|>"))[..., None].expand_as(
+            embeddings
+        )
+        hidden = model(
+            inputs_embeds=embeddings.masked_scatter(is_image, visual),
+            attention_mask=torch.ones_like(ids),
+        ).last_hidden_state
         x = hidden[0, ids[0].tolist().index(tokenizer.convert_tokens_to_ids("<|Reward|>"))]
         return head[2](F.relu(head[1](F.relu(head[0](x)))))[0]
 
@@ -229,8 +293,13 @@ def test_hpsv3(models, size, new):
     model, head, tokenizer = models["hpsv3"]
     tokenizer.add_tokens(["<|Reward|>"], special_tokens=True)
     images = pictures(*size, n=2)
-    expected = [hpsv3_direct(model, head, tokenizer, image, prompt, new) for image, prompt in zip(images, PROMPTS)]
-    torch.testing.assert_close(scores(loaded(models, "hpsv3"), images), torch.stack(expected), rtol=1e-4, atol=1e-4)
+    expected = [
+        hpsv3_direct(model, head, tokenizer, image, prompt, new)
+        for image, prompt in zip(images, PROMPTS)
+    ]
+    torch.testing.assert_close(
+        scores(loaded(models, "hpsv3"), images), torch.stack(expected), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_hpsv3_older_tensor_names(tmp_path, models):
@@ -241,7 +310,17 @@ def test_hpsv3_older_tensor_names(tmp_path, models):
     assert torch.equal(scores(older, images), scores(loaded(models, "hpsv3"), images))
 
 
-@pytest.mark.parametrize("name, n", [("pickscore", 5), ("clipscore", 5), ("hpsv2", 5), ("aesthetic", 5), ("imagereward", 5), ("hpsv3", 2)])
+@pytest.mark.parametrize(
+    "name, n",
+    [
+        ("pickscore", 5),
+        ("clipscore", 5),
+        ("hpsv2", 5),
+        ("aesthetic", 5),
+        ("imagereward", 5),
+        ("hpsv3", 2),
+    ],
+)
 def test_batches_do_not_matter(models, name, n):
     """A picture's score depends on itself and its prompt alone, however it is batched."""
     images, reward = pictures(64, 48, n), loaded(models, name)
@@ -256,7 +335,10 @@ def test_batches_do_not_matter(models, name, n):
 @pytest.mark.parametrize("name", ["pickscore", "imagereward"])
 def test_low_precision_keeps_the_order(models, name):
     images = pictures(64, 64)
-    exact, low = scores(loaded(models, name), images), scores(loaded(models, name, dtype="bfloat16"), images)
+    exact, low = (
+        scores(loaded(models, name), images),
+        scores(loaded(models, name, dtype="bfloat16"), images),
+    )
     torch.testing.assert_close(low, exact, rtol=0, atol=0.15 * float(exact.std()))
     assert not torch.equal(low, exact)
 
@@ -268,7 +350,12 @@ def test_in_a_worker_process(models):
     with RewardPool(specs, workers=1, timeout_s=120) as pool:
         (result,) = pool.gather([pool.submit(images, PROMPTS, [{}] * len(images))])
     for name in names:
-        torch.testing.assert_close(torch.from_numpy(result[name].values), scores(loaded(models, name), images), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            torch.from_numpy(result[name].values),
+            scores(loaded(models, name), images),
+            rtol=1e-5,
+            atol=1e-5,
+        )
     assert pool.failures == 0
 
 
@@ -277,7 +364,10 @@ def test_cuda_without_a_gpu(models, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1,-1")
     monkeypatch.setenv("LOCAL_RANK", "1")
     spec = RewardSpec("pickscore", 1.0, {**options_of(models, "pickscore"), "device": "cuda"})
-    with RewardPool([spec], workers=1) as pool, pytest.raises(UserError, match="rewards.pickscore.device.*no GPU.*'-1'.*\"cpu\""):
+    with (
+        RewardPool([spec], workers=1) as pool,
+        pytest.raises(UserError, match="rewards.pickscore.device.*no GPU.*'-1'.*\"cpu\""),
+    ):
         pool.wait_ready()
 
 
@@ -288,4 +378,6 @@ def test_on_the_gpu(models):
     with RewardPool([spec], workers=1) as pool:
         (result,) = pool.gather([pool.submit(images, PROMPTS, [{}] * len(images))])
     there = torch.from_numpy(result["pickscore"].values)
-    torch.testing.assert_close(there, scores(loaded(models, "pickscore"), images), rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close(
+        there, scores(loaded(models, "pickscore"), images), rtol=1e-3, atol=1e-2
+    )

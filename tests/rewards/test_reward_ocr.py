@@ -74,7 +74,13 @@ def test_similarity(target, text, whole, contained):
 def test_similarity_is_the_formula(target, text):
     a, b = normalize(target), normalize(text)
     assert similarity(target, text) == pytest.approx(1 - min(edit_distance(a, b), len(a)) / len(a))
-    assert similarity(target, target) == 1 >= similarity(target, text, contained=True) >= similarity(target, text) >= 0
+    assert (
+        similarity(target, target)
+        == 1
+        >= similarity(target, text, contained=True)
+        >= similarity(target, text)
+        >= 0
+    )
 
 
 def test_reading_order():
@@ -100,7 +106,9 @@ def render_word(text, rng):
 
 def random_words(n):
     rng = random.Random(0)
-    words = ["".join(rng.choices("ABCDEFGHIJKLMNOPQRSTUVWXYZ", k=rng.randint(3, 5))) for _ in range(n)]
+    words = [
+        "".join(rng.choices("ABCDEFGHIJKLMNOPQRSTUVWXYZ", k=rng.randint(3, 5))) for _ in range(n)
+    ]
     return words, np.stack([render_word(text, rng) for text in words])
 
 
@@ -132,12 +140,16 @@ def test_score_does_not_depend_on_the_batch(line_reward):
 
 
 def test_line_reader_agrees_with_the_package(line_reward):
-    """Same readings as rapidocr's own recogniser call on coloured words: channels, scaling and decoding agree."""
+    """Same readings as rapidocr's own recogniser call on coloured words: channels, scaling and
+    decoding agree."""
     from rapidocr import RapidOCR
 
     engine = RapidOCR(params={"Global.log_level": "error", "Global.text_score": 0.0})
     words, images = random_words(12)
-    theirs = [engine(image[..., ::-1].copy(), use_det=False, use_cls=False, use_rec=True).txts[0] for image in images]
+    theirs = [
+        engine(image[..., ::-1].copy(), use_det=False, use_cls=False, use_rec=True).txts[0]
+        for image in images
+    ]
     assert line_reward.score(images, *as_batch(words)).details == theirs
 
 
@@ -166,12 +178,18 @@ def test_unquoted_prompt_is_nan_not_zero(line_reward):
 def test_scene_reward():
     picture = Image.new("RGB", (320, 200), (90, 140, 90))
     draw = ImageDraw.Draw(picture)
-    for place, size, text in [((20, 30), 42, "GRAND"), ((210, 40), 26, "HOTEL"), ((60, 130), 34, "open late")]:
+    for place, size, text in [
+        ((20, 30), 42, "GRAND"),
+        ((210, 40), 26, "HOTEL"),
+        ((60, 130), 34, "open late"),
+    ]:
         draw.text(place, text, font=ImageFont.truetype(FONT, size), fill=(250, 250, 240))
     images = np.stack([np.array(picture)] * 2 + [np.full((200, 320, 3), 128, np.uint8)])
     reward = OcrReward()
     reward.load(threads=1)
-    scores = reward.score(images, ['a "Grand Hotel" front', 'a "Small Motel"', 'an empty "wall"'], [{}] * 3)
+    scores = reward.score(
+        images, ['a "Grand Hotel" front', 'a "Small Motel"', 'an empty "wall"'], [{}] * 3
+    )
     assert normalize(scores.details[0]) == "grandhotelopenlate"
     assert scores.values[0] == 1
     assert scores.values[1] < 1 and scores.values[2] == 0

@@ -1,4 +1,5 @@
-"""The pool: what goes wrong in a worker ends as NaN and a count, and never as a hang, a 0 or an orphan."""
+"""The pool: what goes wrong in a worker ends as NaN and a count, and never as a hang, a 0 or an
+orphan."""
 
 import os
 import signal
@@ -47,7 +48,10 @@ def wait_until(condition, seconds=10.0):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_scores_come_back_to_their_tickets(workers):
-    pixel, double = "faulty_rewards:first_pixel", RewardSpec("faulty_rewards:first_pixel", 1.0, {"scale": 2.0})
+    pixel, double = (
+        "faulty_rewards:first_pixel",
+        RewardSpec("faulty_rewards:first_pixel", 1.0, {"scale": 2.0}),
+    )
     with pool_of(pixel, workers=workers) as pool, pool_of(double, "jpeg", workers=0) as other:
         tickets = [pool.submit(*batch(i, i + 1, i + 2)) for i in range(8)]
         for i, scores in reversed(list(enumerate(pool.gather(tickets)))):
@@ -55,7 +59,11 @@ def test_scores_come_back_to_their_tickets(workers):
             assert scores[pixel].values.dtype == np.float32
         (both,) = other.gather([other.submit(*batch(5))])
         assert both[pixel].values.tolist() == [10] and both["jpeg"].details
-        assert pool.gather(tickets[:1])[0][pixel].values.tolist() == [0, 1, 2], "a ticket can be read again"
+        assert pool.gather(tickets[:1])[0][pixel].values.tolist() == [
+            0,
+            1,
+            2,
+        ], "a ticket can be read again"
         assert pool.failures == 0 and pool.last_error is None
 
 
@@ -102,7 +110,9 @@ BREAKDOWNS = {
 }
 
 
-@pytest.mark.parametrize("fault, words", [*ANSWERS.items(), *BREAKDOWNS.items()], ids=[*ANSWERS, *BREAKDOWNS])
+@pytest.mark.parametrize(
+    "fault, words", [*ANSWERS.items(), *BREAKDOWNS.items()], ids=[*ANSWERS, *BREAKDOWNS]
+)
 def test_fault_is_retried_and_a_worker_that_answers_is_kept(fault, words, tmp_path):
     spec = faulty(tmp_path, fault, times=1)
     with pool_of(spec, timeout_s=2.0 if fault == "hanging" else 30.0) as pool:
@@ -118,8 +128,9 @@ def test_fault_is_retried_and_a_worker_that_answers_is_kept(fault, words, tmp_pa
 
 @pytest.mark.parametrize("fault", ["raising", "nan", "killed"])
 def test_fault_that_stays_is_a_mask(fault, tmp_path):
-    """Three tries, then NaN and a count; the other reward and later batches are untouched. A worker that raised for three
-    batches in a row is replaced, for it may be the process that is broken; one that cannot score them is not."""
+    """Three tries, then NaN and a count; the other reward and later batches are untouched. A worker
+    that raised for three batches in a row is replaced, for it may be the process that is broken;
+    one that cannot score them is not."""
     spec = faulty(tmp_path, fault, times=3)
     with pool_of(spec, "faulty_rewards:first_pixel", retries=2) as pool:
         pool.wait_ready()
@@ -138,7 +149,10 @@ def test_details_of_a_batch_without_scores_are_kept():
     with pool_of(RewardSpec("faulty_rewards:Unscored"), retries=1) as pool:
         (scores,) = pool.gather([pool.submit(*batch(1, 2))])
     assert np.isnan(scores["faulty_rewards:Unscored"].values).all() and pool.failures == 2
-    assert scores["faulty_rewards:Unscored"].details == ["not scored: no prompt 1", "not scored: no prompt 2"]
+    assert scores["faulty_rewards:Unscored"].details == [
+        "not scored: no prompt 1",
+        "not scored: no prompt 2",
+    ]
 
 
 def test_partly_nan_keeps_the_rest():
@@ -161,7 +175,8 @@ def test_idle_worker_killed_from_outside():
 
 
 def test_stopped_worker_with_a_batch_larger_than_the_pipe():
-    """A worker that does not even read must not block the pool: the time-out covers the sending too."""
+    """A worker that does not even read must not block the pool: the time-out covers the sending
+    too."""
     with pool_of("faulty_rewards:first_pixel", timeout_s=2.0) as pool:
         pool.wait_ready()
         os.kill(pool.workers.pids[0], signal.SIGSTOP)
@@ -180,7 +195,13 @@ def test_metadata_that_cannot_travel():
 
 def test_start_failure_is_told():
     with pool_of("faulty_rewards:NeverStarts", workers=2) as pool:
-        with pytest.raises(UserError, match="rewards.faulty_rewards:NeverStarts: could not start: ImportError: No module named 'left_pad'"):
+        with pytest.raises(
+            UserError,
+            match=(
+                "rewards.faulty_rewards:NeverStarts: could not start: ImportError: No module named"
+                " 'left_pad'"
+            ),
+        ):
             pool.wait_ready()
         ticket = pool.submit(*batch(1))
         with pytest.raises(UserError, match="left_pad"):
@@ -191,7 +212,9 @@ def test_start_failure_is_told():
 
 def test_start_that_hangs_is_told():
     with pool_of("faulty_rewards:StartsSlowly", start_timeout_s=1.0) as pool:
-        with pytest.raises(UserError, match=r"did not load its rewards within 1 s \(start_timeout_s\)"):
+        with pytest.raises(
+            UserError, match=r"did not load its rewards within 1 s \(start_timeout_s\)"
+        ):
             pool.wait_ready()
 
 
@@ -232,7 +255,9 @@ def test_close_with_work_in_flight():
     pool.close()
     pool.close()
     assert time.monotonic() - start < 10 and not any(alive(pid) for pid in pids)
-    assert all(np.isnan(scores["faulty_rewards:Slow"].values).all() for scores in pool.gather(tickets))
+    assert all(
+        np.isnan(scores["faulty_rewards:Slow"].values).all() for scores in pool.gather(tickets)
+    )
     with pytest.raises(RuntimeError, match="closed"):
         pool.submit(*batch(1))
 
@@ -266,7 +291,9 @@ except KeyboardInterrupt:
 
 def start_parent(seconds, fork=False):
     code = PARENT.format(here=os.path.dirname(__file__), seconds=seconds, fork=fork)
-    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
     pids = [int(pid) for pid in parent.stdout.readline().split()]
     assert len(pids) == 2 and all(alive(pid) for pid in pids)
     return parent, pids
@@ -274,7 +301,8 @@ def start_parent(seconds, fork=False):
 
 @pytest.mark.parametrize("fork", [False, True], ids=["alone", "forked"])
 def test_killed_parent_leaves_no_orphans(fork):
-    """One worker is busy for long, one is idle; both go with their parent, even when a fork of it lives on."""
+    """One worker is busy for long, one is idle; both go with their parent, even when a fork of it
+    lives on."""
     parent, pids = start_parent(seconds=3600, fork=fork)
     parent.kill()
     parent.wait()
@@ -282,7 +310,8 @@ def test_killed_parent_leaves_no_orphans(fork):
 
 
 def test_ctrl_c_leaves_the_workers_to_the_parent():
-    """SIGINT to the terminal's process group, and SIGTERM to the workers: the scores still arrive."""
+    """SIGINT to the terminal's process group, and SIGTERM to the workers: the scores still
+    arrive."""
     parent, pids = start_parent(seconds=1.0)
     for pid in pids:
         os.kill(pid, signal.SIGTERM)
@@ -294,7 +323,8 @@ def test_ctrl_c_leaves_the_workers_to_the_parent():
 
 
 def test_ocr_through_the_pool():
-    """A worker loads the real reader and scores a blank picture as a wrong answer, not as a failure."""
+    """A worker loads the real reader and scores a blank picture as a wrong answer, not as a
+    failure."""
     with pool_of(RewardSpec("ocr", 1.0, {"detect": False})) as pool:
         images = np.full((3, 32, 96, 3), 200, np.uint8)
         (scores,) = pool.gather([pool.submit(images, ['the word "ABC"'] * 3, [{}] * 3)])

@@ -1,4 +1,5 @@
-"""One test batch finds what a reward returns that is no number for each image, before anything is sampled."""
+"""One test batch finds what a reward returns that is no number for each image, before anything is
+sampled."""
 
 import pytest
 
@@ -25,7 +26,9 @@ def spec(kind):
 
 @pytest.fixture(scope="module")
 def pool():
-    with RewardPool([spec(kind) for kind in (*REFUSED, *ACCEPTED)], workers=1, retries=1, backoff_s=0.01) as pool:
+    with RewardPool(
+        [spec(kind) for kind in (*REFUSED, *ACCEPTED)], workers=1, retries=1, backoff_s=0.01
+    ) as pool:
         yield pool
 
 
@@ -39,7 +42,13 @@ def test_refused(pool, kind, words):
     with pytest.raises(UserError) as error:
         run(pool, "fine", kind)
     text = str(error.value)
-    assert text.startswith(f"rewards.of_{kind}: ") and words in text and "\n" not in text and "BadScores" not in text and len(text) < 500
+    assert (
+        text.startswith(f"rewards.of_{kind}: ")
+        and words in text
+        and "\n" not in text
+        and "BadScores" not in text
+        and len(text) < 500
+    )
     assert ("faulty_rewards.py" in text) == (kind == "raises")
 
 
@@ -58,6 +67,11 @@ def test_in_this_process_a_wrong_shape_is_refused_and_an_exception_let_through()
 
 
 def test_prompts_are_those_that_the_reward_is_for():
-    specs = [RewardSpec(word, 1.0, {"word": word, "value": 1.0}, "faulty_rewards:only") for word in ("a", "b", "c")]
+    specs = [
+        RewardSpec(word, 1.0, {"word": word, "value": 1.0}, "faulty_rewards:only")
+        for word in ("a", "b", "c")
+    ]
     with RewardPool(specs, workers=0) as pool:
-        probe(pool, specs, ["of b", "of a"], [{"rewards": ["b"]}, {"rewards": ["a"]}], Size(8, 8))  # "c" has none, and is not asked
+        probe(
+            pool, specs, ["of b", "of a"], [{"rewards": ["b"]}, {"rewards": ["a"]}], Size(8, 8)
+        )  # "c" has none, and is not asked

@@ -30,11 +30,18 @@ def server():
 # The messages.
 
 
-@given(hnp.arrays(np.float32, st.integers(1, 5), elements=st.floats(allow_infinity=False, width=32)))
+@given(
+    hnp.arrays(np.float32, st.integers(1, 5), elements=st.floats(allow_infinity=False, width=32))
+)
 def test_scores_survive_the_way(values):
-    sent = json.loads(json.dumps(write_answer(Scores(values, ["a"] * len(values))), allow_nan=False))
+    sent = json.loads(
+        json.dumps(write_answer(Scores(values, ["a"] * len(values))), allow_nan=False)
+    )
     received = read_answer(sent, len(values))
-    assert np.array_equal(received.values, values, equal_nan=True) and received.values.dtype == np.float32
+    assert (
+        np.array_equal(received.values, values, equal_nan=True)
+        and received.values.dtype == np.float32
+    )
     assert received.details == ["a"] * len(values)
 
 
@@ -70,7 +77,11 @@ def test_nonsense_is_an_error_and_no_score(answer):
 
 def test_what_arrives_is_what_was_sent(server):
     images, prompts = noise(3), ['a "quoted" Zoë', "", "b\nc"]
-    metadata = [{"tag": "counting", "include": [{"class": "cat", "count": 2}]}, {"source": "p.jsonl:2"}, {}]
+    metadata = [
+        {"tag": "counting", "include": [{"class": "cat", "count": 2}]},
+        {"source": "p.jsonl:2"},
+        {},
+    ]
     here = build_reward("served_rewards:Seen").score(images, prompts, metadata)
     there = client(server, "Seen").score(images, prompts, metadata)
     assert there.details == here.details
@@ -98,9 +109,13 @@ def test_requests_share_batches_and_get_their_own_scores(server):
 
     with ThreadPoolExecutor(12) as threads:
         answers = list(threads.map(ask, requests))
-    assert [a.values.tolist() for a in answers] == [[entry["value"] for entry in entries] for entries in requests]
+    assert [a.values.tolist() for a in answers] == [
+        [entry["value"] for entry in entries] for entries in requests
+    ]
     sizes = [int(answer.details[0].split()[0]) for answer in answers]
-    assert max(sizes) > 3 and max(sizes) <= 8, "more than any request's own pictures, no more than a batch"
+    assert max(sizes) > 3 and max(sizes) <= 8, (
+        "more than any request's own pictures, no more than a batch"
+    )
 
 
 def test_large_requests_are_split_and_sizes_are_not_mixed(server):
@@ -109,7 +124,9 @@ def test_large_requests_are_split_and_sizes_are_not_mixed(server):
     with ThreadPoolExecutor(2) as threads:
         other = threads.submit(values_of, reward, [{"value": -1}], noise(1, 5, 5))
         answer = values_of(reward, large)
-    assert [None if np.isnan(v) else v for v in answer.values] == [entry["value"] for entry in large]
+    assert [None if np.isnan(v) else v for v in answer.values] == [
+        entry["value"] for entry in large
+    ]
     assert [text.split()[0] for text in answer.details] == ["8"] * 16 + ["4"] * 4
     assert other.result().details[0].startswith("1 ")
 
@@ -128,9 +145,13 @@ def test_one_request_does_not_spoil_another(server, fault):
     with ThreadPoolExecutor(3) as threads:
         first, spoilt, last = threads.map(ask, requests)
     assert first.values.tolist() == [1] and last.values.tolist() == [3, 4]
-    assert "500" in str(spoilt) and ("KeyError: 'bad metadata'" if fault == "bad" else "exit status 3") in str(spoilt)
+    assert "500" in str(spoilt) and (
+        "KeyError: 'bad metadata'" if fault == "bad" else "exit status 3"
+    ) in str(spoilt)
     if fault == "bad":  # an exception is no reason to load the model again
-        assert first.details[0].split()[-1] == values_of(reward, [{"value": 1}]).details[0].split()[-1]
+        assert (
+            first.details[0].split()[-1] == values_of(reward, [{"value": 1}]).details[0].split()[-1]
+        )
 
 
 def test_hanging_worker_is_an_error_in_time_and_replaced():
@@ -163,7 +184,10 @@ def test_hanging_worker_is_an_error_in_time_and_replaced():
         ({"url": "http://a", "timeout_s": 0}, ["timeout_s"]),
         ({"url": "http://a", "timeout_s": 1e300}, ["timeout_s", "at most 1e+06"]),
         ({"url": "http://a", "wait_s": float("nan")}, ["wait_s", "expected a number, got nan"]),
-        ({"url": "http://a", "token_env": "TEMPFLOW_TEST_UNSET"}, ["http.token_env", "'TEMPFLOW_TEST_UNSET' is not set"]),
+        (
+            {"url": "http://a", "token_env": "TEMPFLOW_TEST_UNSET"},
+            ["http.token_env", "'TEMPFLOW_TEST_UNSET' is not set"],
+        ),
         ({"url": "http://a", "token": "abc"}, ["http.token", "did you mean 'token_env'"]),
         ({}, ["http.url", "no default"]),
     ],
@@ -193,12 +217,16 @@ def test_servers_share_the_work_and_stand_in_for_each_other(server):
         values = [values_of(reward, [{"value": 1}]).values[0] for _ in range(6)]
     assert sorted(values) == [1, 1, 7, 7, 7, 7], "the dead server's turns go to the next"
     with pytest.raises(ServiceError, match="did not answer"):
-        values_of(build_reward("http", {"url": [dead_address(), dead_address()], "wait_s": 0.0}), [{}])
+        values_of(
+            build_reward("http", {"url": [dead_address(), dead_address()], "wait_s": 0.0}), [{}]
+        )
 
 
 def test_start_waits_for_a_server_and_refuses_another_reward(server):
     late = iter([503])
-    with answering(lambda path, headers, body: (next(late, 200), {}, b'{"rewards": {"a": {}}}')) as url:
+    with answering(
+        lambda path, headers, body: (next(late, 200), {}, b'{"rewards": {"a": {}}}')
+    ) as url:
         build_reward("http", {"url": url, "wait_s": 30.0}).load()
         with pytest.raises(UserError, match="does not serve 'b'. It serves: a"):
             client(url, "b")
@@ -212,7 +240,11 @@ def test_start_waits_for_a_server_and_refuses_another_reward(server):
 def test_busy_server_is_waited_for_and_a_failing_one_is_not(status, again):
     """What failed may have cost a model's run; the pool decides about another."""
     statuses, asked = iter([status]), []
-    respond = lambda path, headers, body: asked.append(path) or (next(statuses, 200), {}, b'{"scores": [7]}')  # noqa: E731
+
+    def respond(path, headers, body):
+        asked.append(path)
+        return next(statuses, 200), {}, b'{"scores": [7]}'
+
     with answering(respond) as url:
         reward = build_reward("http", {"url": url, "wait_s": 20.0})
         if again:
@@ -226,10 +258,16 @@ def test_busy_server_is_waited_for_and_a_failing_one_is_not(status, again):
 def test_redirect_does_not_carry_the_token_away(monkeypatch):
     monkeypatch.setenv("TEMPFLOW_TEST_TOKEN", TOKEN)
     seen = []
-    with answering(lambda path, headers, body: seen.append(headers) or (200, {}, b'{"scores": [1]}')) as elsewhere:
-        with answering(lambda path, headers, body: (302, {"Location": elsewhere + "/score"}, b"")) as url:
+    with answering(
+        lambda path, headers, body: seen.append(headers) or (200, {}, b'{"scores": [1]}')
+    ) as elsewhere:
+        with answering(
+            lambda path, headers, body: (302, {"Location": elsewhere + "/score"}, b"")
+        ) as url:
             with pytest.raises(ServiceError, match="302"):
-                values_of(build_reward("http", {"url": url, "token_env": "TEMPFLOW_TEST_TOKEN"}), [{}])
+                values_of(
+                    build_reward("http", {"url": url, "token_env": "TEMPFLOW_TEST_TOKEN"}), [{}]
+                )
     assert not seen
 
 

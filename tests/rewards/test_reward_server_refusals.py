@@ -31,7 +31,9 @@ def post(url, body, headers={"Content-Type": "application/json"}):  # noqa: B006
     """Status and error text of a raw request to /score."""
     body = body if isinstance(body, bytes) else json.dumps(body).encode()
     try:
-        with urllib.request.urlopen(urllib.request.Request(url + "/score", body, headers), timeout=20) as response:
+        with urllib.request.urlopen(
+            urllib.request.Request(url + "/score", body, headers), timeout=20
+        ) as response:
             return response.status, json.load(response)
     except urllib.error.HTTPError as error:
         return error.code, json.load(error)["error"]
@@ -47,10 +49,17 @@ def huge_png():
     """Some hundred bytes that claim 30000 x 30000 pixels."""
 
     def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 100))
+        + chunk(b"IEND", b"")
+    )
 
 
 def picture_cases():
@@ -82,7 +91,9 @@ GOOD_HEADERS = {"Content-Type": "application/json", "Authorization": f"Bearer {T
 def test_pictures_refused(strict_server, name):
     pictures, words = picture_cases()[name]
     encoded = [base64.b64encode(data).decode() for data in pictures]
-    status, error = post(strict_server, {"images": encoded, "prompts": [""] * len(encoded)}, GOOD_HEADERS)
+    status, error = post(
+        strict_server, {"images": encoded, "prompts": [""] * len(encoded)}, GOOD_HEADERS
+    )
     assert status == 400 and words in error, error
 
 
@@ -97,11 +108,19 @@ IMAGE = encode_png(noise(1)[0])
         ({}, 400, "images"),
         ({"images": [], "prompts": []}, 400, "at least 1"),
         ({"images": [IMAGE], "prompts": []}, 400, "1 images, but 0 prompts"),
-        ({"images": [IMAGE], "prompts": [""], "metadata": [{}, {}]}, 400, "1 images, but 2 metadata"),
+        (
+            {"images": [IMAGE], "prompts": [""], "metadata": [{}, {}]},
+            400,
+            "1 images, but 2 metadata",
+        ),
         ({"images": [IMAGE], "prompts": [3]}, 400, "prompts.0"),
         ({"images": [IMAGE], "prompts": [""], "metadata": [[]]}, 400, "metadata.0"),
         ({"images": ["!" + IMAGE], "prompts": [""]}, 400, "image 0"),
-        ({"images": [IMAGE], "prompts": [""], "reward": "orc"}, 400, "no reward 'orc'; this server serves slow"),
+        (
+            {"images": [IMAGE], "prompts": [""], "reward": "orc"},
+            400,
+            "no reward 'orc'; this server serves slow",
+        ),
         ({"images": [IMAGE], "prompts": [""], "promts": [""]}, 400, "promts"),
         (b" " * 200_001, 413, "200001 bytes"),
     ],
@@ -133,7 +152,9 @@ def test_length_must_be_told(strict_server):
         urllib.request.urlopen(request, timeout=20)
 
 
-@pytest.mark.parametrize("headers, status", [({"Content-Type": "application/json"}, 401), (GOOD_HEADERS, 413)])
+@pytest.mark.parametrize(
+    "headers, status", [({"Content-Type": "application/json"}, 401), (GOOD_HEADERS, 413)]
+)
 def test_refusal_of_a_large_request_arrives(strict_server, headers, status):
     """An answer in the middle of sending would be lost in a broken pipe."""
     assert post(strict_server, b" " * 30_000_000, headers)[0] == status
@@ -156,15 +177,28 @@ def test_memory_is_refused_while_another_request_holds_it(strict_server):
 
 def test_token_comes_from_the_environment(strict_server, monkeypatch):
     monkeypatch.setenv("TEMPFLOW_TEST_TOKEN", TOKEN)
-    assert values_of(client(strict_server, "slow", token_env="TEMPFLOW_TEST_TOKEN"), [{}]).values.tolist() == [1]
+    assert values_of(
+        client(strict_server, "slow", token_env="TEMPFLOW_TEST_TOKEN"), [{}]
+    ).values.tolist() == [1]
     with pytest.raises(ServiceError, match="401.*token"):
         client(strict_server, "slow")
 
 
 def run_script(*arguments, **options):
     command = [sys.executable, str(SCRIPT), *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "TEMPFLOW_TEST_TOKEN": TOKEN}
-    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, **options)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).parent),
+        "TEMPFLOW_TEST_TOKEN": TOKEN,
+    }
+    return subprocess.Popen(
+        command,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+        **options,
+    )
 
 
 @pytest.mark.parametrize(
@@ -179,18 +213,26 @@ def run_script(*arguments, **options):
 def test_command_refuses(arguments, words):
     process = run_script(*arguments)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 2 and error.startswith("error: ") and len(error.splitlines()) == 1, error
+    assert (
+        process.returncode == 2 and error.startswith("error: ") and len(error.splitlines()) == 1
+    ), error
     assert all(word in error for word in words), error
 
 
 def test_command_serves_and_finishes_what_it_serves(tmp_path):
     slow = '--reward=slow={"type": "served_rewards:slow"}'
-    process = run_script(slow, "--host", "0.0.0.0", "--port", "0", "--token-env", "TEMPFLOW_TEST_TOKEN")
+    process = run_script(
+        slow, "--host", "0.0.0.0", "--port", "0", "--token-env", "TEMPFLOW_TEST_TOKEN"
+    )
     try:
         line = process.stdout.readline()
         assert line.startswith("serving slow at http://0.0.0.0:"), line + process.stderr.read()
         url = line.split()[-1].replace("0.0.0.0", "127.0.0.1")
-        message = {"images": [IMAGE], "prompts": [""], "metadata": [{"seconds": 1.0, "begun": str(tmp_path / "begun")}]}
+        message = {
+            "images": [IMAGE],
+            "prompts": [""],
+            "metadata": [{"seconds": 1.0, "begun": str(tmp_path / "begun")}],
+        }
         with ThreadPoolExecutor(1) as threads:
             answer = threads.submit(post, url, message, GOOD_HEADERS)
             while not (tmp_path / "begun").exists():
@@ -199,6 +241,9 @@ def test_command_serves_and_finishes_what_it_serves(tmp_path):
             process.send_signal(signal.SIGTERM)
             assert answer.result() == (200, {"scores": [1.0], "details": None})
         output, error = process.communicate(timeout=30)
-        assert (process.returncode, error) == (0, "") and "1 images in 1 batches, 0 failed" in output
+        assert (process.returncode, error) == (
+            0,
+            "",
+        ) and "1 images in 1 batches, 0 failed" in output
     finally:
         process.kill()

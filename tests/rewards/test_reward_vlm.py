@@ -21,7 +21,8 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (3, 8, 6, 3), np.uint8)
 
 
 class Api:
-    """What a fake server was asked, and what it answers: `reply(body)` gives a choice, or a status of an error."""
+    """What a fake server was asked, and what it answers: `reply(body)` gives a choice, or a status
+    of an error."""
 
     def __init__(self, reply):
         self.reply, self.bodies, self.headers = reply, [], []
@@ -48,12 +49,19 @@ def fake(reply, models=("judge",)):
 
     def respond(path, headers, body):
         if path == "/v1/models":
-            status, value = 200 if models is not None else 404, {"object": "list", "data": [{"id": name} for name in models or ()]}
+            status, value = (
+                200 if models is not None else 404,
+                {"object": "list", "data": [{"id": name} for name in models or ()]},
+            )
         else:
             choice = api.chat(json.loads(body), headers)
             refusal = isinstance(choice, int)
             status = choice if refusal else 200 if path == "/v1/chat/completions" else 404
-            value = {"error": {"message": "no\nway", "type": "fake"}} if refusal else {"choices": [choice]}
+            value = (
+                {"error": {"message": "no\nway", "type": "fake"}}
+                if refusal
+                else {"choices": [choice]}
+            )
         return status, {}, json.dumps(value).encode()
 
     with answering(respond) as url:
@@ -65,7 +73,9 @@ def says(text, finish="stop"):
 
 
 def judge(url, **options):
-    return build_reward("vlm_judge", {"base_url": url, "model": "judge", "wait_s": 0.0, "retries": 0, **options})
+    return build_reward(
+        "vlm_judge", {"base_url": url, "model": "judge", "wait_s": 0.0, "retries": 0, **options}
+    )
 
 
 def one(url, **options):
@@ -77,7 +87,11 @@ def question(body):
     (message,) = body["messages"]
     picture, text = message["content"]
     head, _, data = picture["image_url"]["url"].partition(",")
-    assert message["role"] == "user" and picture["type"] == "image_url" and head == "data:image/png;base64"
+    assert (
+        message["role"] == "user"
+        and picture["type"] == "image_url"
+        and head == "data:image/png;base64"
+    )
     return text["text"], np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
 
 
@@ -86,10 +100,18 @@ def test_every_picture_is_asked_about_with_its_prompt():
 
     def reply(body):
         text, _ = question(body)
-        return says(json.dumps({"score": next(i for i, prompt in enumerate(prompts) if prompt in text)}))
+        return says(
+            json.dumps({"score": next(i for i, prompt in enumerate(prompts) if prompt in text)})
+        )
 
     with fake(reply) as (url, api):
-        reward = judge(url, rubric="Rate {prompt} from {lowest} to {highest}, as {JSON}.", lowest=-1, highest=3, extra={"seed": 4})
+        reward = judge(
+            url,
+            rubric="Rate {prompt} from {lowest} to {highest}, as {JSON}.",
+            lowest=-1,
+            highest=3,
+            extra={"seed": 4},
+        )
         reward.load()
         scores = reward.score(IMAGES, prompts, [{}] * 3)
     assert scores.values.tolist() == [0.25, 0.5, 0.75]
@@ -143,7 +165,14 @@ def test_rating_is_read_strictly(text, pattern, value):
 
 @pytest.mark.parametrize(
     "choice",
-    [says('{"score": 1}', "length"), {}, {"message": None}, {"message": {"content": [{"text": "7"}]}}, "text", None],
+    [
+        says('{"score": 1}', "length"),
+        {},
+        {"message": None},
+        {"message": {"content": [{"text": "7"}]}},
+        "text",
+        None,
+    ],
     ids=repr,
 )
 def test_answer_of_another_shape_is_a_failed_value(choice):
@@ -153,15 +182,23 @@ def test_answer_of_another_shape_is_a_failed_value(choice):
 
 
 def first_token(**logprobs):
-    entries = [{"token": token.replace("_", " "), "logprob": value} for token, value in logprobs.items()]
-    return {**says("Yes", "length"), "logprobs": {"content": [{"token": "Yes", "logprob": -0.1, "top_logprobs": entries}]}}
+    entries = [
+        {"token": token.replace("_", " "), "logprob": value} for token, value in logprobs.items()
+    ]
+    return {
+        **says("Yes", "length"),
+        "logprobs": {"content": [{"token": "Yes", "logprob": -0.1, "top_logprobs": entries}]},
+    }
 
 
 @pytest.mark.parametrize(
     "choice, value",
     [
         (first_token(Yes=math.log(0.6), No=math.log(0.2)), 0.75),
-        (first_token(Yes=math.log(0.3), _yes=math.log(0.2), YES=math.log(0.1), No=math.log(0.2)), 0.75),
+        (
+            first_token(Yes=math.log(0.3), _yes=math.log(0.2), YES=math.log(0.1), No=math.log(0.2)),
+            0.75,
+        ),
         (first_token(Yes=math.log(0.9), The=math.log(0.1)), 1.0),
         (first_token(no=math.log(0.6), Maybe=math.log(0.4)), 0.0),
         (first_token(Yes=math.log(0.2), No=math.log(0.1), The=math.log(0.7)), NAN),
@@ -186,11 +223,17 @@ def test_busy_server_is_asked_again_and_a_refusal_is_not(monkeypatch):
         assert one(url, retries=2).values.tolist() == [0.5] and len(api.bodies) == 3
     with fake(400) as (url, api):
         scores = one(url, retries=2)
-    assert np.isnan(scores.values).all() and scores.details[0].endswith("answered 400: no way") and len(api.bodies) == 1
+    assert (
+        np.isnan(scores.values).all()
+        and scores.details[0].endswith("answered 400: no way")
+        and len(api.bodies) == 1
+    )
 
 
 def test_one_failure_leaves_the_others():
-    with fake(lambda body: 500 if np.array_equal(question(body)[1], IMAGES[1]) else says('{"score": 10}')) as (url, _):
+    with fake(
+        lambda body: 500 if np.array_equal(question(body)[1], IMAGES[1]) else says('{"score": 10}')
+    ) as (url, _):
         scores = judge(url).score(IMAGES, ["a", "b", "c"], [{}] * 3)
     assert np.array_equal(scores.values, [1, NAN, 1], equal_nan=True)
 
@@ -208,7 +251,12 @@ def test_requests_at_once():
 def test_key_is_sent_and_never_shown(monkeypatch):
     monkeypatch.setenv("TEMPFLOW_TEST_KEY", "sk-very-secret")
     with fake(401) as (url, api):
-        spec = RewardSpec("pretty", 1.0, {"base_url": url, "model": "judge", "key_env": "TEMPFLOW_TEST_KEY"}, "vlm_judge")
+        spec = RewardSpec(
+            "pretty",
+            1.0,
+            {"base_url": url, "model": "judge", "key_env": "TEMPFLOW_TEST_KEY"},
+            "vlm_judge",
+        )
         with RewardPool([spec], workers=1, retries=0) as pool:
             (scores,) = pool.gather([pool.submit(IMAGES[:1], ["a"], [{}])])
             text = f"{scores} {pool.last_error} {spec}"
@@ -216,7 +264,10 @@ def test_key_is_sent_and_never_shown(monkeypatch):
     assert "answered 401" in text and "secret" not in text
 
 
-@pytest.mark.parametrize("models, words", [(["a", "b"], "serves ['a', 'b'], not 'judge'"), (["judge"], None), (None, None)])
+@pytest.mark.parametrize(
+    "models, words",
+    [(["a", "b"], "serves ['a', 'b'], not 'judge'"), (["judge"], None), (None, None)],
+)
 def test_model_is_looked_for_at_the_start(models, words):
     with fake(200, models=models) as (url, _):
         if words is None:
@@ -253,7 +304,9 @@ def test_server_that_is_not_there_is_told_at_the_start_and_by_a_batch():
 )
 def test_options_refused(options, words):
     with refused(words):
-        build_reward("vlm_judge", {"base_url": "http://127.0.0.1:1/v1", "model": "judge", **options})
+        build_reward(
+            "vlm_judge", {"base_url": "http://127.0.0.1:1/v1", "model": "judge", **options}
+        )
 
 
 def test_rubric_file(tmp_path):

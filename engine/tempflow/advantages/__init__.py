@@ -1,4 +1,5 @@
-"""Advantages: from the rewards of all ranks to what each child of a state is worth against its group."""
+"""Advantages: from the rewards of all ranks to what each child of a state is worth against its
+group."""
 
 from tempflow.advantages.base import Advantage, rank_correlation
 

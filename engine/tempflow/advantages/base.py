@@ -1,7 +1,7 @@
 """The protocol of advantages, and the arithmetic that groups have in common.
 
-Arrays hold the slots of all ranks, so every rank computes the same numbers whatever their count. The arithmetic is float64;
-standard deviations are those of the population (divided by n).
+Arrays hold the slots of all ranks, so every rank computes the same numbers whatever their count.
+The arithmetic is float64; standard deviations are those of the population (divided by n).
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class Advantage(ABC):
 
     @abstractmethod
     def __call__(self, slots: Slots, rewards: Rewards) -> Advantages:
-        """The advantages of all slots; NaN in `rewards.total` marks a failed reward, whose slot is masked."""
+        """The advantages of all slots; NaN in `rewards.total` marks a failed reward, whose slot is
+        masked."""
 
 
 @dataclass(frozen=True)
@@ -51,15 +52,17 @@ class Normalized:
     """float64 [groups]."""
 
 
-def normalize(rewards: np.ndarray, labels: np.ndarray, scale: np.ndarray | None = None, by: Scale = "std") -> Normalized:
+def normalize(
+    rewards: np.ndarray, labels: np.ndarray, scale: np.ndarray | None = None, by: Scale = "std"
+) -> Normalized:
     """(r - mean) / (std + 1e-4) in each group; a group without spread has values of exactly 0.
 
     Args:
         rewards: float64 [n]; NaN is left out of its group.
         labels: int [n], from 0 on.
         scale: float64 [n], used for the standard deviation of the group where given.
-        by: "quasi_norm" divides by (sum |r - mean|^0.8)^(1/0.8) instead, which gives a few that stand out more (Neighbor GRPO, arXiv
-            2511.16955); "none" not at all.
+        by: "quasi_norm" divides by (sum |r - mean|^0.8)^(1/0.8) instead, which gives a few that
+            stand out more (Neighbor GRPO, arXiv 2511.16955); "none" not at all.
     """
     rewards = np.asarray(rewards, dtype=np.float64)
     valid, groups = np.isfinite(rewards), int(labels.max(initial=-1)) + 1
@@ -82,7 +85,9 @@ def normalize(rewards: np.ndarray, labels: np.ndarray, scale: np.ndarray | None 
     return Normalized(values, valid, labels, flat, std)
 
 
-def clipped(values: np.ndarray, flat: np.ndarray, rewards: Normalized, slots: Slots, clip: float) -> Advantages:
+def clipped(
+    values: np.ndarray, flat: np.ndarray, rewards: Normalized, slots: Slots, clip: float
+) -> Advantages:
     """Advantages of normalized values, with the spread of the rewards they come from.
 
     Args:
@@ -97,12 +102,15 @@ def clipped(values: np.ndarray, flat: np.ndarray, rewards: Normalized, slots: Sl
     spread = {}
     for step in slots.steps():
         here = (slots.step[first] == step) & live
-        spread[step] = float(np.cumsum(rewards.std[here])[-1] / here.sum()) if here.any() else float("nan")
+        spread[step] = (
+            float(np.cumsum(rewards.std[here])[-1] / here.sum()) if here.any() else float("nan")
+        )
     return Advantages(np.clip(values, -clip, clip).astype(np.float32), rewards.valid, flat, spread)
 
 
 def rank_correlation(one: np.ndarray, other: np.ndarray) -> float:
-    """Spearman's rho of two sets of values, [n] each, with mean ranks for ties; NaN where either is constant."""
+    """Spearman's rho of two sets of values, [n] each, with mean ranks for ties; NaN where either is
+    constant."""
     ranks = [_mean_ranks(values) for values in (one, other)]
     if not len(one) or any(np.ptp(r) == 0 for r in ranks):
         return float("nan")

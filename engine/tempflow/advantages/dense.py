@@ -8,12 +8,14 @@ from tempflow.types import Advantages, Rewards, Slots
 
 
 class Dense(Advantage):
-    """The gain of each step, normalized in each group: the value of the state after it less that of the state before (DenseGRPO).
+    """The gain of each step, normalized in each group: the value of the state after it less that of
+    the state before (DenseGRPO).
 
     A state's value is the reward of its completion by the ODE, so the plan must have values.
 
     Args:
-        over: whose gains are normalized together: "prompt", all of a prompt at a step, or "step", those of all prompts.
+        over: whose gains are normalized together: "prompt", all of a prompt at a step, or "step",
+            those of all prompts.
         clip: advantages are clipped to +- this.
     """
 

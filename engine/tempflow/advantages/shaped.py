@@ -1,4 +1,5 @@
-"""What advantages of whole rewards have in common: a utility before the normalization, a scale in it, an anchor after it."""
+"""What advantages of whole rewards have in common: a utility before the normalization, a scale in
+it, an anchor after it."""
 
 from __future__ import annotations
 
@@ -14,15 +15,19 @@ class Shaped(Advantage):
     """Rewards that a utility may change, normalized in their groups.
 
     Args:
-        over: whose rewards are normalized together: "seed", the children of one state, or "prompt", all of a prompt at a step.
+        over: whose rewards are normalized together: "seed", the children of one state, or "prompt",
+            all of a prompt at a step.
         clip: advantages are clipped to +- this.
-        global_std: divide by the standard deviation of all rewards of the iteration, not the group's. Prompts with different
-            rewards have one each, since sums of different rewards differ in level and scale.
-        utility: what a reward is worth before it is compared: "cvar" or "superquantile" (options level and over, "group" or "batch"),
-            "mean_variance" (coef, over), "win_rate" or "novelty" (coef), or a table of the type and options; null: itself.
-        scale: what the distance to the group's mean is divided by: "std", "quasi_norm", (sum |d|^0.8)^(1/0.8) over the group's distances
-            d, or "none".
-        anchor: adds this times the utility to the advantage, so that a group without spread has one; at least 0.
+        global_std: divide by the standard deviation of all rewards of the iteration, not the
+            group's. Prompts with different rewards have one each, since sums of different rewards
+            differ in level and scale.
+        utility: what a reward is worth before it is compared: "cvar" or "superquantile" (options
+            level and over, "group" or "batch"), "mean_variance" (coef, over), "win_rate" or
+            "novelty" (coef), or a table of the type and options; null: itself.
+        scale: what the distance to the group's mean is divided by: "std", "quasi_norm", (sum
+            |d|^0.8)^(1/0.8) over the group's distances d, or "none".
+        anchor: adds this times the utility to the advantage, so that a group without spread has
+            one; at least 0.
     """
 
     def __init__(
@@ -37,16 +42,28 @@ class Shaped(Advantage):
         check_range("clip", clip, above=0)
         check_range("anchor", anchor, least=0)
         if global_std and scale != "std":
-            raise UserError(f'global_std: true is a standard deviation, and goes with scale "std" alone, not {scale!r}')
-        self.over, self.clip, self.global_std, self.scale, self.anchor = over, clip, global_std, scale, anchor
+            raise UserError(
+                'global_std: true is a standard deviation, and goes with scale "std" alone, not'
+                f" {scale!r}"
+            )
+        self.over, self.clip, self.global_std, self.scale, self.anchor = (
+            over,
+            clip,
+            global_std,
+            scale,
+            anchor,
+        )
         self.utility = make(utility)
 
     @property
     def needs_novelty(self) -> bool:
         return self.utility is not None and self.utility.needs_novelty
 
-    def worth(self, rewards: np.ndarray, labels: np.ndarray, kinds: np.ndarray, novelty: np.ndarray | None) -> np.ndarray:
-        """The utility of rewards, float64 [n]. kinds: int [n]: whose prompts have the same rewards; the rest as for a `Utility`."""
+    def worth(
+        self, rewards: np.ndarray, labels: np.ndarray, kinds: np.ndarray, novelty: np.ndarray | None
+    ) -> np.ndarray:
+        """The utility of rewards, float64 [n]. kinds: int [n]: whose prompts have the same rewards;
+        the rest as for a `Utility`."""
         if self.utility is None:
             return rewards
         known = np.where(np.isfinite(rewards), rewards, np.nan)
@@ -54,11 +71,17 @@ class Shaped(Advantage):
 
     def normalized(self, rewards: np.ndarray, labels: np.ndarray, kinds: np.ndarray) -> Normalized:
         """Against the group, in the units of `scale`."""
-        return normalize(rewards, labels, std_within(rewards, kinds) if self.global_std else None, self.scale)
+        return normalize(
+            rewards, labels, std_within(rewards, kinds) if self.global_std else None, self.scale
+        )
 
     def anchored(self, values: np.ndarray, worth: np.ndarray) -> np.ndarray:
         """Values with the anchor's share of what each reward is worth; 0 where that is masked."""
-        return values + self.anchor * np.where(np.isfinite(worth), worth, 0.0) if self.anchor else values
+        return (
+            values + self.anchor * np.where(np.isfinite(worth), worth, 0.0)
+            if self.anchor
+            else values
+        )
 
 
 def kinds_of(rewards: Rewards) -> np.ndarray:

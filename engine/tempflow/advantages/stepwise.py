@@ -8,11 +8,12 @@ from tempflow.types import Advantages, Rewards, Slots
 
 
 class Stepwise(Advantage):
-    """The gain of each step, normalized over all steps and paths of a group, so that steps which add more count for more
-    (Stepwise-Flow-GRPO).
+    """The gain of each step, normalized over all steps and paths of a group, so that steps which
+    add more count for more (Stepwise-Flow-GRPO).
 
     Args:
-        over: whose gains are normalized together, all steps at once: "prompt", those of a prompt, or "step", those of all prompts.
+        over: whose gains are normalized together, all steps at once: "prompt", those of a prompt,
+            or "step", those of all prompts.
         clip: advantages are clipped to +- this.
     """
 
@@ -25,4 +26,6 @@ class Stepwise(Advantage):
     def __call__(self, slots: Slots, rewards: Rewards) -> Advantages:
         gain = rewards.after - rewards.before
         found = normalize(gain, slots.groups(self.over, by_step=False))
-        return clipped(found.values, found.flat, normalize(gain, slots.groups(self.over)), slots, self.clip)
+        return clipped(
+            found.values, found.flat, normalize(gain, slots.groups(self.over)), slots, self.clip
+        )

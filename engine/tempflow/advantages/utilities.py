@@ -1,7 +1,9 @@
-"""Utilities: what a reward is worth before it is compared, where the mean reward is not what shall rise.
+"""Utilities: what a reward is worth before it is compared, where the mean reward is not what shall
+rise.
 
-With group normalization a utility of the group changes the shape of the advantages alone. One over the whole iteration also changes whose
-rewards count: groups that lie on its flat side have none. Masked rewards are NaN, and stay so.
+With group normalization a utility of the group changes the shape of the advantages alone. One over
+the whole iteration also changes whose rewards count: groups that lie on its flat side have none.
+Masked rewards are NaN, and stay so.
 """
 
 from __future__ import annotations
@@ -25,13 +27,16 @@ class Utility(ABC):
     needs_novelty = False
     """Whether it reads how far an image lies from the others of its group."""
 
-    def __call__(self, rewards: np.ndarray, labels: np.ndarray, novelty: np.ndarray | None = None) -> np.ndarray:
+    def __call__(
+        self, rewards: np.ndarray, labels: np.ndarray, novelty: np.ndarray | None = None
+    ) -> np.ndarray:
         """Utilities, float64 [n].
 
         Args:
             rewards: float64 [n]; NaN where masked.
             labels: int [n], from 0 on: which belong together.
-            novelty: float64 [n], mean distance of each image to the others of its group; NaN where there is none.
+            novelty: float64 [n], mean distance of each image to the others of its group; NaN where
+                there is none.
         """
         found = np.full(len(rewards), np.nan)
         for members in _groups(rewards, labels):
@@ -51,7 +56,8 @@ def _groups(rewards: np.ndarray, labels: np.ndarray) -> list[np.ndarray]:
 
 
 class Cvar(Utility):
-    """min(r, q) / level, q the level's quantile: only the worst rewards count (arXiv 2511.22640)."""
+    """min(r, q) / level, q the level's quantile: only the worst rewards count (arXiv
+    2511.22640)."""
 
     def __init__(self, level: float = 0.5, over: Whose = "group"):
         check_range("level", level, above=0, below=1)
@@ -62,7 +68,8 @@ class Cvar(Utility):
 
 
 class Superquantile(Utility):
-    """max(r, q) / (1 - level), q the level's quantile: only the best rewards count (arXiv 2511.22640)."""
+    """max(r, q) / (1 - level), q the level's quantile: only the best rewards count (arXiv
+    2511.22640)."""
 
     def __init__(self, level: float = 0.5, over: Whose = "group"):
         check_range("level", level, above=0, below=1)
@@ -78,7 +85,8 @@ def _quantile(rewards: np.ndarray, level: float) -> float:
 
 
 class MeanVariance(Utility):
-    """r - coef (r - mean)^2: what is far from the mean is worth less, on either side (arXiv 2511.22640)."""
+    """r - coef (r - mean)^2: what is far from the mean is worth less, on either side (arXiv
+    2511.22640)."""
 
     def __init__(self, coef: float = 1.0, over: Whose = "group"):
         check_range("coef", coef, above=0)
@@ -89,15 +97,19 @@ class MeanVariance(Utility):
 
 
 class WinRate(Utility):
-    """The share of the others in its group that a reward beats, ties half (Pref-GRPO, arXiv 2508.20751)."""
+    """The share of the others in its group that a reward beats, ties half (Pref-GRPO, arXiv
+    2508.20751)."""
 
     def of(self, rewards):
-        beaten = (rewards[:, None] > rewards).sum(1) + ((rewards[:, None] == rewards).sum(1) - 1) / 2
+        beaten = (rewards[:, None] > rewards).sum(1) + (
+            (rewards[:, None] == rewards).sum(1) - 1
+        ) / 2
         return beaten / max(len(rewards) - 1, 1)
 
 
 class Novelty(Utility):
-    """r + coef times the mean distance of the image to the others of its group, a root mean square difference of pixels in [0, 1]."""
+    """r + coef times the mean distance of the image to the others of its group, a root mean square
+    difference of pixels in [0, 1]."""
 
     needs_novelty = True
 
@@ -112,17 +124,27 @@ class Novelty(Utility):
         return rewards
 
 
-TYPES = {"cvar": Cvar, "mean_variance": MeanVariance, "novelty": Novelty, "superquantile": Superquantile, "win_rate": WinRate}
+TYPES = {
+    "cvar": Cvar,
+    "mean_variance": MeanVariance,
+    "novelty": Novelty,
+    "superquantile": Superquantile,
+    "win_rate": WinRate,
+}
 
 
 def make(given: str | dict | None) -> Utility | None:
-    """The utility of an option's value: a type, a table of a type and its options, or None. UserError, which begins with "utility"."""
+    """The utility of an option's value: a type, a table of a type and its options, or None.
+    UserError, which begins with "utility"."""
     if given is None:
         return None
     options = dict(given) if isinstance(given, dict) else {"type": given}
     kind = options.pop("type", None)
     if not isinstance(kind, str) or kind not in TYPES:
-        raise UserError(f"utility: expected null, {', '.join(TYPES)}, or a table of such a type and its options, got {shown(given)}")
+        raise UserError(
+            f"utility: expected null, {', '.join(TYPES)}, or a table of such a type and its"
+            f" options, got {shown(given)}"
+        )
     check_options("utility", TYPES[kind], options, also=("type",))
     try:
         return TYPES[kind](**options)

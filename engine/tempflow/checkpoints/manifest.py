@@ -1,6 +1,7 @@
 """Whether a checkpoint is whole: sizes and checksums in a manifest that is written last.
 
-Checkpoints are large: when one is written, every rank reads a share of it back; when one is checked, several threads do.
+Checkpoints are large: when one is written, every rank reads a share of it back; when one is
+checked, several threads do.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from tempflow.run.logs import write_atomic
 from tempflow.training import distributed
 
 MANIFEST = "manifest.json"
-READERS = 8  # files at a time: disks and their networks serve several faster, and hashing one takes one core
+# files at a time: disks and their networks serve several faster, and hashing one takes one core
+READERS = 8
 
 
 def _digest(file: Path) -> str:
@@ -27,14 +29,19 @@ def _digest(file: Path) -> str:
 
 
 def seal(draft: Path) -> None:
-    """Flush every file of a finished checkpoint to the disk and list it in the manifest (a collective, after all have written).
+    """Flush every file of a finished checkpoint to the disk and list it in the manifest (a
+    collective, after all have written).
 
-    Rank 0 says which files there are. The largest are dealt first, each rank takes as many, and none is listed before it is read.
+    Rank 0 says which files there are. The largest are dealt first, each rank takes as many, and
+    none is listed before it is read.
     """
     names = None
     if distributed.rank() == 0:
         found = [file for file in draft.rglob("*") if file.is_file()]
-        names = [str(file.relative_to(draft)) for file in sorted(found, key=lambda file: (-file.stat().st_size, file))]
+        names = [
+            str(file.relative_to(draft))
+            for file in sorted(found, key=lambda file: (-file.stat().st_size, file))
+        ]
     share = distributed.agree_on(names)[distributed.rank() :: distributed.world_size()]
     shares = distributed.gather_objects({name: _flushed(draft / name) for name in share})
     if shares is not None:
@@ -52,7 +59,10 @@ def problem_with(checkpoint: Path) -> str | None:
     """Why a checkpoint cannot be used, or None."""
     manifest = checkpoint / MANIFEST
     try:
-        files = [(name, seen["bytes"], seen["sha256"]) for name, seen in json.loads(manifest.read_text()).items()]
+        files = [
+            (name, seen["bytes"], seen["sha256"])
+            for name, seen in json.loads(manifest.read_text()).items()
+        ]
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         files = []
     if not files:
@@ -66,7 +76,9 @@ def problem_with(checkpoint: Path) -> str | None:
     try:
         with ThreadPoolExecutor(READERS) as readers:
             read = readers.map(_digest, [checkpoint / name for name, _, _ in files])
-            changed = [name for (name, _, digest), now in zip(files, read, strict=True) if now != digest]
+            changed = [
+                name for (name, _, digest), now in zip(files, read, strict=True) if now != digest
+            ]
     except OSError as error:
         return f"{checkpoint} cannot be read: {error}"
     return f"{checkpoint / changed[0]} does not match its checksum" if changed else None

@@ -1,2 +1,2 @@
-"""The command lines: train, evaluate, sample, export, merge, refine and reward_server. Each module reads its options and calls the
-package."""
+"""The command lines: train, evaluate, sample, export, merge, refine and reward_server. Each module
+reads its options and calls the package."""

@@ -14,17 +14,31 @@ from tempflow.run import outputs
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     from tempflow.arguments import add_checkpoint_arguments, path
 
-    parser = argparse.ArgumentParser(description="Write a diffusers pipeline folder, or LoRA weights, from a checkpoint.")
+    parser = argparse.ArgumentParser(
+        description="Write a diffusers pipeline folder, or LoRA weights, from a checkpoint."
+    )
     add_checkpoint_arguments(parser)
-    parser.add_argument("--out", type=path, required=True, help="folder to write; must not exist, or be empty")
-    parser.add_argument("--merge", action="store_true", help="of a LoRA run: a whole pipeline with the adapters merged")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the weights written")
+    parser.add_argument(
+        "--out", type=path, required=True, help="folder to write; must not exist, or be empty"
+    )
+    parser.add_argument(
+        "--merge",
+        action="store_true",
+        help="of a LoRA run: a whole pipeline with the adapters merged",
+    )
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the weights written",
+    )
     return parser.parse_args(argv)
 
 
 def write_lora(weights, rank: int, alpha: float, pipeline_class, folder: Path, dtype) -> None:
-    """pytorch_lora_weights.safetensors, as `pipe.load_lora_weights(folder)` reads it, or of a denoiser of two transformers one in a
-    folder for each, the second for `load_lora_weights(folder / "transformer_2", load_into_transformer_2=True)`.
+    """pytorch_lora_weights.safetensors, as `pipe.load_lora_weights(folder)` reads it, or of a
+    denoiser of two transformers one in a folder for each, the second for `load_lora_weights(folder
+    / "transformer_2", load_into_transformer_2=True)`.
 
     weights: by a checkpoint's names or a file's.
     """
@@ -33,10 +47,17 @@ def write_lora(weights, rank: int, alpha: float, pipeline_class, folder: Path, d
     from tempflow.checkpoints import load
     from tempflow.models.lora import by_expert, layers_of
 
-    state = {name.replace(".default.weight", ".weight"): load.cast(name, value, dtype) for name, value in weights.items()}
+    state = {
+        name.replace(".default.weight", ".weight"): load.cast(name, value, dtype)
+        for name, value in weights.items()
+    }
     for part, layers in by_expert(state).items():
         settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers_of(layers)).to_dict()
-        pipeline_class.save_lora_weights(folder / part, transformer_lora_layers=layers, transformer_lora_adapter_metadata=settings)
+        pipeline_class.save_lora_weights(
+            folder / part,
+            transformer_lora_layers=layers,
+            transformer_lora_adapter_metadata=settings,
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,14 +14,40 @@ from tempflow.run import outputs
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     from tempflow.arguments import checkpoint, number, path
 
-    parser = argparse.ArgumentParser(description="Write the weighted mean of several runs' weights: a diffusers folder, or LoRA weights.")
-    parser.add_argument(
-        "sources", nargs="+", type=path, metavar="SOURCE", help="run directory, checkpoint folder of one, diffusers folder, or LoRA weights"
+    parser = argparse.ArgumentParser(
+        description=(
+            "Write the weighted mean of several runs' weights: a diffusers folder, or LoRA weights."
+        )
     )
-    parser.add_argument("--out", type=path, required=True, help="folder to write; must not exist, or be empty")
-    parser.add_argument("--weights", type=number, nargs="+", metavar="W", help="of each source in order, 1 together (default: equal)")
-    parser.add_argument("--checkpoint", type=checkpoint, metavar="N|best", help="of every run directory (default: its newest whole one)")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the weights written")
+    parser.add_argument(
+        "sources",
+        nargs="+",
+        type=path,
+        metavar="SOURCE",
+        help="run directory, checkpoint folder of one, diffusers folder, or LoRA weights",
+    )
+    parser.add_argument(
+        "--out", type=path, required=True, help="folder to write; must not exist, or be empty"
+    )
+    parser.add_argument(
+        "--weights",
+        type=number,
+        nargs="+",
+        metavar="W",
+        help="of each source in order, 1 together (default: equal)",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        type=checkpoint,
+        metavar="N|best",
+        help="of every run directory (default: its newest whole one)",
+    )
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the weights written",
+    )
     args = parser.parse_args(argv)
     if len(args.sources) < 2:
         parser.error("SOURCE: expected at least two")
@@ -43,8 +69,14 @@ def merge(args: argparse.Namespace) -> str:
     sources = [merging.find_source(path, args.checkpoint) for path in args.sources]
     merging.check_sources(sources)
     with outputs.new_folder(args.out, *(source.run for source in sources if source.run)) as draft:
-        kind = _write_adapters(sources, parts, draft, args.dtype) if sources[0].lora else _write_model(sources, parts, draft, args.dtype)
-    merged = ", ".join(f"{part:g} x {source.path}" for part, source in zip(parts, sources, strict=True))
+        kind = (
+            _write_adapters(sources, parts, draft, args.dtype)
+            if sources[0].lora
+            else _write_model(sources, parts, draft, args.dtype)
+        )
+    merged = ", ".join(
+        f"{part:g} x {source.path}" for part, source in zip(parts, sources, strict=True)
+    )
     return f"{kind}: {args.out} = {merged}"
 
 
@@ -58,7 +90,9 @@ def _write_adapters(sources: list, parts: list[float], folder: Path, dtype: str)
 
     adapters, rank = merging.merge_adapters(sources, parts)
     based = [check_model(source.model) for source in sources if source.model]
-    pipeline = getattr(diffusers, based[0] if based else "FluxPipeline")  # every family writes adapters of a transformer alike
+    pipeline = getattr(
+        diffusers, based[0] if based else "FluxPipeline"
+    )  # every family writes adapters of a transformer alike
     write_lora(adapters, rank, rank, pipeline, folder, DTYPES[dtype])
     return f"LoRA weights of rank {rank}"
 

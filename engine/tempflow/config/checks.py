@@ -1,4 +1,5 @@
-"""What the keys of a config must agree on, beyond the type and range of each; nothing here needs a model."""
+"""What the keys of a config must agree on, beyond the type and range of each; nothing here needs a
+model."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
 
 
 def resolve_components(config: Config) -> None:
-    """Replace every component's value by the table of its type and all options. ValueError with a line for each that is refused."""
+    """Replace every component's value by the table of its type and all options. ValueError with a
+    line for each that is refused."""
     refused = []
     for key, kind in registry.IN_CONFIG.items():
         section, name = key.split(".")
@@ -32,30 +34,42 @@ def resolve_components(config: Config) -> None:
 
 def check_averages(config: Config) -> None:
     if config.training.ema and config.training.merge:
-        raise ValueError("training.merge: excludes training.ema, because both say which weights are evaluated; set one of them to null")
+        raise ValueError(
+            "training.merge: excludes training.ema, because both say which weights are evaluated;"
+            " set one of them to null"
+        )
 
 
 def check_groups(config: Config) -> None:
     plan, over, objective = config.plan(), config.advantage().over, config.objective()
     if objective.wants == "states" and not any(row.noise for row in plan.rows(Unit(0, 0, 0, 0), 0)):
         raise ValueError(
-            f"rollout.plan: {config.rollout.plan['type']} takes no noise, so it leaves no state to train on; "
-            'training.objective must learn from finished latents, as "nft" does'
+            f"rollout.plan: {config.rollout.plan['type']} takes no noise, so it leaves no state to"
+            ' train on; training.objective must learn from finished latents, as "nft" does'
         )
     if objective.compares_children and _most_children(plan) < 2:
         raise ValueError(
-            f"training.objective: {config.training.objective['type']} compares the children of a state; this rollout.plan "
-            f"({config.rollout.plan['type']}) has one child each. Plans whose states have several: tempflow (children from 2 on) and tree"
+            f"training.objective: {config.training.objective['type']} compares the children of a"
+            f" state; this rollout.plan ({config.rollout.plan['type']}) has one child each. Plans"
+            " whose states have several: tempflow (children from 2 on) and tree"
         )
     counts = config.rollout.plan.get("children")
-    if isinstance(counts, list) and 1 in counts and over in ("seed", "state") and objective.wants == "states":
+    if (
+        isinstance(counts, list)
+        and 1 in counts
+        and over in ("seed", "state")
+        and objective.wants == "states"
+    ):
         raise ValueError(
-            f'rollout.plan.children: a group of one, over "{over}", has no advantage; at least 2 are needed, got {shown(counts)}'
+            f'rollout.plan.children: a group of one, over "{over}", has no advantage; at least 2'
+            f" are needed, got {shown(counts)}"
         )
     if _largest_group(config, over) > 1:
         return
     if "children" in config.rollout.plan:
-        raise ValueError("rollout.plan.children: a group of one has no advantage; at least 2 are needed")
+        raise ValueError(
+            "rollout.plan.children: a group of one has no advantage; at least 2 are needed"
+        )
     if over in ("seed", "state"):
         raise ValueError(
             f'training.advantage.over: "{over}" groups the children of a state; '
@@ -72,25 +86,37 @@ def _most_children(plan: Plan) -> int:
 
 
 def check_values(config: Config) -> None:
-    plan, advantage, objective = (table["type"] for table in (config.rollout.plan, config.training.advantage, config.training.objective))
-    needed, valued = config.advantage().needs_values, any(row.value for row in config.plan().rows(Unit(0, 0, 0, 0), 0))
+    plan, advantage, objective = (
+        table["type"]
+        for table in (config.rollout.plan, config.training.advantage, config.training.objective)
+    )
+    needed, valued = (
+        config.advantage().needs_values,
+        any(row.value for row in config.plan().rows(Unit(0, 0, 0, 0), 0)),
+    )
     if needed and not valued:
         raise ValueError(
-            f"training.advantage: {advantage} compares the values of a path's states, which plan {plan} does not have; take plan "
-            '"flow_grpo" or "mix_grpo" with rollout.plan.values true'
+            f"training.advantage: {advantage} compares the values of a path's states, which plan"
+            f' {plan} does not have; take plan "flow_grpo" or "mix_grpo" with rollout.plan.values'
+            " true"
         )
     if valued and config.objective().wants == "endpoints":
-        raise ValueError(f"rollout.plan.values: true, but training.objective {objective} learns from finished latents, not from states")
+        raise ValueError(
+            f"rollout.plan.values: true, but training.objective {objective} learns from finished"
+            " latents, not from states"
+        )
     noise = config.rollout.adapt and config.rollout.adapt.noise
     if valued and not needed and not noise:
         raise ValueError(
-            f"rollout.plan.values: true costs a row for each state, which training.advantage {advantage} makes no use of; "
-            "dense, stepwise and turning_point do, and rollout.adapt.noise"
+            "rollout.plan.values: true costs a row for each state, which training.advantage"
+            f" {advantage} makes no use of; dense, stepwise and turning_point do, and"
+            " rollout.adapt.noise"
         )
 
 
 def _largest_group(config: Config, over: str) -> int:
-    """How many slots of the first iteration are compared with each other at most; 2 stands for more."""
+    """How many slots of the first iteration are compared with each other at most; 2 stands for
+    more."""
     from tempflow.sampling.layout import Layout, iteration_units
 
     plan = config.plan()
@@ -98,7 +124,11 @@ def _largest_group(config: Config, over: str) -> int:
     if max(plan.children, several.get(over, 1)) > 1:
         return 2
     units = iteration_units([0], min(plan.seeds, 2))
-    slots = Layout(units, [plan.rows(unit, 0) for unit in units], endpoints=config.objective().wants == "endpoints").slots
+    slots = Layout(
+        units,
+        [plan.rows(unit, 0) for unit in units],
+        endpoints=config.objective().wants == "endpoints",
+    ).slots
     labels = slots.groups(over).tolist()
     return max(map(labels.count, set(labels)), default=0)
 
@@ -109,8 +139,10 @@ def check_weighting(config: Config) -> None:
         return
     said = "guard" if weighting == "guard" else {"value": weighting.value}
     raise ValueError(
-        f"training.weighting: {shown(said)} weighs the stochastic steps of a rollout; training.objective "
-        f'"{config.training.objective["type"]}" learns from finished latents, whose states all weigh 1'
+        f"training.weighting: {shown(said)} weighs the stochastic steps of a rollout;"
+        " training.objective "
+        f'"{config.training.objective["type"]}" learns from finished latents, whose states all'
+        " weigh 1"
     )
 
 
@@ -120,11 +152,14 @@ def check_penalty(config: Config) -> None:
         return
     outside = [k for k in penalty.steps or [] if k >= steps]
     if outside:
-        raise ValueError(f"training.penalty.steps: {outside[0]} is outside the grid; allowed are 0 to {steps - 1} (num_steps {steps})")
+        raise ValueError(
+            f"training.penalty.steps: {outside[0]} is outside the grid; allowed are 0 to"
+            f" {steps - 1} (num_steps {steps})"
+        )
     if not penalty.needs_reference and updates.passes * updates.parts == 1:
         raise ValueError(
-            'training.penalty.to: "old" is the policy before the updates of an iteration, from which the first one has no distance; '
-            "training.updates must make several"
+            'training.penalty.to: "old" is the policy before the updates of an iteration, from'
+            " which the first one has no distance; training.updates must make several"
         )
 
 
@@ -134,69 +169,112 @@ def check_adapt(config: Config) -> None:
         return
     if config.objective().wants != "states":
         objective = config.training.objective["type"]
-        raise ValueError(f"rollout.adapt: reads the rewards of states by step, and training.objective {objective} learns from endpoints")
+        raise ValueError(
+            "rollout.adapt: reads the rewards of states by step, and training.objective"
+            f" {objective} learns from endpoints"
+        )
     rows = plan.rows(Unit(0, 0, 0, 0), 0)
     if adapt.steps is not None:
         if plan.branch_steps is None or all(row.parent is None or row.value for row in rows):
-            raise ValueError(f'rollout.adapt.steps: plan {name} has no branch steps to draw from; "tempflow" has')
+            raise ValueError(
+                f'rollout.adapt.steps: plan {name} has no branch steps to draw from; "tempflow" has'
+            )
         if plan.branch_steps.random:
-            raise ValueError('rollout.adapt.steps: rollout.plan.branch_steps draws steps itself; set it to "all" or a list')
+            raise ValueError(
+                'rollout.adapt.steps: rollout.plan.branch_steps draws steps itself; set it to "all"'
+                " or a list"
+            )
         known = len(plan.branch_steps.possible(plan.num_steps))
         if adapt.steps > known:
             raise ValueError(f"rollout.adapt.steps: {adapt.steps} of {known} branch steps")
     if adapt.noise is not None:
         if not _all_completed(rows):
             raise ValueError(
-                f"rollout.adapt.noise: plan {name} does not follow the ODE from each state, which children are compared with; "
-                '"tempflow" does, and "flow_grpo" and "mix_grpo" with rollout.plan.values true'
+                f"rollout.adapt.noise: plan {name} does not follow the ODE from each state, which"
+                ' children are compared with; "tempflow" does, and "flow_grpo" and "mix_grpo" with'
+                " rollout.plan.values true"
             )
         if not config.sde().takes_levels:
-            raise ValueError(f"rollout.adapt.noise: rollout.sde {config.rollout.sde['type']} has noise of one size")
+            raise ValueError(
+                f"rollout.adapt.noise: rollout.sde {config.rollout.sde['type']} has noise of one"
+                " size"
+            )
 
 
 def _all_completed(rows: list[Row]) -> bool:
     from tempflow.sampling.layout import Layout
 
-    return any(row.value for row in rows) or bool((Layout([rows[0].unit], [rows]).completions >= 0).all())
+    return any(row.value for row in rows) or bool(
+        (Layout([rows[0].unit], [rows]).completions >= 0).all()
+    )
 
 
 def check_deepspeed(config: Config) -> None:
     ds = config.deepspeed
-    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+    for key in (
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+    ):
         if key in ds:
-            raise ValueError(f"deepspeed.{key}: the engine sets it; use training.micro_batch and data.prompts_per_iteration")
+            raise ValueError(
+                f"deepspeed.{key}: the engine sets it; use training.micro_batch and"
+                " data.prompts_per_iteration"
+            )
     for key in ("optimizer", "bf16", "fp16"):
         if not isinstance(ds.get(key, {}), dict):
             raise ValueError(f"deepspeed.{key}: expected a table, got {shown(ds[key])}")
     zero = ds.get("zero_optimization", {})
     stage = zero.get("stage", 0) if isinstance(zero, dict) else None
     if type(stage) is not int or not 0 <= stage <= 3:  # true is no stage, though it equals 1
-        raise ValueError(f"deepspeed.zero_optimization: expected a table with stage 0, 1, 2 or 3, got {shown(zero)}")
-    half = [name for name in ("bf16", "fp16") if isinstance(ds.get(name), dict) and ds[name].get("enabled")]
+        raise ValueError(
+            "deepspeed.zero_optimization: expected a table with stage 0, 1, 2 or 3, got"
+            f" {shown(zero)}"
+        )
+    half = [
+        name
+        for name in ("bf16", "fp16")
+        if isinstance(ds.get(name), dict) and ds[name].get("enabled")
+    ]
     if half and zero.get("stage", 0) == 0:
         raise ValueError(
             f"deepspeed.{half[0]}: at ZeRO stage 0 DeepSpeed keeps no fp32 weights to update; set "
             "deepspeed.zero_optimization.stage to 1, 2 or 3"
         )
     if "scheduler" in ds:
-        raise ValueError("deepspeed.scheduler: the engine sets the learning rate itself; use training.lr_decay")
+        raise ValueError(
+            "deepspeed.scheduler: the engine sets the learning rate itself; use training.lr_decay"
+        )
     if "optimizer" not in ds:
-        raise ValueError('deepspeed.optimizer: missing; for example {"type": "AdamW", "params": {"lr": 1e-4}}')
+        raise ValueError(
+            'deepspeed.optimizer: missing; for example {"type": "AdamW", "params": {"lr": 1e-4}}'
+        )
 
 
 def check_compiled(config: Config) -> None:
     if config.rollout.graphs and not config.rollout.replica:
-        raise ValueError("rollout.graphs: true needs rollout.replica; graphs read weights from fixed addresses")
+        raise ValueError(
+            "rollout.graphs: true needs rollout.replica; graphs read weights from fixed addresses"
+        )
     stage = config.deepspeed.get("zero_optimization", {}).get("stage", 0)
     if config.training.compile != "eager" and stage == 3:
-        raise ValueError(f'training.compile: {config.training.compile!r}; at ZeRO stage 3 only "eager" is allowed')
+        raise ValueError(
+            f'training.compile: {config.training.compile!r}; at ZeRO stage 3 only "eager" is'
+            " allowed"
+        )
     if config.training.compile != "eager" and config.training.reference in ("sharded", "offloaded"):
-        raise ValueError(f'training.reference: {config.training.reference!r} needs training.compile "eager"')
+        raise ValueError(
+            f'training.reference: {config.training.reference!r} needs training.compile "eager"'
+        )
     if (config.rollout.lanes or 1) > 1 and (config.rollout.graphs or not config.rollout.replica):
-        raise ValueError("rollout.lanes: with rollout.graphs, or without rollout.replica, only 1 is allowed")
+        raise ValueError(
+            "rollout.lanes: with rollout.graphs, or without rollout.replica, only 1 is allowed"
+        )
     suffix = config.rollout.suffix
     if suffix and suffix.weights == "float8" and not config.rollout.replica:
-        raise ValueError('rollout.suffix.weights: "float8" needs rollout.replica, whose weights it is made from')
+        raise ValueError(
+            'rollout.suffix.weights: "float8" needs rollout.replica, whose weights it is made from'
+        )
     if config.rollout.compile != "eager" and not config.rollout.replica:
         raise ValueError("rollout.compile: without rollout.replica rollouts use training.compile")
 
@@ -206,12 +284,17 @@ def check_shared_base(config: Config) -> None:
     if not config.model.share_base or config.may_share_base():
         return
     if config.model.lora is None:
-        raise ValueError("model.share_base: true needs model.lora; without adapters every weight is trained")
+        raise ValueError(
+            "model.share_base: true needs model.lora; without adapters every weight is trained"
+        )
     if not config.rollout.replica:
-        raise ValueError("model.share_base: true needs rollout.replica; without it there is one transformer already")
+        raise ValueError(
+            "model.share_base: true needs rollout.replica; without it there is one transformer"
+            " already"
+        )
     raise ValueError(
-        "model.share_base: true needs ZeRO stage 0, 1 or 2; at stage 3 the base is spread over the ranks. Leave it null, or set "
-        "rollout.replica to false"
+        "model.share_base: true needs ZeRO stage 0, 1 or 2; at stage 3 the base is spread over the"
+        " ranks. Leave it null, or set rollout.replica to false"
     )
 
 
@@ -220,10 +303,16 @@ def check_eval(config: Config) -> None:
     if neighbors is None:
         return
     if neighbors >= config.eval.prompts:
-        raise ValueError(f"eval.precision_recall: {neighbors} neighbors need more images than that; eval.prompts is {config.eval.prompts}")
+        raise ValueError(
+            f"eval.precision_recall: {neighbors} neighbors need more images than that; eval.prompts"
+            f" is {config.eval.prompts}"
+        )
     for name in ("precision", "recall"):
         if name in config.rewards:
-            raise ValueError(f"rewards.{name}: eval/{name} is that of eval.precision_recall; give the reward another name")
+            raise ValueError(
+                f"rewards.{name}: eval/{name} is that of eval.precision_recall; give the reward"
+                " another name"
+            )
 
 
 def check_stop(config: Config) -> None:
@@ -242,4 +331,7 @@ def check_stop(config: Config) -> None:
     if rule.metric not in known:
         raise ValueError(f"eval.stop.metric: {shown(rule.metric)}; this run has {', '.join(known)}")
     if rule.patience and describe(rule.metric).better == "lower":
-        raise ValueError(f"eval.stop.patience: it waits for {rule.metric} to rise, and lower is better there; use eval.stop.above")
+        raise ValueError(
+            f"eval.stop.patience: it waits for {rule.metric} to rise, and lower is better there;"
+            " use eval.stop.above"
+        )

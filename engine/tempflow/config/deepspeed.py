@@ -1,7 +1,8 @@
 """The `deepspeed` section as DeepSpeed itself would read it, before any model is loaded.
 
-Values go through DeepSpeed's own config classes, and a key that these never ask for is one that DeepSpeed passes over in
-silence: both are refused. What those classes leave unchecked (the optimizer, plain numbers, where to offload to) is checked here.
+Values go through DeepSpeed's own config classes, and a key that these never ask for is one that
+DeepSpeed passes over in silence: both are refused. What those classes leave unchecked (the
+optimizer, plain numbers, where to offload to) is checked here.
 """
 
 from __future__ import annotations
@@ -28,11 +29,19 @@ def check_deepspeed(section: dict) -> None:
     unknown = [key for key in section if key not in asked]
     if unknown:
         near = difflib.get_close_matches(unknown[0], asked, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else f". DeepSpeed reads {', '.join(sorted(asked))}"
+        hint = (
+            f"; did you mean {near[0]!r}?"
+            if near
+            else f". DeepSpeed reads {', '.join(sorted(asked))}"
+        )
         raise UserError(f"{_name(unknown[0])}: unknown key{hint}")
     _check_offload(section.get("zero_optimization", {}))
-    if (section.get("checkpoint") or {}).get("writer"):  # with some it returns before the files are there to be sealed
-        raise UserError("deepspeed.checkpoint.writer: the engine needs DeepSpeed's own way to write; remove it")
+    if (section.get("checkpoint") or {}).get(
+        "writer"
+    ):  # with some it returns before the files are there to be sealed
+        raise UserError(
+            "deepspeed.checkpoint.writer: the engine needs DeepSpeed's own way to write; remove it"
+        )
 
 
 class _Watched(dict):
@@ -81,7 +90,9 @@ def _read(values: dict, key: str | None) -> _Watched:
     except ValidationError as error:
         first = error.errors()[0]
         where = _name(key or "", *(part for part in first["loc"] if part != key))
-        raise UserError(f"{where}: {first['msg'][0].lower()}{first['msg'][1:]}, got {shown(first['input'])}") from None
+        raise UserError(
+            f"{where}: {first['msg'][0].lower()}{first['msg'][1:]}, got {shown(first['input'])}"
+        ) from None
     except Exception as error:  # whatever DeepSpeed's parsing runs into
         given = f", got {shown(values[key])}" if key else ""
         reason = f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
@@ -91,11 +102,19 @@ def _read(values: dict, key: str | None) -> _Watched:
 
 def _name(*parts) -> str:
     """A key as users write it."""
-    return ".".join(str(part) if str(part).isprintable() else repr(part) for part in ("deepspeed", *parts) if part != "")
+    return ".".join(
+        str(part) if str(part).isprintable() else repr(part)
+        for part in ("deepspeed", *parts)
+        if part != ""
+    )
 
 
 def _check_number(name: str, value) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= sys.float_info.max:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not 0 <= value <= sys.float_info.max
+    ):
         raise UserError(f"{name}: expected a number from 0 on, got {shown(value)}")
 
 
@@ -103,16 +122,36 @@ def _check_optimizer(table: dict) -> None:
     from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 
     kind, params = table.get("type"), table.get("params", {})
-    of_torch = [name for name, value in vars(torch.optim).items() if isinstance(value, type) and name not in ("Optimizer", "LBFGS")]
-    if not isinstance(kind, str) or kind.lower() not in DEEPSPEED_OPTIMIZERS and kind not in of_torch:
+    of_torch = [
+        name
+        for name, value in vars(torch.optim).items()
+        if isinstance(value, type) and name not in ("Optimizer", "LBFGS")
+    ]
+    if (
+        not isinstance(kind, str)
+        or kind.lower() not in DEEPSPEED_OPTIMIZERS
+        and kind not in of_torch
+    ):
         known = sorted({*of_torch, *DEEPSPEED_OPTIMIZERS}, key=str.lower)
-        raise UserError(f"deepspeed.optimizer.type: expected one of {', '.join(known)}, got {shown(kind)}")
+        raise UserError(
+            f"deepspeed.optimizer.type: expected one of {', '.join(known)}, got {shown(kind)}"
+        )
     if not isinstance(params, dict):
         raise UserError(f"deepspeed.optimizer.params: expected a table, got {shown(params)}")
     for key in OPTIMIZER_NUMBERS:
         _check_number(f"deepspeed.optimizer.params.{key}", params.get(key, 0))
-    if kind.lower() in ("adam", "adamw"):  # of the several that DeepSpeed chooses from, what they have in common
-        kind, params = "AdamW", {key: value for key, value in params.items() if key in ("lr", "betas", "eps", "weight_decay")}
+    if kind.lower() in (
+        "adam",
+        "adamw",
+    ):  # of the several that DeepSpeed chooses from, what they have in common
+        kind, params = (
+            "AdamW",
+            {
+                key: value
+                for key, value in params.items()
+                if key in ("lr", "betas", "eps", "weight_decay")
+            },
+        )
     if kind in of_torch:
         try:
             getattr(torch.optim, kind)([torch.nn.Parameter(torch.zeros(2, 2))], **params)
@@ -126,23 +165,30 @@ def _check_offload(zero: dict) -> None:
         if table.get("device", "none") == "none":
             continue
         if zero.get("stage", 0) not in stages:
-            raise UserError(f"{name}: DeepSpeed passes it over at stage {zero.get('stage', 0)}; it needs {' or '.join(map(str, stages))}")
+            raise UserError(
+                f"{name}: DeepSpeed passes it over at stage {zero.get('stage', 0)}; it needs"
+                f" {' or '.join(map(str, stages))}"
+            )
         if table["device"] == "nvme" and not table.get("nvme_path"):
             raise UserError(f"{name}.nvme_path: missing; a folder on the NVMe disk is needed")
 
 
 def check_machine(section: dict) -> None:
-    """UserError where the section asks for what this machine cannot do; DeepSpeed would fail with a traceback, a model later."""
+    """UserError where the section asks for what this machine cannot do; DeepSpeed would fail with a
+    traceback, a model later."""
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     for key in ("offload_optimizer", "offload_param"):
-        table, name = section.get("zero_optimization", {}).get(key) or {}, f"deepspeed.zero_optimization.{key}"
+        table, name = (
+            section.get("zero_optimization", {}).get(key) or {},
+            f"deepspeed.zero_optimization.{key}",
+        )
         if table.get("device") != "nvme":
             continue
         if not AsyncIOBuilder().is_compatible(verbose=False):
             raise UserError(
-                f'{name}.device: "nvme" needs DeepSpeed\'s async_io, which cannot be built here; install the headers of '
-                'libaio (Debian: libaio-dev), or take "cpu"'
+                f'{name}.device: "nvme" needs DeepSpeed\'s async_io, which cannot be built here;'
+                ' install the headers of libaio (Debian: libaio-dev), or take "cpu"'
             )
         if not Path(table["nvme_path"]).is_dir():
             raise UserError(f"{name}.nvme_path: no folder {table['nvme_path']}")

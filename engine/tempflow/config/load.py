@@ -1,4 +1,5 @@
-"""Reading a config: the JSON file, `--set` overrides, and the message of every refusal in the user's key names."""
+"""Reading a config: the JSON file, `--set` overrides, and the message of every refusal in the
+user's key names."""
 
 from __future__ import annotations
 
@@ -22,10 +23,11 @@ def load_config(source: str | Path | dict, overrides: list[str] = ()) -> Config:
     """Read a config, apply overrides, and check it.
 
     Args:
-        source: a JSON file, or its content as nested tables, in which logging.name is required; paths in tables are looked up as
-            those of a file in the working directory. Tables stay as they are.
-        overrides: `section.key=value` texts with JSON values or bare strings. Of those that set one key the last counts, and a
-            note says so.
+        source: a JSON file, or its content as nested tables, in which logging.name is required;
+            paths in tables are looked up as those of a file in the working directory. Tables stay
+            as they are.
+        overrides: `section.key=value` texts with JSON values or bare strings. Of those that set one
+            key the last counts, and a note says so.
 
     Raises UserError naming the key, the value that came and what is allowed.
     """
@@ -33,10 +35,14 @@ def load_config(source: str | Path | dict, overrides: list[str] = ()) -> Config:
     file = Path("config") if tabled else Path(source)
     data = _copied(source) if tabled else _read_tables(file)
     if places.STARTED_IN in data and not tabled:  # a run's own config.json
-        sys.path.extend(folder for folder in places.module_folders(data, file.parent) if folder not in sys.path)
+        sys.path.extend(
+            folder for folder in places.module_folders(data, file.parent) if folder not in sys.path
+        )
         places.relocate(data, file.parent)
         translate(data)
-    data = {key: value for key, value in data.items() if key not in ("$schema", places.STARTED_IN)}  # for editors; for scripts
+    data = {
+        key: value for key, value in data.items() if key not in ("$schema", places.STARTED_IN)
+    }  # for editors; for scripts
     _apply_overrides(data, overrides)
     places.expanded(data)
     config = parse_config(data)
@@ -50,7 +56,9 @@ def load_config(source: str | Path | dict, overrides: list[str] = ()) -> Config:
         elif given is not None:
             setattr(config.data, key, _found_from(f"data.{key}", given, file))
     if config.logging.name is None and tabled:
-        raise UserError("logging.name: required in a config that is a table; it names the run directory")
+        raise UserError(
+            "logging.name: required in a config that is a table; it names the run directory"
+        )
     if config.logging.name is None:
         config.logging.name = file.stem
     return config
@@ -78,7 +86,9 @@ def _read_tables(file: Path) -> dict:
     except (ValueError, RecursionError) as error:
         raise UserError(f"config file {file} is not JSON: {error}") from None
     if not isinstance(data, dict):
-        raise UserError(f"config file {file}: expected a table of sections, got {type(data).__name__}")
+        raise UserError(
+            f"config file {file}: expected a table of sections, got {type(data).__name__}"
+        )
     return data
 
 
@@ -99,7 +109,10 @@ def _apply_overrides(data: dict, overrides: list[str]) -> None:
         _set(data, name, _value_of(name, text))
         for earlier in seen:
             if earlier == name or earlier.startswith(f"{name}."):
-                note(f"--set {earlier} is given before --set {name}={shortened(text, VALUE)}, which replaces it")
+                note(
+                    f"--set {earlier} is given before --set {name}={shortened(text, VALUE)}, which"
+                    " replaces it"
+                )
         seen.append(name)
 
 
@@ -107,7 +120,9 @@ def _set(data: dict, name: str, value) -> None:
     *sections, key = name.split(".")
     parent, inner = {}, data
     for place, section in enumerate(sections):
-        if ".".join(sections[: place + 1]) in registry.IN_CONFIG and not isinstance(inner.get(section), dict):
+        if ".".join(sections[: place + 1]) in registry.IN_CONFIG and not isinstance(
+            inner.get(section), dict
+        ):
             inner[section] = {"type": inner[section]} if inner.get(section) is not None else {}
         parent, inner = inner, inner.setdefault(section, {})
         if not isinstance(inner, dict):
@@ -120,7 +135,8 @@ def _set(data: dict, name: str, value) -> None:
 
 
 def _retyped(name: str, was, kind: str) -> dict:
-    """A component of another type, without the options of the one before; of the same type, with them."""
+    """A component of another type, without the options of the one before; of the same type, with
+    them."""
     before = was if isinstance(was, dict) else {}
     same = before.get("type", registry.KINDS[registry.IN_CONFIG[name]].default) == kind
     return {**before, "type": kind} if same else {"type": kind}
@@ -144,25 +160,37 @@ def _bare(name: str, text: str) -> str:
 
 
 def _found_from(key: str, path: str, config_file: Path) -> str:
-    """A relative path is looked up from the working directory, then from each folder above the config file."""
+    """A relative path is looked up from the working directory, then from each folder above the
+    config file."""
     try:
         if Path(path).exists() or Path(path).is_absolute():
             return path
         for folder in config_file.resolve().parents:
             if (folder / path).exists():
                 return str(folder / path)
-    except (OSError, ValueError) as error:  # too long for a file name, or characters that none can have
-        raise UserError(f"{key}: {shown(path)} cannot be a path: {error if isinstance(error, ValueError) else error.strerror}") from None
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # too long for a file name, or characters that none can have
+        raise UserError(
+            f"{key}: {shown(path)} cannot be a path:"
+            f" {error if isinstance(error, ValueError) else error.strerror}"
+        ) from None
     return path
 
 
-_EMPTY = {"string_too_short": "expected a text that is not empty, got ''", "too_short": "expected a list that is not empty, got []"}
+_EMPTY = {
+    "string_too_short": "expected a text that is not empty, got ''",
+    "too_short": "expected a list that is not empty, got []",
+}
 
 
 def _explain(error: dict) -> str:
     """One line of a pydantic error, in the user's key names."""
     parts = [str(p) for p in error["loc"]]
-    name = ".".join(part if part.isprintable() and len(part) < VALUE else shown(part) for part in parts)
+    name = ".".join(
+        part if part.isprintable() and len(part) < VALUE else shown(part) for part in parts
+    )
     if error["type"] == "extra_forbidden" and name in MOVED:
         return f"{name}: {MOVED[name]}"
     if error["type"] == "extra_forbidden":
@@ -175,7 +203,10 @@ def _explain(error: dict) -> str:
     if error["type"] == "value_error" and not name:
         return str(error["ctx"]["error"])
     if parts[-1:] == ["[key]"]:
-        return f"{'.'.join(parts[:-2])}: expected keys that are texts and not empty, got {shown(error['input'])}"
+        return (
+            f"{'.'.join(parts[:-2])}: expected keys that are texts and not empty, got"
+            f" {shown(error['input'])}"
+        )
     if error["type"] in _EMPTY:
         return f"{name}: {_EMPTY[error['type']]}"
     return f"{name}: {error['msg'][0].lower() + error['msg'][1:]}, got {shown(error['input'])}"

@@ -1,5 +1,5 @@
-"""JSON without what Python's reader takes in silence: a table that names a key twice, of which it keeps the last value, and halves of
-surrogate pairs, which no file and no tokenizer takes."""
+"""JSON without what Python's reader takes in silence: a table that names a key twice, of which it
+keeps the last value, and halves of surrogate pairs, which no file and no tokenizer takes."""
 
 from __future__ import annotations
 
@@ -22,24 +22,30 @@ class _Pairs(list):
 
 
 def loads(text: str):
-    """Parse JSON. Raises Refused as above, naming keys as `section.key`, ValueError for what is no JSON, naming line and column,
-    and RecursionError where it is nested too deeply."""
+    """Parse JSON. Raises Refused as above, naming keys as `section.key`, ValueError for what is no
+    JSON, naming line and column, and RecursionError where it is nested too deeply."""
     if not _ESCAPED_HALF.search(text):
         try:
             text.encode()
             return json.loads(text, object_pairs_hook=_table)
-        except (UnicodeEncodeError, _Repeated):  # the way below, several times slower, finds the place
+        except (
+            UnicodeEncodeError,
+            _Repeated,
+        ):  # the way below, several times slower, finds the place
             pass
     return _built(json.loads(text, object_pairs_hook=_Pairs), "")
 
 
 def check_text(text: str, name: str = "") -> str:
-    """`text` itself. Raises Refused where it holds half a surrogate pair, which escapes and undecodable arguments make."""
+    """`text` itself. Raises Refused where it holds half a surrogate pair, which escapes and
+    undecodable arguments make."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         where = f"{name} holds" if name else "it holds"
-        half = f"half a character (U+{ord(text[error.start]):04X}), as where an emoji was cut in two"
+        half = (
+            f"half a character (U+{ord(text[error.start]):04X}), as where an emoji was cut in two"
+        )
         raise Refused(f"{where} {half}; remove it or write the whole one") from None
     return text
 
@@ -60,7 +66,11 @@ def _built(value, name: str):
         return value
     table = {}
     for key, inner in value:
-        label = check_text(key, "a key") if key and key.isprintable() else repr(check_text(key, "a key"))
+        label = (
+            check_text(key, "a key")
+            if key and key.isprintable()
+            else repr(check_text(key, "a key"))
+        )
         inside = f"{name}.{label}" if name else label
         if key in table:
             raise Refused(f"the key {inside!r} is given twice")

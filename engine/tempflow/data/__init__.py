@@ -1,1 +1,2 @@
-"""Prompts: reading them, the order in which they are drawn, and which are passed over for a while."""
+"""Prompts: reading them, the order in which they are drawn, and which are passed over for a
+while."""

@@ -1,9 +1,12 @@
-"""Which prompts are worth a rollout: those whose rewards never spread rest for a while, those that spread most may come first.
+"""Which prompts are worth a rollout: those whose rewards never spread rest for a while, those that
+spread most may come first.
 
-Both are ideas of SAGE (arXiv 2602.01207), simplified. The signal of a prompt is the standard deviation of the rewards within its
-groups; what all children of a state share teaches nothing, be it success or failure. A prompt whose running signal is far below the
-average prompt's rests, and is tried again after some iterations, because the model has changed. Nothing is random but the order, so
-a run's choices follow from its rewards, the same on every rank; the state is small and goes into the checkpoint.
+Both are ideas of SAGE (arXiv 2602.01207), simplified. The signal of a prompt is the standard
+deviation of the rewards within its groups; what all children of a state share teaches nothing, be
+it success or failure. A prompt whose running signal is far below the average prompt's rests, and is
+tried again after some iterations, because the model has changed. Nothing is random but the order,
+so a run's choices follow from its rewards, the same on every rank; the state is small and goes into
+the checkpoint.
 """
 
 from __future__ import annotations
@@ -30,29 +33,37 @@ class Draw:
     cursor: int
     """Place in the endless order after it."""
     preferred: int = 0
-    """How many of the prompts, the first ones, were chosen by their signal and not met in that order."""
+    """How many of the prompts, the first ones, were chosen by their signal and not met in that
+    order."""
 
 
 class Curation:
-    """Draws prompts of an endless shuffled order, passing over those that rest; a share of them by their signal, out of order.
+    """Draws prompts of an endless shuffled order, passing over those that rest; a share of them by
+    their signal, out of order.
 
     `draw` changes nothing; `update` makes a draw count, with the rewards that it brought.
     """
 
-    def __init__(self, settings: Settings, order: PromptOrder, group: str, kinds: np.ndarray | None = None):
-        """group: whose rewards are normalized together, one of `Slots.OVER`. kinds: int [count], prompts with the same rewards, which
-        alone can be compared; None: all are of one kind."""
+    def __init__(
+        self, settings: Settings, order: PromptOrder, group: str, kinds: np.ndarray | None = None
+    ):
+        """group: whose rewards are normalized together, one of `Slots.OVER`. kinds: int [count],
+        prompts with the same rewards, which alone can be compared; None: all are of one kind."""
         self.settings, self.order, self.group = settings, order, group
         self.kinds = np.zeros(order.count, dtype=int) if kinds is None else kinds
         self.cursor = 0
-        self.signal = np.full(order.count, np.nan)  # running spread of a prompt's groups; NaN: never seen
+        self.signal = np.full(
+            order.count, np.nan
+        )  # running spread of a prompt's groups; NaN: never seen
         self.error = np.full(order.count, np.nan)  # standard error of the signal
         self.level = np.full(order.count, np.nan)  # running mean reward
-        self.until = np.zeros(order.count, dtype=np.int64)  # first iteration in which it is drawn again
+        self.until = np.zeros(
+            order.count, dtype=np.int64
+        )  # first iteration in which it is drawn again
 
     def draw(self, iteration: int) -> Draw:
-        """The preferred prompts and the next ones that do not rest, each once. Where too few are awake, those that would wake first
-        join them."""
+        """The preferred prompts and the next ones that do not rest, each once. Where too few are
+        awake, those that would wake first join them."""
         chosen = self._preferred(iteration)
         preferred, passed = len(chosen), []
         cursor, size = self.cursor, self.order.per_iteration
@@ -62,18 +73,24 @@ class Curation:
             if index not in chosen and index not in passed:  # met again where an epoch ends
                 (passed if self.until[index] > iteration else chosen).append(index)
         woken = sorted(passed, key=lambda index: self.until[index])[: size - len(chosen)]
-        return Draw(chosen + woken, [index for index in passed if index not in woken], cursor, preferred)
+        return Draw(
+            chosen + woken, [index for index in passed if index not in woken], cursor, preferred
+        )
 
     def _preferred(self, iteration: int) -> list[int]:
-        """The prompts of `prefer` places: of the known ones that do not rest those of the highest signal, less a standard error."""
+        """The prompts of `prefer` places: of the known ones that do not rest those of the highest
+        signal, less a standard error."""
         places = round(self.settings.prefer * self.order.per_iteration)
         known = np.flatnonzero(np.isfinite(self.signal) & (self.until <= iteration))
-        average = np.maximum(self._average(self.signal), np.finfo(float).tiny)  # signals of different rewards differ in scale
+        average = np.maximum(
+            self._average(self.signal), np.finfo(float).tiny
+        )  # signals of different rewards differ in scale
         surely = (self.signal - self.error) / average
         return sorted(known.tolist(), key=lambda index: (-surely[index], index))[:places]
 
     def update(self, draw: Draw, iteration: int, slots: Slots, rewards: np.ndarray) -> None:
-        """Take up an iteration's rewards, [n] by slot with NaN where scoring failed, of the draw's prompts in their order."""
+        """Take up an iteration's rewards, [n] by slot with NaN where scoring failed, of the draw's
+        prompts in their order."""
         self.cursor = draw.cursor
         groups = normalize(rewards, slots.groups(self.group))
         for place, index in enumerate(draw.indices):
@@ -90,9 +107,12 @@ class Curation:
                 self.until[index] = iteration + 1 + self.settings.rest
 
     def metrics(self, draw: Draw, iteration: int) -> dict[str, float]:
-        """Shares: of the prompts met in this iteration those passed over; of all prompts those at rest after it, solved (their
-        rewards above the average prompt's) and hopeless."""
-        resting, met = self.until > iteration + 1, len(draw.passed) + len(draw.indices) - draw.preferred
+        """Shares: of the prompts met in this iteration those passed over; of all prompts those at
+        rest after it, solved (their rewards above the average prompt's) and hopeless."""
+        resting, met = (
+            self.until > iteration + 1,
+            len(draw.passed) + len(draw.indices) - draw.preferred,
+        )
         above = self.level >= self._average(self.level)
         return {
             "prompts/skipped": len(draw.passed) / max(met, 1),
@@ -101,7 +121,8 @@ class Curation:
         }
 
     def _average(self, values: np.ndarray) -> np.ndarray:
-        """For each prompt the mean over those of its kind that were seen, [count]; NaN where none was."""
+        """For each prompt the mean over those of its kind that were seen, [count]; NaN where none
+        was."""
         means = np.full(len(values), np.nan)
         for kind in np.unique(self.kinds):
             seen = values[self.kinds == kind]
@@ -111,13 +132,27 @@ class Curation:
     def state(self) -> dict:
         """JSON values from which `load` goes on exactly; only prompts that were seen."""
         seen = np.flatnonzero(np.isfinite(self.signal)).tolist()
-        table = {str(i): [float(self.signal[i]), float(self.level[i]), int(self.until[i]), float(self.error[i])] for i in seen}
+        table = {
+            str(i): [
+                float(self.signal[i]),
+                float(self.level[i]),
+                int(self.until[i]),
+                float(self.error[i]),
+            ]
+            for i in seen
+        }
         return {"cursor": self.cursor, "prompts": table}
 
     def load(self, state: dict) -> None:
         self.cursor = state["cursor"]
-        for index, (signal, level, until, *error) in state["prompts"].items():  # earlier versions had no errors, and preferred none
-            self.signal[int(index)], self.level[int(index)], self.until[int(index)] = signal, level, until
+        for index, (signal, level, until, *error) in state[
+            "prompts"
+        ].items():  # earlier versions had no errors, and preferred none
+            self.signal[int(index)], self.level[int(index)], self.until[int(index)] = (
+                signal,
+                level,
+                until,
+            )
             self.error[int(index)] = error[0] if error else 0.0
 
 

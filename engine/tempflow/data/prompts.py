@@ -1,6 +1,7 @@
 """Prompts from files and datasets, and the order in which an iteration's prompts are drawn.
 
-The order is a function of (seed, cursor) alone: a resumed run, or one on another number of ranks, sees the same.
+The order is a function of (seed, cursor) alone: a resumed run, or one on another number of ranks,
+sees the same.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from tempflow.data.images import MOST_HELD, READERS, arrays_of, typed_images, wi
 from tempflow.errors import VALUE, UserError, brief, note, shortened, shown
 from tempflow.types import Example
 
-LONGEST = 32768  # characters of a prompt: far beyond the 1024 tokens that the longest text encoder takes
+LONGEST = (
+    32768  # characters of a prompt: far beyond the 1024 tokens that the longest text encoder takes
+)
 
 _CELL = re.compile(r'"(?:[^"]|"")*"')
 # What nobody sees and no prompt means: controls but tab and line ends.
@@ -28,51 +31,84 @@ _UNFIT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 
 def load_prompts(given: str | Path | HubDataset, key: str = "data.train") -> list[Example]:
-    """Read .txt (one prompt a line) or .jsonl (objects with `prompt`, and if need be `negative_prompt` and `image` or `images`; other
-    keys become metadata). Of a folder, the file of the key's split: train or test, .txt, .jsonl or _metadata.jsonl. Or a dataset.
+    """Read .txt (one prompt a line) or .jsonl (objects with `prompt`, and if need be
+    `negative_prompt` and `image` or `images`; other keys become metadata). Of a folder, the file of
+    the key's split: train or test, .txt, .jsonl or _metadata.jsonl. Or a dataset.
 
-    Blank lines are skipped. A note tells of what is changed in reading: a spreadsheet's quoting, prompts that are cut short.
-    Raises UserError naming the config key, the file and the line.
+    Blank lines are skipped. A note tells of what is changed in reading: a spreadsheet's quoting,
+    prompts that are cut short. Raises UserError naming the config key, the file and the line.
     """
-    prompts = _read_dataset(given, key) if isinstance(given, HubDataset) else _read_file(Path(given), key)
-    long = [i for i, prompt in enumerate(prompts) if max(len(prompt.text), len(prompt.negative or "")) > LONGEST]
+    prompts = (
+        _read_dataset(given, key) if isinstance(given, HubDataset) else _read_file(Path(given), key)
+    )
+    long = [
+        i
+        for i, prompt in enumerate(prompts)
+        if max(len(prompt.text), len(prompt.negative or "")) > LONGEST
+    ]
     if long:
-        note(f"{key}: prompts cut to {LONGEST} characters: {len(long)}, the first at {prompts[long[0]].metadata['source']}")
+        note(
+            f"{key}: prompts cut to {LONGEST} characters: {len(long)}, the first at"
+            f" {prompts[long[0]].metadata['source']}"
+        )
     for i in long:
         text, negative = prompts[i].text, prompts[i].negative
-        prompts[i] = replace(prompts[i], text=text[:LONGEST], negative=negative and negative[:LONGEST])
+        prompts[i] = replace(
+            prompts[i], text=text[:LONGEST], negative=negative and negative[:LONGEST]
+        )
     return prompts
 
 
 def digests(train: list[Example], heldout: list[Example]) -> dict[str, str]:
-    """What a checkpoint keeps of the prompts, to know them again: SHA-256 of all that embeddings depend on, by config key."""
+    """What a checkpoint keeps of the prompts, to know them again: SHA-256 of all that embeddings
+    depend on, by config key."""
     given = {"data.train": train, "data.heldout": heldout}
-    with ThreadPoolExecutor(READERS) as readers:  # a hash waits for the disk, and holds no lock while it computes
-        list(readers.map(lambda prompt: prompt.image_digests, (p for p in (*train, *heldout) if p.images)))
-    known = {key: json.dumps([[p.text, p.negative, *p.image_digests] for p in prompts]) for key, prompts in given.items()}
+    with ThreadPoolExecutor(
+        READERS
+    ) as readers:  # a hash waits for the disk, and holds no lock while it computes
+        list(
+            readers.map(
+                lambda prompt: prompt.image_digests, (p for p in (*train, *heldout) if p.images)
+            )
+        )
+    known = {
+        key: json.dumps([[p.text, p.negative, *p.image_digests] for p in prompts])
+        for key, prompts in given.items()
+    }
     return {key: hashlib.sha256(text.encode()).hexdigest() for key, text in known.items()}
 
 
 def check_unchanged(saved: dict[str, str], now: dict[str, str]) -> None:
-    """UserError where a run that is resumed has other prompts than its checkpoint; what a checkpoint does not say is not compared."""
+    """UserError where a run that is resumed has other prompts than its checkpoint; what a
+    checkpoint does not say is not compared."""
     for key, digest in now.items():
         if saved.get(key, digest) != digest:
             raise UserError(
-                f"--resume: {key} holds other prompts than when the run was saved, so its gain and its order of prompts would "
-                "mean nothing; put the file back, or begin another run with --set logging.name=NAME"
+                f"--resume: {key} holds other prompts than when the run was saved, so its gain and"
+                " its order of prompts would mean nothing; put the file back, or begin another run"
+                " with --set logging.name=NAME"
             )
 
 
-def typed_prompts(texts: list[str], option: str, images: list | None = None, images_option: str = "--image") -> list[Example]:
-    """Prompts of a command line, held to what files are held to. images: of all prompts alike where it has one entry, else an entry
-    for each prompt; an entry is a list of what `typed_images` takes."""
+def typed_prompts(
+    texts: list[str], option: str, images: list | None = None, images_option: str = "--image"
+) -> list[Example]:
+    """Prompts of a command line, held to what files are held to. images: of all prompts alike where
+    it has one entry, else an entry for each prompt; an entry is a list of what `typed_images`
+    takes."""
     prompts = [replace(_prompt({"prompt": text[:LONGEST]}, option), metadata={}) for text in texts]
     if not images:
         return prompts
     if len(images) not in (1, len(texts)):
-        raise UserError(f"{images_option}: given {len(images)} times for {len(texts)} prompts; once for all, or once for each")
+        raise UserError(
+            f"{images_option}: given {len(images)} times for {len(texts)} prompts; once for all, or"
+            " once for each"
+        )
     found = [typed_images(given, images_option) for given in images]
-    return [replace(prompt, images=entry) for prompt, entry in zip(prompts, found * (len(texts) // len(found)), strict=True)]
+    return [
+        replace(prompt, images=entry)
+        for prompt, entry in zip(prompts, found * (len(texts) // len(found)), strict=True)
+    ]
 
 
 def _read_file(file: Path, key: str) -> list[Example]:
@@ -81,43 +117,60 @@ def _read_file(file: Path, key: str) -> list[Example]:
     kind = file.suffix.lower()
     if kind not in (".txt", ".jsonl"):
         raise UserError(f"{key}: {file} must end in .txt or .jsonl")
-    lines = _text_of(file, key).split("\n")  # the other line ends of str.splitlines may stand in a prompt
+    lines = _text_of(file, key).split(
+        "\n"
+    )  # the other line ends of str.splitlines may stand in a prompt
     read = _read_jsonl if kind == ".jsonl" else _read_text
     prompts = [read(line, f"{file}:{i}") for i, line in enumerate(lines, 1) if line.strip()]
     if not prompts:
         raise UserError(f"{key}: {file} holds no prompts")
     if kind == ".jsonl":
         prompts = with_images(prompts, file.parent)
-    cells = [] if kind == ".jsonl" else [i for i, line in enumerate(lines, 1) if _is_cell(line.strip())]
+    cells = (
+        [] if kind == ".jsonl" else [i for i, line in enumerate(lines, 1) if _is_cell(line.strip())]
+    )
     if cells:
-        note(f"{key}: prompts read without the quoting of a spreadsheet: {len(cells)}, the first at {file}:{cells[0]}")
+        note(
+            f"{key}: prompts read without the quoting of a spreadsheet: {len(cells)}, the first at"
+            f" {file}:{cells[0]}"
+        )
     return prompts
 
 
 def _text_of(file: Path, key: str) -> str:
     try:
-        text = file.read_text(encoding="utf-8").replace("\ufeff", "")  # byte order marks, also of files that were joined or pasted from
+        text = file.read_text(encoding="utf-8").replace(
+            "\ufeff", ""
+        )  # byte order marks, also of files that were joined or pasted from
     except FileNotFoundError:
         raise UserError(f"{key}: prompt file {file} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{key}: cannot read {file}: {error}") from None
     if (place := text.find("\0")) >= 0:
         line = text.count("\n", 0, place) + 1
-        raise UserError(f"{key}: {file}:{line} is not UTF-8 text: it holds zero bytes, as UTF-16 does; save the file as UTF-8")
+        raise UserError(
+            f"{key}: {file}:{line} is not UTF-8 text: it holds zero bytes, as UTF-16 does; save the"
+            " file as UTF-8"
+        )
     return text
 
 
 def _file_of_split(folder: Path, split: str, key: str) -> Path:
     names = [f"{split}.txt", f"{split}.jsonl", f"{split}_metadata.jsonl"]
-    found = sorted(file.name for file in folder.iterdir() if file.name.lower() in names and file.is_file())
+    found = sorted(
+        file.name for file in folder.iterdir() if file.name.lower() in names and file.is_file()
+    )
     if len(found) != 1:
-        raise UserError(f"{key}: folder {folder} holds {' and '.join(found) or 'none'} of {', '.join(names)}; one is expected")
+        raise UserError(
+            f"{key}: folder {folder} holds {' and '.join(found) or 'none'} of {', '.join(names)};"
+            " one is expected"
+        )
     return folder / found[0]
 
 
 def _is_cell(line: str) -> bool:
-    """Whether a line is quoted as spreadsheets export it: as a whole, and with every quotation mark inside, of which there are
-    some, doubled."""
+    """Whether a line is quoted as spreadsheets export it: as a whole, and with every quotation mark
+    inside, of which there are some, doubled."""
     return _CELL.fullmatch(line) is not None and '""' in line[1:-1]
 
 
@@ -134,16 +187,21 @@ def _read_jsonl(line: str, source: str) -> Example:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{source}: not JSON: {error}") from None
     if not isinstance(entry, dict):
-        raise UserError(f'{source}: expected an object with a "prompt", got {shortened(line.strip(), VALUE)}')
+        raise UserError(
+            f'{source}: expected an object with a "prompt", got {shortened(line.strip(), VALUE)}'
+        )
     return _prompt(entry, source)
 
 
 def _prompt(entry: dict, source: str, column: str = "prompt") -> Example:
-    """A prompt of the text in `column`; the other entries are its metadata. UserError naming `source`."""
+    """A prompt of the text in `column`; the other entries are its metadata. UserError naming
+    `source`."""
     keys = shortened(", ".join(entry), VALUE)
     text, negative = entry.pop(column, None), entry.pop("negative_prompt", None)
     if not isinstance(text, str) or not text.strip():
-        raise UserError(f'{source}: expected a non-empty text as "{column}", got {shown(text)} (keys: {keys})')
+        raise UserError(
+            f'{source}: expected a non-empty text as "{column}", got {shown(text)} (keys: {keys})'
+        )
     if not isinstance(negative, str | None):
         raise UserError(f'{source}: "negative_prompt" must be a text, got {shown(negative)}')
     for name, given in ((column, text), ("negative_prompt", negative or "")):
@@ -158,7 +216,8 @@ def _check_characters(text: str, name: str, source: str) -> None:
         raise UserError(f"{source}: {error}") from None
     if found := _UNFIT.search(text):
         raise UserError(
-            f"{source}: {name} holds the control character U+{ord(found[0]):04X}, which no prompt can mean; is the file UTF-8 text?"
+            f"{source}: {name} holds the control character U+{ord(found[0]):04X}, which no prompt"
+            " can mean; is the file UTF-8 text?"
         )
 
 
@@ -166,16 +225,32 @@ def _read_dataset(given: HubDataset, key: str) -> list[Example]:
     try:
         import datasets
     except ImportError as error:
-        raise UserError(f"{key}: a dataset needs the package datasets ({error}): pip install datasets, or name a file") from None
+        raise UserError(
+            f"{key}: a dataset needs the package datasets ({error}): pip install datasets, or name"
+            " a file"
+        ) from None
     try:
-        table = datasets.load_dataset(given.dataset, given.subset, split=given.split, revision=given.revision)
-    except Exception as error:  # of many kinds: no such dataset, subset or split, no network, a damaged file
+        table = datasets.load_dataset(
+            given.dataset, given.subset, split=given.split, revision=given.revision
+        )
+    except (
+        Exception
+    ) as error:  # of many kinds: no such dataset, subset or split, no network, a damaged file
         cause = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"{key}: cannot read split {given.split!r} of dataset {given.dataset}: {cause}") from None
-    for setting, columns in (("column", [given.column]), ("metadata", given.metadata), ("images", given.images)):
+        raise UserError(
+            f"{key}: cannot read split {given.split!r} of dataset {given.dataset}: {cause}"
+        ) from None
+    for setting, columns in (
+        ("column", [given.column]),
+        ("metadata", given.metadata),
+        ("images", given.images),
+    ):
         if unknown := [name for name in columns if name not in table.column_names]:
             known = ", ".join(table.column_names)
-            raise UserError(f"{key}.{setting}: {given.dataset} has no column {', '.join(unknown)}; it has {known}")
+            raise UserError(
+                f"{key}.{setting}: {given.dataset} has no column {', '.join(unknown)}; it has"
+                f" {known}"
+            )
     wanted = {given.column, *given.metadata, *given.images, "negative_prompt"}
     # Columns left out are never decoded, as images would be.
     table = table.select_columns([name for name in table.column_names if name in wanted])
@@ -197,8 +272,9 @@ def _rows(table, given: HubDataset, key: str) -> list[Example]:
         held += sum(image.nbytes for image in images)
         if held > MOST_HELD:
             raise UserError(
-                f"{key}: the images of the first {i + 1} of {len(table)} rows fill {MOST_HELD >> 30} GB of memory in each process; "
-                'name a part, as split "train[:1000]", or write the images to files and name them in a .jsonl file'
+                f"{key}: the images of the first {i + 1} of {len(table)} rows fill"
+                f" {MOST_HELD >> 30} GB of memory in each process; name a part, as split"
+                ' "train[:1000]", or write the images to files and name them in a .jsonl file'
             )
         texts = {name: value for name, value in row.items() if name not in given.images}
         prompts.append(replace(_prompt(texts, source, given.column), images=images))
@@ -213,7 +289,9 @@ class PromptOrder:
 
     def __init__(self, count: int, per_iteration: int, seed: int):
         if per_iteration > count:
-            raise UserError(f"data.prompts_per_iteration: {per_iteration}, but data.train holds {count} prompts")
+            raise UserError(
+                f"data.prompts_per_iteration: {per_iteration}, but data.train holds {count} prompts"
+            )
         self.count, self.per_iteration, self._seed = count, per_iteration, seed
         self._epoch = lru_cache(maxsize=2)(self._shuffled)
 
@@ -221,7 +299,9 @@ class PromptOrder:
         """Prompt indices of an iteration, counted from 0."""
         per_epoch = self.count // self.per_iteration
         epoch, place = divmod(iteration, per_epoch)
-        return self._epoch(epoch)[place * self.per_iteration : (place + 1) * self.per_iteration].tolist()
+        return self._epoch(epoch)[
+            place * self.per_iteration : (place + 1) * self.per_iteration
+        ].tolist()
 
     def at(self, cursor: int) -> int:
         """The prompt index at a place of the endless order, whole epochs one after another."""
@@ -229,7 +309,8 @@ class PromptOrder:
         return int(self._epoch(epoch)[place])
 
     def reached(self, iterations: int) -> list[int]:
-        """Indices of the prompts that the first `iterations` iterations may draw, in rising order: after an epoch, all."""
+        """Indices of the prompts that the first `iterations` iterations may draw, in rising order:
+        after an epoch, all."""
         if iterations >= self.count // self.per_iteration:
             return list(range(self.count))
         return sorted(i for iteration in range(iterations) for i in self.indices(iteration))

@@ -1,6 +1,8 @@
-"""What a run will need, before anything is loaded: memory, disk, forwards and seconds, from the checkpoint's JSON configs alone.
+"""What a run will need, before anything is loaded: memory, disk, forwards and seconds, from the
+checkpoint's JSON configs alone.
 
-Models are built on torch's meta device, where tensors have shapes but no storage. `estimate` returns numbers, `show` prints them.
+Models are built on torch's meta device, where tensors have shapes but no storage. `estimate`
+returns numbers, `show` prints them.
 Left out: the allocator's fragmentation, NCCL's buffers and the time that ranks wait for each other.
 """
 
@@ -10,4 +12,13 @@ from tempflow.estimate.fitting import propose
 from tempflow.estimate.show import show, show_proposal
 from tempflow.models.hub import local_model
 
-__all__ = ["Estimate", "check_room", "disk_of", "estimate", "local_model", "propose", "show", "show_proposal"]
+__all__ = [
+    "Estimate",
+    "check_room",
+    "disk_of",
+    "estimate",
+    "local_model",
+    "propose",
+    "show",
+    "show_proposal",
+]

@@ -62,16 +62,23 @@ def estimate(
     """Numbers of a run, from the config and the model's JSON files.
 
     prompts: how many the training file holds.
-    images: the most that one of them brings; None: as many as the family takes, none where it needs none.
+    images: the most that one of them brings; None: as many as the family takes, none where it needs
+    none.
 
-    Raises UserError where the run would: an unusable model or size, fewer units of work than GPUs, an ill-typed DeepSpeed key.
+    Raises UserError where the run would: an unusable model or size, fewer units of work than GPUs,
+    an ill-typed DeepSpeed key.
     """
     model = Model(config, images)
     check_size(model.path, model.size)
     units = config.data.prompts_per_iteration * config.plan().seeds
     if units < gpus:
-        raise UserError(f"data.prompts_per_iteration x rollout.plan.seeds: {units} units for {gpus} GPUs")
-    zero, speed = Zero(config.deepspeed, gpus, model.weights, model.trained_in), peak_tflops * 1e12 * mfu
+        raise UserError(
+            f"data.prompts_per_iteration x rollout.plan.seeds: {units} units for {gpus} GPUs"
+        )
+    zero, speed = (
+        Zero(config.deepspeed, gpus, model.weights, model.trained_in),
+        peak_tflops * 1e12 * mfu,
+    )
     return Estimate(
         config.model.path,
         gpus,
@@ -86,7 +93,7 @@ def estimate(
 
 
 def disk_of(config: Config) -> Disk:
-    """The disk that a run's checkpoints take, from the config and the model's JSON files; as quick as making the transformer on the
-    meta device. UserError as `estimate`."""
+    """The disk that a run's checkpoints take, from the config and the model's JSON files; as quick
+    as making the transformer on the meta device. UserError as `estimate`."""
     model = Model(config)
     return disk(config, Zero(config.deepspeed, 1, model.weights, model.trained_in))

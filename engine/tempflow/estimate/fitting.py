@@ -1,7 +1,9 @@
-"""What would make a run fit its card: changes of config keys, those that cost least first, each judged by the dry run's own numbers.
+"""What would make a run fit its card: changes of config keys, those that cost least first, each
+judged by the dry run's own numbers.
 
-Changes that leave what is learned as it is come before those that do not; sizes and numbers of samples are not touched, because they
-are the run's purpose. What a change costs in time is in its estimate, as far as operations say it.
+Changes that leave what is learned as it is come before those that do not; sizes and numbers of
+samples are not touched, because they are the run's purpose. What a change costs in time is in its
+estimate, as far as operations say it.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ class Option:
     """A change that may save memory."""
 
     changes: Callable[[Config, Estimate], Changes | None]
-    """Its keys' new values for a config and what that needs; None where it has nothing to change."""
+    """Its keys' new values for a config and what that needs; None where it has nothing to
+    change."""
     cost: str
 
 
@@ -42,7 +45,8 @@ class Step:
 
 
 def _fewer_rows(config: Config, estimate: Estimate) -> Changes | None:
-    """Half the rows of each moment that is about the largest: where two are equal, either alone saves nothing."""
+    """Half the rows of each moment that is about the largest: where two are equal, either alone
+    saves nothing."""
     rows = {
         "training": ("training.micro_batch", config.training.states),
         "rollout": ("rollout.micro_batch", config.rollout.rows),
@@ -51,11 +55,17 @@ def _fewer_rows(config: Config, estimate: Estimate) -> Changes | None:
     }
     moments = estimate.memory.moments
     largest = max(item.bytes for item in moments)
-    chosen = [rows.get(item.name.split(":")[0].split()[0]) for item in moments if item.bytes > ABOUT * largest]
+    chosen = [
+        rows.get(item.name.split(":")[0].split()[0])
+        for item in moments
+        if item.bytes > ABOUT * largest
+    ]
     return {key: number // 2 for key, number in filter(None, chosen) if number > 1} or None
 
 
-def _set(key: str, value, applies: Callable[[Config], bool]) -> Callable[[Config, Estimate], Changes | None]:
+def _set(
+    key: str, value, applies: Callable[[Config], bool]
+) -> Callable[[Config, Estimate], Changes | None]:
     return lambda c, _: {key: value} if applies(c) else None
 
 
@@ -72,32 +82,56 @@ def options(gpus: int) -> list[Option]:
         ),
         Option(
             _set("model.share_base", None, lambda c: c.model.share_base is False),
-            "rollouts apply the adapters beside the frozen weights: two small products more in each adapted layer",
+            "rollouts apply the adapters beside the frozen weights: two small products more in each"
+            " adapted layer",
         ),
         Option(_fewer_rows, "more forwards of fewer rows; the same updates, but for rounding"),
         Option(
-            _set("model.gradient_checkpointing", True, lambda c: not c.model.gradient_checkpointing),
+            _set(
+                "model.gradient_checkpointing", True, lambda c: not c.model.gradient_checkpointing
+            ),
             "training computes each forward twice",
         ),
-        Option(_set("rollout.graphs", False, lambda c: c.rollout.graphs), "the host launches each forward's kernels one by one"),
         Option(
-            _set("rollout.suffix.weights", "same", lambda c: bool(c.rollout.suffix) and c.rollout.suffix.weights == "float8"),
+            _set("rollout.graphs", False, lambda c: c.rollout.graphs),
+            "the host launches each forward's kernels one by one",
+        ),
+        Option(
+            _set(
+                "rollout.suffix.weights",
+                "same",
+                lambda c: bool(c.rollout.suffix) and c.rollout.suffix.weights == "float8",
+            ),
             "coarse steps are no longer in float8",
         ),
         Option(
-            _set("training.reference", "offloaded", lambda c: c.needs_reference() and c.model.lora is None),
+            _set(
+                "training.reference",
+                "offloaded",
+                lambda c: c.needs_reference() and c.model.lora is None,
+            ),
             "the reference policy's layers come from host memory in each of its forwards",
         ),
         Option(
-            lambda c, _: _zero(c, stage=2 if c.model.lora else 3) if gpus > 1 and _stage(c) < (2 if c.model.lora else 3) else None,
+            lambda c, _: (
+                _zero(c, stage=2 if c.model.lora else 3)
+                if gpus > 1 and _stage(c) < (2 if c.model.lora else 3)
+                else None
+            ),
             "ranks exchange gradients, and at stage 3 weights, in every micro-batch",
         ),
-        Option(_offloaded, "the optimizer's state is in host memory, and every update crosses the bus"),
+        Option(
+            _offloaded, "the optimizer's state is in host memory, and every update crosses the bus"
+        ),
         Option(
             _set("rollout.replica", False, lambda c: c.rollout.replica),
-            "rollouts go through the training engine, slower at ZeRO stage 3; evaluations use the raw weights, not their average",
+            "rollouts go through the training engine, slower at ZeRO stage 3; evaluations use the"
+            " raw weights, not their average",
         ),
-        Option(_bfloat16, "weights and activations in bfloat16, with fp32 weights in the optimizer alone"),
+        Option(
+            _bfloat16,
+            "weights and activations in bfloat16, with fp32 weights in the optimizer alone",
+        ),
         Option(
             _set("model.lora", {}, lambda c: c.model.lora is None),
             "another run: adapters in place of all weights, with a learning rate of their own",
@@ -106,25 +140,34 @@ def options(gpus: int) -> list[Option]:
 
 
 def _zero(config: Config, **changes) -> Changes:
-    return {"deepspeed.zero_optimization": {**config.deepspeed.get("zero_optimization", {}), **changes}}
+    return {
+        "deepspeed.zero_optimization": {**config.deepspeed.get("zero_optimization", {}), **changes}
+    }
 
 
 def _offloaded(config: Config, _: Estimate) -> Changes | None:
     if "offload_optimizer" in config.deepspeed.get("zero_optimization", {}):
         return None
     found = _zero(config, stage=max(1, _stage(config)), offload_optimizer={"device": "cpu"})
-    return found | {"deepspeed.zero_force_ds_cpu_optimizer": False}  # else DeepSpeed compiles an optimizer of its own
+    return found | {
+        "deepspeed.zero_force_ds_cpu_optimizer": False
+    }  # else DeepSpeed compiles an optimizer of its own
 
 
 def _bfloat16(config: Config, _: Estimate) -> Changes | None:
     if engine_dtype(config.deepspeed) != torch.float32:
         return None
-    half = {"model.dtype": "bfloat16", "deepspeed.bf16": {"enabled": True}, "deepspeed.data_types": {"grad_accum_dtype": "fp32"}}
+    half = {
+        "model.dtype": "bfloat16",
+        "deepspeed.bf16": {"enabled": True},
+        "deepspeed.data_types": {"grad_accum_dtype": "fp32"},
+    }
     return half | _zero(config, stage=max(1, _stage(config)))
 
 
 def propose(config: Config, judge: Judge, gpus: int) -> list[Step]:
-    """The changes that make a run fit, in order; where none do, all that save something. Empty where it fits as it is.
+    """The changes that make a run fit, in order; where none do, all that save something. Empty
+    where it fits as it is.
 
     Args:
         config: of the run.
@@ -138,8 +181,11 @@ def propose(config: Config, judge: Judge, gpus: int) -> list[Step]:
     return _needed(config, steps, judge) if steps else []
 
 
-def _greedy(config: Config, before: Estimate, judge: Judge, choices: list[Option]) -> Iterator[Step]:
-    """The first option that saves, again and again until the run fits: one that saves nothing may do so after another."""
+def _greedy(
+    config: Config, before: Estimate, judge: Judge, choices: list[Option]
+) -> Iterator[Step]:
+    """The first option that saves, again and again until the run fits: one that saves nothing may
+    do so after another."""
     least = LEAST * (before.total - before.card)
     while not before.fits:
         for option in choices:
@@ -154,7 +200,8 @@ def _greedy(config: Config, before: Estimate, judge: Judge, choices: list[Option
 
 
 def _made(config: Config, changes: Changes | None, judge: Judge) -> tuple[Config, Estimate] | None:
-    """A config with some keys changed, and its estimate; None where there is nothing to change or the config does not allow it."""
+    """A config with some keys changed, and its estimate; None where there is nothing to change or
+    the config does not allow it."""
     if changes is None:
         return None
     try:
@@ -177,14 +224,17 @@ def changed(config: Config, changes: Changes) -> Config:
 
 
 def _needed(config: Config, steps: list[Step], judge: Judge) -> list[Step]:
-    """The same, each option once with its last value, and without those that the others made unnecessary, dearest first."""
+    """The same, each option once with its last value, and without those that the others made
+    unnecessary, dearest first."""
     merged: dict[str, Changes] = {}
     for step in steps:
         merged[step.cost] = merged.get(step.cost, {}) | step.changes
     kept = [(changes, cost) for cost, changes in merged.items()]
     for choice in reversed(kept):
         others = [one for one in kept if one is not choice]
-        without = _made(config, {key: value for changes, _ in others for key, value in changes.items()}, judge)
+        without = _made(
+            config, {key: value for changes, _ in others for key, value in changes.items()}, judge
+        )
         if without and without[1].fits:
             kept = others
     found, made = [], {}

@@ -1,7 +1,9 @@
-"""Forwards and backwards on the meta device: the most bytes that they hold at once, and their floating point operations.
+"""Forwards and backwards on the meta device: the most bytes that they hold at once, and their
+floating point operations.
 
-A transformer is a chain of equal blocks. `shorten` leaves three of each run of them, the middle one to stand for all that are gone:
-what it does counts that many times, and so does what it leaves for the backward. The numbers are those of the whole chain.
+A transformer is a chain of equal blocks. `shorten` leaves three of each run of them, the middle one
+to stand for all that are gone: what it does counts that many times, and so does what it leaves for
+the backward. The numbers are those of the whole chain.
 """
 
 from __future__ import annotations
@@ -23,18 +25,26 @@ from tempflow.estimate.repeats import Repeats
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 FORMULAS = flop_registry | {
-    ATTENTION: lambda query, key, value, *_, **__: sdpa_flop_count(query.shape, key.shape, value.shape),
-    ATTENTION_BACKWARD: lambda grad, query, key, value, *_, **__: sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape),
+    ATTENTION: lambda query, key, value, *_, **__: sdpa_flop_count(
+        query.shape, key.shape, value.shape
+    ),
+    ATTENTION_BACKWARD: lambda grad, query, key, value, *_, **__: sdpa_backward_flop_count(
+        grad.shape, query.shape, key.shape, value.shape
+    ),
 }
-Blocks = list[tuple[torch.nn.Module, int]]  # a module's blocks, each with the number of blocks that it stands for
+Blocks = list[
+    tuple[torch.nn.Module, int]
+]  # a module's blocks, each with the number of blocks that it stands for
 
 
 @contextmanager
 def fused_attention():
-    """Attention as every real device runs it: fused, keeping queries, keys, values, result and row sums for the backward.
+    """Attention as every real device runs it: fused, keeping queries, keys, values, result and row
+    sums for the backward.
 
-    The meta device by itself would choose the unfused form, with its tokens x tokens matrices. A mode of torch functions would not
-    do in its place: it is off while a backward runs, and checkpointing's forwards with it.
+    The meta device by itself would choose the unfused form, with its tokens x tokens matrices. A
+    mode of torch functions would not do in its place: it is off while a backward runs, and
+    checkpointing's forwards with it.
     """
     functional, plain = torch.nn.functional, torch.nn.functional.scaled_dot_product_attention
     functional.scaled_dot_product_attention = _fused
@@ -44,7 +54,9 @@ def fused_attention():
         functional.scaled_dot_product_attention = plain
 
 
-def _fused(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+def _fused(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+):
     if enable_gqa:
         key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], -3) for t in (key, value))
     if attn_mask is not None and attn_mask.dtype == torch.bool:
@@ -53,8 +65,9 @@ def _fused(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, sc
 
 
 class Meter(TorchDispatchMode):
-    """While it is active: the most bytes of new tensors that were alive at once (`peak`), and operations (`flops`): those of matrix
-    products, convolutions and attention, with the scores that attention's backward computes again.
+    """While it is active: the most bytes of new tensors that were alive at once (`peak`), and
+    operations (`flops`): those of matrix products, convolutions and attention, with the scores that
+    attention's backward computes again.
 
     blocks: as `shorten` returns them.
     """
@@ -63,9 +76,14 @@ class Meter(TorchDispatchMode):
         super().__init__()
         self.live = self.flops = 0
         self._blocks, self._hooks, self._run = blocks, [], Repeats()
-        self._times, self._forward = 1, True  # how often an operation counts; whether the first forward is under way
+        self._times, self._forward = (
+            1,
+            True,
+        )  # how often an operation counts; whether the first forward is under way
         self._peaks = [0]  # of each span between two blocks' beginnings and ends
-        self._alive: dict[int, tuple[int, int, int]] = {}  # by a storage's address its bytes, how often they count, and its span
+        self._alive: dict[
+            int, tuple[int, int, int]
+        ] = {}  # by a storage's address its bytes, how often they count, and its span
 
     @property
     def peak(self) -> int:
@@ -86,7 +104,9 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        out, fresh = self._run(func, args, kwargs)  # views and results in place lie in storages that the caller brought
+        out, fresh = self._run(
+            func, args, kwargs
+        )  # views and results in place lie in storages that the caller brought
         formula = FORMULAS.get(operator_of(func))
         if formula is not None:
             self.flops += self._times * formula(*args, **kwargs, out_val=out)
@@ -96,8 +116,8 @@ class Meter(TorchDispatchMode):
         return out
 
     def backward_begins(self) -> None:
-        """From now on what a block left counts as often as the block; so it did in the spans after it. A block's forward is one that
-        checkpointing runs again."""
+        """From now on what a block left counts as often as the block; so it did in the spans after
+        it. A block's forward is one that checkpointing runs again."""
         more = [0] * len(self._peaks)
         for address, (size, times, span) in self._alive.items():
             more[span] += size * (times - 1)
@@ -130,7 +150,9 @@ class Meter(TorchDispatchMode):
             return
         self._times = 1
         self._peaks.append(self.live)
-        for tensor in tree_leaves(out):  # autograd comes back to them before the block's own operations, and in order
+        for tensor in tree_leaves(
+            out
+        ):  # autograd comes back to them before the block's own operations, and in order
             if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
                 tensor.register_hook(partial(self._goes_back, times))
 
@@ -145,7 +167,11 @@ def shorten(module: torch.nn.Module) -> Blocks:
         runs = [list(run) for _, run in groupby(blocks, _description)]
         chosen: Blocks = []
         for run in runs:
-            chosen += [(b, 1) for b in run] if len(run) <= 3 else [(run[0], 1), (run[1], len(run) - 2), (run[-1], 1)]
+            chosen += (
+                [(b, 1) for b in run]
+                if len(run) <= 3
+                else [(run[0], 1), (run[1], len(run) - 2), (run[-1], 1)]
+            )
         setattr(owner, name, torch.nn.ModuleList(block for block, _ in chosen))
         kept += chosen
     return kept
@@ -161,7 +187,9 @@ def _chains(module: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, str, tor
 
 
 def _description(block: torch.nn.Module) -> tuple:
-    return str(block), [(name, p.shape, p.dtype, p.requires_grad) for name, p in block.named_parameters()]
+    return str(block), [
+        (name, p.shape, p.dtype, p.requires_grad) for name, p in block.named_parameters()
+    ]
 
 
 @contextmanager
@@ -171,7 +199,9 @@ def passing_gradients(module: torch.nn.Module):
     def drop(parameter):
         parameter.grad = None
 
-    handles = [p.register_post_accumulate_grad_hook(drop) for p in module.parameters() if p.requires_grad]
+    handles = [
+        p.register_post_accumulate_grad_hook(drop) for p in module.parameters() if p.requires_grad
+    ]
     try:
         yield
     finally:
@@ -188,7 +218,8 @@ def inference(run, blocks: Blocks = ()) -> Meter:
 
 
 def training(run, module: torch.nn.Module, blocks: Blocks) -> Meter:
-    """What a call of `module` and its backward hold and compute, with what checkpointing computes again."""
+    """What a call of `module` and its backward hold and compute, with what checkpointing computes
+    again."""
     with fused_attention(), passing_gradients(module), Meter(blocks) as meter:
         out = run()
         meter.backward_begins()

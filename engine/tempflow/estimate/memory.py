@@ -1,7 +1,7 @@
 """Bytes on each GPU and in host memory.
 
-Weights, gradients, optimizer state and averages are counted exactly. What a forward and a backward hold is measured on the meta
-device at one to three rows and continued along a line.
+Weights, gradients, optimizer state and averages are counted exactly. What a forward and a backward
+hold is measured on the meta device at one to three rows and continued along a line.
 """
 
 from __future__ import annotations
@@ -60,10 +60,22 @@ def memory_of(config: Config, model: Model, zero: Zero, gpus: int, prompts: int)
         Item("VAE", vae, "model.dtype"),
         Item("rollout copy", own, "model.share_base, rollout.replica, model.dtype"),
         Item("rollout copy: adapters", model.adapters if shared else 0, "model.lora"),
-        Item("float8 copy for suffixes", model.float8 if r.suffix and r.suffix.weights == "float8" else 0, "rollout.suffix.weights"),
-        Item("training engine: parameters", zero.parameters, "model.lora, zero_optimization.stage, bf16"),
+        Item(
+            "float8 copy for suffixes",
+            model.float8 if r.suffix and r.suffix.weights == "float8" else 0,
+            "rollout.suffix.weights",
+        ),
+        Item(
+            "training engine: parameters",
+            zero.parameters,
+            "model.lora, zero_optimization.stage, bf16",
+        ),
         Item("training engine: gradients", zero.gradients, "model.lora, zero_optimization.stage"),
-        Item("training engine: optimizer", zero.optimizer, "model.lora, zero_optimization.stage, offload_optimizer"),
+        Item(
+            "training engine: optimizer",
+            zero.optimizer,
+            "model.lora, zero_optimization.stage, offload_optimizer",
+        ),
         Item("training engine: buffers", zero.buffers, "zero_optimization: bucket sizes"),
         Item("reference copy", reference, "training.penalty, training.reference, model.lora"),
         Item(
@@ -71,41 +83,83 @@ def memory_of(config: Config, model: Model, zero: Zero, gpus: int, prompts: int)
             zero.gathered if where in ("sharded", "offloaded") else 0,
             "zero_optimization.stage3_max_live_parameters",
         ),
-        Item("CUDA graph of the rollout", forward if r.graphs else 0, "rollout.graphs, rollout.micro_batch"),
+        Item(
+            "CUDA graph of the rollout",
+            forward if r.graphs else 0,
+            "rollout.graphs, rollout.micro_batch",
+        ),
         Item("latents, embeddings", _held(config, model, gpus), "data.prompts_per_iteration"),
     ]
     moments = [
-        Item(f"training: activations of {_rows(rows)}", model.training(rows).bytes, "gradient_checkpointing, training.micro_batch"),
+        Item(
+            f"training: activations of {_rows(rows)}",
+            model.training(rows).bytes,
+            "gradient_checkpointing, training.micro_batch",
+        ),
         Item(f"rollout: a forward of {_rows(r.rows)}", forward, "rollout.micro_batch"),
-        Item("evaluation: a forward", evaluated if evaluated > forward else 0, "eval.guidance_scale, rollout.micro_batch"),
-        Item(f"decoding {_rows(r.decode_batch)}", model.decode().bytes * r.decode_batch, "rollout.decode_batch"),
+        Item(
+            "evaluation: a forward",
+            evaluated if evaluated > forward else 0,
+            "eval.guidance_scale, rollout.micro_batch",
+        ),
+        Item(
+            f"decoding {_rows(r.decode_batch)}",
+            model.decode().bytes * r.decode_batch,
+            "rollout.decode_batch",
+        ),
         Item("optimizer step", zero.step, "zero_optimization.stage, sub_group_size"),
-        Item("refreshing the rollout copy", _refresh(config, weights, model.trained_in, shared), "rollout.refresh_bucket"),
+        Item(
+            "refreshing the rollout copy",
+            _refresh(config, weights, model.trained_in, shared),
+            "rollout.refresh_bucket",
+        ),
     ]
     average = zero.whole_fp32 * config.averaged_copies()
     (each, negative), seen = model.embedding, _prompts_seen(config, gpus, prompts)
     host = [
-        Item("average: this process's share", -(-average // gpus), "training.ema, training.merge.last"),
-        Item("prompt embeddings", each * seen + negative * (seen if model.takes_images else 1), "model.max_sequence_length"),
-        Item("images or videos on their way to rewards", _sent(config, gpus), "data.prompts_per_iteration, rewards.NAME.frames"),
+        Item(
+            "average: this process's share",
+            -(-average // gpus),
+            "training.ema, training.merge.last",
+        ),
+        Item(
+            "prompt embeddings",
+            each * seen + negative * (seen if model.takes_images else 1),
+            "model.max_sequence_length",
+        ),
+        Item(
+            "images or videos on their way to rewards",
+            _sent(config, gpus),
+            "data.prompts_per_iteration, rewards.NAME.frames",
+        ),
         Item("offloaded by DeepSpeed", zero.offloaded, "zero_optimization.offload_*"),
         Item("reference copy: this process's share", offloaded, "training.reference"),
     ]
     rest = vae + own
     start = max(encoders + rest if stay else max(encoders, rest), weights.bytes)
-    resident, moments, host = ([item for item in items if item.bytes] for items in (resident, moments, host))
+    resident, moments, host = (
+        [item for item in items if item.bytes] for items in (resident, moments, host)
+    )
     return Memory(resident, moments, host, start, unknown)
 
 
 def _inference(config: Config, model: Model, gpus: int) -> tuple[int, int]:
-    """The most that a forward holds in a rollout, and in an evaluation, whose guidance may be another. Both decode alike."""
+    """The most that a forward holds in a rollout, and in an evaluation, whose guidance may be
+    another. Both decode alike."""
     rows = config.rollout.rows
-    evaluated = min(rows, -(-config.eval.prompts // gpus)) if config.data.heldout and config.eval.every else 0
-    return model.forward(rows).bytes, model.forward(evaluated, config.eval_guidance()).bytes if evaluated else 0
+    evaluated = (
+        min(rows, -(-config.eval.prompts // gpus))
+        if config.data.heldout and config.eval.every
+        else 0
+    )
+    return model.forward(rows).bytes, (
+        model.forward(evaluated, config.eval_guidance()).bytes if evaluated else 0
+    )
 
 
 def _reference(where: str | None, zero: Zero, weights: Weights) -> tuple[int, int]:
-    """(on the GPU, in host memory) of the frozen copy, without the layers gathered while it runs."""
+    """(on the GPU, in host memory) of the frozen copy, without the layers gathered while it
+    runs."""
     if where in (None, "whole"):
         return (weights.bytes if where else 0), 0
     buffers = weights.bytes - weights.lasting
@@ -113,12 +167,15 @@ def _reference(where: str | None, zero: Zero, weights: Weights) -> tuple[int, in
 
 
 def _refresh(config: Config, weights: Weights, dtype: torch.dtype, shared: bool) -> int:
-    """The weights under way from the training engine, or from the average, to the rollout copy, and one with its adapter merged."""
+    """The weights under way from the training engine, or from the average, to the rollout copy, and
+    one with its adapter merged."""
     r, averaged = config.rollout, config.averaging() is not None
     if not r.replica:
         return 0
     if shared:
-        converted = r.suffix is not None and r.suffix.weights == "float8"  # from weights that are merged one by one
+        converted = (
+            r.suffix is not None and r.suffix.weights == "float8"
+        )  # from weights that are merged one by one
         bucket = 4 * min(r.refresh_bucket, weights.trained) if averaged else 0
         return max(bucket, (4 + dtype.itemsize) * weights.largest_adapted if converted else 0)
     stage = config.deepspeed.get("zero_optimization", {}).get("stage", 0)
@@ -127,32 +184,62 @@ def _refresh(config: Config, weights: Weights, dtype: torch.dtype, shared: bool)
 
 
 def _held(config: Config, model: Model, gpus: int) -> int:
-    """States, once as rolled out and once as micro-batches, the latents under way, and the prompts' embeddings."""
+    """States, once as rolled out and once as micro-batches, the latents under way, and the prompts'
+    embeddings."""
     r, t = config.rollout, config.training
-    units, children, elements = busiest_units(config, gpus), unit_states(config), math.prod(model.latent)
-    widened = len(children) * max(children, default=0)  # a micro-batch has as many children for every state
+    units, children, elements = (
+        busiest_units(config, gpus),
+        unit_states(config),
+        math.prod(model.latent),
+    )
+    widened = len(children) * max(
+        children, default=0
+    )  # a micro-batch has as many children for every state
     stored = units * (2 * len(children) + sum(children) + widened) * 4
     penalty, repeated = config.penalty(), t.updates.passes * t.updates.parts > 1
-    keeps_velocity = repeated and (config.objective().keeps_velocity or penalty is not None and not penalty.needs_reference)
-    velocities = units * len(children) * model.trained_in.itemsize * (config.needs_reference() + keeps_velocity)
-    waiting = sum(row.value for row in config.plan().rows(ONE, 0))  # rows that stand at a path's states until the paths have gone on
+    keeps_velocity = repeated and (
+        config.objective().keeps_velocity or penalty is not None and not penalty.needs_reference
+    )
+    velocities = (
+        units
+        * len(children)
+        * model.trained_in.itemsize
+        * (config.needs_reference() + keeps_velocity)
+    )
+    waiting = sum(
+        row.value for row in config.plan().rows(ONE, 0)
+    )  # rows that stand at a path's states until the paths have gone on
     under_way = (units * (1 + waiting) + r.rows) * 4
     embeddings = sum(model.embedding) * min(config.data.prompts_per_iteration, units)
     return (stored + velocities + under_way) * elements + embeddings
 
 
 def _sent(config: Config, gpus: int) -> int:
-    """The decoded batch, and the frames that rewards of the training are given, where all of an iteration wait for the workers."""
-    r, trained = config.rollout, [spec for spec in parse_rewards(config.rewards) if not spec.watched]
+    """The decoded batch, and the frames that rewards of the training are given, where all of an
+    iteration wait for the workers."""
+    r, trained = (
+        config.rollout,
+        [spec for spec in parse_rewards(config.rewards) if not spec.watched],
+    )
     asked = sum(spec.frames for spec in trained if spec.frames is not None)
-    asked += r.frames if any(spec.frames is None for spec in trained) else 0  # one copy for all rewards that get whole videos
-    waiting = busiest_units(config, gpus) * len(unit_rows(config)) * asked if config.reward_pool.workers else 0
+    asked += (
+        r.frames if any(spec.frames is None for spec in trained) else 0
+    )  # one copy for all rewards that get whole videos
+    waiting = (
+        busiest_units(config, gpus) * len(unit_rows(config)) * asked
+        if config.reward_pool.workers
+        else 0
+    )
     return (r.decode_batch * r.frames + waiting) * 3 * r.height * r.width
 
 
 def _prompts_seen(config: Config, gpus: int, prompts: int) -> int:
     """Different prompts that a process embeds and keeps in a run over `prompts` of them."""
-    trained = min(prompts, config.training.iterations * min(config.data.prompts_per_iteration, busiest_units(config, gpus)))
+    trained = min(
+        prompts,
+        config.training.iterations
+        * min(config.data.prompts_per_iteration, busiest_units(config, gpus)),
+    )
     heldout = -(-config.eval.prompts // gpus) if config.data.heldout and config.eval.every else 0
     return min(trained + heldout, KEPT if config.data.embedding_cache is None else KEPT_OF_STORE)
 

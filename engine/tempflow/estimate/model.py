@@ -1,4 +1,5 @@
-"""A run's model without weights: its policy on the meta device, and the transformer as it is trained. What they weigh, hold and compute."""
+"""A run's model without weights: its policy on the meta device, and the transformer as it is
+trained. What they weigh, hold and compute."""
 
 from __future__ import annotations
 
@@ -91,10 +92,19 @@ class Model:
         self.path = local_model(config.model.path)
         check_model(self.path)
         self.size = config.rollout.size
-        self.dtype, self.trained_in = resolve_dtype(config.model.dtype, "cuda"), engine_dtype(config.deepspeed)
-        self._text, self._scale = check_text_length(self.path, config.model.max_sequence_length), config.rollout.guidance_scale
+        self.dtype, self.trained_in = (
+            resolve_dtype(config.model.dtype, "cuda"),
+            engine_dtype(config.deepspeed),
+        )
+        self._text, self._scale = (
+            check_text_length(self.path, config.model.max_sequence_length),
+            config.rollout.guidance_scale,
+        )
         self._images = images
-        self._lora, self._checkpointing = _key_of(config.model.lora), config.model.gradient_checkpointing
+        self._lora, self._checkpointing = (
+            _key_of(config.model.lora),
+            config.model.gradient_checkpointing,
+        )
 
     @property
     def _frozen(self) -> _Frozen:
@@ -115,7 +125,8 @@ class Model:
 
     @property
     def adapters(self) -> int:
-        """Bytes of a rollout copy that shares the base: adapters, and what loading keeps in another dtype than the one trained in."""
+        """Bytes of a rollout copy that shares the base: adapters, and what loading keeps in another
+        dtype than the one trained in."""
         return self.weights.trained * self.trained_in.itemsize + self._frozen.kept
 
     @property
@@ -138,7 +149,8 @@ class Model:
 
     @property
     def embedding(self) -> tuple[int, int]:
-        """Bytes of the embeddings of a prompt, and of the negative prompt that is set against it: 0 where the family takes none."""
+        """Bytes of the embeddings of a prompt, and of the negative prompt that is set against it: 0
+        where the family takes none."""
         policy = self._frozen.policy
         with policy.embedding_for(self.size):
             each = tensor_bytes(policy.embed([Example("")]).values())
@@ -150,7 +162,12 @@ class Model:
         return _line(lambda n: _forward(self._frozen, self.size, scale, n), rows)
 
     def training(self, rows: int) -> Pass:
-        return _line(lambda n: _training(self._frozen, self._trained, self._checkpointing, self.size, self._scale, n), rows)
+        return _line(
+            lambda n: _training(
+                self._frozen, self._trained, self._checkpointing, self.size, self._scale, n
+            ),
+            rows,
+        )
 
     def decode(self) -> Pass:
         """Of one image."""
@@ -158,7 +175,8 @@ class Model:
 
 
 def _line(measured: Callable[[int], Pass], rows: int) -> Pass:
-    """A measurement at many rows, from those at two and three. One row is apart: much is broadcast then, not copied."""
+    """A measurement at many rows, from those at two and three. One row is apart: much is broadcast
+    then, not copied."""
     if rows <= 3:
         return measured(rows)
     two, three = measured(2), measured(3)
@@ -166,18 +184,30 @@ def _line(measured: Callable[[int], Pass], rows: int) -> Pass:
 
 
 def _key_of(lora: Lora | None) -> str | None:
-    """To find measurements by; the scale of adapters does not matter, but for a start has to be its own."""
-    return None if lora is None else (lora if lora.start else lora.model_copy(update={"alpha": 1.0})).model_dump_json()
+    """To find measurements by; the scale of adapters does not matter, but for a start has to be its
+    own."""
+    return (
+        None
+        if lora is None
+        else (lora if lora.start else lora.model_copy(update={"alpha": 1.0})).model_dump_json()
+    )
 
 
 @lru_cache(maxsize=8)
 def _frozen(path: str, dtype: torch.dtype, text: int, images: int | None) -> _Frozen:
     policy = family_of(path).skeleton(path, dtype, text, images)
     modules, denoisers = policy.pipe.components, policy.denoiser_parts(policy.pipe.config)
-    others = {name: part for name, part in modules.items() if isinstance(part, torch.nn.Module) and name not in denoisers}
+    others = {
+        name: part
+        for name, part in modules.items()
+        if isinstance(part, torch.nn.Module) and name not in denoisers
+    }
     sizes = {name: module_bytes(part) for name, part in others.items()}
     sizes["denoiser"] = module_bytes(policy.denoiser())
-    float8, whole = float8_bytes(policy.denoiser()), (*policy.denoiser().parameters(), *policy.denoiser().buffers())
+    float8, whole = (
+        float8_bytes(policy.denoiser()),
+        (*policy.denoiser().parameters(), *policy.denoiser().buffers()),
+    )
     kept = tensor_bytes(t for t in whole if t.is_floating_point() and t.dtype != dtype)
     return _Frozen(policy, measure.shorten(policy.denoiser()), sizes, float8, kept)
 
@@ -195,7 +225,10 @@ def _trained(path: str, dtype: torch.dtype, lora: str | None) -> _Trained:
             raise UserError(f"model.lora: {str(error).splitlines()[0]}") from None
     parameters = list(module.parameters())
     trained = [p for p in parameters if p.requires_grad]
-    adapted = max((p.numel() for name, p in module.named_parameters() if name.endswith("base_layer.weight")), default=0)
+    adapted = max(
+        (p.numel() for name, p in module.named_parameters() if name.endswith("base_layer.weight")),
+        default=0,
+    )
     weights = Weights(
         sum(p.numel() for p in parameters),
         sum(p.numel() for p in trained),
@@ -214,16 +247,29 @@ def _forward(frozen: _Frozen, size: Size, scale: float, rows: int) -> Pass:
         sampler,
         rows,
         frozen.policy.dtype,
-        lambda *inputs: measure.inference(lambda: sampler.velocity(frozen.policy.denoiser(), *inputs), frozen.blocks),
+        lambda *inputs: measure.inference(
+            lambda: sampler.velocity(frozen.policy.denoiser(), *inputs), frozen.blocks
+        ),
     )
 
 
 @lru_cache(maxsize=64)
-def _training(frozen: _Frozen, trained: _Trained, checkpointing: bool, size: Size, scale: float, rows: int) -> Pass:
+def _training(
+    frozen: _Frozen, trained: _Trained, checkpointing: bool, size: Size, scale: float, rows: int
+) -> Pass:
     sampler, module = frozen.policy.at(size, scale), trained.module
-    (module.enable_gradient_checkpointing if checkpointing else module.disable_gradient_checkpointing)()
+    (
+        module.enable_gradient_checkpointing
+        if checkpointing
+        else module.disable_gradient_checkpointing
+    )()
     return _pass(
-        sampler, rows, trained.dtype, lambda *inputs: measure.training(lambda: sampler.velocity(module, *inputs), module, trained.blocks)
+        sampler,
+        rows,
+        trained.dtype,
+        lambda *inputs: measure.training(
+            lambda: sampler.velocity(module, *inputs), module, trained.blocks
+        ),
     )
 
 
@@ -235,10 +281,14 @@ def _decode(frozen: _Frozen, size: Size) -> Pass:
 
 
 def _pass(sampler: Sampler, rows: int, dtype: torch.dtype, run: Callable[..., Meter]) -> Pass:
-    """run: takes latents, sigmas, conditioning and dtype. UserError where the transformer does not take what its family gives it."""
+    """run: takes latents, sigmas, conditioning and dtype. UserError where the transformer does not
+    take what its family gives it."""
     policy = sampler.policy
     try:
-        x, sigma = torch.empty(rows, *sampler.latent_shape, device="meta"), torch.empty(rows, device="meta")
+        x, sigma = (
+            torch.empty(rows, *sampler.latent_shape, device="meta"),
+            torch.empty(rows, device="meta"),
+        )
         with policy.embedding_for(sampler.size):
             inputs = x, sigma, policy.encode([Example("")] * rows), dtype
         # Families keep position ids from their first forward on.
@@ -246,8 +296,11 @@ def _pass(sampler: Sampler, rows: int, dtype: torch.dtype, run: Callable[..., Me
         meter = run(*inputs)
     except UserError:
         raise
-    except Exception as error:  # whatever a library makes of a config that does not fit its pipeline
+    except (
+        Exception
+    ) as error:  # whatever a library makes of a config that does not fit its pipeline
         raise UserError(
-            f"model.path: {type(policy).__name__} does not run with this {type(policy.denoiser()).__name__}: {brief(error)}"
+            f"model.path: {type(policy).__name__} does not run with this"
+            f" {type(policy.denoiser()).__name__}: {brief(error)}"
         ) from error
     return Pass(meter.peak, meter.flops // rows)

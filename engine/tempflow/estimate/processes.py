@@ -1,7 +1,8 @@
-"""Memory of a GPU that is not the training's own: CUDA contexts, the libraries' workspaces, and reward models with `device: "cuda"`.
+"""Memory of a GPU that is not the training's own: CUDA contexts, the libraries' workspaces, and
+reward models with `device: "cuda"`.
 
-Each reward worker is a process with a context and a copy of every model. Of the models the weights are counted, not what a forward
-of theirs holds.
+Each reward worker is a process with a context and a copy of every model. Of the models the weights
+are counted, not what a forward of theirs holds.
 """
 
 from __future__ import annotations
@@ -18,8 +19,12 @@ from tempflow.rewards.neural.base import ModelReward
 from tempflow.rewards.neural.weights import weight_files
 from tempflow.rewards.registry import RewardSpec, build_reward, parse_rewards
 
-CONTEXT = 500_000_000  # bytes that a process takes for its CUDA context before its first tensor; 0.4 to 0.6 GB on recent cards
-WORKSPACES = 500_000_000  # an allowance for what cuDNN, cuBLAS and compiled kernels allocate on their own
+# bytes that a process takes for its CUDA context before its first tensor; 0.4 to 0.6 GB on recent
+# cards
+CONTEXT = 500_000_000
+WORKSPACES = (
+    500_000_000  # an allowance for what cuDNN, cuBLAS and compiled kernels allocate on their own
+)
 PARAMETERS = {  # elements of published weights, as far as the rewards load them
     "MizzenAI/HPSv3": 7_744_923_136,  # Qwen2-VL-7B without its output layer
     "RE-N-Y/ImageReward": 303_301_632 + 141_977_088,  # BLIP-large's image and text towers
@@ -31,7 +36,9 @@ PARAMETERS = {  # elements of published weights, as far as the rewards load them
 
 def process_items(config: Config) -> tuple[list[Item], list[str]]:
     """(items, names of rewards on the GPU whose size nobody here knows), for one GPU."""
-    on_gpu = [spec for spec in parse_rewards(config.rewards) if spec.options.get("device") == "cuda"]
+    on_gpu = [
+        spec for spec in parse_rewards(config.rewards) if spec.options.get("device") == "cuda"
+    ]
     workers, keys = config.reward_pool.workers, "reward_pool.workers"
     items = [Item("CUDA context, libraries' workspaces (an allowance)", CONTEXT + WORKSPACES)]
     if on_gpu:
@@ -48,20 +55,28 @@ def process_items(config: Config) -> tuple[list[Item], list[str]]:
 
 
 def _model_bytes(spec: RewardSpec) -> int | None:
-    """Of a reward's weights in its dtype; None where its class or its repository is not known here."""
+    """Of a reward's weights in its dtype; None where its class or its repository is not known
+    here."""
     reward: Reward = build_reward(spec.name, spec.options, spec.type)
     if not isinstance(reward, ModelReward):
         return None
     source = Path(reward.path).expanduser()
-    elements = _elements(f"rewards.{spec.name}.path", source) if source.exists() else PARAMETERS.get(reward.path)
+    elements = (
+        _elements(f"rewards.{spec.name}.path", source)
+        if source.exists()
+        else PARAMETERS.get(reward.path)
+    )
     return None if elements is None else elements * reward.torch_dtype.itemsize
 
 
 def _elements(key: str, source: Path) -> int:
-    """From the headers of safetensors files: of the tensors of floating point, which take on the model's dtype."""
+    """From the headers of safetensors files: of the tensors of floating point, which take on the
+    model's dtype."""
     count = 0
     for file in weight_files(key, source):
         with safe_open(file, "pt") as tensors:
             slices = (tensors.get_slice(name) for name in tensors.keys())
-            count += sum(math.prod(s.get_shape()) for s in slices if s.get_dtype().startswith(("F", "BF")))
+            count += sum(
+                math.prod(s.get_shape()) for s in slices if s.get_dtype().startswith(("F", "BF"))
+            )
     return count

@@ -1,7 +1,8 @@
 """Operations on the meta device, run once for arguments of the same shapes, strides and dtypes.
 
-What a meta tensor is made of follows from those alone, and the rules that say how are Python, a millisecond for many an operation. A
-transformer's blocks repeat all of theirs, and checkpointing runs them twice.
+What a meta tensor is made of follows from those alone, and the rules that say how are Python, a
+millisecond for many an operation. A transformer's blocks repeat all of theirs, and checkpointing
+runs them twice.
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ class Repeats:
     """Runs operations, or makes what they returned for such arguments before."""
 
     def __init__(self):
-        self._known: dict[tuple, tuple[bool, list[tuple]]] = {}  # by an operation and its arguments: is it one tensor, and its tensors
+        self._known: dict[
+            tuple, tuple[bool, list[tuple]]
+        ] = {}  # by an operation and its arguments: is it one tensor, and its tensors
 
     def __call__(self, func, args: tuple, kwargs: dict):
-        """The result of `func`, and those of its tensors that own a storage which the arguments do not have."""
+        """The result of `func`, and those of its tensors that own a storage which the arguments do
+        not have."""
         key = func, _facts(args), _facts(tuple(kwargs.items()))
         if key in self._known:
             single, facts = self._known[key]
@@ -36,11 +40,16 @@ class Repeats:
 
 
 def _tensors(value) -> list[torch.Tensor]:
-    return [value] if isinstance(value, torch.Tensor) else [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+    return (
+        [value]
+        if isinstance(value, torch.Tensor)
+        else [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+    )
 
 
 def _facts(value) -> tuple:
-    """What a meta tensor is made of, for each in a nested value; what else there is stands for itself."""
+    """What a meta tensor is made of, for each in a nested value; what else there is stands for
+    itself."""
     if isinstance(value, torch.Tensor):
         return value.shape, value.stride(), value.dtype, value.device
     if isinstance(value, (tuple, list)):
@@ -54,8 +63,11 @@ def _made(facts: tuple) -> torch.Tensor:
 
 
 def _can_be_made(tensors: list[torch.Tensor]) -> bool:
-    """Whether they are on the meta device and fill a storage each, so that others like them are made of their facts."""
-    if not tensors or len({storage_key(tensor.untyped_storage()) for tensor in tensors}) < len(tensors):
+    """Whether they are on the meta device and fill a storage each, so that others like them are
+    made of their facts."""
+    if not tensors or len({storage_key(tensor.untyped_storage()) for tensor in tensors}) < len(
+        tensors
+    ):
         return False
     return all(tensor.device.type == "meta" and _fills_storage(tensor) for tensor in tensors)
 

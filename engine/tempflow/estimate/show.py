@@ -30,36 +30,53 @@ LARGEST = 3  # parts that are always there, and are named where a run does not f
 def show(estimate: Estimate, output: Console | None = None) -> None:
     """Memory, costs, disk and, where the run does not fit, what decides its largest parts."""
     out = output or Console(highlight=False, width=None if Console().is_terminal else 120)
-    share = "" if estimate.trained == estimate.parameters else f", {amount(estimate.trained)} of them trained"
+    share = (
+        ""
+        if estimate.trained == estimate.parameters
+        else f", {amount(estimate.trained)} of them trained"
+    )
     out.print(
-        f"[bold]{escape(estimate.model)}[/] on {count(estimate.gpus, 'GPU')} of {size(estimate.card)}: "
-        f"transformer of {amount(estimate.parameters)} parameters{share}. 1 GB = 10^9 bytes; no weights were loaded."
+        f"[bold]{escape(estimate.model)}[/] on {count(estimate.gpus, 'GPU')} of"
+        f" {size(estimate.card)}: transformer of {amount(estimate.parameters)} parameters{share}. 1"
+        " GB = 10^9 bytes; no weights were loaded."
     )
     out.print(_memory(estimate))
     _verdict(estimate, out)
     out.print(_costs(estimate))
     out.print(
-        f"At {estimate.speed / 1e12:.0f} TFLOP/s a GPU (--peak-tflops x --mfu), without rewards, communication and waiting; "
-        "training if every group has a spread to learn from."
+        f"At {estimate.speed / 1e12:.0f} TFLOP/s a GPU (--peak-tflops x --mfu), without rewards,"
+        " communication and waiting; training if every group has a spread to learn from."
     )
     out.print(_host(estimate))
     out.print(_disk(estimate.disk))
 
 
 def show_proposal(estimate: Estimate, steps: list[Step], output: Console | None = None) -> None:
-    """Which changes of the config make a run fit that does not, each with what the run needs after it and what it costs."""
+    """Which changes of the config make a run fit that does not, each with what the run needs after
+    it and what it costs."""
     out = output or Console(highlight=False, width=None if Console().is_terminal else 120)
     if estimate.fits:
         return
     if steps and steps[-1].estimate.fits:
-        out.print(f"[bold]It fits {size(estimate.card)} with[/] (memory and an iteration's time with each and those above it):")
+        out.print(
+            f"[bold]It fits {size(estimate.card)} with[/] (memory and an iteration's time with each"
+            " and those above it):"
+        )
     else:
-        out.print(f"[bold]No change of these keys makes it fit {size(estimate.card)}[/]; nearest comes:")
+        out.print(
+            f"[bold]No change of these keys makes it fit {size(estimate.card)}[/]; nearest comes:"
+        )
     for step in steps:
         for key, value in step.changes.items():
             out.print(f"  --set '{escape(key)}={escape(json.dumps(value))}'")
-        out.print(f"      {size(step.estimate.total)}, {spent(step.estimate.seconds)}: {escape(step.cost)}")
-    out.print("Not tried, because they change what the run is for: the model, rollout.height and width, prompts, seeds and children.")
+        out.print(
+            f"      {size(step.estimate.total)}, {spent(step.estimate.seconds)}:"
+            f" {escape(step.cost)}"
+        )
+    out.print(
+        "Not tried, because they change what the run is for: the model, rollout.height and width,"
+        " prompts, seeds and children."
+    )
 
 
 def _memory(estimate: Estimate) -> Table:
@@ -72,24 +89,40 @@ def _memory(estimate: Estimate) -> Table:
     for item in memory.moments:
         _row(table, item, "+ " if item is largest else "", "" if item is largest else "dim")
     table.add_section()
-    table.add_row("[bold]total, with the largest of the moments", f"[bold]{size(estimate.total)}", f"of {size(estimate.card)}")
+    table.add_row(
+        "[bold]total, with the largest of the moments",
+        f"[bold]{size(estimate.total)}",
+        f"of {size(estimate.card)}",
+    )
     return table
 
 
 def _verdict(estimate: Estimate, out: Console) -> None:
     for name in estimate.memory.unknown:
-        out.print(f"[bold yellow]Not counted[/]: the model of reward {escape(name)}, whose size is unknown here; it lies on the same GPU.")
+        out.print(
+            f"[bold yellow]Not counted[/]: the model of reward {escape(name)}, whose size is"
+            " unknown here; it lies on the same GPU."
+        )
     left = estimate.card - estimate.total
     if estimate.fits and left < 0.05 * estimate.card:
-        out.print(f"[bold yellow]Fits barely[/]: {size(left)} left, and fragmentation and NCCL's buffers are not counted.")
+        out.print(
+            f"[bold yellow]Fits barely[/]: {size(left)} left, and fragmentation and NCCL's buffers"
+            " are not counted."
+        )
     elif estimate.fits:
-        out.print(f"[bold green]Fits[/]: {size(left)} left for fragmentation and NCCL's buffers, which are not counted.")
+        out.print(
+            f"[bold green]Fits[/]: {size(left)} left for fragmentation and NCCL's buffers, which"
+            " are not counted."
+        )
     else:
         out.print(f"[bold red]Does not fit[/]: {size(-left)} too much. Most of it:")
         largest = sorted(estimate.memory.resident, key=lambda item: -item.bytes)[:LARGEST]
         for item in [*largest, max(estimate.memory.moments, key=lambda item: item.bytes)]:
             out.print(f"  {size(item.bytes)}  {escape(item.name)}: {escape(item.keys)}")
-        out.print("Change these keys, or try more or larger GPUs (--gpus, --card-gb), or a smaller rollout.height, width or frames.")
+        out.print(
+            "Change these keys, or try more or larger GPUs (--gpus, --card-gb), or a smaller"
+            " rollout.height, width or frames."
+        )
 
 
 def _costs(estimate: Estimate) -> Table:
@@ -100,7 +133,9 @@ def _costs(estimate: Estimate) -> Table:
     for phase in estimate.phases:
         name = NAMES[phase.name] + ("" if phase.share == 1 else f", every {round(1 / phase.share)}")
         each = f"{min(phase.flops, 10**300) / 1e12:.3g}"
-        table.add_row(name, grouped(phase.forwards), grouped(phase.busiest), each, spent(phase.seconds))
+        table.add_row(
+            name, grouped(phase.forwards), grouped(phase.busiest), each, spent(phase.seconds)
+        )
     table.add_section()
     table.add_row("[bold]an iteration, on average", "", "", "", f"[bold]{spent(estimate.seconds)}")
     return table
@@ -128,7 +163,11 @@ def _disk(disk: Disk) -> Table:
     keys = "checkpoint.every, keep, keep_best; one more while it is written"
     table.add_row(f"at most at once: {count(disk.most, 'checkpoint')}", size(disk.total), keys)
     if disk.samples:
-        table.add_row("samples of all evaluations, about", size(disk.samples), "eval.every, eval.keep_samples, rollout.frames")
+        table.add_row(
+            "samples of all evaluations, about",
+            size(disk.samples),
+            "eval.every, eval.keep_samples, rollout.frames",
+        )
     return table
 
 

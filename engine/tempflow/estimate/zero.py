@@ -1,4 +1,5 @@
-"""How DeepSpeed spreads weights, gradients and optimizer state over GPUs, by ZeRO stage and dtype (as of DeepSpeed 0.19)."""
+"""How DeepSpeed spreads weights, gradients and optimizer state over GPUs, by ZeRO stage and dtype
+(as of DeepSpeed 0.19)."""
 
 from __future__ import annotations
 
@@ -38,9 +39,11 @@ ACCUMULATE = {
 
 
 class Zero:
-    """Bytes on one of `gpus` GPUs for weights trained in `dtype`, and in its process's host memory where offloaded.
+    """Bytes on one of `gpus` GPUs for weights trained in `dtype`, and in its process's host memory
+    where offloaded.
 
-    parameters, gradients, optimizer (with fp32 master weights), buffers: all the time; step: on top while the optimizer runs.
+    parameters, gradients, optimizer (with fp32 master weights), buffers: all the time; step: on top
+    while the optimizer runs.
     """
 
     def __init__(self, ds: dict, gpus: int, weights, dtype: torch.dtype):
@@ -52,7 +55,10 @@ class Zero:
         own = -(-weights.trained // gpus) if self.stage else weights.trained
         self._own = own
         self.whole_fp32 = 4 * weights.trained
-        offload_optimizer, offload_parameters = self._offloads("offload_optimizer"), self._offloads("offload_param")
+        offload_optimizer, offload_parameters = (
+            self._offloads("offload_optimizer"),
+            self._offloads("offload_param"),
+        )
         parameters, state = self._parameters(), self._optimizer_state()
         self.gradients = self._gradients(offload_optimizer)
         self.buffers = self._buffers()
@@ -63,7 +69,8 @@ class Zero:
         self.step = 0 if self.optimizer == 0 else self._step()
 
     def _parameters(self) -> int:
-        """Of stage 3 a partition of each tensor; what is gathered from the others for a forward is among the buffers."""
+        """Of stage 3 a partition of each tensor; what is gathered from the others for a forward is
+        among the buffers."""
         if self.stage < 3:
             return self._weights.bytes
         return self._weights.bytes - self._weights.lasting + self.share
@@ -79,15 +86,25 @@ class Zero:
         if self.stage == 0:
             return trained * self._dtype.itemsize
         if self.stage == 1:
-            # Whole sums over the micro-batches; with bf16 and fp32 sums DeepSpeed's BF16 optimizer updates from them in place,
-            # else a partition of them is copied out for the step.
-            in_place = self._dtype == torch.bfloat16 and self._accumulate == torch.float32 and not offloaded
+            # Whole sums over the micro-batches; with bf16 and fp32 sums DeepSpeed's BF16 optimizer
+            # updates from them in place, else a partition of them is copied out for the step.
+            in_place = (
+                self._dtype == torch.bfloat16
+                and self._accumulate == torch.float32
+                and not offloaded
+            )
             return trained * accumulate + (0 if in_place else self._own * accumulate)
         return 0 if offloaded else self._own * accumulate
 
     def _buffers(self) -> int:
-        """Buckets for gradients under way, and at stage 3 the weights gathered for the layers that run."""
-        if self.stage == 0 or self.stage == 1 and self._dtype == torch.bfloat16 and self._accumulate == torch.float32:
+        """Buckets for gradients under way, and at stage 3 the weights gathered for the layers that
+        run."""
+        if (
+            self.stage == 0
+            or self.stage == 1
+            and self._dtype == torch.bfloat16
+            and self._accumulate == torch.float32
+        ):
             return 0
         bucket = self._number("reduce_bucket_size", 5e8)
         size = (self._accumulate if self.stage == 1 else self._dtype).itemsize
@@ -100,7 +117,9 @@ class Zero:
     @property
     def gathered(self) -> int:
         """Of weights spread over the GPUs, those that are whole around the layer that runs."""
-        live = self._number("stage3_max_live_parameters", 1e9) + self._number("stage3_prefetch_bucket_size", 5e7)
+        live = self._number("stage3_max_live_parameters", 1e9) + self._number(
+            "stage3_prefetch_bucket_size", 5e7
+        )
         return min(self._weights.lasting, live * self._dtype.itemsize)
 
     @property
@@ -110,16 +129,20 @@ class Zero:
 
     @property
     def saved_weights(self) -> int:
-        """Of the weights in a checkpoint's DeepSpeed files, all ranks together; at stage 3 they hold the fp32 masters alone."""
+        """Of the weights in a checkpoint's DeepSpeed files, all ranks together; at stage 3 they
+        hold the fp32 masters alone."""
         return self._weights.trained * self._dtype.itemsize if self.stage < 3 else 0
 
     @property
     def saved_optimizer(self) -> int:
         """Of the optimizer's state there, with fp32 master weights from stage 1 on."""
-        return self._weights.trained * (4 * (1 + self._states) if self.stage else self._dtype.itemsize * self._states)
+        return self._weights.trained * (
+            4 * (1 + self._states) if self.stage else self._dtype.itemsize * self._states
+        )
 
     def _step(self) -> int:
-        """torch's AdamW makes a temporary of the size of what it updates at a time; gradients become fp32 first."""
+        """torch's AdamW makes a temporary of the size of what it updates at a time; gradients
+        become fp32 first."""
         updated = self._own
         if self.stage == 3:
             updated = min(updated, max(1, self._number("sub_group_size", 1e9)))
@@ -132,7 +155,10 @@ class Zero:
         if asked is None:
             return self._dtype
         if not isinstance(asked, str) or asked not in ACCUMULATE:
-            raise UserError(f"deepspeed.data_types.grad_accum_dtype: expected one of {', '.join(ACCUMULATE)}, got {shown(asked)}")
+            raise UserError(
+                f"deepspeed.data_types.grad_accum_dtype: expected one of {', '.join(ACCUMULATE)},"
+                f" got {shown(asked)}"
+            )
         return ACCUMULATE[asked]
 
     def _offloads(self, key: str) -> bool:
@@ -141,14 +167,22 @@ class Zero:
             return False
         device = value.get("device", "none") if isinstance(value, dict) else None
         if device not in ("none", "cpu", "nvme", None) or device is None:
-            raise UserError(f'deepspeed.zero_optimization.{key}: expected a table with device "cpu", "nvme" or "none", got {shown(value)}')
+            raise UserError(
+                f'deepspeed.zero_optimization.{key}: expected a table with device "cpu", "nvme" or'
+                f' "none", got {shown(value)}'
+            )
         return device != "none"
 
     def _number(self, key: str, default: float) -> int:
         value = self._zero.get(key, default)
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not 0 <= value < math.inf:  # no isfinite, which has no answer for the largest integers
-            raise UserError(f"deepspeed.zero_optimization.{key}: expected a number of elements, got {shown(value)}")
+        if (
+            not number or not 0 <= value < math.inf
+        ):  # no isfinite, which has no answer for the largest integers
+            raise UserError(
+                f"deepspeed.zero_optimization.{key}: expected a number of elements, got"
+                f" {shown(value)}"
+            )
         return int(value)
 
 
@@ -156,7 +190,9 @@ def _optimizer(table: dict) -> tuple[int, bool]:
     """(state tensors per weight, whether it is torch's Adam) of the `optimizer` table."""
     kind, params = table.get("type"), table.get("params", {})
     if not isinstance(kind, str):
-        raise UserError(f'deepspeed.optimizer.type: expected a name such as "AdamW", got {shown(kind)}')
+        raise UserError(
+            f'deepspeed.optimizer.type: expected a name such as "AdamW", got {shown(kind)}'
+        )
     if not isinstance(params, dict):
         raise UserError(f"deepspeed.optimizer.params: expected a table, got {shown(params)}")
     states = STATES.get(kind.lower(), 2)

@@ -1,7 +1,15 @@
-"""Model families behind one protocol: `load_policy` reads a diffusers folder and returns its `Policy`."""
+"""Model families behind one protocol: `load_policy` reads a diffusers folder and returns its
+`Policy`."""
 
 from tempflow.models.base import Policy, Sampler, most_images
-from tempflow.models.conditions import Conditioning, Conditions, Shape, by_shape, index_rows, shape_of
+from tempflow.models.conditions import (
+    Conditioning,
+    Conditions,
+    Shape,
+    by_shape,
+    index_rows,
+    shape_of,
+)
 from tempflow.models.loading import (
     check_checkpoint,
     check_examples,

@@ -1,4 +1,5 @@
-"""Arguments of the library surface, `load_policy` and `Policy.sample`: each is checked by name, and the error lists what is allowed."""
+"""Arguments of the library surface, `load_policy` and `Policy.sample`: each is checked by name, and
+the error lists what is allowed."""
 
 from __future__ import annotations
 
@@ -27,16 +28,28 @@ def as_dtype(value: str | torch.dtype) -> torch.dtype:
     """A torch dtype by name, or as it is."""
     if isinstance(value, torch.dtype) and value in DTYPES.values():
         return value
-    return DTYPES[one_of("dtype", str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value, [*DTYPES, "auto"])]
+    return DTYPES[
+        one_of(
+            "dtype",
+            str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value,
+            [*DTYPES, "auto"],
+        )
+    ]
 
 
 def check_device(value: str | torch.device) -> None:
-    """UserError for a device that is none, is not there, or cannot run the kernels that TEMPFLOW_KERNELS asks for."""
+    """UserError for a device that is none, is not there, or cannot run the kernels that
+    TEMPFLOW_KERNELS asks for."""
     try:
         torch.zeros(1, device=torch.device(value)).tolist()  # which "meta" cannot
-    except Exception as error:  # RuntimeError, AssertionError, NotImplementedError: as the backend likes
+    except (
+        Exception
+    ) as error:  # RuntimeError, AssertionError, NotImplementedError: as the backend likes
         here = ["cpu", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))]
-        raise UserError(f"device: {shown(value)} is not there ({brief(error, 160)}); this machine has {', '.join(here)}") from None
+        raise UserError(
+            f"device: {shown(value)} is not there ({brief(error, 160)}); this machine has"
+            f" {', '.join(here)}"
+        ) from None
     try:
         use_triton(torch.device(value))
     except (ValueError, RuntimeError) as error:
@@ -45,12 +58,19 @@ def check_device(value: str | torch.device) -> None:
 
 def positive_int(name: str, value, most: float = math.inf) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not 1 <= value <= most:
-        raise ValueError(f"{name}: expected a whole number from 1 {'on' if most == math.inf else f'to {most}'}, got {shown(value)}")
+        raise ValueError(
+            f"{name}: expected a whole number from 1 {'on' if most == math.inf else f'to {most}'},"
+            f" got {shown(value)}"
+        )
     return int(value)
 
 
 def finite_number(name: str, value) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not abs(value) <= sys.float_info.max:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, numbers.Real)
+        or not abs(value) <= sys.float_info.max
+    ):
         raise ValueError(f"{name}: expected a finite number, got {shown(value)}")
     return float(value)
 
@@ -64,26 +84,33 @@ def as_prompts(prompts: str | Sequence[str]) -> list[str]:
 
 
 def as_negative_prompts(negatives: str | Sequence[str] | None, count: int) -> list[str] | None:
-    """As many negative prompts as prompts; one text is for all of them, as in diffusers' pipelines."""
+    """As many negative prompts as prompts; one text is for all of them, as in diffusers'
+    pipelines."""
     if negatives is None:
         return None
-    texts = [negatives] * count if isinstance(negatives, str) else _texts("negative_prompts", negatives)
+    texts = (
+        [negatives] * count if isinstance(negatives, str) else _texts("negative_prompts", negatives)
+    )
     if len(texts) != count:
         raise ValueError(f"negative_prompts: {len(texts)} for {count} prompts")
     return texts
 
 
 def as_images(images, count: int, alone: bool) -> list[tuple[np.ndarray, ...]]:
-    """Condition images of each of `count` prompts, uint8 RGB [H, W, 3] of any size; none for each where `images` is None.
+    """Condition images of each of `count` prompts, uint8 RGB [H, W, 3] of any size; none for each
+    where `images` is None.
 
-    images: a list with an entry for each prompt, an image or a list of images. alone: of one prompt that is no list, such an entry.
+    images: a list with an entry for each prompt, an image or a list of images. alone: of one prompt
+    that is no list, such an entry.
     """
     if images is None:
         return [()] * count
     if alone:
         return [_pixels("images", images)]
     if not isinstance(images, (list, tuple)):
-        raise ValueError(f"images: expected a list with an entry for each prompt, got {type(images).__name__}")
+        raise ValueError(
+            f"images: expected a list with an entry for each prompt, got {type(images).__name__}"
+        )
     if len(images) != count:
         raise ValueError(f"images: {len(images)} entries for {count} prompts")
     return [_pixels(f"images[{n}]", entry) for n, entry in enumerate(images)]
@@ -93,7 +120,9 @@ def _pixels(name: str, entry) -> tuple[np.ndarray, ...]:
     given = entry if isinstance(entry, (list, tuple)) else [entry]
     for image in given:
         if not isinstance(image, Image.Image):
-            raise ValueError(f"{name}: expected a PIL image or a list of PIL images, got {shown(image)}")
+            raise ValueError(
+                f"{name}: expected a PIL image or a list of PIL images, got {shown(image)}"
+            )
     return tuple(np.asarray(image.convert("RGB")) for image in given)
 
 
@@ -105,7 +134,10 @@ def _texts(name: str, values) -> list[str]:
         if not isinstance(text, str):
             raise ValueError(f"{name}: expected texts, but number {n} is {shown(text)}")
         if any("\ud800" <= character <= "\udfff" for character in text):
-            raise ValueError(f"{name}: number {n} holds half a character (a lone surrogate), which no tokenizer takes: {shown(text)}")
+            raise ValueError(
+                f"{name}: number {n} holds half a character (a lone surrogate), which no tokenizer"
+                f" takes: {shown(text)}"
+            )
     return texts
 
 
@@ -113,11 +145,19 @@ def check_latents(latents, expected: tuple[int, ...], size: str) -> None:
     """ValueError unless latents are a finite floating-point tensor of the expected shape."""
     if not isinstance(latents, torch.Tensor):
         hint = "; torch.from_numpy converts it" if type(latents).__module__ == "numpy" else ""
-        raise ValueError(f"latents: expected a tensor of shape {expected} for {size}, got {type(latents).__name__}{hint}")
+        raise ValueError(
+            f"latents: expected a tensor of shape {expected} for {size}, got"
+            f" {type(latents).__name__}{hint}"
+        )
     if tuple(latents.shape) != expected:
-        raise ValueError(f"latents: expected shape {expected} for {size}, got {tuple(latents.shape)}")
+        raise ValueError(
+            f"latents: expected shape {expected} for {size}, got {tuple(latents.shape)}"
+        )
     if latents.is_meta or latents.layout != torch.strided:
-        raise ValueError(f"latents: expected a dense tensor with its numbers, got one on {latents.device} of layout {latents.layout}")
+        raise ValueError(
+            f"latents: expected a dense tensor with its numbers, got one on {latents.device} of"
+            f" layout {latents.layout}"
+        )
     if not latents.is_floating_point():
         raise ValueError(f"latents: expected floating-point numbers, got {latents.dtype}")
     if not torch.isfinite(latents).all():

@@ -1,6 +1,8 @@
-"""diffusers' attention backends: what those that this project names need, checked before a model is loaded, and choosing one.
+"""diffusers' attention backends: what those that this project names need, checked before a model is
+loaded, and choosing one.
 
-diffusers itself checks packages alone, when the model is there, and the rest in the first forward, if at all.
+diffusers itself checks packages alone, when the model is there, and the rest in the first forward,
+if at all.
 """
 
 from __future__ import annotations
@@ -38,25 +40,42 @@ BACKENDS = {
     "native": Needs(),
     "xformers": Needs("xformers", "pip install xformers, part of the extra gpu", gpu=True),
     "flash": Needs(
-        "flash_attn", "pip install --no-build-isolation flash-attn, which compiles it with nvcc", True, (8, 0), half=True, masks=False
+        "flash_attn",
+        "pip install --no-build-isolation flash-attn, which compiles it with nvcc",
+        True,
+        (8, 0),
+        half=True,
+        masks=False,
     ),
     "_flash_3_hub": Needs(
-        "kernels", "pip install kernels, which fetches the kernel from the Hugging Face hub", True, (9, 0), (9, 0), half=True, masks=False
+        "kernels",
+        "pip install kernels, which fetches the kernel from the Hugging Face hub",
+        True,
+        (9, 0),
+        (9, 0),
+        half=True,
+        masks=False,
     ),
 }
 
 
-def check_attention(name: str | None, path: str, dtypes: dict[str, torch.dtype], guided_in_one: bool = False) -> None:
-    """UserError where a backend lacks something here; those not in `BACKENDS` are left to diffusers.
+def check_attention(
+    name: str | None, path: str, dtypes: dict[str, torch.dtype], guided_in_one: bool = False
+) -> None:
+    """UserError where a backend lacks something here; those not in `BACKENDS` are left to
+    diffusers.
 
-    path: the checkpoint's. dtypes: of the weights that will run with it, by config key. guided_in_one: whether a prompt and a negative
-    prompt of another length share forwards.
+    path: the checkpoint's. dtypes: of the weights that will run with it, by config key.
+    guided_in_one: whether a prompt and a negative prompt of another length share forwards.
     """
     if name not in BACKENDS:
         return
     missing = list(_missing(BACKENDS[name], path, dtypes, guided_in_one))
     if missing:
-        raise UserError(f'model.attention_backend: {name!r} needs {"; ".join(missing)}. "native" needs nothing but torch')
+        raise UserError(
+            f'model.attention_backend: {name!r} needs {"; ".join(missing)}. "native" needs nothing'
+            " but torch"
+        )
 
 
 def _missing(needs: Needs, path: str, dtypes: dict[str, torch.dtype], guided_in_one: bool):
@@ -69,24 +88,42 @@ def _missing(needs: Needs, path: str, dtypes: dict[str, torch.dtype], guided_in_
         if not needs.oldest <= capability <= needs.newest:
             exactly = "" if needs.newest == needs.oldest else " or later"
             wanted = f"{'.'.join(map(str, needs.oldest))}{exactly}"
-            yield f"compute capability {wanted}, and {torch.cuda.get_device_name()} has {'.'.join(map(str, capability))}"
+            yield (
+                f"compute capability {wanted}, and {torch.cuda.get_device_name()} has"
+                f" {'.'.join(map(str, capability))}"
+            )
     for key, dtype in dtypes.items():
         if needs.half and dtype not in (torch.bfloat16, torch.float16):
             yield f"bfloat16 or float16, and {key} gives {str(dtype).removeprefix('torch.')}"
     if not needs.masks and family_of(path).masks_text:
-        yield f"text without a mask, and {family_of(path).__name__.removesuffix('Policy')} masks its text"
+        yield (
+            f"text without a mask, and {family_of(path).__name__.removesuffix('Policy')} masks its"
+            " text"
+        )
     elif not needs.masks and guided_in_one:
         name = family_of(path).__name__.removesuffix("Policy")
-        yield f"text without a mask, and with guidance under ZeRO-3 {name} masks the shorter one of prompt and negative prompt"
+        yield (
+            f"text without a mask, and with guidance under ZeRO-3 {name} masks the shorter one of"
+            " prompt and negative prompt"
+        )
 
 
 def set_attention_backend(module: torch.nn.Module, name: str | None) -> None:
-    """Choose a diffusers attention backend; UserError with the reason where it is unknown or cannot run here."""
+    """Choose a diffusers attention backend; UserError with the reason where it is unknown or cannot
+    run here."""
     if name is None:
         return
     if not has_attention_backends(module):
-        raise UserError(f"model.attention_backend: {name!r}: diffusers offers no choice for {type(module).__name__}; leave it null")
+        raise UserError(
+            f"model.attention_backend: {name!r}: diffusers offers no choice for"
+            f" {type(module).__name__}; leave it null"
+        )
     try:
         module.set_attention_backend(name)
-    except (ValueError, RuntimeError, ImportError, OSError) as error:  # OSError: the hub, for kernels that come from there
+    except (
+        ValueError,
+        RuntimeError,
+        ImportError,
+        OSError,
+    ) as error:  # OSError: the hub, for kernels that come from there
         raise UserError(f"model.attention_backend: {name!r}: {error}") from None

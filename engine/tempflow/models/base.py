@@ -1,8 +1,10 @@
-"""What the engine needs to know of a model family: the `Policy` protocol, and sampling written once on top of it.
+"""What the engine needs to know of a model family: the `Policy` protocol, and sampling written once
+on top of it.
 
-A policy owns the frozen parts (text encoders, VAE, scheduler) and one copy of the denoiser. `velocity` takes the denoiser to
-evaluate as an argument, because training, rollout and reference run different copies of it. `Policy.at` gives a `Sampler`, which
-fixes the size and the guidance scale of a run.
+A policy owns the frozen parts (text encoders, VAE, scheduler) and one copy of the denoiser.
+`velocity` takes the denoiser to evaluate as an argument, because training, rollout and reference
+run different copies of it. `Policy.at` gives a `Sampler`, which fixes the size and the guidance
+scale of a run.
 """
 
 from __future__ import annotations
@@ -20,20 +22,30 @@ from PIL import Image
 
 from tempflow.errors import UserError
 from tempflow.media import frames_of, no_image
-from tempflow.models.arguments import as_images, as_negative_prompts, as_prompts, check_latents, finite_number, positive_int
+from tempflow.models.arguments import (
+    as_images,
+    as_negative_prompts,
+    as_prompts,
+    check_latents,
+    finite_number,
+    positive_int,
+)
 from tempflow.models.conditions import Conditioning, Conditions, by_shape
 from tempflow.models.skeleton import skeleton_pipe
 from tempflow.sampling.steps import ode_coefficients
 from tempflow.types import Example, Scales, Size
 from tempflow_kernels import sde_step
 
-# Held by a decode of a VAE that keeps features from call to call in itself, as those of videos do: a rollout's lanes are threads.
+# Held by a decode of a VAE that keeps features from call to call in itself, as those of videos do:
+# a rollout's lanes are threads.
 _DECODING = threading.Lock()
 
 
 def _as_bytes(decoded: torch.Tensor) -> torch.Tensor:
     """The uint8 image [H, W, 3] or video [F, H, W, 3] of [3, ..., H, W] in about [-1, 1]."""
-    pixels = torch.nan_to_num(decoded.float()) * 0.5 + 0.5  # as diffusers' processors of images and of videos
+    pixels = (
+        torch.nan_to_num(decoded.float()) * 0.5 + 0.5
+    )  # as diffusers' processors of images and of videos
     return pixels.clamp_(0, 1).mul_(255).round_().to(torch.uint8).movedim(0, -1)
 
 
@@ -51,16 +63,18 @@ class Policy(ABC):
 
     pipe: the diffusers pipeline it came from.
     text_length, longest_text: its default and limit of max_sequence_length.
-    default_negative_prompt: of training and evaluation where a prompt brings none; None where the family takes none at all.
+    default_negative_prompt: of training and evaluation where a prompt brings none; None where the
+    family takes none at all.
     schedulers: classes whose grids its `sigmas` knows.
     masks_text: whether its attention is given a mask.
-    embeds_with: components that `embed` needs beside text encoders, tokenizers and processors: the VAE, where it encodes images.
+    embeds_with: components that `embed` needs beside text encoders, tokenizers and processors: the
+    VAE, where it encodes images.
     takes_guidance: whether a guidance scale has an effect.
     images_taken: how many condition images an example brings, at least and at most.
-    ragged: whether the embeddings of two examples may differ in shape. Then they are embedded one at a time, and rows share a forward
-        only with rows of their shape.
-    sized: whether embeddings depend on the size of the outputs, as those of images that are scaled to it do; then `embed` makes them for
-        `self.size`.
+    ragged: whether the embeddings of two examples may differ in shape. Then they are embedded one
+        at a time, and rows share a forward only with rows of their shape.
+    sized: whether embeddings depend on the size of the outputs, as those of images that are scaled
+        to it do; then `embed` makes them for `self.size`.
     """
 
     lora_targets: tuple[str, ...]
@@ -85,12 +99,21 @@ class Policy(ABC):
 
     @classmethod
     def skeleton(
-        cls, path: str, dtype: torch.dtype = torch.float32, max_sequence_length: int | None = None, images: int | None = None
+        cls,
+        path: str,
+        dtype: torch.dtype = torch.float32,
+        max_sequence_length: int | None = None,
+        images: int | None = None,
     ) -> Policy:
-        """The policy of a folder or hub id made of its configs alone: every module is on the meta device, and `embed` returns the
-        shapes of as many embeddings, with `images` condition images each (None: as many as the family takes, none where it needs
-        none). UserError where the configs do not fit their classes."""
-        policy = cls(skeleton_pipe(path, dtype), device="meta", max_sequence_length=max_sequence_length or cls.text_length)
+        """The policy of a folder or hub id made of its configs alone: every module is on the meta
+        device, and `embed` returns the shapes of as many embeddings, with `images` condition images
+        each (None: as many as the family takes, none where it needs none). UserError where the
+        configs do not fit their classes."""
+        policy = cls(
+            skeleton_pipe(path, dtype),
+            device="meta",
+            max_sequence_length=max_sequence_length or cls.text_length,
+        )
         least, most = cls.images_taken
         policy.images_taken = (least, (most if least else 0) if images is None else images)
         policy.ragged = cls.ragged_with(policy.images_taken[1])
@@ -99,16 +122,18 @@ class Policy(ABC):
 
     @classmethod
     def variant(cls, index: dict) -> type[Policy]:
-        """The class of a checkpoint by its model_index.json, where models of one pipeline class differ."""
+        """The class of a checkpoint by its model_index.json, where models of one pipeline class
+        differ."""
         return cls
 
     def _modules(self) -> list[torch.nn.Module]:
         return [part for part in self.pipe.components.values() if isinstance(part, torch.nn.Module)]
 
-    # ------------------------------------------------------------------------------------------------- denoiser
+    # ------------------------------------------------------------------------------------- denoiser
     @classmethod
     def denoiser_parts(cls, index: dict) -> tuple[str, ...]:
-        """The components that `join_denoiser` makes one module of, of a checkpoint with this model_index.json."""
+        """The components that `join_denoiser` makes one module of, of a checkpoint with this
+        model_index.json."""
         return ("transformer",)
 
     @staticmethod
@@ -117,7 +142,8 @@ class Policy(ABC):
         return part
 
     def denoiser(self) -> torch.nn.Module:
-        """The module that predicts velocities: what is trained, copied and saved, as one, also where it holds several experts."""
+        """The module that predicts velocities: what is trained, copied and saved, as one, also
+        where it holds several experts."""
         return self.pipe.transformer
 
     def set_denoiser(self, module: torch.nn.Module) -> None:
@@ -125,11 +151,13 @@ class Policy(ABC):
         self.pipe.register_modules(transformer=module)
 
     def expert(self, sigma: float) -> int:
-        """Which of the denoiser's experts predicts rows at a noise level, counted from 0: rows of two share no forward of a rollout."""
+        """Which of the denoiser's experts predicts rows at a noise level, counted from 0: rows of
+        two share no forward of a rollout."""
         return 0
 
     def only(self, denoiser: Callable, expert: int) -> Callable:
-        """A denoiser for rows of one expert, which it need not read from their noise levels: a captured forward cannot."""
+        """A denoiser for rows of one expert, which it need not read from their noise levels: a
+        captured forward cannot."""
         return denoiser
 
     @property
@@ -141,29 +169,36 @@ class Policy(ABC):
     def dtype(self) -> torch.dtype:
         return self.denoiser().dtype
 
-    # ---------------------------------------------------------------------------------------------- conditioning
+    # --------------------------------------------------------------------------------- conditioning
     @abstractmethod
     def embed(self, examples: list[Example]) -> Conditioning:
-        """Embeddings of n examples, [n, ...] each, in the policy's dtype on its device; of a `ragged` family n is 1. They depend on
-        `identity` alone: not on the other examples of the call, and not on negative prompts, which are embedded as examples of
-        their own (`opposed`)."""
+        """Embeddings of n examples, [n, ...] each, in the policy's dtype on its device; of a
+        `ragged` family n is 1. They depend on `identity` alone: not on the other examples of the
+        call, and not on negative prompts, which are embedded as examples of their own
+        (`opposed`)."""
 
     @classmethod
     def identity(cls, example: Example) -> tuple[str, ...]:
-        """What the embedding of an example depends on: its text and its condition images. Embeddings are cached and stored by it."""
+        """What the embedding of an example depends on: its text and its condition images.
+        Embeddings are cached and stored by it."""
         return example.text, *example.image_digests
 
     @classmethod
     def opposed(cls, example: Example) -> Example | None:
-        """What an example is guided away from: the same one with its negative prompt, or the family's default, for a text. None
-        where the family takes no negative prompts."""
+        """What an example is guided away from: the same one with its negative prompt, or the
+        family's default, for a text. None where the family takes no negative prompts."""
         if cls.default_negative_prompt is None:
             return None
-        return replace(example, text=cls.default_negative_prompt if example.negative is None else example.negative, negative=None)
+        return replace(
+            example,
+            text=cls.default_negative_prompt if example.negative is None else example.negative,
+            negative=None,
+        )
 
     @classmethod
     def check_images(cls, example: Example, where: str) -> None:
-        """UserError, which begins with `where`, for an example with fewer or more condition images than the family takes."""
+        """UserError, which begins with `where`, for an example with fewer or more condition images
+        than the family takes."""
         (least, most), given = cls.images_taken, len(example.images)
         if least <= given <= most:
             return
@@ -184,24 +219,29 @@ class Policy(ABC):
 
     @classmethod
     def ragged_with(cls, images: int) -> bool:
-        """Whether `ragged` is true of a run whose prompts bring so many condition images at most."""
+        """Whether `ragged` is true of a run whose prompts bring so many condition images at
+        most."""
         return cls.ragged
 
     def encode(self, examples: list[Example]) -> Conditioning:
-        """All that `velocity` wants to know of n examples, [n, ...] each: their embeddings, and those of what they are guided away
-        from."""
+        """All that `velocity` wants to know of n examples, [n, ...] each: their embeddings, and
+        those of what they are guided away from."""
         return self.embed(examples)
 
     def encode_each(self, examples: list[Example]) -> Conditions:
         """What `encode` gives, of n examples whose embeddings may differ in shape."""
-        return Conditions.of([self.encode([example]) for example in examples]) if self.ragged else Conditions.equal(self.encode(examples))
+        return (
+            Conditions.of([self.encode([example]) for example in examples])
+            if self.ragged
+            else Conditions.equal(self.encode(examples))
+        )
 
     @classmethod
     def guides(cls, scale: float) -> bool:
         """Whether a guidance scale asks for the negative prompts, of a family that takes them."""
         return scale > 1
 
-    # --------------------------------------------------------------------------------------------------- sampling
+    # ------------------------------------------------------------------------------------- sampling
     @staticmethod
     @abstractmethod
     def size_multiple(vae_config: dict) -> int:
@@ -209,13 +249,14 @@ class Policy(ABC):
 
     @staticmethod
     def frame_step(vae_config: dict) -> int | None:
-        """The model makes videos of one frame and any multiple of this many more; None: it makes images."""
+        """The model makes videos of one frame and any multiple of this many more; None: it makes
+        images."""
         return None
 
     @abstractmethod
     def empty_embeddings(self, count: int) -> Conditioning:
-        """What `embed` returns for `count` examples, uninitialised, without the text encoders being run; where shapes differ, for
-        the longest ones."""
+        """What `embed` returns for `count` examples, uninitialised, without the text encoders being
+        run; where shapes differ, for the longest ones."""
 
     def empty_conditioning(self, count: int) -> Conditioning:
         """What `encode` returns for such examples."""
@@ -223,11 +264,13 @@ class Policy(ABC):
 
     @abstractmethod
     def latent_shape(self, size: Size) -> tuple[int, ...]:
-        """Shape of one latent in the layout that the pipeline accepts as `latents=`; UserError for impossible sizes."""
+        """Shape of one latent in the layout that the pipeline accepts as `latents=`; UserError for
+        impossible sizes."""
 
     @abstractmethod
     def sigmas(self, num_steps: int, size: Size) -> torch.Tensor:
-        """The sampling grid of the checkpoint's scheduler, fp32 [num_steps + 1] on the CPU, from 1 to 0."""
+        """The sampling grid of the checkpoint's scheduler, fp32 [num_steps + 1] on the CPU, from 1
+        to 0."""
 
     @abstractmethod
     def velocity(
@@ -240,7 +283,8 @@ class Policy(ABC):
         guidance: float,
         dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
-        """v = denoiser(x, sigma) for a batch of rows, each at its own sigma; guided, where the family has guidance.
+        """v = denoiser(x, sigma) for a batch of rows, each at its own sigma; guided, where the
+        family has guidance.
 
         x: [n, ...] of any float dtype, cast to `dtype` (default: the policy's).
         sigma: fp32 [n].
@@ -249,26 +293,34 @@ class Policy(ABC):
         """
 
     def finished(self, latents: torch.Tensor) -> torch.Tensor:
-        """Final latents as the pipeline returns them with output_type="latent", where that is not how they are integrated."""
+        """Final latents as the pipeline returns them with output_type="latent", where that is not
+        how they are integrated."""
         return latents
 
     @abstractmethod
     def _decode(self, latents: torch.Tensor, size: Size) -> torch.Tensor:
-        """What the VAE makes of final latents, about in [-1, 1], [n, 3, H, W]; families of videos return [n, 3, F, H, W]."""
+        """What the VAE makes of final latents, about in [-1, 1], [n, 3, H, W]; families of videos
+        return [n, 3, F, H, W]."""
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, size: Size) -> tuple[np.ndarray, np.ndarray]:
-        """Images of final latents, uint8 [n, H, W, 3], or videos [n, F, H, W, 3], and which of them are finite, bool [n].
+        """Images of final latents, uint8 [n, H, W, 3], or videos [n, F, H, W, 3], and which of them
+        are finite, bool [n].
 
-        A video of one frame is an image. NaN or infinity in a latent, or in what the VAE makes of it, is no image: a cast to uint8
-        would make it a black one, which rewards score like any other. Its place is taken by `no_image`, in every frame.
+        A video of one frame is an image. NaN or infinity in a latent, or in what the VAE makes of
+        it, is no image: a cast to uint8 would make it a black one, which rewards score like any
+        other. Its place is taken by `no_image`, in every frame.
         """
         vae = getattr(getattr(self, "pipe", None), "vae", None)  # a policy may have none
         with _DECODING if hasattr(vae, "clear_cache") else nullcontext():
             decoded = self._decode(latents, size)
         if decoded.ndim == 5 and size.frames == 1:
             decoded = decoded.squeeze(2)
-        finite = (latents.isfinite().flatten(1).all(1) & decoded.isfinite().flatten(1).all(1)).cpu().numpy()
+        finite = (
+            (latents.isfinite().flatten(1).all(1) & decoded.isfinite().flatten(1).all(1))
+            .cpu()
+            .numpy()
+        )
         # One by one, because a batch of videos is four times as large in fp32; fetched at once.
         images = torch.stack([_as_bytes(one) for one in decoded]).cpu().numpy()
         images[~finite] = no_image(size.height, size.width)
@@ -292,44 +344,65 @@ class Policy(ABC):
         frames: int | None = None,
         decode: bool = True,
     ) -> list[Image.Image] | list[list[Image.Image]] | torch.Tensor:
-        """ODE sampling from given initial latents; equals the family's diffusers pipeline to 1e-5 in fp32.
+        """ODE sampling from given initial latents; equals the family's diffusers pipeline to 1e-5
+        in fp32.
 
         prompts: n texts, or one.
         latents: [n, ...] in the layout that the pipeline accepts as `latents=`.
-        guidance_scale: as in the pipeline's call; `Scales(first, second)` for a model of two experts.
+        guidance_scale: as in the pipeline's call; `Scales(first, second)` for a model of two
+        experts.
         negative_prompts: n, or one for all, as the pipeline takes them; unused without guidance.
-        images: condition images, for families that take them: n entries, each a PIL image or a list of PIL images; for one text
-            its image or its list.
-        frames: of a video, for families that make them.
-        Returns n PIL images, or where `frames` is given, n lists of as many; with decode=False the final fp32 latents as the
-        pipeline does with output_type="latent". What is not finite is warned of, and a checkerboard stands for it.
-        Raises UserError for sizes, negative prompts, images or frames that the family does not take, ValueError for any other
-        argument that is not as described, naming it.
+        images: condition images, for families that take them: n entries, each a PIL image or a list
+            of PIL images; for one text its image or its list.
+        frames: of a video, for families that make them. Returns n PIL images, or where `frames` is
+        given, n lists of as many; with decode=False the final fp32 latents as the pipeline does
+        with output_type="latent". What is not finite is warned of, and a checkerboard stands for
+        it. Raises UserError for sizes, negative prompts, images or frames that the family does not
+        take, ValueError for any other argument that is not as described, naming it.
         """
         alone, prompts = isinstance(prompts, str), as_prompts(prompts)
         negatives = as_negative_prompts(negative_prompts, len(prompts))
         conditions = as_images(images, len(prompts), alone)
-        size = Size(positive_int("height", height), positive_int("width", width), positive_int("frames", 1 if frames is None else frames))
+        size = Size(
+            positive_int("height", height),
+            positive_int("width", width),
+            positive_int("frames", 1 if frames is None else frames),
+        )
         num_steps = positive_int("num_steps", num_steps, most=1000)
         scale = finite_number("guidance_scale", guidance_scale)
         sampler = self.at(size, guidance_scale if isinstance(guidance_scale, Scales) else scale)
         if guidance_scale > 1 and not self.takes_guidance:
-            warnings.warn(f"guidance_scale: {guidance_scale:g} has no effect: this model is distilled and not guided", stacklevel=2)
+            warnings.warn(
+                f"guidance_scale: {guidance_scale:g} has no effect: this model is distilled and not"
+                " guided",
+                stacklevel=2,
+            )
         check_latents(latents, (len(prompts), *sampler.latent_shape), str(size))
         if negatives is not None and self.default_negative_prompt is None:
-            raise UserError(f"negative_prompts: {type(self).__name__} has its guidance built in and takes none")
-        examples = [Example(*given) for given in zip(prompts, negatives or [None] * len(prompts), conditions, strict=True)]
+            raise UserError(
+                f"negative_prompts: {type(self).__name__} has its guidance built in and takes none"
+            )
+        examples = [
+            Example(*given)
+            for given in zip(prompts, negatives or [None] * len(prompts), conditions, strict=True)
+        ]
         for n, example in enumerate(examples):
             self.check_images(example, f"images: prompt {n}")
         with self.embedding_for(size):
             conditions = self.encode_each(examples)
-        final = sampler.integrate_each(latents.to(self.device, torch.float32), conditions, num_steps)
+        final = sampler.integrate_each(
+            latents.to(self.device, torch.float32), conditions, num_steps
+        )
         if not decode:
             return self.finished(final)
         made, finite = sampler.decode(final)
         if not finite.all():
             what = "images" if size.frames == 1 else "videos"
-            warnings.warn(f"{(~finite).sum()} of {len(finite)} {what} hold NaN or infinity; a checkerboard stands for each", stacklevel=2)
+            warnings.warn(
+                f"{(~finite).sum()} of {len(finite)} {what} hold NaN or infinity; a checkerboard"
+                " stands for each",
+                stacklevel=2,
+            )
         if frames is None:
             return [*map(Image.fromarray, made)]
         return [[*map(Image.fromarray, frames_of(item))] for item in made]
@@ -337,7 +410,8 @@ class Policy(ABC):
 
 @dataclass(frozen=True)
 class Sampler:
-    """A policy at one size and guidance scale: all that the scheduler, the updater and evaluations see of it."""
+    """A policy at one size and guidance scale: all that the scheduler, the updater and evaluations
+    see of it."""
 
     policy: Policy
     size: Size
@@ -352,31 +426,53 @@ class Sampler:
         """The sampling grid, fp32 [num_steps + 1] on the CPU, from 1 to 0."""
         return self.policy.sigmas(num_steps, self.size)
 
-    def velocity(self, transformer, x: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning, dtype=None) -> torch.Tensor:
+    def velocity(
+        self,
+        transformer,
+        x: torch.Tensor,
+        sigma: torch.Tensor,
+        conditioning: Conditioning,
+        dtype=None,
+    ) -> torch.Tensor:
         """v of a batch of rows, as `Policy.velocity`."""
-        return self.policy.velocity(transformer, x, sigma, conditioning, self.size, self.guidance_scale, dtype)
+        return self.policy.velocity(
+            transformer, x, sigma, conditioning, self.size, self.guidance_scale, dtype
+        )
 
     def decode(self, latents: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Images or videos of final latents and which of them are finite, as `Policy.decode`."""
         return self.policy.decode(latents, self.size)
 
     @torch.no_grad()
-    def integrate(self, x: torch.Tensor, conditioning: Conditioning, num_steps: int) -> torch.Tensor:
-        """The ODE from sigma = 1 to 0 with the policy's own denoiser. x: fp32 [n, ...]; returns fp32 [n, ...]."""
+    def integrate(
+        self, x: torch.Tensor, conditioning: Conditioning, num_steps: int
+    ) -> torch.Tensor:
+        """The ODE from sigma = 1 to 0 with the policy's own denoiser. x: fp32 [n, ...]; returns
+        fp32 [n, ...]."""
         sigmas = self.sigmas(num_steps)
         grid = ode_coefficients(sigmas)
         no_key = torch.zeros(len(x), 1, dtype=torch.int64, device=x.device)
         for k in range(num_steps):
-            sigma, a, b, tau = (s[k].expand(len(x)).to(x.device) for s in (sigmas, grid.a, grid.b, grid.tau))
-            denoiser = self.policy.only(self.policy.denoiser(), self.policy.expert(sigmas[k].item()))
+            sigma, a, b, tau = (
+                s[k].expand(len(x)).to(x.device) for s in (sigmas, grid.a, grid.b, grid.tau)
+            )
+            denoiser = self.policy.only(
+                self.policy.denoiser(), self.policy.expert(sigmas[k].item())
+            )
             v = self.velocity(denoiser, x, sigma, conditioning)
             x = sde_step(x, v, a, b, tau, key=no_key)[0][:, 0]
         return x
 
-    def integrate_each(self, x: torch.Tensor, conditions: Conditions, num_steps: int) -> torch.Tensor:
-        """`integrate` for rows whose conditionings may differ in shape: those of each shape together."""
+    def integrate_each(
+        self, x: torch.Tensor, conditions: Conditions, num_steps: int
+    ) -> torch.Tensor:
+        """`integrate` for rows whose conditionings may differ in shape: those of each shape
+        together."""
         groups = by_shape(conditions.shapes)
-        parts = [self.integrate(x if len(groups) == 1 else x[places], conditions.rows(places), num_steps) for places in groups]
+        parts = [
+            self.integrate(x if len(groups) == 1 else x[places], conditions.rows(places), num_steps)
+            for places in groups
+        ]
         if len(parts) == 1:
             return parts[0]
         final = torch.empty_like(x)

@@ -1,8 +1,10 @@
-"""Whether a checkpoint's folder is what the engine can train, before anything is loaded: JSON files and headers of tensor files.
+"""Whether a checkpoint's folder is what the engine can train, before anything is loaded: JSON files
+and headers of tensor files.
 
-Every component that the pipeline loads: the class is known, its tensors are there with the shapes that config.json asks for, none is
-quantised; the scheduler is the one whose grid the engine integrates; tokenizers turn text into tokens. What tensors hold is seen
-only when they are loaded (`Component.load`). A component that the libraries cannot build without weights is left to loading.
+Every component that the pipeline loads: the class is known, its tensors are there with the shapes
+that config.json asks for, none is quantised; the scheduler is the one whose grid the engine
+integrates; tokenizers turn text into tokens. What tensors hold is seen only when they are loaded
+(`Component.load`). A component that the libraries cannot build without weights is left to loading.
 """
 
 from __future__ import annotations
@@ -18,7 +20,14 @@ import torch
 from tempflow.compat import rename_old_keys
 from tempflow.errors import UserError, brief, shown
 from tempflow.models.base import Policy
-from tempflow.models.component import Component, is_component, listed, problem_with_file, read_table, skeleton
+from tempflow.models.component import (
+    Component,
+    is_component,
+    listed,
+    problem_with_file,
+    read_table,
+    skeleton,
+)
 from tempflow.models.sizes import resolution_shift
 
 TIMESTEPS = 1000  # of a grid from 1 to 0, as every family's velocity takes them
@@ -27,17 +36,37 @@ REFUSED_OPTIONS = {
     "stochastic_sampling": "it adds noise of its own at every step",
     "thresholding": "it clips what the model predicts",
 }
-# The grid of UniPC is integrated by Euler, which is its first order without the corrector; other schedulers lack these options.
+# The grid of UniPC is integrated by Euler, which is its first order without the corrector; other
+# schedulers lack these options.
 UNIPC = "UniPCMultistepScheduler"
 NEEDED_OPTIONS = {UNIPC: {"prediction_type": "flow_prediction", "use_flow_sigmas": True}}
-NEEDED = ("vae", "scheduler", "tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2", "processor")
+NEEDED = (
+    "vae",
+    "scheduler",
+    "tokenizer",
+    "text_encoder",
+    "tokenizer_2",
+    "text_encoder_2",
+    "processor",
+)
 # What tools that quantise leave beside or in place of a weight.
-QUANTISED = ("absmax", "quant_map", "SCB", "weight_scale", "scale_weight", "input_scale", "scale_input", "qweight", "scaled_fp8")
+QUANTISED = (
+    "absmax",
+    "quant_map",
+    "SCB",
+    "weight_scale",
+    "scale_weight",
+    "input_scale",
+    "scale_input",
+    "qweight",
+    "scaled_fp8",
+)
 PROBE = "a photo of a cat, 123"
 
 
 def components_of(folder: Path, family: type[Policy]) -> list[Component]:
-    """The components that the pipeline in a folder loads. UserError where one is missing that the family needs."""
+    """The components that the pipeline in a folder loads. UserError where one is missing that the
+    family needs."""
     import diffusers
 
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
@@ -46,12 +75,20 @@ def components_of(folder: Path, family: type[Policy]) -> list[Component]:
     needed = (*family.denoiser_parts(index), *NEEDED)
     lacking = [name for name in needed if name in taken and given.get(name, [None])[0] is None]
     if lacking:
-        raise UserError(f"model.path: {folder / 'model_index.json'} names no {listed(lacking)}, which a {index['_class_name']} needs")
-    return [Component(folder, name, *value) for name, value in given.items() if value[0] is not None]
+        raise UserError(
+            f"model.path: {folder / 'model_index.json'} names no {listed(lacking)}, which a"
+            f" {index['_class_name']} needs"
+        )
+    return [
+        Component(folder, name, *value) for name, value in given.items() if value[0] is not None
+    ]
 
 
-def check_components(components: list[Component], family: type[Policy], *, weights: bool = True) -> None:
-    """UserError for the first thing that is wrong with any of them. weights=False: configs alone, for a folder that has no more."""
+def check_components(
+    components: list[Component], family: type[Policy], *, weights: bool = True
+) -> None:
+    """UserError for the first thing that is wrong with any of them. weights=False: configs alone,
+    for a folder that has no more."""
     for component in components:
         try:
             if component.name == "scheduler":
@@ -61,7 +98,9 @@ def check_components(components: list[Component], family: type[Policy], *, weigh
             elif component.name.startswith("tokenizer") and weights:
                 check_tokenizer(component)
             elif component.name == "processor" and weights:
-                component.load(torch.float32)  # small files; what is wrong with them is seen only so
+                component.load(
+                    torch.float32
+                )  # small files; what is wrong with them is seen only so
         except OSError as error:  # a folder that may not be listed, a disk that fails
             raise component.error(f"cannot be read: {error.strerror or error}") from None
 
@@ -69,18 +108,25 @@ def check_components(components: list[Component], family: type[Policy], *, weigh
 def is_description(components: list[Component]) -> bool:
     """Whether a folder holds configs and no tensors at all, as those in assets/cards do."""
     tensors = (".safetensors", ".bin", ".gguf", ".msgpack")
-    return not any(file.suffix in tensors for c in components if c.path.is_dir() for file in c.path.iterdir())
+    return not any(
+        file.suffix in tensors for c in components if c.path.is_dir() for file in c.path.iterdir()
+    )
 
 
-# ---------------------------------------------------------------------------------------------------- modules
+# ------------------------------------------------------------------------------------------ modules
 def check_module(component: Component, weights: bool = True) -> None:
-    """Config, class and tensors of a module; UserError naming the first tensors that are missing or of another shape."""
+    """Config, class and tensors of a module; UserError naming the first tensors that are missing or
+    of another shape."""
     config = component.config
     if component.library != "transformers":
         whole = skeleton(component.library, component.kind, config, component.name)
     if not weights:
         return
-    compared = _compared_by_transformers(component) if component.library == "transformers" else _compared(component, whole)
+    compared = (
+        _compared_by_transformers(component)
+        if component.library == "transformers"
+        else _compared(component, whole)
+    )
     problem = _quantised(component) or compared
     if problem:
         raise component.error(problem, component.files[0] if len(component.files) == 1 else None)
@@ -89,25 +135,44 @@ def check_module(component: Component, weights: bool = True) -> None:
 
 
 def check_scales(component: Component, config: dict) -> None:
-    """UserError for numbers between latents and the VAE's own that are none: they would show when the first image is decoded."""
+    """UserError for numbers between latents and the VAE's own that are none: they would show when
+    the first image is decoded."""
     lists = config.get("z_dim") is not None  # Qwen-Image's: a mean and a deviation by channel
     keys = ("latents_mean", "latents_std") if lists else ("shift_factor", "scaling_factor")
-    for key in (key for key in keys if key in config):  # FLUX.2's VAE has the statistics of a batch norm instead
+    for key in (
+        key for key in keys if key in config
+    ):  # FLUX.2's VAE has the statistics of a batch norm instead
         value, count = config.get(key), config["z_dim"] if lists else 1
         numbers = value if lists else [value]
-        real = isinstance(numbers, (list, tuple)) and all(type(n) in (int, float) and math.isfinite(n) for n in numbers)
-        if not real or len(numbers) != count or (key in ("latents_std", "scaling_factor") and 0 in numbers):
+        real = isinstance(numbers, (list, tuple)) and all(
+            type(n) in (int, float) and math.isfinite(n) for n in numbers
+        )
+        if (
+            not real
+            or len(numbers) != count
+            or (key in ("latents_std", "scaling_factor") and 0 in numbers)
+        ):
             expected = f"{count} finite numbers" if lists else "a finite number"
-            raise component.error(f"sets {key} to {shown(value)}; expected {expected}, not 0 for a scale", component.path / "config.json")
+            raise component.error(
+                f"sets {key} to {shown(value)}; expected {expected}, not 0 for a scale",
+                component.path / "config.json",
+            )
 
 
 def _compared(component: Component, whole: torch.nn.Module) -> str | None:
-    """What a diffusers module lacks. Buffers may be missing, for its constructor computes them, but not what a batch norm has measured."""
-    held = {name: torch.empty(shape, device="meta") for name, (_, shape) in component.shapes.items()}
+    """What a diffusers module lacks. Buffers may be missing, for its constructor computes them, but
+    not what a batch norm has measured."""
+    held = {
+        name: torch.empty(shape, device="meta") for name, (_, shape) in component.shapes.items()
+    }
     if len(component.files) == 1:
         rename_old_keys(whole, held)
     parameters = dict(whole.named_parameters())
-    measured = [name for name, _ in whole.named_buffers() if name.endswith((".running_mean", ".running_var"))]
+    measured = [
+        name
+        for name, _ in whole.named_buffers()
+        if name.endswith((".running_mean", ".running_var"))
+    ]
     missing = [name for name in [*parameters, *measured] if name not in held]
     other = [
         (name, tuple(held[name].shape), tuple(tensor.shape))
@@ -116,20 +181,33 @@ def _compared(component: Component, whole: torch.nn.Module) -> str | None:
     ]
     whole_numbers = [name for name in parameters if component.shapes.get(name, "F")[0][0] in "IU"]
     if whole_numbers and not missing:
-        return f"holds whole numbers in {listed(whole_numbers)}: quantised weights, which this engine does not train"
+        return (
+            f"holds whole numbers in {listed(whole_numbers)}: quantised weights, which this engine"
+            " does not train"
+        )
     return _said(component, missing, other)
 
 
 def _compared_by_transformers(component: Component) -> str | None:
-    """What a transformers module lacks: its own loading, with renamed, tied and converted tensors, on the meta device."""
-    held = {name: torch.empty(shape, device="meta") for name, (_, shape) in component.shapes.items()}
+    """What a transformers module lacks: its own loading, with renamed, tied and converted tensors,
+    on the meta device."""
+    held = {
+        name: torch.empty(shape, device="meta") for name, (_, shape) in component.shapes.items()
+    }
     try:
         config = component.type.config_class.from_pretrained(str(component.path))
         _, found = component.type.from_pretrained(
-            None, config=config, state_dict=held, device_map={"": "meta"}, output_loading_info=True, ignore_mismatched_sizes=True
+            None,
+            config=config,
+            state_dict=held,
+            device_map={"": "meta"},
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
         missing, other = sorted(found["missing_keys"]), sorted(found["mismatched_keys"])
-    except Exception:  # a config that describes no model, or a class that cannot do this: then loading will tell
+    except (
+        Exception
+    ):  # a config that describes no model, or a class that cannot do this: then loading will tell
         skeleton(component.library, component.kind, component.config, component.name)
         return None
     return _said(component, missing, other)
@@ -137,12 +215,15 @@ def _compared_by_transformers(component: Component) -> str | None:
 
 def _said(component: Component, missing: list[str], other: list[tuple]) -> str | None:
     if missing:
-        return f"lacks {listed(missing)}, which config.json asks for; {_why_missing(component, missing)}"
+        return (
+            f"lacks {listed(missing)}, which config.json asks for;"
+            f" {_why_missing(component, missing)}"
+        )
     if other:
         name, held, expected = other[0]
         return (
-            f"holds {name} as {list(held)} where config.json asks for {list(expected)}{_more(other)}; config and tensors are of "
-            "different models"
+            f"holds {name} as {list(held)} where config.json asks for"
+            f" {list(expected)}{_more(other)}; config and tensors are of different models"
         )
     return None
 
@@ -154,30 +235,44 @@ def _more(others: list) -> str:
 def _why_missing(component: Component, missing: list[str]) -> str:
     names = list(component.shapes)
     if any("_orig_mod." in name for name in names):
-        return "its names hold the prefix '_orig_mod.' of torch.compile: save the module inside (module._orig_mod), or rename them"
+        return (
+            "its names hold the prefix '_orig_mod.' of torch.compile: save the module inside"
+            " (module._orig_mod), or rename them"
+        )
     if any(".lora_" in name for name in names):
-        return "it holds LoRA adapters: name the base model here, and the adapters in model.lora.start"
-    prefix = next((name.removesuffix(missing[0]) for name in names if name.endswith("." + missing[0])), None)
+        return (
+            "it holds LoRA adapters: name the base model here, and the adapters in model.lora.start"
+        )
+    prefix = next(
+        (name.removesuffix(missing[0]) for name in names if name.endswith("." + missing[0])), None
+    )
     if prefix:
-        return f"its names begin with {prefix!r}: save the module without that wrapper, or rename them"
+        return (
+            f"its names begin with {prefix!r}: save the module without that wrapper, or rename them"
+        )
     return "download it again, or save the whole module with save_pretrained"
 
 
 def _quantised(component: Component) -> str | None:
-    marks = [name for name in component.shapes if name.rsplit(".", 1)[-1] in QUANTISED or ".quant_state." in name]
+    marks = [
+        name
+        for name in component.shapes
+        if name.rsplit(".", 1)[-1] in QUANTISED or ".quant_state." in name
+    ]
     if marks:
         return f"holds {listed(marks)}: quantised weights, which this engine does not train"
     return None
 
 
-# -------------------------------------------------------------------------------------------------- scheduler
+# ---------------------------------------------------------------------------------------- scheduler
 def check_scheduler(component: Component, known: tuple[str, ...]) -> None:
-    """UserError for a scheduler without a grid from 1 to 0 that the family knows, or options that change what a step does."""
+    """UserError for a scheduler without a grid from 1 to 0 that the family knows, or options that
+    change what a step does."""
     file = component.path / "scheduler_config.json"
     if component.kind not in known:
         raise component.error(
-            f"names the scheduler {component.kind}; this engine integrates with {known[0]}: write that class there and its options "
-            f"into {file}",
+            f"names the scheduler {component.kind}; this engine integrates with {known[0]}: write"
+            f" that class there and its options into {file}",
             component.folder / "model_index.json",
         )
     read_table(component, file)  # where there is none, diffusers asks the hub
@@ -185,45 +280,77 @@ def check_scheduler(component: Component, known: tuple[str, ...]) -> None:
         scheduler = component.type.from_pretrained(str(component.path))
         sigmas = _grid(scheduler)
     except Exception as error:
-        raise component.error(f"does not describe a {component.kind}: {brief(error)}", file) from None
+        raise component.error(
+            f"does not describe a {component.kind}: {brief(error)}", file
+        ) from None
     for name, reason in REFUSED_OPTIONS.items():
         if scheduler.config.get(name):
             raise component.error(f"sets {name}: {reason}; set it to false", file)
     for name, value in NEEDED_OPTIONS.get(component.kind, {}).items():
         if scheduler.config[name] != value:
-            raise component.error(f"sets {name} to {shown(scheduler.config[name])}; only {shown(value)} is allowed", file)
+            raise component.error(
+                f"sets {name} to {shown(scheduler.config[name])}; only {shown(value)} is allowed",
+                file,
+            )
     if scheduler.config.num_train_timesteps != TIMESTEPS:
-        raise component.error(f"sets num_train_timesteps {scheduler.config.num_train_timesteps}; only {TIMESTEPS} is allowed", file)
-    falls = bool((sigmas.diff() < 0).all()) and math.isclose(sigmas[0], 1, abs_tol=1e-5) and sigmas[-1] == 0
+        raise component.error(
+            f"sets num_train_timesteps {scheduler.config.num_train_timesteps}; only {TIMESTEPS} is"
+            " allowed",
+            file,
+        )
+    falls = (
+        bool((sigmas.diff() < 0).all())
+        and math.isclose(sigmas[0], 1, abs_tol=1e-5)
+        and sigmas[-1] == 0
+    )
     if not falls:
         grid = ", ".join(f"{sigma:.3g}" for sigma in sigmas.tolist())
-        raise component.error(f"makes the grid {grid}; the engine needs one that falls from 1 to 0", file)
+        raise component.error(
+            f"makes the grid {grid}; the engine needs one that falls from 1 to 0", file
+        )
 
 
 def _grid(scheduler) -> torch.Tensor:
     """A short grid, made as the pipelines make theirs."""
-    steps, mu = 4, resolution_shift(scheduler, 1024, 1.15)  # computed for every model, and used where shifting is dynamic
+    steps, mu = (
+        4,
+        resolution_shift(scheduler, 1024, 1.15),
+    )  # computed for every model, and used where shifting is dynamic
     mu = mu if scheduler.config.get("use_dynamic_shifting") else None
     with np.errstate(all="ignore"):
         scheduler.set_timesteps(steps, sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
     return scheduler.sigmas
 
 
-# -------------------------------------------------------------------------------------------------- tokenizers
+# --------------------------------------------------------------------------------------- tokenizers
 def check_tokenizer(component: Component) -> None:
-    """UserError where a tokenizer cannot be loaded, knows no words, or makes tokens that its text encoder does not have."""
+    """UserError where a tokenizer cannot be loaded, knows no words, or makes tokens that its text
+    encoder does not have."""
     try:
         tokenizer = component.type.from_pretrained(str(component.path))
         tokens = tokenizer(PROBE, add_special_tokens=False, verbose=False).input_ids
     except Exception as error:
-        raise component.error(_problem_with_tokenizer(component) or f"cannot be loaded as a {component.kind}: {brief(error)}") from None
+        raise component.error(
+            _problem_with_tokenizer(component)
+            or f"cannot be loaded as a {component.kind}: {brief(error)}"
+        ) from None
     known = set(tokens) - {tokenizer.unk_token_id, *tokenizer.all_special_ids}
-    if 2 * sum(token in known for token in tokens) <= len(tokens):  # an empty T5 still knows the space between words
-        raise component.error(_problem_with_tokenizer(component) or "has an empty vocabulary; download it again")
+    if 2 * sum(token in known for token in tokens) <= len(
+        tokens
+    ):  # an empty T5 still knows the space between words
+        raise component.error(
+            _problem_with_tokenizer(component) or "has an empty vocabulary; download it again"
+        )
     encoder = component.folder / component.name.replace("tokenizer", "text_encoder") / "config.json"
-    size, highest = _vocabulary(encoder), max(tokens + ([] if tokenizer.pad_token_id is None else [tokenizer.pad_token_id]))
+    size, highest = (
+        _vocabulary(encoder),
+        max(tokens + ([] if tokenizer.pad_token_id is None else [tokenizer.pad_token_id])),
+    )
     if size is not None and highest >= size:
-        raise component.error(f"makes token {highest}, but {encoder} has vocab_size {size}; they are of different models")
+        raise component.error(
+            f"makes token {highest}, but {encoder} has vocab_size {size}; they are of different"
+            " models"
+        )
 
 
 def _vocabulary(config: Path) -> int | None:
@@ -236,12 +363,27 @@ def _vocabulary(config: Path) -> int | None:
 
 def _problem_with_tokenizer(component: Component) -> str | None:
     """What is wrong with the files of a tokenizer that does not work."""
-    files = sorted(file for file in component.path.iterdir() if file.is_file()) if component.path.is_dir() else []
+    files = (
+        sorted(file for file in component.path.iterdir() if file.is_file())
+        if component.path.is_dir()
+        else []
+    )
     for file in files:
-        problem = problem_with_file(file) if file.suffix == ".safetensors" else _problem_with_text_file(file)
+        problem = (
+            problem_with_file(file)
+            if file.suffix == ".safetensors"
+            else _problem_with_text_file(file)
+        )
         if problem:
             return f"does not work: {file.name} {problem}"
-    vocabularies = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
+    vocabularies = (
+        "tokenizer.json",
+        "vocab.json",
+        "vocab.txt",
+        "spiece.model",
+        "tokenizer.model",
+        "sentencepiece.bpe.model",
+    )
     if not {file.name for file in files} & set(vocabularies):
         return f"holds no vocabulary (none of {', '.join(vocabularies)}); download it again"
     return None

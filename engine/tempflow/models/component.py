@@ -1,8 +1,9 @@
 """One component of a checkpoint's folder: its class, its config, its tensor files, and loading it.
 
-Components are loaded here one by one, and not by the pipeline as a whole, so that an error can name the component and the file, and
-so that a folder may hold some components as a variant (`model.fp16.safetensors`) and others as plain files. What is refused is
-said in one UserError; `tempflow.models.checking` looks at the same component before anything is loaded.
+Components are loaded here one by one, and not by the pipeline as a whole, so that an error can name
+the component and the file, and so that a folder may hold some components as a variant
+(`model.fp16.safetensors`) and others as plain files. What is refused is said in one UserError;
+`tempflow.models.checking` looks at the same component before anything is loaded.
 """
 
 from __future__ import annotations
@@ -22,18 +23,31 @@ from torch.overrides import TorchFunctionMode
 from tempflow.errors import UserError, brief, note, shown
 from tempflow.models.processors import load_part
 
-STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}  # of tensor files, by library
+STEMS = {
+    "diffusers": "diffusion_pytorch_model",
+    "transformers": "model",
+}  # of tensor files, by library
 INDEX = ".safetensors.index"
-MOST_LAYERS = 1000  # the modules of a damaged number would fill the memory before anything is compared
+MOST_LAYERS = (
+    1000  # the modules of a damaged number would fill the memory before anything is compared
+)
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
-# Processors of text and images that need torchvision, and what reads the text alone from the same files, chat template included.
+# Processors of text and images that need torchvision, and what reads the text alone from the same
+# files, chat template included.
 STAND_INS = {"PixtralProcessor": "AutoTokenizer"}
-Shapes = dict[str, tuple[str, tuple[int, ...]]]  # tensor name -> (dtype as safetensors writes it, shape)
+Shapes = dict[
+    str, tuple[str, tuple[int, ...]]
+]  # tensor name -> (dtype as safetensors writes it, shape)
 
 
 def is_component(value) -> bool:
-    """Whether a value of model_index.json names a component, as [library, class] or [null, null]; others are a pipeline's options."""
-    return isinstance(value, (list, tuple)) and len(value) == 2 and (value[0] is None or isinstance(value[0], str))
+    """Whether a value of model_index.json names a component, as [library, class] or [null, null];
+    others are a pipeline's options."""
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) == 2
+        and (value[0] is None or isinstance(value[0], str))
+    )
 
 
 @dataclass(frozen=True)
@@ -62,7 +76,9 @@ class Component:
         try:
             return getattr(importlib.import_module(self.library), self.stand_in or self.kind)
         except (ImportError, AttributeError, ValueError, TypeError):
-            raise UserError(f"model.path: {self.name}: the installed {self.library} has no {self.kind}") from None
+            raise UserError(
+                f"model.path: {self.name}: the installed {self.library} has no {self.kind}"
+            ) from None
 
     @property
     def is_module(self) -> bool:
@@ -70,35 +86,63 @@ class Component:
 
     @cached_property
     def config(self) -> dict:
-        """config.json. UserError where it is missing or damaged, or says that the weights are quantised."""
+        """config.json. UserError where it is missing or damaged, or says that the weights are
+        quantised."""
         file = self.path / "config.json"
         config = read_table(self, file)
         if config.get("quantization_config"):
             settings = config["quantization_config"]
-            method = settings.get("quant_method", "of an unnamed kind") if isinstance(settings, dict) else settings
+            method = (
+                settings.get("quant_method", "of an unnamed kind")
+                if isinstance(settings, dict)
+                else settings
+            )
             raise self.error(
-                f"says that its weights are quantised ({method}), which this engine does not train; "
-                "name a folder with float32, bfloat16 or float16 weights",
+                f"says that its weights are quantised ({method}), which this engine does not train;"
+                " name a folder with float32, bfloat16 or float16 weights",
                 file,
             )
-        for key, value in [*config.items(), *(pair for inner in config.values() if isinstance(inner, dict) for pair in inner.items())]:
-            if key.startswith(("num_", "n_")) and key.endswith("layers") and isinstance(value, (int, float)) and value > MOST_LAYERS:
-                raise self.error(f"sets {key} to {shown(value)}; at most {MOST_LAYERS} are built", file)
+        for key, value in [
+            *config.items(),
+            *(
+                pair
+                for inner in config.values()
+                if isinstance(inner, dict)
+                for pair in inner.items()
+            ),
+        ]:
+            if (
+                key.startswith(("num_", "n_"))
+                and key.endswith("layers")
+                and isinstance(value, (int, float))
+                and value > MOST_LAYERS
+            ):
+                raise self.error(
+                    f"sets {key} to {shown(value)}; at most {MOST_LAYERS} are built", file
+                )
         return config
 
     @cached_property
     def files(self) -> list[Path]:
-        """The tensor files that will be read. UserError where there are none, or a shard is missing."""
+        """The tensor files that will be read. UserError where there are none, or a shard is
+        missing."""
         chosen = self._chosen
         if INDEX not in chosen.name:
             return [chosen]
         shards = read_table(self, chosen).get("weight_map")
-        if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
+        if (
+            not isinstance(shards, dict)
+            or not shards
+            or not all(isinstance(name, str) for name in shards.values())
+        ):
             raise self.error("is damaged: it names no tensor files", chosen)
         files = [self.path / name for name in sorted(set(shards.values()))]
         missing = [file.name for file in files if not file.exists()]
         if missing:
-            raise self.error(f"lacks {listed(missing)} of the {len(files)} files that {chosen.name} names; download it again")
+            raise self.error(
+                f"lacks {listed(missing)} of the {len(files)} files that {chosen.name} names;"
+                " download it again"
+            )
         return files
 
     @property
@@ -108,11 +152,20 @@ class Component:
 
     @cached_property
     def _variants(self) -> dict[str, str]:
-        """Variant by the name of the file to begin with: one file of tensors, or the index of several."""
+        """Variant by the name of the file to begin with: one file of tensors, or the index of
+        several."""
         stem = re.escape(STEMS[self.library])
-        names = rf"{stem}\.([^.]+)\.safetensors|{stem}\.safetensors\.index\.([^.]+)\.json|{stem}\.([^.]+)\.safetensors\.index\.json"
+        names = (
+            rf"{stem}\.([^.]+)\.safetensors"
+            rf"|{stem}\.safetensors\.index\.([^.]+)\.json"
+            rf"|{stem}\.([^.]+)\.safetensors\.index\.json"
+        )
         found = {file.name: re.fullmatch(names, file.name) for file in self.path.iterdir()}
-        return {name: next(filter(None, match.groups())) for name, match in found.items() if match and "-of-" not in name}
+        return {
+            name: next(filter(None, match.groups()))
+            for name, match in found.items()
+            if match and "-of-" not in name
+        }
 
     @cached_property
     def _chosen(self) -> Path:
@@ -124,7 +177,10 @@ class Component:
                 return self.path / name
         variants = sorted(set(self._variants.values()))
         if len(variants) > 1:
-            raise self.error(f"holds the variants {', '.join(variants)} and no plain {stem}.safetensors; leave one of them there")
+            raise self.error(
+                f"holds the variants {', '.join(variants)} and no plain {stem}.safetensors; leave"
+                " one of them there"
+            )
         if variants:
             return self.path / min(self._variants, key=lambda name: (INDEX not in name, name))
         raise self.error(f"has no tensor file {stem}.safetensors{self._instead()}")
@@ -138,7 +194,10 @@ class Component:
         if broken:
             return f"; {listed(broken)} is a link to a file that does not exist"
         if pickles:
-            return f"; pickled weights ({listed(pickles)}) are not read, save them with safe_serialization=True"
+            return (
+                f"; pickled weights ({listed(pickles)}) are not read, save them with"
+                " safe_serialization=True"
+            )
         return f"; it holds {listed(others)}" if others else ""
 
     @cached_property
@@ -158,7 +217,8 @@ class Component:
         return found
 
     def load(self, dtype: torch.dtype) -> Any:
-        """The component; a module in `dtype` on the CPU, every weight from the files and finite. UserError otherwise.
+        """The component; a module in `dtype` on the CPU, every weight from the files and finite.
+        UserError otherwise.
 
         A note tells of tensors that the module does not have: config.json may be of another model.
         """
@@ -168,18 +228,29 @@ class Component:
             key = "torch_dtype" if self.library == "diffusers" else "dtype"
             more = {} if self.variant is None else {"variant": self.variant}
             module, found = self.type.from_pretrained(
-                str(self.path), use_safetensors=True, output_loading_info=True, **{key: dtype}, **more
+                str(self.path),
+                use_safetensors=True,
+                output_loading_info=True,
+                **{key: dtype},
+                **more,
             )
         except UserError:
             raise
         except Exception as error:  # whatever a library makes of a damaged file
             raise self.error(f"cannot be loaded as a {self.kind}: {brief(error)}") from None
-        missing = _unfilled(module, found["missing_keys"]) if self.library == "diffusers" else found["missing_keys"]
+        missing = (
+            _unfilled(module, found["missing_keys"])
+            if self.library == "diffusers"
+            else found["missing_keys"]
+        )
         if missing:
             raise self.error(f"lacks {listed(sorted(missing))}")
         if self.library == "diffusers" and found["unexpected_keys"]:
             surplus = listed(sorted(found["unexpected_keys"]))
-            note(f"model.path: {self.name}: left out {surplus}, which {self.path / 'config.json'} does not ask for")
+            note(
+                f"model.path: {self.name}: left out {surplus}, which {self.path / 'config.json'}"
+                " does not ask for"
+            )
         name = first_not_finite(module)
         if name:
             raise self.error(f"holds NaN or infinity in {name}{_overflow(dtype)}")
@@ -193,13 +264,19 @@ def _unfilled(module: torch.nn.Module, missing: list[str]) -> list[str]:
 
 
 def _overflow(dtype: torch.dtype) -> str:
-    return "; or its values are too large for float16, set model.dtype to bfloat16 or float32" if dtype == torch.float16 else ""
+    return (
+        "; or its values are too large for float16, set model.dtype to bfloat16 or float32"
+        if dtype == torch.float16
+        else ""
+    )
 
 
 @torch.no_grad()
 def first_not_finite(module: torch.nn.Module) -> str | None:
     """Name of the first weight with a NaN or infinity; one pass over the memory."""
-    return next((name for name, tensor in module.state_dict().items() if not is_finite(tensor)), None)
+    return next(
+        (name for name, tensor in module.state_dict().items() if not is_finite(tensor)), None
+    )
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
@@ -214,7 +291,8 @@ def is_finite(tensor: torch.Tensor) -> bool:
 
 
 def problem_with_file(file: Path) -> str | None:
-    """What is wrong with a .safetensors file as a whole, seen from its beginning and length; None where nothing is."""
+    """What is wrong with a .safetensors file as a whole, seen from its beginning and length; None
+    where nothing is."""
     if file.is_dir():
         return "is a folder, not a file"
     try:
@@ -246,24 +324,36 @@ def read_table(component: Component, file: Path) -> dict:
 
 
 class Unfilled(TorchFunctionMode):
-    """While it is active, modules leave new weights as they are: what has no storage need not be filled."""
+    """While it is active, modules leave new weights as they are: what has no storage need not be
+    filled."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in (torch.nn.init.kaiming_uniform_, torch.nn.init.uniform_, torch.nn.init.normal_):  # they give all arguments by name
+        if func in (
+            torch.nn.init.kaiming_uniform_,
+            torch.nn.init.uniform_,
+            torch.nn.init.normal_,
+        ):  # they give all arguments by name
             return kwargs["tensor"]
         return func(*args, **(kwargs or {}))
 
 
 def skeleton(library: str, name: str, config: dict, part: str) -> torch.nn.Module:
-    """A module on the meta device, as its config describes it: shapes without storage. UserError where it cannot be made."""
+    """A module on the meta device, as its config describes it: shapes without storage. UserError
+    where it cannot be made."""
     kind = getattr(importlib.import_module(library), name, None)
     if kind is None:
         raise UserError(f"model.path: {part}: the installed {library} has no {name}")
     try:
         with torch.device("meta"), Unfilled():
-            return kind.from_config(config) if library == "diffusers" else kind(kind.config_class.from_dict(config))
+            return (
+                kind.from_config(config)
+                if library == "diffusers"
+                else kind(kind.config_class.from_dict(config))
+            )
     except Exception as error:  # whatever a constructor makes of values that do not fit together
-        raise UserError(f"model.path: {part}/config.json does not describe a {name}: {brief(error)}") from None
+        raise UserError(
+            f"model.path: {part}/config.json does not describe a {name}: {brief(error)}"
+        ) from None
 
 
 def listed(names: list[str], most: int = 3) -> str:

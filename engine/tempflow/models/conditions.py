@@ -1,7 +1,9 @@
-"""Conditionings, and those of many prompts whose shapes may differ: captions have any length, condition images any size.
+"""Conditionings, and those of many prompts whose shapes may differ: captions have any length,
+condition images any size.
 
-Rows share a forward only where their conditionings have one shape. Most families pad theirs to one length, so all of a run's have the
-same; a family whose padding would change what it computes is `ragged`, and whoever batches rows asks `Conditions` which go together.
+Rows share a forward only where their conditionings have one shape. Most families pad theirs to one
+length, so all of a run's have the same; a family whose padding would change what it computes is
+`ragged`, and whoever batches rows asks `Conditions` which go together.
 """
 
 from __future__ import annotations
@@ -53,7 +55,9 @@ class Conditions:
         shapes, stacks = [shape_of(one) for one in each], {}
         for places in by_shape(shapes):
             first = each[places[0]]
-            stacks[shapes[places[0]]] = {name: torch.cat([each[n][name] for n in places]) for name in first}
+            stacks[shapes[places[0]]] = {
+                name: torch.cat([each[n][name] for n in places]) for name in first
+            }
         return cls(shapes, stacks)
 
     def rows(self, places: list[int]) -> Conditioning:
@@ -62,5 +66,8 @@ class Conditions:
         stack = self.stacks[shape]
         if shape is None:
             return index_rows(stack, places)
-        within = {place: n for n, place in enumerate(n for n, other in enumerate(self.shapes) if other == shape)}
+        within = {
+            place: n
+            for n, place in enumerate(n for n, other in enumerate(self.shapes) if other == shape)
+        }
         return index_rows(stack, [within[place] for place in places])

@@ -1,9 +1,10 @@
 """Embeddings of a run's prompts, on disk and in memory.
 
-They are known by `Policy.identity`, what an embedding depends on, and encoded once for each; a negative prompt is embedded as
-an example of its own, so prompts share it. With `data.embedding_cache` the text encoders are loaded alone, only where an
-embedding is missing, and are gone before the denoiser and the VAE are loaded, so the two never share a device. Without it they
-stay, and embed when a prompt comes up.
+They are known by `Policy.identity`, what an embedding depends on, and encoded once for each; a
+negative prompt is embedded as an example of its own, so prompts share it. With
+`data.embedding_cache` the text encoders are loaded alone, only where an embedding is missing, and
+are gone before the denoiser and the VAE are loaded, so the two never share a device. Without it
+they stay, and embed when a prompt comes up.
 """
 
 from __future__ import annotations
@@ -41,27 +42,36 @@ from tempflow.run.logs import write_atomic
 from tempflow.training import distributed
 from tempflow.types import Example
 
-KEPT, KEPT_OF_STORE = 4096, 256  # embeddings; reading one again takes milliseconds, encoding it again a good part of a second
+KEPT, KEPT_OF_STORE = (
+    4096,
+    256,
+)  # embeddings; reading one again takes milliseconds, encoding it again a good part of a second
 FORMAT = 1  # of the files; another number finds none of the old ones
 Identity = tuple[str, ...]
 
 
-# ---------------------------------------------------------------------------------------------------- in memory
+# ---------------------------------------------------------------------------------------- in memory
 class EmbeddingCache:
-    """Embeddings of one policy on the CPU, up to `capacity` of them; least recently used first to go.
+    """Embeddings of one policy on the CPU, up to `capacity` of them; least recently used first to
+    go.
 
     store: holds all that will be asked for; without one they come from the policy's encoders.
     """
 
-    def __init__(self, policy: Policy, store: EmbeddingStore | None = None, *, capacity: int | None = None):
+    def __init__(
+        self, policy: Policy, store: EmbeddingStore | None = None, *, capacity: int | None = None
+    ):
         self._policy, self._store = policy, store
         self._capacity = capacity or (KEPT if store is None else KEPT_OF_STORE)
         self._held: OrderedDict[Identity, Conditioning] = OrderedDict()
         self._shapes: dict[Identity, Shape] = {}  # of all that were ever asked for
 
     def get(self, examples: list[Example]) -> Conditioning:
-        """The conditioning of n examples of one shape, [n, ...] on the policy's device, as `Policy.encode`."""
-        opposed = [other for example in examples if (other := self._policy.opposed(example)) is not None]
+        """The conditioning of n examples of one shape, [n, ...] on the policy's device, as
+        `Policy.encode`."""
+        opposed = [
+            other for example in examples if (other := self._policy.opposed(example)) is not None
+        ]
         self._hold([*examples, *opposed])
         found = self._rows(examples)
         if opposed:
@@ -77,10 +87,14 @@ class EmbeddingCache:
         return Conditions(shapes, stacks)
 
     def shapes(self, examples: list[Example]) -> list[Shape]:
-        """The shape of each example's conditioning; None for all of a family whose conditionings have one."""
+        """The shape of each example's conditioning; None for all of a family whose conditionings
+        have one."""
         if not self._policy.ragged:
             return [None] * len(examples)
-        return [(self._shape(example), self._shape(self._policy.opposed(example))) for example in examples]
+        return [
+            (self._shape(example), self._shape(self._policy.opposed(example)))
+            for example in examples
+        ]
 
     def _shape(self, example: Example | None) -> Shape:
         if example is None:
@@ -99,16 +113,22 @@ class EmbeddingCache:
     def _hold(self, examples: list[Example]) -> None:
         for identity, example in by_identity(self._policy, examples).items():
             if identity not in self._held:
-                self._held[identity] = self._store.read(identity) if self._store else embed_one(self._policy, example)
+                self._held[identity] = (
+                    self._store.read(identity) if self._store else embed_one(self._policy, example)
+                )
             self._held.move_to_end(identity)
 
     def _rows(self, examples: list[Example]) -> Conditioning:
         held = [self._held[self._policy.identity(example)] for example in examples]
-        return {name: torch.stack([one[name] for one in held]).to(self._policy.device) for name in held[0]}
+        return {
+            name: torch.stack([one[name] for one in held]).to(self._policy.device)
+            for name in held[0]
+        }
 
 
 def embed_one(policy: Policy, example: Example) -> Conditioning:
-    """An example's embedding, on the CPU. Alone, because a batch's other texts would show in its last bits."""
+    """An example's embedding, on the CPU. Alone, because a batch's other texts would show in its
+    last bits."""
     return {name: tensor[0].cpu() for name, tensor in policy.embed([example]).items()}
 
 
@@ -120,11 +140,12 @@ def by_identity(family: Policy | type[Policy], examples: list[Example]) -> dict[
     return found
 
 
-# ------------------------------------------------------------------------------------------------------ on disk
+# ------------------------------------------------------------------------------------------ on disk
 class EmbeddingStore:
     """A folder of embeddings: a safetensors file for each, found by what it depends on.
 
-    A file is replaced as a whole and carries a checksum, so it is either right or known to be damaged.
+    A file is replaced as a whole and carries a checksum, so it is either right or known to be
+    damaged.
     kind: what all of them depend on (JSON values): encoders, dtype, length.
     """
 
@@ -137,7 +158,8 @@ class EmbeddingStore:
         return self.folder / name[:2] / f"{name}.safetensors"
 
     def problem_with(self, identity: Identity) -> str | None:
-        """What is wrong with a file, read whole: None where nothing is, "missing", or how it is damaged."""
+        """What is wrong with a file, read whole: None where nothing is, "missing", or how it is
+        damaged."""
         try:
             self._read(identity)
         except FileNotFoundError:
@@ -147,19 +169,22 @@ class EmbeddingStore:
         return None
 
     def read(self, identity: Identity) -> Conditioning:
-        """One example's embeddings, [...] each, on the CPU. RankError where they are missing or damaged."""
+        """One example's embeddings, [...] each, on the CPU. RankError where they are missing or
+        damaged."""
         try:
             return self._read(identity)
         except (SafetensorError, OSError, ValueError, KeyError) as error:
             raise RankError(
-                f"data.embedding_cache: {self.path(identity)} was whole when the run began and cannot be read now: {error}; "
-                "start again, with --resume, and it is made anew"
+                f"data.embedding_cache: {self.path(identity)} was whole when the run began and"
+                f" cannot be read now: {error}; start again, with --resume, and it is made anew"
             ) from None
 
     def write(self, identity: Identity, embeddings: Conditioning) -> int:
         """Write one example's embeddings, [...] each; returns the size in bytes."""
         tensors = {name: tensor.cpu().contiguous() for name, tensor in embeddings.items()}
-        content = save(tensors, metadata={"text": "\n".join(identity), "crc32": str(_checksum(tensors))})
+        content = save(
+            tensors, metadata={"text": "\n".join(identity), "crc32": str(_checksum(tensors))}
+        )
         file = self.path(identity)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(file, content)
@@ -169,7 +194,11 @@ class EmbeddingStore:
         with safe_open(self.path(identity), "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
             noted = file.metadata()
-        if noted is None or noted["text"] != "\n".join(identity) or int(noted["crc32"]) != _checksum(tensors):
+        if (
+            noted is None
+            or noted["text"] != "\n".join(identity)
+            or int(noted["crc32"]) != _checksum(tensors)
+        ):
             raise ValueError("its checksum is wrong")
         return tensors
 
@@ -177,15 +206,19 @@ class EmbeddingStore:
 def _checksum(tensors: Conditioning) -> int:
     value = 0
     for name in sorted(tensors):
-        value = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), zlib.crc32(name.encode(), value))
+        value = zlib.crc32(
+            tensors[name].reshape(-1).view(torch.uint8).numpy(), zlib.crc32(name.encode(), value)
+        )
     return value
 
 
-# ------------------------------------------------------------------------------------------- at a run's beginning
+# ----------------------------------------------------------------------------- at a run's beginning
 def store_of(config: Config, device: torch.device | str) -> EmbeddingStore:
     """The folder data.embedding_cache, for what the config embeds with (a collective)."""
     m, family = config.model, family_of(config.model.path)
-    encoders = encoder_identity(m.path) if distributed.rank() == 0 else None  # reads all their weights
+    encoders = (
+        encoder_identity(m.path) if distributed.rank() == 0 else None
+    )  # reads all their weights
     return EmbeddingStore(
         config.data.embedding_cache,
         {
@@ -199,19 +232,32 @@ def store_of(config: Config, device: torch.device | str) -> EmbeddingStore:
 
 
 def write_missing(
-    store: EmbeddingStore, examples: dict[Identity, Example], load: Callable[[], Policy], note: Callable[[str], None]
+    store: EmbeddingStore,
+    examples: dict[Identity, Example],
+    load: Callable[[], Policy],
+    note: Callable[[str], None],
 ) -> None:
-    """Have the embedding of every example in the store; each rank makes its share. load: the policy with its text encoders."""
+    """Have the embedding of every example in the store; each rank makes its share. load: the policy
+    with its text encoders."""
     mine, trouble = list(examples)[distributed.rank() :: distributed.world_size()], None
     try:
         missing = _missing(store, mine)
         if missing:
             _embed(store, {identity: examples[identity] for identity in missing}, load, note)
     except (UserError, OSError) as error:
-        trouble = str(error) if isinstance(error, UserError) else f"data.embedding_cache: {store.folder}: {error}"
+        trouble = (
+            str(error)
+            if isinstance(error, UserError)
+            else f"data.embedding_cache: {store.folder}: {error}"
+        )
     found = distributed.first_of_any(trouble)
-    if not found and distributed.reduce(not all(store.path(identity).exists() for identity in examples), "max"):
-        found = f"data.embedding_cache: {store.folder} is not the same folder for all ranks; it must be on a file system they share"
+    if not found and distributed.reduce(
+        not all(store.path(identity).exists() for identity in examples), "max"
+    ):
+        found = (
+            f"data.embedding_cache: {store.folder} is not the same folder for all ranks; it must be"
+            " on a file system they share"
+        )
     if found:
         raise UserError(found)
 
@@ -225,11 +271,20 @@ def _missing(store: EmbeddingStore, identities: list[Identity]) -> list[Identity
             if problem:
                 missing.append(identity)
             if problem not in (None, "missing"):
-                print(f"warning: data.embedding_cache: {store.path(identity)} is {problem}; it is made anew", flush=True)
+                print(
+                    f"warning: data.embedding_cache: {store.path(identity)} is {problem}; it is"
+                    " made anew",
+                    flush=True,
+                )
     return missing
 
 
-def _embed(store: EmbeddingStore, examples: dict[Identity, Example], load: Callable[[], Policy], note: Callable[[str], None]) -> None:
+def _embed(
+    store: EmbeddingStore,
+    examples: dict[Identity, Example],
+    load: Callable[[], Policy],
+    note: Callable[[str], None],
+) -> None:
     note(
         f"embedding {len(examples)} texts on each rank into {store.folder}"
         if distributed.world_size() > 1
@@ -254,8 +309,9 @@ def _check_space(store: EmbeddingStore, needed: int) -> None:
     free = shutil.disk_usage(store.folder).free
     if needed > free:
         raise UserError(
-            f"data.embedding_cache: {store.folder} needs {needed / 1e9:.1f} GB more and has {free / 1e9:.1f} GB free; name another "
-            "folder, lower model.max_sequence_length, or set null to keep the text encoders instead"
+            f"data.embedding_cache: {store.folder} needs {needed / 1e9:.1f} GB more and has"
+            f" {free / 1e9:.1f} GB free; name another folder, lower model.max_sequence_length, or"
+            " set null to keep the text encoders instead"
         )
 
 

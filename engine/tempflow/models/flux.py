@@ -1,4 +1,5 @@
-"""FLUX.1 (dev, schnell and finetunes): packed 2 x 2 latents, guidance as an embedding, resolution-dependent shift."""
+"""FLUX.1 (dev, schnell and finetunes): packed 2 x 2 latents, guidance as an embedding,
+resolution-dependent shift."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from tempflow.types import Example, Size
 
 @lru_cache(maxsize=16)
 def image_ids(rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """Position ids of an image's tokens, [rows * columns, 3]. Kept, because copying them to a GPU anew cannot be captured in a graph."""
+    """Position ids of an image's tokens, [rows * columns, 3]. Kept, because copying them to a GPU
+    anew cannot be captured in a graph."""
     return flux_image_ids(rows, columns, device, dtype)
 
 
@@ -53,14 +55,19 @@ class FluxPolicy(Policy):
     def embed(self, examples: list[Example]) -> Conditioning:
         texts = [example.text for example in examples]
         embeds, pooled, _ = self.pipe.encode_prompt(
-            prompt=texts, prompt_2=None, device=self.device, max_sequence_length=self.max_sequence_length
+            prompt=texts,
+            prompt_2=None,
+            device=self.device,
+            max_sequence_length=self.max_sequence_length,
         )
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
     def empty_embeddings(self, count: int) -> Conditioning:
         config, like = self.pipe.transformer.config, {"dtype": self.dtype, "device": self.device}
         return {
-            "encoder_hidden_states": torch.empty(count, self.max_sequence_length, config.joint_attention_dim, **like),
+            "encoder_hidden_states": torch.empty(
+                count, self.max_sequence_length, config.joint_attention_dim, **like
+            ),
             "pooled_projections": torch.empty(count, config.pooled_projection_dim, **like),
         }
 
@@ -75,12 +82,21 @@ class FluxPolicy(Policy):
 
     def sigmas(self, num_steps: int, size: Size) -> torch.Tensor:
         scheduler, length = self.pipe.scheduler, self.latent_shape(size)[0]
-        given = None if scheduler.config.get("use_flow_sigmas") else np.linspace(1.0, 1 / num_steps, num_steps)
-        scheduler.set_timesteps(num_steps, sigmas=given, mu=resolution_shift(scheduler, length, 1.15))
+        given = (
+            None
+            if scheduler.config.get("use_flow_sigmas")
+            else np.linspace(1.0, 1 / num_steps, num_steps)
+        )
+        scheduler.set_timesteps(
+            num_steps, sigmas=given, mu=resolution_shift(scheduler, length, 1.15)
+        )
         return scheduler.sigmas.float().cpu()
 
-    def _image_inputs(self, x: torch.Tensor, conditioning: Conditioning, size: Size) -> tuple[torch.Tensor, torch.Tensor]:
-        """The transformer's tokens that are no text, [n, tokens, channels], those of the latents first, and their position ids."""
+    def _image_inputs(
+        self, x: torch.Tensor, conditioning: Conditioning, size: Size
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The transformer's tokens that are no text, [n, tokens, channels], those of the latents
+        first, and their position ids."""
         return x, image_ids(*self._packed_size(size), x.device, x.dtype)
 
     def velocity(self, denoiser, x, sigma, conditioning, size, guidance, dtype=None):

@@ -1,8 +1,11 @@
-"""FLUX.1 Depth and Canny: FLUX.1 that draws to a control image, such as a depth or edge map, which the prompt brings ready-made.
+"""FLUX.1 Depth and Canny: FLUX.1 that draws to a control image, such as a depth or edge map, which
+the prompt brings ready-made.
 
-The control image is scaled to the size of the output. The VAE's latents of it are packed as those of the output are, and stand beside
-them in the channels of every forward, so a row has as many tokens as without control. diffusers draws them from the VAE's posterior;
-here they are its mode, so that a prompt's conditioning is the same in every forward of it, in the embedding cache and after a resume.
+The control image is scaled to the size of the output. The VAE's latents of it are packed as those
+of the output are, and stand beside them in the channels of every forward, so a row has as many
+tokens as without control. diffusers draws them from the VAE's posterior; here they are its mode, so
+that a prompt's conditioning is the same in every forward of it, in the embedding cache and after a
+resume.
 """
 
 from __future__ import annotations
@@ -19,7 +22,8 @@ CONTROL = "control_latents"  # of the conditioning: [n, tokens, channels], as pa
 
 
 class FluxControlPolicy(FluxPolicy):
-    """Velocities of a FluxTransformer2DModel under a control image, as FluxControlPipeline asks for them."""
+    """Velocities of a FluxTransformer2DModel under a control image, as FluxControlPipeline asks for
+    them."""
 
     images_taken = (1, 1)
     embeds_with = ("vae",)
@@ -28,26 +32,37 @@ class FluxControlPolicy(FluxPolicy):
 
     @torch.no_grad()
     def embed(self, examples: list[Example]) -> Conditioning:
-        return super().embed(examples) | {CONTROL: torch.cat([self._control_latents(example) for example in examples])}
+        return super().embed(examples) | {
+            CONTROL: torch.cat([self._control_latents(example) for example in examples])
+        }
 
     def _control_latents(self, example: Example) -> torch.Tensor:
-        """[1, tokens, channels], of one image alone: another beside it would show in its last bits."""
+        """[1, tokens, channels], of one image alone: another beside it would show in its last
+        bits."""
         vae, (rows, columns) = self.pipe.vae, self._packed_size(self.size)
-        pixels = self.pipe.image_processor.preprocess(condition_image(example.images[0]), self.size.height, self.size.width)
+        pixels = self.pipe.image_processor.preprocess(
+            condition_image(example.images[0]), self.size.height, self.size.width
+        )
         with encoding_whole(vae):
             latents = vae.encode(pixels.to(self.device, vae.dtype)).latent_dist.mode()
         latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
-        patches = latents.unflatten(3, (columns, 2)).unflatten(2, (rows, 2))  # [1, channels, rows, 2, columns, 2]
+        patches = latents.unflatten(3, (columns, 2)).unflatten(
+            2, (rows, 2)
+        )  # [1, channels, rows, 2, columns, 2]
         return patches.permute(0, 2, 4, 1, 3, 5).reshape(1, rows * columns, -1)
 
     def empty_embeddings(self, count: int) -> Conditioning:
-        control = torch.empty(count, *self.latent_shape(self.size), dtype=self.dtype, device=self.device)
+        control = torch.empty(
+            count, *self.latent_shape(self.size), dtype=self.dtype, device=self.device
+        )
         return super().empty_embeddings(count) | {CONTROL: control}
 
     def latent_shape(self, size: Size) -> tuple[int, int]:
         tokens, channels = super().latent_shape(size)
         return tokens, channels // 2
 
-    def _image_inputs(self, x: torch.Tensor, conditioning: Conditioning, size: Size) -> tuple[torch.Tensor, torch.Tensor]:
+    def _image_inputs(
+        self, x: torch.Tensor, conditioning: Conditioning, size: Size
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         tokens, ids = super()._image_inputs(x, conditioning, size)
         return torch.cat([tokens, conditioning[CONTROL].to(x.dtype)], dim=2), ids

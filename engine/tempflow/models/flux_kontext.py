@@ -1,8 +1,9 @@
 """FLUX.1-Kontext: FLUX.1 that also sees the tokens of one image, which it edits.
 
-The image is scaled to the one of the pipeline's preferred resolutions, all about a megapixel, whose shape is nearest to its own; the
-VAE encodes it to its mode. Its tokens follow those of the latents, told apart by the first of their position ids, and what the
-transformer predicts for them is cut off. They depend on the prompt alone and are part of its embedding.
+The image is scaled to the one of the pipeline's preferred resolutions, all about a megapixel, whose
+shape is nearest to its own; the VAE encodes it to its mode. Its tokens follow those of the latents,
+told apart by the first of their position ids, and what the transformer predicts for them is cut
+off. They depend on the prompt alone and are part of its embedding.
 """
 
 from __future__ import annotations
@@ -24,8 +25,11 @@ OF_IMAGE = 1  # first of the position ids; 0 of the latents and the text
 
 
 @lru_cache(maxsize=16)
-def both_ids(latents: tuple[int, int], image: tuple[int, int], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """Position ids of latents and image of so many rows and columns of tokens. Kept, as `image_ids`."""
+def both_ids(
+    latents: tuple[int, int], image: tuple[int, int], device: torch.device, dtype: torch.dtype
+) -> torch.Tensor:
+    """Position ids of latents and image of so many rows and columns of tokens. Kept, as
+    `image_ids`."""
     of_latents, of_image = (image_ids(*grid, device, dtype) for grid in (latents, image))
     number = torch.full_like(of_image[:, :1], OF_IMAGE)
     return torch.cat([of_latents, torch.cat([number, of_image[:, 1:]], dim=1)])
@@ -33,12 +37,16 @@ def both_ids(latents: tuple[int, int], image: tuple[int, int], device: torch.dev
 
 def preferred_size(width: int, height: int) -> tuple[int, int]:
     """(width, height) in pixels to which the pipeline scales an image: nearest in shape."""
-    _, wide, high = min((abs(width / height - w / h), w, h) for w, h in pipeline_flux_kontext.PREFERRED_KONTEXT_RESOLUTIONS)
+    _, wide, high = min(
+        (abs(width / height - w / h), w, h)
+        for w, h in pipeline_flux_kontext.PREFERRED_KONTEXT_RESOLUTIONS
+    )
     return wide, high
 
 
 class FluxKontextPolicy(FluxPolicy):
-    """Velocities of a FluxTransformer2DModel that edits an image, as FluxKontextPipeline asks for them."""
+    """Velocities of a FluxTransformer2DModel that edits an image, as FluxKontextPipeline asks for
+    them."""
 
     ragged = True  # images of different shapes have different grids
     images_taken = (1, 1)
@@ -53,10 +61,17 @@ class FluxKontextPolicy(FluxPolicy):
         pipe, multiple = self.pipe, self.size_multiple(self.pipe.vae.config)
         image = condition_image(example.images[0])
         if min(image.size) < multiple:
-            raise UserError(f"a condition image of {image.width} x {image.height} pixels: each side needs {multiple} at least")
-        height, width = pipe.image_processor.get_default_height_width(image)  # rounded down, which decides between shapes
+            raise UserError(
+                f"a condition image of {image.width} x {image.height} pixels: each side needs"
+                f" {multiple} at least"
+            )
+        height, width = pipe.image_processor.get_default_height_width(
+            image
+        )  # rounded down, which decides between shapes
         width, height = (side // multiple * multiple for side in preferred_size(width, height))
-        pixels = pipe.image_processor.preprocess(pipe.image_processor.resize(image, height, width), height, width)
+        pixels = pipe.image_processor.preprocess(
+            pipe.image_processor.resize(image, height, width), height, width
+        )
         with encoding_whole(pipe.vae):
             _, tokens, _, _ = pipe.prepare_latents(
                 image=pixels,
@@ -71,17 +86,29 @@ class FluxKontextPolicy(FluxPolicy):
         return tokens.unflatten(1, (height // multiple, width // multiple))
 
     def empty_embeddings(self, count: int) -> Conditioning:
-        multiple, channels = self.size_multiple(self.pipe.vae.config), self.pipe.transformer.config.in_channels
+        multiple, channels = (
+            self.size_multiple(self.pipe.vae.config),
+            self.pipe.transformer.config.in_channels,
+        )
         grid = max(
-            ((h // multiple, w // multiple) for w, h in pipeline_flux_kontext.PREFERRED_KONTEXT_RESOLUTIONS),
+            (
+                (h // multiple, w // multiple)
+                for w, h in pipeline_flux_kontext.PREFERRED_KONTEXT_RESOLUTIONS
+            ),
             key=lambda grid: grid[0] * grid[1],
         )
-        return super().empty_embeddings(count) | {IMAGE: torch.empty(count, *grid, channels, dtype=self.dtype, device=self.device)}
+        return super().empty_embeddings(count) | {
+            IMAGE: torch.empty(count, *grid, channels, dtype=self.dtype, device=self.device)
+        }
 
-    def _image_inputs(self, x: torch.Tensor, conditioning: Conditioning, size: Size) -> tuple[torch.Tensor, torch.Tensor]:
+    def _image_inputs(
+        self, x: torch.Tensor, conditioning: Conditioning, size: Size
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         image = conditioning[IMAGE]
         ids = both_ids(self._packed_size(size), tuple(image.shape[1:3]), x.device, x.dtype)
         return torch.cat([x, image.to(x.dtype).flatten(1, 2)], dim=1), ids
 
     def velocity(self, denoiser, x, sigma, conditioning, size, guidance, dtype=None):
-        return super().velocity(denoiser, x, sigma, conditioning, size, guidance, dtype)[:, : x.shape[1]]
+        return super().velocity(denoiser, x, sigma, conditioning, size, guidance, dtype)[
+            :, : x.shape[1]
+        ]

@@ -1,10 +1,13 @@
-"""Classifier-free guidance, for families whose velocity is made of two forwards: with the prompt and with a negative one.
+"""Classifier-free guidance, for families whose velocity is made of two forwards: with the prompt
+and with a negative one.
 
-Both halves go through the transformer as one batch of twice the rows, negative half first, so a row costs what two cost
-elsewhere, and the gradient flows through both. Where the shapes of two halves may differ they are two forwards, for every prompt, but
-one again through an engine of ZeRO-3: a forward there is a collective, so their number must not depend on which prompts a rank has,
-and DeepSpeed takes no second one before the backward. The negative prompt's embeddings are part of the conditioning, under the names
-of the prompt's with a prefix; a scale that does not guide (1 or less, as in diffusers) leaves them unused and runs one half.
+Both halves go through the transformer as one batch of twice the rows, negative half first, so a row
+costs what two cost elsewhere, and the gradient flows through both. Where the shapes of two halves
+may differ they are two forwards, for every prompt, but one again through an engine of ZeRO-3: a
+forward there is a collective, so their number must not depend on which prompts a rank has, and
+DeepSpeed takes no second one before the backward. The negative prompt's embeddings are part of the
+conditioning, under the names of the prompt's with a prefix; a scale that does not guide (1 or less,
+as in diffusers) leaves them unused and runs one half.
 """
 
 from __future__ import annotations
@@ -20,34 +23,47 @@ from tempflow.types import Example, Size
 NEGATIVE = "negative_"
 
 
-Joined = dict[str, torch.Tensor | list[torch.Tensor]]  # a conditioning of rows of two shapes, where a family's `_forward` takes it
+Joined = dict[
+    str, torch.Tensor | list[torch.Tensor]
+]  # a conditioning of rows of two shapes, where a family's `_forward` takes it
 
 
 def with_negatives(positive: Conditioning, negative: Conditioning) -> Conditioning:
-    """The conditioning of guided rows: embeddings of n examples and of what each of them is guided away from."""
+    """The conditioning of guided rows: embeddings of n examples and of what each of them is guided
+    away from."""
     return positive | {NEGATIVE + name: tensor for name, tensor in negative.items()}
 
 
 class GuidedPolicy(Policy):
-    """A family with classifier-free guidance. To write: `embed`, `_forward`, `_combine` where it is not the plain one, and `_join` where
-    the negative prompt's embeddings may have another shape.
+    """A family with classifier-free guidance. To write: `embed`, `_forward`, `_combine` where it is
+    not the plain one, and `_join` where the negative prompt's embeddings may have another shape.
 
-    halves_alike: of a `ragged` family, whether a negative prompt's embeddings have the shapes of the prompt's, whatever the two say.
+    halves_alike: of a `ragged` family, whether a negative prompt's embeddings have the shapes of
+    the prompt's, whatever the two say.
     """
 
     default_negative_prompt = ""
     halves_alike = False
 
     @abstractmethod
-    def _forward(self, denoiser, x: torch.Tensor, sigma: torch.Tensor, conditioning: Joined, size: Size) -> torch.Tensor:
-        """The denoiser's own prediction of n rows without guidance. x: [n, ...], its dtype the denoiser's."""
+    def _forward(
+        self, denoiser, x: torch.Tensor, sigma: torch.Tensor, conditioning: Joined, size: Size
+    ) -> torch.Tensor:
+        """The denoiser's own prediction of n rows without guidance. x: [n, ...], its dtype the
+        denoiser's."""
 
-    def _combine(self, positive: torch.Tensor, negative: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
-        """The guided velocity of two predictions, [n, ...] each, in their dtype as the pipeline does."""
+    def _combine(
+        self, positive: torch.Tensor, negative: torch.Tensor, scale: float | torch.Tensor
+    ) -> torch.Tensor:
+        """The guided velocity of two predictions, [n, ...] each, in their dtype as the pipeline
+        does."""
         return negative + scale * (positive - negative)
 
-    def _scale(self, guidance: float, sigma: torch.Tensor, dtype: torch.dtype) -> float | torch.Tensor:
-        """What `_combine` scales by: a number, or one for each of n rows, [n, 1, ...] of `dtype`. sigma: of the rows, fp32 [n]."""
+    def _scale(
+        self, guidance: float, sigma: torch.Tensor, dtype: torch.dtype
+    ) -> float | torch.Tensor:
+        """What `_combine` scales by: a number, or one for each of n rows, [n, 1, ...] of `dtype`.
+        sigma: of the rows, fp32 [n]."""
         return guidance
 
     def _join(self, negative: Conditioning, positive: Conditioning) -> Joined:
@@ -58,7 +74,10 @@ class GuidedPolicy(Policy):
         opposed = [self.opposed(example) for example in examples]
         distinct = {self.identity(example): example for example in opposed}  # most often one
         places = {identity: n for n, identity in enumerate(distinct)}
-        negative = index_rows(self.embed(list(distinct.values())), [places[self.identity(example)] for example in opposed])
+        negative = index_rows(
+            self.embed(list(distinct.values())),
+            [places[self.identity(example)] for example in opposed],
+        )
         return with_negatives(self.embed(examples), negative)
 
     def empty_conditioning(self, count: int) -> Conditioning:
@@ -66,10 +85,18 @@ class GuidedPolicy(Policy):
 
     def velocity(self, denoiser, x, sigma, conditioning, size, guidance, dtype=None):
         dtype = dtype or self.dtype
-        positive = {name: tensor for name, tensor in conditioning.items() if not name.startswith(NEGATIVE)}
+        positive = {
+            name: tensor for name, tensor in conditioning.items() if not name.startswith(NEGATIVE)
+        }
 
         def forward(x: torch.Tensor, sigma: torch.Tensor, given: Joined) -> torch.Tensor:
-            return self._forward(denoiser, x.to(dtype), sigma, {name: _cast(value, dtype) for name, value in given.items()}, size)
+            return self._forward(
+                denoiser,
+                x.to(dtype),
+                sigma,
+                {name: _cast(value, dtype) for name, value in given.items()},
+                size,
+            )
 
         if not self.guides(guidance):
             return forward(x, sigma, positive)
@@ -83,7 +110,9 @@ class GuidedPolicy(Policy):
         return self._combine(predicted, opposed, scale)
 
 
-def _cast(value: torch.Tensor | list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor | list[torch.Tensor]:
+def _cast(
+    value: torch.Tensor | list[torch.Tensor], dtype: torch.dtype
+) -> torch.Tensor | list[torch.Tensor]:
     """In another dtype, where it holds floating-point numbers."""
     if isinstance(value, list):
         return [_cast(one, dtype) for one in value]

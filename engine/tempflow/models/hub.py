@@ -37,13 +37,15 @@ ONE_FILE = (".safetensors", ".sft", ".ckpt", ".gguf", ".pt", ".pth", ".bin")
 
 
 def local_model(path: str) -> str:
-    """The folder that describes a model: itself, or the card of a known hub id; other hub ids stay as they are."""
+    """The folder that describes a model: itself, or the card of a known hub id; other hub ids stay
+    as they are."""
     card = CARDS / KNOWN.get(path, "-")
     return str(card) if not Path(path).exists() and card.is_dir() else path
 
 
 def model_index(path: str) -> Path:
-    """model_index.json of a pipeline folder or hub id, fetched where it must be. UserError where there is none."""
+    """model_index.json of a pipeline folder or hub id, fetched where it must be. UserError where
+    there is none."""
     folder = Path(path)
     try:
         if folder.is_file():
@@ -52,8 +54,14 @@ def model_index(path: str) -> Path:
             return fetch(path, "model_index.json")
         if (folder / "model_index.json").is_file():
             return folder / "model_index.json"
-    except (OSError, ValueError) as error:  # no permission, too long, or characters that no path has
-        raise UserError(f"model.path: {shown(path, 200)} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # no permission, too long, or characters that no path has
+        raise UserError(
+            f"model.path: {shown(path, 200)} cannot be read:"
+            f" {getattr(error, 'strerror', None) or error}"
+        ) from None
     raise UserError(f"model.path: {_another_folder(folder)}")
 
 
@@ -64,7 +72,9 @@ def fetch(path: str, file: str) -> Path:
     if path.endswith(ONE_FILE):
         raise UserError(f"model.path: file {path} does not exist")
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
-        raise UserError(f"model.path: folder {path} does not exist (a hub id has the form owner/name)")
+        raise UserError(
+            f"model.path: folder {path} does not exist (a hub id has the form owner/name)"
+        )
     try:
         if not isinstance(hub.try_to_load_from_cache(path, file), str):
             _reach(path, file)
@@ -74,7 +84,8 @@ def fetch(path: str, file: str) -> Path:
 
 
 def _reach(path: str, file: str) -> None:
-    """Ask the hub once. Without a network the download itself would ask six times, for half a minute and a screen of warnings."""
+    """Ask the hub once. Without a network the download itself would ask six times, for half a
+    minute and a screen of warnings."""
     import huggingface_hub as hub
 
     try:
@@ -84,7 +95,8 @@ def _reach(path: str, file: str) -> None:
 
 
 def local_folder(path: str, pipeline: type, left_out: list[str]) -> Path:
-    """The folder of a checkpoint, all but the components in left_out downloaded where `path` is a hub id. UserError otherwise."""
+    """The folder of a checkpoint, all but the components in left_out downloaded where `path` is a
+    hub id. UserError otherwise."""
     if Path(path).is_dir():
         return Path(path)
     try:
@@ -98,19 +110,28 @@ def hub_fault(path: str, file: str, error: Exception) -> str:
     from huggingface_hub import errors
 
     if isinstance(error, errors.HFValidationError):
-        return f"no folder {path}, and a hub id has the form owner/name, of letters, digits, '-', '_' and '.'"
+        return (
+            f"no folder {path}, and a hub id has the form owner/name, of letters, digits, '-', '_'"
+            " and '.'"
+        )
     if isinstance(error, errors.GatedRepoError):
         return f"{path} is gated: accept its conditions on the hub, and log in with `hf auth login`"
     if isinstance(error, errors.RepositoryNotFoundError):
-        return f"no folder {path}, and no such model on the hub (of a private one: log in with `hf auth login`)"
-    if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
+        return (
+            f"no folder {path}, and no such model on the hub (of a private one: log in with `hf"
+            " auth login`)"
+        )
+    if isinstance(error, errors.EntryNotFoundError) and not isinstance(
+        error, errors.LocalEntryNotFoundError
+    ):
         return f"{path} on the hub has no {file}: it is no diffusers pipeline"
     cause = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
     return (
-        f"no folder {path}, and {file} of that name cannot be had from the hub ({type(cause).__name__}: {brief(cause, 160)}); check "
-        "the network, HTTPS_PROXY, HF_ENDPOINT and HF_HUB_OFFLINE, or name a local folder"
+        f"no folder {path}, and {file} of that name cannot be had from the hub"
+        f" ({type(cause).__name__}: {brief(cause, 160)}); check the network, HTTPS_PROXY,"
+        " HF_ENDPOINT and HF_HUB_OFFLINE, or name a local folder"
     )
 
 
@@ -121,11 +142,22 @@ def _another_folder(folder: Path) -> str:
         return any((folder / name).exists() for name in names)
 
     if holds("checkpoints", "metrics.jsonl"):
-        return f"{folder} is a run directory; engine/export.py writes its model as a pipeline folder, or as adapters"
-    if holds("adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"):
-        return f"{folder} holds LoRA adapters: name their base model here, and this folder in model.lora.start"
+        return (
+            f"{folder} is a run directory; engine/export.py writes its model as a pipeline folder,"
+            " or as adapters"
+        )
+    if holds(
+        "adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"
+    ):
+        return (
+            f"{folder} holds LoRA adapters: name their base model here, and this folder in"
+            " model.lora.start"
+        )
     if holds("config.json", "scheduler_config.json", "tokenizer_config.json"):
-        return f"{folder} is one component of a pipeline; name the folder with model_index.json, often the one above"
+        return (
+            f"{folder} is one component of a pipeline; name the folder with model_index.json, often"
+            " the one above"
+        )
     return f"{folder} has no model_index.json; a folder written by save_pretrained is expected"
 
 
@@ -135,10 +167,14 @@ def _one_file(file: Path) -> str:
     if not file.name.endswith(ONE_FILE):
         return f"{file} is a file; a folder with model_index.json is expected"
     if file.suffix == ".gguf":
-        return f"{file} is a checkpoint in one file, and quantised; a diffusers pipeline folder with whole weights is expected"
+        return (
+            f"{file} is a checkpoint in one file, and quantised; a diffusers pipeline folder with"
+            " whole weights is expected"
+        )
     return (
-        f"{file} is a checkpoint in one file; convert it with diffusers, FluxPipeline (or StableDiffusion3Pipeline)"
-        f".from_single_file({json.dumps(str(file))}).save_pretrained(FOLDER), and name the folder"
+        f"{file} is a checkpoint in one file; convert it with diffusers, FluxPipeline (or"
+        f" StableDiffusion3Pipeline).from_single_file({json.dumps(str(file))}).save_pretrained(FOLDER),"
+        " and name the folder"
     )
 
 
@@ -147,7 +183,9 @@ def folder_hash(folders: list[Path]) -> str:
     whole = hashlib.sha256()
     for folder in sorted(folders):
         for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-            whole.update(f"{folder.name}/{file.relative_to(folder)}\0{file.stat().st_size}\0".encode())
+            whole.update(
+                f"{folder.name}/{file.relative_to(folder)}\0{file.stat().st_size}\0".encode()
+            )
             with open(file, "rb") as content:
                 while block := content.read(1 << 24):
                     whole.update(block)

@@ -1,7 +1,9 @@
-"""From a checkpoint's path to a Policy. Families are named by the pipeline class in model_index.json.
+"""From a checkpoint's path to a Policy. Families are named by the pipeline class in
+model_index.json.
 
-`check_model`, `check_size`, `check_text_length` and `check_checkpoint` read JSON files and headers only, so that a run can be refused
-before anything is loaded; `load_policy` makes the same checks for those who call it alone.
+`check_model`, `check_size`, `check_text_length` and `check_checkpoint` read JSON files and headers
+only, so that a run can be refused before anything is loaded; `load_policy` makes the same checks
+for those who call it alone.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ PARTS = ("all", "text", "picture")
 
 
 def resolve_dtype(name: str, device: torch.device | str) -> torch.dtype:
-    """The torch dtype of a config name; "auto" is bfloat16 on GPUs and on CPUs that multiply it, else float32."""
+    """The torch dtype of a config name; "auto" is bfloat16 on GPUs and on CPUs that multiply it,
+    else float32."""
     if name != "auto":
         return as_dtype(name)
     fast = torch.device(device).type == "cuda" or multiplies_bfloat16()
@@ -43,8 +46,8 @@ def resolve_dtype(name: str, device: torch.device | str) -> torch.dtype:
 def check_model(path: str | Path) -> str:
     """The pipeline class of a checkpoint, read without loading it.
 
-    Raises UserError for a missing folder or component, or a family that the engine does not know. A hub id is fetched
-    as far as its model_index.json.
+    Raises UserError for a missing folder or component, or a family that the engine does not know. A
+    hub id is fetched as far as its model_index.json.
     """
     folder, index_file = Path(path), model_index(path)
     try:
@@ -53,19 +56,27 @@ def check_model(path: str | Path) -> str:
         raise UserError(f"model.path: {index_file} is damaged: {brief(error)}") from None
     name = index.get("_class_name") if isinstance(index, dict) else None
     if not isinstance(name, str):
-        raise UserError(f"model.path: {index_file} is damaged: it names no _class_name of a pipeline")
+        raise UserError(
+            f"model.path: {index_file} is damaged: it names no _class_name of a pipeline"
+        )
     if name not in FAMILIES:
         raise UserError(f"model.path: {path} is a {name!s:.80}; known are {', '.join(FAMILIES)}")
     if folder.is_dir():
         needed = [part for part, value in index.items() if is_component(value) and value[0]]
-        missing = [part for part in needed if not os.path.isdir(folder / part)]  # False as well where it may not be seen
+        missing = [
+            part for part in needed if not os.path.isdir(folder / part)
+        ]  # False as well where it may not be seen
         if missing:
-            raise UserError(f"model.path: {folder} lacks the component{'s' * (len(missing) > 1)} {', '.join(missing)}")
+            raise UserError(
+                f"model.path: {folder} lacks the component{'s' * (len(missing) > 1)}"
+                f" {', '.join(missing)}"
+            )
     return name
 
 
 def check_size(path: str, size: Size) -> None:
-    """UserError for a size that a checkpoint cannot make, read from its VAE's config; after `check_model`."""
+    """UserError for a size that a checkpoint cannot make, read from its VAE's config; after
+    `check_model`."""
     file = Path(path) / "vae/config.json"
     file = file if Path(path).is_dir() else fetch(path, "vae/config.json")
     family = family_of(path)
@@ -78,26 +89,37 @@ def check_size(path: str, size: Size) -> None:
 
 
 def check_guidance(path: str, second: float | None) -> None:
-    """UserError for the guidance scale of a second expert that a checkpoint does not have; after `check_model`."""
+    """UserError for the guidance scale of a second expert that a checkpoint does not have; after
+    `check_model`."""
     if second is not None and len(family_of(path).denoiser_parts(_index(path))) == 1:
-        raise UserError(f"rollout.guidance_scale_2: {second:g}, but {path} has one transformer and no second expert; set it to null")
+        raise UserError(
+            f"rollout.guidance_scale_2: {second:g}, but {path} has one transformer and no second"
+            " expert; set it to null"
+        )
 
 
 def check_text_length(path: str, asked: int | None) -> int:
-    """Text tokens of a checkpoint's policy: as many as asked for, or its pipeline's default. UserError where it takes fewer."""
+    """Text tokens of a checkpoint's policy: as many as asked for, or its pipeline's default.
+    UserError where it takes fewer."""
     family = family_of(path)
     if asked is None:
         return family.text_length
     if asked > family.longest_text:
-        raise UserError(f"model.max_sequence_length: {asked}; {check_model(path)} takes {family.longest_text} at most")
+        raise UserError(
+            f"model.max_sequence_length: {asked}; {check_model(path)} takes {family.longest_text}"
+            " at most"
+        )
     return asked
 
 
 def check_examples(path: str, examples: list[Example]) -> None:
-    """UserError for the first example with fewer or more condition images than a checkpoint's family takes; after `check_model`."""
+    """UserError for the first example with fewer or more condition images than a checkpoint's
+    family takes; after `check_model`."""
     family = family_of(path)
     for example in examples:
-        family.check_images(example, example.metadata.get("source") or f"prompt {shown(example.text)}")
+        family.check_images(
+            example, example.metadata.get("source") or f"prompt {shown(example.text)}"
+        )
 
 
 def family_of(path: str) -> type[Policy]:
@@ -120,15 +142,19 @@ def encoder_identity(path: str) -> str:
 
 
 def check_checkpoint(path: str | Path, *, description: bool = False) -> None:
-    """UserError for a checkpoint's folder that cannot be trained as it is, by component and file; after `check_model`.
+    """UserError for a checkpoint's folder that cannot be trained as it is, by component and file;
+    after `check_model`.
 
-    A hub id is checked when it has been downloaded. description: a folder without any weights is checked as far as its configs go.
+    A hub id is checked when it has been downloaded. description: a folder without any weights is
+    checked as far as its configs go.
     """
     if Path(path).is_dir():
         _quiet()
         family = family_of(path)
         components = components_of(Path(path), family)
-        check_components(components, family, weights=not (description and is_description(components)))
+        check_components(
+            components, family, weights=not (description and is_description(components))
+        )
 
 
 def _left_out(path: str, parts: str, denoiser: bool) -> list[str]:
@@ -158,12 +184,15 @@ def load_policy(
     parts: Literal["all", "text", "picture"] = "all",
     denoiser: bool = True,
 ) -> Policy:
-    """Load a diffusers pipeline folder (or hub id) as a Policy; the family is read from its model_index.json.
+    """Load a diffusers pipeline folder (or hub id) as a Policy; the family is read from its
+    model_index.json.
 
-    dtype: "float32", "bfloat16", "float16", "auto", or a torch dtype. max_sequence_length: text tokens; default: as many as
-    the family's pipeline takes by default. parts: "text" loads what `embed` needs alone; "picture" everything but the text
-    encoders. denoiser=False leaves it out, for the caller to set one (`Policy.set_denoiser`). Every component is checked before the
-    first is loaded: raises UserError as `check_model` and `check_checkpoint` do, and for an argument that is not allowed.
+    dtype: "float32", "bfloat16", "float16", "auto", or a torch dtype. max_sequence_length: text
+    tokens; default: as many as the family's pipeline takes by default. parts: "text" loads what
+    `embed` needs alone; "picture" everything but the text encoders. denoiser=False leaves it out,
+    for the caller to set one (`Policy.set_denoiser`). Every component is checked before the first
+    is loaded: raises UserError as `check_model` and `check_checkpoint` do, and for an argument that
+    is not allowed.
     """
     import diffusers
 
@@ -175,7 +204,10 @@ def load_policy(
     check_device(device)
     dtype = resolve_dtype(dtype, device) if dtype == "auto" else as_dtype(dtype)
     pipeline = getattr(diffusers, check_model(path))
-    length, left_out = check_text_length(path, max_sequence_length), _left_out(path, parts, denoiser)
+    length, left_out = (
+        check_text_length(path, max_sequence_length),
+        _left_out(path, parts, denoiser),
+    )
     _quiet()
     folder = local_folder(path, pipeline, left_out)
     family, index = family_of(path), _index(path)
@@ -188,17 +220,29 @@ def load_policy(
 
 
 def _put_together(pipeline: type, components: dict, index: dict):
-    """A pipeline of loaded components. Its `from_pretrained` would refuse a tokenizer in place of a processor (`Component.stand_in`)."""
+    """A pipeline of loaded components. Its `from_pretrained` would refuse a tokenizer in place of a
+    processor (`Component.stand_in`)."""
     options = plain_options(pipeline, index)
-    needed = [name for name, taken in inspect.signature(pipeline).parameters.items() if taken.default is inspect.Parameter.empty]
-    absent = [name for name in needed if name not in components and name not in options]  # SD3's T5 need not be there
+    needed = [
+        name
+        for name, taken in inspect.signature(pipeline).parameters.items()
+        if taken.default is inspect.Parameter.empty
+    ]
+    absent = [
+        name for name in needed if name not in components and name not in options
+    ]  # SD3's T5 need not be there
     return pipeline(**components, **options, **dict.fromkeys(absent))
 
 
 def save_pipeline(policy: Policy, folder: Path) -> None:
-    """Write a loaded policy's pipeline as a folder that plain diffusers reads, with the processors for which tokenizers stood in."""
+    """Write a loaded policy's pipeline as a folder that plain diffusers reads, with the processors
+    for which tokenizers stood in."""
     policy.pipe.to("cpu").save_pretrained(folder)
-    replaced = [c for c in components_of(Path(policy.pipe.config["_name_or_path"]), type(policy)) if c.stand_in]
+    replaced = [
+        c
+        for c in components_of(Path(policy.pipe.config["_name_or_path"]), type(policy))
+        if c.stand_in
+    ]
     if not replaced:
         return
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
@@ -210,7 +254,8 @@ def save_pipeline(policy: Policy, folder: Path) -> None:
 
 
 def load_denoiser(path: str, dtype: torch.dtype) -> torch.nn.Module:
-    """Another copy of a checkpoint's denoiser, in `dtype` on the CPU; after `check_model`. UserError as `load_policy`."""
+    """Another copy of a checkpoint's denoiser, in `dtype` on the CPU; after `check_model`.
+    UserError as `load_policy`."""
     import diffusers
 
     index, family = _index(path), family_of(path)

@@ -1,14 +1,16 @@
-"""LoRA: adapters that others saved, as the start of a run, and adapters merged into the weights they adapt.
+"""LoRA: adapters that others saved, as the start of a run, and adapters merged into the weights
+they adapt.
 
 Files are read in diffusers' layout and in peft's, safetensors only.
 
-    pytorch_lora_weights.safetensors   "transformer.LAYER.lora_A.weight", settings in the file's metadata (diffusers,
-                                       engine/export.py)
-    adapter_model.safetensors          "base_model.model.LAYER.lora_A.weight", settings in adapter_config.json beside it (peft,
-                                       which Flow-GRPO and the paper's code save with)
+    pytorch_lora_weights.safetensors   "transformer.LAYER.lora_A.weight", settings in the file's
+                                       metadata (diffusers, engine/export.py)
+    adapter_model.safetensors          "base_model.model.LAYER.lora_A.weight", settings in
+                                       adapter_config.json beside it (peft, which Flow-GRPO and the
+                                       paper's code save with)
 
-Those of a denoiser of two transformers are two such files, in folders that are named as the transformers are: diffusers loads one
-file into one transformer.
+Those of a denoiser of two transformers are two such files, in folders that are named as the
+transformers are: diffusers loads one file into one transformer.
 """
 
 from __future__ import annotations
@@ -28,8 +30,12 @@ from tempflow.models.component import is_finite, problem_with_file
 KEY = "model.lora.start"
 FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 PREFIXES = ("transformer.", "base_model.model.")
-EXPERTS = ("transformer", "transformer_2")  # folders, and the first part of names in a joined denoiser
-# Settings that leave peft's layer at base + alpha / rank x B A, whatever their value; every other must have its default.
+EXPERTS = (
+    "transformer",
+    "transformer_2",
+)  # folders, and the first part of names in a joined denoiser
+# Settings that leave peft's layer at base + alpha / rank x B A, whatever their value; every other
+# must have its default.
 HARMLESS = frozenset(
     (
         "r",
@@ -59,13 +65,16 @@ HARMLESS = frozenset(
     )
 )
 PLAIN = {"peft_type": ("LORA",), "bias": ("none",)}
-# How adapters began: without a change of the base's weights. PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA and others change it, and fit that
-# changed base alone; peft saves them as plain adapters (of twice the rank) with path_initial_model_for_weight_conversion.
+# How adapters began: without a change of the base's weights. PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA
+# and others change it, and fit that changed base alone; peft saves them as plain adapters (of twice
+# the rank) with path_initial_model_for_weight_conversion.
 STARTS = (True, False, "gaussian", "orthogonal", "eva")
 
 LORA_DOWN, LORA_UP = ".lora_A.default.weight", ".lora_B.default.weight"  # of a layer under training
 
-Adapters = dict[str, torch.Tensor]  # "LAYER.lora_A.weight" [rank, in] and "LAYER.lora_B.weight" [out, rank]
+Adapters = dict[
+    str, torch.Tensor
+]  # "LAYER.lora_A.weight" [rank, in] and "LAYER.lora_B.weight" [out, rank]
 
 
 @dataclass(frozen=True)
@@ -80,7 +89,8 @@ class Saved:
 
 
 def read_adapters(lora: Lora) -> Adapters:
-    """The adapters at `lora.start`. UserError where they cannot be read, or are of another rank or scale than `lora` says."""
+    """The adapters at `lora.start`. UserError where they cannot be read, or are of another rank or
+    scale than `lora` says."""
     try:
         saved = load_adapters(Path(lora.start))
     except UserError as error:
@@ -88,13 +98,16 @@ def read_adapters(lora: Lora) -> Adapters:
     if saved.rank != lora.rank:
         raise UserError(f"model.lora.rank: {lora.rank}, but {saved.file} has rank {saved.rank}")
     if saved.alpha != lora.alpha:
-        raise UserError(f"model.lora.alpha: {lora.alpha:g}, but {saved.file} has {shown(saved.alpha)} (its scale is alpha / rank)")
+        raise UserError(
+            f"model.lora.alpha: {lora.alpha:g}, but {saved.file} has {shown(saved.alpha)} (its"
+            " scale is alpha / rank)"
+        )
     return saved.weights
 
 
 def load_adapters(path: Path) -> Saved:
-    """The adapters of a .safetensors file, or of a folder that holds one, or two in folders named as `EXPERTS`. UserError where they
-    cannot be read, or are of a kind that is not trained here.
+    """The adapters of a .safetensors file, or of a folder that holds one, or two in folders named
+    as `EXPERTS`. UserError where they cannot be read, or are of a kind that is not trained here.
 
     A file without settings has the scale 1 that diffusers gives it.
     """
@@ -105,14 +118,24 @@ def load_adapters(path: Path) -> Saved:
     first = next(iter(saved.values()))
     for other in saved.values():
         if (other.rank, other.alpha) != (first.rank, first.alpha):
-            differ = f"rank {first.rank} and alpha {first.alpha:g}, {other.file} {other.rank} and {other.alpha:g}"
-            raise UserError(f"{first.file} has {differ}, which this engine does not train: one of each for all")
-    weights = {f"{name}.{layer}": weight for name, one in saved.items() for layer, weight in one.weights.items()}
+            differ = (
+                f"rank {first.rank} and alpha {first.alpha:g}, {other.file} {other.rank} and"
+                f" {other.alpha:g}"
+            )
+            raise UserError(
+                f"{first.file} has {differ}, which this engine does not train: one of each for all"
+            )
+    weights = {
+        f"{name}.{layer}": weight
+        for name, one in saved.items()
+        for layer, weight in one.weights.items()
+    }
     return Saved(weights, first.rank, first.alpha, first.file)
 
 
 def by_expert(adapters: Adapters) -> dict[str, Adapters]:
-    """Adapters by the folder that they are saved in: "" for those of a denoiser of one transformer."""
+    """Adapters by the folder that they are saved in: "" for those of a denoiser of one
+    transformer."""
     found: dict[str, Adapters] = {}
     for name, weight in adapters.items():
         part, _, layer = name.partition(".")
@@ -125,16 +148,26 @@ def _load_file(path: Path) -> Saved:
     try:
         file = _find(path)
     except (OSError, ValueError) as error:  # no permission, or characters that no path has
-        raise UserError(f"{shown(str(path))} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        raise UserError(
+            f"{shown(str(path))} cannot be read: {getattr(error, 'strerror', None) or error}"
+        ) from None
     try:
         with safe_open(file, framework="pt") as opened:
             settings = _table((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
             weights = {name: opened.get_tensor(name) for name in opened.keys()}
-        if os.path.lexists(beside := file.with_name("adapter_config.json")):  # a link to nothing is no lack of settings
+        if os.path.lexists(
+            beside := file.with_name("adapter_config.json")
+        ):  # a link to nothing is no lack of settings
             settings |= _table(beside.read_text(encoding="utf-8"))
-        settings = {name.removeprefix("transformer."): value for name, value in settings.items() if not name.startswith("text_encoder")}
+        settings = {
+            name.removeprefix("transformer."): value
+            for name, value in settings.items()
+            if not name.startswith("text_encoder")
+        }
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
-        raise UserError(f"{file} {problem_with_file(file) or f'has unreadable settings: {brief(error)}'}") from None
+        raise UserError(
+            f"{file} {problem_with_file(file) or f'has unreadable settings: {brief(error)}'}"
+        ) from None
     adapters = {_plain_name(name, file): weight for name, weight in weights.items()}
     _check(adapters, settings, file)
     rank = _rank(adapters, file)
@@ -154,11 +187,22 @@ def layers_of(adapters: Adapters) -> list[str]:
 
 
 def fill(module: torch.nn.Module, adapters: Adapters, adapter: str) -> None:
-    """Copy adapters into those that the module has under the name `adapter`; UserError where their layers differ."""
-    held = {name.replace(f".{adapter}.weight", ".weight"): p for name, p in module.named_parameters() if f".{adapter}.weight" in name}
+    """Copy adapters into those that the module has under the name `adapter`; UserError where their
+    layers differ."""
+    held = {
+        name.replace(f".{adapter}.weight", ".weight"): p
+        for name, p in module.named_parameters()
+        if f".{adapter}.weight" in name
+    }
     for name in sorted(held.keys() ^ adapters.keys()):
-        who = "adapts a layer that the run does not" if name in adapters else "lacks an adapter that the run has"
-        raise UserError(f"{KEY}: it {who}: {name}; set model.lora.targets to its layers, or leave it null")
+        who = (
+            "adapts a layer that the run does not"
+            if name in adapters
+            else "lacks an adapter that the run has"
+        )
+        raise UserError(
+            f"{KEY}: it {who}: {name}; set model.lora.targets to its layers, or leave it null"
+        )
     with torch.no_grad():
         for name, parameter in held.items():
             if parameter.shape != adapters[name].shape:
@@ -168,9 +212,12 @@ def fill(module: torch.nn.Module, adapters: Adapters, adapter: str) -> None:
 
 
 def merged(base: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scale: float) -> torch.Tensor:
-    """base + scale x up down, fp32 [out, in], on the base's device; down: [rank, in], up: [out, rank]."""
+    """base + scale x up down, fp32 [out, in], on the base's device; down: [rank, in], up: [out,
+    rank]."""
     down, up = (part.to(base.device, torch.float32) for part in (down, up))
-    return (up @ down).mul_(scale).add_(base)  # in place: a weight of the largest models takes 150 MB in fp32
+    return (
+        (up @ down).mul_(scale).add_(base)
+    )  # in place: a weight of the largest models takes 150 MB in fp32
 
 
 def _find(path: Path) -> Path:
@@ -178,8 +225,15 @@ def _find(path: Path) -> Path:
         return path
     found = [path / name for name in FILES if (path / name).is_file()]
     if len(found) != 1:
-        held = f"holds {' and '.join(file.name for file in found) or 'none'}" if path.is_dir() else "is neither"
-        expected = f"a .safetensors file, or a folder with {' or '.join(FILES)} (pickle files are not read)"
+        held = (
+            f"holds {' and '.join(file.name for file in found) or 'none'}"
+            if path.is_dir()
+            else "is neither"
+        )
+        expected = (
+            f"a .safetensors file, or a folder with {' or '.join(FILES)} (pickle files are not"
+            " read)"
+        )
         raise UserError(f"expected {expected}; {path} {held}")
     return found[0]
 
@@ -194,14 +248,14 @@ def _plain_name(name: str, file: Path) -> str:
 def _what_it_is(name: str) -> str:
     if name.startswith(("text_encoder", "lora_te")):
         return (
-            "an adapter of a text encoder; only the transformer is trained here: save the file again without the tensors whose names "
-            "begin so (their effect is lost)"
+            "an adapter of a text encoder; only the transformer is trained here: save the file"
+            " again without the tensors whose names begin so (their effect is lost)"
         )
     if name.endswith((".lora_magnitude_vector", ".dora_scale")):
         return "of DoRA, which this engine does not train"
     return (
-        "which is no transformer adapter in diffusers' or peft's layout; loading it in diffusers and saving it with "
-        "save_lora_weights converts other layouts"
+        "which is no transformer adapter in diffusers' or peft's layout; loading it in diffusers"
+        " and saving it with save_lora_weights converts other layouts"
     )
 
 
@@ -211,11 +265,18 @@ def _check(adapters: Adapters, settings: dict, file: Path) -> None:
     _check_settings(settings, file)
     for name, weight in adapters.items():
         if weight.ndim != 2:
-            raise UserError(f"{file} holds {name} with {weight.ndim} dimensions; only adapters of linear layers are trained here")
+            raise UserError(
+                f"{file} holds {name} with {weight.ndim} dimensions; only adapters of linear layers"
+                " are trained here"
+            )
         if not weight.is_floating_point() or not is_finite(weight):
             raise UserError(f"{file} holds whole numbers, NaN or infinity in {name}")
     for name in adapters:
-        pair = name.replace(".lora_A.", ".lora_B.") if ".lora_A." in name else name.replace(".lora_B.", ".lora_A.")
+        pair = (
+            name.replace(".lora_A.", ".lora_B.")
+            if ".lora_A." in name
+            else name.replace(".lora_B.", ".lora_A.")
+        )
         if pair not in adapters:
             raise UserError(f"{file} holds {name} without {pair}; it was not saved whole")
 
@@ -228,26 +289,44 @@ def _check_settings(settings: dict, file: Path) -> None:
     start = start.lower() if isinstance(start, str) else start
     if not isinstance(start, (bool, str)) or start not in STARTS:
         raise UserError(
-            f"{file} was made with init_lora_weights {shown(start)}, which fits a base that peft has changed; save it from "
-            "peft with path_initial_model_for_weight_conversion, which makes plain adapters of twice the rank"
+            f"{file} was made with init_lora_weights {shown(start)}, which fits a base that peft"
+            " has changed; save it from peft with path_initial_model_for_weight_conversion, which"
+            " makes plain adapters of twice the rank"
         )
     default = LoraConfig().to_dict()
     unusual = [
         name
         for name, value in settings.items()
-        if name not in HARMLESS and name not in PLAIN and name != "init_lora_weights" and value and value != default.get(name)
+        if name not in HARMLESS
+        and name not in PLAIN
+        and name != "init_lora_weights"
+        and value
+        and value != default.get(name)
     ]
-    unusual += [name for name, plain in PLAIN.items() if str(settings.get(name, plain[0])).removeprefix("PeftType.") not in plain]
+    unusual += [
+        name
+        for name, plain in PLAIN.items()
+        if str(settings.get(name, plain[0])).removeprefix("PeftType.") not in plain
+    ]
     if unusual:
-        raise UserError(f"{file} was made with {', '.join(sorted(unusual))}, which this engine does not train")
+        raise UserError(
+            f"{file} was made with {', '.join(sorted(unusual))}, which this engine does not train"
+        )
 
 
 def _rank(adapters: Adapters, file: Path) -> int:
     """The rank of all layers; UserError where they differ."""
     layers: dict[int, list[str]] = {}
     for name, weight in adapters.items():
-        layers.setdefault(weight.shape[0 if ".lora_A." in name else 1], []).append(name.rsplit(".lora_", 1)[0])
+        layers.setdefault(weight.shape[0 if ".lora_A." in name else 1], []).append(
+            name.rsplit(".lora_", 1)[0]
+        )
     if len(layers) > 1:
-        some = "; ".join(f"{rank} in {sorted(names)[0]}" for rank, names in sorted(layers.items())[:3])
-        raise UserError(f"{file} has layers of different ranks ({some}), which this engine does not train: one rank for all")
+        some = "; ".join(
+            f"{rank} in {sorted(names)[0]}" for rank, names in sorted(layers.items())[:3]
+        )
+        raise UserError(
+            f"{file} has layers of different ranks ({some}), which this engine does not train: one"
+            " rank for all"
+        )
     return next(iter(layers))

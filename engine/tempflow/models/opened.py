@@ -1,8 +1,10 @@
-"""The one place where a config becomes a model: for training, evaluating, sampling, exporting, benchmarks and tests.
+"""The one place where a config becomes a model: for training, evaluating, sampling, exporting,
+benchmarks and tests.
 
-`open_model` loads the policy with the embeddings of its prompts, `load_whole` the policy alone with all its parts; `Opened` says
-at which size, guidance and steps the config uses it. A training `Session` is an `Opened` with the rest of a run around it. Neither
-DeepSpeed nor a reward is needed here, so an evaluation does not wait for what training alone uses.
+`open_model` loads the policy with the embeddings of its prompts, `load_whole` the policy alone with
+all its parts; `Opened` says at which size, guidance and steps the config uses it. A training
+`Session` is an `Opened` with the rest of a run around it. Neither DeepSpeed nor a reward is needed
+here, so an evaluation does not wait for what training alone uses.
 """
 
 from __future__ import annotations
@@ -57,23 +59,31 @@ def open_model(
     *,
     denoiser: bool = True,
 ) -> Opened:
-    """The policy before training and the embeddings of `examples` and of what they are guided away from (a collective).
+    """The policy before training and the embeddings of `examples` and of what they are guided away
+    from (a collective).
 
     Args:
         config: checked.
         examples: that will be asked for.
         device: None: the GPU where there is one.
         note: is told of what a user should know.
-        denoiser: False leaves it out: training sets the one that it trains, or one that shares the base with it.
+        denoiser: False leaves it out: training sets the one that it trains, or one that shares the
+            base with it.
 
-    Raises UserError as `load_policy` does, and on every rank alike where the cache cannot be written.
+    Raises UserError as `load_policy` does, and on every rank alike where the cache cannot be
+    written.
     """
     check_examples(config.model.path, examples)
     device, store = device or choose_device(), None
     if config.data.embedding_cache is not None:
         store, family = store_of(config, device), family_of(config.model.path)
         opposed = [other for example in examples if (other := family.opposed(example)) is not None]
-        write_missing(store, by_identity(family, [*examples, *opposed]), lambda: _load(config, device, parts="text"), note)
+        write_missing(
+            store,
+            by_identity(family, [*examples, *opposed]),
+            lambda: _load(config, device, parts="text"),
+            note,
+        )
     policy = _load(config, device, parts="picture" if store else "all", denoiser=denoiser)
     policy.ragged = policy.ragged_with(most_images(examples))
     m = config.model
@@ -85,23 +95,43 @@ def open_model(
 
 
 def load_whole(config: Config, dtype: str | None = None) -> Policy:
-    """The policy before training with its text encoders, as it is exported; dtype: None: the config's. UserError as `load_policy`."""
+    """The policy before training with its text encoders, as it is exported; dtype: None: the
+    config's. UserError as `load_policy`."""
     return _load(config, choose_device(), dtype=dtype)
 
 
-def _load(config: Config, device: torch.device | str, *, dtype: str | None = None, **chosen) -> Policy:
+def _load(
+    config: Config, device: torch.device | str, *, dtype: str | None = None, **chosen
+) -> Policy:
     m = config.model
-    policy = load_policy(m.path, dtype=dtype or m.dtype, device=device, max_sequence_length=m.max_sequence_length, **chosen)
+    policy = load_policy(
+        m.path,
+        dtype=dtype or m.dtype,
+        device=device,
+        max_sequence_length=m.max_sequence_length,
+        **chosen,
+    )
     policy.size = config.rollout.size
     return policy
 
 
-def _note_unused(policy: Policy, examples: list[Example], guidance_scale: float, note: Callable[[str], None]) -> None:
+def _note_unused(
+    policy: Policy, examples: list[Example], guidance_scale: float, note: Callable[[str], None]
+) -> None:
     name = type(policy.pipe).__name__
     if guidance_scale > 1 and not policy.takes_guidance:
-        note(f"warning: guidance_scale {guidance_scale:g} has no effect: this {name} is distilled and not guided; set it to 1")
+        note(
+            f"warning: guidance_scale {guidance_scale:g} has no effect: this {name} is distilled"
+            " and not guided; set it to 1"
+        )
     given = sum(example.negative is not None for example in examples)
     if given and policy.default_negative_prompt is None:
-        note(f"warning: {given} prompts bring a negative_prompt without effect: {name} has its guidance built in")
+        note(
+            f"warning: {given} prompts bring a negative_prompt without effect: {name} has its"
+            " guidance built in"
+        )
     elif given and not policy.guides(guidance_scale):
-        note(f"warning: {given} prompts bring a negative_prompt without effect: guidance_scale {guidance_scale:g} is no guidance")
+        note(
+            f"warning: {given} prompts bring a negative_prompt without effect: guidance_scale"
+            f" {guidance_scale:g} is no guidance"
+        )

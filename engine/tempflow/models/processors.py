@@ -1,7 +1,8 @@
 """Loading what makes a text encoder's inputs of texts and images, with torchvision or without.
 
-transformers' image processors have a variant on PIL, which it chooses by itself where torchvision is not installed. Its processors of
-videos have none, and a processor that would hold one cannot be made then: it is loaded without, as no family here reads videos.
+transformers' image processors have a variant on PIL, which it chooses by itself where torchvision
+is not installed. Its processors of videos have none, and a processor that would hold one cannot be
+made then: it is loaded without, as no family here reads videos.
 """
 
 from __future__ import annotations
@@ -18,10 +19,15 @@ def load_part(kind: type, path: str):
 
 
 def without_videos(kind: type[ProcessorMixin]) -> type[ProcessorMixin]:
-    """The processor class without its part for videos, under the same name, by which diffusers saves it."""
+    """The processor class without its part for videos, under the same name, by which diffusers
+    saves it."""
 
     def get_attributes(cls) -> list[str]:
         return [name for name in super(made, cls).get_attributes() if name != "video_processor"]
 
-    made = type(kind.__name__, (kind,), {"__module__": kind.__module__, "get_attributes": classmethod(get_attributes)})
+    made = type(
+        kind.__name__,
+        (kind,),
+        {"__module__": kind.__module__, "get_attributes": classmethod(get_attributes)},
+    )
     return made

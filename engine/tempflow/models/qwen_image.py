@@ -1,8 +1,10 @@
-"""Qwen-Image: classifier-free guidance rescaled to the length of the unguided prediction, packed latents, a video VAE.
+"""Qwen-Image: classifier-free guidance rescaled to the length of the unguided prediction, packed
+latents, a video VAE.
 
-Its text has no fixed length: embeddings are padded to `max_sequence_length`, with a mask that the attention heeds, so
-that those of different prompts can be stacked, and every forward has the same shape. Padding changes nothing but the last
-bits: masked tokens are never attended to, and a token's position does not depend on what follows it.
+Its text has no fixed length: embeddings are padded to `max_sequence_length`, with a mask that the
+attention heeds, so that those of different prompts can be stacked, and every forward has the same
+shape. Padding changes nothing but the last bits: masked tokens are never attended to, and a token's
+position does not depend on what follows it.
 """
 
 from __future__ import annotations
@@ -21,10 +23,14 @@ from tempflow.models.sizes import check_multiple, resolution_shift
 from tempflow.types import Example, Size
 
 
-def _text_length(embeddings: torch.Tensor, mask: torch.Tensor | None) -> tuple[int, None, torch.Tensor | None]:
-    """Tokens of the text, and the mask as bools: diffusers' own function without the samples' lengths, which its caller drops.
+def _text_length(
+    embeddings: torch.Tensor, mask: torch.Tensor | None
+) -> tuple[int, None, torch.Tensor | None]:
+    """Tokens of the text, and the mask as bools: diffusers' own function without the samples'
+    lengths, which its caller drops.
 
-    Making those copies a number to the GPU in every forward: the host waits for it, and no CUDA graph can capture it.
+    Making those copies a number to the GPU in every forward: the host waits for it, and no CUDA
+    graph can capture it.
     """
     return embeddings.shape[1], None, None if mask is None else mask.bool()
 
@@ -33,7 +39,8 @@ transformer_qwenimage.compute_text_seq_len_from_mask = _text_length
 
 
 class QwenImagePolicy(GuidedPolicy):
-    """Guided velocities of a QwenImageTransformer2DModel as its pipeline asks for them; guidance_scale is `true_cfg_scale`."""
+    """Guided velocities of a QwenImageTransformer2DModel as its pipeline asks for them;
+    guidance_scale is `true_cfg_scale`."""
 
     text_length, longest_text = 512, 1024
     masks_text = True
@@ -55,27 +62,47 @@ class QwenImagePolicy(GuidedPolicy):
         return 2 ** (len(vae_config["temperal_downsample"]) + 1)
 
     def sample(self, prompts, *, guidance_scale, negative_prompts=None, **call):
-        """As `Policy.sample`. Without negative prompts there is no guidance here, because the pipeline gives none; training
-        and evaluation, which have none to give, guide away from `default_negative_prompt`."""
+        """As `Policy.sample`. Without negative prompts there is no guidance here, because the
+        pipeline gives none; training and evaluation, which have none to give, guide away from
+        `default_negative_prompt`."""
         if negative_prompts is None and finite_number("guidance_scale", guidance_scale) > 1:
-            warnings.warn(f"negative_prompts: none, so guidance_scale has no effect, as in {type(self.pipe).__name__}", stacklevel=2)
+            warnings.warn(
+                "negative_prompts: none, so guidance_scale has no effect, as in"
+                f" {type(self.pipe).__name__}",
+                stacklevel=2,
+            )
             guidance_scale = 1.0
-        return super().sample(prompts, guidance_scale=guidance_scale, negative_prompts=negative_prompts, **call)
+        return super().sample(
+            prompts, guidance_scale=guidance_scale, negative_prompts=negative_prompts, **call
+        )
 
     @torch.no_grad()
     def embed(self, examples: list[Example]) -> Conditioning:
         texts = [example.text for example in examples]
-        embeds, mask = self.pipe.encode_prompt(texts, device=self.device, max_sequence_length=self.max_sequence_length)
+        embeds, mask = self.pipe.encode_prompt(
+            texts, device=self.device, max_sequence_length=self.max_sequence_length
+        )
         if mask is None:  # the pipeline's word for "no padding"
             mask = torch.ones(embeds.shape[:2], device=embeds.device)
         missing = self.max_sequence_length - embeds.shape[1]
         embeds = torch.nn.functional.pad(embeds, (0, 0, 0, missing))
-        return {"encoder_hidden_states": embeds, "encoder_hidden_states_mask": torch.nn.functional.pad(mask.bool(), (0, missing))}
+        return {
+            "encoder_hidden_states": embeds,
+            "encoder_hidden_states_mask": torch.nn.functional.pad(mask.bool(), (0, missing)),
+        }
 
     def empty_embeddings(self, count: int) -> Conditioning:
         shape = count, self.max_sequence_length
-        embeds = torch.empty(*shape, self.pipe.transformer.config.joint_attention_dim, dtype=self.dtype, device=self.device)
-        return {"encoder_hidden_states": embeds, "encoder_hidden_states_mask": torch.empty(shape, dtype=torch.bool, device=self.device)}
+        embeds = torch.empty(
+            *shape,
+            self.pipe.transformer.config.joint_attention_dim,
+            dtype=self.dtype,
+            device=self.device,
+        )
+        return {
+            "encoder_hidden_states": embeds,
+            "encoder_hidden_states_mask": torch.empty(shape, dtype=torch.bool, device=self.device),
+        }
 
     def _packed_size(self, size: Size) -> tuple[int, int]:
         multiple = self.size_multiple(self.pipe.vae.config)
@@ -110,6 +137,7 @@ class QwenImagePolicy(GuidedPolicy):
         vae = self.pipe.vae
         x = unpack_latents(self.pipe, latents, size.height, size.width)
         mean, std = (
-            torch.tensor(values, device=x.device).reshape(1, -1, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std)
+            torch.tensor(values, device=x.device).reshape(1, -1, 1, 1, 1)
+            for values in (vae.config.latents_mean, vae.config.latents_std)
         )
         return vae.decode((x * std + mean).to(vae.dtype), return_dict=False)[0][:, :, 0]

@@ -1,9 +1,12 @@
-"""Qwen-Image 2.1, from text: one stream of text and image, causal in the text, and a VAE whose latents are not patched.
+"""Qwen-Image 2.1, from text: one stream of text and image, causal in the text, and a VAE whose
+latents are not patched.
 
-The pipeline does not cut prompts. It pads the shorter ones of a call, and positions of the image depend on the padding, so a prompt is
-embedded alone here, without any: the images are those of the pipeline called with one prompt at a time. Without condition images the
-order of the tokens is known, and the transformer runs without looking for them in a mask, which the host would wait for (`_of_text`).
-The VAE makes RGBA; the alpha channel is left out. Editing with condition images, which the pipeline can do too, is not supported.
+The pipeline does not cut prompts. It pads the shorter ones of a call, and positions of the image
+depend on the padding, so a prompt is embedded alone here, without any: the images are those of the
+pipeline called with one prompt at a time. Without condition images the order of the tokens is
+known, and the transformer runs without looking for them in a mask, which the host would wait for
+(`_of_text`). The VAE makes RGBA; the alpha channel is left out. Editing with condition images,
+which the pipeline can do too, is not supported.
 """
 
 from __future__ import annotations
@@ -24,10 +27,15 @@ with_condition_images = QwenImage21Transformer2DModel.forward
 
 
 def _positions(text: int, rows: int, columns: int, device: torch.device) -> list[torch.Tensor]:
-    """Frame, row and column of each token, [text + rows * columns]: text counts on all three, the image stands still behind it and is
-    centered. Made on the device: copied there, they could not be captured in a CUDA graph."""
+    """Frame, row and column of each token, [text + rows * columns]: text counts on all three, the
+    image stands still behind it and is centered. Made on the device: copied there, they could not
+    be captured in a CUDA graph."""
     words, flat = torch.arange(text, device=device), torch.arange(rows * columns, device=device)
-    of_image = torch.full_like(flat, text), flat // columns - (rows - rows // 2), flat % columns - (columns - columns // 2)
+    of_image = (
+        torch.full_like(flat, text),
+        flat // columns - (rows - rows // 2),
+        flat % columns - (columns - columns // 2),
+    )
     return [torch.cat([words, index]) for index in of_image]
 
 
@@ -41,22 +49,32 @@ def _rotary(pos_embed, text: int, rows: int, columns: int, device: torch.device)
     return torch.cat(parts, dim=-1)
 
 
-def _of_text(self, hidden_states, encoder_hidden_states, timestep, img_shapes, img_mask=None, **more):
-    """The transformer's forward where no `img_mask` says that there are condition images: the image's tokens alone, behind the text."""
+def _of_text(
+    self, hidden_states, encoder_hidden_states, timestep, img_shapes, img_mask=None, **more
+):
+    """The transformer's forward where no `img_mask` says that there are condition images: the
+    image's tokens alone, behind the text."""
     if img_mask is not None:
-        return with_condition_images(self, hidden_states, encoder_hidden_states, timestep, img_shapes, img_mask, **more)
+        return with_condition_images(
+            self, hidden_states, encoder_hidden_states, timestep, img_shapes, img_mask, **more
+        )
     _, rows, columns = img_shapes[0][-1]
     tokens = torch.cat([self.txt_in(encoder_hidden_states), self.img_in(hidden_states)], dim=1)
     text, device = encoder_hidden_states.shape[1], hidden_states.device
     rotary, is_image = _rotary(self.pos_embed, text, rows, columns, device), None
     if self.config.causal_condition:  # the text is always at time 0
-        timestep, is_image = torch.cat([timestep, timestep.new_zeros(1)]), torch.arange(tokens.shape[1], device=device) >= text
+        timestep, is_image = (
+            torch.cat([timestep, timestep.new_zeros(1)]),
+            torch.arange(tokens.shape[1], device=device) >= text,
+        )
     time = self.time_text_embed(timestep, tokens)
     modulation, segments = self.modulation(time), [(0, text, True)]
     for block in self.transformer_blocks:
         inputs = tokens, modulation, rotary, None, is_image, None, None, None, segments, None
         checkpointed = self.gradient_checkpointing and torch.is_grad_enabled()
-        tokens = self._gradient_checkpointing_func(block, *inputs) if checkpointed else block(*inputs)
+        tokens = (
+            self._gradient_checkpointing_func(block, *inputs) if checkpointed else block(*inputs)
+        )
     return (self.proj_out(self.norm_out(tokens, time, is_image)[:, text:]),)
 
 
@@ -64,7 +82,8 @@ QwenImage21Transformer2DModel.forward = _of_text
 
 
 class QwenImage21Policy(QwenImagePolicy):
-    """Velocities of a QwenImage21Transformer2DModel as its pipeline asks for them; its authors sample it without guidance."""
+    """Velocities of a QwenImage21Transformer2DModel as its pipeline asks for them; its authors
+    sample it without guidance."""
 
     ragged = True
     lora_targets = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
@@ -74,8 +93,9 @@ class QwenImage21Policy(QwenImagePolicy):
         lengths = [half["encoder_hidden_states"].shape[1] for half in (negative, positive)]
         if lengths[0] != lengths[1]:  # the image would have two positions
             raise UserError(
-                f"rollout.guidance_scale: texts of {lengths[0]} and {lengths[1]} tokens cannot share a forward of Qwen-Image 2.1, as "
-                "guidance needs it at ZeRO stage 3; set the scale to 1, as its authors do, or zero_optimization.stage to 2"
+                f"rollout.guidance_scale: texts of {lengths[0]} and {lengths[1]} tokens cannot"
+                " share a forward of Qwen-Image 2.1, as guidance needs it at ZeRO stage 3; set the"
+                " scale to 1, as its authors do, or zero_optimization.stage to 2"
             )
         return super()._join(negative, positive)
 
@@ -98,14 +118,20 @@ class QwenImage21Policy(QwenImagePolicy):
         return size.height // TOKEN, size.width // TOKEN
 
     def sigmas(self, num_steps: int, size: Size) -> torch.Tensor:
-        """The checkpoint's own grid where it has one of as many steps, as distilled ones do, and even steps otherwise."""
+        """The checkpoint's own grid where it has one of as many steps, as distilled ones do, and
+        even steps otherwise."""
         scheduler, own = self.pipe.scheduler, self.pipe.config.get("sample_sigmas") or []
         given = own if len(own) == num_steps else np.linspace(1.0, 1 / num_steps, num_steps)
-        scheduler.set_timesteps(sigmas=given, mu=resolution_shift(scheduler, self.latent_shape(size)[0], 1.15))
+        scheduler.set_timesteps(
+            sigmas=given, mu=resolution_shift(scheduler, self.latent_shape(size)[0], 1.15)
+        )
         return scheduler.sigmas.float().cpu()
 
     def _decode(self, latents: torch.Tensor, size: Size) -> torch.Tensor:
         vae, (rows, columns) = self.pipe.vae, self._packed_size(size)
         x = latents.to(vae.dtype).transpose(1, 2).unflatten(2, (1, rows, columns))
-        mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1).to(x) for v in (vae.config.latents_mean, vae.config.latents_std))
+        mean, std = (
+            torch.tensor(v).view(1, -1, 1, 1, 1).to(x)
+            for v in (vae.config.latents_mean, vae.config.latents_std)
+        )
         return vae.decode(x * std + mean, return_dict=False)[0][:, :3, 0]

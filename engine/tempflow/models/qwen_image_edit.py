@@ -1,9 +1,11 @@
-"""Qwen-Image-Edit, and Qwen-Image-Edit-Plus (2509 and later): Qwen-Image that also sees the tokens of the images that it edits.
+"""Qwen-Image-Edit, and Qwen-Image-Edit-Plus (2509 and later): Qwen-Image that also sees the tokens
+of the images that it edits.
 
-The text encoder reads the images with the prompt, and with the negative prompt, so both embeddings depend on them. Images are scaled to
-about a megapixel for the VAE, which encodes them to its mode; Edit shows the encoder the same, Plus one of about 384 x 384. Embeddings
-are not padded, because their length is not known before the images are, and not cut. The tokens of the images follow those of the
-latents, in the order of the images, and what the transformer predicts for them is cut off.
+The text encoder reads the images with the prompt, and with the negative prompt, so both embeddings
+depend on them. Images are scaled to about a megapixel for the VAE, which encodes them to its mode;
+Edit shows the encoder the same, Plus one of about 384 x 384. Embeddings are not padded, because
+their length is not known before the images are, and not cut. The tokens of the images follow those
+of the latents, in the order of the images, and what the transformer predicts for them is cut off.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ TEMPLATE = 6  # tokens of the template behind the prompt, and before each image
 
 
 class QwenImageEditPolicy(QwenImagePolicy):
-    """Guided velocities of a QwenImageTransformer2DModel that edits an image, as QwenImageEditPipeline asks for them."""
+    """Guided velocities of a QwenImageTransformer2DModel that edits an image, as
+    QwenImageEditPipeline asks for them."""
 
     ragged = True
     masks_text = False  # nothing is padded, but where `_join` must
@@ -43,12 +46,18 @@ class QwenImageEditPolicy(QwenImagePolicy):
         seen, pixels = self._scaled([condition_image(image) for image in example.images])
         embeds, _ = self.pipe.encode_prompt([example.text], image=seen, device=self.device)
         tokens = [self._image_tokens(image) for image in pixels]
-        return {"encoder_hidden_states": embeds} | {f"{IMAGE}{n}": one for n, one in enumerate(tokens)}
+        return {"encoder_hidden_states": embeds} | {
+            f"{IMAGE}{n}": one for n, one in enumerate(tokens)
+        }
 
-    def _scaled(self, images: list[Image.Image]) -> tuple[Image.Image | list[Image.Image], list[torch.Tensor]]:
+    def _scaled(
+        self, images: list[Image.Image]
+    ) -> tuple[Image.Image | list[Image.Image], list[torch.Tensor]]:
         """What the text encoder sees, and what the VAE encodes, [1, 3, 1, H, W] each."""
         (image,) = images
-        width, height, _ = pipeline_qwenimage_edit.calculate_dimensions(AREA, image.width / image.height)
+        width, height, _ = pipeline_qwenimage_edit.calculate_dimensions(
+            AREA, image.width / image.height
+        )
         seen = self.pipe.image_processor.resize(image, height, width)
         return seen, [self.pipe.image_processor.preprocess(seen, height, width).unsqueeze(2)]
 
@@ -72,12 +81,20 @@ class QwenImageEditPolicy(QwenImagePolicy):
 
     def empty_embeddings(self, count: int) -> Conditioning:
         config, like = self.pipe.transformer.config, {"dtype": self.dtype, "device": self.device}
-        pixels, seen_pixels = (pipeline_qwenimage_edit.calculate_dimensions(area, 1.0)[0] for area in (AREA, self.encoder_area))
+        pixels, seen_pixels = (
+            pipeline_qwenimage_edit.calculate_dimensions(area, 1.0)[0]
+            for area in (AREA, self.encoder_area)
+        )
         images, side = self.images_taken[1], pixels // self.size_multiple(self.pipe.vae.config)
         seen = math.ceil(seen_pixels / PATCH) ** 2
         length = self.max_sequence_length + TEMPLATE + images * (seen + TEMPLATE)
-        embeds = {"encoder_hidden_states": torch.empty(count, length, config.joint_attention_dim, **like)}
-        return embeds | {f"{IMAGE}{n}": torch.empty(count, side, side, config.in_channels, **like) for n in range(images)}
+        embeds = {
+            "encoder_hidden_states": torch.empty(count, length, config.joint_attention_dim, **like)
+        }
+        return embeds | {
+            f"{IMAGE}{n}": torch.empty(count, side, side, config.in_channels, **like)
+            for n in range(images)
+        }
 
     def _join(self, negative, positive):
         """With the shorter texts padded and masked, which changes nothing but the last bits."""
@@ -85,9 +102,16 @@ class QwenImageEditPolicy(QwenImagePolicy):
         if texts[0].shape == texts[1].shape:
             return super()._join(negative, positive)
         longest = max(text.shape[1] for text in texts)
-        padded = [torch.nn.functional.pad(text, (0, 0, 0, longest - text.shape[1])) for text in texts]
-        known = [torch.arange(longest, device=text.device).expand(len(text), -1) < text.shape[1] for text in texts]
-        images = super()._join(negative, {name: tensor for name, tensor in positive.items() if name != TEXT})
+        padded = [
+            torch.nn.functional.pad(text, (0, 0, 0, longest - text.shape[1])) for text in texts
+        ]
+        known = [
+            torch.arange(longest, device=text.device).expand(len(text), -1) < text.shape[1]
+            for text in texts
+        ]
+        images = super()._join(
+            negative, {name: tensor for name, tensor in positive.items() if name != TEXT}
+        )
         return {TEXT: torch.cat(padded), f"{TEXT}_mask": torch.cat(known), **images}
 
     def _forward(self, denoiser, x, sigma, conditioning, size):
@@ -105,15 +129,28 @@ class QwenImageEditPolicy(QwenImagePolicy):
 
 
 class QwenImageEditPlusPolicy(QwenImageEditPolicy):
-    """Guided velocities of a QwenImageTransformer2DModel that edits one to three images, as QwenImageEditPlusPipeline asks for them."""
+    """Guided velocities of a QwenImageTransformer2DModel that edits one to three images, as
+    QwenImageEditPlusPipeline asks for them."""
 
     images_taken = (1, 3)  # as many as its authors trained it with
     encoder_area = pipeline_qwenimage_edit_plus.CONDITION_IMAGE_SIZE
 
     def _scaled(self, images):
-        ratios, processor = [image.width / image.height for image in images], self.pipe.image_processor
-        small = [pipeline_qwenimage_edit_plus.calculate_dimensions(self.encoder_area, ratio) for ratio in ratios]
+        ratios, processor = (
+            [image.width / image.height for image in images],
+            self.pipe.image_processor,
+        )
+        small = [
+            pipeline_qwenimage_edit_plus.calculate_dimensions(self.encoder_area, ratio)
+            for ratio in ratios
+        ]
         large = [pipeline_qwenimage_edit_plus.calculate_dimensions(AREA, ratio) for ratio in ratios]
-        seen = [processor.resize(image, height, width) for image, (width, height) in zip(images, small, strict=True)]
-        pixels = [processor.preprocess(image, height, width) for image, (width, height) in zip(images, large, strict=True)]
+        seen = [
+            processor.resize(image, height, width)
+            for image, (width, height) in zip(images, small, strict=True)
+        ]
+        pixels = [
+            processor.preprocess(image, height, width)
+            for image, (width, height) in zip(images, large, strict=True)
+        ]
         return seen, [one.unsqueeze(2) for one in pixels]

@@ -1,4 +1,5 @@
-"""Stable Diffusion 3 and 3.5: classifier-free guidance, unpacked latents, two CLIP encoders and T5."""
+"""Stable Diffusion 3 and 3.5: classifier-free guidance, unpacked latents, two CLIP encoders and
+T5."""
 
 from __future__ import annotations
 
@@ -14,17 +15,21 @@ PATCH = 2  # latent pixels a side of a token, in every checkpoint of the family
 
 
 def token_grid(size: Size, vae_config: dict, transformer_config: dict) -> tuple[int, int]:
-    """Rows and columns of an image's tokens; UserError where the transformer has no positions for so many."""
+    """Rows and columns of an image's tokens; UserError where the transformer has no positions for
+    so many."""
     multiple = SD3Policy.size_multiple(vae_config)
     check_multiple(size, multiple)
     most = transformer_config["pos_embed_max_size"] * multiple
     if max(size.height, size.width) > most:
-        raise UserError(f"rollout.height, rollout.width: {size}; this model makes at most {most} a side")
+        raise UserError(
+            f"rollout.height, rollout.width: {size}; this model makes at most {most} a side"
+        )
     return size.height // multiple, size.width // multiple
 
 
 class SD3Policy(GuidedPolicy):
-    """Guided velocities of an SD3Transformer2DModel as its pipeline asks for them (without skip-layer guidance)."""
+    """Guided velocities of an SD3Transformer2DModel as its pipeline asks for them (without
+    skip-layer guidance)."""
 
     text_length, longest_text = 256, 512
     lora_targets = (
@@ -57,7 +62,9 @@ class SD3Policy(GuidedPolicy):
 
     def empty_embeddings(self, count: int) -> Conditioning:
         config, like = self.pipe.transformer.config, {"dtype": self.dtype, "device": self.device}
-        tokens = self.pipe.text_encoder.config.max_position_embeddings + self.max_sequence_length  # CLIP's stand before T5's
+        tokens = (
+            self.pipe.text_encoder.config.max_position_embeddings + self.max_sequence_length
+        )  # CLIP's stand before T5's
         return {
             "encoder_hidden_states": torch.empty(count, tokens, config.joint_attention_dim, **like),
             "pooled_projections": torch.empty(count, config.pooled_projection_dim, **like),
@@ -73,12 +80,16 @@ class SD3Policy(GuidedPolicy):
     def sigmas(self, num_steps: int, size: Size) -> torch.Tensor:
         scheduler, (rows, columns) = self.pipe.scheduler, self._tokens(size)
         dynamic = scheduler.config.get("use_dynamic_shifting")
-        scheduler.set_timesteps(num_steps, mu=resolution_shift(scheduler, rows * columns, 1.16) if dynamic else None)
+        scheduler.set_timesteps(
+            num_steps, mu=resolution_shift(scheduler, rows * columns, 1.16) if dynamic else None
+        )
         return scheduler.sigmas.float().cpu()
 
     def _forward(self, denoiser, x, sigma, conditioning, size):
         # The pipeline leaves timesteps in fp32, 1000 sigma.
-        return denoiser(hidden_states=x, timestep=sigma * 1000, **conditioning, return_dict=False)[0]
+        return denoiser(hidden_states=x, timestep=sigma * 1000, **conditioning, return_dict=False)[
+            0
+        ]
 
     def _decode(self, latents: torch.Tensor, size: Size) -> torch.Tensor:
         vae = self.pipe.vae

@@ -1,4 +1,5 @@
-"""A pipeline from its JSON configs alone: every module on the meta device, where tensors have shapes but no storage."""
+"""A pipeline from its JSON configs alone: every module on the meta device, where tensors have
+shapes but no storage."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from tempflow.models.hub import fetch
 
 
 class NoProcessor:
-    """In the place of a processor that is not loaded, for pipelines that ask theirs for token ids when they are made."""
+    """In the place of a processor that is not loaded, for pipelines that ask theirs for token ids
+    when they are made."""
 
     @property
     def tokenizer(self) -> NoProcessor:
@@ -30,27 +32,36 @@ class NoProcessor:
 
 
 def not_loaded(part: str) -> NoProcessor | None:
-    """What a pipeline that is made from configs alone gets for a tokenizer, a text encoder or a processor."""
+    """What a pipeline that is made from configs alone gets for a tokenizer, a text encoder or a
+    processor."""
     return NoProcessor() if part == "processor" else None
 
 
 def skeleton_pipe(path: str, dtype: torch.dtype):
-    """The pipeline of a folder or hub id, in `dtype` but for the weights that loading leaves in float32; without tokenizers.
+    """The pipeline of a folder or hub id, in `dtype` but for the weights that loading leaves in
+    float32; without tokenizers.
 
     Raises UserError where a config is missing or does not fit its class.
     """
     import diffusers
 
     index = read_index(path)
-    parts = {name: _part(path, name, *value, dtype) for name, value in index.items() if is_component(value)}
+    parts = {
+        name: _part(path, name, *value, dtype)
+        for name, value in index.items()
+        if is_component(value)
+    }
     kind = getattr(diffusers, index["_class_name"])
     return kind(**parts, **plain_options(kind, index))
 
 
 def plain_options(pipeline: type, index: dict) -> dict:
-    """Arguments of a pipeline's constructor that its model_index.json gives and that are no components, as `is_distilled`."""
+    """Arguments of a pipeline's constructor that its model_index.json gives and that are no
+    components, as `is_distilled`."""
     taken = inspect.signature(pipeline.__init__).parameters
-    return {name: value for name, value in index.items() if name in taken and not is_component(value)}
+    return {
+        name: value for name, value in index.items() if name in taken and not is_component(value)
+    }
 
 
 def skeleton_module(path: str, part: str, dtype: torch.dtype) -> torch.nn.Module:
@@ -65,8 +76,12 @@ def read_index(path: str) -> dict:
 
 def _part(path: str, name: str, library: str | None, kind: str | None, dtype: torch.dtype):
     if name == "scheduler":
-        return getattr(importlib.import_module(library), kind).from_config(_table(path, "scheduler/scheduler_config.json"))
-    if library is None or not name.startswith(("transformer", "vae", "text_encoder", "image_encoder")):
+        return getattr(importlib.import_module(library), kind).from_config(
+            _table(path, "scheduler/scheduler_config.json")
+        )
+    if library is None or not name.startswith(
+        ("transformer", "vae", "text_encoder", "image_encoder")
+    ):
         return not_loaded(name)
     module = skeleton(library, kind, _table(path, f"{name}/config.json"), name)
     keep = kept_in_float32(module, dtype)
@@ -80,8 +95,12 @@ def _table(path: str, file: str) -> dict:
     try:
         return json.loads(_text(path, file))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"model.path: {file} of {path} is missing or damaged: {brief(error)}") from None
+        raise UserError(
+            f"model.path: {file} of {path} is missing or damaged: {brief(error)}"
+        ) from None
 
 
 def _text(path: str, file: str) -> str:
-    return (Path(path) / file if Path(path).is_dir() else fetch(path, file)).read_text(encoding="utf-8")
+    return (Path(path) / file if Path(path).is_dir() else fetch(path, file)).read_text(
+        encoding="utf-8"
+    )

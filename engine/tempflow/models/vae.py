@@ -10,7 +10,8 @@ import torch
 
 @contextmanager
 def encoding_whole(vae: torch.nn.Module) -> Iterator[None]:
-    """The VAE without tiles: they change what it makes of an image, and embeddings are the same whatever `model.vae_tiling` says."""
+    """The VAE without tiles: they change what it makes of an image, and embeddings are the same
+    whatever `model.vae_tiling` says."""
     before = vae.use_tiling
     vae.use_tiling = False
     try:

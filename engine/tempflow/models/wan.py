@@ -1,9 +1,11 @@
-"""Wan 2.1 and 2.2, text to video: classifier-free guidance, latents [C, F, H, W], and in Wan 2.2 A14B two experts by noise level.
+"""Wan 2.1 and 2.2, text to video: classifier-free guidance, latents [C, F, H, W], and in Wan 2.2
+A14B two experts by noise level.
 
-The grid is that of the checkpoint's own scheduler, for which the pipeline names no sigmas. Published folders hold UniPC: its first
-order without the corrector is Euler on the same grid, and that is what is integrated here, so samples differ from those of the
-folder's own solver of second order. Of Wan 2.2 5B text to video alone is made; its pipeline then repeats one timestep for every token,
-for which one a row gives the same velocity.
+The grid is that of the checkpoint's own scheduler, for which the pipeline names no sigmas.
+Published folders hold UniPC: its first order without the corrector is Euler on the same grid, and
+that is what is integrated here, so samples differ from those of the folder's own solver of second
+order. Of Wan 2.2 5B text to video alone is made; its pipeline then repeats one timestep for every
+token, for which one a row gives the same velocity.
 """
 
 from __future__ import annotations
@@ -25,14 +27,17 @@ PATCH = 2  # latent pixels a side of a token, in every checkpoint of the family
 
 
 def unipc_timesteps(sigmas: torch.Tensor) -> torch.Tensor:
-    """The whole numbers that UniPC gives the transformer; at most 999, because its grid begins a millionth below 1."""
+    """The whole numbers that UniPC gives the transformer; at most 999, because its grid begins a
+    millionth below 1."""
     return (sigmas * TIMESTEPS).floor().clamp(max=TIMESTEPS - 1)
 
 
 def unipc_grid(scheduler, num_steps: int) -> torch.Tensor:
-    """UniPC's sigmas, fp32 [num_steps + 1], from 1: its own first one is 1 - 1e-6, where an SDE's noise would be immense.
+    """UniPC's sigmas, fp32 [num_steps + 1], from 1: its own first one is 1 - 1e-6, where an SDE's
+    noise would be immense.
 
-    Its timesteps were cut to whole numbers in float64. Where fp32 lies on the other side of a whole number, it moves by its last bits.
+    Its timesteps were cut to whole numbers in float64. Where fp32 lies on the other side of a whole
+    number, it moves by its last bits.
     """
     scheduler.set_timesteps(num_steps)
     sigmas, timesteps = scheduler.sigmas.float().cpu(), scheduler.timesteps.cpu()
@@ -44,7 +49,8 @@ def unipc_grid(scheduler, num_steps: int) -> torch.Tensor:
 
 
 class WanPolicy(GuidedPolicy):
-    """Guided velocities of one or two WanTransformer3DModel as WanPipeline asks for them, of videos of 4 k + 1 frames."""
+    """Guided velocities of one or two WanTransformer3DModel as WanPipeline asks for them, of videos
+    of 4 k + 1 frames."""
 
     text_length, longest_text = 512, 512  # padded to, and the padding is attended to
     schedulers = (*GuidedPolicy.schedulers, UNIPC)
@@ -66,10 +72,14 @@ class WanPolicy(GuidedPolicy):
         parts = [getattr(pipe, name) for name in self.denoiser_parts(pipe.config)]
         self._denoiser = None if None in parts else self.join_denoiser(*parts)
 
-    # ------------------------------------------------------------------------------------------------- denoiser
+    # ------------------------------------------------------------------------------------- denoiser
     @classmethod
     def denoiser_parts(cls, index) -> tuple[str, ...]:
-        return ("transformer",) if index.get("boundary_ratio") is None else ("transformer", "transformer_2")
+        return (
+            ("transformer",)
+            if index.get("boundary_ratio") is None
+            else ("transformer", "transformer_2")
+        )
 
     @staticmethod
     def join_denoiser(part, second=None):
@@ -80,11 +90,19 @@ class WanPolicy(GuidedPolicy):
 
     def set_denoiser(self, module: torch.nn.Module) -> None:
         self._denoiser = module
-        parts = dict(module.named_children()) if isinstance(module, Experts) else {"transformer": module}
+        parts = (
+            dict(module.named_children())
+            if isinstance(module, Experts)
+            else {"transformer": module}
+        )
         self.pipe.register_modules(**parts)
 
     def expert(self, sigma: float) -> int:
-        return 0 if self._boundary is None else int(self._timesteps(torch.tensor(sigma)) < self._boundary)
+        return (
+            0
+            if self._boundary is None
+            else int(self._timesteps(torch.tensor(sigma)) < self._boundary)
+        )
 
     def only(self, denoiser, expert):
         return denoiser if self._boundary is None else partial(denoiser, low=expert == 1)
@@ -95,7 +113,7 @@ class WanPolicy(GuidedPolicy):
         ratio = self.pipe.config.boundary_ratio
         return None if ratio is None else ratio * TIMESTEPS
 
-    # ---------------------------------------------------------------------------------------------- conditioning
+    # --------------------------------------------------------------------------------- conditioning
     @classmethod
     def identity(cls, example: Example) -> tuple[str, ...]:
         """What the pipeline cleans the text to, which depends on whether ftfy is installed."""
@@ -115,10 +133,12 @@ class WanPolicy(GuidedPolicy):
         shape = count, self.max_sequence_length, self.pipe.transformer.config.text_dim
         return {"encoder_hidden_states": torch.empty(shape, dtype=self.dtype, device=self.device)}
 
-    # -------------------------------------------------------------------------------------------------- sampling
+    # ------------------------------------------------------------------------------------- sampling
     @staticmethod
     def size_multiple(vae_config) -> int:
-        return PATCH * vae_config.get("scale_factor_spatial", 8)  # configs of Wan 2.1 may lack both factors
+        return PATCH * vae_config.get(
+            "scale_factor_spatial", 8
+        )  # configs of Wan 2.1 may lack both factors
 
     @staticmethod
     def frame_step(vae_config) -> int:
@@ -129,7 +149,12 @@ class WanPolicy(GuidedPolicy):
         multiple, step = self.size_multiple(vae), self.frame_step(vae)
         check_multiple(size, multiple, step)
         frames = (size.frames - 1) // step + 1
-        return self.pipe.transformer.config.in_channels, frames, PATCH * size.height // multiple, PATCH * size.width // multiple
+        return (
+            self.pipe.transformer.config.in_channels,
+            frames,
+            PATCH * size.height // multiple,
+            PATCH * size.width // multiple,
+        )
 
     @property
     def _by_unipc(self) -> bool:
@@ -139,21 +164,27 @@ class WanPolicy(GuidedPolicy):
         self.latent_shape(size)  # which refuses a size
         scheduler = self.pipe.scheduler
         if scheduler.config.get("use_dynamic_shifting"):
-            raise UserError("model.path: scheduler: sets use_dynamic_shifting, for which WanPipeline gives no mu; set it to false")
+            raise UserError(
+                "model.path: scheduler: sets use_dynamic_shifting, for which WanPipeline gives no"
+                " mu; set it to false"
+            )
         if self._by_unipc:
             return unipc_grid(scheduler, num_steps)
         scheduler.set_timesteps(num_steps)
         return scheduler.sigmas.float().cpu()
 
     def _timesteps(self, sigma: torch.Tensor) -> torch.Tensor:
-        """As the scheduler gives them, in fp32: the pipeline does not round them to the transformer's dtype."""
+        """As the scheduler gives them, in fp32: the pipeline does not round them to the
+        transformer's dtype."""
         return unipc_timesteps(sigma) if self._by_unipc else sigma * TIMESTEPS
 
     def _forward(self, denoiser, x, sigma, conditioning, size):
         timestep = self._timesteps(sigma)
         known = self._boundary is None or isinstance(denoiser, partial)  # by `only`
         more = {} if known else {"low": timestep < self._boundary}
-        return denoiser(hidden_states=x, timestep=timestep, **conditioning, **more, return_dict=False)[0]
+        return denoiser(
+            hidden_states=x, timestep=timestep, **conditioning, **more, return_dict=False
+        )[0]
 
     def _scale(self, guidance, sigma, dtype):
         if self._boundary is None or not isinstance(guidance, Scales):

@@ -1,8 +1,10 @@
-"""The two transformers of Wan 2.2 as one module, so that engine, rollout copy and checkpoints know of one.
+"""The two transformers of Wan 2.2 as one module, so that engine, rollout copy and checkpoints know
+of one.
 
-A forward splits its rows. In training, and where ZeRO-3 holds weights in slices, both experts run in every forward, one without
-rows on a single token that goes nowhere: ranks must run the same collectives in the same order, whatever rows they have, and under
-ZeRO-3 a gradient that is not made anew would be that of an earlier step.
+A forward splits its rows. In training, and where ZeRO-3 holds weights in slices, both experts run
+in every forward, one without rows on a single token that goes nowhere: ranks must run the same
+collectives in the same order, whatever rows they have, and under ZeRO-3 a gradient that is not made
+anew would be that of an earlier step.
 """
 
 from __future__ import annotations
@@ -28,16 +30,22 @@ class Experts(ModelMixin, PeftAdapterMixin):
         for name in ("_no_split_modules", "_repeated_blocks", "_keep_in_fp32_modules"):
             setattr(self, name, getattr(high, name))
 
-    def forward(self, hidden_states, timestep, encoder_hidden_states, low, return_dict: bool = False) -> tuple[torch.Tensor]:
+    def forward(
+        self, hidden_states, timestep, encoder_hidden_states, low, return_dict: bool = False
+    ) -> tuple[torch.Tensor]:
         """The prediction of each row by its expert.
 
         hidden_states: [n, C, F, H, W].
         timestep: fp32 [n].
         encoder_hidden_states: [n, tokens, D].
-        low: whether each row is for the expert for low noise, bool [n], which the host reads; or one bool for all.
-        Returns [n, C, F, H, W] alone in a tuple.
+        low: whether each row is for the expert for low noise, bool [n], which the host reads; or
+        one bool for all. Returns [n, C, F, H, W] alone in a tuple.
         """
-        inputs = {"hidden_states": hidden_states, "timestep": timestep, "encoder_hidden_states": encoder_hidden_states}
+        inputs = {
+            "hidden_states": hidden_states,
+            "timestep": timestep,
+            "encoder_hidden_states": encoder_hidden_states,
+        }
         runs = [(which, len(list(run))) for which, run in groupby(_read(low, len(hidden_states)))]
         lengths = [length for _, length in runs]
         split = {name: tensor.split(lengths) for name, tensor in inputs.items()}
@@ -45,7 +53,10 @@ class Experts(ModelMixin, PeftAdapterMixin):
         for which, expert in ((False, self.transformer), (True, self.transformer_2)):
             mine = [n for n, (other, _) in enumerate(runs) if other is which]
             if mine:
-                out = expert(**{name: _joined([parts[n] for n in mine]) for name, parts in split.items()}, return_dict=False)[0]
+                out = expert(
+                    **{name: _joined([parts[n] for n in mine]) for name, parts in split.items()},
+                    return_dict=False,
+                )[0]
                 for n, piece in zip(mine, out.split([lengths[n] for n in mine]), strict=True):
                     pieces[n] = piece
             elif self._runs_both():
@@ -53,7 +64,9 @@ class Experts(ModelMixin, PeftAdapterMixin):
         return (_joined(pieces),)
 
     def _runs_both(self) -> bool:
-        return self.training and torch.is_grad_enabled() or hasattr(next(self.parameters()), "ds_id")  # DeepSpeed's, of weights in slices
+        return (
+            self.training and torch.is_grad_enabled() or hasattr(next(self.parameters()), "ds_id")
+        )  # DeepSpeed's, of weights in slices
 
     @staticmethod
     def _nothing_of(expert: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -72,7 +85,9 @@ class Experts(ModelMixin, PeftAdapterMixin):
 def _read(low: torch.Tensor | bool, rows: int) -> list[bool]:
     if isinstance(low, bool):
         return [low] * rows
-    return [False] * rows if low.is_meta else low.tolist()  # on the meta device either will do: both cost alike
+    return (
+        [False] * rows if low.is_meta else low.tolist()
+    )  # on the meta device either will do: both cost alike
 
 
 def _joined(tensors: list[torch.Tensor]) -> torch.Tensor:

@@ -1,8 +1,11 @@
-"""Z-Image, base and Turbo: one stream of caption and image tokens, a caption of any length, guidance from a scale of 0 on.
+"""Z-Image, base and Turbo: one stream of caption and image tokens, a caption of any length,
+guidance from a scale of 0 on.
 
-The transformer fills captions up to a multiple of 32 tokens with a learned token that is attended to, and counts the image's positions
-from their end. So a caption's length decides what is computed, and captions are not padded to one length here: those that fill up to
-the same multiple share forwards. The pipeline's `cfg_normalization` and `cfg_truncation` stay at their defaults, which change nothing.
+The transformer fills captions up to a multiple of 32 tokens with a learned token that is attended
+to, and counts the image's positions from their end. So a caption's length decides what is computed,
+and captions are not padded to one length here: those that fill up to the same multiple share
+forwards. The pipeline's `cfg_normalization` and `cfg_truncation` stay at their defaults, which
+change nothing.
 """
 
 from __future__ import annotations
@@ -22,8 +25,9 @@ _patchify = ZImageTransformer2DModel.patchify_and_embed
 
 
 def _patchify_filled(self, all_image, all_cap_feats, patch_size, f_patch_size):
-    """diffusers' own function, for captions that may be pairs, too: embeddings [L, D] filled up to a multiple of 32, and where they
-    are, bool [L]. It would take the number of tokens to fill from a caption's shape, and no two lengths would share a forward."""
+    """diffusers' own function, for captions that may be pairs, too: embeddings [L, D] filled up to
+    a multiple of 32, and where they are, bool [L]. It would take the number of tokens to fill from
+    a caption's shape, and no two lengths would share a forward."""
     if not isinstance(all_cap_feats[0], tuple):
         return _patchify(self, all_image, all_cap_feats, patch_size, f_patch_size)
     captions, filled = zip(*all_cap_feats, strict=True)
@@ -40,7 +44,8 @@ def _up(length: int) -> int:
 
 
 class ZImagePolicy(GuidedPolicy):
-    """Guided velocities of a ZImageTransformer2DModel as its pipeline asks for them: v + scale (v - v of the negative prompt)."""
+    """Guided velocities of a ZImageTransformer2DModel as its pipeline asks for them: v + scale (v -
+    v of the negative prompt)."""
 
     text_length, longest_text = 512, 512
     ragged = True
@@ -66,18 +71,36 @@ class ZImagePolicy(GuidedPolicy):
     def embed(self, examples: list[Example]) -> Conditioning:
         texts = [example.text for example in examples]  # which the pipeline overwrites
         captions, _ = self.pipe.encode_prompt(
-            texts, device=self.device, do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length
+            texts,
+            device=self.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.max_sequence_length,
         )
         missing = [_up(len(caption)) - len(caption) for caption in captions]
         return {
-            "caption": torch.stack([torch.nn.functional.pad(c, (0, 0, 0, m)) for c, m in zip(captions, missing, strict=True)]),
-            "filled": torch.stack([torch.arange(len(c) + m, device=c.device) >= len(c) for c, m in zip(captions, missing, strict=True)]),
+            "caption": torch.stack(
+                [
+                    torch.nn.functional.pad(c, (0, 0, 0, m))
+                    for c, m in zip(captions, missing, strict=True)
+                ]
+            ),
+            "filled": torch.stack(
+                [
+                    torch.arange(len(c) + m, device=c.device) >= len(c)
+                    for c, m in zip(captions, missing, strict=True)
+                ]
+            ),
         }
 
     def empty_embeddings(self, count: int) -> Conditioning:
         shape = count, _up(self.max_sequence_length)
-        caption = torch.empty(*shape, self.pipe.transformer.config.cap_feat_dim, dtype=self.dtype, device=self.device)
-        return {"caption": caption, "filled": torch.empty(shape, dtype=torch.bool, device=self.device)}
+        caption = torch.empty(
+            *shape, self.pipe.transformer.config.cap_feat_dim, dtype=self.dtype, device=self.device
+        )
+        return {
+            "caption": caption,
+            "filled": torch.empty(shape, dtype=torch.bool, device=self.device),
+        }
 
     def _tokens(self, size: Size) -> tuple[int, int]:
         multiple = self.size_multiple(self.pipe.vae.config)
@@ -86,7 +109,9 @@ class ZImagePolicy(GuidedPolicy):
         _, most_rows, most_columns = self.pipe.transformer.config.axes_lens
         if rows > most_rows or columns > most_columns:
             most = f"{most_rows * multiple} x {most_columns * multiple}"
-            raise UserError(f"rollout.height, rollout.width: {size}; this model makes at most {most}")
+            raise UserError(
+                f"rollout.height, rollout.width: {size}; this model makes at most {most}"
+            )
         return rows, columns
 
     def latent_shape(self, size: Size) -> tuple[int, int, int]:
@@ -100,11 +125,14 @@ class ZImagePolicy(GuidedPolicy):
         return scheduler.sigmas.float().cpu()
 
     def _join(self, negative, positive):
-        return {name: [*negative[name], *tensor] for name, tensor in positive.items()}  # the transformer masks what is shorter
+        return {
+            name: [*negative[name], *tensor] for name, tensor in positive.items()
+        }  # the transformer masks what is shorter
 
     def _forward(self, denoiser, x, sigma, conditioning, size):
         captions = list(zip(conditioning["caption"], conditioning["filled"], strict=True))
-        # The pipeline's own arithmetic: time runs from 0 to 1, and the prediction is the velocity towards the image.
+        # The pipeline's own arithmetic: time runs from 0 to 1, and the prediction is the velocity
+        # towards the image.
         time = (1000 - sigma * 1000) / 1000
         predicted = denoiser(list(x.unsqueeze(2)), time, captions, return_dict=False)[0]
         return -torch.stack(predicted).squeeze(2)

@@ -1,4 +1,5 @@
-"""Advantage-weighted matching (arXiv 2509.25050): the loss of pretraining, weighed by advantages."""
+"""Advantage-weighted matching (arXiv 2509.25050): the loss of pretraining, weighed by
+advantages."""
 
 from __future__ import annotations
 
@@ -8,13 +9,16 @@ from tempflow.objectives.matching import Pick, noised, picked
 
 
 class Awm(Objective):
-    """The loss of pretraining on the run's own finished latents, each weighed by its advantage: A mean |v - (eps - x0)|^2 (AWM).
+    """The loss of pretraining on the run's own finished latents, each weighed by its advantage: A
+    mean |v - (eps - x0)|^2 (AWM).
 
-    The pull of a latent is A, whatever its ratio: with several updates of a rollout only a penalty bounds it.
+    The pull of a latent is A, whatever its ratio: with several updates of a rollout only a penalty
+    bounds it.
 
     Args:
         draws: noise levels per latent, one from each of as many equal parts of the sampling grid.
-        pick: "all" latents, or "extremes": the best and the worst of each group, so that fewer are forwarded.
+        pick: "all" latents, or "extremes": the best and the worst of each group, so that fewer are
+            forwarded.
     """
 
     wants = "endpoints"

@@ -1,4 +1,5 @@
-"""FPO (arXiv 2507.21053): the clipped policy gradient on a likelihood of matching, for finished latents of any sampler."""
+"""FPO (arXiv 2507.21053): the clipped policy gradient on a likelihood of matching, for finished
+latents of any sampler."""
 
 from __future__ import annotations
 
@@ -8,22 +9,32 @@ from tempflow.objectives.matching import Form, Pick, noised, picked
 
 
 class Fpo(Objective):
-    """The clipped loss of PPO on finished latents, whose ratio is exp(kappa (error of the old velocity - error of the new)) (FPO).
+    """The clipped loss of PPO on finished latents, whose ratio is exp(kappa (error of the old
+    velocity - error of the new)) (FPO).
 
-    A latent x0 is noised to x = (1 - s) x0 + s eps; the error is mean |v - (eps - x0)|^2. Each draw of (s, eps) has a ratio of its own
-    (FPO++, arXiv 2602.02481).
+    A latent x0 is noised to x = (1 - s) x0 + s eps; the error is mean |v - (eps - x0)|^2. Each draw
+    of (s, eps) has a ratio of its own (FPO++, arXiv 2602.02481).
 
     Args:
         clip: the ratio is clipped to 1 +- this.
         draws: noise levels per latent, one from each of as many equal parts of the sampling grid.
-        form: "v", or "eps" for the error of the predicted noise, which is (1 - s)^2 times that of the velocity.
+        form: "v", or "eps" for the error of the predicted noise, which is (1 - s)^2 times that of
+            the velocity.
         kappa: how sharply the error decides the likelihood.
-        pick: "all" latents, or "extremes": the best and the worst of each group, so that fewer are forwarded.
+        pick: "all" latents, or "extremes": the best and the worst of each group, so that fewer are
+            forwarded.
     """
 
     wants = "endpoints"
 
-    def __init__(self, clip: float = 0.05, draws: int = 4, form: Form = "v", kappa: float = 1.0, pick: Pick = "all"):
+    def __init__(
+        self,
+        clip: float = 0.05,
+        draws: int = 4,
+        form: Form = "v",
+        kappa: float = 1.0,
+        pick: Pick = "all",
+    ):
         check_range("clip", clip, above=0, below=1)
         check_range("draws", draws, least=1, most=64)
         check_range("kappa", kappa, above=0)
@@ -31,7 +42,9 @@ class Fpo(Objective):
         self.draws, self.form, self.kappa, self.pick = draws, form, kappa, pick
 
     def states(self, rollout, advantages):
-        return noised(rollout, picked(rollout, advantages, self.pick), self.draws, self.form, self.kappa)
+        return noised(
+            rollout, picked(rollout, advantages, self.pick), self.draws, self.form, self.kappa
+        )
 
     def filler(self, rollout):
         return noised(rollout, rollout.endpoints[:1], 1, self.form, self.kappa)[0]

@@ -11,7 +11,8 @@ from tempflow.objectives.base import Objective, kernel_loss
 
 
 class Grpo(Objective):
-    """The clipped policy-gradient loss of GRPO: max(-A ratio, -A clip(ratio)), mean over the children of all states.
+    """The clipped policy-gradient loss of GRPO: max(-A ratio, -A clip(ratio)), mean over the
+    children of all states.
 
     Args:
         clip_low: the ratio is clipped below at 1 - this.
@@ -19,7 +20,12 @@ class Grpo(Objective):
         ratio: "plain", or "guard" for the normalized ratio of GRPO-Guard (arXiv 2510.22319).
     """
 
-    def __init__(self, clip_low: float = 1e-4, clip_high: float = 1e-4, ratio: Literal["plain", "guard"] = "plain"):
+    def __init__(
+        self,
+        clip_low: float = 1e-4,
+        clip_high: float = 1e-4,
+        ratio: Literal["plain", "guard"] = "plain",
+    ):
         check_range("clip_low", clip_low, above=0, below=1)
         check_range("clip_high", clip_high, above=0)
         self.clip_low, self.clip_high, self.ratio = clip_low, clip_high, ratio
@@ -27,10 +33,20 @@ class Grpo(Objective):
 
     def pull(self, advantage, log_ratio, distance):
         ratio = torch.exp(log_ratio)
-        past = (advantage > 0) & (ratio > 1 + self.clip_high) | (advantage < 0) & (ratio < 1 - self.clip_low)
+        past = (advantage > 0) & (ratio > 1 + self.clip_high) | (advantage < 0) & (
+            ratio < 1 - self.clip_low
+        )
         return torch.where(past, 0.0, advantage * ratio)
 
     def loss(self, velocity, batch, old, penalty, velocity_ref):
         return kernel_loss(
-            velocity, batch, batch.advantage, old, penalty, velocity_ref, clip_low=self.clip_low, clip_high=self.clip_high, ratio=self.ratio
+            velocity,
+            batch,
+            batch.advantage,
+            old,
+            penalty,
+            velocity_ref,
+            clip_low=self.clip_low,
+            clip_high=self.clip_high,
+            ratio=self.ratio,
         )

@@ -1,4 +1,5 @@
-"""DiffusionNFT (arXiv 2509.16117): learns from finished latents, noised anew, without a ratio of likelihoods."""
+"""DiffusionNFT (arXiv 2509.16117): learns from finished latents, noised anew, without a ratio of
+likelihoods."""
 
 from __future__ import annotations
 
@@ -12,11 +13,13 @@ LEAST_ERROR = 1e-5
 
 
 class Nft(Objective):
-    """Pulls the velocity towards finished latents of high reward and away from those of low reward (DiffusionNFT).
+    """Pulls the velocity towards finished latents of high reward and away from those of low reward
+    (DiffusionNFT).
 
-    A latent x0 is noised to x = (1 - s) x0 + s eps. With v_old the velocity before the updates, v+ = beta v + (1 - beta) v_old and
-    v- = (1 + beta) v_old - beta v; the loss is max_advantage (r E(v+) + (1 - r) E(v-)) / beta, with E the squared error of the
-    predicted x0 over its mean absolute error, and r = A / (2 max_advantage) + 1/2, clipped to [0, 1].
+    A latent x0 is noised to x = (1 - s) x0 + s eps. With v_old the velocity before the updates, v+
+    = beta v + (1 - beta) v_old and v- = (1 + beta) v_old - beta v; the loss is max_advantage (r
+    E(v+) + (1 - r) E(v-)) / beta, with E the squared error of the predicted x0 over its mean
+    absolute error, and r = A / (2 max_advantage) + 1/2, clipped to [0, 1].
 
     Args:
         beta: how far v+ and v- lie from the old velocity.
@@ -45,11 +48,21 @@ class Nft(Objective):
         rows = self.max_advantage * (r * above + (1 - r) * below) / self.beta
         loss = torch.where(batch.weight != 0, batch.weight * rows, 0.0).mean()
         none = torch.zeros_like(batch.advantage)
-        held, seen = kernel_loss(velocity, batch, none, old, penalty, velocity_ref, clip_low=self.clip_low, clip_high=self.clip_high)
+        held, seen = kernel_loss(
+            velocity,
+            batch,
+            none,
+            old,
+            penalty,
+            velocity_ref,
+            clip_low=self.clip_low,
+            clip_high=self.clip_high,
+        )
         return loss + held, seen
 
 
 def _error(velocity: torch.Tensor, target: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """Squared error of the predicted x0 = x - sigma v over its mean absolute error, which has no gradient; fp32 [N]."""
+    """Squared error of the predicted x0 = x - sigma v over its mean absolute error, which has no
+    gradient; fp32 [N]."""
     apart = (sigma.reshape(-1, *[1] * (velocity.ndim - 1)) * (target - velocity)).flatten(1)
     return apart.square().mean(1) / apart.detach().abs().mean(1).clamp(min=LEAST_ERROR)

@@ -1,4 +1,5 @@
-"""Policy-gradient objectives that hold an update near the old policy by other means than a clip of the ratio."""
+"""Policy-gradient objectives that hold an update near the old policy by other means than a clip of
+the ratio."""
 
 from __future__ import annotations
 
@@ -9,13 +10,16 @@ from tempflow.objectives.base import Objective
 
 
 class Dppo(Objective):
-    """The policy gradient without a clip, stopped where the step has left the old one by too large a KL divergence (Flow-DPPO).
+    """The policy gradient without a clip, stopped where the step has left the old one by too large
+    a KL divergence (Flow-DPPO).
 
-    L = -A ratio, without the children of a state whose step is farther than `delta` from the old policy's and whose ratio moves on in
-    the direction of A (arXiv 2606.11025). The divergence is exact, and one number for all children of a state.
+    L = -A ratio, without the children of a state whose step is farther than `delta` from the old
+    policy's and whose ratio moves on in the direction of A (arXiv 2606.11025). The divergence is
+    exact, and one number for all children of a state.
 
     Args:
-        delta: largest KL divergence of a step from the old policy's, as a mean over the latent's elements.
+        delta: largest KL divergence of a step from the old policy's, as a mean over the latent's
+            elements.
     """
 
     keeps_velocity = True
@@ -31,7 +35,8 @@ class Dppo(Objective):
 
 
 class Hinge(Objective):
-    """A hinge on the log-ratio: a constant pull until it has moved by `xi` in the direction of the advantage, then none.
+    """A hinge on the log-ratio: a constant pull until it has moved by `xi` in the direction of the
+    advantage, then none.
 
     L = max(0, xi |A| - A log ratio), as in PCPO (arXiv 2509.25774) and RSM (arXiv 2604.17415).
 
@@ -50,9 +55,11 @@ class Hinge(Objective):
 
 
 class Spo(Objective):
-    """A quadratic penalty on the ratio in place of a clip, with no pull at `epsilon` and a pull back beyond it (SPO).
+    """A quadratic penalty on the ratio in place of a clip, with no pull at `epsilon` and a pull
+    back beyond it (SPO).
 
-    L = -(A ratio - |A| (ratio - 1)^2 / (2 epsilon)) (arXiv 2401.16025). Metrics count the ratios beyond 1 +- epsilon as clipped.
+    L = -(A ratio - |A| (ratio - 1)^2 / (2 epsilon)) (arXiv 2401.16025). Metrics count the ratios
+    beyond 1 +- epsilon as clipped.
 
     Args:
         epsilon: distance of the ratio from 1 at which it is best.
@@ -69,4 +76,6 @@ class Spo(Objective):
         pull = ratio * (advantage - advantage.abs() * (ratio - 1) / self.epsilon)
         if not self.asymmetric:
             return pull
-        return torch.where(advantage > 0, torch.where(ratio > 1 + self.epsilon, 0.0, advantage * ratio), pull)
+        return torch.where(
+            advantage > 0, torch.where(ratio > 1 + self.epsilon, 0.0, advantage * ratio), pull
+        )

@@ -1,9 +1,10 @@
 """Rewards: images and their prompts in, one number an image out, scored off the training process.
 
-A config's `rewards` section becomes a list of `RewardSpec` (`parse_rewards`); `check_prompts` refuses
-prompts that a reward cannot use before anything is loaded; `RewardPool` scores batches in worker
-processes; `combine` makes the weighted sum. A new reward is a subclass of `Reward`, or a function, named
-in the config as `my_module:MyReward`. Importing this package loads neither torch nor any reward's model.
+A config's `rewards` section becomes a list of `RewardSpec` (`parse_rewards`); `check_prompts`
+refuses prompts that a reward cannot use before anything is loaded; `RewardPool` scores batches in
+worker processes; `combine` makes the weighted sum. A new reward is a subclass of `Reward`, or a
+function, named in the config as `my_module:MyReward`. Importing this package loads neither torch
+nor any reward's model.
 """
 
 from tempflow.rewards.base import Reward, Scores
@@ -12,7 +13,13 @@ from tempflow.rewards.conditions import check_conditions, condition_images
 from tempflow.rewards.fit import applies, check_asked, check_prompts, fits, kinds_of
 from tempflow.rewards.pool import RewardPool, Ticket
 from tempflow.rewards.probe import probe
-from tempflow.rewards.registry import RewardSpec, build_reward, check_frames, check_watched, parse_rewards
+from tempflow.rewards.registry import (
+    RewardSpec,
+    build_reward,
+    check_frames,
+    check_watched,
+    parse_rewards,
+)
 
 __all__ = [
     "Combined",

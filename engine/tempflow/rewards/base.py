@@ -1,7 +1,7 @@
 """What a reward is: the one interface between the trainer and anything that judges images.
 
-An image that could not be scored has the value NaN, which the trainer masks. It is never 0: in a group
-of images compared with each other a false 0 is a strong signal in the wrong direction.
+An image that could not be scored has the value NaN, which the trainer masks. It is never 0: in a
+group of images compared with each other a false 0 is a strong signal in the wrong direction.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ class Scores:
 
     values: float32 [n]; NaN where an image could not be scored.
     details: one short text an image for people (what an OCR model read), or None.
-    applies: bool [n], whether the image's prompt is for this reward, or None: all are. Set by the pool; rewards leave it out.
+    applies: bool [n], whether the image's prompt is for this reward, or None: all are. Set by the
+    pool; rewards leave it out.
     """
 
     values: np.ndarray
@@ -39,19 +40,24 @@ class BadScores(ValueError):
 class Reward(ABC):
     """Base class of rewards; a subclass must define `score`.
 
-    The constructor's keyword arguments are the reward's options in the config. It must be cheap and load
-    nothing: the training process builds every reward too, only to call `check_prompts`. A `UserError` of the constructor or of
-    `load` is shown after the entry's key; it begins with the option at fault, as in "url: expected ..., got ...".
+    The constructor's keyword arguments are the reward's options in the config. It must be cheap and
+    load nothing: the training process builds every reward too, only to call `check_prompts`. A
+    `UserError` of the constructor or of `load` is shown after the entry's key; it begins with the
+    option at fault, as in "url: expected ..., got ...".
 
-    takes_videos: whether `score` takes videos too, [n, F, H, W, 3]. Of the others an entry of the config says how many `frames` of a
-        video they score, one image each; without that the pool refuses videos for them.
+    takes_videos: whether `score` takes videos too, [n, F, H, W, 3]. Of the others an entry of the
+        config says how many `frames` of a video they score, one image each; without that the pool
+        refuses videos for them.
     """
 
     takes_videos = False
 
-    def check_prompts(self, prompts: list[str], metadata: list[dict]) -> str | None:  # noqa: B027 (optional)
-        """Raise `UserError` naming the first prompt that this reward cannot use (see `locate`). May return a line for people
-        about what it read from the prompts, which the scripts show before they start."""
+    def check_prompts(  # noqa: B027 (optional)
+        self, prompts: list[str], metadata: list[dict]
+    ) -> str | None:
+        """Raise `UserError` naming the first prompt that this reward cannot use (see `locate`). May
+        return a line for people about what it read from the prompts, which the scripts show before
+        they start."""
 
     def load(self, threads: int = 1) -> None:  # noqa: B027
         """Load models, once, in the process that will score; `threads` is what each may use."""
@@ -60,10 +66,10 @@ class Reward(ABC):
     def score(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> Scores:
         """Score images, or videos where `takes_videos`.
 
-        images: uint8 RGB [n, H, W, 3], videos [n, F, H, W, 3]; prompts and metadata: n entries each. The condition images of a
-        prompt are in its metadata, under "images": see `condition_images`. Returns `Scores`; a plain array or list of n numbers does
-        as well. An exception fails the whole batch (it is retried); NaN
-        fails one image.
+        images: uint8 RGB [n, H, W, 3], videos [n, F, H, W, 3]; prompts and metadata: n entries
+        each. The condition images of a prompt are in its metadata, under "images": see
+        `condition_images`. Returns `Scores`; a plain array or list of n numbers does as well. An
+        exception fails the whole batch (it is retried); NaN fails one image.
         """
 
 
@@ -80,8 +86,8 @@ class FunctionReward(Reward):
 
 
 def as_scores(result, n: int) -> Scores:
-    """What `score` returned, checked. Infinity, and what is too large for float32, is a failure of that image: NaN.
-    So is what numpy has masked.
+    """What `score` returned, checked. Infinity, and what is too large for float32, is a failure of
+    that image: NaN. So is what numpy has masked.
 
     Raises BadScores unless it is n real numbers and, if present, n texts.
     """
@@ -94,13 +100,17 @@ def as_scores(result, n: int) -> Scores:
         values = np.asarray(result)
     except ValueError:  # ragged lists
         values = np.empty(0, dtype=object)
-    masked = np.ma.getmaskarray(result) if isinstance(result, np.ma.MaskedArray) else None  # asarray gives what lies under the mask
+    masked = (
+        np.ma.getmaskarray(result) if isinstance(result, np.ma.MaskedArray) else None
+    )  # asarray gives what lies under the mask
     if values.dtype.kind not in "fiub":
         raise BadScores(f"the reward returned {shown(result)}, not {n} numbers")
     with np.errstate(over="ignore"):  # too large for float32 becomes infinite
         values = values.astype(np.float32)
     if values.shape != (n,):
-        raise BadScores(f"the reward returned shape {list(values.shape)} for {n} images, expected [{n}]")
+        raise BadScores(
+            f"the reward returned shape {list(values.shape)} for {n} images, expected [{n}]"
+        )
     if masked is not None:
         values = np.where(masked, np.float32(np.nan), values)
     if details is not None and len(details) != n:
@@ -109,7 +119,10 @@ def as_scores(result, n: int) -> Scores:
     if infinite.any():
         values = np.where(infinite, np.float32(np.nan), values)
         told = details if details is not None else [""] * n
-        details = ["not scored: an infinite value" if bad else text for bad, text in zip(infinite, told, strict=True)]
+        details = [
+            "not scored: an infinite value" if bad else text
+            for bad, text in zip(infinite, told, strict=True)
+        ]
     return Scores(values, None if details is None else [str(text) for text in details])
 
 

@@ -14,8 +14,10 @@ from tempflow.rewards.registry import RewardSpec
 class Combined:
     """Rewards of n images.
 
-    values: float32 [n], the weighted sum; NaN where a reward that counts could not score the image, or the sum overflows.
-    parts: each reward alone, unweighted, float32 [n], for the log; NaN where it failed or does not apply.
+    values: float32 [n], the weighted sum; NaN where a reward that counts could not score the image,
+    or the sum overflows.
+    parts: each reward alone, unweighted, float32 [n], for the log; NaN where it failed or does not
+    apply.
     applies: bool [n] by reward, whether the image's prompt is for it.
     """
 
@@ -34,6 +36,9 @@ def combine(scores: dict[str, Scores], specs: list[RewardSpec]) -> Combined:
     applies = {spec.name: scores[spec.name].applicable() for spec in specs}
     with np.errstate(over="ignore", invalid="ignore"):  # what overflows is masked below
         trained = [spec for spec in specs if not spec.watched]
-        counted = [np.where(applies[s.name], s.weight * parts[s.name].astype(np.float64), 0.0) for s in trained]
+        counted = [
+            np.where(applies[s.name], s.weight * parts[s.name].astype(np.float64), 0.0)
+            for s in trained
+        ]
         total = np.sum(counted, axis=0).astype(np.float32)
     return Combined(np.where(np.isfinite(total), total, np.float32(np.nan)), parts, applies)

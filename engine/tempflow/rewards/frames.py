@@ -1,7 +1,9 @@
-"""Rewards of images in runs of videos: the entry's `"frames": 4` scores that many frames of each video, and averages.
+"""Rewards of images in runs of videos: the entry's `"frames": 4` scores that many frames of each
+video, and averages.
 
-The pool sends on only the frames that an entry asks for, to rewards of images and of videos alike. `FrameMean` is what makes a reward
-of images one of videos; it works where the reward does, so workers and reward servers see images as ever.
+The pool sends on only the frames that an entry asks for, to rewards of images and of videos alike.
+`FrameMean` is what makes a reward of images one of videos; it works where the reward does, so
+workers and reward servers see images as ever.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from tempflow.rewards.base import Reward, Scores, as_scores
 
 
 class FrameMean(Reward):
-    """The mean of an image reward over a video's frames, those that it could not score left out; NaN where it could score none."""
+    """The mean of an image reward over a video's frames, those that it could not score left out;
+    NaN where it could score none."""
 
     takes_videos = True
 
@@ -23,12 +26,22 @@ class FrameMean(Reward):
     def score(self, images, prompts, metadata):
         videos, frames = images.shape[:2]
         each = [n for n in range(videos) for _ in range(frames)]
-        found = self._reward.score(images.reshape(-1, *images.shape[2:]), [prompts[n] for n in each], [metadata[n] for n in each])
+        found = self._reward.score(
+            images.reshape(-1, *images.shape[2:]),
+            [prompts[n] for n in each],
+            [metadata[n] for n in each],
+        )
         scores = as_scores(found, len(each))
         values, texts = scores.values.reshape(videos, frames), scores.details
         known = np.isfinite(values)
-        mean = np.where(known, values, 0).sum(axis=1, dtype=np.float64) / np.maximum(known.sum(axis=1), 1)
-        told = [_joined(texts[n * frames :][:frames]) for n in range(videos)] if texts is not None else None
+        mean = np.where(known, values, 0).sum(axis=1, dtype=np.float64) / np.maximum(
+            known.sum(axis=1), 1
+        )
+        told = (
+            [_joined(texts[n * frames :][:frames]) for n in range(videos)]
+            if texts is not None
+            else None
+        )
         return Scores(np.where(known.any(axis=1), mean, np.nan), told)
 
 
@@ -38,7 +51,8 @@ def _joined(texts: list[str]) -> str:
 
 
 def chosen_frames(media: np.ndarray, rows: np.ndarray, frames: int | None) -> np.ndarray:
-    """A copy of what a reward is asked about, [len(rows), ...]: some of the videos or images, and of videos the frames of its entry.
+    """A copy of what a reward is asked about, [len(rows), ...]: some of the videos or images, and
+    of videos the frames of its entry.
 
     An entry with `frames` is given videos [n, f, H, W, 3], also of images, which are one frame.
     """

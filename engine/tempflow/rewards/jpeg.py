@@ -1,4 +1,5 @@
-"""JPEG reward: images that compress well, or badly. It needs no model, so it also serves to try a setup."""
+"""JPEG reward: images that compress well, or badly. It needs no model, so it also serves to try a
+setup."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from tempflow.rewards.base import Reward, Scores
 class JpegReward(Reward):
     """Size of the image as a JPEG file, in kB (1000 bytes).
 
-    goal: "small" rewards compressible images (minus the size), "large" incompressible ones (the size).
+    goal: "small" rewards compressible images (minus the size), "large" incompressible ones (the
+    size).
     quality: of the encoder, 1 to 95.
     """
 

@@ -1,8 +1,10 @@
-"""Text that was typed against text that was read: one normal form for both, and how far they are apart.
+"""Text that was typed against text that was read: one normal form for both, and how far they are
+apart.
 
-The normal form makes equal what nobody who reads an image can tell apart, or what a reader program writes in its own way: case,
-white space, characters of no width, compatibility forms (full-width letters, ligatures, superscripts, fractions: Unicode's NFKC),
-and the typographic kinds of apostrophes, quotation marks and dashes. Accents, punctuation and look-alikes of other alphabets
+The normal form makes equal what nobody who reads an image can tell apart, or what a reader program
+writes in its own way: case, white space, characters of no width, compatibility forms (full-width
+letters, ligatures, superscripts, fractions: Unicode's NFKC), and the typographic kinds of
+apostrophes, quotation marks and dashes. Accents, punctuation and look-alikes of other alphabets
 stay different.
 """
 
@@ -20,21 +22,30 @@ _SAME = str.maketrans(
 
 def normalize(text: str) -> str:
     """The normal form of a text: what two texts are compared by."""
-    # Marks are replaced before NFKC as well, which makes a space and a combining accent of a free-standing accent.
+    # Marks are replaced before NFKC as well, which makes a space and a combining accent of a
+    # free-standing accent.
     text = unicodedata.normalize("NFKC", _visible(text).translate(_SAME))
     text = unicodedata.normalize("NFKC", text.casefold()).translate(_SAME)
     return _visible(text).replace("''", '"')
 
 
 def _visible(text: str) -> str:
-    """Without white space, controls, format characters (soft hyphen, joiners, direction marks) and selectors of a variant."""
+    """Without white space, controls, format characters (soft hyphen, joiners, direction marks) and
+    selectors of a variant."""
     return "".join(
-        char for char in text if not (char.isspace() or unicodedata.category(char) in ("Cc", "Cf") or "\ufe00" <= char <= "\ufe0f")
+        char
+        for char in text
+        if not (
+            char.isspace()
+            or unicodedata.category(char) in ("Cc", "Cf")
+            or "\ufe00" <= char <= "\ufe0f"
+        )
     )
 
 
 def similarity(target: str, text: str, *, contained: bool = False) -> float:
-    """1 - min(edit distance, len(target)) / len(target) of the normal forms; 1 if `contained` and it is."""
+    """1 - min(edit distance, len(target)) / len(target) of the normal forms; 1 if `contained` and
+    it is."""
     target, text = normalize(target), normalize(text)
     if contained and target in text:
         return 1.0

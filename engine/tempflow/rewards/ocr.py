@@ -1,9 +1,11 @@
 """OCR reward: does the image show the text that its prompt quotes?
 
-The text is read with RapidOCR's shipped models on the CPU and compared with the prompt's first quoted text (`quotes`), both in
-one normal form (`normal_form`): `1 - min(edit distance, len) / len`, as in Flow-GRPO's OCR task. Images that are one line of
-text are read by the recogniser alone, in batches at their natural width; the package's own call pads every line to width 320,
-which is twice slower for short words. Text direction is not corrected: words upside down are not what the prompt asked for.
+The text is read with RapidOCR's shipped models on the CPU and compared with the prompt's first
+quoted text (`quotes`), both in one normal form (`normal_form`): `1 - min(edit distance, len) /
+len`, as in Flow-GRPO's OCR task. Images that are one line of text are read by the recogniser alone,
+in batches at their natural width; the package's own call pads every line to width 320, which is
+twice slower for short words. Text direction is not corrected: words upside down are not what the
+prompt asked for.
 """
 
 from __future__ import annotations
@@ -22,8 +24,9 @@ from tempflow.rewards.quotes import ACCEPTED, Unreadable, read_quotes
 RECOGNISER = "PP-OCRv6_rec_small.onnx"
 LINE_HEIGHT = 48  # the recogniser's fixed input height
 
-# ms an image at 48 x 144, median of 7 runs over 96 images on an EPYC with AVX-512, batch 1, 4, 8, 16, 32:
-# one thread 6.6, 5.8, 5.7, 5.9, 6.2 (larger batches leave the cache); two threads 4.4, 3.4, 3.1, 3.1, 3.1.
+# ms an image at 48 x 144, median of 7 runs over 96 images on an EPYC with AVX-512, batch 1, 4, 8,
+# 16, 32: one thread 6.6, 5.8, 5.7, 5.9, 6.2 (larger batches leave the cache); two threads 4.4, 3.4,
+# 3.1, 3.1, 3.1.
 LINE_BATCH = 8
 
 TARGET = "ocr_target"  # the metadata that names a prompt's text, where its quotation marks do not
@@ -33,9 +36,9 @@ SHOWN = 5  # targets named at the start
 class OcrReward(Reward):
     """Reward in [0, 1] for showing the quoted text.
 
-    detect: True finds text anywhere in the image and joins it in reading order; a target contained in
-    what was read counts as an exact match. False takes the image as one line of text, compared as a
-    whole; right for small images of words, and many times faster.
+    detect: True finds text anywhere in the image and joins it in reading order; a target contained
+    in what was read counts as an exact match. False takes the image as one line of text, compared
+    as a whole; right for small images of words, and many times faster.
     """
 
     def __init__(self, detect: bool = True):
@@ -49,8 +52,10 @@ class OcrReward(Reward):
                 target, others = target_of(prompt, entry)
             except Unreadable as error:
                 raise UserError(
-                    f"{locate(prompt, entry)} {error}. The 'ocr' reward looks for the first text in quotation marks; write, for "
-                    f'example: a shop sign that says "OPEN". Marks that count: {ACCEPTED}. In a .jsonl file a line may name the '
+                    f"{locate(prompt, entry)} {error}. The 'ocr' reward looks for the first text in"
+                    " quotation marks; write, for "
+                    f'example: a shop sign that says "OPEN". Marks that count: {ACCEPTED}. In a'
+                    " .jsonl file a line may name the "
                     f'text itself: "{TARGET}": "OPEN"'
                 ) from None
             targets.append(target)
@@ -68,26 +73,34 @@ class OcrReward(Reward):
                 details.append(f"not scored: {type(text).__name__}: {text}")
                 continue
             try:
-                values[i] = similarity(target_of(prompts[i], metadata[i])[0], text, contained=self._detect)
+                values[i] = similarity(
+                    target_of(prompts[i], metadata[i])[0], text, contained=self._detect
+                )
                 details.append(text)
             except Unreadable as error:
                 details.append(f"not scored: the prompt {error}")
         return Scores(values, details)
 
     def _read(self, images: np.ndarray) -> list[str | Exception]:
-        """Text of each image; where a batch fails its images are read alone, to blame the right one."""
+        """Text of each image; where a batch fails its images are read alone, to blame the right
+        one."""
         results = []
         for start in range(0, len(images), self._reader.batch):
             chunk = images[start : start + self._reader.batch]
             try:
                 results += self._reader.read(chunk)
             except Exception as error:
-                results += [error] if len(chunk) == 1 else [self._read(chunk[i : i + 1])[0] for i in range(len(chunk))]
+                results += (
+                    [error]
+                    if len(chunk) == 1
+                    else [self._read(chunk[i : i + 1])[0] for i in range(len(chunk))]
+                )
         return results
 
 
 def target_of(prompt: str, metadata: dict) -> tuple[str, bool]:
-    """(the text that a prompt's images are to show, whether the prompt quotes others after it). Raises Unreadable."""
+    """(the text that a prompt's images are to show, whether the prompt quotes others after it).
+    Raises Unreadable."""
     given = metadata.get(TARGET)
     if given is None:
         return read_quotes(prompt)
@@ -98,7 +111,11 @@ def target_of(prompt: str, metadata: dict) -> tuple[str, bool]:
 
 def _told(targets: list[str], several: int) -> str:
     more = f" and {len(targets) - SHOWN} more" if len(targets) > SHOWN else ""
-    first = f"; prompts that quote several texts, of which the first counts: {several}" if several else ""
+    first = (
+        f"; prompts that quote several texts, of which the first counts: {several}"
+        if several
+        else ""
+    )
     return f"OCR targets: {', '.join(shown(target, 40) for target in targets[:SHOWN])}{more}{first}"
 
 
@@ -122,13 +139,17 @@ class LineReader:
         # Idle threads must sleep, not spin: the cores belong to the training process.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         model = _model_file(RECOGNISER)
-        self._session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+        self._session = onnxruntime.InferenceSession(
+            str(model), options, providers=["CPUExecutionProvider"]
+        )
         self._input = self._session.get_inputs()[0].name
         lines = self._session.get_modelmeta().custom_metadata_map["character"].splitlines()
         self._characters = np.array(["", *lines, " "], dtype=object)  # index 0 is CTC's blank
         classes = self._session.get_outputs()[0].shape[-1]
         if len(self._characters) != classes:
-            raise RuntimeError(f"{model.name} has {classes} classes but lists {len(self._characters)} characters")
+            raise RuntimeError(
+                f"{model.name} has {classes} classes but lists {len(self._characters)} characters"
+            )
 
     def read(self, images: np.ndarray) -> list[str]:
         """images: uint8 RGB [n, H, W, 3] -> n texts; one forward of n."""
@@ -146,7 +167,10 @@ class LineReader:
         height, width = images.shape[1:3]
         size = (max(1, math.ceil(LINE_HEIGHT * width / height)), LINE_HEIGHT)
         resized = np.stack([cv2.resize(image, size) for image in images])
-        return np.ascontiguousarray(resized[..., ::-1].transpose(0, 3, 1, 2), dtype=np.float32) / 127.5 - 1.0
+        return (
+            np.ascontiguousarray(resized[..., ::-1].transpose(0, 3, 1, 2), dtype=np.float32) / 127.5
+            - 1.0
+        )
 
 
 class SceneReader:
@@ -163,7 +187,9 @@ class SceneReader:
             params={
                 "Global.log_level": "error",
                 "Global.use_cls": False,
-                "Global.text_score": 0.0,  # hesitant readings count too: they are where there is something to learn
+                "Global.text_score": (
+                    0.0
+                ),  # hesitant readings count too: they are where there is something to learn
                 "EngineConfig.onnxruntime.intra_op_num_threads": threads,
                 "EngineConfig.onnxruntime.inter_op_num_threads": 1,
             }
@@ -174,7 +200,8 @@ class SceneReader:
         self._engine(blank, use_det=True)
 
     def read(self, images: np.ndarray) -> list[str]:
-        """images: uint8 RGB [n, H, W, 3] -> n texts, the lines of each joined with blanks; "" where there is none."""
+        """images: uint8 RGB [n, H, W, 3] -> n texts, the lines of each joined with blanks; "" where
+        there is none."""
         return [self._read_one(image) for image in images]
 
     def _read_one(self, image: np.ndarray) -> str:

@@ -1,10 +1,10 @@
 """Scores batches of images in worker processes while the trainer goes on.
 
-One thread a worker hands it batches from a shared queue and waits for it, so submitting never blocks. What
-goes wrong ends as a mask: where the reward raises, answers nonsense or NaN for every image, or its worker dies or hangs,
-the batch is tried again after a pause, and when all tries are spent its values are NaN and counted. When a worker is
-replaced is `workers.py`'s affair. Batches are neither split nor merged: their size is the caller's choice, and one
-batch occupies one worker.
+One thread a worker hands it batches from a shared queue and waits for it, so submitting never
+blocks. What goes wrong ends as a mask: where the reward raises, answers nonsense or NaN for every
+image, or its worker dies or hangs, the batch is tried again after a pause, and when all tries are
+spent its values are NaN and counted. When a worker is replaced is `workers.py`'s affair. Batches
+are neither split nor merged: their size is the caller's choice, and one batch occupies one worker.
 """
 
 from __future__ import annotations
@@ -29,14 +29,18 @@ NOT_FINITE = "not scored: the image holds NaN or infinity"
 
 
 class Ticket:
-    """A submitted batch. `seconds`, once gathered: what scoring it took in the workers, all rewards together,
-    waiting and failed tries apart. `errors`, once gathered: why a reward answered nothing at all, by name."""
+    """A submitted batch. `seconds`, once gathered: what scoring it took in the workers, all rewards
+    together, waiting and failed tries apart. `errors`, once gathered: why a reward answered nothing
+    at all, by name."""
 
     def __init__(self, names: list[str], metadata: list[dict], finite: np.ndarray):
         self.seconds, self.names = 0.0, names
         self.errors: dict[str, str] = {}
         self._scores: dict[str, Future] = {name: Future() for name in names}
-        self._applies = {name: np.array([applies(name, entry) for entry in metadata], dtype=bool) for name in names}
+        self._applies = {
+            name: np.array([applies(name, entry) for entry in metadata], dtype=bool)
+            for name in names
+        }
         self._finite = finite
 
     def rows(self, name: str) -> np.ndarray:
@@ -70,15 +74,18 @@ class _Task:
 
 
 class RewardPool:
-    """Worker processes that each hold every reward of `specs`, and see this rank's GPU if one has `device: "cuda"`.
+    """Worker processes that each hold every reward of `specs`, and see this rank's GPU if one has
+    `device: "cuda"`.
 
-    workers: number of processes; 0 scores in the calling process, inside `submit`, and lets exceptions
-        through: for debugging a reward.
-    threads_per_worker: what each may use; keep workers x threads, plus the trainer's own, within the cores.
+    workers: number of processes; 0 scores in the calling process, inside `submit`, and lets
+        exceptions through: for debugging a reward.
+    threads_per_worker: what each may use; keep workers x threads, plus the trainer's own, within
+    the cores.
     timeout_s: for one batch and one reward. start_timeout_s: for loading the rewards.
     retries: further tries of a failed batch, `backoff_s`, then twice as long, ... apart.
 
-    Raises `UserError` for unknown rewards or options. Workers load while the caller goes on; see `wait_ready`.
+    Raises `UserError` for unknown rewards or options. Workers load while the caller goes on; see
+    `wait_ready`.
     """
 
     def __init__(
@@ -104,9 +111,17 @@ class RewardPool:
         self._failures = 0
         self._last_error: str | None = None
         self._local = load_rewards(self._specs, threads_per_worker) if workers == 0 else {}
-        gpu = rank_gpu() if any(spec.options.get("device") == "cuda" for spec in self._specs) else ""
+        gpu = (
+            rank_gpu() if any(spec.options.get("device") == "cuda" for spec in self._specs) else ""
+        )
         self._size = workers
-        self.workers = Workers(self._specs, self._serve, gpus=[gpu] * workers, threads=threads_per_worker, start_timeout_s=start_timeout_s)
+        self.workers = Workers(
+            self._specs,
+            self._serve,
+            gpus=[gpu] * workers,
+            threads=threads_per_worker,
+            start_timeout_s=start_timeout_s,
+        )
 
     def __enter__(self) -> RewardPool:
         return self
@@ -125,7 +140,8 @@ class RewardPool:
         return self._last_error
 
     def wait_ready(self) -> None:
-        """Wait until every worker has loaded its rewards; `UserError` with the reason if one cannot."""
+        """Wait until every worker has loaded its rewards; `UserError` with the reason if one
+        cannot."""
         self.workers.wait_ready()
 
     def submit(
@@ -139,10 +155,11 @@ class RewardPool:
     ) -> Ticket:
         """Queue a batch for every reward that applies to it; returns at once (unless workers=0).
 
-        images: uint8 RGB [n, H, W, 3], or videos [n, F, H, W, 3]; what is sent of them is copied here. prompts and metadata: n entries
-        each. finite: bool [n], as `Policy.decode` returns it; no reward is asked about the others, which are failures. rewards: names
-        of those asked; None: all. Raises UserError for videos where one of them takes images only, ValueError where the arguments
-        disagree, RuntimeError on a closed pool.
+        images: uint8 RGB [n, H, W, 3], or videos [n, F, H, W, 3]; what is sent of them is copied
+        here. prompts and metadata: n entries each. finite: bool [n], as `Policy.decode` returns it;
+        no reward is asked about the others, which are failures. rewards: names of those asked;
+        None: all. Raises UserError for videos where one of them takes images only, ValueError where
+        the arguments disagree, RuntimeError on a closed pool.
         """
         if self._closed.is_set():
             raise RuntimeError("the reward pool is closed")
@@ -150,9 +167,14 @@ class RewardPool:
         check_media(images)
         finite = np.ones(len(images), dtype=bool) if finite is None else finite
         if not len(images) == len(prompts) == len(metadata) == len(finite):
-            raise ValueError(f"{len(images)} images, {len(prompts)} prompts, {len(metadata)} metadata and {len(finite)} of finite")
+            raise ValueError(
+                f"{len(images)} images, {len(prompts)} prompts, {len(metadata)} metadata and"
+                f" {len(finite)} of finite"
+            )
         names = [spec.name for spec in self._specs] if rewards is None else rewards
-        if is_video(images) and (unfit := [name for name in names if name not in self._take_videos]):
+        if is_video(images) and (
+            unfit := [name for name in names if name not in self._take_videos]
+        ):
             raise UserError(images_only(unfit[0]))
         ticket, whole = Ticket(names, metadata, finite), None
         for name in names:
@@ -161,7 +183,9 @@ class RewardPool:
                 chosen = whole = np.array(images, order="C") if whole is None else whole
             else:
                 chosen = chosen_frames(images, rows, frames)
-            task = _Task(ticket, name, chosen, [prompts[i] for i in rows], [metadata[i] for i in rows])
+            task = _Task(
+                ticket, name, chosen, [prompts[i] for i in rows], [metadata[i] for i in rows]
+            )
             if len(images) and not len(rows):
                 self._finish(task, Scores(np.zeros(0, dtype=np.float32)), 0.0)
             else:
@@ -171,8 +195,8 @@ class RewardPool:
     def gather(self, tickets: list[Ticket]) -> list[dict[str, Scores]]:
         """Wait for batches: for each ticket, every reward's scores.
 
-        Every try has its time-out, so this ends. Raises `UserError` if the workers cannot start. Batches
-        still open when the pool is closed are NaN.
+        Every try has its time-out, so this ends. Raises `UserError` if the workers cannot start.
+        Batches still open when the pool is closed are NaN.
         """
         self.wait_ready()
         return [{name: ticket.scores(name) for name in ticket.names} for ticket in tickets]
@@ -197,17 +221,28 @@ class RewardPool:
             if self._closed.wait(self._backoff_s * 2 ** (attempt - 1) if attempt else 0):
                 break
             try:
-                scores, seconds = worker.score(task.name, task.images, task.prompts, task.metadata, self._timeout_s)
+                scores, seconds = worker.score(
+                    task.name, task.images, task.prompts, task.metadata, self._timeout_s
+                )
                 if n == 0 or not np.isnan(scores.values).all():
                     return scores, seconds
                 failed, answered = scores if scores.details else None, True
-                error = f"NaN for every image of the batch{f' ({scores.details[0]})' if scores.details else ''}"
+                error = (
+                    "NaN for every image of the"
+                    f" batch{f' ({scores.details[0]})' if scores.details else ''}"
+                )
             except Exception as failure:  # besides WorkerFailure: metadata that cannot be sent
                 failed, answered, error = None, False, str(failure)
             self._remember_error(f"reward {task.name!r}: {error}")
         if not answered:
             task.ticket.errors[task.name] = error
-        return failed or Scores(np.full(n, np.nan, dtype=np.float32), [f"not scored: {_last_line(error)}"] * n), 0.0
+        return (
+            failed
+            or Scores(
+                np.full(n, np.nan, dtype=np.float32), [f"not scored: {_last_line(error)}"] * n
+            ),
+            0.0,
+        )
 
     def _score_here(self, task: _Task) -> None:
         start = time.perf_counter()

@@ -1,8 +1,9 @@
 """Which text a prompt quotes: what the `ocr` reward looks for in its images.
 
-Every mark must have a part in the reading: it opens, it closes, or it stands for inches after a number. Where that can be read in
-one way only, the first quoted text is the target; where it cannot be read, or in several ways, the prompt is refused. Nothing is
-guessed, because a wrong target trains toward a wrong image without anybody noticing.
+Every mark must have a part in the reading: it opens, it closes, or it stands for inches after a
+number. Where that can be read in one way only, the first quoted text is the target; where it cannot
+be read, or in several ways, the prompt is refused. Nothing is guessed, because a wrong target
+trains toward a wrong image without anybody noticing.
 """
 
 from __future__ import annotations
@@ -14,7 +15,17 @@ from tempflow.errors import shown
 from tempflow.rewards.normal_form import normalize
 
 # What opens, and what closes it. The same mark on both sides: by the letters and spaces around it.
-PAIRS = {'"': '"', "“": "”", "„": "“”", "”": "”", "«": "»", "»": "«", "「": "」", "『": "』", "＂": "＂"}
+PAIRS = {
+    '"': '"',
+    "“": "”",
+    "„": "“”",
+    "”": "”",
+    "«": "»",
+    "»": "«",
+    "「": "」",
+    "『": "』",
+    "＂": "＂",
+}
 MARKS = frozenset([*PAIRS, *"".join(PAIRS.values())])
 ACCEPTED = '"X" “X” „X“ „X” ”X” «X» »X« 「X」 『X』 ＂X＂'
 INCHES = frozenset('"“”＂')
@@ -29,15 +40,22 @@ class Unreadable(ValueError):
 
 @lru_cache(maxsize=65536)
 def read_quotes(prompt: str) -> tuple[str, bool]:
-    """(the first text in quotation marks, without the space around it; whether others follow). Raises Unreadable."""
+    """(the first text in quotation marks, without the space around it; whether others follow).
+    Raises Unreadable."""
     marks = [i for i, char in enumerate(prompt) if char in MARKS]
     if any(i and prompt[i - 1] == "\\" for i in marks):
         raise Unreadable("has a backslash before a quotation mark; write the marks as they are")
     found = _readings(prompt, marks)
     if not found:
-        raise Unreadable("has quotation marks that do not pair, are of different kinds, or stand within others")
+        raise Unreadable(
+            "has quotation marks that do not pair, are of different kinds, or stand within others"
+        )
     if len({spans[:1] for spans in found}) > 1:
-        texts = " or ".join(sorted({shown(prompt[slice(*spans[0])]) if spans else "none" for spans in found}, key=len)[:3])
+        texts = " or ".join(
+            sorted(
+                {shown(prompt[slice(*spans[0])]) if spans else "none" for spans in found}, key=len
+            )[:3]
+        )
         raise Unreadable(f"has marks that stand for quotes or for inches; it may quote {texts}")
     spans = min(found, key=len)
     if not spans:
@@ -47,12 +65,15 @@ def read_quotes(prompt: str) -> tuple[str, bool]:
         raise Unreadable("has nothing between its quotation marks")
     between = zip([0, *(stop for _, stop in spans)], [*(start for start, _ in spans), len(prompt)])
     if not any(char.isalnum() for start, stop in between for char in prompt[start:stop]):
-        raise Unreadable("has all its words in quotation marks, so these may be the file's and not the image's")
+        raise Unreadable(
+            "has all its words in quotation marks, so these may be the file's and not the image's"
+        )
     return text, len(spans) > 1
 
 
 def quoted_text(prompt: str) -> str:
-    """The text that a prompt quotes, for showing; "" where there is none, or more than one reading."""
+    """The text that a prompt quotes, for showing; "" where there is none, or more than one
+    reading."""
     try:
         return read_quotes(prompt)[0]
     except Unreadable:
@@ -63,11 +84,15 @@ def _readings(text: str, marks: list[int]) -> set[Spans]:
     """The quoted texts, by every way to give each mark a part."""
     if len(marks) > MOST_MARKS:
         raise Unreadable(f"has {len(marks)} quotation marks, more than {MOST_MARKS}")
-    states: set[tuple[int | None, Spans]] = {(None, ())}  # the mark that is open, the texts that are closed
+    states: set[tuple[int | None, Spans]] = {
+        (None, ())
+    }  # the mark that is open, the texts that are closed
     for i in marks:
         states = {state for opened, spans in states for state in _steps(text, i, opened, spans)}
         if len(states) > MOST_READINGS:
-            raise Unreadable(f"has marks that stand for quotes or for inches in more than {MOST_READINGS} ways")
+            raise Unreadable(
+                f"has marks that stand for quotes or for inches in more than {MOST_READINGS} ways"
+            )
     return {spans for opened, spans in states if opened is None}
 
 
@@ -94,7 +119,8 @@ def _may_close(text: str, opened: int, i: int) -> bool:
 
 
 def _side(text: str, i: int) -> str:
-    """Whether a mark stands "before" a text, "after" one, or may do "either", as Markdown tells the sides of `*` apart."""
+    """Whether a mark stands "before" a text, "after" one, or may do "either", as Markdown tells the
+    sides of `*` apart."""
     left, right = _kind(text[i - 1 : i] if i else ""), _kind(text[i + 1 : i + 2])
     before = right != "space" and (right == "letter" or left != "letter")
     after = left != "space" and (left == "letter" or right != "letter")

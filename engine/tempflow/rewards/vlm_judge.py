@@ -1,9 +1,11 @@
-"""A vision-language model as the judge, asked through the OpenAI-compatible interface of vLLM, SGLang and others.
+"""A vision-language model as the judge, asked through the OpenAI-compatible interface of vLLM,
+SGLang and others.
 
-Each image is one chat request: the prompt's condition images where asked for, the image, then the rubric with the prompt
-put in. The answer is read strictly: what is not exactly one number inside the scale, or was cut off, is a failed value, for
-a guess would be a signal. Or the model is asked a question and the value is P(Yes) / (P(Yes) + P(No)) of its first token, as
-in VQAScore (arXiv 2404.01291): finer than a written number, and one token long.
+Each image is one chat request: the prompt's condition images where asked for, the image, then the
+rubric with the prompt put in. The answer is read strictly: what is not exactly one number inside
+the scale, or was cut off, is a failed value, for a guess would be a signal. Or the model is asked a
+question and the value is P(Yes) / (P(Yes) + P(No)) of its first token, as in VQAScore (arXiv
+2404.01291): finer than a written number, and one token long.
 """
 
 from __future__ import annotations
@@ -20,7 +22,14 @@ import numpy as np
 from tempflow.errors import UserError, shown
 from tempflow.rewards.base import Reward, Scores
 from tempflow.rewards.conditions import KEY, check_conditions
-from tempflow.rewards.http.client import LONGEST_S, Service, ServiceError, checked_url, token_of, wait_for
+from tempflow.rewards.http.client import (
+    LONGEST_S,
+    Service,
+    ServiceError,
+    checked_url,
+    token_of,
+    wait_for,
+)
 from tempflow.rewards.http.protocol import encode_condition, encode_png
 
 RATE = """You judge pictures that were generated from a prompt. The prompt is:
@@ -42,21 +51,23 @@ EDIT_ASK = """The last image was made from the image before it by the instructio
 everything else? Answer with one word, Yes or No."""
 
 TOP_TOKENS = 20  # the most that OpenAI's interface and vLLM's default offer
-LEAST_MASS = 0.5  # of the first token's probability on Yes and No together; with less the model did not take the question
+# of the first token's probability on Yes and No together; with less the model did not take the
+# question
+LEAST_MASS = 0.5
 _BACKOFF_S = 0.5
 _FENCED = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
 _OURS = ("model", "messages", "logprobs", "top_logprobs", "n", "stream")
 
 
 class VlmJudge(Reward):
-    """A vision-language model's rating, brought to [0, 1]. `base_url`: with its /v1. `rubric`, or a text file
-    `rubric_file`: what is asked; {prompt}, {lowest} and {highest} are put in. The answer must be a JSON object with a
-    number "score" from `lowest` to `highest`, or hold one match of the regular expression `pattern`, whose group is the
-    number. `yes_no`: ask a question instead and take the probability of Yes. `conditions`: show the prompt's condition
-    images before the image, scaled down to its longer side; what is asked by default is then about edits. `concurrency`:
-    requests at once for a batch. `timeout_s`, `retries`: of one request. `key_env`: the environment variable that holds
-    the API key. `extra`: more fields of the request's body.
-    """
+    """A vision-language model's rating, brought to [0, 1]. `base_url`: with its /v1. `rubric`, or a
+    text file `rubric_file`: what is asked; {prompt}, {lowest} and {highest} are put in. The answer
+    must be a JSON object with a number "score" from `lowest` to `highest`, or hold one match of the
+    regular expression `pattern`, whose group is the number. `yes_no`: ask a question instead and
+    take the probability of Yes. `conditions`: show the prompt's condition images before the image,
+    scaled down to its longer side; what is asked by default is then about edits. `concurrency`:
+    requests at once for a batch. `timeout_s`, `retries`: of one request. `key_env`: the environment
+    variable that holds the API key. `extra`: more fields of the request's body."""
 
     def __init__(
         self,
@@ -78,8 +89,16 @@ class VlmJudge(Reward):
         extra: dict | None = None,
     ):
         if not -math.inf < lowest < highest < math.inf:
-            raise UserError(f"lowest must be below highest, got {shown(lowest)} and {shown(highest)}")
-        if max_tokens < 1 or concurrency < 1 or retries < 0 or not 0 < timeout_s <= LONGEST_S or not 0 <= wait_s <= LONGEST_S:
+            raise UserError(
+                f"lowest must be below highest, got {shown(lowest)} and {shown(highest)}"
+            )
+        if (
+            max_tokens < 1
+            or concurrency < 1
+            or retries < 0
+            or not 0 < timeout_s <= LONGEST_S
+            or not 0 <= wait_s <= LONGEST_S
+        ):
             raise UserError(
                 "max_tokens, concurrency, timeout_s must be above 0; retries, wait_s at least 0; "
                 f"timeout_s and wait_s at most {LONGEST_S:g}"
@@ -87,14 +106,23 @@ class VlmJudge(Reward):
         if yes_no and pattern:
             raise UserError("pattern: yes_no reads no written answer; give one of the two")
         if extra is not None and (not isinstance(extra, dict) or set(extra) & set(_OURS)):
-            raise UserError(f"extra: expected a table without {', '.join(_OURS)}, got {shown(extra)}")
+            raise UserError(
+                f"extra: expected a table without {', '.join(_OURS)}, got {shown(extra)}"
+            )
         self._conditions = conditions
         self._rubric = _rubric(rubric, rubric_file) or _question(yes_no, conditions)
         self._pattern = _compiled(pattern) if pattern else None
         self._lowest, self._highest, self._yes_no = lowest, highest, yes_no
         self._concurrency, self._retries, self._wait_s = concurrency, retries, wait_s
-        self._service = Service(checked_url("base_url", base_url), token_of("key_env", key_env), timeout_s)
-        self._body = {"model": model, "temperature": 0, "max_tokens": 1 if yes_no else max_tokens, **(extra or {})}
+        self._service = Service(
+            checked_url("base_url", base_url), token_of("key_env", key_env), timeout_s
+        )
+        self._body = {
+            "model": model,
+            "temperature": 0,
+            "max_tokens": 1 if yes_no else max_tokens,
+            **(extra or {}),
+        }
         if yes_no:
             self._body |= {"logprobs": True, "top_logprobs": TOP_TOKENS}
 
@@ -114,35 +142,51 @@ class VlmJudge(Reward):
         except (KeyError, TypeError):
             return
         if self._body["model"] not in names:
-            raise UserError(f"model: {self._service.url} serves {names}, not {self._body['model']!r}")
+            raise UserError(
+                f"model: {self._service.url} serves {names}, not {self._body['model']!r}"
+            )
 
     def score(self, images, prompts, metadata):
         with ThreadPoolExecutor(self._concurrency) as threads:
             judged = list(threads.map(self._judge, images, prompts, metadata))
         if all(math.isnan(value) for value, _ in judged):
             self.load()  # waits for a server that is away, for the batch will be tried again
-        return Scores(np.array([value for value, _ in judged], dtype=np.float32), [detail for _, detail in judged])
+        return Scores(
+            np.array([value for value, _ in judged], dtype=np.float32),
+            [detail for _, detail in judged],
+        )
 
     def _judge(self, image: np.ndarray, prompt: str, entry: dict) -> tuple[float, str]:
         """Value and detail of one image; NaN with the reason where it failed."""
         try:
-            return self._read(self._ask(prompt, [*self._shown(entry, max(image.shape[:2])), encode_png(image)]))
+            return self._read(
+                self._ask(prompt, [*self._shown(entry, max(image.shape[:2])), encode_png(image)])
+            )
         except (ServiceError, UserError, ValueError) as error:
             return math.nan, f"not scored: {error}"
 
     def _shown(self, entry: dict, longest: int) -> list[str]:
         """The condition images that are shown, in base64."""
-        return [encode_condition(image, longest) for image in entry.get(KEY, ())] if self._conditions else []
+        return (
+            [encode_condition(image, longest) for image in entry.get(KEY, ())]
+            if self._conditions
+            else []
+        )
 
     def _ask(self, prompt: str, images: list[str]) -> dict:
         """The answer's first choice. Raises ServiceError, ValueError where the answer has none."""
         values = {"prompt": prompt, "lowest": f"{self._lowest:g}", "highest": f"{self._highest:g}"}
         text = re.sub(r"\{(prompt|lowest|highest)\}", lambda match: values[match[1]], self._rubric)
-        parts = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}} for image in images]
+        parts = [
+            {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}}
+            for image in images
+        ]
         messages = [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
         for attempt in range(self._retries + 1):
             try:
-                answer = self._service.post("/chat/completions", {**self._body, "messages": messages})
+                answer = self._service.post(
+                    "/chat/completions", {**self._body, "messages": messages}
+                )
                 break
             except ServiceError as error:
                 if not error.transient or attempt == self._retries:
@@ -165,12 +209,15 @@ class VlmJudge(Reward):
             raise ValueError(f"the answer was cut off; raise max_tokens: {_short(text)}")
         rating = rating_of(text, self._pattern)
         if not self._lowest <= rating <= self._highest:
-            raise ValueError(f"{rating:g} is outside {self._lowest:g} to {self._highest:g}: {_short(text)}")
+            raise ValueError(
+                f"{rating:g} is outside {self._lowest:g} to {self._highest:g}: {_short(text)}"
+            )
         return (rating - self._lowest) / (self._highest - self._lowest), _short(text)
 
 
 def rating_of(text: str, pattern: re.Pattern | None) -> float:
-    """The number in an answer: the group of the pattern's only match, or "score" of the JSON object that the answer is.
+    """The number in an answer: the group of the pattern's only match, or "score" of the JSON object
+    that the answer is.
 
     Raises ValueError, also for a number that is not finite.
     """
@@ -198,19 +245,28 @@ def rating_of(text: str, pattern: re.Pattern | None) -> float:
 
 
 def yes_probability(choice: dict) -> float:
-    """P(Yes) / (P(Yes) + P(No)) of a choice's first token, over its spellings. Raises ValueError where it is neither."""
+    """P(Yes) / (P(Yes) + P(No)) of a choice's first token, over its spellings. Raises ValueError
+    where it is neither."""
     try:
-        tokens = [(str(entry["token"]), float(entry["logprob"])) for entry in choice["logprobs"]["content"][0]["top_logprobs"]]
+        tokens = [
+            (str(entry["token"]), float(entry["logprob"]))
+            for entry in choice["logprobs"]["content"][0]["top_logprobs"]
+        ]
     except (KeyError, IndexError, TypeError, ValueError):
         raise ValueError("the answer has no log-probabilities of its first token") from None
     mass = {"yes": 0.0, "no": 0.0}
     for token, logprob in tokens:
-        word = token.strip(" \n\t▁Ġ.,!\"'").lower()  # with the marks that tokenizers put for a blank
+        word = token.strip(
+            " \n\t▁Ġ.,!\"'"
+        ).lower()  # with the marks that tokenizers put for a blank
         if word in mass:
             mass[word] += math.exp(min(0.0, logprob))
     both = mass["yes"] + mass["no"]
     if not both >= LEAST_MASS:  # also NaN
-        raise ValueError(f"Yes and No have {both:.2f} of the first token's probability, less than {LEAST_MASS}; ask otherwise")
+        raise ValueError(
+            f"Yes and No have {both:.2f} of the first token's probability, less than {LEAST_MASS};"
+            " ask otherwise"
+        )
     return mass["yes"] / both
 
 
@@ -240,7 +296,9 @@ def _compiled(pattern: str) -> re.Pattern:
     except re.error as error:
         raise UserError(f"pattern: {shown(pattern)} is no regular expression: {error}") from None
     if compiled.groups != 1:
-        raise UserError(f"pattern: {shown(pattern)} must have one group, the number; it has {compiled.groups}")
+        raise UserError(
+            f"pattern: {shown(pattern)} must have one group, the number; it has {compiled.groups}"
+        )
     return compiled
 
 

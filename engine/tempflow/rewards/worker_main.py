@@ -1,7 +1,9 @@
-"""The program of one reward worker: `python -m tempflow.rewards.worker_main PIPE PARENT`, started by `workers.py`.
+"""The program of one reward worker: `python -m tempflow.rewards.worker_main PIPE PARENT`, started
+by `workers.py`.
 
-It is a program of its own, not a multiprocessing child: those import the parent's main script again, and
-with it torch and DeepSpeed. It answers one message at a time. Only the end of its parent ends it.
+It is a program of its own, not a multiprocessing child: those import the parent's main script
+again, and with it torch and DeepSpeed. It answers one message at a time. Only the end of its parent
+ends it.
 """
 
 from __future__ import annotations

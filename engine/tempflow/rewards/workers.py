@@ -1,8 +1,10 @@
-"""Reward worker processes seen from their parent: `WorkerProcess` starts one, exchanges messages with it, ends it and starts it
-anew; `Workers` holds several that load their rewards side by side, each driven by a thread of its own.
+"""Reward worker processes seen from their parent: `WorkerProcess` starts one, exchanges messages
+with it, ends it and starts it anew; `Workers` holds several that load their rewards side by side,
+each driven by a thread of its own.
 
-A new process loads its models anew, gigabytes perhaps. So one that answers is kept, whatever it answers, until it has failed
-`FAILURES_IN_A_ROW` batches: the state of a GPU, for one, can be past repair without the process ending.
+A new process loads its models anew, gigabytes perhaps. So one that answers is kept, whatever it
+answers, until it has failed `FAILURES_IN_A_ROW` batches: the state of a GPU, for one, can be past
+repair without the process ending.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ class WorkerFailure(Exception):
 class WorkerProcess:
     """One worker process, started and replaced as needed. Not thread-safe but for `close`.
 
-    gpu: what it sees as CUDA_VISIBLE_DEVICES; "" hides every GPU. start_timeout_s: for loading its rewards.
+    gpu: what it sees as CUDA_VISIBLE_DEVICES; "" hides every GPU. start_timeout_s: for loading its
+    rewards.
     broken: whether it could not be started when last needed.
     """
 
@@ -60,21 +63,33 @@ class WorkerProcess:
             return
         try:
             self._spawn()
-            self._exchange((self._specs, self._threads), self._start_timeout_s, "load its rewards", "start_timeout_s")
-        except Exception as error:  # besides WorkerFailure: no memory for a process, options that cannot be sent
+            self._exchange(
+                (self._specs, self._threads),
+                self._start_timeout_s,
+                "load its rewards",
+                "start_timeout_s",
+            )
+        except (
+            Exception
+        ) as error:  # besides WorkerFailure: no memory for a process, options that cannot be sent
             self.kill()
             self.broken = True
-            raise error if isinstance(error, WorkerFailure) else WorkerFailure(repr(error)) from None
+            raise (
+                error if isinstance(error, WorkerFailure) else WorkerFailure(repr(error))
+            ) from None
         self._failures, self.broken = 0, False
 
     def score(self, name: str, images, prompts, metadata, timeout_s: float) -> tuple[Scores, float]:
-        """Scores of one batch by one reward, and the seconds they took; starts the process unless it runs.
+        """Scores of one batch by one reward, and the seconds they took; starts the process unless
+        it runs.
 
         Raises WorkerFailure, and what pickle raises for metadata that cannot be sent.
         """
         self.start()
         try:
-            values, details, seconds = self._exchange((name, images, prompts, metadata), timeout_s, "answer", "timeout_s")
+            values, details, seconds = self._exchange(
+                (name, images, prompts, metadata), timeout_s, "answer", "timeout_s"
+            )
         except WorkerFailure:
             self._failures += 1
             if self._failures == FAILURES_IN_A_ROW:
@@ -103,7 +118,13 @@ class WorkerProcess:
     def _spawn(self) -> None:
         self._connection, theirs = Pipe()
         self._output = tempfile.TemporaryFile()
-        command = [sys.executable, "-m", "tempflow.rewards.worker_main", str(theirs.fileno()), str(os.getpid())]
+        command = [
+            sys.executable,
+            "-m",
+            "tempflow.rewards.worker_main",
+            str(theirs.fileno()),
+            str(os.getpid()),
+        ]
         with self._lock, theirs:
             if self._closed:
                 raise WorkerFailure("the reward workers are closed")
@@ -114,11 +135,13 @@ class WorkerProcess:
                 stderr=self._output,
                 env=_environment(self._threads, self._gpu),
                 pass_fds=[theirs.fileno()],
-                start_new_session=True,  # out of reach of the terminal's Ctrl-C, even while Python starts
+                # out of reach of the terminal's Ctrl-C, even while Python starts
+                start_new_session=True,
             )
 
     def _exchange(self, message: tuple, timeout_s: float, task: str, key: str):
-        """Send, and wait for the answer; a watchdog kills a worker that takes longer, which ends the wait."""
+        """Send, and wait for the answer; a watchdog kills a worker that takes longer, which ends
+        the wait."""
         expired = threading.Event()
         watchdog = threading.Timer(timeout_s, self._expire, (expired, self._process))
         watchdog.daemon = True
@@ -129,7 +152,11 @@ class WorkerProcess:
         except (EOFError, OSError):
             status = self._process.wait()
             late = f"the reward worker did not {task} within {timeout_s:g} s ({key}) and was killed"
-            cause = late if expired.is_set() else f"the reward worker died with exit status {status}{self._last_words()}"
+            cause = (
+                late
+                if expired.is_set()
+                else f"the reward worker died with exit status {status}{self._last_words()}"
+            )
             self.kill()
             raise WorkerFailure(cause) from None
         finally:
@@ -152,14 +179,20 @@ class WorkerProcess:
         descriptor = self._output.fileno()
         # pread: the worker writes through the same file position.
         size = os.fstat(descriptor).st_size
-        tail = os.pread(descriptor, _STDERR_TAIL, max(0, size - _STDERR_TAIL)).decode(errors="replace").strip()
+        tail = (
+            os.pread(descriptor, _STDERR_TAIL, max(0, size - _STDERR_TAIL))
+            .decode(errors="replace")
+            .strip()
+        )
         return f"; it wrote:\n{tail}" if tail else ""
 
 
 class Workers:
-    """One worker per entry of `gpus`, which is what it sees ("": no GPU), with every reward of `specs`.
+    """One worker per entry of `gpus`, which is what it sees ("": no GPU), with every reward of
+    `specs`.
 
-    serve: called with each worker, in its thread, once it has loaded its rewards or failed to; it returns when its owner is closed.
+    serve: called with each worker, in its thread, once it has loaded its rewards or failed to; it
+    returns when its owner is closed.
     """
 
     def __init__(
@@ -175,7 +208,9 @@ class Workers:
         self._workers = [WorkerProcess(specs, threads, gpu, start_timeout_s) for gpu in gpus]
         self._started: list[Future] = [Future() for _ in gpus]
         pairs = zip(self._workers, self._started)
-        self._threads = [threading.Thread(target=self._live, args=pair, daemon=True) for pair in pairs]
+        self._threads = [
+            threading.Thread(target=self._live, args=pair, daemon=True) for pair in pairs
+        ]
         for thread in self._threads:
             thread.start()
 
@@ -190,7 +225,8 @@ class Workers:
         return not all(worker.broken for worker in self._workers)
 
     def wait_ready(self) -> None:
-        """Wait until every worker has loaded its rewards; `UserError` with the reason if one cannot."""
+        """Wait until every worker has loaded its rewards; `UserError` with the reason if one
+        cannot."""
         for started in self._started:
             try:
                 started.result()
@@ -215,7 +251,8 @@ class Workers:
 
 
 def rank_gpu() -> str:
-    """The GPU of this rank (of the first, where nothing was launched), as CUDA_VISIBLE_DEVICES would name it; "" for none."""
+    """The GPU of this rank (of the first, where nothing was launched), as CUDA_VISIBLE_DEVICES
+    would name it; "" for none."""
     rank = int(os.environ.get("LOCAL_RANK", 0))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:

@@ -1,4 +1,5 @@
-"""Images that people are shown together: in rows and columns with white between them, condition images before what was made of them."""
+"""Images that people are shown together: in rows and columns with white between them, condition
+images before what was made of them."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ GAP = 4  # white columns between the images of a row
 
 
 def row(items: list[np.ndarray]) -> np.ndarray:
-    """Images [H, W, 3] or videos [F, H, W, 3] of one height beside each other; beside videos an image stands still."""
+    """Images [H, W, 3] or videos [F, H, W, 3] of one height beside each other; beside videos an
+    image stands still."""
     frames = next((item.shape[:1] for item in items if item.ndim == 4), ())
     gap = np.full((*frames, items[0].shape[-3], GAP, 3), 255, np.uint8)
     whole = [np.broadcast_to(item, (*frames, *item.shape[-3:])) for item in items]
@@ -20,16 +22,25 @@ def row(items: list[np.ndarray]) -> np.ndarray:
 
 
 def column(images: list[np.ndarray]) -> np.ndarray:
-    """Images [H, W, 3] below each other, white to the right of those that are narrower than the widest."""
+    """Images [H, W, 3] below each other, white to the right of those that are narrower than the
+    widest."""
     width = max(image.shape[1] for image in images)
-    return np.concatenate([np.pad(image, ((0, 0), (0, width - image.shape[1]), (0, 0)), constant_values=255) for image in images])
+    return np.concatenate(
+        [
+            np.pad(image, ((0, 0), (0, width - image.shape[1]), (0, 0)), constant_values=255)
+            for image in images
+        ]
+    )
 
 
 def conditions(prompt: Example, height: int) -> list[np.ndarray]:
-    """A prompt's condition images, each scaled to `height`, uint8 [height, W, 3]. UserError for a file that cannot be read."""
+    """A prompt's condition images, each scaled to `height`, uint8 [height, W, 3]. UserError for a
+    file that cannot be read."""
     return [_of_height(condition_image(image), height) for image in prompt.images]
 
 
 def _of_height(image: Image.Image, height: int) -> np.ndarray:
     width = max(1, round(image.width * height / image.height))
-    return np.asarray(image if image.height == height else image.resize((width, height), Image.Resampling.LANCZOS))
+    return np.asarray(
+        image if image.height == height else image.resize((width, height), Image.Resampling.LANCZOS)
+    )

@@ -1,8 +1,9 @@
 """The terminal's view of a run: a live display at a terminal, one line per iteration anywhere else.
 
-Live: the iterations' bar with reward, held-out reward against the base and the time left, and below it the bar of
-the current phase. Through a pipe (a log file, the deepspeed launcher on many nodes, CI) control characters would
-be noise, so each iteration is one plain line. Only rank 0 is enabled; a disabled console takes the same calls.
+Live: the iterations' bar with reward, held-out reward against the base and the time left, and below
+it the bar of the current phase. Through a pipe (a log file, the deepspeed launcher on many nodes,
+CI) control characters would be noise, so each iteration is one plain line. Only rank 0 is enabled;
+a disabled console takes the same calls.
 """
 
 from __future__ import annotations
@@ -54,7 +55,10 @@ class Console:
         self.base_reward, self.heldout, self.watched = base_reward, None, watched
         self._out = output or RichConsole(highlight=False, soft_wrap=True)
         self.enabled, self.live = enabled, enabled and self._out.is_terminal
-        self._limit, self._elapsed = (math.inf if minutes is None else 60 * minutes - elapsed), elapsed
+        self._limit, self._elapsed = (
+            (math.inf if minutes is None else 60 * minutes - elapsed),
+            elapsed,
+        )
         self._trained = 0.0  # seconds of training in this process
         self._began = time.monotonic()
         self._evaluation: dict = {}  # the row of the newest evaluation
@@ -76,8 +80,15 @@ class Console:
             TimeElapsedColumn(),
             console=self._out,
         )
-        self._task = self._iterations.add_task("", total=1.0, completed=self._share(), place=self._place(), status="")
-        self._display = Live(Group(self._iterations, self._phases), console=self._out, refresh_per_second=8, transient=True)
+        self._task = self._iterations.add_task(
+            "", total=1.0, completed=self._share(), place=self._place(), status=""
+        )
+        self._display = Live(
+            Group(self._iterations, self._phases),
+            console=self._out,
+            refresh_per_second=8,
+            transient=True,
+        )
 
     def __enter__(self) -> Console:
         self._began = time.monotonic()
@@ -91,7 +102,8 @@ class Console:
 
     @contextmanager
     def phase(self, name: str, total: int | None = None):
-        """Show `name` (rollout, reward, train, eval, checkpoint) while the block runs; yields advance(n=1)."""
+        """Show `name` (rollout, reward, train, eval, checkpoint) while the block runs; yields
+        advance(n=1)."""
         if not self.live:
             yield lambda n=1: None
             return
@@ -102,7 +114,9 @@ class Console:
         def advance(n: int = 1) -> None:
             nonlocal done
             done += n
-            self._phases.update(task, completed=done, count=f"{done:g}" if total is None else f"{done:g}/{total}")
+            self._phases.update(
+                task, completed=done, count=f"{done:g}" if total is None else f"{done:g}/{total}"
+            )
 
         try:
             yield advance
@@ -110,7 +124,8 @@ class Console:
             self._phases.remove_task(task)
 
     def iteration(self, metrics: dict) -> None:
-        """Report one finished row of metrics.jsonl; a row of iteration 0 is the evaluation of the base."""
+        """Report one finished row of metrics.jsonl; a row of iteration 0 is the evaluation of the
+        base."""
         self.done = int(metrics.get("iteration", self.done + 1))
         self._trained = (_finite(metrics.get("time/elapsed")) or self._elapsed) - self._elapsed
         if self.done == self.start:
@@ -121,9 +136,18 @@ class Console:
             if self.base_reward is None and self.done == 0:
                 self.base_reward = evaluated
         if self.live:
-            self._iterations.update(self._task, completed=self._share(), place=self._place(), status=self._status(metrics))
+            self._iterations.update(
+                self._task,
+                completed=self._share(),
+                place=self._place(),
+                status=self._status(metrics),
+            )
         if self.live and evaluated is not None:
-            parts = [f"iteration {self.done}: held-out reward {self._heldout_text()}", *_made_of(metrics), *self._watched_texts(metrics)]
+            parts = [
+                f"iteration {self.done}: held-out reward {self._heldout_text()}",
+                *_made_of(metrics),
+                *self._watched_texts(metrics),
+            ]
             self.note("  ".join([*parts, *self._drift_texts(metrics)]))
         elif self.enabled and not self.live:
             self._print(self._plain_line(metrics, evaluated is not None))
@@ -134,10 +158,16 @@ class Console:
             self._print(text)
 
     def summary(self, summary: dict, run_dir) -> None:
-        """The final table: what was gained, what it took, where the report is, and what to run next."""
+        """The final table: what was gained, what it took, where the report is, and what to run
+        next."""
         if not self.enabled:
             return
-        table = Table(title=f"Run {escape(Path(run_dir).name)}", show_header=False, title_justify="left", title_style="bold")
+        table = Table(
+            title=f"Run {escape(Path(run_dir).name)}",
+            show_header=False,
+            title_justify="left",
+            title_style="bold",
+        )
         table.add_column(no_wrap=True)
         table.add_column(justify="left", overflow="fold")
         for label, value in _summary_rows(summary, Path(run_dir)):
@@ -145,8 +175,14 @@ class Console:
         self._out.print(table)
         self._print("Next:")
         quoted = shlex.quote(str(run_dir))
-        self._print(f"  python engine/sample.py --run {quoted} --out images   (base and tuned, side by side)")
-        self._print(f"  python engine/export.py --run {quoted} --out model      (a model that diffusers loads)")
+        self._print(
+            f"  python engine/sample.py --run {quoted} --out images   (base and tuned, side by"
+            " side)"
+        )
+        self._print(
+            f"  python engine/export.py --run {quoted} --out model      (a model that diffusers"
+            " loads)"
+        )
 
     def _print(self, text: str) -> None:
         self._out.print(text, markup=False)
@@ -175,14 +211,23 @@ class Console:
         if (left := self._seconds_left()) is not None:
             parts.append(f"left {duration(left)}")
         if evaluated:
-            parts += [f"held-out {self._heldout_text()}", *_made_of(metrics), *self._watched_texts(metrics), *self._drift_texts(metrics)]
+            parts += [
+                f"held-out {self._heldout_text()}",
+                *_made_of(metrics),
+                *self._watched_texts(metrics),
+                *self._drift_texts(metrics),
+            ]
         return "  ".join(parts)
 
     def _watched_texts(self, metrics: dict) -> list[str]:
         texts = []
         for name in self.watched:
             value, failed = _finite(metrics.get(f"eval/{name}")), metrics.get(f"eval/{name}/failed")
-            shown = [] if value is None else [with_error(value, _finite(metrics.get(f"eval/{name}/stderr")))]
+            shown = (
+                []
+                if value is None
+                else [with_error(value, _finite(metrics.get(f"eval/{name}/stderr")))]
+            )
             shown += [f"({failed} failed)"] if failed else []
             texts += [" ".join([name, *shown])] if shown else []
         return texts
@@ -192,25 +237,37 @@ class Console:
         return drift_texts(metrics) if self.done > 0 else []
 
     def _heldout_text(self) -> str:
-        """The newest held-out reward, and how far it is from the base's, prompt by prompt where that is known."""
+        """The newest held-out reward, and how far it is from the base's, prompt by prompt where
+        that is known."""
         text = with_error(self.heldout, _finite(self._evaluation.get("eval/reward/stderr")))
-        gain, stderr = (_finite(self._evaluation.get(key)) for key in ("eval/gain", "eval/gain/stderr"))
+        gain, stderr = (
+            _finite(self._evaluation.get(key)) for key in ("eval/gain", "eval/gain/stderr")
+        )
         if gain is None and self.base_reward is not None and self.done > 0:
-            gain = unpaired_gain(self.base_reward, self.heldout, self._evaluation.get("eval/failed"))
+            gain = unpaired_gain(
+                self.base_reward, self.heldout, self._evaluation.get("eval/failed")
+            )
         return text if gain is None else f"{text} ({with_error(gain, stderr, '+')})"
 
     def _place(self) -> str:
         return f"{self.done:>{len(str(self.total))}}/{self.total}"
 
     def _share(self) -> float:
-        """How far the run is, 0 to 1: by iterations, or by training.minutes where that ends the run sooner."""
-        trained = (self._elapsed + self._trained) / (self._elapsed + self._limit) if self._elapsed + self._limit > 0 else 1.0
+        """How far the run is, 0 to 1: by iterations, or by training.minutes where that ends the run
+        sooner."""
+        trained = (
+            (self._elapsed + self._trained) / (self._elapsed + self._limit)
+            if self._elapsed + self._limit > 0
+            else 1.0
+        )
         return min(1.0, max(self.done / self.total, trained))
 
     def _seconds_left(self) -> float | None:
-        """By iterations, or by training.minutes where that ends the run sooner; evaluations are taken to go on as they did.
+        """By iterations, or by training.minutes where that ends the run sooner; evaluations are
+        taken to go on as they did.
 
-        The base's evaluation comes once and is not counted: the clock starts at the row of iteration 0.
+        The base's evaluation comes once and is not counted: the clock starts at the row of
+        iteration 0.
         """
         finished = self.done - self.start
         if finished <= 0 or self.done >= self.total or self._trained >= self._limit:
@@ -231,7 +288,11 @@ def duration(seconds: float) -> str:
 
 def _made_of(metrics: dict) -> list[str]:
     """How many images an evaluation scored, and how many failed."""
-    return [f"{metrics['eval/scored']} scored, {metrics['eval/failed']} failed"] if "eval/scored" in metrics else []
+    return (
+        [f"{metrics['eval/scored']} scored, {metrics['eval/failed']} failed"]
+        if "eval/scored" in metrics
+        else []
+    )
 
 
 def _summary_rows(summary: dict, run_dir: Path) -> list[tuple[str, str]]:
@@ -240,13 +301,24 @@ def _summary_rows(summary: dict, run_dir: Path) -> list[tuple[str, str]]:
     if base is not None:
         rows.append(("base held-out reward", with_error(base, _finite(summary.get("base_stderr")))))
     if tuned is not None:
-        made_of = f" on {summary['scored']} prompts ({summary['failed']} failed)" if "scored" in summary else ""
-        rows.append(("tuned held-out reward", with_error(tuned, _finite(summary.get("tuned_stderr"))) + made_of))
+        made_of = (
+            f" on {summary['scored']} prompts ({summary['failed']} failed)"
+            if "scored" in summary
+            else ""
+        )
+        rows.append(
+            (
+                "tuned held-out reward",
+                with_error(tuned, _finite(summary.get("tuned_stderr"))) + made_of,
+            )
+        )
     if base is not None and tuned is not None:
         gain = _finite(summary.get("gain"))
         gain = unpaired_gain(base, tuned, summary.get("failed")) if gain is None else gain
         none = "unknown: no prompt was scored before and after"
-        rows.append(("gain", none if gain is None else gain_text(gain, _finite(summary.get("gain_stderr")))))
+        rows.append(
+            ("gain", none if gain is None else gain_text(gain, _finite(summary.get("gain_stderr"))))
+        )
     if drift := drift_texts(summary):
         rows.append(("drift from the base", ", ".join(drift)))
     if changed := changes(summary):

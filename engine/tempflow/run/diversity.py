@@ -1,8 +1,10 @@
-"""How different images are: the distance that shrinks when a policy collapses onto one image, and who is near whom.
+"""How different images are: the distance that shrinks when a policy collapses onto one image, and
+who is near whom.
 
-The distance of two images is the root mean square difference of their pixels, which lie in [0, 1], after both were averaged
-down to at most 32 x 32; that of two videos takes a few frames of each. That sees layout and color, not grain, and costs nothing
-beside a rollout; embeddings would see meaning as well, at the price of another model on every image.
+The distance of two images is the root mean square difference of their pixels, which lie in [0, 1],
+after both were averaged down to at most 32 x 32; that of two videos takes a few frames of each.
+That sees layout and color, not grain, and costs nothing beside a rollout; embeddings would see
+meaning as well, at the price of another model on every image.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ FRAMES = 4  # of a video, at most
 
 
 def thumbnails(media: np.ndarray) -> np.ndarray:
-    """Images or videos averaged down to at most SIDE pixels a side, in [0, 1], as float32 [n, D]."""
+    """Images or videos averaged down to at most SIDE pixels a side, in [0, 1], as float32 [n,
+    D]."""
     frames = some_frames(media, FRAMES)
     pixels = torch.from_numpy(frames).flatten(0, 1).permute(0, 3, 1, 2).float() / 255
     sides = [min(SIDE, side) for side in pixels.shape[2:]]
@@ -26,9 +29,11 @@ def thumbnails(media: np.ndarray) -> np.ndarray:
 
 
 def mean_distance(groups: np.ndarray) -> np.ndarray:
-    """Mean distance over all pairs within each group of thumbnails. groups: [..., n, D], n from 2 on; returns float64 [...].
+    """Mean distance over all pairs within each group of thumbnails. groups: [..., n, D], n from 2
+    on; returns float64 [...].
 
-    A thumbnail that holds NaN is that of a missing image and in no pair; NaN where a group has no pair.
+    A thumbnail that holds NaN is that of a missing image and in no pair; NaN where a group has no
+    pair.
     """
     *lead, n, size = groups.shape
     points = torch.from_numpy(np.asarray(groups, dtype=np.float64)).reshape(-1, n, size)
@@ -41,7 +46,8 @@ def mean_distance(groups: np.ndarray) -> np.ndarray:
 
 
 def distance_to_others(points: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Mean distance of each thumbnail to the others of its label, float64 [n]; NaN for a missing image, and where it has no other.
+    """Mean distance of each thumbnail to the others of its label, float64 [n]; NaN for a missing
+    image, and where it has no other.
 
     points: [n, D], NaN where an image is missing. labels: int [n].
     """
@@ -50,24 +56,30 @@ def distance_to_others(points: np.ndarray, labels: np.ndarray) -> np.ndarray:
         members = np.flatnonzero(there & (labels == label))
         if len(members) > 1:
             group = torch.from_numpy(np.asarray(points[members], dtype=np.float64))
-            found[members] = _apart(group, group).sum(1).numpy() / (len(members) - 1) / points.shape[1] ** 0.5
+            found[members] = (
+                _apart(group, group).sum(1).numpy() / (len(members) - 1) / points.shape[1] ** 0.5
+            )
     return found
 
 
 def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Exact distances float64 [n, m] of points of whole numbers, [n, D] and [m, D], such as thumbnails in levels.
+    """Exact distances float64 [n, m] of points of whole numbers, [n, D] and [m, D], such as
+    thumbnails in levels.
 
-    By a matrix product, which is several times faster than differences: sums of whole numbers below 2^53 have no rounding.
+    By a matrix product, which is several times faster than differences: sums of whole numbers below
+    2^53 have no rounding.
     """
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     return np.sqrt((a * a).sum(1)[:, None] + (b * b).sum(1) - 2 * (a @ b.T))
 
 
 def precision_and_recall(base: np.ndarray, now: np.ndarray, neighbors: int) -> tuple[float, float]:
-    """How far two sets of points lie within each other: share of `now` in a ball of `base`, and share of `base` in a ball of `now`.
+    """How far two sets of points lie within each other: share of `now` in a ball of `base`, and
+    share of `base` in a ball of `now`.
 
-    Each point of a set has a ball that reaches to its k-th nearest neighbor in that set. A falling recall says that images which
-    the base made are made no more; precision falls when new ones appear, better ones too.
+    Each point of a set has a ball that reaches to its k-th nearest neighbor in that set. A falling
+    recall says that images which the base made are made no more; precision falls when new ones
+    appear, better ones too.
 
     Args:
         base: whole numbers, [n, D].

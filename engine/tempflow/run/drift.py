@@ -1,11 +1,14 @@
-"""How far images have moved from those that the base made of the same prompts and noise: what a reward may have been bought with.
+"""How far images have moved from those that the base made of the same prompts and noise: what a
+reward may have been bought with.
 
-Three things are compared, all of them cheap and without a model: the color of what an image shows, how much those colors vary
-from prompt to prompt, and how different the images are altogether (see `diversity`). A reward that is blind to one of them pays
-nothing for it, so it is the first to go. Meaning is not seen; a watched reward does that.
+Three things are compared, all of them cheap and without a model: the color of what an image shows,
+how much those colors vary from prompt to prompt, and how different the images are altogether (see
+`diversity`). A reward that is blind to one of them pays nothing for it, so it is the first to go.
+Meaning is not seen; a watched reward does that.
 
-The base's images come from the evaluation before training. What is kept of them, `Looks`, is stored in the checkpoints: drawing
-them again in a resumed run would need the weights from before training, and would not give the same bits on another machine.
+The base's images come from the evaluation before training. What is kept of them, `Looks`, is stored
+in the checkpoints: drawing them again in a resumed run would need the weights from before training,
+and would not give the same bits on another machine.
 """
 
 from __future__ import annotations
@@ -22,21 +25,26 @@ from tempflow.media import some_frames
 from tempflow.run.diversity import FRAMES, distances, precision_and_recall, thumbnails
 from tempflow.run.files import CONDITION, SUFFIXES, frames_of_file
 
-APART = 64  # gray levels; a pixel that is farther than that in any channel is not background: a quarter of the range
+# gray levels; a pixel that is farther than that in any channel is not background: a quarter of the
+# range
+APART = 64
 FEWEST = 0.0025  # share of an image's pixels that its ink has at least
-INK_OF = 0.05  # share of the pixels, the ones farthest from the background, that stand for ink where there is less
+# share of the pixels, the ones farthest from the background, that stand for ink where there is less
+INK_OF = 0.05
 LARGEST = 512  # pixels a side that are looked at
 PLAIN = 0.9  # share of an image's border that is background where there is one
 
 
 @dataclass(frozen=True)
 class Looks:
-    """What drift is computed from, of n images or videos; they hold NaN, in `ink` and `whole`, where there is no image."""
+    """What drift is computed from, of n images or videos; they hold NaN, in `ink` and `whole`,
+    where there is no image."""
 
     ink: np.ndarray
-    """fp32 [n, 3], in levels 0 to 255: mean color of the pixels that are not background. The background is the median, by channel,
-    of the image's border; a pixel farther than APART from it, in any channel, is ink. Where less than FEWEST of an image is ink,
-    its INK_OF farthest from the background are taken."""
+    """fp32 [n, 3], in levels 0 to 255: mean color of the pixels that are not background. The
+    background is the median, by channel, of the image's border; a pixel farther than APART from it,
+    in any channel, is ink. Where less than FEWEST of an image is ink, its INK_OF farthest from the
+    background are taken."""
     whole: np.ndarray
     """fp32 [n, 3], in levels 0 to 255: mean color of all pixels."""
     plain: np.ndarray
@@ -63,7 +71,9 @@ class Looks:
     def pack(self) -> str:
         """Text from which `unpack` makes the same arrays."""
         file = io.BytesIO()
-        np.savez_compressed(file, **{field.name: getattr(self, field.name) for field in fields(self)})
+        np.savez_compressed(
+            file, **{field.name: getattr(self, field.name) for field in fields(self)}
+        )
         return base64.b64encode(file.getvalue()).decode()
 
     @classmethod
@@ -73,7 +83,8 @@ class Looks:
 
 
 def look(media: np.ndarray, finite: np.ndarray | None = None) -> Looks:
-    """Looks of images or videos, uint8 [n, H, W, 3] or [n, F, H, W, 3]; of a video a few frames. finite: bool [n], None: all."""
+    """Looks of images or videos, uint8 [n, H, W, 3] or [n, F, H, W, 3]; of a video a few frames.
+    finite: bool [n], None: all."""
     seen = [_colors(frames) for frames in some_frames(media, FRAMES)]
     ink, whole = (np.array([one[n] for one in seen], dtype=np.float32) for n in (0, 1))
     if finite is not None:
@@ -84,23 +95,28 @@ def look(media: np.ndarray, finite: np.ndarray | None = None) -> Looks:
 
 def join(parts: list[Looks]) -> Looks:
     """Several looks as one, in their order."""
-    return Looks(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Looks)))
+    return Looks(
+        *(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Looks))
+    )
 
 
 def metrics(base: Looks, now: Looks, neighbors: int | None = None) -> dict[str, float]:
-    """How far images are from the base's, over the prompts that have both; what cannot be said is left out.
+    """How far images are from the base's, over the prompts that have both; what cannot be said is
+    left out.
 
-    Colors are those of the ink where most of the base's images have a plain background, as words on paper do, and of whole images
-    elsewhere: a photo's border says nothing of what it shows.
+    Colors are those of the ink where most of the base's images have a plain background, as words on
+    paper do, and of whole images elsewhere: a photo's border says nothing of what it shows.
 
     Args:
         base: of n prompts' images before training.
         now: of the same n prompts' images, from the same noise.
-        neighbors: of a ball's radius in precision and recall, which are left out without it, or without more prompts than that.
+        neighbors: of a ball's radius in precision and recall, which are left out without it, or
+            without more prompts than that.
 
-    Returns "drift/color_shift" (Euclidean distance of the two mean colors, in levels), "drift/color_spread" (root mean square
-    distance of the colors from their mean, over the base's), "drift/diversity" (mean distance of two prompts' thumbnails, over the
-    base's), and where asked for "eval/precision" and "eval/recall".
+    Returns "drift/color_shift" (Euclidean distance of the two mean colors, in levels),
+    "drift/color_spread" (root mean square distance of the colors from their mean, over the base's),
+    "drift/diversity" (mean distance of two prompts' thumbnails, over the base's), and where asked
+    for "eval/precision" and "eval/recall".
     """
     both = base.there & now.there
     base, now = base.pick(both), now.pick(both)
@@ -111,27 +127,41 @@ def metrics(base: Looks, now: Looks, neighbors: int | None = None) -> dict[str, 
     found = {
         "drift/color_shift": float(np.linalg.norm(after.mean(0) - before.mean(0))),
         "drift/color_spread": _ratio(_spread(after), _spread(before)),
-        "drift/diversity": _ratio(*(float(distances(one.thumbnails, one.thumbnails).sum()) for one in (now, base))),
+        "drift/diversity": _ratio(
+            *(float(distances(one.thumbnails, one.thumbnails).sum()) for one in (now, base))
+        ),
     }
     if neighbors and len(base) > neighbors:
-        found["eval/precision"], found["eval/recall"] = precision_and_recall(base.thumbnails, now.thumbnails, neighbors)
+        found["eval/precision"], found["eval/recall"] = precision_and_recall(
+            base.thumbnails, now.thumbnails, neighbors
+        )
     return {key: value for key, value in found.items() if value is not None}
 
 
 def between_folders(base: Path, now: Path, neighbors: int | None = None) -> dict[str, float]:
-    """`metrics` of two folders' PNG or WebP files, paired by name, as two sample sets of a run have them. UserError without such a pair."""
+    """`metrics` of two folders' PNG or WebP files, paired by name, as two sample sets of a run have
+    them. UserError without such a pair."""
     before, after = (_of_folder(Path(folder)) for folder in (base, now))
     common = sorted(before.keys() & after.keys())
     if not common:
         raise UserError(f"{base} and {now} hold no PNG or WebP files of the same names")
     if len({images[name].shape for images in (before, after) for name in common}) > 1:
         raise UserError(f"{base} and {now} hold images of different sizes")
-    return metrics(*(look(np.stack([images[name] for name in common])) for images in (before, after)), neighbors)
+    return metrics(
+        *(look(np.stack([images[name] for name in common])) for images in (before, after)),
+        neighbors,
+    )
 
 
 def _of_folder(folder: Path) -> dict[str, np.ndarray]:
-    """The images of a folder by name, uint8 [H, W, 3], and of its videos FRAMES frames, [FRAMES, H, W, 3]; no condition images."""
-    files = [file for suffix in SUFFIXES for file in folder.glob(f"*{suffix}") if not file.stem.endswith(CONDITION)]
+    """The images of a folder by name, uint8 [H, W, 3], and of its videos FRAMES frames, [FRAMES, H,
+    W, 3]; no condition images."""
+    files = [
+        file
+        for suffix in SUFFIXES
+        for file in folder.glob(f"*{suffix}")
+        if not file.stem.endswith(CONDITION)
+    ]
     return {file.name: _of_file(file) for file in files}
 
 
@@ -139,12 +169,15 @@ def _of_file(file: Path) -> np.ndarray:
     frames = frames_of_file(file)
     if file.suffix == ".png":
         return np.asarray(frames[0])
-    places = np.linspace(0, len(frames) - 1, FRAMES).round().astype(int)  # of fewer frames some twice
+    places = (
+        np.linspace(0, len(frames) - 1, FRAMES).round().astype(int)
+    )  # of fewer frames some twice
     return np.stack([np.asarray(frames[place]) for place in places])
 
 
 def _colors(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Ink, whole and plain of one image's frames, uint8 [f, H, W, 3]; of a large image's pixels every second, third and so on."""
+    """Ink, whole and plain of one image's frames, uint8 [f, H, W, 3]; of a large image's pixels
+    every second, third and so on."""
     stride = -(-max(frames.shape[1:3]) // LARGEST)
     pixels = frames[:, ::stride, ::stride].astype(np.float32)
     sides = pixels[:, [0, -1]], pixels[:, :, [0, -1]]
@@ -155,7 +188,11 @@ def _colors(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
     if ink.mean() < FEWEST:
         ink = apart >= np.quantile(apart, 1 - INK_OF)
     plain = (np.abs(border - background).max(-1) <= APART).mean() >= PLAIN
-    return pixels[ink].mean(0, dtype=np.float64), pixels.reshape(-1, 3).mean(0, dtype=np.float64), bool(plain)
+    return (
+        pixels[ink].mean(0, dtype=np.float64),
+        pixels.reshape(-1, 3).mean(0, dtype=np.float64),
+        bool(plain),
+    )
 
 
 def _spread(colors: np.ndarray) -> float:

@@ -1,6 +1,8 @@
-"""The machine that a run computes on: versions of the libraries, the device, and an error where there is a GPU that cannot be used.
+"""The machine that a run computes on: versions of the libraries, the device, and an error where
+there is a GPU that cannot be used.
 
-Without that error a GPU behind too old a driver would turn into a run on the CPU: torch reports no GPU, and every library falls back.
+Without that error a GPU behind too old a driver would turn into a run on the CPU: torch reports no
+GPU, and every library falls back.
 """
 
 from __future__ import annotations
@@ -16,9 +18,18 @@ from pathlib import Path
 
 from tempflow.errors import UserError
 
-LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what a launcher says in the environment
+LAUNCH = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)  # what a launcher says in the environment
 PROC = Path("/proc/driver/nvidia")
-OLDEST_DRIVER = {"12": "525", "13": "580"}  # by the major version of CUDA, as NVIDIA's release notes give it
+OLDEST_DRIVER = {
+    "12": "525",
+    "13": "580",
+}  # by the major version of CUDA, as NVIDIA's release notes give it
 INSTEAD = "DS_ACCELERATOR=cpu before the command runs it on the CPU all the same"
 
 
@@ -34,7 +45,8 @@ def versions() -> dict[str, str]:
 
 
 def uses_gpu() -> bool:
-    """Whether this process computes on a GPU: torch has one, and DS_ACCELERATOR does not ask for the CPU."""
+    """Whether this process computes on a GPU: torch has one, and DS_ACCELERATOR does not ask for
+    the CPU."""
     import torch
 
     return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
@@ -48,14 +60,17 @@ def device_name() -> str:
         return torch.cuda.get_device_name()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        return next(
+            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+        )
     except (OSError, StopIteration):
         return platform.processor() or "CPU"
 
 
 @lru_cache(maxsize=1)
 def nvidia_driver() -> str | None:
-    """The version of this machine's NVIDIA driver; "of unknown version" where it does not answer; None where there is none."""
+    """The version of this machine's NVIDIA driver; "of unknown version" where it does not answer;
+    None where there is none."""
     if (PROC / "version").exists():
         found = re.search(r"Module\D.*?\s(\d+\.[\d.]+)", (PROC / "version").read_text())
         return found[1] if found else "of unknown version"
@@ -63,13 +78,17 @@ def nvidia_driver() -> str | None:
         asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         answer = subprocess.run(asked, capture_output=True, text=True, timeout=60).stdout.split()
     except (OSError, subprocess.TimeoutExpired) as error:
-        return None if isinstance(error, FileNotFoundError) and not PROC.exists() else "of unknown version"
+        return (
+            None
+            if isinstance(error, FileNotFoundError) and not PROC.exists()
+            else "of unknown version"
+        )
     return answer[0] if answer and re.fullmatch(r"\d+\.[\d.]+", answer[0]) else "of unknown version"
 
 
 def unused_gpu() -> str | None:
-    """The driver's version where this machine has an NVIDIA driver, but torch has no GPU to use; None where all is well, and where
-    CUDA_VISIBLE_DEVICES hides the GPUs."""
+    """The driver's version where this machine has an NVIDIA driver, but torch has no GPU to use;
+    None where all is well, and where CUDA_VISIBLE_DEVICES hides the GPUs."""
     import torch
 
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")
@@ -77,7 +96,8 @@ def unused_gpu() -> str | None:
 
 
 def prefer_cpu() -> None:
-    """Have DeepSpeed use the CPU where torch has no GPU, unless that is a mistake that `check_gpu` refuses."""
+    """Have DeepSpeed use the CPU where torch has no GPU, unless that is a mistake that `check_gpu`
+    refuses."""
     import torch
 
     if not torch.cuda.is_available() and not (torch.version.cuda and unused_gpu()):
@@ -85,17 +105,21 @@ def prefer_cpu() -> None:
 
 
 def check_gpu() -> None:
-    """UserError where torch is built for CUDA and cannot use the GPU of this machine; DS_ACCELERATOR=cpu passes."""
+    """UserError where torch is built for CUDA and cannot use the GPU of this machine;
+    DS_ACCELERATOR=cpu passes."""
     import torch
 
-    driver = unused_gpu() if torch.version.cuda and os.environ.get("DS_ACCELERATOR") != "cpu" else None
+    driver = (
+        unused_gpu() if torch.version.cuda and os.environ.get("DS_ACCELERATOR") != "cpu" else None
+    )
     if driver is None:
         return
     oldest = OLDEST_DRIVER.get(torch.version.cuda.partition(".")[0])
     needs = f", which needs driver {oldest} or later" if oldest else ""
     raise UserError(
-        f"no usable GPU: the NVIDIA driver is {driver}, torch {torch.__version__} is built for CUDA {torch.version.cuda}{needs} "
-        f"({_reason()}). Update the driver, install a torch for an older CUDA, or give the container or the job its GPUs; {INSTEAD}"
+        f"no usable GPU: the NVIDIA driver is {driver}, torch {torch.__version__} is built for CUDA"
+        f" {torch.version.cuda}{needs} ({_reason()}). Update the driver, install a torch for an"
+        f" older CUDA, or give the container or the job its GPUs; {INSTEAD}"
     )
 
 
@@ -117,16 +141,24 @@ def describe(processes: int = 1) -> str:
     ranks = f"; {processes} processes" if processes > 1 else ""
     if uses_gpu():
         memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-        cuda = f"CUDA {torch.version.cuda}, driver {nvidia_driver()}" if torch.version.cuda else f"ROCm {torch.version.hip}"
+        cuda = (
+            f"CUDA {torch.version.cuda}, driver {nvidia_driver()}"
+            if torch.version.cuda
+            else f"ROCm {torch.version.hip}"
+        )
         return f"device: {device_name()}, {memory / 1e9:.0f} GB, {cuda}{ranks}"
     driver = None if torch.cuda.is_available() else unused_gpu()
     if driver and not torch.version.cuda:
         why = (
-            f"; this machine has an NVIDIA driver ({driver}), but torch {torch.__version__} is built without CUDA: "
-            "make clean, then make install, takes the CUDA build"
+            f"; this machine has an NVIDIA driver ({driver}), but torch {torch.__version__} is"
+            " built without CUDA: make clean, then make install, takes the CUDA build"
         )
     else:
-        why = "; DS_ACCELERATOR=cpu leaves the GPU alone" if driver or torch.cuda.is_available() else ""
+        why = (
+            "; DS_ACCELERATOR=cpu leaves the GPU alone"
+            if driver or torch.cuda.is_available()
+            else ""
+        )
     return f"device: CPU, {device_name()}{ranks}{why}"
 
 

@@ -1,7 +1,8 @@
-"""Held-out evaluation: ODE images or videos of fixed prompts from fixed noise, scored, with the first ones kept.
+"""Held-out evaluation: ODE images or videos of fixed prompts from fixed noise, scored, with the
+first ones kept.
 
-The noise of a prompt depends on the evaluation seed and the prompt's place in the file alone, so base and tuned images,
-runs and numbers of ranks compare like with like.
+The noise of a prompt depends on the evaluation seed and the prompt's place in the file alone, so
+base and tuned images, runs and numbers of ranks compare like with like.
 """
 
 from __future__ import annotations
@@ -27,16 +28,20 @@ from tempflow.types import Example
 from tempflow_kernels import normal
 
 EVAL_SEED = 0
-EVAL_ITERATION = -1  # no training iteration has this number, so evaluation noise is never trained on
+EVAL_ITERATION = (
+    -1
+)  # no training iteration has this number, so evaluation noise is never trained on
 
 
 @dataclass(frozen=True)
 class Scored:
-    """Prompts by index, the weighted reward [n], each reward alone, and its readings; the image or video of some of them, as a file:
-    a video's frames are too large to be kept, and gathered from all ranks, as arrays.
+    """Prompts by index, the weighted reward [n], each reward alone, and its readings; the image or
+    video of some of them, as a file: a video's frames are too large to be kept, and gathered from
+    all ranks, as arrays.
 
-    reward: NaN where it failed. parts: NaN where a reward failed or does not apply. applies: bool [n] by reward. finite: bool
-    [n], False where there is no image to score. looks: of all images, for the distance to the base's.
+    reward: NaN where it failed. parts: NaN where a reward failed or does not apply. applies: bool
+    [n] by reward. finite: bool [n], False where there is no image to score. looks: of all images,
+    for the distance to the base's.
     """
 
     indices: list[int]
@@ -57,11 +62,18 @@ class Scored:
         return mean_of(self.reward)
 
     def means(self) -> dict[str, Mean]:
-        """Of each reward alone, over the prompts that are for it; rewards that no prompt is for are left out."""
-        return {name: mean_of(values, self.applies[name]) for name, values in self.parts.items() if self.applies[name].any()}
+        """Of each reward alone, over the prompts that are for it; rewards that no prompt is for are
+        left out."""
+        return {
+            name: mean_of(values, self.applies[name])
+            for name, values in self.parts.items()
+            if self.applies[name].any()
+        }
 
 
-def fixed_noise(indices: list[int], shape: tuple[int, ...], device, seed: int = EVAL_SEED) -> torch.Tensor:
+def fixed_noise(
+    indices: list[int], shape: tuple[int, ...], device, seed: int = EVAL_SEED
+) -> torch.Tensor:
     """Initial latents of evaluation prompts by their place in the file, fp32 [n, *shape]."""
     keys = key_tensor([noise_key(seed, EVAL_ITERATION, i, 0, INITIAL) for i in indices], device)
     return normal(keys, torch.Size(shape).numel()).reshape(len(indices), *shape)
@@ -83,9 +95,17 @@ def draw(
         advance(len(part))
 
 
-def final_latents(model: Opened, prompts: list[Example], indices: list[int], *, num_steps: int | None = None, seed: int = EVAL_SEED):
-    """Yield (indices, latents fp32 [n, ...] at sigma 0) of the prompts at `indices`: `rollout.rows` are integrated together, those of
-    each shape apart, and at most `rollout.decode_batch` of them yielded together. num_steps: None: as in the run's evaluations."""
+def final_latents(
+    model: Opened,
+    prompts: list[Example],
+    indices: list[int],
+    *,
+    num_steps: int | None = None,
+    seed: int = EVAL_SEED,
+):
+    """Yield (indices, latents fp32 [n, ...] at sigma 0) of the prompts at `indices`: `rollout.rows`
+    are integrated together, those of each shape apart, and at most `rollout.decode_batch` of them
+    yielded together. num_steps: None: as in the run's evaluations."""
     r, sampler, steps = model.config.rollout, model.eval_sampler(), model.eval_steps(num_steps)
     for part in _portions(model, prompts, indices, r.rows):
         noise = fixed_noise(part, sampler.latent_shape, model.policy.device, seed)
@@ -94,19 +114,28 @@ def final_latents(model: Opened, prompts: list[Example], indices: list[int], *, 
             yield part[start : start + r.decode_batch], latents[start : start + r.decode_batch]
 
 
-def _portions(model: Opened, prompts: list[Example], indices: list[int], rows: int) -> Iterator[list[int]]:
+def _portions(
+    model: Opened, prompts: list[Example], indices: list[int], rows: int
+) -> Iterator[list[int]]:
     """The indices that are integrated together."""
     for places in by_shape(model.embeddings.shapes([prompts[i] for i in indices])):
         for first in range(0, len(places), rows):
             yield [indices[n] for n in places[first : first + rows]]
 
 
-def evaluate(pool: RewardPool, specs: list[RewardSpec], prompts: list[Example], drawn, keep: int) -> Scored:
-    """Score what `draw` yields while it goes on drawing, in the order of the prompts; images of the first `keep` prompts are kept."""
+def evaluate(
+    pool: RewardPool, specs: list[RewardSpec], prompts: list[Example], drawn, keep: int
+) -> Scored:
+    """Score what `draw` yields while it goes on drawing, in the order of the prompts; images of the
+    first `keep` prompts are kept."""
     indices, kept, tickets, finite, looks = [], {}, [], [], []
     for part, images, made in drawn:
         chosen = [prompts[i] for i in part]
-        tickets.append(pool.submit(images, [p.text for p in chosen], [p.for_rewards for p in chosen], finite=made))
+        tickets.append(
+            pool.submit(
+                images, [p.text for p in chosen], [p.for_rewards for p in chosen], finite=made
+            )
+        )
         indices += part
         finite.append(made)
         looks.append(drift.look(images, made))
@@ -117,7 +146,11 @@ def evaluate(pool: RewardPool, specs: list[RewardSpec], prompts: list[Example], 
     for spec in specs:
         texts = [score[spec.name].details for score in scores]
         known = any(t is not None for t in texts)
-        details[spec.name] = [text for t, made in zip(texts, finite, strict=True) for text in t or [""] * len(made)] if known else None
+        details[spec.name] = (
+            [text for t, made in zip(texts, finite, strict=True) for text in t or [""] * len(made)]
+            if known
+            else None
+        )
     scored = Scored(
         indices,
         kept,
@@ -159,7 +192,10 @@ def merge(parts: list[Scored]) -> Scored:
 
 
 def metrics(
-    scored: Scored, base: np.ndarray | None = None, base_looks: drift.Looks | None = None, neighbors: int | None = None
+    scored: Scored,
+    base: np.ndarray | None = None,
+    base_looks: drift.Looks | None = None,
+    neighbors: int | None = None,
 ) -> dict[str, float]:
     """What a row of metrics.jsonl says of an evaluation.
 
@@ -170,7 +206,12 @@ def metrics(
         neighbors: eval.precision_recall.
     """
     total = scored.mean()
-    found = {"eval/reward": total.value, "eval/reward/stderr": total.stderr, "eval/scored": total.scored, "eval/failed": total.failed}
+    found = {
+        "eval/reward": total.value,
+        "eval/reward/stderr": total.stderr,
+        "eval/scored": total.scored,
+        "eval/failed": total.failed,
+    }
     found["eval/not_finite"] = int((~scored.finite).sum()) or None
     for name, one in scored.means().items():
         found |= {
@@ -188,8 +229,8 @@ def metrics(
 
 
 def write_samples(folder: Path, scored: Scored, prompts: list[Example], facts: dict) -> None:
-    """Write the images or videos and samples.json with `facts` into `folder`, which is new or empty. Beside each those that its prompt
-    brings, in a row of its height."""
+    """Write the images or videos and samples.json with `facts` into `folder`, which is new or
+    empty. Beside each those that its prompt brings, in a row of its height."""
     folder.mkdir(parents=True, exist_ok=True)
     items = []
     for n, index in enumerate(scored.indices):
@@ -203,27 +244,55 @@ def write_samples(folder: Path, scored: Scored, prompts: list[Example], facts: d
                 "file": file,
                 **_written_conditions(folder, file, prompts[index], made.height),
                 "reward": _number(scored.reward[n]),
-                "rewards": {name: _number(values[n]) for name, values in scored.parts.items() if scored.applies[name][n]},
-                "details": {name: texts[n] for name, texts in scored.details.items() if texts is not None and scored.applies[name][n]},
-                **{key: prompts[index].metadata[key] for key in ("ocr_target",) if key in prompts[index].metadata},
+                "rewards": {
+                    name: _number(values[n])
+                    for name, values in scored.parts.items()
+                    if scored.applies[name][n]
+                },
+                "details": {
+                    name: texts[n]
+                    for name, texts in scored.details.items()
+                    if texts is not None and scored.applies[name][n]
+                },
+                **{
+                    key: prompts[index].metadata[key]
+                    for key in ("ocr_target",)
+                    if key in prompts[index].metadata
+                },
             }
         )
     total = scored.mean()
-    content = {**facts, "reward": total.value, "stderr": total.stderr, "scored": total.scored, "failed": total.failed, "items": items}
-    write_atomic(folder / "samples.json", json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False))
+    content = {
+        **facts,
+        "reward": total.value,
+        "stderr": total.stderr,
+        "scored": total.scored,
+        "failed": total.failed,
+        "items": items,
+    }
+    write_atomic(
+        folder / "samples.json", json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+    )
 
 
 def _written_conditions(folder: Path, file: str, prompt: Example, height: int) -> dict:
-    """The entries of a sample's item on its prompt's condition images, in a file of one row, and where they came from; {} without any."""
+    """The entries of a sample's item on its prompt's condition images, in a file of one row, and
+    where they came from; {} without any."""
     if not prompt.images:
         return {}
-    name = encoded(collage.row(collage.conditions(prompt, height))).write(folder, Path(file).stem + CONDITION)
-    came = [digest if isinstance(image, np.ndarray) else str(image) for image, digest in zip(prompt.images, prompt.image_digests)]
+    name = encoded(collage.row(collage.conditions(prompt, height))).write(
+        folder, Path(file).stem + CONDITION
+    )
+    came = [
+        digest if isinstance(image, np.ndarray) else str(image)
+        for image, digest in zip(prompt.images, prompt.image_digests)
+    ]
     return {"condition": name, "images": came}
 
 
 def replace_samples(run_dir: Path, scored: Scored, prompts: list[Example], facts: dict) -> Path:
-    """The sample set of facts["iteration"] in a run's own samples/, all or nothing; one that is there is replaced."""
+    """The sample set of facts["iteration"] in a run's own samples/, all or nothing; one that is
+    there is replaced."""
     folder = run_dir / "samples" / f"{facts['iteration']:06d}"
     draft = folder.with_name(f".{folder.name}")
     shutil.rmtree(draft, ignore_errors=True)  # by a start that was killed

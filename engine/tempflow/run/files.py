@@ -1,7 +1,8 @@
 """Images and videos as files for people: PNG, or an animated WebP that plays over and over.
 
-Unlike an image, a video is lossy in its file; rewards and metrics see the arrays. WebP because browsers, image viewers and Pillow itself
-show it without a codec to install. Where nothing can move, some frames of a video in a row stand for it.
+Unlike an image, a video is lossy in its file; rewards and metrics see the arrays. WebP because
+browsers, image viewers and Pillow itself show it without a codec to install. Where nothing can
+move, some frames of a video in a row stand for it.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ def save_webp(frames: list[Image.Image], buffer: io.BytesIO, frame_ms: int, qual
 
 
 def frames_of_file(file: Path | io.BytesIO) -> list[Image.Image]:
-    """The frames of a file that `encoded` made, in RGB, as many as were shown; of an image one. OSError where it is damaged."""
+    """The frames of a file that `encoded` made, in RGB, as many as were shown; of an image one.
+    OSError where it is damaged."""
     frames = []
     with Image.open(file) as opened:
         for place in range(getattr(opened, "n_frames", 1)):
@@ -65,10 +67,12 @@ def frames_of_file(file: Path | io.BytesIO) -> list[Image.Image]:
 
 
 def strip_of_file(file: Path, side: int, most: int) -> tuple[Image.Image, int]:
-    """What stands for a file where nothing moves: at most `most` of its frames in a row, each at most `side` pixels a side, and their
-    number."""
+    """What stands for a file where nothing moves: at most `most` of its frames in a row, each at
+    most `side` pixels a side, and their number."""
     frames = frames_of_file(file)
     chosen = [frames[place].copy() for place in frame_places(len(frames), most)]
     for frame in chosen:
         frame.thumbnail((side, side), Image.Resampling.LANCZOS)
-    return Image.fromarray(np.concatenate([np.asarray(frame) for frame in chosen], axis=1)), len(chosen)
+    return Image.fromarray(np.concatenate([np.asarray(frame) for frame in chosen], axis=1)), len(
+        chosen
+    )

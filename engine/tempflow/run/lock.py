@@ -1,10 +1,13 @@
-"""The lock of a run directory: one process group at a time writes it. Held by rank 0, in the file .lock.
+"""The lock of a run directory: one process group at a time writes it. Held by rank 0, in the file
+.lock.
 
-It is an flock, so the kernel lets go of it when the process ends, however it ends: a run that was killed can be resumed at once.
-NFS carries it to other machines. The file also names host, pid and start of the holder, for the message that another start gets.
-Where the file system has no locks (some Lustre and FUSE mounts) that record has to do: it counts while its holder lives, on
-another host while the holder keeps touching it. Two starts within the same second on two hosts are then told apart by
-reading the record back after a pause, which is likely but not certain to find the other.
+It is an flock, so the kernel lets go of it when the process ends, however it ends: a run that was
+killed can be resumed at once. NFS carries it to other machines. The file also names host, pid and
+start of the holder, for the message that another start gets. Where the file system has no locks
+(some Lustre and FUSE mounts) that record has to do: it counts while its holder lives, on another
+host while the holder keeps touching it. Two starts within the same second on two hosts are then
+told apart by reading the record back after a pause, which is likely but not certain to find the
+other.
 """
 
 from __future__ import annotations
@@ -28,13 +31,15 @@ UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 HEARTBEAT_S, STALE_S, SETTLE_S = 15.0, 60.0, 2.0
 
 _held: set[BinaryIO] = set()
-# A child that lives on must not keep the lock of a parent that is gone; closing its copy leaves the parent's alone.
+# A child that lives on must not keep the lock of a parent that is gone; closing its copy leaves the
+# parent's alone.
 os.register_at_fork(after_in_child=lambda: [file.close() for file in _held])
 
 
 @contextmanager
 def lock(run_dir: Path) -> Iterator[None]:
-    """Hold the lock of a directory that exists. UserError naming the holder where there is one; OSError where it cannot be written."""
+    """Hold the lock of a directory that exists. UserError naming the holder where there is one;
+    OSError where it cannot be written."""
     with open(run_dir / LOCK, "a+b", buffering=0) as file:
         stop = _acquire(file, run_dir)
         _held.add(file)
@@ -66,7 +71,11 @@ def _acquire(file: BinaryIO, run_dir: Path) -> threading.Event:
 def _acquire_by_record(file: BinaryIO, run_dir: Path) -> None:
     holder, age = _read(file), time.time() - os.fstat(file.fileno()).st_mtime
     if holder and (_alive(holder) if holder["host"] == socket.gethostname() else age < STALE_S):
-        raise _refusal(run_dir, holder, f" If that process is gone, try again {STALE_S:.0f} seconds after its end.")
+        raise _refusal(
+            run_dir,
+            holder,
+            f" If that process is gone, try again {STALE_S:.0f} seconds after its end.",
+        )
     mine = _sign(file)
     time.sleep(SETTLE_S)
     if (holder := _read(file)) != mine:
@@ -103,7 +112,8 @@ def _read(file: BinaryIO) -> dict | None:
 
 
 def _named(file: BinaryIO) -> dict | None:
-    """The holder of an flock; one that has only just taken it may not have signed, over the record of one that was killed."""
+    """The holder of an flock; one that has only just taken it may not have signed, over the record
+    of one that was killed."""
     for _ in range(20):
         holder = _read(file)
         if holder and (holder["host"] != socket.gethostname() or _alive(holder)):
@@ -123,8 +133,12 @@ def _alive(holder: dict) -> bool:
 
 
 def _refusal(run_dir: Path, holder: dict | None, more: str = "") -> UserError:
-    who = f"process {holder['pid']} on {holder['host']}, since {holder['started']}" if holder else "another process"
+    who = (
+        f"process {holder['pid']} on {holder['host']}, since {holder['started']}"
+        if holder
+        else "another process"
+    )
     return UserError(
-        f"run directory {run_dir} is being written by {who}. Wait for it, stop it, or choose another directory with "
-        f"--set logging.name=NAME.{more}"
+        f"run directory {run_dir} is being written by {who}. Wait for it, stop it, or choose"
+        f" another directory with --set logging.name=NAME.{more}"
     )

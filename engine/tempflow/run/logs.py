@@ -1,6 +1,5 @@
-"""The record of a run, metrics.jsonl: one JSON object per iteration, on disk before the next iteration starts, and strict JSON
-(NaN and infinity become null). Nothing here imports torch.
-"""
+"""The record of a run, metrics.jsonl: one JSON object per iteration, on disk before the next
+iteration starts, and strict JSON (NaN and infinity become null). Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -14,7 +13,11 @@ from pathlib import Path
 from tempflow.errors import UserError, shown
 
 METRICS_FILE = "metrics.jsonl"
-NO_FOLDER_FSYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # what file systems say that cannot flush a folder
+NO_FOLDER_FSYNC = (
+    errno.EINVAL,
+    errno.ENOTSUP,
+    errno.EBADF,
+)  # what file systems say that cannot flush a folder
 
 
 class AppendFile:
@@ -24,7 +27,8 @@ class AppendFile:
         self._file = open(path, "ab", buffering=0)
 
     def append(self, record: bytes, sync: bool = False) -> None:
-        """Write a record; sync: wait until it is on the disk. OSError where that fails: then the file is as it was."""
+        """Write a record; sync: wait until it is on the disk. OSError where that fails: then the
+        file is as it was."""
         end, left = os.fstat(self._file.fileno()).st_size, memoryview(record)
         try:
             while left:
@@ -42,8 +46,8 @@ class AppendFile:
 class MetricsLog:
     """The metrics file of one run, open for appending.
 
-    A last line that a crash cut short is removed on opening, so that the next row starts a line of its own. A row that cannot be
-    written (a full disk) is kept and written with the next one.
+    A last line that a crash cut short is removed on opening, so that the next row starts a line of
+    its own. A row that cannot be written (a full disk) is kept and written with the next one.
     """
 
     def __init__(self, run_dir):
@@ -53,7 +57,8 @@ class MetricsLog:
         self._file, self._unwritten = AppendFile(self.path), []
 
     def append(self, metrics: dict) -> None:
-        """Write one row and wait until it is on the disk; values are numbers, 0-d arrays or tensors, strings or None."""
+        """Write one row and wait until it is on the disk; values are numbers, 0-d arrays or
+        tensors, strings or None."""
         self._unwritten.append(_line(metrics))
         self._write()
 
@@ -96,7 +101,8 @@ class MetricsLog:
         whole, newline, last = self.path.read_bytes().rpartition(b"\n")
         if not last:
             return
-        # A strict prefix of a one-line JSON object is never JSON: what parses is whole and lacks only its newline.
+        # A strict prefix of a one-line JSON object is never JSON: what parses is whole and lacks
+        # only its newline.
         keep = last + b"\n" if _parse(last) is not None else b""
         write_atomic(self.path, whole + newline + keep)
 
@@ -104,8 +110,8 @@ class MetricsLog:
 def read_metrics(run_dir) -> list[dict]:
     """The rows of a run's metrics.jsonl, [] where there is none yet.
 
-    A half-written last line, which a crash leaves, is left out with a warning that names it; a bad line
-    anywhere else is a UserError.
+    A half-written last line, which a crash leaves, is left out with a warning that names it; a bad
+    line anywhere else is a UserError.
     """
     path = Path(run_dir) / METRICS_FILE
     if not path.exists():
@@ -118,14 +124,18 @@ def read_metrics(run_dir) -> list[dict]:
         if row is not None:
             rows.append(row)
         elif number == last:
-            warnings.warn(f"{path}, line {number + 1}: half-written last line left out: {shown(line)}", stacklevel=2)
+            warnings.warn(
+                f"{path}, line {number + 1}: half-written last line left out: {shown(line)}",
+                stacklevel=2,
+            )
         else:
             raise UserError(f"{path}, line {number + 1} is not a JSON object: {shown(line)}")
     return rows
 
 
 def write_atomic(path, content: str | bytes) -> Path:
-    """Replace a file by `content` so that a crash leaves either the old one or the new one, whole; so does an error."""
+    """Replace a file by `content` so that a crash leaves either the old one or the new one, whole;
+    so does an error."""
     path = Path(path)
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -1,8 +1,8 @@
 """Weighted averages of what several runs trained: whole weights, or adapters.
 
-Averaging the factors A and B of adapters is not averaging what they add, scale x B A: the product of means is another matrix. Here the
-factors are concatenated instead, so the merged adapter adds exactly the weighted mean of the updates; its rank is the sum of the
-ranks.
+Averaging the factors A and B of adapters is not averaging what they add, scale x B A: the product
+of means is another matrix. Here the factors are concatenated instead, so the merged adapter adds
+exactly the weighted mean of the updates; its rank is the sum of the ranks.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class Source:
     run: Path | None
     """The run directory that it belongs to."""
     model: str | None
-    """The pipeline whose other parts go with it: a run's base, or itself. None: adapters in a file, which name none."""
+    """The pipeline whose other parts go with it: a run's base, or itself. None: adapters in a file,
+    which name none."""
     read: Callable[[], Weights | Scaled]
     """Raises UserError."""
 
@@ -57,7 +58,8 @@ class Source:
 
 
 def find_source(path: Path, checkpoint: int | str | None = None) -> Source:
-    """What lies at a path: a run directory, one of its checkpoint folders, a diffusers folder, or adapters. UserError for anything else.
+    """What lies at a path: a run directory, one of its checkpoint folders, a diffusers folder, or
+    adapters. UserError for anything else.
 
     checkpoint: of a run directory, as `load_tuned` takes it.
     """
@@ -71,13 +73,28 @@ def find_source(path: Path, checkpoint: int | str | None = None) -> Source:
     try:
         saved = load_adapters(path)
     except UserError as error:
-        raise UserError(f"{path} is no run directory, checkpoint folder or diffusers folder, and no LoRA weights: {error}") from None
-    return Source(path, True, None, None, lambda: Scaled(saved.weights, _scale(saved.alpha, saved.rank, path), saved.rank))
+        raise UserError(
+            f"{path} is no run directory, checkpoint folder or diffusers folder, and no LoRA"
+            f" weights: {error}"
+        ) from None
+    return Source(
+        path,
+        True,
+        None,
+        None,
+        lambda: Scaled(saved.weights, _scale(saved.alpha, saved.rank, path), saved.rank),
+    )
 
 
 def _of_run(path: Path, run: Path, checkpoint: int | str | None) -> Source:
     config = read_config(run)
-    return Source(path, config.model.lora is not None, run, config.model.path, partial(_read_run, run, checkpoint))
+    return Source(
+        path,
+        config.model.lora is not None,
+        run,
+        config.model.path,
+        partial(_read_run, run, checkpoint),
+    )
 
 
 def _read_run(run: Path, checkpoint: int | str | None) -> Weights | Scaled:
@@ -85,12 +102,18 @@ def _read_run(run: Path, checkpoint: int | str | None) -> Weights | Scaled:
     lora = chosen.config.model.lora
     if lora is None:
         return chosen.weights
-    plain = {name.replace(".default.weight", ".weight"): weight for name, weight in chosen.weights.items()}
+    plain = {
+        name.replace(".default.weight", ".weight"): weight
+        for name, weight in chosen.weights.items()
+    }
     return Scaled(plain, lora.alpha / lora.rank, lora.rank)
 
 
 def _read_model(path: str) -> Weights:
-    return {name: parameter.detach() for name, parameter in load_denoiser(path, torch.float32).named_parameters()}
+    return {
+        name: parameter.detach()
+        for name, parameter in load_denoiser(path, torch.float32).named_parameters()
+    }
 
 
 def _scale(alpha, rank: int, path: Path) -> float:
@@ -109,11 +132,17 @@ def check_sources(sources: list[Source]) -> None:
     trained = [source for source in sources if source.run]
     for other in trained[1:]:
         if _same_place(other.model) != _same_place(trained[0].model):
-            bases = f"{trained[0].path} started from {trained[0].model}, {other.path} from {other.model}"
+            bases = (
+                f"{trained[0].path} started from {trained[0].model}, {other.path} from"
+                f" {other.model}"
+            )
             raise UserError(f"{bases}; only runs of one base model can be merged")
     families = {check_model(source.model): source.path for source in sources if source.model}
     if len(families) > 1:
-        raise UserError("; ".join(f"{path} is of a {family}" for family, path in families.items()) + ": only one model can be merged")
+        raise UserError(
+            "; ".join(f"{path} is of a {family}" for family, path in families.items())
+            + ": only one model can be merged"
+        )
 
 
 def _same_place(model: str) -> str:
@@ -121,21 +150,33 @@ def _same_place(model: str) -> str:
 
 
 def shares(given: list[float] | None, count: int) -> list[float]:
-    """Each source's part of the mean; None: equal parts. UserError unless they are as many as sources, above 0, and 1 together."""
+    """Each source's part of the mean; None: equal parts. UserError unless they are as many as
+    sources, above 0, and 1 together."""
     if given is None:
         return [1 / count] * count
-    if len(given) != count or not all(math.isfinite(w) and w > 0 for w in given) or abs(sum(given) - 1) > 1e-6:
-        raise UserError(f"--weights: expected {count} numbers above 0 whose sum is 1, got {' '.join(f'{w:g}' for w in given)}")
+    if (
+        len(given) != count
+        or not all(math.isfinite(w) and w > 0 for w in given)
+        or abs(sum(given) - 1) > 1e-6
+    ):
+        raise UserError(
+            f"--weights: expected {count} numbers above 0 whose sum is 1, got"
+            f" {' '.join(f'{w:g}' for w in given)}"
+        )
     return given
 
 
 def merge_models(sources: list[Source], parts: list[float]) -> Weights:
-    """The weighted mean of whole weights, fp32; one source is held at a time. UserError where names or shapes differ."""
+    """The weighted mean of whole weights, fp32; one source is held at a time. UserError where names
+    or shapes differ."""
     found: Weights = {}
     for number, (source, part) in enumerate(zip(sources, parts, strict=True)):
         weights = source.read()
         if number == 0:
-            found = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
+            found = {
+                name: torch.zeros_like(weight, dtype=torch.float32)
+                for name, weight in weights.items()
+            }
         _check_alike(sources[0], _shapes(found), source, _shapes(weights))
         for name, weight in weights.items():
             found[name].add_(weight.float(), alpha=part)
@@ -143,10 +184,11 @@ def merge_models(sources: list[Source], parts: list[float]) -> Weights:
 
 
 def merge_adapters(sources: list[Source], parts: list[float]) -> tuple[Adapters, int]:
-    """Adapters of scale 1 (alpha = rank) that add the weighted mean of what the sources add, fp32, and their rank, the sum of ranks.
+    """Adapters of scale 1 (alpha = rank) that add the weighted mean of what the sources add, fp32,
+    and their rank, the sum of ranks.
 
-    A = [A_1; A_2; ...], B = [p_1 s_1 B_1, p_2 s_2 B_2, ...] for parts p and scales s, so B A = sum_i p_i s_i B_i A_i. UserError where
-    layers or their sizes differ; ranks may differ.
+    A = [A_1; A_2; ...], B = [p_1 s_1 B_1, p_2 s_2 B_2, ...] for parts p and scales s, so B A =
+    sum_i p_i s_i B_i A_i. UserError where layers or their sizes differ; ranks may differ.
     """
     read = [source.read() for source in sources]
     for source, scaled in zip(sources, read, strict=True):
@@ -156,7 +198,10 @@ def merge_adapters(sources: list[Source], parts: list[float]) -> tuple[Adapters,
         if ".lora_A." in name:
             found[name] = torch.cat([scaled.weights[name].float() for scaled in read])
         else:
-            ups = [scaled.weights[name].float() * (part * scaled.scale) for part, scaled in zip(parts, read, strict=True)]
+            ups = [
+                scaled.weights[name].float() * (part * scaled.scale)
+                for part, scaled in zip(parts, read, strict=True)
+            ]
             found[name] = torch.cat(ups, dim=1)
     return found, sum(scaled.rank for scaled in read)
 
@@ -167,17 +212,25 @@ def _shapes(weights: Weights) -> dict[str, list[int]]:
 
 def _sizes(adapters: Adapters) -> dict[str, list[int]]:
     """What an adapter's shape says of its layer: the inputs of A, the outputs of B."""
-    return {name: [weight.shape[1 if ".lora_A." in name else 0]] for name, weight in adapters.items()}
+    return {
+        name: [weight.shape[1 if ".lora_A." in name else 0]] for name, weight in adapters.items()
+    }
 
 
-def _check_alike(first: Source, mine: dict[str, list[int]], other: Source, theirs: dict[str, list[int]]) -> None:
+def _check_alike(
+    first: Source, mine: dict[str, list[int]], other: Source, theirs: dict[str, list[int]]
+) -> None:
     for name in sorted(mine.keys() | theirs.keys()):
         if name not in mine or name not in theirs:
             holder, lacks = (first, other) if name in mine else (other, first)
-            raise UserError(f"{holder.path} holds {name}, which {lacks.path} lacks; only weights of the same layers can be merged")
+            raise UserError(
+                f"{holder.path} holds {name}, which {lacks.path} lacks; only weights of the same"
+                " layers can be merged"
+            )
         if mine[name] != theirs[name]:
             raise UserError(
-                f"{name} has size {mine[name]} in {first.path} and {theirs[name]} in {other.path}; they are of different models"
+                f"{name} has size {mine[name]} in {first.path} and {theirs[name]} in {other.path};"
+                " they are of different models"
             )
 
 

@@ -1,9 +1,9 @@
 """The folder that a command writes (--out): one rule for all commands.
 
-What exists is refused unless it is an empty folder. Nothing is removed or renamed that the command did not make itself: files are
-written into a draft with a unique name, beside the folder or, where that exists and is empty, inside it (it may be a
-mount point or a link). A failure takes the draft away, and the parents that were made for it. The run's own directory is never
-an output.
+What exists is refused unless it is an empty folder. Nothing is removed or renamed that the command
+did not make itself: files are written into a draft with a unique name, beside the folder or, where
+that exists and is empty, inside it (it may be a mount point or a link). A failure takes the draft
+away, and the parents that were made for it. The run's own directory is never an output.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ FULL, NEARLY_FULL = (errno.ENOSPC, errno.EDQUOT), 16 << 20  # bytes
 def new_folder(out: Path, *run_dirs: Path) -> Iterator[Path]:
     """Yield a draft folder to write into; when the block ends well, its files are the folder `out`.
 
-    Enter it before the costly work: everything that can be refused is refused on entering. Raises UserError, also where the
-    disk is full, and where something else has appeared at `out` meanwhile; then the finished draft is kept and named.
+    Enter it before the costly work: everything that can be refused is refused on entering. Raises
+    UserError, also where the disk is full, and where something else has appeared at `out`
+    meanwhile; then the finished draft is kept and named.
     """
     with _refusals(out):
         target = _checked(out, run_dirs)
@@ -45,7 +46,9 @@ def new_folder(out: Path, *run_dirs: Path) -> Iterator[Path]:
         _publish(target, outer, draft)
     except OSError as error:
         meanwhile = f"{error.strerror or error}; something else was written there meanwhile"
-        raise UserError(f"--out {out}: {meanwhile}; the files of this command are in {draft}") from None
+        raise UserError(
+            f"--out {out}: {meanwhile}; the files of this command are in {draft}"
+        ) from None
 
 
 @contextmanager
@@ -54,18 +57,29 @@ def _refusals(out: Path) -> Iterator[None]:
         yield
     except (OSError, ValueError) as error:  # ValueError: a NUL character in the name
         where = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
-        raise UserError(f"--out {out}: cannot be written: {getattr(error, 'strerror', None) or error}{where}") from None
+        raise UserError(
+            f"--out {out}: cannot be written: {getattr(error, 'strerror', None) or error}{where}"
+        ) from None
 
 
 def _checked(out: Path, run_dirs: tuple[Path, ...]) -> Path:
     """Where `out` lies, links resolved; UserError unless it may be written."""
     if out.is_symlink() and not out.exists():
-        raise UserError(f"--out {out} is a link to something that does not exist; name the folder itself")
+        raise UserError(
+            f"--out {out} is a link to something that does not exist; name the folder itself"
+        )
     target = Path(os.path.realpath(out))
     for run_dir in run_dirs:
-        inside = [place for place in (target, *target.parents) if place.exists() and run_dir.exists() and place.samefile(run_dir)]
+        inside = [
+            place
+            for place in (target, *target.parents)
+            if place.exists() and run_dir.exists() and place.samefile(run_dir)
+        ]
         if inside:
-            raise UserError(f"--out {out} is {'' if inside[0] == target else 'inside '}the run directory {run_dir}; choose another folder")
+            raise UserError(
+                f"--out {out} is {'' if inside[0] == target else 'inside '}the run directory"
+                f" {run_dir}; choose another folder"
+            )
     if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"--out {out} exists and is not an empty folder; choose another")
     return target
@@ -108,7 +122,8 @@ def _remove_empty(made: list[Path]) -> None:
 
 
 def _publish(target: Path, outer: Path, draft: Path) -> None:
-    """Put the draft in place, over nothing but an empty folder; OSError where there is something else."""
+    """Put the draft in place, over nothing but an empty folder; OSError where there is something
+    else."""
     if outer.parent == target:  # an empty folder of the user's stays the same folder
         if os.listdir(target) != [outer.name]:
             raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
@@ -122,7 +137,8 @@ def _publish(target: Path, outer: Path, draft: Path) -> None:
 
 
 def disk_is_full(error: Exception, place: Path) -> bool:
-    """Whether a write failed for want of space. torch.save tells of it by a RuntimeError, safetensors by an error of its own."""
+    """Whether a write failed for want of space. torch.save tells of it by a RuntimeError,
+    safetensors by an error of its own."""
     if isinstance(error, OSError):
         return error.errno in FULL
     unnamed = isinstance(error, RuntimeError) and shutil.disk_usage(place).free < NEARLY_FULL

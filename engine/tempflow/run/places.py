@@ -1,8 +1,9 @@
-"""Where the files lie that a config names: made absolute when a run begins, found again when the run or its files were moved.
+"""Where the files lie that a config names: made absolute when a run begins, found again when the
+run or its files were moved.
 
-config.json holds absolute paths. The run directory's own place is among them, so a path can also be followed from the run
-directory: that finds it after a clone was moved or copied together with its runs. All functions take a config as nested
-tables, of which any part may be missing.
+config.json holds absolute paths. The run directory's own place is among them, so a path can also be
+followed from the run directory: that finds it after a clone was moved or copied together with its
+runs. All functions take a config as nested tables, of which any part may be missing.
 """
 
 from __future__ import annotations
@@ -14,9 +15,21 @@ from typing import Callable
 
 from tempflow.errors import VALUE, UserError, shortened
 
-STARTED_IN = "$started_in"  # in config.json: folders of the commands that started or resumed the run, where its modules lie
-_MADE = ("data.embedding_cache", "logging.dir")  # made by the run where they do not exist; of the others some are hub ids
-_PATHS = ("model.path", "model.lora.start", "data.train", "data.train.dataset", "data.heldout", "data.heldout.dataset", *_MADE)
+# in config.json: folders of the commands that started or resumed the run, where its modules lie
+STARTED_IN = "$started_in"
+_MADE = (
+    "data.embedding_cache",
+    "logging.dir",
+)  # made by the run where they do not exist; of the others some are hub ids
+_PATHS = (
+    "model.path",
+    "model.lora.start",
+    "data.train",
+    "data.train.dataset",
+    "data.heldout",
+    "data.heldout.dataset",
+    *_MADE,
+)
 _REWARD_OPTIONS = ("path", "base", "head", "tokenizer", "rubric_file")
 
 
@@ -27,7 +40,12 @@ def expanded(table: dict) -> None:
 
 def absolute(table: dict) -> None:
     """Make paths that exist, or that the run makes, absolute, in place."""
-    _change(table, lambda key, value: os.path.abspath(value) if key in _MADE or os.path.exists(value) else value)
+    _change(
+        table,
+        lambda key, value: (
+            os.path.abspath(value) if key in _MADE or os.path.exists(value) else value
+        ),
+    )
 
 
 def resolved(table: dict) -> None:
@@ -38,8 +56,9 @@ def resolved(table: dict) -> None:
 def relocate(table: dict, run_dir: Path) -> None:
     """Change the paths of a run's config.json, in place, to where the files are now.
 
-    A relative path, as runs of older versions have it, is looked up from the working directory and from the folders above the run. Of
-    a run that was moved, each path is followed from the run directory first.
+    A relative path, as runs of older versions have it, is looked up from the working directory and
+    from the folders above the run. Of a run that was moved, each path is followed from the run
+    directory first.
     """
     began = _began_in(table)
     here = list(dict.fromkeys([os.path.abspath(run_dir), os.path.realpath(run_dir)]))
@@ -50,7 +69,8 @@ def relocate(table: dict, run_dir: Path) -> None:
 
 
 def module_folders(table: dict, run_dir: Path) -> list[str]:
-    """Folders in which modules of the run's rewards may lie: where it was started, as seen from the run directory and as it was."""
+    """Folders in which modules of the run's rewards may lie: where it was started, as seen from the
+    run directory and as it was."""
     began, found = _began_in(table), []
     for folder in table.get(STARTED_IN, []):
         if began is not None:
@@ -62,13 +82,20 @@ def module_folders(table: dict, run_dir: Path) -> list[str]:
 def _began_in(table: dict) -> str | None:
     """The run directory when config.json was written; None in a config with relative paths."""
     logging = table.get("logging")
-    known = isinstance(logging, dict) and isinstance(logging.get("name"), str) and os.path.isabs(str(logging.get("dir", "")))
+    known = (
+        isinstance(logging, dict)
+        and isinstance(logging.get("name"), str)
+        and os.path.isabs(str(logging.get("dir", "")))
+    )
     return os.path.join(logging["dir"], logging["name"]) if known else None
 
 
 def _find(began: str | None, here: list[str], key: str, value: str) -> str:
     if not os.path.isabs(value):
-        candidates = [os.path.join(folder, value) for folder in (os.getcwd(), *map(str, Path(here[0]).parents))]
+        candidates = [
+            os.path.join(folder, value)
+            for folder in (os.getcwd(), *map(str, Path(here[0]).parents))
+        ]
     else:
         candidates = [] if began is None else [_followed(value, began, place) for place in here]
         candidates.append(value)
@@ -86,7 +113,10 @@ def at_home(path: str) -> str:
     found = os.path.expanduser(path)
     if found.startswith("~") and not os.path.exists(found):
         given = shortened(path, VALUE)
-        raise ValueError(f"{given} begins with ~, and no such home folder is known here; set HOME, or write the path in full")
+        raise ValueError(
+            f"{given} begins with ~, and no such home folder is known here; set HOME, or write the"
+            " path in full"
+        )
     return found
 
 
@@ -100,7 +130,11 @@ def _expand(key: str, value: str) -> str:
 def _change(table: dict, change: Callable[[str, str], str]) -> None:
     """Put change(key, value) for every path that the tables name."""
     rewards = table.get("rewards")
-    options = [("rewards", name, key) for name in (rewards if isinstance(rewards, dict) else ()) for key in _REWARD_OPTIONS]
+    options = [
+        ("rewards", name, key)
+        for name in (rewards if isinstance(rewards, dict) else ())
+        for key in _REWARD_OPTIONS
+    ]
     for *sections, key in (*(path.split(".") for path in _PATHS), *options):
         inner = table
         for section in sections:

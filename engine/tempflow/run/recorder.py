@@ -1,4 +1,5 @@
-"""What a run leaves behind while it goes on: metrics.jsonl, samples, trackers, the console and the report, all from rank 0."""
+"""What a run leaves behind while it goes on: metrics.jsonl, samples, trackers, the console and the
+report, all from rank 0."""
 
 from __future__ import annotations
 
@@ -21,13 +22,16 @@ class Recorder:
     Args:
         config: of the run.
         run_dir: claimed before.
-        report: draws the run so far and returns the file it wrote; called on rank 0 after each evaluation.
+        report: draws the run so far and returns the file it wrote; called on rank 0 after each
+            evaluation.
         main: whether this is rank 0; elsewhere nothing is written or printed.
 
     Raises UserError for settings of trackers that cannot work, before a model is loaded.
     """
 
-    def __init__(self, config: Config, run_dir: Path, report: Callable[[Path], Path], main: bool = True):
+    def __init__(
+        self, config: Config, run_dir: Path, report: Callable[[Path], Path], main: bool = True
+    ):
         self.config, self.run_dir, self.main, self._report = config, run_dir, main, report
         self.byproducts = ByProducts()
         chosen = config.logging
@@ -43,7 +47,8 @@ class Recorder:
             self.console.note(text) if self.console else print(text)
 
     def begin(self, reached: int, console: Console) -> None:
-        """Open the records; rows past the iteration `reached` are of a run that never got to a checkpoint, and are dropped."""
+        """Open the records; rows past the iteration `reached` are of a run that never got to a
+        checkpoint, and are dropped."""
         self.console = console
         self.trackers.begin(after=reached)
         if not self.main:
@@ -52,7 +57,9 @@ class Recorder:
             self._log = MetricsLog(self.run_dir)
             self._log.truncate_after(reached)
         except OSError as error:
-            raise RankError(f"{self.run_dir / METRICS_FILE} cannot be written: {error.strerror}") from None
+            raise RankError(
+                f"{self.run_dir / METRICS_FILE} cannot be written: {error.strerror}"
+            ) from None
 
     def close(self) -> None:
         if self._log:
@@ -76,13 +83,16 @@ class Recorder:
         self._last_row = metrics
 
     def merge_into_last_row(self, iteration: int, final: dict) -> None:
-        """The final evaluation belongs to the last iteration, which is on record already unless its row was lost."""
+        """The final evaluation belongs to the last iteration, which is on record already unless its
+        row was lost."""
         if not self.main:
             return
         last = self._last_row or next(reversed(read_metrics(self.run_dir)), {})
         kept = last.get("iteration") == iteration
         row = {"iteration": iteration, **(last if kept else {}), **final}
-        self.byproducts.attempt(METRICS_FILE, self._log.replace_last if kept else self._log.append, row)
+        self.byproducts.attempt(
+            METRICS_FILE, self._log.replace_last if kept else self._log.append, row
+        )
         self.trackers.log({"iteration": iteration, **final})
         self.console.iteration(row)
 
@@ -97,6 +107,11 @@ class Recorder:
         """Write the summary and the last report, and show where they are."""
         if not self.main:
             return
-        self.byproducts.attempt("summary.json", write_atomic, self.run_dir / "summary.json", json.dumps(summary, indent=1))
+        self.byproducts.attempt(
+            "summary.json",
+            write_atomic,
+            self.run_dir / "summary.json",
+            json.dumps(summary, indent=1),
+        )
         if report := self.byproducts.attempt("report.html", self._report, self.run_dir):
             self.note(f"report: {report}")

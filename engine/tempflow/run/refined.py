@@ -1,4 +1,5 @@
-"""A refinement of a run's model or a config's: opened, scored by the reward workers, and written as images, numbers and a plot."""
+"""A refinement of a run's model or a config's: opened, scored by the reward workers, and written as
+images, numbers and a plot."""
 
 from __future__ import annotations
 
@@ -35,19 +36,28 @@ class Found:
     rounds: list[Round] = field(default_factory=list)
 
     def write(self, folder: Path, prompts: list[Example], facts: dict) -> None:
-        """Write each prompt's images or videos side by side (condition images, the first one made, then the best after each round), the
-        best alone, those of all prompts in one image, rewards.json with `facts` and, where matplotlib is installed, rewards.png."""
+        """Write each prompt's images or videos side by side (condition images, the first one made,
+        then the best after each round), the best alone, those of all prompts in one image,
+        rewards.json with `facts` and, where matplotlib is installed, rewards.png."""
         strips, names = [], []
         for n, prompt in enumerate(prompts):
-            made = [images[n] for images in (self.first_images, *(each.images for each in self.rounds))]
+            made = [
+                images[n] for images in (self.first_images, *(each.images for each in self.rounds))
+            ]
             before = collage.conditions(prompt, made[0].shape[-3])
             strips.append(collage.row([*before, *map(still, made)]))
             names.append(encoded(collage.row([*before, *made])).write(folder, f"{n:04d}"))
             encoded(made[-1]).write(folder, f"{n:04d}_best")
         encoded(collage.column(strips)).write(folder, "all")
-        content = {**facts, "first": _number(np.nanmean(self.first_rewards)), "rounds": [_described(each) for each in self.rounds]}
+        content = {
+            **facts,
+            "first": _number(np.nanmean(self.first_rewards)),
+            "rounds": [_described(each) for each in self.rounds],
+        }
         content["items"] = [self._item(n, prompt, names[n]) for n, prompt in enumerate(prompts)]
-        (folder / "rewards.json").write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")
+        (folder / "rewards.json").write_text(
+            json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8"
+        )
         if find_spec("matplotlib"):
             _draw_plot(folder / "rewards.png", self)
 
@@ -64,14 +74,29 @@ class Found:
 class PoolJudge:
     """Decodes latents and sends them to the reward workers."""
 
-    def __init__(self, sampler: Sampler, pool: RewardPool, specs: list[RewardSpec], prompts: list[Example], advance):
-        self.sampler, self.pool, self.specs, self.prompts, self.advance = sampler, pool, specs, prompts, advance
+    def __init__(
+        self,
+        sampler: Sampler,
+        pool: RewardPool,
+        specs: list[RewardSpec],
+        prompts: list[Example],
+        advance,
+    ):
+        self.sampler, self.pool, self.specs, self.prompts, self.advance = (
+            sampler,
+            pool,
+            specs,
+            prompts,
+            advance,
+        )
         self.counts = np.zeros(3, dtype=np.int64)  # images, without a reward, not finite
 
     def __call__(self, places: list[int], latents: torch.Tensor):
         images, finite = self.sampler.decode(latents)
         asked = [self.prompts[n] for n in places]
-        ticket = self.pool.submit(images, [p.text for p in asked], [p.for_rewards for p in asked], finite=finite)
+        ticket = self.pool.submit(
+            images, [p.text for p in asked], [p.for_rewards for p in asked], finite=finite
+        )
 
         def wait() -> tuple[np.ndarray, np.ndarray]:
             rewards = combine(self.pool.gather([ticket])[0], self.specs).values
@@ -114,12 +139,33 @@ def search(
     def first(images: list[np.ndarray], rewards: np.ndarray) -> None:
         found.first_images, found.first_rewards = images, rewards
 
-    with RewardPool(specs, **config.reward_pool.pool()) as pool, Progress(transient=True) as progress:
+    with (
+        RewardPool(specs, **config.reward_pool.pool()) as pool,
+        Progress(transient=True) as progress,
+    ):
         probe(pool, specs, texts, metadata, model.sampler.size)
-        task = progress.add_task("refining", total=len(prompts) * options.children * (options.rounds + 1))
-        judge = PoolJudge(model.eval_sampler(), pool, specs, prompts, lambda n: progress.advance(task, n))
-        for each in refine(model, prompts, judge, options, seed=seed, num_steps=num_steps, suffix=suffix, first=first):
-            check_failed("this refinement", *judge.counts.tolist(), config.reward_pool.max_failed, pool.last_error)
+        task = progress.add_task(
+            "refining", total=len(prompts) * options.children * (options.rounds + 1)
+        )
+        judge = PoolJudge(
+            model.eval_sampler(), pool, specs, prompts, lambda n: progress.advance(task, n)
+        )
+        for each in refine(
+            model,
+            prompts,
+            judge,
+            options,
+            seed=seed,
+            num_steps=num_steps,
+            suffix=suffix,
+            first=first,
+        ):
+            check_failed(
+                "this refinement",
+                *judge.counts.tolist(),
+                config.reward_pool.max_failed,
+                pool.last_error,
+            )
             found.rounds.append(each)
             progress.update(task, description=f"refining, reward {np.nanmean(each.rewards):.3f}")
     return found
@@ -151,12 +197,17 @@ def _draw_plot(file: Path, found: Found) -> None:
     rewards = np.stack([found.first_rewards, *(each.rewards for each in found.rounds)])
     images = [1, *(each.drawn.mean() for each in found.rounds)]
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
-    for axis, x, label in ((axes[0], images, "images of a prompt, mean"), (axes[1], [-1, *(r.number for r in found.rounds)], "round")):
+    for axis, x, label in (
+        (axes[0], images, "images of a prompt, mean"),
+        (axes[1], [-1, *(r.number for r in found.rounds)], "round"),
+    ):
         axis.plot(x, rewards, color="0.8", linewidth=0.8)
         axis.plot(x, np.nanmean(rewards, axis=1), color="tab:blue", marker="o", markersize=3)
         axis.set_xlabel(label)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[1].set_xticks([-1, *(r.number for r in found.rounds)], ["one", *(str(r.number) for r in found.rounds)])
+    axes[1].set_xticks(
+        [-1, *(r.number for r in found.rounds)], ["one", *(str(r.number) for r in found.rounds)]
+    )
     axes[0].set_ylabel("reward of the best")
     figure.tight_layout()
     figure.savefig(file, dpi=150)

@@ -1,7 +1,9 @@
-"""Refinement guided by a reward, without training: images are noised to a middle step, drawn again, and the best is kept.
+"""Refinement guided by a reward, without training: images are noised to a middle step, drawn again,
+and the best is kept.
 
-After reward-guided iterative refinement (arXiv 2502.14944), with the scheduler that training rolls out with: in each round an incumbent
-x_0 becomes x_k = (1 - sigma_k) x_0 + sigma_k eps, from which candidates go on to sigma 0. Zero rounds are best of n.
+After reward-guided iterative refinement (arXiv 2502.14944), with the scheduler that training rolls
+out with: in each round an incumbent x_0 becomes x_k = (1 - sigma_k) x_0 + sigma_k eps, from which
+candidates go on to sigma 0. Zero rounds are best of n.
 """
 
 from __future__ import annotations
@@ -22,10 +24,13 @@ from tempflow.sampling.scheduler import integrate
 from tempflow.sampling.steps import Grid
 from tempflow.types import Example, Row, Unit
 
-FIRST_ROUND = evaluation.EVAL_ITERATION - 1  # the noise of round r is that of iteration FIRST_ROUND - r, which no training has
+FIRST_ROUND = (
+    evaluation.EVAL_ITERATION - 1
+)  # the noise of round r is that of iteration FIRST_ROUND - r, which no training has
 
 Judge = Callable[[list[int], torch.Tensor], Callable[[], tuple[np.ndarray, np.ndarray]]]
-"""From places of prompts [n] and final latents [n, ...] to a call that waits for images [n, ...] and rewards [n], NaN where one failed."""
+"""From places of prompts [n] and final latents [n, ...] to a call that waits for images [n, ...]
+and rewards [n], NaN where one failed."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +44,9 @@ class Search:
     steps: tuple[int, int] = (0, 0)
     """k in the first round and in the last; those between lie evenly."""
     branch: bool = True
-    """True: one noise for all candidates of a round, of which the first follows the ODE and the others leave it by one step of the
-    SDE, as in training. False: each has a noise of its own and follows the ODE."""
+    """True: one noise for all candidates of a round, of which the first follows the ODE and the
+    others leave it by one step of the SDE, as in training. False: each has a noise of its own and
+    follows the ODE."""
     target: float | None = None
     """A prompt whose reward has reached it is left alone."""
 
@@ -64,9 +70,17 @@ class Incumbents:
     def consider(self, prompt: int, image: np.ndarray, latent: torch.Tensor, reward: float) -> None:
         """Take a candidate that is better than the incumbent; of equals the earlier stays."""
         known = self.rewards[prompt]
-        if self.images[prompt] is None or reward > known or (np.isnan(known) and not np.isnan(reward)):
+        if (
+            self.images[prompt] is None
+            or reward > known
+            or (np.isnan(known) and not np.isnan(reward))
+        ):
             # Copied: a view would keep its whole batch in memory, gigabytes of videos.
-            self.images[prompt], self.latents[prompt], self.rewards[prompt] = np.array(image), latent, reward
+            self.images[prompt], self.latents[prompt], self.rewards[prompt] = (
+                np.array(image),
+                latent,
+                reward,
+            )
 
 
 @dataclass(frozen=True)
@@ -128,12 +142,18 @@ class _Refinement:
         self.sampler = model.eval_sampler()
         sigmas = self.sampler.sigmas(self.steps)
         self.grid = Grid(sigmas, model.config.sde().coefficients(sigmas))
-        self.denoise = Denoise(self.sampler, model.policy.denoiser(), model.embeddings.each(prompts), {n: n for n in range(len(prompts))})
+        self.denoise = Denoise(
+            self.sampler,
+            model.policy.denoiser(),
+            model.embeddings.each(prompts),
+            {n: n for n in range(len(prompts))},
+        )
         self.best = Incumbents(len(prompts))
         self.drawn, self.forwards = np.zeros(len(prompts), dtype=np.int64), 0
 
     def begin(self, first: Callable) -> Round:
-        """Round 0: candidates from initial noise, seed by seed; one seed is drawn while another is scored."""
+        """Round 0: candidates from initial noise, seed by seed; one seed is drawn while another is
+        scored."""
         submitted: list[tuple] = []
         for j in range(self.search.children):
             submitted, before = list(self._sampled(self.seed + j)), submitted
@@ -148,14 +168,20 @@ class _Refinement:
     def _sampled(self, seed: int) -> Iterator[tuple]:
         """Every prompt once from a seed's noise."""
         everyone = list(range(len(self.prompts)))
-        for part, latents in evaluation.final_latents(self.model, self.prompts, everyone, num_steps=self.steps, seed=seed):
+        for part, latents in evaluation.final_latents(
+            self.model, self.prompts, everyone, num_steps=self.steps, seed=seed
+        ):
             self.forwards += len(part) * self.steps
             yield part, latents, self.judge(part, latents)
 
     def open(self) -> list[int]:
         """Prompts that are still searched."""
         target = self.search.target
-        return [n for n, reward in enumerate(self.best.rewards) if target is None or not reward >= target]
+        return [
+            n
+            for n, reward in enumerate(self.best.rewards)
+            if target is None or not reward >= target
+        ]
 
     def round(self, number: int) -> Round:
         k, noise = self.search.step(number), Noise(self.seed, FIRST_ROUND - number)
@@ -170,19 +196,36 @@ class _Refinement:
         if not self.search.branch:
             return [Row(unit, k, path=(j,)) for unit in units for j in range(count)]
         trunks = [Row(unit, k) for unit in units]
-        return trunks + [Row(unit, k, frozenset([k]), parent=n, path=(j,)) for n, unit in enumerate(units) for j in range(count - 1)]
+        return trunks + [
+            Row(unit, k, frozenset([k]), parent=n, path=(j,))
+            for n, unit in enumerate(units)
+            for j in range(count - 1)
+        ]
 
     def _noised(self, row: Row, k: int, noise: Noise) -> torch.Tensor:
         """The incumbent at sigma_k."""
         incumbent, sigma = self.best.latents[row.unit.prompt], self.grid.sigmas[k].item()
-        eps = noise.sample([noise.key(row.unit, AFTERWARDS, row.path)], self.sampler.latent_shape, incumbent.device)[0]
+        eps = noise.sample(
+            [noise.key(row.unit, AFTERWARDS, row.path)], self.sampler.latent_shape, incumbent.device
+        )[0]
         return (1 - sigma) * incumbent + sigma * eps
 
-    def _candidates(self, rows: list[Row], given: dict[int, torch.Tensor], noise: Noise) -> list[tuple]:
-        """The finished candidates, submitted to the judge in batches of `rollout.decode_batch` while others go on."""
+    def _candidates(
+        self, rows: list[Row], given: dict[int, torch.Tensor], noise: Noise
+    ) -> list[tuple]:
+        """The finished candidates, submitted to the judge in batches of `rollout.decode_batch`
+        while others go on."""
         r, waiting, submitted = self.model.config.rollout, [], []
         forest, before = Forest(rows, list(range(len(rows))), {}), self.forwards
-        for arrived in integrate(forest, self.denoise, self.grid, noise, micro_batch=r.rows, suffix=self.suffix, given=given):
+        for arrived in integrate(
+            forest,
+            self.denoise,
+            self.grid,
+            noise,
+            micro_batch=r.rows,
+            suffix=self.suffix,
+            given=given,
+        ):
             self.forwards = before + arrived.stats.forwards
             waiting += list(zip(arrived.rows, arrived.latents if arrived.rows else [], strict=True))
             while len(waiting) >= r.decode_batch:
@@ -193,7 +236,10 @@ class _Refinement:
         return submitted
 
     def _submit(self, rows: list[Row], some: list[tuple[int, torch.Tensor]]) -> tuple:
-        places, latents = [rows[n].unit.prompt for n, _ in some], torch.stack([latent for _, latent in some])
+        places, latents = (
+            [rows[n].unit.prompt for n, _ in some],
+            torch.stack([latent for _, latent in some]),
+        )
         return places, latents, self.judge(places, latents)
 
     def _take(self, submitted: list[tuple]) -> None:
@@ -205,4 +251,11 @@ class _Refinement:
             np.add.at(self.drawn, places, 1)
 
     def _round(self, number: int, step: int | None) -> Round:
-        return Round(number, step, list(self.best.images), self.best.rewards.copy(), self.drawn.copy(), self.forwards)
+        return Round(
+            number,
+            step,
+            list(self.best.images),
+            self.best.rewards.copy(),
+            self.drawn.copy(),
+            self.forwards,
+        )

@@ -1,7 +1,7 @@
 """Early stopping: one metric, followed over a run's evaluations.
 
-The rule keeps nothing but what the evaluations on record say, so a resumed run reads it off metrics.jsonl: it goes on exactly
-where it was, also under a rule that was changed in between.
+The rule keeps nothing but what the evaluations on record say, so a resumed run reads it off
+metrics.jsonl: it goes on exactly where it was, also under a rule that was changed in between.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from tempflow.config import Stop
 
 
 def is_evaluation(row: dict, every: int) -> bool:
-    """Whether a row of metrics.jsonl holds one of the run's regular evaluations; the last one comes when the run ends."""
+    """Whether a row of metrics.jsonl holds one of the run's regular evaluations; the last one comes
+    when the run ends."""
     return "eval/reward" in row and row["iteration"] % every == 0
 
 
@@ -24,7 +25,8 @@ class StopRule:
         self.best, self.best_at, self.waited = -math.inf, 0, 0
 
     def observe(self, row: dict) -> str | None:
-        """Why the run should stop after this evaluation, or None. A row whose metric is missing or NaN is ignored."""
+        """Why the run should stop after this evaluation, or None. A row whose metric is missing or
+        NaN is ignored."""
         value = row.get(self.rule.metric)
         if value is None or not math.isfinite(value):
             return None
@@ -38,7 +40,10 @@ class StopRule:
             return None
         self.waited += 1
         if self.rule.patience is not None and self.waited >= self.rule.patience:
-            return f"{name}, no better than {self.best:.4g} at iteration {self.best_at} for {self.waited} evaluations"
+            return (
+                f"{name}, no better than {self.best:.4g} at iteration {self.best_at} for"
+                f" {self.waited} evaluations"
+            )
         return None
 
     def replay(self, rows: list[dict], every: int) -> str | None:

@@ -1,4 +1,5 @@
-"""Standard output and standard error that may break without ending the command: a closed pipe, a full disk, a lost terminal."""
+"""Standard output and standard error that may break without ending the command: a closed pipe, a
+full disk, a lost terminal."""
 
 from __future__ import annotations
 
@@ -8,11 +9,17 @@ import sys
 
 from tempflow.errors import UserError
 
-GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO)  # what was at the other end will not come back
+GONE = (
+    errno.EPIPE,
+    errno.EIO,
+    errno.EBADF,
+    errno.ENXIO,
+)  # what was at the other end will not come back
 
 
 class Steady:
-    """A text stream whose writes never raise. The first one that fails is told of on stderr, if this is another stream.
+    """A text stream whose writes never raise. The first one that fails is told of on stderr, if
+    this is another stream.
 
     lost: whether one has failed.
     """
@@ -44,24 +51,33 @@ class Steady:
         return getattr(self._stream, name)
 
     def _lose(self, error: Exception) -> None:
-        if getattr(error, "errno", None) in GONE:  # whatever is still in a buffer goes nowhere, also when Python ends
+        if (
+            getattr(error, "errno", None) in GONE
+        ):  # whatever is still in a buffer goes nowhere, also when Python ends
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
         told, self.lost = self.lost, True
         if not told and sys.stderr is not self:
             reason = getattr(error, "strerror", None) or error
-            print(f"warning: {self._name} cannot be written ({reason}); the command goes on without it", file=sys.stderr, flush=True)
+            print(
+                f"warning: {self._name} cannot be written ({reason}); the command goes on"
+                " without it",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def check_result() -> None:
-    """UserError where standard output, whose content is a command's result, did not take all of it."""
+    """UserError where standard output, whose content is a command's result, did not take all of
+    it."""
     if isinstance(sys.stdout, Steady) and sys.stdout.lost:
         raise UserError("the result could not be written to standard output")
 
 
 def steady() -> None:
-    """Make this process's standard streams steady. A descriptor that is closed is opened to nowhere, or some file would get it."""
+    """Make this process's standard streams steady. A descriptor that is closed is opened to
+    nowhere, or some file would get it."""
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)

@@ -1,8 +1,9 @@
 """Copies of a run's metrics and images for people who have TensorBoard or W&B open.
 
-They are by-products: what fails after the start is told of once, and the run goes on. Events are written here and now, not in
-TensorBoard's own thread, which prints a traceback when the disk is full and never writes again. Nothing here imports torch,
-tensorboard or wandb before a run asks for them.
+They are by-products: what fails after the start is told of once, and the run goes on. Events are
+written here and now, not in TensorBoard's own thread, which prints a traceback when the disk is
+full and never writes again. Nothing here imports torch, tensorboard or wandb before a run asks for
+them.
 """
 
 from __future__ import annotations
@@ -25,18 +26,25 @@ GRID_FRAMES = 4  # of a video
 
 
 class Trackers:
-    """Copies of metrics and sample images to TensorBoard and to W&B; with neither, every call does nothing.
+    """Copies of metrics and sample images to TensorBoard and to W&B; with neither, every call does
+    nothing.
 
     run_dir      the run directory; events go to its tensorboard/ folder
     tensorboard  write TensorBoard events
-    wandb        None, or keyword arguments of wandb.init ({"project": "..."}); the run's name, folder and config
-                 are filled in, and a resumed run continues its W&B run
+    wandb        None, or keyword arguments of wandb.init ({"project": "..."}); the run's name,
+                 folder and config are filled in, and a resumed run continues its W&B run
     byproducts   reports what fails later on
 
     UserError where a package is missing or W&B cannot start.
     """
 
-    def __init__(self, run_dir, tensorboard: bool = False, wandb: dict | None = None, byproducts: ByProducts | None = None):
+    def __init__(
+        self,
+        run_dir,
+        tensorboard: bool = False,
+        wandb: dict | None = None,
+        byproducts: ByProducts | None = None,
+    ):
         self._try = (byproducts or ByProducts()).attempt
         self._wandb = Wandb(Path(run_dir), wandb) if wandb is not None else None
         self._board = Board(Path(run_dir) / "tensorboard") if tensorboard else None
@@ -50,11 +58,16 @@ class Trackers:
     def log(self, metrics: dict) -> None:
         """Write the finite numbers of one row of metrics.jsonl."""
         step = int(metrics["iteration"])
-        scalars = {key: value for key, value in plain_row(metrics).items() if _is_number(value) and key != "iteration"}
+        scalars = {
+            key: value
+            for key, value in plain_row(metrics).items()
+            if _is_number(value) and key != "iteration"
+        }
         self._each("log", scalars, step)
 
     def samples(self, folder) -> None:
-        """Write one sample set (a folder with samples.json and its images) as a grid, prompts as its caption."""
+        """Write one sample set (a folder with samples.json and its images) as a grid, prompts as
+        its caption."""
         if not (self._board or self._wandb):
             return
         info = json.loads((Path(folder) / "samples.json").read_text(encoding="utf-8"))
@@ -82,19 +95,30 @@ class Trackers:
 
 
 class Board:
-    """TensorBoard's event file; made with its first event, so that a start that fails leaves none."""
+    """TensorBoard's event file; made with its first event, so that a start that fails leaves
+    none."""
 
     def __init__(self, folder: Path):
-        self._summary = _load("torch.utils.tensorboard.summary", "logging.tensorboard", "tensorboard")
-        self._events = _load("tensorboard.compat.proto.event_pb2", "logging.tensorboard", "tensorboard")
-        self._framed = _load("tensorboard.summary.writer.record_writer", "logging.tensorboard", "tensorboard").RecordWriter(self)
-        self._path = folder / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+        self._summary = _load(
+            "torch.utils.tensorboard.summary", "logging.tensorboard", "tensorboard"
+        )
+        self._events = _load(
+            "tensorboard.compat.proto.event_pb2", "logging.tensorboard", "tensorboard"
+        )
+        self._framed = _load(
+            "tensorboard.summary.writer.record_writer", "logging.tensorboard", "tensorboard"
+        ).RecordWriter(self)
+        self._path = (
+            folder / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+        )
         self._file: AppendFile | None = None
 
     def begin(self, purge_step: int) -> None:
         """Open the file. Events of older files from `purge_step` on are not shown."""
         self._add(purge_step, file_version="brain.Event:2")
-        self._add(purge_step, session_log=self._events.SessionLog(status=self._events.SessionLog.START))
+        self._add(
+            purge_step, session_log=self._events.SessionLog(status=self._events.SessionLog.START)
+        )
 
     def log(self, scalars: dict, step: int) -> None:
         for key, value in scalars.items():
@@ -103,8 +127,12 @@ class Board:
     def samples(self, grid, caption: str, step: int) -> None:
         import numpy
 
-        self._add(step, summary=self._summary.image("samples", numpy.asarray(grid), dataformats="HWC"))
-        self._add(step, summary=self._summary.text("samples/prompts", caption.replace("\n", "  \n")))
+        self._add(
+            step, summary=self._summary.image("samples", numpy.asarray(grid), dataformats="HWC")
+        )
+        self._add(
+            step, summary=self._summary.text("samples/prompts", caption.replace("\n", "  \n"))
+        )
 
     def write(self, record: bytes) -> None:
         """Called by the RecordWriter with a whole framed record."""
@@ -118,7 +146,9 @@ class Board:
             self._file.close()
 
     def _add(self, step: int, **content) -> None:
-        self._framed.write(self._events.Event(wall_time=time.time(), step=step, **content).SerializeToString())
+        self._framed.write(
+            self._events.Event(wall_time=time.time(), step=step, **content).SerializeToString()
+        )
 
 
 class Wandb:
@@ -128,16 +158,27 @@ class Wandb:
         self._module = _load("wandb", "logging.wandb", "wandb")
         config_file = run_dir / "config.json"
         config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.exists() else {}
-        defaults = {"name": run_dir.name, "dir": str(run_dir), "config": config, "resume": "allow", "id": _wandb_id(run_dir)}
+        defaults = {
+            "name": run_dir.name,
+            "dir": str(run_dir),
+            "config": config,
+            "resume": "allow",
+            "id": _wandb_id(run_dir),
+        }
         try:
             self._run = self._module.init(**{**defaults, **options})
-            # A resumed run logs some iterations again; W&B refuses a step that goes back, not a metric that does.
+            # A resumed run logs some iterations again; W&B refuses a step that goes back, not a
+            # metric that does.
             self._run.define_metric("iteration")
             self._run.define_metric("*", step_metric="iteration")
-        except Exception as error:  # of many kinds: no login, no network, an argument that wandb.init does not take
+        # of many kinds: no login, no network, an argument that wandb.init does not take
+        except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:500].rstrip(".: ")
             advice = "log in with `wandb login`, set WANDB_MODE=offline, or set it null"
-            raise UserError(f"logging.wandb: wandb.init failed: {reason}. Its keys are arguments of wandb.init; {advice}") from None
+            raise UserError(
+                f"logging.wandb: wandb.init failed: {reason}. Its keys are arguments of wandb.init;"
+                f" {advice}"
+            ) from None
 
     def log(self, scalars: dict, step: int) -> None:
         self._run.log({"iteration": step, **scalars})
@@ -157,13 +198,17 @@ def _wandb_id(run_dir: Path) -> str:
 
 
 def image_grid(paths: list, columns: int = GRID_COLUMNS, side: int = GRID_SIDE):
-    """One PIL image with the images of `paths` in rows, each at most `side` pixels a side; of a video some frames, side by side."""
+    """One PIL image with the images of `paths` in rows, each at most `side` pixels a side; of a
+    video some frames, side by side."""
     from PIL import Image
 
     from tempflow.run.files import strip_of_file
 
     strips = [strip_of_file(path, side, GRID_FRAMES) for path in paths]
-    images, columns = [strip for strip, _ in strips], max(1, columns // max(frames for _, frames in strips))
+    images, columns = (
+        [strip for strip, _ in strips],
+        max(1, columns // max(frames for _, frames in strips)),
+    )
     width, height = (2 + max(getattr(p, axis) for p in images) for axis in ("width", "height"))
     columns = min(columns, len(images))
     grid = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
@@ -176,7 +221,10 @@ def _load(module: str, key: str, package: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        message = f"{key} is set, but {module} cannot be imported ({error}): pip install {package}, or unset {key}"
+        message = (
+            f"{key} is set, but {module} cannot be imported ({error}): pip install {package}, or"
+            f" unset {key}"
+        )
         raise UserError(message) from error
 
 

@@ -1,7 +1,8 @@
 """A run's model, before or after training, scored and sampled in one process without DeepSpeed.
 
-`choose` finds the run's config and a checkpoint; `score` and `draw` open the model as a session does (models/opened.py), with
-embeddings of their prompts alone, and without what training adds: reward workers, the engine, a float8 copy.
+`choose` finds the run's config and a checkpoint; `score` and `draw` open the model as a session
+does (models/opened.py), with embeddings of their prompts alone, and without what training adds:
+reward workers, the engine, a float8 copy.
 """
 
 from __future__ import annotations
@@ -28,17 +29,24 @@ from tempflow.types import Example
 NO_HELDOUT = "--prompts: the run has no held-out prompts; name a prompt file"
 
 
-def choose(run: Path, checkpoint: int | str | None, weights: str | None, base: bool = False) -> tuple[Config, load.Tuned | None]:
+def choose(
+    run: Path, checkpoint: int | str | None, weights: str | None, base: bool = False
+) -> tuple[Config, load.Tuned | None]:
     """The run's config and trained weights, None of the base. UserError as `load_tuned`."""
     chosen = None if base else load.load_tuned(run, checkpoint, weights)
     return (chosen.config if chosen else read_config(run)), chosen
 
 
-def prompts_of(config: Config, file: Path | None, count: int, otherwise: str = NO_HELDOUT) -> list[Example]:
-    """The first `count` prompts of a file, by default the run's held-out prompts; `otherwise` is the UserError without either."""
+def prompts_of(
+    config: Config, file: Path | None, count: int, otherwise: str = NO_HELDOUT
+) -> list[Example]:
+    """The first `count` prompts of a file, by default the run's held-out prompts; `otherwise` is
+    the UserError without either."""
     if not (file or config.data.heldout):
         raise UserError(otherwise)
-    return load_prompts(file or config.data.heldout, "--prompts" if file else "data.heldout")[:count]
+    return load_prompts(file or config.data.heldout, "--prompts" if file else "data.heldout")[
+        :count
+    ]
 
 
 @dataclass(frozen=True)
@@ -46,8 +54,9 @@ class Evaluated:
     """An evaluation of a run's model."""
 
     result: dict
-    """JSON values: each reward's mean by its name, and iteration, num_steps, seed, weights, prompts, reward, stderr, scored, failed,
-    rewards (mean, standard error and counts by name); beside a base also base_reward, base_stderr, gain, gain_stderr and the drift."""
+    """JSON values: each reward's mean by its name, and iteration, num_steps, seed, weights,
+    prompts, reward, stderr, scored, failed, rewards (mean, standard error and counts by name);
+    beside a base also base_reward, base_stderr, gain, gain_stderr and the drift."""
     scored: evaluation.Scored
     prompts: list[Example]
     facts: dict
@@ -56,8 +65,11 @@ class Evaluated:
     """The model before training on the same prompts and noise, where it was asked for."""
 
     def write(self, folder: Path) -> None:
-        """Write the images that were kept, and samples.json, into a folder that is new or empty; beside a base into base/ and tuned/."""
-        evaluation.write_samples(folder / "tuned" if self.base else folder, self.scored, self.prompts, self.facts)
+        """Write the images that were kept, and samples.json, into a folder that is new or empty;
+        beside a base into base/ and tuned/."""
+        evaluation.write_samples(
+            folder / "tuned" if self.base else folder, self.scored, self.prompts, self.facts
+        )
         if self.base:
             self.base.write(folder / "base")
 
@@ -79,7 +91,8 @@ def score(
         prompts: n of them.
         num_steps: ODE steps; None: as in the run's evaluations.
         keep: keep the images.
-        compare: score the model before training as well, and say how far the trained one is from it.
+        compare: score the model before training as well, and say how far the trained one is from
+            it.
 
     Raises UserError, also where more rewards fail than the run allows.
     """
@@ -88,13 +101,23 @@ def score(
     for line in check_prompts(specs, texts, metadata):
         note(line)
     model, base = open_model(config, prompts), None
-    with RewardPool(specs, **config.reward_pool.pool()) as scorers, Progress(transient=True) as progress:
+    with (
+        RewardPool(specs, **config.reward_pool.pool()) as scorers,
+        Progress(transient=True) as progress,
+    ):
         probe(scorers, specs, texts, metadata, model.sampler.size)
 
         def scored(name: str, which: load.Tuned | None) -> Evaluated:
             drawn = _drawn(model, prompts, num_steps, progress, name)
-            found = evaluation.evaluate(scorers, specs, prompts, drawn, keep=len(prompts) if keep else 0)
-            check_failed("this evaluation", *found.counts(), config.reward_pool.max_failed, scorers.last_error)
+            found = evaluation.evaluate(
+                scorers, specs, prompts, drawn, keep=len(prompts) if keep else 0
+            )
+            check_failed(
+                "this evaluation",
+                *found.counts(),
+                config.reward_pool.max_failed,
+                scorers.last_error,
+            )
             return _evaluated(found, prompts, which, model.eval_steps(num_steps))
 
         if compare:
@@ -105,7 +128,9 @@ def score(
     return _beside(base, done, config.eval.precision_recall) if base else done
 
 
-def _evaluated(scored: evaluation.Scored, prompts: list[Example], chosen: load.Tuned | None, steps: int) -> Evaluated:
+def _evaluated(
+    scored: evaluation.Scored, prompts: list[Example], chosen: load.Tuned | None, steps: int
+) -> Evaluated:
     facts = {
         "iteration": chosen.iteration if chosen else 0,
         "num_steps": steps,
@@ -140,19 +165,25 @@ def _beside(base: Evaluated, done: Evaluated, neighbors: int | None) -> Evaluate
 
 
 def draw(
-    config: Config, variants: dict[str, load.Tuned | None], prompts: list[Example], *, num_steps: int | None, seed: int
+    config: Config,
+    variants: dict[str, load.Tuned | None],
+    prompts: list[Example],
+    *,
+    num_steps: int | None,
+    seed: int,
 ) -> tuple[list[np.ndarray], int]:
     """Draw the prompts from the same noise with each variant of the model.
 
     Args:
         config: of the run.
-        variants: by the name that the progress display shows; None is the model before training and comes first.
+        variants: by the name that the progress display shows; None is the model before training and
+            comes first.
         prompts: n of them.
         num_steps: ODE steps; None: as in the run's evaluations.
         seed: of the noise.
 
-    Returns for each variant uint8 images [n, H, W, 3] or videos [n, F, H, W, 3], and how many hold NaN or infinity: a checkerboard
-    stands for each of these. Raises UserError.
+    Returns for each variant uint8 images [n, H, W, 3] or videos [n, F, H, W, 3], and how many hold
+    NaN or infinity: a checkerboard stands for each of these. Raises UserError.
     """
     model, made, missing = open_model(config, prompts), [], 0
     with Progress(transient=True) as progress:
@@ -167,8 +198,20 @@ def draw(
 
 
 def _drawn(
-    model: Opened, prompts: list[Example], num_steps: int | None, progress: Progress, name: str, seed: int = evaluation.EVAL_SEED
+    model: Opened,
+    prompts: list[Example],
+    num_steps: int | None,
+    progress: Progress,
+    name: str,
+    seed: int = evaluation.EVAL_SEED,
 ) -> Iterator:
     """What `evaluation.draw` yields for all prompts, shown as a task of the progress display."""
     task, indices = progress.add_task(name, total=len(prompts)), list(range(len(prompts)))
-    return evaluation.draw(model, prompts, indices, num_steps=num_steps, seed=seed, advance=lambda n: progress.advance(task, n))
+    return evaluation.draw(
+        model,
+        prompts,
+        indices,
+        num_steps=num_steps,
+        seed=seed,
+        advance=lambda n: progress.advance(task, n),
+    )

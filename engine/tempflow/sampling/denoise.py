@@ -1,4 +1,5 @@
-"""A forward of the transformer and the sampling step that follows it, as functions of tensors alone.
+"""A forward of the transformer and the sampling step that follows it, as functions of tensors
+alone.
 
 That is what a CUDA graph can capture: everything that differs from batch to batch is an input.
 """
@@ -48,15 +49,31 @@ class Denoise:
         return self if expert == self.expert else replace(self, expert=expert)
 
     def step(self, **inputs):
-        """One launch of everything: the velocity [n, ...], the next latents fp32 [n, 1, ...], their log-probabilities [n, 1]."""
+        """One launch of everything: the velocity [n, ...], the next latents fp32 [n, 1, ...], their
+        log-probabilities [n, 1]."""
         return self._step_along(self.transformer, **inputs)
 
     def coarse_step(self, **inputs):
         """The same with `coarse_transformer`."""
         return self._step_along(self.coarse_transformer, **inputs)
 
-    def _step_along(self, transformer, x, sigma, a, b, tau, key, v_before=None, bend=None, extrapolated=None, **conditioning):
-        v = self.sampler.velocity(self.sampler.policy.only(transformer, self.expert), x, sigma, conditioning)
+    def _step_along(
+        self,
+        transformer,
+        x,
+        sigma,
+        a,
+        b,
+        tau,
+        key,
+        v_before=None,
+        bend=None,
+        extrapolated=None,
+        **conditioning,
+    ):
+        v = self.sampler.velocity(
+            self.sampler.policy.only(transformer, self.expert), x, sigma, conditioning
+        )
         used = v
         if v_before is not None:  # v itself stays in its dtype, as training will see it
             used = v.float() + bend.reshape(-1, *[1] * (v.ndim - 1)) * (v.float() - v_before)

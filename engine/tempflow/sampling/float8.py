@@ -1,7 +1,9 @@
-"""A second transformer for suffix rows whose large linear layers multiply in float8; everything else it shares with the first.
+"""A second transformer for suffix rows whose large linear layers multiply in float8; everything
+else it shares with the first.
 
-Weights have a scale per output channel, activations one per token, found as they come. Only layers that see every token are
-converted: modulations act on one vector a row, where float8 would save nothing and cost accuracy.
+Weights have a scale per output channel, activations one per token, found as they come. Only layers
+that see every token are converted: modulations act on one vector a row, where float8 would save
+nothing and cost accuracy.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ _MODULATION = re.compile(r"(^|\.)(norm[^.]*|[^.]*mod|[^.]*modulation)(\.|$)")
 
 
 def float8_layers(transformer: torch.nn.Module) -> dict[str, torch.nn.Linear]:
-    """The linear layers of the repeated blocks that see every token and whose sizes float8 products allow, by name."""
+    """The linear layers of the repeated blocks that see every token and whose sizes float8 products
+    allow, by name."""
     blocks = tuple(block_lists(transformer))
     return {
         name: part
@@ -47,31 +50,49 @@ def block_lists(module: torch.nn.Module, prefix: str = "") -> Iterator[str]:
 
 def float8_bytes(transformer: torch.nn.Module) -> int:
     """What the copy holds beside the transformer itself: a byte a weight, and fp32 scales."""
-    return sum(layer.weight.numel() + 4 * layer.out_features for layer in float8_layers(transformer).values())
+    return sum(
+        layer.weight.numel() + 4 * layer.out_features
+        for layer in float8_layers(transformer).values()
+    )
 
 
 def obstacle(transformer: torch.nn.Module) -> str | None:
-    """Why a transformer can have no float8 copy here; None where it can. A CPU can, slowly: to see what it does to rewards."""
+    """Why a transformer can have no float8 copy here; None where it can. A CPU can, slowly: to see
+    what it does to rewards."""
     layers = float8_layers(transformer)
-    weight = next((layer.weight for layer in layers.values()), next(transformer.parameters()))  # some others stay in fp32 (Wan)
+    weight = next(
+        (layer.weight for layer in layers.values()), next(transformer.parameters())
+    )  # some others stay in fp32 (Wan)
     if not hasattr(F, "scaled_mm"):
         return f"it needs torch 2.10 or later, this is {torch.__version__}"
     if weight.device.type == "cuda":
-        name, capability = torch.cuda.get_device_name(weight.device), torch.cuda.get_device_capability(weight.device)
+        name, capability = (
+            torch.cuda.get_device_name(weight.device),
+            torch.cuda.get_device_capability(weight.device),
+        )
         if torch.version.hip:
             return f"it needs an NVIDIA GPU, this is {name}"
         if capability < (8, 9):
-            return f"it needs compute capability 8.9 or later, {name} has {capability[0]}.{capability[1]}"
+            return (
+                f"it needs compute capability 8.9 or later, {name} has"
+                f" {capability[0]}.{capability[1]}"
+            )
         if weight.dtype != torch.bfloat16:
-            return f"on a GPU it needs model.dtype bfloat16, not {str(weight.dtype).removeprefix('torch.')}"
+            return (
+                "on a GPU it needs model.dtype bfloat16, not"
+                f" {str(weight.dtype).removeprefix('torch.')}"
+            )
     if not layers:
-        return f"{type(transformer).__name__} has no linear layer in its blocks whose sizes are multiples of {SIDES}"
+        return (
+            f"{type(transformer).__name__} has no linear layer in its blocks whose sizes are"
+            f" multiples of {SIDES}"
+        )
     return None
 
 
 class Float8Linear(torch.nn.Module):
-    """x W^T + b with both factors of the product rounded to float8 (e4m3); W with its adapter, where it has one. x: [..., in_features] of
-    any float dtype."""
+    """x W^T + b with both factors of the product rounded to float8 (e4m3); W with its adapter,
+    where it has one. x: [..., in_features] of any float dtype."""
 
     def __init__(self, source: torch.nn.Linear):
         super().__init__()
@@ -91,20 +112,30 @@ class Float8Linear(torch.nn.Module):
         rows, scale = quantize_rows(x.reshape(-1, x.shape[-1]))
         by_row = F.ScalingType.RowWise
         product = F.scaled_mm(
-            rows, self.weight.t(), scale, by_row, self.scale.t(), by_row, bias=self.bias, output_dtype=x.dtype, use_fast_accum=True
+            rows,
+            self.weight.t(),
+            scale,
+            by_row,
+            self.scale.t(),
+            by_row,
+            bias=self.bias,
+            output_dtype=x.dtype,
+            use_fast_accum=True,
         )
         return product.reshape(*x.shape[:-1], -1)
 
 
 def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(float8 [n, k], fp32 scales [n, 1]) whose product is x [n, k] up to rounding. Nothing in between is wider than x."""
+    """(float8 [n, k], fp32 scales [n, 1]) whose product is x [n, k] up to rounding. Nothing in
+    between is wider than x."""
     largest = torch.linalg.vector_norm(x, float("inf"), dim=-1, keepdim=True)
     scale = (largest / LARGEST).clamp_min(torch.finfo(x.dtype).tiny)
     return (x / scale).to(FLOAT8), scale.float()
 
 
 class Float8Copy:
-    """transformer: the copy. It keeps its storage for the whole run; `refresh` writes the source's weights into it.
+    """transformer: the copy. It keeps its storage for the whole run; `refresh` writes the source's
+    weights into it.
 
     Raises UserError with the reason where there can be none.
     """

@@ -1,12 +1,16 @@
-"""CUDA graphs of the rollout's forwards: captured once per set of input shapes, replayed from static buffers.
+"""CUDA graphs of the rollout's forwards: captured once per set of input shapes, replayed from
+static buffers.
 
-A replay costs one launch instead of some thousand. It reads the weights where they lay at capture, so weights must be
-refreshed in place; `watch` notices when they were not, and drops what was captured.
+A replay costs one launch instead of some thousand. It reads the weights where they lay at capture,
+so weights must be refreshed in place; `watch` notices when they were not, and drops what was
+captured.
 
-A capture that fails cannot be undone in its process. `torch.cuda.graph` then leaves the capture's stream the current one (2.13), and
-`CUDAGraph::capture_end` may leave the allocator believing that the capture goes on (mended in parts in 2.12 and after), so that the
-next `empty_cache` or capture ends in an internal assertion. So a capture begins only after a run in which anything that makes the host
-wait is an error. What fails there runs eagerly, and says why, once; what fails in the capture itself ends the run.
+A capture that fails cannot be undone in its process. `torch.cuda.graph` then leaves the capture's
+stream the current one (2.13), and `CUDAGraph::capture_end` may leave the allocator believing that
+the capture goes on (mended in parts in 2.12 and after), so that the next `empty_cache` or capture
+ends in an internal assertion. So a capture begins only after a run in which anything that makes the
+host wait is an error. What fails there runs eagerly, and says why, once; what fails in the capture
+itself ends the run.
 """
 
 from __future__ import annotations
@@ -26,7 +30,11 @@ Function = Callable[..., tuple]
 
 
 TURNS = 2  # captures of a shape: more, and capturing takes longer than replays save
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}  # relative, of a replay against an eager run
+TOLERANCE = {
+    torch.float32: 1e-5,
+    torch.bfloat16: 2e-2,
+    torch.float16: 2e-2,
+}  # relative, of a replay against an eager run
 
 
 class CannotCapture(Exception):
@@ -35,8 +43,8 @@ class CannotCapture(Exception):
 
 @dataclass
 class Captured:
-    """A captured call. inputs, outputs: its static buffers. replay() reads the ones and writes the others. nbytes: device
-    memory that it holds."""
+    """A captured call. inputs, outputs: its static buffers. replay() reads the ones and writes the
+    others. nbytes: device memory that it holds."""
 
     inputs: Inputs
     outputs: tuple
@@ -45,7 +53,8 @@ class Captured:
 
 
 class CudaCapture:
-    """Captures on the current device; all graphs share one memory pool, because only one runs at a time.
+    """Captures on the current device; all graphs share one memory pool, because only one runs at a
+    time.
 
     Raises CannotCapture before a capture begins, and anything else when one has failed.
     """
@@ -63,10 +72,12 @@ class CudaCapture:
             raise CannotCapture(_in_words(error)) from error
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         gc.collect()
-        torch.cuda.empty_cache()  # the capture's first act, which would hide what the capture itself reserves
+        # the capture's first act, which would hide what the capture itself reserves
+        torch.cuda.empty_cache()
         before, graph = torch.cuda.memory_reserved(), torch.cuda.CUDAGraph()
         with _stream_kept():
-            # "thread_local": NCCL's watchdog asks for events in a thread of its own, which would end a "global" capture.
+            # "thread_local": NCCL's watchdog asks for events in a thread of its own, which would
+            # end a "global" capture.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 outputs = tuple(function(**static))
         held = sum(t.numel() * t.element_size() for t in static.values())
@@ -111,17 +122,27 @@ def _in_words(error: Exception) -> str:
 
 
 class GraphCache:
-    """Runs functions of tensors by replaying their captured graphs; `cache(function, inputs)` equals `function(**inputs)`.
+    """Runs functions of tensors by replaying their captured graphs; `cache(function, inputs)`
+    equals `function(**inputs)`.
 
-    Functions are told apart by name and expert (`Denoise.expert`), because each rollout brings its own of the same.
+    Functions are told apart by name and expert (`Denoise.expert`), because each rollout brings its
+    own of the same.
 
-    capture(function, inputs) -> Captured; raises CannotCapture for what is to run eagerly. limit_bytes: least recently used graphs
-    leave beyond it, and shapes whose graph has left TURNS times run eagerly. verify: compare the first replay of each graph with an eager
-    run. note(text) is told what is not captured, and why.
-    A call raises UserError where a capture has begun and failed.
+    capture(function, inputs) -> Captured; raises CannotCapture for what is to run eagerly.
+    limit_bytes: least recently used graphs leave beyond it, and shapes whose graph has left TURNS
+    times run eagerly. verify: compare the first replay of each graph with an eager run. note(text)
+    is told what is not captured, and why. A call raises UserError where a capture has begun and
+    failed.
     """
 
-    def __init__(self, capture: Callable[[Function, Inputs], Captured], *, limit_bytes: int, verify: bool, note: Callable[[str], None]):
+    def __init__(
+        self,
+        capture: Callable[[Function, Inputs], Captured],
+        *,
+        limit_bytes: int,
+        verify: bool,
+        note: Callable[[str], None],
+    ):
         self._capture, self._limit, self._verify, self._note = capture, limit_bytes, verify, note
         self._graphs: OrderedDict[tuple, Captured] = OrderedDict()
         self._refused: set[tuple] = set()
@@ -138,7 +159,8 @@ class GraphCache:
         return sum(captured.nbytes for captured in self._graphs.values())
 
     def watch(self, tensors: Iterable[torch.Tensor]) -> None:
-        """To be called before a rollout with all weights that it reads: graphs of weights that have moved since are dropped."""
+        """To be called before a rollout with all weights that it reads: graphs of weights that have
+        moved since are dropped."""
         weights = tuple(tensor.data_ptr() for tensor in tensors)
         if self._graphs and weights != self._weights:
             self._note("rollout.graphs: the weights have moved in memory; graphs are captured anew")
@@ -147,14 +169,23 @@ class GraphCache:
 
     @torch.no_grad()
     def __call__(self, function: Function, inputs: Inputs) -> tuple:
-        shapes = tuple((name, tensor.shape, tensor.dtype, tensor.device) for name, tensor in sorted(inputs.items()))
-        key = function.__qualname__, getattr(getattr(function, "__self__", None), "expert", 0), shapes
+        shapes = tuple(
+            (name, tensor.shape, tensor.dtype, tensor.device)
+            for name, tensor in sorted(inputs.items())
+        )
+        key = (
+            function.__qualname__,
+            getattr(getattr(function, "__self__", None), "expert", 0),
+            shapes,
+        )
         if key in self._refused:
             return function(**inputs)
         captured = self._graphs.get(key)
         if captured is None and self._left[key] == TURNS:
             limit = f"rollout.graph_limit_mb ({self._limit >> 20})"
-            return self._refuse(key, function, inputs, f"has one of more shapes than {limit} holds graphs for")
+            return self._refuse(
+                key, function, inputs, f"has one of more shapes than {limit} holds graphs for"
+            )
         if captured is None:
             return self._first(key, function, inputs)
         self._graphs.move_to_end(key)
@@ -167,8 +198,10 @@ class GraphCache:
             return self._refuse(key, function, inputs, f"cannot be captured ({error})")
         except Exception as error:
             raise RankError(
-                f"rollout.graphs: the capture of a forward of {len(inputs['x'])} rows failed ({_in_words(error)}). This process cannot use "
-                "the GPU's memory safely after that; set rollout.graphs to false, and go on with --resume if there is a checkpoint"
+                f"rollout.graphs: the capture of a forward of {len(inputs['x'])} rows failed"
+                f" ({_in_words(error)}). This process cannot use the GPU's memory safely after"
+                " that; set rollout.graphs to false, and go on with --resume if there is a"
+                " checkpoint"
             ) from error
         self.captures += 1
         outputs = self._replay(captured, inputs)
@@ -187,11 +220,16 @@ class GraphCache:
             captured.inputs[name].copy_(tensor)
         captured.replay()
         self.replays += 1
-        return tuple(tensor.clone() for tensor in captured.outputs)  # the next replay writes over them
+        return tuple(
+            tensor.clone() for tensor in captured.outputs
+        )  # the next replay writes over them
 
     def _refuse(self, key: tuple, function: Function, inputs: Inputs, reason: str) -> tuple:
         if not self._refused:
-            self._note(f"rollout.graphs: a forward of {len(inputs['x'])} rows {reason}; such forwards run eagerly")
+            self._note(
+                f"rollout.graphs: a forward of {len(inputs['x'])} rows {reason}; such forwards run"
+                " eagerly"
+            )
         self._refused.add(key)
         return function(**inputs)
 

@@ -1,7 +1,8 @@
-"""Numbers for everything that an iteration integrates: the same on every rank, so that ranks agree without a message.
+"""Numbers for everything that an iteration integrates: the same on every rank, so that ranks agree
+without a message.
 
-A plan makes the rows of one unit at a time. Here they become states, slots and, for the units that are integrated
-together, a forest whose parents come before their children.
+A plan makes the rows of one unit at a time. Here they become states, slots and, for the units that
+are integrated together, a forest whose parents come before their children.
 """
 
 from __future__ import annotations
@@ -19,18 +20,24 @@ ENDPOINT = -1  # the step of slots that are endpoints
 
 def iteration_units(prompt_ids: list[int], seeds: int) -> list[Unit]:
     """All units of an iteration, prompt by prompt."""
-    return [Unit(p * seeds + s, p, prompt_id, s) for p, prompt_id in enumerate(prompt_ids) for s in range(seeds)]
+    return [
+        Unit(p * seeds + s, p, prompt_id, s)
+        for p, prompt_id in enumerate(prompt_ids)
+        for s in range(seeds)
+    ]
 
 
 @dataclass(frozen=True)
 class Forest:
-    """Rows that are integrated together. Parents are places in `rows`, and come before their children."""
+    """Rows that are integrated together. Parents are places in `rows`, and come before their
+    children."""
 
     rows: list[Row]
     numbers: list[int]
     """Each row's number among the rows of all units."""
     slots: dict[tuple[int, int], np.ndarray]
-    """int [B]: the slots of the state at (place of the row, step); empty where slots are endpoints."""
+    """int [B]: the slots of the state at (place of the row, step); empty where slots are
+    endpoints."""
 
     @cached_property
     def depth(self) -> list[int]:
@@ -56,7 +63,8 @@ class Layout:
     Args:
         units: of all ranks, in order.
         rows: of each unit, parents before children, as `Plan.rows` makes them.
-        endpoints: make a slot of every row, whatever noise it took, instead of every child of a state.
+        endpoints: make a slot of every row, whatever noise it took, instead of every child of a
+            state.
     """
 
     def __init__(self, units: list[Unit], rows: list[list[Row]], endpoints: bool = False):
@@ -71,13 +79,17 @@ class Layout:
 
     @cached_property
     def without_slot(self) -> np.ndarray:
-        """Numbers of the rows whose reward is neither a slot's nor a state's value, like a trunk's."""
+        """Numbers of the rows whose reward is neither a slot's nor a state's value, like a
+        trunk's."""
         values = np.flatnonzero([row.value for unit in self.rows for row in unit])
-        return np.setdiff1d(np.arange(len(self)), [*values, *(row for rows in self.slots.leaves for row in rows)])
+        return np.setdiff1d(
+            np.arange(len(self)), [*values, *(row for rows in self.slots.leaves for row in rows)]
+        )
 
     @cached_property
     def completions(self) -> np.ndarray:
-        """int [slots]: number of the row that the slot's state lies on, where it follows the ODE from there on, like a trunk; else -1."""
+        """int [slots]: number of the row that the slot's state lies on, where it follows the ODE
+        from there on, like a trunk; else -1."""
         found = np.full(len(self.slots), -1)
         for (u, n, step), slots in self._slots.items():
             if not any(k >= step for k in self.rows[u][n].noise):
@@ -85,26 +97,51 @@ class Layout:
         return found
 
     def forest(self, chosen: list[int]) -> Forest:
-        """The rows of some units (places in `units`): all roots first, then their children, and so on, unit by unit."""
-        lines = [(_depth(self.rows[u], n), k, n) for k, u in enumerate(chosen) for n in range(len(self.rows[u]))]
+        """The rows of some units (places in `units`): all roots first, then their children, and so
+        on, unit by unit."""
+        lines = [
+            (_depth(self.rows[u], n), k, n)
+            for k, u in enumerate(chosen)
+            for n in range(len(self.rows[u]))
+        ]
         order = [(chosen[k], n) for _, k, n in sorted(lines, key=lambda line: line[:2])]
         place = {key: i for i, key in enumerate(order)}
         rows = [self.rows[u][n] for u, n in order]
-        moved = [replace(row, parent=None if row.parent is None else place[u, row.parent]) for row, (u, _) in zip(rows, order)]
-        slots = {(place[u, n], step): found for (u, n, step), found in self._slots.items() if (u, n) in place}
+        moved = [
+            replace(row, parent=None if row.parent is None else place[u, row.parent])
+            for row, (u, _) in zip(rows, order)
+        ]
+        slots = {
+            (place[u, n], step): found
+            for (u, n, step), found in self._slots.items()
+            if (u, n) in place
+        }
         return Forest(moved, [int(self._first[u]) + n for u, n in order], slots)
 
     def _state_slots(self) -> Slots:
         lines, leaves, values, states = [], [], [], 0
         for u, rows in enumerate(self.rows):
-            branches, value_rows = _branches(rows), {(row.parent, row.start): n for n, row in enumerate(rows) if row.value}
+            branches, value_rows = (
+                _branches(rows),
+                {(row.parent, row.start): n for n, row in enumerate(rows) if row.value},
+            )
             for (parent, step), members in states_of(rows).items():
                 self._slots[u, parent, step] = np.arange(len(lines), len(lines) + len(members))
                 for child, n in enumerate(members):
                     lines.append((rows[n].unit.prompt, rows[n].unit.seed, step, states, child))
-                    leaves.append(tuple(int(self._first[u]) + leaf for leaf in sorted(_below(rows, branches, n, step))))
-                    pair = value_rows.get((parent, step)), _value_after(rows, branches, value_rows, n, step)
-                    values.append([-1 if place is None else int(self._first[u]) + place for place in pair])
+                    leaves.append(
+                        tuple(
+                            int(self._first[u]) + leaf
+                            for leaf in sorted(_below(rows, branches, n, step))
+                        )
+                    )
+                    pair = (
+                        value_rows.get((parent, step)),
+                        _value_after(rows, branches, value_rows, n, step),
+                    )
+                    values.append(
+                        [-1 if place is None else int(self._first[u]) + place for place in pair]
+                    )
                 states += 1
         known = any(row.value for rows in self.rows for row in rows)
         before, after = np.array(values, dtype=np.int64).reshape(-1, 2).T if known else (None, None)
@@ -117,9 +154,11 @@ class Layout:
 
 
 def states_of(rows: list[Row]) -> dict[tuple[int, int], list[int]]:
-    """The states of a unit's rows, by (row, step), in order of step: the rows that take noise there, as the state's children.
+    """The states of a unit's rows, by (row, step), in order of step: the rows that take noise
+    there, as the state's children.
 
-    A row that goes on by the SDE is the first child of its own state; rows that branch off there follow.
+    A row that goes on by the SDE is the first child of its own state; rows that branch off there
+    follow.
     """
     found = defaultdict(list)
     for n, row in enumerate(rows):
@@ -148,18 +187,29 @@ def _branches(rows: list[Row]) -> dict[int, list[int]]:
 
 
 def _below(rows: list[Row], branches: dict[int, list[int]], n: int, step: int) -> list[int]:
-    """The rows that hold what row n is after `step`: itself and all that branch off it later, with all that branch off those.
+    """The rows that hold what row n is after `step`: itself and all that branch off it later, with
+    all that branch off those.
 
     Rows that are values of states are not among them.
     """
     later = [child for child in branches[n] if rows[child].start > step and not rows[child].value]
-    return [n] + [leaf for child in later for leaf in _below(rows, branches, child, rows[child].start)]
+    return [n] + [
+        leaf for child in later for leaf in _below(rows, branches, child, rows[child].start)
+    ]
 
 
-def _value_after(rows: list[Row], branches: dict[int, list[int]], values: dict[tuple[int, int], int], n: int, step: int) -> int | None:
-    """The row whose reward is the value of what row n is after `step`: that of the next state on its way, or its own end.
+def _value_after(
+    rows: list[Row],
+    branches: dict[int, list[int]],
+    values: dict[tuple[int, int], int],
+    n: int,
+    step: int,
+) -> int | None:
+    """The row whose reward is the value of what row n is after `step`: that of the next state on
+    its way, or its own end.
 
-    The ODE leads from there to the next state, so both have the same completion. None where that state has no value.
+    The ODE leads from there to the next state, so both have the same completion. None where that
+    state has no value.
     """
     steps = {*rows[n].noise, *(rows[child].start for child in branches[n])}
     later = [k for k in steps if k > step]

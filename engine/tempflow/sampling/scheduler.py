@@ -1,8 +1,10 @@
-"""Integrates the rows of a plan: rows at different steps share forwards, and a shared prefix is computed once.
+"""Integrates the rows of a plan: rows at different steps share forwards, and a shared prefix is
+computed once.
 
-Roots go first, because children wait for them; a child joins as soon as its parent has passed its branch step, and takes its
-first step from its parent's (x_k, v_k) without a forward of its own. Rows whose prompts' conditionings differ in shape, or that
-different experts of a denoiser predict, share no forward. The latent being integrated stays in fp32.
+Roots go first, because children wait for them; a child joins as soon as its parent has passed its
+branch step, and takes its first step from its parent's (x_k, v_k) without a forward of its own.
+Rows whose prompts' conditionings differ in shape, or that different experts of a denoiser predict,
+share no forward. The latent being integrated stays in fp32.
 """
 
 from __future__ import annotations
@@ -88,8 +90,8 @@ def integrate(
     pad: bool = False,
     given: dict[int, torch.Tensor] | None = None,
 ) -> Iterator[Arrived]:
-    """Integrate every row of a forest, and yield after every forward what it brought. The caller decodes, shows progress, and stops
-    by asking no more.
+    """Integrate every row of a forest, and yield after every forward what it brought. The caller
+    decodes, shows progress, and stops by asking no more.
 
     Args:
         forest: the rows, with the slots of their states.
@@ -99,12 +101,14 @@ def integrate(
         micro_batch: most rows in one forward.
         suffix: how rows go on after their last decision; None is exact.
         execute: calls a function with tensors by name.
-        pad: make every forward one of as many rows, for graphs and compiled code: micro_batch, or where shapes differ what
-            `_most` says.
-        given: latents, fp32 [...], of rows without a parent that begin at their `start`, by place in the forest; all others begin
-            with initial noise.
+        pad: make every forward one of as many rows, for graphs and compiled code: micro_batch, or
+            where shapes differ what `_most` says.
+        given: latents, fp32 [...], of rows without a parent that begin at their `start`, by place
+            in the forest; all others begin with initial noise.
     """
-    work = _Integration(forest, denoise, grid, noise, micro_batch, suffix, execute, pad, given or {})
+    work = _Integration(
+        forest, denoise, grid, noise, micro_batch, suffix, execute, pad, given or {}
+    )
     yield from work.run()
 
 
@@ -113,12 +117,20 @@ class _Integration:
 
     def __init__(self, forest, denoise, grid, noise, micro_batch, suffix, execute, pad, given):
         self.forest, self.denoise, self.grid, self.noise = forest, denoise, grid, noise
-        self.micro_batch, self.suffix, self.execute, self.pad, self.given = micro_batch, suffix, execute, pad, given
+        self.micro_batch, self.suffix, self.execute, self.pad, self.given = (
+            micro_batch,
+            suffix,
+            execute,
+            pad,
+            given,
+        )
         self.rows, self.device, self.last = forest.rows, denoise.device, len(grid.sigmas) - 1
         self.free = [k + 1 for k in last_decisions(self.rows)]
         self.paths = {free: suffix_path(free, self.last, suffix) for free in set(self.free)}
         self.shape = [denoise.shape(row.unit) for row in self.rows]
-        self.expert = [denoise.sampler.policy.expert(sigma) for sigma in grid.sigmas.tolist()]  # by step
+        self.expert = [
+            denoise.sampler.policy.expert(sigma) for sigma in grid.sigmas.tolist()
+        ]  # by step
         self.ahead: Counter[Shape] = Counter()  # forwards of the rows of each shape
         for i, shape in enumerate(self.shape):
             self.ahead[shape] += self._forwards_of(i)
@@ -126,13 +138,19 @@ class _Integration:
         self.step: dict[int, int] = {}
         self.jumps: dict[int, _Jump] = {}
         self.forwards = self.batches = self.padded = self.peak = 0
-        self.fill = {(shape, coarse): self._most(shape, coarse) for shape in set(self.shape) for coarse in (False, True)}
+        self.fill = {
+            (shape, coarse): self._most(shape, coarse)
+            for shape in set(self.shape)
+            for coarse in (False, True)
+        }
 
     def run(self) -> Iterator[Arrived]:
         roots = [i for i, row in enumerate(self.rows) if row.parent is None and i not in self.given]
         if roots:
             keys = [self.noise.key(self.rows[i].unit, INITIAL) for i in roots]
-            self._place(roots, self.noise.sample(keys, self.denoise.sampler.latent_shape, self.device), 0)
+            self._place(
+                roots, self.noise.sample(keys, self.denoise.sampler.latent_shape, self.device), 0
+            )
         for i, latent in self.given.items():
             self._place([i], latent[None], self.rows[i].start)
         while self.latent:
@@ -141,21 +159,30 @@ class _Integration:
             yield arrived
 
     def _next_batch(self) -> list[int]:
-        """Roots first, because children wait for them, then their children; among those the rows nearest to their end, because
-        rewards wait for them.
+        """Roots first, because children wait for them, then their children; among those the rows
+        nearest to their end, because rewards wait for them.
 
-        Rows with as many forwards ahead as there are full batches left of their shape go before those: left behind, they would end
-        in small batches of their own.
+        Rows with as many forwards ahead as there are full batches left of their shape go before
+        those: left behind, they would end in small batches of their own.
         """
         batches_left = {shape: -(-ahead // self.micro_batch) for shape, ahead in self.ahead.items()}
 
         def order(i: int):
-            return self.forest.depth[i], self._forwards_left(i) < batches_left[self.shape[i]], -self.step[i], i
+            return (
+                self.forest.depth[i],
+                self._forwards_left(i) < batches_left[self.shape[i]],
+                -self.step[i],
+                i,
+            )
 
         waiting = sorted(self.latent, key=order)
         waiting = [i for i in waiting if self.shape[i] == self.shape[waiting[0]]]
-        waiting = [i for i in waiting if self.expert[self.step[i]] == self.expert[self.step[waiting[0]]]]
-        if self.denoise.coarse_transformer is not None:  # coarse and exact steps share no forward then
+        waiting = [
+            i for i in waiting if self.expert[self.step[i]] == self.expert[self.step[waiting[0]]]
+        ]
+        if (
+            self.denoise.coarse_transformer is not None
+        ):  # coarse and exact steps share no forward then
             coarse = self._is_coarse(waiting[0], self.step[waiting[0]])
             waiting = [i for i in waiting if self._is_coarse(i, self.step[i]) is coarse]
         return waiting[: self.micro_batch]
@@ -179,7 +206,7 @@ class _Integration:
         latents = torch.stack([latent for _, latent in done]) if done else None
         return Arrived([i for i, _ in done], latents, states, len(batch), stats)
 
-    # --------------------------------------------------------------------------------------------- where rows go
+    # -------------------------------------------------------------------------------- where rows go
     def _is_coarse(self, index: int, step: int) -> bool:
         """Whether a row has its last decision behind it, and the exact steps after that."""
         return self.suffix is not None and step >= self.free[index] + self.suffix.exact_steps
@@ -187,18 +214,28 @@ class _Integration:
     def _most(self, shape: Shape, coarse: bool) -> int:
         """The rows of a padded forward.
 
-        Where shapes differ, each has few rows, and another number in the next iteration: a power of two is little work for nothing and
-        few graphs. Where coarse steps have forwards of their own, the exact ones have no more rows than take them.
+        Where shapes differ, each has few rows, and another number in the next iteration: a power of
+        two is little work for nothing and few graphs. Where coarse steps have forwards of their
+        own, the exact ones have no more rows than take them.
         """
         members = [i for i in range(len(self.rows)) if self.shape[i] == shape]
-        most = self.micro_batch if shape is None else min(self.micro_batch, 1 << (len(members) - 1).bit_length())
+        most = (
+            self.micro_batch
+            if shape is None
+            else min(self.micro_batch, 1 << (len(members) - 1).bit_length())
+        )
         if coarse or self.denoise.coarse_transformer is None:
             return most
         return min(most, sum(not self._is_coarse(i, first_forward(self.rows[i])) for i in members))
 
     def _forwards_of(self, index: int) -> int:
         """How many times a row goes through the transformer in all."""
-        return len(self.paths[self.free[index]]) - 1 + self.free[index] - first_forward(self.rows[index])
+        return (
+            len(self.paths[self.free[index]])
+            - 1
+            + self.free[index]
+            - first_forward(self.rows[index])
+        )
 
     def _forwards_left(self, index: int) -> int:
         step, free = self.step[index], self.free[index]
@@ -206,13 +243,16 @@ class _Integration:
         return free - step + len(path) - 1 if step < free else len(path) - 1 - path.index(step)
 
     def _goal(self, index: int, step: int) -> int:
-        """The grid point that a row at `step` goes to: the next one while decisions lie ahead, then its suffix's."""
+        """The grid point that a row at `step` goes to: the next one while decisions lie ahead, then
+        its suffix's."""
         if step < self.free[index]:
             return step + 1
         path = self.paths[self.free[index]]
         return path[path.index(step) + 1]
 
-    def _place(self, indices: list[int], latents: torch.Tensor, step: int) -> list[tuple[int, torch.Tensor]]:
+    def _place(
+        self, indices: list[int], latents: torch.Tensor, step: int
+    ) -> list[tuple[int, torch.Tensor]]:
         """Hold latents at a step; those that have reached sigma = 0 are returned instead."""
         if step == self.last:
             return list(zip(indices, latents, strict=True))
@@ -221,9 +261,12 @@ class _Integration:
         self.peak = max(self.peak, len(self.latent))
         return []
 
-    # ------------------------------------------------------------------------------------------------- one launch
-    def _launch(self, batch: list[int], steps: list[int], goals: list[int], x: torch.Tensor) -> list[torch.Tensor]:
-        """One forward and step; a batch that is not full is filled by its first row where shapes must not change."""
+    # ----------------------------------------------------------------------------------- one launch
+    def _launch(
+        self, batch: list[int], steps: list[int], goals: list[int], x: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """One forward and step; a batch that is not full is filled by its first row where shapes
+        must not change."""
         rows = [self.rows[i] for i in batch]
         noisy = [k in row.noise for row, k in zip(rows, steps, strict=True)]
         keys = [[self.noise.key(row.unit, k, row.path)] for row, k in zip(rows, steps, strict=True)]
@@ -239,24 +282,38 @@ class _Integration:
         missing = self.fill[self.shape[batch[0]], coarse] - len(batch) if self.pad else 0
         if missing:
             self.padded += missing
-            inputs = {name: torch.cat([t, t[:1].expand(missing, *t.shape[1:])]) for name, t in inputs.items()}
+            inputs = {
+                name: torch.cat([t, t[:1].expand(missing, *t.shape[1:])])
+                for name, t in inputs.items()
+            }
         denoise = self.denoise.of(self.expert[steps[0]])
-        step = denoise.coarse_step if coarse and denoise.coarse_transformer is not None else denoise.step
+        step = (
+            denoise.coarse_step
+            if coarse and denoise.coarse_transformer is not None
+            else denoise.step
+        )
         return [t[: len(batch)] for t in self.execute(step, inputs)]
 
-    def _scalars(self, steps: list[int], goals: list[int], noisy: list[bool]) -> dict[str, torch.Tensor]:
-        """(a, b, tau) of n rows' steps, fp32 [n]: the SDE's where a row is noisy, else the ODE's to its goal."""
+    def _scalars(
+        self, steps: list[int], goals: list[int], noisy: list[bool]
+    ) -> dict[str, torch.Tensor]:
+        """(a, b, tau) of n rows' steps, fp32 [n]: the SDE's where a row is noisy, else the ODE's to
+        its goal."""
         choose, sigmas = torch.tensor(noisy), self.grid.sigmas
         dt = (sigmas[goals].double() - sigmas[steps].double()).float()
         ode = {"a": torch.ones_like(dt), "b": dt, "tau": torch.zeros_like(dt)}
-        return {name: torch.where(choose, getattr(self.grid.sde, name)[steps], value).to(self.device) for name, value in ode.items()}
+        return {
+            name: torch.where(choose, getattr(self.grid.sde, name)[steps], value).to(self.device)
+            for name, value in ode.items()
+        }
 
-    # --------------------------------------------------------------------------------------------------- branches
+    # ------------------------------------------------------------------------------------- branches
     def _branch(self, batch: list[int], steps: list[int], x: torch.Tensor, v: torch.Tensor):
-        """Children of the batch's rows take their first step and join; families of one size and kind together.
+        """Children of the batch's rows take their first step and join; families of one size and
+        kind together.
 
-        Returns the noisy children's latents [B, ...] and log-probabilities [B] by their parent's place in the batch, and the children
-        that have reached sigma = 0 as `_place` does.
+        Returns the noisy children's latents [B, ...] and log-probabilities [B] by their parent's
+        place in the batch, and the children that have reached sigma = 0 as `_place` does.
         """
         kinds = defaultdict(list)
         for n, (i, k) in enumerate(zip(batch, steps, strict=True)):
@@ -271,7 +328,10 @@ class _Integration:
             parents = [n for n, _ in families]
             at = [steps[n] for n in parents]
             to = [k + 1 for k in at]
-            keys = [[self.noise.key(self.rows[c].unit, k, self.rows[c].path) for c in members] for (_, members), k in zip(families, at)]
+            keys = [
+                [self.noise.key(self.rows[c].unit, k, self.rows[c].path) for c in members]
+                for (_, members), k in zip(families, at)
+            ]
             x_next, log_prob = sde_step(
                 x[parents],
                 v[parents],
@@ -287,45 +347,69 @@ class _Integration:
         return noisy_children, done
 
     def _states(self, batch, steps, x, families, x_next, log_prob) -> list[State]:
-        """The states that the batch's rows left: a row's own noisy step and the noisy branches off it, as one state's children."""
+        """The states that the batch's rows left: a row's own noisy step and the noisy branches off
+        it, as one state's children."""
         found = []
         for n, (i, k) in enumerate(zip(batch, steps, strict=True)):
             parts = [(x_next[n], log_prob[n])] if k in self.rows[i].noise else []
             parts += [families[n]] if n in families else []
             if not parts:
                 continue
-            children, scores = (torch.cat(part) for part in zip(*parts)) if len(parts) > 1 else parts[0]
-            sigma, a, b, tau = (t[k].item() for t in (self.grid.sigmas, self.grid.sde.a, self.grid.sde.b, self.grid.sde.tau))
+            children, scores = (
+                (torch.cat(part) for part in zip(*parts)) if len(parts) > 1 else parts[0]
+            )
+            sigma, a, b, tau = (
+                t[k].item()
+                for t in (self.grid.sigmas, self.grid.sde.a, self.grid.sde.b, self.grid.sde.tau)
+            )
             slots = self.forest.slots.get((i, k), np.zeros(0, dtype=np.int64))
-            found.append(State(self.rows[i].unit, k, sigma, a, b, tau, x[n], children, slots, scores))
+            found.append(
+                State(self.rows[i].unit, k, sigma, a, b, tau, x[n], children, slots, scores)
+            )
         return found
 
-    # --------------------------------------------------------------------------------------- second-order suffixes
-    def _history(self, batch: list[int], steps: list[int], goals: list[int], x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Each row's velocity before, how much the step bends by the difference to it, and what of the last jump is taken back,
-        because the new slope covers both jumps."""
+    # ------------------------------------------------------------------------ second-order suffixes
+    def _history(
+        self, batch: list[int], steps: list[int], goals: list[int], x: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Each row's velocity before, how much the step bends by the difference to it, and what of
+        the last jump is taken back, because the new slope covers both jumps."""
         if self.suffix is None or self.suffix.order == 1:
             return {}
-        bends, velocities, extrapolated = torch.zeros(len(batch)), torch.zeros_like(x), torch.zeros_like(x)
+        bends, velocities, extrapolated = (
+            torch.zeros(len(batch)),
+            torch.zeros_like(x),
+            torch.zeros_like(x),
+        )
         for n, (i, step, goal) in enumerate(zip(batch, steps, goals, strict=True)):
             if i in self.jumps:
                 jump = self.jumps[i]
-                both = second_order_gain(self.grid.sigmas, jump.step, step) + second_order_gain(self.grid.sigmas, step, goal)
+                both = second_order_gain(self.grid.sigmas, jump.step, step) + second_order_gain(
+                    self.grid.sigmas, step, goal
+                )
                 bends[n] = both / self._gap(jump.step, step) / self._gap(step, goal)
                 velocities[n], extrapolated[n] = jump.velocity, jump.extrapolated
         return {"v_before": velocities, "bend": bends.to(self.device), "extrapolated": extrapolated}
 
-    def _remember(self, batch: list[int], steps: list[int], goals: list[int], v: torch.Tensor) -> None:
+    def _remember(
+        self, batch: list[int], steps: list[int], goals: list[int], v: torch.Tensor
+    ) -> None:
         if self.suffix is None or self.suffix.order == 1:
             return
         for n, (i, step, goal) in enumerate(zip(batch, steps, goals, strict=True)):
             before = self.jumps.pop(i, None)
-            if self.free[i] > step or goal == self.last:  # a velocity from before the last noise misleads
+            if (
+                self.free[i] > step or goal == self.last
+            ):  # a velocity from before the last noise misleads
                 continue
             now = v[n].float()
             part = torch.zeros_like(now)
             if before is not None:
-                part = second_order_gain(self.grid.sigmas, step, goal) / self._gap(before.step, step) * (now - before.velocity)
+                part = (
+                    second_order_gain(self.grid.sigmas, step, goal)
+                    / self._gap(before.step, step)
+                    * (now - before.velocity)
+                )
             self.jumps[i] = _Jump(step, now, part)
 
     def _gap(self, step: int, goal: int) -> float:

@@ -1,4 +1,5 @@
-"""The sampling step as numbers: for each step of a sigma grid the scalars (a, b, tau) of x' = a x + b v + tau eps.
+"""The sampling step as numbers: for each step of a sigma grid the scalars (a, b, tau) of x' = a x +
+b v + tau eps.
 
 Formulas: DESIGN section 2. tau = 0 is the ODE step; each SDE is a class here.
 """
@@ -27,7 +28,8 @@ class Coefficients:
 
 @dataclass(frozen=True)
 class Grid:
-    """A sampling grid: sigmas, fp32 [T + 1] on the CPU, falling from 1 to 0, and its stochastic steps."""
+    """A sampling grid: sigmas, fp32 [T + 1] on the CPU, falling from 1 to 0, and its stochastic
+    steps."""
 
     sigmas: torch.Tensor
     sde: Coefficients
@@ -37,10 +39,11 @@ JITTER = 1  # the stream of random numbers that moves grids, apart from those th
 
 
 def jittered(sigmas: torch.Tensor, jitter: float, run_seed: int, iteration: int) -> torch.Tensor:
-    """The grid of an iteration: every inner sigma moves by at most `jitter` times half the gap to its nearer neighbor.
+    """The grid of an iteration: every inner sigma moves by at most `jitter` times half the gap to
+    its nearer neighbor.
 
-    sigma_k + jitter u_k min(sigma_{k-1} - sigma_k, sigma_k - sigma_{k+1}) / 2, with u_k uniform in [-1, 1]. The grid still falls, and
-    its ends stay.
+    sigma_k + jitter u_k min(sigma_{k-1} - sigma_k, sigma_k - sigma_{k+1}) / 2, with u_k uniform in
+    [-1, 1]. The grid still falls, and its ends stay.
 
     Args:
         sigmas: fp32 [T + 1], falling from 1 to 0.
@@ -65,8 +68,9 @@ def ode_coefficients(sigmas: torch.Tensor) -> Coefficients:
 class Sde(ABC):
     """A kind of stochastic step.
 
-    `coefficients` of a class with `takes_levels` takes a second argument: factors of the noise of every step, [T], or None for 1. The
-    rest of the step is then that of an SDE with so much noise, so that the marginal stays what it was to be.
+    `coefficients` of a class with `takes_levels` takes a second argument: factors of the noise of
+    every step, [T], or None for 1. The rest of the step is then that of an SDE with so much noise,
+    so that the marginal stays what it was to be.
     """
 
     takes_levels: bool = False
@@ -90,11 +94,14 @@ class Flow(Sde):
         self.eta = eta
 
     def coefficients(self, sigmas, levels=None):
-        # A static shift can leave the first sigma an fp32 rounding away from 1, where the next one stands in.
+        # A static shift can leave the first sigma an fp32 rounding away from 1, where the next one
+        # stands in.
         first = sigmas.double()[1].item()
 
         def step(s: float, s_next: float, level: float):
-            return _langevin(s, s_next, level * (self.eta * math.sqrt(s / (1 - (first if s > 1 - 1e-6 else s)))))
+            return _langevin(
+                s, s_next, level * (self.eta * math.sqrt(s / (1 - (first if s > 1 - 1e-6 else s))))
+            )
 
         return _steps(sigmas, step, levels)
 
@@ -113,11 +120,14 @@ class Dance(Sde):
         self.eta = eta
 
     def coefficients(self, sigmas, levels=None):
-        return _steps(sigmas, lambda s, s_next, level: _langevin(s, s_next, level * self.eta), levels)
+        return _steps(
+            sigmas, lambda s, s_next, level: _langevin(s, s_next, level * self.eta), levels
+        )
 
 
 class Cps(Sde):
-    """The coefficients-preserving step of FlowCPS (arXiv 2509.05952): the noise that it adds is noise that it took away.
+    """The coefficients-preserving step of FlowCPS (arXiv 2509.05952): the noise that it adds is
+    noise that it took away.
 
     Args:
         eta: noise level, above 0, at most 1.
@@ -137,10 +147,12 @@ class Cps(Sde):
 
 
 class Precise(Sde):
-    """The step of arXiv 2605.23522: a coefficients-preserving one that takes the more noise, the more noise the step removes.
+    """The step of arXiv 2605.23522: a coefficients-preserving one that takes the more noise, the
+    more noise the step removes.
 
-    tau = s' sqrt(1 - rho^(eta^2)) with rho = s' (1 - s) / (s (1 - s')), the ratio of the noise-to-data ratios after and before the
-    step. The first step, from pure noise, has rho = 0: all of its noise is fresh.
+    tau = s' sqrt(1 - rho^(eta^2)) with rho = s' (1 - s) / (s (1 - s')), the ratio of the
+    noise-to-data ratios after and before the step. The first step, from pure noise, has rho = 0:
+    all of its noise is fresh.
 
     Args:
         eta: noise level, above 0, at most 10.
@@ -156,17 +168,25 @@ class Precise(Sde):
         return _steps(sigmas, self._step, levels)
 
     def _step(self, s: float, s_next: float, level: float) -> tuple[float, float, float]:
-        # A first sigma that is 1 up to an fp32 rounding counts as 1: a small power of a rounding error is not small.
+        # A first sigma that is 1 up to an fp32 rounding counts as 1: a small power of a rounding
+        # error is not small.
         rho = 0.0 if s > 1 - 1e-6 else s_next * (1 - s) / (s * (1 - s_next))
-        return _preserving(s, s_next, level * (s_next * math.sqrt(1 - rho ** (self.eta * self.eta))))
+        return _preserving(
+            s, s_next, level * (s_next * math.sqrt(1 - rho ** (self.eta * self.eta)))
+        )
 
 
 def _steps(
-    sigmas: torch.Tensor, step: Callable[[float, float, float], tuple[float, float, float]], levels: list[float] | None
+    sigmas: torch.Tensor,
+    step: Callable[[float, float, float], tuple[float, float, float]],
+    levels: list[float] | None,
 ) -> Coefficients:
     """(a, b, tau) of step(sigma, next sigma, factor of the noise) along a grid."""
     grid = sigmas.double().tolist()
-    rows = [step(*one) for one in zip(grid[:-1], grid[1:], levels or [1.0] * (len(grid) - 1), strict=True)]
+    rows = [
+        step(*one)
+        for one in zip(grid[:-1], grid[1:], levels or [1.0] * (len(grid) - 1), strict=True)
+    ]
     a, b, tau = torch.tensor(rows, dtype=torch.float64).float().unbind(1)
     return Coefficients(a, b, tau)
 
@@ -178,7 +198,8 @@ def _langevin(s: float, s_next: float, std: float) -> tuple[float, float, float]
 
 
 def _preserving(s: float, s_next: float, tau: float) -> tuple[float, float, float]:
-    """The step whose noise part, what is left of the old and the fresh together, has variance s'^2: FlowCPS's promise."""
+    """The step whose noise part, what is left of the old and the fresh together, has variance s'^2:
+    FlowCPS's promise."""
     tau = min(tau, s_next)  # all of the noise is fresh; a level cannot ask for more
     q = math.sqrt(s_next * s_next - tau * tau)
     return (1 - s_next) + q, q * (1 - s) - s * (1 - s_next), tau

@@ -1,8 +1,9 @@
-"""What a rollout learns from the rewards before it: which branch steps it draws, and how much noise each step takes.
+"""What a rollout learns from the rewards before it: which branch steps it draws, and how much noise
+each step takes.
 
-Both are options of `rollout.adapt`. Nothing is random but the draw, which follows from the run's seed and the iteration; the rest
-follows from rewards that every rank has alike. So all ranks agree without a message, and the state, a number per step, goes into
-the checkpoint.
+Both are options of `rollout.adapt`. Nothing is random but the draw, which follows from the run's
+seed and the iteration; the rest follows from rewards that every rank has alike. So all ranks agree
+without a message, and the state, a number per step, goes into the checkpoint.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ class StepChoice:
         count: steps that are drawn.
         steps: those to draw from, rising.
         run_seed: of the draws.
-        even: share of the probability that is dealt evenly, so that no step is forgotten while it has no spread.
+        even: share of the probability that is dealt evenly, so that no step is forgotten while it
+            has no spread.
     """
 
     def __init__(self, count: int, steps: list[int], run_seed: int, even: float = 1 / 3):
@@ -35,7 +37,8 @@ class StepChoice:
         self.spread: dict[int, float] = {}  # running mean; no entry: not seen yet
 
     def chances(self) -> np.ndarray:
-        """Probability of each step, float64 [K], in proportion to its spread. One not seen yet counts as the step of most spread."""
+        """Probability of each step, float64 [K], in proportion to its spread. One not seen yet
+        counts as the step of most spread."""
         unseen = max(self.spread.values(), default=1.0)
         spread = np.array([self.spread.get(step, unseen) for step in self.steps])
         share = spread / spread.sum() if spread.any() else np.ones(len(spread)) / len(spread)
@@ -47,7 +50,8 @@ class StepChoice:
         return sorted(rng.choice(self.steps, self.count, replace=False, p=self.chances()).tolist())
 
     def update(self, spread: dict[int, float]) -> None:
-        """Take up the mean standard deviation of the groups of each drawn step; NaN where none has a reward."""
+        """Take up the mean standard deviation of the groups of each drawn step; NaN where none has
+        a reward."""
         for step, value in spread.items():
             if np.isfinite(value):
                 before = self.spread.get(step, value)
@@ -57,14 +61,18 @@ class StepChoice:
 class NoiseLevels:
     """Factors of the noise of each step, calibrated as DenseGRPO (arXiv 2601.20218) does.
 
-    Noise that is small against what the reward can tell makes about as many children better than the end of their state's own ODE
-    as worse: then the step can bear more. Where one side prevails, as it does when noise spoils images, the step takes less.
+    Noise that is small against what the reward can tell makes about as many children better than
+    the end of their state's own ODE as worse: then the step can bear more. Where one side prevails,
+    as it does when noise spoils images, the step takes less.
 
     Args:
         settings: how far a level moves in an iteration, and what counts as balanced.
     """
 
-    LEAST, MOST = 0.25, 2.0  # beyond twice the noise, flow's step at pure noise would leave nothing of its latent
+    LEAST, MOST = (
+        0.25,
+        2.0,
+    )  # beyond twice the noise, flow's step at pure noise would leave nothing of its latent
 
     def __init__(self, settings: AdaptNoise):
         self.settings = settings
@@ -79,12 +87,16 @@ class NoiseLevels:
 
         Args:
             step: int [n], at which each took its noise.
-            before, after: float64 [n], the reward of the ODE from the child's state and from the child; NaN where scoring failed.
+            before, after: float64 [n], the reward of the ODE from the child's state and from the
+                child; NaN where scoring failed.
         """
         better = np.sign(after - before)
         for k in np.unique(step[np.isfinite(better)]).tolist():
             balance = np.nanmean(better[step == k])
-            moved = self.level.get(k, 1.0) + (1 if abs(balance) <= self.settings.band else -1) * self.settings.step
+            moved = (
+                self.level.get(k, 1.0)
+                + (1 if abs(balance) <= self.settings.band else -1) * self.settings.step
+            )
             self.level[k] = min(max(moved, self.LEAST), self.MOST)
 
 
@@ -93,7 +105,11 @@ class Adapt:
 
     def __init__(self, settings: Settings | None, plan: Plan):
         self._plan, steps, noise = plan, settings and settings.steps, settings and settings.noise
-        self.choice = StepChoice(steps, plan.branch_steps.possible(plan.num_steps), plan.run_seed) if steps else None
+        self.choice = (
+            StepChoice(steps, plan.branch_steps.possible(plan.num_steps), plan.run_seed)
+            if steps
+            else None
+        )
         self.noise = NoiseLevels(noise) if noise else None
 
     def plan(self, iteration: int) -> Plan:
@@ -102,8 +118,8 @@ class Adapt:
 
     @property
     def candidates(self) -> list[int] | None:
-        """Steps that may be drawn, over which loss weights have mean 1: so a step's weight does not depend on which others were
-        drawn with it. None: those of the rollout."""
+        """Steps that may be drawn, over which loss weights have mean 1: so a step's weight does not
+        depend on which others were drawn with it. None: those of the rollout."""
         return self.choice.steps if self.choice else None
 
     @property
@@ -115,16 +131,24 @@ class Adapt:
         """Take up an iteration; returns the metrics of what it was drawn with."""
         found = {}
         if self.choice:
-            found |= {f"adapt/p_step_{k}": float(p) for k, p in zip(self.choice.steps, self.choice.chances(), strict=True)}
+            found |= {
+                f"adapt/p_step_{k}": float(p)
+                for k, p in zip(self.choice.steps, self.choice.chances(), strict=True)
+            }
             self.choice.update(credit.spread)
         if self.noise:
-            found |= {f"adapt/noise_{k}": self.noise.level.get(k, 1.0) for k in layout.slots.steps()}
+            found |= {
+                f"adapt/noise_{k}": self.noise.level.get(k, 1.0) for k in layout.slots.steps()
+            }
             self.noise.update(layout.slots.step, *_before_and_after(layout, scored))
         return found
 
     def state(self) -> dict:
         """JSON values from which `load` goes on exactly."""
-        return {"spread": _texts(self.choice.spread if self.choice else {}), "noise": _texts(self.noise.level if self.noise else {})}
+        return {
+            "spread": _texts(self.choice.spread if self.choice else {}),
+            "noise": _texts(self.noise.level if self.noise else {}),
+        }
 
     def load(self, state: dict) -> None:
         """state: empty in a checkpoint of earlier versions, whose runs have no controllers."""
@@ -135,11 +159,15 @@ class Adapt:
 
 
 def _before_and_after(layout: Layout, scored: Scored) -> tuple[np.ndarray, np.ndarray]:
-    """Rewards [n] of the ODE from each child's state and from the child: values where the plan has them, else the trunk's and its own."""
+    """Rewards [n] of the ODE from each child's state and from the child: values where the plan has
+    them, else the trunk's and its own."""
     rewards = scored.rewards
     if rewards.before is not None:
         return rewards.before, rewards.after
-    return np.where(layout.completions >= 0, scored.by_row[layout.completions], np.nan), rewards.total
+    return (
+        np.where(layout.completions >= 0, scored.by_row[layout.completions], np.nan),
+        rewards.total,
+    )
 
 
 def _texts(values: dict[int, float]) -> dict[str, float]:

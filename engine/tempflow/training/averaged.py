@@ -1,7 +1,8 @@
-"""What all averages of the trained weights share: fp32 on the CPU, each weight held by one rank alone.
+"""What all averages of the trained weights share: fp32 on the CPU, each weight held by one rank
+alone.
 
-Nothing ever holds the whole of it: it is read a few weights at a time, and written to its file so. The file is whole, the same
-for any number of ranks.
+Nothing ever holds the whole of it: it is read a few weights at a time, and written to its file so.
+The file is whole, the same for any number of ranks.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from tempflow.training.engine import Runtime
 
 
 class Averaged(ABC):
-    """Weights made from those that training passes through, evaluated and exported in their place."""
+    """Weights made from those that training passes through, evaluated and exported in their
+    place."""
 
     key: ClassVar[str]
-    """The key of `training` that asks for it; names its file and its count of updates in a checkpoint, too."""
+    """The key of `training` that asks for it; names its file and its count of updates in a
+    checkpoint, too."""
 
     def __init__(self, runtime: Runtime, every: int):
         """every: updates between two looks at the weights."""
@@ -45,7 +48,8 @@ class Averaged(ABC):
 
     @abstractmethod
     def read(self, file: Path, updates: int) -> None:
-        """Take over this rank's share of what `write` wrote after `updates` updates, on any number of ranks, if it wrote one."""
+        """Take over this rank's share of what `write` wrote after `updates` updates, on any number
+        of ranks, if it wrote one."""
 
     @torch.no_grad()
     def update(self) -> None:
@@ -55,15 +59,19 @@ class Averaged(ABC):
             self._take()
 
     def gather(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Those of some weights that are averaged, fp32 on every rank, on its device (a collective)."""
+        """Those of some weights that are averaged, fp32 on every rank, on its device (a
+        collective)."""
         return {name: self._shared(name, self._value) for name in names if name in self._owner}
 
     def write(self, file: Path) -> None:
         """All averages into a safetensors file, by the first rank (a collective)."""
-        write_together(file, self._shapes, ((name, self.gather([name])[name]) for name in self._shapes))
+        write_together(
+            file, self._shapes, ((name, self.gather([name])[name]) for name in self._shapes)
+        )
 
     def _current(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The trained weights of this rank's share; every rank walks through all, since reading one is a collective."""
+        """The trained weights of this rank's share; every rank walks through all, since reading one
+        is a collective."""
         for name, parameter in self._runtime.trainable.items():
             value = self._runtime.full_fp32(parameter)
             if self._mine(name):
@@ -76,7 +84,11 @@ class Averaged(ABC):
     def _shared(self, name: str, value_of) -> torch.Tensor:
         """value_of(name) of the rank that holds it, on every rank and its device (a collective)."""
         device = self._runtime.policy.device
-        value = value_of(name).to(device) if self._mine(name) else torch.empty(self._shapes[name], device=device)
+        value = (
+            value_of(name).to(device)
+            if self._mine(name)
+            else torch.empty(self._shapes[name], device=device)
+        )
         return distributed.broadcast(value, self._owner[name])
 
 

@@ -1,8 +1,10 @@
-"""From states to micro-batches of the loss: what is weighed, what is skipped, how sums become means.
+"""From states to micro-batches of the loss: what is weighed, what is skipped, how sums become
+means.
 
-The loss is a mean over the states of all ranks. States whose advantages are all zero are not forwarded but counted in that mean, and
-ranks run equal numbers of micro-batches, so neither the micro-batch size, nor the number of ranks, nor skipping changes the gradient.
-A micro-batch holds states whose prompts' conditionings have one shape.
+The loss is a mean over the states of all ranks. States whose advantages are all zero are not
+forwarded but counted in that mean, and ranks run equal numbers of micro-batches, so neither the
+micro-batch size, nor the number of ranks, nor skipping changes the gradient. A micro-batch holds
+states whose prompts' conditionings have one shape.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ class Weighed:
 def select(states: list[State], advantages: Advantages, penalty: Penalty | None) -> list[Weighed]:
     """States worth a forward; what they hold is finite.
 
-    Those with an advantage other than 0, and, where a penalty acts on their step, all others with a valid child.
+    Those with an advantage other than 0, and, where a penalty acts on their step, all others with a
+    valid child.
     """
     chosen = []
     for state in states:
@@ -45,12 +48,17 @@ def select(states: list[State], advantages: Advantages, penalty: Penalty | None)
 
 
 def _finite(state: State, valid: torch.Tensor) -> State:
-    """With a valid child in the place of failed ones that hold NaN or infinity, which would survive a weight of 0 in the loss."""
+    """With a valid child in the place of failed ones that hold NaN or infinity, which would survive
+    a weight of 0 in the loss."""
     broken = ~valid & ~state.children.isfinite().flatten(1).all(1).cpu()
     if not broken.any():
         return state
     kept = torch.where(broken, valid.int().argmax(), torch.arange(len(valid)))
-    return replace(state, children=state.children[kept], log_prob=None if state.log_prob is None else state.log_prob[kept])
+    return replace(
+        state,
+        children=state.children[kept],
+        log_prob=None if state.log_prob is None else state.log_prob[kept],
+    )
 
 
 def padding_of(states: list[State]) -> State:
@@ -58,7 +66,9 @@ def padding_of(states: list[State]) -> State:
     whole = next((s for s in states if s.x.isfinite().all() and s.children.isfinite().all()), None)
     one = states[0]
     log_prob = None if one.log_prob is None else torch.zeros_like(one.log_prob)
-    return whole or replace(one, x=torch.zeros_like(one.x), children=torch.zeros_like(one.children), log_prob=log_prob)
+    return whole or replace(
+        one, x=torch.zeros_like(one.x), children=torch.zeros_like(one.children), log_prob=log_prob
+    )
 
 
 def make_batches(
@@ -77,7 +87,8 @@ def make_batches(
         micro_batch: most states in one.
         step_weight: fp32 [T], the loss weight of every step of the grid.
         device: where the batches are put.
-        shapes: of the conditioning of each chosen state's prompt, where the family's differ; None: all have one.
+        shapes: of the conditioning of each chosen state's prompt, where the family's differ; None:
+            all have one.
     """
     parts = _even(len(chosen), micro_batch) if shapes is None else _ragged(shapes, micro_batch)
     width = max([len(one.valid) for one in chosen] or [len(fallback.slots)])
@@ -94,7 +105,9 @@ def make_batches(
     return batches
 
 
-_Places = tuple[list[int], int]  # the places of a micro-batch's states, and its size, which may be larger
+_Places = tuple[
+    list[int], int
+]  # the places of a micro-batch's states, and its size, which may be larger
 
 
 def _even(chosen: int, micro_batch: int) -> list[_Places]:
@@ -104,13 +117,21 @@ def _even(chosen: int, micro_batch: int) -> list[_Places]:
         return []
     count = math.ceil(most / micro_batch)
     size = math.ceil(most / count)
-    return [(list(range(first, min(first + size, chosen))), size) for first in range(0, count * size, size)]
+    return [
+        (list(range(first, min(first + size, chosen))), size)
+        for first in range(0, count * size, size)
+    ]
 
 
 def _ragged(shapes: list[Shape], micro_batch: int) -> list[_Places]:
-    """Micro-batches of one shape each, as many on every rank (a collective). A rank that needs fewer than another halves its largest
-    ones, and where all have one state, adds some of padding alone."""
-    parts = [part for places in by_shape(shapes) for part in _cut(places, math.ceil(len(places) / micro_batch))]
+    """Micro-batches of one shape each, as many on every rank (a collective). A rank that needs
+    fewer than another halves its largest ones, and where all have one state, adds some of padding
+    alone."""
+    parts = [
+        part
+        for places in by_shape(shapes)
+        for part in _cut(places, math.ceil(len(places) / micro_batch))
+    ]
     missing = int(distributed.reduce(len(parts), "max")) - len(parts)
     for _ in range(missing):
         largest = max(range(len(parts)), key=lambda n: len(parts[n]), default=None)
@@ -128,14 +149,20 @@ def _cut(places: list[int], count: int) -> list[list[int]]:
 
 
 def _filler(state: State, width: int) -> Weighed:
-    """Of no more than `width` children: the padding may be wider than every state that is trained on."""
+    """Of no more than `width` children: the padding may be wider than every state that is trained
+    on."""
     log_prob = None if state.log_prob is None else state.log_prob[:width]
-    state = replace(state, children=state.children[:width], slots=state.slots[:width], log_prob=log_prob)
-    return Weighed(state, torch.zeros(len(state.slots)), torch.ones(len(state.slots), dtype=torch.bool))
+    state = replace(
+        state, children=state.children[:width], slots=state.slots[:width], log_prob=log_prob
+    )
+    return Weighed(
+        state, torch.zeros(len(state.slots)), torch.ones(len(state.slots), dtype=torch.bool)
+    )
 
 
 def _widened(one: Weighed, width: int) -> Weighed:
-    """With masked copies of its first valid child, up to `width` children: a micro-batch has as many for every state."""
+    """With masked copies of its first valid child, up to `width` children: a micro-batch has as
+    many for every state."""
     missing = width - len(one.valid)
     if not missing:
         return one
@@ -148,7 +175,10 @@ def _widened(one: Weighed, width: int) -> Weighed:
 
 def _stack(places: list[Weighed], weight: torch.Tensor, real: int, device) -> Batch:
     states = [one.state for one in places]
-    scalars = {name: torch.tensor([getattr(s, name) for s in states]).to(device) for name in ("sigma", "a", "b", "tau")}
+    scalars = {
+        name: torch.tensor([getattr(s, name) for s in states]).to(device)
+        for name in ("sigma", "a", "b", "tau")
+    }
     scored = all(s.log_prob is not None for s in states)
     return Batch(
         units=[s.unit for s in states],

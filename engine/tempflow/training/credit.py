@@ -17,8 +17,11 @@ from tempflow.training.update import Part
 from tempflow.types import Advantages, State
 
 
-def make_parts(session: Session, rolled: RolledOut, credit: Advantages, steps: list[int] | None = None) -> list[Part]:
-    """This rank's micro-batches of every optimizer step of a pass (a collective); parts without a state to forward are left out.
+def make_parts(
+    session: Session, rolled: RolledOut, credit: Advantages, steps: list[int] | None = None
+) -> list[Part]:
+    """This rank's micro-batches of every optimizer step of a pass (a collective); parts without a
+    state to forward are left out.
 
     steps: over which loss weights have mean 1; None: those of the rollout.
     """
@@ -39,8 +42,9 @@ def make_parts(session: Session, rolled: RolledOut, credit: Advantages, steps: l
 def shares(states: list[State], parts: int) -> list[list[State]]:
     """A rank's states of each part, the same for a unit whatever the number of ranks.
 
-    The states of a unit go to the parts in turn, from part (prompt + seed) % parts on. So every part has states of all units, prompts and
-    steps, and every rank has work in every part; with whole units in a part all those of one rank may be in the same.
+    The states of a unit go to the parts in turn, from part (prompt + seed) % parts on. So every
+    part has states of all units, prompts and steps, and every rank has work in every part; with
+    whole units in a part all those of one rank may be in the same.
     """
     found, places = [[] for _ in range(parts)], defaultdict(int)
     for state in states:
@@ -50,13 +54,18 @@ def shares(states: list[State], parts: int) -> list[list[State]]:
     return found
 
 
-def loss_weights(session: Session, rolled: RolledOut, steps: list[int] | None = None) -> torch.Tensor:
-    """Loss weight of every step of the grid, fp32 [T]; 1 for states that an objective makes of endpoints. steps: as in `make_parts`."""
+def loss_weights(
+    session: Session, rolled: RolledOut, steps: list[int] | None = None
+) -> torch.Tensor:
+    """Loss weight of every step of the grid, fp32 [T]; 1 for states that an objective makes of
+    endpoints. steps: as in `make_parts`."""
     grid = rolled.kept.grid
     if session.objective.wants == "endpoints":
         return torch.ones_like(grid.sde.tau)
     steps = steps or rolled.layout.slots.steps()
-    return step_weights(grid, steps, ratio=session.objective.ratio, **session.config.training.profile())
+    return step_weights(
+        grid, steps, ratio=session.objective.ratio, **session.config.training.profile()
+    )
 
 
 def reward_metrics(scored: Scored, credit: Advantages, rolled: RolledOut) -> dict:
@@ -84,15 +93,21 @@ def reward_metrics(scored: Scored, credit: Advantages, rolled: RolledOut) -> dic
     }
 
 
-def suffix_metrics(session: Session, scored: Scored, credit: Advantages, rolled: RolledOut, exact: Scored | None) -> dict:
+def suffix_metrics(
+    session: Session, scored: Scored, credit: Advantages, rolled: RolledOut, exact: Scored | None
+) -> dict:
     """How well the rewards read after a coarser suffix rank what the exact one would have."""
     if exact is None:
         return {}
     best = session.advantage(rolled.layout.slots, exact.rewards)
     both = credit.valid & best.valid
     return {
-        "suffix/reward_rank_correlation": rank_correlation(scored.rewards.total[both], exact.rewards.total[both]),
-        "suffix/advantage_rank_correlation": rank_correlation(credit.values[both], best.values[both]),
+        "suffix/reward_rank_correlation": rank_correlation(
+            scored.rewards.total[both], exact.rewards.total[both]
+        ),
+        "suffix/advantage_rank_correlation": rank_correlation(
+            credit.values[both], best.values[both]
+        ),
     }
 
 
@@ -111,7 +126,9 @@ def update_metrics(updates: list[dict], forwards: int, lr: float) -> dict:
             "lr": lr,
         }
     first, last = updates[0], updates[-1]
-    compared = {"mismatch/log_prob": first["mismatch/log_prob"]} if "mismatch/log_prob" in first else {}
+    compared = (
+        {"mismatch/log_prob": first["mismatch/log_prob"]} if "mismatch/log_prob" in first else {}
+    )
     return {
         "updates/skipped": sum(u["skipped"] for u in updates),
         "loss": first["loss"],
@@ -123,16 +140,23 @@ def update_metrics(updates: list[dict], forwards: int, lr: float) -> dict:
         "ratio/min": last["ratio/min"],
         "ratio/max": last["ratio/max"],
         **compared,
-        "grad_norm": float(np.mean([u["grad_norm"] for u in updates if not u["skipped"]] or [np.nan])),
+        "grad_norm": float(
+            np.mean([u["grad_norm"] for u in updates if not u["skipped"]] or [np.nan])
+        ),
         "lr": lr,
         "forwards/train": sum(u["forwards"] for u in updates) + forwards,
     }
 
 
 def _alone(parts: dict[str, np.ndarray]) -> dict[str, float]:
-    """Mean and standard deviation of each reward, unweighted, over the images that it could score."""
+    """Mean and standard deviation of each reward, unweighted, over the images that it could
+    score."""
     found = {}
     for name, values in parts.items():
         scored = values[np.isfinite(values)]
-        found |= {f"reward/{name}": float(scored.mean()), f"reward/{name}/std": float(scored.std())} if len(scored) else {}
+        found |= (
+            {f"reward/{name}": float(scored.mean()), f"reward/{name}/std": float(scored.std())}
+            if len(scored)
+            else {}
+        )
     return found

@@ -22,14 +22,20 @@ def device() -> torch.device:
 
 def cores_per_rank() -> int:
     """CPU cores that this rank may call its own."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ.get("WORLD_SIZE", 1))
+    ranks = int(
+        os.environ.get("LOCAL_WORLD_SIZE")
+        or os.environ.get("LOCAL_SIZE")
+        or os.environ.get("WORLD_SIZE", 1)
+    )
     return max(1, len(os.sched_getaffinity(0)) // ranks)
 
 
 class Threads:
-    """CPU threads of this rank: fewer while reward workers run beside it, so that all fit the cores.
+    """CPU threads of this rank: fewer while reward workers run beside it, so that all fit the
+    cores.
 
-    More threads than cores is many times slower than one: OpenMP threads wait for each other in busy loops.
+    More threads than cores is many times slower than one: OpenMP threads wait for each other in
+    busy loops.
     """
 
     def __init__(self, config: Config):

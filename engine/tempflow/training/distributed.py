@@ -1,4 +1,5 @@
-"""The few collectives that the trainer needs, on small host-side values. With one process they do nothing."""
+"""The few collectives that the trainer needs, on small host-side values. With one process they do
+nothing."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ T = TypeVar("T")
 
 
 def init_distributed() -> None:
-    """Join the launcher's process group, or make one of a single process where no launcher set it up. UserError where it cannot."""
+    """Join the launcher's process group, or make one of a single process where no launcher set it
+    up. UserError where it cannot."""
     import deepspeed
 
     leave_all_reduce_to_gloo()
@@ -28,16 +30,30 @@ def init_distributed() -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        alone = {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
         os.environ.update(alone)
     missing = [name for name in LAUNCH if name not in os.environ]
     if missing:
-        raise UserError(f"the environment has RANK but not {', '.join(missing)}: start with `deepspeed engine/train.py`, or unset RANK")
-    # NCCL's group is bound to this rank's GPU, but its collectives of objects go through the current one: GPU 0 until told otherwise.
+        raise UserError(
+            f"the environment has RANK but not {', '.join(missing)}: start with `deepspeed"
+            " engine/train.py`, or unset RANK"
+        )
+    # NCCL's group is bound to this rank's GPU, but its collectives of objects go through the
+    # current one: GPU 0 until told otherwise.
     device()
     try:
-        socket.getaddrinfo(os.environ["MASTER_ADDR"], None)  # torch would go on trying a name that nobody knows
-        with ended_by_signals():  # for minutes, while other ranks are missing; nothing is written yet
+        socket.getaddrinfo(
+            os.environ["MASTER_ADDR"], None
+        )  # torch would go on trying a name that nobody knows
+        with (
+            ended_by_signals()
+        ):  # for minutes, while other ranks are missing; nothing is written yet
             deepspeed.init_distributed(verbose=False)
     except (RuntimeError, ValueError, OSError) as error:  # of torch's store, or of a backend
         raise RankError(_cannot_join(error)) from None
@@ -47,12 +63,14 @@ def _cannot_join(error: Exception) -> str:
     rank, address, port = (os.environ[name] for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
     if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
         return (
-            f"port {port} of {address} is taken, perhaps by another run on this machine; choose another for this one: "
-            "`deepspeed --master_port PORT engine/train.py ...`, which torchrun has as well"
+            f"port {port} of {address} is taken, perhaps by another run on this machine; choose"
+            " another for this one: `deepspeed --master_port PORT engine/train.py ...`, which"
+            " torchrun has as well"
         )
     return (
-        f"rank {rank} cannot join the others at {address}:{port} ({type(error).__name__}: {brief(error)}); check --master_addr, "
-        "--master_port, the firewall between the machines, and GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME"
+        f"rank {rank} cannot join the others at {address}:{port} ({type(error).__name__}:"
+        f" {brief(error)}); check --master_addr, --master_port, the firewall between the machines,"
+        " and GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME"
     )
 
 
@@ -70,7 +88,8 @@ def barrier() -> None:
 
 
 def reduce(values, op: str = "sum") -> np.ndarray:
-    """Element-wise "sum", "max" or "min" over ranks, float64 of the same shape, the same bits on every rank."""
+    """Element-wise "sum", "max" or "min" over ranks, float64 of the same shape, the same bits on
+    every rank."""
     array = np.asarray(values, dtype=np.float64)
     if world_size() == 1:
         return array
@@ -110,7 +129,8 @@ def first_of_any(value: str | None) -> str | None:
 
 
 def on_first_rank(action: Callable[[], T]) -> T | None:
-    """Do it on rank 0 and return the result there, None elsewhere; its UserError is raised on every rank."""
+    """Do it on rank 0 and return the result there, None elsewhere; its UserError is raised on every
+    rank."""
     trouble, result = None, None
     if rank() == 0:
         try:

@@ -12,7 +12,8 @@ from tempflow.training.engine import Runtime
 
 
 class Average(Averaged):
-    """mean <- decay mean + (1 - decay) weights, every `every` updates; starts as a copy of the weights.
+    """mean <- decay mean + (1 - decay) weights, every `every` updates; starts as a copy of the
+    weights.
 
     Until the first average was taken it holds the weights before training.
     """
@@ -22,7 +23,9 @@ class Average(Averaged):
     def __init__(self, runtime: Runtime, decay: float, every: int):
         super().__init__(runtime, every)
         self._decay = decay
-        self._means: dict[str, torch.Tensor] = {name: value.cpu().clone() for name, value in self._current()}
+        self._means: dict[str, torch.Tensor] = {
+            name: value.cpu().clone() for name, value in self._current()
+        }
 
     def _take(self) -> None:
         for name, value in self._current():

@@ -1,8 +1,10 @@
-"""The DeepSpeed engine around the transformer, and the copies of its weights that rollouts and references use.
+"""The DeepSpeed engine around the transformer, and the copies of its weights that rollouts and
+references use.
 
-Only the transformer is inside the engine; optimizer, precision and ZeRO stage are the config's `deepspeed` section. The
-rollout copy (`replica`) keeps its storage for the whole run and is refreshed in place after each update. With LoRA it shares all that
-is not trained with the engine (`model.share_base`).
+Only the transformer is inside the engine; optimizer, precision and ZeRO stage are the config's
+`deepspeed` section. The rollout copy (`replica`) keeps its storage for the whole run and is
+refreshed in place after each update. With LoRA it shares all that is not trained with the engine
+(`model.share_base`).
 """
 
 from __future__ import annotations
@@ -31,8 +33,8 @@ ADAPTER = "default"
 
 
 def add_lora(module: torch.nn.Module, lora: Lora, targets: tuple[str, ...], seed: int) -> None:
-    """Freeze the module and add adapters: Gaussian-initialised, or those of `lora.start`. UserError where a target names no layer,
-    or the start does not fit."""
+    """Freeze the module and add adapters: Gaussian-initialised, or those of `lora.start`. UserError
+    where a target names no layer, or the start does not fit."""
     from peft import LoraConfig
 
     module.requires_grad_(False)
@@ -42,11 +44,16 @@ def add_lora(module: torch.nn.Module, lora: Lora, targets: tuple[str, ...], seed
     unknown = [t for t in wanted if not any(name == t or name.endswith("." + t) for name in layers)]
     if unknown and (lora.targets or start):
         key = "model.lora.targets" if lora.targets else "model.lora.start"
-        raise UserError(f"{key}: no layer of the transformer is named {', '.join(unknown[:5])}{', ...' * (len(unknown) > 5)}")
+        raise UserError(
+            f"{key}: no layer of the transformer is named"
+            f" {', '.join(unknown[:5])}{', ...' * (len(unknown) > 5)}"
+        )
     wanted = [t for t in wanted if t not in unknown]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        adapters = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, init_lora_weights="gaussian", target_modules=wanted)
+        adapters = LoraConfig(
+            r=lora.rank, lora_alpha=lora.alpha, init_lora_weights="gaussian", target_modules=wanted
+        )
         try:
             module.add_adapter(adapters, adapter_name=ADAPTER)
         except ValueError as error:  # layers that peft cannot adapt
@@ -56,10 +63,12 @@ def add_lora(module: torch.nn.Module, lora: Lora, targets: tuple[str, ...], seed
 
 
 class Runtime:
-    """Trains the denoiser of `policy`. It becomes the policy's own without rollout.replica, and a copy that shares the base with it where
-    `shares_base` says so; then the policy need not have one.
+    """Trains the denoiser of `policy`. It becomes the policy's own without rollout.replica, and a
+    copy that shares the base with it where `shares_base` says so; then the policy need not have
+    one.
 
-    engine: the DeepSpeed engine. dtype: of its weights and activations. trainable: name -> parameter.
+    engine: the DeepSpeed engine. dtype: of its weights and activations. trainable: name ->
+    parameter.
     """
 
     def __init__(self, config: Config, policy: Policy):
@@ -80,14 +89,19 @@ class Runtime:
         self.trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
         ds = self._deepspeed_config(module)
         call_by_position(module, ds.get("zero_optimization", {}))
-        self.engine, *_ = deepspeed.initialize(model=module, model_parameters=list(self.trainable.values()), config=ds)
+        self.engine, *_ = deepspeed.initialize(
+            model=module, model_parameters=list(self.trainable.values()), config=ds
+        )
         self.module = self.engine.module
         self._base_lrs = [group["lr"] for group in self.engine.optimizer.param_groups]
-        self._sources = self._replica_sources() if shared is None else adopt(shared, self.module, ADAPTER)
+        self._sources = (
+            self._replica_sources() if shared is None else adopt(shared, self.module, ADAPTER)
+        )
         self._start_rollouts(shared)
 
     def _start_rollouts(self, shared: torch.nn.Module | None) -> None:
-        """Prepare the denoiser that the policy rolls out with: `shared`, its own, or without rollout.replica the trained one."""
+        """Prepare the denoiser that the policy rolls out with: `shared`, its own, or without
+        rollout.replica the trained one."""
         if not self.config.rollout.replica:
             self.policy.set_denoiser(self.module)
             return
@@ -105,9 +119,13 @@ class Runtime:
             ds["zero_optimization"] = leaf_section(ds["zero_optimization"], module)
         ds.setdefault("steps_per_print", 10**9)
         ds.setdefault("zero_allow_untested_optimizer", True)
-        return {**ds, "train_micro_batch_size_per_gpu": self.config.training.states, "gradient_accumulation_steps": 1}
+        return {
+            **ds,
+            "train_micro_batch_size_per_gpu": self.config.training.states,
+            "gradient_accumulation_steps": 1,
+        }
 
-    # ------------------------------------------------------------------------------------------------- updates
+    # -------------------------------------------------------------------------------------- updates
     def accumulate(self, loss: torch.Tensor, last: bool) -> None:
         """Add the gradient of a micro-batch; on the last one ranks' gradients are summed.
 
@@ -117,14 +135,18 @@ class Runtime:
         self.engine.backward(loss * self.engine.dp_world_size, scale_wrt_gas=False)
 
     def step(self, lr_factor: float) -> float | None:
-        """Apply the optimizer with learning rate `lr_factor` times the config's; returns the gradient norm.
+        """Apply the optimizer with learning rate `lr_factor` times the config's; returns the
+        gradient norm.
 
-        None where the gradient is not finite: then the weights and the optimizer's state stay as they are, on every rank.
+        None where the gradient is not finite: then the weights and the optimizer's state stay as
+        they are, on every rank.
         """
         for group, lr in zip(self.engine.optimizer.param_groups, self._base_lrs, strict=True):
             group["lr"] = lr * lr_factor
         norm = self._plain_grad_norm()
-        if norm is not None and not math.isfinite(norm):  # with ZeRO or half precision DeepSpeed sees to it itself
+        if norm is not None and not math.isfinite(
+            norm
+        ):  # with ZeRO or half precision DeepSpeed sees to it itself
             self.engine.zero_grad()
             return None
         self.engine.step()
@@ -136,7 +158,9 @@ class Runtime:
         """The norm before clipping where DeepSpeed wraps no optimizer, and so reports none."""
         if self.stage > 0 or self.dtype != torch.float32:
             return None
-        return torch.nn.utils.get_total_norm([p.grad for p in self.trainable.values() if p.grad is not None]).item()
+        return torch.nn.utils.get_total_norm(
+            [p.grad for p in self.trainable.values() if p.grad is not None]
+        ).item()
 
     def learning_rate(self) -> float:
         return self.engine.optimizer.param_groups[0]["lr"]
@@ -153,7 +177,7 @@ class Runtime:
         finally:
             self.module.enable_adapters()
 
-    # ------------------------------------------------------------------------------------------------- weights
+    # -------------------------------------------------------------------------------------- weights
     def gathered(self, parameters: list[torch.nn.Parameter]):
         """A context in which these parameters are whole on every rank."""
         return deepspeed.zero.GatheredParameters(parameters) if self.stage == 3 else nullcontext()
@@ -168,20 +192,28 @@ class Runtime:
         return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self.trainable.items()}
 
     def _replica_sources(self) -> list[tuple[str, list[str]]]:
-        """For each weight of a copy of its own that training changes, the engine's parameters it is made of."""
+        """For each weight of a copy of its own that training changes, the engine's parameters it is
+        made of."""
         names = dict(self.module.named_parameters())
         if not self.config.model.lora:
             return [(name, [name]) for name in names]
-        layers = sorted(name.split(".lora_A.")[0] for name in names if f".lora_A.{ADAPTER}." in name)
+        layers = sorted(
+            name.split(".lora_A.")[0] for name in names if f".lora_A.{ADAPTER}." in name
+        )
         parts = ("base_layer.weight", f"lora_A.{ADAPTER}.weight", f"lora_B.{ADAPTER}.weight")
         return [(f"{layer}.weight", [f"{layer}.{part}" for part in parts]) for layer in layers]
 
     @torch.no_grad()
-    def refresh(self, target: torch.nn.Module, average: Callable[[list[str]], dict[str, torch.Tensor]] | None = None) -> None:
-        """Write the current weights into a rollout copy, in place (a collective): adapters as they are where it shares the base, merged
-        where it has weights of its own.
+    def refresh(
+        self,
+        target: torch.nn.Module,
+        average: Callable[[list[str]], dict[str, torch.Tensor]] | None = None,
+    ) -> None:
+        """Write the current weights into a rollout copy, in place (a collective): adapters as they
+        are where it shares the base, merged where it has weights of its own.
 
-        average: gives values to use instead of the engine's for those of the parameters named that it has.
+        average: gives values to use instead of the engine's for those of the parameters named that
+        it has.
         """
         if target is self.module:
             return
@@ -201,12 +233,16 @@ class Runtime:
     def _merge(self, name: str, values: list[torch.Tensor]) -> torch.Tensor:
         if len(values) == 1:
             return values[0]
-        return merged(*values, self.module.get_submodule(name.removesuffix(".weight")).scaling[ADAPTER])
+        return merged(
+            *values, self.module.get_submodule(name.removesuffix(".weight")).scaling[ADAPTER]
+        )
 
     def _buckets(self, named) -> Iterator[list[tuple[str, list[str]]]]:
         bucket, size = [], 0
         for source in self._sources:
-            elements = sum(getattr(named[part], "ds_numel", named[part].numel()) for part in source[1])
+            elements = sum(
+                getattr(named[part], "ds_numel", named[part].numel()) for part in source[1]
+            )
             if bucket and size + elements > self.config.rollout.refresh_bucket:
                 yield bucket
                 bucket, size = [], 0
@@ -217,10 +253,14 @@ class Runtime:
 
 
 def compile_blocks(module: torch.nn.Module, how: str) -> None:
-    """torch.compile of the repeated blocks, one compilation for all of a kind; "eager" leaves the module alone.
+    """torch.compile of the repeated blocks, one compilation for all of a kind; "eager" leaves the
+    module alone.
 
-    Weights stay where they are, so refreshing them in place goes on working. Compiled code is cached on disk.
+    Weights stay where they are, so refreshing them in place goes on working. Compiled code is
+    cached on disk.
     """
     if how == "eager":
         return
-    compile_repeated_blocks(module, mode="max-autotune-no-cudagraphs" if how == "compile-max" else "default")
+    compile_repeated_blocks(
+        module, mode="max-autotune-no-cudagraphs" if how == "compile-max" else "default"
+    )

@@ -1,4 +1,5 @@
-"""Evaluations in the course of a run: the averaged weights where there are any, on all ranks together."""
+"""Evaluations in the course of a run: the averaged weights where there are any, on all ranks
+together."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from tempflow.training.session import Session
 
 
 class Evaluator:
-    """Evaluates a session on its held-out prompts, and remembers the base's rewards and looks, to which gain and drift are measured.
+    """Evaluates a session on its held-out prompts, and remembers the base's rewards and looks, to
+    which gain and drift are measured.
 
     metrics, evaluated_at: of the newest evaluation, and its iteration.
     """
@@ -26,14 +28,17 @@ class Evaluator:
     def __init__(self, session: Session, recorder: Recorder):
         self.session, self.recorder = session, recorder
         self.base_reward: float | None = None
-        self.base_rewards: np.ndarray | None = None  # of each held-out prompt, [n]: gains are measured prompt by prompt
+        self.base_rewards: np.ndarray | None = (
+            None  # of each held-out prompt, [n]: gains are measured prompt by prompt
+        )
         self.base_looks: Looks | None = None
         self.metrics: dict = {}
         self.evaluated_at = -1
 
     @contextmanager
     def _averaged_weights(self):
-        """The average in the rollout copy, where one was taken; yields which weights are evaluated."""
+        """The average in the rollout copy, where one was taken; yields which weights are
+        evaluated."""
         s = self.session
         if s.average is None or not s.config.rollout.replica or not s.average.taken:
             yield "raw"
@@ -45,7 +50,8 @@ class Evaluator:
             s.runtime.refresh(s.policy.denoiser())
 
     def evaluate(self, iteration: int) -> dict:
-        """Draw, score and show the held-out prompts (a collective); metrics on rank 0, nothing elsewhere or without prompts.
+        """Draw, score and show the held-out prompts (a collective); metrics on rank 0, nothing
+        elsewhere or without prompts.
 
         Raises TooManyFailed.
         """
@@ -54,7 +60,11 @@ class Evaluator:
             return {}
         mine = list(range(len(s.heldout)))[distributed.rank() :: distributed.world_size()]
         started = time.perf_counter()
-        with self._averaged_weights() as weights, self.recorder.console.phase("eval", len(mine)) as advance, s.threads.shared():
+        with (
+            self._averaged_weights() as weights,
+            self.recorder.console.phase("eval", len(mine)) as advance,
+            s.threads.shared(),
+        ):
             drawn = evaluation.draw(s, s.heldout, mine, advance=advance)
             scored = evaluation.evaluate(s.pool, s.specs, s.heldout, drawn, e.keep_samples)
         check_failed(
@@ -68,7 +78,12 @@ class Evaluator:
         if gathered is None:
             return {}
         scored = evaluation.merge(gathered)
-        facts = {"iteration": iteration, "num_steps": s.eval_steps(), "seed": evaluation.EVAL_SEED, "weights": weights}
+        facts = {
+            "iteration": iteration,
+            "num_steps": s.eval_steps(),
+            "seed": evaluation.EVAL_SEED,
+            "weights": weights,
+        }
         self.recorder.samples(scored, s.heldout, facts)
         if iteration == 0:
             self.base_looks = scored.looks
@@ -80,7 +95,11 @@ class Evaluator:
 
     def state(self) -> dict:
         """JSON values from which `load` goes on."""
-        known = None if self.base_rewards is None else [None if np.isnan(x) else float(x) for x in self.base_rewards]
+        known = (
+            None
+            if self.base_rewards is None
+            else [None if np.isnan(x) else float(x) for x in self.base_rewards]
+        )
         looks = self.base_looks.pack() if self.base_looks else None
         return {"base_reward": self.base_reward, "base_rewards": known, "base_looks": looks}
 
@@ -93,7 +112,8 @@ class Evaluator:
             self.base_looks = Looks.unpack(looks)
 
     def sureness(self, final: dict) -> dict:
-        """What the rewards of the base and the last evaluation are made of, the gain with its standard error, and the drift."""
+        """What the rewards of the base and the last evaluation are made of, the gain with its
+        standard error, and the drift."""
         names = {
             "tuned_stderr": "eval/reward/stderr",
             "scored": "eval/scored",
@@ -102,5 +122,7 @@ class Evaluator:
             "gain_stderr": "eval/gain/stderr",
         }
         stderr = None if self.base_rewards is None else mean_of(self.base_rewards).stderr
-        known = {name: final[key] for name, key in names.items() if key in final} | {key: final[key] for key in DRIFT if key in final}
+        known = {name: final[key] for name, key in names.items() if key in final} | {
+            key: final[key] for key in DRIFT if key in final
+        }
         return ({} if stderr is None else {"base_stderr": stderr}) | known

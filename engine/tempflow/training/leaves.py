@@ -1,13 +1,16 @@
-"""Whole transformer blocks as the units that ZeRO stage 3 gathers and releases ("leaf modules" of DeepSpeed).
+"""Whole transformer blocks as the units that ZeRO stage 3 gathers and releases ("leaf modules" of
+DeepSpeed).
 
-By default DeepSpeed runs hooks around every module that has weights, 1 279 of them in FLUX.1, and each hook looks ahead through
-the list of the following ones: a training step then waits for Python, not for the GPU. With a block as one unit the hooks run
-57 times, and as much of the weights is in memory as one block has (FLUX.1: 0.7 GB in bf16), plus what is fetched ahead.
+By default DeepSpeed runs hooks around every module that has weights, 1 279 of them in FLUX.1, and
+each hook looks ahead through the list of the following ones: a training step then waits for Python,
+not for the GPU. With a block as one unit the hooks run 57 times, and as much of the weights is in
+memory as one block has (FLUX.1: 0.7 GB in bf16), plus what is fetched ahead.
 
-DeepSpeed 0.19.8 reduces a leaf's gradients in a full backward hook. torch calls that hook when the gradients of the module's
-*positional* inputs are complete, or, where none of them needs one, before any weight of the module has its gradient; DeepSpeed then
-reduces zeros. diffusers calls blocks by keyword, and under LoRA nothing before the first block is trained. So `call_by_position` moves
-the arguments and makes one of them need a gradient.
+DeepSpeed 0.19.8 reduces a leaf's gradients in a full backward hook. torch calls that hook when the
+gradients of the module's *positional* inputs are complete, or, where none of them needs one, before
+any weight of the module has its gradient; DeepSpeed then reduces zeros. diffusers calls blocks by
+keyword, and under LoRA nothing before the first block is trained. So `call_by_position` moves the
+arguments and makes one of them need a gradient.
 """
 
 from __future__ import annotations
@@ -23,17 +26,21 @@ from tempflow.compat import block_classes
 
 
 def leaf_section(zero: dict, module: torch.nn.Module) -> dict:
-    """The `zero_optimization` section with the module's blocks as leaves: at stage 3, unless the user has named leaves."""
+    """The `zero_optimization` section with the module's blocks as leaves: at stage 3, unless the
+    user has named leaves."""
     if zero.get("stage") != 3 or "leaf_module" in zero:
         return zero
     return {**zero, "leaf_module": {"classes": block_classes(module)}}
 
 
 def call_by_position(module: torch.nn.Module, zero: dict) -> None:
-    """Prepare the leaves that a section names for their backward hook; before DeepSpeed adds its own hooks."""
+    """Prepare the leaves that a section names for their backward hook; before DeepSpeed adds its
+    own hooks."""
     if zero.get("stage") != 3:
         return
-    for leaf in apply_zero_leaf_module_config(module, DeepSpeedZeroLeafModuleConfig(**(zero.get("leaf_module") or {}))):
+    for leaf in apply_zero_leaf_module_config(
+        module, DeepSpeedZeroLeafModuleConfig(**(zero.get("leaf_module") or {}))
+    ):
         leaf.register_forward_pre_hook(_by_position, with_kwargs=True)
 
 
@@ -41,7 +48,11 @@ def _by_position(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tu
     bound = _signature(type(module)).bind(module, *args, **kwargs)
     bound.apply_defaults()
     args = list(bound.args[1:])
-    floats = [i for i, value in enumerate(args) if isinstance(value, torch.Tensor) and value.is_floating_point()]
+    floats = [
+        i
+        for i, value in enumerate(args)
+        if isinstance(value, torch.Tensor) and value.is_floating_point()
+    ]
     if torch.is_grad_enabled() and floats and not any(args[i].requires_grad for i in floats):
         args[floats[0]] = args[floats[0]].detach().requires_grad_()
     return tuple(args), bound.kwargs

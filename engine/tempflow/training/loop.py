@@ -1,7 +1,8 @@
-"""The training loop: roll out, score, give credit, update, refresh; and around it evaluations, checkpoints, records.
+"""The training loop: roll out, score, give credit, update, refresh; and around it evaluations,
+checkpoints, records.
 
-Everything an iteration depends on is a function of the config, the iteration's number and the weights, so a resumed run
-repeats what an undisturbed one would have done.
+Everything an iteration depends on is a function of the config, the iteration's number and the
+weights, so a resumed run repeats what an undisturbed one would have done.
 """
 
 from __future__ import annotations
@@ -31,7 +32,14 @@ from tempflow.training.adapt import Adapt
 from tempflow.training.credit import make_parts, reward_metrics, suffix_metrics, update_metrics
 from tempflow.training.evaluator import Evaluator
 from tempflow.training.micro_batches import choose
-from tempflow.training.rollout import RolledOut, Scored, count_rows, gather_rewards, plan_iteration, roll_out
+from tempflow.training.rollout import (
+    RolledOut,
+    Scored,
+    count_rows,
+    gather_rewards,
+    plan_iteration,
+    roll_out,
+)
 from tempflow.training.session import Session, build, check_rewards
 from tempflow.training.shares import check_shares, prompt_order, prompts_reached
 from tempflow.training.update import Part, Updater
@@ -55,21 +63,29 @@ class Trainer:
         self.session, self.config, self.recorder = session, session.config, recorder
         self.profile = profile or Profile(None)
         self.order = prompt_order(self.config, session.prompts)
-        # Reads all condition images, now rather than when a checkpoint waits for it, and on the rank that writes it.
+        # Reads all condition images, now rather than when a checkpoint waits for it, and on the
+        # rank that writes it.
         self.prompts = digests(session.prompts, session.heldout) if distributed.rank() == 0 else {}
         choice = self.config.data.curation
-        self.curation = Curation(choice, self.order, session.advantage.over, kinds_of(session.fitting)) if choice else None
+        self.curation = (
+            Curation(choice, self.order, session.advantage.over, kinds_of(session.fitting))
+            if choice
+            else None
+        )
         self.adapt = Adapt(self.config.rollout.adapt, session.plan)
-        self.updater = Updater(session.runtime, session.sampler, session.objective, session.penalty, session.embed)
+        self.updater = Updater(
+            session.runtime, session.sampler, session.objective, session.penalty, session.embed
+        )
         self.evaluator = Evaluator(session, recorder)
         self.rule = StopRule(self.config.eval.stop) if self.config.eval.stop else None
         self.iteration, self.elapsed, self.images, self.skipped_in_a_row = 0, 0.0, 0, 0
         self.seconds: dict[str, float] = {}  # of the parts of this iteration, on this rank
-        self.saved = 0  # iteration of the newest checkpoint; before the first update there is nothing to save
+        # iteration of the newest checkpoint; before the first update there is nothing to save
+        self.saved = 0
         self.stopped = False  # by a signal on any rank
         self.ended: str | None = None  # why the stop rule ended the run
 
-    # ------------------------------------------------------------------------------------------------------ run
+    # ------------------------------------------------------------------------------------------ run
     def run(self, resume_from: Path | None) -> dict | None:
         """Train; returns the summary on rank 0. resume_from: a whole checkpoint of this run."""
         s, t = self.session, self.config.training
@@ -90,7 +106,9 @@ class Trainer:
         )
         with self.recorder.console:
             if resume_from and self.rule:
-                self.ended = distributed.agree_on(self.rule.replay(self.recorder.rows(), self.config.eval.every))
+                self.ended = distributed.agree_on(
+                    self.rule.replay(self.recorder.rows(), self.config.eval.every)
+                )
             self._train(first=resume_from is None)
             summary = None if self.stopped else self._finish()
         self.recorder.close()
@@ -115,7 +133,11 @@ class Trainer:
             self.iteration += 1
             spent = time.perf_counter() - started
             self.elapsed += spent
-            metrics |= {"iteration": self.iteration, "time/total": spent, "time/elapsed": self.elapsed}
+            metrics |= {
+                "iteration": self.iteration,
+                "time/total": spent,
+                "time/elapsed": self.elapsed,
+            }
             if self._due(self.config.eval.every):
                 try:
                     metrics |= self.evaluator.evaluate(self.iteration)
@@ -135,31 +157,49 @@ class Trainer:
     def _say_why_it_ended(self) -> None:
         if self.stopped:
             why = getattr(self.session.stop, "received", None) or "a signal on another rank"
-            self.recorder.note(f"stopped by {why} after iteration {self.iteration}; continue with --resume")
+            self.recorder.note(
+                f"stopped by {why} after iteration {self.iteration}; continue with --resume"
+            )
         elif self.ended:
-            self.recorder.note(f"stopped after iteration {self.iteration} by {self.ended}; to go on: --resume with another eval.stop")
+            self.recorder.note(
+                f"stopped after iteration {self.iteration} by {self.ended}; to go on: --resume with"
+                " another eval.stop"
+            )
 
     def _save_before(self, error: TooManyFailed) -> None:
-        """Keep the work so far where the rewards failed; where the model did, the checkpoints before stay as they are."""
+        """Keep the work so far where the rewards failed; where the model did, the checkpoints
+        before stay as they are."""
         if not error.model_broken and self.saved != self.iteration:
             self._save()
 
     def _done(self) -> bool:
-        """All ranks together: the last iteration, the time limit, the stopping rule, or a signal."""
+        """All ranks together: the last iteration, the time limit, the stopping rule, or a
+        signal."""
         t = self.config.training
-        over = self.iteration >= t.iterations or (t.minutes is not None and self.elapsed >= 60 * t.minutes)
-        return bool(distributed.reduce(over or self.ended is not None or self.session.stop(), "max"))
+        over = self.iteration >= t.iterations or (
+            t.minutes is not None and self.elapsed >= 60 * t.minutes
+        )
+        return bool(
+            distributed.reduce(over or self.ended is not None or self.session.stop(), "max")
+        )
 
     def _due(self, every: int) -> bool:
-        return every > 0 and self.iteration % every == 0 and self.iteration < self.config.training.iterations
+        return (
+            every > 0
+            and self.iteration % every == 0
+            and self.iteration < self.config.training.iterations
+        )
 
     def _record(self, metrics: dict) -> None:
-        """Write a row, and let the stopping rule see it where it was evaluated, with one verdict on every rank."""
+        """Write a row, and let the stopping rule see it where it was evaluated, with one verdict on
+        every rank."""
         self.recorder.record(metrics)
         if self.rule and self.evaluator.evaluated_at == self.iteration:
-            self.ended = distributed.agree_on(self.rule.observe(metrics) if distributed.rank() == 0 else None)
+            self.ended = distributed.agree_on(
+                self.rule.observe(metrics) if distributed.rank() == 0 else None
+            )
 
-    # ------------------------------------------------------------------------------------------------ iteration
+    # ------------------------------------------------------------------------------------ iteration
     def _iterate(self) -> dict | None:
         """One iteration; None where a stop was asked for during the rollout."""
         self.seconds = {}
@@ -169,22 +209,34 @@ class Trainer:
             return None
         credit = self.session.advantage(layout.slots, rollout.scored.rewards)
         with self._timed("train"):
-            updates, forwards = self._passes(make_parts(self.session, rollout.rolled, credit, self.adapt.candidates))
+            updates, forwards = self._passes(
+                make_parts(self.session, rollout.rolled, credit, self.adapt.candidates)
+            )
         with self._timed("sync"), span("weight sync"):
             self._refresh()
-        metrics = self._metrics(rollout, credit, updates, forwards) | self._curate(drawn, layout, rollout)
+        metrics = self._metrics(rollout, credit, updates, forwards) | self._curate(
+            drawn, layout, rollout
+        )
         return metrics | self.adapt.observe(layout, rollout.scored, credit) | self._times()
 
     def _draw(self) -> tuple[Draw | None, Layout]:
-        """The iteration's prompts, as curation drew them where there is any, and the rows of all units."""
+        """The iteration's prompts, as curation drew them where there is any, and the rows of all
+        units."""
         drawn = self.curation.draw(self.iteration) if self.curation else None
         indices = drawn.indices if drawn else self.order.indices(self.iteration)
-        return drawn, plan_iteration(self.session, indices, self.iteration, self.adapt.plan(self.iteration))
+        return drawn, plan_iteration(
+            self.session, indices, self.iteration, self.adapt.plan(self.iteration)
+        )
 
     def _roll_out(self, layout: Layout) -> Rolled | None:
-        """Roll out and score; with the exact suffix once more, where a coarser one is audited. None where a stop was asked for."""
+        """Roll out and score; with the exact suffix once more, where a coarser one is audited. None
+        where a stop was asked for."""
         s, suffix = self.session, self.config.rollout.suffix
-        audits = suffix is not None and suffix.audit_every > 0 and self.iteration % suffix.audit_every == 0
+        audits = (
+            suffix is not None
+            and suffix.audit_every > 0
+            and self.iteration % suffix.audit_every == 0
+        )
         rows = count_rows(s, layout, suffix) + (count_rows(s, layout, None) if audits else 0)
         with self.recorder.console.phase("rollout", rows) as advance, s.threads.shared():
             rolled = roll_out(s, layout, self.iteration, suffix, advance, self.adapt.levels)
@@ -193,12 +245,18 @@ class Trainer:
             scored = gather_rewards(s, rolled)
             self.seconds |= rolled.seconds | scored.seconds
             with self._timed("audit"):
-                again = roll_out(s, layout, self.iteration, None, advance, self.adapt.levels) if audits else None
+                again = (
+                    roll_out(s, layout, self.iteration, None, advance, self.adapt.levels)
+                    if audits
+                    else None
+                )
                 if audits and again is None:
                     return None
                 return Rolled(rolled, scored, gather_rewards(s, again) if again else None)
 
-    def _metrics(self, rollout: Rolled, credit: Advantages, updates: list[dict], forwards: int) -> dict:
+    def _metrics(
+        self, rollout: Rolled, credit: Advantages, updates: list[dict], forwards: int
+    ) -> dict:
         self.images += rollout.scored.images
         return (
             reward_metrics(rollout.scored, credit, rollout.rolled)
@@ -224,7 +282,9 @@ class Trainer:
     def _times(self) -> dict[str, float]:
         """Seconds of the iteration's parts, on the rank that each took longest on."""
         longest = distributed.reduce(list(self.seconds.values()), "max")
-        return {f"time/{name}": float(value) for name, value in zip(self.seconds, longest, strict=True)}
+        return {
+            f"time/{name}": float(value) for name, value in zip(self.seconds, longest, strict=True)
+        }
 
     def _refresh(self) -> None:
         """Bring the trained weights into the rollout copy."""
@@ -232,13 +292,16 @@ class Trainer:
             self.session.runtime.refresh(self.session.policy.denoiser())
 
     def _passes(self, parts: list[Part]) -> tuple[list[dict], int]:
-        """All updates of an iteration; returns their metrics, and the rows forwarded beside them on all ranks."""
+        """All updates of an iteration; returns their metrics, and the rows forwarded beside them on
+        all ranks."""
         passes, updates, forwards = self.config.training.updates.passes, [], 0
         steps = sum(len(part.batches) for part in parts)
         with self.recorder.console.phase("train", passes * steps) as advance:
             if self.iteration == 0 and parts:
                 self._check_replay(parts[0])
-            for part in parts[1:]:  # the first update moves the weights that these are compared with
+            for part in parts[
+                1:
+            ]:  # the first update moves the weights that these are compared with
                 forwards += self.updater.remember(part)
             for _ in range(passes):
                 for part in parts:
@@ -255,20 +318,27 @@ class Trainer:
             self.session.average.update()
 
     def _skipped(self, number: int, broken: list[Unit]) -> None:
-        """Say which prompts broke an update; UserError, with the weights saved, when it happens again and again."""
+        """Say which prompts broke an update; UserError, with the weights saved, when it happens
+        again and again."""
         self.skipped_in_a_row += 1
-        gathered = distributed.gather_objects([self.session.prompts[unit.prompt_id].text for unit in broken])
+        gathered = distributed.gather_objects(
+            [self.session.prompts[unit.prompt_id].text for unit in broken]
+        )
         texts = list(dict.fromkeys(text for texts in gathered or [] for text in texts))
         named = ", ".join(map(shown, texts[:5])) + (" and others" if len(texts) > 5 else "")
         cause = f"log-probabilities of {named}" if texts else "gradient"
-        self.recorder.note(f"warning: iteration {self.iteration + 1}, update {number} skipped: {cause} not finite; weights unchanged")
+        self.recorder.note(
+            f"warning: iteration {self.iteration + 1}, update {number} skipped: {cause} not finite;"
+            " weights unchanged"
+        )
         if self.skipped_in_a_row > self.config.training.max_skipped:
             if self.saved != self.iteration:
                 self._save()
             raise UserError(
-                f"{self.skipped_in_a_row} updates in a row had no finite gradient, more than training.max_skipped "
-                f"({self.config.training.max_skipped}) allows; the weights before them are saved. A lower learning rate, or more "
-                "precision in the deepspeed section and model.dtype, may help"
+                f"{self.skipped_in_a_row} updates in a row had no finite gradient, more than"
+                f" training.max_skipped ({self.config.training.max_skipped}) allows; the weights"
+                " before them are saved. A lower learning rate, or more precision in the deepspeed"
+                " section and model.dtype, may help"
             )
 
     def _check_replay(self, part: Part) -> None:
@@ -276,13 +346,14 @@ class Trainer:
         allowed = min(self.session.objective.clip_high, 1e-2)
         if deviation > 0.1 * allowed:
             self.recorder.note(
-                f"warning: two passes over the same states with the same weights give ratios up to {deviation:.1e} from 1 "
-                f"(clip_high {allowed:.1e}). Dropout, non-deterministic kernels or too low a "
-                "precision in the deepspeed section cause this."
+                "warning: two passes over the same states with the same weights give ratios up to"
+                f" {deviation:.1e} from 1 (clip_high {allowed:.1e}). Dropout, non-deterministic"
+                " kernels or too low a precision in the deepspeed section cause this."
             )
 
     def _progress(self) -> float:
-        """How far the run is, in [0, 1]: by iterations, or by the time limit where that is nearer."""
+        """How far the run is, in [0, 1]: by iterations, or by the time limit where that is
+        nearer."""
         t = self.config.training
         timed = self.elapsed / (60 * t.minutes) if t.minutes else 0.0
         return min(1.0, max(self.iteration / t.iterations, float(distributed.reduce(timed, "max"))))
@@ -291,7 +362,7 @@ class Trainer:
         floor = self.config.training.lr_decay
         return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * self._progress()))
 
-    # ------------------------------------------------------------------------------------------------------ end
+    # ------------------------------------------------------------------------------------------ end
     def _finish(self) -> dict | None:
         """The last evaluation, the summary and the report."""
         known = self.evaluator.evaluated_at == self.iteration  # stopped right after an evaluation
@@ -303,8 +374,9 @@ class Trainer:
         average = self.session.average
         if average and not average.taken:
             self.recorder.note(
-                f"training.{average.key}: no average was taken in {average.updates} updates (training.{average.key}.every: "
-                f"{average.every}); the raw weights were evaluated, and are what will be exported"
+                f"training.{average.key}: no average was taken in {average.updates} updates"
+                f" (training.{average.key}.every: {average.every}); the raw weights were evaluated,"
+                " and are what will be exported"
             )
         summary = {
             "base_reward": self.evaluator.base_reward,
@@ -323,7 +395,7 @@ class Trainer:
         self.recorder.finish(summary)
         return summary
 
-    # ---------------------------------------------------------------------------------------------- checkpoints
+    # ---------------------------------------------------------------------------------- checkpoints
     def _save(self) -> None:
         s = self.session
         state = {
@@ -342,13 +414,19 @@ class Trainer:
         with self.recorder.console.phase("checkpoint"), span("checkpoint"):
             kept = self.config.checkpoint
             best_by = self.config.best_metric() if kept.keep_best else None
-            save.save_checkpoint(s.runtime, s.average, self.recorder.run_dir, state, kept.keep, best_by)
+            save.save_checkpoint(
+                s.runtime, s.average, self.recorder.run_dir, state, kept.keep, best_by
+            )
         self.saved = self.iteration
 
     def _restore(self, path: Path) -> None:
         s = self.session
         state = load.restore(s.runtime, s.average, path, self.recorder.note)
-        self.iteration, self.elapsed, self.images = state["iteration"], state["elapsed"], state["images"]
+        self.iteration, self.elapsed, self.images = (
+            state["iteration"],
+            state["elapsed"],
+            state["images"],
+        )
         if self.curation:
             self.curation.load(state["curation"])
         self.adapt.load(state.get("adapt", {}))
@@ -382,7 +460,9 @@ def train(
         profile: the iterations that a profiler sees.
     """
     check_shares(config, prompts, heldout)
-    recorder = distributed.on_first_rank(lambda: Recorder(config, run_dir, report)) or Recorder(config, run_dir, report, main=False)
+    recorder = distributed.on_first_rank(lambda: Recorder(config, run_dir, report)) or Recorder(
+        config, run_dir, report, main=False
+    )
     recorder.note(describe(distributed.world_size()))
     reached = prompts_reached(config, prompts)
     with RewardPool(specs, **config.reward_pool.pool()) as pool:
@@ -397,5 +477,7 @@ def train(
             note=recorder.note,
         )
         embedded = list(range(len(prompts))) if reached is None else reached
-        choose(session, embedded, load.read_state(resume_from).get("config") if resume_from else None)
+        choose(
+            session, embedded, load.read_state(resume_from).get("config") if resume_from else None
+        )
         return Trainer(session, recorder, profile).run(resume_from)

@@ -1,7 +1,9 @@
-"""Merging in place of a learning-rate decay: a weighted sum of the last snapshots of the trained weights.
+"""Merging in place of a learning-rate decay: a weighted sum of the last snapshots of the trained
+weights.
 
-Under a constant learning rate, sum_j c_j theta_j over the snapshots theta_1 .. theta_n equals a run whose update i was scaled by
-w_i = sum_{j >= i} c_j: a decay after the fact, which can be had at any moment and needs no planned end (WSM, arXiv 2507.17634).
+Under a constant learning rate, sum_j c_j theta_j over the snapshots theta_1 .. theta_n equals a run
+whose update i was scaled by w_i = sum_{j >= i} c_j: a decay after the fact, which can be had at any
+moment and needs no planned end (WSM, arXiv 2507.17634).
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ from tempflow.checkpoints.safetensors_writer import write_together
 from tempflow.training.averaged import Averaged
 from tempflow.training.engine import Runtime
 
-DECAYS: dict[str, Callable[[float], float]] = {  # w of the share u in [0, 1) of the window that lies before an update
+DECAYS: dict[
+    str, Callable[[float], float]
+] = {  # w of the share u in [0, 1) of the window that lies before an update
     "sqrt": lambda u: 1 - math.sqrt(u),
     "mean": lambda u: 1 - u,  # equal weights, which are
     "linear": lambda u: 1 - u,  # those of a linear decay
@@ -26,16 +30,19 @@ DECAYS: dict[str, Callable[[float], float]] = {  # w of the share u in [0, 1) of
 
 
 def coefficients(shape: str, n: int) -> list[float]:
-    """c_1 .. c_n of n snapshots, the oldest first: c_j = w_j - w_{j+1} with w_i = decay((i - 1) / n) and w_{n+1} = 0. Their sum is 1.
+    """c_1 .. c_n of n snapshots, the oldest first: c_j = w_j - w_{j+1} with w_i = decay((i - 1) /
+    n) and w_{n+1} = 0. Their sum is 1.
 
-    What was trained before the window keeps its size: c_0 = 1 - w_1 is 0 for every shape, so no snapshot of it is needed.
+    What was trained before the window keeps its size: c_0 = 1 - w_1 is 0 for every shape, so no
+    snapshot of it is needed.
     """
     w = [DECAYS[shape](i / n) for i in range(n)] + [0.0]
     return [a - b for a, b in zip(w, w[1:])]
 
 
 class Merge(Averaged):
-    """The weighted sum of the last n snapshots of the weights; of those that there are while they are fewer.
+    """The weighted sum of the last n snapshots of the weights; of those that there are while they
+    are fewer.
 
     Args:
         runtime: whose trained weights.
@@ -59,16 +66,27 @@ class Merge(Averaged):
     def _value(self, name: str) -> torch.Tensor:
         """Summed in float64, so that equal snapshots give themselves."""
         found = torch.zeros(self._shapes[name], dtype=torch.float64)
-        for c, snapshot in zip(coefficients(self._shape, len(self._snapshots)), self._snapshots, strict=True):
+        for c, snapshot in zip(
+            coefficients(self._shape, len(self._snapshots)), self._snapshots, strict=True
+        ):
             found.add_(snapshot[name], alpha=c)
         return found.float()
 
     def write(self, file: Path) -> None:
-        """The sum into `file`, and beside it the snapshots, from which a resumed run goes on (a collective)."""
+        """The sum into `file`, and beside it the snapshots, from which a resumed run goes on (a
+        collective)."""
         super().write(file)
-        names = {f"{j}.{name}": (snapshot, name) for j, snapshot in enumerate(self._snapshots) for name in self._shapes}
+        names = {
+            f"{j}.{name}": (snapshot, name)
+            for j, snapshot in enumerate(self._snapshots)
+            for name in self._shapes
+        }
         shapes = {key: self._shapes[name] for key, (_, name) in names.items()}
-        write_together(snapshots_of(file), shapes, ((key, self._shared(name, held.get)) for key, (held, name) in names.items()))
+        write_together(
+            snapshots_of(file),
+            shapes,
+            ((key, self._shared(name, held.get)) for key, (held, name) in names.items()),
+        )
 
     def read(self, file: Path, updates: int) -> None:
         self.updates = updates
@@ -83,5 +101,6 @@ class Merge(Averaged):
 
 
 def snapshots_of(file: Path) -> Path:
-    """Where the snapshots of a merge's file lie: tensors named "j.weight", the oldest being j = 0."""
+    """Where the snapshots of a merge's file lie: tensors named "j.weight", the oldest being j =
+    0."""
     return file.with_name("snapshots.safetensors")

@@ -1,7 +1,7 @@
 """Micro-batch sizes that a config leaves open, found by measuring at the start.
 
-The noise of a sample has a name and a loss is a mean over states, so sizes change speed and the last bits alone. A run that is
-resumed goes on with the sizes that it began with.
+The noise of a sample has a name and a loss is a mean over states, so sizes change speed and the
+last bits alone. A run that is resumed goes on with the sizes that it began with.
 """
 
 from __future__ import annotations
@@ -33,17 +33,25 @@ def choose(session: Session, embedded: list[int], saved: dict | None) -> None:
         own = getattr(session.config, section)
         if own.micro_batch is not None:
             continue
-        own.micro_batch = (saved or {}).get(section, {}).get("micro_batch") or _measured(session, own, embedded, measure)
+        own.micro_batch = (saved or {}).get(section, {}).get("micro_batch") or _measured(
+            session, own, embedded, measure
+        )
         found.append(f"{section}.micro_batch {own.micro_batch}")
     if found and not saved:
         session.note(f"measured: {', '.join(found)}")
 
 
-def _measured(session: Session, section, embedded: list[int], measure: Callable[[Session, list[int]], None]) -> int:
-    if not session.config.rollout.replica:  # a forward of the engine is a collective, and its backward leaves gradients
+def _measured(
+    session: Session, section, embedded: list[int], measure: Callable[[Session, list[int]], None]
+) -> int:
+    if (
+        not session.config.rollout.replica
+    ):  # a forward of the engine is a collective, and its backward leaves gradients
         return section.rows if hasattr(section, "rows") else section.states
     prompts = [embedded[i % len(embedded)] for i in range(MOST)]
-    return fastest(lambda rows: _seconds(lambda: measure(session, prompts[:rows]), session.policy.device), MOST)
+    return fastest(
+        lambda rows: _seconds(lambda: measure(session, prompts[:rows]), session.policy.device), MOST
+    )
 
 
 def fastest(seconds: Callable[[int], float | None], most: int) -> int:
@@ -57,7 +65,9 @@ def fastest(seconds: Callable[[int], float | None], most: int) -> int:
         taken = seconds(rows)
         if taken is None:
             break
-        without_gain = without_gain + 1 if each and taken / rows > BETTER * min(each.values()) else 0
+        without_gain = (
+            without_gain + 1 if each and taken / rows > BETTER * min(each.values()) else 0
+        )
         each[rows] = taken / rows
         rows *= 2
     best = min(each.values(), default=0.0)
@@ -65,7 +75,8 @@ def fastest(seconds: Callable[[int], float | None], most: int) -> int:
 
 
 def _seconds(measure: Callable[[], None], device: torch.device) -> float | None:
-    """The faster of two passes after one that warms up, on the slowest rank; None where any rank runs out of memory."""
+    """The faster of two passes after one that warms up, on the slowest rank; None where any rank
+    runs out of memory."""
     times = []
     for _ in range(3):
         started, full = time.perf_counter(), False
@@ -87,7 +98,8 @@ def _forwards(session: Session, prompts: list[int]) -> None:
 
 
 def _backwards(session: Session, prompts: list[int]) -> None:
-    """Forward and backward to the latents through the rollout copy: the training engine's gradients stay untouched."""
+    """Forward and backward to the latents through the rollout copy: the training engine's gradients
+    stay untouched."""
     _velocity(session, prompts, grad=True).float().square().mean().backward()
 
 
@@ -95,11 +107,16 @@ def _velocity(session: Session, prompts: list[int], grad: bool = False) -> torch
     device = session.policy.device
     x = torch.zeros(len(prompts), *session.sampler.latent_shape, device=device, requires_grad=grad)
     sigma = torch.full((len(prompts),), 0.5, device=device)
-    return session.sampler.velocity(session.policy.denoiser(), x, sigma, _conditioning(session, prompts))
+    return session.sampler.velocity(
+        session.policy.denoiser(), x, sigma, _conditioning(session, prompts)
+    )
 
 
 def _conditioning(session: Session, prompts: list[int]) -> Conditioning:
     """Of the prompts, or where shapes differ of as many of the longest: any prompt must fit."""
     if not session.policy.ragged:
         return session.embed_prompts(prompts)
-    return {name: torch.ones_like(tensor) for name, tensor in session.policy.empty_conditioning(len(prompts)).items()}
+    return {
+        name: torch.ones_like(tensor)
+        for name, tensor in session.policy.empty_conditioning(len(prompts)).items()
+    }

@@ -1,4 +1,5 @@
-"""The dtypes of a run's forwards, and whether rollouts and training can read one copy of the frozen weights."""
+"""The dtypes of a run's forwards, and whether rollouts and training can read one copy of the frozen
+weights."""
 
 from __future__ import annotations
 
@@ -18,13 +19,15 @@ def engine_dtype(ds: dict) -> torch.dtype:
 
 
 def dtypes(config: Config, device: str | None = None) -> dict[str, torch.dtype]:
-    """Of the rollout's and the training's forwards, by the config key that decides. device: of the run; None: this machine's."""
+    """Of the rollout's and the training's forwards, by the config key that decides. device: of the
+    run; None: this machine's."""
     rollout = resolve_dtype(config.model.dtype, device or ("cuda" if uses_gpu() else "cpu"))
     return {"model.dtype": rollout, "the deepspeed section": engine_dtype(config.deepspeed)}
 
 
 def shares_base(config: Config, device: str | None = None) -> bool:
-    """Whether the rollout copy has the training engine's own tensors for what is not trained. device: of the run; None: this machine's.
+    """Whether the rollout copy has the training engine's own tensors for what is not trained.
+    device: of the run; None: this machine's.
 
     UserError where `model.share_base` asks for it and the two are of different dtypes.
     """
@@ -34,6 +37,10 @@ def shares_base(config: Config, device: str | None = None) -> bool:
     if len(set(found.values())) == 1:
         return True
     if config.model.share_base:
-        named = ", ".join(f"{str(dtype).removeprefix('torch.')} by {key}" for key, dtype in found.items())
-        raise UserError(f"model.share_base: true needs one dtype for rollouts and training, got {named}")
+        named = ", ".join(
+            f"{str(dtype).removeprefix('torch.')} by {key}" for key, dtype in found.items()
+        )
+        raise UserError(
+            f"model.share_base: true needs one dtype for rollouts and training, got {named}"
+        )
     return False

@@ -1,8 +1,10 @@
-"""A small rollout of a run's own kind, captured: `python -m tempflow.training.rehearse`, for `trainer.rehearsal`.
+"""A small rollout of a run's own kind, captured: `python -m tempflow.training.rehearse`, for
+`trainer.rehearsal`.
 
-Reads {"config": ..., "device": ...} from stdin and writes {"refusal": reason or null} as the last line of stdout. The transformer has
-two layers of the checkpoint's config and random weights, in the run's dtype, attention backend and compilation; the rollout is the
-trainer's own, with the run's plan and suffix at a small size. The VAE and the text encoders are not made: embeddings are random,
+Reads {"config": ..., "device": ...} from stdin and writes {"refusal": reason or null} as the last
+line of stdout. The transformer has two layers of the checkpoint's config and random weights, in the
+run's dtype, attention backend and compilation; the rollout is the trainer's own, with the run's
+plan and suffix at a small size. The VAE and the text encoders are not made: embeddings are random,
 images are black.
 """
 
@@ -27,7 +29,8 @@ LAYERS = {"num_layers": 2, "num_single_layers": 1, "n_layers": 2, "n_refiner_lay
 
 
 def rehearse(config: Config, device: torch.device, capture) -> str | None:
-    """Roll out twice through a graph cache with `capture`; why forwards would not be captured in the run, or None."""
+    """Roll out twice through a graph cache with `capture`; why forwards would not be captured in
+    the run, or None."""
     from tempflow.models.embeddings import EmbeddingCache
     from tempflow.rewards import RewardPool, parse_rewards
     from tempflow.training.rollout import gather_rewards, plan_iteration, roll_out
@@ -37,11 +40,31 @@ def rehearse(config: Config, device: torch.device, capture) -> str | None:
     vae_config, family = policy.pipe.vae.config, type(policy)
     config = small_config(config, family.size_multiple(vae_config), family.frame_step(vae_config))
     policy.size = config.rollout.size
-    graphs, specs = make_graphs(config, policy, notes.append, capture), parse_rewards(config.rewards)
+    graphs, specs = (
+        make_graphs(config, policy, notes.append, capture),
+        parse_rewards(config.rewards),
+    )
     with RewardPool(specs, **config.reward_pool.pool()) as pool:
-        session = assemble(config, policy, EmbeddingCache(policy), pool, specs, [Example("a word")], graphs=graphs, note=notes.append)
+        session = assemble(
+            config,
+            policy,
+            EmbeddingCache(policy),
+            pool,
+            specs,
+            [Example("a word")],
+            graphs=graphs,
+            note=notes.append,
+        )
         for iteration in range(2):
-            gather_rewards(session, roll_out(session, plan_iteration(session, [0], iteration), iteration, config.rollout.suffix))
+            gather_rewards(
+                session,
+                roll_out(
+                    session,
+                    plan_iteration(session, [0], iteration),
+                    iteration,
+                    config.rollout.suffix,
+                ),
+            )
     if notes:
         return notes[0].removeprefix("rollout.graphs: ")
     return None if graphs.captures else "nothing was captured"
@@ -56,9 +79,18 @@ def small_config(config: Config, multiple: int, frame_step: int | None = None) -
     r = table["rollout"]
     side = multiple * max(1, SIDE // multiple)
     frames = min(r["frames"], 1 + (frame_step or 0))
-    r |= {"height": min(r["height"], side), "width": min(r["width"], side), "frames": frames, "micro_batch": 2, "lanes": 1}
+    r |= {
+        "height": min(r["height"], side),
+        "width": min(r["width"], side),
+        "frames": frames,
+        "micro_batch": 2,
+        "lanes": 1,
+    }
     r["plan"] |= {key: 2 for key in ("seeds", "children") if key in r["plan"]}
-    table |= {"rewards": {"jpeg": {"frames": 1} if frames > 1 else 1.0}, "reward_pool": {"workers": 0}}
+    table |= {
+        "rewards": {"jpeg": {"frames": 1} if frames > 1 else 1.0},
+        "reward_pool": {"workers": 0},
+    }
     table["eval"]["stop"] = None  # it may wait for another reward
     return parse_config(table)
 
@@ -76,21 +108,36 @@ def small_policy(config: Config, device: torch.device):
     path, dtype = config.model.path, resolve_dtype(config.model.dtype, device)
     index = diffusers.DiffusionPipeline.load_config(path)
     family, kind = family_of(path), getattr(diffusers, index["_class_name"])
-    parts = plain_options(kind, index) | {name: not_loaded(name) for name, value in index.items() if is_component(value)}
+    parts = plain_options(kind, index) | {
+        name: not_loaded(name) for name, value in index.items() if is_component(value)
+    }
     for name in family.denoiser_parts(index):
-        parts[name] = _small_transformer(path, name, getattr(diffusers, index[name][1]), dtype, device)
-    parts["scheduler"] = getattr(diffusers, index["scheduler"][1]).from_pretrained(path, subfolder="scheduler")
+        parts[name] = _small_transformer(
+            path, name, getattr(diffusers, index[name][1]), dtype, device
+        )
+    parts["scheduler"] = getattr(diffusers, index["scheduler"][1]).from_pretrained(
+        path, subfolder="scheduler"
+    )
     parts["vae"] = _described(path, getattr(diffusers, index["vae"][1]))
-    policy = family(kind(**parts), device=device, max_sequence_length=check_text_length(path, config.model.max_sequence_length))
+    policy = family(
+        kind(**parts),
+        device=device,
+        max_sequence_length=check_text_length(path, config.model.max_sequence_length),
+    )
     policy.set_denoiser(_as_rolled_out(config, policy.denoiser(), family.lora_targets, device))
     set_attention_backend(policy.denoiser(), config.model.attention_backend)
     compile_blocks(policy.denoiser(), config.rollout.compile)
     policy.embed = _embeddings(config, policy)
-    policy.decode = lambda latents, size: (plain(len(latents), size, 0), np.ones(len(latents), bool))
+    policy.decode = lambda latents, size: (
+        plain(len(latents), size, 0),
+        np.ones(len(latents), bool),
+    )
     return policy
 
 
-def _small_transformer(path: str, name: str, kind, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
+def _small_transformer(
+    path: str, name: str, kind, dtype: torch.dtype, device: torch.device
+) -> torch.nn.Module:
     table = kind.load_config(path, subfolder=name)
     layers = {key: most for key, most in LAYERS.items() if key in table}
     layers = dict.fromkeys(layers, 1) if len(layers) == 2 else layers
@@ -106,8 +153,11 @@ def _small_transformer(path: str, name: str, kind, dtype: torch.dtype, device: t
     return module
 
 
-def _as_rolled_out(config: Config, module: torch.nn.Module, targets: tuple[str, ...], device: torch.device) -> torch.nn.Module:
-    """With adapters beside its weights where the run's copy has them: on those of their layers that the small module has."""
+def _as_rolled_out(
+    config: Config, module: torch.nn.Module, targets: tuple[str, ...], device: torch.device
+) -> torch.nn.Module:
+    """With adapters beside its weights where the run's copy has them: on those of their layers that
+    the small module has."""
     from tempflow.training.engine import ADAPTER, add_lora
     from tempflow.training.precision import shares_base
     from tempflow.training.shared_base import adopt, bare_copy
@@ -115,7 +165,11 @@ def _as_rolled_out(config: Config, module: torch.nn.Module, targets: tuple[str, 
     if not shares_base(config, device.type):
         return module
     lora, layers = config.model.lora, [name for name, _ in module.named_modules()]
-    here = [t for t in lora.targets or targets if any(name == t or name.endswith("." + t) for name in layers)]
+    here = [
+        t
+        for t in lora.targets or targets
+        if any(name == t or name.endswith("." + t) for name in layers)
+    ]
     if not here:
         return module
     copy = bare_copy(module, module.dtype)

@@ -1,7 +1,8 @@
-"""Rolling out an iteration: every row is integrated, decoded as it arrives, and handed to the reward workers.
+"""Rolling out an iteration: every row is integrated, decoded as it arrives, and handed to the
+reward workers.
 
-`roll_out` leaves states or endpoints to train on and images under way; `gather_rewards` waits for their scores and shares
-them with all ranks.
+`roll_out` leaves states or endpoints to train on and images under way; `gather_rewards` waits for
+their scores and shares them with all ranks.
 """
 
 from __future__ import annotations
@@ -81,8 +82,11 @@ class Scored:
     """float64 [rows of all units]: the sum of each row's rewards, NaN where one failed."""
 
 
-def plan_iteration(session: Session, prompt_ids: list[int], iteration: int, plan: Plan | None = None) -> Layout:
-    """The rows of all units of an iteration, the same on every rank. plan: in place of the session's."""
+def plan_iteration(
+    session: Session, prompt_ids: list[int], iteration: int, plan: Plan | None = None
+) -> Layout:
+    """The rows of all units of an iteration, the same on every rank. plan: in place of the
+    session's."""
     units = iteration_units(prompt_ids, session.plan.seeds)
     rows = [(plan or session.plan).rows(unit, iteration) for unit in units]
     return Layout(units, rows, endpoints=session.objective.wants == "endpoints")
@@ -95,7 +99,9 @@ def my_units(layout: Layout) -> list[int]:
 
 def count_rows(session: Session, layout: Layout, suffix: Suffix | None) -> int:
     """Rows that this rank will forward."""
-    return count_forwards(layout.forest(my_units(layout)).rows, session.config.rollout.num_steps, suffix)
+    return count_forwards(
+        layout.forest(my_units(layout)).rows, session.config.rollout.num_steps, suffix
+    )
 
 
 @torch.no_grad()
@@ -107,7 +113,8 @@ def roll_out(
     advance: Callable[[int], None] = lambda n: None,
     levels: list[float] | None = None,
 ) -> RolledOut | None:
-    """Integrate this rank's units and send their images to the reward workers (a collective in its last part).
+    """Integrate this rank's units and send their images to the reward workers (a collective in its
+    last part).
 
     Args:
         session: policy, plan, pool and the rest.
@@ -122,13 +129,19 @@ def roll_out(
     """
     started = time.perf_counter()
     chosen = my_units(layout)
-    forest, noise, grid = layout.forest(chosen), Noise(session.config.training.seed, iteration), session.grid_of(iteration, levels)
+    forest, noise, grid = (
+        layout.forest(chosen),
+        Noise(session.config.training.seed, iteration),
+        session.grid_of(iteration, levels),
+    )
     with span("rollout", rows=len(forest.rows)):
         lanes = _roll_lanes(session, layout, chosen, forest, grid, noise, suffix, advance)
     if distributed.reduce(session.stop() or any(lane.stopped for lane in lanes), "max"):
         return None
     images = _merge_images([lane.images for lane in lanes])
-    states = sorted((s for lane in lanes for s in lane.states), key=lambda s: (s.unit.index, s.step))
+    states = sorted(
+        (s for lane in lanes for s in lane.states), key=lambda s: (s.unit.index, s.step)
+    )
     endpoints = sorted((e for lane in lanes for e in lane.endpoints), key=lambda e: e.slot)
     stats = sum((lane.stats for lane in lanes[1:]), lanes[0].stats)
     seconds = {"rollout": time.perf_counter() - started - images.seconds, "decode": images.seconds}
@@ -137,7 +150,8 @@ def roll_out(
 
 
 class _Lane:
-    """A part of a rank's rows with batches of its own, so that what it computes does not depend on the other lanes' pace."""
+    """A part of a rank's rows with batches of its own, so that what it computes does not depend on
+    the other lanes' pace."""
 
     def __init__(self, session: Session, forest: Forest, places: list[int]):
         self.session, self.forest, self.places = session, forest, places
@@ -146,7 +160,9 @@ class _Lane:
         self.endpoints: list[Endpoint] = []
         self._waiting: list[tuple[int, torch.Tensor]] = []
 
-    def run(self, denoise: Denoise, grid: Grid, noise: Noise, suffix: Suffix | None, advance, lock: Lock) -> _Lane:
+    def run(
+        self, denoise: Denoise, grid: Grid, noise: Noise, suffix: Suffix | None, advance, lock: Lock
+    ) -> _Lane:
         s, r = self.session, self.session.config.rollout
         pad = s.graphs is not None or r.compile != "eager"
         for arrived in integrate(
@@ -163,7 +179,8 @@ class _Lane:
             self._keep(arrived)
             with lock:
                 advance(arrived.forwards)
-            # Under ZeRO-3 without a rollout copy a forward is a collective, which no rank may leave alone.
+            # Under ZeRO-3 without a rollout copy a forward is a collective, which no rank may leave
+            # alone.
             if r.replica and s.stop():
                 self.stopped = True
                 return self
@@ -180,7 +197,9 @@ class _Lane:
             self.states += arrived.states
             return
         for n, latent in zip(arrived.rows, arrived.latents if arrived.rows else [], strict=True):
-            self.endpoints.append(Endpoint(self.forest.rows[n].unit, latent, self.forest.numbers[n]))
+            self.endpoints.append(
+                Endpoint(self.forest.rows[n].unit, latent, self.forest.numbers[n])
+            )
 
     def _send(self, lock: Lock) -> None:
         s = self.session
@@ -194,15 +213,33 @@ class _Lane:
         self.images.rows += [self.places[n] for n, _ in part]
         asked = {"finite": finite, "rewards": [spec.name for spec in s.trained]}
         with lock:  # rewards in this process are not required to be thread-safe
-            self.images.tickets.append(s.pool.submit(images, [p.text for p in prompts], [p.for_rewards for p in prompts], **asked))
+            self.images.tickets.append(
+                s.pool.submit(
+                    images, [p.text for p in prompts], [p.for_rewards for p in prompts], **asked
+                )
+            )
         self.images.not_finite += int((~finite).sum())
-        self.images.thumbnails += list(np.where(finite[:, None], thumbnails(images), np.float32(np.nan)))
+        self.images.thumbnails += list(
+            np.where(finite[:, None], thumbnails(images), np.float32(np.nan))
+        )
 
 
-def _roll_lanes(session: Session, layout: Layout, chosen: list[int], forest: Forest, grid, noise, suffix, advance) -> list[_Lane]:
+def _roll_lanes(
+    session: Session,
+    layout: Layout,
+    chosen: list[int],
+    forest: Forest,
+    grid,
+    noise,
+    suffix,
+    advance,
+) -> list[_Lane]:
     denoise = _denoise(session, forest.rows, suffix)
     if session.graphs is not None:
-        own, denoiser = session.float8.tensors() if session.float8 else (), session.policy.denoiser()
+        own, denoiser = (
+            session.float8.tensors() if session.float8 else (),
+            session.policy.denoiser(),
+        )
         session.graphs.watch((*denoiser.parameters(), *denoiser.buffers(), *own))
     place = {number: n for n, number in enumerate(forest.numbers)}
     lanes = []
@@ -244,7 +281,7 @@ def _merge_images(lanes: list[Images]) -> Images:
     return whole
 
 
-# ------------------------------------------------------------------------------------------------------------ rewards
+# ------------------------------------------------------------------------------------------ rewards
 def gather_rewards(session: Session, rolled: RolledOut) -> Scored:
     """Wait for the scores of an iteration and share them with all ranks (a collective).
 
@@ -253,14 +290,25 @@ def gather_rewards(session: Session, rolled: RolledOut) -> Scored:
     waiting = time.perf_counter()
     with span("reward"):
         scores = session.pool.gather(rolled.images.tickets)
-    seconds = {"reward": time.perf_counter() - waiting, "reward_busy": sum(t.seconds for t in rolled.images.tickets)}
+    seconds = {
+        "reward": time.perf_counter() - waiting,
+        "reward_busy": sum(t.seconds for t in rolled.images.tickets),
+    }
     combined = [combine(score, session.trained) for score in scores]
     columns = [np.concatenate([c.values for c in combined])]
     columns += [np.concatenate([c.parts[spec.name] for c in combined]) for spec in session.trained]
     mine = np.zeros((len(columns), len(rolled.layout)))  # the sum, then each reward
     mine[:, [rolled.forest.numbers[n] for n in rolled.images.rows]] = columns
-    trunks = mine[0, np.intersect1d(rolled.forest.numbers, rolled.layout.without_slot)].astype(np.float32)  # as rewards come
-    totals = [len(rolled.forest.rows), np.isnan(columns[0]).sum(), rolled.images.not_finite, np.nansum(trunks), np.isfinite(trunks).sum()]
+    trunks = mine[0, np.intersect1d(rolled.forest.numbers, rolled.layout.without_slot)].astype(
+        np.float32
+    )  # as rewards come
+    totals = [
+        len(rolled.forest.rows),
+        np.isnan(columns[0]).sum(),
+        rolled.images.not_finite,
+        np.nansum(trunks),
+        np.isfinite(trunks).sum(),
+    ]
     images, failed, not_finite, trunk_sum, trunk_count = distributed.reduce(totals)
     check_failed(
         "this iteration",
@@ -279,7 +327,9 @@ def gather_rewards(session: Session, rolled: RolledOut) -> Scored:
 def _by_slot(session: Session, layout: Layout, rewards: np.ndarray) -> Rewards:
     total, *parts = layout.slots.means(rewards)
     before, after = layout.slots.values(rewards[0])
-    prompts = np.array([unit.prompt_id for unit in layout.units[:: session.plan.seeds]])[layout.slots.prompt]
+    prompts = np.array([unit.prompt_id for unit in layout.units[:: session.plan.seeds]])[
+        layout.slots.prompt
+    ]
     return Rewards(
         total,
         {spec.name: part for spec, part in zip(session.trained, parts, strict=True)},
@@ -291,18 +341,22 @@ def _by_slot(session: Session, layout: Layout, rewards: np.ndarray) -> Rewards:
 
 
 def _novelty(session: Session, rolled: RolledOut) -> np.ndarray | None:
-    """How far each slot's image lies from the others of its group, whose seeds lie on several ranks, where an advantage asks for it."""
+    """How far each slot's image lies from the others of its group, whose seeds lie on several
+    ranks, where an advantage asks for it."""
     if not session.advantage.needs_novelty:
         return None
     seen = np.stack(rolled.images.thumbnails)
     whole = np.zeros((len(rolled.layout), seen.shape[1]))
     whole[[rolled.forest.numbers[n] for n in rolled.images.rows]] = seen
     slots = rolled.layout.slots
-    return distance_to_others(slots.means(distributed.reduce(whole).T).T, slots.groups(session.advantage.over))
+    return distance_to_others(
+        slots.means(distributed.reduce(whole).T).T, slots.groups(session.advantage.over)
+    )
 
 
 def _diversity(rolled: RolledOut) -> dict[str, float]:
-    """Mean distances between a prompt's images of different seeds, and between the branches off one state."""
+    """Mean distances between a prompt's images of different seeds, and between the branches off one
+    state."""
     seen = np.stack(rolled.images.thumbnails)[np.argsort(rolled.images.rows)]  # by row
     layout, found = rolled.layout, {}
     prompts = 1 + max(unit.prompt for unit in layout.units)
@@ -311,7 +365,9 @@ def _diversity(rolled: RolledOut) -> dict[str, float]:
         for thumbnail, row in zip(seen, rolled.forest.rows, strict=True):
             if row.parent is None:
                 roots[row.unit.index] = thumbnail
-        found["diversity/seeds"] = _mean_of_known(mean_distance(distributed.reduce(roots.reshape(prompts, -1, seen.shape[1]))))
+        found["diversity/seeds"] = _mean_of_known(
+            mean_distance(distributed.reduce(roots.reshape(prompts, -1, seen.shape[1])))
+        )
     apart = np.zeros(len(_siblings(layout)))
     if len(apart):
         mine = defaultdict(list)
@@ -326,7 +382,8 @@ def _diversity(rolled: RolledOut) -> dict[str, float]:
 
 
 def _siblings(layout: Layout) -> list[tuple[int, int]]:
-    """(number of the parent, step) of every place where two rows or more branch off, by unit and step."""
+    """(number of the parent, step) of every place where two rows or more branch off, by unit and
+    step."""
     found, first = [], 0
     for rows in layout.rows:
         counts = defaultdict(int)

@@ -1,4 +1,5 @@
-"""Everything that a run is made of, assembled once: training, evaluation, benchmarks and tests use the same objects."""
+"""Everything that a run is made of, assembled once: training, evaluation, benchmarks and tests use
+the same objects."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ from tempflow.types import Example, State, Unit
 
 @dataclass
 class Session(Opened):
-    """The parts of a run. What is None belongs to training and was not asked for, or is switched off in the config."""
+    """The parts of a run. What is None belongs to training and was not asked for, or is switched
+    off in the config."""
 
     pool: RewardPool
     specs: list[RewardSpec]
@@ -42,7 +44,8 @@ class Session(Opened):
     """Of training."""
     threads: Threads
     float8: Float8Copy | None = None
-    """The copy of the transformer that coarse steps use, where `rollout.suffix.weights` asks for it."""
+    """The copy of the transformer that coarse steps use, where `rollout.suffix.weights` asks for
+    it."""
     graphs: GraphCache | None = None
     """Captures the rollout's forwards; None runs them eagerly."""
     runtime: Runtime | None = None
@@ -64,13 +67,19 @@ class Session(Opened):
 
     def __post_init__(self):
         c = self.config
-        self.plan, self.advantage, self.objective, self.penalty = c.plan(), c.advantage(), c.objective(), c.penalty()
+        self.plan, self.advantage, self.objective, self.penalty = (
+            c.plan(),
+            c.advantage(),
+            c.objective(),
+            c.penalty(),
+        )
         self.fitting = fits(self.trained, [p.metadata for p in self.prompts])
         on_cpu = self.policy.device.type == "cpu"
         self.lanes = c.rollout.lanes or (cores_per_rank() if on_cpu and c.rollout.replica else 1)
 
     def variant(self, config: Config, graphs: GraphCache | None = None) -> Session:
-        """The same model, prompts and workers under another plan, objective or rollout: for comparisons."""
+        """The same model, prompts and workers under another plan, objective or rollout: for
+        comparisons."""
         graphs = make_graphs(config, self.policy, self.note) if graphs is None else graphs
         return assemble(
             config,
@@ -93,8 +102,14 @@ class Session(Opened):
         return [spec for spec in self.specs if not spec.watched]
 
     def grid_of(self, iteration: int, levels: list[float] | None = None) -> Grid:
-        """The sampling grid of an iteration's rollout. levels: factors of the noise of every step, [T]; None: 1."""
-        sigmas, sde = jittered(self.grid.sigmas, self.config.rollout.jitter, self.config.training.seed, iteration), self.config.sde()
+        """The sampling grid of an iteration's rollout. levels: factors of the noise of every step,
+        [T]; None: 1."""
+        sigmas, sde = (
+            jittered(
+                self.grid.sigmas, self.config.rollout.jitter, self.config.training.seed, iteration
+            ),
+            self.config.sde(),
+        )
         if levels is not None:
             return Grid(sigmas, sde.coefficients(sigmas, levels))
         return self.grid if sigmas is self.grid.sigmas else Grid(sigmas, sde.coefficients(sigmas))
@@ -131,7 +146,8 @@ def build(
         prompts: of training.
         heldout: of evaluation.
         specs: of the config's rewards.
-        pool: reward workers to be used; None starts the config's own, which load while the model does.
+        pool: reward workers to be used; None starts the config's own, which load while the model
+            does.
         reached: the training prompts that will be asked for, by place; None: all.
         train: build the training engine, too.
         stop: whether the run was asked to stop; asked between forwards.
@@ -143,7 +159,9 @@ def build(
     pool = pool or RewardPool(specs, **config.reward_pool.pool())
     captures = may_capture(config, device(), note) if train else False
     chosen = [prompts[i] for i in (range(len(prompts)) if reached is None else reached)]
-    opened = open_model(config, chosen + heldout, device(), note, denoiser=not train or _has_own_copy(config, note))
+    opened = open_model(
+        config, chosen + heldout, device(), note, denoiser=not train or _has_own_copy(config, note)
+    )
     policy = opened.policy
     runtime = Runtime(config, policy) if train else None
     return assemble(
@@ -168,8 +186,8 @@ def _has_own_copy(config: Config, note: Callable[[str], None]) -> bool:
     shared = shares_base(config)
     if config.may_share_base() and not shared:
         note(
-            "model.share_base: model.dtype is not the dtype that the deepspeed section trains in, so rollouts have a copy of the "
-            "frozen weights of their own"
+            "model.share_base: model.dtype is not the dtype that the deepspeed section trains in,"
+            " so rollouts have a copy of the frozen weights of their own"
         )
     return config.rollout.replica and not shared
 
@@ -198,7 +216,9 @@ def make_average(config: Config, runtime: Runtime) -> Averaged | None:
     return Merge(runtime, merge.last, merge.every, merge.shape) if merge else None
 
 
-def make_graphs(config: Config, policy: Policy, note: Callable[[str], None], capture: Callable | None = None) -> GraphCache | None:
+def make_graphs(
+    config: Config, policy: Policy, note: Callable[[str], None], capture: Callable | None = None
+) -> GraphCache | None:
     """What captures the rollout's forwards, where the config asks for it and there is a GPU."""
     r = config.rollout
     if not r.graphs:
@@ -206,7 +226,12 @@ def make_graphs(config: Config, policy: Policy, note: Callable[[str], None], cap
     if policy.device.type != "cuda" and capture is None:
         note("rollout.graphs: no GPU, so rollouts run eagerly")
         return None
-    return GraphCache(capture or CudaCapture(), limit_bytes=r.graph_limit_mb << 20, verify=r.graph_verify, note=note)
+    return GraphCache(
+        capture or CudaCapture(),
+        limit_bytes=r.graph_limit_mb << 20,
+        verify=r.graph_verify,
+        note=note,
+    )
 
 
 def make_float8(config: Config, policy: Policy) -> Float8Copy | None:
@@ -220,12 +245,19 @@ def make_float8(config: Config, policy: Policy) -> Float8Copy | None:
 
 
 def check_rewards(session: Session) -> None:
-    """Refuse a reward that answers anything but numbers before the base is evaluated; one rank's test speaks for all."""
+    """Refuse a reward that answers anything but numbers before the base is evaluated; one rank's
+    test speaks for all."""
     session.pool.wait_ready()
     trouble, prompts = None, session.heldout + session.prompts
     if distributed.rank() == 0:
         try:
-            probe(session.pool, session.specs, [p.text for p in prompts], [p.for_rewards for p in prompts], session.sampler.size)
+            probe(
+                session.pool,
+                session.specs,
+                [p.text for p in prompts],
+                [p.for_rewards for p in prompts],
+                session.sampler.size,
+            )
         except UserError as error:
             trouble = str(error)
     if trouble := distributed.agree_on(trouble):

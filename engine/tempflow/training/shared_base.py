@@ -1,9 +1,12 @@
-"""A rollout copy that holds adapters alone: every weight that is not trained is the training engine's own tensor.
+"""A rollout copy that holds adapters alone: every weight that is not trained is the training
+engine's own tensor.
 
-The adapters are applied in the copy's forward (`AdaptedLinear`). Merging them into the shared weights for the time of a rollout was the
-other way: the originals, without which the base cannot be restored to the bit, take as much memory as the copy that is saved; merged
-bf16 weights round most of a small adapter away; and a base that is quantized has no room for them. The copy has addresses of its own for
-its adapters, so that an average can be evaluated in it while training's stay as they are, and captured graphs stay valid.
+The adapters are applied in the copy's forward (`AdaptedLinear`). Merging them into the shared
+weights for the time of a rollout was the other way: the originals, without which the base cannot be
+restored to the bit, take as much memory as the copy that is saved; merged bf16 weights round most
+of a small adapter away; and a base that is quantized has no room for them. The copy has addresses
+of its own for its adapters, so that an average can be evaluated in it while training's stay as they
+are, and captured graphs stay valid.
 """
 
 from __future__ import annotations
@@ -17,18 +20,22 @@ from tempflow.models.adapted import AdaptedLinear
 
 
 def bare_copy(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-    """A frozen copy of a module without adapters that shares its tensors; those that loading keeps in another float dtype are its own,
-    because DeepSpeed casts the module's to the dtype it trains in."""
+    """A frozen copy of a module without adapters that shares its tensors; those that loading keeps
+    in another float dtype are its own, because DeepSpeed casts the module's to the dtype it trains
+    in."""
     tensors = (*module.parameters(), *module.buffers())
     shared = {id(t): t for t in tensors if t.dtype == dtype or not t.is_floating_point()}
     return copy.deepcopy(module, shared).requires_grad_(False).eval()
 
 
-def adopt(target: torch.nn.Module, trained: torch.nn.Module, adapter: str) -> list[tuple[str, list[str]]]:
-    """Complete a `bare_copy` once the module that it was made of has its adapters and the place and dtype it is trained in.
+def adopt(
+    target: torch.nn.Module, trained: torch.nn.Module, adapter: str
+) -> list[tuple[str, list[str]]]:
+    """Complete a `bare_copy` once the module that it was made of has its adapters and the place and
+    dtype it is trained in.
 
-    Returns for each adapter's weight of the copy the parameter of `trained` that it follows. UserError for an adapter of another layer
-    than a linear one.
+    Returns for each adapter's weight of the copy the parameter of `trained` that it follows.
+    UserError for an adapter of another layer than a linear one.
     """
     _bind(target, trained)
     sources = []
@@ -37,17 +44,28 @@ def adopt(target: torch.nn.Module, trained: torch.nn.Module, adapter: str) -> li
             continue
         layer = target.get_submodule(name)
         if not isinstance(layer, torch.nn.Linear):
-            raise UserError(f"model.lora.targets: {name} is a {type(layer).__name__}; only linear layers are adapted")
+            raise UserError(
+                f"model.lora.targets: {name} is a {type(layer).__name__}; only linear layers are"
+                " adapted"
+            )
         target.set_submodule(name, AdaptedLinear(layer, part.r[adapter], part.scaling[adapter]))
-        sources += [(f"{name}.{own}", [f"{name}.{its}.{adapter}.weight"]) for own, its in (("down", "lora_A"), ("up", "lora_B"))]
+        sources += [
+            (f"{name}.{own}", [f"{name}.{its}.{adapter}.weight"])
+            for own, its in (("down", "lora_A"), ("up", "lora_B"))
+        ]
     return sources
 
 
 def _bind(target: torch.nn.Module, trained: torch.nn.Module) -> None:
-    """Give the copy every frozen tensor of `trained` that has its dtype: moving a module to a GPU makes new buffers."""
+    """Give the copy every frozen tensor of `trained` that has its dtype: moving a module to a GPU
+    makes new buffers."""
     parts = dict(target.named_modules())
     for full_name, tensor in (*trained.named_parameters(), *trained.named_buffers()):
         owner, _, name = full_name.replace(".base_layer.", ".").rpartition(".")
         mine = getattr(parts.get(owner), name, None)
-        if isinstance(mine, torch.Tensor) and mine.dtype == tensor.dtype and not tensor.requires_grad:
+        if (
+            isinstance(mine, torch.Tensor)
+            and mine.dtype == tensor.dtype
+            and not tensor.requires_grad
+        ):
             setattr(parts[owner], name, tensor)

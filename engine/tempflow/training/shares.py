@@ -11,33 +11,56 @@ from tempflow.types import Example
 
 
 def check_shares(config: Config, prompts: list[Example], heldout: list[Example]) -> None:
-    """UserError where the run's work cannot be shared out among the ranks; before anything is started."""
-    units, seeds = config.data.prompts_per_iteration * config.plan().seeds, "data.prompts_per_iteration x rollout.plan.seeds"
+    """UserError where the run's work cannot be shared out among the ranks; before anything is
+    started."""
+    units, seeds = (
+        config.data.prompts_per_iteration * config.plan().seeds,
+        "data.prompts_per_iteration x rollout.plan.seeds",
+    )
     if units < distributed.world_size():
         raise UserError(f"{seeds}: {units} units for {distributed.world_size()} ranks")
     heldout = heldout[: config.eval.prompts]
     if heldout and len(heldout) < distributed.world_size():
-        raise UserError(f"data.heldout, eval.prompts: {len(heldout)} prompts for {distributed.world_size()} ranks")
-    # Under ZeRO-3 a forward of the engine is a collective: a rank with fewer of them would leave the others waiting.
+        raise UserError(
+            f"data.heldout, eval.prompts: {len(heldout)} prompts for {distributed.world_size()}"
+            " ranks"
+        )
+    # Under ZeRO-3 a forward of the engine is a collective: a rank with fewer of them would leave
+    # the others waiting.
     if config.rollout.replica or config.deepspeed.get("zero_optimization", {}).get("stage", 0) < 3:
         return
-    if distributed.world_size() > 1 and family_of(config.model.path).ragged_with(most_images([*prompts, *heldout])):
+    if distributed.world_size() > 1 and family_of(config.model.path).ragged_with(
+        most_images([*prompts, *heldout])
+    ):
         raise UserError(
-            "rollout.replica: false under ZeRO-3 needs as many forwards on every rank, but the prompts of this model differ in shape, and "
-            "so does the number of their batches; set rollout.replica to true"
+            "rollout.replica: false under ZeRO-3 needs as many forwards on every rank, but the"
+            " prompts of this model differ in shape, and so does the number of their batches; set"
+            " rollout.replica to true"
         )
-    shared = {seeds: units} | ({"data.heldout, eval.prompts": len(heldout)} if config.eval.every else {})
+    shared = {seeds: units} | (
+        {"data.heldout, eval.prompts": len(heldout)} if config.eval.every else {}
+    )
     for key, count in shared.items():
         if count % distributed.world_size():
             raise UserError(
-                f"{key}: {count} for {distributed.world_size()} ranks; with rollout.replica false under ZeRO-3 every rank must have as many"
+                f"{key}: {count} for {distributed.world_size()} ranks; with rollout.replica false"
+                " under ZeRO-3 every rank must have as many"
             )
 
 
 def guides_in_one(config: Config) -> bool:
-    """Whether a prompt and its negative prompt share a forward where their lengths differ: see `tempflow.models.guidance`."""
-    family, sharded = family_of(config.model.path), config.deepspeed.get("zero_optimization", {}).get("stage", 0) == 3
-    return sharded and family.ragged and family.default_negative_prompt is not None and family.guides(config.rollout.guidance_scale)
+    """Whether a prompt and its negative prompt share a forward where their lengths differ: see
+    `tempflow.models.guidance`."""
+    family, sharded = (
+        family_of(config.model.path),
+        config.deepspeed.get("zero_optimization", {}).get("stage", 0) == 3,
+    )
+    return (
+        sharded
+        and family.ragged
+        and family.default_negative_prompt is not None
+        and family.guides(config.rollout.guidance_scale)
+    )
 
 
 def prompt_order(config: Config, prompts: list[Example]) -> PromptOrder:
@@ -47,4 +70,8 @@ def prompt_order(config: Config, prompts: list[Example]) -> PromptOrder:
 
 def prompts_reached(config: Config, prompts: list[Example]) -> list[int] | None:
     """The training prompts that the run will ask for, by place; None: perhaps all of them."""
-    return None if config.data.curation else prompt_order(config, prompts).reached(config.training.iterations)
+    return (
+        None
+        if config.data.curation
+        else prompt_order(config, prompts).reached(config.training.iterations)
+    )

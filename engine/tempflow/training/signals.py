@@ -1,4 +1,5 @@
-"""The signals that stop a training process: at a safe point, or at once where no Python code runs."""
+"""The signals that stop a training process: at a safe point, or at once where no Python code
+runs."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ def _in_main_thread() -> bool:
 
 @contextmanager
 def handlers_kept():
-    """Put the handlers of SIGINT, SIGTERM and SIGHUP back when the block ends; yields them, none outside the main thread."""
+    """Put the handlers of SIGINT, SIGTERM and SIGHUP back when the block ends; yields them, none
+    outside the main thread."""
     before = {kind: signal.getsignal(kind) for kind in STOPPING} if _in_main_thread() else {}
     try:
         yield before
@@ -29,7 +31,8 @@ def handlers_kept():
 
 @contextmanager
 def ended_by_signals():
-    """SIGINT, SIGTERM and SIGHUP end this process at once: around a wait in C++, where Python's handlers never run."""
+    """SIGINT, SIGTERM and SIGHUP end this process at once: around a wait in C++, where Python's
+    handlers never run."""
     with handlers_kept() as before:
         for kind, handler in before.items():
             if handler is not signal.SIG_IGN:
@@ -38,8 +41,8 @@ def ended_by_signals():
 
 
 class StopSignal:
-    """Remembers SIGINT, SIGTERM and SIGHUP (the terminal was closed), so that the run can stop at a safe point; an impatient second
-    SIGINT ends it at once."""
+    """Remembers SIGINT, SIGTERM and SIGHUP (the terminal was closed), so that the run can stop at a
+    safe point; an impatient second SIGINT ends it at once."""
 
     PATIENCE_S = 3.0  # a launcher passes the same Ctrl-C on a second time
 
@@ -48,7 +51,8 @@ class StopSignal:
         self._when = 0.0
 
     def install(self) -> StopSignal:
-        """Take the signals over; outside the main thread they stay as they are, and nothing is ever received."""
+        """Take the signals over; outside the main thread they stay as they are, and nothing is ever
+        received."""
         if not _in_main_thread():
             return self
         for kind in (signal.SIGINT, signal.SIGTERM):
@@ -61,7 +65,11 @@ class StopSignal:
         return self.received is not None
 
     def _handle(self, number, frame) -> None:
-        if self.received and time.monotonic() - self._when > self.PATIENCE_S and number == signal.SIGINT:
+        if (
+            self.received
+            and time.monotonic() - self._when > self.PATIENCE_S
+            and number == signal.SIGINT
+        ):
             raise KeyboardInterrupt
         if not self.received:
             self.received, self._when = signal.Signals(number).name, time.monotonic()

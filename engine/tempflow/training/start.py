@@ -1,6 +1,8 @@
-"""The start of a training run: every check in order, from those of the config to those of the machine, then the training itself.
+"""The start of a training run: every check in order, from those of the config to those of the
+machine, then the training itself.
 
-What needs torch is imported after the checks that do without: a typo in a config is answered at once.
+What needs torch is imported after the checks that do without: a typo in a config is answered at
+once.
 """
 
 from __future__ import annotations
@@ -12,14 +14,24 @@ from tempflow.config import Config, load_config
 from tempflow.data.prompts import PromptOrder, check_unchanged, digests, load_prompts
 from tempflow.errors import note
 from tempflow.profiling import Profile
-from tempflow.rewards import RewardSpec, check_asked, check_frames, check_prompts, check_watched, parse_rewards
+from tempflow.rewards import (
+    RewardSpec,
+    check_asked,
+    check_frames,
+    check_prompts,
+    check_watched,
+    parse_rewards,
+)
 from tempflow.run import directory
 from tempflow.run.environment import check_gpu
 from tempflow.types import Example
 
 
-def checked_inputs(config: Config, *, dry: bool = False) -> tuple[list[RewardSpec], list[Example], list[Example]]:
-    """Validate everything that needs no loaded model: prompts, rewards, the checkpoint's folder, sizes.
+def checked_inputs(
+    config: Config, *, dry: bool = False
+) -> tuple[list[RewardSpec], list[Example], list[Example]]:
+    """Validate everything that needs no loaded model: prompts, rewards, the checkpoint's folder,
+    sizes.
 
     Args:
         config: checked.
@@ -34,12 +46,21 @@ def checked_inputs(config: Config, *, dry: bool = False) -> tuple[list[RewardSpe
     check_watched(specs, evaluated=bool(heldout and config.eval.every))
     told = []
     for kind, prompts in ((False, train + heldout), (True, heldout)):
-        told += check_prompts(specs, [p.text for p in prompts], [p.for_rewards for p in prompts], watched=kind)
+        told += check_prompts(
+            specs, [p.text for p in prompts], [p.for_rewards for p in prompts], watched=kind
+        )
     check_asked(specs, [p.metadata for p in train])
     PromptOrder(len(train), config.data.prompts_per_iteration, config.training.seed)
     cli.quiet_libraries()
     from tempflow.config.deepspeed import check_deepspeed
-    from tempflow.models import check_checkpoint, check_examples, check_guidance, check_model, check_size, check_text_length
+    from tempflow.models import (
+        check_checkpoint,
+        check_examples,
+        check_guidance,
+        check_model,
+        check_size,
+        check_text_length,
+    )
     from tempflow.models.lora import read_adapters
 
     check_model(config.model.path)
@@ -57,10 +78,17 @@ def checked_inputs(config: Config, *, dry: bool = False) -> tuple[list[RewardSpe
     return specs, train, heldout
 
 
-def start(config: str | Path | dict, *, resume: bool = False, overrides: list[str] = (), profile: str | None = None) -> dict:
+def start(
+    config: str | Path | dict,
+    *,
+    resume: bool = False,
+    overrides: list[str] = (),
+    profile: str | None = None,
+) -> dict:
     """Train a config to the end, or to a signal (a collective).
 
-    The handlers of SIGINT, SIGTERM and SIGHUP stay this run's: a launcher may pass a signal on a second time.
+    The handlers of SIGINT, SIGTERM and SIGHUP stay this run's: a launcher may pass a signal on a
+    second time.
 
     Args:
         config: a JSON file, or a table as `load_config` takes it.
@@ -68,8 +96,8 @@ def start(config: str | Path | dict, *, resume: bool = False, overrides: list[st
         overrides: `section.key=value` texts.
         profile: the iterations that the CUDA profiler sees, START:STOP.
 
-    Returns "run_dir" (a Path) and what summary.json holds; where a signal stopped the run, and on ranks other than 0, "run_dir"
-    alone. Raises UserError.
+    Returns "run_dir" (a Path) and what summary.json holds; where a signal stopped the run, and on
+    ranks other than 0, "run_dir" alone. Raises UserError.
     """
     profile = Profile(profile)
     config = load_config(config, overrides)
@@ -88,12 +116,30 @@ def start(config: str | Path | dict, *, resume: bool = False, overrides: list[st
     from tempflow.training.signals import StopSignal
 
     check_gpu()
-    check_attention(config.model.attention_backend, config.model.path, dtypes(config), guides_in_one(config))
+    check_attention(
+        config.model.attention_backend, config.model.path, dtypes(config), guides_in_one(config)
+    )
     check_machine(config.deepspeed)
     shares_base(config)
     stop = StopSignal().install()
-    with directory.claim_run(config, resume, lambda: check_room(config, disk_of(config))) as (run_dir, resume_from):
+    with directory.claim_run(config, resume, lambda: check_room(config, disk_of(config))) as (
+        run_dir,
+        resume_from,
+    ):
         if resume_from:
-            check_unchanged(read_state(resume_from).get("prompts", {}), digests(prompts, heldout[: config.eval.prompts]))
-        summary = train(config, run_dir, resume_from, prompts, heldout, specs, stop=stop, report=write_report, profile=profile)
+            check_unchanged(
+                read_state(resume_from).get("prompts", {}),
+                digests(prompts, heldout[: config.eval.prompts]),
+            )
+        summary = train(
+            config,
+            run_dir,
+            resume_from,
+            prompts,
+            heldout,
+            specs,
+            stop=stop,
+            report=write_report,
+            profile=profile,
+        )
     return {"run_dir": run_dir, **(summary or {})}

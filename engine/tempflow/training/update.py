@@ -1,4 +1,5 @@
-"""Passes over one rollout's states: one forward and one backward per state, shared by its children."""
+"""Passes over one rollout's states: one forward and one backward per state, shared by its
+children."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ from tempflow.types import Unit
 
 @dataclass
 class UpdateStats:
-    """Sums of one optimizer step over this rank's micro-batches; `reduced` gives the means over all ranks."""
+    """Sums of one optimizer step over this rank's micro-batches; `reduced` gives the means over all
+    ranks."""
 
     loss: float = 0.0
     kl: float = 0.0
@@ -35,9 +37,23 @@ class UpdateStats:
     broken: list[Unit] = field(default_factory=list)  # whose log-probabilities are not finite
 
     def reduced(self) -> dict[str, float]:
-        sums = distributed.reduce([self.loss, self.kl, self.clipped, self.above, self.states, self.mismatch, self.compared, self.forwards])
+        sums = distributed.reduce(
+            [
+                self.loss,
+                self.kl,
+                self.clipped,
+                self.above,
+                self.states,
+                self.mismatch,
+                self.compared,
+                self.forwards,
+            ]
+        )
         loss, kl, clipped, above, states, mismatch, compared, forwards = sums
-        least, most = -distributed.reduce(-self.ratio_range[0], "max"), distributed.reduce(self.ratio_range[1], "max")
+        least, most = (
+            -distributed.reduce(-self.ratio_range[0], "max"),
+            distributed.reduce(self.ratio_range[1], "max"),
+        )
         n = max(states, 1)
         found = {
             "loss": float(loss),
@@ -57,8 +73,9 @@ class UpdateStats:
 class Part:
     """A share of the states that makes one optimizer step.
 
-    batches stay as they are; old and reference, one place for each of them, are filled as they become known: what the policy before
-    the updates said, and the reference policy's velocities [N, ...] where a penalty needs them.
+    batches stay as they are; old and reference, one place for each of them, are filled as they
+    become known: what the policy before the updates said, and the reference policy's velocities [N,
+    ...] where a penalty needs them.
     """
 
     batches: list[Batch]
@@ -92,18 +109,27 @@ class Updater:
         penalty: Penalty | None,
         embed: Callable[[list[Unit]], dict[str, torch.Tensor]],
     ):
-        self.runtime, self.sampler, self.objective, self.penalty, self.embed = runtime, sampler, objective, penalty, embed
+        self.runtime, self.sampler, self.objective, self.penalty, self.embed = (
+            runtime,
+            sampler,
+            objective,
+            penalty,
+            embed,
+        )
 
     def velocity(self, transformer, batch: Batch) -> torch.Tensor:
         """v of a batch's states, [N, ...] in the training dtype."""
-        return self.sampler.velocity(transformer, batch.x, batch.sigma, self.embed(batch.units), dtype=self.runtime.dtype)
+        return self.sampler.velocity(
+            transformer, batch.x, batch.sigma, self.embed(batch.units), dtype=self.runtime.dtype
+        )
 
     def update(self, part: Part, lr_factor: float, advance=lambda n: None) -> dict:
         """One optimizer step over all micro-batches of a part; returns metrics.
 
-        Where the old policy is not known yet, the weights must still be those of the rollout: then this forward defines it, and the
-        ratio is exactly 1. A gradient that is not finite changes nothing on any rank: then `skipped` is 1, and `broken` holds
-        this rank's units whose log-probabilities are not finite.
+        Where the old policy is not known yet, the weights must still be those of the rollout: then
+        this forward defines it, and the ratio is exactly 1. A gradient that is not finite changes
+        nothing on any rank: then `skipped` is 1, and `broken` holds this rank's units whose
+        log-probabilities are not finite.
         """
         stats = UpdateStats()
         for i, batch in enumerate(part.batches):
@@ -114,7 +140,11 @@ class Updater:
         metrics = stats.reduced()
         with span("optimizer step"):
             norm = self.runtime.step(lr_factor)
-        return metrics | {"grad_norm": math.nan if norm is None else norm, "skipped": int(norm is None), "broken": stats.broken}
+        return metrics | {
+            "grad_norm": math.nan if norm is None else norm,
+            "skipped": int(norm is None),
+            "broken": stats.broken,
+        }
 
     def _loss(self, part: Part, i: int, stats: UpdateStats) -> torch.Tensor:
         batch, old = part.batches[i], part.old[i]
@@ -132,8 +162,11 @@ class Updater:
         stats.loss += scaled.item()
         return scaled
 
-    def _held_to(self, v: torch.Tensor, old: Old | None, reference: torch.Tensor | None) -> torch.Tensor | None:
-        """The velocities that a penalty compares with. In the first update the old policy's are these themselves."""
+    def _held_to(
+        self, v: torch.Tensor, old: Old | None, reference: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """The velocities that a penalty compares with. In the first update the old policy's are
+        these themselves."""
         if not self.penalty or self.penalty.needs_reference:
             return reference
         return v.detach() if old is None else old.velocity
@@ -142,10 +175,13 @@ class Updater:
         live = batch.weight != 0
         found = self.penalty.divergence(v, other, batch.b, batch.tau)
         kl = torch.where(live & self._acts_on(batch), found, 0.0)
-        return loss + self.penalty.coef * kl.mean(), seen._replace(kl=(kl.sum() / live.sum().clamp(min=1)).detach())
+        return loss + self.penalty.coef * kl.mean(), seen._replace(
+            kl=(kl.sum() / live.sum().clamp(min=1)).detach()
+        )
 
     def _acts_on(self, batch: Batch) -> torch.Tensor:
-        """bool [N]: states at the penalty's steps. Step by step, since a list of them would be copied to the GPU."""
+        """bool [N]: states at the penalty's steps. Step by step, since a list of them would be
+        copied to the GPU."""
         if self.penalty.steps is None:
             return torch.ones_like(batch.weight, dtype=torch.bool)
         acts = torch.zeros_like(batch.weight, dtype=torch.bool)
@@ -154,12 +190,17 @@ class Updater:
         return acts
 
     def _old(self, v: torch.Tensor, log_prob: torch.Tensor) -> Old:
-        kept = self.objective.keeps_velocity or self.penalty is not None and not self.penalty.needs_reference
+        kept = (
+            self.objective.keeps_velocity
+            or self.penalty is not None
+            and not self.penalty.needs_reference
+        )
         return Old(log_prob.detach(), v.detach() if kept else None)
 
     @torch.no_grad()
     def remember(self, part: Part, advance=lambda n: None) -> int:
-        """Note what the policy says of a part before any update moves it; returns this rank's forwards."""
+        """Note what the policy says of a part before any update moves it; returns this rank's
+        forwards."""
         for i, batch in enumerate(part.batches):
             v = self.velocity(self.runtime.engine, batch)
             part.old[i] = self._old(v, self.objective.measure(v, batch, None).log_prob)
@@ -185,16 +226,28 @@ class Updater:
         if above is None:
             above = (ratio > 1 + self.objective.clip_high).to(seen.clip_fraction.dtype).mean()
         clipped, above = torch.stack([seen.clip_fraction, above]).tolist()
-        stats.clipped, stats.above = stats.clipped + clipped * batch.real, stats.above + above * batch.real
-        stats.max_dev = float(np.maximum((ratio - 1).abs().max().item(), stats.max_dev))  # NaN stays
-        stats.ratio_range = [min(stats.ratio_range[0], ratio.min().item()), max(stats.ratio_range[1], ratio.max().item())]
+        stats.clipped, stats.above = (
+            stats.clipped + clipped * batch.real,
+            stats.above + above * batch.real,
+        )
+        stats.max_dev = float(
+            np.maximum((ratio - 1).abs().max().item(), stats.max_dev)
+        )  # NaN stays
+        stats.ratio_range = [
+            min(stats.ratio_range[0], ratio.min().item()),
+            max(stats.ratio_range[1], ratio.max().item()),
+        ]
         if first and batch.log_prob_rollout is not None:
             gap = (seen.log_prob - batch.log_prob_rollout)[: batch.real].abs().mean().item()
-            stats.mismatch, stats.compared = stats.mismatch + gap * batch.real, stats.compared + batch.real
+            stats.mismatch, stats.compared = (
+                stats.mismatch + gap * batch.real,
+                stats.compared + batch.real,
+            )
 
     @torch.no_grad()
     def replay_deviation(self, batch: Batch) -> float:
-        """Largest |ratio - 1| of a second pass over the same states with the same weights; 0 where training is exact."""
+        """Largest |ratio - 1| of a second pass over the same states with the same weights; 0 where
+        training is exact."""
         passes = []
         for _ in range(2):
             v = self.velocity(self.runtime.engine, batch)

@@ -1,4 +1,5 @@
-"""Rewards over HTTP: the messages (`protocol`), the training side (`client`) and the reward server (`server`, `batching`).
+"""Rewards over HTTP: the messages (`protocol`), the training side (`client`) and the reward server
+(`server`, `batching`).
 
 Only `server` needs FastAPI.
 """

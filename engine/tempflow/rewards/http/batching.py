@@ -1,8 +1,9 @@
 """One reward's worker processes, fed with batches made across requests.
 
-A request's images are queued in pieces of at most one batch. A free worker takes the oldest piece and waits a few
-milliseconds for others of the same image size to fill its batch. Where a batch of several pieces fails, each is
-scored again alone, so that one request cannot spoil another. When a worker is replaced is `workers.py`'s affair.
+A request's images are queued in pieces of at most one batch. A free worker takes the oldest piece
+and waits a few milliseconds for others of the same image size to fill its batch. Where a batch of
+several pieces fails, each is scored again alone, so that one request cannot spoil another. When a
+worker is replaced is `workers.py`'s affair.
 """
 
 from __future__ import annotations
@@ -40,10 +41,12 @@ class Piece:
 
 
 class Batcher:
-    """Scores pieces with `len(gpus)` worker processes, each of which sees one entry of `gpus` ("": no GPU).
+    """Scores pieces with `len(gpus)` worker processes, each of which sees one entry of `gpus` ("":
+    no GPU).
 
-    batch: most images, or videos, scored at once. wait_s: how long a batch that is not full waits for more. timeout_s: for scoring
-    one batch; start_timeout_s: for loading the reward. Raises `UserError` for an unknown reward or option.
+    batch: most images, or videos, scored at once. wait_s: how long a batch that is not full waits
+    for more. timeout_s: for scoring one batch; start_timeout_s: for loading the reward. Raises
+    `UserError` for an unknown reward or option.
     """
 
     def __init__(
@@ -64,7 +67,9 @@ class Batcher:
         self._changed = threading.Condition()
         self._closed = False
         self._counts = Counter(pictures=0, batches=0, failed_batches=0)
-        self._workers = Workers([spec], self._serve, gpus=gpus, threads=threads, start_timeout_s=start_timeout_s)
+        self._workers = Workers(
+            [spec], self._serve, gpus=gpus, threads=threads, start_timeout_s=start_timeout_s
+        )
 
     @property
     def healthy(self) -> bool:
@@ -77,13 +82,19 @@ class Batcher:
             return {**self._counts, "waiting": len(self._queue)}
 
     def wait_ready(self) -> None:
-        """Wait until every worker has loaded the reward; `UserError` with the reason if one cannot."""
+        """Wait until every worker has loaded the reward; `UserError` with the reason if one
+        cannot."""
         self._workers.wait_ready()
 
     def submit(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> list[Future]:
-        """Queue the images of a request; a future of `Scores` per piece, in order, or of ScoringFailed."""
+        """Queue the images of a request; a future of `Scores` per piece, in order, or of
+        ScoringFailed."""
         pieces = [
-            Piece(images[i : i + self._batch], prompts[i : i + self._batch], metadata[i : i + self._batch])
+            Piece(
+                images[i : i + self._batch],
+                prompts[i : i + self._batch],
+                metadata[i : i + self._batch],
+            )
             for i in range(0, len(images), self._batch)
         ]
         with self._changed:
@@ -124,7 +135,8 @@ class Batcher:
         return []
 
     def _fitting(self) -> list[Piece]:
-        """The oldest piece and, in their order, those of its image size that a batch has room for."""
+        """The oldest piece and, in their order, those of its image size that a batch has room
+        for."""
         chosen, room = [], self._batch
         for piece in self._queue:
             same_size = piece.images.shape[1:] == self._queue[0].images.shape[1:]
@@ -147,17 +159,26 @@ class Batcher:
                 return
             reason = str(error).strip() or repr(error)
             print(f"reward {self._spec.name!r}: {reason}", file=sys.stderr, flush=True)
-            _settle(pieces[0], ScoringFailed(f"reward {self._spec.name!r}: {reason.splitlines()[-1]}"))
+            _settle(
+                pieces[0], ScoringFailed(f"reward {self._spec.name!r}: {reason.splitlines()[-1]}")
+            )
             return
         start = 0
         for piece in pieces:
             stop = start + len(piece.images)
-            _settle(piece, Scores(scores.values[start:stop], scores.details and scores.details[start:stop]))
+            _settle(
+                piece,
+                Scores(scores.values[start:stop], scores.details and scores.details[start:stop]),
+            )
             start = stop
 
     def _ask(self, worker: WorkerProcess, pieces: list[Piece]) -> Scores:
         """Scores of all pieces in one batch. Raises what `WorkerProcess.score` does."""
-        images = pieces[0].images if len(pieces) == 1 else np.concatenate([piece.images for piece in pieces])
+        images = (
+            pieces[0].images
+            if len(pieces) == 1
+            else np.concatenate([piece.images for piece in pieces])
+        )
         prompts = [prompt for piece in pieces for prompt in piece.prompts]
         metadata = [entry for piece in pieces for entry in piece.metadata]
         scores, _ = worker.score(self._spec.name, images, prompts, metadata, self._timeout_s)
@@ -168,6 +189,10 @@ class Batcher:
 
 def _settle(piece: Piece, result: Scores | ScoringFailed) -> None:
     try:
-        piece.scores.set_exception(result) if isinstance(result, Exception) else piece.scores.set_result(result)
+        (
+            piece.scores.set_exception(result)
+            if isinstance(result, Exception)
+            else piece.scores.set_result(result)
+        )
     except InvalidStateError:  # cancelled meanwhile
         pass

@@ -1,18 +1,23 @@
-"""The messages between `HttpReward` and the reward server: JSON, with images as PNG files in base64.
+"""The messages between `HttpReward` and the reward server: JSON, with images as PNG files in
+base64.
 
-    POST /score   {"reward": "ocr", "images": ["iVBORw0..."], "prompts": ["..."], "metadata": [{...}]}
+    POST /score   {"reward": "ocr", "images": ["iVBORw0..."], "prompts": ["..."], "metadata":
+        [{...}]}
     200           {"scores": [0.75, null], "details": ["HELO", "not scored: ..."] or null}
-    POST /score   {"reward": "motion", "frames": 16, "images": [...], ...}: videos of 16 frames each, one video after the other
+    POST /score   {"reward": "motion", "frames": 16, "images": [...], ...}: videos of 16 frames
+        each, one video after the other
     4xx, 5xx      {"error": "one line"}
     GET /rewards  {"rewards": {"ocr": {...counts}}}         GET /health  {"status": "ok"}
 
-PNG is lossless, and a float32 survives the way through JSON's decimal numbers, so a reward's value is the same bits
-wherever it is computed. An image that could not be scored is null, never a number.
-Condition images travel beside the metadata, each once: "conditions" holds them as PNG files, of any sizes, and "conditions_of" the places
-of each prompt's own in it, [[0], [0], [1, 2]]. A request without any lacks both keys. The reward finds arrays in `metadata["images"]`; that
-key of a request's own metadata is refused, for it would name files of the server.
+PNG is lossless, and a float32 survives the way through JSON's decimal numbers, so a reward's value
+is the same bits wherever it is computed. An image that could not be scored is null, never a number.
+Condition images travel beside the metadata, each once: "conditions" holds them as PNG files, of any
+sizes, and "conditions_of" the places of each prompt's own in it, [[0], [0], [1, 2]]. A request
+without any lacks both keys. The reward finds arrays in `metadata["images"]`; that key of a
+request's own metadata is refused, for it would name files of the server.
 
-A PNG of some kilobytes can hold gigapixels: sizes are read from the headers, and refused, before any pixel is unpacked.
+A PNG of some kilobytes can hold gigapixels: sizes are read from the headers, and refused, before
+any pixel is unpacked.
 """
 
 from __future__ import annotations
@@ -38,7 +43,8 @@ _LARGEST = float(np.finfo(np.float32).max)
 def encode_png(image: np.ndarray) -> str:
     """uint8 RGB [H, W, 3] -> base64 of a PNG file."""
     buffer = io.BytesIO()
-    # Of a noisy 1024 x 1024 photo: 77 ms of one EPYC core and 1.81 MB; level 1 without Z_RLE 103 ms, 2.05 MB; level 0 52 ms, 3.15 MB.
+    # Of a noisy 1024 x 1024 photo: 77 ms of one EPYC core and 1.81 MB; level 1 without Z_RLE 103
+    # ms, 2.05 MB; level 0 52 ms, 3.15 MB.
     Image.fromarray(image).save(buffer, format="PNG", compress_level=1, compress_type=zlib.Z_RLE)
     return base64.b64encode(buffer.getbuffer()).decode("ascii")
 
@@ -50,7 +56,8 @@ def _encoded_file(file: str, longest: int | None) -> str:
 
 
 def encode_condition(image: str | np.ndarray, longest: int | None = None) -> str:
-    """A condition image of a prompt's metadata -> base64 of a PNG file, its longer side at most `longest` pixels."""
+    """A condition image of a prompt's metadata -> base64 of a PNG file, its longer side at most
+    `longest` pixels."""
     if not isinstance(image, np.ndarray):
         return _encoded_file(image, longest)
     return encode_png(image if longest is None else scaled(image, longest))
@@ -62,18 +69,30 @@ def sendable(metadata: dict) -> dict:
 
 
 def write_request(reward: str, media: np.ndarray, prompts: list[str], metadata: list[dict]) -> dict:
-    """The message that asks for n scores of images or videos; an empty `reward` is left out and means the only one served."""
+    """The message that asks for n scores of images or videos; an empty `reward` is left out and
+    means the only one served."""
     images = [encode_png(frame) for item in media for frame in frames_of(item)]
-    message = {"images": images, "prompts": prompts, "metadata": [sendable(entry) for entry in metadata]}
+    message = {
+        "images": images,
+        "prompts": prompts,
+        "metadata": [sendable(entry) for entry in metadata],
+    }
     message |= {"frames": media.shape[1]} if is_video(media) else {}
     message |= _conditions([entry.get(KEY, []) for entry in metadata])
     return {"reward": reward, **message} if reward else message
 
 
 def _conditions(given: list[list]) -> dict:
-    """The part of a message that holds n prompts' condition images: each different one once, {} without any."""
-    keys = [[image if isinstance(image, str) else id(image) for image in images] for images in given]
-    different = {key: image for named, images in zip(keys, given, strict=True) for key, image in zip(named, images, strict=True)}
+    """The part of a message that holds n prompts' condition images: each different one once, {}
+    without any."""
+    keys = [
+        [image if isinstance(image, str) else id(image) for image in images] for images in given
+    ]
+    different = {
+        key: image
+        for named, images in zip(keys, given, strict=True)
+        for key, image in zip(named, images, strict=True)
+    }
     if not different:
         return {}
     place = {key: n for n, key in enumerate(different)}
@@ -83,11 +102,13 @@ def _conditions(given: list[list]) -> dict:
     }
 
 
-def open_images(encoded: list[str], max_pixels: int, *, name: str = "image", alike: bool = True) -> list[Image.Image]:
+def open_images(
+    encoded: list[str], max_pixels: int, *, name: str = "image", alike: bool = True
+) -> list[Image.Image]:
     """PNG files in base64 -> images, not yet decoded. alike: all of one size.
 
-    Raises ValueError naming the image that is no 8-bit RGB PNG or not of the first one's size, and for more than
-    `max_pixels` in all.
+    Raises ValueError naming the image that is no 8-bit RGB PNG or not of the first one's size, and
+    for more than `max_pixels` in all.
     """
     images, pixels = [], 0
     for i, text in enumerate(encoded):
@@ -96,14 +117,21 @@ def open_images(encoded: list[str], max_pixels: int, *, name: str = "image", ali
         except Image.DecompressionBombError:
             raise ValueError(f"{name} {i} alone has more pixels than any image may have") from None
         except (binascii.Error, ValueError, OSError) as error:
-            raise ValueError(f"{name} {i} is no PNG file in base64 ({type(error).__name__})") from None
+            raise ValueError(
+                f"{name} {i} is no PNG file in base64 ({type(error).__name__})"
+            ) from None
         if image.mode != "RGB":
             raise ValueError(f"{name} {i} has mode {image.mode}, expected 8-bit RGB")
         if alike and images and image.size != images[0].size:
-            raise ValueError(f"{name} {i} is {_size(image)}, image 0 {_size(images[0])}; a request holds one size")
+            raise ValueError(
+                f"{name} {i} is {_size(image)}, image 0 {_size(images[0])}; a request holds one"
+                " size"
+            )
         pixels += image.width * image.height
         if pixels > max_pixels:
-            raise ValueError(f"more than {max_pixels} pixels in one request; send fewer or smaller images")
+            raise ValueError(
+                f"more than {max_pixels} pixels in one request; send fewer or smaller images"
+            )
         images.append(image)
     return images
 
@@ -120,7 +148,8 @@ def decode(images: list[Image.Image], name: str = "image") -> list[np.ndarray]:
 
 
 def as_media(images: list[np.ndarray], frames: int | None = None) -> np.ndarray:
-    """Images of one size as uint8 RGB [n, H, W, 3], or as n / frames videos [n / frames, frames, H, W, 3]."""
+    """Images of one size as uint8 RGB [n, H, W, 3], or as n / frames videos [n / frames, frames, H,
+    W, 3]."""
     stacked = np.stack(images)
     return stacked if frames is None else stacked.reshape(-1, frames, *stacked.shape[1:])
 
@@ -140,15 +169,25 @@ def write_answer(scores: Scores) -> dict:
 
 
 def read_answer(answer, n: int) -> Scores:
-    """Scores of n images; ValueError unless the answer is n finite numbers or nulls and, if any, n texts."""
+    """Scores of n images; ValueError unless the answer is n finite numbers or nulls and, if any, n
+    texts."""
     if not isinstance(answer, dict) or not isinstance(answer.get("scores"), list):
         raise ValueError(f'expected an object with a list "scores", got {shown(answer)}')
     values, details = answer["scores"], answer.get("details")
     if len(values) != n:
         raise ValueError(f"{len(values)} scores for {n} images")
     for i, value in enumerate(values):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= _LARGEST):
+        if value is not None and (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or not abs(value) <= _LARGEST
+        ):
             raise ValueError(f"score {i} is {shown(value)}, neither a finite number nor null")
-    if details is not None and not (isinstance(details, list) and len(details) == n and all(isinstance(d, str) for d in details)):
+    if details is not None and not (
+        isinstance(details, list) and len(details) == n and all(isinstance(d, str) for d in details)
+    ):
         raise ValueError(f'"details" must be {n} texts or null')
-    return Scores(np.array([math.nan if value is None else value for value in values], dtype=np.float32), details)
+    return Scores(
+        np.array([math.nan if value is None else value for value in values], dtype=np.float32),
+        details,
+    )

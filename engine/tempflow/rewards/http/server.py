@@ -1,7 +1,9 @@
-"""The web application of the reward server: who may ask, how much at once, and what is answered when (see `protocol.py`).
+"""The web application of the reward server: who may ask, how much at once, and what is answered
+when (see `protocol.py`).
 
-Memory is bounded before it is taken: a request must say its length, and is refused with 503 while those being served
-fill `Limits.memory_bytes`; sizes of images are checked before they are decoded. Nothing is written to disk.
+Memory is bounded before it is taken: a request must say its length, and is refused with 503 while
+those being served fill `Limits.memory_bytes`; sizes of images are checked before they are decoded.
+Nothing is written to disk.
 """
 
 from __future__ import annotations
@@ -23,13 +25,20 @@ from starlette.requests import ClientDisconnect
 from tempflow.rewards.base import joined
 from tempflow.rewards.conditions import KEY
 from tempflow.rewards.http.batching import Batcher, ScoringFailed
-from tempflow.rewards.http.protocol import as_media, decode, decoded_bytes, open_images, write_answer
+from tempflow.rewards.http.protocol import (
+    as_media,
+    decode,
+    decoded_bytes,
+    open_images,
+    write_answer,
+)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """request_bytes: of a request's body. request_pixels: of its images together. memory_bytes: of the bodies and
-    decoded images of all requests being served. timeout_s: from a request's arrival to its answer."""
+    """request_bytes: of a request's body. request_pixels: of its images together. memory_bytes: of
+    the bodies and decoded images of all requests being served. timeout_s: from a request's arrival
+    to its answer."""
 
     request_bytes: int = 256 << 20
     request_pixels: int = 128_000_000
@@ -58,7 +67,11 @@ class _Memory:
     @contextmanager
     def hold(self, size: int):
         if size > self._free:
-            raise HTTPException(503, "too much is being served already; try again later", headers={"Retry-After": "1"})
+            raise HTTPException(
+                503,
+                "too much is being served already; try again later",
+                headers={"Retry-After": "1"},
+            )
         self._free -= size
         try:
             yield
@@ -67,8 +80,11 @@ class _Memory:
 
 
 def create_app(batchers: dict[str, Batcher], limits: Limits, token: str | None) -> FastAPI:
-    """The application that serves `batchers` by name; `token`, unless None, is asked of everyone but /health."""
-    app = FastAPI(title="TempFlow-GRPO reward server", docs_url=None, redoc_url=None, openapi_url=None)
+    """The application that serves `batchers` by name; `token`, unless None, is asked of everyone
+    but /health."""
+    app = FastAPI(
+        title="TempFlow-GRPO reward server", docs_url=None, redoc_url=None, openapi_url=None
+    )
     memory = _Memory(limits.memory_bytes)
 
     @app.exception_handler(StarletteHTTPException)
@@ -107,11 +123,16 @@ def create_app(batchers: dict[str, Batcher], limits: Limits, token: str | None) 
             asked = await run_in_threadpool(_read, body)
             batcher = _chosen(batchers, asked.reward)
             if asked.frames is not None and not batcher.takes_videos:
-                raise ValueError(f'reward {batcher.name!r} scores images, and videos came; its entry needs "frames": 4, not "videos": true')
+                raise ValueError(
+                    f"reward {batcher.name!r} scores images, and videos came; its entry needs"
+                    ' "frames": 4, not "videos": true'
+                )
             opened, conditions = await run_in_threadpool(_open, asked, limits.request_pixels)
             with memory.hold(decoded_bytes(opened) + decoded_bytes(conditions)):
                 images = as_media(await run_in_threadpool(decode, opened), asked.frames)
-                metadata = _metadata(asked, await run_in_threadpool(decode, conditions, "condition"))
+                metadata = _metadata(
+                    asked, await run_in_threadpool(decode, conditions, "condition")
+                )
                 futures = batcher.submit(images, asked.prompts, metadata)
                 parts = await asyncio.gather(*map(asyncio.wrap_future, futures))
         except ValueError as error:
@@ -126,24 +147,29 @@ def create_app(batchers: dict[str, Batcher], limits: Limits, token: str | None) 
 def _authorise(request: Request, token: str | None) -> None:
     sent = request.headers.get("authorization", "")
     if token is not None and not hmac.compare_digest(sent.encode(), f"Bearer {token}".encode()):
-        raise HTTPException(401, "this server needs its bearer token", headers={"WWW-Authenticate": "Bearer"})
+        raise HTTPException(
+            401, "this server needs its bearer token", headers={"WWW-Authenticate": "Bearer"}
+        )
 
 
 def _body_length(request: Request, most: int) -> int:
-    """The body's length, which the web server holds the client to. It is asked to be JSON by name because web pages
-    cannot send that to another origin unasked."""
+    """The body's length, which the web server holds the client to. It is asked to be JSON by name
+    because web pages cannot send that to another origin unasked."""
     if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
         raise HTTPException(415, "expected Content-Type: application/json")
     length = request.headers.get("content-length", "")
     if not length.isdecimal():
         raise HTTPException(411, "expected a Content-Length")
     if int(length) > most:
-        raise HTTPException(413, f"{length} bytes, more than the {most} allowed; send fewer images at once")
+        raise HTTPException(
+            413, f"{length} bytes, more than the {most} allowed; send fewer images at once"
+        )
     return int(length)
 
 
 async def _discard(request: Request, timeout_s: float) -> None:
-    """Let the client finish sending: one that is cut off mid-way sees a broken pipe, and never the answer."""
+    """Let the client finish sending: one that is cut off mid-way sees a broken pipe, and never the
+    answer."""
 
     async def receive():
         async for _ in request.stream():
@@ -169,13 +195,21 @@ def _read(body: bytes) -> ScoreRequest:
             raise ValueError(f"{len(asked.images)} images, but {len(entries)} {name}{each}")
     if any(KEY in entry for entry in asked.metadata or ()):
         raise ValueError(f'metadata: "{KEY}" is taken; condition images travel in "conditions"')
-    if any(not 0 <= place < len(asked.conditions) for places in asked.conditions_of or () for place in places):
-        raise ValueError(f"conditions_of: expected places from 0 to {len(asked.conditions) - 1}, in a list for each prompt")
+    if any(
+        not 0 <= place < len(asked.conditions)
+        for places in asked.conditions_of or ()
+        for place in places
+    ):
+        raise ValueError(
+            f"conditions_of: expected places from 0 to {len(asked.conditions) - 1}, in a list for"
+            " each prompt"
+        )
     return asked
 
 
 def _open(asked: ScoreRequest, max_pixels: int) -> tuple[list[Image.Image], list[Image.Image]]:
-    """The images and the condition images of a request, not yet decoded; ValueError for more than `max_pixels` in both."""
+    """The images and the condition images of a request, not yet decoded; ValueError for more than
+    `max_pixels` in both."""
     opened = open_images(asked.images, max_pixels)
     left = max_pixels - sum(image.width * image.height for image in opened)
     return opened, open_images(asked.conditions, left, name="condition", alike=False)
@@ -186,7 +220,10 @@ def _metadata(asked: ScoreRequest, conditions: list[np.ndarray]) -> list[dict]:
     metadata = asked.metadata or [{} for _ in asked.prompts]
     if asked.conditions_of is None:
         return metadata
-    own = [{KEY: [conditions[place] for place in places]} if places else {} for places in asked.conditions_of]
+    own = [
+        {KEY: [conditions[place] for place in places]} if places else {}
+        for places in asked.conditions_of
+    ]
     return [{**entry, **images} for entry, images in zip(metadata, own, strict=True)]
 
 

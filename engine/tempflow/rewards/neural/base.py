@@ -18,11 +18,12 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 @dataclass(eq=False)
 class ModelReward(Reward):
-    """A reward that runs a model; a subclass gives `path` a default, adds options as fields, and defines `_load` and `_score`.
+    """A reward that runs a model; a subclass gives `path` a default, adds options as fields, and
+    defines `_load` and `_score`.
 
-    path: a folder or a hub repository; by default the published weights. revision: branch, tag or commit of a
-    hub repository. device: "cpu" or "cuda", which is the GPU of the rank that the worker serves. dtype: of the model's
-    weights and activations. batch_size: images a forward.
+    path: a folder or a hub repository; by default the published weights. revision: branch, tag or
+    commit of a hub repository. device: "cpu" or "cuda", which is the GPU of the rank that the
+    worker serves. dtype: of the model's weights and activations. batch_size: images a forward.
     """
 
     path: str
@@ -33,7 +34,9 @@ class ModelReward(Reward):
 
     def __post_init__(self):
         if self.device not in _DEVICES:
-            raise UserError(f'device: expected "cpu" or "cuda" (the rank\'s own GPU), got {self.device!r}')
+            raise UserError(
+                f'device: expected "cpu" or "cuda" (the rank\'s own GPU), got {self.device!r}'
+            )
         if self.dtype not in _DTYPES:
             raise UserError(f"dtype: expected one of {', '.join(_DTYPES)}, got {self.dtype!r}")
         if self.batch_size < 1:
@@ -46,7 +49,10 @@ class ModelReward(Reward):
     def load(self, threads=1):
         if self.device == "cuda" and not torch.cuda.is_available():
             visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-            raise UserError(f'device: "cuda", but PyTorch finds no GPU here (CUDA_VISIBLE_DEVICES is {visible!r}); use "cpu"')
+            raise UserError(
+                'device: "cuda", but PyTorch finds no GPU here (CUDA_VISIBLE_DEVICES is'
+                f' {visible!r}); use "cpu"'
+            )
         self._load()
 
     @torch.inference_mode()
@@ -54,7 +60,9 @@ class ModelReward(Reward):
         size = self.batch_size
         parts = [slice(i, i + size) for i in range(0, len(images), size)]
         batches = [self._score(images[part], prompts[part], metadata[part]) for part in parts]
-        return Scores(torch.cat(batches).float().cpu().numpy() if batches else np.zeros(0, np.float32))
+        return Scores(
+            torch.cat(batches).float().cpu().numpy() if batches else np.zeros(0, np.float32)
+        )
 
     @abstractmethod
     def _load(self) -> None:

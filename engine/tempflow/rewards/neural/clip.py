@@ -2,13 +2,12 @@
 
 With u the embedding of the image and v that of the text, both of length 1, and cos = u . v:
 
-| reward | score | source |
-|---|---|---|
-| pickscore | exp(logit_scale) cos | arXiv 2305.01569, section 4; model card of yuvalkirstain/PickScore_v1 |
-| clipscore | 2.5 max(cos, 0), the text after "A photo depicts " | arXiv 2104.08718, section 3 |
-| hpsv2 | cos | arXiv 2306.09341; hpsv2/img_score.py of its repository |
-| aesthetic | head(u) | improved-aesthetic-predictor (MLP), LAION's aesthetic-predictor (linear) |
-| clip_image | mean of u . c over the prompt's condition images, c their embeddings | CLIP-I of arXiv 2208.12242 |
+| reward | score | source | |---|---|---| | pickscore | exp(logit_scale) cos | arXiv 2305.01569,
+section 4; model card of yuvalkirstain/PickScore_v1 | | clipscore | 2.5 max(cos, 0), the text after
+"A photo depicts " | arXiv 2104.08718, section 3 | | hpsv2 | cos | arXiv 2306.09341;
+hpsv2/img_score.py of its repository | | aesthetic | head(u) | improved-aesthetic-predictor (MLP),
+LAION's aesthetic-predictor (linear) | | clip_image | mean of u . c over the prompt's condition
+images, c their embeddings | CLIP-I of arXiv 2208.12242 |
 """
 
 from __future__ import annotations
@@ -26,30 +25,60 @@ from tempflow.rewards.conditions import check_conditions, condition_images
 from tempflow.rewards.neural.base import ModelReward
 from tempflow.rewards.neural.heads import linear_head
 from tempflow.rewards.neural.open_clip import to_transformers
-from tempflow.rewards.neural.weights import build, fetch, read_config, read_processor, read_tensors, read_tokenizer
+from tempflow.rewards.neural.weights import (
+    build,
+    fetch,
+    read_config,
+    read_processor,
+    read_tensors,
+    read_tokenizer,
+)
 
 
 class ClipEncoder:
-    """A transformers CLIP model with its tokenizer and image processor; both towers give fp32 rows of length 1."""
+    """A transformers CLIP model with its tokenizer and image processor; both towers give fp32 rows
+    of length 1."""
 
-    def __init__(self, key: str, folder: Path, dtype: torch.dtype, device: str, tensors: dict[str, torch.Tensor] | None = None):
-        """folder: holds config, tokenizer, image processor and, unless `tensors` are given, the weights of a `CLIPModel`."""
+    def __init__(
+        self,
+        key: str,
+        folder: Path,
+        dtype: torch.dtype,
+        device: str,
+        tensors: dict[str, torch.Tensor] | None = None,
+    ):
+        """folder: holds config, tokenizer, image processor and, unless `tensors` are given, the
+        weights of a `CLIPModel`."""
         from transformers import CLIPConfig, CLIPModel
 
         config = CLIPConfig.from_dict(read_config(key, folder, "clip"))
         self.tokenizer, self.processor = read_tokenizer(key, folder), read_processor(key, folder)
-        self.model = build(key, CLIPModel, config, read_tensors(key, folder) if tensors is None else tensors, dtype, device)
+        self.model = build(
+            key,
+            CLIPModel,
+            config,
+            read_tensors(key, folder) if tensors is None else tensors,
+            dtype,
+            device,
+        )
         self.size = config.vision_config.image_size
         self._dtype, self._device = dtype, device
         self._length = config.text_config.max_position_embeddings
 
     def pixels(self, images: np.ndarray | list[np.ndarray]) -> torch.Tensor:
-        """uint8 [n, H, W, 3], or n of [H, W, 3] of any sizes -> fp32 [n, 3, size, size] as the image processor's config says."""
-        return self.processor(list(images), input_data_format="channels_last", return_tensors="pt")["pixel_values"]
+        """uint8 [n, H, W, 3], or n of [H, W, 3] of any sizes -> fp32 [n, 3, size, size] as the
+        image processor's config says."""
+        return self.processor(list(images), input_data_format="channels_last", return_tensors="pt")[
+            "pixel_values"
+        ]
 
     def normalized(self, pixels: torch.Tensor) -> torch.Tensor:
-        """fp32 [n, 3, H, W] in [0, 1], less the mean and over the deviation of the image processor's config."""
-        mean, std = (torch.tensor(v)[:, None, None] for v in (self.processor.image_mean, self.processor.image_std))
+        """fp32 [n, 3, H, W] in [0, 1], less the mean and over the deviation of the image
+        processor's config."""
+        mean, std = (
+            torch.tensor(v)[:, None, None]
+            for v in (self.processor.image_mean, self.processor.image_std)
+        )
         return (pixels - mean) / std
 
     def embed_images(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -60,8 +89,16 @@ class ClipEncoder:
     def embed_texts(self, texts: list[str]) -> torch.Tensor:
         """n texts, cut at the model's length -> [n, d]; a text that comes twice is encoded once."""
         unique = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-        tokens = self.tokenizer(list(unique), padding=True, truncation=True, max_length=self._length, return_tensors="pt").to(self._device)
-        text = self.model.text_model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
+        tokens = self.tokenizer(
+            list(unique),
+            padding=True,
+            truncation=True,
+            max_length=self._length,
+            return_tensors="pt",
+        ).to(self._device)
+        text = self.model.text_model(
+            input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
+        )
         embeddings = F.normalize(self.model.text_projection(text.pooler_output).float(), dim=-1)
         return embeddings[[unique[text] for text in texts]]
 
@@ -70,7 +107,9 @@ class ClipReward(ModelReward):
     """A reward on a CLIP model, which `path` holds whole."""
 
     def _load(self):
-        self._clip = ClipEncoder("path", fetch("path", self.path, self.revision), self.torch_dtype, self.device)
+        self._clip = ClipEncoder(
+            "path", fetch("path", self.path, self.revision), self.torch_dtype, self.device
+        )
 
     def _cosine(self, pixels: torch.Tensor, texts: list[str]) -> torch.Tensor:
         """fp32 [n, 3, size, size] and n texts -> [n]: the similarity of each image to its text."""
@@ -87,15 +126,17 @@ class PickScore(ClipReward):
     path: str = "yuvalkirstain/PickScore_v1"
 
     def _score(self, images, prompts, metadata):
-        return self._clip.model.logit_scale.float().exp() * self._cosine(self._clip.pixels(images), prompts)
+        return self._clip.model.logit_scale.float().exp() * self._cosine(
+            self._clip.pixels(images), prompts
+        )
 
 
 @dataclass(eq=False)
 class ClipScore(ClipReward):
     """CLIPScore (arXiv 2104.08718): `2.5 max(cos, 0)` of the image and the prompt after `prefix`.
 
-    prefix: put before the prompt, with one space; "" for the bare prompt. The paper's model is ViT-B/32; the default
-    is ViT-L/14, the common choice in text-to-image work.
+    prefix: put before the prompt, with one space; "" for the bare prompt. The paper's model is
+    ViT-B/32; the default is ViT-L/14, the common choice in text-to-image work.
     """
 
     path: str = "openai/clip-vit-large-patch14"
@@ -110,9 +151,10 @@ class ClipScore(ClipReward):
 class HpsV2(ClipReward):
     """HPSv2 and HPSv2.1 (arXiv 2306.09341): `cos`, about 0.2 to 0.35.
 
-    path: weights in open_clip's layout, as published, or in transformers'. base: the CLIP model they are a finetune of,
-    for its config, tokenizer and image statistics. An image that is not square is padded with black, not cropped, as in
-    the published transform; it is resized as torchvision (0.17 or later) resizes tensors, which is where it is published.
+    path: weights in open_clip's layout, as published, or in transformers'. base: the CLIP model
+    they are a finetune of, for its config, tokenizer and image statistics. An image that is not
+    square is padded with black, not cropped, as in the published transform; it is resized as
+    torchvision (0.17 or later) resizes tensors, which is where it is published.
     """
 
     path: str = "RE-N-Y/hpsv21"
@@ -133,9 +175,11 @@ class HpsV2(ClipReward):
 
 @dataclass(eq=False)
 class ClipImage(ClipReward):
-    """Similarity of an image to its prompt's condition images: `cos` of their CLIP embeddings, the mean over several, about 0.5 to 1.
+    """Similarity of an image to its prompt's condition images: `cos` of their CLIP embeddings, the
+    mean over several, about 0.5 to 1.
 
-    It asks that an edit keeps what the image was, so it is highest where nothing was edited: weigh it below a reward of the edit.
+    It asks that an edit keeps what the image was, so it is highest where nothing was edited: weigh
+    it below a reward of the edit.
     """
 
     path: str = "openai/clip-vit-large-patch14"
@@ -146,10 +190,19 @@ class ClipImage(ClipReward):
     def _score(self, images, prompts, metadata):
         given = [condition_images(entry) for entry in metadata]
         different = {id(image): image for own in given for image in own}
-        known = dict(zip(different, self._embedded(list(different.values())), strict=True)) if different else {}
+        known = (
+            dict(zip(different, self._embedded(list(different.values())), strict=True))
+            if different
+            else {}
+        )
         unknown = torch.tensor(math.nan, device=self.device)
         pairs = zip(self._embedded(images), given, strict=True)
-        return torch.stack([torch.stack([known[id(one)] @ made for one in own]).mean() if own else unknown for made, own in pairs])
+        return torch.stack(
+            [
+                torch.stack([known[id(one)] @ made for one in own]).mean() if own else unknown
+                for made, own in pairs
+            ]
+        )
 
     def _embedded(self, images) -> torch.Tensor:
         return self._clip.embed_images(self._clip.pixels(images))
@@ -159,8 +212,9 @@ class ClipImage(ClipReward):
 class Aesthetic(ClipReward):
     """LAION's aesthetic score of an image, about 1 to 10; the prompt plays no part.
 
-    head: a .safetensors file, folder or repository with linear layers applied one after another to the embedding of
-    length 1, without activations: the MLP of improved-aesthetic-predictor ("sac+logos+ava1-l14-linearMSE"), or one layer.
+    head: a .safetensors file, folder or repository with linear layers applied one after another to
+    the embedding of length 1, without activations: the MLP of improved-aesthetic-predictor
+    ("sac+logos+ava1-l14-linearMSE"), or one layer.
     path: the CLIP model the head was trained on.
     """
 
@@ -169,21 +223,28 @@ class Aesthetic(ClipReward):
 
     def _load(self):
         super()._load()
-        self._head = linear_head("head", read_tensors("head", fetch("head", self.head)), self.device)
+        self._head = linear_head(
+            "head", read_tensors("head", fetch("head", self.head)), self.device
+        )
         width = self._clip.model.config.projection_dim
         if self._head.width != width:
-            raise UserError(f"head: {self.head} takes embeddings of {self._head.width}, {self.path} has {width}")
+            raise UserError(
+                f"head: {self.head} takes embeddings of {self._head.width}, {self.path} has {width}"
+            )
 
     def _score(self, images, prompts, metadata):
         return self._head(self._clip.embed_images(self._clip.pixels(images)))
 
 
 def resize_and_pad(pixels: torch.Tensor, size: int) -> torch.Tensor:
-    """fp32 [n, 3, H, W] -> [n, 3, size, size]: the longer side becomes `size`, the rest is 0 on both sides."""
+    """fp32 [n, 3, H, W] -> [n, 3, size, size]: the longer side becomes `size`, the rest is 0 on
+    both sides."""
     height, width = pixels.shape[-2:]
     scale = size / max(height, width)
     new = (round(height * scale), round(width * scale))
     if scale != 1:
-        pixels = F.interpolate(pixels, size=new, mode="bicubic", antialias=True, align_corners=False)
+        pixels = F.interpolate(
+            pixels, size=new, mode="bicubic", antialias=True, align_corners=False
+        )
     top, left = (size - new[0]) // 2, (size - new[1]) // 2
     return F.pad(pixels, (left, size - new[1] - left, top, size - new[0] - top))

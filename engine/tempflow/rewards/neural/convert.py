@@ -1,7 +1,9 @@
-"""Makes safetensors of pickled weights: `python -m tempflow.rewards.neural.convert IN.pt OUT.safetensors`.
+"""Makes safetensors of pickled weights: `python -m tempflow.rewards.neural.convert IN.pt
+OUT.safetensors`.
 
-Pickles are opened here alone, by hand, and by torch's restricted unpickler (`weights_only=True`), which builds tensors
-and plain containers and refuses everything else. Names and values of the tensors stay as they are.
+Pickles are opened here alone, by hand, and by torch's restricted unpickler (`weights_only=True`),
+which builds tensors and plain containers and refuses everything else. Names and values of the
+tensors stay as they are.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from tempflow.errors import UserError
 def convert(source: Path, target: Path) -> int:
     """Write the tensors of the checkpoint `source` to `target`; the number of tensors.
 
-    A checkpoint is a dictionary of tensors, or has one under "state_dict" or "model". Raises `UserError` for anything else.
+    A checkpoint is a dictionary of tensors, or has one under "state_dict" or "model". Raises
+    `UserError` for anything else.
     """
     from safetensors.torch import save_file
 
@@ -27,13 +30,19 @@ def convert(source: Path, target: Path) -> int:
     try:
         checkpoint = torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip and file errors of many types
-        raise UserError(f"{source} cannot be read as plain tensors: {type(error).__name__}: {error}") from None
+        raise UserError(
+            f"{source} cannot be read as plain tensors: {type(error).__name__}: {error}"
+        ) from None
     for name in ("state_dict", "model"):
         if isinstance(checkpoint, dict) and isinstance(checkpoint.get(name), dict):
             checkpoint = checkpoint[name]
     tensors = checkpoint.items() if isinstance(checkpoint, dict) else ()
     # Clones: safetensors stores no two tensors of one storage.
-    tensors = {name: value.detach().clone().contiguous() for name, value in tensors if isinstance(value, torch.Tensor)}
+    tensors = {
+        name: value.detach().clone().contiguous()
+        for name, value in tensors
+        if isinstance(value, torch.Tensor)
+    }
     if not tensors:
         raise UserError(f"{source} holds no dictionary of tensors")
     partial = target.with_name(target.name + ".part")
@@ -43,7 +52,10 @@ def convert(source: Path, target: Path) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tempflow.rewards.neural.convert", description="Make safetensors of pickled weights.")
+    parser = argparse.ArgumentParser(
+        prog="python -m tempflow.rewards.neural.convert",
+        description="Make safetensors of pickled weights.",
+    )
     parser.add_argument("source", type=Path, help="a .pt, .pth, .ckpt or .bin file")
     parser.add_argument("target", type=Path, help="the .safetensors file to write")
     options = parser.parse_args(arguments)

@@ -1,4 +1,5 @@
-"""Heads of rewards: linear layers from an embedding to one number, in float32 whatever the model's dtype."""
+"""Heads of rewards: linear layers from an embedding to one number, in float32 whatever the model's
+dtype."""
 
 from __future__ import annotations
 
@@ -14,14 +15,23 @@ _WEIGHT = re.compile(r"(?:(?:.*\.)?layers\.(\d+)|predictor|linear)\.weight|weigh
 
 
 class Head:
-    """Linear layers one after another, with `between` applied between them; the first number that the last one gives.
+    """Linear layers one after another, with `between` applied between them; the first number that
+    the last one gives.
 
     layers: weights [out, in] and biases [out], in order.
     """
 
-    def __init__(self, layers: list[tuple[torch.Tensor, torch.Tensor]], device: str, between: Callable = lambda x: x):
+    def __init__(
+        self,
+        layers: list[tuple[torch.Tensor, torch.Tensor]],
+        device: str,
+        between: Callable = lambda x: x,
+    ):
         self.width = layers[0][0].shape[1]
-        self._layers = [(weight.to(device, torch.float32), bias.to(device, torch.float32)) for weight, bias in layers]
+        self._layers = [
+            (weight.to(device, torch.float32), bias.to(device, torch.float32))
+            for weight, bias in layers
+        ]
         self._between = between
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -32,16 +42,37 @@ class Head:
 
 
 def linear_head(key: str, tensors: dict[str, torch.Tensor], device: str) -> Head:
-    """The head whose layers are named `layers.N.weight` (an MLP), `predictor.weight`, `linear.weight` or `weight` (one layer).
+    """The head whose layers are named `layers.N.weight` (an MLP), `predictor.weight`,
+    `linear.weight` or `weight` (one layer).
 
-    Other tensors beside them are passed over. Raises `UserError` unless they lead from an embedding to one number.
+    Other tensors beside them are passed over. Raises `UserError` unless they lead from an embedding
+    to one number.
     """
-    found = [(int(match[1] or 0), name) for name in tensors if (match := _WEIGHT.fullmatch(name)) and tensors[name].ndim == 2]
-    names = [name.removesuffix("weight") for _, name in sorted(found) if not name.startswith(("vision_model.", "text_model."))]
+    found = [
+        (int(match[1] or 0), name)
+        for name in tensors
+        if (match := _WEIGHT.fullmatch(name)) and tensors[name].ndim == 2
+    ]
+    names = [
+        name.removesuffix("weight")
+        for _, name in sorted(found)
+        if not name.startswith(("vision_model.", "text_model."))
+    ]
     layers = [(tensors[name + "weight"], tensors.get(name + "bias")) for name in names]
     widths = [weight.shape[1] for weight, _ in layers] + [1]
-    fit = all(weight.shape[0] == after and bias is not None for (weight, bias), after in zip(layers, widths[1:]))
+    fit = all(
+        weight.shape[0] == after and bias is not None
+        for (weight, bias), after in zip(layers, widths[1:])
+    )
     if not layers or not fit:
-        shapes = ", ".join(f"{name}weight {list(weight.shape)}" for name, (weight, _) in zip(names, layers)) or "no linear layers"
-        raise UserError(f"{key}: expected linear layers with biases from an embedding to one number, got {shapes}")
+        shapes = (
+            ", ".join(
+                f"{name}weight {list(weight.shape)}" for name, (weight, _) in zip(names, layers)
+            )
+            or "no linear layers"
+        )
+        raise UserError(
+            f"{key}: expected linear layers with biases from an embedding to one number, got"
+            f" {shapes}"
+        )
     return Head(layers, device)

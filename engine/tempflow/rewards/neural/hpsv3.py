@@ -13,12 +13,20 @@ from tempflow.errors import UserError
 from tempflow.rewards.base import locate
 from tempflow.rewards.neural.base import ModelReward
 from tempflow.rewards.neural.heads import Head
-from tempflow.rewards.neural.weights import build, fetch, read_config, read_processor, read_tensors, read_tokenizer
+from tempflow.rewards.neural.weights import (
+    build,
+    fetch,
+    read_config,
+    read_processor,
+    read_tensors,
+    read_tokenizer,
+)
 
 REWARD_TOKEN = "<|Reward|>"
 PIXELS = 256 * 28 * 28  # the area an image is resized to, its sides multiples of 28
 
-# The instruction the model was trained with, trailing spaces included: data_collator_qwen.py of the published code.
+# The instruction the model was trained with, trailing spaces included: data_collator_qwen.py of the
+# published code.
 INSTRUCTION = """
 You are tasked with evaluating a generated image based on Visual Quality and Text Alignment and give a overall score to estimate the human preference. Please provide a rating from 0 to 10, with 0 being the worst and 10 being the best.\x20
 
@@ -55,13 +63,16 @@ _HEAD = (0, 3, 5)  # linear layers of rm_head; ReLU and dropout lie between
 
 @dataclass(eq=False)
 class HpsV3(ModelReward):
-    """HPSv3 (arXiv 2508.03789; hpsv3/inference.py and model/qwen2vl_trainer.py of its repository), about -5 to 15.
+    """HPSv3 (arXiv 2508.03789; hpsv3/inference.py and model/qwen2vl_trainer.py of its repository),
+    about -5 to 15.
 
-    Qwen2-VL-7B reads the image and the instruction; at the token <|Reward|> a head of three layers gives the mean and
-    spread of the preference, of which the score is the mean. Positions count up through image and text alike, in
-    all three of the model's axes, because the published model was trained so.
+    Qwen2-VL-7B reads the image and the instruction; at the token <|Reward|> a head of three layers
+    gives the mean and spread of the preference, of which the score is the mean. Positions count up
+    through image and text alike, in all three of the model's axes, because the published model was
+    trained so.
 
-    path: its tensors as safetensors. base: the Qwen2-VL it is a finetune of, for config, tokenizer and image processor.
+    path: its tensors as safetensors. base: the Qwen2-VL it is a finetune of, for config, tokenizer
+    and image processor.
     """
 
     path: str = "MizzenAI/HPSv3"
@@ -72,14 +83,20 @@ class HpsV3(ModelReward):
     def check_prompts(self, prompts, metadata):
         for prompt, entry in zip(prompts, metadata):
             if token := re.search(r"<\|\w+\|>", prompt):
-                raise UserError(f"{locate(prompt, entry)} holds {token[0]}, which the 'hpsv3' reward's model reads as a command")
+                raise UserError(
+                    f"{locate(prompt, entry)} holds {token[0]}, which the 'hpsv3' reward's model"
+                    " reads as a command"
+                )
 
     def _load(self):
         from transformers import Qwen2VLConfig, Qwen2VLModel
 
         folder = fetch("base", self.base, weights=False)
         config = Qwen2VLConfig.from_dict(read_config("base", folder, "qwen2_vl"))
-        self._tokenizer, self._processor = read_tokenizer("base", folder), read_processor("base", folder)
+        self._tokenizer, self._processor = (
+            read_tokenizer("base", folder),
+            read_processor("base", folder),
+        )
         self._tokenizer.padding_side = "right"
         self._tokenizer.add_tokens([REWARD_TOKEN], special_tokens=True)
         self._reward_id = self._tokenizer.convert_tokens_to_ids(REWARD_TOKEN)
@@ -87,23 +104,30 @@ class HpsV3(ModelReward):
         config.text_config.vocab_size = len(tensors["language_model.embed_tokens.weight"])
         if self._reward_id >= config.text_config.vocab_size:
             raise UserError(
-                f"path: the weights know {config.text_config.vocab_size} tokens, of which {REWARD_TOKEN} ({self._reward_id}) is none"
+                f"path: the weights know {config.text_config.vocab_size} tokens, of which"
+                f" {REWARD_TOKEN} ({self._reward_id}) is none"
             )
         self._head = Head(head, self.device, between=F.relu)
         self._model = build("path", Qwen2VLModel, config, tensors, self.torch_dtype, self.device)
 
     def _score(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> torch.Tensor:
         area = {"shortest_edge": PIXELS, "longest_edge": PIXELS}
-        seen = self._processor(list(images), size=area, input_data_format="channels_last", return_tensors="pt")
+        seen = self._processor(
+            list(images), size=area, input_data_format="channels_last", return_tensors="pt"
+        )
         grid = seen["image_grid_thw"]
         counts = (grid.prod(-1) // self._processor.merge_size**2).tolist()
         texts = [
-            CHAT.format(image=IMAGE_TOKEN * count, text=INSTRUCTION.replace("{prompt}", prompt) + QUESTION)
+            CHAT.format(
+                image=IMAGE_TOKEN * count, text=INSTRUCTION.replace("{prompt}", prompt) + QUESTION
+            )
             for count, prompt in zip(counts, prompts)
         ]
         tokens = self._tokenizer(texts, padding=True, return_tensors="pt").to(self.device)
         at_reward = (tokens["input_ids"] == self._reward_id).int().argmax(1)
-        positions = torch.arange(tokens["input_ids"].shape[1], device=self.device).expand(3, len(images), -1)
+        positions = torch.arange(tokens["input_ids"].shape[1], device=self.device).expand(
+            3, len(images), -1
+        )
         hidden = self._model(
             input_ids=tokens["input_ids"],
             attention_mask=tokens["attention_mask"],
@@ -118,7 +142,8 @@ class HpsV3(ModelReward):
 def split(key: str, tensors: dict[str, torch.Tensor]) -> tuple[dict, list]:
     """The tensors as those of `Qwen2VLModel`, and weights and biases of the head's layers.
 
-    Both of the names that transformers has given Qwen2-VL's tensors are understood. Raises `UserError` without a head.
+    Both of the names that transformers has given Qwen2-VL's tensors are understood. Raises
+    `UserError` without a head.
     """
     try:
         head = [(tensors[f"rm_head.{i}.weight"], tensors[f"rm_head.{i}.bias"]) for i in _HEAD]
@@ -127,7 +152,11 @@ def split(key: str, tensors: dict[str, torch.Tensor]) -> tuple[dict, list]:
     model = {}
     for name, tensor in tensors.items():
         name = re.sub(r"^(?:model\.)?(visual\.)", r"\1", name)
-        name = re.sub(r"^model\.(?:language_model\.)?(?=(?:layers|embed_tokens|norm)\.)", "language_model.", name)
+        name = re.sub(
+            r"^model\.(?:language_model\.)?(?=(?:layers|embed_tokens|norm)\.)",
+            "language_model.",
+            name,
+        )
         if name.startswith(("visual.", "language_model.")):
             model[name] = tensor
     if "language_model.embed_tokens.weight" not in model:

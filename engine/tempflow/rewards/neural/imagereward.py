@@ -13,7 +13,8 @@ from tempflow.rewards.neural.base import ModelReward
 from tempflow.rewards.neural.heads import linear_head
 from tempflow.rewards.neural.weights import build, fetch, read_config, read_tensors, read_tokenizer
 
-# BLIP-large: ViT-L/16 at 224 and a BERT-base with cross-attention, as in the published med_config.json.
+# BLIP-large: ViT-L/16 at 224 and a BERT-base with cross-attention, as in the published
+# med_config.json.
 ARCHITECTURE = {
     "vision_config": {
         "hidden_size": 1024,
@@ -55,11 +56,11 @@ MAX_LENGTH = 35  # tokens of a prompt
 class ImageReward(ModelReward):
     """ImageReward (arXiv 2304.05977; ImageReward/ImageReward.py of its repository), about -2 to 2.
 
-    BERT reads the prompt, cut at 35 tokens, with cross-attention to BLIP's image tokens; five linear layers on its
-    first output give r, and the score is (r - MEAN) / STD.
+    BERT reads the prompt, cut at 35 tokens, with cross-attention to BLIP's image tokens; five
+    linear layers on its first output give r, and the score is (r - MEAN) / STD.
 
-    path: the published tensors as safetensors; a config.json beside them (a `BlipConfig`) replaces the published
-    architecture. tokenizer: BERT's.
+    path: the published tensors as safetensors; a config.json beside them (a `BlipConfig`) replaces
+    the published architecture. tokenizer: BERT's.
     """
 
     path: str = "RE-N-Y/ImageReward"
@@ -69,7 +70,9 @@ class ImageReward(ModelReward):
         from transformers import BlipConfig, BlipVisionModel
         from transformers.models.blip.modeling_blip_text import BlipTextModel
 
-        self._tokenizer = read_tokenizer("tokenizer", fetch("tokenizer", self.tokenizer, weights=False))
+        self._tokenizer = read_tokenizer(
+            "tokenizer", fetch("tokenizer", self.tokenizer, weights=False)
+        )
         source = fetch("path", self.path, self.revision)
         config = BlipConfig.from_dict(_architecture("path", source))
         self._size = config.vision_config.image_size
@@ -77,12 +80,16 @@ class ImageReward(ModelReward):
         self._head = linear_head("path", head, self.device)
         options = (self.torch_dtype, self.device)
         self._vision = build("path", BlipVisionModel, config.vision_config, vision, *options)
-        self._text = build("path", BlipTextModel, config.text_config, text, *options, add_pooling_layer=False)
+        self._text = build(
+            "path", BlipTextModel, config.text_config, text, *options, add_pooling_layer=False
+        )
 
     def _score(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> torch.Tensor:
         pixels = torch.stack([clip_transform(image, self._size) for image in images])
         seen = self._vision(pixel_values=pixels.to(self.device, self.torch_dtype)).last_hidden_state
-        tokens = self._tokenizer(prompts, padding=True, truncation=True, max_length=MAX_LENGTH, return_tensors="pt").to(self.device)
+        tokens = self._tokenizer(
+            prompts, padding=True, truncation=True, max_length=MAX_LENGTH, return_tensors="pt"
+        ).to(self.device)
         read = self._text(
             input_ids=tokens["input_ids"],
             attention_mask=tokens["attention_mask"],
@@ -93,7 +100,8 @@ class ImageReward(ModelReward):
 
 
 def clip_transform(image: np.ndarray, size: int) -> torch.Tensor:
-    """uint8 [H, W, 3] -> fp32 [3, size, size]: CLIP's transform, bicubic to the shorter side, centre crop, normalized.
+    """uint8 [H, W, 3] -> fp32 [3, size, size]: CLIP's transform, bicubic to the shorter side,
+    centre crop, normalized.
 
     The image processors of transformers round the crop's place the other way, by one pixel.
     """
@@ -104,19 +112,34 @@ def clip_transform(image: np.ndarray, size: int) -> torch.Tensor:
     short = min(height, width)
     new = (int(size * width / short), int(size * height / short))
     left, top = (round((side - size) / 2) for side in new)
-    cropped = Image.fromarray(image).resize(new, Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+    cropped = (
+        Image.fromarray(image)
+        .resize(new, Image.Resampling.BICUBIC)
+        .crop((left, top, left + size, top + size))
+    )
     pixels = torch.from_numpy(np.array(cropped)).float() / 255
-    return ((pixels - torch.tensor(OPENAI_CLIP_MEAN)) / torch.tensor(OPENAI_CLIP_STD)).permute(2, 0, 1)
+    return ((pixels - torch.tensor(OPENAI_CLIP_MEAN)) / torch.tensor(OPENAI_CLIP_STD)).permute(
+        2, 0, 1
+    )
 
 
 def split(tensors: dict[str, torch.Tensor]) -> tuple[dict, dict, dict]:
-    """The published tensors as those of `BlipVisionModel`, of `BlipTextModel`, and of the head, under their names."""
-    parts: dict[str, dict[str, torch.Tensor]] = {"visual_encoder": {}, "text_encoder": {}, "mlp": {}}
+    """The published tensors as those of `BlipVisionModel`, of `BlipTextModel`, and of the head,
+    under their names."""
+    parts: dict[str, dict[str, torch.Tensor]] = {
+        "visual_encoder": {},
+        "text_encoder": {},
+        "mlp": {},
+    }
     for name, tensor in tensors.items():
         match = re.fullmatch(r"(?:.*\.)?(visual_encoder|text_encoder)\.(.+)|(mlp)\.(.+)", name)
         if match:
             parts[match[1] or match[3]][match[2] or match[4]] = tensor
-    return {_vision_name(name): tensor for name, tensor in parts["visual_encoder"].items()}, parts["text_encoder"], parts["mlp"]
+    return (
+        {_vision_name(name): tensor for name, tensor in parts["visual_encoder"].items()},
+        parts["text_encoder"],
+        parts["mlp"],
+    )
 
 
 def _vision_name(name: str) -> str:

@@ -1,4 +1,5 @@
-"""Tensor names of open_clip's ViT models, in which HPSv2 is published, as those of transformers' `CLIPModel`."""
+"""Tensor names of open_clip's ViT models, in which HPSv2 is published, as those of transformers'
+`CLIPModel`."""
 
 from __future__ import annotations
 
@@ -38,13 +39,16 @@ _BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+?)[._](weight
 def to_transformers(key: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The same tensors under transformers' names.
 
-    A common prefix ("model.", "module.") is dropped, and so are tensors CLIP has no use for. Raises `UserError`,
-    naming the option `key`, if they are not open_clip's.
+    A common prefix ("model.", "module.") is dropped, and so are tensors CLIP has no use for. Raises
+    `UserError`, naming the option `key`, if they are not open_clip's.
     """
     anchor = "visual.conv1.weight"
     prefixes = [name.removesuffix(anchor) for name in tensors if name.endswith(anchor)]
     if len(prefixes) != 1:
-        raise UserError(f"{key}: expected the tensors of a CLIP ViT in transformers' or open_clip's layout; no {anchor!r} among them")
+        raise UserError(
+            f"{key}: expected the tensors of a CLIP ViT in transformers' or open_clip's layout; no"
+            f" {anchor!r} among them"
+        )
     renamed: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
         name = name.removeprefix(prefixes[0])
@@ -60,5 +64,8 @@ def _block(match: re.Match, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
     visual, layer, part, kind = match.groups()
     block = f"{'vision' if visual else 'text'}_model.encoder.layers.{layer}."
     if part == "attn.in_proj":
-        return {f"{block}self_attn.{x}_proj.{kind}": piece.contiguous() for x, piece in zip("qkv", tensor.chunk(3))}
+        return {
+            f"{block}self_attn.{x}_proj.{kind}": piece.contiguous()
+            for x, piece in zip("qkv", tensor.chunk(3))
+        }
     return {f"{block}{_IN_BLOCK[part]}.{kind}": tensor} if part in _IN_BLOCK else {}

@@ -1,6 +1,8 @@
-"""Finds a model's files in a folder or on the hub, and builds transformers' models from them, checked.
+"""Finds a model's files in a folder or on the hub, and builds transformers' models from them,
+checked.
 
-Only safetensors are read: unpickling runs code. Whatever else a repository holds is neither downloaded nor opened.
+Only safetensors are read: unpickling runs code. Whatever else a repository holds is neither
+downloaded nor opened.
 """
 
 from __future__ import annotations
@@ -16,28 +18,43 @@ from tempflow.errors import UserError
 T = TypeVar("T")
 
 _TEXTS = ["*.json", "*.txt"]
-_UNUSED = ["*/*", "open_clip*"]  # sub-folders hold other formats, open_clip* a second copy of the weights
+_UNUSED = [
+    "*/*",
+    "open_clip*",
+]  # sub-folders hold other formats, open_clip* a second copy of the weights
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def fetch(key: str, path: str, revision: str = "main", *, weights: bool = True) -> Path:
     """The folder (or the .safetensors file) `path` names, downloaded if it is a hub repository.
 
-    weights: False leaves weights out of the download. Raises `UserError`, naming `key`, where there is no such thing.
+    weights: False leaves weights out of the download. Raises `UserError`, naming `key`, where there
+    is no such thing.
     """
     local = Path(path).expanduser()
     if local.exists():
         if revision != "main":
-            raise UserError(f"{key}: {path} is on this machine, where a revision ({revision!r}) means nothing")
+            raise UserError(
+                f"{key}: {path} is on this machine, where a revision ({revision!r}) means nothing"
+            )
         return local
     from huggingface_hub import snapshot_download
 
     wanted = [*_TEXTS, "*.safetensors"] if weights else _TEXTS
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=wanted, ignore_patterns=_UNUSED))
+        return Path(
+            snapshot_download(
+                path, revision=revision, allow_patterns=wanted, ignore_patterns=_UNUSED
+            )
+        )
     except Exception as error:  # the hub's client raises its own, requests', and plain ones
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-        raise UserError(f"{key}: {path!r} is no folder here, and the hub did not give it ({reason})") from None
+        reason = (
+            f"{type(error).__name__}:"
+            f" {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        )
+        raise UserError(
+            f"{key}: {path!r} is no folder here, and the hub did not give it ({reason})"
+        ) from None
 
 
 def read_tensors(key: str, source: Path) -> dict[str, torch.Tensor]:
@@ -63,9 +80,13 @@ def read_config(key: str, folder: Path, model_type: str) -> dict:
     try:
         config = json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{key}: expected a model's folder with a config.json, but {file}: {error}") from None
+        raise UserError(
+            f"{key}: expected a model's folder with a config.json, but {file}: {error}"
+        ) from None
     if config.get("model_type") != model_type:
-        raise UserError(f"{key}: {file} has model_type {config.get('model_type')!r}, expected {model_type!r}")
+        raise UserError(
+            f"{key}: {file} has model_type {config.get('model_type')!r}, expected {model_type!r}"
+        )
     return config
 
 
@@ -81,21 +102,37 @@ def read_processor(key: str, folder: Path):
     from transformers import AutoImageProcessor
 
     # Pillow's resizing is the published one; torchvision's differs in the last bits.
-    return _part(key, "image processor", folder, lambda: AutoImageProcessor.from_pretrained(folder, backend="pil"))
+    return _part(
+        key,
+        "image processor",
+        folder,
+        lambda: AutoImageProcessor.from_pretrained(folder, backend="pil"),
+    )
 
 
-def build(key: str, kind: type[T], config, tensors: dict[str, torch.Tensor], dtype, device: str, **options) -> T:
+def build(
+    key: str, kind: type[T], config, tensors: dict[str, torch.Tensor], dtype, device: str, **options
+) -> T:
     """A model of a transformers class holding `tensors`, in evaluation mode.
 
-    Raises `UserError` where tensors are missing or have other shapes: such weights would stay random.
+    Raises `UserError` where tensors are missing or have other shapes: such weights would stay
+    random.
     """
     try:
-        model, report = kind.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True, **options)
+        model, report = kind.from_pretrained(
+            None,
+            config=config,
+            state_dict=tensors,
+            dtype=dtype,
+            output_loading_info=True,
+            **options,
+        )
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{key}: the weights do not fit {kind.__name__}: {error}") from None
     if missing := sorted(report["missing_keys"]):
         raise UserError(
-            f"{key}: the weights are not those of this reward: {kind.__name__} lacks {len(missing)} tensors, {missing[0]} for one"
+            f"{key}: the weights are not those of this reward: {kind.__name__} lacks {len(missing)}"
+            f" tensors, {missing[0]} for one"
         )
     return model.eval().requires_grad_(False).to(device)
 
@@ -103,25 +140,40 @@ def build(key: str, kind: type[T], config, tensors: dict[str, torch.Tensor], dty
 def _part(key: str, what: str, folder: Path, load: Callable[[], T]) -> T:
     try:
         return load()
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError, TypeError for missing files
-        raise UserError(f"{key}: {folder} has no usable {what} ({type(error).__name__}: {error})") from None
+    except (
+        Exception
+    ) as error:  # transformers raises OSError, ValueError, KeyError, TypeError for missing files
+        raise UserError(
+            f"{key}: {folder} has no usable {what} ({type(error).__name__}: {error})"
+        ) from None
 
 
 def weight_files(key: str, source: Path) -> list[Path]:
     if source.is_file():
         if source.suffix != ".safetensors":
-            raise UserError(f"{key}: {source} is not a .safetensors file; {_how_to_convert(source)}")
+            raise UserError(
+                f"{key}: {source} is not a .safetensors file; {_how_to_convert(source)}"
+            )
         return [source]
     indices = sorted(source.glob("*.safetensors.index.json"))
     if len(indices) == 1:
-        return [source / name for name in sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))]
+        return [
+            source / name
+            for name in sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
+        ]
     files = sorted(source.glob("*.safetensors"))
     if len(files) == 1 or source / "model.safetensors" in files:
         return [source / "model.safetensors" if len(files) > 1 else files[0]]
     if files:
-        raise UserError(f"{key}: {source} holds several weights, {', '.join(f.name for f in files)}; name one of these files")
+        raise UserError(
+            f"{key}: {source} holds several weights, {', '.join(f.name for f in files)}; name one"
+            " of these files"
+        )
     pickles = sorted(file for file in source.iterdir() if file.suffix in _PICKLES)
-    raise UserError(f"{key}: {source} holds no .safetensors; {_how_to_convert(pickles[0] if pickles else Path('weights.pt'))}")
+    raise UserError(
+        f"{key}: {source} holds no .safetensors;"
+        f" {_how_to_convert(pickles[0] if pickles else Path('weights.pt'))}"
+    )
 
 
 def _how_to_convert(file: Path) -> str:

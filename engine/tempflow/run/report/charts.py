@@ -1,8 +1,9 @@
 """The numbers behind the report's charts, as charts.js draws them.
 
-A chart is {kind, title, help, series, ...}; a series is {name, style, frame, y}, and its x are the columns of its
-frame: {iteration, minutes, images}, between which the page switches. Long runs are averaged over equal stretches
-of iterations, so a report stays small and every iteration still counts; evaluations are few and kept as they are.
+A chart is {kind, title, help, series, ...}; a series is {name, style, frame, y}, and its x are the
+columns of its frame: {iteration, minutes, images}, between which the page switches. Long runs are
+averaged over equal stretches of iterations, so a report stays small and every iteration still
+counts; evaluations are few and kept as they are.
 """
 
 from __future__ import annotations
@@ -19,23 +20,36 @@ SPREAD = re.compile(r"reward_std/step_(\d+)$")
 COST = [("forwards/rollout", "rollout"), ("forwards/train", "training")]
 CLOCKS = {"time/total", "time/elapsed"}
 WORKERS = {"time/reward_busy"}  # spent in other processes while the rollout goes on
-BESIDE_TOTAL = {"eval", "checkpoint"}  # phases that time/total, the training of an iteration, leaves out
+BESIDE_TOTAL = {
+    "eval",
+    "checkpoint",
+}  # phases that time/total, the training of an iteration, leaves out
 
 
 def frames(run: Run) -> dict:
-    """The x columns: every row ("fine", averaged in long runs), few columns ("coarse"), evaluations ("eval")."""
-    columns = {"iteration": [row["iteration"] for row in run.rows], "minutes": run.minutes, "images": run.images}
+    """The x columns: every row ("fine", averaged in long runs), few columns ("coarse"), evaluations
+    ("eval")."""
+    columns = {
+        "iteration": [row["iteration"] for row in run.rows],
+        "minutes": run.minutes,
+        "images": run.images,
+    }
     evaluated = [iteration for iteration, _ in run.heldout]
     at = [run.at(iteration) for iteration in evaluated]
     return {
         "fine": {key: thin(values, FINE, _last) for key, values in columns.items()},
         "coarse": {key: _coarse(run, values, _last) for key, values in columns.items()},
-        "eval": {"iteration": evaluated, "minutes": [x for x, _ in at], "images": [x for _, x in at]},
+        "eval": {
+            "iteration": evaluated,
+            "minutes": [x for x, _ in at],
+            "images": [x for _, x in at],
+        },
     }
 
 
 def thin(values: list, limit: int, pick=None) -> list:
-    """At most `limit` values: the means of equal stretches, gaps left out, or what `pick` makes of a stretch."""
+    """At most `limit` values: the means of equal stretches, gaps left out, or what `pick` makes of
+    a stretch."""
     stride = max(1, -(-len(values) // limit))
     if stride == 1:
         return values
@@ -50,7 +64,10 @@ def mean(values: list) -> float | None:
 def smooth(values: list, width: int) -> list:
     """Centred running mean over `width` values; a gap stays one and counts in no mean."""
     half = width // 2
-    return [None if value is None else mean(values[max(0, n - half) : n + half + 1]) for n, value in enumerate(values)]
+    return [
+        None if value is None else mean(values[max(0, n - half) : n + half + 1])
+        for n, value in enumerate(values)
+    ]
 
 
 def reward_chart(run: Run) -> dict | None:
@@ -58,7 +75,12 @@ def reward_chart(run: Run) -> dict | None:
     series = []
     training = run.column("reward/mean")
     if run.heldout:
-        held = {"name": "held-out", "style": "main dots", "frame": "eval", "y": [y for _, y in run.heldout]}
+        held = {
+            "name": "held-out",
+            "style": "main dots",
+            "frame": "eval",
+            "y": [y for _, y in run.heldout],
+        }
         errors = [run.stderr(iteration) for iteration, _ in run.heldout]
         series.append(held | ({"error": errors} if _any(errors) else {}))
     if _any(training):
@@ -72,7 +94,11 @@ def reward_chart(run: Run) -> dict | None:
     note = "Training: rewards of the rollouts, which explore with noise" + (
         f", running mean over {width} iterations." if _any(training) and width > 1 else "."
     )
-    held = "Held-out: fixed prompts and noise, ODE sampling, with the standard error over prompts. " if run.heldout else ""
+    held = (
+        "Held-out: fixed prompts and noise, ODE sampling, with the standard error over prompts. "
+        if run.heldout
+        else ""
+    )
     return {
         "kind": "line",
         "title": "Reward",
@@ -86,13 +112,26 @@ def reward_chart(run: Run) -> dict | None:
 def breakdown_chart(run: Run) -> dict | None:
     """Held-out rewards by name, else training rewards by name, where there is more than one."""
     for prefix, frame in (("eval/", "held-out"), ("reward/", "training")):
-        names = [key for key in run.keys if key.startswith(prefix) and key[len(prefix) :] in (run.config.get("rewards") or {})]
+        names = [
+            key
+            for key in run.keys
+            if key.startswith(prefix) and key[len(prefix) :] in (run.config.get("rewards") or {})
+        ]
         if len(names) > 1:
             series = [
-                _series(_labelled(run, key[len(prefix) :]), run.column(key), f"c{n} {'bridge dots' if prefix == 'eval/' else ''}")
+                _series(
+                    _labelled(run, key[len(prefix) :]),
+                    run.column(key),
+                    f"c{n} {'bridge dots' if prefix == 'eval/' else ''}",
+                )
                 for n, key in enumerate(names)
             ]
-            return {"kind": "line", "title": "Rewards by name", "help": f"Means of the {frame} rewards, unweighted.", "series": series}
+            return {
+                "kind": "line",
+                "title": "Rewards by name",
+                "help": f"Means of the {frame} rewards, unweighted.",
+                "series": series,
+            }
     return None
 
 
@@ -105,7 +144,8 @@ def signal_charts(run: Run) -> list[dict]:
 
 
 def drift_charts(run: Run) -> list[dict]:
-    """How far held-out images are from the base's, each with its limit, or the bound at which the run would stop."""
+    """How far held-out images are from the base's, each with its limit, or the bound at which the
+    run would stop."""
     if len(run.heldout) < 2:
         return []
     charts = small_charts(run, DRIFTS)
@@ -117,8 +157,14 @@ def drift_charts(run: Run) -> list[dict]:
 
 
 def guard_charts(run: Run) -> list[dict]:
-    """Held-out watched rewards and the diversity of rollouts, with the bound at which the run would stop."""
-    watched = [Metric(f"eval/{name}", f"{name}, watched", "held-out mean of a reward that is not trained on") for name in run.watched]
+    """Held-out watched rewards and the diversity of rollouts, with the bound at which the run would
+    stop."""
+    watched = [
+        Metric(
+            f"eval/{name}", f"{name}, watched", "held-out mean of a reward that is not trained on"
+        )
+        for name in run.watched
+    ]
     return _with_bounds(run, small_charts(run, (*watched, *DIVERSITY)))
 
 
@@ -137,14 +183,21 @@ def _labelled(run: Run, name: str) -> str:
 
 def small_charts(run: Run, wanted: Iterable[Metric]) -> list[dict]:
     """One line chart for each wanted metric that the run has."""
-    return [_single(run, metric.key, metric.title, _sentence(metric.help)) for metric in wanted if metric.key in run.keys]
+    return [
+        _single(run, metric.key, metric.title, _sentence(metric.help))
+        for metric in wanted
+        if metric.key in run.keys
+    ]
 
 
 def cost_charts(run: Run) -> list[dict]:
     """Seconds per phase of each iteration, and transformer forwards so far."""
     charts, phases = [], phase_columns(run)
     if phases:
-        series = [_series(name, _coarse(run, values), f"c{n}", frame="coarse") for n, (name, values) in enumerate(phases)]
+        series = [
+            _series(name, _coarse(run, values), f"c{n}", frame="coarse")
+            for n, (name, values) in enumerate(phases)
+        ]
         charts.append(
             {
                 "kind": "stack",
@@ -154,7 +207,11 @@ def cost_charts(run: Run) -> list[dict]:
                 "help": "By phase; phases that overlap add up to more than the clock.",
             }
         )
-    forwards = [_series(name, _running_sum(run.column(key)), f"c{n}") for n, (key, name) in enumerate(COST) if key in run.keys]
+    forwards = [
+        _series(name, _running_sum(run.column(key)), f"c{n}")
+        for n, (key, name) in enumerate(COST)
+        if key in run.keys
+    ]
     if forwards:
         charts.append(
             {
@@ -169,12 +226,20 @@ def cost_charts(run: Run) -> list[dict]:
 
 
 def phase_columns(run: Run) -> list[tuple[str, list]]:
-    """(phase, seconds per row) for every time/... metric, and what the total leaves over as "other"."""
-    phases = [(key.removeprefix("time/"), run.column(key)) for key in run.keys if key.startswith("time/") and key not in CLOCKS | WORKERS]
+    """(phase, seconds per row) for every time/... metric, and what the total leaves over as
+    "other"."""
+    phases = [
+        (key.removeprefix("time/"), run.column(key))
+        for key in run.keys
+        if key.startswith("time/") and key not in CLOCKS | WORKERS
+    ]
     phases.sort(key=lambda phase: phase[0] in BESIDE_TOTAL)
     if not phases or "time/total" not in run.keys:
         return phases
-    spent = [sum(values[n] or 0 for name, values in phases if name not in BESIDE_TOTAL) for n in range(len(run.rows))]
+    spent = [
+        sum(values[n] or 0 for name, values in phases if name not in BESIDE_TOTAL)
+        for n in range(len(run.rows))
+    ]
     rest = [max(0.0, (total or 0) - known) for total, known in zip(run.column("time/total"), spent)]
     return phases + ([("other", rest)] if sum(rest) > 0.01 * sum(spent) else [])
 
@@ -190,23 +255,36 @@ def spread_chart(run: Run) -> dict | None:
     columns = spread_columns(run)
     if not columns or len(run.rows) < 2:
         return None
-    series = [{"name": f"step {step}", "frame": "coarse", "y": _rounded(_coarse(run, values))} for step, values in columns]
+    series = [
+        {"name": f"step {step}", "frame": "coarse", "y": _rounded(_coarse(run, values))}
+        for step, values in columns
+    ]
     return {
         "kind": "heat",
         "title": "Reward spread by branch step",
         "series": series,
-        "help": "Standard deviation of the rewards that one branch step's noise makes: where decisions matter.",
+        "help": (
+            "Standard deviation of the rewards that one branch step's noise makes: where decisions"
+            " matter."
+        ),
     }
 
 
 def other_charts(run: Run) -> list[dict]:
     """A small chart for every metric that no other chart shows, under its key."""
-    shown = {metric.key for metric in (*TRAINING, *SIGNAL, *DIVERSITY, *DRIFTS)} | {key for key, _ in COST}
-    shown |= {"iteration", "images", "images/total", "reward/mean", "eval/reward"} | {f"eval/{name}" for name in run.watched}
+    shown = {metric.key for metric in (*TRAINING, *SIGNAL, *DIVERSITY, *DRIFTS)} | {
+        key for key, _ in COST
+    }
+    shown |= {"iteration", "images", "images/total", "reward/mean", "eval/reward"} | {
+        f"eval/{name}" for name in run.watched
+    }
     return [
         _single(run, key, key, _sentence(found.help) if (found := describe(key)) else "")
         for key in run.keys
-        if key not in shown and not SPREAD.match(key) and not MADE_OF.match(key) and (key in WORKERS or not key.startswith("time/"))
+        if key not in shown
+        and not SPREAD.match(key)
+        and not MADE_OF.match(key)
+        and (key in WORKERS or not key.startswith("time/"))
     ]
 
 
@@ -230,7 +308,9 @@ def _sentence(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}."
 
 
-def _series(name: str, values: list, style: str, frame: str = "fine", tip: bool = True, pick=None) -> dict:
+def _series(
+    name: str, values: list, style: str, frame: str = "fine", tip: bool = True, pick=None
+) -> dict:
     y = _rounded(thin(values, FINE, pick))
     alone = " dots" if sum(value is not None for value in y) == 1 else ""
     return {"name": name, "style": style + alone, "frame": frame, "tip": tip, "y": y}
@@ -246,7 +326,9 @@ def _largest(stretch: list) -> float | None:
 
 def _coarse(run: Run, values: list, pick=None) -> list:
     """Few columns; iteration 0 is no training and would be an empty one."""
-    return thin([value for row, value in zip(run.rows, values) if row["iteration"] > 0], COARSE, pick)
+    return thin(
+        [value for row, value in zip(run.rows, values) if row["iteration"] > 0], COARSE, pick
+    )
 
 
 def _rounded(values: list) -> list:

@@ -22,8 +22,9 @@ HERE = Path(__file__).parent
 def write_report(run_dir) -> Path:
     """Write run_dir/report.html from what the run directory holds so far, and return its path.
 
-    The file is whole or absent at any moment, loads nothing from anywhere, and stays below 15 MB. An unfinished run,
-    missing metrics, no evaluation and no images are all fine; a missing run directory is a UserError.
+    The file is whole or absent at any moment, loads nothing from anywhere, and stays below 15 MB.
+    An unfinished run, missing metrics, no evaluation and no images are all fine; a missing run
+    directory is a UserError.
     """
     run = load_run(run_dir)
     return write_atomic(run.folder / "report.html", render(run))
@@ -73,12 +74,17 @@ class Figures:
         self.drawn.append(chart)
         text = f'<p class="help">{escape(chart["help"])}</p>' if chart.get("help") else ""
         return (
-            f'<figure class="chart{" wide" if wide else ""}"><figcaption><h3>{escape(chart["title"])}</h3>{text}'
-            f'</figcaption><div class="plot" data-chart="{len(self.drawn) - 1}"></div></figure>'
+            "<figure"
+            f' class="chart{" wide" if wide else ""}"><figcaption><h3>{escape(chart["title"])}</h3>{text}</figcaption><div'
+            f' class="plot" data-chart="{len(self.drawn) - 1}"></div></figure>'
         )
 
     def grid(self, many: list[dict]) -> str:
-        return f'<div class="charts">{"".join(self.html(chart) for chart in many)}</div>' if many else ""
+        return (
+            f'<div class="charts">{"".join(self.html(chart) for chart in many)}</div>'
+            if many
+            else ""
+        )
 
 
 def _section(anchor: str, title: str, *parts: str) -> str:
@@ -87,20 +93,34 @@ def _section(anchor: str, title: str, *parts: str) -> str:
 
 
 def _drift(run: Run, figures: Figures) -> str:
-    text = f"What the {run.things} gave up for the reward: how far they are from the base's of the same prompts and noise, at 0 or 1."
+    text = (
+        f"What the {run.things} gave up for the reward: how far they are from the base's of the"
+        " same prompts and noise, at 0 or 1."
+    )
     drawn = figures.grid(charts.drift_charts(run))
-    return _section("drift", "Drift from the base", f'<p class="lead">{text}</p>{drawn}' if drawn else "")
+    return _section(
+        "drift", "Drift from the base", f'<p class="lead">{text}</p>{drawn}' if drawn else ""
+    )
 
 
 def _optimisation(run: Run, figures: Figures) -> str:
     breakdown = charts.breakdown_chart(run)
-    return _section("optimisation", "Optimisation", figures.grid(([breakdown] if breakdown else []) + charts.training_charts(run)))
+    return _section(
+        "optimisation",
+        "Optimisation",
+        figures.grid(([breakdown] if breakdown else []) + charts.training_charts(run)),
+    )
 
 
 def _exploration(run: Run, figures: Figures) -> str:
     heat = figures.html(charts.spread_chart(run))
     means = [(f"step {step}", charts.mean(values)) for step, values in charts.spread_columns(run)]
-    bars = _bars("Mean spread", "Over all iterations; step 0 is the one nearest to pure noise.", means, "{:.3f}")
+    bars = _bars(
+        "Mean spread",
+        "Over all iterations; step 0 is the one nearest to pure noise.",
+        means,
+        "{:.3f}",
+    )
     pair = f'<div class="charts{" uneven" if heat else ""}">{heat}{bars}</div>' if bars else ""
     return _section("exploration", "Exploration", pair, figures.grid(charts.signal_charts(run)))
 
@@ -110,27 +130,50 @@ def _guards(run: Run, figures: Figures) -> str:
 
 
 def _cost(run: Run, figures: Figures) -> str:
-    totals = [(name, sum(value or 0 for value in values)) for name, values in charts.phase_columns(run)]
+    totals = [
+        (name, sum(value or 0 for value in values)) for name, values in charts.phase_columns(run)
+    ]
     whole = sum(value for _, value in totals) or 1
-    bars = _bars("Time by phase", "Seconds of the whole run.", totals, "{:,.1f}", [value / whole for _, value in totals])
+    bars = _bars(
+        "Time by phase",
+        "Seconds of the whole run.",
+        totals,
+        "{:,.1f}",
+        [value / whole for _, value in totals],
+    )
     drawn = [figures.html(chart) for chart in charts.cost_charts(run)]
     parts = drawn[:1] + [bars] + drawn[1:] if totals else drawn
-    return _section("cost", "Cost", f'<div class="charts">{"".join(parts)}</div>' if any(parts) else "")
+    return _section(
+        "cost", "Cost", f'<div class="charts">{"".join(parts)}</div>' if any(parts) else ""
+    )
 
 
 def _others(run: Run, figures: Figures) -> str:
     many = charts.other_charts(run)
-    return f'<details class="block"><summary>{len(many)} more metrics</summary>{figures.grid(many)}</details>' if many else ""
+    return (
+        f'<details class="block"><summary>{len(many)} more'
+        f" metrics</summary>{figures.grid(many)}</details>"
+        if many
+        else ""
+    )
 
 
-def _bars(title: str, text: str, rows: list[tuple[str, float | None]], form: str, shares: list[float] | None = None) -> str:
+def _bars(
+    title: str,
+    text: str,
+    rows: list[tuple[str, float | None]],
+    form: str,
+    shares: list[float] | None = None,
+) -> str:
     rows = [(name, value) for name, value in rows if value is not None]
     if not rows:
         return ""
     top = max(value for _, value in rows) or 1
     lines = []
     for n, (name, value) in enumerate(rows):
-        colour, share = (f"c{n}", f'<td class="num">{shares[n]:.0%}</td>') if shares else ("main", "")
+        colour, share = (
+            (f"c{n}", f'<td class="num">{shares[n]:.0%}</td>') if shares else ("main", "")
+        )
         lines.append(
             f'<tr><th scope="row">{escape(name)}</th><td class="track">'
             f'<span class="{colour}" style="width:{max(0, value / top):.1%}"></span></td>'
@@ -152,7 +195,8 @@ def _switch(run: Run) -> str:
         + ([("images", f"rewarded {run.things}")] if run.images[-1] else [])
     )
     options = "".join(
-        f'<label><input type="radio" name="axis" value="{key}"{" checked" if key == "iteration" else ""}><span>{text}</span></label>'
+        '<label><input type="radio" name="axis"'
+        f' value="{key}"{" checked" if key == "iteration" else ""}><span>{text}</span></label>'
         for key, text in axes
     )
     return f'<fieldset class="switch" id="axis"><legend>Charts against</legend>{options}</fieldset>'
@@ -162,13 +206,15 @@ def _configuration(run: Run) -> str:
     if not run.config:
         return ""
     rows = "".join(
-        f'<tr><th scope="row">{escape(key)}</th><td>{escape(json.dumps(value, ensure_ascii=False))}</td></tr>'
+        "<tr><th"
+        f' scope="row">{escape(key)}</th><td>{escape(json.dumps(value, ensure_ascii=False))}</td></tr>'
         for key, value in flatten(run.config)
     )
     return (
-        f'<details class="block" id="config"><summary>Configuration</summary>'
-        f'<input type="search" id="config-search" placeholder="Search keys and values" aria-label="Search the configuration">'
-        f'<table class="pairs"><tbody>{rows}</tbody></table><p class="note" id="config-none" hidden>Nothing found.</p></details>'
+        '<details class="block" id="config"><summary>Configuration</summary><input type="search"'
+        ' id="config-search" placeholder="Search keys and values" aria-label="Search the'
+        f' configuration"><table class="pairs"><tbody>{rows}</tbody></table><p class="note"'
+        ' id="config-none" hidden>Nothing found.</p></details>'
     )
 
 
@@ -176,16 +222,29 @@ def flatten(value, prefix: str = "") -> list[tuple[str, object]]:
     """(dotted key, leaf) pairs of nested sections; lists and empty sections are leaves."""
     if not isinstance(value, dict) or not value:
         return [(prefix, value)]
-    return [leaf for key, inner in value.items() for leaf in flatten(inner, f"{prefix}.{key}" if prefix else str(key))]
+    return [
+        leaf
+        for key, inner in value.items()
+        for leaf in flatten(inner, f"{prefix}.{key}" if prefix else str(key))
+    ]
 
 
 def _about(run: Run) -> str:
     summary = run.summary or {}
-    rows = [(key, summary.get(key)) for key in ("model", "device")] + list((summary.get("versions") or {}).items())
+    rows = [(key, summary.get(key)) for key in ("model", "device")] + list(
+        (summary.get("versions") or {}).items()
+    )
     rows = [(key, value) for key, value in rows if value not in (None, "")]
-    lines = "".join(f'<tr><th scope="row">{escape(str(key))}</th><td>{escape(str(value))}</td></tr>' for key, value in rows)
+    lines = "".join(
+        f'<tr><th scope="row">{escape(str(key))}</th><td>{escape(str(value))}</td></tr>'
+        for key, value in rows
+    )
     table = f'<table class="pairs"><tbody>{lines}</tbody></table>' if lines else ""
-    return f'<details class="block" id="versions"><summary>Versions</summary>{table}</details>' if table else ""
+    return (
+        f'<details class="block" id="versions"><summary>Versions</summary>{table}</details>'
+        if table
+        else ""
+    )
 
 
 def _json(value) -> str:

@@ -1,4 +1,5 @@
-"""A run directory as the report reads it: config, rows, sample sets, summary; each may be missing or unfinished."""
+"""A run directory as the report reads it: config, rows, sample sets, summary; each may be missing
+or unfinished."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ class SampleSet:
 
 @dataclass
 class Run:
-    """One run directory; `rows` are sorted by iteration, one per iteration, the last written winning."""
+    """One run directory; `rows` are sorted by iteration, one per iteration, the last written
+    winning."""
 
     folder: Path
     config: dict = field(default_factory=dict)
@@ -60,7 +62,10 @@ class Run:
     def watched(self) -> list[str]:
         """Names of the rewards that are watched and not trained on."""
         rewards = self.config.get("rewards")
-        weights = {name: value.get("weight", 1.0) if isinstance(value, dict) else value for name, value in (rewards or {}).items()}
+        weights = {
+            name: value.get("weight", 1.0) if isinstance(value, dict) else value
+            for name, value in (rewards or {}).items()
+        }
         return [name for name, weight in weights.items() if weight == 0]
 
     def column(self, key: str) -> list[float | None]:
@@ -69,7 +74,11 @@ class Run:
     @cached_property
     def keys(self) -> list[str]:
         """Every metric that has at least one number, in order of first appearance."""
-        return list(dict.fromkeys(key for row in self.rows for key, value in row.items() if number(value) is not None))
+        return list(
+            dict.fromkeys(
+                key for row in self.rows for key, value in row.items() if number(value) is not None
+            )
+        )
 
     @cached_property
     def images(self) -> list[float]:
@@ -82,7 +91,8 @@ class Run:
 
     @cached_property
     def minutes(self) -> list[float]:
-        """Minutes of running up to each row; a clock that a resume set back to zero is carried on."""
+        """Minutes of running up to each row; a clock that a resume set back to zero is carried
+        on."""
         carried = elapsed = 0.0
         out = []
         for row in self.rows:
@@ -97,16 +107,34 @@ class Run:
 
     @cached_property
     def heldout(self) -> list[tuple[int, float]]:
-        """(iteration, held-out reward) from the metrics, else from the sample sets of iterations that lack it."""
-        found = {sample.iteration: sample.reward for sample in self.samples if sample.reward is not None}
+        """(iteration, held-out reward) from the metrics, else from the sample sets of iterations
+        that lack it."""
+        found = {
+            sample.iteration: sample.reward for sample in self.samples if sample.reward is not None
+        }
         if self.summary and number(self.summary.get("base_reward")) is not None:
             found.setdefault(0, number(self.summary["base_reward"]))
-        found.update({row["iteration"]: number(row["eval/reward"]) for row in self.rows if number(row.get("eval/reward")) is not None})
+        found.update(
+            {
+                row["iteration"]: number(row["eval/reward"])
+                for row in self.rows
+                if number(row.get("eval/reward")) is not None
+            }
+        )
         return sorted(found.items())
 
     def stderr(self, iteration: int) -> float | None:
         """Standard error of the held-out reward at an iteration."""
-        return number(next((row.get("eval/reward/stderr") for row in self.rows if row["iteration"] == iteration), None))
+        return number(
+            next(
+                (
+                    row.get("eval/reward/stderr")
+                    for row in self.rows
+                    if row["iteration"] == iteration
+                ),
+                None,
+            )
+        )
 
     def at(self, iteration: int) -> tuple[float, float]:
         """(minutes, images) spent when the given iteration had ended."""
@@ -121,7 +149,9 @@ def load_run(run_dir) -> Run:
         raise UserError(f"no run directory at {folder}")
     rows = {}
     for position, row in enumerate(read_metrics(folder)):
-        row["iteration"] = int(number(row.get("iteration")) or (0 if "iteration" in row else position + 1))
+        row["iteration"] = int(
+            number(row.get("iteration")) or (0 if "iteration" in row else position + 1)
+        )
         rows[row["iteration"]] = row
     run = Run(
         folder,
@@ -150,12 +180,15 @@ def number(value) -> float | None:
 
 
 def _sample_sets(folder: Path) -> list[SampleSet]:
-    """The whole sample sets, by iteration; one whose list is missing or cut short was never finished."""
+    """The whole sample sets, by iteration; one whose list is missing or cut short was never
+    finished."""
     sets = []
     for path in sorted(folder.glob("*/samples.json")):
         info = _read_json(path)
         if info and isinstance(info.get("items"), list) and path.parent.name.isdigit():
-            info["items"] = [item for item in info["items"] if isinstance(item, dict) and "file" in item]
+            info["items"] = [
+                item for item in info["items"] if isinstance(item, dict) and "file" in item
+            ]
             sets.append(SampleSet(int(path.parent.name), path.parent, info))
     return sorted(sets, key=lambda sample: sample.iteration)
 

@@ -1,5 +1,5 @@
-"""The images of the report: base against tuned for the same prompts and noise, after the condition image where a prompt brings one, and
-the way between them."""
+"""The images of the report: base against tuned for the same prompts and noise, after the condition
+image where a prompt brings one, and the way between them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ class Pair:
 
     @property
     def change(self) -> float | None:
-        before, after = (number(item.get("reward")) if item else None for item in (self.base, self.tuned))
+        before, after = (
+            number(item.get("reward")) if item else None for item in (self.base, self.tuned)
+        )
         return None if before is None or after is None else after - before
 
 
@@ -39,7 +41,11 @@ def samples_html(run: Run, thumbnails: Thumbnails) -> str:
     strip = _strip(run, thumbnails)  # first: the budget should go to what is always shown
     cards = [_card(pair, base, tuned, thumbnails) for pair in pairs]
     shown = [card for card in cards if card]
-    grid = "grid" + (" solo" if tuned is base else "") + (" edits" if any(_condition(pair) for pair in pairs) else "")
+    grid = (
+        "grid"
+        + (" solo" if tuned is base else "")
+        + (" edits" if any(_condition(pair) for pair in pairs) else "")
+    )
     more = ""
     if len(shown) > SHOWN:
         more = (
@@ -47,7 +53,12 @@ def samples_html(run: Run, thumbnails: Thumbnails) -> str:
             f'<div class="{grid}">{"".join(shown[SHOWN:])}</div></details>'
         )
     lost = len(cards) - len(shown)
-    note = f'<p class="note">{lost} more not included: missing, or left out to keep this file small.</p>' if lost else ""
+    note = (
+        f'<p class="note">{lost} more not included: missing, or left out to keep this file'
+        " small.</p>"
+        if lost
+        else ""
+    )
     return (
         f'<section id="samples"><h2>Samples</h2>{_intro(run.things, pairs, base, tuned)}'
         f'<div class="{grid}">{"".join(shown[:SHOWN])}</div>{more}{note}{strip}</section>'
@@ -55,7 +66,8 @@ def samples_html(run: Run, thumbnails: Thumbnails) -> str:
 
 
 def match(base: SampleSet, tuned: SampleSet) -> list[Pair]:
-    """Pairs of the tuned set's items with the base's: same place and prompt (with its condition images), else the same prompt elsewhere."""
+    """Pairs of the tuned set's items with the base's: same place and prompt (with its condition
+    images), else the same prompt elsewhere."""
     if tuned is base:
         return [Pair(str(item.get("prompt", "")), item, None) for item in base.items]
     by_prompt = {_asked(item): item for item in reversed(base.items)}
@@ -81,16 +93,35 @@ def exact_share(sample: SampleSet) -> float | None:
 def _intro(things: str, pairs: list[Pair], base: SampleSet, tuned: SampleSet) -> str:
     if tuned is base:
         what = "the model before training" if base.iteration == 0 else f"iteration {base.iteration}"
-        return f'<p class="lead">{things.title()} of {what}; no later ones have been written yet.</p>'
+        return (
+            f'<p class="lead">{things.title()} of {what}; no later ones have been written yet.</p>'
+        )
     same = all(base.info.get(key) == tuned.info.get(key) for key in ("seed", "num_steps"))
-    noise = "the same prompts and initial noise" if same else "the same prompts, but another seed or step count"
+    noise = (
+        "the same prompts and initial noise"
+        if same
+        else "the same prompts, but another seed or step count"
+    )
     changes = [pair.change for pair in pairs if pair.change is not None]
     up, down = sum(change > SAME for change in changes), sum(change < -SAME for change in changes)
-    count = f" Of {len(changes)} {things} {up} scored higher after training, {down} lower, {len(changes) - up - down} the same."
-    weights = {"ema": " (averaged weights)", "merge": " (merged weights)"}.get(tuned.info.get("weights"), "")
+    count = (
+        f" Of {len(changes)} {things} {up} scored higher after training, {down} lower,"
+        f" {len(changes) - up - down} the same."
+    )
+    weights = {"ema": " (averaged weights)", "merge": " (merged weights)"}.get(
+        tuned.info.get("weights"), ""
+    )
     before, after = exact_share(base), exact_share(tuned)
-    words = f" Exact words: {before:.0%} before, {after:.0%} after." if None not in (before, after) else ""
-    left = f"Left the condition image, then {_title(base)}" if any(_condition(pair) for pair in pairs) else f"Left {_title(base)}"
+    words = (
+        f" Exact words: {before:.0%} before, {after:.0%} after."
+        if None not in (before, after)
+        else ""
+    )
+    left = (
+        f"Left the condition image, then {_title(base)}"
+        if any(_condition(pair) for pair in pairs)
+        else f"Left {_title(base)}"
+    )
     return (
         f'<p class="lead">{left}, right {_title(tuned)}{weights}: {noise}. The held-out prompts '
         f"come in file order, not picked by result.{count if changes else ''}{words}</p>"
@@ -102,7 +133,11 @@ def _title(sample: SampleSet) -> str:
 
 
 def _card(pair: Pair, base: SampleSet, tuned: SampleSet, thumbnails: Thumbnails) -> str:
-    sides = [_side(item, sample, pair.prompt, thumbnails) for item, sample in ((pair.base, base), (pair.tuned, tuned)) if item]
+    sides = [
+        _side(item, sample, pair.prompt, thumbnails)
+        for item, sample in ((pair.base, base), (pair.tuned, tuned))
+        if item
+    ]
     if not all(sides) or not sides:
         return ""
     sides = [*_before(pair, base if pair.tuned is None else tuned, thumbnails), *sides]
@@ -111,8 +146,9 @@ def _card(pair: Pair, base: SampleSet, tuned: SampleSet, thumbnails: Thumbnails)
         kind = "up" if pair.change > SAME else "down" if pair.change < -SAME else "same"
         badge = f'<span class="change {kind}">{signed(pair.change)}</span>'
     return (
-        f'<article class="pair"><header><p class="prompt" title="{escape(pair.prompt)}">{escape(pair.prompt)}</p>{badge}</header>'
-        f'<div class="duo">{"".join(sides)}</div></article>'
+        '<article class="pair"><header><p class="prompt"'
+        f' title="{escape(pair.prompt)}">{escape(pair.prompt)}</p>{badge}</header><div'
+        f' class="duo">{"".join(sides)}</div></article>'
     )
 
 
@@ -125,7 +161,8 @@ def _side(item: dict, sample: SampleSet, prompt: str, thumbnails: Thumbnails) ->
     read = "" if reading is None else reading_html(reading, _target(item, prompt), _solved(item))
     return (
         f'<figure>{_img(thumbnail, f"{label}: {prompt}")}<figcaption><span class="row">'
-        f'<span class="who">{label}</span>{_reward(item)}</span>{read}{_parts(item)}</figcaption></figure>'
+        "<span"
+        f' class="who">{label}</span>{_reward(item)}</span>{read}{_parts(item)}</figcaption></figure>'
     )
 
 
@@ -149,14 +186,23 @@ def _before(pair: Pair, sample: SampleSet, thumbnails: Thumbnails) -> list[str]:
     if thumbnail is None:
         return []
     image = _img(thumbnail, f"condition image: {pair.prompt}")
-    return [f'<figure>{image}<figcaption><span class="row"><span class="who">condition</span></span></figcaption></figure>']
+    return [
+        f'<figure>{image}<figcaption><span class="row"><span'
+        ' class="who">condition</span></span></figcaption></figure>'
+    ]
 
 
 def _img(thumbnail, alt: str) -> str:
-    shown = f'<img src="{thumbnail.uri}" width="{thumbnail.width}" height="{thumbnail.height}" alt="{escape(alt)}">'
+    shown = (
+        f'<img src="{thumbnail.uri}" width="{thumbnail.width}" height="{thumbnail.height}"'
+        f' alt="{escape(alt)}">'
+    )
     if not thumbnail.still:
         return shown
-    return f'<picture><source media="(prefers-reduced-motion: reduce)" srcset="{thumbnail.still}">{shown}</picture>'
+    return (
+        '<picture><source media="(prefers-reduced-motion: reduce)"'
+        f' srcset="{thumbnail.still}">{shown}</picture>'
+    )
 
 
 def _part(item: dict, key: str) -> dict:
@@ -166,7 +212,11 @@ def _part(item: dict, key: str) -> dict:
 def _reading(item: dict) -> str | None:
     """What OCR read; where it failed its detail says why, which is no reading."""
     reading = _part(item, "details").get("ocr")
-    return reading if isinstance(reading, str) and number(_part(item, "rewards").get("ocr")) is not None else None
+    return (
+        reading
+        if isinstance(reading, str) and number(_part(item, "rewards").get("ocr")) is not None
+        else None
+    )
 
 
 def _target(item: dict, prompt: str) -> str:
@@ -180,16 +230,32 @@ def _solved(item: dict) -> bool:
 
 def _reward(item: dict) -> str:
     value = number(item.get("reward"))
-    return '<span class="num failed">failed</span>' if value is None else f'<span class="num">{value:.3f}</span>'
+    return (
+        '<span class="num failed">failed</span>'
+        if value is None
+        else f'<span class="num">{value:.3f}</span>'
+    )
 
 
 def _parts(item: dict) -> str:
-    """Each reward by name where there is more than one, and what was noted about the image besides a reading."""
-    rewards, details, read = _part(item, "rewards"), _part(item, "details"), _reading(item) is not None
+    """Each reward by name where there is more than one, and what was noted about the image besides
+    a reading."""
+    rewards, details, read = (
+        _part(item, "rewards"),
+        _part(item, "details"),
+        _reading(item) is not None,
+    )
     parts = []
     if len(rewards) > 1:
-        parts = [f"{name} {'failed' if number(value) is None else format(value, '.3f')}" for name, value in rewards.items()]
-    parts += [f"{name}: {str(value)[:120]}" for name, value in details.items() if value not in (None, "") and not (read and name == "ocr")]
+        parts = [
+            f"{name} {'failed' if number(value) is None else format(value, '.3f')}"
+            for name, value in rewards.items()
+        ]
+    parts += [
+        f"{name}: {str(value)[:120]}"
+        for name, value in details.items()
+        if value not in (None, "") and not (read and name == "ocr")
+    ]
     return f'<span class="parts">{escape(" · ".join(parts))}</span>' if parts else ""
 
 
@@ -200,11 +266,16 @@ def _strip(run: Run, thumbnails: Thumbnails) -> str:
     columns = min(STRIP_COLUMNS, len(run.samples))
     sets = [run.samples[round(n * (len(run.samples) - 1) / (columns - 1))] for n in range(columns)]
     head = '<th scope="col">condition</th>' if _has_conditions(sets[0]) else ""
-    head += "".join(f'<th scope="col">{"base" if s.iteration == 0 else s.iteration}</th>' for s in sets)
-    body = "".join(f"<tr>{_strip_row(n, sets, thumbnails)}</tr>" for n in range(min(STRIP_PROMPTS, len(sets[0].items))))
+    head += "".join(
+        f'<th scope="col">{"base" if s.iteration == 0 else s.iteration}</th>' for s in sets
+    )
+    body = "".join(
+        f"<tr>{_strip_row(n, sets, thumbnails)}</tr>"
+        for n in range(min(STRIP_PROMPTS, len(sets[0].items)))
+    )
     return (
-        f'<h3>Over training</h3><p class="lead">The first prompts, same noise, by iteration.</p>'
-        f'<div class="scroll" tabindex="0" role="region" aria-label="Samples over training">'
+        '<h3>Over training</h3><p class="lead">The first prompts, same noise, by iteration.</p>'
+        '<div class="scroll" tabindex="0" role="region" aria-label="Samples over training">'
         f'<table class="strip"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
     )
 
@@ -213,13 +284,19 @@ def _strip_row(place: int, sets: list[SampleSet], thumbnails: Thumbnails) -> str
     cells = []
     if _has_conditions(sets[0]):
         item = sets[0].items[place]
-        thumbnail = thumbnails.get(sets[0].folder / item["condition"]) if _condition_of(item) else None
+        thumbnail = (
+            thumbnails.get(sets[0].folder / item["condition"]) if _condition_of(item) else None
+        )
         cells.append(f"<td>{_img(thumbnail, 'condition image')}</td>" if thumbnail else "<td></td>")
     for sample in sets:
         item = sample.items[place] if place < len(sample.items) else None
-        thumbnail = thumbnails.get(sample.folder / str(item["file"]), moving=False) if item else None
+        thumbnail = (
+            thumbnails.get(sample.folder / str(item["file"]), moving=False) if item else None
+        )
         alt = f"iteration {sample.iteration}: {item.get('prompt', '')}" if item else ""
-        cells.append(f"<td>{_img(thumbnail, alt)}{_reward(item)}</td>" if thumbnail else "<td></td>")
+        cells.append(
+            f"<td>{_img(thumbnail, alt)}{_reward(item)}</td>" if thumbnail else "<td></td>"
+        )
     return "".join(cells)
 
 

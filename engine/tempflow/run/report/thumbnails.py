@@ -1,4 +1,5 @@
-"""Samples as data URIs, small enough that a report of 1024-pixel images, or of videos, can be mailed."""
+"""Samples as data URIs, small enough that a report of 1024-pixel images, or of videos, can be
+mailed."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ BUDGET = 10_000_000
 
 @dataclass
 class Thumbnail:
-    """still: of a video the frame in its middle, for who has asked for reduced motion; "" of an image."""
+    """still: of a video the frame in its middle, for who has asked for reduced motion; "" of an
+    image."""
 
     uri: str
     width: int
@@ -30,7 +32,8 @@ class Thumbnail:
 
 
 class Thumbnails:
-    """Makes thumbnails until their total size reaches the budget; after that, and for a lost image, None."""
+    """Makes thumbnails until their total size reaches the budget; after that, and for a lost image,
+    None."""
 
     def __init__(self, budget: int = BUDGET):
         self.left = budget

@@ -26,7 +26,8 @@ def rewards(run: Run) -> tuple[float | None, float | None]:
 
 
 def gain(run: Run) -> tuple[float | None, float | None]:
-    """How far the newest evaluated model is from the base, prompt by prompt where that was measured, and its standard error."""
+    """How far the newest evaluated model is from the base, prompt by prompt where that was
+    measured, and its standard error."""
     base, tuned = rewards(run)
     if base is None or tuned is None:
         return None, None
@@ -39,7 +40,9 @@ def gain(run: Run) -> tuple[float | None, float | None]:
 
 def evaluated(run: Run) -> dict:
     """The row of the newest evaluation."""
-    return next((row for row in reversed(run.rows) if number(row.get("eval/reward")) is not None), {})
+    return next(
+        (row for row in reversed(run.rows) if number(row.get("eval/reward")) is not None), {}
+    )
 
 
 def verdict(run: Run) -> str:
@@ -47,12 +50,19 @@ def verdict(run: Run) -> str:
     base, tuned = rewards(run)
     change, stderr = gain(run)
     if change is None and None not in (base, tuned):
-        return f"No held-out prompt was scored both before training ({base:.3f}) and after ({tuned:.3f}): the gain is unknown.{_lost(run)}"
+        return (
+            f"No held-out prompt was scored both before training ({base:.3f}) and after"
+            f" ({tuned:.3f}): the gain is unknown.{_lost(run)}"
+        )
     if change is not None:
         how = "rose" if change > TRIFLE else "fell" if change < -TRIFLE else "hardly moved,"
         sure = ""
         if stderr is not None:
-            how = how if is_sure(change, stderr) else "shows no difference beyond two standard errors,"
+            how = (
+                how
+                if is_sure(change, stderr)
+                else "shows no difference beyond two standard errors,"
+            )
             sure = f" ({signed(change)} ± {stderr:.3f} prompt by prompt)"
         so_far = "Held-out" if run.summary else "So far, held-out"
         said = f"{so_far} reward {how} from {base:.3f} to {tuned:.3f}{sure}{_spent(run)}."
@@ -61,8 +71,13 @@ def verdict(run: Run) -> str:
     if len(training) > 1:
         tenth = max(1, len(training) // 10)
         first, last = mean(training[:tenth]), mean(training[-tenth:])
-        return f"Training reward went from {first:.3f} to {last:.3f}{_spent(run)}; no trained model has been evaluated."
-    return f"Too early to tell: {len(run.rows)} iteration{'' if len(run.rows) == 1 else 's'} recorded."
+        return (
+            f"Training reward went from {first:.3f} to {last:.3f}{_spent(run)}; no trained model"
+            " has been evaluated."
+        )
+    return (
+        f"Too early to tell: {len(run.rows)} iteration{'' if len(run.rows) == 1 else 's'} recorded."
+    )
 
 
 def status(run: Run) -> str:
@@ -70,7 +85,11 @@ def status(run: Run) -> str:
     total = run.setting("training", "iterations")
     if run.summary is not None:
         early = isinstance(total, int) and run.iterations < total
-        return f'<span class="badge">stopped at {run.iterations} of {total}</span>' if early else '<span class="badge done">finished</span>'
+        return (
+            f'<span class="badge">stopped at {run.iterations} of {total}</span>'
+            if early
+            else '<span class="badge done">finished</span>'
+        )
     of = f" of {total}" if isinstance(total, int) else ""
     return f'<span class="badge open">unfinished: iteration {run.iterations}{of}</span>'
 
@@ -78,7 +97,9 @@ def status(run: Run) -> str:
 def tiles(run: Run) -> str:
     """The headline numbers as a description list."""
     base, tuned = rewards(run)
-    forwards = sum(value or 0 for key in ("forwards/rollout", "forwards/train") for value in run.column(key))
+    forwards = sum(
+        value or 0 for key in ("forwards/rollout", "forwards/train") for value in run.column(key)
+    )
     found = [
         ("Base reward", base, "{:.3f}"),
         ("Tuned reward", tuned, "{:.3f}"),
@@ -90,22 +111,38 @@ def tiles(run: Run) -> str:
     ]
     cells = [(name, form.format(value)) for name, value, form in found if value is not None]
     change, stderr = gain(run)
-    limited = [(metric, value) for metric, value in drifts(evaluated(run)) if metric.limit is not None]
+    limited = [
+        (metric, value) for metric, value in drifts(evaluated(run)) if metric.limit is not None
+    ]
     if change is not None:
         cells.insert(2, ("Gain", signed(change) + ("" if stderr is None else f" ± {stderr:.3f}")))
         cells[3:3] = [(metric.title, f"{value:{metric.form}}") for metric, value in limited]
-    marks = {"Gain": " class=gain"} | {metric.title: " class=lost" for metric, value in limited if metric.beyond(value)}
-    inner = "".join(f"<div{marks.get(name, '')}><dt>{name}</dt><dd>{text}</dd></div>" for name, text in cells)
+    marks = {"Gain": " class=gain"} | {
+        metric.title: " class=lost" for metric, value in limited if metric.beyond(value)
+    }
+    inner = "".join(
+        f"<div{marks.get(name, '')}><dt>{name}</dt><dd>{text}</dd></div>" for name, text in cells
+    )
     return f'<dl class="tiles">{inner}</dl>' if cells else ""
 
 
 def facts(run: Run) -> str:
     """Model, method, rewards and device, as far as they are known."""
     summary, rollout = run.summary or {}, run.config.get("rollout") or {}
-    size = f"{rollout['width']} × {rollout['height']} px" if {"width", "height"} <= set(rollout) else None
+    size = (
+        f"{rollout['width']} × {rollout['height']} px"
+        if {"width", "height"} <= set(rollout)
+        else None
+    )
     size = f"{size}, {rollout['frames']} frames" if size and run.things == "videos" else size
     lora = run.setting("model", "lora")
-    tuned = f"LoRA rank {lora.get('rank', '?')}" if isinstance(lora, dict) else "full weights" if run.config else None
+    tuned = (
+        f"LoRA rank {lora.get('rank', '?')}"
+        if isinstance(lora, dict)
+        else "full weights"
+        if run.config
+        else None
+    )
     plan = rollout.get("plan")
     plan = plan.get("type") if isinstance(plan, dict) else plan
     values = [
@@ -116,7 +153,11 @@ def facts(run: Run) -> str:
         (run.things.title(), size),
         ("Device", summary.get("device")),
     ]
-    shown = "".join(f"<div><dt>{name}</dt><dd>{escape(str(value))}</dd></div>" for name, value in values if value)
+    shown = "".join(
+        f"<div><dt>{name}</dt><dd>{escape(str(value))}</dd></div>"
+        for name, value in values
+        if value
+    )
     return f'<dl class="facts">{shown}</dl>' if shown else ""
 
 
@@ -137,7 +178,11 @@ def _scored(run: Run) -> float | None:
 def _lost(run: Run) -> str:
     """What of the newest evaluation has no reward."""
     failed, scored = number(evaluated(run).get("eval/failed")), _scored(run)
-    return f" {failed:.0f} of its {failed + scored:.0f} {run.things} could not be scored." if failed else ""
+    return (
+        f" {failed:.0f} of its {failed + scored:.0f} {run.things} could not be scored."
+        if failed
+        else ""
+    )
 
 
 def _spent(run: Run) -> str:
@@ -147,7 +192,13 @@ def _spent(run: Run) -> str:
         spent, seen = run.at(run.heldout[-1][0])
     parts = []
     if spent:
-        parts.append(f"{spent * 60:.0f} seconds" if spent < 1 else f"{spent:.1f} minutes" if spent < 600 else f"{spent / 60:.1f} hours")
+        parts.append(
+            f"{spent * 60:.0f} seconds"
+            if spent < 1
+            else f"{spent:.1f} minutes"
+            if spent < 600
+            else f"{spent / 60:.1f} hours"
+        )
         parts[0] += " of training"
     if seen:
         parts.append(f"{seen:,.0f} rewarded {run.things}")
@@ -164,7 +215,11 @@ def _drifted(run: Run, rose: bool) -> str:
     changed = changes(evaluated(run))
     if not changed:
         return ""
-    how = "The reward was bought with drift from the base" if rose else f"The {run.things} drifted from the base"
+    how = (
+        "The reward was bought with drift from the base"
+        if rose
+        else f"The {run.things} drifted from the base"
+    )
     return f" {how}: {_listed(changed)}."
 
 
@@ -173,8 +228,15 @@ def _listed(clauses: list[str]) -> str:
 
 
 def _peak(run: Run, tuned: float) -> str:
-    """The highest evaluation, where it is higher than the newest by more than the errors of both explain."""
+    """The highest evaluation, where it is higher than the newest by more than the errors of both
+    explain."""
     best, at = max(((reward, iteration) for iteration, reward in run.heldout), default=(tuned, 0))
-    errors = [run.stderr(iteration) for iteration in (at, run.heldout[-1][0])] if run.heldout else [None]
+    errors = (
+        [run.stderr(iteration) for iteration in (at, run.heldout[-1][0])] if run.heldout else [None]
+    )
     sure = None in errors or is_sure(best - tuned, math.hypot(*errors))
-    return f" Its highest was {best:.3f}, at iteration {at}." if best > tuned + TRIFLE and sure and at else ""
+    return (
+        f" Its highest was {best:.3f}, at iteration {at}."
+        if best > tuned + TRIFLE and sure and at
+        else ""
+    )

@@ -1,4 +1,5 @@
-"""Plans: which latents an iteration integrates, where each starts, and at which steps it takes noise."""
+"""Plans: which latents an iteration integrates, where each starts, and at which steps it takes
+noise."""
 
 from tempflow.sampling.plans.base import Plan
 

@@ -11,13 +11,15 @@ class FlowGrpo(Plan):
 
     Args:
         seeds: rows per prompt, whose rewards are compared.
-        branch_steps: steps that take noise: "all" but the last, a list, or {"random": n} for n drawn anew each iteration, spread
-            over the grid.
-        values: reward every state's completion by the ODE as well, at the price of a row each: for the advantages dense, stepwise and
-            turning_point.
+        branch_steps: steps that take noise: "all" but the last, a list, or {"random": n} for n
+            drawn anew each iteration, spread over the grid.
+        values: reward every state's completion by the ODE as well, at the price of a row each: for
+            the advantages dense, stepwise and turning_point.
     """
 
-    def __init__(self, seeds: int = 4, branch_steps: str | list | dict = "all", values: bool = False):
+    def __init__(
+        self, seeds: int = 4, branch_steps: str | list | dict = "all", values: bool = False
+    ):
         self.seeds, self.branch_steps = check_seeds(seeds), BranchSteps(branch_steps)
         self.values = values
 

@@ -8,14 +8,15 @@ from tempflow.types import Row, Unit
 
 
 class MixGrpo(Plan):
-    """One row for each seed, which takes noise in a window of steps that moves along the grid during the run.
+    """One row for each seed, which takes noise in a window of steps that moves along the grid
+    during the run.
 
     Args:
         seeds: rows per prompt, whose rewards are compared.
         window: stochastic steps per iteration.
         every: iterations after which the window moves on by one step.
-        values: reward every state's completion by the ODE as well, at the price of a row each: for the advantages dense, stepwise and
-            turning_point.
+        values: reward every state's completion by the ODE as well, at the price of a row each: for
+            the advantages dense, stepwise and turning_point.
     """
 
     def __init__(self, seeds: int = 4, window: int = 4, every: int = 25, values: bool = False):

@@ -8,21 +8,31 @@ from tempflow.types import Row, Unit
 
 
 class TempFlow(Plan):
-    """A trunk without noise for each seed, and children that leave it at each branch step by one noisy step.
+    """A trunk without noise for each seed, and children that leave it at each branch step by one
+    noisy step.
 
     Args:
         seeds: S, initial noises per prompt.
-        children: B, children per (seed, branch step), at most 64; or a list of one number for each branch step, which then are
-            "all" or a list.
-        branch_steps: steps that take noise: "all" but the last, a list, or {"random": n} for n drawn anew each iteration, spread
-            over the grid.
+        children: B, children per (seed, branch step), at most 64; or a list of one number for each
+            branch step, which then are "all" or a list.
+        branch_steps: steps that take noise: "all" but the last, a list, or {"random": n} for n
+            drawn anew each iteration, spread over the grid.
     """
 
-    def __init__(self, seeds: int = 4, children: int | list = 6, branch_steps: str | list | dict = "all"):
-        self.seeds, self.branch_steps, self._given = check_seeds(seeds), BranchSteps(branch_steps), _checked(children)
+    def __init__(
+        self, seeds: int = 4, children: int | list = 6, branch_steps: str | list | dict = "all"
+    ):
+        self.seeds, self.branch_steps, self._given = (
+            check_seeds(seeds),
+            BranchSteps(branch_steps),
+            _checked(children),
+        )
         self.children = max(children) if isinstance(children, list) else children
         if isinstance(children, list) and self.branch_steps.random:
-            raise UserError('children: a list needs branch_steps "all" or a list of as many steps, got {"random": n}')
+            raise UserError(
+                'children: a list needs branch_steps "all" or a list of as many steps, got'
+                ' {"random": n}'
+            )
 
     def prepare(self, num_steps: int, run_seed: int) -> None:
         super().prepare(num_steps, run_seed)
@@ -38,7 +48,11 @@ class TempFlow(Plan):
 
     def rows(self, unit: Unit, iteration: int) -> list[Row]:
         steps = self.steps(iteration)
-        children = [Row(unit, k, frozenset([k]), parent=0, path=(i,)) for k in steps for i in range(self._counts[k])]
+        children = [
+            Row(unit, k, frozenset([k]), parent=0, path=(i,))
+            for k in steps
+            for i in range(self._counts[k])
+        ]
         return [Row(unit), *children]
 
 
@@ -46,7 +60,9 @@ def _checked(children: int | list) -> int | list:
     """UserError for what is neither a number of children nor a list of such numbers."""
     numbers = children if isinstance(children, list) else [children]
     if not numbers or any(type(number) is not int for number in numbers):
-        raise UserError(f"children: expected a whole number or a list of whole numbers, got {shown(children)}")
+        raise UserError(
+            f"children: expected a whole number or a list of whole numbers, got {shown(children)}"
+        )
     for number in numbers:
         check_range("children", number, least=1, most=64)
     return children
