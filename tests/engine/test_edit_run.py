@@ -21,7 +21,7 @@ from tempflow.run import drift
 
 sys.path.append(str(ROOT / "examples"))
 
-from kept_reward import Kept  # noqa: E402
+from reward import Kept  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.cpu]
 SIDE = 32
@@ -49,7 +49,7 @@ def run(model, tmp_path, small_condition_images):
             "plan": {"branch_steps": [0, 2]},
             "guidance_scale": 2.5,
         },
-        rewards={"kept_reward:Kept": {"side": 8}},
+        rewards={"reward:Kept": {"side": 8}},
         reward_pool={"workers": 1},
         training={"iterations": 2},
         eval={"every": 1, "prompts": 3, "keep_samples": 3},

@@ -7,13 +7,14 @@ import sys
 import numpy as np
 import pytest
 from engine_cases import ROOT, dense
+from PIL import Image
 from run_cases import Run, run_command
 
 sys.path.append(str(ROOT / "examples"))
 
-from kept_reward import Kept  # noqa: E402
-from late_branches import LateBranches  # noqa: E402
-from rank_advantage import RankAdvantage  # noqa: E402
+from advantage import RankAdvantage  # noqa: E402
+from plan import LateBranches  # noqa: E402
+from reward import Kept  # noqa: E402
 
 from tempflow.sampling.layout import iteration_units  # noqa: E402
 
@@ -22,16 +23,8 @@ EXAMPLES = ROOT / "examples"
 
 @pytest.mark.slow
 def test_own_parts_train(tmp_path):
-    """From their folder, as the page says; and what is wrong with an option is said with its
-    key."""
-
-    def train(*changes):
-        words = [word for change in changes for word in ("--set", change)]
-        return run_command(
-            [sys.executable, "../engine/train.py", "--config", "own_parts.json", *words],
-            cwd=EXAMPLES,
-        )
-
+    """From Python, by the example; and the command finds the parts in its folder, so that it can
+    name the key of a wrong option."""
     changes = [
         f"logging.dir={tmp_path}",
         "training.iterations=2",
@@ -39,20 +32,25 @@ def test_own_parts_train(tmp_path):
         "eval.prompts=4",
         "reward_pool.workers=1",
     ]
-    found = Run(tmp_path / "own_parts", train(*changes))
+    done = run_command([sys.executable, "train.py", *changes], cwd=EXAMPLES)
+    found = Run(tmp_path / "own_parts", done)
     assert [row["iteration"] for row in found.rows] == [0, 1, 2]
     assert found.rows[1]["ratio/max_dev"] > 0 and found.rows[1]["images"] == 4 * (1 + 3 * 4), (
         "two passes; a trunk and 3 x 4 children"
     )
     saved = json.loads((found.folder / "config.json").read_text())
     assert saved["rollout"]["plan"] == {
-        "type": "late_branches:LateBranches",
+        "type": "plan:LateBranches",
         "seeds": 2,
         "children": 4,
         "size": 3,
         "every": 10,
     }
-    refused = train("rollout.plan.size=9", f"logging.dir={tmp_path}/b")
+    with Image.open(found.folder / "before_after.png") as image:
+        assert image.size == (2 * 96, 2 * 32)
+    assert "gain" in done.stdout
+    command = [sys.executable, "../engine/train.py", "--config", "own_parts.json"]
+    refused = run_command([*command, "--set", "rollout.plan.size=9"], cwd=EXAMPLES)
     assert refused.returncode == 2 and "rollout.plan.size: 9 of 7 steps" in refused.stderr
 
 
