@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 DATASETS = ["datasets>=4.0"]  # prompts from hub datasets
 SERVER = ["fastapi>=0.115", "uvicorn>=0.30"]  # engine/reward_server.py
+QUANTIZE = ["bitsandbytes>=0.50"]  # deepspeed.optimizer of type AdamW8bit
 GENEVAL = ["scipy>=1.11"]  # recipes/geneval.py: transformers' Mask2Former asks for it
 
 setup(
@@ -61,6 +62,7 @@ setup(
         "flash": ["flash-attn>=2.6.3"],  # no wheel: compiled on the spot with nvcc, after torch
         "wandb": ["wandb"],
         "server": SERVER,
+        "quantize": QUANTIZE,
         "geneval": GENEVAL,
         "datasets": DATASETS,
         "dev": [
@@ -71,6 +73,7 @@ setup(
             "triton>=3.5",
             "ruff",
             *SERVER,
+            *QUANTIZE,
             *GENEVAL,
             *DATASETS,
         ],

@@ -53,7 +53,7 @@ class Toy:
     """Its loss is the squared distance of velocities from a target; every rank takes its share of
     the rows."""
 
-    def __init__(self, case: str, seed: int = 0, optimizer: dict = ADAMW):
+    def __init__(self, case: str, seed: int = 0, optimizer: dict = ADAMW, **section):
         from tempflow.training.ema import Average
         from tempflow.training.engine import Runtime
         from tempflow.training.merge import Merge
@@ -66,6 +66,7 @@ class Toy:
             "zero_optimization": zero,
             "gradient_clipping": 0.5,
             "bf16": {"enabled": bf16},
+            **section,
         }
         config = small_config(
             model={"lora": {"rank": 4, "alpha": 8.0} if lora else None},

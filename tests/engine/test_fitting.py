@@ -7,9 +7,10 @@ from engine_cases import small_config, write_config
 from rich.console import Console
 from run_cases import script_here
 
+from tempflow.config.deepspeed import check_deepspeed
 from tempflow.errors import UserError
 from tempflow.estimate import estimate, propose, show_proposal
-from tempflow.estimate.fitting import changed
+from tempflow.estimate.fitting import changed, options
 
 pytestmark = pytest.mark.cpu
 CONFIG = small_config(
@@ -85,3 +86,18 @@ def test_the_command_says_it(tmp_path):
     assert done.returncode == 0 and "It fits" in done.stdout and "--set '" in done.stdout, (
         done.stdout + done.stderr
     )
+
+
+def test_moments_in_8_bit_come_before_the_host():
+    """Of full fine-tuning with AdamW; where they are not enough, the host holds AdamW's own."""
+    params = {"lr": 1e-4, "torch_adam": True}
+    config = small_config(deepspeed={"optimizer": {"type": "AdamW", "params": params}})
+    chosen = next(o for o in options(1) if "8 bit" in o.cost).changes(config, estimate(config))
+    assert chosen == {"deepspeed.optimizer": {"type": "AdamW8bit", "params": {"lr": 1e-4}}}
+    smaller = changed(config, chosen)
+    saved = estimate(config).total - estimate(smaller).total
+    assert saved == pytest.approx(6 * estimate(config).trained, rel=0.1)
+    offloaded = next(o for o in options(1) if "host memory, and" in o.cost)
+    there = changed(smaller, offloaded.changes(smaller, estimate(smaller)))
+    assert there.deepspeed["optimizer"] == {"type": "AdamW", "params": params}
+    check_deepspeed(there.deepspeed)

@@ -86,6 +86,18 @@ REFUSED = {
         {"optimizer": {"type": "AdamW", "params": {"betas": [0.9, 2]}}},
         ["deepspeed.optimizer.params", "beta", "2"],
     ),
+    "option of another 8-bit optimizer": (
+        {"optimizer": {"type": "AdamW8bit", "params": {"lr": 1e-4, "optim_bits": 4}}},
+        ["deepspeed.optimizer.params.optim_bits", "AdamW8bit takes lr, betas, eps, weight_decay"],
+    ),
+    "betas of the 8-bit one": (
+        {"optimizer": {"type": "AdamW8bit", "params": {"betas": [0.9, 2]}}},
+        ["deepspeed.optimizer.params", "beta", "2"],
+    ),
+    "offload of the 8-bit one": (
+        {"optimizer": {"type": "AdamW8bit"}, **zero(offload_optimizer={"device": "cpu"})},
+        ["deepspeed.zero_optimization.offload_optimizer", "AdamW8bit", '"none"'],
+    ),
     "parameter": (
         {"optimizer": {"type": "RMSprop", "params": {"beta": 1}}},
         ["deepspeed.optimizer.params", "'beta'"],
@@ -118,6 +130,7 @@ TAKEN = {
             reduce_bucket_size=5e8,
         ),
     },
+    "bitsandbytes'": {"optimizer": {"type": "AdamW8bit", "params": {"lr": 1e-4}}},
     "torch's": {"optimizer": {"type": "RMSprop", "params": {"lr": 0.1, "momentum": 0.9}}},
     "DeepSpeed's": {
         "optimizer": {

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 
+from tempflow import eight_bit
 from tempflow.errors import UserError, shown
 
 NUMBERS = ("gradient_clipping", "gradient_predivide_factor", "steps_per_print")
@@ -35,7 +36,7 @@ def check_deepspeed(section: dict) -> None:
             else f". DeepSpeed reads {', '.join(sorted(asked))}"
         )
         raise UserError(f"{_name(unknown[0])}: unknown key{hint}")
-    _check_offload(section.get("zero_optimization", {}))
+    _check_offload(section.get("zero_optimization", {}), section["optimizer"])
     if (section.get("checkpoint") or {}).get(
         "writer"
     ):  # with some it returns before the files are there to be sealed
@@ -129,10 +130,10 @@ def _check_optimizer(table: dict) -> None:
     ]
     if (
         not isinstance(kind, str)
-        or kind.lower() not in DEEPSPEED_OPTIMIZERS
+        or kind.lower() not in (*DEEPSPEED_OPTIMIZERS, eight_bit.TYPE.lower())
         and kind not in of_torch
     ):
-        known = sorted({*of_torch, *DEEPSPEED_OPTIMIZERS}, key=str.lower)
+        known = sorted({*of_torch, *DEEPSPEED_OPTIMIZERS, eight_bit.TYPE}, key=str.lower)
         raise UserError(
             f"deepspeed.optimizer.type: expected one of {', '.join(known)}, got {shown(kind)}"
         )
@@ -140,6 +141,9 @@ def _check_optimizer(table: dict) -> None:
         raise UserError(f"deepspeed.optimizer.params: expected a table, got {shown(params)}")
     for key in OPTIMIZER_NUMBERS:
         _check_number(f"deepspeed.optimizer.params.{key}", params.get(key, 0))
+    if eight_bit.asks_for(table):
+        kind = "AdamW"  # takes the same values
+        _check_params_of_eight_bit(params)
     if kind.lower() in (
         "adam",
         "adamw",
@@ -159,7 +163,16 @@ def _check_optimizer(table: dict) -> None:
             raise UserError(f"deepspeed.optimizer.params: {error}") from None
 
 
-def _check_offload(zero: dict) -> None:
+def _check_params_of_eight_bit(params: dict) -> None:
+    unknown = [key for key in params if key not in eight_bit.PARAMS]
+    if unknown:
+        raise UserError(
+            f"deepspeed.optimizer.params.{unknown[0]}: {eight_bit.TYPE} takes"
+            f" {', '.join(eight_bit.PARAMS)}"
+        )
+
+
+def _check_offload(zero: dict, optimizer: dict) -> None:
     for key, stages in (("offload_optimizer", (1, 2, 3)), ("offload_param", (3,))):
         table, name = zero.get(key) or {}, f"deepspeed.zero_optimization.{key}"
         if table.get("device", "none") == "none":
@@ -168,6 +181,11 @@ def _check_offload(zero: dict) -> None:
             raise UserError(
                 f"{name}: DeepSpeed passes it over at stage {zero.get('stage', 0)}; it needs"
                 f" {' or '.join(map(str, stages))}"
+            )
+        if eight_bit.asks_for(optimizer):
+            raise UserError(
+                f"{name}: {eight_bit.TYPE} updates where the weights are; set the device to"
+                ' "none", or take AdamW'
             )
         if table["device"] == "nvme" and not table.get("nvme_path"):
             raise UserError(f"{name}.nvme_path: missing; a folder on the NVMe disk is needed")
@@ -178,6 +196,8 @@ def check_machine(section: dict) -> None:
     traceback, a model later."""
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
+    if eight_bit.asks_for(section.get("optimizer", {})):
+        eight_bit.check_library()
     for key in ("offload_optimizer", "offload_param"):
         table, name = (
             section.get("zero_optimization", {}).get(key) or {},

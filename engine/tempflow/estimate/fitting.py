@@ -1,8 +1,9 @@
 """What would make a run fit its card: changes of config keys, those that cost least first, each
 judged by the dry run's own numbers.
 
-Changes that leave what is learned as it is come before those that do not; sizes and numbers of
-samples are not touched, because they are the run's purpose. What a change costs in time is in its
+Changes that leave what is learned as it is come before those that do not, but for moments in 8 bit,
+which cost an update less time than moments in host memory; sizes and numbers of samples are not
+touched, because they are the run's purpose. What a change costs in time is in its
 estimate, as far as operations say it.
 """
 
@@ -14,6 +15,7 @@ from typing import Any, Callable, Iterator
 
 import torch
 
+from tempflow import eight_bit
 from tempflow.config import Config, parse_config
 from tempflow.errors import UserError
 from tempflow.estimate.estimate import Estimate
@@ -121,6 +123,10 @@ def options(gpus: int) -> list[Option]:
             "ranks exchange gradients, and at stage 3 weights, in every micro-batch",
         ),
         Option(
+            _moments_in_8_bit,
+            "the optimizer's moments are rounded to 8 bit; needs bitsandbytes, the extra quantize",
+        ),
+        Option(
             _offloaded, "the optimizer's state is in host memory, and every update crosses the bus"
         ),
         Option(
@@ -145,10 +151,28 @@ def _zero(config: Config, **changes) -> Changes:
     }
 
 
+def _moments_in_8_bit(config: Config, _: Estimate) -> Changes | None:
+    optimizer = config.deepspeed["optimizer"]
+    if _offloads(config) or str(optimizer.get("type")).lower() != "adamw":
+        return None
+    params = optimizer.get("params", {})
+    taken = {key: value for key, value in params.items() if key in eight_bit.PARAMS}
+    return {"deepspeed.optimizer": {"type": eight_bit.TYPE, "params": taken}}
+
+
+def _offloads(config: Config) -> bool:
+    zero = config.deepspeed.get("zero_optimization", {})
+    return any(key in zero for key in ("offload_optimizer", "offload_param"))
+
+
 def _offloaded(config: Config, _: Estimate) -> Changes | None:
     if "offload_optimizer" in config.deepspeed.get("zero_optimization", {}):
         return None
     found = _zero(config, stage=max(1, _stage(config)), offload_optimizer={"device": "cpu"})
+    optimizer = config.deepspeed["optimizer"]
+    if eight_bit.asks_for(optimizer):
+        params = {**optimizer.get("params", {}), "torch_adam": True}
+        found["deepspeed.optimizer"] = {"type": "AdamW", "params": params}
     return found | {
         "deepspeed.zero_force_ds_cpu_optimizer": False
     }  # else DeepSpeed compiles an optimizer of its own

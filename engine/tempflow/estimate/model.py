@@ -9,6 +9,7 @@ from typing import Callable
 
 import torch
 
+from tempflow import eight_bit
 from tempflow.config import Config, Lora
 from tempflow.errors import UserError, brief
 from tempflow.estimate import measure
@@ -59,6 +60,8 @@ class Weights:
     """Bytes of parameters alone."""
     largest_adapted: int
     """Elements of the largest weight that has an adapter."""
+    eight_bit: int
+    """Bytes of an 8-bit optimizer's state of each trained one by itself."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,6 +239,7 @@ def _trained(path: str, dtype: torch.dtype, lora: str | None) -> _Trained:
         module_bytes(module),
         tensor_bytes(parameters),
         adapted,
+        sum(eight_bit.state_bytes(p.numel()) for p in trained),
     )
     return _Trained(module, measure.shorten(module), weights, dtype)
 

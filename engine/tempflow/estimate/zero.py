@@ -7,6 +7,7 @@ import math
 
 import torch
 
+from tempflow import eight_bit
 from tempflow.errors import UserError, shown
 
 STATES = {
@@ -52,6 +53,7 @@ class Zero:
         self.stage = int(self._zero.get("stage", 0))
         self._accumulate = self._accumulation(ds)
         self._states, self._torch_adam = _optimizer(ds["optimizer"])
+        self._eight_bit = eight_bit.asks_for(ds["optimizer"])
         own = -(-weights.trained // gpus) if self.stage else weights.trained
         self._own = own
         self.whole_fp32 = 4 * weights.trained
@@ -77,9 +79,22 @@ class Zero:
 
     def _optimizer_state(self) -> int:
         if self.stage:
-            return self._own * 4 * (1 + self._states)  # fp32 master weights and states, flat
+            return self._flat(self._own)
         counters = 4 * self._weights.tensors if self._torch_adam else 0
-        return self._own * self._dtype.itemsize * self._states + counters
+        return self._own_states + counters
+
+    def _flat(self, elements: int) -> int:
+        """From stage 1 on: fp32 master weights and states, as one tensor."""
+        if self._eight_bit:
+            return elements * 4 + eight_bit.state_bytes(elements)
+        return elements * 4 * (1 + self._states)
+
+    @property
+    def _own_states(self) -> int:
+        """At stage 0: states of each tensor by itself."""
+        if self._eight_bit:
+            return self._weights.eight_bit
+        return self._weights.trained * self._dtype.itemsize * self._states
 
     def _gradients(self, offloaded: bool) -> int:
         trained, accumulate = self._weights.trained, self._accumulate.itemsize
@@ -136,9 +151,7 @@ class Zero:
     @property
     def saved_optimizer(self) -> int:
         """Of the optimizer's state there, with fp32 master weights from stage 1 on."""
-        return self._weights.trained * (
-            4 * (1 + self._states) if self.stage else self._dtype.itemsize * self._states
-        )
+        return self._flat(self._weights.trained) if self.stage else self._own_states
 
     def _step(self) -> int:
         """torch's AdamW makes a temporary of the size of what it updates at a time; gradients

@@ -18,6 +18,7 @@ import deepspeed
 import torch
 from deepspeed.utils import safe_get_full_fp32_param
 
+from tempflow import eight_bit
 from tempflow.compat import compile_repeated_blocks
 from tempflow.config import Config, Lora
 from tempflow.errors import UserError
@@ -90,7 +91,10 @@ class Runtime:
         ds = self._deepspeed_config(module)
         call_by_position(module, ds.get("zero_optimization", {}))
         self.engine, *_ = deepspeed.initialize(
-            model=module, model_parameters=list(self.trainable.values()), config=ds
+            model=module,
+            optimizer=eight_bit.maker(config.deepspeed["optimizer"]),
+            model_parameters=list(self.trainable.values()),
+            config=ds,
         )
         self.module = self.engine.module
         self._base_lrs = [group["lr"] for group in self.engine.optimizer.param_groups]
@@ -115,6 +119,8 @@ class Runtime:
 
     def _deepspeed_config(self, module: torch.nn.Module) -> dict:
         ds = copy.deepcopy(self.config.deepspeed)
+        if eight_bit.asks_for(ds["optimizer"]):
+            del ds["optimizer"]
         if "zero_optimization" in ds:
             ds["zero_optimization"] = leaf_section(ds["zero_optimization"], module)
         ds.setdefault("steps_per_print", 10**9)
