@@ -1,4 +1,4 @@
-# make install | train | test | clean. PYTHON chooses the interpreter (3.10 to 3.12); on a GPU machine the same commands use the GPU.
+# make install | train | test | docs | clean. PYTHON chooses the interpreter (3.10 to 3.12); on a GPU machine the same commands use the GPU.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,7 +11,7 @@ CONFIG ?= configs/tiny_ocr.json
 # Test processes side by side; each gets its share of the cores.
 WORKERS ?= 2
 
-.PHONY: install train test clean
+.PHONY: install train test docs clean
 
 install: $(VENV)/.installed
 
@@ -25,8 +25,13 @@ train: install
 test: install $(VENV)/triton-$(CUDA_TRITON)
 	$(BIN)/python -m pytest tests -n $(WORKERS) --dist loadfile $(ARGS)
 
+# The documentation site, in site/; a warning is an error.
+docs: install
+	$(BIN)/python -m mkdocs build --strict --quiet
+	@echo "site/index.html"
+
 $(VENV)/triton-$(CUDA_TRITON): | install
 	-$(BIN)/python -m pip --disable-pip-version-check install -q --no-deps --target $@ triton==$(CUDA_TRITON)
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache engine/*.egg-info
+	rm -rf $(VENV) build dist site .pytest_cache engine/*.egg-info

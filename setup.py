@@ -8,6 +8,13 @@ ROOT = Path(__file__).parent
 DATASETS = ["datasets>=4.0"]  # prompts from hub datasets
 SERVER = ["fastapi>=0.115", "uvicorn>=0.30"]  # engine/reward_server.py
 QUANTIZE = ["bitsandbytes>=0.50"]  # deepspeed.optimizer of type AdamW8bit
+DOCS = [  # the documentation site: make docs
+    "mkdocs>=1.6,<2",
+    "mkdocs-material>=9.5",
+    "mkdocstrings>=1.0",
+    "mkdocstrings-python>=2.0",
+    "latex2mathml>=3.78",
+]
 GENEVAL = ["scipy>=1.11"]  # recipes/geneval.py: transformers' Mask2Former asks for it
 
 setup(
@@ -65,6 +72,7 @@ setup(
         "quantize": QUANTIZE,
         "geneval": GENEVAL,
         "datasets": DATASETS,
+        "docs": DOCS,
         "dev": [
             "pytest>=8",
             "pytest-xdist>=3",
@@ -76,6 +84,7 @@ setup(
             *QUANTIZE,
             *GENEVAL,
             *DATASETS,
+            *DOCS,
         ],
     },
 )

@@ -14,14 +14,15 @@ COLUMNS = {
     "simulated GPU": "and on a simulated GPU",
     "hardware": "on hardware",
 }
+ORDER = ("Families", "Methods", "Rewards")  # first, in this order
 
 
 def table(entries: list[dict]) -> str:
-    """A row for every area; in each column the parts whose best evidence is of that kind. Families:
-    see make_models_table.py."""
-    entries = [entry for entry in entries if entry["area"] != "Families"]
+    """A row for every area; in each column the parts whose best evidence is of that kind. More on
+    model families: make_models_table.py."""
     lines = ["| | " + " | ".join(COLUMNS.values()) + " |", "|---|" + "---|" * len(COLUMNS)]
-    for area in dict.fromkeys(entry["area"] for entry in entries):
+    areas = dict.fromkeys(entry["area"] for entry in entries)
+    for area in sorted(areas, key=lambda area: (ORDER + (area,)).index(area)):
         own = [entry for entry in entries if entry["area"] == area]
         lines.append(f"| {area} | " + " | ".join(_cell(own, status) for status in COLUMNS) + " |")
     return "\n".join(lines)
@@ -32,11 +33,8 @@ def _cell(entries: list[dict], status: str) -> str:
 
 
 def _name(entry: dict) -> str:
-    return (
-        f"{entry['path']} ({entry['card']}, {entry['date']})"
-        if entry["status"] == "hardware"
-        else entry["path"]
-    )
+    name = entry.get("name", entry["path"])
+    return f"{name} ({entry['card']}, {entry['date']})" if entry["status"] == "hardware" else name
 
 
 def files() -> dict[Path, str]:

@@ -1,4 +1,4 @@
-"""Writes README's table of models and how far each is verified: python docs/make_models_table.py
+"""Writes the table of docs/models.md, how far each model is verified: python docs/make_models_table.py
 
 Its rows are the model families of `python -m tempflow components`; its cells are the parameters of
 the tests that the columns name, which run every family of tests/engine/family_cases.py, and the
@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-README, HARDWARE = ROOT / "README.md", ROOT / "benchmarks/results/hardware.json"
+PAGE, HARDWARE = ROOT / "docs/models.md", ROOT / "benchmarks/results/hardware.json"
 BEGIN, END = "<!-- models:begin (python docs/make_models_table.py) -->", "<!-- models:end -->"
 COLUMNS = {  # the tests that show it, by module
     "equals its pipeline": ("test_families", "test_sample_equals_the_pipeline"),
@@ -126,12 +126,12 @@ def _on_hardware(name: str | None) -> str:
 
 
 def files() -> dict[Path, str]:
-    """What is generated: the text of README with its table. ValueError where its markers are
+    """What is generated: the text of the page with its table. ValueError where its markers are
     missing."""
-    text = README.read_text(encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
-    return {README: f"{before}{BEGIN}\n{table()}\n{END}{after}"}
+    return {PAGE: f"{before}{BEGIN}\n{table()}\n{END}{after}"}
 
 
 if __name__ == "__main__":

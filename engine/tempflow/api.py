@@ -106,7 +106,7 @@ def sample(
     """Draw prompts with a run's model.
 
     Args:
-        run, checkpoint, weights, base, num_steps: as of `evaluate`.
+        run: as of `evaluate`, and so are checkpoint, weights, base and num_steps.
         prompts: n texts.
         images: condition images, for models that edit: n entries, each an image or a list of
             images; an image is a file, a PIL image or a uint8 array [H, W, 3].

@@ -1,8 +1,8 @@
 """Names for what a profiler sees: NVTX ranges in the domain "tempflow", and the bracket for
 `--profile START:STOP`.
 
-Without a profiler attached a range costs two microseconds. Use: nsys profile -t cuda,nvtx (README,
-"Profiling with Nsight").
+Without a profiler attached a range costs two microseconds. Use: nsys profile -t cuda,nvtx, see
+docs/profiling.md.
 """
 
 from __future__ import annotations

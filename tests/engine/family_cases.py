@@ -88,7 +88,7 @@ class Family:
     sizes: tuple[tuple[int, int], ...] = ((32, 96), (48, 48))
     """Heights and widths at which it is compared with the pipeline."""
     models: str = ""
-    """Those that it stands for, as README's table names them."""
+    """Those that it stands for, as the table of docs/models.md names them."""
 
     @property
     def cases(self) -> list[tuple[float, list[str] | None]]:

@@ -164,7 +164,7 @@ def test_an_hour_of_the_first_run_on_flux():
 
 
 def test_shipped_flux_configs_fit_their_cards(flux):
-    """As the README's section on FLUX.1 says."""
+    """As docs/scaling.md says."""
     lora, zero3 = items(flux["lora"]), items(flux["zero3"])
     assert flux["lora"].fits and flux["zero3"].fits
     assert (

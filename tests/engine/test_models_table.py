@@ -1,5 +1,5 @@
-"""README's table of models says what the tests over family_cases.py show, and hardware.json has a
-line for every family."""
+"""The table of docs/models.md says what the tests over family_cases.py show, and hardware.json has
+a line for every family."""
 
 import importlib.util
 import json
@@ -22,7 +22,7 @@ def script():
     return module
 
 
-def test_readme_has_it_as_the_tests_are_now(script):
+def test_the_page_has_it_as_the_tests_are_now(script):
     for file, text in script.files().items():
         assert file.read_text(encoding="utf-8") == text, "python docs/make_models_table.py"
 

@@ -75,9 +75,9 @@ def test_the_page_is_fresh():
     )
 
 
-def test_what_readme_names_is_in_the_table():
+def test_what_the_training_page_names_is_in_the_table():
     text = (
-        (ROOT / "README.md")
+        (ROOT / "docs/training.md")
         .read_text(encoding="utf-8")
         .split("| key | meaning |")[1]
         .split("\n\n")[0]
