@@ -42,7 +42,7 @@ def test_what_is_made_while_it_is_built(site):
     assert "$`" not in page("method") and "\\frac" not in page("method")
     assert "make train" in page("") and "Contributing" in page("contributing")
     assert "group_loss" in page("kernels")
-    link = re.search(r'href="([^"]*late_branches[^"]*)"', page("extending"))[1]
+    link = re.search(r'href="([^"]*examples/plan[^"]*)"', page("extending"))[1]
     assert (site / "extending" / link / "index.html").resolve().exists()
     for name in ("train", "evaluate", "sample"):
         assert f'id="tempflow.api.{name}"' in page("api/engine")
