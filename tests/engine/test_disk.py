@@ -176,7 +176,7 @@ def test_room_for_none_is_refused(tmp_path, monkeypatch):
 def test_a_start_is_refused_before_anything_is_loaded_or_written(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
-    monkeypatch.setattr("tempflow.training.loop.Trainer", None)
+    monkeypatch.setattr("tempflow.training.assemble.Trainer", None)
     file = write_config(tmp_path, logging={"dir": str(tmp_path / "runs")})
     done = script_here("train", "--config", file)
     assert (

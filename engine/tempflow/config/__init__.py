@@ -1,11 +1,11 @@
 """The JSON config of a run: its keys, loading it, and the checks that need no model."""
 
 from tempflow.config.load import load_config, parse_config
-from tempflow.config.schema import (
+from tempflow.config.schema import Config
+from tempflow.config.sections import (
     Adapt,
     AdaptNoise,
     Checkpoint,
-    Config,
     Curation,
     Data,
     Ema,

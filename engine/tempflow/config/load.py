@@ -14,7 +14,8 @@ from pydantic import BaseModel, ValidationError
 from tempflow import registry
 from tempflow.config import strict_json
 from tempflow.config.moved import MOVED, translate
-from tempflow.config.schema import Config, HubDataset
+from tempflow.config.schema import Config
+from tempflow.config.sections import HubDataset
 from tempflow.errors import VALUE, UserError, brief, note, shortened, shown
 from tempflow.run import places
 

@@ -12,17 +12,15 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Iterator
 
 from tempflow.checkpoints import load, save
-from tempflow.config import Config
 from tempflow.data.curation import Curation, Draw
 from tempflow.data.prompts import digests
-from tempflow.errors import UserError, shown
 from tempflow.profiling import Profile, span
-from tempflow.rewards import RewardPool, RewardSpec, kinds_of
+from tempflow.rewards import kinds_of
 from tempflow.run.console import Console
-from tempflow.run.environment import describe, device_name, versions
+from tempflow.run.environment import device_name, versions
 from tempflow.run.failures import TooManyFailed
 from tempflow.run.recorder import Recorder
 from tempflow.run.stopping import StopRule
@@ -31,7 +29,7 @@ from tempflow.training import distributed
 from tempflow.training.adapt import Adapt
 from tempflow.training.credit import make_parts, reward_metrics, suffix_metrics, update_metrics
 from tempflow.training.evaluator import Evaluator
-from tempflow.training.micro_batches import choose
+from tempflow.training.passes import Passes
 from tempflow.training.rollout import (
     RolledOut,
     Scored,
@@ -40,10 +38,9 @@ from tempflow.training.rollout import (
     plan_iteration,
     roll_out,
 )
-from tempflow.training.session import Session, build, check_rewards
-from tempflow.training.shares import check_shares, prompt_order, prompts_reached
-from tempflow.training.update import Part, Updater
-from tempflow.types import Advantages, Example, Unit
+from tempflow.training.session import Session, check_rewards
+from tempflow.training.shares import prompt_order
+from tempflow.types import Advantages
 
 
 @dataclass(frozen=True)
@@ -73,12 +70,10 @@ class Trainer:
             else None
         )
         self.adapt = Adapt(self.config.rollout.adapt, session.plan)
-        self.updater = Updater(
-            session.runtime, session.sampler, session.objective, session.penalty, session.embed
-        )
+        self.passes = Passes(session, recorder, self._save_new)
         self.evaluator = Evaluator(session, recorder)
         self.rule = StopRule(self.config.eval.stop) if self.config.eval.stop else None
-        self.iteration, self.elapsed, self.images, self.skipped_in_a_row = 0, 0.0, 0, 0
+        self.iteration, self.elapsed, self.images = 0, 0.0, 0
         self.seconds: dict[str, float] = {}  # of the parts of this iteration, on this rank
         # iteration of the newest checkpoint; before the first update there is nothing to save
         self.saved = 0
@@ -149,8 +144,7 @@ class Trainer:
             if self._due(self.config.checkpoint.every):
                 self._save()
         self.profile.before(self.iteration)
-        if self.saved != self.iteration:
-            self._save()
+        self._save_new()
         self.stopped = bool(distributed.reduce(self.session.stop(), "max"))
         self._say_why_it_ended()
 
@@ -169,8 +163,8 @@ class Trainer:
     def _save_before(self, error: TooManyFailed) -> None:
         """Keep the work so far where the rewards failed; where the model did, the checkpoints
         before stay as they are."""
-        if not error.model_broken and self.saved != self.iteration:
-            self._save()
+        if not error.model_broken:
+            self._save_new()
 
     def _done(self) -> bool:
         """All ranks together: the last iteration, the time limit, the stopping rule, or a
@@ -209,9 +203,8 @@ class Trainer:
             return None
         credit = self.session.advantage(layout.slots, rollout.scored.rewards)
         with self._timed("train"):
-            updates, forwards = self._passes(
-                make_parts(self.session, rollout.rolled, credit, self.adapt.candidates)
-            )
+            parts = make_parts(self.session, rollout.rolled, credit, self.adapt.candidates)
+            updates, forwards = self.passes.take(parts, self.iteration, self._lr_factor)
         with self._timed("sync"), span("weight sync"):
             self._refresh()
         metrics = self._metrics(rollout, credit, updates, forwards) | self._curate(
@@ -291,66 +284,6 @@ class Trainer:
         if self.config.rollout.replica:
             self.session.runtime.refresh(self.session.policy.denoiser())
 
-    def _passes(self, parts: list[Part]) -> tuple[list[dict], int]:
-        """All updates of an iteration; returns their metrics, and the rows forwarded beside them on
-        all ranks."""
-        passes, updates, forwards = self.config.training.updates.passes, [], 0
-        steps = sum(len(part.batches) for part in parts)
-        with self.recorder.console.phase("train", passes * steps) as advance:
-            if self.iteration == 0 and parts:
-                self._check_replay(parts[0])
-            for part in parts[
-                1:
-            ]:  # the first update moves the weights that these are compared with
-                forwards += self.updater.remember(part)
-            for _ in range(passes):
-                for part in parts:
-                    updates.append(self.updater.update(part, self._lr_factor(), advance))
-                    self._after(updates)
-        return updates, int(distributed.reduce(forwards))
-
-    def _after(self, updates: list[dict]) -> None:
-        if updates[-1]["skipped"]:
-            self._skipped(len(updates), updates[-1]["broken"])
-            return
-        self.skipped_in_a_row = 0
-        if self.session.average:
-            self.session.average.update()
-
-    def _skipped(self, number: int, broken: list[Unit]) -> None:
-        """Say which prompts broke an update; UserError, with the weights saved, when it happens
-        again and again."""
-        self.skipped_in_a_row += 1
-        gathered = distributed.gather_objects(
-            [self.session.prompts[unit.prompt_id].text for unit in broken]
-        )
-        texts = list(dict.fromkeys(text for texts in gathered or [] for text in texts))
-        named = ", ".join(map(shown, texts[:5])) + (" and others" if len(texts) > 5 else "")
-        cause = f"log-probabilities of {named}" if texts else "gradient"
-        self.recorder.note(
-            f"warning: iteration {self.iteration + 1}, update {number} skipped: {cause} not finite;"
-            " weights unchanged"
-        )
-        if self.skipped_in_a_row > self.config.training.max_skipped:
-            if self.saved != self.iteration:
-                self._save()
-            raise UserError(
-                f"{self.skipped_in_a_row} updates in a row had no finite gradient, more than"
-                f" training.max_skipped ({self.config.training.max_skipped}) allows; the weights"
-                " before them are saved. A lower learning rate, or more precision in the deepspeed"
-                " section and model.dtype, may help"
-            )
-
-    def _check_replay(self, part: Part) -> None:
-        deviation = float(distributed.reduce(self.updater.replay_deviation(part.batches[0]), "max"))
-        allowed = min(self.session.objective.clip_high, 1e-2)
-        if deviation > 0.1 * allowed:
-            self.recorder.note(
-                "warning: two passes over the same states with the same weights give ratios up to"
-                f" {deviation:.1e} from 1 (clip_high {allowed:.1e}). Dropout, non-deterministic"
-                " kernels or too low a precision in the deepspeed section cause this."
-            )
-
     def _progress(self) -> float:
         """How far the run is, in [0, 1]: by iterations, or by the time limit where that is
         nearer."""
@@ -419,6 +352,11 @@ class Trainer:
             )
         self.saved = self.iteration
 
+    def _save_new(self) -> None:
+        """A checkpoint, unless this iteration has one."""
+        if self.saved != self.iteration:
+            self._save()
+
     def _restore(self, path: Path) -> None:
         s = self.session
         state = load.restore(s.runtime, s.average, path, self.recorder.note)
@@ -433,51 +371,3 @@ class Trainer:
         self.evaluator.load(state)
         self.saved = self.iteration
         self._refresh()
-
-
-def train(
-    config: Config,
-    run_dir: Path,
-    resume_from: Path | None,
-    prompts: list[Example],
-    heldout: list[Example],
-    specs: list[RewardSpec],
-    *,
-    stop: Callable[[], bool],
-    report: Callable[[Path], Path],
-    profile: Profile | None = None,
-) -> dict | None:
-    """Assemble a run and train it (a collective); returns the summary on rank 0.
-
-    Args:
-        config: checked.
-        run_dir: claimed for this run.
-        resume_from: a whole checkpoint of this run, or None.
-        prompts, heldout: of training and evaluation.
-        specs: the config's rewards.
-        stop: whether the run was asked to stop.
-        report: draws the run so far and returns the file it wrote.
-        profile: the iterations that a profiler sees.
-    """
-    check_shares(config, prompts, heldout)
-    recorder = distributed.on_first_rank(lambda: Recorder(config, run_dir, report)) or Recorder(
-        config, run_dir, report, main=False
-    )
-    recorder.note(describe(distributed.world_size()))
-    reached = prompts_reached(config, prompts)
-    with RewardPool(specs, **config.reward_pool.pool()) as pool:
-        session = build(
-            config,
-            prompts,
-            heldout[: config.eval.prompts],
-            specs,
-            pool=pool,
-            reached=reached,
-            stop=stop,
-            note=recorder.note,
-        )
-        embedded = list(range(len(prompts))) if reached is None else reached
-        choose(
-            session, embedded, load.read_state(resume_from).get("config") if resume_from else None
-        )
-        return Trainer(session, recorder, profile).run(resume_from)

@@ -110,7 +110,7 @@ def start(
     from tempflow.estimate import check_room, disk_of
     from tempflow.models.attention import check_attention
     from tempflow.run.report import write_report
-    from tempflow.training.loop import train
+    from tempflow.training.assemble import train
     from tempflow.training.precision import dtypes, shares_base
     from tempflow.training.shares import guides_in_one
     from tempflow.training.signals import StopSignal

@@ -1,0 +1,31 @@
+"""The config's sections: a module for each reason to change one. Help stands beside each key."""
+
+from tempflow.config.sections.data import Curation, Data, HubDataset
+from tempflow.config.sections.evaluation import Eval, Stop
+from tempflow.config.sections.model import Lora, Model
+from tempflow.config.sections.records import Checkpoint, Logging
+from tempflow.config.sections.rewards import RewardPoolSection
+from tempflow.config.sections.rollout import Adapt, AdaptNoise, Rollout, Suffix
+from tempflow.config.sections.training import Ema, Merge, Training, Updates, ValueWeights
+
+__all__ = [
+    "Adapt",
+    "AdaptNoise",
+    "Checkpoint",
+    "Curation",
+    "Data",
+    "Ema",
+    "Eval",
+    "HubDataset",
+    "Logging",
+    "Lora",
+    "Merge",
+    "Model",
+    "RewardPoolSection",
+    "Rollout",
+    "Stop",
+    "Suffix",
+    "Training",
+    "Updates",
+    "ValueWeights",
+]

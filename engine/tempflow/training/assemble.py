@@ -1,0 +1,67 @@
+"""Puts the parts of a run together and trains it: recorder, reward workers, session."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Callable
+
+from tempflow.checkpoints import load
+from tempflow.config import Config
+from tempflow.profiling import Profile
+from tempflow.rewards import RewardPool, RewardSpec
+from tempflow.run.environment import describe
+from tempflow.run.recorder import Recorder
+from tempflow.training import distributed
+from tempflow.training.loop import Trainer
+from tempflow.training.micro_batches import choose
+from tempflow.training.session import build
+from tempflow.training.shares import check_shares, prompts_reached
+from tempflow.types import Example
+
+
+def train(
+    config: Config,
+    run_dir: Path,
+    resume_from: Path | None,
+    prompts: list[Example],
+    heldout: list[Example],
+    specs: list[RewardSpec],
+    *,
+    stop: Callable[[], bool],
+    report: Callable[[Path], Path],
+    profile: Profile | None = None,
+) -> dict | None:
+    """Assemble a run and train it (a collective); returns the summary on rank 0.
+
+    Args:
+        config: checked.
+        run_dir: claimed for this run.
+        resume_from: a whole checkpoint of this run, or None.
+        prompts, heldout: of training and evaluation.
+        specs: the config's rewards.
+        stop: whether the run was asked to stop.
+        report: draws the run so far and returns the file it wrote.
+        profile: the iterations that a profiler sees.
+    """
+    check_shares(config, prompts, heldout)
+    recorder = distributed.on_first_rank(lambda: Recorder(config, run_dir, report)) or Recorder(
+        config, run_dir, report, main=False
+    )
+    recorder.note(describe(distributed.world_size()))
+    reached = prompts_reached(config, prompts)
+    with RewardPool(specs, **config.reward_pool.pool()) as pool:
+        session = build(
+            config,
+            prompts,
+            heldout[: config.eval.prompts],
+            specs,
+            pool=pool,
+            reached=reached,
+            stop=stop,
+            note=recorder.note,
+        )
+        embedded = list(range(len(prompts))) if reached is None else reached
+        choose(
+            session, embedded, load.read_state(resume_from).get("config") if resume_from else None
+        )
+        return Trainer(session, recorder, profile).run(resume_from)
