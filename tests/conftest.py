@@ -4,6 +4,9 @@ Without a GPU the Triton kernels run interpreted, which has to be set before any
 triton, as diffusers and transformers do, and tests marked `gpu` are skipped. With one, every test
 that runs a kernel on it is marked `gpu`, so that `-m gpu` is all of a GPU's part. Tests marked
 `cpu` stay on the CPU wherever they run.
+
+UNIT names the files of quick tests, which `-m unit` selects: no training run and no model but a
+stub, so that together they take a minute.
 """
 
 import os
@@ -29,10 +32,23 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+UNIT = {
+    "engine": """advantages checkpoint config curation drift errors fake_gpu layout models_table
+    objectives penalties processors prompt_images prompts pulls repeats sde shipped_configs
+    strictness unequal_children weights""",
+    "report": "byproducts console metrics report verdict",
+    "rewards": """normal_form quotes reward_combine reward_fit reward_geneval reward_ocr
+    reward_vlm""",
+}
+UNIT = {Path(folder, f"test_{name}.py") for folder in UNIT for name in UNIT[folder].split()}
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items):
-    there = torch.cuda.is_available()
+    there, here = torch.cuda.is_available(), Path(__file__).parent
     for item in items:
+        if item.path.relative_to(here) in UNIT and not item.get_closest_marker("slow"):
+            item.add_marker("unit")
         if there and _parameters(item).get("device") == "triton":
             item.add_marker("gpu")
         if not there and item.get_closest_marker("gpu"):
