@@ -1,4 +1,4 @@
-# make install | train | test | docs | clean. PYTHON chooses the interpreter (3.10 to 3.12); on a GPU machine the same commands use the GPU.
+# make install | train | check | test | docs | clean. PYTHON chooses the interpreter (3.10 to 3.12); on a GPU machine the same commands use the GPU.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,11 +11,11 @@ CONFIG ?= configs/tiny_ocr.json
 # Test processes side by side; each gets its share of the cores.
 WORKERS ?= 2
 
-.PHONY: install train test docs clean
+.PHONY: install train lint check test docs clean
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: setup.py constraints.txt constraints-gpu.txt scripts/install.sh
+$(VENV)/.installed: pyproject.toml constraints.txt constraints-gpu.txt scripts/install.sh
 	PYTHON=$(PYTHON) scripts/install.sh $(VENV) $(CONSTRAINTS)
 	touch $@
 
@@ -30,8 +30,19 @@ docs: install
 	$(BIN)/python -m mkdocs build --strict --quiet
 	@echo "site/index.html"
 
+# Style, spelling and types; seconds once mypy has its cache.
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+	$(BIN)/mypy
+
+# What to run before each commit.
+check: lint
+	$(BIN)/python -m pytest tests -m unit -n $(WORKERS) --dist loadfile -q $(ARGS)
+
 $(VENV)/triton-$(CUDA_TRITON): | install
 	-$(BIN)/python -m pip --disable-pip-version-check install -q --no-deps --target $@ triton==$(CUDA_TRITON)
 
 clean:
-	rm -rf $(VENV) build dist site .pytest_cache engine/*.egg-info
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache engine/*.egg-info

@@ -39,10 +39,10 @@ class Kept(Reward):
         check_conditions(prompts, metadata)  # refuses a prompt without an image at the start
 
     def score(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> Scores:
-        befores = [self._small(condition_images(entry)[0]) for entry in metadata]
+        originals = [self._small(condition_images(entry)[0]) for entry in metadata]
         apart = [
-            np.sqrt(np.square(self._small(after) - before).mean())
-            for after, before in zip(images, befores, strict=True)
+            np.sqrt(np.square(self._small(after) - original).mean())
+            for after, original in zip(images, originals, strict=True)
         ]
         return Scores(1 - np.array(apart))
 

@@ -6,6 +6,8 @@ use the modules below it. Importing this package loads no torch, so that reward 
 
 import importlib
 
+__version__ = "0.2.0"  # the one place that states it; pyproject.toml reads it here
+
 _HOMES = {
     "evaluate": "tempflow.api",
     "load_policy": "tempflow.models",

@@ -3,17 +3,16 @@ console scripts."""
 
 import importlib
 import json
-import runpy
 import subprocess
 import sys
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
 from engine_cases import ROOT, config_table, examples, small_config
 from pipelines_sd3 import sd3_pipeline
 from run_cases import Run, environment
+from setuptools.config.pyprojecttoml import read_configuration
 
 import tempflow
 from tempflow.config import load_config
@@ -149,11 +148,7 @@ def test_arguments_that_are_refused(tmp_path, arguments, words):
 
 
 def console_scripts() -> dict[str, str]:
-    with mock.patch("setuptools.setup") as setup, mock.patch.object(sys, "argv", ["setup.py"]):
-        runpy.run_path(str(ROOT / "setup.py"))
-    return dict(
-        line.split(" = ") for line in setup.call_args.kwargs["entry_points"]["console_scripts"]
-    )
+    return read_configuration(ROOT / "pyproject.toml")["project"]["scripts"]
 
 
 def test_console_scripts(capsys):

@@ -88,9 +88,9 @@ def draw_pairs(args: argparse.Namespace, draft: Path) -> str:
     drawn, missing = tuned.draw(
         config, {"base": None, "tuned": chosen}, prompts, num_steps=args.num_steps, seed=args.seed
     )
-    befores = [collage.conditions(prompt, drawn[0].shape[-3]) for prompt in prompts]
+    conditions = [collage.conditions(prompt, drawn[0].shape[-3]) for prompt in prompts]
     names, strips = [], []
-    for n, (before, *pair) in enumerate(zip(befores, *drawn, strict=True)):
+    for n, (before, *pair) in enumerate(zip(conditions, *drawn, strict=True)):
         names.append(encoded(collage.row([*before, *pair])).write(draft, f"{n:04d}"))
         strips.append(collage.row([*before, *map(still, pair)]))
     encoded(collage.column(strips)).write(draft, "all")
@@ -98,7 +98,7 @@ def draw_pairs(args: argparse.Namespace, draft: Path) -> str:
         "".join(f"{name}\t{p.text}\n" for name, p in zip(names, prompts, strict=True)),
         encoding="utf-8",
     )
-    left = "condition images, base" if any(befores) else "left base"
+    left = "condition images, base" if any(conditions) else "left base"
     written = (
         f"{len(names)} pairs in {args.out}: {left}, right iteration {chosen.iteration}"
         f" ({chosen.which} weights)"

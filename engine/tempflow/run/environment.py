@@ -16,6 +16,7 @@ from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import tempflow
 from tempflow.errors import UserError
 
 LAUNCH = (
@@ -34,8 +35,9 @@ INSTEAD = "DS_ACCELERATOR=cpu before the command runs it on the CPU all the same
 
 
 def versions() -> dict[str, str]:
-    """Python and the libraries that results depend on; what is not installed is left out."""
-    found = {"python": platform.python_version()}
+    """This package, Python, and the libraries that results depend on; libraries that are not
+    installed are left out."""
+    found = {"tempflow": tempflow.__version__, "python": platform.python_version()}
     for name in ("torch", "triton", "diffusers", "transformers", "peft", "deepspeed"):
         try:
             found[name] = version(name)
