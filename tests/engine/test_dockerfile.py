@@ -1,0 +1,71 @@
+"""What can be checked of the Dockerfile where there is no Docker: names, versions and order."""
+
+import fnmatch
+import json
+import re
+
+import pytest
+from engine_cases import ROOT
+from setuptools.config.pyprojecttoml import read_configuration
+
+TEXT = (ROOT / "Dockerfile").read_text()
+
+
+def steps() -> list[tuple[str, str]]:
+    """(instruction, its arguments), without comments and with continued lines joined."""
+    code = "\n".join(line for line in TEXT.splitlines() if not line.startswith("#"))
+    joined = re.sub(r"\\\n\s*", " ", code)
+    lines = [line.split(None, 1) for line in joined.splitlines() if line.strip()]
+    return [(name, arguments.strip()) for name, arguments in lines]
+
+
+def of(instruction: str) -> list[str]:
+    return [arguments for name, arguments in steps() if name == instruction]
+
+
+COPIED = [source for arguments in of("COPY") for source in arguments.split()[:-1]]
+
+
+def test_it_holds_known_instructions_after_a_base():
+    assert steps()[0][0] == "FROM"
+    assert {name for name, _ in steps()} <= {"FROM", "ENV", "RUN", "WORKDIR", "COPY", "USER", "CMD"}
+    assert json.loads(of("CMD")[-1])
+
+
+@pytest.mark.parametrize("source", COPIED)
+def test_what_it_copies_exists_and_is_sent_to_the_builder(source):
+    kept = [
+        line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line[:1] == "!"
+    ]
+    assert (ROOT / source).exists() and any(fnmatch.fnmatch(source, name) for name in kept)
+
+
+def test_it_copies_what_the_build_reads():
+    table = read_configuration(ROOT / "pyproject.toml", expand=False)
+    needed = {"pyproject.toml", "constraints-gpu.txt", "README.md"}
+    needed |= set(table["project"]["license-files"])
+    needed |= set(table["tool"]["setuptools"]["packages"]["find"]["where"])
+    assert needed <= set(COPIED)
+
+
+def test_versions_come_from_the_constraints_alone():
+    installs = [part for run in of("RUN") for part in run.split("&&") if "pip install" in part]
+    assert len(installs) == 3
+    assert all("-c constraints-gpu.txt" in part and "==" not in part for part in installs)
+    extras = re.search(r"\.\[([\w,]+)\]", installs[-1])[1].split(",")
+    known = read_configuration(ROOT / "pyproject.toml", expand=False)["project"][
+        "optional-dependencies"
+    ]
+    assert "gpu" in extras and set(extras) <= set(known)
+
+
+def test_the_base_has_the_cuda_of_the_pinned_torch():
+    """torch 2.13's default wheels are built for CUDA 13; another torch asks for another base."""
+    torch = re.search(r"^torch==([\d.]+)$", (ROOT / "constraints-gpu.txt").read_text(), re.M)[1]
+    cuda = re.match(r"nvidia/cuda:(\d+)\.[\d.]+-devel-ubuntu24\.04$", of("FROM")[0])[1]
+    assert {"2.13.0": "13"}[torch] == cuda
+
+
+def test_it_ends_as_a_user_that_is_not_root():
+    names = [name for name, _ in steps()]
+    assert of("USER") == ["tempflow"] and "RUN" not in names[names.index("USER") :]
