@@ -34,7 +34,8 @@ if not torch.cuda.is_available():
 
 UNIT = {
     "engine": """advantages checkpoint config curation dockerfile drift errors fake_gpu layout
-    models_table objectives penalties processors prompt_images prompts pulls release repeats sde shipped_configs
+    models_table objectives penalties processors prompt_images prompts pulls release repeats sde
+    shipped_configs
     strictness unequal_children weights""",
     "report": "byproducts console metrics report verdict",
     "rewards": """normal_form quotes reward_combine reward_fit reward_geneval reward_ocr
