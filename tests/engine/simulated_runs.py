@@ -218,7 +218,7 @@ class SimulatedRun:
         dtype = engine_dtype(self.config.deepspeed)
         module = self.model.on_gpu(skeleton_module(self.model.card, "transformer", dtype).train())
 
-        def initialize(model, model_parameters, config):
+        def initialize(model, optimizer, model_parameters, config):
             return (PlainEngine(model, model_parameters),)
 
         with (

@@ -83,6 +83,10 @@ def options(gpus: int) -> list[Option]:
             "prompts are embedded before training and kept on disk",
         ),
         Option(
+            _set("model.offload_text_encoders", True, lambda c: not c.model.offload_text_encoders),
+            "embedding a text brings the text encoders' weights from host memory, layer by layer",
+        ),
+        Option(
             _set("model.share_base", None, lambda c: c.model.share_base is False),
             "rollouts apply the adapters beside the frozen weights: two small products more in each"
             " adapted layer",

@@ -37,17 +37,33 @@ class Memory:
     """Host memory of every process while it loads."""
     unknown: list[str]
     """Rewards on the GPU whose models are not counted, because their size is not known."""
+    embedding: list[Item]
+    """On every GPU while prompts are embedded, before the rest is loaded, without the encoders'
+    activations; empty where the text encoders stay."""
+
+    @property
+    def running(self) -> int:
+        return sum(item.bytes for item in self.resident) + max(item.bytes for item in self.moments)
+
+    @property
+    def embeds(self) -> int:
+        return sum(item.bytes for item in self.embedding)
 
     @property
     def total(self) -> int:
-        return sum(item.bytes for item in self.resident) + max(item.bytes for item in self.moments)
+        return max(self.running, self.embeds)
 
 
 def memory_of(config: Config, model: Model, zero: Zero, gpus: int, prompts: int) -> Memory:
     """prompts: how many the training file holds."""
     r, weights, sizes, where = config.rollout, model.weights, model.sizes, placement(config)
     plain, vae = sizes["denoiser"], sizes.get("vae", 0)
-    encoders = sum(size for name, size in sizes.items() if name not in ("denoiser", "vae"))
+    encoders, offload = model.encoders(False), config.model.offload_text_encoders
+    encoding = Item(
+        "text encoders",
+        model.encoders(offload),
+        "data.embedding_cache, model.offload_text_encoders, model.dtype",
+    )
     reference, offloaded = _reference(where, zero, weights)
     forward, evaluated = _inference(config, model, gpus)
     rows, shared = training_rows(config, gpus, model.ragged), shares_base(config, "cuda")
@@ -56,7 +72,7 @@ def memory_of(config: Config, model: Model, zero: Zero, gpus: int, prompts: int)
     processes, unknown = process_items(config)
     resident = [
         *processes,
-        Item("text encoders", encoders if stay else 0, "data.embedding_cache, model.dtype"),
+        *([encoding] if stay else []),
         Item("VAE", vae, "model.dtype"),
         Item("rollout copy", own, "model.share_base, rollout.replica, model.dtype"),
         Item("rollout copy: adapters", model.adapters if shared else 0, "model.lora"),
@@ -132,15 +148,22 @@ def memory_of(config: Config, model: Model, zero: Zero, gpus: int, prompts: int)
             _sent(config, gpus),
             "data.prompts_per_iteration, rewards.NAME.frames",
         ),
+        Item(
+            "text encoders in host memory",
+            encoders if stay and offload else 0,
+            "data.embedding_cache, model.offload_text_encoders",
+        ),
         Item("offloaded by DeepSpeed", zero.offloaded, "zero_optimization.offload_*"),
         Item("reference copy: this process's share", offloaded, "training.reference"),
     ]
     rest = vae + own
     start = max(encoders + rest if stay else max(encoders, rest), weights.bytes)
-    resident, moments, host = (
-        [item for item in items if item.bytes] for items in (resident, moments, host)
+    embedding = [*processes, encoding, Item("VAE", vae * model.embeds_with_vae, "model.dtype")]
+    resident, moments, host, embedding = (
+        [item for item in items if item.bytes]
+        for items in (resident, moments, host, [] if stay else embedding)
     )
-    return Memory(resident, moments, host, start, unknown)
+    return Memory(resident, moments, host, start, unknown, embedding)
 
 
 def _inference(config: Config, model: Model, gpus: int) -> tuple[int, int]:

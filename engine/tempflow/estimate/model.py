@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Callable
+from typing import Callable, Iterable
 
 import torch
 
@@ -14,7 +14,7 @@ from tempflow.config import Config, Lora
 from tempflow.errors import UserError, brief
 from tempflow.estimate import measure
 from tempflow.estimate.measure import Meter
-from tempflow.models.base import Policy, Sampler
+from tempflow.models.base import Policy, Sampler, text_encoders
 from tempflow.models.component import Unfilled
 from tempflow.models.hub import local_model
 from tempflow.models.loading import check_model, check_text_length, family_of, resolve_dtype
@@ -72,6 +72,9 @@ class _Frozen:
     blocks: measure.Blocks
     sizes: dict[str, int]
     """Bytes of each module, whole."""
+    streamed: int
+    """Bytes of text encoders whose layers are on the device one at a time: the largest, and what
+    stays."""
     float8: int
     kept: int
     """Bytes of the denoiser's weights that are in another float dtype than it is loaded in."""
@@ -125,6 +128,16 @@ class Model:
     def sizes(self) -> dict[str, int]:
         """Bytes of the modules of the rollout, by name."""
         return self._frozen.sizes
+
+    def encoders(self, offloaded: bool) -> int:
+        """Bytes that the text encoders take on a GPU."""
+        if offloaded:
+            return self._frozen.streamed
+        return sum(size for name, size in self.sizes.items() if name not in ("denoiser", "vae"))
+
+    @property
+    def embeds_with_vae(self) -> bool:
+        return "vae" in self._frozen.policy.embeds_with
 
     @property
     def adapters(self) -> int:
@@ -212,7 +225,16 @@ def _frozen(path: str, dtype: torch.dtype, text: int, images: int | None) -> _Fr
         (*policy.denoiser().parameters(), *policy.denoiser().buffers()),
     )
     kept = tensor_bytes(t for t in whole if t.is_floating_point() and t.dtype != dtype)
-    return _Frozen(policy, measure.shorten(policy.denoiser()), sizes, float8, kept)
+    streamed = _streamed(text_encoders(policy.pipe).values())
+    return _Frozen(policy, measure.shorten(policy.denoiser()), sizes, streamed, float8, kept)
+
+
+def _streamed(encoders: Iterable[torch.nn.Module]) -> int:
+    """Bytes on the device under `offload_text_encoders`: buffers, and the largest module's own
+    parameters."""
+    layers = [layer for encoder in encoders for layer in encoder.modules()]
+    own = (tensor_bytes(layer.parameters(recurse=False)) for layer in layers)
+    return max(own, default=0) + sum(tensor_bytes(layer.buffers(recurse=False)) for layer in layers)
 
 
 @lru_cache(maxsize=8)

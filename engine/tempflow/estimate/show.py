@@ -13,6 +13,7 @@ from tempflow.estimate.disk import Disk
 from tempflow.estimate.estimate import Estimate
 from tempflow.estimate.fitting import Step
 from tempflow.estimate.item import Item
+from tempflow.estimate.memory import Memory
 from tempflow.run.console import duration
 
 NAMES = {
@@ -91,9 +92,12 @@ def _memory(estimate: Estimate) -> Table:
     table.add_section()
     table.add_row(
         "[bold]total, with the largest of the moments",
-        f"[bold]{size(estimate.total)}",
+        f"[bold]{size(memory.running)}",
         f"of {size(estimate.card)}",
     )
+    if memory.embedding:
+        keys = "data.embedding_cache, model.offload_text_encoders, model.dtype"
+        table.add_row("before, while prompts are embedded", size(memory.embeds), keys)
     return table
 
 
@@ -116,13 +120,20 @@ def _verdict(estimate: Estimate, out: Console) -> None:
         )
     else:
         out.print(f"[bold red]Does not fit[/]: {size(-left)} too much. Most of it:")
-        largest = sorted(estimate.memory.resident, key=lambda item: -item.bytes)[:LARGEST]
-        for item in [*largest, max(estimate.memory.moments, key=lambda item: item.bytes)]:
+        for item in _largest(estimate.memory):
             out.print(f"  {size(item.bytes)}  {escape(item.name)}: {escape(item.keys)}")
         out.print(
             "Change these keys, or try more or larger GPUs (--gpus, --card-gb), or a smaller"
             " rollout.height, width or frames."
         )
+
+
+def _largest(memory: Memory) -> list[Item]:
+    """Most of what makes the total."""
+    if memory.embeds > memory.running:
+        return sorted(memory.embedding, key=lambda item: -item.bytes)[:LARGEST]
+    resident = sorted(memory.resident, key=lambda item: -item.bytes)[:LARGEST]
+    return [*resident, max(memory.moments, key=lambda item: item.bytes)]
 
 
 def _costs(estimate: Estimate) -> Table:

@@ -18,6 +18,7 @@ from typing import Any, Callable, Iterator
 
 import numpy as np
 import torch
+from accelerate import cpu_offload
 from PIL import Image
 
 from tempflow.errors import UserError
@@ -47,6 +48,15 @@ def _as_bytes(decoded: torch.Tensor) -> torch.Tensor:
         torch.nan_to_num(decoded.float()) * 0.5 + 0.5
     )  # as diffusers' processors of images and of videos
     return pixels.clamp_(0, 1).mul_(255).round_().to(torch.uint8).movedim(0, -1)
+
+
+def text_encoders(pipe: Any) -> dict[str, torch.nn.Module]:
+    """By component name, those that are loaded."""
+    return {
+        name: part
+        for name, part in pipe.components.items()
+        if name.startswith("text_encoder") and isinstance(part, torch.nn.Module)
+    }
 
 
 def most_images(examples: list[Example]) -> int:
@@ -90,12 +100,24 @@ class Policy(ABC):
     sized = False
     size: Size | None = None
 
-    def __init__(self, pipe: Any, *, device: str | torch.device, max_sequence_length: int):
+    def __init__(
+        self,
+        pipe: Any,
+        *,
+        device: str | torch.device,
+        max_sequence_length: int,
+        offload_text_encoders: bool = False,
+    ):
         self.pipe = pipe
         self.device = torch.device(device)
         self.max_sequence_length = max_sequence_length
+        offloaded = text_encoders(pipe) if offload_text_encoders else {}
         for module in self._modules():
-            module.to(self.device).eval().requires_grad_(False)
+            if module not in offloaded.values():
+                module.to(self.device)
+            module.eval().requires_grad_(False)
+        for module in offloaded.values():
+            cpu_offload(module, self.device)
 
     @classmethod
     def skeleton(

@@ -183,6 +183,7 @@ def load_policy(
     max_sequence_length: int | None = None,
     parts: Literal["all", "text", "picture"] = "all",
     denoiser: bool = True,
+    offload_text_encoders: bool = False,
 ) -> Policy:
     """Load a diffusers pipeline folder (or hub id) as a Policy; the family is read from its
     model_index.json.
@@ -190,9 +191,10 @@ def load_policy(
     dtype: "float32", "bfloat16", "float16", "auto", or a torch dtype. max_sequence_length: text
     tokens; default: as many as the family's pipeline takes by default. parts: "text" loads what
     `embed` needs alone; "picture" everything but the text encoders. denoiser=False leaves it out,
-    for the caller to set one (`Policy.set_denoiser`). Every component is checked before the first
-    is loaded: raises UserError as `check_model` and `check_checkpoint` do, and for an argument that
-    is not allowed.
+    for the caller to set one (`Policy.set_denoiser`). offload_text_encoders: their weights stay in
+    host memory, and each layer's are on the device during its forward alone. Every component is
+    checked before the first is loaded: raises UserError as `check_model` and `check_checkpoint` do,
+    and for an argument that is not allowed.
     """
     import diffusers
 
@@ -216,7 +218,12 @@ def load_policy(
     loaded = {component.name: component.load(dtype) for component in components}
     pipe = _put_together(pipeline, loaded, index)
     pipe.register_to_config(_name_or_path=str(folder))
-    return family(pipe, device=device, max_sequence_length=length)
+    return family(
+        pipe,
+        device=device,
+        max_sequence_length=length,
+        offload_text_encoders=offload_text_encoders,
+    )
 
 
 def _put_together(pipeline: type, components: dict, index: dict):

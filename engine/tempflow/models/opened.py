@@ -75,16 +75,23 @@ def open_model(
     """
     check_examples(config.model.path, examples)
     device, store = device or choose_device(), None
+    offload = config.model.offload_text_encoders
     if config.data.embedding_cache is not None:
         store, family = store_of(config, device), family_of(config.model.path)
         opposed = [other for example in examples if (other := family.opposed(example)) is not None]
         write_missing(
             store,
             by_identity(family, [*examples, *opposed]),
-            lambda: _load(config, device, parts="text"),
+            lambda: _load(config, device, parts="text", offload_text_encoders=offload),
             note,
         )
-    policy = _load(config, device, parts="picture" if store else "all", denoiser=denoiser)
+    policy = _load(
+        config,
+        device,
+        parts="picture" if store else "all",
+        denoiser=denoiser,
+        offload_text_encoders=offload,
+    )
     policy.ragged = policy.ragged_with(most_images(examples))
     m = config.model
     for wanted, enable in ((m.vae_slicing, "enable_slicing"), (m.vae_tiling, "enable_tiling")):

@@ -54,6 +54,13 @@ class Model(Section):
     vae_tiling: bool = Field(
         False, description="decode large images in overlapping tiles: less memory, seams may show"
     )
+    offload_text_encoders: bool = Field(
+        False,
+        description=(
+            "keep the text encoders in host memory and bring each layer to the GPU for its forward"
+            " alone; the same embeddings, but every text reads all weights over the bus"
+        ),
+    )
     max_sequence_length: Annotated[int, Field(ge=1, le=65536)] | None = Field(
         None,
         description=(
