@@ -119,9 +119,9 @@ def interrupted(folder):
     """A run of 4 iterations that sends itself a signal; with all that has a state: Adam, an
     average, a decaying rate."""
 
-    def start(name, *more, at=10**9, signal_name="SIGTERM", every=2):
+    def start(name, *more, at=10**9, signal_name="SIGTERM", every=2, launcher=False):
         reward = {"counter": str(folder / f"{name}.count"), "at": at, "signal_name": signal_name}
-        return train_checked(folder, name, more, reward, every)
+        return train_checked(folder, name, more, reward, every, launcher=launcher)
 
     return start
 
@@ -129,4 +129,4 @@ def interrupted(folder):
 @pytest.fixture(scope="session")
 def whole(interrupted):
     """Undisturbed; four iterations, checkpoints at 2 and 4."""
-    return interrupted("whole")
+    return interrupted("whole", launcher=True)

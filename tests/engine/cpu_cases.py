@@ -2,7 +2,7 @@
 
 DeepSpeed takes one accelerator for the life of a process. In the tests' own process that is the
 CPU, whose results are the same bits every time; what trains on a GPU is a process of its own
-(`run_cases.script` and `launch`), as it is for a user.
+(`run_cases.script`, `ranks` and `launch`), as it is for a user.
 """
 
 import os

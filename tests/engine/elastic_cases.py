@@ -2,7 +2,7 @@
 another and back.
 
 One rank makes 2 updates and saves; two ranks take that up, make 2 more and save; one rank takes
-that up and makes the last 2. The middle part is this file as a script under the launcher, with the
+that up and makes the last 2. The middle part is this file as a script of two ranks, with the
 folder as its argument.
 """
 

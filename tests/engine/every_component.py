@@ -1,8 +1,8 @@
 """Small runs that together use every component: each trains two iterations, and then the second
 once more from a checkpoint.
 
-As a script under the launcher, with a prepared folder as its argument, it runs the cases of two
-ranks one after another: a launch costs more than a run.
+As a script of two ranks, with a prepared folder as its argument, it runs the cases of two ranks one
+after another.
 """
 
 import json

@@ -9,9 +9,11 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from unittest import mock
 
+import preloaded
 import torch
 from cpu_cases import VARIABLE, on_cpu
 from engine_cases import HERE, ROOT, write_config
@@ -64,9 +66,35 @@ def run_command(command, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     )
 
 
-def script(name: str, *arguments) -> subprocess.CompletedProcess:
-    """engine/NAME.py as a process of its own."""
-    return run_command([sys.executable, ROOT / f"engine/{name}.py", *arguments])
+def script(name: str, *arguments, fresh: bool = False) -> subprocess.CompletedProcess:
+    """engine/NAME.py as a process of its own, a `fresh` one or one with the libraries loaded."""
+    file = ROOT / f"engine/{name}.py"
+    if fresh:
+        return run_command([sys.executable, file, *arguments])
+    return run_preloaded([environment()], file, *arguments)
+
+
+def ranks(count: int, file: Path, *arguments) -> subprocess.CompletedProcess:
+    """A Python file as `count` ranks with the libraries loaded, in the environment that a launcher
+    makes for each."""
+    shared = environment() | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    sizes = dict.fromkeys(("WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE"), str(count))
+    own = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+    return run_preloaded([shared | sizes | one for one in own], file, *arguments)
+
+
+def run_preloaded(environments: list[dict], file: Path, *arguments) -> subprocess.CompletedProcess:
+    """A process for each environment, all writing to one output."""
+    command = [str(part) for part in (file, *arguments)]
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
+        started = [
+            preloaded.start(rank, command, env, str(ROOT), out, err)
+            for rank, env in enumerate(environments)
+        ]
+        status = preloaded.supervise(started, TIMEOUT_S)
+        texts = [file.read_text(errors="replace") for file in (out, err)]
+    return subprocess.CompletedProcess(command, status, *texts)
 
 
 def load_script(name: str):
@@ -159,17 +187,30 @@ class Run:
 
 
 def train(
-    folder: Path, name: str, *more, processes: int | None = 0, status: int = 0, **changes
+    folder: Path,
+    name: str,
+    *more,
+    processes: int | None = 0,
+    launcher: bool = False,
+    status: int = 0,
+    **changes,
 ) -> Run:
-    """A run to its end: under the launcher with `processes`, without it where that is 0, or in this
-    process (None)."""
+    """A run to its end: as `processes` ranks, as a process of its own (0), or in this process
+    (None). With `launcher` it is started as a user does: by the deepspeed launcher, or as a fresh
+    process."""
     changes["logging"] = {"dir": str(folder), "name": name, **changes.get("logging", {})}
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     config = write_config(folder, f"{name}.json", **changes)
-    if processes:
-        return Run(folder / name, launch(processes, "--config", config, *more), status)
-    run = script_here if processes is None else script
-    return Run(folder / name, run("train", "--config", config, *more), status)
+    arguments = ["--config", config, *more]
+    if processes is None:
+        done = script_here("train", *arguments)
+    elif not processes:
+        done = script("train", *arguments, fresh=launcher)
+    elif launcher:
+        done = launch(processes, *arguments)
+    else:
+        done = ranks(processes, ROOT / "engine/train.py", *arguments)
+    return Run(folder / name, done, status)
 
 
 def timeless(row: dict) -> dict:
@@ -177,12 +218,15 @@ def timeless(row: dict) -> dict:
     return {key: value for key, value in row.items() if not key.startswith("time/")}
 
 
-def train_checked(folder, name, more, reward, every, processes=0, rank=0, **deepspeed):
+def train_checked(
+    folder, name, more, reward, every, processes=0, rank=0, launcher=False, **deepspeed
+):
     return train(
         folder,
         name,
         *more,
         processes=processes,
+        launcher=launcher,
         rewards={"engine_rewards:Signalling": {**reward, "rank": rank}},
         training={
             "iterations": 4,

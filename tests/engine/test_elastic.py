@@ -9,7 +9,7 @@ import pytest
 import torch
 from elastic_cases import ADAMW, BEGINNING, CASES, END, MIDDLE, Toy
 from engine_cases import HERE, ROOT, write_config
-from run_cases import TIMEOUT_S, Run, environment, free_port, run_command, train
+from run_cases import TIMEOUT_S, Run, environment, free_port, ranks, train
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -60,16 +60,7 @@ def passed_on(tmp_path_factory):
         file = folder / f"sealed/part-{number % 2}/{number}.bin"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(bytes([number]) * size)
-    command = [
-        "deepspeed",
-        "--num_accelerators",
-        2,
-        "--master_port",
-        free_port(),
-        HERE / "elastic_cases.py",
-        folder,
-    ]
-    done = run_command(command)
+    done = ranks(2, HERE / "elastic_cases.py", folder)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return folder, undisturbed
 

@@ -8,7 +8,7 @@ import pytest
 from cpu_cases import on_cpu
 from engine_cases import HERE
 from every_component import CASES, ON_TWO_RANKS, prepare, run, table_of, wrong_with
-from run_cases import Run, free_port, run_command
+from run_cases import Run, ranks
 
 from tempflow import registry
 from tempflow.config import parse_config
@@ -67,18 +67,8 @@ def test_it_trains_and_resumes(folder, name):
 
 
 def test_it_trains_and_resumes_on_two_ranks(folder):
-    """All of them in one launch."""
-    done = run_command(
-        [
-            "deepspeed",
-            "--num_accelerators",
-            2,
-            "--master_port",
-            free_port(),
-            HERE / "every_component.py",
-            folder,
-        ]
-    )
+    """All of them in one start."""
+    done = ranks(2, HERE / "every_component.py", folder)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert {name: wrong_with(name, folder) for name in ON_TWO_RANKS} == dict.fromkeys(
         ON_TWO_RANKS, []

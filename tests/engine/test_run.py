@@ -1,4 +1,5 @@
-"""Whole runs on the shipped model, started as a user starts them; every run serves several tests.
+"""Whole runs on the shipped model, some started as a user starts them, the others from processes
+with the libraries loaded (preloaded.py); every run serves several tests.
 
 What is compared: 1 process with 2, ZeRO stages 0, 2 and 3, stopped and resumed with undisturbed.
 What the other scripts make of such a run: test_run_use.py.
@@ -15,7 +16,7 @@ import torch
 from engine_cases import MODEL, ROOT, plan_table, write_config
 from kernel_cases import assert_close
 from PIL import Image
-from run_cases import SGD, Run, launch, script_here, timeless, train, train_checked
+from run_cases import SGD, Run, ranks, script_here, timeless, train, train_checked
 from safetensors.torch import load_file
 
 from tempflow.run.metrics import describe
@@ -59,7 +60,8 @@ LAYOUTS = {
 
 @pytest.fixture(scope="session")
 def launched(folder):
-    """Three iterations under the deepspeed launcher, by layout: (processes, kind of ZeRO)."""
+    """Three iterations by layout: (processes, kind of ZeRO); two of them under the deepspeed
+    launcher."""
     made = {}
 
     def get(layout):
@@ -69,6 +71,7 @@ def launched(folder):
                 str(folder / "embeddings") if layout == "two-zero2" else None
             )  # its ranks embed a share each
             more = {"logging": {"tensorboard": layout == "one"}, "data": {"embedding_cache": cache}}
+            more["launcher"] = layout in ("one", "two")
             made[layout] = start(folder, layout, processes, stage, **more)
         return made[layout]
 
@@ -255,7 +258,8 @@ def test_unequal_shares_of_the_engines_own_forwards_are_refused(folder):
     zero = json.dumps({"stage": 3})
     config = write_config(folder, "unequal.json", logging={"dir": str(folder)})
     pairs = [part for item in settings.items() for part in ("--set", "=".join(map(str, item)))]
-    done = launch(2, "--config", config, *pairs, "--set", f"deepspeed.zero_optimization={zero}")
+    more = [*pairs, "--set", f"deepspeed.zero_optimization={zero}"]
+    done = ranks(2, ROOT / "engine/train.py", "--config", config, *more)
     text = done.stdout + done.stderr
     assert done.returncode == 2 and text.count("error: ") == 1, text
     assert (
@@ -268,7 +272,7 @@ def test_existing_run_directory_is_refused(launched):
     run = launched("one")
     files = [file for file in run.folder.rglob("*") if file.name != ".lock"]
     before = {file: file.stat().st_mtime_ns for file in files}
-    done = launch(2, "--config", run.folder.parent / "one.json")
+    done = ranks(2, ROOT / "engine/train.py", "--config", run.folder.parent / "one.json")
     assert done.returncode == 2
     text = done.stdout + done.stderr
     assert (
