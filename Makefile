@@ -23,7 +23,7 @@ train: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed engine/train.py --config $(CONFIG) $(ARGS)
 
 test: install $(VENV)/triton-$(CUDA_TRITON)
-	$(BIN)/python -m pytest tests -n $(WORKERS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest tests -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # The documentation site, in site/; a warning is an error.
 docs: install

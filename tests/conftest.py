@@ -54,6 +54,15 @@ def pytest_collection_modifyitems(items):
             item.add_marker("gpu")
         if not there and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA or ROCm GPU"))
+    items.sort(key=_place(items))
+
+
+def _place(items):
+    """Files with slow tests first, files of unit tests last: workers that take a file at a time
+    (xdist with --no-loadscope-reorder) end together when the last files are short."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    quick = {item.path for item in items if item.get_closest_marker("unit")}
+    return lambda item: (item.path not in slow, item.path in quick)
 
 
 def _parameters(item) -> dict:
