@@ -14,10 +14,12 @@ from test_graphs import Recorded, cache_of
 
 from tempflow.errors import UserError
 from tempflow.models import load_policy
+from tempflow.sampling import float8
 from tempflow.sampling.float8 import (
     FLOAT8,
     Float8Copy,
     Float8Linear,
+    Rounding,
     block_lists,
     float8_bytes,
     float8_layers,
@@ -167,6 +169,36 @@ def test_the_rest_is_shared_and_weights_follow_in_place(policies, name):
     with torch.no_grad():
         for n, parameter in source.named_parameters():
             parameter.copy_(kept[n])
+
+
+# float8 layers of a forward of the tiny models, and how often an input is rounded for them: q, k, v
+# of a stream share one, in FLUX's single blocks with the MLP's first layer
+ROUNDED = {"flux": (12 + 5, 8 + 2), "sd3": (25, 15), "qwen_image": (24, 16), "wan": (20, 14)}
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_an_input_is_rounded_once_for_all_layers_that_take_it(policies, monkeypatch, name):
+    """And the velocities are those of rounding it for each, to the bit; nothing is kept after."""
+    policy = policies(name)
+    made = Float8Copy(policy.denoiser())
+    layers = [part for part in made.transformer.modules() if isinstance(part, Float8Linear)]
+    seen = []
+    monkeypatch.setattr(float8, "quantize_rows", lambda x: seen.append(1) or quantize_rows(x))
+    once, few = velocity(name, policy, made.transformer), len(seen)
+    assert layers[0]._rounding._last is None, "inputs are gone, and their rounded rows with them"
+    for layer in layers:
+        layer._rounding = Rounding()
+    every, many = velocity(name, policy, made.transformer), len(seen) - few
+    assert torch.equal(once, every) and (many, few) == ROUNDED[name]
+
+
+def test_a_changed_or_another_input_is_rounded_anew():
+    rounding, x = Rounding(), torch.randn(2, 16)
+    first = rounding(x)
+    assert rounding(x)[0] is first[0]
+    x.mul_(-1)
+    assert torch.equal(rounding(x)[0].float(), -first[0].float())
+    assert torch.equal(rounding(x.clone())[0].float(), -first[0].float())
 
 
 def test_what_cannot_be_copied_says_why(monkeypatch):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import re
+import weakref
 from typing import Iterator
 
 import torch
@@ -90,12 +91,39 @@ def obstacle(transformer: torch.nn.Module) -> str | None:
     return None
 
 
+class Rounding:
+    """`quantize_rows` of activations [..., k], once for layers that are given the same tensor one
+    after another, as the projections to queries, keys and values are."""
+
+    def __init__(self):
+        # A reference to the last input, its version, and its rows: one object, so that threads
+        # never see parts of two. The rows go when their input goes.
+        self._last: tuple | None = None
+
+    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if torch.compiler.is_compiling():  # a compiled forward keeps nothing in Python
+            return quantize_rows(x.reshape(-1, x.shape[-1]))
+        last = self._last
+        if last is not None and last[0]() is x and last[1] == x._version:
+            return last[2]
+        rows = quantize_rows(x.reshape(-1, x.shape[-1]))
+        self._last = weakref.ref(x, self._forget), x._version, rows
+        return rows
+
+    def _forget(self, reference: weakref.ref) -> None:
+        last = self._last
+        if last is not None and last[0] is reference:
+            self._last = None
+
+
 class Float8Linear(torch.nn.Module):
     """x W^T + b with both factors of the product rounded to float8 (e4m3); W with its adapter,
     where it has one. x: [..., in_features] of any float dtype."""
 
-    def __init__(self, source: torch.nn.Linear):
+    def __init__(self, source: torch.nn.Linear, rounding: Rounding | None = None):
+        """rounding: shared with layers that may be given the same x."""
         super().__init__()
+        self._rounding = rounding or Rounding()
         weight, scale = quantize_rows(whole_weight(source))
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
@@ -109,7 +137,7 @@ class Float8Linear(torch.nn.Module):
         self.scale.copy_(scale)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows, scale = quantize_rows(x.reshape(-1, x.shape[-1]))
+        rows, scale = self._rounding(x)
         by_row = F.ScalingType.RowWise
         product = F.scaled_mm(
             rows,
@@ -146,7 +174,10 @@ class Float8Copy:
             raise UserError(f'rollout.suffix.weights: "float8": {reason}')
         shared = {id(tensor): tensor for tensor in (*source.parameters(), *source.buffers())}
         self.transformer = copy.deepcopy(source, shared)
-        self._layers = [(layer, Float8Linear(layer)) for layer in float8_layers(source).values()]
+        rounding = Rounding()
+        self._layers = [
+            (layer, Float8Linear(layer, rounding)) for layer in float8_layers(source).values()
+        ]
         for name, (_, converted) in zip(float8_layers(source), self._layers, strict=True):
             self.transformer.set_submodule(name, converted)
 
