@@ -1,5 +1,5 @@
-"""Writes README's table of what has run on which hardware from benchmarks/results/hardware.json:
-python docs/make_hardware_table.py"""
+"""Writes README's table of what has run on which hardware from benchmarks/results/hardware.json, and
+the copy that reports of runs read: python docs/make_hardware_table.py"""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 README, SOURCE = ROOT / "README.md", ROOT / "benchmarks/results/hardware.json"
+COPY = ROOT / "engine/tempflow/assets/verified.json"  # installed with the package
+KEPT = ("path", "status", "card", "date")
 BEGIN, END = "<!-- hardware:begin (python docs/make_hardware_table.py) -->", "<!-- hardware:end -->"
 COLUMNS = {
     "unit": "tests on a CPU only",
@@ -38,15 +40,20 @@ def _name(entry: dict) -> str:
 
 
 def files() -> dict[Path, str]:
-    """What is generated: the text of README with its table. ValueError where its markers are
-    missing."""
+    """What is generated: the text of README with its table, and the copy. ValueError where README's
+    markers are missing."""
     text, entries = (
         README.read_text(encoding="utf-8"),
         json.loads(SOURCE.read_text(encoding="utf-8"))["paths"],
     )
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
-    return {README: f"{before}{BEGIN}\n{table(entries)}\n{END}{after}"}
+    copied = [{key: entry[key] for key in KEPT if key in entry} for entry in entries]
+    rows = ",\n".join(f" {json.dumps(entry)}" for entry in copied)
+    return {
+        README: f"{before}{BEGIN}\n{table(entries)}\n{END}{after}",
+        COPY: f"[\n{rows}\n]\n",
+    }
 
 
 if __name__ == "__main__":

@@ -302,7 +302,7 @@ def test_drift_stands_beside_the_reward(terminal, tmp_path):
         console.summary({"base_reward": 0.48, "tuned_reward": 0.561, **DRIFTED}, tmp_path)
     text = " ".join(out.getvalue().split())
     assert (
-        "color shift 38.2 color spread 0.71 diversity 0.95" in text
+        "color shift 38.2 (limit 15) color spread 0.71 (limit 0.9) diversity 0.95" in text
         and "color shift 0.0" not in text
     )
     assert (

@@ -1,2 +1,4 @@
-"""The command lines: train, evaluate, sample, export, merge, refine and reward_server. Each module
-reads its options and calls the package."""
+"""The command lines: train, evaluate, sample, export, merge, refine, report and reward_server.
+
+Each module reads its options and calls the package.
+"""

@@ -289,8 +289,13 @@ def changes(values: dict) -> list[str]:
 
 
 def drift_texts(values: dict) -> list[str]:
-    """Each monitor of drift that a row of metrics or a summary has, with its value."""
-    return [f"{metric.title.lower()} {value:{metric.form}}" for metric, value in drifts(values)]
+    """Each monitor of drift that a row of metrics or a summary has, with its value, and with its
+    limit where it is past that."""
+    return [
+        f"{metric.title.lower()} {value:{metric.form}}"
+        + (f" (limit {metric.limit:g})" if metric.beyond(value) else "")
+        for metric, value in drifts(values)
+    ]
 
 
 def drifts(values: dict) -> list[tuple[Metric, float]]:

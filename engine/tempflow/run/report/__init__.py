@@ -8,6 +8,7 @@ numbers, images, bars, config) is plain HTML, and the page forbids itself any re
 security policy.
 """
 
+from tempflow.run.report.comparison import write_comparison
 from tempflow.run.report.page import write_report
 
-__all__ = ["write_report"]
+__all__ = ["write_comparison", "write_report"]

@@ -3,7 +3,10 @@
 "use strict";
 
 const { frames, charts } = JSON.parse(document.getElementById("run-data").textContent);
-const AXES = { iteration: "iteration", minutes: "minutes", images: "rewarded images" };
+const AXES = { iteration: "iteration", minutes: "minutes", images: "rewarded images", forwards: "transformer forwards" };
+// Outlines of radius 1, one for each color, so that lines are told apart without it.
+const SHAPES = ["M-1 0a1 1 0 1 0 2 0a1 1 0 1 0-2 0z", "M-.9-.9H.9V.9H-.9z", "M0-1.2 1.1.8H-1.1z", "M0-1.3 1.1 0 0 1.3-1.1 0z",
+  "M0 1.2 1.1-.8H-1.1z", "M-.35-1.1h.7v.75h.75v.7H.35v.75h-.7V.35H-1.1v-.7h.75z", "M-.6-1.1H.6L1.1 0 .6 1.1H-.6L-1.1 0z", "M-1.2-.5H1.2V.5H-1.2z"];
 const MARGIN = { top: 10, right: 14, bottom: 38 };
 const LABEL = 6.7; // width of a digit of the axis labels, px
 let axis = "iteration";
@@ -42,6 +45,17 @@ function tickLabel(v, step) {
   if (size >= 1e4) return minus(`${Number((v / 1e3).toFixed(1))}k`);
   if (step < 1e-3) return minus(Number(v.toPrecision(3)).toExponential());
   return minus(v.toFixed(clamp(-Math.floor(Math.log10(step) + 1e-9), 0, 4)));
+}
+
+// The same class decides color, dashes (style.css) and shape.
+function dot(style, x, y, r) {
+  const shape = SHAPES[(style.match(/\bc(\d)\b/) || [0, style.includes("second") ? 1 : 0])[1]];
+  return `<path class="dot ${style}" transform="translate(${x} ${y}) scale(${r})" d="${shape}"/>`;
+}
+
+function errorBar(style, x, low, high) {
+  const end = y => `M${x - 3} ${y}h6`;
+  return `<path class="error ${style}" d="M${x} ${low}V${high}${end(low)}${end(high)}"/>`;
 }
 
 function yRange(chart) {
@@ -98,12 +112,12 @@ function drawLines(chart, width, height) {
   const points = [];
   for (const s of [...chart.series].reverse()) { // the first lies on top
     const xs = frames[s.frame][axis];
-    body += `<path class="line ${s.style}" d="${path(xs, s.y, x, area.y, s.frame === "eval" || s.style.includes("bridge"))}"/>`;
+    body += `<path class="line ${s.style}" d="${path(xs, s.y, x, area.y, s.frame.startsWith("eval") || s.style.includes("bridge"))}"/>`;
     s.y.forEach((v, n) => {
       if (v === null) return;
       const error = s.error ? s.error[n] : null;
-      if (error !== null) body += `<line class="error ${s.style}" x1="${x(xs[n])}" x2="${x(xs[n])}" y1="${area.y(v - error)}" y2="${area.y(v + error)}"/>`;
-      if (s.style.includes("dots")) body += `<circle class="dot ${s.style}" cx="${x(xs[n])}" cy="${area.y(v)}" r="3.5"/>`;
+      if (error !== null) body += errorBar(s.style, x(xs[n]), area.y(v - error), area.y(v + error));
+      if (s.style.includes("dots")) body += dot(s.style, x(xs[n]), area.y(v), 3.5);
       if (s.tip !== false) points.push({ px: x(xs[n]), py: area.y(v), at: xs[n], name: s.name, style: s.style, v, error });
     });
   }
@@ -135,7 +149,7 @@ function drawStack(chart, width, height) {
   const points = [], base = new Array(count).fill(0), gap = each > 5 ? 1 : 0;
   for (const s of chart.series) s.y.forEach((v, n) => {
     const from = area.y(base[n]), to = area.y(base[n] += v || 0);
-    body += `<rect class="fill ${s.style}" x="${x(n)}" y="${to}" width="${x(n + 1) - x(n) - gap}" height="${Math.max(0, from - to)}"/>`;
+    body += `<rect class="fill ${s.style}" x="${x(n)}" y="${to}" width="${x(n + 1) - x(n) - gap}" height="${Math.max(0, from - to - (from - to > 3 ? 1 : 0))}"/>`; // a line between neighbors
     points.push({ px: x(n + 0.5), py: to, at: frames.coarse[axis][n], name: s.name, style: s.style, v, bare: true });
   });
   return { area, body, points };
@@ -162,9 +176,10 @@ function drawHeat(chart, width) {
 
 function legend(chart, scale) {
   if (chart.kind === "heat") return `<p class="legend"><span>0</span><i class="ramp"></i><span>${number(scale, 3)}</span></p>`;
-  if (chart.series.length < 2) return "";
-  const mark = chart.kind === "stack" ? "box" : "stroke";
-  return `<p class="legend">${chart.series.map(s => `<span><i class="${mark} ${s.style}"></i>${escape(s.name)}</span>`).join("")}</p>`;
+  if (chart.series.length < 2 && !chart.legend) return "";
+  const key = s => chart.kind === "stack" ? `<i class="box ${s.style}"></i>`
+    : `<svg class="key" width="30" height="12" aria-hidden="true"><path class="line ${s.style}" d="M1 6H29"/>${s.style.includes("dots") ? dot(s.style, 15, 6, 3.5) : ""}</svg>`;
+  return `<p class="legend">${chart.series.map(s => `<span>${key(s)}${escape(s.name)}</span>`).join("")}</p>`;
 }
 
 function summaryText(chart) {
@@ -212,7 +227,7 @@ function show(plot, drawn, px, py) {
   if (!near.length) return hide(plot);
   const { area } = drawn, tip = plot.querySelector(".tip");
   plot.querySelector(".cursor").innerHTML = `<line x1="${px}" x2="${px}" y1="${area.top}" y2="${area.bottom}"/>` +
-    near.filter(p => !p.bare).map(p => `<circle class="dot ${p.style}" cx="${p.px}" cy="${p.py}" r="4.5"/>`).join("");
+    near.filter(p => !p.bare).map(p => dot(p.style, p.px, p.py, 4.5)).join("");
   tip.innerHTML = `<b>${AXES[axis]} ${number(near[0].at, 5)}</b>` +
     near.map(p => `<span><span>${escape(p.name)}</span><span>${number(p.v)}${p.error ? ` ± ${number(p.error, 2)}` : ""}</span></span>`).join("");
   tip.hidden = false;

@@ -1,7 +1,7 @@
 """The numbers behind the report's charts, as charts.js draws them.
 
-A chart is {kind, title, help, series, ...}; a series is {name, style, frame, y}, and its x are the
-columns of its frame: {iteration, minutes, images}, between which the page switches. Long runs are
+A chart is {kind, title, help, series, ...}; a series is {name, style, frame, y, error}, and its x are the
+columns of its frame: {iteration, minutes, images, forwards}, between which the page switches. Long runs are
 averaged over equal stretches of iterations, so a report stays small and every iteration still
 counts; evaluations are few and kept as they are.
 """
@@ -33,17 +33,14 @@ def frames(run: Run) -> dict:
         "iteration": [row["iteration"] for row in run.rows],
         "minutes": run.minutes,
         "images": run.images,
+        "forwards": run.forwards,
     }
     evaluated = [iteration for iteration, _ in run.heldout]
-    at = [run.at(iteration) for iteration in evaluated]
+    at = [{"iteration": iteration, **run.at(iteration)} for iteration in evaluated]
     return {
         "fine": {key: thin(values, FINE, _last) for key, values in columns.items()},
         "coarse": {key: _coarse(run, values, _last) for key, values in columns.items()},
-        "eval": {
-            "iteration": evaluated,
-            "minutes": [x for x, _ in at],
-            "images": [x for _, x in at],
-        },
+        "eval": {key: [spent[key] for spent in at] for key in columns},
     }
 
 
@@ -85,9 +82,9 @@ def reward_chart(run: Run) -> dict | None:
         series.append(held | ({"error": errors} if _any(errors) else {}))
     if _any(training):
         width = max(1, len(training) // 15)
-        series.append(_series("training", smooth(training, width), "second"))
+        series.append(line("training", smooth(training, width), "second"))
         if width > 1:
-            series.append(_series("training, each iteration", training, "faint", tip=False))
+            series.append(line("training, each iteration", training, "faint", tip=False))
     if not series:
         return None
     base = run.heldout[0][1] if run.heldout and run.heldout[0][0] == 0 else None
@@ -118,18 +115,20 @@ def breakdown_chart(run: Run) -> dict | None:
             if key.startswith(prefix) and key[len(prefix) :] in (run.config.get("rewards") or {})
         ]
         if len(names) > 1:
+            errors = ", with their standard errors" if f"{names[0]}/stderr" in run.keys else ""
             series = [
-                _series(
+                line(
                     _labelled(run, key[len(prefix) :]),
                     run.column(key),
-                    f"c{n} {'bridge dots' if prefix == 'eval/' else ''}",
+                    f"c{n % 8} {'bridge dots' if prefix == 'eval/' else ''}",
+                    error=run.column(f"{key}/stderr") if prefix == "eval/" else None,
                 )
                 for n, key in enumerate(names)
             ]
             return {
                 "kind": "line",
                 "title": "Rewards by name",
-                "help": f"Means of the {frame} rewards, unweighted.",
+                "help": f"Means of the {frame} rewards, unweighted{errors}.",
                 "series": series,
             }
     return None
@@ -184,7 +183,7 @@ def _labelled(run: Run, name: str) -> str:
 def small_charts(run: Run, wanted: Iterable[Metric]) -> list[dict]:
     """One line chart for each wanted metric that the run has."""
     return [
-        _single(run, metric.key, metric.title, _sentence(metric.help))
+        _single(run, metric.key, metric.title, sentence(metric.help))
         for metric in wanted
         if metric.key in run.keys
     ]
@@ -195,7 +194,7 @@ def cost_charts(run: Run) -> list[dict]:
     charts, phases = [], phase_columns(run)
     if phases:
         series = [
-            _series(name, _coarse(run, values), f"c{n}", frame="coarse")
+            line(name, _coarse(run, values), f"c{n % 8}", frame="coarse")
             for n, (name, values) in enumerate(phases)
         ]
         charts.append(
@@ -208,7 +207,7 @@ def cost_charts(run: Run) -> list[dict]:
             }
         )
     forwards = [
-        _series(name, _running_sum(run.column(key)), f"c{n}")
+        line(name, _running_sum(run.column(key)), f"c{n % 8}")
         for n, (key, name) in enumerate(COST)
         if key in run.keys
     ]
@@ -279,7 +278,7 @@ def other_charts(run: Run) -> list[dict]:
         f"eval/{name}" for name in run.watched
     }
     return [
-        _single(run, key, key, _sentence(found.help) if (found := describe(key)) else "")
+        _single(run, key, key, sentence(found.help) if (found := describe(key)) else "")
         for key in run.keys
         if key not in shown
         and not SPREAD.match(key)
@@ -298,22 +297,32 @@ def _single(run: Run, key: str, title: str, text: str) -> dict:
         "title": title,
         "help": text,
         "key": key,
-        "series": [_series(title, values, style, pick=pick)],
+        "series": [line(title, values, style, pick=pick, error=run.column(f"{key}/stderr"))],
         "from_zero": 0 <= min(known) <= 0.6 * max(known),
     }
 
 
-def _sentence(text: str) -> str:
+def sentence(text: str) -> str:
     """A help text of the table of metrics as a sentence."""
     return f"{text[0].upper()}{text[1:]}."
 
 
-def _series(
-    name: str, values: list, style: str, frame: str = "fine", tip: bool = True, pick=None
+def line(
+    name: str,
+    values: list,
+    style: str,
+    frame: str = "fine",
+    tip: bool = True,
+    pick=None,
+    error: list | None = None,
 ) -> dict:
+    """A series of a chart. tip: whether the pointer's box names its values. pick: what stands for a
+    stretch of a long run; None: its mean. error: standard errors of the values."""
     y = _rounded(thin(values, FINE, pick))
     alone = " dots" if sum(value is not None for value in y) == 1 else ""
-    return {"name": name, "style": style + alone, "frame": frame, "tip": tip, "y": y}
+    found = {"name": name, "style": style + alone, "frame": frame, "tip": tip, "y": y}
+    errors = _rounded(thin(error, FINE)) if error else []
+    return found | ({"error": errors} if _any(errors) else {})
 
 
 def _last(stretch: list):

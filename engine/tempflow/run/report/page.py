@@ -11,6 +11,7 @@ from string import Template
 
 from tempflow.run.logs import write_atomic
 from tempflow.run.report import charts
+from tempflow.run.report.components import components
 from tempflow.run.report.run import Run, load_run
 from tempflow.run.report.samples import samples_html
 from tempflow.run.report.thumbnails import Thumbnails
@@ -37,27 +38,53 @@ def render(run: Run) -> str:
     drift = _drift(run, figures)
     body = [
         samples_html(run, Thumbnails()),
-        _optimisation(run, figures),
+        _optimization(run, figures),
         _exploration(run, figures),
         _guards(run, figures),
         _cost(run, figures),
         _others(run, figures),
+        _components(run),
         _configuration(run),
         _about(run),
     ]
+    return fill(
+        title=f"{run.name}: TempFlow-GRPO run",
+        kicker=f"TempFlow-GRPO run <strong>{escape(run.name)}</strong> {status(run)}",
+        heading=verdict(run),
+        top=facts(run) + tiles(run),
+        switch=axis_switch([run]),
+        body=[(f"<section>{reward}</section>" if reward else "") + drift, *body],
+        data={"frames": charts.frames(run), "charts": figures.drawn},
+        source="the run directory's config.json, metrics.jsonl and samples",
+    )
+
+
+def fill(
+    *,
+    title: str,
+    kicker: str,
+    heading: str,
+    top: str,
+    switch: str,
+    body: list[str],
+    data: dict,
+    source: str,
+    head: str = "",
+) -> str:
+    """A page with the report's style and script. title, heading and source are text, data is JSON
+    for the script, all else is HTML."""
     return Template(_part("template.html")).substitute(
-        title=escape(f"{run.name}: TempFlow-GRPO run"),
-        name=escape(run.name),
+        title=escape(title),
+        kicker=kicker,
+        heading=escape(heading),
+        top=top,
+        switch=switch,
+        body="\n".join(filter(None, body)),
+        data=_json(data),
+        head=head,
+        source=source,
         style=_part("style.css"),
         script=_part("charts.js"),
-        status=status(run),
-        verdict=escape(verdict(run)),
-        facts=facts(run),
-        tiles=tiles(run),
-        reward=(f"<section>{reward}</section>" if reward else "") + drift,
-        switch=_switch(run),
-        body="\n".join(filter(None, body)),
-        data=_json({"frames": charts.frames(run), "charts": figures.drawn}),
         generated=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
 
@@ -87,27 +114,28 @@ class Figures:
         )
 
 
-def _section(anchor: str, title: str, *parts: str) -> str:
+def section(anchor: str, title: str, *parts: str) -> str:
     content = "".join(parts)
     return f'<section id="{anchor}"><h2>{title}</h2>{content}</section>' if content else ""
 
 
 def _drift(run: Run, figures: Figures) -> str:
     text = (
-        f"What the {run.things} gave up for the reward: how far they are from the base's of the"
-        " same prompts and noise, at 0 or 1."
+        f"How far the {run.things} are from those that the base makes of the same prompts and noise."
+        " No drift is 0 for the color shift and 1 for the others. A gain may have been bought with"
+        " drift."
     )
     drawn = figures.grid(charts.drift_charts(run))
-    return _section(
+    return section(
         "drift", "Drift from the base", f'<p class="lead">{text}</p>{drawn}' if drawn else ""
     )
 
 
-def _optimisation(run: Run, figures: Figures) -> str:
+def _optimization(run: Run, figures: Figures) -> str:
     breakdown = charts.breakdown_chart(run)
-    return _section(
-        "optimisation",
-        "Optimisation",
+    return section(
+        "optimization",
+        "Optimization",
         figures.grid(([breakdown] if breakdown else []) + charts.training_charts(run)),
     )
 
@@ -122,11 +150,11 @@ def _exploration(run: Run, figures: Figures) -> str:
         "{:.3f}",
     )
     pair = f'<div class="charts{" uneven" if heat else ""}">{heat}{bars}</div>' if bars else ""
-    return _section("exploration", "Exploration", pair, figures.grid(charts.signal_charts(run)))
+    return section("exploration", "Exploration", pair, figures.grid(charts.signal_charts(run)))
 
 
 def _guards(run: Run, figures: Figures) -> str:
-    return _section("guards", "Guards", figures.grid(charts.guard_charts(run)))
+    return section("guards", "Guards", figures.grid(charts.guard_charts(run)))
 
 
 def _cost(run: Run, figures: Figures) -> str:
@@ -143,7 +171,7 @@ def _cost(run: Run, figures: Figures) -> str:
     )
     drawn = [figures.html(chart) for chart in charts.cost_charts(run)]
     parts = drawn[:1] + [bars] + drawn[1:] if totals else drawn
-    return _section(
+    return section(
         "cost", "Cost", f'<div class="charts">{"".join(parts)}</div>' if any(parts) else ""
     )
 
@@ -172,7 +200,7 @@ def _bars(
     lines = []
     for n, (name, value) in enumerate(rows):
         colour, share = (
-            (f"c{n}", f'<td class="num">{shares[n]:.0%}</td>') if shares else ("main", "")
+            (f"c{n % 8}", f'<td class="num">{shares[n]:.0%}</td>') if shares else ("main", "")
         )
         lines.append(
             f'<tr><th scope="row">{escape(name)}</th><td class="track">'
@@ -185,21 +213,46 @@ def _bars(
     )
 
 
-def _switch(run: Run) -> str:
+def axis_switch(runs: list[Run]) -> str:
     """The choice of x axis, where there is more than one point to look at."""
-    if len(run.rows) < 2:
+    if all(len(run.rows) < 2 for run in runs):
         return ""
-    axes = (
-        [("iteration", "iterations")]
-        + ([("minutes", "minutes")] if run.minutes[-1] else [])
-        + ([("images", f"rewarded {run.things}")] if run.images[-1] else [])
-    )
+    axes = [("iteration", "iterations")] + [
+        (key, text)
+        for key, text in (
+            ("minutes", "minutes"),
+            ("images", f"rewarded {runs[0].things}"),
+            ("forwards", "forwards"),
+        )
+        if all(getattr(run, key)[-1] for run in runs)
+    ]
     options = "".join(
         '<label><input type="radio" name="axis"'
         f' value="{key}"{" checked" if key == "iteration" else ""}><span>{text}</span></label>'
         for key, text in axes
     )
     return f'<fieldset class="switch" id="axis"><legend>Charts against</legend>{options}</fieldset>'
+
+
+def _components(run: Run) -> str:
+    """What ran, on what, and how far each part is verified."""
+    lines = "".join(
+        f'<tr><th scope="row">{escape(part)}</th><td>{escape(chosen)}</td><td>{escape(level)}</td></tr>'
+        for part, chosen, level in components(run)
+    )
+    if not lines:
+        return ""
+    device = (run.summary or {}).get("device")
+    text = (
+        f"Parts of this run{f', which computed on {device}' if device else ''}. Verified: where the"
+        " project has run that part, at its best; a simulated GPU has devices and memory, but no"
+        " numbers and no clock."
+    )
+    return (
+        f'<details class="block" id="parts"><summary>What ran</summary><p class="lead">{escape(text)}</p>'
+        '<div class="scroll"><table class="pairs three"><thead><tr><th scope="col">part</th><th scope="col">this run'
+        f'</th><th scope="col">verified</th></tr></thead><tbody>{lines}</tbody></table></div></details>'
+    )
 
 
 def _configuration(run: Run) -> str:

@@ -90,6 +90,15 @@ class Run:
         return out
 
     @cached_property
+    def forwards(self) -> list[float]:
+        """Rows that went through the transformer up to each row of metrics."""
+        total, out = 0.0, []
+        for row in self.rows:
+            total += sum(number(row.get(f"forwards/{part}")) or 0 for part in ("rollout", "train"))
+            out.append(total)
+        return out
+
+    @cached_property
     def minutes(self) -> list[float]:
         """Minutes of running up to each row; a clock that a resume set back to zero is carried
         on."""
@@ -125,21 +134,16 @@ class Run:
 
     def stderr(self, iteration: int) -> float | None:
         """Standard error of the held-out reward at an iteration."""
-        return number(
-            next(
-                (
-                    row.get("eval/reward/stderr")
-                    for row in self.rows
-                    if row["iteration"] == iteration
-                ),
-                None,
-            )
-        )
+        rows = (row for row in self.rows if row["iteration"] == iteration)
+        return number(next(rows, {}).get("eval/reward/stderr"))
 
-    def at(self, iteration: int) -> tuple[float, float]:
-        """(minutes, images) spent when the given iteration had ended."""
+    def at(self, iteration: int) -> dict[str, float]:
+        """Minutes, images and forwards spent when the given iteration had ended."""
         past = [n for n, row in enumerate(self.rows) if row["iteration"] <= iteration]
-        return (self.minutes[past[-1]], self.images[past[-1]]) if past and iteration else (0.0, 0.0)
+        spent = {"minutes": self.minutes, "images": self.images, "forwards": self.forwards}
+        return {
+            name: so_far[past[-1]] if past and iteration else 0.0 for name, so_far in spent.items()
+        }
 
 
 def load_run(run_dir) -> Run:

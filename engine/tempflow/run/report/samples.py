@@ -134,7 +134,7 @@ def _title(sample: SampleSet) -> str:
 
 def _card(pair: Pair, base: SampleSet, tuned: SampleSet, thumbnails: Thumbnails) -> str:
     sides = [
-        _side(item, sample, pair.prompt, thumbnails)
+        side(item, sample, pair.prompt, thumbnails, _label(sample))
         for item, sample in ((pair.base, base), (pair.tuned, tuned))
         if item
     ]
@@ -152,17 +152,21 @@ def _card(pair: Pair, base: SampleSet, tuned: SampleSet, thumbnails: Thumbnails)
     )
 
 
-def _side(item: dict, sample: SampleSet, prompt: str, thumbnails: Thumbnails) -> str:
+def _label(sample: SampleSet) -> str:
+    return "base" if sample.iteration == 0 else f"iteration {sample.iteration}"
+
+
+def side(item: dict, sample: SampleSet, prompt: str, thumbnails: Thumbnails, label: str) -> str:
+    """An image of a sample set with its label, reward and reading; "" where it is lost."""
     thumbnail = thumbnails.get(sample.folder / str(item["file"]))
     if thumbnail is None:
         return ""
-    label = "base" if sample.iteration == 0 else f"iteration {sample.iteration}"
     reading = _reading(item)
     read = "" if reading is None else reading_html(reading, _target(item, prompt), _solved(item))
+    row = f'<span class="row"><span class="who">{escape(label)}</span>{_reward(item)}</span>'
     return (
-        f'<figure>{_img(thumbnail, f"{label}: {prompt}")}<figcaption><span class="row">'
-        "<span"
-        f' class="who">{label}</span>{_reward(item)}</span>{read}{_parts(item)}</figcaption></figure>'
+        f"<figure>{_img(thumbnail, f'{label}: {prompt}')}<figcaption>{row}{read}{_parts(item)}"
+        "</figcaption></figure>"
     )
 
 

@@ -11,6 +11,7 @@ from tempflow.run.report.charts import mean
 from tempflow.run.report.run import Run, number
 from tempflow.run.report.samples import signed
 
+PAST = "past its limit"
 TRIFLE = 0.005  # a smaller change of the mean reward is called none
 
 
@@ -97,33 +98,58 @@ def status(run: Run) -> str:
 def tiles(run: Run) -> str:
     """The headline numbers as a description list."""
     base, tuned = rewards(run)
-    forwards = sum(
-        value or 0 for key in ("forwards/rollout", "forwards/train") for value in run.column(key)
-    )
+    forwards = run.forwards[-1] if run.forwards else None
     found = [
-        ("Base reward", base, "{:.3f}"),
-        ("Tuned reward", tuned, "{:.3f}"),
-        (f"Held-out {run.things} scored", _scored(run), "{:,.0f}"),
-        ("Minutes", minutes(run), "{:.1f}"),
-        ("Iterations", run.iterations or None, "{:,.0f}"),
-        (f"Rewarded {run.things}", images(run), "{:,.0f}"),
-        ("Forwards", forwards or None, "{:,.0f}"),
+        ("Base reward", _measured(base, _base_stderr(run))),
+        ("Tuned reward", _measured(tuned, number(evaluated(run).get("eval/reward/stderr")))),
+        ("Gain", _measured(*gain(run), form=signed)),
+        *_limited(run),
+        (f"Held-out {run.things} scored", _text(_scored(run), "{:,.0f}")),
+        ("Minutes", _text(minutes(run), "{:.1f}")),
+        ("Iterations", _text(run.iterations or None, "{:,.0f}")),
+        (f"Rewarded {run.things}", _text(images(run), "{:,.0f}")),
+        ("Forwards", _text(forwards or None, "{:,.0f}")),
     ]
-    cells = [(name, form.format(value)) for name, value, form in found if value is not None]
-    change, stderr = gain(run)
-    limited = [
-        (metric, value) for metric, value in drifts(evaluated(run)) if metric.limit is not None
-    ]
-    if change is not None:
-        cells.insert(2, ("Gain", signed(change) + ("" if stderr is None else f" ± {stderr:.3f}")))
-        cells[3:3] = [(metric.title, f"{value:{metric.form}}") for metric, value in limited]
-    marks = {"Gain": " class=gain"} | {
-        metric.title: " class=lost" for metric, value in limited if metric.beyond(value)
-    }
+    cells = [(name, text) for name, text in found if text is not None]
     inner = "".join(
-        f"<div{marks.get(name, '')}><dt>{name}</dt><dd>{text}</dd></div>" for name, text in cells
+        f"<div{_mark(name, text)}><dt>{name}</dt><dd>{text}</dd></div>" for name, text in cells
     )
     return f'<dl class="tiles">{inner}</dl>' if cells else ""
+
+
+def _limited(run: Run) -> list[tuple[str, str]]:
+    """The monitors of drift that have a limit, once a trained model was evaluated."""
+    if gain(run)[0] is None:
+        return []
+    return [
+        (
+            metric.title,
+            f"{value:{metric.form}}"
+            + (f" <small>{PAST} {metric.limit:g}</small>" if metric.beyond(value) else ""),
+        )
+        for metric, value in drifts(evaluated(run))
+        if metric.limit is not None
+    ]
+
+
+def _mark(name: str, text: str) -> str:
+    return " class=gain" if name == "Gain" else " class=lost" if PAST in text else ""
+
+
+def _text(value: float | None, form: str) -> str | None:
+    return None if value is None else form.format(value)
+
+
+def _measured(value: float | None, stderr: float | None, form="{:.3f}".format) -> str | None:
+    """A mean with its standard error."""
+    if value is None:
+        return None
+    return form(value) + ("" if stderr is None else f" <small>± {stderr:.3f}</small>")
+
+
+def _base_stderr(run: Run) -> float | None:
+    found = number((run.summary or {}).get("base_stderr"))
+    return run.stderr(0) if found is None else found
 
 
 def facts(run: Run) -> str:
@@ -189,7 +215,8 @@ def _spent(run: Run) -> str:
     """What the newest evaluated model had cost, or in a run without evaluations the newest one."""
     spent, seen = minutes(run), images(run)
     if run.summary is None and run.heldout:
-        spent, seen = run.at(run.heldout[-1][0])
+        total = run.at(run.heldout[-1][0])
+        spent, seen = total["minutes"], total["images"]
     parts = []
     if spent:
         parts.append(
