@@ -1,7 +1,8 @@
 """TempFlow-GRPO: reinforcement learning of flow-matching text-to-image models.
 
-The library surface for notebooks is `train`, `evaluate`, `sample` and `load_policy`; the commands
-use the modules below it. Importing this package loads no torch, so that reward workers start fast.
+The library surface for notebooks is `train`, `evaluate`, `sample`, `load_policy` and `Walkthrough`;
+the commands use the modules below it. Importing this package loads no torch, so that reward workers
+start fast.
 """
 
 import importlib
@@ -9,6 +10,7 @@ import importlib
 __version__ = "0.2.0"  # the one place that states it; pyproject.toml reads it here
 
 _HOMES = {
+    "Walkthrough": "tempflow.walkthrough",
     "evaluate": "tempflow.api",
     "load_policy": "tempflow.models",
     "sample": "tempflow.api",

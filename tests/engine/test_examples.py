@@ -1,11 +1,13 @@
 """The examples of docs/extending.md: a user's own plan, advantage, objective and reward, by dotted
 path."""
 
+import dataclasses
 import json
 import sys
 
 import numpy as np
 import pytest
+import torch
 from engine_cases import ROOT, dense
 from PIL import Image
 from run_cases import Run, run_command
@@ -16,7 +18,9 @@ from advantage import RankAdvantage  # noqa: E402
 from plan import LateBranches  # noqa: E402
 from reward import Kept  # noqa: E402
 
+from tempflow.errors import UserError  # noqa: E402
 from tempflow.sampling.layout import iteration_units  # noqa: E402
+from tempflow.training.update import Part  # noqa: E402
 
 EXAMPLES = ROOT / "examples"
 
@@ -81,3 +85,42 @@ def test_what_an_edit_keeps():
         Kept(16).score(np.stack([same, half, none]), [""] * 3, [{"images": [before]}] * 3).values
     )
     assert found[0] == 1 and 0.6 < found[1] < 0.8 and found[2] < 0.3
+
+
+@pytest.mark.slow
+@pytest.mark.cpu
+def test_the_notebook(monkeypatch):
+    """Its cells in order, without Jupyter: the claims of its text, and what is stored with it."""
+    notebook = json.loads((EXAMPLES / "branching.ipynb").read_text(encoding="utf-8"))
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 4
+    assert len(json.dumps(notebook)) < 150_000, "stored outputs stay small"
+    monkeypatch.chdir(EXAMPLES)
+    threads, found = torch.get_num_threads(), {}
+    try:
+        for cell in cells:
+            exec("".join(cell["source"]), found)
+    finally:
+        torch.set_num_threads(threads)
+        if "walk" in found:
+            found["walk"].close()
+    made, rewards = found["branching"], found["branching"].child_rewards.reshape(5, 6)
+    assert len(made.images) == 1 + 5 * 6 and (made.parent[1:] == 0).all()
+    apart = made.images[made.row].reshape(5, 6, -1).astype(float).std(1).mean(1)
+    assert (np.diff(apart) < 0).all(), "late decisions change the images less"
+    np.testing.assert_allclose(
+        made.advantages.reshape(5, 6),
+        np.clip((rewards - rewards.mean(1)[:, None]) / (rewards.std(1)[:, None] + 1e-4), -5, 5),
+        atol=1e-5,
+    )
+    assert made.weights[[0, 1, 2, 4, 6]].mean() == pytest.approx(1)
+    assert found["first"]["loss"] == pytest.approx(found["by_hand"], abs=1e-6)
+    assert found["first"]["ratio/max_dev"] == 0 < found["second"]["ratio/max_dev"]
+    assert found["second"]["loss"] < 0 and found["change"].any()
+    with pytest.raises(UserError, match="weights have moved"):
+        found["walk"].update(dataclasses.replace(made, _parts=fresh_parts(made)))
+
+
+def fresh_parts(made):
+    return [Part.of(part.batches, part.total) for part in made._parts]

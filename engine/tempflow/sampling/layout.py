@@ -60,6 +60,8 @@ class Forest:
 class Layout:
     """The rows of all units of an iteration, and the slots of their states or endpoints.
 
+    first: int [units + 1], the number of each unit's first row among the rows of all units.
+
     Args:
         units: of all ranks, in order.
         rows: of each unit, parents before children, as `Plan.rows` makes them.
@@ -69,13 +71,13 @@ class Layout:
 
     def __init__(self, units: list[Unit], rows: list[list[Row]], endpoints: bool = False):
         self.units, self.rows = units, rows
-        self._first = np.cumsum([0, *map(len, rows)])
+        self.first = np.cumsum([0, *map(len, rows)])
         self._slots: dict[tuple[int, int, int], np.ndarray] = {}
         self.slots = self._endpoint_slots() if endpoints else self._state_slots()
 
     def __len__(self) -> int:
         """Rows of all units."""
-        return int(self._first[-1])
+        return int(self.first[-1])
 
     @cached_property
     def without_slot(self) -> np.ndarray:
@@ -93,7 +95,7 @@ class Layout:
         found = np.full(len(self.slots), -1)
         for (u, n, step), slots in self._slots.items():
             if not any(k >= step for k in self.rows[u][n].noise):
-                found[slots] = self._first[u] + n
+                found[slots] = self.first[u] + n
         return found
 
     def forest(self, chosen: list[int]) -> Forest:
@@ -116,7 +118,7 @@ class Layout:
             for (u, n, step), found in self._slots.items()
             if (u, n) in place
         }
-        return Forest(moved, [int(self._first[u]) + n for u, n in order], slots)
+        return Forest(moved, [int(self.first[u]) + n for u, n in order], slots)
 
     def _state_slots(self) -> Slots:
         lines, leaves, values, states = [], [], [], 0
@@ -131,7 +133,7 @@ class Layout:
                     lines.append((rows[n].unit.prompt, rows[n].unit.seed, step, states, child))
                     leaves.append(
                         tuple(
-                            int(self._first[u]) + leaf
+                            int(self.first[u]) + leaf
                             for leaf in sorted(_below(rows, branches, n, step))
                         )
                     )
@@ -140,7 +142,7 @@ class Layout:
                         _value_after(rows, branches, value_rows, n, step),
                     )
                     values.append(
-                        [-1 if place is None else int(self._first[u]) + place for place in pair]
+                        [-1 if place is None else int(self.first[u]) + place for place in pair]
                     )
                 states += 1
         known = any(row.value for rows in self.rows for row in rows)

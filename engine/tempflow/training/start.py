@@ -78,6 +78,21 @@ def checked_inputs(
     return specs, train, heldout
 
 
+def check_hardware(config: Config) -> None:
+    """UserError for what this machine, or its libraries, cannot run; after `checked_inputs`."""
+    from tempflow.config.deepspeed import check_machine
+    from tempflow.models.attention import check_attention
+    from tempflow.training.precision import dtypes, shares_base
+    from tempflow.training.shares import guides_in_one
+
+    check_gpu()
+    check_attention(
+        config.model.attention_backend, config.model.path, dtypes(config), guides_in_one(config)
+    )
+    check_machine(config.deepspeed)
+    shares_base(config)
+
+
 def start(
     config: str | Path | dict,
     *,
@@ -106,21 +121,12 @@ def start(
     specs, prompts, heldout = checked_inputs(config)
 
     from tempflow.checkpoints.load import read_state
-    from tempflow.config.deepspeed import check_machine
     from tempflow.estimate import check_room, disk_of
-    from tempflow.models.attention import check_attention
     from tempflow.run.report import write_report
     from tempflow.training.assemble import train
-    from tempflow.training.precision import dtypes, shares_base
-    from tempflow.training.shares import guides_in_one
     from tempflow.training.signals import StopSignal
 
-    check_gpu()
-    check_attention(
-        config.model.attention_backend, config.model.path, dtypes(config), guides_in_one(config)
-    )
-    check_machine(config.deepspeed)
-    shares_base(config)
+    check_hardware(config)
     stop = StopSignal().install()
     with directory.claim_run(config, resume, lambda: check_room(config, disk_of(config))) as (
         run_dir,

@@ -1,0 +1,207 @@
+"""One iteration of training, step by step, for notebooks: branch, look at what came out, update.
+
+A `Walkthrough` holds what a run holds (the model, reward workers, the optimizer) but writes no run
+directory. It uses the functions of the training loop, so what it shows is what a run does. Left out
+are the loop's own choices: the order of prompts, curation, rollout.adapt, the averaged weights and
+evaluations. It is for one process.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Sequence
+
+import numpy as np
+
+from tempflow.config import load_config
+from tempflow.data.prompts import typed_prompts
+from tempflow.errors import UserError, note
+from tempflow.rewards import RewardPool, check_prompts
+from tempflow.rewards.pool import Ticket
+from tempflow.run.environment import LAUNCH
+from tempflow.training.start import check_hardware, checked_inputs
+
+
+@dataclass(frozen=True)
+class Branching:
+    """A rollout and its rewards: m rows that were drawn to the end, and n children of their states.
+
+    The rows come unit by unit (prompt by prompt, seed by seed), a trunk before its children.
+    """
+
+    images: np.ndarray
+    """uint8 [m, H, W, 3], or videos [m, F, H, W, 3]."""
+    rewards: np.ndarray
+    """float64 [m], the weighted sum of the rewards; NaN where one failed."""
+    parent: np.ndarray
+    """int [m]: the row that a row branched off; -1 for one that starts from the initial noise."""
+    start: np.ndarray
+    """int [m]: the step at which it branched off."""
+    sigmas: np.ndarray
+    """float32 [T + 1], the sampling grid, from 1 to 0."""
+    weights: np.ndarray
+    """float32 [T], the loss weight of every step; 0 where nothing branches."""
+    row: np.ndarray
+    """int [n]: the row of each child."""
+    state: np.ndarray
+    """int [n]: the state that it left, a place in `latents`."""
+    step: np.ndarray
+    """int [n]: the step at which it left."""
+    child_rewards: np.ndarray
+    """float64 [n]: the mean reward of the rows below it."""
+    advantages: np.ndarray
+    """float32 [n]; 0 where the reward failed."""
+    latents: np.ndarray
+    """float32 [states, ...], before the step."""
+    child_latents: np.ndarray
+    """float32 [n, ...], after it."""
+    _parts: list = field(repr=False)
+    """Of the updater; they remember what the policy said before the first update."""
+    _updates: int = field(repr=False)
+    """Made before these rows were drawn."""
+
+
+class _KeepingPool(RewardPool):
+    """Reward workers that keep the images they are given."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.seen: dict[Ticket, np.ndarray] = {}
+
+    def submit(self, images: np.ndarray, *arguments, **options) -> Ticket:
+        ticket = super().submit(images, *arguments, **options)
+        self.seen[ticket] = np.array(images)
+        return ticket
+
+
+class Walkthrough:
+    """The parts of a run around some prompts; close it, or use it in a `with` block.
+
+    Args:
+        config: a JSON file, or its content as nested tables, as of `tempflow.train`. Its plan has
+            to make states ("wants" of its objective), which all but the objectives on finished
+            latents do.
+        prompts: the prompts of every iteration, in place of the config's.
+        overrides: `section.key=value` texts, as of --set.
+
+    Raises `tempflow.errors.UserError`.
+    """
+
+    def __init__(
+        self, config: str | Path | dict, prompts: Sequence[str], overrides: Sequence[str] = ()
+    ):
+        self._environment = {name: os.environ.get(name) for name in LAUNCH}
+        config = load_config(config, list(overrides))
+        specs, _, _ = checked_inputs(config)
+        examples = typed_prompts(list(prompts), "prompts")
+        for line in check_prompts(specs, [p.text for p in examples], [{} for _ in examples]):
+            note(line)
+        check_hardware(config)
+        self._open(config, specs, examples)
+
+    def _open(self, config, specs, examples) -> None:
+        from tempflow.training import distributed
+        from tempflow.training.session import build
+        from tempflow.training.update import Updater
+
+        distributed.init_distributed()
+        self._pool = _KeepingPool(specs, **config.reward_pool.pool())
+        s = self.session = build(config, examples, [], specs, pool=self._pool, note=note)
+        if s.objective.wants != "states":
+            self.close()
+            raise UserError("training.objective: learns from finished latents, not from states")
+        self._updater = Updater(s.runtime, s.sampler, s.objective, s.penalty, s.embed)
+        self.updates = 0
+
+    def __enter__(self) -> Walkthrough:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the reward workers, and take what a launcher would have set from the environment."""
+        self._pool.close()
+        for name, value in self._environment.items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+    def branch(self, iteration: int = 0) -> Branching:
+        """Draw the rows of an iteration from the current weights, and score them.
+
+        iteration: decides the noise, and the steps of plans that change them.
+        """
+        from tempflow.training.credit import loss_weights, make_parts
+        from tempflow.training.rollout import gather_rewards, plan_iteration, roll_out
+
+        s = self.session
+        layout = plan_iteration(s, list(range(len(s.prompts))), iteration)
+        with s.threads.shared():
+            rolled = roll_out(s, layout, iteration, s.config.rollout.suffix)
+            scored = gather_rewards(s, rolled)
+        credit = s.advantage(layout.slots, scored.rewards)
+        rows = [(first, row) for first, unit in zip(layout.first, layout.rows) for row in unit]
+        states = rolled.kept.states
+        places = {number: place for place, state in enumerate(states) for number in state.slots}
+        latents = {n: y for s in states for n, y in zip(s.slots, s.children, strict=True)}
+        slots = range(len(layout.slots))
+        return Branching(
+            images=self._images(rolled),
+            rewards=scored.by_row,
+            parent=np.array([-1 if r.parent is None else first + r.parent for first, r in rows]),
+            start=np.array([row.start for _, row in rows]),
+            sigmas=rolled.kept.grid.sigmas.cpu().numpy(),
+            weights=loss_weights(s, rolled).cpu().numpy(),
+            row=np.array([leaves[0] for leaves in layout.slots.leaves]),
+            state=np.array([places[n] for n in slots]),
+            step=layout.slots.step,
+            child_rewards=scored.rewards.total,
+            advantages=credit.values,
+            latents=np.stack([state.x.cpu().numpy() for state in states]),
+            child_latents=np.stack([latents[n].cpu().numpy() for n in slots]),
+            _parts=make_parts(s, rolled, credit),
+            _updates=self.updates,
+        )
+
+    def _images(self, rolled) -> np.ndarray:
+        """By the number of their row."""
+        seen = np.concatenate([self._pool.seen.pop(ticket) for ticket in rolled.images.tickets])
+        numbers = [rolled.forest.numbers[place] for place in rolled.images.rows]
+        return seen[np.argsort(numbers)]
+
+    def update(self, branching: Branching) -> list[dict]:
+        """One pass over the states of a branching; returns the metrics of its optimizer steps.
+
+        `loss` and `ratio/max_dev` are of the weights before each step: in the first pass every
+        ratio is 1. A second call goes over the same states again, with ratios to the policy that
+        drew them. UserError where the weights have moved between the drawing and the first pass.
+        """
+        fresh = any(old is None for part in branching._parts for old in part.old)
+        if fresh and branching._updates != self.updates:
+            raise UserError("update: the weights have moved since these rows were drawn")
+        s, found = self.session, []
+        if fresh:
+            for part in branching._parts[1:]:  # the first step moves the weights
+                self._updater.remember(part)
+        for part in branching._parts:
+            found.append(self._updater.update(part, lr_factor=1.0))
+        self.updates += 1
+        if s.config.rollout.replica:
+            s.runtime.refresh(s.policy.denoiser())
+        return found
+
+    def draw(self, seed: int = 0) -> np.ndarray:
+        """The prompts drawn without exploration from the current weights, as evaluations draw them.
+
+        seed: of the initial noise. Returns uint8 [prompts, H, W, 3], or videos.
+        """
+        import torch
+
+        from tempflow.run import evaluation
+
+        s = self.session
+        with torch.no_grad():
+            drawn = list(evaluation.draw(s, s.prompts, list(range(len(s.prompts))), seed=seed))
+        order = np.argsort(np.concatenate([places for places, _, _ in drawn]))
+        return np.concatenate([images for _, images, _ in drawn])[order]
