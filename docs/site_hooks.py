@@ -7,6 +7,7 @@ become MathML while the site is built, which browsers draw without a script or a
 
 from __future__ import annotations
 
+import json
 import posixpath
 import re
 from pathlib import Path
@@ -84,9 +85,25 @@ def _listing(path: str) -> str:
         names = sorted(f"* `{child.name}`" for child in file.iterdir() if child.name[0] not in "._")
         return f"# {path}\n\n" + "\n".join(names) + "\n"
     text = file.read_text(encoding="utf-8")
+    if file.suffix == ".ipynb":
+        return "\n\n".join(_cell(cell) for cell in json.loads(text)["cells"])
     if len(text) > LONGEST:
         text = f"{text[:LONGEST]}\n(and {len(text) - LONGEST} characters more)\n"
     return f"# {path}\n\n````````{LANGUAGES.get(file.suffix, 'text')}\n{text}\n````````\n"
+
+
+def _cell(cell: dict) -> str:
+    """A cell of a notebook, with its stored outputs."""
+    source = "".join(cell["source"])
+    if cell["cell_type"] == "markdown":
+        return source
+    parts = [f"```python\n{source}\n```"]
+    for output in cell["outputs"]:
+        if "text" in output:
+            parts.append(f"```text\n{''.join(output['text'])}```")
+        elif image := output["data"].get("image/png"):
+            parts.append(f'<img alt="output" src="data:image/png;base64,{image}">')
+    return "\n\n".join(parts)
 
 
 def _prose(page: str, text: str) -> str:

@@ -37,7 +37,7 @@ UNIT = {
     models_table objectives penalties processors prompt_images prompts pulls release repeats sde
     shipped_configs
     strictness unequal_children weights""",
-    "report": "byproducts console metrics report verdict",
+    "report": "byproducts comparison console metrics report verdict",
     "rewards": """normal_form quotes reward_combine reward_fit reward_geneval reward_ocr
     reward_vlm""",
 }

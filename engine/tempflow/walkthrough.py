@@ -92,14 +92,24 @@ class Walkthrough:
     def __init__(
         self, config: str | Path | dict, prompts: Sequence[str], overrides: Sequence[str] = ()
     ):
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            raise UserError("Walkthrough: is for one process, not for ranks of a launcher")
         self._environment = {name: os.environ.get(name) for name in LAUNCH}
         config = load_config(config, list(overrides))
+        if config.objective().wants != "states":
+            raise UserError("training.objective: learns from finished latents, not from states")
         specs, _, _ = checked_inputs(config)
         examples = typed_prompts(list(prompts), "prompts")
         for line in check_prompts(specs, [p.text for p in examples], [{} for _ in examples]):
             note(line)
         check_hardware(config)
-        self._open(config, specs, examples)
+        self.updates = 0
+        self._pool = _KeepingPool(specs, **config.reward_pool.pool())
+        try:
+            self._open(config, specs, examples)
+        except BaseException:
+            self.close()
+            raise
 
     def _open(self, config, specs, examples) -> None:
         from tempflow.training import distributed
@@ -107,13 +117,8 @@ class Walkthrough:
         from tempflow.training.update import Updater
 
         distributed.init_distributed()
-        self._pool = _KeepingPool(specs, **config.reward_pool.pool())
         s = self.session = build(config, examples, [], specs, pool=self._pool, note=note)
-        if s.objective.wants != "states":
-            self.close()
-            raise UserError("training.objective: learns from finished latents, not from states")
         self._updater = Updater(s.runtime, s.sampler, s.objective, s.penalty, s.embed)
-        self.updates = 0
 
     def __enter__(self) -> Walkthrough:
         return self
