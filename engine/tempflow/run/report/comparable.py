@@ -42,10 +42,10 @@ def load_recorded(folder: Path) -> Run:
 def _names(runs: list[Run]) -> list[str]:
     """Their folders' names; with the folders above where two have one name."""
     parts = [run.folder.resolve().parts for run in runs]
-    for depth in range(1, max(map(len, parts)) + 1):
+    depth, names = 1, [run.name for run in runs]
+    while len(set(names)) < len(names):
+        depth += 1
         names = ["/".join(part[-depth:]) for part in parts]
-        if len(set(names)) == len(names):
-            break
     return names
 
 
@@ -107,18 +107,19 @@ def _settings(run: Run) -> dict:
 
 def headline(runs: dict[str, Run]) -> str:
     """One sentence on the final held-out rewards; it claims no more than their errors allow."""
-    known = [(name, *_final(run)) for name, run in runs.items() if _final(run)[0] is not None]
+    ends = [(name, *_final(run)) for name, run in runs.items()]
+    known = [(name, reward, error) for name, reward, error in ends if reward is not None]
     if len(known) < 2:
         return f"{len(runs)} runs; fewer than two have a held-out reward"
     if not same_rewards(runs):
         return f"{len(runs)} runs with different rewards: compare their parts, not their sums"
     known.sort(key=lambda entry: -entry[1])
     (best, high, error), (second, next_to, other) = known[:2]
-    ends = f"{best} ends with {with_error(high, error)}, {second} with {with_error(next_to, other)}"
+    said = f"{best} ends with {with_error(high, error)}, {second} with {with_error(next_to, other)}"
     if error is None or other is None:
-        return f"{ends}; their errors are not known"
+        return f"{said}; their errors are not known"
     sure = is_sure(high - next_to, math.hypot(error, other))
-    return f"{ends}: {'more' if sure else 'no difference'} beyond two standard errors"
+    return f"{said}: {'more' if sure else 'no difference'} beyond two standard errors"
 
 
 def _final(run: Run) -> tuple[float | None, float | None]:

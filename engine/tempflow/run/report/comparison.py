@@ -63,8 +63,8 @@ def render(runs: dict[str, Run]) -> str:
         section("samples", "Samples", _samples(runs, Thumbnails())),
         section("drift", "Drift from the base", metrics(DRIFTS)),
         section("rewards", "Rewards", figures.grid(_reward_charts(runs))),
-        section("updates", "Updates", metrics(map(describe, UPDATES)), metrics(DIVERSITY)),
-        section("cost", "Cost", metrics(map(describe, COST))),
+        section("updates", "Updates", metrics(_described(UPDATES)), metrics(DIVERSITY)),
+        section("cost", "Cost", metrics(_described(COST))),
         section("differences", "What differs", _differences(runs)),
     ]
     return fill(
@@ -80,6 +80,10 @@ def render(runs: dict[str, Run]) -> str:
     )
 
 
+def _described(keys: tuple[str, ...]) -> list[Metric]:
+    return [metric for key in keys if (metric := describe(key))]
+
+
 def _named(runs: dict[str, Run]) -> str:
     return ", ".join(
         f'<strong class="c{n}"><i class="swatch"></i>{escape(name)}</strong>'
@@ -90,7 +94,7 @@ def _named(runs: dict[str, Run]) -> str:
 # ------------------------------------------------------------------------------------------- curves
 def _frames(runs: dict[str, Run]) -> dict:
     """The x columns of every run: fineN and evalN."""
-    found = {}
+    found: dict[str, dict] = {}
     for n, run in enumerate(runs.values()):
         own = charts.frames(run)
         found |= {f"fine{n}": own["fine"], f"eval{n}": own["eval"]}

@@ -28,7 +28,7 @@ def components(run: Run) -> list[tuple[str, str, str]]:
 
 def level(path: str | None) -> str:
     """How far a part of the engine is verified, by its name in benchmarks/results/hardware.json."""
-    entry = _entries().get(path)
+    entry = _entries().get(path or "")
     return LEVELS[entry["status"]].format(**entry) if entry else ""
 
 
@@ -42,7 +42,7 @@ _Row = tuple[str, str | None, str | None]  # part, what was chosen, its name in 
 
 def _model(run: Run) -> list[_Row]:
     pipeline = _pipeline(str(run.setting("model", "path")))
-    module = KINDS["policy"].ids.get(pipeline, "").partition(":")[0]
+    module = KINDS["policy"].ids.get(pipeline or "", "").partition(":")[0]
     lora = run.setting("model", "lora")
     trained = f"LoRA of rank {lora.get('rank')}" if isinstance(lora, dict) else "all weights"
     return [
