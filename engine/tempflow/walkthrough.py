@@ -95,18 +95,18 @@ class Walkthrough:
         if os.environ.get("WORLD_SIZE", "1") != "1":
             raise UserError("Walkthrough: is for one process, not for ranks of a launcher")
         self._environment = {name: os.environ.get(name) for name in LAUNCH}
-        config = load_config(config, list(overrides))
-        if config.objective().wants != "states":
+        loaded = load_config(config, list(overrides))
+        if loaded.objective().wants != "states":
             raise UserError("training.objective: learns from finished latents, not from states")
-        specs, _, _ = checked_inputs(config)
+        specs, _, _ = checked_inputs(loaded)
         examples = typed_prompts(list(prompts), "prompts")
         for line in check_prompts(specs, [p.text for p in examples], [{} for _ in examples]):
             note(line)
-        check_hardware(config)
+        check_hardware(loaded)
         self.updates = 0
-        self._pool = _KeepingPool(specs, **config.reward_pool.pool())
+        self._pool = _KeepingPool(specs, **loaded.reward_pool.pool())
         try:
-            self._open(config, specs, examples)
+            self._open(loaded, specs, examples)
         except BaseException:
             self.close()
             raise
@@ -118,6 +118,8 @@ class Walkthrough:
 
         distributed.init_distributed()
         s = self.session = build(config, examples, [], specs, pool=self._pool, note=note)
+        assert s.runtime is not None  # it trains
+        self._runtime = s.runtime
         self._updater = Updater(s.runtime, s.sampler, s.objective, s.penalty, s.embed)
 
     def __enter__(self) -> Walkthrough:
@@ -144,6 +146,7 @@ class Walkthrough:
         layout = plan_iteration(s, list(range(len(s.prompts))), iteration)
         with s.threads.shared():
             rolled = roll_out(s, layout, iteration, s.config.rollout.suffix)
+            assert rolled is not None  # nobody asks this session to stop
             scored = gather_rewards(s, rolled)
         credit = s.advantage(layout.slots, scored.rewards)
         rows = [(first, row) for first, unit in zip(layout.first, layout.rows) for row in unit]
@@ -193,7 +196,7 @@ class Walkthrough:
             found.append(self._updater.update(part, lr_factor=1.0))
         self.updates += 1
         if s.config.rollout.replica:
-            s.runtime.refresh(s.policy.denoiser())
+            self._runtime.refresh(s.policy.denoiser())
         return found
 
     def draw(self, seed: int = 0) -> np.ndarray:
