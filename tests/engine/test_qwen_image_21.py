@@ -1,14 +1,20 @@
 """What only Qwen-Image 2.1 has: its own grid, a forward without condition images, and text that
 cannot be padded."""
 
+import json
+from contextlib import nullcontext
+
 import pytest
 import torch
-from engine_cases import examples
+from engine_cases import ROOT, examples
 from family_cases import FAMILIES, FP32, NEGATIVES, PROMPTS, latents_for
 from kernel_cases import assert_close
 
+from tempflow.config import load_config
 from tempflow.errors import UserError
 from tempflow.models import load_policy
+from tempflow.models.hub import local_model
+from tempflow.training.start import checked_inputs
 from tempflow.types import Size
 
 FAMILY, SIZE = FAMILIES["qwen_image_21"], Size(64, 64)
@@ -65,6 +71,33 @@ def test_the_forward_for_text_is_that_of_diffusers(family_pairs):
 def test_texts_of_two_lengths_share_no_forward(family_pairs):
     policy, _ = family_pairs("qwen_image_21")
     short, long = (policy.embed(examples([text])) for text in NEGATIVES[::-1])
-    with pytest.raises(UserError, match="rollout.guidance_scale: texts of .* set the scale to 1"):
+    with pytest.raises(ValueError, match="texts of .* cannot share a forward"):
         policy._join(short, long)
     assert len(policy._join(short, short)["encoder_hidden_states"]) == 2
+
+
+@pytest.mark.parametrize(
+    "key, stage, replica, rollout, evaluation",
+    [
+        ("rollout.guidance_scale", 3, True, 4.0, None),
+        ("eval.guidance_scale", 3, False, 1.0, 4.0),
+        (None, 3, True, 1.0, 4.0),
+        (None, 3, False, 1.0, None),
+        (None, 2, True, 4.0, None),
+    ],
+)
+def test_guidance_at_zero_3_is_refused_at_the_start(key, stage, replica, rollout, evaluation):
+    """Where a guided forward would go through the engine, of the rollout or of an evaluation."""
+    config = load_config(
+        ROOT / "configs/qwen_image_21_lora.json",
+        [
+            f"model.path={local_model('Qwen/Qwen-Image-2.1')}",
+            f"deepspeed.zero_optimization.stage={stage}",
+            f"rollout.replica={json.dumps(replica)}",
+            f"rollout.guidance_scale={rollout}",
+            f"eval.guidance_scale={json.dumps(evaluation)}",
+        ],
+    )
+    refused = pytest.raises(UserError, match=f"^{key}: 4 at .*; set the scale to 1, or the stage")
+    with refused if key else nullcontext():
+        checked_inputs(config, dry=True)

@@ -40,10 +40,13 @@ class GuidedPolicy(Policy):
 
     halves_alike: of a `ragged` family, whether a negative prompt's embeddings have the shapes of
     the prompt's, whatever the two say.
+    joins_lengths: whether `_join` takes halves of different lengths. Guidance at ZeRO stage 3 is
+    refused at the start of a run where it does not.
     """
 
     default_negative_prompt = ""
     halves_alike = False
+    joins_lengths = True
 
     @abstractmethod
     def _forward(

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from diffusers import QwenImage21Transformer2DModel
 
-from tempflow.errors import UserError
 from tempflow.models.base import Conditioning
 from tempflow.models.guidance import GuidedPolicy
 from tempflow.models.qwen_image import QwenImagePolicy
@@ -86,16 +85,15 @@ class QwenImage21Policy(QwenImagePolicy):
     sample it without guidance."""
 
     ragged = True
+    joins_lengths = False  # the image would have two positions
     lora_targets = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
     _combine = GuidedPolicy._combine
 
     def _join(self, negative, positive):
         lengths = [half["encoder_hidden_states"].shape[1] for half in (negative, positive)]
-        if lengths[0] != lengths[1]:  # the image would have two positions
-            raise UserError(
-                f"rollout.guidance_scale: texts of {lengths[0]} and {lengths[1]} tokens cannot"
-                " share a forward of Qwen-Image 2.1, as guidance needs it at ZeRO stage 3; set the"
-                " scale to 1, as its authors do, or zero_optimization.stage to 2"
+        if lengths[0] != lengths[1]:
+            raise ValueError(
+                f"texts of {lengths[0]} and {lengths[1]} tokens cannot share a forward"
             )
         return super()._join(negative, positive)
 

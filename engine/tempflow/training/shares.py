@@ -27,7 +27,7 @@ def check_shares(config: Config, prompts: list[Example], heldout: list[Example])
         )
     # Under ZeRO-3 a forward of the engine is a collective: a rank with fewer of them would leave
     # the others waiting.
-    if config.rollout.replica or config.deepspeed.get("zero_optimization", {}).get("stage", 0) < 3:
+    if config.rollout.replica or not _sharded(config):
         return
     if distributed.world_size() > 1 and family_of(config.model.path).ragged_with(
         most_images([*prompts, *heldout])
@@ -48,19 +48,40 @@ def check_shares(config: Config, prompts: list[Example], heldout: list[Example])
             )
 
 
+def check_guided_forwards(config: Config) -> None:
+    """UserError where guidance needs a forward of two lengths through an engine of ZeRO-3, and the
+    family has none; before the model is loaded."""
+    family = family_of(config.model.path)
+    if not _sharded(config) or getattr(family, "joins_lengths", True):
+        return
+    scales = {"rollout.guidance_scale": config.rollout.guidance_scale}
+    if config.eval.every and config.data.heldout and not config.rollout.replica:
+        # With a copy evaluations do not go through the engine.
+        scales["eval.guidance_scale"] = config.eval_guidance()
+    for key, scale in scales.items():
+        if family.guides(scale):
+            name = family.__name__.removesuffix("Policy")
+            raise UserError(
+                f"{key}: {scale:g} at deepspeed.zero_optimization.stage 3, where a prompt and its"
+                f" negative prompt share a forward, and {name} takes only texts of one length in a"
+                " forward; set the scale to 1, or the stage to 2"
+            )
+
+
 def guides_in_one(config: Config) -> bool:
     """Whether a prompt and its negative prompt share a forward where their lengths differ: see
     `tempflow.models.guidance`."""
-    family, sharded = (
-        family_of(config.model.path),
-        config.deepspeed.get("zero_optimization", {}).get("stage", 0) == 3,
-    )
+    family = family_of(config.model.path)
     return (
-        sharded
+        _sharded(config)
         and family.ragged
         and family.default_negative_prompt is not None
         and family.guides(config.rollout.guidance_scale)
     )
+
+
+def _sharded(config: Config) -> bool:
+    return config.deepspeed.get("zero_optimization", {}).get("stage", 0) == 3
 
 
 def prompt_order(config: Config, prompts: list[Example]) -> PromptOrder:

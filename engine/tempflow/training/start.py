@@ -62,6 +62,7 @@ def checked_inputs(
         check_text_length,
     )
     from tempflow.models.lora import read_adapters
+    from tempflow.training.shares import check_guided_forwards
 
     check_model(config.model.path)
     check_examples(config.model.path, train + heldout)
@@ -72,6 +73,7 @@ def checked_inputs(
     check_frames(specs, config.rollout.size)
     check_guidance(config.model.path, config.rollout.guidance_scale_2)
     check_deepspeed(config.deepspeed)
+    check_guided_forwards(config)
     check_checkpoint(config.model.path, description=dry)
     for line in told:
         note(line)
