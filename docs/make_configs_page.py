@@ -120,6 +120,33 @@ WAN = {
     "eval.num_steps": 50,
 }
 
+# Flow-Factory's recipe for Wan 2.2 A14B (examples/grpo/lora/wan22/t2v.yaml), which has another plan,
+# another size and no penalty.
+WAN22 = {
+    "rollout.num_steps": 10,
+    "rollout.guidance_scale": 4.0,
+    "rollout.guidance_scale_2": 3.0,
+    "rollout.sde.type": "flow",
+    "rollout.sde.eta": 0.9,
+    "rollout.frames": 5,
+    "model.lora.rank": 64,
+    "model.lora.alpha": 128,
+    "training.updates.parts": 2,
+    "training.objective.type": "grpo",
+    "training.objective.clip_low": 1e-4,
+    "training.objective.clip_high": 1e-4,
+    "training.advantage.clip": 5.0,
+    "training.ema.decay": 0.9,
+    "training.ema.every": 4,
+    "deepspeed.optimizer.type": "AdamW",
+    "deepspeed.optimizer.params.lr": 1e-4,
+    "deepspeed.optimizer.params.betas": [0.9, 0.999],
+    "deepspeed.optimizer.params.eps": 1e-8,
+    "deepspeed.optimizer.params.weight_decay": 1e-4,
+    "deepspeed.gradient_clipping": 1.0,
+    "eval.num_steps": 28,
+}
+
 SHIPPED = {  # config: (what it is for, the paper's values that it is held against)
     "flux_zero3": ("FLUX.1-dev, all weights, one node of 8 GPUs with 80 GB", FLUX),
     "flux_lora": ("FLUX.1-dev, LoRA, one GPU with 80 GB", FLUX),
@@ -146,8 +173,8 @@ SHIPPED = {  # config: (what it is for, the paper's values that it is held again
     "kontext_lora": ("FLUX.1-Kontext-dev, edits of images, LoRA, one GPU with 80 GB", KONTEXT),
     "qwen_image_edit_lora": (
         (
-            "Qwen-Image-Edit-2509, edits of images, LoRA, one GPU with 141 GB, or one with 80 GB"
-            " and `rollout.replica=false`"
+            "Qwen-Image-Edit-2509, edits of images, LoRA, one GPU with 80 GB; the judge's server is"
+            " elsewhere"
         ),
         QWEN_EDIT,
     ),
@@ -158,6 +185,14 @@ SHIPPED = {  # config: (what it is for, the paper's values that it is held again
             " one with 80 GB"
         ),
         WAN,
+    ),
+    "wan22_a14b_lora": (
+        (
+            "Wan2.2 A14B with both its experts, text to video, LoRA, one GPU with 80 GB or several:"
+            " 71.8 GB by the dry run; on 8 GPUs with `zero_optimization.stage=3` and"
+            " `rollout.replica=false` 17.9 GB each; untuned"
+        ),
+        WAN22,
     ),
     "qwen_image_21_lora": (
         (
@@ -196,7 +231,8 @@ WHY = {
     ),
     "model.lora.rank": (
         "With full weights there is none. Qwen-Image: as for the others. Z-Image: Flow-Factory's"
-        " recipe."
+        " recipe. Wan 2.2: half its recipe's, since the states of two experts' adapters take 5 GB"
+        " more otherwise, and leave no room on a card."
     ),
     "model.lora.alpha": (
         "As above. The targets are the families' own lists, which are the paper's for FLUX and"
@@ -234,7 +270,8 @@ WHY = {
     ),
     "rollout.width": "As above.",
     "rollout.frames": (
-        "Wan: two seconds at its 16 frames a second, as in Flow-GRPO's config for it."
+        "Wan: two seconds at its 16 frames a second, as in Flow-GRPO's config for it. The recipe for"
+        " Wan 2.2 has 5."
     ),
     "rollout.num_steps": (
         "Training needs a reward's order, not the best image. Editing: Flow-GRPO's recipes for"
@@ -264,6 +301,7 @@ WHY = {
         " it. Z-Image: the recipe's, and its authors' example; for Turbo set 0. Wan: Flow-GRPO's;"
         " the pipeline's default is 5."
     ),
+    "rollout.guidance_scale_2": "Wan 2.2: of the expert for low noise, as in the recipe.",
     "rollout.micro_batch": (
         "The largest that leaves room on the card; `--dry-run` says how much. It changes speed"
         " alone."
@@ -351,7 +389,7 @@ WHY = {
     "training.objective.type": "GRPO's clipped loss.",
     "training.objective.clip_low": (
         "So small because the log-probability is a mean over latent elements. tiny_ocr: its latents"
-        " have few. Wan: Flow-GRPO's."
+        " have few. Wan: that of the recipe."
     ),
     "training.objective.clip_high": "As above.",
     "training.weighting": "A step's loss weighs as much as its noise could change.",
@@ -380,7 +418,7 @@ WHY = {
     ),
     "eval.num_steps": (
         "As one would use the model. flux_first: enough to see. Qwen-Image: its authors' number."
-        " FLUX.2: diffusers' example. Wan: the pipeline's default."
+        " FLUX.2: diffusers' example. Wan 2.1: the pipeline's default; 2.2: the recipe's."
     ),
     "eval.prompts": (
         "The paper does not say. More prompts, less noise in the curve; Wan's cost 50 forwards of a"
@@ -424,7 +462,8 @@ A value in **bold** is what the paper's own code uses for that model; every othe
 held against the paper's FLUX.1-dev, the others against its SD3.5-medium, though Qwen-Image, FLUX.2 and the small model are
 not in the paper. The two configs for editing are held against Flow-GRPO's recipes for these models where those say something,
 and are untuned. Z-Image is held against Flow-Factory's recipe; the plan and the penalty are this project's, untuned for it.
-Wan is held against Flow-GRPO's own config for it (config/grpo.py, general_ocr_wan2_1). The values of FLUX.2 and Wan are untuned:
+Wan 2.1 is held against Flow-GRPO's own config for it (config/grpo.py, general_ocr_wan2_1), Wan 2.2 against Flow-Factory's
+recipe (examples/grpo/lora/wan22/t2v.yaml), which has another plan and size, and no penalty. The values of FLUX.2 and Wan are untuned:
 nobody here has run them. Where two configs differ for the same model, the key's reason says why.
 
 """

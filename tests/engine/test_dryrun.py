@@ -137,6 +137,17 @@ def test_shipped_guided_configs_fit_their_cards(name, most):
     )
 
 
+@pytest.mark.slow
+def test_two_experts_take_what_the_page_says():
+    """On one card with the base held once, and in slices without a rollout copy."""
+    file, page = ROOT / "configs/wan22_a14b_lora.json", (ROOT / "docs/configs.md").read_text()
+    sliced = load_config(file, ["deepspeed.zero_optimization.stage=3", "rollout.replica=false"])
+    one, each = estimate(load_config(file)), estimate(sliced, gpus=8)
+    assert one.fits and one.total > 4 * each.total
+    for found in (one, each):
+        assert f" {found.total / 1e9:.1f} GB" in page
+
+
 def test_an_hour_of_the_first_run_on_flux():
     """The page's numbers are the dry run's; ten evaluations, and minutes left to load the model."""
     spec = importlib.util.spec_from_file_location(
