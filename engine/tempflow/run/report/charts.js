@@ -43,7 +43,9 @@ function tickLabel(v, step) {
   if (size < step * 1e-6) return "0";
   if (size >= 1e6) return minus(`${Number((v / 1e6).toFixed(2))}M`);
   if (size >= 1e4) return minus(`${Number((v / 1e3).toFixed(1))}k`);
-  if (step < 1e-3) return minus(Number(v.toPrecision(3)).toExponential());
+  // Three digits tell ticks apart unless they are close together far from zero, as 1.0002 and 1.0004.
+  if (step < 1e-3 && size < 1000 * step) return minus(Number(v.toPrecision(3)).toExponential());
+  if (step < 1e-3) return minus(v.toFixed(clamp(Math.ceil(-Math.log10(step) - 1e-9), 0, 12)));
   return minus(v.toFixed(clamp(-Math.floor(Math.log10(step) + 1e-9), 0, 4)));
 }
 
