@@ -142,12 +142,12 @@ def sample(
         _read("seed", arguments.seed, seed),
     )
     config, chosen = tuned.choose(*_checkpoint(run, checkpoint, weights), base)
-    (images,), missing = tuned.draw(
+    (drawn,), missing = tuned.draw(
         config, {"base" if base else "tuned": chosen}, examples, num_steps=num_steps, seed=seed
     )
     if missing:
         note(f"{missing} images hold NaN or infinity; a checkerboard stands for each")
-    return images
+    return drawn
 
 
 def _checkpoint(

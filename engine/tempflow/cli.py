@@ -69,9 +69,7 @@ def _choose_caches() -> None:
     except OSError:
         writable = False
     home = None if writable else _temporary_home()
-    os.environ.setdefault(
-        "TORCHINDUCTOR_CACHE_DIR", str(inductor if writable else home / "inductor")
-    )
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(home / "inductor" if home else inductor))
     if home:
         os.environ.setdefault("TRITON_HOME", str(home))
         os.environ.setdefault("TRITON_CACHE_DIR", str(home / ".triton/cache"))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import atexit
 import importlib
 from contextlib import contextmanager
-from typing import Iterator
+from typing import Any, Iterator
 
 import torch
 
@@ -47,14 +47,14 @@ def multiplies_bfloat16() -> bool:
 
 
 # ---------------------------------------------------------------------------------------- diffusers
-def block_classes(module: torch.nn.Module) -> list[str]:
+def block_classes(module: Any) -> list[str]:
     """diffusers: `ModelMixin._no_split_modules`, the class names of a transformer's blocks, which
     each model sets for device maps. No public attribute lists them. Without it ZeRO-3 gathers every
     layer by itself, many times slower."""
     return list(module._no_split_modules or [])
 
 
-def compile_repeated_blocks(module: torch.nn.Module, **options) -> None:
+def compile_repeated_blocks(module: Any, **options) -> None:
     """diffusers: `ModelMixin._repeated_blocks`, which its public `compile_repeated_blocks` reads.
     SD3 sets none, and names its blocks in `_no_split_modules` alone. Without it SD3 is not
     compiled."""
@@ -74,7 +74,7 @@ def kept_in_float32(module: torch.nn.Module, dtype: torch.dtype) -> set[str]:
     return {*strict, *(some if of_diffusers or dtype == torch.float16 else ())}
 
 
-def rename_old_keys(module: torch.nn.Module, tensors: dict) -> None:
+def rename_old_keys(module: Any, tensors: dict) -> None:
     """diffusers: `ModelMixin._fix_state_dict_keys_on_load`, which loading applies to names of older
     versions, in place. It is a step within `from_pretrained`. Without it checkpoints with such
     names (old VAEs) are refused, though they would load."""
@@ -128,4 +128,4 @@ def leave_all_reduce_to_gloo() -> None:
     later start waits for it for ever. No key turns that off. Without it a killed start can block
     all later ones. (`import deepspeed.comm.torch` would give PyTorch itself, which the package
     holds by that name.)"""
-    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]  # a private name that compat's test holds

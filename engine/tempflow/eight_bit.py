@@ -53,7 +53,8 @@ def maker(optimizer: dict) -> Callable | None:
 
 def groups(parameters: Iterable) -> Iterator[list]:
     """Consecutive parameters, at most `LONGEST` elements together or one alone."""
-    group, size = [], 0
+    group: list = []
+    size = 0
     for parameter in parameters:
         elements = getattr(parameter, "ds_numel", parameter.numel())
         if group and size + elements > LONGEST:

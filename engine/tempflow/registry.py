@@ -19,6 +19,7 @@ import traceback
 import typing
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from tempflow.errors import UserError, shown
 
@@ -148,7 +149,7 @@ IN_CONFIG = {
     kind.key: name for name, kind in KINDS.items() if kind.default
 }  # keys whose value is one component
 
-_TYPES = {
+_TYPES: dict[str, tuple[Any, str]] = {
     "bool": (bool, "true or false"),
     "int": (int, "a whole number"),
     "float": ((int, float), "a number"),

@@ -252,11 +252,12 @@ class Slots:
     def values(self, rewards: np.ndarray) -> tuple[np.ndarray | None, np.ndarray | None]:
         """(before, after), [n] each, from the rewards [rows] of all rows; NaN where one is missing,
         None without values."""
-        if self.before is None:
+        if self.before is None or self.after is None:
             return None, None
-        return tuple(
+        before, after = (
             np.where(rows >= 0, rewards[rows], np.nan) for rows in (self.before, self.after)
         )
+        return before, after
 
 
 @dataclass(frozen=True)

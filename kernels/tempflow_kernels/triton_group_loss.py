@@ -220,7 +220,8 @@ def group_loss_kernel(
         tl.store(square + i_child * blocks + i_block, tl.sum(deviation * deviation, axis=0))
         if MODE == "guard_old":
             tl.store(
-                cross + i_child * blocks + i_block, tl.sum((b_next - mean_old) * delta, axis=0)
+                cross + i_child * blocks + i_block,
+                tl.sum((b_next - mean_old) * delta, axis=0),  # type: ignore[possibly-undefined]  # bound under the same constexpr condition
             )
 
     if arrives_last(counter + i_row, blocks):

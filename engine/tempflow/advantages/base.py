@@ -25,7 +25,7 @@ class Advantage(ABC):
 
     over: str = "seed"
     """Whose rewards are normalized together, one of `Slots.OVER`."""
-    needs_novelty = False
+    needs_novelty: bool = False
     """Whether it reads `novelty` of the rewards."""
     needs_values = False
     """Whether it reads `before` and `after` of the rewards, which plans with values have."""

@@ -37,8 +37,8 @@ class Gdpo(Shaped):
         }
         found = {name: self.normalized(part, labels, everything) for name, part in worth.items()}
         total = sum(rewards.weights[name] * one.values for name, one in found.items())
-        scale = np.std(total[valid]) if valid.any() else 0.0
-        values = self.anchored(total / (scale + EPSILON), self._sum(worth, rewards.weights, valid))
+        scale = np.std(total[valid]) if valid.any() else 0.0  # type: ignore[index]  # an array: there is at least one reward
+        values = self.anchored(total / (scale + EPSILON), self._sum(worth, rewards.weights, valid))  # type: ignore[arg-type]  # an array: there is at least one reward
         plain = (
             found
             if self.utility is None

@@ -56,7 +56,7 @@ class Shaped(Advantage):
         self.utility = make(utility)
 
     @property
-    def needs_novelty(self) -> bool:
+    def needs_novelty(self) -> bool:  # type: ignore[override]  # decided by the utility
         return self.utility is not None and self.utility.needs_novelty
 
     def worth(

@@ -24,7 +24,7 @@ class Stepwise(Advantage):
         self.over, self.clip = over, clip
 
     def __call__(self, slots: Slots, rewards: Rewards) -> Advantages:
-        gain = rewards.after - rewards.before
+        gain = rewards.after - rewards.before  # type: ignore[operator]  # `needs_values`: the plan computes them
         found = normalize(gain, slots.groups(self.over, by_step=False))
         return clipped(
             found.values, found.flat, normalize(gain, slots.groups(self.over)), slots, self.clip

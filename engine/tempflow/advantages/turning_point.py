@@ -47,7 +47,7 @@ class TurningPoint(Advantage):
             raise UserError(
                 "training.advantage: turning_point needs a plan with one path for each seed"
             )
-        before, after = rewards.before[order], rewards.after[order]
+        before, after = rewards.before[order], rewards.after[order]  # type: ignore[index]  # `needs_values`: the plan computes them
         path = np.cumsum(starts) - 1
         end, gain = after[np.r_[starts[1:], True]][path], after - before
         along = np.sign(gain) * np.sign(

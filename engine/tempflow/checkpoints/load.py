@@ -102,7 +102,7 @@ def load_tuned(
         if chosen is None:
             raise UserError(f"{run_dir} has no whole checkpoint yet")
     else:
-        chosen = find.folder(run_dir, checkpoint)
+        chosen = find.folder(run_dir, checkpoint)  # type: ignore[arg-type]  # "best" and None have become a number and a name
         trouble = manifest.problem_with(chosen)
         if trouble:
             held = ", ".join(str(int(p.name)) for p in find.folders(run_dir)) or "none"
@@ -128,7 +128,7 @@ def load_tuned(
             " first: the run diverged. An earlier one, or the best, may be whole: --checkpoint N,"
             " --checkpoint best"
         )
-    return Tuned(config, int(chosen.name), which, weights)
+    return Tuned(config, int(chosen.name), which, weights)  # type: ignore[arg-type]  # "best" and None have become a number and a name
 
 
 def _updates(state: dict, key: str) -> int:

@@ -35,7 +35,7 @@ def seal(draft: Path) -> None:
     Rank 0 says which files there are. The largest are dealt first, each rank takes as many, and
     none is listed before it is read.
     """
-    names = None
+    names: list[str] = []
     if distributed.rank() == 0:
         found = [file for file in draft.rglob("*") if file.is_file()]
         names = [

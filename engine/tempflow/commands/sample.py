@@ -100,8 +100,8 @@ def draw_pairs(args: argparse.Namespace, draft: Path) -> str:
     )
     left = "condition images, base" if any(conditions) else "left base"
     written = (
-        f"{len(names)} pairs in {args.out}: {left}, right iteration {chosen.iteration}"
-        f" ({chosen.which} weights)"
+        f"{len(names)} pairs in {args.out}: {left}, right iteration {chosen.iteration}"  # type: ignore[union-attr]  # without --base it is a checkpoint
+        f" ({chosen.which} weights)"  # type: ignore[union-attr]  # without --base it is a checkpoint
     )
     return written + (
         f"\nwarning: {missing} images hold NaN or infinity; a checkerboard stands for each"

@@ -137,7 +137,7 @@ def check_weighting(config: Config) -> None:
     weighting, objective = config.training.weighting, config.objective()
     if weighting in ("noise", "uniform") or objective.wants == "states":
         return
-    said = "guard" if weighting == "guard" else {"value": weighting.value}
+    said = "guard" if weighting == "guard" else {"value": weighting.value}  # type: ignore[union-attr]  # neither of the names, so a table
     raise ValueError(
         f"training.weighting: {shown(said)} weighs the stochastic steps of a rollout;"
         " training.objective "
@@ -330,7 +330,8 @@ def check_stop(config: Config) -> None:
     known += [key for key in DRIFT if key.startswith("drift/") or config.eval.precision_recall]
     if rule.metric not in known:
         raise ValueError(f"eval.stop.metric: {shown(rule.metric)}; this run has {', '.join(known)}")
-    if rule.patience and describe(rule.metric).better == "lower":
+    metric = describe(rule.metric)
+    if rule.patience and metric and metric.better == "lower":
         raise ValueError(
             f"eval.stop.patience: it waits for {rule.metric} to rise, and lower is better there;"
             " use eval.stop.above"

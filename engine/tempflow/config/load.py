@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Sequence
 
 from pydantic import BaseModel, ValidationError
 
@@ -20,7 +21,7 @@ from tempflow.errors import VALUE, UserError, brief, note, shortened, shown
 from tempflow.run import places
 
 
-def load_config(source: str | Path | dict, overrides: list[str] = ()) -> Config:
+def load_config(source: str | Path | dict, overrides: Sequence[str] = ()) -> Config:
     """Read a config, apply overrides, and check it.
 
     Args:
@@ -33,8 +34,8 @@ def load_config(source: str | Path | dict, overrides: list[str] = ()) -> Config:
     Raises UserError naming the key, the value that came and what is allowed.
     """
     tabled = isinstance(source, dict)
-    file = Path("config") if tabled else Path(source)
-    data = _copied(source) if tabled else _read_tables(file)
+    file = Path("config") if isinstance(source, dict) else Path(source)
+    data = _copied(source) if isinstance(source, dict) else _read_tables(file)
     if places.STARTED_IN in data and not tabled:  # a run's own config.json
         sys.path.extend(
             folder for folder in places.module_folders(data, file.parent) if folder not in sys.path
@@ -98,10 +99,10 @@ def parse_config(data: dict) -> Config:
     try:
         return Config.model_validate(data)
     except ValidationError as error:
-        raise UserError("\n".join(_explain(item) for item in error.errors())) from None
+        raise UserError("\n".join(_explain(dict(item)) for item in error.errors())) from None
 
 
-def _apply_overrides(data: dict, overrides: list[str]) -> None:
+def _apply_overrides(data: dict, overrides: Sequence[str]) -> None:
     seen: list[str] = []
     for override in overrides:
         name, equals, text = override.partition("=")

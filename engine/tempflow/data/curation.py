@@ -65,7 +65,8 @@ class Curation:
         """The preferred prompts and the next ones that do not rest, each once. Where too few are
         awake, those that would wake first join them."""
         chosen = self._preferred(iteration)
-        preferred, passed = len(chosen), []
+        passed: list[int] = []
+        preferred = len(chosen)
         cursor, size = self.cursor, self.order.per_iteration
         while len(chosen) < size and len(chosen) + len(passed) < self.order.count:
             index = self.order.at(cursor)

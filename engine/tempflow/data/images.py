@@ -82,7 +82,7 @@ def _seems_cut(file: str, kind: str | None) -> bool:
     off."""
     with open(file, "rb") as opened:
         opened.seek(-min(TAIL, os.path.getsize(file)), os.SEEK_END)
-        return ENDS.get(kind, b"") not in opened.read()
+        return ENDS.get(kind or "", b"") not in opened.read()
 
 
 def arrays_of(cells: list, source: str, column: str) -> tuple[np.ndarray, ...]:

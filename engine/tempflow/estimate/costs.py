@@ -42,7 +42,7 @@ def unit_rows(config: Config) -> list[Row]:
     def forwards(step: int) -> int:
         return count_forwards(plan.at_steps([step]).rows(ONE, 0), r.num_steps, r.suffix)
 
-    steps = sorted(plan.branch_steps.possible(r.num_steps), key=forwards)
+    steps = sorted(plan.branch_steps.possible(r.num_steps), key=forwards)  # type: ignore[union-attr]  # config.checks refuses rollout.adapt for plans without
     return plan.at_steps(steps[-r.adapt.steps :]).rows(ONE, 0)
 
 
@@ -121,15 +121,15 @@ def phases(config: Config, model: Model, gpus: int, speed: float) -> list[Phase]
             )
         )
     if config.data.heldout and config.eval.every:
-        steps, rows = config.eval.num_steps or r.num_steps, -(-config.eval.prompts // gpus)
-        flops = model.forward(min(r.rows, rows), config.eval_guidance()).flops
+        steps, mine = config.eval.num_steps or r.num_steps, -(-config.eval.prompts // gpus)
+        flops = model.forward(min(r.rows, mine), config.eval_guidance()).flops
         found.append(
             Phase(
                 "evaluation",
                 config.eval.prompts * steps,
-                rows * steps,
+                mine * steps,
                 flops,
-                _seconds(rows * steps * flops, speed),
+                _seconds(mine * steps * flops, speed),
                 1 / min(config.eval.every, 10**9),
             )
         )

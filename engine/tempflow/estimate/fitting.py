@@ -106,7 +106,7 @@ def options(gpus: int) -> list[Option]:
             _set(
                 "rollout.suffix.weights",
                 "same",
-                lambda c: bool(c.rollout.suffix) and c.rollout.suffix.weights == "float8",
+                lambda c: c.rollout.suffix is not None and c.rollout.suffix.weights == "float8",
             ),
             "coarse steps are no longer in float8",
         ),
@@ -221,7 +221,7 @@ def _greedy(
             made = _made(config, changes, judge)
             if made is not None and before.total - made[1].total >= least:
                 config, before = made
-                yield Step(changes, option.cost, before)
+                yield Step(changes, option.cost, before)  # type: ignore[arg-type]  # changes that were made are not None
                 break
         else:
             return
@@ -265,7 +265,8 @@ def _needed(config: Config, steps: list[Step], judge: Judge) -> list[Step]:
         )
         if without and without[1].fits:
             kept = others
-    found, made = [], {}
+    made: Changes = {}
+    found = []
     for changes, cost in kept:
         made |= changes
         found.append(Step(changes, cost, judge(changed(config, made))))

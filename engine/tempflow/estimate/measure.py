@@ -72,10 +72,11 @@ class Meter(TorchDispatchMode):
     blocks: as `shorten` returns them.
     """
 
-    def __init__(self, blocks: Blocks = ()):
+    def __init__(self, blocks: Blocks | tuple[()] = ()):
         super().__init__()
         self.live = self.flops = 0
-        self._blocks, self._hooks, self._run = blocks, [], Repeats()
+        self._hooks: list = []
+        self._blocks, self._run = blocks, Repeats()
         self._times, self._forward = (
             1,
             True,
@@ -210,7 +211,7 @@ def passing_gradients(module: torch.nn.Module):
 
 
 @torch.no_grad()
-def inference(run, blocks: Blocks = ()) -> Meter:
+def inference(run, blocks: Blocks | tuple[()] = ()) -> Meter:
     """What a call without gradients holds and computes."""
     with fused_attention(), Meter(blocks) as meter:
         run()

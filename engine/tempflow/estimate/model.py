@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Callable, Iterable
+from typing import Any, Callable, Iterable
 
 import torch
 
@@ -283,7 +283,8 @@ def _forward(frozen: _Frozen, size: Size, scale: float, rows: int) -> Pass:
 def _training(
     frozen: _Frozen, trained: _Trained, checkpointing: bool, size: Size, scale: float, rows: int
 ) -> Pass:
-    sampler, module = frozen.policy.at(size, scale), trained.module
+    sampler = frozen.policy.at(size, scale)
+    module: Any = trained.module
     (
         module.enable_gradient_checkpointing
         if checkpointing

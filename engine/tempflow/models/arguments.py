@@ -57,7 +57,8 @@ def check_device(value: str | torch.device) -> None:
 
 
 def positive_int(name: str, value, most: float = math.inf) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not 1 <= value <= most:
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or not 1 <= value <= most:
         raise ValueError(
             f"{name}: expected a whole number from 1 {'on' if most == math.inf else f'to {most}'},"
             f" got {shown(value)}"
@@ -66,11 +67,8 @@ def positive_int(name: str, value, most: float = math.inf) -> int:
 
 
 def finite_number(name: str, value) -> float:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, numbers.Real)
-        or not abs(value) <= sys.float_info.max
-    ):
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not real or not abs(value) <= sys.float_info.max:
         raise ValueError(f"{name}: expected a finite number, got {shown(value)}")
     return float(value)
 

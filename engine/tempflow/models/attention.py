@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
@@ -108,7 +109,7 @@ def _missing(needs: Needs, path: str, dtypes: dict[str, torch.dtype], guided_in_
         )
 
 
-def set_attention_backend(module: torch.nn.Module, name: str | None) -> None:
+def set_attention_backend(module: Any, name: str | None) -> None:
     """Choose a diffusers attention backend; UserError with the reason where it is unknown or cannot
     run here."""
     if name is None:

@@ -14,7 +14,7 @@ import warnings
 from abc import ABC, abstractmethod
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterator, cast
 
 import numpy as np
 import torch
@@ -139,7 +139,7 @@ class Policy(ABC):
         least, most = cls.images_taken
         policy.images_taken = (least, (most if least else 0) if images is None else images)
         policy.ragged = cls.ragged_with(policy.images_taken[1])
-        policy.embed = lambda examples: policy.empty_embeddings(len(examples))
+        policy.embed = lambda examples: policy.empty_embeddings(len(examples))  # type: ignore[method-assign]  # a stand-in for this object alone
         return policy
 
     @classmethod
@@ -189,7 +189,7 @@ class Policy(ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.denoiser().dtype
+        return cast(torch.dtype, self.denoiser().dtype)
 
     # --------------------------------------------------------------------------------- conditioning
     @abstractmethod
@@ -406,15 +406,13 @@ class Policy(ABC):
             )
         examples = [
             Example(*given)
-            for given in zip(prompts, negatives or [None] * len(prompts), conditions, strict=True)
+            for given in zip(prompts, negatives or [None] * len(prompts), conditions, strict=True)  # type: ignore[list-item]  # negatives may be None
         ]
         for n, example in enumerate(examples):
             self.check_images(example, f"images: prompt {n}")
         with self.embedding_for(size):
-            conditions = self.encode_each(examples)
-        final = sampler.integrate_each(
-            latents.to(self.device, torch.float32), conditions, num_steps
-        )
+            encoded = self.encode_each(examples)
+        final = sampler.integrate_each(latents.to(self.device, torch.float32), encoded, num_steps)
         if not decode:
             return self.finished(final)
         made, finite = sampler.decode(final)

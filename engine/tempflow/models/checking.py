@@ -13,6 +13,7 @@ import inspect
 import json
 import math
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -125,13 +126,13 @@ def check_module(component: Component, weights: bool = True) -> None:
     compared = (
         _compared_by_transformers(component)
         if component.library == "transformers"
-        else _compared(component, whole)
+        else _compared(component, whole)  # type: ignore[possibly-undefined]  # bound where the components are whole modules
     )
     problem = _quantised(component) or compared
     if problem:
         raise component.error(problem, component.files[0] if len(component.files) == 1 else None)
     if component.name == "vae":
-        check_scales(component, whole.config)
+        check_scales(component, cast(dict, whole.config))
 
 
 def check_scales(component: Component, config: dict) -> None:
@@ -149,8 +150,8 @@ def check_scales(component: Component, config: dict) -> None:
         )
         if (
             not real
-            or len(numbers) != count
-            or (key in ("latents_std", "scaling_factor") and 0 in numbers)
+            or len(numbers) != count  # type: ignore[arg-type]  # the first condition is that it is a list
+            or (key in ("latents_std", "scaling_factor") and 0 in numbers)  # type: ignore[operator]  # the first condition is that it is a list
         ):
             expected = f"{count} finite numbers" if lists else "a finite number"
             raise component.error(
@@ -316,7 +317,7 @@ def _grid(scheduler) -> torch.Tensor:
         4,
         resolution_shift(scheduler, 1024, 1.15),
     )  # computed for every model, and used where shifting is dynamic
-    mu = mu if scheduler.config.get("use_dynamic_shifting") else None
+    mu = mu if scheduler.config.get("use_dynamic_shifting") else None  # type: ignore[assignment]  # None is what the scheduler takes without shifting
     with np.errstate(all="ignore"):
         scheduler.set_timesteps(steps, sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
     return scheduler.sigmas

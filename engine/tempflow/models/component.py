@@ -72,7 +72,7 @@ class Component:
         return STAND_INS.get(self.kind) if self.library == "transformers" else None
 
     @cached_property
-    def type(self) -> type:
+    def type(self) -> Any:
         try:
             return getattr(importlib.import_module(self.library), self.stand_in or self.kind)
         except (ImportError, AttributeError, ValueError, TypeError):

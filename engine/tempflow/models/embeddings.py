@@ -207,7 +207,8 @@ def _checksum(tensors: Conditioning) -> int:
     value = 0
     for name in sorted(tensors):
         value = zlib.crc32(
-            tensors[name].reshape(-1).view(torch.uint8).numpy(), zlib.crc32(name.encode(), value)
+            tensors[name].reshape(-1).view(torch.uint8).numpy().data,
+            zlib.crc32(name.encode(), value),
         )
     return value
 
@@ -220,7 +221,7 @@ def store_of(config: Config, device: torch.device | str) -> EmbeddingStore:
         encoder_identity(m.path) if distributed.rank() == 0 else None
     )  # reads all their weights
     return EmbeddingStore(
-        config.data.embedding_cache,
+        config.data.embedding_cache,  # type: ignore[arg-type]  # called where a cache is configured
         {
             "family": family.__name__,
             "encoders": distributed.agree_on(encoders),

@@ -4,6 +4,7 @@ resolution-dependent shift."""
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ class FluxPolicy(Policy):
     """Velocities of a FluxTransformer2DModel as its pipeline asks for them."""
 
     text_length, longest_text = 512, 512
-    lora_targets = (
+    lora_targets: tuple[str, ...] = (
         "attn.to_q",
         "attn.to_k",
         "attn.to_v",
@@ -63,7 +64,8 @@ class FluxPolicy(Policy):
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
     def empty_embeddings(self, count: int) -> Conditioning:
-        config, like = self.pipe.transformer.config, {"dtype": self.dtype, "device": self.device}
+        config = self.pipe.transformer.config
+        like: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
         return {
             "encoder_hidden_states": torch.empty(
                 count, self.max_sequence_length, config.joint_attention_dim, **like

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -147,7 +148,8 @@ class _Flux2(Policy):
         return tokens.unflatten(1, (rows, columns))
 
     def empty_embeddings(self, count: int) -> Conditioning:
-        config, like = self.pipe.transformer.config, {"dtype": self.dtype, "device": self.device}
+        config = self.pipe.transformer.config
+        like: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
         side = math.isqrt(AREA) // self.size_multiple(self.pipe.vae.config)
         images = {
             f"{IMAGE}{n}": torch.empty(count, side, side, config.in_channels, **like)

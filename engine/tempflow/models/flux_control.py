@@ -28,7 +28,7 @@ class FluxControlPolicy(FluxPolicy):
     images_taken = (1, 1)
     embeds_with = ("vae",)
     sized = True
-    lora_targets = ("x_embedder", *FluxPolicy.lora_targets)
+    lora_targets: tuple[str, ...] = ("x_embedder", *FluxPolicy.lora_targets)
 
     @torch.no_grad()
     def embed(self, examples: list[Example]) -> Conditioning:
@@ -39,6 +39,7 @@ class FluxControlPolicy(FluxPolicy):
     def _control_latents(self, example: Example) -> torch.Tensor:
         """[1, tokens, channels], of one image alone: another beside it would show in its last
         bits."""
+        assert self.size  # `embedding_for` sets it
         vae, (rows, columns) = self.pipe.vae, self._packed_size(self.size)
         pixels = self.pipe.image_processor.preprocess(
             condition_image(example.images[0]), self.size.height, self.size.width
@@ -52,6 +53,7 @@ class FluxControlPolicy(FluxPolicy):
         return patches.permute(0, 2, 4, 1, 3, 5).reshape(1, rows * columns, -1)
 
     def empty_embeddings(self, count: int) -> Conditioning:
+        assert self.size  # `embedding_for` sets it
         control = torch.empty(
             count, *self.latent_shape(self.size), dtype=self.dtype, device=self.device
         )

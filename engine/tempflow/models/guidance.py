@@ -13,6 +13,7 @@ as in diffusers) leaves them unused and runs one half.
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import cast
 
 import torch
 
@@ -74,7 +75,7 @@ class GuidedPolicy(Policy):
         return {name: torch.cat([negative[name], tensor]) for name, tensor in positive.items()}
 
     def encode(self, examples: list[Example]) -> Conditioning:
-        opposed = [self.opposed(example) for example in examples]
+        opposed = [cast(Example, self.opposed(example)) for example in examples]
         distinct = {self.identity(example): example for example in opposed}  # most often one
         places = {identity: n for n, identity in enumerate(distinct)}
         negative = index_rows(
@@ -117,9 +118,11 @@ def _cast(
     value: torch.Tensor | list[torch.Tensor], dtype: torch.dtype
 ) -> torch.Tensor | list[torch.Tensor]:
     """In another dtype, where it holds floating-point numbers."""
-    if isinstance(value, list):
-        return [_cast(one, dtype) for one in value]
-    return value.to(dtype) if value.is_floating_point() else value
+
+    def cast(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    return [cast(one) for one in value] if isinstance(value, list) else cast(value)
 
 
 def _sharded(denoiser) -> bool:

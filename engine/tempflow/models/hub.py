@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from tempflow.errors import UserError, brief, shown
 
@@ -94,7 +95,7 @@ def _reach(path: str, file: str) -> None:
         pass  # it answers: the download knows what to make of that, or tries again
 
 
-def local_folder(path: str, pipeline: type, left_out: list[str]) -> Path:
+def local_folder(path: str, pipeline: Any, left_out: list[str]) -> Path:
     """The folder of a checkpoint, all but the components in left_out downloaded where `path` is a
     hub id. UserError otherwise."""
     if Path(path).is_dir():
@@ -125,7 +126,7 @@ def hub_fault(path: str, file: str, error: Exception) -> str:
         error, errors.LocalEntryNotFoundError
     ):
         return f"{path} on the hub has no {file}: it is no diffusers pipeline"
-    cause = error
+    cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
     return (

@@ -49,7 +49,7 @@ def check_model(path: str | Path) -> str:
     Raises UserError for a missing folder or component, or a family that the engine does not know. A
     hub id is fetched as far as its model_index.json.
     """
-    folder, index_file = Path(path), model_index(path)
+    folder, index_file = Path(path), model_index(str(path))
     try:
         index = json.loads(index_file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:  # unreadable, no JSON, no UTF-8
@@ -150,7 +150,7 @@ def check_checkpoint(path: str | Path, *, description: bool = False) -> None:
     """
     if Path(path).is_dir():
         _quiet()
-        family = family_of(path)
+        family = family_of(str(path))
         components = components_of(Path(path), family)
         check_components(
             components, family, weights=not (description and is_description(components))

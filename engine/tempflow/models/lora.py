@@ -92,7 +92,7 @@ def read_adapters(lora: Lora) -> Adapters:
     """The adapters at `lora.start`. UserError where they cannot be read, or are of another rank or
     scale than `lora` says."""
     try:
-        saved = load_adapters(Path(lora.start))
+        saved = load_adapters(Path(lora.start))  # type: ignore[arg-type]  # called where `start` is given
     except UserError as error:
         raise UserError(f"{KEY}: {error}") from None
     if saved.rank != lora.rank:

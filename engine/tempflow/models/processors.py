@@ -7,11 +7,13 @@ made then: it is loaded without, as no family here reads videos.
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import ProcessorMixin
 from transformers.utils import is_torchvision_available
 
 
-def load_part(kind: type, path: str):
+def load_part(kind: Any, path: str):
     """A tokenizer, scheduler or processor of a pipeline's folder, as `kind.from_pretrained`."""
     if issubclass(kind, ProcessorMixin) and not is_torchvision_available():
         kind = without_videos(kind)
@@ -23,7 +25,7 @@ def without_videos(kind: type[ProcessorMixin]) -> type[ProcessorMixin]:
     saves it."""
 
     def get_attributes(cls) -> list[str]:
-        return [name for name in super(made, cls).get_attributes() if name != "video_processor"]
+        return [name for name in super(made, cls).get_attributes() if name != "video_processor"]  # type: ignore[arg-type]  # `made` is the class that is being defined
 
     made = type(
         kind.__name__,

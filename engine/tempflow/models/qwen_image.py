@@ -45,7 +45,7 @@ class QwenImagePolicy(GuidedPolicy):
     text_length, longest_text = 512, 1024
     masks_text = True
     default_negative_prompt = " "  # what the model's authors use for "nothing in particular"
-    lora_targets = (
+    lora_targets: tuple[str, ...] = (
         "attn.to_q",
         "attn.to_k",
         "attn.to_v",

@@ -11,6 +11,7 @@ of the latents, in the order of the images, and what the transformer predicts fo
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
@@ -80,7 +81,8 @@ class QwenImageEditPolicy(QwenImagePolicy):
         return tokens.unflatten(1, (height // multiple, width // multiple))
 
     def empty_embeddings(self, count: int) -> Conditioning:
-        config, like = self.pipe.transformer.config, {"dtype": self.dtype, "device": self.device}
+        config = self.pipe.transformer.config
+        like: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
         pixels, seen_pixels = (
             pipeline_qwenimage_edit.calculate_dimensions(area, 1.0)[0]
             for area in (AREA, self.encoder_area)

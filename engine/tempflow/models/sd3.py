@@ -3,6 +3,8 @@ T5."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from tempflow.errors import UserError
@@ -61,7 +63,8 @@ class SD3Policy(GuidedPolicy):
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
     def empty_embeddings(self, count: int) -> Conditioning:
-        config, like = self.pipe.transformer.config, {"dtype": self.dtype, "device": self.device}
+        config = self.pipe.transformer.config
+        like: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
         tokens = (
             self.pipe.text_encoder.config.max_position_embeddings + self.max_sequence_length
         )  # CLIP's stand before T5's

@@ -7,6 +7,7 @@ import importlib
 import inspect
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -47,7 +48,7 @@ def skeleton_pipe(path: str, dtype: torch.dtype):
 
     index = read_index(path)
     parts = {
-        name: _part(path, name, *value, dtype)
+        name: _part(path, name, value, dtype)
         for name, value in index.items()
         if is_component(value)
     }
@@ -55,7 +56,7 @@ def skeleton_pipe(path: str, dtype: torch.dtype):
     return kind(**parts, **plain_options(kind, index))
 
 
-def plain_options(pipeline: type, index: dict) -> dict:
+def plain_options(pipeline: Any, index: dict) -> dict:
     """Arguments of a pipeline's constructor that its model_index.json gives and that are no
     components, as `is_distilled`."""
     taken = inspect.signature(pipeline.__init__).parameters
@@ -66,7 +67,7 @@ def plain_options(pipeline: type, index: dict) -> dict:
 
 def skeleton_module(path: str, part: str, dtype: torch.dtype) -> torch.nn.Module:
     """One of the pipeline's modules, made anew at each call."""
-    return _part(path, part, *read_index(path)[part], dtype)
+    return _part(path, part, read_index(path)[part], dtype)
 
 
 def read_index(path: str) -> dict:
@@ -74,7 +75,9 @@ def read_index(path: str) -> dict:
     return _table(path, "model_index.json")
 
 
-def _part(path: str, name: str, library: str | None, kind: str | None, dtype: torch.dtype):
+def _part(path: str, name: str, value: Any, dtype: torch.dtype):
+    """value: its entry of the index, [library, class]; of [null, null] a stand-in."""
+    library, kind = value
     if name == "scheduler":
         return getattr(importlib.import_module(library), kind).from_config(
             _table(path, "scheduler/scheduler_config.json")

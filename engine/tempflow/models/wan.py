@@ -86,7 +86,7 @@ class WanPolicy(GuidedPolicy):
         return part if second is None else Experts(part, second)
 
     def denoiser(self) -> torch.nn.Module:
-        return self._denoiser
+        return self._denoiser  # type: ignore[return-value]  # set when the policy is made
 
     def set_denoiser(self, module: torch.nn.Module) -> None:
         self._denoiser = module
@@ -181,7 +181,7 @@ class WanPolicy(GuidedPolicy):
     def _forward(self, denoiser, x, sigma, conditioning, size):
         timestep = self._timesteps(sigma)
         known = self._boundary is None or isinstance(denoiser, partial)  # by `only`
-        more = {} if known else {"low": timestep < self._boundary}
+        more = {} if known else {"low": timestep < self._boundary}  # type: ignore[operator]  # None only where `known` holds
         return denoiser(
             hidden_states=x, timestep=timestep, **conditioning, **more, return_dict=False
         )[0]

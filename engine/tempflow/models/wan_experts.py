@@ -10,6 +10,7 @@ anew would be that of an earlier step.
 from __future__ import annotations
 
 from itertools import groupby
+from typing import Any
 
 import torch
 from diffusers import ModelMixin
@@ -69,7 +70,7 @@ class Experts(ModelMixin, PeftAdapterMixin):
         )  # DeepSpeed's, of weights in slices
 
     @staticmethod
-    def _nothing_of(expert: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _nothing_of(expert: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """An expert's prediction of one token, of which no row is left, [0, C, F, H, W]."""
         x, timestep, text = inputs.values()
         frames, rows, columns = expert.config.patch_size

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -19,7 +19,7 @@ from tempflow.sampling.steps import Grid
 from tempflow.types import Advantages, Endpoint, Slots, State, Unit
 from tempflow_kernels import group_loss
 
-NEVER = {"clip_low": 1.0, "clip_high": 1e30}  # a clip that changes nothing
+NEVER: dict[str, Any] = {"clip_low": 1.0, "clip_high": 1e30}  # a clip that changes nothing
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class Objective(ABC):  # noqa: B024 (one of two methods is abstract)
             distance = (
                 None
                 if not self.keeps_velocity
-                else step_distance(velocity, old and old.velocity, batch)
+                else step_distance(velocity, old and old.velocity, batch)  # type: ignore[arg-type]  # None where there is no old policy
             )
             pull = self.batch_pull(batch, log_ratio, distance)
         loss, penalized = kernel_loss(velocity, batch, pull, None, penalty, velocity_ref, **NEVER)

@@ -3,6 +3,8 @@ latents of any sampler."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from tempflow.errors import check_range
 from tempflow.objectives.base import Objective, kernel_loss
 from tempflow.objectives.matching import Form, Pick, noised, picked
@@ -50,5 +52,5 @@ class Fpo(Objective):
         return noised(rollout, rollout.endpoints[:1], 1, self.form, self.kappa)[0]
 
     def loss(self, velocity, batch, old, penalty, velocity_ref):
-        clip = {"clip_low": self.clip_low, "clip_high": self.clip_high}
+        clip: dict[str, Any] = {"clip_low": self.clip_low, "clip_high": self.clip_high}
         return kernel_loss(velocity, batch, batch.advantage, old, penalty, velocity_ref, **clip)

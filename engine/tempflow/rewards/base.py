@@ -128,9 +128,8 @@ def as_scores(result, n: int) -> Scores:
 
 def joined(parts: list[Scores]) -> Scores:
     """The scores of several batches as one, in their order; details where all have some."""
-    details = None
-    if all(part.details is not None for part in parts):
-        details = [text for part in parts for text in part.details]
+    told = [part.details for part in parts if part.details is not None]
+    details = [text for texts in told for text in texts] if len(told) == len(parts) else None
     return Scores(np.concatenate([part.values for part in parts]), details)
 
 

@@ -43,7 +43,7 @@ class OcrReward(Reward):
 
     def __init__(self, detect: bool = True):
         self._detect = detect
-        self._reader = None
+        self._reader: SceneReader | LineReader = None  # type: ignore[assignment]  # `setup` makes it
 
     def check_prompts(self, prompts, metadata):
         targets, several = [], 0
@@ -84,7 +84,7 @@ class OcrReward(Reward):
     def _read(self, images: np.ndarray) -> list[str | Exception]:
         """Text of each image; where a batch fails its images are read alone, to blame the right
         one."""
-        results = []
+        results: list[str | Exception] = []
         for start in range(0, len(images), self._reader.batch):
             chunk = images[start : start + self._reader.batch]
             try:
@@ -232,7 +232,7 @@ def _model_file(name: str) -> Path:
     package = find_spec("rapidocr")
     if package is None:
         raise UserError("needs the package rapidocr: pip install 'rapidocr==3.10.*' onnxruntime")
-    path = Path(package.origin).parent / "models" / name
+    path = Path(package.origin).parent / "models" / name  # type: ignore[arg-type]  # the package is installed, so it has an origin
     if not path.exists():
         found = ", ".join(sorted(file.name for file in path.parent.glob("*.onnx"))) or "no models"
         raise UserError(f"needs {name}, which rapidocr 3.10 ships; {path.parent} holds {found}")

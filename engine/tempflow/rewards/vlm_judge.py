@@ -193,9 +193,9 @@ class VlmJudge(Reward):
                     raise
             time.sleep(_BACKOFF_S * 2**attempt)
         try:
-            return dict(answer["choices"][0])
+            return dict(answer["choices"][0])  # type: ignore[possibly-undefined]  # the last attempt returns or raises
         except (KeyError, IndexError, TypeError, ValueError):
-            raise ValueError(f"the answer has no choices: {shown(answer)}") from None
+            raise ValueError(f"the answer has no choices: {shown(answer)}") from None  # type: ignore[possibly-undefined]  # the last attempt returns or raises
 
     def _read(self, choice: dict) -> tuple[float, str]:
         if self._yes_no:

@@ -150,7 +150,7 @@ class WorkerProcess:
             self._connection.send(message)
             reply = self._connection.recv_bytes()
         except (EOFError, OSError):
-            status = self._process.wait()
+            status = self._process.wait()  # type: ignore[union-attr]  # called while the process is there
             late = f"the reward worker did not {task} within {timeout_s:g} s ({key}) and was killed"
             cause = (
                 late

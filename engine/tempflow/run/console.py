@@ -52,7 +52,8 @@ class Console:
         output: RichConsole | None = None,
     ):
         self.total, self.start, self.done = total_iterations, start, start
-        self.base_reward, self.heldout, self.watched = base_reward, None, watched
+        self.base_reward, self.watched = base_reward, watched
+        self.heldout: float | None = None
         self._out = output or RichConsole(highlight=False, soft_wrap=True)
         self.enabled, self.live = enabled, enabled and self._out.is_terminal
         self._limit, self._elapsed = (
@@ -81,7 +82,11 @@ class Console:
             console=self._out,
         )
         self._task = self._iterations.add_task(
-            "", total=1.0, completed=self._share(), place=self._place(), status=""
+            "",
+            total=1.0,
+            completed=self._share(),  # type: ignore[arg-type]  # rich takes fractions
+            place=self._place(),
+            status="",
         )
         self._display = Live(
             Group(self._iterations, self._phases),
@@ -239,13 +244,16 @@ class Console:
     def _heldout_text(self) -> str:
         """The newest held-out reward, and how far it is from the base's, prompt by prompt where
         that is known."""
+        assert self.heldout is not None  # what calls this looks first
         text = with_error(self.heldout, _finite(self._evaluation.get("eval/reward/stderr")))
         gain, stderr = (
             _finite(self._evaluation.get(key)) for key in ("eval/gain", "eval/gain/stderr")
         )
         if gain is None and self.base_reward is not None and self.done > 0:
             gain = unpaired_gain(
-                self.base_reward, self.heldout, self._evaluation.get("eval/failed")
+                self.base_reward,
+                self.heldout,
+                self._evaluation.get("eval/failed"),
             )
         return text if gain is None else f"{text} ({with_error(gain, stderr, '+')})"
 

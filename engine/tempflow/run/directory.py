@@ -46,7 +46,7 @@ BEFORE_TRAINING = (
 
 
 def path_of(config: Config) -> Path:
-    return Path(config.logging.dir) / config.logging.name
+    return Path(config.logging.dir, str(config.logging.name))
 
 
 def check_place(config: Config) -> None:

@@ -24,7 +24,7 @@ def thumbnails(media: np.ndarray) -> np.ndarray:
     D]."""
     frames = some_frames(media, FRAMES)
     pixels = torch.from_numpy(frames).flatten(0, 1).permute(0, 3, 1, 2).float() / 255
-    sides = [min(SIDE, side) for side in pixels.shape[2:]]
+    sides = min(SIDE, pixels.shape[2]), min(SIDE, pixels.shape[3])
     return F.adaptive_avg_pool2d(pixels, sides).reshape(len(media), -1).numpy()
 
 

@@ -147,10 +147,10 @@ def between_folders(base: Path, now: Path, neighbors: int | None = None) -> dict
         raise UserError(f"{base} and {now} hold no PNG or WebP files of the same names")
     if len({images[name].shape for images in (before, after) for name in common}) > 1:
         raise UserError(f"{base} and {now} hold images of different sizes")
-    return metrics(
-        *(look(np.stack([images[name] for name in common])) for images in (before, after)),
-        neighbors,
+    base_looks, looks = (
+        look(np.stack([images[name] for name in common])) for images in (before, after)
     )
+    return metrics(base_looks, looks, neighbors)
 
 
 def _of_folder(folder: Path) -> dict[str, np.ndarray]:

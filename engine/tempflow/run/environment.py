@@ -116,7 +116,7 @@ def check_gpu() -> None:
     )
     if driver is None:
         return
-    oldest = OLDEST_DRIVER.get(torch.version.cuda.partition(".")[0])
+    oldest = OLDEST_DRIVER.get(str(torch.version.cuda).partition(".")[0])
     needs = f", which needs driver {oldest} or later" if oldest else ""
     raise UserError(
         f"no usable GPU: the NVIDIA driver is {driver}, torch {torch.__version__} is built for CUDA"

@@ -53,9 +53,9 @@ class Scored:
     details: dict[str, list[str] | None]
     looks: drift.Looks
 
-    def counts(self) -> list[int]:
+    def counts(self) -> tuple[int, int, int]:
         """Images, those without a reward, and those of them that are not finite."""
-        return [len(self.reward), int(np.isnan(self.reward).sum()), int((~self.finite).sum())]
+        return len(self.reward), int(np.isnan(self.reward).sum()), int((~self.finite).sum())
 
     def mean(self) -> Mean:
         """Of the weighted reward, over the prompts."""
@@ -128,7 +128,8 @@ def evaluate(
 ) -> Scored:
     """Score what `draw` yields while it goes on drawing, in the order of the prompts; images of the
     first `keep` prompts are kept."""
-    indices, kept, tickets, finite, looks = [], {}, [], [], []
+    kept: dict[int, MediaFile] = {}
+    indices, tickets, finite, looks = [], [], [], []
     for part, images, made in drawn:
         chosen = [prompts[i] for i in part]
         tickets.append(

@@ -114,6 +114,7 @@ def _read(file: BinaryIO) -> dict | None:
 def _named(file: BinaryIO) -> dict | None:
     """The holder of an flock; one that has only just taken it may not have signed, over the record
     of one that was killed."""
+    holder = None
     for _ in range(20):
         holder = _read(file)
         if holder and (holder["host"] != socket.gethostname() or _alive(holder)):

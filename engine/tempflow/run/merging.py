@@ -12,7 +12,7 @@ import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Callable, Iterable
+from typing import Callable, Iterable, cast
 
 import torch
 
@@ -145,8 +145,8 @@ def check_sources(sources: list[Source]) -> None:
         )
 
 
-def _same_place(model: str) -> str:
-    return os.path.realpath(model) if os.path.isdir(model) else model
+def _same_place(model: str | None) -> str | None:
+    return os.path.realpath(model) if model and os.path.isdir(model) else model
 
 
 def shares(given: list[float] | None, count: int) -> list[float]:
@@ -171,7 +171,7 @@ def merge_models(sources: list[Source], parts: list[float]) -> Weights:
     or shapes differ."""
     found: Weights = {}
     for number, (source, part) in enumerate(zip(sources, parts, strict=True)):
-        weights = source.read()
+        weights = cast(Weights, source.read())
         if number == 0:
             found = {
                 name: torch.zeros_like(weight, dtype=torch.float32)
@@ -190,7 +190,7 @@ def merge_adapters(sources: list[Source], parts: list[float]) -> tuple[Adapters,
     A = [A_1; A_2; ...], B = [p_1 s_1 B_1, p_2 s_2 B_2, ...] for parts p and scales s, so B A =
     sum_i p_i s_i B_i A_i. UserError where layers or their sizes differ; ranks may differ.
     """
-    read = [source.read() for source in sources]
+    read = [cast(Scaled, source.read()) for source in sources]
     for source, scaled in zip(sources, read, strict=True):
         _check_alike(sources[0], _sizes(read[0].weights), source, _sizes(scaled.weights))
     found = {}
@@ -236,4 +236,4 @@ def _check_alike(
 
 def whole_pipeline(sources: Iterable[Source], dtype: str):
     """The policy of the first source, text encoders and all, to take the merged weights."""
-    return load_policy(next(iter(sources)).model, dtype=dtype, device=choose_device())
+    return load_policy(next(iter(sources)).model, dtype=dtype, device=choose_device())  # type: ignore[arg-type]  # a source that goes with a pipeline

@@ -87,7 +87,7 @@ def _checked(out: Path, run_dirs: tuple[Path, ...]) -> Path:
 
 def _make_parents(parent: Path) -> list[Path]:
     """Make the folders that are missing; returns those made, the outermost first."""
-    missing = []
+    missing: list[Path] = []
     while not os.path.lexists(parent):
         missing.insert(0, parent)
         parent = parent.parent

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from functools import partial
 from pathlib import Path
-from typing import Callable
+from typing import Any, Callable
 
 from tempflow.errors import VALUE, UserError, shortened
 
@@ -81,7 +81,7 @@ def module_folders(table: dict, run_dir: Path) -> list[str]:
 
 def _began_in(table: dict) -> str | None:
     """The run directory when config.json was written; None in a config with relative paths."""
-    logging = table.get("logging")
+    logging: Any = table.get("logging")
     known = (
         isinstance(logging, dict)
         and isinstance(logging.get("name"), str)
@@ -136,7 +136,7 @@ def _change(table: dict, change: Callable[[str, str], str]) -> None:
         for key in _REWARD_OPTIONS
     ]
     for *sections, key in (*(path.split(".") for path in _PATHS), *options):
-        inner = table
+        inner: Any = table
         for section in sections:
             inner = inner.get(section) if isinstance(inner, dict) else None
         if isinstance(inner, dict) and isinstance(inner.get(key), str):

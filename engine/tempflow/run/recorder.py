@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Callable
+from typing import Any, Callable
 
 from tempflow.config import Config
 from tempflow.errors import RankError
@@ -35,10 +35,12 @@ class Recorder:
         self.config, self.run_dir, self.main, self._report = config, run_dir, main, report
         self.byproducts = ByProducts()
         chosen = config.logging
-        asked = {"tensorboard": chosen.tensorboard, "wandb": chosen.wandb} if main else {}
+        asked: dict[str, Any] = (
+            {"tensorboard": chosen.tensorboard, "wandb": chosen.wandb} if main else {}
+        )
         self.trackers = Trackers(run_dir, **asked, byproducts=self.byproducts)
-        self.console: Console | None = None
-        self._log: MetricsLog | None = None
+        self.console: Console = None  # type: ignore[assignment]  # `begin` gives it
+        self._log: MetricsLog = None  # type: ignore[assignment]  # `begin` opens it, on rank 0
         self._last_row: dict | None = None
 
     def note(self, text: str) -> None:

@@ -160,9 +160,9 @@ def search(
             suffix=suffix,
             first=first,
         ):
-            check_failed(
+            check_failed(  # type: ignore[call-arg]  # three counts
                 "this refinement",
-                *judge.counts.tolist(),
+                *judge.counts.tolist(),  # type: ignore[arg-type]  # three counts
                 config.reward_pool.max_failed,
                 pool.last_error,
             )

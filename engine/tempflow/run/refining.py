@@ -205,6 +205,7 @@ class _Refinement:
     def _noised(self, row: Row, k: int, noise: Noise) -> torch.Tensor:
         """The incumbent at sigma_k."""
         incumbent, sigma = self.best.latents[row.unit.prompt], self.grid.sigmas[k].item()
+        assert incumbent is not None  # the first round gave every prompt one
         eps = noise.sample(
             [noise.key(row.unit, AFTERWARDS, row.path)], self.sampler.latent_shape, incumbent.device
         )[0]
@@ -227,7 +228,7 @@ class _Refinement:
             given=given,
         ):
             self.forwards = before + arrived.stats.forwards
-            waiting += list(zip(arrived.rows, arrived.latents if arrived.rows else [], strict=True))
+            waiting += list(zip(arrived.rows, arrived.latents if arrived.rows else [], strict=True))  # type: ignore[arg-type]  # the first round has given every prompt an incumbent
             while len(waiting) >= r.decode_batch:
                 submitted.append(self._submit(rows, waiting[: r.decode_batch]))
                 waiting = waiting[r.decode_batch :]
@@ -254,7 +255,7 @@ class _Refinement:
         return Round(
             number,
             step,
-            list(self.best.images),
+            list(self.best.images),  # type: ignore[arg-type]  # the first round has given every prompt an incumbent
             self.best.rewards.copy(),
             self.drawn.copy(),
             self.forwards,

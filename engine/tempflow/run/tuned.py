@@ -42,11 +42,10 @@ def prompts_of(
 ) -> list[Example]:
     """The first `count` prompts of a file, by default the run's held-out prompts; `otherwise` is
     the UserError without either."""
-    if not (file or config.data.heldout):
+    source = file or config.data.heldout
+    if not source:
         raise UserError(otherwise)
-    return load_prompts(file or config.data.heldout, "--prompts" if file else "data.heldout")[
-        :count
-    ]
+    return load_prompts(source, "--prompts" if file else "data.heldout")[:count]
 
 
 @dataclass(frozen=True)

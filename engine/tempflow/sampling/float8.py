@@ -124,6 +124,8 @@ class Float8Linear(torch.nn.Module):
         """rounding: shared with layers that may be given the same x."""
         super().__init__()
         self._rounding = rounding or Rounding()
+        self.weight: torch.Tensor
+        self.scale: torch.Tensor
         weight, scale = quantize_rows(whole_weight(source))
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)

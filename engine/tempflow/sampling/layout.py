@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -121,7 +122,10 @@ class Layout:
         return Forest(moved, [int(self.first[u]) + n for u, n in order], slots)
 
     def _state_slots(self) -> Slots:
-        lines, leaves, values, states = [], [], [], 0
+        lines: list[tuple[int, ...]] = []
+        leaves: list[tuple[int, ...]] = []
+        values: list[list[int]] = []
+        states = 0
         for u, rows in enumerate(self.rows):
             branches, value_rows = (
                 _branches(rows),
@@ -139,7 +143,7 @@ class Layout:
                     )
                     pair = (
                         value_rows.get((parent, step)),
-                        _value_after(rows, branches, value_rows, n, step),
+                        _value_after(rows, branches, value_rows, n, step),  # type: ignore[arg-type]  # rows with a value have a parent
                     )
                     values.append(
                         [-1 if place is None else int(self.first[u]) + place for place in pair]
@@ -147,12 +151,14 @@ class Layout:
                 states += 1
         known = any(row.value for rows in self.rows for row in rows)
         before, after = np.array(values, dtype=np.int64).reshape(-1, 2).T if known else (None, None)
-        return Slots(*_columns(lines), leaves=tuple(leaves), before=before, after=after)
+        return Slots(**_columns(lines), leaves=tuple(leaves), before=before, after=after)
 
     def _endpoint_slots(self) -> Slots:
         rows = [row for unit in self.rows for row in unit]
-        lines = [(row.unit.prompt, row.unit.seed, ENDPOINT, n, 0) for n, row in enumerate(rows)]
-        return Slots(*_columns(lines), leaves=tuple((n,) for n in range(len(rows))))
+        lines: list[tuple[int, ...]] = [
+            (row.unit.prompt, row.unit.seed, ENDPOINT, n, 0) for n, row in enumerate(rows)
+        ]
+        return Slots(**_columns(lines), leaves=tuple((n,) for n in range(len(rows))))
 
 
 def states_of(rows: list[Row]) -> dict[tuple[int, int], list[int]]:
@@ -172,12 +178,15 @@ def states_of(rows: list[Row]) -> dict[tuple[int, int], list[int]]:
     return {key: found[key] for key in sorted(found, key=lambda key: (key[1], key[0]))}
 
 
-def _columns(lines: list[tuple[int, ...]]) -> np.ndarray:
-    return np.array(lines, dtype=np.int64).reshape(-1, 5).T
+def _columns(lines: list[tuple[int, ...]]) -> dict[str, Any]:
+    """The int64 columns [n] of `Slots`, by name."""
+    columns = np.array(lines, dtype=np.int64).reshape(-1, 5).T
+    return dict(zip(("prompt", "seed", "step", "state", "child"), columns, strict=True))
 
 
 def _depth(rows: list[Row], n: int) -> int:
-    return 0 if rows[n].parent is None else _depth(rows, rows[n].parent) + 1
+    parent = rows[n].parent
+    return 0 if parent is None else _depth(rows, parent) + 1
 
 
 def _branches(rows: list[Row]) -> dict[int, list[int]]:

@@ -106,7 +106,7 @@ class Adapt:
     def __init__(self, settings: Settings | None, plan: Plan):
         self._plan, steps, noise = plan, settings and settings.steps, settings and settings.noise
         self.choice = (
-            StepChoice(steps, plan.branch_steps.possible(plan.num_steps), plan.run_seed)
+            StepChoice(steps, plan.branch_steps.possible(plan.num_steps), plan.run_seed)  # type: ignore[union-attr]  # config.checks refuses rollout.adapt for plans without
             if steps
             else None
         )
@@ -129,7 +129,7 @@ class Adapt:
 
     def observe(self, layout: Layout, scored: Scored, credit: Advantages) -> dict[str, float]:
         """Take up an iteration; returns the metrics of what it was drawn with."""
-        found = {}
+        found: dict[str, float] = {}
         if self.choice:
             found |= {
                 f"adapt/p_step_{k}": float(p)
@@ -162,7 +162,7 @@ def _before_and_after(layout: Layout, scored: Scored) -> tuple[np.ndarray, np.nd
     """Rewards [n] of the ODE from each child's state and from the child: values where the plan has
     them, else the trunk's and its own."""
     rewards = scored.rewards
-    if rewards.before is not None:
+    if rewards.before is not None and rewards.after is not None:
         return rewards.before, rewards.after
     return (
         np.where(layout.completions >= 0, scored.by_row[layout.completions], np.nan),

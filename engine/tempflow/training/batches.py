@@ -187,7 +187,7 @@ def _stack(places: list[Weighed], weight: torch.Tensor, real: int, device) -> Ba
         **scalars,
         weight=weight.to(device),
         advantage=torch.stack([one.advantage for one in places]).to(device),
-        log_prob_rollout=torch.stack([s.log_prob for s in states]).to(device) if scored else None,
+        log_prob_rollout=torch.stack([s.log_prob for s in states]).to(device) if scored else None,  # type: ignore[misc]  # `scored`: every state has one
         real=real,
         valid=torch.stack([one.valid for one in places]).to(device),
         step=torch.tensor([s.step for s in states]).to(device),

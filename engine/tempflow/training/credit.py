@@ -46,7 +46,8 @@ def shares(states: list[State], parts: int) -> list[list[State]]:
     part has states of all units, prompts and steps, and every rank has work in every part; with
     whole units in a part all those of one rank may be in the same.
     """
-    found, places = [[] for _ in range(parts)], defaultdict(int)
+    found: list[list[State]] = [[] for _ in range(parts)]
+    places: defaultdict[int, int] = defaultdict(int)
     for state in states:
         unit = state.unit
         found[(unit.prompt + unit.seed + places[unit.index]) % parts].append(state)
@@ -151,7 +152,7 @@ def update_metrics(updates: list[dict], forwards: int, lr: float) -> dict:
 def _alone(parts: dict[str, np.ndarray]) -> dict[str, float]:
     """Mean and standard deviation of each reward, unweighted, over the images that it could
     score."""
-    found = {}
+    found: dict[str, float] = {}
     for name, values in parts.items():
         scored = values[np.isfinite(values)]
         found |= (

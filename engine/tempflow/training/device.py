@@ -25,7 +25,7 @@ def cores_per_rank() -> int:
     ranks = int(
         os.environ.get("LOCAL_WORLD_SIZE")
         or os.environ.get("LOCAL_SIZE")
-        or os.environ.get("WORLD_SIZE", 1)
+        or os.environ.get("WORLD_SIZE", "1")
     )
     return max(1, len(os.sched_getaffinity(0)) // ranks)
 

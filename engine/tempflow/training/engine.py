@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import math
 from contextlib import contextmanager, nullcontext
-from typing import Callable, Iterator
+from typing import Any, Callable, Iterator, cast
 
 import deepspeed
 import torch
@@ -33,7 +33,7 @@ from tempflow.training.shared_base import adopt, bare_copy
 ADAPTER = "default"
 
 
-def add_lora(module: torch.nn.Module, lora: Lora, targets: tuple[str, ...], seed: int) -> None:
+def add_lora(module: Any, lora: Lora, targets: tuple[str, ...], seed: int) -> None:
     """Freeze the module and add adapters: Gaussian-initialised, or those of `lora.start`. UserError
     where a target names no layer, or the start does not fit."""
     from peft import LoraConfig
@@ -83,7 +83,7 @@ class Runtime:
         else:
             module.requires_grad_(True)
         if config.model.gradient_checkpointing:
-            module.enable_gradient_checkpointing()
+            cast(Any, module).enable_gradient_checkpointing()
         set_attention_backend(module, config.model.attention_backend)
         compile_blocks(module, config.training.compile)
         self.reference = make_reference(config, module, policy.device)
@@ -239,12 +239,13 @@ class Runtime:
     def _merge(self, name: str, values: list[torch.Tensor]) -> torch.Tensor:
         if len(values) == 1:
             return values[0]
-        return merged(
-            *values, self.module.get_submodule(name.removesuffix(".weight")).scaling[ADAPTER]
-        )
+        weight, down, up = values
+        layer: Any = self.module.get_submodule(name.removesuffix(".weight"))
+        return merged(weight, down, up, layer.scaling[ADAPTER])
 
     def _buckets(self, named) -> Iterator[list[tuple[str, list[str]]]]:
-        bucket, size = [], 0
+        bucket: list[tuple[str, list[str]]] = []
+        size = 0
         for source in self._sources:
             elements = sum(
                 getattr(named[part], "ds_numel", named[part].numel()) for part in source[1]

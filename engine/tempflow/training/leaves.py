@@ -45,17 +45,17 @@ def call_by_position(module: torch.nn.Module, zero: dict) -> None:
 
 
 def _by_position(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    bound = _signature(type(module)).bind(module, *args, **kwargs)
+    bound = _signature(type(module)).bind(module, *args, **kwargs)  # type: ignore[arg-type]  # a class is hashable
     bound.apply_defaults()
-    args = list(bound.args[1:])
+    given = list(bound.args[1:])
     floats = [
         i
-        for i, value in enumerate(args)
+        for i, value in enumerate(given)
         if isinstance(value, torch.Tensor) and value.is_floating_point()
     ]
-    if torch.is_grad_enabled() and floats and not any(args[i].requires_grad for i in floats):
-        args[floats[0]] = args[floats[0]].detach().requires_grad_()
-    return tuple(args), bound.kwargs
+    if torch.is_grad_enabled() and floats and not any(given[i].requires_grad for i in floats):
+        given[floats[0]] = given[floats[0]].detach().requires_grad_()
+    return tuple(given), bound.kwargs
 
 
 @lru_cache(maxsize=16)

@@ -260,7 +260,7 @@ class Trainer:
 
     def _curate(self, drawn: Draw | None, layout: Layout, rollout: Rolled) -> dict:
         """Let curation see the rewards of the prompts that it drew; its metrics."""
-        if drawn is None:
+        if drawn is None or self.curation is None:
             return {}
         self.curation.update(drawn, self.iteration, layout.slots, rollout.scored.rewards.total)
         return self.curation.metrics(drawn, self.iteration)

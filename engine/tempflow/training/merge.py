@@ -96,7 +96,7 @@ class Merge(Averaged):
         mine = [name for name in self._shapes if self._mine(name)]
         with safe_open(snapshots_of(file), "pt") as held:
             count = 1 + max(int(key.partition(".")[0]) for key in held.keys())
-            for j in range(count)[-self._snapshots.maxlen :]:
+            for j in range(count)[-(self._snapshots.maxlen or 0) :]:
                 self._snapshots.append({name: held.get_tensor(f"{j}.{name}") for name in mine})
 
 

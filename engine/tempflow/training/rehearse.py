@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -36,7 +37,8 @@ def rehearse(config: Config, device: torch.device, capture) -> str | None:
     from tempflow.training.rollout import gather_rewards, plan_iteration, roll_out
     from tempflow.training.session import assemble, make_graphs
 
-    policy, notes = small_policy(config, device), []
+    notes: list[str] = []
+    policy = small_policy(config, device)
     vae_config, family = policy.pipe.vae.config, type(policy)
     config = small_config(config, family.size_multiple(vae_config), family.frame_step(vae_config))
     policy.size = config.rollout.size
@@ -58,7 +60,7 @@ def rehearse(config: Config, device: torch.device, capture) -> str | None:
         for iteration in range(2):
             gather_rewards(
                 session,
-                roll_out(
+                roll_out(  # type: ignore[arg-type]  # without a stop a rollout is never given up
                     session,
                     plan_iteration(session, [0], iteration),
                     iteration,
@@ -67,6 +69,7 @@ def rehearse(config: Config, device: torch.device, capture) -> str | None:
             )
     if notes:
         return notes[0].removeprefix("rollout.graphs: ")
+    assert graphs  # the config asks for them
     return None if graphs.captures else "nothing was captured"
 
 
@@ -127,8 +130,8 @@ def small_policy(config: Config, device: torch.device):
     policy.set_denoiser(_as_rolled_out(config, policy.denoiser(), family.lora_targets, device))
     set_attention_backend(policy.denoiser(), config.model.attention_backend)
     compile_blocks(policy.denoiser(), config.rollout.compile)
-    policy.embed = _embeddings(config, policy)
-    policy.decode = lambda latents, size: (
+    policy.embed = _embeddings(config, policy)  # type: ignore[method-assign]  # a stand-in for this object alone
+    policy.decode = lambda latents, size: (  # type: ignore[method-assign]  # a stand-in for this object alone
         plain(len(latents), size, 0),
         np.ones(len(latents), bool),
     )
@@ -164,7 +167,9 @@ def _as_rolled_out(
 
     if not shares_base(config, device.type):
         return module
-    lora, layers = config.model.lora, [name for name, _ in module.named_modules()]
+    lora = config.model.lora
+    assert lora  # the base is shared with adapters beside it
+    layers = [name for name, _ in module.named_modules()]
     here = [
         t
         for t in lora.targets or targets
@@ -172,7 +177,7 @@ def _as_rolled_out(
     ]
     if not here:
         return module
-    copy = bare_copy(module, module.dtype)
+    copy = bare_copy(module, cast(torch.dtype, module.dtype))
     with device:
         add_lora(module, lora.model_copy(update={"targets": here, "start": None}), targets, 0)
     adopt(copy, module, ADAPTER)

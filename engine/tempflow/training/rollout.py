@@ -12,7 +12,7 @@ from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from threading import Lock
-from typing import Callable
+from typing import Any, Callable
 
 import numpy as np
 import torch
@@ -211,7 +211,7 @@ class _Lane:
         self.images.seconds += time.perf_counter() - started
         prompts = [s.prompts[self.forest.rows[n].unit.prompt_id] for n, _ in part]
         self.images.rows += [self.places[n] for n, _ in part]
-        asked = {"finite": finite, "rewards": [spec.name for spec in s.trained]}
+        asked: dict[str, Any] = {"finite": finite, "rewards": [spec.name for spec in s.trained]}
         with lock:  # rewards in this process are not required to be thread-safe
             self.images.tickets.append(
                 s.pool.submit(
@@ -263,6 +263,7 @@ def _denoise(session: Session, rows: list[Row], suffix: Suffix | None) -> Denois
     places = {id: i for i, id in enumerate(dict.fromkeys(row.unit.prompt_id for row in rows))}
     coarse = None
     if suffix and suffix.weights == "float8":
+        assert session.float8  # made with the session where the suffix asks for it
         session.float8.refresh()
         coarse = session.float8.transformer
     conditions = session.embeddings.each([session.prompts[id] for id in places])
@@ -386,7 +387,7 @@ def _siblings(layout: Layout) -> list[tuple[int, int]]:
     step."""
     found, first = [], 0
     for rows in layout.rows:
-        counts = defaultdict(int)
+        counts: defaultdict[tuple, int] = defaultdict(int)
         for row in rows:
             if row.parent is not None:
                 counts[row.start, first + row.parent] += 1

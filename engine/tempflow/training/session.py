@@ -48,7 +48,7 @@ class Session(Opened):
     it."""
     graphs: GraphCache | None = None
     """Captures the rollout's forwards; None runs them eagerly."""
-    runtime: Runtime | None = None
+    runtime: Runtime = None  # type: ignore[assignment]  # only sessions that train have one
     """The training engine."""
     average: Averaged | None = None
     """Of the trained weights."""
@@ -111,7 +111,7 @@ class Session(Opened):
             self.config.sde(),
         )
         if levels is not None:
-            return Grid(sigmas, sde.coefficients(sigmas, levels))
+            return Grid(sigmas, sde.coefficients(sigmas, levels))  # type: ignore[call-arg]  # `takes_levels`: config.checks refuses other SDEs
         return self.grid if sigmas is self.grid.sigmas else Grid(sigmas, sde.coefficients(sigmas))
 
     def embed(self, units: list[Unit]) -> dict[str, torch.Tensor]:

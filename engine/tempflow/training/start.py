@@ -8,6 +8,7 @@ once.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Sequence
 
 from tempflow import cli
 from tempflow.config import Config, load_config
@@ -99,7 +100,7 @@ def start(
     config: str | Path | dict,
     *,
     resume: bool = False,
-    overrides: list[str] = (),
+    overrides: Sequence[str] = (),
     profile: str | None = None,
 ) -> dict:
     """Train a config to the end, or to a signal (a collective).
@@ -116,11 +117,11 @@ def start(
     Returns "run_dir" (a Path) and what summary.json holds; where a signal stopped the run, and on
     ranks other than 0, "run_dir" alone. Raises UserError.
     """
-    profile = Profile(profile)
-    config = load_config(config, overrides)
+    window = Profile(profile)
+    checked = load_config(config, overrides)
     if resume:
-        directory.find_modules(directory.path_of(config))
-    specs, prompts, heldout = checked_inputs(config)
+        directory.find_modules(directory.path_of(checked))
+    specs, prompts, heldout = checked_inputs(checked)
 
     from tempflow.checkpoints.load import read_state
     from tempflow.estimate import check_room, disk_of
@@ -128,19 +129,19 @@ def start(
     from tempflow.training.assemble import train
     from tempflow.training.signals import StopSignal
 
-    check_hardware(config)
+    check_hardware(checked)
     stop = StopSignal().install()
-    with directory.claim_run(config, resume, lambda: check_room(config, disk_of(config))) as (
+    with directory.claim_run(checked, resume, lambda: check_room(checked, disk_of(checked))) as (
         run_dir,
         resume_from,
     ):
         if resume_from:
             check_unchanged(
                 read_state(resume_from).get("prompts", {}),
-                digests(prompts, heldout[: config.eval.prompts]),
+                digests(prompts, heldout[: checked.eval.prompts]),
             )
         summary = train(
-            config,
+            checked,
             run_dir,
             resume_from,
             prompts,
@@ -148,6 +149,6 @@ def start(
             specs,
             stop=stop,
             report=write_report,
-            profile=profile,
+            profile=window,
         )
     return {"run_dir": run_dir, **(summary or {})}

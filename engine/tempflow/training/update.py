@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Callable
+from typing import Any, Callable
 
 import numpy as np
 import torch
@@ -109,13 +109,8 @@ class Updater:
         penalty: Penalty | None,
         embed: Callable[[list[Unit]], dict[str, torch.Tensor]],
     ):
-        self.runtime, self.sampler, self.objective, self.penalty, self.embed = (
-            runtime,
-            sampler,
-            objective,
-            penalty,
-            embed,
-        )
+        self.runtime, self.sampler, self.objective, self.embed = runtime, sampler, objective, embed
+        self.penalty: Any = penalty  # None: what reads its fields is not called
 
     def velocity(self, transformer, batch: Batch) -> torch.Tensor:
         """v of a batch's states, [N, ...] in the training dtype."""

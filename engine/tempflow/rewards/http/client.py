@@ -206,7 +206,7 @@ def checked_url(key: str, url) -> str:
         )
     except ValueError:
         usable = False
-    if usable and "@" in parts.netloc:
+    if usable and "@" in parts.netloc:  # type: ignore[possibly-undefined]  # bound where the URL is usable
         raise UserError(
             f"{key}: no user name or password in the address; name an environment variable that"
             " holds a token instead"

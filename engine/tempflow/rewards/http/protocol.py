@@ -110,7 +110,8 @@ def open_images(
     Raises ValueError naming the image that is no 8-bit RGB PNG or not of the first one's size, and
     for more than `max_pixels` in all.
     """
-    images, pixels = [], 0
+    images: list[Image.Image] = []
+    pixels = 0
     for i, text in enumerate(encoded):
         try:
             image = Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"])

@@ -36,11 +36,11 @@ def convert(source: Path, target: Path) -> int:
     for name in ("state_dict", "model"):
         if isinstance(checkpoint, dict) and isinstance(checkpoint.get(name), dict):
             checkpoint = checkpoint[name]
-    tensors = checkpoint.items() if isinstance(checkpoint, dict) else ()
+    held = checkpoint.items() if isinstance(checkpoint, dict) else ()
     # Clones: safetensors stores no two tensors of one storage.
     tensors = {
         name: value.detach().clone().contiguous()
-        for name, value in tensors
+        for name, value in held
         if isinstance(value, torch.Tensor)
     }
     if not tensors:

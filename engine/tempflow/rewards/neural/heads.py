@@ -75,4 +75,4 @@ def linear_head(key: str, tensors: dict[str, torch.Tensor], device: str) -> Head
             f"{key}: expected linear layers with biases from an embedding to one number, got"
             f" {shapes}"
         )
-    return Head(layers, device)
+    return Head(layers, device)  # type: ignore[arg-type]  # `fit` holds, so every layer has its bias

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Callable, TypeVar
+from typing import Any, Callable, TypeVar, cast
 
 import torch
 
@@ -119,7 +119,7 @@ def build(
     random.
     """
     try:
-        model, report = kind.from_pretrained(
+        model, report = cast(Any, kind).from_pretrained(
             None,
             config=config,
             state_dict=tensors,

@@ -72,16 +72,16 @@ def reward_chart(run: Run) -> dict | None:
     series = []
     training = run.column("reward/mean")
     if run.heldout:
-        held = {
+        evaluated = {
             "name": "held-out",
             "style": "main dots",
             "frame": "eval",
             "y": [y for _, y in run.heldout],
         }
         errors = [run.stderr(iteration) for iteration, _ in run.heldout]
-        series.append(held | ({"error": errors} if _any(errors) else {}))
+        series.append(evaluated | ({"error": errors} if _any(errors) else {}))
+    width = max(1, len(training) // 15)
     if _any(training):
-        width = max(1, len(training) // 15)
         series.append(line("training", smooth(training, width), "second"))
         if width > 1:
             series.append(line("training, each iteration", training, "faint", tip=False))
@@ -139,7 +139,7 @@ def training_charts(run: Run) -> list[dict]:
 
 
 def signal_charts(run: Run) -> list[dict]:
-    return small_charts(run, (*SIGNAL, describe("eval/failed")))
+    return small_charts(run, (*SIGNAL, describe("eval/failed")))  # type: ignore[arg-type]  # the key is in the table
 
 
 def drift_charts(run: Run) -> list[dict]:
@@ -149,9 +149,9 @@ def drift_charts(run: Run) -> list[dict]:
         return []
     charts = small_charts(run, DRIFTS)
     for chart in charts:
-        limit = describe(chart["key"]).limit
-        if limit is not None:
-            chart["level"] = {"name": "limit", "y": limit}
+        metric = describe(chart["key"])
+        if metric and metric.limit is not None:
+            chart["level"] = {"name": "limit", "y": metric.limit}
     return _with_bounds(run, charts)
 
 

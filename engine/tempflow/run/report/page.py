@@ -193,12 +193,12 @@ def _bars(
     form: str,
     shares: list[float] | None = None,
 ) -> str:
-    rows = [(name, value) for name, value in rows if value is not None]
-    if not rows:
+    known = [(name, value) for name, value in rows if value is not None]
+    if not known:
         return ""
-    top = max(value for _, value in rows) or 1
+    top = max(value for _, value in known) or 1
     lines = []
-    for n, (name, value) in enumerate(rows):
+    for n, (name, value) in enumerate(known):
         colour, share = (
             (f"c{n % 8}", f'<td class="num">{shares[n]:.0%}</td>') if shares else ("main", "")
         )

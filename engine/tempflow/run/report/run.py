@@ -122,7 +122,7 @@ class Run:
             sample.iteration: sample.reward for sample in self.samples if sample.reward is not None
         }
         if self.summary and number(self.summary.get("base_reward")) is not None:
-            found.setdefault(0, number(self.summary["base_reward"]))
+            found.setdefault(0, number(self.summary["base_reward"]))  # type: ignore[arg-type]  # the line above checks it
         found.update(
             {
                 row["iteration"]: number(row["eval/reward"])

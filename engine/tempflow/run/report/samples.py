@@ -75,7 +75,7 @@ def match(base: SampleSet, tuned: SampleSet) -> list[Pair]:
     for place, item in enumerate(tuned.items):
         twin = base.items[place] if place < len(base.items) else {}
         if _asked(twin) != _asked(item):
-            twin = by_prompt.get(_asked(item))
+            twin = by_prompt.get(_asked(item))  # type: ignore[assignment]  # looked at only where it is found
         pairs.append(Pair(str(item.get("prompt", "")), twin, item))
     return pairs
 
@@ -109,7 +109,7 @@ def _intro(things: str, pairs: list[Pair], base: SampleSet, tuned: SampleSet) ->
         f" {len(changes) - up - down} the same."
     )
     weights = {"ema": " (averaged weights)", "merge": " (merged weights)"}.get(
-        tuned.info.get("weights"), ""
+        str(tuned.info.get("weights")), ""
     )
     before, after = exact_share(base), exact_share(tuned)
     words = (
@@ -293,7 +293,7 @@ def _strip_row(place: int, sets: list[SampleSet], thumbnails: Thumbnails) -> str
         )
         cells.append(f"<td>{_img(thumbnail, 'condition image')}</td>" if thumbnail else "<td></td>")
     for sample in sets:
-        item = sample.items[place] if place < len(sample.items) else None
+        item = sample.items[place] if place < len(sample.items) else None  # type: ignore[assignment]  # looked at only where it is found
         thumbnail = (
             thumbnails.get(sample.folder / str(item["file"]), moving=False) if item else None
         )

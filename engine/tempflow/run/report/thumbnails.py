@@ -92,7 +92,8 @@ def _of_video(raw: bytes, moving: bool) -> Thumbnail:
         frame.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     encoded = io.BytesIO()
     save_webp(chosen, encoded, round(FRAME_MS * len(frames) / len(chosen)), VIDEO_QUALITY)
-    return Thumbnail(_uri(encoded.getvalue(), "webp"), *chosen[0].size, still.uri)
+    width, height = chosen[0].size
+    return Thumbnail(_uri(encoded.getvalue(), "webp"), width, height, still.uri)
 
 
 def _uri(data: bytes, kind: str) -> str:

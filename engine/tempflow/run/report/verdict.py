@@ -67,7 +67,7 @@ def verdict(run: Run) -> str:
             sure = f" ({signed(change)} ± {stderr:.3f} prompt by prompt)"
         so_far = "Held-out" if run.summary else "So far, held-out"
         said = f"{so_far} reward {how} from {base:.3f} to {tuned:.3f}{sure}{_spent(run)}."
-        return f"{said}{_drifted(run, how == 'rose')}{_lost(run)}{_peak(run, tuned)}{_stopped(run)}"
+        return f"{said}{_drifted(run, how == 'rose')}{_lost(run)}{_peak(run, tuned)}{_stopped(run)}"  # type: ignore[arg-type]  # known where a change is
     training = [value for value in run.column("reward/mean") if value is not None]
     if len(training) > 1:
         tenth = max(1, len(training) // 10)
@@ -205,7 +205,7 @@ def _lost(run: Run) -> str:
     """What of the newest evaluation has no reward."""
     failed, scored = number(evaluated(run).get("eval/failed")), _scored(run)
     return (
-        f" {failed:.0f} of its {failed + scored:.0f} {run.things} could not be scored."
+        f" {failed:.0f} of its {failed + (scored or 0):.0f} {run.things} could not be scored."
         if failed
         else ""
     )

@@ -91,7 +91,7 @@ class BranchSteps:
             raise UserError(f"{option}: {allowed}, got {shown(given)}")
         if listed and (not given or sorted(set(given)) != given):
             raise UserError(f"{option}: expected rising steps without repeats, got {shown(given)}")
-        self.listed = given if listed else None
+        self.listed: list[int] | None = given if isinstance(given, list) and listed else None
 
     def check(self, num_steps: int) -> None:
         """UserError for steps that the grid does not have."""

@@ -17,6 +17,8 @@ class FlowGrpo(Plan):
             the advantages dense, stepwise and turning_point.
     """
 
+    branch_steps: BranchSteps
+
     def __init__(
         self, seeds: int = 4, branch_steps: str | list | dict = "all", values: bool = False
     ):

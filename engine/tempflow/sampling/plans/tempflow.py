@@ -19,6 +19,8 @@ class TempFlow(Plan):
             drawn anew each iteration, spread over the grid.
     """
 
+    branch_steps: BranchSteps
+
     def __init__(
         self, seeds: int = 4, children: int | list = 6, branch_steps: str | list | dict = "all"
     ):
