@@ -14,13 +14,13 @@ from test_graphs import Recorded, cache_of
 
 from tempflow.errors import UserError
 from tempflow.models import load_policy
+from tempflow.models.layers import block_lists
 from tempflow.sampling import float8
 from tempflow.sampling.float8 import (
     FLOAT8,
     Float8Copy,
     Float8Linear,
     Rounding,
-    block_lists,
     float8_bytes,
     float8_layers,
     obstacle,

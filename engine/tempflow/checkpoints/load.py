@@ -17,7 +17,9 @@ from tempflow.checkpoints import find, manifest, universal
 from tempflow.config import Config
 from tempflow.errors import UserError, note
 from tempflow.models import Policy
+from tempflow.models.adapted import adapted
 from tempflow.models.lora import LORA_DOWN, LORA_UP, merged
+from tempflow.models.quantized import QuantizedLinear
 from tempflow.run.directory import read_config
 from tempflow.training import distributed
 
@@ -164,24 +166,29 @@ def cast(name: str, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 @torch.no_grad()
 def apply(tuned: Tuned, policy: Policy) -> Policy:
-    """Write the trained weights into the policy's denoiser, adapters merged; returns the policy.
-    UserError as `cast`."""
+    """Write the trained weights into the policy's denoiser, adapters merged but where it is
+    quantized; returns the policy. UserError as `cast`."""
     lora = tuned.config.model.lora
     if lora is None:
         return replace_weights(policy, tuned.weights)
-    target = dict(policy.denoiser().named_parameters())
     for name, value in tuned.weights.items():
         if name.endswith(LORA_DOWN):
             layer = name.removesuffix(LORA_DOWN)
-            weight = target[f"{layer}.weight"]
-            weight.copy_(
-                cast(
-                    layer,
-                    merged(weight, value, tuned.weights[layer + LORA_UP], lora.alpha / lora.rank),
-                    weight.dtype,
-                )
-            )
+            up = tuned.weights[layer + LORA_UP]
+            _add(policy.denoiser(), layer, value, up, lora.alpha / lora.rank)
     return policy
+
+
+def _add(denoiser, name: str, down: torch.Tensor, up: torch.Tensor, scale: float) -> None:
+    """Merge an adapter into its layer, or set it beside a weight that is packed."""
+    layer = denoiser.get_submodule(name)
+    if isinstance(layer, QuantizedLinear):
+        beside = adapted(layer, len(down), scale)
+        beside.down.copy_(cast(name, down, beside.down.dtype))
+        beside.up.copy_(cast(name, up, beside.up.dtype))
+        denoiser.set_submodule(name, beside)
+    else:
+        layer.weight.copy_(cast(name, merged(layer.weight, down, up, scale), layer.weight.dtype))
 
 
 @torch.no_grad()

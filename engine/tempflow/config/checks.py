@@ -298,6 +298,29 @@ def check_shared_base(config: Config) -> None:
     )
 
 
+def check_quantized(config: Config) -> None:
+    """What `model.quantize` needs; the dtypes are compared where the device is known."""
+    if config.model.quantize is None:
+        return
+    asked, suffix = f'model.quantize: "{config.model.quantize}"', config.rollout.suffix
+    if config.model.lora is None:
+        raise ValueError(f"{asked} needs model.lora; quantized weights cannot be trained")
+    if config.deepspeed.get("zero_optimization", {}).get("stage", 0) == 3:
+        raise ValueError(
+            f"{asked} needs ZeRO stage 0, 1 or 2; stage 3 spreads parameters over the ranks, and"
+            " packed weights are none"
+        )
+    if config.model.share_base is False and config.rollout.replica:
+        raise ValueError(
+            f"{asked} excludes model.share_base false: adapters cannot be merged into packed"
+            " weights, so a second copy of them would serve nothing"
+        )
+    if suffix and suffix.weights == "float8":
+        raise ValueError(
+            f'{asked} excludes rollout.suffix.weights "float8", a second copy of the same layers'
+        )
+
+
 def check_eval(config: Config) -> None:
     neighbors = config.eval.precision_recall
     if neighbors is None:

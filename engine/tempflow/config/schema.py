@@ -22,6 +22,7 @@ from tempflow.config.checks import (
     check_eval,
     check_groups,
     check_penalty,
+    check_quantized,
     check_shared_base,
     check_stop,
     check_values,
@@ -75,6 +76,7 @@ class Config(Section):
             check_penalty,
             check_compiled,
             check_shared_base,
+            check_quantized,
             check_eval,
             check_stop,
         ):

@@ -84,7 +84,7 @@ def memory_of(config: Config, model: Model, zero: Zero, gpus: int, prompts: int)
         Item(
             "training engine: parameters",
             zero.parameters,
-            "model.lora, zero_optimization.stage, bf16",
+            "model.lora, model.quantize, zero_optimization.stage, bf16",
         ),
         Item("training engine: gradients", zero.gradients, "model.lora, zero_optimization.stage"),
         Item(
@@ -157,7 +157,7 @@ def memory_of(config: Config, model: Model, zero: Zero, gpus: int, prompts: int)
         Item("reference copy: this process's share", offloaded, "training.reference"),
     ]
     rest = vae + own
-    start = max(encoders + rest if stay else max(encoders, rest), weights.bytes)
+    start = max(encoders + rest if stay else max(encoders, rest), weights.bytes, weights.loaded)
     embedding = [*processes, encoding, Item("VAE", vae * model.embeds_with_vae, "model.dtype")]
     resident, moments, host, embedding = (
         [item for item in items if item.bytes]

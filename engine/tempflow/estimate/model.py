@@ -18,6 +18,7 @@ from tempflow.models.base import Policy, Sampler, text_encoders
 from tempflow.models.component import Unfilled
 from tempflow.models.hub import local_model
 from tempflow.models.loading import check_model, check_text_length, family_of, resolve_dtype
+from tempflow.models.quantized import quantize_layers
 from tempflow.models.skeleton import read_index, skeleton_module
 from tempflow.sampling.float8 import float8_bytes
 from tempflow.training.engine import add_lora
@@ -56,6 +57,9 @@ class Weights:
     """Number of trained ones."""
     bytes: int
     """With buffers."""
+    loaded: int
+    """Bytes before adapters are added and layers quantized: a process's host memory holds them
+    while it loads."""
     lasting: int
     """Bytes of parameters alone."""
     largest_adapted: int
@@ -106,7 +110,7 @@ class Model:
             check_text_length(self.path, config.model.max_sequence_length),
             config.rollout.guidance_scale,
         )
-        self._images = images
+        self._images, self._quantize = images, config.model.quantize
         self._lora, self._checkpointing = (
             _key_of(config.model.lora),
             config.model.gradient_checkpointing,
@@ -114,11 +118,11 @@ class Model:
 
     @property
     def _frozen(self) -> _Frozen:
-        return _frozen(self.path, self.dtype, self._text, self._images)
+        return _frozen(self.path, self.dtype, self._text, self._images, self._quantize)
 
     @property
     def _trained(self) -> _Trained:
-        return _trained(self.path, self.trained_in, self._lora)
+        return _trained(self.path, self.trained_in, self._lora, self._quantize)
 
     @property
     def weights(self) -> Weights:
@@ -210,8 +214,11 @@ def _key_of(lora: Lora | None) -> str | None:
 
 
 @lru_cache(maxsize=8)
-def _frozen(path: str, dtype: torch.dtype, text: int, images: int | None) -> _Frozen:
+def _frozen(
+    path: str, dtype: torch.dtype, text: int, images: int | None, quantize: str | None
+) -> _Frozen:
     policy = family_of(path).skeleton(path, dtype, text, images)
+    quantize_layers(policy.denoiser(), quantize, "meta")
     modules, denoisers = policy.pipe.components, policy.denoiser_parts(policy.pipe.config)
     others = {
         name: part
@@ -238,10 +245,12 @@ def _streamed(encoders: Iterable[torch.nn.Module]) -> int:
 
 
 @lru_cache(maxsize=8)
-def _trained(path: str, dtype: torch.dtype, lora: str | None) -> _Trained:
+def _trained(path: str, dtype: torch.dtype, lora: str | None, quantize: str | None) -> _Trained:
     family = family_of(path)
     parts = (skeleton_module(path, name, dtype) for name in family.denoiser_parts(read_index(path)))
     module = family.join_denoiser(*parts).train().requires_grad_(True)
+    loaded = module_bytes(module)
+    quantize_layers(module, quantize, "meta")
     if lora is not None:
         try:
             with Unfilled():
@@ -259,6 +268,7 @@ def _trained(path: str, dtype: torch.dtype, lora: str | None) -> _Trained:
         sum(p.numel() for p in trained),
         len(trained),
         module_bytes(module),
+        loaded,
         tensor_bytes(parameters),
         adapted,
         sum(eight_bit.state_bytes(p.numel()) for p in trained),

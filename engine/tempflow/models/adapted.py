@@ -12,30 +12,21 @@ import torch
 from torch.nn import functional as F
 
 from tempflow.models.lora import merged
+from tempflow.models.quantized import QuantizedLinear
 
 
-class AdaptedLinear(torch.nn.Linear):
-    """`source`, whose weight and bias it shares, with an adapter of its own that is zero until it
-    is written.
+class _Adapter:
+    """An adapter beside the product of the class that comes next.
 
-    weight: [out, in]; bias: [out] or None; down: [rank, in], up: [out, rank], in the weight's dtype
-    on its device. scale: alpha / rank.
+    down: [rank, in], up: [out, rank]. scale: alpha / rank.
     """
 
-    def __init__(self, source: torch.nn.Linear, rank: int, scale: float):
-        torch.nn.Module.__init__(self)  # torch.nn.Linear's own would make a weight
-        self.in_features, self.out_features, self.scale = (
-            source.in_features,
-            source.out_features,
-            scale,
-        )
-        self.weight = source.weight
-        self.register_parameter("bias", source.bias)
-        weight = source.weight.detach()
-        self.down = torch.nn.Parameter(
-            weight.new_zeros(rank, self.in_features), requires_grad=False
-        )
-        self.up = torch.nn.Parameter(weight.new_zeros(self.out_features, rank), requires_grad=False)
+    def _add_adapter(self, rank: int, scale: float, like: torch.Tensor) -> None:
+        """One that is zero until it is written, of the dtype and on the device of a tensor."""
+        self.scale = scale
+        for name, shape in (("down", (rank, self.in_features)), ("up", (self.out_features, rank))):
+            zeros = torch.nn.Parameter(like.new_zeros(shape), requires_grad=False)
+            self.register_parameter(name, zeros)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., in]; returns [..., out]."""
@@ -44,6 +35,37 @@ class AdaptedLinear(torch.nn.Linear):
             low.view(-1, low.shape[-1]), self.up.t(), alpha=self.scale
         )
         return out
+
+
+class AdaptedLinear(_Adapter, torch.nn.Linear):
+    """`source`, whose weight and bias it shares, with an adapter of its own in the weight's dtype
+    on its device.
+
+    weight: [out, in]; bias: [out] or None.
+    """
+
+    def __init__(self, source: torch.nn.Linear, rank: int, scale: float):
+        torch.nn.Module.__init__(self)  # torch.nn.Linear's own would make a weight
+        self.in_features, self.out_features = source.in_features, source.out_features
+        self.weight = source.weight
+        self.register_parameter("bias", source.bias)
+        self._add_adapter(rank, scale, source.weight.detach())
+
+
+class AdaptedQuantized(_Adapter, QuantizedLinear):
+    """The same of a layer whose weight is packed; the adapter has the dtype that the weight had."""
+
+    def __init__(self, source: QuantizedLinear, rank: int, scale: float):
+        self._share(source)
+        self._add_adapter(
+            rank, scale, torch.empty(0, dtype=source.dtype, device=self.weight.device)
+        )
+
+
+def adapted(source: torch.nn.Linear, rank: int, scale: float) -> AdaptedLinear | AdaptedQuantized:
+    """A layer with an adapter that is zero until it is written, beside the layer's own weight."""
+    kind = AdaptedQuantized if isinstance(source, QuantizedLinear) else AdaptedLinear
+    return kind(source, rank, scale)
 
 
 def whole_weight(layer: torch.nn.Linear) -> torch.Tensor:

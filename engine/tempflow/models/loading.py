@@ -25,6 +25,7 @@ from tempflow.models.base import Policy
 from tempflow.models.checking import check_components, components_of, is_description
 from tempflow.models.component import is_component
 from tempflow.models.hub import fetch, folder_hash, local_folder, model_index
+from tempflow.models.quantized import quantize_layers
 from tempflow.models.sizes import check_multiple
 from tempflow.models.skeleton import plain_options
 from tempflow.registry import KINDS
@@ -184,6 +185,7 @@ def load_policy(
     parts: Literal["all", "text", "picture"] = "all",
     denoiser: bool = True,
     offload_text_encoders: bool = False,
+    quantize: str | None = None,
 ) -> Policy:
     """Load a diffusers pipeline folder (or hub id) as a Policy; the family is read from its
     model_index.json.
@@ -192,9 +194,10 @@ def load_policy(
     tokens; default: as many as the family's pipeline takes by default. parts: "text" loads what
     `embed` needs alone; "picture" everything but the text encoders. denoiser=False leaves it out,
     for the caller to set one (`Policy.set_denoiser`). offload_text_encoders: their weights stay in
-    host memory, and each layer's are on the device during its forward alone. Every component is
-    checked before the first is loaded: raises UserError as `check_model` and `check_checkpoint` do,
-    and for an argument that is not allowed.
+    host memory, and each layer's are on the device during its forward alone. quantize: "8bit" or
+    "4bit" packs the denoiser's large layers (models/quantized.py). Every component is checked
+    before the first is loaded: raises UserError as `check_model` and `check_checkpoint` do, for an
+    argument that is not allowed, and for a library that is missing.
     """
     import diffusers
 
@@ -216,6 +219,8 @@ def load_policy(
     components = [c for c in components_of(folder, family) if c.name not in left_out]
     check_components(components, family)
     loaded = {component.name: component.load(dtype) for component in components}
+    for name in set(family.denoiser_parts(index)) & loaded.keys():
+        quantize_layers(loaded[name], quantize, device)
     pipe = _put_together(pipeline, loaded, index)
     pipe.register_to_config(_name_or_path=str(folder))
     return family(

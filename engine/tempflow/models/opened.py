@@ -91,6 +91,7 @@ def open_model(
         parts="picture" if store else "all",
         denoiser=denoiser,
         offload_text_encoders=offload,
+        quantize=config.model.quantize,
     )
     policy.ragged = policy.ragged_with(most_images(examples))
     m = config.model
@@ -102,8 +103,8 @@ def open_model(
 
 
 def load_whole(config: Config, dtype: str | None = None) -> Policy:
-    """The policy before training with its text encoders, as it is exported; dtype: None: the
-    config's. UserError as `load_policy`."""
+    """The policy before training with its text encoders and no weight quantized, as it is exported;
+    dtype: None: the config's. UserError as `load_policy`."""
     return _load(config, choose_device(), dtype=dtype)
 
 

@@ -2,14 +2,12 @@
 else it shares with the first.
 
 Weights have a scale per output channel, activations one per token, found as they come. Only layers
-that see every token are converted: modulations act on one vector a row, where float8 would save
-nothing and cost accuracy.
+that see every token are converted.
 """
 
 from __future__ import annotations
 
 import copy
-import re
 import weakref
 from typing import Iterator
 
@@ -18,35 +16,21 @@ from torch.nn import functional as F
 
 from tempflow.errors import UserError
 from tempflow.models.adapted import whole_weight
+from tempflow.models.layers import token_layers
 
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FLOAT8).max
 SIDES = 16  # what both sides of a float8 product must be multiples of
-_MODULATION = re.compile(r"(^|\.)(norm[^.]*|[^.]*mod|[^.]*modulation)(\.|$)")
 
 
 def float8_layers(transformer: torch.nn.Module) -> dict[str, torch.nn.Linear]:
     """The linear layers of the repeated blocks that see every token and whose sizes float8 products
     allow, by name."""
-    blocks = tuple(block_lists(transformer))
     return {
-        name: part
-        for name, part in transformer.named_modules()
-        if isinstance(part, torch.nn.Linear)
-        and name.startswith(blocks)
-        and not _MODULATION.search(name)
-        and part.in_features % SIDES == 0
-        and part.out_features % SIDES == 0
+        name: layer
+        for name, layer in token_layers(transformer).items()
+        if layer.in_features % SIDES == 0 and layer.out_features % SIDES == 0
     }
-
-
-def block_lists(module: torch.nn.Module, prefix: str = "") -> Iterator[str]:
-    """Names of the lists of modules that lie in no other one."""
-    for name, part in module.named_children():
-        if isinstance(part, torch.nn.ModuleList):
-            yield f"{prefix}{name}."
-        else:
-            yield from block_lists(part, f"{prefix}{name}.")
 
 
 def float8_bytes(transformer: torch.nn.Module) -> int:

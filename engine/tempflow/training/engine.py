@@ -25,6 +25,7 @@ from tempflow.errors import UserError
 from tempflow.models import Policy, load_denoiser
 from tempflow.models.attention import set_attention_backend
 from tempflow.models.lora import fill, layers_of, merged, read_adapters
+from tempflow.models.quantized import QuantizedLinear, quantize_layers
 from tempflow.training.leaves import call_by_position, leaf_section
 from tempflow.training.precision import engine_dtype, shares_base
 from tempflow.training.reference_policy import make_reference
@@ -59,6 +60,10 @@ def add_lora(module: Any, lora: Lora, targets: tuple[str, ...], seed: int) -> No
             module.add_adapter(adapters, adapter_name=ADAPTER)
         except ValueError as error:  # layers that peft cannot adapt
             raise UserError(f"model.lora.targets: {error}") from None
+    for part in module.modules():
+        # peft gives adapters their layer's dtype, which a packed weight does not show.
+        if isinstance(base := getattr(part, "base_layer", None), QuantizedLinear):
+            part.lora_A.to(base.dtype), part.lora_B.to(base.dtype)
     if start:
         fill(module, start, ADAPTER)
 
@@ -77,6 +82,7 @@ class Runtime:
         self.dtype = engine_dtype(config.deepspeed)
         self.stage = config.deepspeed.get("zero_optimization", {}).get("stage", 0)
         module = load_denoiser(config.model.path, self.dtype).train()
+        quantize_layers(module, config.model.quantize, policy.device)
         shared = bare_copy(module, self.dtype) if shares_base(config) else None
         if config.model.lora:
             add_lora(module, config.model.lora, policy.lora_targets, config.training.seed)

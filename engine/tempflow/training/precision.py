@@ -29,18 +29,18 @@ def shares_base(config: Config, device: str | None = None) -> bool:
     """Whether the rollout copy has the training engine's own tensors for what is not trained.
     device: of the run; None: this machine's.
 
-    UserError where `model.share_base` asks for it and the two are of different dtypes.
+    UserError where `model.share_base` or `model.quantize` asks for it and the two are of different
+    dtypes.
     """
     if not config.may_share_base():
         return False
     found = dtypes(config, device)
     if len(set(found.values())) == 1:
         return True
-    if config.model.share_base:
+    if config.model.share_base or config.model.quantize:
+        asked = "share_base: true" if config.model.share_base else "quantize"
         named = ", ".join(
             f"{str(dtype).removeprefix('torch.')} by {key}" for key, dtype in found.items()
         )
-        raise UserError(
-            f"model.share_base: true needs one dtype for rollouts and training, got {named}"
-        )
+        raise UserError(f"model.{asked} needs one dtype for rollouts and training, got {named}")
     return False

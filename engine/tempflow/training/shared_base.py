@@ -1,7 +1,7 @@
 """A rollout copy that holds adapters alone: every weight that is not trained is the training
 engine's own tensor.
 
-The adapters are applied in the copy's forward (`AdaptedLinear`). Merging them into the shared
+The adapters are applied in the copy's forward (models/adapted.py). Merging them into the shared
 weights for the time of a rollout was the other way: the originals, without which the base cannot be
 restored to the bit, take as much memory as the copy that is saved; merged bf16 weights round most
 of a small adapter away; and a base that is quantized has no room for them. The copy has addresses
@@ -16,7 +16,7 @@ import copy
 import torch
 
 from tempflow.errors import UserError
-from tempflow.models.adapted import AdaptedLinear
+from tempflow.models.adapted import adapted
 
 
 def bare_copy(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
@@ -48,7 +48,7 @@ def adopt(
                 f"model.lora.targets: {name} is a {type(layer).__name__}; only linear layers are"
                 " adapted"
             )
-        target.set_submodule(name, AdaptedLinear(layer, part.r[adapter], part.scaling[adapter]))
+        target.set_submodule(name, adapted(layer, part.r[adapter], part.scaling[adapter]))
         sources += [
             (f"{name}.{own}", [f"{name}.{its}.{adapter}.weight"])
             for own, its in (("down", "lora_A"), ("up", "lora_B"))

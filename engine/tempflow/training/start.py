@@ -85,6 +85,7 @@ def check_hardware(config: Config) -> None:
     """UserError for what this machine, or its libraries, cannot run; after `checked_inputs`."""
     from tempflow.config.deepspeed import check_machine
     from tempflow.models.attention import check_attention
+    from tempflow.models.quantized import check_library
     from tempflow.training.precision import dtypes, shares_base
     from tempflow.training.shares import guides_in_one
 
@@ -93,6 +94,7 @@ def check_hardware(config: Config) -> None:
         config.model.attention_backend, config.model.path, dtypes(config), guides_in_one(config)
     )
     check_machine(config.deepspeed)
+    check_library(config.model.quantize)
     shares_base(config)
 
 

@@ -42,6 +42,14 @@ class Model(Section):
             " shared below ZeRO stage 3 where `dtype` is the one that is trained in"
         ),
     )
+    quantize: Literal["8bit", "4bit"] | None = Field(
+        None,
+        description=(
+            "with LoRA: hold the frozen weights of the transformer's large layers in 8 or 4 bits,"
+            " for training, rollouts, the reference and evaluations alike; needs bitsandbytes, the"
+            " extra quantize"
+        ),
+    )
     attention_backend: str | None = Field(
         None, description="a diffusers attention backend; null: diffusers' own choice"
     )

@@ -1,0 +1,144 @@
+"""A frozen linear layer whose weight is held in 4 or 8 bits (`model.quantize`), and the conversion
+of a transformer to such layers.
+
+Packing and unpacking are bitsandbytes' operators: NF4 for 4 bits, 256 even steps for 8, each with
+an fp32 scale for every 64 weights. The forward unpacks the weight into the dtype of its input and
+multiplies as torch.nn.Linear does, and the backward unpacks it again. The library's own layers are
+not used: its 4-bit layer multiplies by another kernel where no gradient is needed, so a rollout's
+velocities would not be the training's, and its 8-bit layer rounds the activations too.
+
+What is packed are buffers of whole numbers, which a cast of the module leaves alone, and which are
+not saved: they follow from the checkpoint that was loaded. bitsandbytes is imported with the first
+weight that is packed, not by the dry run.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from tempflow.errors import UserError
+from tempflow.models.layers import token_layers
+
+BLOCK = 64  # weights that share a scale
+KINDS = ("8bit", "4bit")
+
+
+class QuantizedLinear(torch.nn.Linear):
+    """`source` with its weight packed; the bias is shared with it.
+
+    weight: uint8, [out, in] of 8 bits, [ceil(out x in / 2), 1] of 4. scales: the bits of fp32
+    [ceil(out x in / 64)], as int32. table: those of the 256 fp32 values that a byte of 8 bits
+    stands for, as int32 [256]; None of 4 bits. dtype: that the weight had.
+    """
+
+    def __init__(self, source: torch.nn.Linear, kind: str, device: torch.device | str):
+        packed, scales, table = _pack(source.weight.detach().to(device), kind)
+        self._hold(source, kind, source.weight.dtype, packed, scales, table)
+
+    def _share(self, source: QuantizedLinear) -> None:
+        """Become a layer with another one's tensors."""
+        self._hold(source, source.kind, source.dtype, source.weight, source.scales, source.table)
+
+    def _hold(self, source: torch.nn.Linear, kind: str, dtype: torch.dtype, weight, scales, table):
+        torch.nn.Module.__init__(self)  # torch.nn.Linear's own would make a weight
+        self.in_features, self.out_features = source.in_features, source.out_features
+        self.kind, self.dtype = kind, dtype
+        for name, tensor in (("weight", weight), ("scales", scales), ("table", table)):
+            self.register_buffer(name, tensor, persistent=False)
+        self.register_parameter("bias", source.bias)
+
+    def unpacked(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight [out, in], made anew."""
+        shape, scales = (self.out_features, self.in_features), self.scales.view(torch.float32)
+        if self.weight.is_meta:
+            return torch.empty(shape, dtype=dtype, device="meta")
+        library = torch.ops.bitsandbytes
+        if self.kind == "4bit":
+            return library.dequantize_4bit(self.weight, scales, BLOCK, "nf4", shape, dtype)
+        table = self.table.view(torch.float32)
+        return library.dequantize_blockwise(self.weight, scales, table, BLOCK, dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [..., in]; returns [..., out]."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _Product.apply(x, self)
+        return F.linear(x, self.unpacked(x.dtype), self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.kind}"
+
+
+class _Product(torch.autograd.Function):
+    """A layer's product, which keeps nothing for the backward: autograd's own would keep the
+    unpacked weight of every layer."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, layer: QuantizedLinear) -> torch.Tensor:
+        ctx.layer = layer
+        return F.linear(x, layer.unpacked(x.dtype), layer.bias)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        return gradient @ ctx.layer.unpacked(gradient.dtype), None
+
+
+def check_library(quantize: str | None) -> None:
+    """UserError where bitsandbytes is needed and cannot be imported."""
+    if quantize is not None:
+        _library()
+
+
+@torch.no_grad()
+def quantize_layers(
+    transformer: torch.nn.Module, quantize: str | None, device: torch.device | str
+) -> torch.nn.Module:
+    """Pack the layers that see every token (`token_layers`), one by one, on a device where they
+    stay; returns the transformer.
+
+    quantize: "8bit", "4bit" or None, which changes nothing. On the device there is never more than
+    one layer that is not packed. UserError where bitsandbytes cannot be imported.
+    """
+    if quantize is not None:
+        for name, layer in token_layers(transformer).items():
+            transformer.set_submodule(name, QuantizedLinear(layer, quantize, device))
+    return transformer
+
+
+def _pack(
+    weight: torch.Tensor, kind: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The weight, scales and table of a `QuantizedLinear` for a weight [out, in]."""
+    if weight.is_meta:
+        return _shapes(weight, kind)
+    library = _library()
+    weight = weight.contiguous()
+    if kind == "4bit":
+        packed, state = library.quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4")
+        return packed, state.absmax.view(torch.int32), None
+    table = library.create_linear_map(signed=True, total_bits=8).to(weight.device)
+    packed, state = library.quantize_blockwise(weight, code=table, blocksize=BLOCK)
+    return packed, state.absmax.view(torch.int32), table.view(torch.int32)
+
+
+def _shapes(weight: torch.Tensor, kind: str):
+    """What `_pack` returns, on the meta device."""
+    count, eight = weight.numel(), kind == "8bit"
+    packed = weight.shape if eight else (-(-count // 2), 1)
+    return (
+        weight.new_empty(packed, dtype=torch.uint8),
+        weight.new_empty(-(-count // BLOCK), dtype=torch.int32),
+        weight.new_empty(256, dtype=torch.int32) if eight else None,
+    )
+
+
+def _library():
+    try:
+        from bitsandbytes import functional
+    except Exception as error:  # among them a library that was built for another machine
+        raise UserError(
+            f"model.quantize: needs the package bitsandbytes, which cannot be imported"
+            f" ({' '.join(str(error).split()):.200}): pip install 'bitsandbytes>=0.50', the extra"
+            " quantize"
+        ) from None
+    return functional

@@ -1,0 +1,219 @@
+"""A frozen base in 8 or 4 bits: what it computes, that training, rollouts, the reference and
+evaluations have the same one, and that what is trained on it serves the whole model."""
+
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+from dryrun_cases import items
+from engine_cases import MODEL, ROOT
+from kernel_cases import assert_close
+from run_cases import ADAMW, script_here, timeless, train
+from test_shared_base import LORA, Trained, assert_one_base, config_of
+
+from tempflow.config import load_config
+from tempflow.errors import UserError
+from tempflow.estimate import estimate
+from tempflow.models import load_policy
+from tempflow.models.adapted import adapted
+from tempflow.models.layers import token_layers
+from tempflow.models.quantized import BLOCK, KINDS, QuantizedLinear, check_library
+from tempflow.training.precision import shares_base
+
+pytest.importorskip("bitsandbytes")
+pytestmark = pytest.mark.cpu  # a runtime in this process, compared to the last bit
+
+
+# ---------------------------------------------------------------------------------------- the layer
+NF4 = (  # QLoRA (arXiv 2305.14314), appendix E
+    [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635]
+    + [-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725]
+    + [0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941]
+    + [0.7229568362236023, 1.0]
+)
+LEVELS = {"4bit": NF4, "8bit": [n / 127 for n in range(-127, 128)]}
+
+
+def rounded(values: torch.Tensor, like: torch.Tensor, kind: str) -> torch.Tensor:
+    """Values [out, in] at the nearest of a kind's levels, times the largest magnitude in `like` of
+    each block of 64; float64."""
+
+    def blocks(tensor):
+        flat = tensor.double().flatten()
+        return torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
+
+    levels = torch.tensor(LEVELS[kind], dtype=torch.float64)
+    largest = blocks(like).abs().amax(1, keepdim=True)
+    chosen = (blocks(values) / largest).unsqueeze(-1).sub(levels).abs().argmin(-1)
+    return (levels[chosen] * largest).flatten()[: values.numel()].view(values.shape)
+
+
+@pytest.mark.parametrize("dtype, rel", [(torch.float32, 1e-6), (torch.bfloat16, 5e-3)])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sides", [(64, 96), (18, 7)])
+def test_a_layer_multiplies_by_the_rounded_weight(kind, dtype, rel, sides):
+    """Weight, forward and gradient, against the definition of each kind; with and without
+    gradients the same bits. The library rounds values near the middle of two levels either way."""
+    source = torch.nn.Linear(*sides, dtype=dtype)
+    layer, x = QuantizedLinear(source, kind, "cpu"), torch.randn(2, 5, sides[0]).to(dtype)
+    weight, exact = source.weight.detach(), layer.unpacked(torch.float32)
+    want = rounded(exact, weight, kind)
+    assert_close("levels", exact, want, 1e-6)
+    best = (rounded(weight, weight, kind) - weight).norm()
+    assert (want - weight).norm() <= 1.01 * best
+    with torch.no_grad():
+        inferred = layer(x)
+    trained = layer(x.requires_grad_())
+    assert torch.equal(trained, inferred)
+    assert_close("forward", inferred, x.detach().double() @ want.T + source.bias.double(), rel)
+    gradient = torch.randn_like(trained)
+    trained.backward(gradient)
+    assert_close("gradient", x.grad, gradient.double() @ want, 2 * rel)
+    bits = 8 * (layer.weight.nbytes + layer.scales.nbytes) / weight.numel()
+    assert bits == pytest.approx(int(kind[0]) + 32 / BLOCK, rel=1e-9 if sides[0] == 64 else 0.1)
+    assert layer.state_dict().keys() == {"bias"}, "checkpoints hold no packed weights"
+    layer.to(torch.bfloat16).to(torch.float32)
+    assert torch.equal(layer.unpacked(torch.float32), exact)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_beside_a_packed_weight(kind):
+    base = QuantizedLinear(torch.nn.Linear(32, 48), kind, "cpu")
+    layer, x = adapted(base, rank=3, scale=1.7), torch.randn(2, 5, 32)
+    with torch.no_grad():
+        assert torch.equal(layer(x), base(x)), "the adapter begins as none"
+        layer.down.normal_(), layer.up.normal_()
+        weight = base.unpacked(torch.float32).double()
+        weight += 1.7 * layer.up.double() @ layer.down.double()
+        assert_close("forward", layer(x), x.double() @ weight.T + base.bias.double(), 1e-6)
+    assert layer.weight is base.weight and layer.scales is base.scales
+
+
+# ----------------------------------------------------------------------------------------- one base
+@pytest.mark.parametrize("kind, stage, dtype", [("4bit", 1, "bfloat16"), ("8bit", 0, "float32")])
+def test_training_rollouts_and_reference_have_one_base(kind, stage, dtype):
+    """Every layer that sees tokens is packed; what the runtime computes is what a model of unpacked
+    weights does, and the dry run counts its bytes."""
+    config = config_of(stage, dtype, training={"penalty": {"coef": 0.1}}, model={"quantize": kind})
+    trained = Trained(config)
+    assert_one_base(trained)
+    packed = {n for n, m in trained.copy.named_modules() if isinstance(m, QuantizedLinear)}
+    plain = load_policy(str(MODEL), dtype=dtype, max_sequence_length=20).denoiser()
+    assert packed == token_layers(plain).keys() and len(packed) > 10
+    with torch.no_grad():
+        unrounded = trained.velocity(plain)
+        for name in packed:
+            layer = trained.copy.get_submodule(name)
+            plain.get_submodule(name).weight.copy_(layer.unpacked(layer.dtype))
+        base = trained.velocity(plain)
+        assert torch.equal(trained.velocity(trained.copy), base)
+        assert 1e-4 < (base - unrounded).norm() / unrounded.norm() < 0.2
+        trained.update()
+        trained.runtime.refresh(trained.copy)
+        engine, rollout = trained.velocity(trained.runtime.engine), trained.velocity(trained.copy)
+        with trained.runtime.reference_transformer() as of_reference:
+            assert torch.equal(trained.velocity(of_reference), base)
+        rel = {"float32": 1e-6, "bfloat16": 2e-2}[dtype]
+        assert_close("rollout and training", rollout, engine, rel)
+        assert (engine - base).float().norm() > 1e-2 * base.float().norm(), "the adapters matter"
+    assert_one_base(trained)
+    counted = items(estimate(config))
+    held = sum(
+        t.nbytes for t in (*trained.runtime.module.parameters(), *trained.runtime.module.buffers())
+    )
+    assert counted["parameters"] == held
+
+
+# ------------------------------------------------------------------------------------------ refusals
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"lora": None}, "needs model.lora; quantized weights cannot be trained"),
+        ({"stage": 3}, "needs ZeRO stage 0, 1 or 2"),
+        ({"share_base": False}, "excludes model.share_base false"),
+        (
+            {"rollout": {"suffix": {"weights": "float8"}}},
+            'excludes rollout.suffix.weights "float8"',
+        ),
+    ],
+)
+def test_what_a_packed_base_does_not_go_with(changes, words):
+    with pytest.raises(UserError, match=f'model.quantize: "4bit" {words}'):
+        config_of(model={"quantize": "4bit"}, **changes)
+
+
+def test_two_dtypes_are_refused():
+    config = config_of(model={"quantize": "4bit", "dtype": "bfloat16"})
+    with pytest.raises(UserError, match="model.quantize needs one dtype for rollouts and training"):
+        shares_base(config, "cpu")
+    without_copy = config_of(
+        model={"quantize": "4bit", "dtype": "bfloat16"}, rollout={"replica": False}
+    )
+    assert not shares_base(without_copy, "cpu")
+
+
+def test_a_missing_library_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    check_library(None)
+    with pytest.raises(UserError, match="model.quantize: needs the package bitsandbytes.*pip in"):
+        check_library("8bit")
+
+
+# ---------------------------------------------------------------------------------------------- runs
+RUN = {
+    "model": {"lora": LORA, "quantize": "4bit"},
+    "rollout": {"num_steps": 4, "plan": {"branch_steps": [0, 2]}, "lanes": 1},
+    "training": {"iterations": 2, "penalty": {"coef": 0.05}},
+    "eval": {"every": 1, "prompts": 4},
+    "checkpoint": {"every": 1, "keep": 2},
+    "deepspeed": {
+        "optimizer": {**ADAMW, "params": {**ADAMW["params"], "lr": 1e-2}},
+        "zero_optimization": {"stage": 2},
+    },
+}
+
+
+@pytest.mark.slow
+def test_a_run_on_a_packed_base(tmp_path):
+    """It trains, goes on from a checkpoint to the same bits, an evaluation of its own finds the
+    reward that the run's did, and its adapters load on the whole model in plain diffusers."""
+    whole = train(tmp_path, "whole", processes=None, **RUN)
+    assert all(row["grad_norm"] > 0 for row in whole.rows[1:]) and whole.checkpoints == [1, 2]
+    assert max(row["mismatch/log_prob"] for row in whole.rows[1:]) < 1e-6
+    files = [f.stat().st_size for f in (whole.folder / "checkpoints/000002").rglob("*")]
+    assert max(files) < (MODEL / "transformer/diffusion_pytorch_model.safetensors").stat().st_size
+
+    shutil.copytree(whole.folder, tmp_path / "again")
+    shutil.rmtree(tmp_path / "again/checkpoints/000002")
+    again = train(tmp_path, "again", "--resume", processes=None, **RUN)
+    assert [timeless(row) for row in again.rows] == [timeless(row) for row in whole.rows]
+    trained = whole.weights()
+    assert all(torch.equal(value, again.weights()[name]) for name, value in trained.items())
+
+    scored = script_here("evaluate", "--run", whole.folder)
+    assert scored.returncode == 0, scored.stderr
+    reward = json.loads(scored.stdout)["reward"]
+    assert reward == pytest.approx(whole.rows[-1]["eval/reward"], rel=1e-4)
+
+    out = tmp_path / "lora"
+    assert script_here("export", "--run", whole.folder, "--out", out).returncode == 0
+    pipe = FluxPipeline.from_pretrained(MODEL)
+    pipe.load_lora_weights(out)
+    loaded = dict(pipe.transformer.named_parameters())
+    for name, value in trained.items():
+        mine = loaded[name.replace(".default.", ".default_0.")]
+        assert torch.equal(mine, value), name
+
+
+# --------------------------------------------------------------------------------------------- bytes
+def test_flux_lora_fits_24_gb():
+    """At 512 pixels, in at most 22 GB; not without `quantize`."""
+    file = ROOT / "configs/flux_lora_24gb.json"
+    config = load_config(file)
+    assert (config.rollout.height, config.rollout.width) == (512, 512)
+    found = estimate(config, card_gb=22)
+    assert found.fits and found.total < 22e9
+    assert not estimate(load_config(file, ["model.quantize=null"]), card_gb=24).fits
