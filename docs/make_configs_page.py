@@ -151,6 +151,10 @@ SHIPPED = {  # config: (what it is for, the paper's values that it is held again
     "flux_zero3": ("FLUX.1-dev, all weights, one node of 8 GPUs with 80 GB", FLUX),
     "flux_lora": ("FLUX.1-dev, LoRA, one GPU with 80 GB", FLUX),
     "flux_lora_48gb": ("the same, one GPU with 48 GB", FLUX),
+    "flux_lora_24gb": (
+        "the same at 512 px, its frozen weights in 4 bits, one GPU with 24 GB",
+        FLUX,
+    ),
     "flux_first": (
         (
             "FLUX.1-dev, LoRA, one GPU with 48 GB or more: a first run, with a curve in an hour on"

@@ -17,6 +17,7 @@ from test_shared_base import LORA, Trained, assert_one_base, config_of
 from tempflow.config import load_config
 from tempflow.errors import UserError
 from tempflow.estimate import estimate
+from tempflow.estimate.fitting import changed, options
 from tempflow.models import load_policy
 from tempflow.models.adapted import adapted
 from tempflow.models.layers import token_layers
@@ -127,7 +128,7 @@ def test_training_rollouts_and_reference_have_one_base(kind, stage, dtype):
     assert counted["parameters"] == held
 
 
-# ------------------------------------------------------------------------------------------ refusals
+# ------------------------------------------------------------------------------------- refusals
 @pytest.mark.parametrize(
     "changes, words",
     [
@@ -162,7 +163,7 @@ def test_a_missing_library_is_one_line(monkeypatch):
         check_library("8bit")
 
 
-# ---------------------------------------------------------------------------------------------- runs
+# ------------------------------------------------------------------------------------- runs
 RUN = {
     "model": {"lora": LORA, "quantize": "4bit"},
     "rollout": {"num_steps": 4, "plan": {"branch_steps": [0, 2]}, "lanes": 1},
@@ -208,7 +209,7 @@ def test_a_run_on_a_packed_base(tmp_path):
         assert torch.equal(mine, value), name
 
 
-# --------------------------------------------------------------------------------------------- bytes
+# ------------------------------------------------------------------------------------- bytes
 def test_flux_lora_fits_24_gb():
     """At 512 pixels, in at most 22 GB; not without `quantize`."""
     file = ROOT / "configs/flux_lora_24gb.json"
@@ -217,3 +218,16 @@ def test_flux_lora_fits_24_gb():
     found = estimate(config, card_gb=22)
     assert found.fits and found.total < 22e9
     assert not estimate(load_config(file, ["model.quantize=null"]), card_gb=24).fits
+
+
+def test_the_dry_run_proposes_it():
+    """8 bits where they are enough, else 4; for adapters alone."""
+    option = next(o for o in options(1) if "the frozen base is rounded" in o.cost)
+    config = config_of()
+    for kind in ("8bit", "4bit"):
+        assert option.changes(config, estimate(config)) == {"model.quantize": kind}
+        less = changed(config, {"model.quantize": kind})
+        assert estimate(less).total < estimate(config).total
+        config = less
+    assert option.changes(config, estimate(config)) is None
+    assert option.changes(config_of(lora=None), estimate(config)) is None

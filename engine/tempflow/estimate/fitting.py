@@ -143,6 +143,11 @@ def options(gpus: int) -> list[Option]:
             "weights and activations in bfloat16, with fp32 weights in the optimizer alone",
         ),
         Option(
+            _quantized,
+            "the frozen base is rounded, which changes the reward (docs/log.md), and unpacked in"
+            " every forward; needs bitsandbytes, the extra quantize",
+        ),
+        Option(
             _set("model.lora", {}, lambda c: c.model.lora is None),
             "another run: adapters in place of all weights, with a learning rate of their own",
         ),
@@ -191,6 +196,11 @@ def _bfloat16(config: Config, _: Estimate) -> Changes | None:
         "deepspeed.data_types": {"grad_accum_dtype": "fp32"},
     }
     return half | _zero(config, stage=max(1, _stage(config)))
+
+
+def _quantized(config: Config, _: Estimate) -> Changes | None:
+    fewer = {None: "8bit", "8bit": "4bit"}.get(config.model.quantize)
+    return {"model.quantize": fewer} if fewer and config.model.lora else None
 
 
 def propose(config: Config, judge: Judge, gpus: int) -> list[Step]:
