@@ -24,7 +24,7 @@ from tempflow.models.embeddings import EmbeddingCache
 from tempflow.models.hub import local_model
 from tempflow.models.loading import family_of
 from tempflow.models.opened import Opened
-from tempflow.models.skeleton import skeleton_module
+from tempflow.models.skeleton import read_index, skeleton_module
 from tempflow.objectives import Batch
 from tempflow.run import evaluation
 from tempflow.sampling.weights import step_weights
@@ -45,15 +45,16 @@ STATES = 4  # at most: enough for SD3.5's micro-batch of four
 
 
 def cut_card(path: str, folder: Path, layers: int) -> Path:
-    """A copy of a model's card whose transformer has `layers` blocks of each kind; a half of
+    """A copy of a model's card whose transformers have `layers` blocks of each kind; a half of
     SD3.5's, as it has, with two attentions."""
     card = Path(shutil.copytree(local_model(path), folder / Path(local_model(path)).name))
-    file = card / "transformer/config.json"
-    config = json.loads(file.read_text())
-    config |= {key: layers for key in LAYERS if key in config}
-    if "dual_attention_layers" in config:
-        config["dual_attention_layers"] = list(range(layers // 2))
-    file.write_text(json.dumps(config))
+    for part in family_of(str(card)).denoiser_parts(read_index(str(card))):
+        file = card / part / "config.json"
+        config = json.loads(file.read_text())
+        config |= {key: layers for key in LAYERS if key in config}
+        if "dual_attention_layers" in config:
+            config["dual_attention_layers"] = list(range(layers // 2))
+        file.write_text(json.dumps(config))
     return card
 
 
@@ -215,8 +216,15 @@ class SimulatedRun:
         self.prompts = load_prompts(self.config.data.train)
 
     def make_runtime(self) -> Runtime:
-        dtype = engine_dtype(self.config.deepspeed)
-        module = self.model.on_gpu(skeleton_module(self.model.card, "transformer", dtype).train())
+        dtype, card, family = (
+            engine_dtype(self.config.deepspeed),
+            self.model.card,
+            type(self.policy),
+        )
+        parts = (
+            skeleton_module(card, part, dtype) for part in family.denoiser_parts(read_index(card))
+        )
+        module = self.model.on_gpu(family.join_denoiser(*parts).train())
 
         def initialize(model, optimizer, model_parameters, config):
             return (PlainEngine(model, model_parameters),)

@@ -16,7 +16,12 @@ from tempflow.training.ema import Average
 from tempflow.training.update import Part, Updater
 from tempflow.types import Size
 
-CONFIGS = (*(family.config for family in FAMILIES.values()), "flux_zero3", "sd35_zero2_lora")
+CONFIGS = (
+    *(family.config for family in FAMILIES.values()),
+    "flux_zero3",
+    "sd35_zero2_lora",
+    "wan22_a14b_lora",
+)
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +117,7 @@ def test_nothing_captured_copies_or_reads_in_a_coarser_suffix(simulations, famil
 # them.
 TRAINING_WAITS = {
     "flux_zero3": (2, 8),
+    "wan22_a14b_lora": (4, 10),  # two reads: which rows of a forward are whose expert's
     **{family.config: family.waits[1:] for family in FAMILIES.values()},
 }
 
