@@ -32,7 +32,7 @@ STEPS = (
     ),
     Step(
         "families",
-        60,
+        110,
         "families:families",
         "two layers of every family: memory and host waits against the dry run",
     ),

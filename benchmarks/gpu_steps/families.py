@@ -19,6 +19,10 @@ NAMES = {
     "flux-dev": "flux",
     "sd35-medium": "sd3",
     "qwen-image": "qwen_image",
+    "flux2-klein-base-4b": "flux2",
+    "z-image": "z_image",
+    "qwen-image-2.1": "qwen_image_21",
+    "wan21-1b": "wan",
 }  # as tests/engine/family_cases.py has them
 ALLOWED = 0.1  # by which a peak may differ from the dry run's
 

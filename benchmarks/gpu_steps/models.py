@@ -16,11 +16,22 @@ from gpu_steps.context import ROOT, Context
 from tempflow.config import Config, load_config
 from tempflow.models.hub import CARDS
 from tempflow.models.skeleton import not_loaded
+from tempflow.training.rehearse import LAYERS
 from tempflow.types import Example
 
-CONFIGS = {"flux-dev": "flux_lora", "sd35-medium": "sd35_lora", "qwen-image": "qwen_image_lora"}
+CONFIGS = {
+    "flux-dev": "flux_lora",
+    "sd35-medium": "sd35_lora",
+    "qwen-image": "qwen_image_lora",
+    "flux2-klein-base-4b": "flux2_klein_lora",
+    "z-image": "z_image_lora",
+    "qwen-image-2.1": "qwen_image_21_lora",
+    "wan21-1b": "wan21_1b_lora",
+}
+# Left out: models that edit and control run the same transformers, on more tokens, and need
+# condition images; Wan 2.2's experts are wan21-1b's class twice.
 TINY = 0.02  # scale of a rehearsal's models
-PIXELS, TOKENS = 64, 16  # of a rehearsal's images and texts
+PIXELS, TOKENS, FRAMES = 64, 16, 5  # of a rehearsal's images, texts and videos
 
 
 def card_folder(card: str, scratch: Path, layers: int | None, rehearse: bool) -> Path:
@@ -34,7 +45,7 @@ def card_folder(card: str, scratch: Path, layers: int | None, rehearse: bool) ->
         config = shrunk(config, TINY)
         _narrow(folder / "vae/config.json")
     elif layers:
-        config |= {key: layers for key in ("num_layers", "num_single_layers") if key in config}
+        config |= {key: layers for key in LAYERS if key in config}
         config |= {"dual_attention_layers": [0]} if config.get("dual_attention_layers") else {}
     file.write_text(json.dumps(config))
     return folder
@@ -62,7 +73,7 @@ def card_config(card: str, folder: Path, rehearse: bool, *settings: str) -> Conf
         "rollout.replica=false",
         "rollout.graphs=false",
         "rollout.suffix=null",
-        'rewards={"jpeg": 1.0}',
+        f"rewards={json.dumps({'jpeg': _jpeg(card)})}",
         "reward_pool.workers=0",
         'training.updates={"passes": 1, "parts": 1}',
         "training.ema=null",
@@ -72,6 +83,7 @@ def card_config(card: str, folder: Path, rehearse: bool, *settings: str) -> Conf
         own += [
             f"rollout.height={PIXELS}",
             f"rollout.width={PIXELS}",
+            f"rollout.frames={FRAMES if _makes_videos(card) else 1}",
             f"model.max_sequence_length={TOKENS}",
             "rollout.plan.children=2",
             "rollout.plan.branch_steps=[0,2]",
@@ -81,6 +93,15 @@ def card_config(card: str, folder: Path, rehearse: bool, *settings: str) -> Conf
         ]
     config = load_config(ROOT / f"configs/{CONFIGS[card]}.json", [*own, *settings])
     return changed(config, data={"embedding_cache": None})
+
+
+def _makes_videos(card: str) -> bool:
+    return load_config(ROOT / f"configs/{CONFIGS[card]}.json").rollout.frames > 1
+
+
+def _jpeg(card: str) -> float | dict:
+    """The entry of the JPEG reward, which scores images: of a video two frames."""
+    return {"weight": 1.0, "frames": 2} if _makes_videos(card) else 1.0
 
 
 def random_policy(config: Config, device: torch.device, dtype: torch.dtype):
