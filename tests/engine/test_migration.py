@@ -63,7 +63,9 @@ def test_every_key_of_theirs_is_mapped(heading, keys):
     assert set(keys.split()) <= named
 
 
-@pytest.mark.parametrize("heading", ["Flow-GRPO: ", "The paper's", "Flow-Factory: "])
+@pytest.mark.parametrize(
+    "heading", ["Flow-GRPO: ", "The paper's", "Flow-Factory: ", "verl-omni: ", "UniRL: "]
+)
 def test_every_key_of_ours_exists(heading):
     for row in rows(heading):
         assert len(row) == 5, row
