@@ -1,7 +1,7 @@
 """What the engine's tests share: small configs, random pipelines, a runtime without DeepSpeed,
 naive restatements.
 
-The naive code follows DESIGN section 2 one row and one child at a time and shares nothing with the
+The naive code follows docs/method.md one row and one child at a time and shares nothing with the
 engine but the noise.
 """
 
@@ -292,7 +292,7 @@ def flat(gradient: dict[str, torch.Tensor]) -> torch.Tensor:
 
 # -------------------------------------------------------------------------------- the sampling step
 def step_scalars(kind: str, sigmas, k: int, eta: float) -> tuple[float, float, float]:
-    """(a, b, tau) of step k in float64, from DESIGN section 2's table."""
+    """(a, b, tau) of step k in float64, from the table of docs/method.md."""
     grid = np.asarray(sigmas, dtype=np.float64)
     s, s_next = grid[k], grid[k + 1]
     dt = s_next - s

@@ -166,7 +166,7 @@ def test_noise_differs_wherever_the_sample_does():
 
 @pytest.mark.parametrize("units", [1, 3])
 def test_forwards_are_those_of_the_cost_table(units):
-    """DESIGN section 2: 10 + 6 * 45 = 280 forwards per (prompt, seed) for T = 10, B = 6, branch
+    """docs/method.md: 10 + 6 * 45 = 280 forwards per (prompt, seed) for T = 10, B = 6, branch
     steps 0 .. 8."""
     config = small_config(rollout={"plan": {"children": 6, "branch_steps": "all"}})
     rows = []

@@ -1,4 +1,4 @@
-"""The sampling step's scalars: against DESIGN section 2 in float64, and against what each kind
+"""The sampling step's scalars: against docs/method.md in float64, and against what each kind
 promises."""
 
 import numpy as np

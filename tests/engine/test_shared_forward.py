@@ -1,7 +1,7 @@
 """One forward per state gives the gradient of one forward per child, on the shipped model.
 
 Three ways to the same gradient: the engine's shared forward, the benchmark's one_child_per_state,
-and DESIGN section 2 written out child by child in float64 (engine_cases.naive_loss), in which
+and docs/method.md written out child by child in float64 (engine_cases.naive_loss), in which
 nothing is skipped, padded or batched.
 """
 

@@ -1,7 +1,7 @@
 """The sampling step as numbers: for each step of a sigma grid the scalars (a, b, tau) of x' = a x +
 b v + tau eps.
 
-Formulas: DESIGN section 2. tau = 0 is the ODE step; each SDE is a class here.
+Formulas: docs/method.md. tau = 0 is the ODE step; each SDE is a class here.
 """
 
 from __future__ import annotations
