@@ -9,6 +9,7 @@ import sys
 if not (3, 10) <= sys.version_info[:2] <= (3, 12):
     sys.exit(f"Python 3.10 to 3.12 is needed, this is {sys.version.split()[0]}; choose one with make PYTHON=python3.11")
 CHECK
+echo "Installing into $venv (about 3 GB). This takes some minutes, and pip prints nothing meanwhile."
 [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
 pip="$venv/bin/python -m pip --disable-pip-version-check"
 # DeepSpeed's build imports torch, so torch and setuptools come first and its build is not isolated.
