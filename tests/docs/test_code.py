@@ -109,7 +109,7 @@ def test_what_commands_name_is_there(page):
     text = re.sub(r"\\\n\s*", " ", page.read_text(encoding="utf-8"))
     if page.stem != "log":  # which says what was there
         for file in re.findall(rf"(?<![\w/.])(?:{FOLDERS})/[\w/]+\.[a-z]+", text):
-            theirs = page.stem == "migration" and file.startswith("examples/")
+            theirs = page.stem in ("migration", "configs") and file.startswith("examples/")
             assert theirs or "NAME" in file or (ROOT / file).exists(), file
     for line in text.splitlines():
         for command, rest in re.findall(r"(?:engine/|tempflow-)([a-z_-]+)(?:\.py)?\b(.*)", line):
