@@ -159,3 +159,10 @@ def test_no_gain_is_claimed_where_no_prompt_has_one(run_factory, row_writer):
         " unknown" in found
     )
     assert "+0.295" not in found
+
+
+def test_failed_images_are_told_of_without_a_count_of_all(run_factory, row_writer):
+    """Rows of earlier versions have `eval/failed` alone."""
+    run_dir = run_factory(iterations=20, total=20, sets=())
+    row_writer(run_dir, with_evaluation(run_dir, **{"eval/failed": 3, "eval/scored": None}))
+    assert " 3 images could not be scored." in page(run_dir).text

@@ -204,11 +204,10 @@ def _scored(run: Run) -> float | None:
 def _lost(run: Run) -> str:
     """What of the newest evaluation has no reward."""
     failed, scored = number(evaluated(run).get("eval/failed")), _scored(run)
-    return (
-        f" {failed:.0f} of its {failed + (scored or 0):.0f} {run.things} could not be scored."
-        if failed
-        else ""
-    )
+    if not failed:
+        return ""
+    total = "" if scored is None else f" of its {failed + scored:.0f}"
+    return f" {failed:.0f}{total} {run.things} could not be scored."
 
 
 def _spent(run: Run) -> str:
