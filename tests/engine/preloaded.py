@@ -10,6 +10,7 @@ Not for a GPU: a fork inherits a used driver. Not for another environment than t
 libraries read while they are imported. Both get fresh processes.
 """
 
+import atexit
 import gc
 import json
 import os
@@ -36,6 +37,11 @@ class Server:
             command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
         )
         self.pid = self.returncode = None
+        atexit.register(self.close)
+
+    def close(self) -> None:
+        with self._process as server:  # closes its pipes
+            server.terminate()
 
     def start(self, command: list[str], env: dict, cwd: str, out: str, err: str) -> "Server":
         request = {"command": command, "env": env, "cwd": cwd, "out": out, "err": err}
@@ -140,6 +146,7 @@ def serve() -> list[str]:
         pid = os.fork()
         if pid == 0:
             os.close(replies)
+            atexit.register(gc.unfreeze)  # or nanobind reports what its modules hold as leaked
             become(request)
             return request["command"]
         os.write(replies, b"%d\n" % pid)
