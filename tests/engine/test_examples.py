@@ -32,6 +32,8 @@ def test_own_parts_train(tmp_path):
     changes = [
         f"logging.dir={tmp_path}",
         "training.iterations=2",
+        "data.prompts_per_iteration=1",
+        "rollout.num_steps=5",
         "eval.every=2",
         "eval.prompts=4",
         "reward_pool.workers=1",
@@ -39,7 +41,7 @@ def test_own_parts_train(tmp_path):
     done = run_command([sys.executable, "train.py", *changes], cwd=EXAMPLES)
     found = Run(tmp_path / "own_parts", done)
     assert [row["iteration"] for row in found.rows] == [0, 1, 2]
-    assert found.rows[1]["ratio/max_dev"] > 0 and found.rows[1]["images"] == 4 * (1 + 3 * 4), (
+    assert found.rows[1]["ratio/max_dev"] > 0 and found.rows[1]["images"] == 2 * (1 + 3 * 4), (
         "two passes; a trunk and 3 x 4 children"
     )
     saved = json.loads((found.folder / "config.json").read_text())
