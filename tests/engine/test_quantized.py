@@ -1,14 +1,18 @@
 """A frozen base in 8 or 4 bits: what it computes, that training, rollouts, the reference and
 evaluations have the same one, and that what is trained on it serves the whole model."""
 
+import json
+import shutil
 import sys
 
 import pytest
 import torch
+from diffusers import FluxPipeline
 from dryrun_cases import items
 from engine_cases import MODEL, ROOT
 from kernel_cases import assert_close
-from test_shared_base import Trained, assert_one_base, config_of
+from run_cases import ADAMW, script_here, timeless, train
+from test_shared_base import LORA, Trained, assert_one_base, config_of
 
 from tempflow.config import load_config
 from tempflow.errors import UserError
@@ -157,6 +161,52 @@ def test_a_missing_library_is_one_line(monkeypatch):
     check_library(None)
     with pytest.raises(UserError, match="model.quantize: needs the package bitsandbytes.*pip in"):
         check_library("8bit")
+
+
+# ------------------------------------------------------------------------------------- runs
+RUN = {
+    "model": {"lora": LORA, "quantize": "4bit"},
+    "rollout": {"num_steps": 3, "plan": {"branch_steps": [0, 1]}, "lanes": 1},
+    "training": {"iterations": 2, "penalty": {"coef": 0.05}},
+    "eval": {"every": 2, "prompts": 2},
+    "checkpoint": {"every": 1, "keep": 2},
+    "deepspeed": {
+        "optimizer": {**ADAMW, "params": {**ADAMW["params"], "lr": 1e-2}},
+        "zero_optimization": {"stage": 2},
+    },
+}
+
+
+@pytest.mark.slow
+def test_a_run_on_a_packed_base(tmp_path):
+    """It trains, goes on from a checkpoint to the same bits, an evaluation of its own finds the
+    reward that the run's did, and its adapters load on the whole model in plain diffusers."""
+    whole = train(tmp_path, "whole", processes=None, **RUN)
+    assert all(row["grad_norm"] > 0 for row in whole.rows[1:]) and whole.checkpoints == [1, 2]
+    assert max(row["mismatch/log_prob"] for row in whole.rows[1:]) < 1e-6
+    files = [f.stat().st_size for f in (whole.folder / "checkpoints/000002").rglob("*")]
+    assert max(files) < (MODEL / "transformer/diffusion_pytorch_model.safetensors").stat().st_size
+
+    shutil.copytree(whole.folder, tmp_path / "again")
+    shutil.rmtree(tmp_path / "again/checkpoints/000002")
+    again = train(tmp_path, "again", "--resume", processes=None, **RUN)
+    assert [timeless(row) for row in again.rows] == [timeless(row) for row in whole.rows]
+    trained = whole.weights()
+    assert all(torch.equal(value, again.weights()[name]) for name, value in trained.items())
+
+    scored = script_here("evaluate", "--run", whole.folder)
+    assert scored.returncode == 0, scored.stderr
+    reward = json.loads(scored.stdout)["reward"]
+    assert reward == pytest.approx(whole.rows[-1]["eval/reward"], rel=1e-4)
+
+    out = tmp_path / "lora"
+    assert script_here("export", "--run", whole.folder, "--out", out).returncode == 0
+    pipe = FluxPipeline.from_pretrained(MODEL)
+    pipe.load_lora_weights(out)
+    loaded = dict(pipe.transformer.named_parameters())
+    for name, value in trained.items():
+        mine = loaded[name.replace(".default.", ".default_0.")]
+        assert torch.equal(mine, value), name
 
 
 # ------------------------------------------------------------------------------------- bytes
