@@ -21,16 +21,22 @@ class _Adapter:
     down: [rank, in], up: [out, rank]. scale: alpha / rank.
     """
 
+    down: torch.Tensor
+    up: torch.Tensor
+    in_features: int
+    out_features: int
+
     def _add_adapter(self, rank: int, scale: float, like: torch.Tensor) -> None:
         """One that is zero until it is written, of the dtype and on the device of a tensor."""
         self.scale = scale
         for name, shape in (("down", (rank, self.in_features)), ("up", (self.out_features, rank))):
             zeros = torch.nn.Parameter(like.new_zeros(shape), requires_grad=False)
-            self.register_parameter(name, zeros)
+            setattr(self, name, zeros)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., in]; returns [..., out]."""
-        out, low = super().forward(x), F.linear(x, self.down)
+        out = super().forward(x)  # type: ignore[misc]  # of the class that comes next
+        low = F.linear(x, self.down)
         out.view(-1, self.out_features).addmm_(
             low.view(-1, low.shape[-1]), self.up.t(), alpha=self.scale
         )
@@ -64,8 +70,9 @@ class AdaptedQuantized(_Adapter, QuantizedLinear):
 
 def adapted(source: torch.nn.Linear, rank: int, scale: float) -> AdaptedLinear | AdaptedQuantized:
     """A layer with an adapter that is zero until it is written, beside the layer's own weight."""
-    kind = AdaptedQuantized if isinstance(source, QuantizedLinear) else AdaptedLinear
-    return kind(source, rank, scale)
+    if isinstance(source, QuantizedLinear):
+        return AdaptedQuantized(source, rank, scale)
+    return AdaptedLinear(source, rank, scale)
 
 
 def whole_weight(layer: torch.nn.Linear) -> torch.Tensor:

@@ -32,6 +32,10 @@ class QuantizedLinear(torch.nn.Linear):
     stands for, as int32 [256]; None of 4 bits. dtype: that the weight had.
     """
 
+    weight: torch.Tensor
+    scales: torch.Tensor
+    table: torch.Tensor
+
     def __init__(self, source: torch.nn.Linear, kind: str, device: torch.device | str):
         packed, scales, table = _pack(source.weight.detach().to(device), kind)
         self._hold(source, kind, source.weight.dtype, packed, scales, table)
