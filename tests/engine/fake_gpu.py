@@ -212,6 +212,7 @@ class FakeGpu:
         stand_in()
         self.live = 0
         self._storages: set[int] = set()
+        self._pinned: set[int] = set()
         self._watches: list[Seen] = []
         self._entered = ExitStack()
 
@@ -230,6 +231,16 @@ class FakeGpu:
             event = kind, place()
             for seen in self._watches:
                 seen.waits[event] += 1
+
+    def pin(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Take a CPU tensor's memory for pinned."""
+        storage = tensor.untyped_storage()
+        self._pinned.add(storage._cdata)
+        weakref.finalize(storage, self._pinned.discard, storage._cdata).atexit = False
+        return tensor
+
+    def is_pinned(self, tensor: torch.Tensor) -> bool:
+        return tensor.untyped_storage()._cdata in self._pinned
 
     def launch(self) -> None:
         for seen in self._watches:
@@ -306,8 +317,10 @@ class _Recorder(TorchDispatchMode):
         if not any(isinstance(t, FakeTensor) for t in given) and (
             asked is None or torch.device(asked).type != "cuda"
         ):
+            pinned = kwargs.pop("pin_memory", None)
             with unset_fake_temporarily():
-                return func(*args, **kwargs)
+                out = func(*args, **kwargs)
+            return gpu.pin(out) if pinned else out
         name = func.overloadpacket.__name__ if hasattr(func, "overloadpacket") else str(func)
         if name == "_local_scalar_dense":
             gpu.note(READ, on_gpu(given[0]))
@@ -322,6 +335,9 @@ class _Recorder(TorchDispatchMode):
             gpu.note(READ)
             return True
         self._waits(name, args, kwargs, given)
+        if name == "copy_" and not isinstance(args[0], FakeTensor):  # what comes is made up
+            with unset_fake_temporarily():
+                return args[0].fill_(1)
         known = {t.untyped_storage()._cdata for t in given if isinstance(t, FakeTensor)}
         out = func(*args, **kwargs)
         made = [t for t in tree_leaves(out) if isinstance(t, FakeTensor) and on_gpu(t)]
@@ -338,9 +354,11 @@ class _Recorder(TorchDispatchMode):
         if name in ("_to_copy", "copy_"):
             source = given[-1 if name == "copy_" else 0].device.type
             target = torch.device(kwargs.get("device") or given[0].device).type
-            gpu.note(
-                f"copy {source} -> {target}", source != target and "meta" not in (source, target)
-            )
+            crosses = source != target and "meta" not in (source, target)
+            asked = kwargs.get("non_blocking") or name == "copy_" and any(args[2:])
+            # of memory that is not pinned a copy waits, whatever is asked for
+            free = asked and all(gpu.is_pinned(t) for t in given if t.device.type == "cpu")
+            gpu.note(f"copy {source} -> {target}", crosses and not free)
         if name in INDEXING and on_gpu(args[0]):
             for index in (t for t in args[1] if t is not None):
                 gpu.note("index copied from the CPU", index.device.type == "cpu")

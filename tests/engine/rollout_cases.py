@@ -44,8 +44,11 @@ class Units(Denoise):
         sampler = SimpleNamespace(latent_shape=shape, policy=policy, velocity=at)
         super().__init__(sampler, velocity, {}, {}, coarse)
 
-    def conditions(self, units):
-        return {"place": torch.tensor([unit.index for unit in units])}
+    def within(self, unit):
+        return unit.index
+
+    def conditions(self, shape, within):
+        return {"place": within}
 
     def shape(self, unit):
         return None

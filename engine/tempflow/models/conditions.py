@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -17,8 +18,9 @@ Conditioning = dict[str, torch.Tensor]  # prompt embeddings by name, leading dim
 Shape = Hashable  # of a prompt's conditioning; None for all of a family where they have one shape
 
 
-def index_rows(conditioning: Conditioning, indices: list[int]) -> Conditioning:
-    """The conditioning of a batch of rows, by prompt index."""
+def index_rows(conditioning: Conditioning, indices: list[int] | torch.Tensor) -> Conditioning:
+    """The conditioning of a batch of rows, by prompt index: a list, or int64 [n] on its device,
+    which needs no copy."""
     return {name: tensor[indices] for name, tensor in conditioning.items()}
 
 
@@ -60,14 +62,16 @@ class Conditions:
             }
         return cls(shapes, stacks)
 
+    @cached_property
+    def within(self) -> list[int]:
+        """The place of each prompt in the stack of its shape."""
+        found = [0] * len(self.shapes)
+        for places in by_shape(self.shapes):
+            for n, place in enumerate(places):
+                found[place] = n
+        return found
+
     def rows(self, places: list[int]) -> Conditioning:
         """The conditioning of a batch of rows of one shape, by the places of their prompts."""
         (shape,) = {self.shapes[place] for place in places}
-        stack = self.stacks[shape]
-        if shape is None:
-            return index_rows(stack, places)
-        within = {
-            place: n
-            for n, place in enumerate(n for n, other in enumerate(self.shapes) if other == shape)
-        }
-        return index_rows(stack, [within[place] for place in places])
+        return index_rows(self.stacks[shape], [self.within[place] for place in places])

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tempflow.models import Conditioning, Conditions, Sampler, Shape
+from tempflow.models import Conditioning, Conditions, Sampler, Shape, index_rows
 from tempflow.types import Unit
 from tempflow_kernels import sde_step
 
@@ -36,9 +36,14 @@ class Denoise:
         """Of latents and conditioning."""
         return self.sampler.policy.device
 
-    def conditions(self, units: list[Unit]) -> Conditioning:
-        """Embeddings [n, ...] of the prompts of n units, whose shapes are one."""
-        return self.conditioning.rows([self.places[unit.prompt_id] for unit in units])
+    def within(self, unit: Unit) -> int:
+        """The place of a unit's prompt among those whose conditioning has its shape."""
+        return self.conditioning.within[self.places[unit.prompt_id]]
+
+    def conditions(self, shape: Shape, within: torch.Tensor) -> Conditioning:
+        """Embeddings [n, ...] of prompts of one shape, gathered on the device by their places
+        there, int64 [n]."""
+        return index_rows(self.conditioning.stacks[shape], within)
 
     def shape(self, unit: Unit) -> Shape:
         """Of the conditioning of a unit's prompt: rows share a forward with rows of the same."""

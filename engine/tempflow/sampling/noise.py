@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from tempflow.transfer import send_one
 from tempflow.types import Unit
 from tempflow_kernels import normal
 
@@ -32,7 +33,7 @@ def noise_key(
 
 def key_tensor(keys: list, device: torch.device | str) -> torch.Tensor:
     """int64 tensor of keys, nested lists as they come."""
-    return torch.tensor(keys, dtype=torch.int64, device=device)
+    return send_one(torch.tensor(keys, dtype=torch.int64), device)
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ share no forward. The latent being integrated stays in fp32.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from dataclasses import dataclass, fields
-from typing import Callable, Iterator
+from collections import Counter
+from dataclasses import dataclass, field, fields
+from typing import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -20,10 +20,12 @@ from tempflow.config import Suffix
 from tempflow.models import Shape
 from tempflow.profiling import span
 from tempflow.sampling.denoise import Denoise
+from tempflow.sampling.jumps import Jumps
 from tempflow.sampling.layout import Forest
 from tempflow.sampling.noise import INITIAL, Noise, key_tensor
 from tempflow.sampling.steps import Grid
-from tempflow.sampling.suffix import first_forward, last_decisions, second_order_gain, suffix_path
+from tempflow.sampling.suffix import first_forward, last_decisions, suffix_path
+from tempflow.transfer import send
 from tempflow.types import State
 from tempflow_kernels import sde_step
 
@@ -63,14 +65,17 @@ class Arrived:
 
 
 @dataclass(frozen=True)
-class _Jump:
-    """A row's last jump in a second-order suffix."""
+class _Brood:
+    """Children of some of a batch's rows, as many of each, that take their first step together."""
 
-    step: int
-    velocity: torch.Tensor
-    """fp32 [...], where the jump began."""
-    extrapolated: torch.Tensor
-    """fp32 [...], what the velocity's slope added to it."""
+    noisy: bool
+    """Whether that is a step of the SDE."""
+    parents: list[int] = field(default_factory=list)
+    """Places in the batch."""
+    steps: list[int] = field(default_factory=list)
+    """Of the parents."""
+    members: list[list[int]] = field(default_factory=list)
+    """Places of each parent's children in the forest."""
 
 
 def eager(function: Callable, inputs: dict[str, torch.Tensor]) -> tuple:
@@ -136,7 +141,8 @@ class _Integration:
             self.ahead[shape] += self._forwards_of(i)
         self.latent: dict[int, torch.Tensor] = {}
         self.step: dict[int, int] = {}
-        self.jumps: dict[int, _Jump] = {}
+        second = suffix is not None and suffix.order == 2
+        self.jumps = Jumps(grid.sigmas, self.free) if second else None
         self.forwards = self.batches = self.padded = self.peak = 0
         self.fill = {
             (shape, coarse): self._most(shape, coarse)
@@ -192,16 +198,23 @@ class _Integration:
         with span("forward", rows=len(batch), steps=f"{min(steps)}-{max(steps)}"):
             x = torch.stack([self.latent.pop(i) for i in batch])
             goals = [self._goal(i, k) for i, k in zip(batch, steps, strict=True)]
-            v, x_next, log_prob = self._launch(batch, steps, goals, x)
+            broods = self._broods(batch, steps)
+            # all that differs from forward to forward, sent at once: the host does not wait
+            own, *theirs = send(
+                [self._numbers(batch, steps, goals), *map(self._numbers_of, broods)], self.device
+            )
+            v, x_next, log_prob = self._launch(batch, steps, own, x)
             self.forwards += len(batch)
             self.ahead[self.shape[batch[0]]] -= len(batch)
             self.batches += 1
-            self._remember(batch, steps, goals, v)
-            families, done = self._branch(batch, steps, x, v)
+            if self.jumps:
+                self.jumps.remember(batch, steps, goals, v)
+            families, done = self._branch(broods, theirs, x, v)
             states = self._states(batch, steps, x, families, x_next, log_prob)
             for goal in sorted(set(goals)):
                 members = [n for n, other in enumerate(goals) if other == goal]
-                done += self._place([batch[n] for n in members], x_next[members, 0], goal)
+                latents = [x_next[n, 0] for n in members]
+                done += self._place([batch[n] for n in members], latents, goal)
         stats = Stats(self.forwards, self.batches, self.padded, self.peak)
         latents = torch.stack([latent for _, latent in done]) if done else None
         return Arrived([i for i, _ in done], latents, states, len(batch), stats)
@@ -251,7 +264,7 @@ class _Integration:
         return path[path.index(step) + 1]
 
     def _place(
-        self, indices: list[int], latents: torch.Tensor, step: int
+        self, indices: list[int], latents: Iterable[torch.Tensor], step: int
     ) -> list[tuple[int, torch.Tensor]]:
         """Hold latents at a step; those that have reached sigma = 0 are returned instead."""
         if step == self.last:
@@ -263,23 +276,19 @@ class _Integration:
 
     # ----------------------------------------------------------------------------------- one launch
     def _launch(
-        self, batch: list[int], steps: list[int], goals: list[int], x: torch.Tensor
+        self, batch: list[int], steps: list[int], own: dict[str, torch.Tensor], x: torch.Tensor
     ) -> list[torch.Tensor]:
         """One forward and step; a batch that is not full is filled by its first row where shapes
-        must not change."""
-        rows = [self.rows[i] for i in batch]
-        noisy = [k in row.noise for row, k in zip(rows, steps, strict=True)]
-        keys = [[self.noise.key(row.unit, k, row.path)] for row, k in zip(rows, steps, strict=True)]
+        must not change. own: `_numbers`, on the device."""
+        own, shape = dict(own), self.shape[batch[0]]
         inputs = {
             "x": x,
-            "sigma": self.grid.sigmas[steps].to(self.device),
-            **self._scalars(steps, goals, noisy),
-            "key": key_tensor(keys, self.device),
-            **self._history(batch, steps, goals, x),
-            **self.denoise.conditions([row.unit for row in rows]),
+            **self.denoise.conditions(shape, own.pop("prompt")),
+            **(self.jumps.before(batch, x) if self.jumps else {}),
+            **own,
         }
         coarse = self._is_coarse(batch[0], steps[0])
-        missing = self.fill[self.shape[batch[0]], coarse] - len(batch) if self.pad else 0
+        missing = self.fill[shape, coarse] - len(batch) if self.pad else 0
         if missing:
             self.padded += missing
             inputs = {
@@ -294,6 +303,22 @@ class _Integration:
         )
         return [t[: len(batch)] for t in self.execute(step, inputs)]
 
+    def _numbers(
+        self, batch: list[int], steps: list[int], goals: list[int]
+    ) -> dict[str, torch.Tensor]:
+        """What a batch's forward and step take beside latents and embeddings, on the CPU: scalars
+        fp32 [n], keys int64 [n, 1], and the place of each row's prompt, int64 [n]."""
+        rows = [self.rows[i] for i in batch]
+        noisy = [k in row.noise for row, k in zip(rows, steps, strict=True)]
+        keys = [[self.noise.key(row.unit, k, row.path)] for row, k in zip(rows, steps, strict=True)]
+        return {
+            "sigma": self.grid.sigmas[steps],
+            **self._scalars(steps, goals, noisy),
+            "key": key_tensor(keys, "cpu"),
+            "prompt": torch.tensor([self.denoise.within(row.unit) for row in rows]),
+            **({"bend": self.jumps.bends(batch, steps, goals)} if self.jumps else {}),
+        }
+
     def _scalars(
         self, steps: list[int], goals: list[int], noisy: list[bool]
     ) -> dict[str, torch.Tensor]:
@@ -303,47 +328,60 @@ class _Integration:
         dt = (sigmas[goals].double() - sigmas[steps].double()).float()
         ode = {"a": torch.ones_like(dt), "b": dt, "tau": torch.zeros_like(dt)}
         return {
-            name: torch.where(choose, getattr(self.grid.sde, name)[steps], value).to(self.device)
+            name: torch.where(choose, getattr(self.grid.sde, name)[steps], value)
             for name, value in ode.items()
         }
 
     # ------------------------------------------------------------------------------------- branches
-    def _branch(self, batch: list[int], steps: list[int], x: torch.Tensor, v: torch.Tensor):
-        """Children of the batch's rows take their first step and join; families of one size and
-        kind together.
-
-        Returns the noisy children's latents [B, ...] and log-probabilities [B] by their parent's
-        place in the batch, and the children that have reached sigma = 0 as `_place` does.
-        """
-        kinds = defaultdict(list)
+    def _broods(self, batch: list[int], steps: list[int]) -> list[_Brood]:
+        """The children of the batch's rows that take their first step now."""
+        found: dict[tuple[bool, int], _Brood] = {}
         for n, (i, k) in enumerate(zip(batch, steps, strict=True)):
             family = self.forest.branches.get((i, k), [])
             for noisy in (True, False):
                 members = [c for c in family if (k in self.rows[c].noise) is noisy]
                 if members:
-                    kinds[noisy, len(members)].append((n, members))
+                    brood = found.setdefault((noisy, len(members)), _Brood(noisy))
+                    brood.parents.append(n)
+                    brood.steps.append(k)
+                    brood.members.append(members)
+        return list(found.values())
+
+    def _numbers_of(self, brood: _Brood) -> dict[str, torch.Tensor]:
+        """What the first step of a brood takes beside latents and velocities, on the CPU."""
+        keys = [
+            [self.noise.key(self.rows[c].unit, k, self.rows[c].path) for c in members]
+            for members, k in zip(brood.members, brood.steps, strict=True)
+        ]
+        goals, noisy = [k + 1 for k in brood.steps], [brood.noisy] * len(brood.steps)
+        return {
+            "parents": torch.tensor(brood.parents),
+            **self._scalars(brood.steps, goals, noisy),
+            "key": key_tensor(keys, "cpu"),
+        }
+
+    def _branch(self, broods: list[_Brood], numbers: list[dict], x: torch.Tensor, v: torch.Tensor):
+        """Children of the batch's rows take their first step and join. numbers: `_numbers_of` each
+        brood, on the device.
+
+        Returns the noisy children's latents [B, ...] and log-probabilities [B] by their parent's
+        place in the batch, and the children that have reached sigma = 0 as `_place` does.
+        """
         noisy_children: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         done: list[tuple[int, torch.Tensor]] = []
-        for (noisy, width), families in kinds.items():
-            parents = [n for n, _ in families]
-            at = [steps[n] for n in parents]
-            to = [k + 1 for k in at]
-            keys = [
-                [self.noise.key(self.rows[c].unit, k, self.rows[c].path) for c in members]
-                for (_, members), k in zip(families, at)
-            ]
+        for brood, given in zip(broods, numbers, strict=True):
+            parents = given["parents"]
             x_next, log_prob = sde_step(
                 x[parents],
                 v[parents],
-                **self._scalars(at, to, [noisy] * len(at)),
-                key=key_tensor(keys, self.device),
-                children=width,
+                **{name: given[name] for name in ("a", "b", "tau", "key")},
+                children=len(brood.members[0]),
                 out_dtype=torch.float32,
             )
-            for j, (n, members) in enumerate(families):
-                if noisy:
+            for j, (n, k) in enumerate(zip(brood.parents, brood.steps, strict=True)):
+                if brood.noisy:
                     noisy_children[n] = x_next[j], log_prob[j]
-                done += self._place(members, x_next[j], to[j])
+                done += self._place(brood.members[j], x_next[j], k + 1)
         return noisy_children, done
 
     def _states(self, batch, steps, x, families, x_next, log_prob) -> list[State]:
@@ -367,50 +405,3 @@ class _Integration:
                 State(self.rows[i].unit, k, sigma, a, b, tau, x[n], children, slots, scores)
             )
         return found
-
-    # ------------------------------------------------------------------------ second-order suffixes
-    def _history(
-        self, batch: list[int], steps: list[int], goals: list[int], x: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
-        """Each row's velocity before, how much the step bends by the difference to it, and what of
-        the last jump is taken back, because the new slope covers both jumps."""
-        if self.suffix is None or self.suffix.order == 1:
-            return {}
-        bends, velocities, extrapolated = (
-            torch.zeros(len(batch)),
-            torch.zeros_like(x),
-            torch.zeros_like(x),
-        )
-        for n, (i, step, goal) in enumerate(zip(batch, steps, goals, strict=True)):
-            if i in self.jumps:
-                jump = self.jumps[i]
-                both = second_order_gain(self.grid.sigmas, jump.step, step) + second_order_gain(
-                    self.grid.sigmas, step, goal
-                )
-                bends[n] = both / self._gap(jump.step, step) / self._gap(step, goal)
-                velocities[n], extrapolated[n] = jump.velocity, jump.extrapolated
-        return {"v_before": velocities, "bend": bends.to(self.device), "extrapolated": extrapolated}
-
-    def _remember(
-        self, batch: list[int], steps: list[int], goals: list[int], v: torch.Tensor
-    ) -> None:
-        if self.suffix is None or self.suffix.order == 1:
-            return
-        for n, (i, step, goal) in enumerate(zip(batch, steps, goals, strict=True)):
-            before = self.jumps.pop(i, None)
-            if (
-                self.free[i] > step or goal == self.last
-            ):  # a velocity from before the last noise misleads
-                continue
-            now = v[n].float()
-            part = torch.zeros_like(now)
-            if before is not None:
-                part = (
-                    second_order_gain(self.grid.sigmas, step, goal)
-                    / self._gap(before.step, step)
-                    * (now - before.velocity)
-                )
-            self.jumps[i] = _Jump(step, now, part)
-
-    def _gap(self, step: int, goal: int) -> float:
-        return (self.grid.sigmas[goal] - self.grid.sigmas[step]).item()

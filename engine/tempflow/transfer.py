@@ -1,0 +1,57 @@
+"""Copies between host and GPU that the host does not wait for.
+
+A copy that is asynchronous needs pinned host memory. It comes from PyTorch's caching allocator,
+which notes the stream of every such copy, and gives a block out again only when the copies of it
+are complete; so nothing here is kept or reused, and threads share nothing. Devices other than CUDA
+ones are copied to in the ordinary way, and tensors of the CPU stay what they are.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+ALIGNED = 64  # bytes: what kernels that load several values at once ask for, and more
+Named = dict[str, torch.Tensor]
+
+
+def send(groups: list[Named], device: torch.device | str) -> list[Named]:
+    """Tensors of the CPU on a device: on a GPU by one copy of one pinned buffer, of which they are
+    then views.
+
+    groups: tensors by name, of any shapes and dtypes. Returns the same on `device`.
+    """
+    if torch.device(device).type != "cuda":
+        return [{name: tensor.to(device) for name, tensor in group.items()} for group in groups]
+    places, size = _places(groups)
+    staged = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    for group, starts in zip(groups, places, strict=True):
+        for name, tensor in group.items():
+            _view(staged, starts[name], tensor).copy_(tensor)
+    there = staged.to(device, non_blocking=True)
+    return [
+        {name: _view(there, starts[name], tensor) for name, tensor in group.items()}
+        for group, starts in zip(groups, places, strict=True)
+    ]
+
+
+def send_one(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """`send` of one tensor."""
+    return send([{"": tensor}], device)[0][""]
+
+
+def _places(groups: list[Named]) -> tuple[list[dict[str, int]], int]:
+    """Where each tensor begins in a buffer, and how long that is, in bytes."""
+    places, size = [], 0
+    for group in groups:
+        places.append({})
+        for name, tensor in group.items():
+            places[-1][name] = size
+            size += math.ceil(tensor.nbytes / ALIGNED) * ALIGNED
+    return places, size
+
+
+def _view(buffer: torch.Tensor, start: int, like: torch.Tensor) -> torch.Tensor:
+    """The part of a buffer that holds what `like` does."""
+    return buffer[start : start + like.nbytes].view(like.dtype).view(like.shape)
