@@ -15,16 +15,18 @@ from kernel_cases import assert_close
 
 from tempflow.objectives import Seen
 from tempflow.objectives.grpo import Grpo
-from tempflow.training.update import Part, Updater, UpdateStats
+from tempflow.training.update import Part
+from tempflow.training.update_stats import UpdateStats
 from tempflow_kernels import group_loss, sde_step
 
 
 def test_a_ratio_that_is_no_number_is_no_deviation_of_zero():
-    updater, stats = Updater(None, None, Grpo(), None, None), UpdateStats()
+    stats = UpdateStats(Grpo().clip_high)
     for value in (1.0, float("nan"), 1.0):
         ratio = torch.full((2, 3), value)
         seen = Seen(ratio, ratio, kl=torch.zeros(()), clip_fraction=torch.zeros(()))
-        updater._observe(SimpleNamespace(real=2, units=[None] * 2), seen, first=False, stats=stats)
+        batch = SimpleNamespace(real=2, units=[None] * 2)
+        stats.add(batch, seen, torch.zeros(()), first=False)
     assert math.isnan(stats.reduced()["ratio/max_dev"])
 
 
@@ -176,11 +178,7 @@ def test_stored_children_have_the_log_probability_that_was_taken(iterations, sde
 @pytest.mark.parametrize("reals", [[3, 2], [3, 0], [4]])
 def test_clip_fractions_above_and_below(low, high, reals):
     """Together they are the clip fraction; padding counts in neither."""
-    updater, stats, counted = (
-        Updater(None, None, Grpo(clip_low=low, clip_high=high), None, None),
-        UpdateStats(),
-        [],
-    )
+    stats, counted = UpdateStats(Grpo(clip_low=low, clip_high=high).clip_high), []
     generator = torch.Generator().manual_seed(0)
     for real in reals:
         ratio = 0.6 + 0.8 * torch.rand(4, 5, generator=generator)
@@ -192,9 +190,8 @@ def test_clip_fractions_above_and_below(low, high, reals):
             kl=torch.zeros(()),
             clip_fraction=outside.mean() if real else torch.zeros(()),
         )
-        updater._observe(
-            SimpleNamespace(real=real, units=[None] * 4), seen, first=False, stats=stats
-        )
+        batch = SimpleNamespace(real=real, units=[None] * 4)
+        stats.add(batch, seen, torch.zeros(()), first=False)
         counted.append(chosen)
     counted, found = torch.cat(counted), stats.reduced()
     assert found["clip_fraction/high"] == pytest.approx(

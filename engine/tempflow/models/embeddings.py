@@ -40,6 +40,7 @@ from tempflow.models import (
 from tempflow.models.guidance import with_negatives
 from tempflow.run.logs import write_atomic
 from tempflow.training import distributed
+from tempflow.transfer import send
 from tempflow.types import Example
 
 KEPT, KEPT_OF_STORE = (
@@ -53,7 +54,7 @@ Identity = tuple[str, ...]
 # ---------------------------------------------------------------------------------------- in memory
 class EmbeddingCache:
     """Embeddings of one policy on the CPU, up to `capacity` of them; least recently used first to
-    go.
+    go. Those of an iteration are on the device as well.
 
     store: holds all that will be asked for; without one they come from the policy's encoders.
     """
@@ -65,10 +66,23 @@ class EmbeddingCache:
         self._capacity = capacity or (KEPT if store is None else KEPT_OF_STORE)
         self._held: OrderedDict[Identity, Conditioning] = OrderedDict()
         self._shapes: dict[Identity, Shape] = {}  # of all that were ever asked for
+        self._there: dict[tuple, Conditioning] = {}  # by `_key`: what `each` gave last
 
     def get(self, examples: list[Example]) -> Conditioning:
         """The conditioning of n examples of one shape, [n, ...] on the policy's device, as
-        `Policy.encode`."""
+        `Policy.encode`. Nothing is copied there where `each` was asked for them all last."""
+        keys = [self._key(example) for example in examples]
+        if all(key in self._there for key in keys):
+            rows = [self._there[key] for key in keys]
+            return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        return self._encoded(examples)
+
+    def _key(self, example: Example) -> tuple:
+        """What an example's conditioning depends on."""
+        opposed = self._policy.opposed(example)
+        return self._policy.identity(example), opposed and self._policy.identity(opposed)
+
+    def _encoded(self, examples: list[Example]) -> Conditioning:
         opposed = [
             other for example in examples if (other := self._policy.opposed(example)) is not None
         ]
@@ -80,10 +94,16 @@ class EmbeddingCache:
         return found
 
     def each(self, examples: list[Example]) -> Conditions:
-        """The conditionings of n examples whose shapes may differ, on the policy's device."""
+        """The conditionings of n examples whose shapes may differ, on the policy's device. They
+        stay there until others are asked for: training wants those of the rollout again, for every
+        micro-batch."""
+        self._there = {}
         shapes, stacks = self.shapes(examples), {}
         for places in by_shape(shapes):
-            stacks[shapes[places[0]]] = self.get([examples[n] for n in places])
+            stack = stacks[shapes[places[0]]] = self._encoded([examples[n] for n in places])
+            for n, place in enumerate(places):
+                row = {name: tensor[n] for name, tensor in stack.items()}
+                self._there[self._key(examples[place])] = row
         return Conditions(shapes, stacks)
 
     def shapes(self, examples: list[Example]) -> list[Shape]:
@@ -120,10 +140,8 @@ class EmbeddingCache:
 
     def _rows(self, examples: list[Example]) -> Conditioning:
         held = [self._held[self._policy.identity(example)] for example in examples]
-        return {
-            name: torch.stack([one[name] for one in held]).to(self._policy.device)
-            for name in held[0]
-        }
+        stacked = {name: torch.stack([one[name] for one in held]) for name in held[0]}
+        return send([stacked], self._policy.device)[0]
 
 
 def embed_one(policy: Policy, example: Example) -> Conditioning:

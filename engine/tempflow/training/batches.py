@@ -18,6 +18,7 @@ from tempflow.models import Shape, by_shape
 from tempflow.objectives import Batch
 from tempflow.penalties import Penalty
 from tempflow.training import distributed
+from tempflow.transfer import send
 from tempflow.types import Advantages, State
 
 
@@ -50,6 +51,8 @@ def select(states: list[State], advantages: Advantages, penalty: Penalty | None)
 def _finite(state: State, valid: torch.Tensor) -> State:
     """With a valid child in the place of failed ones that hold NaN or infinity, which would survive
     a weight of 0 in the loss."""
+    if valid.all():  # without a look at the children, which would wait for the GPU
+        return state
     broken = ~valid & ~state.children.isfinite().flatten(1).all(1).cpu()
     if not broken.any():
         return state
@@ -166,29 +169,41 @@ def _widened(one: Weighed, width: int) -> Weighed:
     missing = width - len(one.valid)
     if not missing:
         return one
-    again = torch.cat([torch.arange(len(one.valid)), one.valid.int().argmax().expand(missing)])
+    first = one.valid.int().argmax().item()
+    again = torch.tensor([*range(len(one.valid)), *[first] * missing])
     masked = torch.arange(width) >= len(one.valid)
-    log_prob = None if one.state.log_prob is None else one.state.log_prob[again]
-    state = replace(one.state, children=one.state.children[again], log_prob=log_prob)
+    log_prob = one.state.log_prob
+    state = replace(
+        one.state,
+        children=_filled(one.state.children, first, missing),
+        log_prob=None if log_prob is None else _filled(log_prob, first, missing),
+    )
     return Weighed(state, one.advantage[again].masked_fill(masked, 0.0), one.valid[again] & ~masked)
+
+
+def _filled(rows: torch.Tensor, place: int, missing: int) -> torch.Tensor:
+    """With as many copies of a row behind them; an index of the CPU's would be copied to the
+    GPU."""
+    return torch.cat([rows, rows[place].expand(missing, *rows.shape[1:])])
 
 
 def _stack(places: list[Weighed], weight: torch.Tensor, real: int, device) -> Batch:
     states = [one.state for one in places]
-    scalars = {
-        name: torch.tensor([getattr(s, name) for s in states]).to(device)
-        for name in ("sigma", "a", "b", "tau")
+    numbers = {
+        "weight": weight,
+        "advantage": torch.stack([one.advantage for one in places]),
+        "valid": torch.stack([one.valid for one in places]),
+        **{
+            name: torch.tensor([getattr(s, name) for s in states])
+            for name in ("sigma", "a", "b", "tau", "step")
+        },
     }
     scored = all(s.log_prob is not None for s in states)
     return Batch(
         units=[s.unit for s in states],
         x=torch.stack([s.x for s in states]).to(device),
         children=torch.stack([s.children for s in states]).to(device),
-        **scalars,
-        weight=weight.to(device),
-        advantage=torch.stack([one.advantage for one in places]).to(device),
         log_prob_rollout=torch.stack([s.log_prob for s in states]).to(device) if scored else None,  # type: ignore[misc]  # `scored`: every state has one
         real=real,
-        valid=torch.stack([one.valid for one in places]).to(device),
-        step=torch.tensor([s.step for s in states]).to(device),
+        **send([numbers], device)[0],
     )

@@ -4,7 +4,7 @@ children."""
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Callable
 
 import numpy as np
@@ -14,59 +14,9 @@ from tempflow.models import Sampler
 from tempflow.objectives import Batch, Objective, Old
 from tempflow.penalties import Penalty
 from tempflow.profiling import span
-from tempflow.training import distributed
 from tempflow.training.engine import Runtime
+from tempflow.training.update_stats import UpdateStats
 from tempflow.types import Unit
-
-
-@dataclass
-class UpdateStats:
-    """Sums of one optimizer step over this rank's micro-batches; `reduced` gives the means over all
-    ranks."""
-
-    loss: float = 0.0
-    kl: float = 0.0
-    clipped: float = 0.0
-    above: float = 0.0  # of `clipped`, with a ratio above the range; the others lie below it
-    states: int = 0
-    forwards: int = 0
-    mismatch: float = 0.0
-    compared: int = 0  # states that `mismatch` is the sum over
-    max_dev: float = 0.0
-    ratio_range: list[float] = field(default_factory=lambda: [math.inf, -math.inf])
-    broken: list[Unit] = field(default_factory=list)  # whose log-probabilities are not finite
-
-    def reduced(self) -> dict[str, float]:
-        sums = distributed.reduce(
-            [
-                self.loss,
-                self.kl,
-                self.clipped,
-                self.above,
-                self.states,
-                self.mismatch,
-                self.compared,
-                self.forwards,
-            ]
-        )
-        loss, kl, clipped, above, states, mismatch, compared, forwards = sums
-        least, most = (
-            -distributed.reduce(-self.ratio_range[0], "max"),
-            distributed.reduce(self.ratio_range[1], "max"),
-        )
-        n = max(states, 1)
-        found = {
-            "loss": float(loss),
-            "kl": kl / n,
-            "clip_fraction": clipped / n,
-            "clip_fraction/high": above / n,
-            "clip_fraction/low": (clipped - above) / n,
-            "ratio/max_dev": float(distributed.reduce(self.max_dev, "max")),
-            "ratio/min": float(least),
-            "ratio/max": float(most),
-            "forwards": int(forwards),
-        }
-        return found | ({"mismatch/log_prob": mismatch / compared} if compared else {})
 
 
 @dataclass
@@ -126,7 +76,7 @@ class Updater:
         nothing on any rank: then `skipped` is 1, and `broken` holds this rank's units whose
         log-probabilities are not finite.
         """
-        stats = UpdateStats()
+        stats = UpdateStats(self.objective.clip_high)
         for i, batch in enumerate(part.batches):
             with span("train micro-batch", states=len(batch.x)):
                 loss = self._loss(part, i, stats)
@@ -152,9 +102,8 @@ class Updater:
             loss, seen = self._penalized(loss, seen, v, batch, other)
         if old is None:
             part.old[i] = self._old(v, seen.log_prob)
-        self._observe(batch, seen, old is None, stats)
         scaled = loss * (len(batch.x) / part.total)
-        stats.loss += scaled.item()
+        stats.add(batch, seen, scaled, first=old is None)
         return scaled
 
     def _held_to(
@@ -207,37 +156,6 @@ class Updater:
         stats.forwards += batch.real
         with self.runtime.reference_transformer() as transformer:
             return self.velocity(transformer, batch)
-
-    def _observe(self, batch: Batch, seen, first: bool, stats: UpdateStats) -> None:
-        stats.forwards += batch.real
-        stats.states += batch.real
-        stats.kl += seen.kl.item() * batch.real
-        finite = seen.log_prob.isfinite().all(1)[: batch.real].tolist()
-        stats.broken += [unit for unit, good in zip(batch.units, finite) if not good]
-        if not batch.real:
-            return
-        ratio = seen.ratio[: batch.real]
-        above = seen.clipped_above
-        if above is None:
-            above = (ratio > 1 + self.objective.clip_high).to(seen.clip_fraction.dtype).mean()
-        clipped, above = torch.stack([seen.clip_fraction, above]).tolist()
-        stats.clipped, stats.above = (
-            stats.clipped + clipped * batch.real,
-            stats.above + above * batch.real,
-        )
-        stats.max_dev = float(
-            np.maximum((ratio - 1).abs().max().item(), stats.max_dev)
-        )  # NaN stays
-        stats.ratio_range = [
-            min(stats.ratio_range[0], ratio.min().item()),
-            max(stats.ratio_range[1], ratio.max().item()),
-        ]
-        if first and batch.log_prob_rollout is not None:
-            gap = (seen.log_prob - batch.log_prob_rollout)[: batch.real].abs().mean().item()
-            stats.mismatch, stats.compared = (
-                stats.mismatch + gap * batch.real,
-                stats.compared + batch.real,
-            )
 
     @torch.no_grad()
     def replay_deviation(self, batch: Batch) -> float:
