@@ -95,3 +95,10 @@ def no_image(height: int, width: int) -> np.ndarray:
     return np.where(((rows // TILE + columns // TILE) % 2 == 0)[..., None], NO_IMAGE, 0).astype(
         np.uint8
     )
+
+
+def without_missing(media: np.ndarray, finite: np.ndarray) -> np.ndarray:
+    """The same images or videos, in place, with `no_image` in every frame of those that are not
+    finite, bool [n]."""
+    media[~finite] = no_image(*media.shape[-3:-1])
+    return media

@@ -9,6 +9,7 @@ ones are copied to in the ordinary way, and tensors of the CPU stay what they ar
 from __future__ import annotations
 
 import math
+import time
 
 import torch
 
@@ -39,6 +40,49 @@ def send(groups: list[Named], device: torch.device | str) -> list[Named]:
 def send_one(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     """`send` of one tensor."""
     return send([{"": tensor}], device)[0][""]
+
+
+class Fetched:
+    """Tensors on their way to the CPU, from where this was made: copies into pinned memory, behind
+    whatever the GPU was given before. Other devices' are there at once."""
+
+    def __init__(self, tensors: list[torch.Tensor]):
+        self._done = None
+        if not tensors or tensors[0].device.type != "cuda":
+            self._tensors = [tensor.cpu() for tensor in tensors]
+            return
+        self._tensors = [
+            torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)
+            for t in tensors
+        ]
+        self._done = torch.cuda.Event()
+        self._done.record()
+
+    def ready(self) -> bool:
+        """Whether `wait` returns at once."""
+        return self._done is None or self._done.query()
+
+    def wait(self) -> list[torch.Tensor]:
+        """The tensors, once they are there."""
+        if self._done is not None:
+            self._done.synchronize()
+        return self._tensors
+
+
+class Mark:
+    """A moment in a device's work: on a GPU when it gets there, not when the host does."""
+
+    def __init__(self, device: torch.device):
+        self._event, self._time = None, time.perf_counter()
+        if device.type == "cuda":
+            self._event = torch.cuda.Event(enable_timing=True)
+            self._event.record()
+
+    def seconds_to(self, later: Mark) -> float:
+        """Between two moments that have passed."""
+        if self._event is None:
+            return later._time - self._time
+        return self._event.elapsed_time(later._event) / 1000
 
 
 def _places(groups: list[Named]) -> tuple[list[dict[str, int]], int]:

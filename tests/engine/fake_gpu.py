@@ -191,12 +191,14 @@ def place() -> str:
 @dataclass
 class Seen:
     """What happened within a `FakeGpu.watch`. waits: by (kind, file:line). bytes: the most
-    allocated above `start`."""
+    allocated above `start`. ahead: at every wait for an event, the kernels launched since it, which
+    keep the GPU busy meanwhile."""
 
     start: int
     peak: int
     waits: Counter = field(default_factory=Counter)
     kernels: int = 0
+    ahead: list[int] = field(default_factory=list)
 
     @property
     def bytes(self) -> int:
@@ -210,7 +212,7 @@ class FakeGpu:
 
     def __init__(self):
         stand_in()
-        self.live = 0
+        self.live = self.launched = 0
         self._storages: set[int] = set()
         self._pinned: set[int] = set()
         self._watches: list[Seen] = []
@@ -243,6 +245,7 @@ class FakeGpu:
         return tensor.untyped_storage()._cdata in self._pinned
 
     def launch(self) -> None:
+        self.launched += 1
         for seen in self._watches:
             seen.kernels += 1
 
@@ -272,6 +275,7 @@ class FakeGpu:
                 torch.autograd.set_multithreading_enabled(
                     False
                 ),  # a backward would want a thread for the GPU
+                mock.patch.object(torch.cuda, "Event", lambda **options: _Event(self)),
                 mock.patch.object(torch.Tensor, "numpy", _numpy(torch.Tensor.numpy)),
                 mock.patch.object(FakeTensor, "tolist", self._tolist(), create=True),
                 mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", attention),
@@ -363,6 +367,27 @@ class _Recorder(TorchDispatchMode):
             for index in (t for t in args[1] if t is not None):
                 gpu.note("index copied from the CPU", index.device.type == "cpu")
                 gpu.note("size of a boolean index read", index.dtype == torch.bool)
+
+
+class _Event:
+    """torch.cuda.Event, as far as the engine uses it; never complete before it is waited for."""
+
+    def __init__(self, gpu: FakeGpu):
+        self._gpu, self._at = gpu, 0
+
+    def record(self) -> None:
+        self._at = self._gpu.launched
+
+    def query(self) -> bool:
+        return False
+
+    def synchronize(self) -> None:
+        self._gpu.note("wait for an event")
+        for seen in self._gpu._watches:
+            seen.ahead.append(self._gpu.launched - self._at)
+
+    def elapsed_time(self, later: _Event) -> float:
+        return float(later._at - self._at)
 
 
 def _numpy(real):

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -150,13 +149,6 @@ class Rolled:
     forwards: dict[str, list[Seen]]
     decodes: list[Seen]
 
-    def outside(self) -> Counter:
-        """Host waits of the scheduler around its forwards, decoding apart."""
-        waits = Counter(self.whole.waits)
-        for seen in [*self.decodes, *(one for ones in self.forwards.values() for one in ones)]:
-            waits.subtract(seen.waits)
-        return +waits
-
 
 class SimulatedModel:
     """A policy on `gpu` of a card's shapes, with embeddings of zeros, and what runs of it need."""
@@ -241,7 +233,7 @@ class SimulatedRun:
     def roll_out(self) -> Rolled:
         """One iteration's collection, every forward padded to full size."""
         forwards, decodes = Forwards(self.gpu), []
-        with quiet_pool(self.config) as (pool, specs), self._watched("decode", decodes):
+        with quiet_pool(self.config) as (pool, specs), self._watched("pixels", decodes):
             session = assemble(
                 self.config,
                 self.policy,

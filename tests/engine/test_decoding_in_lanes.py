@@ -24,7 +24,7 @@ def decoding(vae):
 
     policy = SimpleNamespace(pipe=SimpleNamespace(vae=vae), _decode=_decode)
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda _: Policy.decode(policy, torch.zeros(1, 4), Size(8, 8)), range(2)))
+        list(pool.map(lambda _: Policy.pixels(policy, torch.zeros(1, 4), Size(8, 8)), range(2)))
     return most[0]
 
 

@@ -269,16 +269,16 @@ SMALL = {
 
 def breaking(policy, monkeypatch, numbers):
     """Latents number `numbers`, in the order in which they are decoded, are NaN."""
-    real, count = type(policy).decode, itertools.count()
+    real, count = type(policy).pixels, itertools.count()
 
-    def decode(latents, size):
+    def pixels(latents, size):
         latents = latents.clone()
         for row in range(len(latents)):
             if next(count) in numbers:
                 latents[row, 0] = NAN
         return real(policy, latents, size)
 
-    monkeypatch.setattr(policy, "decode", decode)
+    monkeypatch.setattr(policy, "pixels", pixels)
 
 
 def test_a_rollout_masks_and_counts_them(policy, monkeypatch):

@@ -119,8 +119,19 @@ def test_nothing_captured_copies_or_reads_in_a_coarser_suffix(simulations, famil
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_rollout_waits_at_most_once_a_forward(simulations, family):
+    """All of it, decoding included."""
     rolled = simulations.rolled(FAMILIES[family].config)
-    assert sum(rolled.outside().values()) <= rolled.data.stats.batches, rolled.outside()
+    assert sum(rolled.whole.waits.values()) <= rolled.data.stats.batches, rolled.whole.waits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_images_are_fetched_when_the_gpu_has_other_work(simulations, family):
+    """A forward or another decoding; the last ones excepted."""
+    rolled = simulations.rolled(FAMILIES[family].config)
+    *ahead, last = rolled.whole.ahead
+    work = [*rolled.forwards["step"], *rolled.decodes]
+    assert len(ahead) + 1 == len(rolled.decodes)
+    assert min(ahead) >= min(seen.kernels for seen in work) and last == 0
 
 
 @pytest.mark.parametrize("name", CONFIGS)

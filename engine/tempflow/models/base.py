@@ -22,7 +22,7 @@ from accelerate import cpu_offload
 from PIL import Image
 
 from tempflow.errors import UserError
-from tempflow.media import frames_of, no_image
+from tempflow.media import frames_of, without_missing
 from tempflow.models.arguments import (
     as_images,
     as_negative_prompts,
@@ -34,6 +34,7 @@ from tempflow.models.arguments import (
 from tempflow.models.conditions import Conditioning, Conditions, by_shape
 from tempflow.models.skeleton import skeleton_pipe
 from tempflow.sampling.steps import ode_coefficients
+from tempflow.transfer import Fetched, send
 from tempflow.types import Example, Scales, Size
 from tempflow_kernels import sde_step
 
@@ -325,28 +326,27 @@ class Policy(ABC):
         return [n, 3, F, H, W]."""
 
     @torch.no_grad()
-    def decode(self, latents: torch.Tensor, size: Size) -> tuple[np.ndarray, np.ndarray]:
+    def pixels(self, latents: torch.Tensor, size: Size) -> tuple[torch.Tensor, torch.Tensor]:
         """Images of final latents, uint8 [n, H, W, 3], or videos [n, F, H, W, 3], and which of them
-        are finite, bool [n].
+        are finite, bool [n]; both on the device, which the host does not wait for.
 
         A video of one frame is an image. NaN or infinity in a latent, or in what the VAE makes of
-        it, is no image: a cast to uint8 would make it a black one, which rewards score like any
-        other. Its place is taken by `no_image`, in every frame.
+        it, is no image: a cast to uint8 makes it a black one.
         """
         vae = getattr(getattr(self, "pipe", None), "vae", None)  # a policy may have none
         with _DECODING if hasattr(vae, "clear_cache") else nullcontext():
             decoded = self._decode(latents, size)
         if decoded.ndim == 5 and size.frames == 1:
             decoded = decoded.squeeze(2)
-        finite = (
-            (latents.isfinite().flatten(1).all(1) & decoded.isfinite().flatten(1).all(1))
-            .cpu()
-            .numpy()
-        )
-        # One by one, because a batch of videos is four times as large in fp32; fetched at once.
-        images = torch.stack([_as_bytes(one) for one in decoded]).cpu().numpy()
-        images[~finite] = no_image(size.height, size.width)
-        return images, finite
+        finite = latents.isfinite().flatten(1).all(1) & decoded.isfinite().flatten(1).all(1)
+        # One by one, because a batch of videos is four times as large in fp32.
+        return torch.stack([_as_bytes(one) for one in decoded]), finite
+
+    def decode(self, latents: torch.Tensor, size: Size) -> tuple[np.ndarray, np.ndarray]:
+        """`pixels` as arrays; `no_image` stands for what is not finite, which rewards would score
+        like any other image."""
+        images, finite = (tensor.numpy() for tensor in Fetched(self.pixels(latents, size)).wait())
+        return without_missing(images, finite), finite
 
     def at(self, size: Size, guidance_scale: float) -> Sampler:
         """The policy at one size and guidance scale."""
@@ -459,8 +459,12 @@ class Sampler:
             transformer, x, sigma, conditioning, self.size, self.guidance_scale, dtype
         )
 
+    def pixels(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images or videos of final latents and which of them are finite, as `Policy.pixels`."""
+        return self.policy.pixels(latents, self.size)
+
     def decode(self, latents: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Images or videos of final latents and which of them are finite, as `Policy.decode`."""
+        """The same as arrays, as `Policy.decode`."""
         return self.policy.decode(latents, self.size)
 
     @torch.no_grad()
@@ -472,10 +476,10 @@ class Sampler:
         sigmas = self.sigmas(num_steps)
         grid = ode_coefficients(sigmas)
         no_key = torch.zeros(len(x), 1, dtype=torch.int64, device=x.device)
+        numbers = {"sigma": sigmas, "a": grid.a, "b": grid.b, "tau": grid.tau}
+        (there,) = send([numbers], x.device)
         for k in range(num_steps):
-            sigma, a, b, tau = (
-                s[k].expand(len(x)).to(x.device) for s in (sigmas, grid.a, grid.b, grid.tau)
-            )
+            sigma, a, b, tau = (there[name][k].expand(len(x)) for name in numbers)
             denoiser = self.policy.only(
                 self.policy.denoiser(), self.policy.expert(sigmas[k].item())
             )

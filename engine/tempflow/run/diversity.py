@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from tempflow.media import some_frames
+from tempflow.media import frame_places
 
 SIDE = 32  # pixels of a thumbnail, at most
 FRAMES = 4  # of a video, at most
@@ -22,10 +22,19 @@ FRAMES = 4  # of a video, at most
 def thumbnails(media: np.ndarray) -> np.ndarray:
     """Images or videos averaged down to at most SIDE pixels a side, in [0, 1], as float32 [n,
     D]."""
-    frames = some_frames(media, FRAMES)
-    pixels = torch.from_numpy(frames).flatten(0, 1).permute(0, 3, 1, 2).float() / 255
+    return thumbnails_there(torch.from_numpy(media)).numpy()
+
+
+def thumbnails_there(media: torch.Tensor) -> torch.Tensor:
+    """`thumbnails` of uint8 [n, H, W, 3] or [n, F, H, W, 3], on their device."""
+    if media.ndim == 5:  # frame by frame: a list of places would be copied to a GPU
+        places = frame_places(media.shape[1], FRAMES).tolist()
+        frames = torch.stack([media[:, place] for place in places], 1)
+    else:
+        frames = media[:, None]
+    pixels = frames.flatten(0, 1).permute(0, 3, 1, 2).float() / 255
     sides = min(SIDE, pixels.shape[2]), min(SIDE, pixels.shape[3])
-    return F.adaptive_avg_pool2d(pixels, sides).reshape(len(media), -1).numpy()
+    return F.adaptive_avg_pool2d(pixels, sides).reshape(len(media), -1)
 
 
 def mean_distance(groups: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ their scores and shares them with all ranks.
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from threading import Lock
@@ -18,10 +18,11 @@ import numpy as np
 import torch
 
 from tempflow.config import Suffix
+from tempflow.media import without_missing
 from tempflow.objectives import Rollout
 from tempflow.profiling import span
 from tempflow.rewards import combine
-from tempflow.run.diversity import distance_to_others, mean_distance, thumbnails
+from tempflow.run.diversity import distance_to_others, mean_distance, thumbnails_there
 from tempflow.run.failures import check_failed
 from tempflow.sampling.denoise import Denoise
 from tempflow.sampling.layout import Forest, Layout, iteration_units
@@ -32,6 +33,7 @@ from tempflow.sampling.steps import Grid
 from tempflow.sampling.suffix import count_forwards
 from tempflow.training import distributed
 from tempflow.training.session import Session
+from tempflow.transfer import Fetched, Mark
 from tempflow.types import Endpoint, Rewards, Row, State
 
 
@@ -149,6 +151,18 @@ def roll_out(
     return RolledOut(layout, forest, kept, images, stats, seconds)
 
 
+@dataclass(frozen=True)
+class _Decoded:
+    """Images that are made, or will be before anything that the GPU is given after them."""
+
+    rows: list[int]
+    """Their places in the lane's forest."""
+    fetched: Fetched
+    """Images, which are finite, thumbnails."""
+    started: Mark
+    ended: Mark
+
+
 class _Lane:
     """A part of a rank's rows with batches of its own, so that what it computes does not depend on
     the other lanes' pace."""
@@ -159,6 +173,7 @@ class _Lane:
         self.states: list[State] = []
         self.endpoints: list[Endpoint] = []
         self._waiting: list[tuple[int, torch.Tensor]] = []
+        self._decoded: deque[_Decoded] = deque()
 
     def run(
         self, denoise: Denoise, grid: Grid, noise: Noise, suffix: Suffix | None, advance, lock: Lock
@@ -184,10 +199,17 @@ class _Lane:
             if r.replica and s.stop():
                 self.stopped = True
                 return self
+            # What was decoded before this forward was launched: the GPU has work meanwhile.
+            self._submit_all(lock)
             while len(self._waiting) >= r.decode_batch:
-                self._send(lock)
+                self._decode()
+            while self._decoded and self._decoded[0].fetched.ready():  # always, on a CPU
+                self._submit(lock)
         while self._waiting:
-            self._send(lock)
+            self._decode()
+            while len(self._decoded) > 1 or self._decoded and self._decoded[0].fetched.ready():
+                self._submit(lock)
+        self._submit_all(lock)
         return self
 
     def _keep(self, arrived) -> None:
@@ -201,16 +223,30 @@ class _Lane:
                 Endpoint(self.forest.rows[n].unit, latent, self.forest.numbers[n])
             )
 
-    def _send(self, lock: Lock) -> None:
+    def _decode(self) -> None:
+        """Have the next images made, with their thumbnails, and sent to the host."""
         s = self.session
         size = s.config.rollout.decode_batch
         part, self._waiting = self._waiting[:size], self._waiting[size:]
-        started = time.perf_counter()
+        started = Mark(s.policy.device)
         with span("decode", rows=len(part)):
-            images, finite = s.sampler.decode(torch.stack([x for _, x in part]))
-        self.images.seconds += time.perf_counter() - started
-        prompts = [s.prompts[self.forest.rows[n].unit.prompt_id] for n, _ in part]
-        self.images.rows += [self.places[n] for n, _ in part]
+            images, finite = s.sampler.pixels(torch.stack([x for _, x in part]))
+            fetched = Fetched([images, finite, thumbnails_there(images)])
+        ended = Mark(s.policy.device)
+        self._decoded.append(_Decoded([n for n, _ in part], fetched, started, ended))
+
+    def _submit_all(self, lock: Lock) -> None:
+        while self._decoded:
+            self._submit(lock)
+
+    def _submit(self, lock: Lock) -> None:
+        """Hand the oldest images under way to the reward workers."""
+        s, oldest = self.session, self._decoded.popleft()
+        images, finite, small = (tensor.numpy() for tensor in oldest.fetched.wait())
+        images = without_missing(images, finite)
+        self.images.seconds += oldest.started.seconds_to(oldest.ended)
+        prompts = [s.prompts[self.forest.rows[n].unit.prompt_id] for n in oldest.rows]
+        self.images.rows += [self.places[n] for n in oldest.rows]
         asked: dict[str, Any] = {"finite": finite, "rewards": [spec.name for spec in s.trained]}
         with lock:  # rewards in this process are not required to be thread-safe
             self.images.tickets.append(
@@ -219,9 +255,7 @@ class _Lane:
                 )
             )
         self.images.not_finite += int((~finite).sum())
-        self.images.thumbnails += list(
-            np.where(finite[:, None], thumbnails(images), np.float32(np.nan))
-        )
+        self.images.thumbnails += list(np.where(finite[:, None], small, np.float32(np.nan)))
 
 
 def _roll_lanes(
