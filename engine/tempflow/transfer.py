@@ -55,8 +55,9 @@ class Fetched:
             torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)
             for t in tensors
         ]
+        # of the tensors' device: in a thread the current one may be another
         self._done = torch.cuda.Event()
-        self._done.record()
+        self._done.record(torch.cuda.current_stream(tensors[0].device))
 
     def ready(self) -> bool:
         """Whether `wait` returns at once."""
@@ -76,7 +77,7 @@ class Mark:
         self._event, self._time = None, time.perf_counter()
         if device.type == "cuda":
             self._event = torch.cuda.Event(enable_timing=True)
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(device))
 
     def seconds_to(self, later: Mark) -> float:
         """Between two moments that have passed."""

@@ -213,6 +213,7 @@ class FakeGpu:
     def __init__(self):
         stand_in()
         self.live = self.launched = 0
+        self.records = self.passed = 0  # events recorded; the last one that is known to be complete
         self._storages: set[int] = set()
         self._pinned: set[int] = set()
         self._watches: list[Seen] = []
@@ -275,6 +276,7 @@ class FakeGpu:
                 torch.autograd.set_multithreading_enabled(
                     False
                 ),  # a backward would want a thread for the GPU
+                mock.patch.object(torch.cuda, "current_stream", lambda device=None: None),
                 mock.patch.object(torch.cuda, "Event", lambda **options: _Event(self)),
                 mock.patch.object(torch.Tensor, "numpy", _numpy(torch.Tensor.numpy)),
                 mock.patch.object(FakeTensor, "tolist", self._tolist(), create=True),
@@ -370,24 +372,28 @@ class _Recorder(TorchDispatchMode):
 
 
 class _Event:
-    """torch.cuda.Event, as far as the engine uses it; never complete before it is waited for."""
+    """torch.cuda.Event, as far as the engine uses it; complete when it, or a later one, was waited
+    for."""
 
     def __init__(self, gpu: FakeGpu):
-        self._gpu, self._at = gpu, 0
+        self._gpu, self._kernels, self._number = gpu, 0, 0
 
-    def record(self) -> None:
-        self._at = self._gpu.launched
+    def record(self, stream) -> None:
+        self._gpu.records += 1
+        self._kernels, self._number = self._gpu.launched, self._gpu.records
 
     def query(self) -> bool:
-        return False
+        return 0 < self._number <= self._gpu.passed
 
     def synchronize(self) -> None:
         self._gpu.note("wait for an event")
         for seen in self._gpu._watches:
-            seen.ahead.append(self._gpu.launched - self._at)
+            seen.ahead.append(self._gpu.launched - self._kernels)
+        self._gpu.passed = max(self._gpu.passed, self._number)
 
     def elapsed_time(self, later: _Event) -> float:
-        return float(later._at - self._at)
+        assert self.query() and later.query(), "it is not complete"
+        return float(later._number - self._number)
 
 
 def _numpy(real):

@@ -64,6 +64,28 @@ def test_sending_makes_nobody_wait():
     ]
 
 
+def test_what_is_fetched_is_waited_for_once():
+    """Where it is asked for, by the host; moments before it have passed then."""
+    gpu = FakeGpu()
+    with gpu, gpu.watch() as seen:
+        started = transfer.Mark(gpu.device)
+        x = torch.zeros(4, 3, device=gpu.device)
+        ended = transfer.Mark(gpu.device)
+        fetched = transfer.Fetched([x, x > 0])
+        x + 1
+        assert not seen.waits and not fetched.ready()
+        arrived = fetched.wait()
+    assert list(seen.waits.values()) == [1] and seen.ahead == [1]
+    assert [(t.shape, t.dtype) for t in arrived] == [(x.shape, x.dtype), (x.shape, torch.bool)]
+    assert all(t.device.type == "cpu" for t in arrived) and started.seconds_to(ended) > 0
+
+
+def test_the_cpu_fetches_at_once():
+    x = torch.arange(3)
+    fetched = transfer.Fetched([x])
+    assert fetched.ready() and fetched.wait()[0] is x
+
+
 @pytest.mark.gpu
 def test_a_gpu_gets_what_was_sent():
     """Also from many threads' worth of buffers in turn, none of which waits for the others."""

@@ -231,8 +231,9 @@ class _Lane:
         started = Mark(s.policy.device)
         with span("decode", rows=len(part)):
             images, finite = s.sampler.pixels(torch.stack([x for _, x in part]))
-            fetched = Fetched([images, finite, thumbnails_there(images)])
-        ended = Mark(s.policy.device)
+            small = thumbnails_there(images)
+        ended = Mark(s.policy.device)  # before what is waited for: it has passed then
+        fetched = Fetched([images, finite, small])
         self._decoded.append(_Decoded([n for n, _ in part], fetched, started, ended))
 
     def _submit_all(self, lock: Lock) -> None:
