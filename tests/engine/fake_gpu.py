@@ -47,6 +47,7 @@ from torch.utils._pytree import tree_leaves
 
 BLOCK = 512  # bytes that the allocator rounds up to
 READ = "value read by the host"
+EVENT = "wait for an event"
 # What a CPU build of torch lacks: a device guard, which indexing and autograd ask for, and
 # autograd's word that CUDA was built.
 STAND_IN = """
@@ -386,7 +387,7 @@ class _Event:
         return 0 < self._number <= self._gpu.passed
 
     def synchronize(self) -> None:
-        self._gpu.note("wait for an event")
+        self._gpu.note(EVENT)
         for seen in self._gpu._watches:
             seen.ahead.append(self._gpu.launched - self._kernels)
         self._gpu.passed = max(self._gpu.passed, self._number)

@@ -20,6 +20,7 @@ from tempflow.models.arguments import finite_number
 from tempflow.models.base import Conditioning
 from tempflow.models.guidance import GuidedPolicy
 from tempflow.models.sizes import check_multiple, resolution_shift
+from tempflow.models.vae import channel_statistics
 from tempflow.types import Example, Size
 
 
@@ -136,8 +137,5 @@ class QwenImagePolicy(GuidedPolicy):
     def _decode(self, latents: torch.Tensor, size: Size) -> torch.Tensor:
         vae = self.pipe.vae
         x = unpack_latents(self.pipe, latents, size.height, size.width)
-        mean, std = (
-            torch.tensor(values, device=x.device).reshape(1, -1, 1, 1, 1)
-            for values in (vae.config.latents_mean, vae.config.latents_std)
-        )
+        mean, std = channel_statistics(vae, x.device)
         return vae.decode((x * std + mean).to(vae.dtype), return_dict=False)[0][:, :, 0]

@@ -19,6 +19,7 @@ from tempflow.models.base import Conditioning
 from tempflow.models.guidance import GuidedPolicy
 from tempflow.models.qwen_image import QwenImagePolicy
 from tempflow.models.sizes import check_multiple, resolution_shift
+from tempflow.models.vae import channel_statistics
 from tempflow.types import Example, Size
 
 TOKEN = 16  # pixels a side
@@ -128,8 +129,5 @@ class QwenImage21Policy(QwenImagePolicy):
     def _decode(self, latents: torch.Tensor, size: Size) -> torch.Tensor:
         vae, (rows, columns) = self.pipe.vae, self._packed_size(size)
         x = latents.to(vae.dtype).transpose(1, 2).unflatten(2, (1, rows, columns))
-        mean, std = (
-            torch.tensor(v).view(1, -1, 1, 1, 1).to(x)
-            for v in (vae.config.latents_mean, vae.config.latents_std)
-        )
+        mean, std = (t.to(x.dtype) for t in channel_statistics(vae, x.device))
         return vae.decode(x * std + mean, return_dict=False)[0][:, :3, 0]

@@ -1,9 +1,11 @@
-"""Encoding condition images, for families that edit."""
+"""What families share of their VAEs: encoding condition images, and the statistics of latents."""
 
 from __future__ import annotations
 
 from contextlib import contextmanager
 from typing import Any, Iterator
+
+from tempflow.transfer import send
 
 
 @contextmanager
@@ -16,3 +18,15 @@ def encoding_whole(vae: Any) -> Iterator[None]:
         yield
     finally:
         vae.use_tiling = before
+
+
+def channel_statistics(
+    vae: torch.nn.Module, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of a video VAE's latents by channel, fp32 [1, C, 1, 1, 1]."""
+    found = {
+        "mean": torch.tensor(vae.config.latents_mean).reshape(1, -1, 1, 1, 1),
+        "std": torch.tensor(vae.config.latents_std).reshape(1, -1, 1, 1, 1),
+    }
+    there = send([found], device)[0]
+    return there["mean"], there["std"]

@@ -20,6 +20,7 @@ from tempflow.models.base import Conditioning
 from tempflow.models.checking import TIMESTEPS, UNIPC
 from tempflow.models.guidance import GuidedPolicy
 from tempflow.models.sizes import check_multiple
+from tempflow.models.vae import channel_statistics
 from tempflow.models.wan_experts import Experts
 from tempflow.types import Example, Scales, Size
 
@@ -194,8 +195,5 @@ class WanPolicy(GuidedPolicy):
 
     def _decode(self, latents: torch.Tensor, size: Size) -> torch.Tensor:
         vae = self.pipe.vae
-        mean, std = (
-            torch.tensor(values, device=latents.device).reshape(1, -1, 1, 1, 1)
-            for values in (vae.config.latents_mean, vae.config.latents_std)
-        )
+        mean, std = channel_statistics(vae, latents.device)
         return vae.decode((latents * std + mean).to(vae.dtype), return_dict=False)[0]
