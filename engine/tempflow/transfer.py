@@ -47,7 +47,7 @@ class Fetched:
     whatever the GPU was given before. Other devices' are there at once."""
 
     def __init__(self, tensors: list[torch.Tensor]):
-        self._done = None
+        self._done: torch.cuda.Event | None = None
         if not tensors or tensors[0].device.type != "cuda":
             self._tensors = [tensor.cpu() for tensor in tensors]
             return
@@ -74,7 +74,8 @@ class Mark:
     """A moment in a device's work: on a GPU when it gets there, not when the host does."""
 
     def __init__(self, device: torch.device):
-        self._event, self._time = None, time.perf_counter()
+        self._time = time.perf_counter()
+        self._event: torch.cuda.Event | None = None
         if device.type == "cuda":
             self._event = torch.cuda.Event(enable_timing=True)
             self._event.record(torch.cuda.current_stream(device))

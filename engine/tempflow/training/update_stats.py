@@ -30,9 +30,9 @@ class UpdateStats:
         self._clip_high = clip_high
         self.states = self.forwards = 0
         self._compared = 0  # states that `mismatch` is the sum over
-        self._sums: torch.Tensor | None = None  # float64 [SUMS]
-        self._deviation: torch.Tensor | None = None  # float64 [], NaN stays
-        self._range: torch.Tensor | None = None  # float64 [2]: least and minus the greatest ratio
+        self._sums: list[torch.Tensor] = []  # float64 [SUMS] of each micro-batch
+        # float64 [3] each: the largest deviation of a ratio from 1, the least, minus the greatest
+        self._ratios: list[torch.Tensor] = []
         self._finite: list[tuple[list[Unit], torch.Tensor]] = []  # with bool [real]
         self.broken: list[Unit] = []
         """After `reduced`: units whose log-probabilities are not finite."""
@@ -48,41 +48,41 @@ class UpdateStats:
         clipped = above = gap = zero
         if real:
             ratio, clipped, above = seen.ratio[:real], seen.clip_fraction, self._above(seen, real)
-            self._bound(ratio)
+            ends = [(ratio - 1).abs().max(), ratio.min(), -ratio.max()]
+            self._ratios.append(torch.stack(ends).double())
             if first and batch.log_prob_rollout is not None:
                 gap = (seen.log_prob - batch.log_prob_rollout)[:real].abs().mean()
                 self._compared += real
         means = torch.stack([value.double() for value in (seen.kl, clipped, above, gap)])
-        sums = torch.cat([loss.detach().double()[None], means * real])
-        self._sums = sums if self._sums is None else self._sums + sums
+        self._sums.append(torch.cat([loss.detach().double()[None], means * real]))
 
     def _above(self, seen: Seen, real: int) -> torch.Tensor:
         if seen.clipped_above is not None:
             return seen.clipped_above
         return (seen.ratio[:real] > 1 + self._clip_high).to(seen.clip_fraction.dtype).mean()
 
-    def _bound(self, ratio: torch.Tensor) -> None:
-        deviation = (ratio - 1).abs().max().double()
-        ends = torch.stack([ratio.min(), -ratio.max()]).double()
-        if self._deviation is None:
-            self._deviation = torch.zeros_like(deviation)
-            self._range = torch.full_like(ends, math.inf)
-        self._deviation = torch.maximum(deviation, self._deviation)
-        self._range = torch.where(ends < self._range, ends, self._range)  # NaN is no end
-
     def _read(self) -> list[float]:
-        """The sums, the deviation and the range, by one copy to the host."""
-        none = torch.tensor([0.0, math.inf, math.inf], dtype=torch.float64)
-        bounds = none.to(self._sums.device) if self._range is None else self._bounds()
+        """The sums, and the bounds of the ratios, by one copy to the host."""
         finite = [mask.double() for _, mask in self._finite]
-        values = torch.cat([self._sums, bounds, *finite]).tolist()
-        count = len(SUMS) + len(bounds)
+        sums, bounds = sum(self._sums[1:], self._sums[0]), self._bounds()
+        values = torch.cat([sums, *bounds, *finite]).tolist()
         units = [unit for units, _ in self._finite for unit in units]
-        self.broken = [unit for unit, good in zip(units, values[count:], strict=True) if not good]
-        return values[:count]
+        known = values[len(values) - len(units) :]
+        self.broken = [unit for unit, good in zip(units, known, strict=True) if not good]
+        return values[: len(SUMS)] + (
+            values[len(SUMS) :][:3] if bounds else [0.0, math.inf, math.inf]
+        )
 
-    def _bounds(self) -> torch.Tensor:
-        return torch.cat([self._deviation[None], self._range])
+    def _bounds(self) -> list[torch.Tensor]:
+        """Of all ratios, where there is one: the deviation, in which a NaN stays, and the ends, of
+        which it is none."""
+        if not self._ratios:
+            return []
+        deviation, *ends = torch.stack(self._ratios).unbind(1)
+        return [
+            deviation.max()[None],
+            *(one.nan_to_num(math.inf, math.inf, -math.inf).amin()[None] for one in ends),
+        ]
 
     def reduced(self) -> dict[str, float]:
         """The metrics (a collective), after at least one `add`; the one place that waits."""
