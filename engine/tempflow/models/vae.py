@@ -5,6 +5,8 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import Any, Iterator
 
+import torch
+
 from tempflow.transfer import send
 
 
@@ -20,9 +22,7 @@ def encoding_whole(vae: Any) -> Iterator[None]:
         vae.use_tiling = before
 
 
-def channel_statistics(
-    vae: torch.nn.Module, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
+def channel_statistics(vae: Any, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation of a video VAE's latents by channel, fp32 [1, C, 1, 1, 1]."""
     found = {
         "mean": torch.tensor(vae.config.latents_mean).reshape(1, -1, 1, 1, 1),
