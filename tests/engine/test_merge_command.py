@@ -8,6 +8,7 @@ import pytest
 import torch
 from engine_cases import examples, randomise, small_config
 from kernel_cases import assert_close
+from pipelines_wan import wan_pipeline
 from run_cases import script_here
 from safetensors.torch import load_file, save_file
 
@@ -152,6 +153,39 @@ def test_a_merge_of_merges(plain, pipelines, lora_runs, tmp_path):
     pipe.load_lora_weights(tmp_path / "out")
     expected = velocity(plain, with_deltas(plain, [(0.25, s1, w1), (0.75, s2, w2)]))
     assert_close("velocity", velocity(plain, pipe.transformer), expected, 1e-5)
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["adapters", "whole"])
+def test_two_experts(tmp_path, lora):
+    """Adapters in a file for each, as diffusers loads them; whole weights in one folder."""
+    from diffusers import WanPipeline
+
+    model = wan_pipeline(tmp_path / "wan", experts=True, shift=3.0)
+    policy = load_policy(model, max_sequence_length=20)
+    base = dict(policy.denoiser().named_parameters())
+    settings = {"rank": 2, "alpha": 4.0, "targets": ["attn1.to_v", "ffn.net.2"]} if lora else None
+    held = [
+        adapters_of(policy, 2, 4.0, seed, settings["targets"])
+        if lora
+        else {name: p + 0.1 * seed for name, p in base.items()}
+        for seed in (1, 2)
+    ]
+    runs = [run_of(tmp_path / str(n), model, one, settings) for n, one in enumerate(held)]
+    command(tmp_path / "out", *runs, "--weights", 0.75, 0.25)
+    pipe = WanPipeline.from_pretrained(model if lora else tmp_path / "out")
+    if lora:
+        pipe.load_lora_weights(tmp_path / "out/transformer")
+        pipe.load_lora_weights(tmp_path / "out/transformer_2", load_into_transformer_2=True)
+        expected = with_deltas(policy, [(0.75, 2.0, held[0]), (0.25, 2.0, held[1])])
+    else:
+        expected = copy.deepcopy(policy.denoiser())
+        for p in expected.parameters():
+            p.data.add_(0.75 * 0.1 + 0.25 * 0.2)
+    got = velocity(policy, policy.join_denoiser(pipe.transformer, pipe.transformer_2))
+    wanted, before = velocity(policy, expected), velocity(policy, policy.denoiser())
+    assert_close("velocity", got, wanted, 1e-5)
+    for row in range(2):  # one of each expert
+        assert (wanted[row] - before[row]).norm() > 1e-3 * before[row].norm()
 
 
 def test_whole_models(plain, pipelines, tmp_path):
