@@ -15,8 +15,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PAGE, HARDWARE = ROOT / "docs/models.md", ROOT / "benchmarks/results/hardware.json"
 BEGIN, END = "<!-- models:begin (python docs/make_models_table.py) -->", "<!-- models:end -->"
+EQUAL = "equals its pipeline"
 COLUMNS = {  # the tests that show it, by module
-    "equals its pipeline": ("test_families", "test_sample_equals_the_pipeline"),
+    EQUAL: ("test_families", "test_sample_equals_the_pipeline"),
     "trains, resumes": ("test_family_runs", "test_training", "test_resuming"),
     "its export is read by diffusers": (
         "test_family_runs",
@@ -32,23 +33,15 @@ COLUMNS = {  # the tests that show it, by module
     ),
 }
 KINDS = {"lora": "LoRA", "full": "all weights"}
-OWN = {  # families without an entry there: their models, and tests of their own by column
-    "Flux2Pipeline": (
-        "FLUX.2 [dev]",
-        {
-            "equals its pipeline": ("test_flux2", "test_sample_equals_the_pipeline"),
-            "its export is read by diffusers": ("test_flux2_runs", "test_training_and_export"),
-        },
-    ),
-    "QwenImageEditPipeline": (
-        "Qwen-Image-Edit",
-        {"equals its pipeline": ("test_qwen_image_edit", "test_sample_equals_the_pipeline")},
-    ),
+OWN = {  # siblings that are compared with their pipelines by tests of their own
+    "flux2_dev": {EQUAL: ("test_flux2", "test_sample_equals_the_pipeline")},
+    "flux2_distilled": {EQUAL: ("test_flux2", "test_sample_equals_the_pipeline")},
+    "qwen_image_edit_one": {EQUAL: ("test_qwen_image_edit", "test_sample_equals_the_pipeline")},
 }
 
 
 def table() -> str:
-    from family_cases import FAMILIES
+    from family_cases import FAMILIES, SIBLINGS
 
     from tempflow.registry import KINDS as COMPONENTS
 
@@ -57,25 +50,24 @@ def table() -> str:
         "| models | pipeline in diffusers | " + " | ".join(COLUMNS) + " | on hardware |",
         "|---|---|" + "---|" * (len(COLUMNS) + 1),
     ]
+    families = {**FAMILIES, **SIBLINGS}
     for pipeline in pipelines:
-        names = [name for name, family in FAMILIES.items() if family.pipeline == pipeline]
-        for name in names or [None]:
-            if name:
-                models = FAMILIES[name].models
-                cells = [
-                    _cell({name, FAMILIES[name].config}, module, tests)
-                    for module, *tests in COLUMNS.values()
-                ]
-            else:
-                models, shown = OWN.get(pipeline, ("(not verified)", {}))
-                cells = [
-                    "yes" if column in shown and _there(*shown[column]) else ""
-                    for column in COLUMNS
-                ]
+        for name in [n for n, one in families.items() if one.pipeline == pipeline] or [None]:
+            models = families[name].models if name else "(not verified)"
+            cells = [_shown(name, families, column) if name else "" for column in COLUMNS]
             lines.append(
                 f"| {models} | `{pipeline}` | " + " | ".join(cells) + f" | {_on_hardware(name)} |"
             )
     return "\n".join(lines)
+
+
+def _shown(name: str, families: dict, column: str) -> str:
+    """What the tests of a column show of a family."""
+    own = OWN.get(name, {}).get(column)
+    if own:
+        return "yes" if _there(*own) else ""
+    module, *tests = COLUMNS[column]
+    return _cell({name, families[name].config or name}, module, tests)
 
 
 def _cell(known: set[str], module: str, tests: list[str]) -> str:

@@ -4,7 +4,8 @@ reference.
 A new family is a builder of a tiny pipeline in pipelines_NAME.py and a line in FAMILIES:
 test_families.py compares it with its pipeline, test_family_runs.py trains and exports it,
 test_gpu_families.py replays its graphs, test_simulated_gpu.py runs its shipped config at real
-shapes. What only it has is tested in a file of its own.
+shapes. What only it has is tested in a file of its own. A model that differs from a family in
+little is a line in SIBLINGS, which fewer tests go over.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from engine_cases import HELDOUT, examples
 from engine_cases import PROMPTS as WORDS
 from PIL import Image
 from pipelines_flux import flux_pipeline
-from pipelines_flux2 import klein_pipeline, negative_embeddings
+from pipelines_flux2 import dev_pipeline, klein_pipeline, negative_embeddings, plain_pipeline
 from pipelines_flux_control import control_images, flux_control_pipeline, of_the_mode
 from pipelines_flux_kontext import kontext_pipeline
 from pipelines_qwen_image import qwen_pipeline
@@ -52,7 +53,7 @@ class Family:
     pipeline: str
     """Its class in diffusers."""
     config: str
-    """A shipped config that starts from it."""
+    """A shipped config that starts from it; "" of a sibling, which is simulated on no GPU."""
     schedulers: dict[str, dict]
     """Options of `build` by kind; the first kind is the one of all tests that do not compare
     kinds."""
@@ -384,6 +385,44 @@ FAMILIES["qwen_image_edit"] = replace(
     alone=True,
     models="Qwen-Image-Edit 2509, 2511",
 )
+
+
+class Flux2Dev(Family):
+    """Its processor is loaded by hand: plain diffusers wants torchvision for it."""
+
+    def plain(self, folder: Path):
+        return plain_pipeline(folder)
+
+
+# Models that differ from a family above in their embeddings or their guidance alone. They are
+# trained, exported and replayed; the rest of what the tests go over is the family's.
+SIBLINGS = {
+    "flux2_dev": Flux2Dev(
+        dev_pipeline,
+        "Flux2Pipeline",
+        "",
+        {"dynamic": DYNAMIC},
+        (0, 0, 0),
+        models="FLUX.2 [dev]",
+    ),
+    "flux2_distilled": replace(
+        FAMILIES["flux2"],
+        build=partial(klein_pipeline, is_distilled=True),
+        config="",
+        scale=1.0,
+        negative=None,
+        models="FLUX.2 [klein]",
+    ),
+    "qwen_image_edit_one": replace(
+        FAMILIES["qwen_image_edit"],
+        build=edit_pipeline,
+        pipeline="QwenImageEditPipeline",
+        config="",
+        images=lambda size: [[drawn(90, 160, 0)], [drawn(150, 64, 1)]],
+        given=lambda images: {"image": images[0][0]},
+        models="Qwen-Image-Edit",
+    ),
+}
 GUIDED = [name for name, family in FAMILIES.items() if family.negative is not None]
 
 
@@ -392,7 +431,7 @@ def pipeline_folders(root: Path) -> Callable[..., Path]:
     made = {}
 
     def get(name, kind=None):
-        family = FAMILIES[name]
+        family = FAMILIES.get(name) or SIBLINGS[name]
         kind = kind or next(iter(family.schedulers))
         if (name, kind) not in made:
             made[name, kind] = family.build(root / f"{name}-{kind}", **family.schedulers[kind])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from engine_cases import ROOT
-from family_cases import FAMILIES, FP32, NEGATIVES, latents_for
+from family_cases import FAMILIES, FP32, NEGATIVES, SIBLINGS, latents_for
 from kernel_cases import assert_close
 from PIL import Image
 from run_cases import ADAMW, Run, script_here, timeless, train
@@ -19,7 +19,11 @@ from tempflow.run.evaluation import fixed_noise
 from tempflow.types import Size
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("small_condition_images")]
-KINDS = [(name, kind) for name in FAMILIES for kind in ("lora", "full")]
+EVERY = {**FAMILIES, **SIBLINGS}
+KINDS = [
+    *((name, kind) for name in FAMILIES for kind in ("lora", "full")),
+    *((name, "lora") for name in SIBLINGS),
+]
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +34,7 @@ def runs(family_folders, tmp_path_factory):
 
     def get(name, kind):
         if (name, kind) not in made:
-            family, lora = FAMILIES[name], {"rank": 2, "alpha": 4} if kind == "lora" else None
+            family, lora = EVERY[name], {"rank": 2, "alpha": 4} if kind == "lora" else None
             made[name, kind] = train(
                 root,
                 f"{name}-{kind}",
@@ -107,7 +111,7 @@ def test_export_is_read_by_plain_diffusers(runs, family_folders, tmp_path, name,
     from tempflow.checkpoints import load
     from tempflow.models.opened import load_whole
 
-    run, family = runs(name, kind), FAMILIES[name]
+    run, family = runs(name, kind), EVERY[name]
     done = script_here("export", "--run", run.folder, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     folder = family_folders(name) if kind == "lora" else tmp_path / "out"

@@ -7,7 +7,7 @@ On the CPU the capture is stood in for, so that the comparison itself has run on
 import pytest
 import torch
 from engine_cases import quiet_pool, small_config
-from family_cases import FAMILIES
+from family_cases import FAMILIES, SIBLINGS
 from test_graphs import Recorded, cache_of
 
 from tempflow.data.prompts import load_prompts
@@ -106,8 +106,7 @@ def test_graphs_on_the_gpu(family_folders, tmp_path, name):
         check_graphs(family_folders(name), tmp_path, FAMILIES[name], dtype, "cuda", CudaCapture())
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, *SIBLINGS])
 def test_the_same_comparison_on_the_cpu(family_folders, tmp_path, name):
-    check_graphs(
-        family_folders(name), tmp_path, FAMILIES[name], "float32", "cpu", Recorded(nbytes=1)
-    )
+    family = {**FAMILIES, **SIBLINGS}[name]
+    check_graphs(family_folders(name), tmp_path, family, "float32", "cpu", Recorded(nbytes=1))
