@@ -233,6 +233,7 @@ WHY = {
         "Without it the activations of a 1024 px forward alone fill a card; it costs a third more "
         "in training, which is a tenth of an iteration there."
     ),
+    "model.quantize": "flux_lora_24gb: the frozen base in 4 bit is what fits the card.",
     "model.lora.rank": (
         "With full weights there is none. Qwen-Image: as for the others. Z-Image: Flow-Factory's"
         " recipe. Wan 2.2: half its recipe's, since the states of two experts' adapters take 5 GB"

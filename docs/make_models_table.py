@@ -27,7 +27,7 @@ COLUMNS = {  # the tests that show it, by module
     "simulated GPU": (
         "test_simulated_gpu",
         "test_nothing_captured_copies_or_reads",
-        "test_host_waits_of_training",
+        "test_an_update_reads_once_and_not_before_a_backward",
         "test_memory_of_rollouts_and_evaluations",
         "test_memory_of_training",
     ),
