@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 
 import torch
 
@@ -46,7 +47,7 @@ class Fetched:
     """Tensors on their way to the CPU, from where this was made: copies into pinned memory, behind
     whatever the GPU was given before. Other devices' are there at once."""
 
-    def __init__(self, tensors: list[torch.Tensor]):
+    def __init__(self, tensors: Sequence[torch.Tensor]):
         self._done: torch.cuda.Event | None = None
         if not tensors or tensors[0].device.type != "cuda":
             self._tensors = [tensor.cpu() for tensor in tensors]
@@ -82,14 +83,15 @@ class Mark:
 
     def seconds_to(self, later: Mark) -> float:
         """Between two moments that have passed."""
-        if self._event is None:
+        if self._event is None or later._event is None:
             return later._time - self._time
         return self._event.elapsed_time(later._event) / 1000
 
 
 def _places(groups: list[Named]) -> tuple[list[dict[str, int]], int]:
     """Where each tensor begins in a buffer, and how long that is, in bytes."""
-    places, size = [], 0
+    places: list[dict[str, int]] = []
+    size = 0
     for group in groups:
         places.append({})
         for name, tensor in group.items():

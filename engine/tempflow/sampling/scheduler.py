@@ -213,8 +213,8 @@ class _Integration:
             states = self._states(batch, steps, x, families, x_next, log_prob)
             for goal in sorted(set(goals)):
                 members = [n for n, other in enumerate(goals) if other == goal]
-                latents = [x_next[n, 0] for n in members]
-                done += self._place([batch[n] for n in members], latents, goal)
+                arrived = [x_next[n, 0] for n in members]
+                done += self._place([batch[n] for n in members], arrived, goal)
         stats = Stats(self.forwards, self.batches, self.padded, self.peak)
         latents = torch.stack([latent for _, latent in done]) if done else None
         return Arrived([i for i, _ in done], latents, states, len(batch), stats)

@@ -169,7 +169,7 @@ def _widened(one: Weighed, width: int) -> Weighed:
     missing = width - len(one.valid)
     if not missing:
         return one
-    first = one.valid.int().argmax().item()
+    first = int(one.valid.int().argmax())
     again = torch.tensor([*range(len(one.valid)), *[first] * missing])
     masked = torch.arange(width) >= len(one.valid)
     log_prob = one.state.log_prob

@@ -87,8 +87,8 @@ class UpdateStats:
     def reduced(self) -> dict[str, float]:
         """The metrics (a collective), after at least one `add`; the one place that waits."""
         *sums, deviation, least, most = self._read()
-        sums = distributed.reduce([*sums, self.states, self._compared, self.forwards])
-        loss, kl, clipped, above, mismatch, states, compared, forwards = sums
+        totals = distributed.reduce([*sums, self.states, self._compared, self.forwards])
+        loss, kl, clipped, above, mismatch, states, compared, forwards = totals
         n = max(states, 1)
         found = {
             "loss": float(loss),
