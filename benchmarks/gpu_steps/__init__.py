@@ -32,15 +32,15 @@ STEPS = (
     ),
     Step(
         "families",
-        110,
+        90,
         "families:families",
         "two layers of every family: memory and host waits against the dry run",
     ),
     Step("tests", 50, "suites:tests", "pytest -m gpu of the engine and the rewards"),
-    Step("sweeps", 60, "suites:sweeps", "the kernels against float64 on the card"),
+    Step("sweeps", 50, "suites:sweeps", "the kernels against float64 on the card"),
     Step(
         "runs",
-        130,
+        120,
         "suites:runs",
         "tiny_ocr through the launcher: LoRA at ZeRO-1, all weights at ZeRO-3, resume, float8",
     ),
