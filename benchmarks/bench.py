@@ -150,9 +150,8 @@ def train(session, rolled, scored, each_child: bool = False) -> int:
         session.runtime, session.sampler, session.objective, session.penalty, session.embed
     )
     passes = session.config.training.updates.passes
-    forwards = sum(
-        updater.remember(part) for part in parts[1:]
-    )  # as the trainer, before the first step moves the weights
+    # as the trainer, before the first step moves the weights
+    forwards = sum(updater.remember(part) for part in parts[1:])
     return forwards + sum(
         updater.update(part, 1.0)["forwards"] for _ in range(passes) for part in parts
     )

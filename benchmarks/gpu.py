@@ -30,9 +30,8 @@ from datetime import date
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path.append(
-        sys.path.pop(0)
-    )  # last: kernels.py in this folder must not pass for Hugging Face's package
+    # last: kernels.py in this folder must not pass for Hugging Face's package
+    sys.path.append(sys.path.pop(0))
 
 import psutil
 from gpu_steps import BY_NAME, STEPS, Step, hardware

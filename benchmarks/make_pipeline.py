@@ -18,9 +18,8 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path.append(
-        sys.path.pop(0)
-    )  # last: kernels.py in this folder must not pass for Hugging Face's package
+    # last: kernels.py in this folder must not pass for Hugging Face's package
+    sys.path.append(sys.path.pop(0))
 
 import torch
 from chat_tokenizers import KLEIN_CHAT, klein_tokenizer, save_dev_processor
@@ -33,6 +32,7 @@ from tempflow.run.environment import device_name
 
 ROOT = Path(__file__).parent.parent
 SMALL = ROOT / "engine/tempflow/assets/tiny-flux"
+# at least 1 each
 DEPTHS = (
     "num_layers",
     "num_single_layers",
@@ -40,15 +40,11 @@ DEPTHS = (
     "depth",
     "n_layers",
     "n_refiner_layers",
-)  # at least 1 each
-READ = {
-    "Qwen3ForCausalLM": 27,
-    "Mistral3ForConditionalGeneration": 30,
-}  # layers whose output FLUX.2 reads, so at least as many
-BLOCKS = {
-    "dual_attention_layers": "num_layers",
-    "fullatt_block_indexes": "depth",
-}  # lists of blocks by number
+)
+# layers whose output FLUX.2 reads, so at least as many
+READ = {"Qwen3ForCausalLM": 27, "Mistral3ForConditionalGeneration": 30}
+# lists of blocks by number
+BLOCKS = {"dual_attention_layers": "num_layers", "fullatt_block_indexes": "depth"}
 VOCABULARY = 2048  # at least as much: the small tokenizers' fit into it
 WORDS = (
     "system user assistant Describe the image by detailing the color shape size texture quantity"

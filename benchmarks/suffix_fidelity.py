@@ -21,9 +21,8 @@ from datetime import date
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path.append(
-        sys.path.pop(0)
-    )  # last: kernels.py in this folder must not pass for Hugging Face's package
+    # last: kernels.py in this folder must not pass for Hugging Face's package
+    sys.path.append(sys.path.pop(0))
 
 import numpy as np
 import torch

@@ -31,9 +31,8 @@ from pathlib import Path
 from typing import Callable, Iterator
 
 if __name__ == "__main__":
-    sys.path.append(
-        sys.path.pop(0)
-    )  # last: kernels.py in this folder must not pass for Hugging Face's package
+    # last: kernels.py in this folder must not pass for Hugging Face's package
+    sys.path.append(sys.path.pop(0))
 
 import numpy as np
 import torch

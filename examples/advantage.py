@@ -21,9 +21,8 @@ class RankAdvantage(Advantage):
     def __call__(self, slots: Slots, rewards: Rewards) -> Advantages:
         labels, ranks = slots.groups(self.over), np.full(len(slots), np.nan)
         for group in range(labels.max() + 1):
-            members = np.flatnonzero(
-                (labels == group) & np.isfinite(rewards.total)
-            )  # a failed reward stays NaN: masked
+            # a failed reward stays NaN: masked
+            members = np.flatnonzero((labels == group) & np.isfinite(rewards.total))
             values = rewards.total[members]
             ranks[members] = [
                 (values < value).sum() + (values == value).sum() / 2 for value in values

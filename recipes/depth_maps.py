@@ -65,9 +65,8 @@ def draw(scene: str) -> Image.Image:
         depth = np.minimum(
             depth, _sphere(across, up, *shape) if len(shape) == 4 else _box(across, up, *shape)
         )
-    levels = np.clip(
-        (1 / depth - 1 / FAR) / (1 / NEAR - 1 / FAR), 0, 1
-    )  # inverse depth, as depth models give it
+    # inverse depth, as depth models give it
+    levels = np.clip((1 / depth - 1 / FAR) / (1 / NEAR - 1 / FAR), 0, 1)
     return Image.fromarray((255 * levels).round().astype(np.uint8)).convert("RGB")
 
 

@@ -141,10 +141,8 @@ class GenEval(Reward):
             threshold = COUNTING_THRESHOLD if entry.get("tag") == "counting" else THRESHOLD
             scores = logits.float().softmax(-1)[:, :-1]
             best, places = scores.flatten().topk(min(QUERIES_KEPT, scores.numel()))
-            best, places = (
-                best[best > threshold],
-                places[best > threshold],
-            )  # the mask only lowers the score
+            # the mask only lowers the score
+            best, places = (best[best > threshold], places[best > threshold])
             masks = torch.nn.functional.interpolate(
                 masks[places // scores.shape[1]][None].float(),
                 images.shape[1:3],

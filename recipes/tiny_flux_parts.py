@@ -23,11 +23,8 @@ LATENT_CHANNELS, LATENT_HEIGHT, LATENT_WIDTH = 8, tiny_words.HEIGHT // 4, tiny_w
 TEXT_REACH = 8  # T5 tokens attend this far; two layers reach 16
 
 
-SHORT_TEXT, LONG_TEXT, FULL_TEXT = (
-    20,
-    44,
-    512,
-)  # 44: the longest prompt (18), its reach (16) and their reach (8)
+# 44: the longest prompt (18), its reach (16) and their reach (8)
+SHORT_TEXT, LONG_TEXT, FULL_TEXT = (20, 44, 512)
 
 
 T5_CONSTANT, PADDING = 256.0, 32.0  # sizes of the channels that mark padding
@@ -99,9 +96,8 @@ def new_text_encoders(clip_size: int, t5_size: int) -> tuple[CLIPTextModel, T5En
         )
     )
     torch.nn.init.normal_(t5.shared.weight, std=1.0)
-    with (
-        torch.no_grad()
-    ):  # a letter's place in its word is how far back the quote is: look there from the start
+    # a letter's place in its word is how far back the quote is: look there from the start
+    with torch.no_grad():
         bias = t5.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
         for head, bucket in enumerate((1, 2, 3, 4, 5, 17)):  # 1 to 5 tokens back, 1 ahead
             bias[bucket, head] += 4.0

@@ -32,9 +32,8 @@ class Context:
         self.file, self.rehearse = file, rehearse
         self.scratch = file.parent
         self.device = torch.device("cpu" if rehearse else "cuda:0")
-        self.dtype = (
-            torch.float32 if rehearse else torch.bfloat16
-        )  # of weights: many CPUs compute bf16 very slowly
+        # of weights: many CPUs compute bf16 very slowly
+        self.dtype = torch.float32 if rehearse else torch.bfloat16
         self._found = {"status": "running", "reason": None, "result": {}, "proved": []}
 
     def note(self, **found) -> None:

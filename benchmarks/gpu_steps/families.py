@@ -15,6 +15,7 @@ from gpu_steps.context import Context, ratio
 from gpu_steps.models import CONFIGS, RandomEngine
 from tempflow.estimate.estimate import Estimate, estimate
 
+# as tests/engine/family_cases.py has them
 NAMES = {
     "flux-dev": "flux",
     "sd35-medium": "sd3",
@@ -23,7 +24,7 @@ NAMES = {
     "z-image": "z_image",
     "qwen-image-2.1": "qwen_image_21",
     "wan21-1b": "wan",
-}  # as tests/engine/family_cases.py has them
+}
 ALLOWED = 0.1  # by which a peak may differ from the dry run's
 
 

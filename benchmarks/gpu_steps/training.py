@@ -13,10 +13,8 @@ from gpu_steps.context import Context, ratio
 from gpu_steps.models import RandomEngine
 from tempflow.estimate.estimate import estimate
 
-POLICY, REFERENCE = (
-    2,
-    1,
-)  # forwards that a row of an update costs: with the adapters' backward, and of the reference
+# forwards that a row of an update costs: with the adapters' backward, and of the reference
+POLICY, REFERENCE = (2, 1)
 
 
 def training(context: Context) -> None:

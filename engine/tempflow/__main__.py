@@ -41,9 +41,8 @@ def _line(name: str, id: str) -> str:
         target = find(name, id)
     except UserError as error:  # a package of its own that is not installed
         return f"{id}: {error}"
-    options = (
-        "" if name == "policy" else f"({', '.join(_option(o) for o in options_of(target))})"
-    )  # a policy is made from a checkpoint
+    # a policy is made from a checkpoint
+    options = "" if name == "policy" else f"({', '.join(_option(o) for o in options_of(target))})"
     return f"{id}{options}: {summary_of(target)}"
 
 

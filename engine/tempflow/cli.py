@@ -142,9 +142,8 @@ def end_process(status: int) -> None:
     """Exit a rank without taking its interpreter down: gloo's threads live on while anything
     (DeepSpeed) holds a group, and one that lets go of a Python object meanwhile aborts the process
     (4 of 25 ends of two ranks). Exit handlers are run."""
-    if (
-        status == 0
-    ):  # a rank that fails alone would wait in here for NCCL calls that the others never make
+    # a rank that fails alone would wait in here for NCCL calls that the others never make
+    if status == 0:
         sys.modules["torch.distributed"].destroy_process_group()
     from tempflow.compat import run_exit_handlers
 

@@ -14,10 +14,8 @@ from PIL import Image, ImageOps
 from tempflow.errors import RankError, brief, shown
 from tempflow.types import Size
 
-TILE, NO_IMAGE = (
-    8,
-    (255, 0, 255),
-)  # pixels a side and color of the tiles that stand for a missing image
+# pixels a side and color of the tiles that stand for a missing image
+TILE, NO_IMAGE = (8, (255, 0, 255))
 STRIP = 8  # frames of a contact strip
 
 

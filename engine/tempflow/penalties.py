@@ -260,7 +260,6 @@ class TotalVariation(OfDistance):
     """Total variation, 2 Phi(z / 2) - 1: bounded, and of the same slope however small z is."""
 
     def of(self, z2):
-        z = torch.where(
-            z2 > 0, torch.where(z2 > 0, z2, 1.0).sqrt(), 0.0
-        )  # without a gradient at 0, where the slope has no direction
+        # without a gradient at 0, where the slope has no direction
+        z = torch.where(z2 > 0, torch.where(z2 > 0, z2, 1.0).sqrt(), 0.0)
         return torch.erf(z / 8**0.5)

@@ -38,9 +38,8 @@ class Profile:
         if text is None:
             return
         first, colon, stop = text.partition(":")
-        numbers = (
-            first.isdecimal() and stop.isdecimal() and len(text) < 30
-        )  # more digits than that are not read at all
+        # more digits than that are not read at all
+        numbers = first.isdecimal() and stop.isdecimal() and len(text) < 30
         if not (colon and numbers and int(first) < int(stop)):
             raise UserError(
                 f"--profile {shortened(text, VALUE)}: expected START:STOP, iterations from 0 on,"

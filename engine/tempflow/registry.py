@@ -145,9 +145,8 @@ KINDS = {
         },
     ),
 }
-IN_CONFIG = {
-    kind.key: name for name, kind in KINDS.items() if kind.default
-}  # keys whose value is one component
+# keys whose value is one component
+IN_CONFIG = {kind.key: name for name, kind in KINDS.items() if kind.default}
 
 _TYPES: dict[str, tuple[Any, str]] = {
     "bool": (bool, "true or false"),

@@ -6,6 +6,5 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 for folder in ("tests/engine", "tests/kernels", "recipes"):
     sys.path.insert(0, str(ROOT / folder))
-sys.path.append(
-    str(ROOT / "benchmarks")
-)  # last: its kernels.py must not pass for Hugging Face's package
+# last: its kernels.py must not pass for Hugging Face's package
+sys.path.append(str(ROOT / "benchmarks"))

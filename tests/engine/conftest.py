@@ -16,9 +16,8 @@ HERE = Path(__file__).parent
 # model.
 for folder in (HERE, HERE.parent / "kernels", HERE.parent.parent / "recipes"):
     sys.path.insert(0, str(folder))
-sys.path.append(
-    str(HERE.parent.parent / "benchmarks")
-)  # last: its kernels.py must not pass for Hugging Face's package
+# last: its kernels.py must not pass for Hugging Face's package
+sys.path.append(str(HERE.parent.parent / "benchmarks"))
 
 import pytest  # noqa: E402
 from engine_cases import MODEL  # noqa: E402

@@ -302,9 +302,8 @@ def step_scalars(kind: str, sigmas, k: int, eta: float) -> tuple[float, float, f
         tau = s_next * np.sin(eta * np.pi / 2)
         q = np.sqrt(s_next**2 - tau**2)
         return (1 - s_next) + q, q * (1 - s) - s * (1 - s_next), tau
-    if (
-        kind == "precise"
-    ):  # fresh noise where the share of old noise that is kept, squared, is not; snr = (1 - s) / s
+    # fresh noise where the share of old noise that is kept, squared, is not; snr = (1 - s) / s
+    if kind == "precise":
         kept = 0.0 if s == 1 or s_next == 0 else ((1 - s) / s * s_next / (1 - s_next)) ** (eta**2)
         q = s_next * np.sqrt(kept)
         return (1 - s_next) + q, q * (1 - s) - s * (1 - s_next), s_next * np.sqrt(1 - kept)

@@ -274,9 +274,8 @@ class FakeGpu:
                 built_with_cuda(),
                 _mode(),
                 _Recorder(self),
-                torch.autograd.set_multithreading_enabled(
-                    False
-                ),  # a backward would want a thread for the GPU
+                # a backward would want a thread for the GPU
+                torch.autograd.set_multithreading_enabled(False),
                 mock.patch.object(torch.cuda, "current_stream", lambda device=None: None),
                 mock.patch.object(torch.cuda, "Event", lambda **options: _Event(self)),
                 mock.patch.object(torch.Tensor, "numpy", _numpy(torch.Tensor.numpy)),

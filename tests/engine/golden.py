@@ -32,9 +32,8 @@ FILE = HERE / "golden.json"
 CLOSE = 2e-2  # relative, on another processor
 
 for _folder in (HERE, HERE.parents[1] / "recipes", HERE.parents[1] / "benchmarks"):
-    sys.path.append(
-        str(_folder)
-    )  # appended: benchmarks/kernels.py must not pass for Hugging Face's package
+    # appended: benchmarks/kernels.py must not pass for Hugging Face's package
+    sys.path.append(str(_folder))
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -115,9 +114,8 @@ def run_case(name: str, folder: Path) -> dict:
     if family:
         changes["model"] = changes.get("model", {}) | _tiny(family, folder)
         changes["rollout"] = {"height": 32, "width": 64} | changes["rollout"]
-    changes["rollout"] = {"lanes": 1 if processes else 2} | changes.get(
-        "rollout", {}
-    )  # else by cores, which shapes batches
+    # else by cores, which shapes batches
+    changes["rollout"] = {"lanes": 1 if processes else 2} | changes.get("rollout", {})
     changes["training"] = {"iterations": ITERATIONS} | changes.get("training", {})
     if resume_at:
         train(

@@ -48,10 +48,8 @@ def text_encoder(tokens: int):
     return made
 
 
-FIRST_ORDER = {
-    "solver_order": 1,
-    "disable_corrector": list(range(1000)),
-}  # the UniPC that is Euler on its grid
+# the UniPC that is Euler on its grid
+FIRST_ORDER = {"solver_order": 1, "disable_corrector": list(range(1000))}
 
 
 def unipc(**options):

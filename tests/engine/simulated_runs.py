@@ -196,9 +196,8 @@ class SimulatedRun:
             full = STATES - STATES % load_config(file).training.micro_batch
             changes = ["rollout.num_steps=5", f"rollout.plan.branch_steps={list(range(full))}"]
         rewards, frames = {"engine_rewards:contrast": 1.0}, []
-        if (
-            load_config(file).rollout.frames > 1
-        ):  # the first frames and the next, which the decoder makes in another way
+        # the first frames and the next, which the decoder makes in another way
+        if load_config(file).rollout.frames > 1:
             rewards, frames = (
                 {"engine_rewards:contrast": {"weight": 1.0, "frames": 2}},
                 ["rollout.frames=5"],

@@ -83,9 +83,8 @@ def test_steps_and_prompts_are_never_mixed():
         found = compute(rewards, group)
         expected = [[[[-s / (s + 1e-4), s / (s + 1e-4)] for s in row]] for row in ([1, 2], [3, 4])]
         np.testing.assert_allclose(found.values, expected, rtol=1e-6)
-        np.testing.assert_allclose(
-            list(found.spread.values()), [2, 3]
-        )  # means over prompts, per step
+        # means over prompts, per step
+        np.testing.assert_allclose(list(found.spread.values()), [2, 3])
 
 
 def test_global_std_divides_by_that_of_the_whole_batch():
@@ -252,9 +251,8 @@ def test_decoupled_masks_a_picture_that_any_reward_failed():
     one, other = [[[[1.0, 2.0, NAN, 9.0]]]], [[[[3.0, 1.0, 5.0, NAN]]]]
     found = decoupled([one, other], [1.0, 3.0])
     assert found.valid.tolist() == [[[[True, True, False, False]]]]
-    np.testing.assert_allclose(
-        found.values, [[[[1, -1, 0, 0]]]], rtol=1e-3
-    )  # as if the last two had never been drawn
+    # as if the last two had never been drawn
+    np.testing.assert_allclose(found.values, [[[[1, -1, 0, 0]]]], rtol=1e-3)
 
 
 def test_decoupled_group_is_flat_only_where_every_reward_is():

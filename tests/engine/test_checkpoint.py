@@ -215,13 +215,8 @@ def test_save_keeps_the_newest(runtime, tmp_path):
     assert all(manifest.problem_with(p) is None for p in find.folders(tmp_path))
 
 
-EVALUATED = {
-    1: (0.5, 5.0),
-    2: (0.4, 7.0),
-    10: (0.7, 6.0),
-    12: (0.6, None),
-    14: (0.6, 7.0),
-}  # the held-out reward, another metric
+# the held-out reward, another metric
+EVALUATED = {1: (0.5, 5.0), 2: (0.4, 7.0), 10: (0.7, 6.0), 12: (0.6, None), 14: (0.6, 7.0)}
 
 
 @pytest.mark.parametrize(

@@ -231,8 +231,7 @@ def test_memory_grows_in_place_unless_the_user_says_otherwise(monkeypatch, given
         if name in given:
             monkeypatch.setenv(name, given[name])
     with monkeypatch.context() as here:
-        here.setattr(
-            os, "environ", os.environ.copy()
-        )  # what the libraries are told is none of the other tests' business
+        # what the libraries are told is none of the other tests' business
+        here.setattr(os, "environ", os.environ.copy())
         cli.quiet_libraries()
         assert os.environ.get("PYTORCH_ALLOC_CONF") == expected

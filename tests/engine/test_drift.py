@@ -18,9 +18,8 @@ from tempflow.run.diversity import distances, mean_distance, precision_and_recal
 from tempflow.run.drift import Looks, between_folders, join, look
 from tempflow.training.evaluator import Evaluator
 
-INKS = np.array(
-    [[20, 30, 40], [120, 30, 40], [20, 120, 40], [80, 60, 120]]
-)  # 60 gray levels on average
+# 60 gray levels on average
+INKS = np.array([[20, 30, 40], [120, 30, 40], [20, 120, 40], [80, 60, 120]])
 
 
 def words(inks, paper=250, size=(32, 96)):

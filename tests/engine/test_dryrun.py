@@ -220,9 +220,8 @@ def test_operations_of_a_forward(flux):
     """Twice the weights for every token that passes them, and attention's two products, to within
     what is left out here."""
     tokens, width, layers = 4096 + 512, 3072, 19 + 38
-    blocks = (
-        38 * 12 * width**2
-    )  # a single block's weights that see every token; a double block's are two sets, one a token
+    # a single block's weights that see every token; a double block's are two sets, one a token
+    blocks = 38 * 12 * width**2
     blocks += 19 * 12 * width**2
     by_hand = 2 * tokens * blocks + layers * 4 * tokens**2 * width
     assert flux["lora"].phase("rollout").flops == pytest.approx(by_hand, rel=0.01)

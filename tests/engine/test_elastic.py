@@ -169,9 +169,8 @@ def test_a_broken_conversion_leaves_the_checkpoint_as_it_was(tmp_path, monkeypat
         ):
             toy.restore(tmp_path)
     assert manifest.problem_with(found) is None and not list((tmp_path / "checkpoints").glob(".*"))
-    (tmp_path / f"checkpoints/.universal-{found.name}/state").mkdir(
-        parents=True
-    )  # as a kill leaves it
+    # as a kill leaves it
+    (tmp_path / f"checkpoints/.universal-{found.name}/state").mkdir(parents=True)
     toy.restore(tmp_path)
     assert same(toy.held(), held) and not list((tmp_path / "checkpoints").glob(".*"))
     toy.close()

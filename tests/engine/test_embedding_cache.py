@@ -159,9 +159,8 @@ def test_a_second_start_loads_no_encoder(folders, tmp_path, loads, name):
     _, third = open_with(model, None, max_sequence_length=16)
     assert loads[3:] == ["all"]
     same_bits(first, third)
-    texts = {"flux": 2, "sd3": 4, "qwen_image": 5}[
-        name
-    ]  # prompts, "blurred", "" and the default one, "" or " "
+    # prompts, "blurred", "" and the default one, "" or " "
+    texts = {"flux": 2, "sd3": 4, "qwen_image": 5}[name]
     assert len(files(cache)) == texts
 
 

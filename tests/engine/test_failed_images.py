@@ -126,7 +126,7 @@ def test_an_evaluation_says_what_it_is_made_of(images, batch):
     good = [x for x, ok in images if ok and x <= 200]
     mean = found.mean()
     assert (mean.scored, mean.failed) == (len(good), len(images) - len(good))
-    assert found.counts() == [len(images), len(images) - len(good), finite.count(False)]
+    assert found.counts() == (len(images), len(images) - len(good), finite.count(False))
     row = evaluation.metrics(found)
     assert row["eval/scored"] == len(good) and row["eval/failed"] == len(images) - len(good)
     assert row["eval/jpeg/failed"] == finite.count(False) == row.get("eval/not_finite", 0)

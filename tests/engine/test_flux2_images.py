@@ -39,11 +39,8 @@ def picture(width, height, seed):
     )
 
 
-WIDE, TALL, OTHER = (
-    picture(102, 66, 0),
-    picture(64, 81, 1),
-    picture(102, 66, 2),
-)  # cropped to tokens of 8 pixels a side
+# cropped to tokens of 8 pixels a side
+WIDE, TALL, OTHER = (picture(102, 66, 0), picture(64, 81, 1), picture(102, 66, 2))
 
 
 @pytest.fixture(scope="module")

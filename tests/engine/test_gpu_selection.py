@@ -14,6 +14,10 @@ from run_cases import environment
 
 PLUGIN = """
 import os, torch
+try:
+    import bitsandbytes  # with a GPU it asks the driver as soon as it is imported
+except ImportError:
+    pass
 torch.cuda.is_available = lambda: True
 
 def pytest_collection_finish(session):

@@ -134,11 +134,8 @@ def verdicts(values, **rule):
         ([1, 2, 3, 4], {"patience": 1}, None),
         ([1, 2, 2, 1, 3], {"patience": 2}, 3),
         ([1, 2, 1, 3, 2, 2], {"patience": 2}, 5),
-        (
-            [1, 1.4, 1.8, 2.2],
-            {"patience": 2, "min_delta": 0.5},
-            None,
-        ),  # 1.8 is a new best, 2.2 waits
+        # 1.8 is a new best, 2.2 waits
+        ([1, 1.4, 1.8, 2.2], {"patience": 2, "min_delta": 0.5}, None),
         ([1, 1.4, 1.5, 9], {"patience": 2, "min_delta": 0.5}, 2),
         ([3, None, float("nan"), 2, None, 1], {"patience": 2}, 5),
         ([3, 2, 1.9, 5], {"below": 2.0}, 2),
@@ -190,10 +187,8 @@ def test_the_reason_says_what_was_seen():
             {"metric": "jpeg", "patience": 1},
             ["eval.stop.metric", "'jpeg'", "eval/engine_rewards:contrast"],
         ),
-        (
-            {"metric": "kl", "above": 0.1},
-            ["eval.stop.metric", "'kl'"],
-        ),  # there is none: kl_coef is 0
+        # there is none: kl_coef is 0
+        ({"metric": "kl", "above": 0.1}, ["eval.stop.metric", "'kl'"]),
         ({"metric": "diversity/seeds", "below": 0.1}, ["eval.stop.metric"]),  # one seed
         ({"metric": "eval/reward", "patience": 0}, ["eval.stop.patience"]),
         ({"metric": "eval/reward", "patience": 1, "min_delta": -0.1}, ["eval.stop.min_delta"]),
@@ -210,10 +205,8 @@ def test_rules_that_are_refused(stop, words):
     [
         (None, "eval/reward"),
         ({"metric": "diversity/seeds", "patience": 2}, "diversity/seeds"),
-        (
-            {"metric": "diversity/seeds", "below": 0.1},
-            "eval/reward",
-        ),  # a bound: it does not say that more is better
+        # a bound: it does not say that more is better
+        ({"metric": "diversity/seeds", "below": 0.1}, "eval/reward"),
         ({"metric": "diversity/seeds", "below": 0.1, "patience": 2}, "diversity/seeds"),
     ],
 )

@@ -44,7 +44,7 @@ def dist(tmp_path_factory) -> Path:
     shutil.copytree(ROOT, top / "clone", ignore=shutil.ignore_patterns(*LEFT_OUT))
     built("sdist", top / "clone", out)
     with tarfile.open(out / f"{NAME}.tar.gz") as archive:
-        archive.extractall(top / "unpacked", filter="data")
+        archive.extractall(top / "unpacked")
     built("wheel", top / "unpacked" / NAME, out)
     return out
 

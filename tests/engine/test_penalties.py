@@ -103,9 +103,8 @@ def test_worked_numbers(kind, apart, value):
 
 @pytest.mark.parametrize(
     "kind, scale",
-    [
-        (kind, scale) for kind in FORMULAS for scale in (1.0, 4.0) if kind is not Kl or scale == 1
-    ],  # Kl's coefficient is its scale
+    # Kl's coefficient is its scale
+    [(kind, scale) for kind in FORMULAS for scale in (1.0, 4.0) if kind is not Kl or scale == 1],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_gradients_against_finite_differences(kind, scale):

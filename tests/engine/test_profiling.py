@@ -48,6 +48,7 @@ def test_every_stage_of_a_run_has_its_range(recorder, tmp_path, monkeypatch):
     record = tmp_path / "record.txt"
     monkeypatch.setenv("NVTX_INJECTION64_PATH", str(recorder))
     monkeypatch.setenv("NVTX_RECORD", str(record))
+    # a lane's ranges stand in its own thread, not inside the rollout's
     run = train(
         tmp_path,
         "profiled",
@@ -56,7 +57,7 @@ def test_every_stage_of_a_run_has_its_range(recorder, tmp_path, monkeypatch):
         training={"iterations": 2, "updates": {"passes": 2}},
         eval={"every": 0},
         rollout={"lanes": 1},
-    )  # a lane's ranges stand in its own thread, not inside the rollout's
+    )
     seen = ranges(record)
     stages = Counter(
         tuple(re.sub(r"( \w+=\S+)+$", "", message) for message in path) for path in seen

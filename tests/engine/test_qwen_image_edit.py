@@ -22,11 +22,8 @@ SIZES = [(32, 96), (48, 48)]
 
 
 WIDE, TALL = drawn(90, 160, 0), drawn(150, 64, 1)
-IMAGES = {
-    "edit": [[WIDE], [TALL]],
-    "plus": [[WIDE], [TALL, WIDE]],
-    "2511": [[WIDE, TALL], [TALL]],
-}  # of PROMPTS
+# of PROMPTS
+IMAGES = {"edit": [[WIDE], [TALL]], "plus": [[WIDE], [TALL, WIDE]], "2511": [[WIDE, TALL], [TALL]]}
 
 
 def plain(name, folder):

@@ -122,9 +122,8 @@ def test_the_best_never_falls(model, branch):
             -np.square(rounds[-1].images[n] - 0.3).mean(), rel=1e-5
         )
     assert all((r.drawn == 3 * (r.number + 1)).all() for r in rounds)
-    first = (
-        3 * (2 + 2 * 1) if branch else 3 * 3 * 2
-    )  # the last 2 of 5 steps; those that branch off share their first forward
+    # the last 2 of 5 steps; those that branch off share their first forward
+    first = 3 * (2 + 2 * 1) if branch else 3 * 3 * 2
     assert rounds[0].forwards == 3 * 3 * 5 and rounds[1].forwards == 3 * 3 * 5 + first
     again = list(refine(model, prompts, Distance(), search, seed=5))
     assert all((a.rewards == b.rewards).all() for a, b in zip(rounds, again))

@@ -216,9 +216,8 @@ def test_lanes_change_nothing(policy, suffix):
 
     one, two, again = collect(1), collect(2), collect(2)
     assert np.array_equal(two.rewards, again.rewards)
-    assert_close(
-        "rewards", torch.tensor(two.rewards), torch.tensor(one.rewards), 1e-3
-    )  # a picture's byte may round otherwise
+    # a picture's byte may round otherwise
+    assert_close("rewards", torch.tensor(two.rewards), torch.tensor(one.rewards), 1e-3)
     assert (one.scored.images, one.rolled.stats.forwards) == (
         two.scored.images,
         two.rolled.stats.forwards,

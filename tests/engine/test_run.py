@@ -67,9 +67,8 @@ def launched(folder):
     def get(layout):
         if layout not in made:
             processes, stage = LAYOUTS[layout]
-            cache = (
-                str(folder / "embeddings") if layout == "two-zero2" else None
-            )  # its ranks embed a share each
+            # its ranks embed a share each
+            cache = str(folder / "embeddings") if layout == "two-zero2" else None
             more = {"logging": {"tensorboard": layout == "one"}, "data": {"embedding_cache": cache}}
             more["launcher"] = layout in ("one", "two")
             made[layout] = start(folder, layout, processes, stage, **more)
@@ -99,10 +98,8 @@ def start(folder, name, processes, stage, **more) -> Run:
         "engine_rewards:warmth": 0.5,
         "watched": watched,
     }
-    more["rollout"] = {
-        "refresh_bucket": 50_000,
-        **more.get("rollout", {}),
-    }  # many gathers, as a large model needs
+    # many gathers, as a large model needs
+    more["rollout"] = {"refresh_bucket": 50_000, **more.get("rollout", {})}
     return train(
         folder,
         name,
@@ -237,9 +234,8 @@ def test_without_the_rollout_copy_there_is_one_transformer(folder, monkeypatch):
     changes = {"training": {"iterations": 1, "penalty": {"coef": 0.1}}, "eval": {"every": 0}}
     run = train(folder, "single", processes=None, rollout={"replica": False}, **changes)
     assert len(loaded) == 1
-    copied = train(
-        folder, "copied", processes=None, rollout={"lanes": 1}, **changes
-    )  # the same batches
+    # the same batches
+    copied = train(folder, "copied", processes=None, rollout={"lanes": 1}, **changes)
     assert len(loaded) == 3
     assert (
         run.rows[1]["reward/mean"] == copied.rows[1]["reward/mean"]
@@ -384,11 +380,8 @@ def test_a_run_that_its_rule_stops(folder):
     }
 
     def start(*more, iterations=5, patience=2):
-        stop = patience and {
-            "metric": "eval/jpeg",
-            "patience": patience,
-            "min_delta": 1e6,
-        }  # there never is a new best
+        # there never is a new best
+        stop = patience and {"metric": "eval/jpeg", "patience": patience, "min_delta": 1e6}
         return train(
             folder,
             "ruled",

@@ -91,9 +91,8 @@ def test_of_two_starts_one_holds_and_a_killed_one_lets_go(tmp_path, holder):
         configured(tmp_path, training={"seed": number}), resume=True
     ) as run_dir:  # at once, over a stale record
         assert json.loads((run_dir / ".lock").read_text())["pid"] == os.getpid()
-    with directory.held(
-        configured(tmp_path), resume=False
-    ):  # a failed start is no run, though it left a lock
+    # a failed start is no run, though it left a lock
+    with directory.held(configured(tmp_path), resume=False):
         pass
 
 

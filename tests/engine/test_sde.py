@@ -173,9 +173,8 @@ def test_jitter_follows_seed_and_iteration():
     assert not torch.equal(found, jittered(grid, 0.5, 3, 6)) and not torch.equal(
         found, jittered(grid, 0.5, 4, 5)
     )
-    u = torch.cat([(jittered(grid, 0.5, 3, i) - grid)[1:-1] for i in range(100)]) / (
-        0.5 * 0.1 / 2
-    )  # uniform in [-1, 1]
+    # uniform in [-1, 1]
+    u = torch.cat([(jittered(grid, 0.5, 3, i) - grid)[1:-1] for i in range(100)]) / (0.5 * 0.1 / 2)
     assert (
         u.abs().max() <= 1 + 1e-4
         and abs(u.mean()) < 0.07

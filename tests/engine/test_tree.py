@@ -43,9 +43,8 @@ def test_a_node_is_worth_the_mean_of_its_leaves_against_its_depth():
     """Two trees of four leaves: each depth of a tree is a group, as in the paper's code."""
     found = layout_of(plan(width=2, split_steps=[0, 4]), iteration_units([5], 2))
     slots, labels = found.slots, found.slots.groups("seed")
-    rewards = np.array(
-        [1.0, 3.0, 5.0, 11.0, 0.0, 0.0, 0.0, 4.0]
-    )  # rows 0 and 2 share the first half, and 1 and 3
+    # rows 0 and 2 share the first half, and 1 and 3
+    rewards = np.array([1.0, 3.0, 5.0, 11.0, 0.0, 0.0, 0.0, 4.0])
     worth = slots.means(rewards[None])[0]
     by_depth = {
         step: sorted(worth[(slots.step == step) & (slots.seed == 0)].tolist())

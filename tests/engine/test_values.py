@@ -238,18 +238,12 @@ def test_failed_values_mask_the_slots_that_need_them(how, failed, valid):
     "values, first, credit",
     [
         ([NAN, 0.5, 0.4, 0.9], False, [NAN, NAN, NAN]),  # which way the whole goes is not known
-        (
-            [0.2, 0.5, 0.4, NAN],
-            False,
-            [0.3, NAN, NAN],
-        ),  # a first step does not turn, whatever the rest
+        # a first step does not turn, whatever the rest
+        ([0.2, 0.5, 0.4, NAN], False, [0.3, NAN, NAN]),
         ([0.2, 0.5, 0.4, NAN], True, [NAN, NAN, NAN]),
         ([0.2, NAN, 0.4, 0.9], False, [NAN, NAN, NAN]),  # the last may or may not turn
-        (
-            [0.2, NAN, 0.4, 0.3, 0.9],
-            False,
-            [NAN, NAN, -0.1, 0.6],
-        ),  # what goes the other way does not
+        # what goes the other way does not
+        ([0.2, NAN, 0.4, 0.3, 0.9], False, [NAN, NAN, -0.1, 0.6]),
     ],
 )
 def test_a_turn_that_is_not_known_is_masked(values, first, credit):

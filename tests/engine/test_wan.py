@@ -69,9 +69,8 @@ def called(size, **more):
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("scale", [1.0, 4.5])
-@pytest.mark.parametrize(
-    "kind", ["experts", "small_vae"]
-)  # the others are in the table of families
+# the others are in the table of families
+@pytest.mark.parametrize("kind", ["experts", "small_vae"])
 def test_sample_equals_the_pipeline(pairs, kind, size, scale):
     policy, pipe = pairs(kind)
     x = latents_for(policy, size)
@@ -138,9 +137,8 @@ def test_guidance_and_negative_prompts_matter(pairs):
 
 # -------------------------------------------------------------------------------------------- grids
 @pytest.mark.parametrize("shift", [1.0, 3.0, 5.0])
-@pytest.mark.parametrize(
-    "steps", [2, 9, 27, 50]
-)  # 9 and 27 divide 999: UniPC's timesteps are whole numbers or a rounding below
+# 9 and 27 divide 999: UniPC's timesteps are whole numbers or a rounding below
+@pytest.mark.parametrize("steps", [2, 9, 27, 50])
 def test_unipc_gives_its_grid_and_whole_timesteps(pairs, steps, shift):
     policy, _ = pairs("unipc")
     policy = copy.copy(policy)

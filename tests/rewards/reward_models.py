@@ -277,9 +277,8 @@ def save_models(make_folder):
     made["mlp"] = save_head(folders["clip"] / "head.safetensors", HEAD_MLP, [EMBEDDING, 12, 5, 1])
     folders["linear"] = folders["clip"].parent / "linear.safetensors"
     made["linear"] = save_head(folders["linear"], [""], [EMBEDDING, 1])
-    save_clip_parts(
-        folders["hps_base"], clip_config(eos_token_id=2)
-    )  # as the published base has it
+    # as the published base has it
+    save_clip_parts(folders["hps_base"], clip_config(eos_token_id=2))
     made["hps"] = open_clip_tensors()
     save_file(
         {f"model.{name}": tensor for name, tensor in made["hps"].items()},

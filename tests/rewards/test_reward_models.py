@@ -157,9 +157,8 @@ def open_clip_tower(tensors, x, tower, causal):
         x = x + y[:, 0]
         y = F.layer_norm(x, (WIDTH,), t["ln_2.weight"], t["ln_2.bias"])
         y = y @ t["mlp.c_fc.weight"].T + t["mlp.c_fc.bias"]
-        y = y * torch.sigmoid(
-            1.702 * y
-        )  # the tiny config's activation; the published base's is gelu
+        # the tiny config's activation; the published base's is gelu
+        y = y * torch.sigmoid(1.702 * y)
         x = x + y @ t["mlp.c_proj.weight"].T + t["mlp.c_proj.bias"]
     return x
 
@@ -259,9 +258,8 @@ def hpsv3_direct(model, head, tokenizer, image, prompt, new):
     from tempflow.rewards.neural.hpsv3 import INSTRUCTION
 
     picture = Image.fromarray(image).resize(new, Image.Resampling.BICUBIC)
-    seen = Qwen2VLImageProcessorPil()(
-        [picture], return_tensors="pt"
-    )  # its own resizing finds nothing to do
+    # its own resizing finds nothing to do
+    seen = Qwen2VLImageProcessorPil()([picture], return_tensors="pt")
     count = new[0] * new[1] // 28**2
     text = (
         "<|im_start|>system\nYou are a helpful"

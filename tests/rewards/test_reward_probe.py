@@ -72,6 +72,5 @@ def test_prompts_are_those_that_the_reward_is_for():
         for word in ("a", "b", "c")
     ]
     with RewardPool(specs, workers=0) as pool:
-        probe(
-            pool, specs, ["of b", "of a"], [{"rewards": ["b"]}, {"rewards": ["a"]}], Size(8, 8)
-        )  # "c" has none, and is not asked
+        # "c" has none, and is not asked
+        probe(pool, specs, ["of b", "of a"], [{"rewards": ["b"]}, {"rewards": ["a"]}], Size(8, 8))

@@ -28,9 +28,8 @@ class Gdpo(Shaped):
             ]
         )
         alone = {name: np.where(valid & applies[name], parts[name], np.nan) for name in parts}
-        everything = np.zeros(
-            len(labels), dtype=int
-        )  # of one kind: where a reward is not for a prompt it is NaN
+        # of one kind: where a reward is not for a prompt it is NaN
+        everything = np.zeros(len(labels), dtype=int)
         worth = {
             name: self.worth(part, labels, everything, rewards.novelty)
             for name, part in alone.items()

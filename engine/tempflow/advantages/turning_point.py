@@ -50,9 +50,8 @@ class TurningPoint(Advantage):
         before, after = rewards.before[order], rewards.after[order]  # type: ignore[index]  # `needs_values`: the plan computes them
         path = np.cumsum(starts) - 1
         end, gain = after[np.r_[starts[1:], True]][path], after - before
-        along = np.sign(gain) * np.sign(
-            end - before[starts][path]
-        )  # 1: the way of the whole path, -1: the other way
+        # 1: the way of the whole path, -1: the other way
+        along = np.sign(gain) * np.sign(end - before[starts][path])
         was = np.where(starts, -1.0 if self.first else 0.0, np.roll(along, 1))
         credit = np.where((along > 0) & (was < 0), end - before, gain)
         may_turn = ~starts | self.first

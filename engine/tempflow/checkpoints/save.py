@@ -51,10 +51,8 @@ def save_checkpoint(
     draft = final.with_name(f".saving-{final.name}")
     with _failures_named(draft, run_dir):
         if distributed.rank() == 0:
-            for left in (
-                *final.parent.glob(".saving-*"),
-                *final.parent.glob(".universal-*"),
-            ):  # by a start that was killed
+            # by a start that was killed
+            for left in (*final.parent.glob(".saving-*"), *final.parent.glob(".universal-*")):
                 shutil.rmtree(left, ignore_errors=True)
             draft.mkdir(parents=True)
         distributed.barrier()

@@ -90,9 +90,8 @@ def _write_adapters(sources: list, parts: list[float], folder: Path, dtype: str)
 
     adapters, rank = merging.merge_adapters(sources, parts)
     based = [check_model(source.model) for source in sources if source.model]
-    pipeline = getattr(
-        diffusers, based[0] if based else "FluxPipeline"
-    )  # every family writes adapters of a transformer alike
+    # every family writes adapters of a transformer alike
+    pipeline = getattr(diffusers, based[0] if based else "FluxPipeline")
     write_lora(adapters, rank, rank, pipeline, folder, DTYPES[dtype])
     return f"LoRA weights of rank {rank}"
 

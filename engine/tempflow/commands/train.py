@@ -61,9 +61,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="START:STOP",
         help="CUDA profiler on from iteration START to before STOP",
     )
-    parser.add_argument(
-        "--local_rank", type=int, default=0, help=argparse.SUPPRESS
-    )  # the launcher passes it
+    # the launcher passes it
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
@@ -79,10 +78,8 @@ def dry_run(args: argparse.Namespace) -> int:
     from tempflow.estimate import estimate, local_model, propose, show, show_proposal
     from tempflow.models import most_images
 
-    asked, config.model.path = (
-        config.model.path,
-        local_model(config.model.path),
-    )  # configs of some hub models are kept here
+    # configs of some hub models are kept here
+    asked, config.model.path = (config.model.path, local_model(config.model.path))
     _, train, heldout = checked_inputs(config, dry=True)
     machine: dict[str, Any] = {
         "gpus": args.gpus,

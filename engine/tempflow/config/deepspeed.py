@@ -37,9 +37,8 @@ def check_deepspeed(section: dict) -> None:
         )
         raise UserError(f"{_name(unknown[0])}: unknown key{hint}")
     _check_offload(section.get("zero_optimization", {}), section["optimizer"])
-    if (section.get("checkpoint") or {}).get(
-        "writer"
-    ):  # with some it returns before the files are there to be sealed
+    # with some it returns before the files are there to be sealed
+    if (section.get("checkpoint") or {}).get("writer"):
         raise UserError(
             "deepspeed.checkpoint.writer: the engine needs DeepSpeed's own way to write; remove it"
         )
@@ -144,10 +143,8 @@ def _check_optimizer(table: dict) -> None:
     if eight_bit.asks_for(table):
         kind = "AdamW"  # takes the same values
         _check_params_of_eight_bit(params)
-    if kind.lower() in (
-        "adam",
-        "adamw",
-    ):  # of the several that DeepSpeed chooses from, what they have in common
+    # of the several that DeepSpeed chooses from, what they have in common
+    if kind.lower() in ("adam", "adamw"):
         kind, params = (
             "AdamW",
             {

@@ -9,9 +9,8 @@ from pydantic_core import PydanticCustomError
 
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
 Count = Annotated[int, Field(ge=0, lt=2**31)]
-Threads = Annotated[
-    int, Field(ge=1, le=1024)
-]  # and processes: each is made, whatever the machine has
+# and processes: each is made, whatever the machine has
+Threads = Annotated[int, Field(ge=1, le=1024)]
 Seconds = Annotated[float, Field(gt=0, le=1e6)]  # a timer of more than 292 years is an error
 Steps = Annotated[int, Field(ge=1, le=1000)]
 Pixels = Annotated[int, Field(ge=1, le=16384)]

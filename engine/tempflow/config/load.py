@@ -42,9 +42,8 @@ def load_config(source: str | Path | dict, overrides: Sequence[str] = ()) -> Con
         )
         places.relocate(data, file.parent)
         translate(data)
-    data = {
-        key: value for key, value in data.items() if key not in ("$schema", places.STARTED_IN)
-    }  # for editors; for scripts
+    # for editors; for scripts
+    data = {key: value for key, value in data.items() if key not in ("$schema", places.STARTED_IN)}
     _apply_overrides(data, overrides)
     places.expanded(data)
     config = parse_config(data)

@@ -52,14 +52,12 @@ class Curation:
         self.settings, self.order, self.group = settings, order, group
         self.kinds = np.zeros(order.count, dtype=int) if kinds is None else kinds
         self.cursor = 0
-        self.signal = np.full(
-            order.count, np.nan
-        )  # running spread of a prompt's groups; NaN: never seen
+        # running spread of a prompt's groups; NaN: never seen
+        self.signal = np.full(order.count, np.nan)
         self.error = np.full(order.count, np.nan)  # standard error of the signal
         self.level = np.full(order.count, np.nan)  # running mean reward
-        self.until = np.zeros(
-            order.count, dtype=np.int64
-        )  # first iteration in which it is drawn again
+        # first iteration in which it is drawn again
+        self.until = np.zeros(order.count, dtype=np.int64)
 
     def draw(self, iteration: int) -> Draw:
         """The preferred prompts and the next ones that do not rest, each once. Where too few are
@@ -83,9 +81,8 @@ class Curation:
         signal, less a standard error."""
         places = round(self.settings.prefer * self.order.per_iteration)
         known = np.flatnonzero(np.isfinite(self.signal) & (self.until <= iteration))
-        average = np.maximum(
-            self._average(self.signal), np.finfo(float).tiny
-        )  # signals of different rewards differ in scale
+        # signals of different rewards differ in scale
+        average = np.maximum(self._average(self.signal), np.finfo(float).tiny)
         surely = (self.signal - self.error) / average
         return sorted(known.tolist(), key=lambda index: (-surely[index], index))[:places]
 

@@ -117,9 +117,8 @@ def _read_file(file: Path, key: str) -> list[Example]:
     kind = file.suffix.lower()
     if kind not in (".txt", ".jsonl"):
         raise UserError(f"{key}: {file} must end in .txt or .jsonl")
-    lines = _text_of(file, key).split(
-        "\n"
-    )  # the other line ends of str.splitlines may stand in a prompt
+    # the other line ends of str.splitlines may stand in a prompt
+    lines = _text_of(file, key).split("\n")
     read = _read_jsonl if kind == ".jsonl" else _read_text
     prompts = [read(line, f"{file}:{i}") for i, line in enumerate(lines, 1) if line.strip()]
     if not prompts:
@@ -139,9 +138,8 @@ def _read_file(file: Path, key: str) -> list[Example]:
 
 def _text_of(file: Path, key: str) -> str:
     try:
-        text = file.read_text(encoding="utf-8").replace(
-            "\ufeff", ""
-        )  # byte order marks, also of files that were joined or pasted from
+        # byte order marks, also of files that were joined or pasted from
+        text = file.read_text(encoding="utf-8").replace("\ufeff", "")
     except FileNotFoundError:
         raise UserError(f"{key}: prompt file {file} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -91,9 +91,8 @@ def phases(config: Config, model: Model, gpus: int, speed: float) -> list[Phase]
     if config.needs_reference():
         found.append(phase("reference", states, forward))
     parts = t.updates.parts
-    if (
-        parts > 1
-    ):  # all but the first part's states are forwarded before the first step moves the weights
+    # all but the first part's states are forwarded before the first step moves the weights
+    if parts > 1:
         of_all, of_busiest = (n * states * (parts - 1) // parts for n in (units, busiest))
         found.append(
             Phase(

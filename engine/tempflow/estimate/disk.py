@@ -19,10 +19,8 @@ from tempflow.estimate.item import Item
 from tempflow.estimate.zero import Zero
 from tempflow.run.directory import path_of
 
-PIXEL = {
-    "image": 1.5,
-    "video": 0.1,
-}  # bytes of a sample's file for each pixel of each frame: PNG of a photo, WebP of a calm video
+# bytes of a sample's file for each pixel of each frame: PNG of a photo, WebP of a calm video
+PIXEL = {"image": 1.5, "video": 0.1}
 
 
 @dataclass(frozen=True)

@@ -182,9 +182,8 @@ def _offloaded(config: Config, _: Estimate) -> Changes | None:
     if eight_bit.asks_for(optimizer):
         params = {**optimizer.get("params", {}), "torch_adam": True}
         found["deepspeed.optimizer"] = {"type": "AdamW", "params": params}
-    return found | {
-        "deepspeed.zero_force_ds_cpu_optimizer": False
-    }  # else DeepSpeed compiles an optimizer of its own
+    # else DeepSpeed compiles an optimizer of its own
+    return found | {"deepspeed.zero_force_ds_cpu_optimizer": False}
 
 
 def _bfloat16(config: Config, _: Estimate) -> Changes | None:

@@ -32,9 +32,8 @@ FORMULAS = flop_registry | {
         grad.shape, query.shape, key.shape, value.shape
     ),
 }
-Blocks = list[
-    tuple[torch.nn.Module, int]
-]  # a module's blocks, each with the number of blocks that it stands for
+# a module's blocks, each with the number of blocks that it stands for
+Blocks = list[tuple[torch.nn.Module, int]]
 
 
 @contextmanager
@@ -77,10 +76,8 @@ class Meter(TorchDispatchMode):
         self.live = self.flops = 0
         self._hooks: list = []
         self._blocks, self._run = blocks, Repeats()
-        self._times, self._forward = (
-            1,
-            True,
-        )  # how often an operation counts; whether the first forward is under way
+        # how often an operation counts; whether the first forward is under way
+        self._times, self._forward = (1, True)
         self._peaks = [0]  # of each span between two blocks' beginnings and ends
         self._alive: dict[
             int, tuple[int, int, int]
@@ -105,9 +102,8 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        out, fresh = self._run(
-            func, args, kwargs
-        )  # views and results in place lie in storages that the caller brought
+        # views and results in place lie in storages that the caller brought
+        out, fresh = self._run(func, args, kwargs)
         formula = FORMULAS.get(operator_of(func))
         if formula is not None:
             self.flops += self._times * formula(*args, **kwargs, out_val=out)
@@ -151,9 +147,8 @@ class Meter(TorchDispatchMode):
             return
         self._times = 1
         self._peaks.append(self.live)
-        for tensor in tree_leaves(
-            out
-        ):  # autograd comes back to them before the block's own operations, and in order
+        # autograd comes back to them before the block's own operations, and in order
+        for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
                 tensor.register_hook(partial(self._goes_back, times))
 

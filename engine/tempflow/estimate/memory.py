@@ -196,9 +196,8 @@ def _refresh(config: Config, weights: Weights, dtype: torch.dtype, shared: bool)
     if not r.replica:
         return 0
     if shared:
-        converted = (
-            r.suffix is not None and r.suffix.weights == "float8"
-        )  # from weights that are merged one by one
+        # from weights that are merged one by one
+        converted = r.suffix is not None and r.suffix.weights == "float8"
         bucket = 4 * min(r.refresh_bucket, weights.trained) if averaged else 0
         return max(bucket, (4 + dtype.itemsize) * weights.largest_adapted if converted else 0)
     stage = config.deepspeed.get("zero_optimization", {}).get("stage", 0)
@@ -215,9 +214,8 @@ def _held(config: Config, model: Model, gpus: int) -> int:
         unit_states(config),
         math.prod(model.latent),
     )
-    widened = len(children) * max(
-        children, default=0
-    )  # a micro-batch has as many children for every state
+    # a micro-batch has as many children for every state
+    widened = len(children) * max(children, default=0)
     stored = units * (2 * len(children) + sum(children) + widened) * 4
     penalty, repeated = config.penalty(), t.updates.passes * t.updates.parts > 1
     keeps_velocity = repeated and (
@@ -229,9 +227,8 @@ def _held(config: Config, model: Model, gpus: int) -> int:
         * model.trained_in.itemsize
         * (config.needs_reference() + keeps_velocity)
     )
-    waiting = sum(
-        row.value for row in config.plan().rows(ONE, 0)
-    )  # rows that stand at a path's states until the paths have gone on
+    # rows that stand at a path's states until the paths have gone on
+    waiting = sum(row.value for row in config.plan().rows(ONE, 0))
     under_way = (units * (1 + waiting) + r.rows) * 4
     embeddings = sum(model.embedding) * min(config.data.prompts_per_iteration, units)
     return (stored + velocities + under_way) * elements + embeddings
@@ -245,9 +242,8 @@ def _sent(config: Config, gpus: int) -> int:
         [spec for spec in parse_rewards(config.rewards) if not spec.watched],
     )
     asked = sum(spec.frames for spec in trained if spec.frames is not None)
-    asked += (
-        r.frames if any(spec.frames is None for spec in trained) else 0
-    )  # one copy for all rewards that get whole videos
+    # one copy for all rewards that get whole videos
+    asked += r.frames if any(spec.frames is None for spec in trained) else 0
     waiting = (
         busiest_units(config, gpus) * len(unit_rows(config)) * asked
         if config.reward_pool.workers

@@ -189,9 +189,8 @@ class Zero:
     def _number(self, key: str, default: float) -> int:
         value = self._zero.get(key, default)
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if (
-            not number or not 0 <= value < math.inf
-        ):  # no isfinite, which has no answer for the largest integers
+        # no isfinite, which has no answer for the largest integers
+        if not number or not 0 <= value < math.inf:
             raise UserError(
                 f"deepspeed.zero_optimization.{key}: expected a number of elements, got"
                 f" {shown(value)}"

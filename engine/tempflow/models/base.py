@@ -45,9 +45,8 @@ _DECODING = threading.Lock()
 
 def _as_bytes(decoded: torch.Tensor) -> torch.Tensor:
     """The uint8 image [H, W, 3] or video [F, H, W, 3] of [3, ..., H, W] in about [-1, 1]."""
-    pixels = (
-        torch.nan_to_num(decoded.float()) * 0.5 + 0.5
-    )  # as diffusers' processors of images and of videos
+    # as diffusers' processors of images and of videos
+    pixels = torch.nan_to_num(decoded.float()) * 0.5 + 0.5
     return pixels.clamp_(0, 1).mul_(255).round_().to(torch.uint8).movedim(0, -1)
 
 

@@ -99,9 +99,8 @@ def check_components(
             elif component.name.startswith("tokenizer") and weights:
                 check_tokenizer(component)
             elif component.name == "processor" and weights:
-                component.load(
-                    torch.float32
-                )  # small files; what is wrong with them is seen only so
+                # small files; what is wrong with them is seen only so
+                component.load(torch.float32)
         except OSError as error:  # a folder that may not be listed, a disk that fails
             raise component.error(f"cannot be read: {error.strerror or error}") from None
 
@@ -140,9 +139,8 @@ def check_scales(component: Component, config: dict) -> None:
     the first image is decoded."""
     lists = config.get("z_dim") is not None  # Qwen-Image's: a mean and a deviation by channel
     keys = ("latents_mean", "latents_std") if lists else ("shift_factor", "scaling_factor")
-    for key in (
-        key for key in keys if key in config
-    ):  # FLUX.2's VAE has the statistics of a batch norm instead
+    # FLUX.2's VAE has the statistics of a batch norm instead
+    for key in (key for key in keys if key in config):
         value, count = config.get(key), config["z_dim"] if lists else 1
         numbers = value if lists else [value]
         real = isinstance(numbers, (list, tuple)) and all(
@@ -313,10 +311,8 @@ def check_scheduler(component: Component, known: tuple[str, ...]) -> None:
 
 def _grid(scheduler) -> torch.Tensor:
     """A short grid, made as the pipelines make theirs."""
-    steps, mu = (
-        4,
-        resolution_shift(scheduler, 1024, 1.15),
-    )  # computed for every model, and used where shifting is dynamic
+    # computed for every model, and used where shifting is dynamic
+    steps, mu = (4, resolution_shift(scheduler, 1024, 1.15))
     mu = mu if scheduler.config.get("use_dynamic_shifting") else None  # type: ignore[assignment]  # None is what the scheduler takes without shifting
     with np.errstate(all="ignore"):
         scheduler.set_timesteps(steps, sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
@@ -336,9 +332,8 @@ def check_tokenizer(component: Component) -> None:
             or f"cannot be loaded as a {component.kind}: {brief(error)}"
         ) from None
     known = set(tokens) - {tokenizer.unk_token_id, *tokenizer.all_special_ids}
-    if 2 * sum(token in known for token in tokens) <= len(
-        tokens
-    ):  # an empty T5 still knows the space between words
+    # an empty T5 still knows the space between words
+    if 2 * sum(token in known for token in tokens) <= len(tokens):
         raise component.error(
             _problem_with_tokenizer(component) or "has an empty vocabulary; download it again"
         )

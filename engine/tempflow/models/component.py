@@ -23,10 +23,8 @@ from torch.overrides import TorchFunctionMode
 from tempflow.errors import UserError, brief, note, shown
 from tempflow.models.processors import load_part
 
-STEMS = {
-    "diffusers": "diffusion_pytorch_model",
-    "transformers": "model",
-}  # of tensor files, by library
+# of tensor files, by library
+STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 INDEX = ".safetensors.index"
 MOST_LAYERS = (
     1000  # the modules of a damaged number would fill the memory before anything is compared
@@ -35,9 +33,8 @@ PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 # Processors of text and images that need torchvision, and what reads the text alone from the same
 # files, chat template included.
 STAND_INS = {"PixtralProcessor": "AutoTokenizer"}
-Shapes = dict[
-    str, tuple[str, tuple[int, ...]]
-]  # tensor name -> (dtype as safetensors writes it, shape)
+# tensor name -> (dtype as safetensors writes it, shape)
+Shapes = dict[str, tuple[str, tuple[int, ...]]]
 
 
 def is_component(value) -> bool:
@@ -328,11 +325,8 @@ class Unfilled(TorchFunctionMode):
     filled."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in (
-            torch.nn.init.kaiming_uniform_,
-            torch.nn.init.uniform_,
-            torch.nn.init.normal_,
-        ):  # they give all arguments by name
+        # they give all arguments by name
+        if func in (torch.nn.init.kaiming_uniform_, torch.nn.init.uniform_, torch.nn.init.normal_):
             return kwargs["tensor"]
         return func(*args, **(kwargs or {}))
 

@@ -43,10 +43,8 @@ from tempflow.training import distributed
 from tempflow.transfer import send
 from tempflow.types import Example
 
-KEPT, KEPT_OF_STORE = (
-    4096,
-    256,
-)  # embeddings; reading one again takes milliseconds, encoding it again a good part of a second
+# embeddings; reading one again takes milliseconds, encoding it again a good part of a second
+KEPT, KEPT_OF_STORE = (4096, 256)
 FORMAT = 1  # of the files; another number finds none of the old ones
 Identity = tuple[str, ...]
 
@@ -235,9 +233,8 @@ def _checksum(tensors: Conditioning) -> int:
 def store_of(config: Config, device: torch.device | str) -> EmbeddingStore:
     """The folder data.embedding_cache, for what the config embeds with (a collective)."""
     m, family = config.model, family_of(config.model.path)
-    encoders = (
-        encoder_identity(m.path) if distributed.rank() == 0 else None
-    )  # reads all their weights
+    # reads all their weights
+    encoders = encoder_identity(m.path) if distributed.rank() == 0 else None
     return EmbeddingStore(
         config.data.embedding_cache,  # type: ignore[arg-type]  # called where a cache is configured
         {

@@ -47,9 +47,8 @@ class FluxControlPolicy(FluxPolicy):
         with encoding_whole(vae):
             latents = vae.encode(pixels.to(self.device, vae.dtype)).latent_dist.mode()
         latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
-        patches = latents.unflatten(3, (columns, 2)).unflatten(
-            2, (rows, 2)
-        )  # [1, channels, rows, 2, columns, 2]
+        # [1, channels, rows, 2, columns, 2]
+        patches = latents.unflatten(3, (columns, 2)).unflatten(2, (rows, 2))
         return patches.permute(0, 2, 4, 1, 3, 5).reshape(1, rows * columns, -1)
 
     def empty_embeddings(self, count: int) -> Conditioning:

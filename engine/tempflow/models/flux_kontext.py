@@ -65,9 +65,8 @@ class FluxKontextPolicy(FluxPolicy):
                 f"a condition image of {image.width} x {image.height} pixels: each side needs"
                 f" {multiple} at least"
             )
-        height, width = pipe.image_processor.get_default_height_width(
-            image
-        )  # rounded down, which decides between shapes
+        # rounded down, which decides between shapes
+        height, width = pipe.image_processor.get_default_height_width(image)
         width, height = (side // multiple * multiple for side in preferred_size(width, height))
         pixels = pipe.image_processor.preprocess(
             pipe.image_processor.resize(image, height, width), height, width

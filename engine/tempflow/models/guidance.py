@@ -24,9 +24,8 @@ from tempflow.types import Example, Size
 NEGATIVE = "negative_"
 
 
-Joined = dict[
-    str, torch.Tensor | list[torch.Tensor]
-]  # a conditioning of rows of two shapes, where a family's `_forward` takes it
+# a conditioning of rows of two shapes, where a family's `_forward` takes it
+Joined = dict[str, torch.Tensor | list[torch.Tensor]]
 
 
 def with_negatives(positive: Conditioning, negative: Conditioning) -> Conditioning:

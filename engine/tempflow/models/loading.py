@@ -64,9 +64,8 @@ def check_model(path: str | Path) -> str:
         raise UserError(f"model.path: {path} is a {name!s:.80}; known are {', '.join(FAMILIES)}")
     if folder.is_dir():
         needed = [part for part, value in index.items() if is_component(value) and value[0]]
-        missing = [
-            part for part in needed if not os.path.isdir(folder / part)
-        ]  # False as well where it may not be seen
+        # False as well where it may not be seen
+        missing = [part for part in needed if not os.path.isdir(folder / part)]
         if missing:
             raise UserError(
                 f"model.path: {folder} lacks the component{'s' * (len(missing) > 1)}"
@@ -240,9 +239,8 @@ def _put_together(pipeline: type, components: dict, index: dict):
         for name, taken in inspect.signature(pipeline).parameters.items()
         if taken.default is inspect.Parameter.empty
     ]
-    absent = [
-        name for name in needed if name not in components and name not in options
-    ]  # SD3's T5 need not be there
+    # SD3's T5 need not be there
+    absent = [name for name in needed if name not in components and name not in options]
     return pipeline(**components, **options, **dict.fromkeys(absent))
 
 

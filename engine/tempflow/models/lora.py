@@ -30,10 +30,8 @@ from tempflow.models.component import is_finite, problem_with_file
 KEY = "model.lora.start"
 FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 PREFIXES = ("transformer.", "base_model.model.")
-EXPERTS = (
-    "transformer",
-    "transformer_2",
-)  # folders, and the first part of names in a joined denoiser
+# folders, and the first part of names in a joined denoiser
+EXPERTS = ("transformer", "transformer_2")
 # Settings that leave peft's layer at base + alpha / rank x B A, whatever their value; every other
 # must have its default.
 HARMLESS = frozenset(
@@ -72,9 +70,8 @@ STARTS = (True, False, "gaussian", "orthogonal", "eva")
 
 LORA_DOWN, LORA_UP = ".lora_A.default.weight", ".lora_B.default.weight"  # of a layer under training
 
-Adapters = dict[
-    str, torch.Tensor
-]  # "LAYER.lora_A.weight" [rank, in] and "LAYER.lora_B.weight" [out, rank]
+# "LAYER.lora_A.weight" [rank, in] and "LAYER.lora_B.weight" [out, rank]
+Adapters = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -155,9 +152,8 @@ def _load_file(path: Path) -> Saved:
         with safe_open(file, framework="pt") as opened:
             settings = _table((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
             weights = {name: opened.get_tensor(name) for name in opened.keys()}
-        if os.path.lexists(
-            beside := file.with_name("adapter_config.json")
-        ):  # a link to nothing is no lack of settings
+        # a link to nothing is no lack of settings
+        if os.path.lexists(beside := file.with_name("adapter_config.json")):
             settings |= _table(beside.read_text(encoding="utf-8"))
         settings = {
             name.removeprefix("transformer."): value
@@ -215,9 +211,8 @@ def merged(base: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scale: floa
     """base + scale x up down, fp32 [out, in], on the base's device; down: [rank, in], up: [out,
     rank]."""
     down, up = (part.to(base.device, torch.float32) for part in (down, up))
-    return (
-        (up @ down).mul_(scale).add_(base)
-    )  # in place: a weight of the largest models takes 150 MB in fp32
+    # in place: a weight of the largest models takes 150 MB in fp32
+    return (up @ down).mul_(scale).add_(base)
 
 
 def _find(path: Path) -> Path:

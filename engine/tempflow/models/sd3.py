@@ -65,9 +65,8 @@ class SD3Policy(GuidedPolicy):
     def empty_embeddings(self, count: int) -> Conditioning:
         config = self.pipe.transformer.config
         like: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
-        tokens = (
-            self.pipe.text_encoder.config.max_position_embeddings + self.max_sequence_length
-        )  # CLIP's stand before T5's
+        # CLIP's stand before T5's
+        tokens = self.pipe.text_encoder.config.max_position_embeddings + self.max_sequence_length
         return {
             "encoder_hidden_states": torch.empty(count, tokens, config.joint_attention_dim, **like),
             "pooled_projections": torch.empty(count, config.pooled_projection_dim, **like),

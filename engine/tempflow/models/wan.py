@@ -137,9 +137,8 @@ class WanPolicy(GuidedPolicy):
     # ------------------------------------------------------------------------------------- sampling
     @staticmethod
     def size_multiple(vae_config) -> int:
-        return PATCH * vae_config.get(
-            "scale_factor_spatial", 8
-        )  # configs of Wan 2.1 may lack both factors
+        # configs of Wan 2.1 may lack both factors
+        return PATCH * vae_config.get("scale_factor_spatial", 8)
 
     @staticmethod
     def frame_step(vae_config) -> int:

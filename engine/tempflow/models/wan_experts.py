@@ -65,9 +65,10 @@ class Experts(ModelMixin, PeftAdapterMixin):
         return (_joined(pieces),)
 
     def _runs_both(self) -> bool:
+        # DeepSpeed's, of weights in slices
         return (
             self.training and torch.is_grad_enabled() or hasattr(next(self.parameters()), "ds_id")
-        )  # DeepSpeed's, of weights in slices
+        )
 
     @staticmethod
     def _nothing_of(expert: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -86,9 +87,8 @@ class Experts(ModelMixin, PeftAdapterMixin):
 def _read(low: torch.Tensor | bool, rows: int) -> list[bool]:
     if isinstance(low, bool):
         return [low] * rows
-    return (
-        [False] * rows if low.is_meta else low.tolist()
-    )  # on the meta device either will do: both cost alike
+    # on the meta device either will do: both cost alike
+    return [False] * rows if low.is_meta else low.tolist()
 
 
 def _joined(tensors: list[torch.Tensor]) -> torch.Tensor:

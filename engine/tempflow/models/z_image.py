@@ -125,9 +125,8 @@ class ZImagePolicy(GuidedPolicy):
         return scheduler.sigmas.float().cpu()
 
     def _join(self, negative, positive):
-        return {
-            name: [*negative[name], *tensor] for name, tensor in positive.items()
-        }  # the transformer masks what is shorter
+        # the transformer masks what is shorter
+        return {name: [*negative[name], *tensor] for name, tensor in positive.items()}
 
     def _forward(self, denoiser, x, sigma, conditioning, size):
         captions = list(zip(conditioning["caption"], conditioning["filled"], strict=True))

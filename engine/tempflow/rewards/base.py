@@ -100,9 +100,8 @@ def as_scores(result, n: int) -> Scores:
         values = np.asarray(result)
     except ValueError:  # ragged lists
         values = np.empty(0, dtype=object)
-    masked = (
-        np.ma.getmaskarray(result) if isinstance(result, np.ma.MaskedArray) else None
-    )  # asarray gives what lies under the mask
+    # asarray gives what lies under the mask
+    masked = np.ma.getmaskarray(result) if isinstance(result, np.ma.MaskedArray) else None
     if values.dtype.kind not in "fiub":
         raise BadScores(f"the reward returned {shown(result)}, not {n} numbers")
     with np.errstate(over="ignore"):  # too large for float32 becomes infinite

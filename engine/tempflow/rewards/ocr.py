@@ -187,9 +187,8 @@ class SceneReader:
             params={
                 "Global.log_level": "error",
                 "Global.use_cls": False,
-                "Global.text_score": (
-                    0.0
-                ),  # hesitant readings count too: they are where there is something to learn
+                # hesitant readings count too: they are where there is something to learn
+                "Global.text_score": (0.0),
                 "EngineConfig.onnxruntime.intra_op_num_threads": threads,
                 "EngineConfig.onnxruntime.inter_op_num_threads": 1,
             }

@@ -84,9 +84,8 @@ def _readings(text: str, marks: list[int]) -> set[Spans]:
     """The quoted texts, by every way to give each mark a part."""
     if len(marks) > MOST_MARKS:
         raise Unreadable(f"has {len(marks)} quotation marks, more than {MOST_MARKS}")
-    states: set[tuple[int | None, Spans]] = {
-        (None, ())
-    }  # the mark that is open, the texts that are closed
+    # the mark that is open, the texts that are closed
+    states: set[tuple[int | None, Spans]] = {(None, ())}
     for i in marks:
         states = {state for opened, spans in states for state in _steps(text, i, opened, spans)}
         if len(states) > MOST_READINGS:

@@ -113,9 +113,8 @@ def held(config: Config, resume: bool) -> Iterator[Path]:
     """
     check_place(config)
     run_dir = path_of(config)
-    if (
-        resume or not (run_dir / LOCK).exists()
-    ):  # a folder that may be none of ours is not written into
+    # a folder that may be none of ours is not written into
+    if resume or not (run_dir / LOCK).exists():
         _check_begun(run_dir, resume)
     with ExitStack() as stack:
         with _refusals(run_dir):

@@ -169,9 +169,8 @@ def _of_file(file: Path) -> np.ndarray:
     frames = frames_of_file(file)
     if file.suffix == ".png":
         return np.asarray(frames[0])
-    places = (
-        np.linspace(0, len(frames) - 1, FRAMES).round().astype(int)
-    )  # of fewer frames some twice
+    # of fewer frames some twice
+    places = np.linspace(0, len(frames) - 1, FRAMES).round().astype(int)
     return np.stack([np.asarray(frames[place]) for place in places])
 
 

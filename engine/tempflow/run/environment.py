@@ -19,18 +19,11 @@ from pathlib import Path
 import tempflow
 from tempflow.errors import UserError
 
-LAUNCH = (
-    "RANK",
-    "LOCAL_RANK",
-    "WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-)  # what a launcher says in the environment
+# what a launcher says in the environment
+LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PROC = Path("/proc/driver/nvidia")
-OLDEST_DRIVER = {
-    "12": "525",
-    "13": "580",
-}  # by the major version of CUDA, as NVIDIA's release notes give it
+# by the major version of CUDA, as NVIDIA's release notes give it
+OLDEST_DRIVER = {"12": "525", "13": "580"}
 INSTEAD = "DS_ACCELERATOR=cpu before the command runs it on the CPU all the same"
 
 

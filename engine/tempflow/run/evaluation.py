@@ -28,9 +28,8 @@ from tempflow.types import Example
 from tempflow_kernels import normal
 
 EVAL_SEED = 0
-EVAL_ITERATION = (
-    -1
-)  # no training iteration has this number, so evaluation noise is never trained on
+# no training iteration has this number, so evaluation noise is never trained on
+EVAL_ITERATION = -1
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,8 @@ from pathlib import Path
 from tempflow.errors import UserError, shown
 
 METRICS_FILE = "metrics.jsonl"
-NO_FOLDER_FSYNC = (
-    errno.EINVAL,
-    errno.ENOTSUP,
-    errno.EBADF,
-)  # what file systems say that cannot flush a folder
+# what file systems say that cannot flush a folder
+NO_FOLDER_FSYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 
 
 class AppendFile:

@@ -17,10 +17,8 @@ from tempflow.errors import VALUE, UserError, shortened
 
 # in config.json: folders of the commands that started or resumed the run, where its modules lie
 STARTED_IN = "$started_in"
-_MADE = (
-    "data.embedding_cache",
-    "logging.dir",
-)  # made by the run where they do not exist; of the others some are hub ids
+# made by the run where they do not exist; of the others some are hub ids
+_MADE = ("data.embedding_cache", "logging.dir")
 _PATHS = (
     "model.path",
     "model.lora.start",

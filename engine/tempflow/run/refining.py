@@ -24,9 +24,8 @@ from tempflow.sampling.scheduler import integrate
 from tempflow.sampling.steps import Grid
 from tempflow.types import Example, Row, Unit
 
-FIRST_ROUND = (
-    evaluation.EVAL_ITERATION - 1
-)  # the noise of round r is that of iteration FIRST_ROUND - r, which no training has
+# the noise of round r is that of iteration FIRST_ROUND - r, which no training has
+FIRST_ROUND = evaluation.EVAL_ITERATION - 1
 
 Judge = Callable[[list[int], torch.Tensor], Callable[[], tuple[np.ndarray, np.ndarray]]]
 """From places of prompts [n] and final latents [n, ...] to a call that waits for images [n, ...]

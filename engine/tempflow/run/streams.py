@@ -9,12 +9,8 @@ import sys
 
 from tempflow.errors import UserError
 
-GONE = (
-    errno.EPIPE,
-    errno.EIO,
-    errno.EBADF,
-    errno.ENXIO,
-)  # what was at the other end will not come back
+# what was at the other end will not come back
+GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO)
 
 
 class Steady:
@@ -51,9 +47,8 @@ class Steady:
         return getattr(self._stream, name)
 
     def _lose(self, error: Exception) -> None:
-        if (
-            getattr(error, "errno", None) in GONE
-        ):  # whatever is still in a buffer goes nowhere, also when Python ends
+        # whatever is still in a buffer goes nowhere, also when Python ends
+        if getattr(error, "errno", None) in GONE:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)

@@ -45,9 +45,8 @@ def obstacle(transformer: torch.nn.Module) -> str | None:
     """Why a transformer can have no float8 copy here; None where it can. A CPU can, slowly: to see
     what it does to rewards."""
     layers = float8_layers(transformer)
-    weight = next(
-        (layer.weight for layer in layers.values()), next(transformer.parameters())
-    )  # some others stay in fp32 (Wan)
+    # some others stay in fp32 (Wan)
+    weight = next((layer.weight for layer in layers.values()), next(transformer.parameters()))
     if not hasattr(F, "scaled_mm"):
         return f"it needs torch 2.10 or later, this is {torch.__version__}"
     if weight.device.type == "cuda":

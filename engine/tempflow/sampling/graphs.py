@@ -30,11 +30,8 @@ Function = Callable[..., tuple]
 
 
 TURNS = 2  # captures of a shape: more, and capturing takes longer than replays save
-TOLERANCE = {
-    torch.float32: 1e-5,
-    torch.bfloat16: 2e-2,
-    torch.float16: 2e-2,
-}  # relative, of a replay against an eager run
+# relative, of a replay against an eager run
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 
 
 class CannotCapture(Exception):
@@ -220,9 +217,8 @@ class GraphCache:
             captured.inputs[name].copy_(tensor)
         captured.replay()
         self.replays += 1
-        return tuple(
-            tensor.clone() for tensor in captured.outputs
-        )  # the next replay writes over them
+        # the next replay writes over them
+        return tuple(tensor.clone() for tensor in captured.outputs)
 
     def _refuse(self, key: tuple, function: Function, inputs: Inputs, reason: str) -> tuple:
         if not self._refused:

@@ -133,9 +133,8 @@ class _Integration:
         self.free = [k + 1 for k in last_decisions(self.rows)]
         self.paths = {free: suffix_path(free, self.last, suffix) for free in set(self.free)}
         self.shape = [denoise.shape(row.unit) for row in self.rows]
-        self.expert = [
-            denoise.sampler.policy.expert(sigma) for sigma in grid.sigmas.tolist()
-        ]  # by step
+        # by step
+        self.expert = [denoise.sampler.policy.expert(sigma) for sigma in grid.sigmas.tolist()]
         self.ahead: Counter[Shape] = Counter()  # forwards of the rows of each shape
         for i, shape in enumerate(self.shape):
             self.ahead[shape] += self._forwards_of(i)
@@ -186,9 +185,8 @@ class _Integration:
         waiting = [
             i for i in waiting if self.expert[self.step[i]] == self.expert[self.step[waiting[0]]]
         ]
-        if (
-            self.denoise.coarse_transformer is not None
-        ):  # coarse and exact steps share no forward then
+        # coarse and exact steps share no forward then
+        if self.denoise.coarse_transformer is not None:
             coarse = self._is_coarse(waiting[0], self.step[waiting[0]])
             waiting = [i for i in waiting if self._is_coarse(i, self.step[i]) is coarse]
         return waiting[: self.micro_batch]

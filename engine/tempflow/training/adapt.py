@@ -69,10 +69,8 @@ class NoiseLevels:
         settings: how far a level moves in an iteration, and what counts as balanced.
     """
 
-    LEAST, MOST = (
-        0.25,
-        2.0,
-    )  # beyond twice the noise, flow's step at pure noise would leave nothing of its latent
+    # beyond twice the noise, flow's step at pure noise would leave nothing of its latent
+    LEAST, MOST = (0.25, 2.0)
 
     def __init__(self, settings: AdaptNoise):
         self.settings = settings

@@ -108,9 +108,8 @@ def make_batches(
     return batches
 
 
-_Places = tuple[
-    list[int], int
-]  # the places of a micro-batch's states, and its size, which may be larger
+# the places of a micro-batch's states, and its size, which may be larger
+_Places = tuple[list[int], int]
 
 
 def _even(chosen: int, micro_batch: int) -> list[_Places]:

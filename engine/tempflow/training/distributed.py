@@ -48,12 +48,10 @@ def init_distributed() -> None:
     # current one: GPU 0 until told otherwise.
     device()
     try:
-        socket.getaddrinfo(
-            os.environ["MASTER_ADDR"], None
-        )  # torch would go on trying a name that nobody knows
-        with (
-            ended_by_signals()
-        ):  # for minutes, while other ranks are missing; nothing is written yet
+        # torch would go on trying a name that nobody knows
+        socket.getaddrinfo(os.environ["MASTER_ADDR"], None)
+        # for minutes, while other ranks are missing; nothing is written yet
+        with ended_by_signals():
             deepspeed.init_distributed(verbose=False)
     except (RuntimeError, ValueError, OSError) as error:  # of torch's store, or of a backend
         raise RankError(_cannot_join(error)) from None

@@ -156,9 +156,8 @@ class Runtime:
         for group, lr in zip(self.engine.optimizer.param_groups, self._base_lrs, strict=True):
             group["lr"] = lr * lr_factor
         norm = self._plain_grad_norm()
-        if norm is not None and not math.isfinite(
-            norm
-        ):  # with ZeRO or half precision DeepSpeed sees to it itself
+        # with ZeRO or half precision DeepSpeed sees to it itself
+        if norm is not None and not math.isfinite(norm):
             self.engine.zero_grad()
             return None
         self.engine.step()

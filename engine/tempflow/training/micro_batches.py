@@ -44,9 +44,8 @@ def choose(session: Session, embedded: list[int], saved: dict | None) -> None:
 def _measured(
     session: Session, section, embedded: list[int], measure: Callable[[Session, list[int]], None]
 ) -> int:
-    if (
-        not session.config.rollout.replica
-    ):  # a forward of the engine is a collective, and its backward leaves gradients
+    # a forward of the engine is a collective, and its backward leaves gradients
+    if not session.config.rollout.replica:
         return section.rows if hasattr(section, "rows") else section.states
     prompts = [embedded[i % len(embedded)] for i in range(MOST)]
     return fastest(

@@ -15,7 +15,6 @@ import sys
 from dataclasses import dataclass
 from typing import cast
 
-import numpy as np
 import torch
 
 from tempflow.compat import kept_in_float32
@@ -131,9 +130,9 @@ def small_policy(config: Config, device: torch.device):
     set_attention_backend(policy.denoiser(), config.model.attention_backend)
     compile_blocks(policy.denoiser(), config.rollout.compile)
     policy.embed = _embeddings(config, policy)  # type: ignore[method-assign]  # a stand-in for this object alone
-    policy.decode = lambda latents, size: (  # type: ignore[method-assign]  # a stand-in for this object alone
-        plain(len(latents), size, 0),
-        np.ones(len(latents), bool),
+    policy.pixels = lambda latents, size: (  # type: ignore[method-assign]  # a stand-in for this object alone
+        torch.from_numpy(plain(len(latents), size, 0)),
+        torch.ones(len(latents), dtype=torch.bool),
     )
     return policy
 

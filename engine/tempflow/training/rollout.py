@@ -335,9 +335,10 @@ def gather_rewards(session: Session, rolled: RolledOut) -> Scored:
     columns += [np.concatenate([c.parts[spec.name] for c in combined]) for spec in session.trained]
     mine = np.zeros((len(columns), len(rolled.layout)))  # the sum, then each reward
     mine[:, [rolled.forest.numbers[n] for n in rolled.images.rows]] = columns
+    # as rewards come
     trunks = mine[0, np.intersect1d(rolled.forest.numbers, rolled.layout.without_slot)].astype(
         np.float32
-    )  # as rewards come
+    )
     totals = [
         len(rolled.forest.rows),
         np.isnan(columns[0]).sum(),

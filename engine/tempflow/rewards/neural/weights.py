@@ -18,10 +18,8 @@ from tempflow.errors import UserError
 T = TypeVar("T")
 
 _TEXTS = ["*.json", "*.txt"]
-_UNUSED = [
-    "*/*",
-    "open_clip*",
-]  # sub-folders hold other formats, open_clip* a second copy of the weights
+# sub-folders hold other formats, open_clip* a second copy of the weights
+_UNUSED = ["*/*", "open_clip*"]
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 

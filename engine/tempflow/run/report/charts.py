@@ -20,10 +20,8 @@ SPREAD = re.compile(r"reward_std/step_(\d+)$")
 COST = [("forwards/rollout", "rollout"), ("forwards/train", "training")]
 CLOCKS = {"time/total", "time/elapsed"}
 WORKERS = {"time/reward_busy"}  # spent in other processes while the rollout goes on
-BESIDE_TOTAL = {
-    "eval",
-    "checkpoint",
-}  # phases that time/total, the training of an iteration, leaves out
+# phases that time/total, the training of an iteration, leaves out
+BESIDE_TOTAL = {"eval", "checkpoint"}
 
 
 def frames(run: Run) -> dict:
