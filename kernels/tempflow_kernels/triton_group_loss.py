@@ -16,11 +16,9 @@ import triton.language as tl
 
 from .triton_common import PARTS, arrives_last, log_density, round_to, sum_parts
 
-# Elements per program. Not measured on a GPU yet: 8 elements per thread are one or two 16-byte
-# loads per stream, and one FLUX latent of 1024 px makes 256 programs, where twice the elements
-# would leave some of an H100's 132 multiprocessors without any. The same for any number of rows: a
-# sum's order follows from it, and a row's result must not depend on the batch.
-BLOCK = 1024
+# Elements per program. Not measured on a GPU yet: 16 elements per thread are two to four 16-byte
+# loads per stream.
+BLOCK = 2048
 NUM_WARPS = 4
 # Columns of the scratch that collects rows: loss, 1 if the row counts, kl, clip fraction,
 # approximate kl.
