@@ -57,9 +57,6 @@ class Family:
     schedulers: dict[str, dict]
     """Options of `build` by kind; the first kind is the one of all tests that do not compare
     kinds."""
-    waits: tuple[float, int, int]
-    """Host waits on the simulated GPU, which may only fall: around each forward of a rollout;
-    copies and reads of a training step."""
     guidance: str = "guidance_scale"
     """What the pipeline calls the engine's guidance_scale."""
     scale: float = 3.0
@@ -261,7 +258,6 @@ FAMILIES = {
         "FluxPipeline",
         "flux_lora",
         {"dynamic": {"guidance_embeds": True, **DYNAMIC}, "plain": {}, "shifted": {"shift": 3.0}},
-        (10.2, 4, 8),
         models="FLUX.1 [dev], [schnell]",
     ),
     "flux_control": Family(
@@ -269,7 +265,6 @@ FAMILIES = {
         "FluxControlPipeline",
         "flux_control_lora",
         {"dynamic": {"guidance_embeds": True, **DYNAMIC}},
-        (10.9, 6, 8),
         images=control_images,
         given=lambda images: {"control_image": [one for (one,) in images]},
         during=of_the_mode,
@@ -280,7 +275,6 @@ FAMILIES = {
         "FluxKontextPipeline",
         "kontext_lora",
         {"dynamic": DYNAMIC},
-        (10.9, 6, 8),
         images=lambda size: [[drawn(90, 160, 0)], [drawn(150, 64, 1)]],
         alone=True,
         models="FLUX.1 Kontext",
@@ -290,7 +284,6 @@ FAMILIES = {
         "StableDiffusion3Pipeline",
         "sd35_lora",
         {"shifted": {"shift": 3.0}, "dynamic": DYNAMIC},
-        (15, 8, 8),
         negative="",
         text_length=256,
         models="Stable Diffusion 3, 3.5",
@@ -309,7 +302,6 @@ FAMILIES = {
             },
             "plain": {},
         },
-        (12.3, 8, 8),
         guidance="true_cfg_scale",
         negative=" ",
         combine=rescaled,
@@ -328,7 +320,6 @@ FAMILIES = {
                 "shift_terminal": 0.02,
             }
         },
-        (11.3, 4, 8),
         guidance="true_cfg_scale",
         negative=" ",
         alone=True,
@@ -341,7 +332,6 @@ FAMILIES = {
         "ZImagePipeline",
         "z_image_lora",
         {"shifted": {"shift": 3.0}, "dynamic": DYNAMIC},
-        (13.8, 11, 8),
         negative="",
         combine=lambda positive, negative, scale: positive + scale * (positive - negative),
         models="Z-Image, Z-Image-Turbo",
@@ -351,7 +341,6 @@ FAMILIES = {
         "WanPipeline",
         "wan21_1b_lora",
         {"unipc": {"by_unipc": FIRST_ORDER}, "shifted": {"shift": 3.0}},
-        (12.2, 4, 8),
         negative="",
         frames=5,
         models="Wan 2.1, 2.2 (text to video)",
@@ -361,13 +350,6 @@ FAMILIES = {
         "Flux2KleinPipeline",
         "flux2_klein_lora",
         {"dynamic": DYNAMIC},
-        (
-            11.5,
-            4,
-            8,
-            # its config's larger micro-batches: fewer forwards, so branching's copies weigh more in
-            # each
-        ),
         negative="",
         negatives=negative_embeddings,
         models="FLUX.2 [klein] base",
@@ -378,7 +360,6 @@ FAMILIES["qwen_image_edit"] = replace(
     build=partial(edit_pipeline, plus=True),
     pipeline="QwenImageEditPlusPipeline",
     config="qwen_image_edit_lora",
-    waits=(16.5, 16, 8),
     schedulers={"dynamic": FAMILIES["qwen_image"].schedulers["dynamic"]},
     images=lambda size: [[drawn(90, 160, 0)], [drawn(150, 64, 1), drawn(90, 160, 0)]],
     given=lambda images: {"image": images[0]},
@@ -402,7 +383,6 @@ SIBLINGS = {
         "Flux2Pipeline",
         "",
         {"dynamic": DYNAMIC},
-        (0, 0, 0),
         models="FLUX.2 [dev]",
     ),
     "flux2_distilled": replace(
