@@ -42,6 +42,33 @@ def launched(monkeypatch):
     return set_up
 
 
+@pytest.mark.parametrize("taken", [1, 50])
+def test_a_port_that_somebody_takes_first_is_not_the_end_of_a_run_alone(
+    launched, monkeypatch, taken
+):
+    """Between a free port's being found and its use others may take it."""
+    launched()  # so that what is set below is taken back
+    launched(**dict.fromkeys(VARIABLES))
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        tried = []
+
+        def join(**_):
+            tried.append(os.environ["MASTER_PORT"])
+            if len(tried) <= taken:
+                dist.TCPStore("127.0.0.1", other.getsockname()[1], 1, is_master=True)
+
+        monkeypatch.setattr(deepspeed, "init_distributed", join)
+        if taken == 1:
+            distributed.init_distributed()
+            assert len(set(tried)) == 2
+        else:
+            with pytest.raises(RankError, match="of 127.0.0.1 is taken"):
+                distributed.init_distributed()
+            assert len(tried) == distributed.PORTS
+
+
 def test_a_port_that_is_taken(launched, monkeypatch):
     """With the error that torch's own store raises."""
     with socket.socket() as other:

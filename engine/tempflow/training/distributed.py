@@ -17,6 +17,7 @@ from tempflow.run.environment import LAUNCH
 from tempflow.training.device import device
 from tempflow.training.signals import ended_by_signals
 
+PORTS = 8  # tried by a process that is alone: each may be taken before it is used
 T = TypeVar("T")
 
 
@@ -26,18 +27,9 @@ def init_distributed() -> None:
     import deepspeed
 
     leave_all_reduce_to_gloo()
-    if "RANK" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        alone = {
-            "RANK": "0",
-            "LOCAL_RANK": "0",
-            "WORLD_SIZE": "1",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-        }
-        os.environ.update(alone)
+    alone = "RANK" not in os.environ
+    if alone:
+        os.environ.update(_place_of_one())
     missing = [name for name in LAUNCH if name not in os.environ]
     if missing:
         raise UserError(
@@ -47,19 +39,37 @@ def init_distributed() -> None:
     # NCCL's group is bound to this rank's GPU, but its collectives of objects go through the
     # current one: GPU 0 until told otherwise.
     device()
-    try:
-        # torch would go on trying a name that nobody knows
-        socket.getaddrinfo(os.environ["MASTER_ADDR"], None)
-        # for minutes, while other ranks are missing; nothing is written yet
-        with ended_by_signals():
-            deepspeed.init_distributed(verbose=False)
-    except (RuntimeError, ValueError, OSError) as error:  # of torch's store, or of a backend
-        raise RankError(_cannot_join(error)) from None
+    for again in reversed(range(PORTS if alone else 1)):
+        try:
+            # torch would go on trying a name that nobody knows
+            socket.getaddrinfo(os.environ["MASTER_ADDR"], None)
+            # for minutes, while other ranks are missing; nothing is written yet
+            with ended_by_signals():
+                deepspeed.init_distributed(verbose=False)
+            return
+        except (RuntimeError, ValueError, OSError) as error:  # of torch's store, or of a backend
+            if not (again and _port_is_taken(error)):
+                raise RankError(_cannot_join(error)) from None
+            os.environ.update(_place_of_one())
+
+
+def _place_of_one() -> dict[str, str]:
+    """What a launcher would tell a process that is alone. The port is free now, and may be taken by
+    another process before it is listened to."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    numbers = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    return {**numbers, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def _port_is_taken(error: Exception) -> bool:
+    return "EADDRINUSE" in str(error) or "address already in use" in str(error).lower()
 
 
 def _cannot_join(error: Exception) -> str:
     rank, address, port = (os.environ[name] for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
-    if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+    if _port_is_taken(error):
         return (
             f"port {port} of {address} is taken, perhaps by another run on this machine; choose"
             " another for this one: `deepspeed --master_port PORT engine/train.py ...`, which"
