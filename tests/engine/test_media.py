@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from engine_cases import examples, small_config
+from engine_rewards import contrast
 from PIL import Image
 from stub_policies import CELL, VideoPolicy
 
@@ -40,9 +41,6 @@ class LastFrame(Reward):
         assert images.ndim == 5
         return images[:, -1].mean(axis=(1, 2, 3))
 
-
-def brightness(images, prompts, metadata):
-    return images.mean(axis=(1, 2, 3))
 
 
 def videos(count, frames=5, seed=0):
@@ -143,19 +141,18 @@ def test_the_drift_between_folders_of_videos(tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_reward_of_images_is_asked_about_no_video(workers):
-    specs = parse_rewards({f"{__name__}:LastFrame": 1.0, f"{__name__}:brightness": 1.0})
+    # of a module that a worker process imports in no time, unlike this one
+    image, motion = "video_rewards:seen", "video_rewards:Motion"
+    specs = parse_rewards({motion: 1.0, image: 1.0})
     with RewardPool(specs, workers=workers) as pool:
         with pytest.raises(
-            UserError,
-            match=rf"rewards.{__name__}:brightness: scores images, and the model makes videos",
+            UserError, match=f"rewards.{image}: scores images, and the model makes videos"
         ):
             pool.submit(videos(2), ["a", "b"], [{}, {}])
-        ticket = pool.submit(videos(2), ["a", "b"], [{}, {}], rewards=[f"{__name__}:LastFrame"])
-        assert np.allclose(
-            pool.gather([ticket])[0][f"{__name__}:LastFrame"].values,
-            videos(2)[:, -1].mean(axis=(1, 2, 3)),
-        )
-        with pytest.raises(UserError, match="brightness: scores images"):
+        ticket = pool.submit(videos(2), ["a", "b"], [{}, {}], rewards=[motion])
+        change = (contrast(videos(2)[:, n], [], []) for n in (-1, 0))
+        assert np.allclose(pool.gather([ticket])[0][motion].values, next(change) - next(change))
+        with pytest.raises(UserError, match="seen: scores images"):
             probe(pool, specs, ["a"], [{}], SIZE)
 
 
