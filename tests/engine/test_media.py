@@ -42,7 +42,6 @@ class LastFrame(Reward):
         return images[:, -1].mean(axis=(1, 2, 3))
 
 
-
 def videos(count, frames=5, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (count, frames, 16, 24, 3), np.uint8)
 
