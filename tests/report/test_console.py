@@ -21,12 +21,12 @@ ROW = {
 }
 
 
-def recorded(terminal, total=10, **options):
+def recorded(terminal, total=10, width=120, **options):
     out = io.StringIO()
     rich = RichConsole(
         file=out,
         force_terminal=terminal,
-        width=120,
+        width=width,
         highlight=False,
         soft_wrap=True,
         color_system=None,
@@ -164,6 +164,68 @@ def test_no_gain_is_shown_where_no_prompt_has_one(tmp_path):
     )
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_final_evaluation_does_not_repeat_the_last_iteration(terminal):
+    console, out = recorded(terminal)
+    with console:
+        console.iteration({**ROW, "iteration": 10})
+        console.final({**ROW, **EVALUATED, "iteration": 10})
+    text = out.getvalue()
+    assert text.count("reward 0.512") == 1 and text.count("grad") <= 1
+    assert (
+        "final evaluation, iteration 10:  held-out 0.561 ± 0.012 (+0.079 ± 0.015)  125 scored, 3"
+        " failed" in text
+    )
+
+
+def test_the_bases_reward_has_no_gain():
+    """Nor does an iteration that was not evaluated turn the base's evaluation into its own."""
+    console, out = recorded(terminal=True)
+    with console:
+        console.iteration(BASE)
+        console.iteration(ROW)
+        console._display.refresh()
+    assert "held-out 0.480 ± 0.010" in out.getvalue() and "(+" not in out.getvalue()
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_live_lines_fit_the_terminal(width):
+    """Nothing is cut off, and the numbers of an evaluation stay whole where its text is wrapped."""
+    console, out = recorded(True, total=400, minutes=10, width=width, watched=["jpeg", "clip"])
+    row = {**ROW, **EVALUATED, **DRIFTED, "reward/failed": 7, "time/elapsed": 150}
+    with console:
+        console.iteration(row)
+        console._display.refresh()
+        console.note("words " * 30)
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue())
+    lines = re.split(r"[\r\n]+", text)
+    assert max(map(len, lines)) <= width and "…" not in text
+    for whole in (
+        "25% of 10 minutes",
+        "left ",
+        "held-out 0.561 ± 0.012 (+0.079 ± 0.015)",
+        "7 rewards failed",
+        "color shift 38.2 (limit 15)",
+        "jpeg -2.500 ± 0.125",
+    ):
+        assert any(whole in line for line in lines), whole
+
+
+@pytest.mark.parametrize(
+    "facts, words",
+    [
+        ({"iterations": 10}, "10"),
+        ({"iterations": 4, "minutes": 5.2}, "4 of 10, ended by training.minutes: 5"),
+        ({"iterations": 4, "minutes": 3, "stopped": "x"}, "4 of 10, stopped by x"),
+    ],
+)
+def test_the_summary_says_what_ended_the_run(tmp_path, facts, words):
+    console, out = recorded(terminal=False, minutes=5)
+    console.summary(facts, tmp_path)
+    row = next(line for line in out.getvalue().splitlines() if "iterations" in line)
+    assert row.split("│")[2].strip() == words
+
+
 def test_nested_and_failing_phases_are_taken_away():
     console, _ = recorded(terminal=True)
     with console:
@@ -188,8 +250,14 @@ def test_disabled_console_is_silent(terminal, tmp_path):
     assert out.getvalue() == ""
 
 
-def test_summary_names_gain_report_and_next_commands(tmp_path, monkeypatch):
+@pytest.mark.parametrize("clone", [False, True])
+def test_summary_names_gain_report_and_next_commands(tmp_path, monkeypatch, clone):
+    """The commands are the scripts of a clone, and elsewhere the installed ones."""
     monkeypatch.chdir(tmp_path)  # a path as short as a user's: lines do not break
+    if clone:
+        Path("engine").mkdir()
+        for name in ("sample", "export"):
+            Path(f"engine/{name}.py").touch()
     run_dir = Path("runs/tiny_ocr")
     run_dir.mkdir(parents=True)
     (run_dir / "report.html").touch()
@@ -211,8 +279,8 @@ def test_summary_names_gain_report_and_next_commands(tmp_path, monkeypatch):
         "+0.310",
         "9.4 minutes",
         "38,880",
-        "engine/sample.py --run",
-        "engine/export.py --run",
+        "  python engine/sample.py --run" if clone else "  tempflow-sample --run",
+        "  python engine/export.py --run" if clone else "  tempflow-export --run",
     ):
         assert expected in text
     assert "report.html" in text
@@ -295,7 +363,7 @@ DRIFTED = {"drift/color_shift": 38.24, "drift/color_spread": 0.71, "drift/divers
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_drift_stands_beside_the_reward(terminal, tmp_path):
-    console, out = recorded(terminal)
+    console, out = recorded(terminal, width=200)
     with console:
         console.iteration({**BASE, "drift/color_shift": 0.0, "drift/color_spread": 1.0})
         console.iteration({**ROW, **EVALUATED, **DRIFTED})

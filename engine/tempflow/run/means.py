@@ -50,6 +50,14 @@ def unpaired_gain(base: float, tuned: float, failed: int | None) -> float | None
     return None if failed else tuned - base
 
 
+def finite(value) -> float | None:
+    """A value of a record as float; None for null, text, NaN and infinity."""
+    if value is None or isinstance(value, str):
+        return None
+    value = float(value)
+    return value if math.isfinite(value) else None
+
+
 def is_sure(change: float, stderr: float) -> bool:
     """Whether a change is larger than chance explains: beyond two standard errors."""
     return abs(change) > SURE * stderr

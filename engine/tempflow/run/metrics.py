@@ -288,13 +288,14 @@ def changes(values: dict) -> list[str]:
     return [metric.change.format(value) for metric, value in drifts(values) if metric.beyond(value)]
 
 
-def drift_texts(values: dict) -> list[str]:
+def drift_texts(values: dict, beyond: bool = False) -> list[str]:
     """Each monitor of drift that a row of metrics or a summary has, with its value, and with its
-    limit where it is past that."""
+    limit where it is past that. beyond: only those past their limits."""
     return [
         f"{metric.title.lower()} {value:{metric.form}}"
         + (f" (limit {metric.limit:g})" if metric.beyond(value) else "")
         for metric, value in drifts(values)
+        if metric.beyond(value) or not beyond
     ]
 
 

@@ -96,7 +96,8 @@ class Recorder:
             METRICS_FILE, self._log.replace_last if kept else self._log.append, row
         )
         self.trackers.log({"iteration": iteration, **final})
-        self.console.iteration(row)
+        # Not `iteration`: that would print the row a second time.
+        self.console.final(row)
 
     def samples(self, scored: evaluation.Scored, prompts, facts: dict) -> None:
         """Write an evaluation's images."""
