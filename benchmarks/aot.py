@@ -111,9 +111,9 @@ def forward(name, mode, kl, *dtypes, sizes=ROW):
     )
 
 
-def backward(name, old_centre, kl, *dtypes, sizes=ROW):
+def backward(name, old_center, kl, *dtypes, sizes=ROW):
     module = triton_group_loss
-    constants = {"OLD_CENTRE": old_centre, "KL": kl, "BLOCK": module.BLOCK}
+    constants = {"OLD_CENTER": old_center, "KL": kl, "BLOCK": module.BLOCK}
     kernel = module.group_loss_backward_kernel
     return Variant(
         f"group_loss_backward {name}", kernel, module, latents(*dtypes), constants, sizes

@@ -1,10 +1,11 @@
-"""The two steps of GRPO on flow-matching models that are arithmetic on latents: sampling children
-of a state with their log-probabilities, and the loss of a group of children with its gradient.
+"""The parts of GRPO on flow-matching models that are arithmetic on latents: sampling the children
+of a state together with their log-probabilities, and the loss of a group of children together with
+its gradient.
 
-Triton kernels on a GPU, a plain PyTorch reference elsewhere, one set of functions for both. Noise
-is counter-based: a sample depends on its key and the element's index, not on the batch or the
-device. The package knows nothing of models, schedulers or training loops; kernels/README.md
-explains formulas and kernels.
+The same functions run Triton kernels on a GPU and a plain PyTorch reference elsewhere. Noise is
+counter-based: a sample depends on its key and on the element's index, not on the batch or the
+device. The package does not depend on any model, scheduler or training loop. kernels/README.md
+explains the formulas and the kernels.
 """
 
 from .ops import GroupStats, group_loss, normal, sde_step

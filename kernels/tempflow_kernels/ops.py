@@ -1,10 +1,10 @@
 """The public ops: argument checks, dispatch, and their registration as torch custom ops
 (`torch.ops.tempflow`).
 
-As custom ops they are opaque to torch.compile, which sees their shapes (the fakes), their gradient
-and nothing of the choice between Triton and the reference; that choice is made when they run
-(`dispatch`), on the device of their arguments. They launch without synchronising, so a CUDA graph
-can capture them, and they take their arguments as they are under autocast.
+torch.compile treats a custom op as opaque: it sees the shapes of the results (the fakes) and the
+gradient, but not the choice between Triton and the reference. That choice is made when the op runs
+(`dispatch`), by the device of its arguments. The ops launch without synchronizing, so a CUDA graph
+can capture them, and autocast does not change the dtypes of their arguments.
 Formulas, symbols and their derivation: kernels/README.md.
 """
 
@@ -31,10 +31,19 @@ __all__ = ["GroupStats", "group_loss", "normal", "sde_step"]
 def normal(key: Tensor, numel: int) -> Tensor:
     """Standard normals from counter-based random bits (Philox-4x32-10, then Box-Muller).
 
-    key: int64 of any shape, one 64-bit key per row of noise. numel: elements per row, at least 1.
-    Returns fp32 [*key.shape, numel]. Element j of a row depends on its key and j only, not on the
-    shape of the call nor on the device (the random words are equal bit for bit, the normals up to
-    fp32 rounding). Raises TypeError or ValueError naming the argument.
+    Element j of a row depends on the row's key and on j only, not on the shape of the call nor on
+    the device: the random words are equal bit for bit, the normals up to fp32 rounding.
+
+    Args:
+        key: int64 of any shape, one 64-bit key per row of noise.
+        numel: elements per row, at least 1.
+
+    Returns:
+        fp32 [*key.shape, numel].
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype. The message names it.
+        ValueError: numel is less than 1.
     """
     if not isinstance(key, Tensor):
         raise TypeError(f"key: expected a tensor, got {type(key).__name__}")
@@ -55,18 +64,29 @@ def sde_step(
     children: int = 1,
     out_dtype: Optional[torch.dtype] = None,
 ) -> tuple[Tensor, Tensor]:
-    """One step of a batch of rows, SDE or ODE, with B children each: x' = a x + b v + tau eps
-    (README, "The step").
+    """One SDE or ODE step of a batch of rows with B children each: x' = a x + b v + tau eps
+    (kernels/README.md, "The step").
 
-    x, velocity: [N, ...] of bf16, fp16 or fp32, each its own. a, b, tau: fp32 [N]; tau = 0 is an
-    ODE step, which costs no noise. key: int64 [N, B], one per child: child i of row n gets the
-    noise `normal(key[n, i], ...)`.
-    children: B, 1 to 64. out_dtype: of x_next (default: x's).
+    Arithmetic is fp32. NaN and inf propagate. Not differentiable.
 
-    Returns x_next [N, B, ...] in out_dtype, and log_prob fp32 [N, B]: the mean over elements of the
-    Gaussian log density of the *rounded* x_next, 0 where tau = 0. Arithmetic is fp32. NaN and inf
-    propagate. Not differentiable. Raises TypeError or ValueError naming the argument, what came and
-    what is allowed.
+    Args:
+        x: [N, ...] of bf16, fp16 or fp32.
+        velocity: [N, ...] of bf16, fp16 or fp32, not necessarily x's dtype.
+        a: fp32 [N].
+        b: fp32 [N].
+        tau: fp32 [N]; 0 makes the step of a row an ODE step, which draws no noise.
+        key: int64 [N, B]; child i of row n gets the noise `normal(key[n, i], ...)`.
+        children: B, 1 to 64.
+        out_dtype: dtype of x_next: bf16, fp16 or fp32; None: x's.
+
+    Returns:
+        x_next [N, B, ...] in out_dtype, and log_prob fp32 [N, B], the mean over elements of the
+        Gaussian log density of the *rounded* x_next; 0 where tau = 0.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an argument has the wrong shape, device or value. Messages name the argument,
+            what came and what is allowed.
     """
     check_latents(x, velocity=velocity)
     check_per_row(x, a=a, b=b, tau=tau)
@@ -95,36 +115,54 @@ def group_loss(
     ratio: str = "plain",
     velocity_old: Optional[Tensor] = None,
 ) -> tuple[Tensor, GroupStats]:
-    """The clipped policy loss of N groups of B children that share a state and a velocity (README,
-    "The loss").
+    """The clipped policy loss of N groups of B children that share a state and a velocity
+    (kernels/README.md, "The loss").
 
         loss = mean_n [ w_n mean_i max(-A_ni r_ni, -A_ni clip(r_ni, 1 - clip_low, 1 + clip_high)) +
             kl_coef KL_n ]
 
-    velocity, x: [N, ...]; x_next: [N, B, ...], the children; bf16, fp16 or fp32, each its own. a,
-    b, tau, weight: fp32 [N]. log_prob_old, advantage: fp32 [N, B], 1 <= B <= 64. clip_low,
-    clip_high: at least 0.
-    velocity_ref: [N, ...], needed if kl_coef != 0; with kl_coef = 0 its KL is only measured.
-    kl_form: "x", means: b^2 mean((v - v_ref)^2) / (2 tau^2), 0 where tau = 0; "v": mean((v -
-    v_ref)^2).
-    ratio: "plain": log r = log_prob - log_prob_old. "guard" (GRPO-Guard): log r = mean(eps Delta)
-    with eps = (x_next - mean_old) / tau, Delta = b (velocity - velocity_old); log_prob_old is then
-    not used.
-
-    The first update after a rollout needs no stored old policy: with log_prob_old=None (and
-    velocity_old=None under guard) the old policy is this very call, detached: r is exactly 1 and
+    The first update after a rollout needs no stored old policy. With log_prob_old=None (and
+    velocity_old=None under guard) the old policy is the current one, detached: r is exactly 1, and
     the gradient is that of the loss at r = 1.
 
-    Rows with weight 0 are padding: they add exactly 0 to the loss and the gradient, their KL
-    included, whatever they hold, and do not enter the scalars of the statistics; the mean over N
-    still counts them. A child with advantage 0 adds 0 whatever its ratio. NaN elsewhere, in an
-    advantage too, makes the loss NaN.
+    Rows with weight 0 are padding. Whatever they hold, they add exactly 0 to the loss and the
+    gradient, their KL included, and do not enter the scalars of the statistics; the mean over N
+    still counts them. A child with advantage 0 adds 0 whatever its ratio. NaN anywhere else, also
+    in an advantage, makes the loss NaN.
 
-    Returns loss fp32 [], differentiable in velocity (all else is constant), and the detached
-    GroupStats. The gradient has velocity's dtype: at D elements and N rows it is of order 1 / (N D
-    tau), which underflows in fp16 unless the loss is scaled. Bitwise reproducible. Raises TypeError
-    or ValueError naming the argument.
+    The loss is differentiable in velocity alone. The gradient has velocity's dtype and is of order
+    1 / (N D tau) for N rows of D elements, which underflows in fp16 unless the loss is scaled.
+    Results are bitwise reproducible.
+
+    Args:
+        velocity: [N, ...] of bf16, fp16 or fp32.
+        x: [N, ...], the states; dtypes as velocity's, not necessarily the same one.
+        x_next: [N, B, ...], the children, 1 <= B <= 64.
+        a: fp32 [N].
+        b: fp32 [N].
+        tau: fp32 [N].
+        log_prob_old: fp32 [N, B], or None; not used under guard.
+        advantage: fp32 [N, B].
+        weight: fp32 [N].
+        clip_low: the ratio is clipped below at 1 - clip_low; at least 0.
+        clip_high: the ratio is clipped above at 1 + clip_high; at least 0.
+        velocity_ref: [N, ...], needed if kl_coef is not 0; with kl_coef 0 its KL is only measured.
+        kl_coef: weight of the KL.
+        kl_form: "x", the KL of the means, b^2 mean((v - v_ref)^2) / (2 tau^2), 0 where tau = 0; or
+            "v", mean((v - v_ref)^2).
+        ratio: "plain": log r = log_prob - log_prob_old. "guard" (GRPO-Guard, arXiv 2510.22319):
+            log r = mean(eps Delta) with eps = (x_next - mean_old) / tau and Delta = b (velocity -
+            velocity_old).
+        velocity_old: [N, ...], the old policy's, for guard.
+
+    Returns:
+        The loss, fp32 [], and the detached GroupStats.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an argument has the wrong shape, device or value. Messages name the argument.
     """
+    # Only to build the expected shape: a wrong x_next is refused below, with a message about it.
     children = x_next.shape[1] if isinstance(x_next, Tensor) and x_next.ndim > 1 else 1
     check_latents(x, velocity=velocity, velocity_ref=velocity_ref, velocity_old=velocity_old)
     check_per_row(x, a=a, b=b, tau=tau, weight=weight)
@@ -159,8 +197,10 @@ def group_loss(
 def check_loss_options(
     clip_low, clip_high, velocity_ref, kl_coef, kl_form, ratio, log_prob_old, velocity_old
 ):
+    """Raise ValueError for options of `group_loss` that contradict each other."""
     check_choice("kl_form", kl_form, ("x", "v"))
     check_choice("ratio", ratio, ("plain", "guard"))
+    # `not (>=)` and not `<`: NaN is refused too.
     if not (clip_low >= 0 and clip_high >= 0):
         raise ValueError(f"clip_low, clip_high: expected at least 0, got {clip_low}, {clip_high}")
     if kl_coef != 0 and velocity_ref is None:
@@ -178,10 +218,12 @@ def check_loss_options(
 
 @torch.library.custom_op("tempflow::normal", mutates_args=())
 def normal_op(key: Tensor, numel: int) -> Tensor:
+    # Imported where they are used, here and below: a CPU installation works without Triton.
     if use_triton(key.device):
         from .triton_noise import normal as draw
     else:
         draw = naive.normal
+    # Triton launches on the current device, which need not be that of the tensors.
     with torch.cuda.device_of(key):
         return draw(key, numel)
 
@@ -279,6 +321,7 @@ def group_loss_fake(
     ratio,
     velocity_old,
 ):
+    # Three different tensors: outputs of a custom op must not be aliases of each other.
     per_child = [advantage.new_empty(advantage.shape) for _ in range(3)]
     return (
         advantage.new_empty(()),
@@ -321,6 +364,7 @@ def group_loss_backward_fake(
 
 
 def save_for_gradient(ctx, inputs, output):
+    """Keep what the backward reads: the inputs that it needs and the coefficients pull, kl_pull."""
     velocity, x, x_next, a, b = inputs[:5]
     velocity_ref, velocity_old = inputs[11], inputs[15]
     ctx.save_for_backward(
@@ -329,6 +373,8 @@ def save_for_gradient(ctx, inputs, output):
 
 
 def group_loss_gradient(ctx, grad_loss, *_):
+    """The gradient of velocity, the first input; the other 15 inputs are constants."""
+    # A second op and not plain code: it is opaque to torch.compile and dispatches by itself.
     grad = torch.ops.tempflow.group_loss_backward(grad_loss, *ctx.saved_tensors)
     return (grad,) + (None,) * 15
 

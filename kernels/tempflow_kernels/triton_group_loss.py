@@ -1,13 +1,14 @@
 """The group loss in Triton: one forward launch for the loss and its statistics, one backward launch
 for its gradient.
 
-Forward: a program owns one block of one row, reads the state, the velocities and each child once,
-and stores its part of the sums. The last program of a row turns the sums into log-probabilities,
-ratios, the clipped surrogate, the KL term, and the coefficients that are all the backward needs;
-the last program of the launch adds the rows.
-Backward: d loss / d velocity is a weighted sum of (child - centre) over the children; a child with
-coefficient 0 (clipped, advantage 0, padding) is not read. Fused multiply-adds are explicit, as in
-`triton_sde_step`.
+Forward: a program works on one block of one row, reads the state, the velocities and each child
+once, and stores its part of the sums. The last program of a row turns the sums into
+log-probabilities, ratios, the clipped surrogate, the KL term, and the coefficients of the gradient.
+The last program of the launch adds the rows.
+
+Backward: d loss / d velocity is a weighted sum of (child - center) over the children, with the
+forward's coefficients. A child with coefficient 0 (clipped, advantage 0, padding) is not read.
+Fused multiply-adds are written out, as in `triton_sde_step`.
 """
 
 import torch
@@ -16,24 +17,26 @@ import triton.language as tl
 
 from .triton_common import PARTS, arrives_last, log_density, round_to, sum_parts
 
-# Elements per program. Not measured on a GPU yet: 16 elements per thread are two to four 16-byte
-# loads per stream.
+# Elements per program. Not measured on a GPU yet. With 4 warps a thread has 16 elements, which are
+# two to four 16-byte loads from each tensor. With 1024 elements the compiled loss of 16 children
+# spills registers on sm_90.
 BLOCK = 2048
 NUM_WARPS = 4
-# Columns of the scratch that collects rows: loss, 1 if the row counts, kl, clip fraction,
+# Columns of the scratch that collects rows: loss, 1 if the row is live, kl, clip fraction,
 # approximate kl.
 COLUMNS = 5
 
 
 @triton.jit
-def load_block(pointer, o_elem, mask):
-    return tl.load(pointer + o_elem, mask=mask, other=0.0).to(tl.float32)
+def load_block(pointer, o_elem, m_elem):
+    """fp32 [BLOCK] from any latent dtype; 0 where masked."""
+    return tl.load(pointer + o_elem, mask=m_elem, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def exp_near_zero(value):
-    """exp, within half an ulp near 0, where ex2.approx alone is off by 2e-7: 0.2 % of a clip range
-    of 1e-4."""
+    """exp, fp32, within half an ulp near 0."""
+    # tl.exp becomes ex2.approx, which is off by 2e-7 near 0: that is 0.2 % of a clip range of 1e-4.
     series = tl.fma(
         value, tl.fma(value, tl.fma(value, tl.fma(value, 1.0 / 24, 1.0 / 6), 0.5), 1.0), 1.0
     )
@@ -42,14 +45,15 @@ def exp_near_zero(value):
 
 @triton.jit
 def surrogate(advantage, log_ratio, lower, upper):
-    """Clipped surrogate of each child, its derivative in log_ratio, the ratio, and whether it lies
-    out of range.
-
-    Comparisons send NaN to the branch that keeps it. A child with advantage 0 contributes 0 however
-    large its ratio: 0 * inf would be NaN."""
+    """The clipped surrogate of each child, its derivative in log_ratio, the ratio, and whether the
+    ratio lies outside the clip range. Arguments and results fp32 [TILE_B]."""
     ratio = exp_near_zero(log_ratio)
     outside = (ratio < lower) | (ratio > upper)
+    # Written with comparisons, which are False for NaN: a NaN ratio stays NaN. tl.minimum and
+    # tl.maximum may return the other argument.
     clipped = tl.where(ratio < lower, lower, tl.where(ratio > upper, upper, ratio))
+    # Where the advantage is 0 the finite log-ratio replaces the ratio, which may have overflowed:
+    # 0 * inf would be NaN.
     free = -advantage * tl.where(advantage == 0, log_ratio, ratio)
     bound = -advantage * tl.where(advantage == 0, log_ratio, clipped)
     is_clipped = free < bound
@@ -80,11 +84,16 @@ def finish_policy(
     TILE_B: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """The policy term of one row from its parts: loss, clip fraction, approximate KL; stores the
-    [N, B] outputs."""
+    """Finish the policy term of one row, in the last program of that row.
+
+    Reads square, cross fp32 [N, B, blocks]; log_prob_old, advantage fp32 [N, B]. Writes ratio_out,
+    log_prob_out, pull fp32 [N, B]. Returns the row's loss, clip fraction and approximate KL.
+    """
     first = i_row * children
+    # A tile must have a power of two of elements; those past the last child are masked.
     o_child = tl.arange(0, TILE_B)
     m_child = o_child < children
+    # 1 in place of 0, so that the arithmetic of rows without noise is finite until it is discarded.
     safe_tau = tl.where(s_tau == 0, 1.0, s_tau)
     density = log_density(
         sum_parts(square + first * blocks, children, blocks, TILE_B, PARTS), safe_tau, inv_numel
@@ -98,14 +107,17 @@ def finish_policy(
         log_ratio = tl.where(s_tau == 0, 0.0, tl.div_rn(delta, safe_tau))
         scale = safe_tau
     else:
+        # No old policy is given: it is this one. The difference is 0, but NaN for a NaN density, so
+        # that a broken row shows in the loss.
         log_ratio = log_prob - log_prob
         if MODE == "guard":
             scale = safe_tau
     value, slope, ratio, outside = surrogate(
         tl.load(advantage + first + o_child, mask=m_child, other=0.0), log_ratio, lower, upper
     )
-    # d log_ratio / d velocity is b / (tau^2 D) times (child - centre); b / (tau D) under guard.
+    # d log_ratio / d velocity is b / (tau^2 D) times (child - center); b / (tau D) under guard.
     slope = slope * (s_weight * inv_rows * inv_children) * (s_b * inv_numel / scale)
+    # An exact 0, whatever the row holds: the backward does not read children with coefficient 0.
     tl.store(
         pull + first + o_child, tl.where((s_weight == 0) | (s_tau == 0), 0.0, slope), mask=m_child
     )
@@ -122,7 +134,8 @@ def finish_policy(
 def finish_kl(
     i_row, kl_parts, s_b, s_tau, inv_numel, blocks, KL: tl.constexpr, PARTS: tl.constexpr
 ):
-    """KL of one row, and the factor of mean((v - v_ref)^2) in it."""
+    """The KL of one row from kl_parts, fp32 [N, blocks], and the factor of mean((v - v_ref)^2) in
+    it; both fp32 scalars."""
     factor = s_tau * 0.0 + 1.0
     if KL == "x":
         safe_tau = tl.where(s_tau == 0, 1.0, s_tau)
@@ -130,6 +143,7 @@ def finish_kl(
     mean_square = (
         tl.sum(sum_parts(kl_parts + i_row * blocks, 1, blocks, 1, PARTS), axis=0) * inv_numel
     )
+    # Selected, not multiplied: in a row without noise v_ref may hold NaN, and 0 * NaN is NaN.
     return tl.where(factor == 0, 0.0, factor * mean_square), factor
 
 
@@ -137,10 +151,12 @@ def finish_kl(
 def finish_launch(
     row_stats, loss, scalars, rows, inv_rows, COLUMNS: tl.constexpr, PARTS: tl.constexpr
 ):
-    """loss [] and scalars [3] from row_stats [COLUMNS, N]: the loss over all rows, the rest over
-    those that count."""
+    """Write loss [] and scalars [3] from row_stats fp32 [COLUMNS, N]: the loss is a mean over all
+    rows, the scalars are means over the live rows."""
+    # 8 is the power of two that holds COLUMNS.
     totals = sum_parts(row_stats, COLUMNS, rows, 8, PARTS)
     o_column = tl.arange(0, 8)
+    # A tile cannot be indexed: a masked sum takes one column out of it.
     counting = tl.maximum(tl.sum(tl.where(o_column == 1, totals, 0.0), axis=0), 1.0)
     tl.store(loss + o_column, totals * inv_rows, mask=o_column == 0)
     tl.store(scalars + o_column - 2, totals / counting, mask=(o_column >= 2) & (o_column < COLUMNS))
@@ -187,41 +203,48 @@ def group_loss_kernel(
     COLUMNS: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """velocity*, x [N, D]; x_next [N, B, D]; a, b, tau, weight, kl_pull [N]; log_prob*, advantage,
-    ratio, pull [N, B]; square, cross [N, B, blocks]; kl_parts [N, blocks]; row_stats [5, N];
-    scalars [3]; counter int32 [N + 1], zero.
-    MODE: plain | plain_old | guard | guard_old ("old" is given); KL: none | x | v. One program per
-    block of a row."""
-    pid = tl.program_id(0)
-    i_row = (pid // blocks).to(tl.int64)
-    i_block = pid % blocks
+    """The loss of N groups of B children. One program per block of a row.
+
+    Reads velocity*, x [N, D]; x_next [N, B, D]; a, b, tau, weight fp32 [N]; log_prob_old, advantage
+    fp32 [N, B]. Writes fp32: loss []; scalars [3]; ratio, log_prob, pull [N, B]; kl_pull [N].
+    Scratch: square, cross [N, B, blocks]; kl_parts [N, blocks]; row_stats [COLUMNS, N]; counter
+    int32 [N + 1], zero: one for each row and one for the launch.
+    MODE: plain | plain_old | guard | guard_old; "_old" where an old policy is given. KL: none | x |
+    v. A tensor that the mode does not read may be any tensor.
+    """
+    i_program = tl.program_id(0)
+    # int64: offsets of rows may pass 2^31, offsets inside a row may not (checks.MAX_NUMEL).
+    i_row = (i_program // blocks).to(tl.int64)
+    i_block = i_program % blocks
     o_elem = i_block * BLOCK + tl.arange(0, BLOCK)
-    mask = o_elem < numel
+    m_elem = o_elem < numel
     s_a = tl.load(a + i_row)
     s_b = tl.load(b + i_row)
     s_tau = tl.load(tau + i_row)
-    # Masked elements load 0 everywhere, so every difference below is 0 there.
-    b_ax = s_a * load_block(x + i_row * numel, o_elem, mask)
-    b_v = load_block(velocity + i_row * numel, o_elem, mask)
-    mean = tl.fma(b_v, s_b, b_ax)
+    # Masked elements load 0 everywhere, so every difference below is 0 there: no sum needs a mask.
+    b_ax = s_a * load_block(x + i_row * numel, o_elem, m_elem)  # [BLOCK], as all b_ values
+    b_v = load_block(velocity + i_row * numel, o_elem, m_elem)
+    b_mean = tl.fma(b_v, s_b, b_ax)
     if KL != "none":
-        b_d = b_v - load_block(velocity_ref + i_row * numel, o_elem, mask)
+        b_d = b_v - load_block(velocity_ref + i_row * numel, o_elem, m_elem)
         tl.store(kl_parts + i_row * blocks + i_block, tl.sum(b_d * b_d, axis=0))
     if MODE == "guard_old":
-        b_old = load_block(velocity_old + i_row * numel, o_elem, mask)
-        mean_old = tl.fma(b_old, s_b, b_ax)
-        delta = s_b * (b_v - b_old)
+        b_old = load_block(velocity_old + i_row * numel, o_elem, m_elem)
+        b_mean_old = tl.fma(b_old, s_b, b_ax)
+        b_delta = s_b * (b_v - b_old)
+    # The state and the velocities stay in registers; only the children are read in the loop.
     for i in range(children):
         i_child = i_row * children + i
-        b_next = load_block(x_next + i_child * numel, o_elem, mask)
-        deviation = b_next - mean
-        tl.store(square + i_child * blocks + i_block, tl.sum(deviation * deviation, axis=0))
+        b_next = load_block(x_next + i_child * numel, o_elem, m_elem)
+        b_deviation = b_next - b_mean
+        tl.store(square + i_child * blocks + i_block, tl.sum(b_deviation * b_deviation, axis=0))
         if MODE == "guard_old":
             tl.store(
                 cross + i_child * blocks + i_block,
-                tl.sum((b_next - mean_old) * delta, axis=0),  # type: ignore[possibly-undefined]  # bound under the same constexpr condition
+                tl.sum((b_next - b_mean_old) * b_delta, axis=0),  # type: ignore[possibly-undefined]  # bound under the same constexpr condition
             )
 
+    # The rest runs once per row, in the program that finishes the row's last block.
     if arrives_last(counter + i_row, blocks):
         s_weight = tl.load(weight + i_row)
         row_loss, clip_fraction, approx_kl = finish_policy(
@@ -251,15 +274,18 @@ def group_loss_kernel(
         kl = 0.0
         if KL != "none":
             kl, factor = finish_kl(i_row, kl_parts, s_b, s_tau, inv_numel, blocks, KL, PARTS)
+            # With coefficient 0 the KL is only measured: adding 0 * kl would spread a NaN.
             if kl_coef != 0:
                 row_loss += kl_coef * kl
             kl_slope = 2.0 * kl_coef * factor * inv_numel * inv_rows
             tl.store(kl_pull + i_row, tl.where(live & (kl_coef != 0), kl_slope, 0.0))
+        # Rows of weight 0 are padding, and add exact zeros even if they hold NaN.
         tl.store(row_stats + i_row, tl.where(live, row_loss, 0.0))
         tl.store(row_stats + rows + i_row, tl.where(live, 1.0, 0.0))
         tl.store(row_stats + 2 * rows + i_row, tl.where(live, kl, 0.0))
         tl.store(row_stats + 3 * rows + i_row, tl.where(live, clip_fraction, 0.0))
         tl.store(row_stats + 4 * rows + i_row, tl.where(live, approx_kl, 0.0))
+        # The launch's own counter, which the last program of every row increments once.
         if arrives_last(counter + rows, rows):
             finish_launch(row_stats, loss, scalars, rows, inv_rows, COLUMNS, PARTS)
 
@@ -280,37 +306,43 @@ def group_loss_backward_kernel(
     numel,
     children,
     blocks,
-    OLD_CENTRE: tl.constexpr,
+    OLD_CENTER: tl.constexpr,
     KL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """grad_loss []; grad [N, D] = grad_loss (sum_i pull_i (x_next_i - centre) + kl_pull (velocity -
-    velocity_ref))."""
-    pid = tl.program_id(0)
-    i_row = (pid // blocks).to(tl.int64)
-    i_block = pid % blocks
+    """grad = grad_loss (sum_i pull_i (x_next_i - center) + kl_pull (velocity - velocity_ref)). One
+    program per block of a row.
+
+    Reads grad_loss fp32 []; velocity*, x [N, D]; x_next [N, B, D]; a, b, kl_pull fp32 [N]; pull
+    fp32 [N, B]. Writes grad [N, D]. OLD_CENTER: whether the center is the mean of the old policy.
+    """
+    i_program = tl.program_id(0)
+    i_row = (i_program // blocks).to(tl.int64)
+    i_block = i_program % blocks
     o_elem = i_block * BLOCK + tl.arange(0, BLOCK)
-    mask = o_elem < numel
-    b_v = load_block(velocity + i_row * numel, o_elem, mask)
-    b_centre = b_v
-    if OLD_CENTRE:
-        b_centre = load_block(velocity_old + i_row * numel, o_elem, mask)
-    b_x = load_block(x + i_row * numel, o_elem, mask)
-    centre = tl.fma(b_centre, tl.load(b + i_row), tl.load(a + i_row) * b_x)
-    total = tl.zeros([BLOCK], tl.float32)
+    m_elem = o_elem < numel
+    b_v = load_block(velocity + i_row * numel, o_elem, m_elem)  # [BLOCK], as all b_ values
+    # Recomputed as in the forward: keeping the mean would write N D numbers and read them back.
+    b_center_v = b_v
+    if OLD_CENTER:
+        b_center_v = load_block(velocity_old + i_row * numel, o_elem, m_elem)
+    b_x = load_block(x + i_row * numel, o_elem, m_elem)
+    b_center = tl.fma(b_center_v, tl.load(b + i_row), tl.load(a + i_row) * b_x)
+    b_total = tl.zeros([BLOCK], tl.float32)
     for i in range(children):
         s_pull = tl.load(pull + i_row * children + i)
+        # A branch and not a product: it saves reading the child, and keeps its NaN out of the sum.
         if s_pull != 0:
-            b_next = load_block(x_next + (i_row * children + i) * numel, o_elem, mask)
-            total = tl.fma(b_next - centre, s_pull, total)
+            b_next = load_block(x_next + (i_row * children + i) * numel, o_elem, m_elem)
+            b_total = tl.fma(b_next - b_center, s_pull, b_total)
     if KL:
         s_pull = tl.load(kl_pull + i_row)
         if s_pull != 0:
-            total = tl.fma(
-                b_v - load_block(velocity_ref + i_row * numel, o_elem, mask), s_pull, total
-            )
-    total = total * tl.load(grad_loss)
-    tl.store(grad + i_row * numel + o_elem, round_to(total, grad.dtype.element_ty), mask=mask)
+            b_ref = load_block(velocity_ref + i_row * numel, o_elem, m_elem)
+            b_total = tl.fma(b_v - b_ref, s_pull, b_total)
+    # Last, so that a loss scale is applied in fp32 before the sum is rounded to fp16.
+    b_total = b_total * tl.load(grad_loss)
+    tl.store(grad + i_row * numel + o_elem, round_to(b_total, grad.dtype.element_ty), mask=m_elem)
 
 
 def forward(
@@ -331,7 +363,7 @@ def forward(
     ratio,
     velocity_old,
 ):
-    """Launch; arguments and results as in `naive.group_loss_forward`."""
+    """Launch the forward kernel. Arguments and results as in `naive.group_loss_forward`."""
     rows, children = advantage.shape
     numel = x[0].numel()
     blocks = triton.cdiv(numel, BLOCK)
@@ -345,10 +377,12 @@ def forward(
     loss, scalars, kl_pull = (
         empty(),
         empty(3),
+        # Zero, because the kernel writes it only with a reference policy.
         torch.zeros(rows, dtype=torch.float32, device=x.device),
     )
     ratio_out, log_prob, pull = empty(rows, children), empty(rows, children), empty(rows, children)
     square = empty(rows, children, blocks)
+    # Only the mode guard_old writes `cross`; elsewhere any pointer serves.
     cross = torch.empty_like(square) if ratio == "guard" and velocity_old is not None else square
     group_loss_kernel[(rows * blocks,)](
         velocity,
@@ -372,7 +406,7 @@ def forward(
         cross,
         empty(rows, blocks),
         empty(COLUMNS, rows),
-        torch.zeros(rows + 1, dtype=torch.int32, device=x.device),
+        torch.zeros(rows + 1, dtype=torch.int32, device=x.device),  # must be 0 for `arrives_last`
         1 - clip_low,
         1 + clip_high,
         kl_coef,
@@ -396,7 +430,7 @@ def forward(
 
 
 def backward(grad_loss, velocity, x, x_next, a, b, pull, kl_pull, velocity_ref, velocity_old):
-    """Launch; arguments and results as in `naive.group_loss_backward`."""
+    """Launch the backward kernel. Arguments and results as in `naive.group_loss_backward`."""
     rows, children = pull.shape
     numel = x[0].numel()
     blocks = triton.cdiv(numel, BLOCK)
@@ -417,7 +451,7 @@ def backward(grad_loss, velocity, x, x_next, a, b, pull, kl_pull, velocity_ref, 
         numel,
         children,
         blocks,
-        OLD_CENTRE=velocity_old is not None,
+        OLD_CENTER=velocity_old is not None,
         KL=velocity_ref is not None,
         BLOCK=BLOCK,
         num_warps=NUM_WARPS,
@@ -427,6 +461,8 @@ def backward(grad_loss, velocity, x, x_next, a, b, pull, kl_pull, velocity_ref, 
 
 
 def contiguous_or(tensor, placeholder):
-    """A kernel's pointer argument cannot be None: an absent tensor is replaced by one that is not
-    read."""
+    """The tensor, contiguous, or `placeholder` where it is None.
+
+    Where a tensor is absent, the kernel's mode does not read the argument, so any pointer serves.
+    """
     return placeholder if tensor is None else tensor.contiguous()
