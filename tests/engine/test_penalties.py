@@ -384,7 +384,7 @@ def test_help_of_inherited_options_is_found():
     by_name = {option.name: option.help for option in options_of(Alpha)}
     assert (
         by_name["order"] == "above 0, below 1."
-        and by_name["coef"].startswith("its weight")
+        and by_name["coef"].startswith("weight")
         and all(by_name.values())
     )
 

@@ -181,7 +181,7 @@ def test_novelty_of_a_rollout(policy, over):
         ),
         (
             {"scale": "quasi_norm", "global_std": True},
-            "training.advantage.global_std: true is a standard deviation",
+            "training.advantage.global_std: true divides by a standard deviation",
         ),
         ({"anchor": -0.5}, "training.advantage.anchor: expected a number at least 0"),
     ],

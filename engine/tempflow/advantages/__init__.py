@@ -1,5 +1,5 @@
-"""Advantages: from the rewards of all ranks to what each child of a state is worth against its
-group."""
+"""Advantages: how much better each child of a state is than its group, from the rewards of all
+ranks."""
 
 from tempflow.advantages.base import Advantage, rank_correlation
 

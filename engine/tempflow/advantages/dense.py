@@ -1,4 +1,4 @@
-"""DenseGRPO: what each step of a path adds to the reward (arXiv 2601.20218)."""
+"""DenseGRPO: the reward that each step of a path adds (arXiv 2601.20218)."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from tempflow.types import Advantages, Rewards, Slots
 
 
 class Dense(Advantage):
-    """The gain of each step, normalized in each group: the value of the state after it less that of
-    the state before (DenseGRPO).
+    """The gain of each step, normalized in each group: the value of the state after the step minus
+    the value of the state before it (DenseGRPO).
 
-    A state's value is the reward of its completion by the ODE, so the plan must have values.
+    The value of a state is the reward of its completion by the ODE, so the plan must have values.
 
     Args:
-        over: whose gains are normalized together: "prompt", all of a prompt at a step, or "step",
-            those of all prompts.
+        over: whose gains are normalized together: "prompt", those of a prompt at a step; or "step",
+            those of all prompts at a step.
         clip: advantages are clipped to +- this.
     """
 

@@ -1,4 +1,4 @@
-"""GDPO: several rewards, each normalized by itself (arXiv 2601.05242, equations 4 to 6)."""
+"""GDPO: several rewards, each normalized separately (arXiv 2601.05242, equations 4 to 6)."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from tempflow.types import Advantages, Rewards, Slots
 
 
 class Gdpo(Shaped):
-    """Each reward normalized by itself; their weighted sum over its standard deviation of the whole
-    iteration (GDPO).
+    """Each reward is normalized separately; their weighted sum is divided by its standard deviation
+    over the whole iteration (GDPO).
 
-    Only the ratios of the weights matter, whatever the scale of each reward. The paper subtracts
-    the batch's mean as well, which is 0 here: the advantages of every group are centred. An image
-    that any of its prompt's rewards failed to score is left out of every group. A utility is taken
-    of each reward by itself, and the anchor of their weighted sum.
+    The scale of a reward does not matter, only the ratios of the weights do. The paper also
+    subtracts the mean of the batch, which is 0 here because every group is centered. An image that
+    one of its prompt's rewards failed to score is left out of all groups. A utility applies to each
+    reward separately, and the anchor to the weighted sum of the utilities.
     """
 
     def __call__(self, slots: Slots, rewards: Rewards) -> Advantages:
         labels, parts, applies = slots.groups(self.over), rewards.parts, rewards.applies
+        # A slot needs all rewards of its prompt: a sum over the others would be another quantity.
         valid = np.logical_and.reduce(
             [
                 np.isfinite(rewards.total),
@@ -28,7 +29,8 @@ class Gdpo(Shaped):
             ]
         )
         alone = {name: np.where(valid & applies[name], parts[name], np.nan) for name in parts}
-        # of one kind: where a reward is not for a prompt it is NaN
+        # One kind for all prompts: a single reward has one level and scale, unlike sums of
+        # different rewards, and it is NaN for prompts that it is not for.
         everything = np.zeros(len(labels), dtype=int)
         worth = {
             name: self.worth(part, labels, everything, rewards.novelty)
@@ -38,11 +40,13 @@ class Gdpo(Shaped):
         total = sum(rewards.weights[name] * one.values for name, one in found.items())
         scale = np.std(total[valid]) if valid.any() else 0.0  # type: ignore[index]  # an array: there is at least one reward
         values = self.anchored(total / (scale + EPSILON), self._sum(worth, rewards.weights, valid))  # type: ignore[arg-type]  # an array: there is at least one reward
+        # What is reported about spread is that of the rewards, not of their utilities.
         plain = (
             found
             if self.utility is None
             else {name: normalize(part, labels) for name, part in alone.items()}
         )
+        # A group has no gradient only if every one of its rewards has no spread.
         flat = np.logical_and.reduce([one.flat for one in plain.values()])
         return clipped(
             values,
@@ -55,7 +59,9 @@ class Gdpo(Shaped):
     def _sum(
         self, worth: dict[str, np.ndarray], weights: dict[str, float], valid: np.ndarray
     ) -> np.ndarray:
-        """Weighted, of the rewards that are for the prompt; NaN where masked."""
+        """The weighted sum of the rewards that are for the slot's prompt, float64 [n]; NaN where
+        masked."""
+        # After `valid`, the remaining NaN are rewards that are not for the prompt: they add 0.
         return np.where(
             valid, sum(weights[name] * np.nan_to_num(part) for name, part in worth.items()), np.nan
         )

@@ -1,4 +1,4 @@
-"""The advantage of GRPO: a reward against its group's mean, over a standard deviation."""
+"""The advantage of GRPO: a reward minus its group's mean, over a standard deviation."""
 
 from __future__ import annotations
 
@@ -14,5 +14,6 @@ class Group(Shaped):
         labels, kinds = slots.groups(self.over), kinds_of(rewards)
         worth = self.worth(rewards.total, labels, kinds, rewards.novelty)
         found = self.normalized(worth, labels, kinds)
+        # Zero-advantage groups and spreads are reported of the rewards, not of their utilities.
         plain = found if self.utility is None else normalize(rewards.total, labels)
         return clipped(self.anchored(found.values, worth), plain.flat, plain, slots, self.clip)

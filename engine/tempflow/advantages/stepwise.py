@@ -1,4 +1,5 @@
-"""Stepwise-Flow-GRPO: the gains of all steps of a prompt against each other (arXiv 2603.28718)."""
+"""Stepwise-Flow-GRPO: the gains of all steps of a prompt, compared with each other (arXiv
+2603.28718)."""
 
 from __future__ import annotations
 
@@ -8,12 +9,12 @@ from tempflow.types import Advantages, Rewards, Slots
 
 
 class Stepwise(Advantage):
-    """The gain of each step, normalized over all steps and paths of a group, so that steps which
-    add more count for more (Stepwise-Flow-GRPO).
+    """The gain of each step, normalized over all steps and paths of a group, so that steps that add
+    more reward have larger advantages (Stepwise-Flow-GRPO).
 
     Args:
-        over: whose gains are normalized together, all steps at once: "prompt", those of a prompt,
-            or "step", those of all prompts.
+        over: whose gains are normalized together, over all steps: "prompt", those of a prompt; or
+            "step", those of all prompts.
         clip: advantages are clipped to +- this.
     """
 
@@ -26,6 +27,7 @@ class Stepwise(Advantage):
     def __call__(self, slots: Slots, rewards: Rewards) -> Advantages:
         gain = rewards.after - rewards.before  # type: ignore[operator]  # `needs_values`: the plan computes them
         found = normalize(gain, slots.groups(self.over, by_step=False))
+        # The groups of `found` span all steps, so the spread of each step is taken separately.
         return clipped(
             found.values, found.flat, normalize(gain, slots.groups(self.over)), slots, self.clip
         )

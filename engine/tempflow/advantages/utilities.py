@@ -1,9 +1,9 @@
-"""Utilities: what a reward is worth before it is compared, where the mean reward is not what shall
-rise.
+"""Utilities: functions applied to rewards before they are compared, for goals other than a higher
+mean reward.
 
-With group normalization a utility of the group changes the shape of the advantages alone. One over
-the whole iteration also changes whose rewards count: groups that lie on its flat side have none.
-Masked rewards are NaN, and stay so.
+With group normalization, a utility over the group only changes the shape of the advantages. A
+utility over the whole iteration also changes which groups have a gradient: a group whose rewards
+all lie where the utility is constant has none. Masked rewards are NaN and stay NaN.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ Whose = Literal["group", "batch"]
 
 
 class Utility(ABC):
-    """What a reward is worth among others."""
+    """A function of a reward and the rewards that it is compared with."""
 
     over: Whose = "group"
-    """Among which: its group's, or all of the iteration whose prompts have the same rewards."""
+    """The rewards that it is compared with: "group", those of its group; or "batch", those of the
+    iteration whose prompts have the same set of rewards."""
     needs_novelty = False
-    """Whether it reads how far an image lies from the others of its group."""
+    """Whether it reads the distance of an image to the others of its group."""
 
     def __call__(
         self, rewards: np.ndarray, labels: np.ndarray, novelty: np.ndarray | None = None
@@ -34,7 +35,7 @@ class Utility(ABC):
 
         Args:
             rewards: float64 [n]; NaN where masked.
-            labels: int [n], from 0 on: which belong together.
+            labels: int [n], from 0 on, equal for rewards that are compared.
             novelty: float64 [n], mean distance of each image to the others of its group; NaN where
                 there is none.
         """
@@ -45,18 +46,18 @@ class Utility(ABC):
 
     @abstractmethod
     def of(self, rewards: np.ndarray) -> np.ndarray:
-        """Of rewards that belong together, float64 [m], m from 1 on, all finite."""
+        """Utilities, float64 [m], of m >= 1 finite rewards that are compared."""
 
 
 def _groups(rewards: np.ndarray, labels: np.ndarray) -> list[np.ndarray]:
-    """Places of the finite rewards of each label that has some."""
+    """For each label with finite rewards, their places."""
     known = np.flatnonzero(np.isfinite(rewards))
     order = known[np.argsort(labels[known], kind="stable")]
     return np.split(order, np.flatnonzero(np.diff(labels[order])) + 1) if len(order) else []
 
 
 class Cvar(Utility):
-    """min(r, q) / level, q the level's quantile: only the worst rewards count (arXiv
+    """min(r, q) / level, where q is the quantile at the level: only the worst rewards count (arXiv
     2511.22640)."""
 
     def __init__(self, level: float = 0.5, over: Whose = "group"):
@@ -68,8 +69,8 @@ class Cvar(Utility):
 
 
 class Superquantile(Utility):
-    """max(r, q) / (1 - level), q the level's quantile: only the best rewards count (arXiv
-    2511.22640)."""
+    """max(r, q) / (1 - level), where q is the quantile at the level: only the best rewards count
+    (arXiv 2511.22640)."""
 
     def __init__(self, level: float = 0.5, over: Whose = "group"):
         check_range("level", level, above=0, below=1)
@@ -80,12 +81,13 @@ class Superquantile(Utility):
 
 
 def _quantile(rewards: np.ndarray, level: float) -> float:
-    """A reward that occurs: the lower of the two that the quantile lies between."""
+    """The quantile, or the lower of the two rewards that it lies between."""
+    # A reward that occurs, and not an interpolated one: equal rewards then stay exactly equal.
     return float(np.quantile(rewards, level, method="lower"))
 
 
 class MeanVariance(Utility):
-    """r - coef (r - mean)^2: what is far from the mean is worth less, on either side (arXiv
+    """r - coef (r - mean)^2: rewards far from the mean, on either side, have less utility (arXiv
     2511.22640)."""
 
     def __init__(self, coef: float = 1.0, over: Whose = "group"):
@@ -97,10 +99,11 @@ class MeanVariance(Utility):
 
 
 class WinRate(Utility):
-    """The share of the others in its group that a reward beats, ties half (Pref-GRPO, arXiv
-    2508.20751)."""
+    """The share of the others in its group that a reward is greater than; equal rewards count half
+    (Pref-GRPO, arXiv 2508.20751)."""
 
     def of(self, rewards):
+        # The - 1 takes out the reward itself, which is equal to itself.
         beaten = (rewards[:, None] > rewards).sum(1) + (
             (rewards[:, None] == rewards).sum(1) - 1
         ) / 2
@@ -108,8 +111,8 @@ class WinRate(Utility):
 
 
 class Novelty(Utility):
-    """r + coef times the mean distance of the image to the others of its group, a root mean square
-    difference of pixels in [0, 1]."""
+    """r + coef times the mean distance of the image to the others of its group; the distance is a
+    root mean square difference of pixels in [0, 1]."""
 
     needs_novelty = True
 
@@ -134,8 +137,14 @@ TYPES = {
 
 
 def make(given: str | dict | None) -> Utility | None:
-    """The utility of an option's value: a type, a table of a type and its options, or None.
-    UserError, which begins with "utility"."""
+    """The utility that the value of an option names, or None.
+
+    Args:
+        given: a type, a table of a type and its options, or None.
+
+    Raises:
+        UserError: the type or an option is wrong; the message begins with "utility".
+    """
     if given is None:
         return None
     options = dict(given) if isinstance(given, dict) else {"type": given}

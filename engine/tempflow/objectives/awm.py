@@ -1,4 +1,4 @@
-"""Advantage-weighted matching (arXiv 2509.25050): the loss of pretraining, weighed by
+"""Advantage-weighted matching (arXiv 2509.25050): the loss of pretraining, weighted by
 advantages."""
 
 from __future__ import annotations
@@ -9,16 +9,17 @@ from tempflow.objectives.matching import Pick, noised, picked
 
 
 class Awm(Objective):
-    """The loss of pretraining on the run's own finished latents, each weighed by its advantage: A
+    """The loss of pretraining on the run's own finished latents, each weighted by its advantage: A
     mean |v - (eps - x0)|^2 (AWM).
 
-    The pull of a latent is A, whatever its ratio: with several updates of a rollout only a penalty
-    bounds it.
+    The pull of a latent is A whatever its ratio, so with several updates per rollout only a penalty
+    bounds how far the policy moves.
 
     Args:
-        draws: noise levels per latent, one from each of as many equal parts of the sampling grid.
-        pick: "all" latents, or "extremes": the best and the worst of each group, so that fewer are
-            forwarded.
+        draws: noise levels per latent; the sampling grid is cut into this many equal parts, and one
+            level is drawn from each.
+        pick: "all" latents; or "extremes", only the best and the worst of each group, which takes
+            fewer forwards.
     """
 
     wants = "endpoints"
@@ -34,4 +35,6 @@ class Awm(Objective):
         return noised(rollout, rollout.endpoints[:1], 1)[0]
 
     def pull(self, advantage, log_ratio, distance):
+        # The log-likelihood of a latent is minus its matching error (see `matching`), so a constant
+        # pull of A is the gradient of A times the error.
         return advantage

@@ -1,8 +1,8 @@
 """The protocol of objectives, and the micro-batch that they see.
 
-An objective says what the rollout keeps, which states are trained on, and how a child pulls on the
-velocity. Micro-batches, their padding over ranks, the old policy's values and the optimizer are the
-updater's affair.
+An objective decides what the rollout keeps, which states are trained on, and how each child pulls
+on the velocity. It does not deal with micro-batches, their padding over ranks, the storage of the
+old policy's values, or the optimizer; the updater does.
 """
 
 from __future__ import annotations
@@ -19,25 +19,26 @@ from tempflow.sampling.steps import Grid
 from tempflow.types import Advantages, Endpoint, Slots, State, Unit
 from tempflow_kernels import group_loss
 
-NEVER: dict[str, Any] = {"clip_low": 1.0, "clip_high": 1e30}  # a clip that changes nothing
+# A clip that changes nothing: the ratio is above 0, and 1e30 is finite in fp32.
+NEVER: dict[str, Any] = {"clip_low": 1.0, "clip_high": 1e30}
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """What an iteration's integration leaves on this rank to train on."""
+    """What an iteration's rollout leaves on this rank to train on."""
 
     slots: Slots
-    """Of all ranks."""
+    """The slots of all ranks."""
     states: list[State]
-    """Of this rank, by unit and step; empty where the objective wants endpoints."""
+    """This rank's states, ordered by unit and step; empty where the objective wants endpoints."""
     endpoints: list[Endpoint]
-    """Of this rank, by row; empty where the objective wants states."""
+    """This rank's finished latents, ordered by slot; empty where the objective wants states."""
     grid: Grid
-    """What was integrated on."""
+    """The sampling grid of the rollout."""
     noise: Noise
-    """Of the iteration, for objectives that draw more."""
+    """The iteration's noise, for objectives that draw more of it."""
     over: str
-    """Whose rewards were compared: see `Slots.groups`."""
+    """Whose rewards were compared: a key of `Slots.OVER`."""
 
 
 @dataclass(frozen=True)
@@ -45,68 +46,72 @@ class Batch:
     """A micro-batch: N states of B children each."""
 
     units: list[Unit]
-    """N."""
+    """The (prompt, seed) of each state, N of them."""
     x: torch.Tensor
-    """fp32 [N, ...]."""
+    """fp32 [N, ...]: the latents of the states."""
     children: torch.Tensor
     """fp32 [N, B, ...]."""
     sigma: torch.Tensor
-    """fp32 [N], as a, b and tau."""
+    """fp32 [N]."""
     a: torch.Tensor
+    """fp32 [N]: with b and tau the scalars of the step that made the children."""
     b: torch.Tensor
+    """fp32 [N]."""
     tau: torch.Tensor
+    """fp32 [N]."""
     weight: torch.Tensor
-    """fp32 [N]: a state's share of the loss; 0 for padding."""
+    """fp32 [N]: the weight of a state in the loss; 0 for padding."""
     advantage: torch.Tensor
-    """fp32 [N, B]."""
+    """fp32 [N, B]; 0 for children that are not valid."""
     log_prob_rollout: torch.Tensor | None
-    """fp32 [N, B]; None where the rollout took no such step."""
+    """fp32 [N, B]: log-probabilities under the rollout's velocity; None where the rollout took no
+    such step."""
     real: int
-    """How many states are no padding; they come first."""
+    """The number of states that are not padding; they come first."""
     valid: torch.Tensor
-    """bool [N, B]: False for children whose reward failed, and for copies that fill up a state of
-    fewer children."""
+    """bool [N, B]: False for children whose reward failed, and for copies that fill up a state with
+    fewer than B children."""
     step: torch.Tensor | None = None
-    """int64 [N]: the states' places in the sampling grid, which a penalty on some steps asks
-    for."""
+    """int64 [N]: places in the sampling grid, for penalties that act on some steps only."""
 
 
 @dataclass(frozen=True)
 class Old:
-    """What the policy before the updates said of a micro-batch."""
+    """The outputs of the policy before the updates for a micro-batch."""
 
     log_prob: torch.Tensor
     """fp32 [N, B]."""
     velocity: torch.Tensor | None
-    """[N, ...], where the objective or a penalty asks for it."""
+    """[N, ...] in the training dtype; None where neither the objective nor the penalty needs it."""
 
 
 class Seen(NamedTuple):
-    """What was measured of a micro-batch, detached. Scalars are means over the states whose weight
-    is not 0."""
+    """Statistics of a micro-batch, detached. Scalars are means over the states whose weight is not
+    0."""
 
     ratio: torch.Tensor
-    """fp32 [N, B], of the policy to the old one."""
+    """fp32 [N, B], probabilities of the children under the policy over those under the old one."""
     log_prob: torch.Tensor
-    """fp32 [N, B], of the children under the policy."""
+    """fp32 [N, B], log-probabilities of the children under the policy."""
     kl: torch.Tensor
-    """fp32 [], to the reference policy."""
+    """fp32 [], the penalty's divergence."""
     clip_fraction: torch.Tensor
     """fp32 [], share of the children that count as clipped."""
     clipped_above: torch.Tensor | None = None
-    """fp32 [], share of those that are clipped with a ratio above 1; None: those whose ratio is
-    above 1 + clip_high."""
+    """fp32 [], share of the children that are clipped with a ratio above 1. None: the children
+    whose ratio is above 1 + clip_high count."""
 
 
 class Objective(ABC):  # noqa: B024 (one of two methods is abstract)
-    """What an update minimizes.
+    """The loss of an update.
 
-    Write `pull`, or `loss` where a loss is no function of the children's log-ratios. `clip_low` and
-    `clip_high` bound what metrics report as clipped.
+    A subclass writes `pull`, or `loss` if its loss is not a function of the children's log-ratios.
     """
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
+        # `abstractmethod` cannot say "one of these". Checked when the class is defined, because an
+        # objective without either would fail only after the first rollout.
         if all(
             getattr(cls, name) is getattr(Objective, name)
             for name in ("pull", "batch_pull", "loss")
@@ -114,27 +119,28 @@ class Objective(ABC):  # noqa: B024 (one of two methods is abstract)
             raise TypeError(f"{cls.__name__} defines neither `pull` nor `loss`")
 
     wants: Literal["states", "endpoints"] = "states"
-    """What the rollout keeps: the states that its rows left, or every row's final latent."""
+    """What the rollout keeps: the states that children left, or every row's final latent."""
     ratio: Literal["plain", "guard"] = "plain"
-    """Of likelihoods, or normalized as by GRPO-Guard, whose gradient is tau times as large: what
-    `training.weighting` divides by."""
+    """"plain", of likelihoods; or "guard", normalized as in GRPO-Guard, with a gradient that is tau
+    times as large. `training.weighting` takes that factor into account."""
     keeps_velocity = False
     """Whether `Old` holds the old policy's velocity."""
     compares_children = False
-    """Whether a state needs two children or more to be learned from."""
+    """Whether a state needs at least two children to have a gradient."""
     stops_children = False
-    """Whether `pull` is 0 for children that have moved far enough, and these are what metrics
-    report as clipped."""
+    """Whether `pull` is 0 for children that have moved far enough. Metrics then report these
+    children as clipped."""
     clip_low: float = NEVER["clip_low"]
+    """Metrics report ratios below 1 - clip_low as clipped."""
     clip_high: float = NEVER["clip_high"]
+    """Metrics report ratios above 1 + clip_high as clipped."""
 
     def states(self, rollout: Rollout, advantages: Advantages) -> list[State]:
-        """The states of this rank that are trained on: the rollout's own, or what an objective
-        makes of its endpoints."""
+        """This rank's states to train on: the rollout's own, or states made from its endpoints."""
         return rollout.states
 
     def filler(self, rollout: Rollout) -> State:
-        """What pads the micro-batches of a rank on which `states` finds none."""
+        """A state that pads the micro-batches of a rank for which `states` returns none."""
         return rollout.states[0]
 
     def pull(
@@ -144,17 +150,17 @@ class Objective(ABC):  # noqa: B024 (one of two methods is abstract)
 
         Args:
             advantage: fp32 [N, B].
-            log_ratio: fp32 [N, B], of the policy to the old one; 0 in the first update.
-            distance: fp32 [N, 1], KL of the step to the old policy's, mean over elements; None
-                unless `keeps_velocity`.
+            log_ratio: fp32 [N, B], log of `Seen.ratio`; 0 in the first update.
+            distance: fp32 [N, 1], KL divergence of the step from the old policy's, as a mean over
+                elements; None unless `keeps_velocity`.
         """
         raise NotImplementedError
 
     def batch_pull(
         self, batch: Batch, log_ratio: torch.Tensor, distance: torch.Tensor | None
     ) -> torch.Tensor:
-        """The pull of every child of a micro-batch, fp32 [N, B]; 0 for masked ones, whose advantage
-        is 0."""
+        """The pull of every child of a micro-batch, fp32 [N, B]; must be 0 for masked children."""
+        # Masked children have advantage 0, for which `pull` of a single child is 0.
         return self.pull(batch.advantage, log_ratio, distance)
 
     def loss(
@@ -165,12 +171,17 @@ class Objective(ABC):  # noqa: B024 (one of two methods is abstract)
         penalty: Penalty | None,
         velocity_ref: torch.Tensor | None,
     ) -> tuple[torch.Tensor, Seen]:
-        """The loss [] of a micro-batch, differentiable in `velocity`, and what was measured on the
-        way.
+        """The loss [] of a micro-batch, differentiable in `velocity`, and its statistics.
 
-        Without an old policy the kernel's ratio is 1 and its gradient of -A ratio is that of -A log
-        ratio, so with A = pull it is the gradient of any loss of log-ratios. The value of the loss
-        is that of this linear stand-in.
+        The gradient is exact. The value is that of a linear stand-in, -pull times the ratio.
+
+        Args:
+            velocity: [N, ...] of the policy, in the training dtype.
+            batch: the micro-batch.
+            old: outputs of the policy before the updates; None in the first update, in which the
+                old policy is the current one.
+            penalty: what is added to the loss if the kernel computes it; None: nothing.
+            velocity_ref: [N, ...] of the policy that the penalty measures from.
         """
         with torch.no_grad():
             seen = self.measure(velocity, batch, old)
@@ -183,12 +194,16 @@ class Objective(ABC):  # noqa: B024 (one of two methods is abstract)
                 else step_distance(velocity, old and old.velocity, batch)  # type: ignore[arg-type]  # None where there is no old policy
             )
             pull = self.batch_pull(batch, log_ratio, distance)
+        # Without an old policy the kernel's ratio is 1, where -A ratio and -A log ratio have the
+        # same gradient. So with A = pull its gradient is that of any loss of the log-ratios.
         loss, penalized = kernel_loss(velocity, batch, pull, None, penalty, velocity_ref, **NEVER)
+        # The ratios of this call are 1; those to the real old policy are in `seen`.
         seen = seen._replace(kl=penalized.kl)
         return loss, _stopped(seen, batch, pull) if self.stops_children else seen
 
     def measure(self, velocity: torch.Tensor, batch: Batch, old: Old | None) -> Seen:
         """Ratios and log-probabilities under a velocity, without a gradient."""
+        # With advantages of 0 the kernel only measures.
         zero = torch.zeros_like(batch.advantage)
         return kernel_loss(
             velocity.detach(),
@@ -203,8 +218,8 @@ class Objective(ABC):  # noqa: B024 (one of two methods is abstract)
 
 
 class GroupObjective(Objective):
-    """An objective whose loss is one of all children of a state together. Masked children and flat
-    groups have no pull."""
+    """An objective whose loss depends on all children of a state together. Masked children, and
+    groups whose advantages are all 0, have no pull."""
 
     compares_children = True
 
@@ -212,21 +227,27 @@ class GroupObjective(Objective):
     def group_pull(
         self, advantage: torch.Tensor, log_ratio: torch.Tensor, valid: torch.Tensor
     ) -> torch.Tensor:
-        """-dL/d(log ratio) of each child, [N, B], of the loss L of its group; anything finite where
-        `valid`, bool [N, B], is False."""
+        """-dL/d(log ratio) of each child, fp32 [N, B], where L is the loss of its group.
+
+        Args:
+            advantage: fp32 [N, B].
+            log_ratio: fp32 [N, B].
+            valid: bool [N, B]; where it is False the result may be any finite number.
+        """
 
     def batch_pull(self, batch, log_ratio, distance):
         pull = self.group_pull(batch.advantage, log_ratio, batch.valid)
-        # A group without spread teaches nothing, whether or not a penalty has it forwarded.
+        # A group whose rewards are all equal has no gradient, but a loss of its log-ratios may have
+        # one: such a group is forwarded where a penalty acts on it.
         return torch.where(batch.valid & (batch.advantage != 0).any(1, keepdim=True), pull, 0.0)
 
 
 def _stopped(seen: Seen, batch: Batch, pull: torch.Tensor) -> Seen:
-    """With the share of valid children of each state whose pull is 0 while their advantage is
-    not."""
+    """Statistics in which a child counts as clipped if its pull is 0 and its advantage is not."""
     stopped = (pull == 0) & (batch.advantage != 0)
     live, valid = batch.weight != 0, batch.valid.sum(1).clamp(min=1)
 
+    # On the device and without indexing by a mask, which would make the host wait for the GPU.
     def share(chosen: torch.Tensor) -> torch.Tensor:
         return torch.where(live, chosen.sum(1) / valid, 0.0).sum() / live.sum().clamp(min=1)
 
@@ -247,8 +268,19 @@ def kernel_loss(
     clip_high: float,
     ratio: str = "plain",
 ) -> tuple[torch.Tensor, Seen]:
-    """`tempflow_kernels.group_loss` of a micro-batch; a penalty that the kernel has is added
-    there."""
+    """`tempflow_kernels.group_loss` of a micro-batch, with the penalty if the kernel computes it.
+
+    Args:
+        velocity: [N, ...] of the policy.
+        batch: the micro-batch.
+        advantage: fp32 [N, B], in place of the batch's own.
+        old: outputs of the old policy; None: the policy itself, so the ratio is 1.
+        penalty: added if it has a `kernel` form; otherwise ignored.
+        velocity_ref: [N, ...] of the policy that the penalty measures from.
+        clip_low: the ratio is clipped below at 1 - this.
+        clip_high: the ratio is clipped above at 1 + this.
+        ratio: "plain" or "guard".
+    """
     fused = penalty.kernel if penalty is not None and velocity_ref is not None else None
     coef, form = fused or (0.0, "x")
     loss, stats = group_loss(
@@ -267,6 +299,7 @@ def kernel_loss(
         kl_coef=coef,
         kl_form=form,
         ratio=ratio,
+        # The op refuses an old velocity under the plain ratio, though a penalty may have kept one.
         velocity_old=None if old is None or ratio == "plain" else old.velocity,
     )
     return loss, Seen(stats.ratio, stats.log_prob, stats.kl, stats.clip_fraction)
@@ -275,8 +308,8 @@ def kernel_loss(
 def step_distance(
     velocity: torch.Tensor, velocity_old: torch.Tensor | None, batch: Batch
 ) -> torch.Tensor:
-    """KL of the step's Gaussian to the old policy's, b^2 mean((v - v_old)^2) / (2 tau^2), fp32 [N,
-    1]; 0 without an old one."""
+    """KL divergence of the step's Gaussian from the old policy's, b^2 mean((v - v_old)^2) /
+    (2 tau^2), fp32 [N, 1]; 0 without an old policy."""
     if velocity_old is None:
         return torch.zeros_like(batch.b)[:, None]
     apart = (velocity.detach().float() - velocity_old.float()).flatten(1).square().mean(1)

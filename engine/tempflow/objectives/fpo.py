@@ -1,5 +1,5 @@
-"""FPO (arXiv 2507.21053): the clipped policy gradient on a likelihood of matching, for finished
-latents of any sampler."""
+"""FPO (arXiv 2507.21053): the clipped policy gradient on finished latents of any sampler, with a
+likelihood that is a function of the matching error."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ class Fpo(Objective):
     """The clipped loss of PPO on finished latents, whose ratio is exp(kappa (error of the old
     velocity - error of the new)) (FPO).
 
-    A latent x0 is noised to x = (1 - s) x0 + s eps; the error is mean |v - (eps - x0)|^2. Each draw
-    of (s, eps) has a ratio of its own (FPO++, arXiv 2602.02481).
+    A latent x0 is noised to x = (1 - s) x0 + s eps, and the error is mean |v - (eps - x0)|^2. Each
+    draw of (s, eps) has its own ratio (FPO++, arXiv 2602.02481).
 
     Args:
         clip: the ratio is clipped to 1 +- this.
-        draws: noise levels per latent, one from each of as many equal parts of the sampling grid.
-        form: "v", or "eps" for the error of the predicted noise, which is (1 - s)^2 times that of
-            the velocity.
-        kappa: how sharply the error decides the likelihood.
-        pick: "all" latents, or "extremes": the best and the worst of each group, so that fewer are
-            forwarded.
+        draws: noise levels per latent; the sampling grid is cut into this many equal parts, and one
+            level is drawn from each.
+        form: "v", the error of the velocity; or "eps", the error of the predicted noise, which is
+            (1 - s)^2 times the former.
+        kappa: factor of the error in the log-likelihood.
+        pick: "all" latents; or "extremes", only the best and the worst of each group, which takes
+            fewer forwards.
     """
 
     wants = "endpoints"
@@ -52,5 +53,6 @@ class Fpo(Objective):
         return noised(rollout, rollout.endpoints[:1], 1, self.form, self.kappa)[0]
 
     def loss(self, velocity, batch, old, penalty, velocity_ref):
+        # `noised` writes the likelihood as that of a step, so the kernel of GRPO's loss serves.
         clip: dict[str, Any] = {"clip_low": self.clip_low, "clip_high": self.clip_high}
         return kernel_loss(velocity, batch, batch.advantage, old, penalty, velocity_ref, **clip)

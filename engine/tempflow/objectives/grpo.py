@@ -1,4 +1,4 @@
-"""The clipped objective of GRPO, in one fused kernel."""
+"""The clipped objective of GRPO, computed by one fused kernel (equation (3) of docs/method.md)."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ class Grpo(Objective):
 
     Args:
         clip_low: the ratio is clipped below at 1 - this.
-        clip_high: and above at 1 + this.
-        ratio: "plain", or "guard" for the normalized ratio of GRPO-Guard (arXiv 2510.22319).
+        clip_high: the ratio is clipped above at 1 + this.
+        ratio: "plain"; or "guard", the normalized ratio of GRPO-Guard (arXiv 2510.22319).
     """
+
+    # The ranges are small because log-probabilities are means over the latent's elements, not sums.
 
     def __init__(
         self,
@@ -29,9 +31,11 @@ class Grpo(Objective):
         check_range("clip_low", clip_low, above=0, below=1)
         check_range("clip_high", clip_high, above=0)
         self.clip_low, self.clip_high, self.ratio = clip_low, clip_high, ratio
+        # Guard's ratio measures from the old policy's mean, which its velocity gives.
         self.keeps_velocity = ratio == "guard"
 
     def pull(self, advantage, log_ratio, distance):
+        # Training uses `loss`, whose kernel has the same gradient; tests compare the two.
         ratio = torch.exp(log_ratio)
         past = (advantage > 0) & (ratio > 1 + self.clip_high) | (advantage < 0) & (
             ratio < 1 - self.clip_low

@@ -1,8 +1,9 @@
 """States made of finished latents, for objectives that match velocities instead of steps.
 
-A finished latent x0 is noised anew to x = (1 - s) x0 + s eps. The likelihood exp(-kappa mean |v -
-(eps - x0)|^2) of the velocity there is that of one child, up to a constant: y = eps - x0 under N(v,
-1 / (2 kappa)). So log-ratios, kernels and penalties are a step's.
+A finished latent x0 is noised again to x = (1 - s) x0 + s eps. Its likelihood under the velocity v
+at x is defined as exp(-kappa mean |v - (eps - x0)|^2). Up to a constant, that is the density of one
+child y = eps - x0 under N(v, 1 / (2 kappa)): a step with a = 0, b = 1 and tau = (2 kappa)^-1/2. So
+log-ratios, kernels and penalties of steps are used unchanged.
 """
 
 from __future__ import annotations
@@ -22,20 +23,22 @@ Pick = Literal["all", "extremes"]
 def noised(
     rollout: Rollout, endpoints: list[Endpoint], draws: int, form: Form = "v", kappa: float = 1.0
 ) -> list[State]:
-    """The states of `draws` noise levels of each latent, one from each of as many equal parts of
-    the sampling grid.
+    """States at `draws` noise levels of each latent. The sampling grid is cut into as many equal
+    parts, and one level is drawn from each.
 
     Args:
-        rollout: whose grid and noise are drawn from.
-        endpoints: of this rank.
-        draws: at most; fewer where the grid has fewer steps.
-        form: "v" matches the velocity; "eps" the noise, x + (1 - s) v to eps, which is (1 - s)^2
-            times the error in v and so leaves out s = 1.
-        kappa: of the likelihood.
+        rollout: gives the grid and the noise.
+        endpoints: finished latents of this rank.
+        draws: noise levels per latent; fewer where the grid has fewer steps.
+        form: "v" matches the velocity. "eps" matches the noise, x + (1 - s) v to eps, whose error
+            is (1 - s)^2 times that of v; s = 1, where it is 0, is left out.
+        kappa: factor of the error in the log-likelihood.
     """
+    # The last sigma is 0, at which there is no noise and no forward.
     levels = np.arange(len(rollout.grid.sigmas) - 1)
     if form == "eps":
         levels = levels[rollout.grid.sigmas[:-1].cpu().numpy() < 1]
+    # One level from each part, so that every latent is seen at high and at low noise.
     strata = np.array_split(levels, min(draws, len(levels)))
     return [
         _state(rollout, endpoint, draw, steps, form, kappa)
@@ -47,11 +50,13 @@ def noised(
 def _state(
     rollout: Rollout, endpoint: Endpoint, draw: int, steps: np.ndarray, form: Form, kappa: float
 ) -> State:
+    # The level and eps follow from the key, so they do not depend on the rank that draws them.
     key = rollout.noise.key(endpoint.unit, AFTERWARDS - draw, (endpoint.slot,))
     step = int(np.random.default_rng(abs(key)).choice(steps))
     sigma = rollout.grid.sigmas[step].item()
     eps = rollout.noise.sample([key], endpoint.latent.shape, endpoint.latent.device)[0]
     x = (1 - sigma) * endpoint.latent + sigma * eps
+    # (a, b, child) of N(a x + b v, tau^2): v against eps - x0, or x + (1 - s) v against eps.
     a, b, child = (0.0, 1.0, eps - endpoint.latent) if form == "v" else (1.0, 1 - sigma, eps)
     return State(
         endpoint.unit,
@@ -67,10 +72,11 @@ def _state(
 
 
 def picked(rollout: Rollout, advantages: Advantages, pick: Pick) -> list[Endpoint]:
-    """This rank's finished latents: all of them, or of every group the best and the worst, of equal
-    ones the first."""
+    """This rank's finished latents: all of them, or the best and the worst of every group. Of equal
+    ones the first is taken."""
     if pick == "all":
         return rollout.endpoints
+    # Over the slots of all ranks, which are the same everywhere: a group may span several ranks.
     labels, chosen = rollout.slots.groups(rollout.over), set()
     for label in np.unique(labels[advantages.valid]):
         members = np.flatnonzero((labels == label) & advantages.valid)

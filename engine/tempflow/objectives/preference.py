@@ -1,9 +1,9 @@
-"""Preference objectives: a loss of all children of a state together, by the order or the size of
-their advantages.
+"""Preference objectives: losses of all children of a state together, which depend on the order or
+the size of their advantages.
 
-Log-ratios are means over the latent's elements and of size 1e-3, so `beta` is of size 100 where it
-is 0.1 in the papers, whose log-ratios are sums. Like every objective's, the gradient is a mean over
-the children.
+Log-ratios are means over the latent's elements here, of order 1e-3; in the papers they are sums. So
+`beta` is of order 100 where the papers have 0.1. As for every objective, the gradient is a mean
+over the children.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Dpo(GroupObjective):
     arXiv 2311.12908).
 
     Args:
-        beta: scale of the log-ratios; larger ones end a pair's pull sooner.
+        beta: factor of the log-ratios; with a larger one the pull of a pair ends sooner.
     """
 
     def __init__(self, beta: float = 100.0):
@@ -30,9 +30,11 @@ class Dpo(GroupObjective):
         self.beta = beta
 
     def group_pull(self, advantage, log_ratio, valid):
+        # Infinities keep masked children from being chosen; the first of equal ones is.
         best = advantage.masked_fill(~valid, -torch.inf).argmax(1, keepdim=True)
         worst = advantage.masked_fill(~valid, torch.inf).argmin(1, keepdim=True)
         u = self.beta * (log_ratio.gather(1, best) - log_ratio.gather(1, worst))
+        # With equal advantages, or one valid child, there is no pair to prefer.
         pull = torch.where(
             advantage.gather(1, best) > advantage.gather(1, worst),
             self.beta * torch.sigmoid(-u),
@@ -44,16 +46,17 @@ class Dpo(GroupObjective):
 
 
 class Dmpo(GroupObjective):
-    """Matches the policy's distribution over a state's children to the one that their advantages
-    ask for, and stops there (DMPO).
+    """Matches the policy's distribution over a state's children to a target distribution given by
+    their advantages, and stops there (DMPO).
 
     L = KL(q | p) with q = softmax(beta log ratio) and p = softmax(A / temperature). At a ratio of 1
-    the pull is proportional to A, as the policy gradient's. Derived from the reverse KL of arXiv
-    2507.07510, whose exact loss was not available.
+    the pull is proportional to A, like that of the policy gradient. The loss is derived from the
+    reverse KL of arXiv 2507.07510, whose exact form was not available.
 
     Args:
-        beta: scale of the log-ratios.
-        temperature: of the advantages; smaller ones ask for more of the best child.
+        beta: factor of the log-ratios.
+        temperature: divisor of the advantages; with a smaller one the target prefers the best child
+            more strongly.
     """
 
     def __init__(self, beta: float = 100.0, temperature: float = 1.0):
@@ -66,19 +69,20 @@ class Dmpo(GroupObjective):
             torch.log_softmax(logits.masked_fill(~valid, -torch.inf), 1)
             for logits in (self.beta * log_ratio, advantage / self.temperature)
         )
+        # log_softmax of a masked child is -inf in both, and -inf - (-inf) would be NaN.
         weight, gap = q.exp(), torch.where(valid, q - p, 0.0)
         return -self.beta * weight * (gap - (weight * gap).sum(1, keepdim=True))
 
 
 class Dgpo(GroupObjective):
-    """Direct group preference optimization: one preference of a state's better children over its
-    worse ones (DGPO).
+    """Direct group preference optimization: one preference of all better children of a state over
+    all worse ones (DGPO).
 
     L = -log sigmoid(beta sum of A log ratio over the children) (arXiv 2510.08425), here on the
     children of a step.
 
     Args:
-        beta: scale of the log-ratios; larger ones end a group's pull sooner.
+        beta: factor of the log-ratios; with a larger one the pull of a group ends sooner.
     """
 
     def __init__(self, beta: float = 100.0):

@@ -1,4 +1,4 @@
-"""Policy-gradient objectives that hold an update near the old policy by other means than a clip of
+"""Policy-gradient objectives that keep an update near the old policy by other means than clipping
 the ratio."""
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from tempflow.objectives.base import Objective
 
 
 class Dppo(Objective):
-    """The policy gradient without a clip, stopped where the step has left the old one by too large
-    a KL divergence (Flow-DPPO).
+    """The policy gradient without a clip, stopped where the KL divergence of a step from the old
+    policy's is too large (Flow-DPPO).
 
-    L = -A ratio, without the children of a state whose step is farther than `delta` from the old
-    policy's and whose ratio moves on in the direction of A (arXiv 2606.11025). The divergence is
-    exact, and one number for all children of a state.
+    L = -A ratio (arXiv 2606.11025). A child has no gradient if its state's divergence exceeds
+    `delta` and its ratio has already moved in the direction of A. The divergence is exact, and one
+    number for all children of a state.
 
     Args:
         delta: largest KL divergence of a step from the old policy's, as a mean over the latent's
@@ -30,18 +30,19 @@ class Dppo(Objective):
         self.delta = delta
 
     def pull(self, advantage, log_ratio, distance):
+        # Children that have moved against A keep their gradient: it leads back to the old policy.
         stopped = (distance > self.delta) & (advantage * log_ratio > 0)
         return torch.where(stopped, 0.0, advantage * torch.exp(log_ratio))
 
 
 class Hinge(Objective):
-    """A hinge on the log-ratio: a constant pull until it has moved by `xi` in the direction of the
-    advantage, then none.
+    """A hinge on the log-ratio: the pull is constant until the log-ratio has moved by `xi` in the
+    direction of the advantage, then 0.
 
     L = max(0, xi |A| - A log ratio), as in PCPO (arXiv 2509.25774) and RSM (arXiv 2604.17415).
 
     Args:
-        xi: the log-ratio at which a child is left alone.
+        xi: the log-ratio at which the pull of a child ends.
     """
 
     stops_children = True
@@ -55,15 +56,16 @@ class Hinge(Objective):
 
 
 class Spo(Objective):
-    """A quadratic penalty on the ratio in place of a clip, with no pull at `epsilon` and a pull
-    back beyond it (SPO).
+    """A quadratic penalty on the ratio in place of a clip: the pull is 0 at a distance of `epsilon`
+    from 1 and points back beyond it (SPO).
 
-    L = -(A ratio - |A| (ratio - 1)^2 / (2 epsilon)) (arXiv 2401.16025). Metrics count the ratios
-    beyond 1 +- epsilon as clipped.
+    L = -(A ratio - |A| (ratio - 1)^2 / (2 epsilon)) (arXiv 2401.16025). Metrics count ratios beyond
+    1 +- epsilon as clipped.
 
     Args:
-        epsilon: distance of the ratio from 1 at which it is best.
-        asymmetric: only where A < 0, with a clip where A > 0 (ASPO of arXiv 2602.02481).
+        epsilon: distance of the ratio from 1 at which the loss is least.
+        asymmetric: use the penalty only where A < 0, and a clip where A > 0 (ASPO of arXiv
+            2602.02481).
     """
 
     def __init__(self, epsilon: float = 1e-3, asymmetric: bool = False):
@@ -73,6 +75,7 @@ class Spo(Objective):
 
     def pull(self, advantage, log_ratio, distance):
         ratio = torch.exp(log_ratio)
+        # d ratio / d log ratio is the ratio itself, hence the factor.
         pull = ratio * (advantage - advantage.abs() * (ratio - 1) / self.epsilon)
         if not self.asymmetric:
             return pull
