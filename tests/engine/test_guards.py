@@ -224,5 +224,7 @@ def test_a_rule_or_a_watched_reward_without_evaluations_is_refused(changes):
         small_config(**{**changes, "eval": {**changes.get("eval", {}), "stop": stop}})
     specs = parse_rewards({"jpeg": 1.0, "ocr": 0})
     check_watched(specs, evaluated=True)
-    with pytest.raises(UserError, match="rewards.ocr: weight 0 only watches"):
+    with pytest.raises(
+        UserError, match="rewards.ocr: a reward of weight 0 is scored only at evaluations"
+    ):
         check_watched(specs, evaluated=False)

@@ -145,7 +145,7 @@ def test_a_reward_of_images_is_asked_about_no_video(workers):
     specs = parse_rewards({motion: 1.0, image: 1.0})
     with RewardPool(specs, workers=workers) as pool:
         with pytest.raises(
-            UserError, match=f"rewards.{image}: scores images, and the model makes videos"
+            UserError, match=f"rewards.{image}: scores images, but the model makes videos"
         ):
             pool.submit(videos(2), ["a", "b"], [{}, {}])
         ticket = pool.submit(videos(2), ["a", "b"], [{}, {}], rewards=[motion])

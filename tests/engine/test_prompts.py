@@ -225,7 +225,7 @@ def test_prompts_of_a_command_line_are_held_to_the_same():
         (["test.txt", "train.csv"], ["none of train.txt"]),
         (
             ["train.txt", "train_metadata.jsonl"],
-            ["holds train.txt and train_metadata.jsonl", "one is expected"],
+            ["holds train.txt and train_metadata.jsonl", "exactly one"],
         ),
     ],
 )

@@ -57,7 +57,7 @@ REFUSED = {
     "mixed": ('a sign “OPEN"', "different kinds"),
     "German, typed halfway": ('ein Schild „OFFEN"', "different kinds"),
     "opened twice": ("a sign “OPEN“ at night", "do not pair"),
-    "within others": ("a note “he said „hi“ twice” on a desk", "within others"),
+    "within others": ("a note “he said „hi“ twice” on a desk", "inside others"),
     "doubled": ('a shop with ""BREAD"" on it', "do not pair"),
     "around all of it": ('"a shop with "BREAD" on it"', "do not pair"),
     "around all, none inside": ('"a red barn in the snow"', "all its words"),
@@ -141,9 +141,7 @@ def test_a_line_may_name_its_target():
     )
     assert told == "OCR targets: 'OPEN', 'A', 'B'"
     for bad in ("", " ", 7, ["OPEN"], "\u200b"):
-        with pytest.raises(
-            UserError, match='p.jsonl:1: .* as "ocr_target", where a text is expected'
-        ):
+        with pytest.raises(UserError, match='p.jsonl:1: .* as "ocr_target", expected a text'):
             OcrReward().check_prompts(['a "B"'], [{**named, "ocr_target": bad}])
 
 

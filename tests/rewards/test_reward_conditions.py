@@ -98,7 +98,7 @@ def test_a_damaged_file_masks_and_is_told(tmp_path, files):
 
 def test_prompts_without_are_refused():
     """By a reward that needs condition images, among the prompts that are for it."""
-    with pytest.raises(UserError, match="^f:2: prompt 'b' brings no condition image"):
+    with pytest.raises(UserError, match="^f:2: prompt 'b' has no condition image"):
         check_prompts([TOLD], ["a", "b"], [{"images": ["x.png"]}, {"source": "f:2"}])
     other = RewardSpec("jpeg")
     check_prompts(
@@ -162,13 +162,13 @@ IMAGE = encode_png(noise(1)[0])
         ({"conditions": [IMAGE], "conditions_of": [[1]]}, "places from 0 to 0"),
         ({"conditions": [IMAGE], "conditions_of": [[-1]]}, "places from 0 to 0"),
         ({"conditions_of": [[0]]}, "conditions_of"),
-        ({"conditions": ["no image"], "conditions_of": [[0]]}, "condition 0 is no PNG file"),
+        ({"conditions": ["no image"], "conditions_of": [[0]]}, "condition 0 is not a PNG file"),
         (
             {
                 "conditions": [base64.b64encode(png(noise(1, 60, 60)[0])[:-4000]).decode()],
                 "conditions_of": [[0]],
             },
-            "condition 0 is a broken PNG",
+            "condition 0 is a damaged PNG",
         ),
         (
             {
@@ -177,7 +177,7 @@ IMAGE = encode_png(noise(1)[0])
             },
             "pixels in one request",
         ),
-        ({"metadata": [{"images": ["/etc/passwd"]}]}, '"images" is taken'),
+        ({"metadata": [{"images": ["/etc/passwd"]}]}, 'the key "images" is not allowed'),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -236,7 +236,7 @@ def test_the_judge_shows_none_unless_asked(files):
     with fake(says('{"score": 5}')) as (url, api):
         judge(url).score(noise(1), ["a"], [{"images": files[0]}])
     assert len(shown(api.bodies[0])[0]) == 1 and "instruction" not in shown(api.bodies[0])[1]
-    with pytest.raises(UserError, match="brings no condition image"):
+    with pytest.raises(UserError, match="has no condition image"):
         judge(url, conditions=True).check_prompts(["a"], [{}])
 
 
@@ -269,5 +269,5 @@ def test_clip_image(models, files):
         True,
         False,
     ]
-    with pytest.raises(UserError, match="^f:1: .* brings no condition image"):
+    with pytest.raises(UserError, match="^f:1: .* has no condition image"):
         reward.check_prompts(["a"], [{"source": "f:1"}])

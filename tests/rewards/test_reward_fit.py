@@ -105,13 +105,13 @@ def test_a_reward_looks_at_its_own_prompts_only():
     check_asked(specs, [{"rewards": ["ocr"]}, {}])
     with pytest.raises(UserError, match="a cat"):
         check_prompts(specs, ['a sign that says "OPEN"', "a cat"], [{}, {"rewards": ["ocr"]}])
-    with pytest.raises(UserError, match="rewards.jpeg: no prompt of data.train is for it"):
+    with pytest.raises(UserError, match="rewards.jpeg: it applies to no prompt of data.train"):
         check_asked(specs, [{"rewards": ["ocr"]}])
 
 
 @pytest.mark.parametrize("name", ["failed", "scored", "reward", "gain"])
 def test_names_of_metrics_are_refused(name):
-    with pytest.raises(UserError, match=f"rewards.{name}: metrics have this name"):
+    with pytest.raises(UserError, match=f"rewards.{name}: a metric has this name"):
         parse_rewards({name: {"type": "jpeg"}})
 
 

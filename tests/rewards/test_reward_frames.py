@@ -87,9 +87,9 @@ def test_only_the_chosen_frames_are_sent():
 @pytest.mark.parametrize(
     "kind, frames, size, message",
     [
-        (STILL, None, 5, 'rewards.r: scores images, and the model makes videos; add "frames": 4'),
-        (STILL, 6, 5, "rewards.r.frames: 6; the run makes 5"),
-        (MOTION, 2, 1, "rewards.r.frames: 2; the run makes 1"),
+        (STILL, None, 5, 'rewards.r: scores images, but the model makes videos; add "frames": 4'),
+        (STILL, 6, 5, "rewards.r.frames: 6 is more than rollout.frames, which is 5"),
+        (MOTION, 2, 1, "rewards.r.frames: 2 is more than rollout.frames, which is 1"),
         ("http", None, 5, "rewards.r: scores images"),
     ],
 )
@@ -113,7 +113,9 @@ def test_runs_that_can_be_scored_are_not_refused():
 
 @pytest.mark.parametrize("frames", [0, -1, True, 2.0, "4", [4]])
 def test_frames_are_a_number(frames):
-    with pytest.raises(UserError, match="rewards.jpeg.frames: expected a whole number from 1 on"):
+    with pytest.raises(
+        UserError, match="rewards.jpeg.frames: expected a whole number of at least 1"
+    ):
         parse_rewards({"jpeg": {"frames": frames}})
 
 
@@ -156,7 +158,7 @@ def test_a_server_refuses_videos_for_a_reward_of_images(server):
     specs = [spec("http", url=server, reward="Still", videos=True, wait_s=0.0)]
     with (
         RewardPool(specs, workers=1, retries=0) as pool,
-        pytest.raises(UserError, match="'Still' scores images, and videos came"),
+        pytest.raises(UserError, match="'Still' scores images, but the request has videos"),
     ):
         probe(pool, specs, PROMPTS, METADATA, Size(9, 13, 9))
 

@@ -78,10 +78,13 @@ def spoil(models, folder, fault):
         ("preprocessor_config.json", ["image processor"]),
         ("pickle", ["pytorch_model.bin", "python -m tempflow.rewards.neural.convert"]),
         ("truncated", ["model.safetensors cannot be read"]),
-        ("tensor missing", ["CLIPModel lacks 1 tensors, visual_projection.weight"]),
+        (
+            "tensor missing",
+            ["1 tensors of CLIPModel are missing, such as visual_projection.weight"],
+        ),
         ("other model", ["model_type 'bert'", "expected 'clip'"]),
         ("other shapes", ["do not fit CLIPModel"]),
-        ("two files", ["several weights, a.safetensors, b.safetensors"]),
+        ("two files", ["several weight files, a.safetensors, b.safetensors"]),
     ],
 )
 def test_folder_refused(models, tmp_path, fault, words):
@@ -96,7 +99,7 @@ def test_folder_refused(models, tmp_path, fault, words):
         (
             "pickscore",
             {"path": "no/such/folder"},
-            ["rewards.pickscore.path", "'no/such/folder' is no folder here"],
+            ["rewards.pickscore.path", "'no/such/folder' is neither a folder on this machine"],
         ),
         ("pickscore", {"revision": "v2"}, ["rewards.pickscore.path", "'v2'"]),
         ("hpsv2", {"path": "{imagereward}"}, ["rewards.hpsv2.path", "visual.conv1.weight"]),
@@ -105,7 +108,7 @@ def test_folder_refused(models, tmp_path, fault, words):
         (
             "aesthetic",
             {"head": "{imagereward}"},
-            ["rewards.aesthetic.head", "takes embeddings of 40", "has 24"],
+            ["rewards.aesthetic.head", "takes embeddings of width 40", "have 24"],
         ),
         ("imagereward", {"path": "{clip}"}, ["rewards.imagereward.path", "'clip'"]),
         (
@@ -151,7 +154,10 @@ class Mine:
 
 @pytest.mark.parametrize(
     "content, words",
-    [(Mine(), "cannot be read as plain tensors"), ([1, 2], "no dictionary of tensors")],
+    [
+        (Mine(), "cannot be read as a checkpoint of plain tensors"),
+        ([1, 2], "no dictionary of tensors"),
+    ],
 )
 def test_convert_refuses(tmp_path, capsys, content, words):
     torch.save(content, tmp_path / "in.pt")

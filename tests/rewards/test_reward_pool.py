@@ -105,7 +105,7 @@ ANSWERS = {
 BREAKDOWNS = {
     "killed": "died with exit status -9",
     "crashing": "about to crash",
-    "garbling": "answered nonsense",
+    "garbling": "malformed message",
     "hanging": "did not answer within 2 s (timeout_s)",
 }
 

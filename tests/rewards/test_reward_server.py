@@ -230,7 +230,9 @@ def test_start_waits_for_a_server_and_refuses_another_reward(server):
         build_reward("http", {"url": url, "wait_s": 30.0}).load()
         with pytest.raises(UserError, match="does not serve 'b'. It serves: a"):
             client(url, "b")
-    with pytest.raises(UserError, match="name it with `reward`. It serves: listed, Seen, ocr"):
+    with pytest.raises(
+        UserError, match="choose one with the option `reward`. It serves: listed, Seen, ocr"
+    ):
         client(server)
     with pytest.raises(ServiceError, match="refused"):
         client(dead_address())

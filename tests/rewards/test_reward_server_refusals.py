@@ -72,8 +72,8 @@ def picture_cases():
         "sizes": ([picture, png(noise(1, 4, 4)[0])], "image 1 is 4 x 4, image 0 13 x 9"),
         "cut": ([picture[: len(picture) // 2]], "image 0"),
         "grey": ([png(noise(1)[0, ..., 0])], "mode L"),
-        "jpeg": ([jpeg.getvalue()], "no PNG"),
-        "pickle": ([b"\x80\x04\x95\x0a\x00."], "no PNG"),
+        "jpeg": ([jpeg.getvalue()], "not a PNG"),
+        "pickle": ([b"\x80\x04\x95\x0a\x00."], "not a PNG"),
     }
 
 

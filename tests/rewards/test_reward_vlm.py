@@ -266,7 +266,7 @@ def test_key_is_sent_and_never_shown(monkeypatch):
 
 @pytest.mark.parametrize(
     "models, words",
-    [(["a", "b"], "serves ['a', 'b'], not 'judge'"), (["judge"], None), (None, None)],
+    [(["a", "b"], "serves a, b, not 'judge'"), (["judge"], None), (None, None)],
 )
 def test_model_is_looked_for_at_the_start(models, words):
     with fake(200, models=models) as (url, _):

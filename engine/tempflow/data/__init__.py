@@ -1,2 +1,2 @@
-"""Prompts: reading them, the order in which they are drawn, and which are passed over for a
-while."""
+"""Prompts: reading them from files and datasets, drawing them for iterations, and skipping those
+whose rewards do not differ."""

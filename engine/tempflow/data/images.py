@@ -1,8 +1,9 @@
-"""Condition images beside prompts: files that a prompt file names, and columns of a dataset.
+"""Condition images of prompts: files named in a prompt file, columns of a dataset, and command-line
+options.
 
-Files stay paths, so a prompt file of any length costs no memory for pixels: of each file the header
-and the end are read once, when the prompts are read, and families and rewards decode it at use. A
-dataset's images have no files; they are decoded here and kept.
+Files stay paths, so a long prompt file takes no memory for pixels. When the prompts are read, only
+the header and the last bytes of each file are checked; families and rewards decode the file when
+they use it. Images of a dataset have no files of their own; they are decoded here and kept.
 """
 
 from __future__ import annotations
@@ -20,26 +21,40 @@ from tempflow.errors import UserError, brief, shown
 from tempflow.types import Example
 
 KEYS = ("image", "images")
-# beside a prompt file: where names are looked up that are not found from the file's own folder
+# A folder beside the prompt file, in which names are looked up second. Flow-Factory's data has it.
 FOLDER = "images"
-LEAST_SIDE, MOST_RATIO, MOST_PIXELS = 16, 16, 64_000_000
+LEAST_SIDE, MOST_RATIO = 16, 16  # pixels; longer side over shorter side
+MOST_PIXELS = 64_000_000  # of one image, which takes 192 MB once it is decoded
 MOST_HELD = 4 << 30  # bytes of a dataset's decoded images, in each process
-DEEP = ("I", "F")  # Pillow's modes of more than 8 bits a channel, whose conversion to RGB clips
-ENDS, TAIL = {"PNG": b"IEND", "JPEG": b"\xff\xd9"}, 64  # what the last bytes of a whole file hold
-READERS = 16  # threads: headers come from a disk or a network that answers many at once
+# First letters of Pillow's modes with more than 8 bits a channel: converting them to RGB clips
+# their values instead of scaling them, which would turn a 16-bit photo white.
+DEEP = ("I", "F")
+# Markers in the last TAIL bytes of a complete file. In a PNG file a checksum follows its marker, in
+# a JPEG file there may be padding.
+ENDS, TAIL = {"PNG": b"IEND", "JPEG": b"\xff\xd9"}, 64
+READERS = 16  # threads; reading headers waits for a disk or a network, not for the CPU
 
 
 def with_images(prompts: list[Example], folder: Path) -> list[Example]:
-    """Prompts of a file in `folder` with the images that their metadata name, which leave the
-    metadata.
+    """Move the images that the prompts' metadata name into `Example.images`.
 
-    "image" is a path and "images" a list of paths, either way round; null and [] name none. Paths
-    are looked up from `folder`, then from its folder "images". UserError with the file and line,
-    the key and the path for what is no image or of no sensible size.
+    Either key, "image" or "images", may hold a path or a list of paths; null and [] mean no image.
+    A path is looked up from `folder`, then from its subfolder "images".
+
+    Args:
+        prompts: the prompts of one file.
+        folder: the folder of that file.
+
+    Returns:
+        The prompts with absolute paths as images and without the two keys in their metadata.
+
+    Raises:
+        UserError: for a file that is missing, damaged or of an unusable size; names the prompt
+            file and line, the key and the path.
     """
     named = [_named(prompt.metadata) for prompt in prompts]
     if not any(key in prompt.metadata for prompt in prompts for key in KEYS):
-        return prompts
+        return prompts  # the same objects, without starting threads
     files = _look_up(folder, [name for _, names in named for name in names])
     return [
         _with_files(prompt, key, [files[name] for name in names])
@@ -48,46 +63,54 @@ def with_images(prompts: list[Example], folder: Path) -> list[Example]:
 
 
 def typed_images(given: Iterable, option: str) -> tuple[str | np.ndarray, ...]:
-    """`Example.images` of files (named or as Path), PIL images or uint8 RGB arrays [H, W, 3].
-    UserError, which begins with `option`."""
+    """`Example.images` from what a caller gives: files (str or Path), PIL images, or uint8 RGB
+    arrays [H, W, 3]. UserError, beginning with `option`, for anything else."""
     return tuple(_typed(image, option) for image in given)
 
 
 def problem_with(file: str) -> str | None:
-    """Why a file cannot be a condition image, by its header and its end; None where nothing is
-    wrong."""
+    """Why a file cannot be a condition image, judged by its header and its last bytes; None if it
+    can."""
     if not os.path.exists(file):
         return "does not exist"
     if not os.path.isfile(file):
-        return "is no file"
+        return "is not a file"
     try:
         with Image.open(file) as image:
             problem = _problem_with_image(image)
             if problem is None and _seems_cut(file, image.format):
-                # fails where it is cut; others only have something behind the image, as photos with
-                # a video do
+                # Decoding raises for a truncated file. It does not for a complete one that has
+                # something appended, as photos with an embedded video have.
                 image.load()
             return problem
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        Image.DecompressionBombError,
-    ) as error:  # Pillow raises each of them for damaged files
+    # Pillow raises each of these for damaged files.
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         return f"cannot be read as an image: {brief(error, 200)}"
 
 
 def _seems_cut(file: str, kind: str | None) -> bool:
-    """Whether a file does not end as a whole one does: most often a download that was broken
-    off."""
+    """Whether a file lacks its format's end marker, as an interrupted download does."""
     with open(file, "rb") as opened:
+        # seeking to before the beginning of a file shorter than TAIL would raise
         opened.seek(-min(TAIL, os.path.getsize(file)), os.SEEK_END)
+        # b"" is in everything: formats without a known marker pass
         return ENDS.get(kind or "", b"") not in opened.read()
 
 
 def arrays_of(cells: list, source: str, column: str) -> tuple[np.ndarray, ...]:
-    """A dataset's cells, each an image or a list of images, as uint8 RGB [H, W, 3]; None is none.
-    UserError naming `source`."""
+    """Decode the image cells of a dataset's row.
+
+    Args:
+        cells: PIL images, lists of them, or None for no image.
+        source: the row, for error messages.
+        column: the columns' names, for error messages.
+
+    Returns:
+        uint8 RGB [H, W, 3] each, upright.
+
+    Raises:
+        UserError: for a cell that is not an image, or an image of an unusable size.
+    """
     found = []
     for image in (
         one
@@ -102,6 +125,7 @@ def arrays_of(cells: list, source: str, column: str) -> tuple[np.ndarray, ...]:
             )
         if problem := _problem_with_image(image):
             raise UserError(f"{source}: {column}: an image {problem}")
+        # Turned as EXIF says, like files are when they are used; an array has no EXIF data.
         found.append(np.array(ImageOps.exif_transpose(image).convert("RGB")))
     return tuple(found)
 
@@ -127,13 +151,15 @@ def _typed(image, option: str) -> str | np.ndarray:
 
 
 def _named(metadata: dict) -> tuple[str, list[str]]:
-    """The key that names a prompt's images, and their names. UserError naming the prompt's file and
-    line."""
+    """(key, names) of the images that a prompt's metadata name; ("", []) for none. UserError with
+    the prompt's file and line."""
     given = [key for key in KEYS if metadata.get(key) not in (None, [])]
     if not given:
         return "", []
     if len(given) > 1:
-        raise UserError(f'{metadata["source"]}: gives "image" and "images"; one is expected')
+        raise UserError(
+            f'{metadata["source"]}: gives both "image" and "images"; leave one of them out'
+        )
     (key,), value = given, metadata[given[0]]
     names = value if isinstance(value, list) else [value]
     if not all(isinstance(name, str) and name.strip() for name in names):
@@ -145,8 +171,8 @@ def _named(metadata: dict) -> tuple[str, list[str]]:
 
 
 def _look_up(folder: Path, names: list[str]) -> dict[str, tuple[str, str | None]]:
-    """The absolute path of each name, and what is wrong with that file."""
-    different = list(dict.fromkeys(names))
+    """For each name its absolute path and the problem with that file, or None."""
+    different = list(dict.fromkeys(names))  # many prompts may edit one image; check it once
     with ThreadPoolExecutor(READERS) as readers:
         return dict(
             zip(different, readers.map(lambda name: _found(folder, name), different), strict=True)
@@ -159,9 +185,9 @@ def _found(folder: Path, name: str) -> tuple[str, str | None]:
     )
     if not os.path.exists(beside) and os.path.exists(inside):
         return inside, problem_with(inside)
-    problem = problem_with(beside)
+    problem = problem_with(beside)  # a file in neither folder is reported as missing here
     if "://" in name:
-        problem = "is an address; download the image and name the file"
+        problem = "is a URL; download the image and name the file"
     return beside, problem
 
 
@@ -181,10 +207,10 @@ def _problem_with_image(image: Image.Image) -> str | None:
         or width * height > MOST_PIXELS
     ):
         allowed = (
-            f"sides of {LEAST_SIDE} pixels and more, one at most {MOST_RATIO} times the other,"
-            f" {MOST_PIXELS // 10**6} megapixels"
+            f"sides of at least {LEAST_SIDE} pixels, one at most {MOST_RATIO} times the other, and"
+            f" at most {MOST_PIXELS // 10**6} megapixels"
         )
         return f"is {width} x {height}; allowed are {allowed}"
     if image.mode.startswith(DEEP):
-        return f"has more than 8 bits a channel (Pillow's mode {image.mode}); save it with 8"
+        return f"has more than 8 bits a channel (Pillow's mode {image.mode}); save it with 8 bits"
     return None

@@ -1,10 +1,12 @@
-"""Rewards: images and their prompts in, one number an image out, scored off the training process.
+"""Rewards: they take images and prompts and return one number per image, in processes of their own.
 
-A config's `rewards` section becomes a list of `RewardSpec` (`parse_rewards`); `check_prompts`
-refuses prompts that a reward cannot use before anything is loaded; `RewardPool` scores batches in
-worker processes; `combine` makes the weighted sum. A new reward is a subclass of `Reward`, or a
-function, named in the config as `my_module:MyReward`. Importing this package loads neither torch
-nor any reward's model.
+`parse_rewards` turns a config's `rewards` section into a list of `RewardSpec`. `check_prompts`
+refuses prompts that a reward cannot use, before anything is loaded. `RewardPool` scores batches in
+worker processes. `combine` computes the weighted sum. A new reward is a subclass of `Reward`, or a
+function, which the config names as `my_module:MyReward`.
+
+Importing this package loads neither torch nor any reward's model, so a worker process starts
+quickly and takes only the memory that its rewards need.
 """
 
 from tempflow.rewards.base import Reward, Scores

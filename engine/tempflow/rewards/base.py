@@ -1,7 +1,8 @@
-"""What a reward is: the one interface between the trainer and anything that judges images.
+"""The interface between the trainer and everything that scores images.
 
-An image that could not be scored has the value NaN, which the trainer masks. It is never 0: in a
-group of images compared with each other a false 0 is a strong signal in the wrong direction.
+An image that could not be scored has the value NaN, which the trainer masks. It never gets the
+value 0: images of a group are compared with each other, so a false 0 would be a strong signal in
+the wrong direction.
 """
 
 from __future__ import annotations
@@ -16,17 +17,15 @@ from tempflow.errors import shown
 
 @dataclass(frozen=True)
 class Scores:
-    """Rewards of n images.
-
-    values: float32 [n]; NaN where an image could not be scored.
-    details: one short text an image for people (what an OCR model read), or None.
-    applies: bool [n], whether the image's prompt is for this reward, or None: all are. Set by the
-    pool; rewards leave it out.
-    """
+    """The scores of n images by one reward."""
 
     values: np.ndarray
+    """float32 [n]; NaN for an image that could not be scored."""
     details: list[str] | None = None
+    """For each image a short text for people, such as what an OCR model read; None: no texts."""
     applies: np.ndarray | None = None
+    """bool [n], whether the image's prompt asks for this reward; None: all do. Rewards leave it
+    out; the pool sets it."""
 
     def applicable(self) -> np.ndarray:
         """`applies` as an array, bool [n]."""
@@ -34,47 +33,66 @@ class Scores:
 
 
 class BadScores(ValueError):
-    """What a reward returned has the wrong type or shape, which no retry changes."""
+    """A reward returned the wrong type or shape, which trying again would not change."""
 
 
 class Reward(ABC):
-    """Base class of rewards; a subclass must define `score`.
+    """Base class of rewards. A subclass must define `score`.
 
-    The constructor's keyword arguments are the reward's options in the config. It must be cheap and
-    load nothing: the training process builds every reward too, only to call `check_prompts`. A
-    `UserError` of the constructor or of `load` is shown after the entry's key; it begins with the
-    option at fault, as in "url: expected ..., got ...".
-
-    takes_videos: whether `score` takes videos too, [n, F, H, W, 3]. Of the others an entry of the
-        config says how many `frames` of a video they score, one image each; without that the pool
-        refuses videos for them.
+    The constructor's keyword arguments are the reward's options in the config. The constructor must
+    be cheap and load nothing, because the training process builds every reward too, only to call
+    `check_prompts`. If the constructor or `load` raises `UserError`, the message is shown after the
+    entry's key; it should begin with the option at fault, as in "url: expected ..., got ...".
     """
 
     takes_videos = False
+    """Whether `score` also takes videos, [n, F, H, W, 3]. A reward that does not can score frames
+    of videos, as many as its config entry's `frames` says; without that it is refused in a run of
+    videos."""
 
     def check_prompts(  # noqa: B027 (optional)
         self, prompts: list[str], metadata: list[dict]
     ) -> str | None:
-        """Raise `UserError` naming the first prompt that this reward cannot use (see `locate`). May
-        return a line for people about what it read from the prompts, which the scripts show before
-        they start."""
+        """Refuse prompts that this reward cannot use. Called before anything is loaded.
+
+        Args:
+            prompts: n texts.
+            metadata: n tables: the other keys of each prompt's line.
+
+        Returns:
+            A line for people about what was found in the prompts, which is shown at the start, or
+            None.
+
+        Raises:
+            UserError: names the first unusable prompt; see `locate`.
+        """
 
     def load(self, threads: int = 1) -> None:  # noqa: B027
-        """Load models, once, in the process that will score; `threads` is what each may use."""
+        """Load models. Called once, in the process that will score.
+
+        Args:
+            threads: CPU threads that the reward may use.
+        """
 
     @abstractmethod
     def score(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> Scores:
-        """Score images, or videos where `takes_videos`.
+        """Score a batch of images, or of videos if `takes_videos`.
 
-        images: uint8 RGB [n, H, W, 3], videos [n, F, H, W, 3]; prompts and metadata: n entries
-        each. The condition images of a prompt are in its metadata, under "images": see
-        `condition_images`. Returns `Scores`; a plain array or list of n numbers does as well. An
-        exception fails the whole batch (it is retried); NaN fails one image.
+        An exception fails the whole batch, which is then tried again; NaN fails one image.
+
+        Args:
+            images: uint8 RGB [n, H, W, 3]; videos [n, F, H, W, 3].
+            prompts: n texts.
+            metadata: n tables. A prompt's condition images are under "images"; read them with
+                `condition_images`.
+
+        Returns:
+            `Scores`, or a plain array or list of n numbers.
         """
 
 
 class FunctionReward(Reward):
-    """A plain function `f(images, prompts, metadata, **options)` seen as a reward."""
+    """Makes a reward of a plain function `f(images, prompts, metadata, **options)`."""
 
     def __init__(self, function, options: dict):
         self._function = function
@@ -86,23 +104,32 @@ class FunctionReward(Reward):
 
 
 def as_scores(result, n: int) -> Scores:
-    """What `score` returned, checked. Infinity, and what is too large for float32, is a failure of
-    that image: NaN. So is what numpy has masked.
+    """Check what a reward's `score` returned, and convert it to `Scores`.
 
-    Raises BadScores unless it is n real numbers and, if present, n texts.
+    A value that is infinite, too large for float32, or masked by numpy becomes NaN: that image
+    counts as failed.
+
+    Args:
+        result: `Scores`, an array, a list, or a torch tensor.
+        n: number of images in the batch.
+
+    Raises:
+        BadScores: unless `result` has n real numbers and, if any, n texts.
     """
     details = None
     if isinstance(result, Scores):
         result, details = result.values, result.details
-    if hasattr(result, "detach"):  # a torch tensor, without importing torch
+    # A torch tensor, recognized without importing torch, which costs a worker seconds and memory.
+    # `float()` because numpy has no bfloat16.
+    if hasattr(result, "detach"):
         result = result.detach().cpu().float().numpy()
     try:
         values = np.asarray(result)
-    except ValueError:  # ragged lists
+    except ValueError:  # ragged lists; refused below by their dtype
         values = np.empty(0, dtype=object)
-    # asarray gives what lies under the mask
+    # `asarray` drops the mask and keeps the numbers under it, which mean nothing.
     masked = np.ma.getmaskarray(result) if isinstance(result, np.ma.MaskedArray) else None
-    if values.dtype.kind not in "fiub":
+    if values.dtype.kind not in "fiub":  # floats, integers, unsigned integers, booleans
         raise BadScores(f"the reward returned {shown(result)}, not {n} numbers")
     with np.errstate(over="ignore"):  # too large for float32 becomes infinite
         values = values.astype(np.float32)
@@ -126,13 +153,14 @@ def as_scores(result, n: int) -> Scores:
 
 
 def joined(parts: list[Scores]) -> Scores:
-    """The scores of several batches as one, in their order; details where all have some."""
+    """The scores of several batches as one, in their order; with details only if every batch has
+    them."""
     told = [part.details for part in parts if part.details is not None]
     details = [text for texts in told for text in texts] if len(told) == len(parts) else None
     return Scores(np.concatenate([part.values for part in parts]), details)
 
 
 def locate(prompt: str, metadata: dict) -> str:
-    """How an error message names a prompt: its file and line where known, and its text."""
+    """A prompt's name in error messages: its file and line, if known, and its text."""
     source = metadata.get("source")
     return (f"{source}: " if source else "") + f"prompt {shown(prompt)}"

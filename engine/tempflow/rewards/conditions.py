@@ -1,9 +1,8 @@
-"""The condition images of a prompt as rewards get them: `metadata["images"]`, a list of paths or of
-uint8 arrays [H, W, 3].
+"""The condition images of a prompt, as rewards get them: under "images" in the prompt's metadata.
 
-Prompts without images lack the key. The list holds paths where a prompt file names the images, and
-arrays where they came as arrays: from a dataset's column, or through a reward server.
-`condition_images` reads both.
+The value is a list of paths if a prompt file names the images, and of uint8 arrays [H, W, 3] if
+they came from a dataset or through a reward server; `condition_images` reads both. The metadata of
+a prompt without images lacks the key.
 """
 
 from __future__ import annotations
@@ -18,30 +17,39 @@ from tempflow.media import condition_image
 from tempflow.rewards.base import locate
 
 KEY = "images"
-KEPT = 8  # decoded files; the images of a batch are most often of a few prompts
+KEPT = 8  # decoded files; the images of a batch usually share a few prompts
 
 
 def condition_images(metadata: dict) -> list[np.ndarray]:
-    """A prompt's condition images, read-only uint8 RGB [H, W, 3] of any sizes, upright; [] without
-    any. UserError for a file that cannot be read."""
+    """A prompt's condition images.
+
+    Args:
+        metadata: what `Reward.score` gets for the prompt.
+
+    Returns:
+        Read-only uint8 RGB [H, W, 3] each, upright, of any sizes; [] for a prompt without images.
+
+    Raises:
+        UserError: for a file that cannot be read.
+    """
     return [
         image if isinstance(image, np.ndarray) else _read(image) for image in metadata.get(KEY, ())
     ]
 
 
 def check_conditions(prompts: list[str], metadata: list[dict]) -> None:
-    """UserError for the first prompt without a condition image, for the `check_prompts` of rewards
-    that need one."""
+    """Raise UserError for the first prompt without a condition image. Rewards that need one call
+    this in their `check_prompts`."""
     for prompt, entry in zip(prompts, metadata, strict=True):
         if not entry.get(KEY):
             raise UserError(
-                f"{locate(prompt, entry)} brings no condition image, which this reward needs; name"
-                ' it as "image"'
+                f"{locate(prompt, entry)} has no condition image, which this reward needs; name a"
+                ' file under "image" in the prompt\'s line'
             )
 
 
 def scaled(image: np.ndarray, longest: int) -> np.ndarray:
-    """An image [H, W, 3] whose longer side is at most `longest` pixels."""
+    """An image [H, W, 3] scaled down, if need be, to a longer side of `longest` pixels."""
     if max(image.shape[:2]) <= longest:
         return image
     small = Image.fromarray(image)
@@ -52,5 +60,5 @@ def scaled(image: np.ndarray, longest: int) -> np.ndarray:
 @lru_cache(maxsize=KEPT)
 def _read(file: str) -> np.ndarray:
     pixels = np.array(condition_image(file))
-    pixels.flags.writeable = False  # it is handed out again
+    pixels.flags.writeable = False  # a reward that wrote into it would change the cached image
     return pixels

@@ -1,8 +1,8 @@
-"""Which rewards a prompt is for: those of `"rewards": ["ocr"]` in its metadata, or all where it
-names none.
+"""Which rewards apply to a prompt: those that its metadata name, as in `"rewards": ["ocr"]`, or all
+rewards if it names none.
 
-A reward is not asked about an image whose prompt is not for it. That is no failure: the image's
-total is the weighted sum of the rewards that apply to its prompt.
+A reward is not asked to score an image if it does not apply to the image's prompt. This is not a
+failure: the image's total is the weighted sum of the rewards that do apply.
 """
 
 from __future__ import annotations
@@ -19,19 +19,21 @@ KEY = "rewards"
 
 
 def applies(name: str, metadata: dict) -> bool:
-    """Whether a prompt is for the reward of that name."""
+    """Whether the reward `name` applies to the prompt with this metadata."""
     return metadata.get(KEY) is None or name in metadata[KEY]
 
 
 def fits(specs: list[RewardSpec], metadata: list[dict]) -> np.ndarray:
-    """Which of R rewards each of P prompts is for, bool [P, R]."""
+    """Which of R rewards apply to each of P prompts, bool [P, R]."""
     return np.array(
         [[applies(spec.name, entry) for spec in specs] for entry in metadata], dtype=bool
-    ).reshape(len(metadata), len(specs))
+    ).reshape(len(metadata), len(specs))  # np.array makes [0] of no prompts, not [0, R]
 
 
 def kinds_of(fitting: np.ndarray) -> np.ndarray:
-    """Prompts with the same rewards share a number, int [P]; fitting: bool [P, R], from `fits`."""
+    """The kind of each prompt, int [P]: prompts with the same rewards share a number. fitting: bool
+    [P, R], from `fits`."""
+    # reshape: NumPy 2.0 returns the inverse as [P, 1], other versions as [P]
     return np.unique(fitting, axis=0, return_inverse=True)[1].reshape(-1)
 
 
@@ -42,11 +44,19 @@ def check_prompts(
     *,
     watched: bool | None = None,
 ) -> list[str]:
-    """Let each reward look once at all prompts that are for it; the first that cannot be used
-    raises `UserError`.
+    """Let each reward check the prompts that it applies to.
 
-    watched: only the rewards that are watched, or only the others; None: all. Returns what they
-    tell of the prompts, a line each.
+    Args:
+        specs: the run's rewards.
+        prompts: n texts.
+        metadata: n tables.
+        watched: True: only the rewards of weight 0; False: only the others; None: all.
+
+    Returns:
+        What the rewards report about the prompts, a line each.
+
+    Raises:
+        UserError: for the first prompt that a reward cannot use.
     """
     _check_names(specs, prompts, metadata)
     told = []
@@ -60,26 +70,25 @@ def check_prompts(
         told.append(
             reward.check_prompts([prompt for prompt, _ in chosen], [entry for _, entry in chosen])
         )
+    # Two entries of one type report the same line. A user's check_prompts may return anything.
     return list(dict.fromkeys(line for line in told if isinstance(line, str)))
 
 
 def check_asked(specs: list[RewardSpec], metadata: list[dict]) -> None:
-    """UserError for a reward that is trained on and that no training prompt is for."""
+    """UserError for a reward with a weight that applies to no training prompt."""
     for spec in specs:
         if not spec.watched and not any(applies(spec.name, entry) for entry in metadata):
             raise UserError(
-                f"rewards.{spec.name}: no prompt of data.train is for it; every one names other"
-                f' "{KEY}"'
+                f"rewards.{spec.name}: it applies to no prompt of data.train, since every one names"
+                f' other "{KEY}"; add it to some prompts, or remove it from the config'
             )
 
 
 def _check_names(specs: list[RewardSpec], prompts: list[str], metadata: list[dict]) -> None:
-    """UserError for the first prompt whose `rewards` is no list of names of `specs`, or has none
-    with a weight in it."""
-    known, trained = (
-        [spec.name for spec in specs],
-        {spec.name for spec in specs if not spec.watched},
-    )
+    """UserError for the first prompt whose "rewards" is not a list of names of `specs`, or names
+    only rewards of weight 0."""
+    known = [spec.name for spec in specs]
+    trained = {spec.name for spec in specs if not spec.watched}
     for prompt, entry in zip(prompts, metadata, strict=True):
         named = entry.get(KEY)
         if named is None:
@@ -90,7 +99,7 @@ def _check_names(specs: list[RewardSpec], prompts: list[str], metadata: list[dic
             or not all(isinstance(name, str) for name in named)
         ):
             raise UserError(
-                f'{locate(prompt, entry)}: "{KEY}" must be a list of names of rewards, got'
+                f'{locate(prompt, entry)}: "{KEY}" must be a list of the names of rewards, got'
                 f" {shown(named)}"
             )
         for name in named:
@@ -101,8 +110,9 @@ def _check_names(specs: list[RewardSpec], prompts: list[str], metadata: list[dic
                     f'{locate(prompt, entry)}: "{KEY}" names {shown(name)}{hint} This run has'
                     f" {', '.join(known)}"
                 )
+        # Its total would be 0 for every image: a zero-advantage group in each iteration.
         if not trained & set(named):
             raise UserError(
-                f'{locate(prompt, entry)}: "{KEY}" names only rewards of weight 0, which train'
-                " nothing; name another as well"
+                f'{locate(prompt, entry)}: "{KEY}" names only rewards of weight 0, which are not'
+                " trained on; name another one as well"
             )

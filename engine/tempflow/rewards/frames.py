@@ -1,9 +1,8 @@
-"""Rewards of images in runs of videos: the entry's `"frames": 4` scores that many frames of each
-video, and averages.
+"""Image rewards in runs of videos: with `"frames": 4` in its entry, a reward scores four frames of
+each video, and the video's score is their mean.
 
-The pool sends on only the frames that an entry asks for, to rewards of images and of videos alike.
-`FrameMean` is what makes a reward of images one of videos; it works where the reward does, so
-workers and reward servers see images as ever.
+The pool copies and sends only the frames that an entry asks for, to image and video rewards alike.
+`FrameMean` wraps an image reward inside the worker, so the reward itself sees images only.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ from tempflow.rewards.base import Reward, Scores, as_scores
 
 
 class FrameMean(Reward):
-    """The mean of an image reward over a video's frames, those that it could not score left out;
-    NaN where it could score none."""
+    """A video reward: the mean of an image reward over a video's frames. Frames that could not be
+    scored are left out; a video without a scored frame is NaN."""
 
     takes_videos = True
 
@@ -34,6 +33,7 @@ class FrameMean(Reward):
         scores = as_scores(found, len(each))
         values, texts = scores.values.reshape(videos, frames), scores.details
         known = np.isfinite(values)
+        # nanmean would warn about a video of which every frame failed
         mean = np.where(known, values, 0).sum(axis=1, dtype=np.float64) / np.maximum(
             known.sum(axis=1), 1
         )
@@ -46,17 +46,23 @@ class FrameMean(Reward):
 
 
 def _joined(texts: list[str]) -> str:
-    """What was told of a video's frames, in their order; once where it is the same of several."""
+    """The details of a video's frames in their order, equal texts once."""
     return " | ".join(dict.fromkeys(text for text in texts if text))
 
 
 def chosen_frames(media: np.ndarray, rows: np.ndarray, frames: int | None) -> np.ndarray:
-    """A copy of what a reward is asked about, [len(rows), ...]: some of the videos or images, and
-    of videos the frames of its entry.
+    """Copy the part of a batch that one reward scores.
 
-    An entry with `frames` is given videos [n, f, H, W, 3], also of images, which are one frame.
+    Args:
+        media: images [n, H, W, 3] or videos [n, F, H, W, 3].
+        rows: int [m], places of the images or videos that the reward applies to.
+        frames: frames of each video, evenly spaced; None: all of them, or images.
+
+    Returns:
+        [m, ...] of `media`. With `frames` always videos, [m, min(frames, F), H, W, 3]: for
+        `FrameMean`, an image is a video of one frame.
     """
     if frames is None:
-        return media[rows]
+        return media[rows]  # indexing by an array copies
     videos = media if is_video(media) else media[:, None]
     return videos[rows[:, None], frame_places(videos.shape[1], frames)]

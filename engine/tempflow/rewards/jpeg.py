@@ -1,5 +1,5 @@
-"""JPEG reward: images that compress well, or badly. It needs no model, so it also serves to try a
-setup."""
+"""JPEG reward: prefers images that compress well, or badly. It needs no model, so it is also useful
+to try a setup."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from tempflow.rewards.base import Reward, Scores
 
 
 class JpegReward(Reward):
-    """Size of the image as a JPEG file, in kB (1000 bytes).
+    """The size of the image as a JPEG file, in kB (1000 bytes), or its negative.
 
-    goal: "small" rewards compressible images (minus the size), "large" incompressible ones (the
-    size).
-    quality: of the encoder, 1 to 95.
+    Args:
+        goal: "small" for images that compress well (the score is minus the size), "large" for
+            images that do not (the score is the size).
+        quality: the encoder's quality setting, 1 to 95.
     """
 
     def __init__(self, goal: str = "small", quality: int = 95):
@@ -32,7 +33,7 @@ class JpegReward(Reward):
         return Scores(self._sign * sizes, [f"{size:.1f} kB" for size in sizes])
 
     def _kilobytes(self, image: np.ndarray) -> float:
-        from PIL import Image
+        from PIL import Image  # here, because the training process builds this reward too
 
         buffer = io.BytesIO()
         Image.fromarray(image).save(buffer, format="JPEG", quality=self._quality)

@@ -1,11 +1,11 @@
-"""Text that was typed against text that was read: one normal form for both, and how far they are
-apart.
+"""Comparing the text of a prompt with the text that was read from an image: a normal form for both,
+and their similarity.
 
-The normal form makes equal what nobody who reads an image can tell apart, or what a reader program
-writes in its own way: case, white space, characters of no width, compatibility forms (full-width
-letters, ligatures, superscripts, fractions: Unicode's NFKC), and the typographic kinds of
-apostrophes, quotation marks and dashes. Accents, punctuation and look-alikes of other alphabets
-stay different.
+The normal form removes differences that cannot be seen in an image, or that OCR models write in
+their own way: case, white space, zero-width characters, compatibility forms (full-width letters,
+ligatures, superscripts, fractions: Unicode's NFKC), and the typographic variants of apostrophes,
+quotation marks and dashes. Accents, punctuation and look-alikes from other alphabets stay
+different.
 """
 
 from __future__ import annotations
@@ -21,17 +21,19 @@ _SAME = str.maketrans(
 
 
 def normalize(text: str) -> str:
-    """The normal form of a text: what two texts are compared by."""
-    # Marks are replaced before NFKC as well, which makes a space and a combining accent of a
-    # free-standing accent.
+    """The normal form of a text. Two texts count as equal if their normal forms are equal."""
+    # Marks are replaced before NFKC too, because NFKC turns a free-standing accent (´, which people
+    # type for an apostrophe) into a space and a combining accent.
     text = unicodedata.normalize("NFKC", _visible(text).translate(_SAME))
+    # Case folding can denormalize a text, so NFKC runs once more.
     text = unicodedata.normalize("NFKC", text.casefold()).translate(_SAME)
+    # NFKC makes new spaces; two apostrophes look like a quotation mark.
     return _visible(text).replace("''", '"')
 
 
 def _visible(text: str) -> str:
-    """Without white space, controls, format characters (soft hyphen, joiners, direction marks) and
-    selectors of a variant."""
+    """The text without white space, control characters, format characters (soft hyphen, joiners,
+    direction marks) and variation selectors."""
     return "".join(
         char
         for char in text
@@ -44,18 +46,28 @@ def _visible(text: str) -> str:
 
 
 def similarity(target: str, text: str, *, contained: bool = False) -> float:
-    """1 - min(edit distance, len(target)) / len(target) of the normal forms; 1 if `contained` and
-    it is."""
+    """How much of the target a text shows, in [0, 1]: 1 - min(edit distance, n) / n, with both in
+    their normal forms and n the target's length.
+
+    Args:
+        target: what the image should show; not empty in its normal form.
+        text: what was read.
+        contained: whether a text that contains the target counts as 1.
+    """
     target, text = normalize(target), normalize(text)
     if contained and target in text:
         return 1.0
-    if len(text) >= 2 * len(target):  # the distance is at least the difference in length
+    # The distance is at least the difference in length. This saves the quadratic computation for
+    # long texts, which an OCR model reads from texture.
+    if len(text) >= 2 * len(target):
         return 0.0
     return 1.0 - min(edit_distance(target, text), len(target)) / len(target)
 
 
 def edit_distance(a: str, b: str) -> int:
     """Levenshtein distance: insertions, deletions and substitutions, each of cost 1."""
+    # One row of the table is kept: row[j] is the distance of the first i characters of `a`, and
+    # the first j of `b`; `diagonal` is the previous row's value at j - 1.
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, start=1):
         diagonal, row[0] = row[0], i

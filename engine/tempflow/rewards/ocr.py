@@ -1,11 +1,11 @@
-"""OCR reward: does the image show the text that its prompt quotes?
+"""OCR reward: how well an image shows the text that its prompt quotes.
 
-The text is read with RapidOCR's shipped models on the CPU and compared with the prompt's first
-quoted text (`quotes`), both in one normal form (`normal_form`): `1 - min(edit distance, len) /
-len`, as in Flow-GRPO's OCR task. Images that are one line of text are read by the recogniser alone,
-in batches at their natural width; the package's own call pads every line to width 320, which is
-twice slower for short words. Text direction is not corrected: words upside down are not what the
-prompt asked for.
+The text is read on the CPU with the models that the rapidocr package ships, and compared with the
+prompt's first quoted text (`quotes`), both in a normal form (`normal_form`): `1 - min(edit
+distance, len) / len`, as in Flow-GRPO's OCR task. Images that are one line of text are read by the
+recognition model alone, in batches and at their natural width; the package's own call pads every
+line to width 320, which takes twice as long for short words. The direction of text is not
+corrected, because a prompt does not ask for words that are upside down.
 """
 
 from __future__ import annotations
@@ -22,28 +22,29 @@ from tempflow.rewards.normal_form import normalize, similarity
 from tempflow.rewards.quotes import ACCEPTED, Unreadable, read_quotes
 
 RECOGNISER = "PP-OCRv6_rec_small.onnx"
-LINE_HEIGHT = 48  # the recogniser's fixed input height
+LINE_HEIGHT = 48  # the model's fixed input height
 
-# ms an image at 48 x 144, median of 7 runs over 96 images on an EPYC with AVX-512, batch 1, 4, 8,
-# 16, 32: one thread 6.6, 5.8, 5.7, 5.9, 6.2 (larger batches leave the cache); two threads 4.4, 3.4,
-# 3.1, 3.1, 3.1.
+# Milliseconds per image of 48 x 144, median of 7 runs over 96 images on an EPYC with AVX-512, for
+# batches of 1, 4, 8, 16, 32: one thread 6.6, 5.8, 5.7, 5.9, 6.2 (large batches do not fit into the
+# cache); two threads 4.4, 3.4, 3.1, 3.1, 3.1.
 LINE_BATCH = 8
 
-TARGET = "ocr_target"  # the metadata that names a prompt's text, where its quotation marks do not
-SHOWN = 5  # targets named at the start
+TARGET = "ocr_target"  # the metadata key that names the text instead of quotation marks
+SHOWN = 5  # targets that the message at the start lists
 
 
 class OcrReward(Reward):
-    """Reward in [0, 1] for showing the quoted text.
+    """How well the image shows the text that its prompt quotes, in [0, 1].
 
-    detect: True finds text anywhere in the image and joins it in reading order; a target contained
-    in what was read counts as an exact match. False takes the image as one line of text, compared
-    as a whole; right for small images of words, and many times faster.
+    Args:
+        detect: true finds text anywhere in the image and joins it in reading order; text that
+            contains the target scores 1. false reads the whole image as one line of text, which is
+            right for small images of words, and many times faster.
     """
 
     def __init__(self, detect: bool = True):
         self._detect = detect
-        self._reader: SceneReader | LineReader = None  # type: ignore[assignment]  # `setup` makes it
+        self._reader: SceneReader | LineReader = None  # type: ignore[assignment]  # `load` makes it
 
     def check_prompts(self, prompts, metadata):
         targets, several = [], 0
@@ -82,8 +83,8 @@ class OcrReward(Reward):
         return Scores(values, details)
 
     def _read(self, images: np.ndarray) -> list[str | Exception]:
-        """Text of each image; where a batch fails its images are read alone, to blame the right
-        one."""
+        """The text of each image, or the exception that reading it raised. If a batch fails, its
+        images are read one by one, so that only the images at fault are marked as failed."""
         results: list[str | Exception] = []
         for start in range(0, len(images), self._reader.batch):
             chunk = images[start : start + self._reader.batch]
@@ -99,20 +100,30 @@ class OcrReward(Reward):
 
 
 def target_of(prompt: str, metadata: dict) -> tuple[str, bool]:
-    """(the text that a prompt's images are to show, whether the prompt quotes others after it).
-    Raises Unreadable."""
+    """The text that a prompt's images should show.
+
+    Args:
+        prompt: the prompt.
+        metadata: its metadata; an "ocr_target" takes precedence over quotation marks.
+
+    Returns:
+        The text, and whether the prompt quotes further texts, which are ignored.
+
+    Raises:
+        Unreadable: for a prompt without exactly one reading.
+    """
     given = metadata.get(TARGET)
     if given is None:
         return read_quotes(prompt)
     if not isinstance(given, str) or not normalize(given):
-        raise Unreadable(f'has {shown(given)} as "{TARGET}", where a text is expected')
+        raise Unreadable(f'has {shown(given)} as "{TARGET}", expected a text with letters or signs')
     return given.strip(), False
 
 
 def _told(targets: list[str], several: int) -> str:
     more = f" and {len(targets) - SHOWN} more" if len(targets) > SHOWN else ""
     first = (
-        f"; prompts that quote several texts, of which the first counts: {several}"
+        f"; prompts that quote several texts, of which only the first counts: {several}"
         if several
         else ""
     )
@@ -120,9 +131,13 @@ def _told(targets: list[str], several: int) -> str:
 
 
 class LineReader:
-    """The recogniser alone, for images that are one line of text.
+    """The recognition model alone, for images that are one line of text.
 
-    Raises `UserError` where the installed rapidocr does not carry the model.
+    Args:
+        threads: CPU threads.
+
+    Raises:
+        UserError: if the installed rapidocr does not ship the model.
     """
 
     batch = LINE_BATCH
@@ -131,12 +146,12 @@ class LineReader:
         import cv2
         import onnxruntime
 
-        cv2.setNumThreads(threads)
+        cv2.setNumThreads(threads)  # OpenCV would use every core for resizing
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        # Idle threads must sleep, not spin: the cores belong to the training process.
+        options.log_severity_level = 3  # errors only
+        # Idle threads must sleep instead of spinning, because the training process needs the cores.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         model = _model_file(RECOGNISER)
         self._session = onnxruntime.InferenceSession(
@@ -144,7 +159,9 @@ class LineReader:
         )
         self._input = self._session.get_inputs()[0].name
         lines = self._session.get_modelmeta().custom_metadata_map["character"].splitlines()
-        self._characters = np.array(["", *lines, " "], dtype=object)  # index 0 is CTC's blank
+        # The model's metadata lists its characters without CTC's blank (class 0) and without the
+        # space (the last class).
+        self._characters = np.array(["", *lines, " "], dtype=object)
         classes = self._session.get_outputs()[0].shape[-1]
         if len(self._characters) != classes:
             raise RuntimeError(
@@ -152,10 +169,11 @@ class LineReader:
             )
 
     def read(self, images: np.ndarray) -> list[str]:
-        """images: uint8 RGB [n, H, W, 3] -> n texts; one forward of n."""
+        """uint8 RGB [n, H, W, 3] -> n texts, with one forward for all."""
         (probabilities,) = self._session.run(None, {self._input: self._prepare(images)})
-        best = probabilities.argmax(axis=2)
-        # CTC: drop repeats, then blanks (whose text is empty).
+        best = probabilities.argmax(axis=2)  # [n, positions]
+        # CTC's decoding drops repeated classes first and blanks after that, so that a blank between
+        # two equal letters keeps both. A repeat becomes a blank here, whose text is empty.
         best[:, 1:][best[:, 1:] == best[:, :-1]] = 0
         return ["".join(self._characters[row]) for row in best]
 
@@ -167,6 +185,7 @@ class LineReader:
         height, width = images.shape[1:3]
         size = (max(1, math.ceil(LINE_HEIGHT * width / height)), LINE_HEIGHT)
         resized = np.stack([cv2.resize(image, size) for image in images])
+        # PaddleOCR's models take BGR.
         return (
             np.ascontiguousarray(resized[..., ::-1].transpose(0, 3, 1, 2), dtype=np.float32) / 127.5
             - 1.0
@@ -176,7 +195,7 @@ class LineReader:
 class SceneReader:
     """Detection and recognition through the rapidocr package, for text anywhere in an image."""
 
-    batch = 1
+    batch = 1  # the package reads one image per call
 
     def __init__(self, threads: int):
         import cv2
@@ -186,34 +205,44 @@ class SceneReader:
         self._engine = RapidOCR(
             params={
                 "Global.log_level": "error",
-                "Global.use_cls": False,
-                # hesitant readings count too: they are where there is something to learn
-                "Global.text_score": (0.0),
+                "Global.use_cls": False,  # the model that turns text that is upside down
+                # The package drops readings below a confidence. They are kept here: text that is
+                # hard to read must still score more than no text.
+                "Global.text_score": 0.0,
                 "EngineConfig.onnxruntime.intra_op_num_threads": threads,
                 "EngineConfig.onnxruntime.inter_op_num_threads": 1,
             }
         )
-        # The package loads each model on first use: the recogniser here, then the detector.
+        # The package loads each model at its first use, which would count as the first batch's
+        # time: recognition in the first call below, detection in the second.
         blank = np.full((64, 64, 3), 255, dtype=np.uint8)
         self._engine(blank, use_det=False)
         self._engine(blank, use_det=True)
 
     def read(self, images: np.ndarray) -> list[str]:
-        """images: uint8 RGB [n, H, W, 3] -> n texts, the lines of each joined with blanks; "" where
-        there is none."""
+        """uint8 RGB [n, H, W, 3] -> n texts, the lines of each joined by spaces; "" for an image
+        without text."""
         return [self._read_one(image) for image in images]
 
     def _read_one(self, image: np.ndarray) -> str:
         found = self._engine(np.ascontiguousarray(image[..., ::-1]))
-        if found.txts is None or found.boxes is None:
+        if found.txts is None or found.boxes is None:  # nothing was detected
             return ""
         return " ".join(found.txts[i] for i in reading_order(np.asarray(found.boxes)))
 
 
 def reading_order(boxes: np.ndarray) -> list[int]:
-    """Order of text boxes [n, 4 corners, 2 (x, y)]: lines from the top, each from the left.
+    """The reading order of text boxes: lines from top to bottom, boxes of a line from left to
+    right.
 
-    A box joins the line above it when its centre lies within half that line's first box's height.
+    A box belongs to the line before it if its center is less than half a box height below that of
+    the line's first box.
+
+    Args:
+        boxes: [n, 4 corners, 2 (x, y)] in pixels.
+
+    Returns:
+        The n indices in order.
     """
     top, bottom = boxes[..., 1].min(axis=1), boxes[..., 1].max(axis=1)
     centre, left = (top + bottom) / 2, boxes[..., 0].min(axis=1)
@@ -228,7 +257,7 @@ def reading_order(boxes: np.ndarray) -> list[int]:
 
 
 def _model_file(name: str) -> Path:
-    package = find_spec("rapidocr")
+    package = find_spec("rapidocr")  # finds the folder without importing the package
     if package is None:
         raise UserError("needs the package rapidocr: pip install 'rapidocr==3.10.*' onnxruntime")
     path = Path(package.origin).parent / "models" / name  # type: ignore[arg-type]  # the package is installed, so it has an origin

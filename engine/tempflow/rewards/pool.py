@@ -1,10 +1,11 @@
-"""Scores batches of images in worker processes while the trainer goes on.
+"""Scores batches of images in worker processes while the trainer continues.
 
-One thread a worker hands it batches from a shared queue and waits for it, so submitting never
-blocks. What goes wrong ends as a mask: where the reward raises, answers nonsense or NaN for every
-image, or its worker dies or hangs, the batch is tried again after a pause, and when all tries are
-spent its values are NaN and counted. When a worker is replaced is `workers.py`'s affair. Batches
-are neither split nor merged: their size is the caller's choice, and one batch occupies one worker.
+Each worker has a thread that hands it batches from a shared queue and waits for the answers, so
+`submit` never blocks. Failures end as masks: if a reward raises an exception, returns malformed
+scores or NaN for every image, or if its worker dies or hangs, the batch is tried again after a
+pause; when all tries have failed, its values are NaN and are counted. `workers.py` decides when a
+worker process is replaced. Batches are neither split nor merged: the caller chooses their size, and
+one batch occupies one worker.
 """
 
 from __future__ import annotations
@@ -29,13 +30,21 @@ NOT_FINITE = "not scored: the image holds NaN or infinity"
 
 
 class Ticket:
-    """A submitted batch. `seconds`, once gathered: what scoring it took in the workers, all rewards
-    together, waiting and failed tries apart. `errors`, once gathered: why a reward answered nothing
-    at all, by name."""
+    """A submitted batch; `RewardPool.gather` exchanges it for scores.
+
+    Args:
+        names: the rewards that score the batch.
+        metadata: n tables.
+        finite: bool [n]; an image that holds NaN or infinity is not sent to any reward.
+    """
 
     def __init__(self, names: list[str], metadata: list[dict], finite: np.ndarray):
-        self.seconds, self.names = 0.0, names
+        self.names = names
+        self.seconds = 0.0
+        """Once gathered: seconds that scoring took in the workers, summed over rewards, without
+        waiting and failed tries."""
         self.errors: dict[str, str] = {}
+        """Once gathered: for each reward that never answered the batch, the last error."""
         self._scores: dict[str, Future] = {name: Future() for name in names}
         self._applies = {
             name: np.array([applies(name, entry) for entry in metadata], dtype=bool)
@@ -44,16 +53,21 @@ class Ticket:
         self._finite = finite
 
     def rows(self, name: str) -> np.ndarray:
-        """The images that a reward is asked about: finite ones whose prompt is for it."""
+        """The places of the images that a reward scores: finite ones, to whose prompt it
+        applies."""
         return np.flatnonzero(self._applies[name] & self._finite)
 
     def scores(self, name: str) -> Scores:
-        """What a reward found, of the whole batch: NaN where it was not asked."""
+        """A reward's scores of the whole batch; NaN for images that it was not asked to score.
+        Blocks until they are there."""
         asked, applies, rows = self._scores[name].result(), self._applies[name], self.rows(name)
         if len(rows) == len(applies):
             return asked
+        # Spread the scores over the batch again.
         values = np.full(len(applies), np.nan, dtype=np.float32)
         values[rows] = asked.values
+        # Without details of the reward, and without an image to which it applies but which is not
+        # finite, there is nothing to say.
         if asked.details is None and (self._finite | ~applies).all():
             return Scores(values, None, applies)
         details = [NOT_FINITE if one else "" for one in applies]
@@ -74,18 +88,25 @@ class _Task:
 
 
 class RewardPool:
-    """Worker processes that each hold every reward of `specs`, and see this rank's GPU if one has
-    `device: "cuda"`.
+    """Worker processes, each of which holds every reward of `specs`. They see this rank's GPU if an
+    entry has `device: "cuda"`, and no GPU otherwise.
 
-    workers: number of processes; 0 scores in the calling process, inside `submit`, and lets
-        exceptions through: for debugging a reward.
-    threads_per_worker: what each may use; keep workers x threads, plus the trainer's own, within
-    the cores.
-    timeout_s: for one batch and one reward. start_timeout_s: for loading the rewards.
-    retries: further tries of a failed batch, `backoff_s`, then twice as long, ... apart.
+    The workers load their rewards while the caller continues; see `wait_ready`. Use the pool in a
+    `with` statement, or call `close`.
 
-    Raises `UserError` for unknown rewards or options. Workers load while the caller goes on; see
-    `wait_ready`.
+    Args:
+        specs: the rewards.
+        workers: number of processes. 0 scores in the calling process, inside `submit`, and passes
+            exceptions through, which helps to debug a reward.
+        threads_per_worker: CPU threads of each. Keep workers x threads, plus the trainer's own
+            threads, within the number of cores.
+        timeout_s: seconds for one batch and one reward.
+        retries: further tries of a failed batch.
+        start_timeout_s: seconds for a worker to load its rewards.
+        backoff_s: pause before the first retry in seconds; it doubles at each further one.
+
+    Raises:
+        UserError: for unknown rewards or options.
     """
 
     def __init__(
@@ -111,10 +132,12 @@ class RewardPool:
         self._failures = 0
         self._last_error: str | None = None
         self._local = load_rewards(self._specs, threads_per_worker) if workers == 0 else {}
+        # "" hides every GPU, so that no worker takes a CUDA context's memory without need.
         gpu = (
             rank_gpu() if any(spec.options.get("device") == "cuda" for spec in self._specs) else ""
         )
         self._size = workers
+        # Last, because its threads call `_serve`, which uses the fields above.
         self.workers = Workers(
             self._specs,
             self._serve,
@@ -131,16 +154,16 @@ class RewardPool:
 
     @property
     def failures(self) -> int:
-        """Values masked so far: NaN for one image by one reward, whatever the cause."""
+        """Number of NaN values so far, one per image and reward, whatever the cause."""
         return self._failures
 
     @property
     def last_error(self) -> str | None:
-        """Text of the last thing that went wrong in a worker, retried with success or not."""
+        """Text of the last failure in a worker, also if a retry succeeded."""
         return self._last_error
 
     def wait_ready(self) -> None:
-        """Wait until every worker has loaded its rewards; `UserError` with the reason if one
+        """Wait until every worker has loaded its rewards. UserError with the reason if one
         cannot."""
         self.workers.wait_ready()
 
@@ -153,13 +176,22 @@ class RewardPool:
         finite: np.ndarray | None = None,
         rewards: list[str] | None = None,
     ) -> Ticket:
-        """Queue a batch for every reward that applies to it; returns at once (unless workers=0).
+        """Queue a batch for every reward that applies to it. Returns at once, unless `workers` is
+        0.
 
-        images: uint8 RGB [n, H, W, 3], or videos [n, F, H, W, 3]; what is sent of them is copied
-        here. prompts and metadata: n entries each. finite: bool [n], as `Policy.decode` returns it;
-        no reward is asked about the others, which are failures. rewards: names of those asked;
-        None: all. Raises UserError for videos where one of them takes images only, ValueError where
-        the arguments disagree, RuntimeError on a closed pool.
+        Args:
+            images: uint8 RGB [n, H, W, 3], or videos [n, F, H, W, 3]. They are copied, so the
+                caller may overwrite them.
+            prompts: n texts.
+            metadata: n tables.
+            finite: bool [n], as `Policy.decode` returns it; False marks images that are not sent
+                to any reward and count as failed. None: all are finite.
+            rewards: names of the rewards to ask; None: all.
+
+        Raises:
+            UserError: for videos, if one of the rewards takes only images.
+            ValueError: if the arguments' lengths differ.
+            RuntimeError: if the pool is closed.
         """
         if self._closed.is_set():
             raise RuntimeError("the reward pool is closed")
@@ -180,44 +212,52 @@ class RewardPool:
         for name in names:
             rows, frames = ticket.rows(name), self._frames[name]
             if frames is None and len(rows) == len(images):
+                # one copy for all rewards that score the whole batch
                 chosen = whole = np.array(images, order="C") if whole is None else whole
             else:
                 chosen = chosen_frames(images, rows, frames)
             task = _Task(
                 ticket, name, chosen, [prompts[i] for i in rows], [metadata[i] for i in rows]
             )
-            if len(images) and not len(rows):
+            if len(images) and not len(rows):  # the reward applies to none of the images
                 self._finish(task, Scores(np.zeros(0, dtype=np.float32)), 0.0)
             else:
                 self._tasks.put(task) if self._size else self._score_here(task)
         return ticket
 
     def gather(self, tickets: list[Ticket]) -> list[dict[str, Scores]]:
-        """Wait for batches: for each ticket, every reward's scores.
+        """Wait for batches.
 
-        Every try has its time-out, so this ends. Raises `UserError` if the workers cannot start.
-        Batches still open when the pool is closed are NaN.
+        This always ends, because every try has a timeout. Batches that are open when the pool is
+        closed are NaN.
+
+        Returns:
+            For each ticket every reward's scores, by name.
+
+        Raises:
+            UserError: if the workers cannot start.
         """
-        self.wait_ready()
+        self.wait_ready()  # a worker that cannot load is an error of the user, not failed scores
         return [{name: ticket.scores(name) for name in ticket.names} for ticket in tickets]
 
     def close(self) -> None:
-        """Kill the workers. Also done by leaving a `with` block; safe to call again."""
-        self._closed.set()
+        """Kill the workers. A `with` statement calls this at its end; calling it again is safe."""
+        self._closed.set()  # first, so that no thread starts another try
         for _ in range(self._size):
-            self._tasks.put(None)
+            self._tasks.put(None)  # wakes a thread that waits for work, and ends it
         self.workers.close()
 
     def _serve(self, worker: WorkerProcess) -> None:
-        """Score what is queued until told to stop."""
+        """Score queued batches until None comes."""
         while (task := self._tasks.get()) is not None:
             self._finish(task, *self._score(worker, task))
 
     def _score(self, worker: WorkerProcess, task: _Task) -> tuple[Scores, float]:
-        """Scores of a task and the seconds they took; NaN when all tries have failed."""
+        """A task's scores and the seconds they took; NaN and 0 when all tries have failed."""
         n, error = len(task.images), "the reward pool was closed"
         failed, answered = None, False
         for attempt in range(self._retries + 1):
+            # The pause before a retry; closing the pool ends it.
             if self._closed.wait(self._backoff_s * 2 ** (attempt - 1) if attempt else 0):
                 break
             try:
@@ -226,12 +266,16 @@ class RewardPool:
                 )
                 if n == 0 or not np.isnan(scores.values).all():
                     return scores, seconds
+                # NaN for every image is tried again like an error: a judge or a server that is
+                # away answers so. Its details say why, so they are kept for the report.
                 failed, answered = scores if scores.details else None, True
                 error = (
                     "NaN for every image of the"
                     f" batch{f' ({scores.details[0]})' if scores.details else ''}"
                 )
-            except Exception as failure:  # besides WorkerFailure: metadata that cannot be sent
+            # Not only WorkerFailure: pickle raises for metadata that cannot be sent. Nothing may
+            # end this thread, or `gather` would wait forever.
+            except Exception as failure:
                 failed, answered, error = None, False, str(failure)
             self._remember_error(f"reward {task.name!r}: {error}")
         if not answered:
@@ -253,6 +297,7 @@ class RewardPool:
         with self._lock:
             self._failures += int(np.isnan(scores.values).sum())
             task.ticket.seconds += seconds
+        # After the counts: `gather` returns as soon as the last result is there.
         task.ticket._scores[task.name].set_result(scores)
 
     def _remember_error(self, error: str) -> None:
@@ -261,4 +306,5 @@ class RewardPool:
 
 
 def _last_line(error: str) -> str:
+    """Of a traceback, the line with the exception."""
     return error.strip().splitlines()[-1]

@@ -1,9 +1,9 @@
-"""One tiny batch through every reward before anything costly: what it returns is then known to be
-numbers of the right shape.
+"""Sends a tiny test batch through every reward before anything costly, to find rewards that do not
+return numbers of the right shape.
 
-The images are plain gray, so a reward may well answer NaN; what counts is that it answers. One that
-raises for every try is refused like one that returns the wrong shape: it must return NaN for an
-image that it cannot score.
+The images are plain gray, so NaN is an acceptable answer. A reward that raises at every try is
+refused like one that returns the wrong shape, because it must return NaN for an image that it
+cannot score.
 """
 
 from __future__ import annotations
@@ -16,14 +16,24 @@ from tempflow.rewards.pool import RewardPool
 from tempflow.rewards.registry import RewardSpec, check_frames
 from tempflow.types import Size
 
-IMAGES = 2  # with one, [1, 1] and a single number would pass for [1] in careless code
+IMAGES = 2  # with 1 image, a reward that returns one number per batch would pass
 
 
 def probe(
     pool: RewardPool, specs: list[RewardSpec], prompts: list[str], metadata: list[dict], size: Size
 ) -> None:
-    """UserError for a reward that does not return a number, or NaN, for each image; prompts: those
-    that the run will use."""
+    """Let every reward score two gray images.
+
+    Args:
+        pool: the run's pool.
+        specs: the run's rewards.
+        prompts: the prompts that the run will use; each reward gets the first that it applies to.
+        metadata: their metadata.
+        size: the size of the run's images or videos.
+
+    Raises:
+        UserError: for a reward that does not return a number, or NaN, for each image.
+    """
     check_frames(specs, size)
     images = plain(IMAGES, size, 128)
     tickets = {}
@@ -33,13 +43,13 @@ def probe(
             for prompt, entry in zip(prompts, metadata, strict=True)
             if applies(spec.name, entry)
         ][:IMAGES]
-        chosen = (fitting * IMAGES)[:IMAGES]
+        chosen = (fitting * IMAGES)[:IMAGES]  # one prompt twice, if there is no second one
         if chosen:
             try:
                 tickets[spec.name] = pool.submit(
                     images, [p for p, _ in chosen], [e for _, e in chosen], rewards=[spec.name]
                 )
-            except BadScores as error:  # of a reward in this process
+            except BadScores as error:  # raised here only with reward_pool.workers 0
                 raise UserError(_message(spec.name, str(error))) from None
     pool.gather(list(tickets.values()))
     for name, ticket in tickets.items():
@@ -48,7 +58,8 @@ def probe(
 
 
 def _message(name: str, error: str) -> str:
-    """The error's last line, and where in the reward's own file it was raised."""
+    """An error message with the last line of the traceback `error`, and the place in the reward's
+    own file where it was raised."""
     lines = error.strip().splitlines()
     cause = lines[-1].removeprefix(f"{BadScores.__module__}.{BadScores.__name__}: ")
     frames = [
@@ -59,5 +70,5 @@ def _message(name: str, error: str) -> str:
     place = f" ({frames[-1]})" if frames else ""
     return (
         f"rewards.{name}: cannot score a test batch of {IMAGES} plain gray images: {cause}{place}."
-        " A reward returns one number for each image, NaN for one that it cannot score"
+        " A reward must return one number for each image, and NaN for one that it cannot score"
     )

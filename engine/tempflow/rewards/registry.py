@@ -1,5 +1,5 @@
-"""From the config's `rewards` section to reward objects, by the names and checks of
-`tempflow.registry`."""
+"""Builds reward objects from the config's `rewards` section. Names and options are resolved and
+checked by `tempflow.registry`, like those of all components."""
 
 from __future__ import annotations
 
@@ -13,39 +13,47 @@ from tempflow.rewards.base import FunctionReward, Reward
 from tempflow.rewards.frames import FrameMean
 from tempflow.types import Size
 
-# reward/NAME and eval/NAME are metrics, beside these of all rewards together.
+# A reward's values are logged as reward/NAME and eval/NAME. These names are taken by metrics of all
+# rewards together, such as eval/mean.
 TAKEN = ("reward", "scored", "failed", "gain", "mean", "std", "trunk", "zero_std_groups")
 _FORMS = '{"ocr": 1.0} or {"ocr": {"weight": 0.7, "detect": false}}'
 
 
 @dataclass(frozen=True)
 class RewardSpec:
-    """One entry of the config: its name in logs, its weight in the sum (0: watched only), its
-    options.
-
-    type: an id or `module:Name`; "" where the name is one.
-    frames: how many of a video's frames it is given, evenly spaced; None: all.
-    """
+    """One entry of the config's `rewards`."""
 
     name: str
+    """Its key, which names it in logs."""
     weight: float = 1.0
+    """Its factor in the sum; 0: it is watched only."""
     options: dict = field(default_factory=dict)
+    """Arguments of the reward's constructor, or further arguments of a function."""
     type: str = ""
+    """The reward's id or `module:Name`; "": the name is one of these."""
     frames: int | None = None
+    """How many frames of a video it scores, evenly spaced; None: all, or images."""
 
     @property
     def watched(self) -> bool:
-        """Scored at evaluations alone, and never trained on."""
+        """Whether it is scored only at evaluations, and never trained on."""
         return self.weight == 0
 
 
 def parse_rewards(section: dict) -> list[RewardSpec]:
-    """Read the config's `rewards` section: weights, or tables of a weight (1.0 if left out) and
-    options.
+    """Read the config's `rewards` section.
 
-    A table's `type` is the reward, and its key then any name: for several rewards of one type; its
-    `frames` is for videos. Raises `UserError` for an unknown reward, a weight that is no finite
-    number, `frames` below 1, or no weight other than 0. Options are checked by `build_reward`.
+    Args:
+        section: by name a weight, or a table of `weight` (1.0 if left out) and options. If a table
+            has a `type`, that is the reward, and the key is a free name; this allows several
+            rewards of one type. Its `frames` is for videos.
+
+    Returns:
+        The entries in their order. Their options are not checked yet; `build_reward` does that.
+
+    Raises:
+        UserError: for an unknown reward, a weight that is not a finite number, `frames` below 1, or
+            if all weights are 0.
     """
     if not isinstance(section, dict) or not section:
         raise UserError(
@@ -57,8 +65,8 @@ def parse_rewards(section: dict) -> list[RewardSpec]:
             raise UserError(f"rewards: every reward needs a name, got {shown(name)}")
         if name in TAKEN:
             raise UserError(
-                f"rewards.{name}: metrics have this name; choose another, and give the reward as"
-                ' its "type"'
+                f"rewards.{name}: a metric has this name; choose another one, and name the reward"
+                ' under "type"'
             )
         options = dict(value) if isinstance(value, dict) else {"weight": value}
         weight = _checked_weight(name, options.pop("weight", 1.0))
@@ -75,17 +83,23 @@ def parse_rewards(section: dict) -> list[RewardSpec]:
         )
     if all(spec.weight == 0 for spec in specs):
         raise UserError(
-            "rewards: every weight is 0; at least one reward must have another weight to train on"
+            "rewards: every weight is 0; at least one reward needs a weight other than 0, to train"
+            " on it"
         )
     return specs
 
 
 def build_reward(name: str, options: dict | None = None, kind: str = "") -> Reward:
-    """Build the reward `kind`, or where that is "" `name` (an id or `module:Name`), without loading
-    its models.
+    """Build a reward without loading its models.
 
-    Raises `UserError` for an unknown name, an import that fails, or an option that the reward lacks
-    or that has the wrong type.
+    Args:
+        name: the entry's name.
+        options: the entry's options.
+        kind: the reward's id or `module:Name`; "": `name` is one of these.
+
+    Raises:
+        UserError: for an unknown reward, an import that fails, or an option that the reward does
+            not have or that has the wrong type.
     """
     options, key = options or {}, f"rewards.{name}"
     target = registry.import_from(key, registry.path_of("reward", kind or name, "rewards"))
@@ -95,6 +109,7 @@ def build_reward(name: str, options: dict | None = None, kind: str = "") -> Rewa
             f"{key}: {target!r} is neither a subclass of tempflow.rewards.Reward nor a function"
         )
     registry.check_concrete(key, target)
+    # A function's first three arguments are the images, prompts and metadata.
     registry.check_options(
         key, target, options, also=("weight", "type", "frames"), skip=0 if is_class else 3
     )
@@ -103,10 +118,19 @@ def build_reward(name: str, options: dict | None = None, kind: str = "") -> Rewa
 
 
 def load_rewards(specs: list[RewardSpec], threads: int) -> dict[str, Reward]:
-    """Build and load the rewards, ready to score; `UserError` with the reason where one cannot
-    start.
+    """Build and load rewards, in the process that will score.
 
-    A reward of images whose entry names `frames` becomes one of videos.
+    An image reward whose entry has `frames` is wrapped to take videos.
+
+    Args:
+        specs: the entries.
+        threads: CPU threads that each reward may use.
+
+    Returns:
+        The loaded rewards by name.
+
+    Raises:
+        UserError: with the reason, if a reward cannot start.
     """
     rewards = {}
     for spec in specs:
@@ -126,8 +150,8 @@ def load_rewards(specs: list[RewardSpec], threads: int) -> dict[str, Reward]:
 
 
 def takes_videos(spec: RewardSpec) -> bool:
-    """Whether an entry's reward can be given videos: by itself, or because the entry says how many
-    frames. UserError as `build_reward`."""
+    """Whether an entry's reward can score videos: by itself, or because the entry has `frames`.
+    Raises UserError like `build_reward`."""
     return (
         bool(build_reward(spec.name, spec.options, spec.type).takes_videos)
         or spec.frames is not None
@@ -135,45 +159,50 @@ def takes_videos(spec: RewardSpec) -> bool:
 
 
 def check_frames(specs: list[RewardSpec], size: Size) -> None:
-    """UserError for a reward of images in a run of videos that does not say how many frames it
-    scores, and for more than there are."""
+    """Check the entries against the size of a run's images or videos.
+
+    Raises:
+        UserError: for more `frames` than a video has, and in a run of videos for an image reward
+            without `frames`.
+    """
     for spec in specs:
         if spec.frames is not None and spec.frames > size.frames:
             raise UserError(
-                f"rewards.{spec.name}.frames: {spec.frames}; the run makes {size.frames}"
-                " (rollout.frames)"
+                f"rewards.{spec.name}.frames: {spec.frames} is more than rollout.frames, which is"
+                f" {size.frames}"
             )
         if size.frames > 1 and not takes_videos(spec):
             raise UserError(images_only(spec.name))
 
 
 def images_only(name: str) -> str:
-    """The error message for a reward of images that is given videos."""
+    """The error message for an image reward in a run of videos."""
     return (
-        f'rewards.{name}: scores images, and the model makes videos; add "frames": 4 to its entry'
-        " for the mean over 4 frames of each, or take a reward of videos, which sets takes_videos"
-        " = True"
+        f'rewards.{name}: scores images, but the model makes videos; add "frames": 4 to its entry'
+        " to score the mean of 4 frames of each video, or use a video reward (a class with"
+        " takes_videos = True)"
     )
 
 
 def check_watched(specs: list[RewardSpec], evaluated: bool) -> None:
-    """UserError for a reward that is only watched in a run without evaluations, where nothing would
-    score it."""
+    """UserError for a reward of weight 0 in a run without evaluations, which would never score
+    it."""
     for spec in specs:
         if spec.watched and not evaluated:
             raise UserError(
-                f"rewards.{spec.name}: weight 0 only watches, at evaluations, and this run has"
-                " none; set data.heldout and eval.every, or another weight"
+                f"rewards.{spec.name}: a reward of weight 0 is scored only at evaluations, and this"
+                " run has none; set data.heldout and eval.every, or give it another weight"
             )
 
 
 def _checked_frames(name: str, frames) -> int | None:
+    # bool is a subclass of int; "frames": true is a mistake
     if frames is not None and (
         isinstance(frames, bool) or not isinstance(frames, int) or frames < 1
     ):
         raise UserError(
-            f"rewards.{name}.frames: expected a whole number from 1 on, or null for all frames, got"
-            f" {shown(frames)}"
+            f"rewards.{name}.frames: expected a whole number of at least 1, or null for all frames,"
+            f" got {shown(frames)}"
         )
     return frames
 
@@ -182,7 +211,7 @@ def _checked_weight(name: str, weight) -> float:
     if (
         isinstance(weight, bool)
         or not isinstance(weight, (int, float))
-        or not abs(weight) <= sys.float_info.max
+        or not abs(weight) <= sys.float_info.max  # False for NaN and for integers beyond floats
     ):
         raise UserError(
             f"rewards.{name}: the weight must be a finite number, got {shown(weight)}; write"

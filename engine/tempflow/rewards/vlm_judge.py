@@ -1,11 +1,12 @@
-"""A vision-language model as the judge, asked through the OpenAI-compatible interface of vLLM,
-SGLang and others.
+"""A vision-language model as a judge, through the OpenAI-compatible interface that vLLM, SGLang and
+others offer.
 
-Each image is one chat request: the prompt's condition images where asked for, the image, then the
-rubric with the prompt put in. The answer is read strictly: what is not exactly one number inside
-the scale, or was cut off, is a failed value, for a guess would be a signal. Or the model is asked a
-question and the value is P(Yes) / (P(Yes) + P(No)) of its first token, as in VQAScore (arXiv
-2404.01291): finer than a written number, and one token long.
+Each image is one chat request: the prompt's condition images (with `conditions`), the image, and
+the rubric with the prompt filled in. The answer is read strictly: if it is cut off, or is not
+exactly one number within the scale, the image counts as failed, because a guessed score would be a
+false signal. With `yes_no` the model is asked a question instead, and the score is P(Yes) / (P(Yes)
++ P(No)) at its first token, as in VQAScore (arXiv 2404.01291). This is finer than a written number
+and needs one token only.
 """
 
 from __future__ import annotations
@@ -50,24 +51,40 @@ object and nothing else: {"score": a number from {lowest} to {highest}}"""
 EDIT_ASK = """The last image was made from the image before it by the instruction "{prompt}". Does it follow the instruction and keep
 everything else? Answer with one word, Yes or No."""
 
-TOP_TOKENS = 20  # the most that OpenAI's interface and vLLM's default offer
-# of the first token's probability on Yes and No together; with less the model did not take the
-# question
+TOP_TOKENS = 20  # the most that OpenAI's interface and vLLM by default return
+# The least probability of Yes and No together at the first token. Below it the model began another
+# answer, and the ratio of the two says nothing.
 LEAST_MASS = 0.5
-_BACKOFF_S = 0.5
-_FENCED = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
-_OURS = ("model", "messages", "logprobs", "top_logprobs", "n", "stream")
+_BACKOFF_S = 0.5  # before the first retry; doubles at each further one
+_FENCED = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)  # models like to fence their JSON
+_OURS = ("model", "messages", "logprobs", "top_logprobs", "n", "stream")  # not allowed in `extra`
 
 
 class VlmJudge(Reward):
-    """A vision-language model's rating, brought to [0, 1]. `base_url`: with its /v1. `rubric`, or a
-    text file `rubric_file`: what is asked; {prompt}, {lowest} and {highest} are put in. The answer
-    must be a JSON object with a number "score" from `lowest` to `highest`, or hold one match of the
-    regular expression `pattern`, whose group is the number. `yes_no`: ask a question instead and
-    take the probability of Yes. `conditions`: show the prompt's condition images before the image,
-    scaled down to its longer side; what is asked by default is then about edits. `concurrency`:
-    requests at once for a batch. `timeout_s`, `retries`: of one request. `key_env`: the environment
-    variable that holds the API key. `extra`: more fields of the request's body."""
+    """A vision-language model's rating of the image, scaled to [0, 1].
+
+    Args:
+        base_url: address of the server, with its /v1.
+        model: name of the model on the server.
+        rubric: the request's text, in which {prompt}, {lowest} and {highest} are replaced; "": a
+            built-in one.
+        rubric_file: a text file with the rubric, instead of `rubric`.
+        pattern: regular expression with one group, the number, that must match the answer exactly
+            once; "": the answer must be a JSON object with a number "score".
+        lowest: the scale's lowest rating, which becomes 0.
+        highest: the scale's highest rating, which becomes 1.
+        yes_no: ask a question, and take the probability of the answer Yes.
+        conditions: show the prompt's condition images before the image, scaled down to its longer
+            side; the built-in rubric is then about edits.
+        max_tokens: longest answer in tokens; 1 with `yes_no`.
+        concurrency: requests at the same time for one batch.
+        timeout_s: seconds for one request.
+        retries: further tries of a failed request.
+        wait_s: seconds to wait for a server that is not reachable, at the start and when a whole
+            batch has failed.
+        key_env: environment variable that holds the API key; "": no key.
+        extra: further fields of the request's body.
+    """
 
     def __init__(
         self,
@@ -100,11 +117,13 @@ class VlmJudge(Reward):
             or not 0 <= wait_s <= LONGEST_S
         ):
             raise UserError(
-                "max_tokens, concurrency, timeout_s must be above 0; retries, wait_s at least 0; "
-                f"timeout_s and wait_s at most {LONGEST_S:g}"
+                "max_tokens, concurrency and timeout_s must be above 0, retries and wait_s at least"
+                f" 0, timeout_s and wait_s at most {LONGEST_S:g}; got max_tokens {max_tokens},"
+                f" concurrency {concurrency}, timeout_s {timeout_s:g}, retries {retries}, wait_s"
+                f" {wait_s:g}"
             )
         if yes_no and pattern:
-            raise UserError("pattern: yes_no reads no written answer; give one of the two")
+            raise UserError("pattern: with yes_no no written answer is read; give one of the two")
         if extra is not None and (not isinstance(extra, dict) or set(extra) & set(_OURS)):
             raise UserError(
                 f"extra: expected a table without {', '.join(_OURS)}, got {shown(extra)}"
@@ -119,7 +138,7 @@ class VlmJudge(Reward):
         )
         self._body = {
             "model": model,
-            "temperature": 0,
+            "temperature": 0,  # the same image should get the same score
             "max_tokens": 1 if yes_no else max_tokens,
             **(extra or {}),
         }
@@ -131,33 +150,36 @@ class VlmJudge(Reward):
             check_conditions(prompts, metadata)
 
     def load(self, threads=1):
-        """Refuse a server that does not answer, or lists its models without this one."""
+        """Refuse a server that does not answer, or whose list of models lacks this one."""
         try:
             listed = wait_for(lambda: self._service.get("/models"), self._wait_s)
             names = [entry["id"] for entry in listed["data"]]
         except ServiceError as error:
-            if error.status in (404, 405):  # a gateway without that page
+            if error.status in (404, 405):  # a gateway that does not list its models
                 return
             raise
-        except (KeyError, TypeError):
+        except (KeyError, TypeError):  # a list in another form; requests may still work
             return
         if self._body["model"] not in names:
             raise UserError(
-                f"model: {self._service.url} serves {names}, not {self._body['model']!r}"
+                f"model: {self._service.url} serves {', '.join(map(str, names))}, not"
+                f" {self._body['model']!r}"
             )
 
     def score(self, images, prompts, metadata):
         with ThreadPoolExecutor(self._concurrency) as threads:
             judged = list(threads.map(self._judge, images, prompts, metadata))
         if all(math.isnan(value) for value, _ in judged):
-            self.load()  # waits for a server that is away, for the batch will be tried again
+            # The pool will try the batch again. This waits until the server is back, so that a
+            # server that restarts does not use up all tries.
+            self.load()
         return Scores(
             np.array([value for value, _ in judged], dtype=np.float32),
             [detail for _, detail in judged],
         )
 
     def _judge(self, image: np.ndarray, prompt: str, entry: dict) -> tuple[float, str]:
-        """Value and detail of one image; NaN with the reason where it failed."""
+        """(value, detail) of one image; NaN and the reason if it failed."""
         try:
             return self._read(
                 self._ask(prompt, [*self._shown(entry, max(image.shape[:2])), encode_png(image)])
@@ -166,7 +188,7 @@ class VlmJudge(Reward):
             return math.nan, f"not scored: {error}"
 
     def _shown(self, entry: dict, longest: int) -> list[str]:
-        """The condition images that are shown, in base64."""
+        """The condition images to show, as PNG files in base64."""
         return (
             [encode_condition(image, longest) for image in entry.get(KEY, ())]
             if self._conditions
@@ -174,8 +196,10 @@ class VlmJudge(Reward):
         )
 
     def _ask(self, prompt: str, images: list[str]) -> dict:
-        """The answer's first choice. Raises ServiceError, ValueError where the answer has none."""
+        """The answer's first choice. Raises ServiceError, or ValueError for an answer without
+        one."""
         values = {"prompt": prompt, "lowest": f"{self._lowest:g}", "highest": f"{self._highest:g}"}
+        # Not str.format: rubrics contain the braces of JSON, and prompts may contain braces too.
         text = re.sub(r"\{(prompt|lowest|highest)\}", lambda match: values[match[1]], self._rubric)
         parts = [
             {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}}
@@ -198,13 +222,15 @@ class VlmJudge(Reward):
             raise ValueError(f"the answer has no choices: {shown(answer)}") from None  # type: ignore[possibly-undefined]  # the last attempt returns or raises
 
     def _read(self, choice: dict) -> tuple[float, str]:
+        """(value in [0, 1], detail) of an answer. Raises ValueError for one that cannot be read."""
         if self._yes_no:
             value = yes_probability(choice)
             return value, f"P(Yes) {value:.3f}"
         message = choice.get("message")
         text = message.get("content") if isinstance(message, dict) else None
         if not isinstance(text, str):
-            raise ValueError("the answer holds no text")
+            raise ValueError("the answer has no text")
+        # The number itself may be cut off: a pattern would read the beginning of 10 as 1.
         if choice.get("finish_reason") == "length":
             raise ValueError(f"the answer was cut off; raise max_tokens: {_short(text)}")
         rating = rating_of(text, self._pattern)
@@ -216,10 +242,15 @@ class VlmJudge(Reward):
 
 
 def rating_of(text: str, pattern: re.Pattern | None) -> float:
-    """The number in an answer: the group of the pattern's only match, or "score" of the JSON object
-    that the answer is.
+    """The number in an answer.
 
-    Raises ValueError, also for a number that is not finite.
+    Args:
+        text: the answer.
+        pattern: a pattern with one group, the number; None: the answer must be a JSON object with a
+            number "score", which may be fenced as Markdown code.
+
+    Raises:
+        ValueError: unless there is exactly one finite number.
     """
     if pattern is not None:
         found = pattern.findall(text)
@@ -233,39 +264,39 @@ def rating_of(text: str, pattern: re.Pattern | None) -> float:
         except (ValueError, RecursionError):
             answer = None
         rating = answer.get("score") if isinstance(answer, dict) else None
-        if isinstance(rating, (bool, str)):
+        if isinstance(rating, (bool, str)):  # float() would take true for 1 and "7" for 7
             rating = None
     try:
         number = float(rating)
     except (TypeError, ValueError, OverflowError):
         raise ValueError(f'no number as "score" in the answer: {_short(text)}') from None
     if not math.isfinite(number):
-        raise ValueError(f"{number} is no rating: {_short(text)}")
+        raise ValueError(f"{number} is not a finite number: {_short(text)}")
     return number
 
 
 def yes_probability(choice: dict) -> float:
-    """P(Yes) / (P(Yes) + P(No)) of a choice's first token, over its spellings. Raises ValueError
-    where it is neither."""
+    """P(Yes) / (P(Yes) + P(No)) at a choice's first token, summed over spellings such as "yes" and
+    " Yes". Raises ValueError if Yes and No are unlikely, or if log-probabilities are missing."""
     try:
         tokens = [
             (str(entry["token"]), float(entry["logprob"]))
             for entry in choice["logprobs"]["content"][0]["top_logprobs"]
         ]
     except (KeyError, IndexError, TypeError, ValueError):
-        raise ValueError("the answer has no log-probabilities of its first token") from None
+        raise ValueError(
+            "the answer has no log-probabilities of its first token, which yes_no needs"
+        ) from None
     mass = {"yes": 0.0, "no": 0.0}
     for token, logprob in tokens:
-        word = token.strip(
-            " \n\t▁Ġ.,!\"'"
-        ).lower()  # with the marks that tokenizers put for a blank
+        word = token.strip(" \n\t▁Ġ.,!\"'").lower()  # ▁ and Ġ: how tokenizers write a space
         if word in mass:
-            mass[word] += math.exp(min(0.0, logprob))
+            mass[word] += math.exp(min(0.0, logprob))  # at most 1, whatever the server says
     both = mass["yes"] + mass["no"]
-    if not both >= LEAST_MASS:  # also NaN
+    if not both >= LEAST_MASS:  # written so that NaN is refused too
         raise ValueError(
-            f"Yes and No have {both:.2f} of the first token's probability, less than {LEAST_MASS};"
-            " ask otherwise"
+            f"Yes and No have only {both:.2f} of the first token's probability, at least"
+            f" {LEAST_MASS} is needed; rephrase the question"
         )
     return mass["yes"] / both
 
@@ -280,7 +311,7 @@ def _rubric(rubric: str, file: str) -> str:
     if not file:
         return rubric
     if rubric:
-        raise UserError("give rubric or rubric_file, not both")
+        raise UserError("rubric_file: give rubric or rubric_file, not both")
     try:
         text = Path(file).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -297,7 +328,8 @@ def _compiled(pattern: str) -> re.Pattern:
         raise UserError(f"pattern: {shown(pattern)} is no regular expression: {error}") from None
     if compiled.groups != 1:
         raise UserError(
-            f"pattern: {shown(pattern)} must have one group, the number; it has {compiled.groups}"
+            f"pattern: {shown(pattern)} must have exactly one group, around the number; it has"
+            f" {compiled.groups}"
         )
     return compiled
 

@@ -1,10 +1,10 @@
-"""Reward worker processes seen from their parent: `WorkerProcess` starts one, exchanges messages
-with it, ends it and starts it anew; `Workers` holds several that load their rewards side by side,
-each driven by a thread of its own.
+"""The parent's side of reward worker processes: `WorkerProcess` starts one, exchanges messages with
+it, ends it and restarts it; `Workers` has several, which load their rewards at the same time, each
+driven by a thread of its own.
 
-A new process loads its models anew, gigabytes perhaps. So one that answers is kept, whatever it
-answers, until it has failed `FAILURES_IN_A_ROW` batches: the state of a GPU, for one, can be past
-repair without the process ending.
+A new process loads its models again, which can be gigabytes. A process is therefore replaced only
+if it died, hung or sent a malformed message, or if it failed `FAILURES_IN_A_ROW` batches in a row:
+after some errors a GPU stays unusable for the process, which does not end by itself.
 """
 
 from __future__ import annotations
@@ -24,22 +24,26 @@ from tempflow.rewards.base import Scores
 from tempflow.rewards.registry import RewardSpec
 
 FAILURES_IN_A_ROW = 3
-_STDERR_TAIL = 2000  # bytes of a dead worker's last words in an error message
+_STDERR_TAIL = 2000  # bytes of a dead worker's output that an error message shows
 
-# A worker must not believe itself a rank of the training.
+# Removed from a worker's environment: libraries would take it for a rank of the training and, for
+# example, wait for the other ranks.
 _REMOVED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class WorkerFailure(Exception):
-    """The worker raised, died, hung, or answered nonsense; the text says which."""
+    """The worker raised an exception, died, hung, or sent a malformed message; the text says
+    which."""
 
 
 class WorkerProcess:
-    """One worker process, started and replaced as needed. Not thread-safe but for `close`.
+    """One worker process, started and replaced as needed. Only `close` is thread-safe.
 
-    gpu: what it sees as CUDA_VISIBLE_DEVICES; "" hides every GPU. start_timeout_s: for loading its
-    rewards.
-    broken: whether it could not be started when last needed.
+    Args:
+        specs: the rewards that it loads.
+        threads: its CPU threads.
+        gpu: its CUDA_VISIBLE_DEVICES; "" hides every GPU.
+        start_timeout_s: seconds for loading the rewards.
     """
 
     def __init__(self, specs: list[RewardSpec], threads: int, gpu: str, start_timeout_s: float):
@@ -50,11 +54,12 @@ class WorkerProcess:
         self._process: subprocess.Popen | None = None
         self._failures = 0  # in a row
         self.broken = False
+        """Whether the last attempt to start it failed."""
 
     @property
     def pid(self) -> int | None:
-        """Of the running process, or None."""
-        process = self._process
+        """The process id, or None if no process runs."""
+        process = self._process  # read once: another thread may replace it meanwhile
         return None if process is None else process.pid
 
     def start(self) -> None:
@@ -69,9 +74,9 @@ class WorkerProcess:
                 "load its rewards",
                 "start_timeout_s",
             )
-        except (
-            Exception
-        ) as error:  # besides WorkerFailure: no memory for a process, options that cannot be sent
+        # Not only WorkerFailure: OSError if there is no memory for a process, and what pickle
+        # raises for options that cannot be sent.
+        except Exception as error:
             self.kill()
             self.broken = True
             raise (
@@ -80,10 +85,21 @@ class WorkerProcess:
         self._failures, self.broken = 0, False
 
     def score(self, name: str, images, prompts, metadata, timeout_s: float) -> tuple[Scores, float]:
-        """Scores of one batch by one reward, and the seconds they took; starts the process unless
-        it runs.
+        """Let one reward score one batch; starts the process unless it runs.
 
-        Raises WorkerFailure, and what pickle raises for metadata that cannot be sent.
+        Args:
+            name: the reward.
+            images: uint8 [n, H, W, 3] or [n, F, H, W, 3].
+            prompts: n texts.
+            metadata: n tables.
+            timeout_s: seconds after which the process is killed.
+
+        Returns:
+            The scores, and the seconds that they took in the process.
+
+        Raises:
+            WorkerFailure: if there are no scores. Pickle's own exceptions are passed on for
+                metadata that cannot be sent.
         """
         self.start()
         try:
@@ -93,25 +109,25 @@ class WorkerProcess:
         except WorkerFailure:
             self._failures += 1
             if self._failures == FAILURES_IN_A_ROW:
-                self.kill()
+                self.kill()  # the next batch starts a new one
             raise
         self._failures = 0
         return Scores(values, details), seconds
 
     def kill(self) -> None:
-        """End the process at once, if any."""
+        """End the process at once, if one runs."""
         process, self._process = self._process, None
         if process is not None:
             process.kill()
-            process.wait()
+            process.wait()  # leaves no zombie, and frees its GPU memory before the next one starts
             self._connection.close()
             self._output.close()
 
     def close(self) -> None:
-        """Kill the process from any thread, for good: a later `start` raises WorkerFailure."""
+        """Kill the process, from any thread, and let every later `start` raise WorkerFailure."""
         with self._lock:
             self._closed = True
-            process = self._process  # its own thread may forget it meanwhile
+            process = self._process  # read once: its own thread may set it to None meanwhile
             if process is not None:
                 process.kill()
 
@@ -125,23 +141,27 @@ class WorkerProcess:
             str(theirs.fileno()),
             str(os.getpid()),
         ]
+        # Under the lock, so that `close` never misses a process that is being started. `theirs` is
+        # closed here once the child has it; otherwise reading would not end when the child dies.
         with self._lock, theirs:
             if self._closed:
                 raise WorkerFailure("the reward workers are closed")
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
-                stdout=self._output,  # the terminal belongs to the progress display
+                stdout=self._output,  # the terminal shows the progress display
                 stderr=self._output,
                 env=_environment(self._threads, self._gpu),
                 pass_fds=[theirs.fileno()],
-                # out of reach of the terminal's Ctrl-C, even while Python starts
+                # The terminal's Ctrl-C does not reach a new session, even before worker_main has
+                # set its signal handlers.
                 start_new_session=True,
             )
 
     def _exchange(self, message: tuple, timeout_s: float, task: str, key: str):
-        """Send, and wait for the answer; a watchdog kills a worker that takes longer, which ends
-        the wait."""
+        """Send a message and wait for the answer. A watchdog kills a worker that takes longer than
+        `timeout_s`, which closes the pipe and so ends the wait. task, key: what the worker had to
+        do, and the config key of the timeout, for the error message."""
         expired = threading.Event()
         watchdog = threading.Timer(timeout_s, self._expire, (expired, self._process))
         watchdog.daemon = True
@@ -163,21 +183,22 @@ class WorkerProcess:
             watchdog.cancel()
         try:
             kind, answer = pickle.loads(reply)
-        except Exception as error:  # whatever wrote into its pipe, it may have more in it
+        # Something in the worker wrote into the pipe. More may follow, so the process is replaced.
+        except Exception as error:
             self.kill()
-            raise WorkerFailure(f"the reward worker answered nonsense ({error!r})") from None
+            raise WorkerFailure(f"the reward worker sent a malformed message ({error!r})") from None
         if kind == "failed":
             raise WorkerFailure(answer)
         return answer
 
     @staticmethod
     def _expire(expired: threading.Event, process: subprocess.Popen) -> None:
-        expired.set()
+        expired.set()  # before the kill, whose effect the other thread sees at once
         process.kill()
 
     def _last_words(self) -> str:
         descriptor = self._output.fileno()
-        # pread: the worker writes through the same file position.
+        # pread, because the worker writes at the same file position, which reading would move.
         size = os.fstat(descriptor).st_size
         tail = (
             os.pread(descriptor, _STDERR_TAIL, max(0, size - _STDERR_TAIL))
@@ -188,11 +209,15 @@ class WorkerProcess:
 
 
 class Workers:
-    """One worker per entry of `gpus`, which is what it sees ("": no GPU), with every reward of
-    `specs`.
+    """Worker processes that load the same rewards, each driven by a thread.
 
-    serve: called with each worker, in its thread, once it has loaded its rewards or failed to; it
-    returns when its owner is closed.
+    Args:
+        specs: the rewards that each worker loads.
+        serve: called with each worker, in its thread, after it has loaded its rewards or failed to.
+            It must return when its owner is closed.
+        gpus: for each worker its CUDA_VISIBLE_DEVICES; "": no GPU.
+        threads: CPU threads of each worker.
+        start_timeout_s: seconds for loading the rewards.
     """
 
     def __init__(
@@ -221,11 +246,11 @@ class Workers:
 
     @property
     def healthy(self) -> bool:
-        """Whether a worker is left that could be started when last needed."""
+        """Whether at least one worker could be started at its last attempt."""
         return not all(worker.broken for worker in self._workers)
 
     def wait_ready(self) -> None:
-        """Wait until every worker has loaded its rewards; `UserError` with the reason if one
+        """Wait until every worker has loaded its rewards. UserError with the reason if one
         cannot."""
         for started in self._started:
             try:
@@ -234,7 +259,8 @@ class Workers:
                 raise UserError(str(error)) from None
 
     def close(self) -> None:
-        """Kill the workers and wait for their threads, whose `serve` must be about to return."""
+        """Kill the workers and wait for their threads. The owner must have made `serve` return, or
+        this blocks."""
         for worker in self._workers:
             worker.close()
         for thread in self._threads:
@@ -246,17 +272,20 @@ class Workers:
             started.set_result(None)
         except WorkerFailure as error:
             started.set_exception(error)
+        # Also after a failure: someone must answer the tasks that are queued, and `score` tries to
+        # start the worker again.
         self._serve(worker)
         worker.kill()
 
 
 def rank_gpu() -> str:
-    """The GPU of this rank (of the first, where nothing was launched), as CUDA_VISIBLE_DEVICES
-    would name it; "" for none."""
+    """The GPU of this rank (of rank 0, if nothing was launched), as a CUDA_VISIBLE_DEVICES value;
+    "" for none."""
     rank = int(os.environ.get("LOCAL_RANK", 0))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return str(rank)
+    # Names of the launcher's list, not numbers: they may be GPU UUIDs, or start above 0.
     names = [name.strip() for name in visible.split(",") if name.strip()]
     return names[rank] if rank < len(names) else ""
 
@@ -266,6 +295,7 @@ def _environment(threads: int, gpu: str) -> dict[str, str]:
     for key in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         environment[key] = str(threads)
     environment["CUDA_VISIBLE_DEVICES"] = gpu
-    # Rewards given as `my_module:MyReward` must import in the worker as they do here.
+    # A reward given as `my_module:MyReward` must be importable in the worker as it is here. "" in
+    # sys.path means the working directory.
     environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
     return environment

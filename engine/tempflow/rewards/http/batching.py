@@ -1,9 +1,10 @@
-"""One reward's worker processes, fed with batches made across requests.
+"""The worker processes of one served reward, and the batches that they score, which combine several
+requests.
 
 A request's images are queued in pieces of at most one batch. A free worker takes the oldest piece
-and waits a few milliseconds for others of the same image size to fill its batch. Where a batch of
-several pieces fails, each is scored again alone, so that one request cannot spoil another. When a
-worker is replaced is `workers.py`'s affair.
+and waits a few milliseconds for other pieces of the same image size, to fill its batch. If a batch
+of several pieces fails, each piece is scored again by itself, so that one request cannot make
+another one fail. `workers.py` decides when a worker process is replaced.
 """
 
 from __future__ import annotations
@@ -26,27 +27,36 @@ class ScoringFailed(Exception):
     """A piece could not be scored; the text, one line, says why."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False)  # eq=False: `deque.remove` compares objects, not arrays
 class Piece:
-    """Images of one request, uint8 RGB [n, H, W, 3], or videos [n, F, H, W, 3], that stay together.
-
-    `scores` is cancelled by who no longer waits.
-    """
+    """Images or videos of one request that are scored in one batch."""
 
     images: np.ndarray
+    """uint8 RGB [n, H, W, 3], or videos [n, F, H, W, 3]."""
     prompts: list[str]
+    """n texts."""
     metadata: list[dict]
+    """n tables."""
     scores: Future = field(default_factory=Future)
+    """Set to `Scores` or ScoringFailed; cancelled when the request no longer waits for it."""
     arrival: float = field(default_factory=time.monotonic)
+    """When it was queued, in seconds of the monotonic clock."""
 
 
 class Batcher:
-    """Scores pieces with `len(gpus)` worker processes, each of which sees one entry of `gpus` ("":
-    no GPU).
+    """Scores the images of many requests with one reward, in `len(gpus)` worker processes.
 
-    batch: most images, or videos, scored at once. wait_s: how long a batch that is not full waits
-    for more. timeout_s: for scoring one batch; start_timeout_s: for loading the reward. Raises
-    `UserError` for an unknown reward or option.
+    Args:
+        spec: the reward.
+        gpus: for each worker its CUDA_VISIBLE_DEVICES; "": no GPU.
+        threads: CPU threads of each worker.
+        batch: most images, or videos, that are scored at once.
+        wait_s: seconds that a batch waits to be filled, counted from its oldest piece's arrival.
+        timeout_s: seconds for scoring one batch.
+        start_timeout_s: seconds for loading the reward.
+
+    Raises:
+        UserError: for an unknown reward or option.
     """
 
     def __init__(
@@ -63,9 +73,11 @@ class Batcher:
         self._spec, self._batch, self._wait_s = spec, batch, wait_s
         self.name, self.takes_videos = spec.name, takes_videos(spec)
         self._timeout_s = timeout_s
+        # `_changed` guards the three fields below.
         self._queue: deque[Piece] = deque()
         self._changed = threading.Condition()
         self._closed = False
+        # "pictures" is a key of the server's /rewards page, which others read.
         self._counts = Counter(pictures=0, batches=0, failed_batches=0)
         self._workers = Workers(
             [spec], self._serve, gpus=gpus, threads=threads, start_timeout_s=start_timeout_s
@@ -73,22 +85,30 @@ class Batcher:
 
     @property
     def healthy(self) -> bool:
-        """Whether a worker is left that could be started when last needed."""
+        """Whether at least one worker could be started at its last attempt."""
         return self._workers.healthy
 
     def counts(self) -> dict[str, int]:
-        """Images and batches scored, batches that failed, pieces waiting."""
+        """Numbers of images and batches scored, of batches that failed, and of pieces waiting."""
         with self._changed:
             return {**self._counts, "waiting": len(self._queue)}
 
     def wait_ready(self) -> None:
-        """Wait until every worker has loaded the reward; `UserError` with the reason if one
+        """Wait until every worker has loaded the reward. UserError with the reason if one
         cannot."""
         self._workers.wait_ready()
 
     def submit(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> list[Future]:
-        """Queue the images of a request; a future of `Scores` per piece, in order, or of
-        ScoringFailed."""
+        """Queue the images of a request.
+
+        Args:
+            images: uint8 RGB [n, H, W, 3], or videos [n, F, H, W, 3].
+            prompts: n texts.
+            metadata: n tables.
+
+        Returns:
+            For each piece, in order, a future of `Scores`; its exception is ScoringFailed.
+        """
         pieces = [
             Piece(
                 images[i : i + self._batch],
@@ -103,7 +123,7 @@ class Batcher:
         return [piece.scores for piece in pieces]
 
     def close(self) -> None:
-        """Kill the workers and fail what waits."""
+        """Kill the workers, and fail the pieces that wait."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -112,14 +132,15 @@ class Batcher:
             _settle(piece, ScoringFailed("the server was stopped"))
 
     def _serve(self, worker: WorkerProcess) -> None:
-        """Score what is queued until closed."""
+        """Score queued pieces until the batcher is closed."""
         while pieces := self._take():
             self._score(worker, pieces)
 
     def _take(self) -> list[Piece]:
-        """The next batch, which waits for the oldest piece; [] once closed."""
+        """Wait for the next batch, with the oldest piece in it; [] once closed."""
         with self._changed:
             while not self._closed:
+                # A request that timed out or was disconnected has cancelled its pieces.
                 while self._queue and self._queue[0].scores.cancelled():
                     self._queue.popleft()
                 if not self._queue:
@@ -131,12 +152,13 @@ class Batcher:
                     for piece in chosen:
                         self._queue.remove(piece)
                     return chosen
+                # A new piece may fill the batch; another worker may take the oldest piece.
                 self._changed.wait(left)
         return []
 
     def _fitting(self) -> list[Piece]:
-        """The oldest piece and, in their order, those of its image size that a batch has room
-        for."""
+        """The oldest piece, and the later ones of the same image size that fit into its batch. A
+        piece that does not fit is passed over; it becomes the oldest in its turn."""
         chosen, room = [], self._batch
         for piece in self._queue:
             same_size = piece.images.shape[1:] == self._queue[0].images.shape[1:]
@@ -146,10 +168,10 @@ class Batcher:
         return chosen
 
     def _score(self, worker: WorkerProcess, pieces: list[Piece]) -> None:
-        """Settle the pieces."""
+        """Score a batch, and set the result of each piece."""
         try:
             scores = self._ask(worker, pieces)
-        except Exception as error:  # whatever it was, this thread must live on
+        except Exception as error:  # of any type: nothing may end this thread
             with self._changed:
                 self._counts["failed_batches"] += 1
             if len(pieces) > 1:
@@ -173,7 +195,7 @@ class Batcher:
             start = stop
 
     def _ask(self, worker: WorkerProcess, pieces: list[Piece]) -> Scores:
-        """Scores of all pieces in one batch. Raises what `WorkerProcess.score` does."""
+        """The scores of all pieces, as one batch. Raises like `WorkerProcess.score`."""
         images = (
             pieces[0].images
             if len(pieces) == 1
@@ -188,6 +210,7 @@ class Batcher:
 
 
 def _settle(piece: Piece, result: Scores | ScoringFailed) -> None:
+    """Set a piece's result, if its request still waits."""
     try:
         (
             piece.scores.set_exception(result)

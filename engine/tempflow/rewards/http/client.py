@@ -1,11 +1,12 @@
-"""Rewards that are computed elsewhere: `Service`, JSON over HTTP with checked answers and errors
-that say who failed how, and `HttpReward`, the reward of a reward server (`engine/reward_server.py`,
-or anything that speaks `protocol.py`'s messages).
+"""Rewards that are computed on other machines: `Service` exchanges JSON over HTTP, and `HttpReward`
+asks a reward server (`engine/reward_server.py`, or any program that speaks `protocol.py`'s
+messages).
 
-The standard library's client will do: a request carries megabytes and is answered after a model has
-run, so keeping connections open gains nothing. Redirects are refused, for they would carry the
-token to another host. Proxies are the environment's (`https_proxy`, `no_proxy`). Tokens come from
-environment variables, never from the config, which is copied into run directories.
+The standard library's client is used. A request carries megabytes and is answered after a model has
+run, so keeping connections open would gain nothing. Redirects are refused, because they would carry
+the token to another host. Proxies are taken from the environment (`https_proxy`, `no_proxy`).
+Tokens come from environment variables and never from the config, which is copied into run
+directories.
 """
 
 from __future__ import annotations
@@ -22,18 +23,23 @@ from tempflow.errors import UserError, shown
 from tempflow.rewards.base import Reward, Scores, joined, locate
 from tempflow.rewards.http.protocol import read_answer, sendable, write_request
 
-# of a request at most, which a server allows by default: as noise they are 256 MB, PNG in base64
+# The most pixels of a request. As PNG in base64, images of noise would then take 256 MB, a server's
+# default limit.
 PIXELS = 64_000_000
-ANSWER_LIMIT = 16 << 20  # bytes; an answer is some numbers and short texts
-LONGEST_S = 1e6  # of a timeout; sockets refuse those of more than 292 years
-_LATER = {408, 425, 429, 500, 502, 503, 504}
-_AWAY = {None, 429, 502, 503}  # nobody there, starting, or too busy to look at the request
+ANSWER_LIMIT = 16 << 20  # bytes; an answer holds some numbers and short texts
+LONGEST_S = 1e6  # of any timeout; sockets raise OverflowError for more than 292 years
+_LATER = {408, 425, 429, 500, 502, 503, 504}  # the same request may succeed later
+# Of those, the ones that cost the server nothing: no answer, starting, or too busy to read it.
+_AWAY = {None, 429, 502, 503}
 
 
 class ServiceError(Exception):
-    """A request failed. `transient`: the same request may succeed later, or at another server.
+    """A request failed.
 
-    status: of the HTTP answer, or None where there was none.
+    Args:
+        message: names the address and says what happened.
+        transient: whether the same request may succeed later, or at another server.
+        status: the HTTP status of the answer; None: there was no answer.
     """
 
     def __init__(self, message: str, *, transient: bool, status: int | None = None):
@@ -43,7 +49,13 @@ class ServiceError(Exception):
 
 
 class Service:
-    """One server: `url` checked by `checked_url`, `token` sent with every request unless None."""
+    """One server that exchanges JSON.
+
+    Args:
+        url: its address, as `checked_url` returns it.
+        token: sent with every request as a bearer token; None: no token.
+        timeout_s: seconds for one request.
+    """
 
     def __init__(self, url: str, token: str | None, timeout_s: float):
         self.url = url
@@ -58,8 +70,8 @@ class Service:
         return self._exchange(urllib.request.Request(self.url + path, headers=self._headers))
 
     def post(self, path: str, message: dict):
-        """The JSON value answered to a JSON message. Raises ServiceError, ValueError for a message
-        that JSON cannot hold."""
+        """The JSON value that answers a JSON message. Raises ServiceError, and ValueError for a
+        message that JSON cannot represent, such as NaN."""
         body = json.dumps(message, allow_nan=False).encode()
         headers = self._headers | {"Content-Type": "application/json"}
         return self._exchange(
@@ -67,9 +79,10 @@ class Service:
         )
 
     def _exchange(self, request: urllib.request.Request):
+        """Send a request and parse the answer. Every way to fail becomes a ServiceError."""
         try:
             with self._opener.open(request, timeout=self._timeout_s) as response:
-                text = response.read(ANSWER_LIMIT + 1)
+                text = response.read(ANSWER_LIMIT + 1)  # one more byte tells that it is too long
         except urllib.error.HTTPError as error:
             reason = _reason(error)
             raise ServiceError(
@@ -78,7 +91,7 @@ class Service:
                 status=error.code,
             ) from None
         except (OSError, http.client.HTTPException) as error:
-            cause = getattr(error, "reason", error)
+            cause = getattr(error, "reason", error)  # urllib wraps the socket's exception
             words = (
                 f"within {self._timeout_s:g} s"
                 if isinstance(cause, TimeoutError)
@@ -95,16 +108,24 @@ class Service:
             return json.loads(text, parse_constant=_refuse_constant)
         except (ValueError, RecursionError) as error:
             raise ServiceError(
-                f"{request.full_url} answered no JSON ({error}): {shown(text)}", transient=False
+                f"{request.full_url} did not answer with JSON ({error}): {shown(text)}",
+                transient=False,
             ) from None
 
 
 class HttpReward(Reward):
-    """A reward of a reward server. `url`: its address, or a list of servers that share the work;
-    one that fails is passed over. `reward`: which of the server's rewards ("": its only one).
-    `timeout_s`: for one request. `wait_s`: for servers that are away or busy, at the start and in
-    every try. `token_env`: the environment variable that holds the server's token.
-    `videos`: the server's reward scores whole videos."""
+    """A reward that a reward server computes.
+
+    Args:
+        url: address of the server, or a list of servers that share the work; if one fails, the next
+            one is asked.
+        reward: which of the server's rewards; "": its only one.
+        timeout_s: seconds for one request.
+        wait_s: seconds to wait for servers that are not reachable or busy, at the start and at
+            every try.
+        token_env: environment variable that holds the server's token; "": no token.
+        videos: whether the server's reward scores whole videos.
+    """
 
     def __init__(
         self,
@@ -127,7 +148,7 @@ class HttpReward(Reward):
         token = token_of("token_env", token_env)
         self._servers = [Service(checked_url("url", each), token, timeout_s) for each in urls]
         self._reward, self._wait_s, self.takes_videos = reward, wait_s, videos
-        self._next = os.getpid()  # workers start at different servers
+        self._next = os.getpid()  # differs between workers, so they begin with different servers
 
     def check_prompts(self, prompts, metadata):
         for prompt, entry in zip(prompts, metadata):
@@ -140,8 +161,8 @@ class HttpReward(Reward):
                 ) from None
 
     def load(self, threads=1):
-        """Refuse a server that lacks the reward or does not accept the token; that one of several
-        answers is enough."""
+        """Refuse a server that lacks the reward or does not accept the token. Of several servers,
+        the first one that answers is checked."""
         served = wait_for(
             lambda: self._from_any(lambda server: server.get("/rewards")), self._wait_s
         )
@@ -150,7 +171,7 @@ class HttpReward(Reward):
             asked = (
                 f"does not serve {self._reward!r}"
                 if self._reward
-                else "does not serve one reward alone; name it with `reward`"
+                else "does not serve exactly one reward; choose one with the option `reward`"
             )
             raise UserError(
                 f"{self._servers[0].url} {asked}. It serves:"
@@ -158,12 +179,13 @@ class HttpReward(Reward):
             )
 
     def score(self, images, prompts, metadata):
+        # Images or videos per request; `size // 3` is the number of pixels of one.
         each = max(1, PIXELS // max(1, images[0].size // 3)) if len(images) else 1
         parts = [slice(first, first + each) for first in range(0, len(images), each)] or [slice(0)]
         return joined([self._ask(images[part], prompts[part], metadata[part]) for part in parts])
 
     def _ask(self, images, prompts, metadata) -> Scores:
-        """Scores of as many images or videos as a request holds."""
+        """Scores of the images or videos of one request."""
         message = write_request(self._reward, images, prompts, metadata)
         answer = wait_for(
             lambda: self._from_any(lambda server: server.post("/score", message)), self._wait_s
@@ -171,8 +193,8 @@ class HttpReward(Reward):
         return read_answer(answer, len(images))
 
     def _from_any(self, ask):
-        """The answer of the next server in turn, or of the one after it where that fails;
-        ServiceError of the last."""
+        """The answer of the next server in turn. If it fails with an error that may be its own, the
+        servers after it are asked; the last one's ServiceError is raised."""
         self._next += 1
         for attempt in range(len(self._servers)):
             try:
@@ -188,8 +210,18 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 def checked_url(key: str, url) -> str:
-    """`url` without a slash at its end; UserError unless it is http(s)://host..., without a
-    password, query or fragment."""
+    """Check the address of a server.
+
+    Args:
+        key: the option, for error messages.
+        url: what the config gives.
+
+    Returns:
+        The address without a slash at its end.
+
+    Raises:
+        UserError: unless it is http(s)://host..., without a user name, password, query or fragment.
+    """
     try:
         parts = urllib.parse.urlsplit(url if isinstance(url, str) else "")
         usable = (
@@ -200,7 +232,7 @@ def checked_url(key: str, url) -> str:
         )
         usable = (
             usable
-            and (parts.port is None or parts.port > 0)
+            and (parts.port is None or parts.port > 0)  # `port` raises ValueError above 65535
             and url.isprintable()
             and " " not in url
         )
@@ -219,8 +251,8 @@ def checked_url(key: str, url) -> str:
 
 
 def token_of(key: str, variable: str) -> str | None:
-    """The token in an environment variable; None where `variable` is "". UserError where it is
-    unset, empty or no token."""
+    """The token in an environment variable; None if `variable` is "". UserError, beginning with
+    `key`, if the variable is not set, is empty or does not hold a token."""
     if not variable:
         return None
     token = os.environ.get(variable, "").strip()
@@ -228,18 +260,19 @@ def token_of(key: str, variable: str) -> str | None:
         raise UserError(
             f"{key}: the environment variable {variable!r} is not set; it must hold the token"
         )
+    # Other characters would end the header, or raise an error that quotes the token.
     if not (token.isascii() and token.isprintable()) or " " in token:
         raise UserError(
-            f"{key}: the environment variable {variable!r} holds characters that a token cannot"
-            " have"
+            f"{key}: the environment variable {variable!r} must hold printable ASCII characters"
+            " without spaces, and it holds others"
         )
     return token
 
 
 def wait_for(ask, wait_s: float):
-    """What `ask()` returns, asked again for `wait_s` seconds while a ServiceError says that the
-    server is away or busy. Raises the last one. A request that was answered with another error is
-    not repeated here: each may cost the server a model's run."""
+    """Call `ask`, and repeat it for `wait_s` seconds while its ServiceError says that the server is
+    not reachable or busy; then raise the last one. Other errors are not repeated here, because each
+    request may cost the server a run of its model."""
     deadline = time.monotonic() + wait_s
     while True:
         try:
@@ -251,8 +284,8 @@ def wait_for(ask, wait_s: float):
 
 
 def _reason(error: urllib.error.HTTPError) -> str:
-    """What an error's body says, in the forms of our server and of OpenAI's interface, or its first
-    words."""
+    """The message in an error's body, in the forms of our server, of FastAPI and of OpenAI's
+    interface; otherwise the beginning of the body."""
     try:
         text = error.read(4000).decode(errors="replace")
     except (OSError, http.client.HTTPException):
@@ -269,4 +302,5 @@ def _reason(error: urllib.error.HTTPError) -> str:
 
 
 def _refuse_constant(name: str):
+    """For json.loads, which would accept NaN and Infinity."""
     raise ValueError(f"{name} is not JSON")

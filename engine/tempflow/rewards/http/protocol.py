@@ -1,4 +1,4 @@
-"""The messages between `HttpReward` and the reward server: JSON, with images as PNG files in
+"""The messages between `HttpReward` and the reward server: JSON, in which images are PNG files in
 base64.
 
     POST /score   {"reward": "ocr", "images": ["iVBORw0..."], "prompts": ["..."], "metadata":
@@ -9,15 +9,17 @@ base64.
     4xx, 5xx      {"error": "one line"}
     GET /rewards  {"rewards": {"ocr": {...counts}}}         GET /health  {"status": "ok"}
 
-PNG is lossless, and a float32 survives the way through JSON's decimal numbers, so a reward's value
-is the same bits wherever it is computed. An image that could not be scored is null, never a number.
-Condition images travel beside the metadata, each once: "conditions" holds them as PNG files, of any
-sizes, and "conditions_of" the places of each prompt's own in it, [[0], [0], [1, 2]]. A request
-without any lacks both keys. The reward finds arrays in `metadata["images"]`; that key of a
-request's own metadata is refused, for it would name files of the server.
+PNG is lossless, and JSON's decimal numbers reproduce a float32 exactly, so a reward's value has the
+same bits wherever it is computed. An image that could not be scored is null, never a number.
 
-A PNG of some kilobytes can hold gigapixels: sizes are read from the headers, and refused, before
-any pixel is unpacked.
+Condition images are sent beside the metadata, each once: "conditions" holds them as PNG files of
+any sizes, and "conditions_of" has the places of each prompt's images in that list, as in [[0], [0],
+[1, 2]]. A request without condition images lacks both keys. On the server, the reward finds the
+arrays in `metadata["images"]`. A request whose metadata has this key is refused, because the key
+would name files of the server.
+
+A PNG file of some kilobytes can hold gigapixels. Sizes are therefore read from the headers, and
+checked, before any pixel is decoded.
 """
 
 from __future__ import annotations
@@ -37,40 +39,46 @@ from tempflow.media import frames_of, is_video
 from tempflow.rewards.base import Scores
 from tempflow.rewards.conditions import KEY, condition_images, scaled
 
-_LARGEST = float(np.finfo(np.float32).max)
+_LARGEST = float(np.finfo(np.float32).max)  # larger scores would become infinite
 
 
 def encode_png(image: np.ndarray) -> str:
     """uint8 RGB [H, W, 3] -> base64 of a PNG file."""
     buffer = io.BytesIO()
-    # Of a noisy 1024 x 1024 photo: 77 ms of one EPYC core and 1.81 MB; level 1 without Z_RLE 103
-    # ms, 2.05 MB; level 0 52 ms, 3.15 MB.
+    # For a noisy 1024 x 1024 photo this takes 77 ms of one EPYC core and gives 1.81 MB; level 1
+    # without Z_RLE takes 103 ms and gives 2.05 MB; level 0 takes 52 ms and gives 3.15 MB.
     Image.fromarray(image).save(buffer, format="PNG", compress_level=1, compress_type=zlib.Z_RLE)
     return base64.b64encode(buffer.getbuffer()).decode("ascii")
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=16)  # a prompt's condition image is sent with each batch of its images
 def _encoded_file(file: str, longest: int | None) -> str:
     (pixels,) = condition_images({KEY: [file]})
     return encode_png(pixels if longest is None else scaled(pixels, longest))
 
 
 def encode_condition(image: str | np.ndarray, longest: int | None = None) -> str:
-    """A condition image of a prompt's metadata -> base64 of a PNG file, its longer side at most
-    `longest` pixels."""
+    """A condition image of a prompt's metadata -> base64 of a PNG file. longest: its longer side in
+    pixels, to which larger images are scaled down; None: as it is."""
     if not isinstance(image, np.ndarray):
         return _encoded_file(image, longest)
     return encode_png(image if longest is None else scaled(image, longest))
 
 
 def sendable(metadata: dict) -> dict:
-    """Metadata without the condition images, which do not travel as JSON values."""
+    """Metadata without the condition images, which are sent as PNG files instead."""
     return {key: value for key, value in metadata.items() if key != KEY}
 
 
 def write_request(reward: str, media: np.ndarray, prompts: list[str], metadata: list[dict]) -> dict:
-    """The message that asks for n scores of images or videos; an empty `reward` is left out and
-    means the only one served."""
+    """The message that asks for scores.
+
+    Args:
+        reward: name of the reward on the server; "": the server's only one.
+        media: uint8 RGB [n, H, W, 3], or videos [n, F, H, W, 3].
+        prompts: n texts.
+        metadata: n tables.
+    """
     images = [encode_png(frame) for item in media for frame in frames_of(item)]
     message = {
         "images": images,
@@ -83,8 +91,10 @@ def write_request(reward: str, media: np.ndarray, prompts: list[str], metadata: 
 
 
 def _conditions(given: list[list]) -> dict:
-    """The part of a message that holds n prompts' condition images: each different one once, {}
-    without any."""
+    """The part of a message with n prompts' condition images, each different one once; {} if there
+    are none."""
+    # Files are told apart by their paths, and arrays by identity: all images of one prompt come
+    # with the same array objects, and comparing pixels would take time.
     keys = [
         [image if isinstance(image, str) else id(image) for image in images] for images in given
     ]
@@ -105,28 +115,36 @@ def _conditions(given: list[list]) -> dict:
 def open_images(
     encoded: list[str], max_pixels: int, *, name: str = "image", alike: bool = True
 ) -> list[Image.Image]:
-    """PNG files in base64 -> images, not yet decoded. alike: all of one size.
+    """Open PNG files without decoding them.
 
-    Raises ValueError naming the image that is no 8-bit RGB PNG or not of the first one's size, and
-    for more than `max_pixels` in all.
+    Args:
+        encoded: PNG files in base64.
+        max_pixels: most pixels of all images together.
+        name: what an image is called in error messages.
+        alike: whether all must have the size of the first one.
+
+    Raises:
+        ValueError: for a file that is not an 8-bit RGB PNG, for different sizes with `alike`, and
+            for more than `max_pixels`; names the image.
     """
     images: list[Image.Image] = []
     pixels = 0
     for i, text in enumerate(encoded):
         try:
+            # One format only: Pillow's many other decoders are not for data from the network.
             image = Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"])
         except Image.DecompressionBombError:
             raise ValueError(f"{name} {i} alone has more pixels than any image may have") from None
         except (binascii.Error, ValueError, OSError) as error:
             raise ValueError(
-                f"{name} {i} is no PNG file in base64 ({type(error).__name__})"
+                f"{name} {i} is not a PNG file in base64 ({type(error).__name__})"
             ) from None
         if image.mode != "RGB":
             raise ValueError(f"{name} {i} has mode {image.mode}, expected 8-bit RGB")
         if alike and images and image.size != images[0].size:
             raise ValueError(
-                f"{name} {i} is {_size(image)}, image 0 {_size(images[0])}; a request holds one"
-                " size"
+                f"{name} {i} is {_size(image)}, image 0 is {_size(images[0])}; all images of a"
+                " request must have the same size"
             )
         pixels += image.width * image.height
         if pixels > max_pixels:
@@ -138,24 +156,25 @@ def open_images(
 
 
 def decode(images: list[Image.Image], name: str = "image") -> list[np.ndarray]:
-    """uint8 RGB [H, W, 3] each; ValueError naming the image that is broken."""
+    """Decode images to uint8 RGB [H, W, 3] each. ValueError names an image that is damaged."""
     arrays = []
     for i, image in enumerate(images):
         try:
             arrays.append(np.asarray(image))
         except (OSError, SyntaxError, ValueError) as error:
-            raise ValueError(f"{name} {i} is a broken PNG file: {error}") from None
+            raise ValueError(f"{name} {i} is a damaged PNG file: {error}") from None
     return arrays
 
 
 def as_media(images: list[np.ndarray], frames: int | None = None) -> np.ndarray:
-    """Images of one size as uint8 RGB [n, H, W, 3], or as n / frames videos [n / frames, frames, H,
-    W, 3]."""
+    """Images of one size as uint8 RGB [n, H, W, 3], or, with `frames`, as videos [n / frames,
+    frames, H, W, 3]."""
     stacked = np.stack(images)
     return stacked if frames is None else stacked.reshape(-1, frames, *stacked.shape[1:])
 
 
 def decoded_bytes(images: list[Image.Image]) -> int:
+    """Bytes of memory that RGB images will take once they are decoded."""
     return sum(3 * image.width * image.height for image in images)
 
 
@@ -164,14 +183,14 @@ def _size(image: Image.Image) -> str:
 
 
 def write_answer(scores: Scores) -> dict:
-    """The message that holds n scores."""
+    """The message with n scores."""
     values = [None if math.isnan(value) else value for value in scores.values.tolist()]
     return {"scores": values, "details": scores.details}
 
 
 def read_answer(answer, n: int) -> Scores:
-    """Scores of n images; ValueError unless the answer is n finite numbers or nulls and, if any, n
-    texts."""
+    """The scores in a server's answer about n images. ValueError unless it has n finite numbers or
+    nulls and, if any, n texts."""
     if not isinstance(answer, dict) or not isinstance(answer.get("scores"), list):
         raise ValueError(f'expected an object with a list "scores", got {shown(answer)}')
     values, details = answer["scores"], answer.get("details")
@@ -183,7 +202,7 @@ def read_answer(answer, n: int) -> Scores:
             or not isinstance(value, (int, float))
             or not abs(value) <= _LARGEST
         ):
-            raise ValueError(f"score {i} is {shown(value)}, neither a finite number nor null")
+            raise ValueError(f"score {i} is {shown(value)}, expected a finite number or null")
     if details is not None and not (
         isinstance(details, list) and len(details) == n and all(isinstance(d, str) for d in details)
     ):

@@ -1,9 +1,9 @@
-"""The web application of the reward server: who may ask, how much at once, and what is answered
-when (see `protocol.py`).
+"""The web application of the reward server: it checks requests, limits them, and answers with
+scores. `protocol.py` describes the messages.
 
-Memory is bounded before it is taken: a request must say its length, and is refused with 503 while
-those being served fill `Limits.memory_bytes`; sizes of images are checked before they are decoded.
-Nothing is written to disk.
+Memory is limited before it is allocated: a request must declare its length, and is refused with 503
+while the requests being served fill `Limits.memory_bytes`; image sizes are checked before images
+are decoded. Nothing is written to disk.
 """
 
 from __future__ import annotations
@@ -36,17 +36,22 @@ from tempflow.rewards.http.protocol import (
 
 @dataclass(frozen=True)
 class Limits:
-    """request_bytes: of a request's body. request_pixels: of its images together. memory_bytes: of
-    the bodies and decoded images of all requests being served. timeout_s: from a request's arrival
-    to its answer."""
+    """Limits of the server."""
 
     request_bytes: int = 256 << 20
+    """Bytes of a request's body."""
     request_pixels: int = 128_000_000
+    """Pixels of a request's images together."""
     memory_bytes: int = 4 << 30
+    """Bytes of the bodies and decoded images of all requests that are being served."""
     timeout_s: float = 60.0
+    """Seconds from a request's arrival to its answer."""
 
 
 class ScoreRequest(BaseModel):
+    """The body of POST /score; `protocol.py` describes the fields."""
+
+    # strict: 1.0 is not taken for frames 1, nor "1" for 1
     model_config = ConfigDict(extra="forbid", strict=True)
 
     reward: str = ""
@@ -59,13 +64,15 @@ class ScoreRequest(BaseModel):
 
 
 class _Memory:
-    """What requests being served may hold together. For the event loop's thread alone."""
+    """Counts the bytes of all requests that are being served. Without a lock, because only the
+    event loop's thread uses it."""
 
     def __init__(self, limit: int):
         self._free = limit
 
     @contextmanager
     def hold(self, size: int):
+        """Count `size` bytes for the duration of a `with` block; 503 if they are too many now."""
         if size > self._free:
             raise HTTPException(
                 503,
@@ -80,13 +87,19 @@ class _Memory:
 
 
 def create_app(batchers: dict[str, Batcher], limits: Limits, token: str | None) -> FastAPI:
-    """The application that serves `batchers` by name; `token`, unless None, is asked of everyone
-    but /health."""
+    """Make the web application.
+
+    Args:
+        batchers: the rewards to serve, by name.
+        limits: what a request may take.
+        token: the bearer token that every page but /health requires; None: no token.
+    """
     app = FastAPI(
         title="TempFlow-GRPO reward server", docs_url=None, redoc_url=None, openapi_url=None
     )
     memory = _Memory(limits.memory_bytes)
 
+    # Starlette's class, of which FastAPI's is a subclass: unknown paths raise the former.
     @app.exception_handler(StarletteHTTPException)
     async def refuse(request: Request, error: StarletteHTTPException) -> JSONResponse:
         return JSONResponse({"error": str(error.detail)}, error.status_code, headers=error.headers)
@@ -105,6 +118,7 @@ def create_app(batchers: dict[str, Batcher], limits: Limits, token: str | None) 
     async def score(request: Request) -> dict:
         with ExitStack() as held:
             try:
+                # Before the body is read: a client without the token fills no memory.
                 _authorise(request, token)
                 held.enter_context(memory.hold(_body_length(request, limits.request_bytes)))
             except HTTPException:
@@ -115,17 +129,20 @@ def create_app(batchers: dict[str, Batcher], limits: Limits, token: str | None) 
             except asyncio.TimeoutError:  # noqa: UP041 (not the built-in one in Python 3.10)
                 raise HTTPException(504, f"not scored within {limits.timeout_s:g} s") from None
             except ClientDisconnect:
-                raise HTTPException(400, "the request was not sent whole") from None
+                raise HTTPException(
+                    400, "the connection ended before the whole request came"
+                ) from None
 
     async def answer(request: Request) -> dict:
         body = await request.body()
         try:
+            # Parsing and decoding run in threads, so that the server answers others meanwhile.
             asked = await run_in_threadpool(_read, body)
             batcher = _chosen(batchers, asked.reward)
             if asked.frames is not None and not batcher.takes_videos:
                 raise ValueError(
-                    f"reward {batcher.name!r} scores images, and videos came; its entry needs"
-                    ' "frames": 4, not "videos": true'
+                    f"reward {batcher.name!r} scores images, but the request has videos; its entry"
+                    ' in the config needs "frames": 4 instead of "videos": true'
                 )
             opened, conditions = await run_in_threadpool(_open, asked, limits.request_pixels)
             with memory.hold(decoded_bytes(opened) + decoded_bytes(conditions)):
@@ -134,6 +151,7 @@ def create_app(batchers: dict[str, Batcher], limits: Limits, token: str | None) 
                     asked, await run_in_threadpool(decode, conditions, "condition")
                 )
                 futures = batcher.submit(images, asked.prompts, metadata)
+                # If the timeout above cancels this, the futures are cancelled too.
                 parts = await asyncio.gather(*map(asyncio.wrap_future, futures))
         except ValueError as error:
             raise HTTPException(400, str(error)) from None
@@ -145,6 +163,8 @@ def create_app(batchers: dict[str, Batcher], limits: Limits, token: str | None) 
 
 
 def _authorise(request: Request, token: str | None) -> None:
+    """401 unless the request has the token. The comparison takes the same time for every wrong
+    token, so that the time does not reveal how many characters are right."""
     sent = request.headers.get("authorization", "")
     if token is not None and not hmac.compare_digest(sent.encode(), f"Bearer {token}".encode()):
         raise HTTPException(
@@ -153,12 +173,14 @@ def _authorise(request: Request, token: str | None) -> None:
 
 
 def _body_length(request: Request, most: int) -> int:
-    """The body's length, which the web server holds the client to. It is asked to be JSON by name
-    because web pages cannot send that to another origin unasked."""
+    """The declared length of the body in bytes; the web server reads no more than that. Raises 415,
+    411 or 413."""
+    # A page in a browser on this machine could send other content types here without permission
+    # (CORS), but not this one.
     if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
         raise HTTPException(415, "expected Content-Type: application/json")
     length = request.headers.get("content-length", "")
-    if not length.isdecimal():
+    if not length.isdecimal():  # missing, as in chunked transfers
         raise HTTPException(411, "expected a Content-Length")
     if int(length) > most:
         raise HTTPException(
@@ -168,8 +190,8 @@ def _body_length(request: Request, most: int) -> int:
 
 
 async def _discard(request: Request, timeout_s: float) -> None:
-    """Let the client finish sending: one that is cut off mid-way sees a broken pipe, and never the
-    answer."""
+    """Read the rest of a refused request. A client that is cut off while it sends sees a broken
+    pipe, and never the answer that says why."""
 
     async def receive():
         async for _ in request.stream():
@@ -182,7 +204,7 @@ async def _discard(request: Request, timeout_s: float) -> None:
 
 
 def _read(body: bytes) -> ScoreRequest:
-    """ValueError, in one line, for what is no ScoreRequest."""
+    """Parse and check the body of a request. ValueError, in one line, says what is wrong."""
     try:
         asked = ScoreRequest.model_validate_json(body)
     except ValidationError as error:
@@ -194,7 +216,9 @@ def _read(body: bytes) -> ScoreRequest:
             each = "" if asked.frames is None else f" of {asked.frames} frames each"
             raise ValueError(f"{len(asked.images)} images, but {len(entries)} {name}{each}")
     if any(KEY in entry for entry in asked.metadata or ()):
-        raise ValueError(f'metadata: "{KEY}" is taken; condition images travel in "conditions"')
+        raise ValueError(
+            f'metadata: the key "{KEY}" is not allowed; send condition images as "conditions"'
+        )
     if any(
         not 0 <= place < len(asked.conditions)
         for places in asked.conditions_of or ()
@@ -208,15 +232,15 @@ def _read(body: bytes) -> ScoreRequest:
 
 
 def _open(asked: ScoreRequest, max_pixels: int) -> tuple[list[Image.Image], list[Image.Image]]:
-    """The images and the condition images of a request, not yet decoded; ValueError for more than
-    `max_pixels` in both."""
+    """(images, condition images) of a request, not yet decoded. ValueError for more than
+    `max_pixels` in both together."""
     opened = open_images(asked.images, max_pixels)
     left = max_pixels - sum(image.width * image.height for image in opened)
     return opened, open_images(asked.conditions, left, name="condition", alike=False)
 
 
 def _metadata(asked: ScoreRequest, conditions: list[np.ndarray]) -> list[dict]:
-    """What the reward is told of each image; its condition images are among it where it has any."""
+    """The metadata of each image, with its condition images if it has any."""
     metadata = asked.metadata or [{} for _ in asked.prompts]
     if asked.conditions_of is None:
         return metadata
@@ -228,6 +252,7 @@ def _metadata(asked: ScoreRequest, conditions: list[np.ndarray]) -> list[dict]:
 
 
 def _chosen(batchers: dict[str, Batcher], name: str) -> Batcher:
+    """The reward that a request names, or the only one if it names none."""
     if name in batchers:
         return batchers[name]
     if not name and len(batchers) == 1:

@@ -1,4 +1,4 @@
-"""What the neural rewards share: their options, their device, scoring in batches."""
+"""The base class of neural rewards: their common options, device, and batches."""
 
 from __future__ import annotations
 
@@ -18,12 +18,15 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 @dataclass(eq=False)
 class ModelReward(Reward):
-    """A reward that runs a model; a subclass gives `path` a default, adds options as fields, and
+    """A reward that runs a model. A subclass gives `path` a default, adds options as fields, and
     defines `_load` and `_score`.
 
-    path: a folder or a hub repository; by default the published weights. revision: branch, tag or
-    commit of a hub repository. device: "cpu" or "cuda", which is the GPU of the rank that the
-    worker serves. dtype: of the model's weights and activations. batch_size: images a forward.
+    Args:
+        path: a folder or a hub repository; by default the published weights.
+        revision: branch, tag or commit of a hub repository.
+        device: "cpu", or "cuda", which is the GPU of the rank that the worker serves.
+        dtype: "float32", "bfloat16" or "float16", of the model's weights and activations.
+        batch_size: images per forward.
     """
 
     path: str
@@ -47,10 +50,11 @@ class ModelReward(Reward):
         return _DTYPES[self.dtype]
 
     def load(self, threads=1):
+        # `threads` needs no call: the worker's environment has OMP_NUM_THREADS.
         if self.device == "cuda" and not torch.cuda.is_available():
             visible = os.environ.get("CUDA_VISIBLE_DEVICES")
             raise UserError(
-                'device: "cuda", but PyTorch finds no GPU here (CUDA_VISIBLE_DEVICES is'
+                'device: "cuda", but PyTorch finds no GPU in this process (CUDA_VISIBLE_DEVICES is'
                 f' {visible!r}); use "cpu"'
             )
         self._load()
@@ -66,8 +70,8 @@ class ModelReward(Reward):
 
     @abstractmethod
     def _load(self) -> None:
-        """Load the model onto `self.device` in `self.torch_dtype`."""
+        """Load the model to `self.device` in `self.torch_dtype`."""
 
     @abstractmethod
     def _score(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> torch.Tensor:
-        """images: uint8 [n, H, W, 3] -> fp32 [n]."""
+        """Score one batch, n at most `batch_size`: uint8 [n, H, W, 3] -> fp32 [n]."""

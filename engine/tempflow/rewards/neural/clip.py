@@ -1,13 +1,14 @@
-"""Rewards that are the similarity of CLIP embeddings, or a small head on them.
+"""Rewards that compare CLIP embeddings, or apply a small head to them.
 
 With u the embedding of the image and v that of the text, both of length 1, and cos = u . v:
 
-| reward | score | source | |---|---|---| | pickscore | exp(logit_scale) cos | arXiv 2305.01569,
-section 4; model card of yuvalkirstain/PickScore_v1 | | clipscore | 2.5 max(cos, 0), the text after
-"A photo depicts " | arXiv 2104.08718, section 3 | | hpsv2 | cos | arXiv 2306.09341;
-hpsv2/img_score.py of its repository | | aesthetic | head(u) | improved-aesthetic-predictor (MLP),
-LAION's aesthetic-predictor (linear) | | clip_image | mean of u . c over the prompt's condition
-images, c their embeddings | CLIP-I of arXiv 2208.12242 |
+* pickscore: exp(logit_scale) cos. arXiv 2305.01569, section 4; model card of
+  yuvalkirstain/PickScore_v1.
+* clipscore: 2.5 max(cos, 0), with "A photo depicts " before the text. arXiv 2104.08718, section 3.
+* hpsv2: cos. arXiv 2306.09341; hpsv2/img_score.py of its repository.
+* aesthetic: head(u). improved-aesthetic-predictor (MLP), LAION's aesthetic-predictor (linear).
+* clip_image: the mean of u . c over the prompt's condition images, with c their embeddings. CLIP-I
+  of arXiv 2208.12242.
 """
 
 from __future__ import annotations
@@ -36,8 +37,17 @@ from tempflow.rewards.neural.weights import (
 
 
 class ClipEncoder:
-    """A transformers CLIP model with its tokenizer and image processor; both towers give fp32 rows
-    of length 1."""
+    """A transformers CLIP model with its tokenizer and image processor. Both towers return fp32
+    embeddings of length 1.
+
+    Args:
+        key: the option that the folder comes from, for error messages.
+        folder: has the config, tokenizer, image processor and, unless `tensors` are given, the
+            weights of a `CLIPModel`.
+        dtype: of weights and activations.
+        device: "cpu" or "cuda".
+        tensors: the weights under transformers' names; None: read from `folder`.
+    """
 
     def __init__(
         self,
@@ -47,8 +57,6 @@ class ClipEncoder:
         device: str,
         tensors: dict[str, torch.Tensor] | None = None,
     ):
-        """folder: holds config, tokenizer, image processor and, unless `tensors` are given, the
-        weights of a `CLIPModel`."""
         from transformers import CLIPConfig, CLIPModel
 
         config = CLIPConfig.from_dict(read_config(key, folder, "clip"))
@@ -66,15 +74,17 @@ class ClipEncoder:
         self._length = config.text_config.max_position_embeddings
 
     def pixels(self, images: np.ndarray | list[np.ndarray]) -> torch.Tensor:
-        """uint8 [n, H, W, 3], or n of [H, W, 3] of any sizes -> fp32 [n, 3, size, size] as the
-        image processor's config says."""
+        """uint8 [n, H, W, 3], or a list of n [H, W, 3] of any sizes -> fp32 [n, 3, size, size],
+        resized, cropped and normalized as the image processor's config says."""
+        # The layout is given, because the processor would guess it from the shape, wrongly for an
+        # image that is 3 pixels high.
         return self.processor(list(images), input_data_format="channels_last", return_tensors="pt")[
             "pixel_values"
         ]
 
     def normalized(self, pixels: torch.Tensor) -> torch.Tensor:
-        """fp32 [n, 3, H, W] in [0, 1], less the mean and over the deviation of the image
-        processor's config."""
+        """fp32 [n, 3, H, W] in [0, 1] -> the same, minus the mean and divided by the standard
+        deviation of the image processor's config."""
         mean, std = (
             torch.tensor(v)[:, None, None]
             for v in (self.processor.image_mean, self.processor.image_std)
@@ -82,12 +92,15 @@ class ClipEncoder:
         return (pixels - mean) / std
 
     def embed_images(self, pixels: torch.Tensor) -> torch.Tensor:
-        """fp32 [n, 3, size, size] -> [n, d]."""
+        """fp32 [n, 3, size, size] -> fp32 [n, d] of length 1."""
         vision = self.model.vision_model(pixel_values=pixels.to(self._device, self._dtype))
+        # float() before the normalization: cosines of one group differ by less than bfloat16's
+        # resolution.
         return F.normalize(self.model.visual_projection(vision.pooler_output).float(), dim=-1)
 
     def embed_texts(self, texts: list[str]) -> torch.Tensor:
-        """n texts, cut at the model's length -> [n, d]; a text that comes twice is encoded once."""
+        """n texts, truncated to the model's length -> fp32 [n, d] of length 1."""
+        # A batch has many images of few prompts; each text is encoded once.
         unique = {text: i for i, text in enumerate(dict.fromkeys(texts))}
         tokens = self.tokenizer(
             list(unique),
@@ -104,7 +117,7 @@ class ClipEncoder:
 
 
 class ClipReward(ModelReward):
-    """A reward on a CLIP model, which `path` holds whole."""
+    """Base class of rewards on a CLIP model; `path` has its config, tokenizer and weights."""
 
     def _load(self):
         self._clip = ClipEncoder(
@@ -112,15 +125,16 @@ class ClipReward(ModelReward):
         )
 
     def _cosine(self, pixels: torch.Tensor, texts: list[str]) -> torch.Tensor:
-        """fp32 [n, 3, size, size] and n texts -> [n]: the similarity of each image to its text."""
+        """fp32 [n, 3, size, size] and n texts -> fp32 [n], the similarity of each image to its
+        text."""
         return (self._clip.embed_images(pixels) * self._clip.embed_texts(texts)).sum(-1)
 
 
 @dataclass(eq=False)
 class PickScore(ClipReward):
-    """PickScore (arXiv 2305.01569): `exp(logit_scale) cos`, about 18 to 24.
+    """PickScore (arXiv 2305.01569), human preference: `exp(logit_scale) cos`, about 18 to 24.
 
-    Some users divide by 26 to bring it near 1 (Flow-GRPO); divide the weight instead.
+    Flow-GRPO divides it by 26 to bring it near 1; here, divide the weight instead.
     """
 
     path: str = "yuvalkirstain/PickScore_v1"
@@ -133,10 +147,13 @@ class PickScore(ClipReward):
 
 @dataclass(eq=False)
 class ClipScore(ClipReward):
-    """CLIPScore (arXiv 2104.08718): `2.5 max(cos, 0)` of the image and the prompt after `prefix`.
+    """CLIPScore (arXiv 2104.08718), agreement with the prompt: `2.5 max(cos, 0)` of the image and
+    the prompt after `prefix`.
 
-    prefix: put before the prompt, with one space; "" for the bare prompt. The paper's model is
-    ViT-B/32; the default is ViT-L/14, the common choice in text-to-image work.
+    The paper's model is ViT-B/32; the default is ViT-L/14, the common choice in text-to-image work.
+
+    Args:
+        prefix: put before the prompt, with one space; "" for the bare prompt.
     """
 
     path: str = "openai/clip-vit-large-patch14"
@@ -149,12 +166,16 @@ class ClipScore(ClipReward):
 
 @dataclass(eq=False)
 class HpsV2(ClipReward):
-    """HPSv2 and HPSv2.1 (arXiv 2306.09341): `cos`, about 0.2 to 0.35.
+    """HPSv2 and HPSv2.1 (arXiv 2306.09341), human preference: `cos`, about 0.2 to 0.35.
 
-    path: weights in open_clip's layout, as published, or in transformers'. base: the CLIP model
-    they are a finetune of, for its config, tokenizer and image statistics. An image that is not
-    square is padded with black, not cropped, as in the published transform; it is resized as
-    torchvision (0.17 or later) resizes tensors, which is where it is published.
+    As in the published transform, an image that is not square is padded with black instead of
+    cropped, and resized as torchvision 0.17 and later resize tensors.
+
+    Args:
+        path: a folder or hub repository with the weights, in open_clip's layout, as published, or
+            in transformers'.
+        base: the CLIP model that the weights were fine-tuned from, for its config, tokenizer and
+            image statistics.
     """
 
     path: str = "RE-N-Y/hpsv21"
@@ -164,6 +185,7 @@ class HpsV2(ClipReward):
         folder = fetch("base", self.base, weights=False)
         read_config("base", folder, "clip")
         tensors = read_tensors("path", fetch("path", self.path, self.revision))
+        # A name that only transformers' layout has.
         if not any(name.startswith("vision_model.") for name in tensors):
             tensors = to_transformers("path", tensors)
         self._clip = ClipEncoder("path", folder, self.torch_dtype, self.device, tensors)
@@ -175,11 +197,11 @@ class HpsV2(ClipReward):
 
 @dataclass(eq=False)
 class ClipImage(ClipReward):
-    """Similarity of an image to its prompt's condition images: `cos` of their CLIP embeddings, the
-    mean over several, about 0.5 to 1.
+    """How similar an image is to its prompt's condition images: `cos` of their CLIP embeddings, the
+    mean over several images, about 0.5 to 1.
 
-    It asks that an edit keeps what the image was, so it is highest where nothing was edited: weigh
-    it below a reward of the edit.
+    It rewards edits that keep the original image, so it is highest if nothing was edited: give it
+    less weight than a reward of the edit itself.
     """
 
     path: str = "openai/clip-vit-large-patch14"
@@ -189,6 +211,8 @@ class ClipImage(ClipReward):
 
     def _score(self, images, prompts, metadata):
         given = [condition_images(entry) for entry in metadata]
+        # By identity: `condition_images` returns one array for all images of a prompt, which is
+        # then embedded once. `given` keeps the arrays alive, so no identity is used twice.
         different = {id(image): image for own in given for image in own}
         known = (
             dict(zip(different, self._embedded(list(different.values())), strict=True))
@@ -210,12 +234,13 @@ class ClipImage(ClipReward):
 
 @dataclass(eq=False)
 class Aesthetic(ClipReward):
-    """LAION's aesthetic score of an image, about 1 to 10; the prompt plays no part.
+    """LAION's aesthetic score of an image, about 1 to 10. It does not depend on the prompt.
 
-    head: a .safetensors file, folder or repository with linear layers applied one after another to
-    the embedding of length 1, without activations: the MLP of improved-aesthetic-predictor
-    ("sac+logos+ava1-l14-linearMSE"), or one layer.
-    path: the CLIP model the head was trained on.
+    Args:
+        path: the CLIP model that the head was trained on.
+        head: a .safetensors file, folder or hub repository with one or several linear layers, which
+            are applied to the embedding one after another, without activations. The default is
+            improved-aesthetic-predictor's "sac+logos+ava1-l14-linearMSE".
     """
 
     path: str = "openai/clip-vit-large-patch14"
@@ -229,7 +254,8 @@ class Aesthetic(ClipReward):
         width = self._clip.model.config.projection_dim
         if self._head.width != width:
             raise UserError(
-                f"head: {self.head} takes embeddings of {self._head.width}, {self.path} has {width}"
+                f"head: {self.head} takes embeddings of width {self._head.width}, but those of"
+                f" {self.path} have {width}; choose the CLIP model that the head was trained on"
             )
 
     def _score(self, images, prompts, metadata):
@@ -237,12 +263,12 @@ class Aesthetic(ClipReward):
 
 
 def resize_and_pad(pixels: torch.Tensor, size: int) -> torch.Tensor:
-    """fp32 [n, 3, H, W] -> [n, 3, size, size]: the longer side becomes `size`, the rest is 0 on
-    both sides."""
+    """fp32 [n, 3, H, W] -> fp32 [n, 3, size, size]: the longer side is scaled to `size`, and the
+    shorter one is padded with 0 on both sides."""
     height, width = pixels.shape[-2:]
     scale = size / max(height, width)
     new = (round(height * scale), round(width * scale))
-    if scale != 1:
+    if scale != 1:  # torchvision returns an image that has the right size unchanged
         pixels = F.interpolate(
             pixels, size=new, mode="bicubic", antialias=True, align_corners=False
         )

@@ -1,9 +1,10 @@
-"""Makes safetensors of pickled weights: `python -m tempflow.rewards.neural.convert IN.pt
+"""Converts pickled weights to safetensors: `python -m tempflow.rewards.neural.convert IN.pt
 OUT.safetensors`.
 
-Pickles are opened here alone, by hand, and by torch's restricted unpickler (`weights_only=True`),
-which builds tensors and plain containers and refuses everything else. Names and values of the
-tensors stay as they are.
+The engine never loads pickled weights, because unpickling can run code. This command, which a user
+starts, is the exception. It uses torch's restricted unpickler (`weights_only=True`), which builds
+tensors and plain containers and refuses everything else. Names and values of the tensors do not
+change.
 """
 
 from __future__ import annotations
@@ -18,10 +19,17 @@ from tempflow.errors import UserError
 
 
 def convert(source: Path, target: Path) -> int:
-    """Write the tensors of the checkpoint `source` to `target`; the number of tensors.
+    """Convert one checkpoint.
 
-    A checkpoint is a dictionary of tensors, or has one under "state_dict" or "model". Raises
-    `UserError` for anything else.
+    Args:
+        source: a pickled dictionary of tensors, which may be under "state_dict" or "model".
+        target: the .safetensors file to write.
+
+    Returns:
+        The number of tensors.
+
+    Raises:
+        UserError: for a file that is not such a checkpoint.
     """
     from safetensors.torch import save_file
 
@@ -31,13 +39,14 @@ def convert(source: Path, target: Path) -> int:
         checkpoint = torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip and file errors of many types
         raise UserError(
-            f"{source} cannot be read as plain tensors: {type(error).__name__}: {error}"
+            f"{source} cannot be read as a checkpoint of plain tensors: {type(error).__name__}:"
+            f" {error}"
         ) from None
     for name in ("state_dict", "model"):
         if isinstance(checkpoint, dict) and isinstance(checkpoint.get(name), dict):
             checkpoint = checkpoint[name]
     held = checkpoint.items() if isinstance(checkpoint, dict) else ()
-    # Clones: safetensors stores no two tensors of one storage.
+    # Cloned, because safetensors refuses tensors that share memory, as tied weights do.
     tensors = {
         name: value.detach().clone().contiguous()
         for name, value in held
@@ -45,6 +54,7 @@ def convert(source: Path, target: Path) -> int:
     }
     if not tensors:
         raise UserError(f"{source} holds no dictionary of tensors")
+    # Renamed at the end, so that an interrupted run leaves no file that looks complete.
     partial = target.with_name(target.name + ".part")
     save_file(tensors, partial, metadata={"format": "pt"})
     partial.replace(target)
@@ -54,7 +64,7 @@ def convert(source: Path, target: Path) -> int:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tempflow.rewards.neural.convert",
-        description="Make safetensors of pickled weights.",
+        description="Convert pickled weights to safetensors.",
     )
     parser.add_argument("source", type=Path, help="a .pt, .pth, .ckpt or .bin file")
     parser.add_argument("target", type=Path, help="the .safetensors file to write")

@@ -1,5 +1,5 @@
-"""Heads of rewards: linear layers from an embedding to one number, in float32 whatever the model's
-dtype."""
+"""Heads of neural rewards: linear layers from an embedding to one number, computed in float32
+whatever the model's dtype."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ _WEIGHT = re.compile(r"(?:(?:.*\.)?layers\.(\d+)|predictor|linear)\.weight|weigh
 
 
 class Head:
-    """Linear layers one after another, with `between` applied between them; the first number that
-    the last one gives.
+    """Linear layers applied one after another; the result is the last layer's first output.
 
-    layers: weights [out, in] and biases [out], in order.
+    Args:
+        layers: weights [out, in] and biases [out], in order.
+        device: "cpu" or "cuda".
+        between: applied between the layers; the identity by default.
     """
 
     def __init__(
@@ -35,19 +37,26 @@ class Head:
         self._between = between
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """fp32 [n, width] -> [n]."""
+        """fp32 [n, width] -> fp32 [n]."""
         for i, (weight, bias) in enumerate(self._layers):
             x = F.linear(self._between(x) if i else x, weight, bias)
         return x[:, 0]
 
 
 def linear_head(key: str, tensors: dict[str, torch.Tensor], device: str) -> Head:
-    """The head whose layers are named `layers.N.weight` (an MLP), `predictor.weight`,
-    `linear.weight` or `weight` (one layer).
+    """Find a head's layers by their names: `layers.N.weight` of an MLP, or `predictor.weight`,
+    `linear.weight` or `weight` of a single layer. Other tensors are ignored.
 
-    Other tensors beside them are passed over. Raises `UserError` unless they lead from an embedding
-    to one number.
+    Args:
+        key: the option that the tensors come from, for error messages.
+        tensors: by name.
+        device: "cpu" or "cuda".
+
+    Raises:
+        UserError: unless the layers have biases and lead from an embedding to one number.
     """
+    # Sorted by N as a number: as texts, layers.10 would come before layers.2. The published MLP's
+    # N have gaps, where dropout was.
     found = [
         (int(match[1] or 0), name)
         for name in tensors
@@ -56,7 +65,7 @@ def linear_head(key: str, tensors: dict[str, torch.Tensor], device: str) -> Head
     names = [
         name.removesuffix("weight")
         for _, name in sorted(found)
-        if not name.startswith(("vision_model.", "text_model."))
+        if not name.startswith(("vision_model.", "text_model."))  # layers.N of the CLIP model
     ]
     layers = [(tensors[name + "weight"], tensors.get(name + "bias")) for name in names]
     widths = [weight.shape[1] for weight, _ in layers] + [1]

@@ -1,4 +1,5 @@
-"""HPSv3 (arXiv 2508.03789) on transformers' Qwen2-VL."""
+"""The HPSv3 reward (arXiv 2508.03789), on transformers' Qwen2-VL classes. Sources: hpsv3/
+inference.py and model/qwen2vl_trainer.py of the published repository."""
 
 from __future__ import annotations
 
@@ -23,10 +24,12 @@ from tempflow.rewards.neural.weights import (
 )
 
 REWARD_TOKEN = "<|Reward|>"
-PIXELS = 256 * 28 * 28  # the area an image is resized to, its sides multiples of 28
+# The area to which an image is resized; its sides become multiples of 28, so it has about 256
+# tokens.
+PIXELS = 256 * 28 * 28
 
-# The instruction the model was trained with, trailing spaces included: data_collator_qwen.py of the
-# published code.
+# The instruction with which the model was trained, including its trailing spaces and its grammar:
+# data_collator_qwen.py of the published repository.
 INSTRUCTION = """
 You are tasked with evaluating a generated image based on Visual Quality and Text Alignment and give a overall score to estimate the human preference. Please provide a rating from 0 to 10, with 0 being the worst and 10 being the best.\x20
 
@@ -51,28 +54,28 @@ Textual prompt - {prompt}
 """  # noqa: E501
 QUESTION = f"\nPlease provide the overall ratings of this image: {REWARD_TOKEN}\n\nEND\n"
 
-# Qwen2-VL's chat template for one image and one text.
+# Qwen2-VL's chat template for one image and one text. {image} becomes one IMAGE_TOKEN per token of
+# the image, as Qwen2-VL's own processor does it.
 CHAT = (
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
     "<|vision_start|>{image}<|vision_end|>{text}<|im_end|>\n<|im_start|>assistant\n"
 )
 IMAGE_TOKEN = "<|image_pad|>"
 
-_HEAD = (0, 3, 5)  # linear layers of rm_head; ReLU and dropout lie between
+_HEAD = (0, 3, 5)  # places of the linear layers in rm_head; the others are ReLU and dropout
 
 
 @dataclass(eq=False)
 class HpsV3(ModelReward):
-    """HPSv3 (arXiv 2508.03789; hpsv3/inference.py and model/qwen2vl_trainer.py of its repository),
-    about -5 to 15.
+    """HPSv3 (arXiv 2508.03789), human preference, about -5 to 15.
 
-    Qwen2-VL-7B reads the image and the instruction; at the token <|Reward|> a head of three layers
-    gives the mean and spread of the preference, of which the score is the mean. Positions count up
-    through image and text alike, in all three of the model's axes, because the published model was
-    trained so.
+    Qwen2-VL-7B reads the image and an instruction; at the token <|Reward|>, a head of three layers
+    predicts the mean and the spread of the preference, and the score is the mean.
 
-    path: its tensors as safetensors. base: the Qwen2-VL it is a finetune of, for config, tokenizer
-    and image processor.
+    Args:
+        path: a folder or hub repository with its weights as safetensors.
+        base: the Qwen2-VL that the weights were fine-tuned from, for its config, tokenizer and
+            image processor.
     """
 
     path: str = "MizzenAI/HPSv3"
@@ -85,7 +88,7 @@ class HpsV3(ModelReward):
             if token := re.search(r"<\|\w+\|>", prompt):
                 raise UserError(
                     f"{locate(prompt, entry)} holds {token[0]}, which the 'hpsv3' reward's model"
-                    " reads as a command"
+                    " would read as a control token; remove it from the prompt"
                 )
 
     def _load(self):
@@ -97,20 +100,25 @@ class HpsV3(ModelReward):
             read_tokenizer("base", folder),
             read_processor("base", folder),
         )
+        # On the right, so that the positions of every text begin at 0 (see `_score`).
         self._tokenizer.padding_side = "right"
+        # The base's tokenizer lacks the token; the published weights have an embedding for it at
+        # the next free id.
         self._tokenizer.add_tokens([REWARD_TOKEN], special_tokens=True)
         self._reward_id = self._tokenizer.convert_tokens_to_ids(REWARD_TOKEN)
         tensors, head = split("path", read_tensors("path", fetch("path", self.path, self.revision)))
         config.text_config.vocab_size = len(tensors["language_model.embed_tokens.weight"])
         if self._reward_id >= config.text_config.vocab_size:
             raise UserError(
-                f"path: the weights know {config.text_config.vocab_size} tokens, of which"
-                f" {REWARD_TOKEN} ({self._reward_id}) is none"
+                f"path: the weights have embeddings of {config.text_config.vocab_size} tokens, but"
+                f" {REWARD_TOKEN} is token {self._reward_id}; the weights and `base` do not belong"
+                " together"
             )
         self._head = Head(head, self.device, between=F.relu)
         self._model = build("path", Qwen2VLModel, config, tensors, self.torch_dtype, self.device)
 
     def _score(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> torch.Tensor:
+        # In Qwen2-VL's processor these two names mean the least and the greatest area in pixels.
         area = {"shortest_edge": PIXELS, "longest_edge": PIXELS}
         seen = self._processor(
             list(images), size=area, input_data_format="channels_last", return_tensors="pt"
@@ -125,6 +133,8 @@ class HpsV3(ModelReward):
         ]
         tokens = self._tokenizer(texts, padding=True, return_tensors="pt").to(self.device)
         at_reward = (tokens["input_ids"] == self._reward_id).int().argmax(1)
+        # Positions count up through image and text alike, in all three axes of the model's rotary
+        # embedding, because the published model was trained that way.
         positions = torch.arange(tokens["input_ids"].shape[1], device=self.device).expand(
             3, len(images), -1
         )
@@ -140,10 +150,18 @@ class HpsV3(ModelReward):
 
 
 def split(key: str, tensors: dict[str, torch.Tensor]) -> tuple[dict, list]:
-    """The tensors as those of `Qwen2VLModel`, and weights and biases of the head's layers.
+    """Split HPSv3's tensors into those of `Qwen2VLModel` and those of the head.
 
-    Both of the names that transformers has given Qwen2-VL's tensors are understood. Raises
-    `UserError` without a head.
+    Args:
+        key: the option that the tensors come from, for error messages.
+        tensors: under the names of older or newer versions of transformers.
+
+    Returns:
+        The model's tensors under the installed version's names, and the (weight, bias) of the
+        head's layers.
+
+    Raises:
+        UserError: if the head or the token embedding is missing.
     """
     try:
         head = [(tensors[f"rm_head.{i}.weight"], tensors[f"rm_head.{i}.bias"]) for i in _HEAD]

@@ -1,4 +1,5 @@
-"""ImageReward (arXiv 2304.05977) on transformers' BLIP classes."""
+"""The ImageReward reward (arXiv 2304.05977), on transformers' BLIP classes. Source: ImageReward/
+ImageReward.py of the published repository."""
 
 from __future__ import annotations
 
@@ -36,6 +37,7 @@ ARCHITECTURE = {
     },
 }
 
+# The vision tower's tensor names in the published checkpoint (timm's), and transformers' names.
 _VISION = [
     (r"cls_token", "embeddings.class_embedding"),
     (r"pos_embed", "embeddings.position_embedding"),
@@ -48,19 +50,22 @@ _VISION = [
     (r"norm", "post_layernorm"),
 ]
 
-MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of r, published
-MAX_LENGTH = 35  # tokens of a prompt
+MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the raw score r, as published
+MAX_LENGTH = 35  # tokens of a prompt, as published
 
 
 @dataclass(eq=False)
 class ImageReward(ModelReward):
-    """ImageReward (arXiv 2304.05977; ImageReward/ImageReward.py of its repository), about -2 to 2.
+    """ImageReward (arXiv 2304.05977), human preference, about -2 to 2.
 
-    BERT reads the prompt, cut at 35 tokens, with cross-attention to BLIP's image tokens; five
-    linear layers on its first output give r, and the score is (r - MEAN) / STD.
+    BERT reads the prompt, truncated to 35 tokens, with cross-attention to BLIP's image tokens; five
+    linear layers on its first output give a raw score, which is normalized with the published mean
+    and standard deviation.
 
-    path: the published tensors as safetensors; a config.json beside them (a `BlipConfig`) replaces
-    the published architecture. tokenizer: BERT's.
+    Args:
+        path: a folder or hub repository with the published weights as safetensors; a config.json
+            beside them (a `BlipConfig`) replaces the published architecture.
+        tokenizer: a folder or hub repository with BERT's tokenizer.
     """
 
     path: str = "RE-N-Y/ImageReward"
@@ -100,10 +105,11 @@ class ImageReward(ModelReward):
 
 
 def clip_transform(image: np.ndarray, size: int) -> torch.Tensor:
-    """uint8 [H, W, 3] -> fp32 [3, size, size]: CLIP's transform, bicubic to the shorter side,
-    centre crop, normalized.
+    """uint8 [H, W, 3] -> fp32 [3, size, size]: CLIP's transform, which resizes the shorter side to
+    `size` (bicubic), crops the center and normalizes.
 
-    The image processors of transformers round the crop's place the other way, by one pixel.
+    transformers' image processors are not used, because they round the crop's position the other
+    way, which shifts it by one pixel.
     """
     from PIL import Image
     from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
@@ -124,8 +130,8 @@ def clip_transform(image: np.ndarray, size: int) -> torch.Tensor:
 
 
 def split(tensors: dict[str, torch.Tensor]) -> tuple[dict, dict, dict]:
-    """The published tensors as those of `BlipVisionModel`, of `BlipTextModel`, and of the head,
-    under their names."""
+    """Split the published tensors into those of `BlipVisionModel`, of `BlipTextModel` and of the
+    head, each under the names that its module expects."""
     parts: dict[str, dict[str, torch.Tensor]] = {
         "visual_encoder": {},
         "text_encoder": {},
@@ -143,13 +149,16 @@ def split(tensors: dict[str, torch.Tensor]) -> tuple[dict, dict, dict]:
 
 
 def _vision_name(name: str) -> str:
+    """transformers' name of a tensor of the vision tower."""
     for pattern, replacement in _VISION:
+        # The lookahead: a pattern matches whole parts of the name only.
         if match := re.match(pattern + r"(?=\.|$)", name):
             return match.expand(replacement) + name[match.end() :]
     return name
 
 
 def _architecture(key: str, source: Path) -> dict:
+    """The config beside the weights; the published architecture if there is none."""
     if source.is_dir() and (source / "config.json").exists():
         return read_config(key, source, "blip")
     return ARCHITECTURE

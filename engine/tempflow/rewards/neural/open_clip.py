@@ -1,5 +1,5 @@
-"""Tensor names of open_clip's ViT models, in which HPSv2 is published, as those of transformers'
-`CLIPModel`."""
+"""Renames the tensors of open_clip's ViT models, the format in which HPSv2 is published, to those
+of transformers' `CLIPModel`."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ _NAMES = {
     "visual.class_embedding": "vision_model.embeddings.class_embedding",
     "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
     "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    # "layrnorm" is transformers' own spelling.
     "visual.ln_pre.weight": "vision_model.pre_layrnorm.weight",
     "visual.ln_pre.bias": "vision_model.pre_layrnorm.bias",
     "visual.ln_post.weight": "vision_model.post_layernorm.weight",
     "visual.ln_post.bias": "vision_model.post_layernorm.bias",
     "visual.proj": "visual_projection.weight",
 }
-_TRANSPOSED = ("text_projection", "visual.proj")  # applied from the right there
+_TRANSPOSED = ("text_projection", "visual.proj")  # open_clip computes x @ W, a Linear x @ W.T
 _IN_BLOCK = {
     "ln_1": "layer_norm1",
     "ln_2": "layer_norm2",
@@ -37,17 +38,24 @@ _BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+?)[._](weight
 
 
 def to_transformers(key: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same tensors under transformers' names.
+    """Rename open_clip's tensors.
 
-    A common prefix ("model.", "module.") is dropped, and so are tensors CLIP has no use for. Raises
-    `UserError`, naming the option `key`, if they are not open_clip's.
+    Args:
+        key: the option that the tensors come from, for error messages.
+        tensors: by name. They may have a common prefix, such as "model." or "module.".
+
+    Returns:
+        The tensors of a `CLIPModel`; others are dropped.
+
+    Raises:
+        UserError: if the tensors are not open_clip's.
     """
-    anchor = "visual.conv1.weight"
+    anchor = "visual.conv1.weight"  # its name tells the prefix
     prefixes = [name.removesuffix(anchor) for name in tensors if name.endswith(anchor)]
     if len(prefixes) != 1:
         raise UserError(
-            f"{key}: expected the tensors of a CLIP ViT in transformers' or open_clip's layout; no"
-            f" {anchor!r} among them"
+            f"{key}: expected the tensors of a CLIP ViT in transformers' or open_clip's layout, but"
+            f" there is no {anchor!r}, or more than one"
         )
     renamed: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
@@ -60,7 +68,8 @@ def to_transformers(key: str, tensors: dict[str, torch.Tensor]) -> dict[str, tor
 
 
 def _block(match: re.Match, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """A tensor of a transformer block; queries, keys and values lie stacked in one there."""
+    """Rename a tensor of a transformer block. open_clip has queries, keys and values in one tensor,
+    transformers in three."""
     visual, layer, part, kind = match.groups()
     block = f"{'vision' if visual else 'text'}_model.encoder.layers.{layer}."
     if part == "attn.in_proj":

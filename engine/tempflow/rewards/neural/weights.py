@@ -1,8 +1,8 @@
-"""Finds a model's files in a folder or on the hub, and builds transformers' models from them,
-checked.
+"""Finds the files of a reward's model in a folder or on the hub, and builds transformers' models
+from them, with checks.
 
-Only safetensors are read: unpickling runs code. Whatever else a repository holds is neither
-downloaded nor opened.
+Weights are read from safetensors only, because unpickling can run code. Other files of a repository
+are neither downloaded nor opened.
 """
 
 from __future__ import annotations
@@ -17,23 +17,33 @@ from tempflow.errors import UserError
 
 T = TypeVar("T")
 
-_TEXTS = ["*.json", "*.txt"]
-# sub-folders hold other formats, open_clip* a second copy of the weights
+_TEXTS = ["*.json", "*.txt"]  # configs, tokenizers, indices of weight files
+# Not downloaded: subfolders have other formats, and open_clip* is a second copy of the weights.
 _UNUSED = ["*/*", "open_clip*"]
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def fetch(key: str, path: str, revision: str = "main", *, weights: bool = True) -> Path:
-    """The folder (or the .safetensors file) `path` names, downloaded if it is a hub repository.
+    """Find a model, and download it if need be.
 
-    weights: False leaves weights out of the download. Raises `UserError`, naming `key`, where there
-    is no such thing.
+    Args:
+        key: the option that names it, for error messages.
+        path: a folder, a .safetensors file, or a hub repository.
+        revision: branch, tag or commit of a hub repository.
+        weights: False leaves the weights out of a download.
+
+    Returns:
+        The folder, or the file, on this machine.
+
+    Raises:
+        UserError: if there is no such folder, file or repository.
     """
     local = Path(path).expanduser()
     if local.exists():
         if revision != "main":
             raise UserError(
-                f"{key}: {path} is on this machine, where a revision ({revision!r}) means nothing"
+                f"{key}: {path} is a folder or file on this machine, which has no revision"
+                f" {revision!r}; leave `revision` out"
             )
         return local
     from huggingface_hub import snapshot_download
@@ -51,14 +61,16 @@ def fetch(key: str, path: str, revision: str = "main", *, weights: bool = True) 
             f" {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         )
         raise UserError(
-            f"{key}: {path!r} is no folder here, and the hub did not give it ({reason})"
+            f"{key}: {path!r} is neither a folder on this machine nor could it be downloaded from"
+            f" the hub ({reason})"
         ) from None
 
 
 def read_tensors(key: str, source: Path) -> dict[str, torch.Tensor]:
     """All tensors of a .safetensors file, or of a folder with one such file or an index of several.
 
-    Raises `UserError` where there is none, or pickled weights only.
+    Raises:
+        UserError: naming the option `key`, if there are no tensors, or pickled ones only.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -79,7 +91,7 @@ def read_config(key: str, folder: Path, model_type: str) -> dict:
         config = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{key}: expected a model's folder with a config.json, but {file}: {error}"
+            f"{key}: expected a model's folder with a config.json; {file} cannot be read: {error}"
         ) from None
     if config.get("model_type") != model_type:
         raise UserError(
@@ -89,17 +101,18 @@ def read_config(key: str, folder: Path, model_type: str) -> dict:
 
 
 def read_tokenizer(key: str, folder: Path):
-    """The folder's tokenizer; `UserError` where it has none."""
+    """The folder's tokenizer; `UserError` if it has none."""
     from transformers import AutoTokenizer
 
     return _part(key, "tokenizer", folder, lambda: AutoTokenizer.from_pretrained(folder))
 
 
 def read_processor(key: str, folder: Path):
-    """The folder's image processor; `UserError` where it has none."""
+    """The folder's image processor; `UserError` if it has none."""
     from transformers import AutoImageProcessor
 
-    # Pillow's resizing is the published one; torchvision's differs in the last bits.
+    # The rewards' published code resizes with Pillow; torchvision's result differs in the last
+    # bits.
     return _part(
         key,
         "image processor",
@@ -111,10 +124,20 @@ def read_processor(key: str, folder: Path):
 def build(
     key: str, kind: type[T], config, tensors: dict[str, torch.Tensor], dtype, device: str, **options
 ) -> T:
-    """A model of a transformers class holding `tensors`, in evaluation mode.
+    """Build a transformers model with given weights, in evaluation mode and without gradients.
 
-    Raises `UserError` where tensors are missing or have other shapes: such weights would stay
-    random.
+    Args:
+        key: the option that the weights come from, for error messages.
+        kind: the model's class.
+        config: its config.
+        tensors: its weights by name; others beside them are ignored.
+        dtype: of the weights.
+        device: "cpu" or "cuda".
+        options: further arguments of the class.
+
+    Raises:
+        UserError: if tensors are missing, or have other shapes. transformers only warns about
+            missing ones, and leaves these weights random.
     """
     try:
         model, report = cast(Any, kind).from_pretrained(
@@ -129,30 +152,33 @@ def build(
         raise UserError(f"{key}: the weights do not fit {kind.__name__}: {error}") from None
     if missing := sorted(report["missing_keys"]):
         raise UserError(
-            f"{key}: the weights are not those of this reward: {kind.__name__} lacks {len(missing)}"
-            f" tensors, {missing[0]} for one"
+            f"{key}: the weights are not those of this reward: {len(missing)} tensors of"
+            f" {kind.__name__} are missing, such as {missing[0]}"
         )
     return model.eval().requires_grad_(False).to(device)
 
 
 def _part(key: str, what: str, folder: Path, load: Callable[[], T]) -> T:
+    """What `load` returns; UserError if it fails."""
     try:
         return load()
-    except (
-        Exception
-    ) as error:  # transformers raises OSError, ValueError, KeyError, TypeError for missing files
+    # transformers raises OSError, ValueError, KeyError or TypeError for missing files.
+    except Exception as error:
         raise UserError(
             f"{key}: {folder} has no usable {what} ({type(error).__name__}: {error})"
         ) from None
 
 
 def weight_files(key: str, source: Path) -> list[Path]:
+    """The .safetensors files that hold a model's weights: `source` itself, or those of a folder.
+    UserError, beginning with `key`, if there are none or if the choice is not clear."""
     if source.is_file():
         if source.suffix != ".safetensors":
             raise UserError(
                 f"{key}: {source} is not a .safetensors file; {_how_to_convert(source)}"
             )
         return [source]
+    # An index first: the files that it names would otherwise count as several weights.
     indices = sorted(source.glob("*.safetensors.index.json"))
     if len(indices) == 1:
         return [
@@ -164,8 +190,8 @@ def weight_files(key: str, source: Path) -> list[Path]:
         return [source / "model.safetensors" if len(files) > 1 else files[0]]
     if files:
         raise UserError(
-            f"{key}: {source} holds several weights, {', '.join(f.name for f in files)}; name one"
-            " of these files"
+            f"{key}: {source} holds several weight files, {', '.join(f.name for f in files)}; name"
+            " one of them"
         )
     pickles = sorted(file for file in source.iterdir() if file.suffix in _PICKLES)
     raise UserError(
@@ -176,6 +202,6 @@ def weight_files(key: str, source: Path) -> list[Path]:
 
 def _how_to_convert(file: Path) -> str:
     return (
-        "pickled weights are not loaded. Convert them once: "
+        "pickled weights are not loaded, because loading them can run code. Convert them once: "
         f"python -m tempflow.rewards.neural.convert {file} {file.with_suffix('.safetensors').name}"
     )
