@@ -14,11 +14,12 @@ from tempflow.config import Config, Lora
 from tempflow.errors import UserError, brief
 from tempflow.estimate import measure
 from tempflow.estimate.measure import Meter
-from tempflow.models.base import Policy, Sampler, text_encoders
+from tempflow.models.base import Policy, text_encoders
 from tempflow.models.component import Unfilled
 from tempflow.models.hub import local_model
 from tempflow.models.loading import check_model, check_text_length, family_of, resolve_dtype
 from tempflow.models.quantized import quantize_layers
+from tempflow.models.sampler import Sampler
 from tempflow.models.skeleton import read_index, skeleton_module
 from tempflow.sampling.float8 import float8_bytes
 from tempflow.training.engine import add_lora

@@ -1,7 +1,7 @@
 """Model families behind one protocol: `load_policy` reads a diffusers folder and returns its
 `Policy`."""
 
-from tempflow.models.base import Policy, Sampler, most_images
+from tempflow.models.base import Policy, most_images
 from tempflow.models.conditions import (
     Conditioning,
     Conditions,
@@ -23,6 +23,7 @@ from tempflow.models.loading import (
     load_policy,
     resolve_dtype,
 )
+from tempflow.models.sampler import Sampler
 
 __all__ = [
     "Conditioning",

@@ -9,11 +9,10 @@ scale of a run.
 
 from __future__ import annotations
 
-import threading
 import warnings
 from abc import ABC, abstractmethod
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Callable, Iterator, cast
 
 import numpy as np
@@ -31,23 +30,12 @@ from tempflow.models.arguments import (
     finite_number,
     positive_int,
 )
-from tempflow.models.conditions import Conditioning, Conditions, by_shape
+from tempflow.models.conditions import Conditioning, Conditions
+from tempflow.models.pixels import decoding, finite_pixels
+from tempflow.models.sampler import Sampler
 from tempflow.models.skeleton import skeleton_pipe
-from tempflow.sampling.steps import ode_coefficients
-from tempflow.transfer import Fetched, send
+from tempflow.transfer import Fetched
 from tempflow.types import Example, Scales, Size
-from tempflow_kernels import sde_step
-
-# Held by a decode of a VAE that keeps features from call to call in itself, as those of videos do:
-# a rollout's lanes are threads.
-_DECODING = threading.Lock()
-
-
-def _as_bytes(decoded: torch.Tensor) -> torch.Tensor:
-    """The uint8 image [H, W, 3] or video [F, H, W, 3] of [3, ..., H, W] in about [-1, 1]."""
-    # as diffusers' processors of images and of videos
-    pixels = torch.nan_to_num(decoded.float()) * 0.5 + 0.5
-    return pixels.clamp_(0, 1).mul_(255).round_().to(torch.uint8).movedim(0, -1)
 
 
 def text_encoders(pipe: Any) -> dict[str, torch.nn.Module]:
@@ -333,13 +321,11 @@ class Policy(ABC):
         it, is no image: a cast to uint8 makes it a black one.
         """
         vae = getattr(getattr(self, "pipe", None), "vae", None)  # a policy may have none
-        with _DECODING if hasattr(vae, "clear_cache") else nullcontext():
+        with decoding(vae):
             decoded = self._decode(latents, size)
         if decoded.ndim == 5 and size.frames == 1:
             decoded = decoded.squeeze(2)
-        finite = latents.isfinite().flatten(1).all(1) & decoded.isfinite().flatten(1).all(1)
-        # One by one, because a batch of videos is four times as large in fp32.
-        return torch.stack([_as_bytes(one) for one in decoded]), finite
+        return finite_pixels(latents, decoded)
 
     def decode(self, latents: torch.Tensor, size: Size) -> tuple[np.ndarray, np.ndarray]:
         """`pixels` as arrays; `no_image` stands for what is not finite, which rewards would score
@@ -425,80 +411,3 @@ class Policy(ABC):
         if frames is None:
             return [*map(Image.fromarray, made)]
         return [[*map(Image.fromarray, frames_of(item))] for item in made]
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """A policy at one size and guidance scale: all that the scheduler, the updater and evaluations
-    see of it."""
-
-    policy: Policy
-    size: Size
-    guidance_scale: float
-
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        """Of one latent."""
-        return self.policy.latent_shape(self.size)
-
-    def sigmas(self, num_steps: int) -> torch.Tensor:
-        """The sampling grid, fp32 [num_steps + 1] on the CPU, from 1 to 0."""
-        return self.policy.sigmas(num_steps, self.size)
-
-    def velocity(
-        self,
-        transformer,
-        x: torch.Tensor,
-        sigma: torch.Tensor,
-        conditioning: Conditioning,
-        dtype=None,
-    ) -> torch.Tensor:
-        """v of a batch of rows, as `Policy.velocity`."""
-        return self.policy.velocity(
-            transformer, x, sigma, conditioning, self.size, self.guidance_scale, dtype
-        )
-
-    def pixels(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images or videos of final latents and which of them are finite, as `Policy.pixels`."""
-        return self.policy.pixels(latents, self.size)
-
-    def decode(self, latents: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """The same as arrays, as `Policy.decode`."""
-        return self.policy.decode(latents, self.size)
-
-    @torch.no_grad()
-    def integrate(
-        self, x: torch.Tensor, conditioning: Conditioning, num_steps: int
-    ) -> torch.Tensor:
-        """The ODE from sigma = 1 to 0 with the policy's own denoiser. x: fp32 [n, ...]; returns
-        fp32 [n, ...]."""
-        sigmas = self.sigmas(num_steps)
-        grid = ode_coefficients(sigmas)
-        no_key = torch.zeros(len(x), 1, dtype=torch.int64, device=x.device)
-        numbers = {"sigma": sigmas, "a": grid.a, "b": grid.b, "tau": grid.tau}
-        (there,) = send([numbers], x.device)
-        for k in range(num_steps):
-            sigma, a, b, tau = (there[name][k].expand(len(x)) for name in numbers)
-            denoiser = self.policy.only(
-                self.policy.denoiser(), self.policy.expert(sigmas[k].item())
-            )
-            v = self.velocity(denoiser, x, sigma, conditioning)
-            x = sde_step(x, v, a, b, tau, key=no_key)[0][:, 0]
-        return x
-
-    def integrate_each(
-        self, x: torch.Tensor, conditions: Conditions, num_steps: int
-    ) -> torch.Tensor:
-        """`integrate` for rows whose conditionings may differ in shape: those of each shape
-        together."""
-        groups = by_shape(conditions.shapes)
-        parts = [
-            self.integrate(x if len(groups) == 1 else x[places], conditions.rows(places), num_steps)
-            for places in groups
-        ]
-        if len(parts) == 1:
-            return parts[0]
-        final = torch.empty_like(x)
-        for places, part in zip(groups, parts, strict=True):
-            final[places] = part
-        return final
