@@ -243,23 +243,23 @@ SHOWN = {
             "transformer/config.json",
             quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True},
         ),
-        ["transformer/config.json", "quantised (bitsandbytes)"],
+        ["transformer/config.json", "quantized (bitsandbytes)"],
     ),
     "a quantised encoder": (
         config_of("text_encoder_2/config.json", quantization_config={"quant_method": "torchao"}),
-        ["text_encoder_2/config.json", "quantised (torchao)"],
+        ["text_encoder_2/config.json", "quantized (torchao)"],
     ),
     "NF4 without config": (
         tensors_of("transformer", lambda tensors: {**tensors, "x.weight.absmax": torch.zeros(1)}),
-        ["quantised"],
+        ["quantized"],
     ),
     "scaled float8": (
         tensors_of("transformer", lambda tensors: {**tensors, "x.scale_weight": torch.zeros(1)}),
-        ["quantised"],
+        ["quantized"],
     ),
     "whole numbers": (
         tensors_of("transformer", lambda t: {n: w.to(torch.int8) for n, w in t.items()}),
-        ["whole numbers", "quantised"],
+        ["whole numbers", "quantized"],
     ),
     "no config": (lambda folder: (folder / "vae/config.json").unlink(), ["vae", "config.json"]),
     "a config that is a list": (
@@ -363,7 +363,7 @@ SHOWN = {
     ),
     "another count of timesteps": (
         config_of(SCHEDULER, num_train_timesteps=500),
-        [SCHEDULER, "num_train_timesteps 500"],
+        [SCHEDULER, "num_train_timesteps to 500"],
     ),
     "no shift": (config_of(SCHEDULER, shift=0.0), [SCHEDULER, "falls from 1 to 0"]),
     "a negative shift": (config_of(SCHEDULER, shift=-1.0), [SCHEDULER]),

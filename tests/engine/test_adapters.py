@@ -139,7 +139,7 @@ def test_another_model_is_refused(plain, saved, pipelines, tmp_path):
         ),
         (
             {name: w[:, :-1] if "lora_A" in name else w for name, w in weights.items()},
-            "made for another model",
+            "trained for another model",
         ),
     ]
     for tensors, words in cases:
@@ -164,7 +164,7 @@ def test_files_that_are_no_adapters(saved, tmp_path):
     save_file({}, file)
     refused("holds no adapter")
     save_file({"lora_unet_double_blocks_0.lora_down.weight": torch.zeros(3, 4)}, file)
-    refused("no transformer adapter")
+    refused("not a transformer adapter")
     save_file(load_file(saved / "peft/adapter_model.safetensors"), file)
     settings = json.loads((saved / "peft/adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"use_dora": True}))

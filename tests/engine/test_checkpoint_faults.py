@@ -76,7 +76,7 @@ def test_tensors_that_are_left_out_are_told(folder, capsys):
     load_policy(folder, max_sequence_length=LENGTH)
     told = capsys.readouterr().err
     assert (
-        told.startswith("note: model.path: transformer: left out transformer_blocks.1.")
+        told.startswith("note: model.path: transformer: ignored transformer_blocks.1.")
         and "more, which" in told
     )
 
@@ -232,7 +232,7 @@ PATHS = {
         "{tmp}/flux1-dev.safetensors",
         ["checkpoint in one file", "from_single_file", "save_pretrained"],
     ),
-    "quantised file": ("{tmp}/flux.gguf", ["one file, and quantised"]),
+    "quantized file": ("{tmp}/flux.gguf", ["one file, and quantized"]),
     "one file that is not there": (
         "models/flux1-dev.safetensors",
         ["models/flux1-dev.safetensors does not exist"],
@@ -272,7 +272,7 @@ def test_what_the_hub_says_is_passed_on():
     assert "no such model on the hub" in fault(errors.RepositoryNotFoundError)
     assert "no diffusers pipeline" in fault(errors.RemoteEntryNotFoundError)
     for kind in (errors.LocalEntryNotFoundError, OSError, ImportError):
-        assert re.search("cannot be had from the hub .*HTTPS_PROXY", fault(kind))
+        assert re.search("cannot be fetched .*HTTPS_PROXY", fault(kind))
 
 
 def test_a_hub_out_of_reach_is_asked_once(monkeypatch):

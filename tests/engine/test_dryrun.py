@@ -392,7 +392,7 @@ def test_dry_run_says_that_it_does_not_fit(tmp_path):
                 "--set",
                 "rollout.height=3088",
             ],
-            ["rollout.height", "3088 x 96", "at most 3072 a side"],
+            ["rollout.height", "3088 x 96", "at most 3072 pixels on each side"],
         ),
         (["--set", 'model.lora={"targets": ["nothing"]}'], ["model.lora", "nothing"]),
         (

@@ -147,7 +147,7 @@ def _check_commands(run, out):
     )
     assert np.array_equal(drawn[0], shown[:, -SIDE:]) and not np.array_equal(drawn, other)
     with pytest.raises(
-        UserError, match="prompt 'make it night': brings no images; FluxKontext takes 1 image"
+        UserError, match="prompt 'make it night': has no images; FluxKontext takes 1 image"
     ):
         tempflow.sample(run.folder, ["make it night"])
     done = script_here("evaluate", "--run", run.folder)

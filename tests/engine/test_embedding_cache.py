@@ -227,16 +227,16 @@ def test_the_vae_may_decode_in_slices_and_tiles(folders, name):
             "flux",
             3.0,
             (
-                "warning: 2 prompts bring a negative_prompt without effect: FluxPipeline has its"
-                " guidance built in"
+                "warning: the negative_prompt of 2 prompts has no effect, because FluxPipeline is"
+                " not guided by a second prediction"
             ),
         ),
         (
             "sd3",
             1.0,
             (
-                "warning: 2 prompts bring a negative_prompt without effect: guidance_scale 1 is no"
-                " guidance"
+                "warning: the negative_prompt of 2 prompts has no effect, because guidance_scale 1"
+                " turns guidance off"
             ),
         ),
         ("sd3", 3.0, None),

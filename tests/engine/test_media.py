@@ -241,7 +241,7 @@ def test_sample_takes_images_and_frames():
         (
             ["a", "b"],
             [gray(7), [gray(7)] * 2],
-            "images: prompt 1: brings 2 images; Video takes 0 to 1 image with a prompt",
+            "images: prompt 1: has 2 images; Video takes 0 to 1 image with a prompt",
         ),
     ],
 )
@@ -262,7 +262,7 @@ def test_a_family_without_images_takes_none(policy):
     call = partial(
         policy.sample, "a", latents=x, height=16, width=16, num_steps=1, guidance_scale=0.0
     )
-    with pytest.raises(UserError, match="images: prompt 0: brings 1 image, and Flux takes none"):
+    with pytest.raises(UserError, match="images: prompt 0: has 1 image, and Flux takes none"):
         call(images=gray(7))
     with pytest.raises(UserError, match="rollout.frames: 5; this model makes images"):
         call(frames=5)

@@ -219,7 +219,7 @@ def test_a_family_that_takes_no_images_refuses_them(tmp_path):
         )
     )
     assert config.model.path == str(MODEL)
-    with pytest.raises(UserError, match=f"^{file}:2: brings 1 image, and Flux takes none"):
+    with pytest.raises(UserError, match=f"^{file}:2: has 1 image, but Flux takes text only"):
         checked_inputs(config)
 
 

@@ -182,9 +182,9 @@ def test_images_that_it_does_not_take(pairs, name, least, most):
         "num_steps": 1,
         "guidance_scale": 1.0,
     }
-    with pytest.raises(UserError, match="images: prompt 0: brings no images"):
+    with pytest.raises(UserError, match="images: prompt 0: has no images"):
         policy.sample("a", **call)
-    with pytest.raises(UserError, match=f"images: prompt 0: brings {most + 1} images"):
+    with pytest.raises(UserError, match=f"images: prompt 0: has {most + 1} images"):
         policy.sample("a", images=[WIDE] * (most + 1), **call)
 
 

@@ -38,7 +38,7 @@ def test_size_beyond_the_position_embedding(family_pairs):
     for call in (policy.latent_shape, partial(policy.sigmas, 4)):
         with pytest.raises(
             UserError,
-            match="rollout.height, rollout.width: 32 x 136; this model makes at most 128 a side",
+            match="rollout.height, rollout.width: 32 x 136; this model makes at most 128 pixels",
         ):
             call(Size(32, 136))
 

@@ -328,7 +328,7 @@ def test_a_boundary_without_a_second_expert_is_refused(tmp_path):
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps({**index, "boundary_ratio": 0.875}))
     with pytest.raises(
-        UserError, match="model_index.json names no transformer_2, which a WanPipeline needs"
+        UserError, match="model_index.json names no transformer_2, which WanPipeline needs"
     ):
         load_policy(folder)
     assert family_of(folder).denoiser_parts(index) == ("transformer",)

@@ -1,8 +1,8 @@
-"""diffusers' attention backends: what those that this project names need, checked before a model is
-loaded, and choosing one.
+"""diffusers' attention backends: checking what a backend needs before a model is loaded, and
+selecting it.
 
-diffusers itself checks packages alone, when the model is there, and the rest in the first forward,
-if at all.
+diffusers checks for the package only, after the model is loaded; a wrong GPU, dtype or mask shows
+in the first forward, or not at all. Backends that are not in `BACKENDS` are not checked here.
 """
 
 from __future__ import annotations
@@ -21,20 +21,22 @@ from tempflow.run.environment import uses_gpu
 
 @dataclass(frozen=True)
 class Needs:
-    """What a backend runs with."""
+    """What a backend needs."""
 
     package: str | None = None
-    """its name when imported"""
+    """Import name of the package."""
     install: str = ""
-    """how it is installed"""
+    """How to install the package."""
     gpu: bool = False
+    """Whether it needs a GPU."""
     oldest: tuple[int, int] = (0, 0)
-    """compute capability of an NVIDIA GPU, at least"""
+    """Lowest compute capability of an NVIDIA GPU."""
     newest: tuple[int, int] = (99, 0)
+    """Highest compute capability of an NVIDIA GPU."""
     half: bool = False
-    """bfloat16 and float16 only"""
+    """Whether it computes in bfloat16 and float16 only."""
     masks: bool = True
-    """whether it takes a mask of the text"""
+    """Whether it accepts an attention mask."""
 
 
 BACKENDS = {
@@ -52,6 +54,7 @@ BACKENDS = {
         "kernels",
         "pip install kernels, which fetches the kernel from the Hugging Face hub",
         True,
+        # FlashAttention 3 is written for Hopper alone; later GPUs do not run its instructions.
         (9, 0),
         (9, 0),
         half=True,
@@ -63,11 +66,14 @@ BACKENDS = {
 def check_attention(
     name: str | None, path: str, dtypes: dict[str, torch.dtype], guided_in_one: bool = False
 ) -> None:
-    """UserError where a backend lacks something here; those not in `BACKENDS` are left to
-    diffusers.
+    """Raise a UserError that lists everything a backend needs and this run does not have.
 
-    path: the checkpoint's. dtypes: of the weights that will run with it, by config key.
-    guided_in_one: whether a prompt and a negative prompt of another length share forwards.
+    Args:
+        name: of the backend. Names that `BACKENDS` does not have are left to diffusers.
+        path: of the checkpoint.
+        dtypes: of the weights that will run with it, by config key.
+        guided_in_one: whether a prompt and a negative prompt of another length share a forward, so
+            that the shorter one is masked.
     """
     if name not in BACKENDS:
         return
@@ -84,6 +90,7 @@ def _missing(needs: Needs, path: str, dtypes: dict[str, torch.dtype], guided_in_
         yield f"the package {needs.package}, which is not installed ({needs.install})"
     if needs.gpu and not uses_gpu():
         yield "a GPU, and this run is on the CPU"
+    # Compute capabilities are NVIDIA's numbers; on AMD GPUs the package itself knows what it runs.
     elif needs.gpu and not torch.version.hip:
         capability = torch.cuda.get_device_capability()
         if not needs.oldest <= capability <= needs.newest:
@@ -110,21 +117,20 @@ def _missing(needs: Needs, path: str, dtypes: dict[str, torch.dtype], guided_in_
 
 
 def set_attention_backend(module: Any, name: str | None) -> None:
-    """Choose a diffusers attention backend; UserError with the reason where it is unknown or cannot
-    run here."""
+    """Select a diffusers attention backend for a module; None keeps diffusers' default.
+
+    Raises:
+        UserError: the backend is unknown, or cannot run here.
+    """
     if name is None:
         return
     if not has_attention_backends(module):
         raise UserError(
-            f"model.attention_backend: {name!r}: diffusers offers no choice for"
-            f" {type(module).__name__}; leave it null"
+            f"model.attention_backend: {name!r}: diffusers cannot change the backend of"
+            f" {type(module).__name__}; set it to null"
         )
     try:
         module.set_attention_backend(name)
-    except (
-        ValueError,
-        RuntimeError,
-        ImportError,
-        OSError,
-    ) as error:  # OSError: the hub, for kernels that come from there
+    # OSError: a kernel that cannot be fetched from the hub.
+    except (ValueError, RuntimeError, ImportError, OSError) as error:
         raise UserError(f"model.attention_backend: {name!r}: {error}") from None

@@ -1,10 +1,9 @@
-"""What the engine needs to know of a model family: the `Policy` protocol, and sampling written once
-on top of it.
+"""`Policy`: what the engine needs to know about a model family, and sampling on top of it.
 
-A policy owns the frozen parts (text encoders, VAE, scheduler) and one copy of the denoiser.
-`velocity` takes the denoiser to evaluate as an argument, because training, rollout and reference
-run different copies of it. `Policy.at` gives a `Sampler`, which fixes the size and the guidance
-scale of a run.
+A policy owns the frozen parts of a pipeline (text encoders, VAE, scheduler) and one copy of the
+denoiser. `velocity` takes the denoiser as an argument, because training, rollouts and the reference
+evaluate different copies of it. `Policy.at` gives a `Sampler`, which fixes the size and the
+guidance scale of a run. Training, noise and rewards are not known here.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ from tempflow.types import Example, Scales, Size
 
 
 def text_encoders(pipe: Any) -> dict[str, torch.nn.Module]:
-    """By component name, those that are loaded."""
+    """The loaded text encoders of a pipeline, by component name."""
     return {
         name: part
         for name, part in pipe.components.items()
@@ -48,7 +47,7 @@ def text_encoders(pipe: Any) -> dict[str, torch.nn.Module]:
 
 
 def most_images(examples: list[Example]) -> int:
-    """Condition images of the example that brings most."""
+    """The largest number of condition images that any of the examples has."""
     return max((len(example.images) for example in examples), default=0)
 
 
@@ -59,34 +58,45 @@ def _images(count: int) -> str:
 class Policy(ABC):
     """A flow-matching model of images or videos of one family, loaded from a diffusers folder.
 
-    pipe: the diffusers pipeline it came from.
-    text_length, longest_text: its default and limit of max_sequence_length.
-    default_negative_prompt: of training and evaluation where a prompt brings none; None where the
-    family takes none at all.
-    schedulers: classes whose grids its `sigmas` knows.
-    masks_text: whether its attention is given a mask.
-    embeds_with: components that `embed` needs beside text encoders, tokenizers and processors: the
-    VAE, where it encodes images.
-    takes_guidance: whether a guidance scale has an effect.
-    images_taken: how many condition images an example brings, at least and at most.
-    ragged: whether the embeddings of two examples may differ in shape. Then they are embedded one
-        at a time, and rows share a forward only with rows of their shape.
-    sized: whether embeddings depend on the size of the outputs, as those of images that are scaled
-        to it do; then `embed` makes them for `self.size`.
+    A new family subclasses it and implements the abstract methods; the class attributes describe
+    the family to code that has loaded no model.
+
+    Args:
+        pipe: the diffusers pipeline. Its modules are moved to `device` and frozen.
+        device: where modules and latents are.
+        max_sequence_length: text tokens of an embedding, at most `longest_text`.
+        offload_text_encoders: keep the weights of text encoders in host memory; each layer is
+            copied to the device for its own forward.
     """
 
     lora_targets: tuple[str, ...]
+    """Ends of the names of the linear layers that LoRA adapts by default."""
     schedulers: tuple[str, ...] = ("FlowMatchEulerDiscreteScheduler",)
+    """Scheduler classes whose grid `sigmas` can make."""
     text_length: int
+    """Default of `max_sequence_length`, as in the family's pipeline."""
     longest_text: int
+    """Largest `max_sequence_length`."""
     default_negative_prompt: str | None = None
+    """Negative prompt of training and evaluation for prompts that have none; None for a family that
+    takes no negative prompts."""
     masks_text = False
+    """Whether the attention is given a mask of the text."""
     embeds_with: tuple[str, ...] = ()
+    """Components that `embed` uses besides text encoders, tokenizers and processors, such as the
+    VAE of a family that encodes condition images."""
     takes_guidance = True
+    """Whether the guidance scale has an effect."""
     images_taken: tuple[int, int] = (0, 0)
+    """Smallest and largest number of condition images of one example."""
     ragged = False
+    """Whether the embeddings of two examples may differ in shape. If so, examples are embedded one
+    at a time, and rows share a forward only with rows of the same shape."""
     sized = False
+    """Whether embeddings depend on the size of the outputs, for example because condition images
+    are scaled to it. If so, `embed` makes them for `self.size`."""
     size: Size | None = None
+    """The size that `embed` works for, where `sized` is true."""
 
     def __init__(
         self,
@@ -104,6 +114,8 @@ class Policy(ABC):
             if module not in offloaded.values():
                 module.to(self.device)
             module.eval().requires_grad_(False)
+        # accelerate's hooks and not diffusers' group offloading: T5's blocks are nested deeper than
+        # its block level looks.
         for module in offloaded.values():
             cpu_offload(module, self.device)
 
@@ -115,10 +127,21 @@ class Policy(ABC):
         max_sequence_length: int | None = None,
         images: int | None = None,
     ) -> Policy:
-        """The policy of a folder or hub id made of its configs alone: every module is on the meta
-        device, and `embed` returns the shapes of as many embeddings, with `images` condition images
-        each (None: as many as the family takes, none where it needs none). UserError where the
-        configs do not fit their classes."""
+        """The policy of a checkpoint without weights, for estimates of memory and time.
+
+        All modules are on the meta device, and `embed` returns tensors that have shapes and no
+        values.
+
+        Args:
+            path: folder or hub id; only its configs are read.
+            dtype: of the modules.
+            max_sequence_length: text tokens; default: `text_length`.
+            images: condition images of each example. The default is the largest number that the
+                family takes if it cannot do without images, else 0.
+
+        Raises:
+            UserError: a config does not fit its class.
+        """
         policy = cls(
             skeleton_pipe(path, dtype),
             device="meta",
@@ -132,8 +155,8 @@ class Policy(ABC):
 
     @classmethod
     def variant(cls, index: dict) -> type[Policy]:
-        """The class of a checkpoint by its model_index.json, where models of one pipeline class
-        differ."""
+        """The policy class of a checkpoint with this model_index.json. Overridden where checkpoints
+        of one pipeline class need different policies."""
         return cls
 
     def _modules(self) -> list[torch.nn.Module]:
@@ -142,37 +165,37 @@ class Policy(ABC):
     # ------------------------------------------------------------------------------------- denoiser
     @classmethod
     def denoiser_parts(cls, index: dict) -> tuple[str, ...]:
-        """The components that `join_denoiser` makes one module of, of a checkpoint with this
-        model_index.json."""
+        """Names of the components that make up the denoiser of a checkpoint with this
+        model_index.json; `join_denoiser` takes them in this order."""
         return ("transformer",)
 
     @staticmethod
     def join_denoiser(part: torch.nn.Module) -> torch.nn.Module:
-        """One module of the `denoiser_parts` of a checkpoint."""
+        """One module that holds all `denoiser_parts` of a checkpoint."""
         return part
 
     def denoiser(self) -> torch.nn.Module:
-        """The module that predicts velocities: what is trained, copied and saved, as one, also
-        where it holds several experts."""
+        """The module that predicts velocities. It is trained, copied and saved as one module, even
+        if it holds several experts."""
         return self.pipe.transformer
 
     def set_denoiser(self, module: torch.nn.Module) -> None:
-        """Predict with another module of the same kind from now on."""
+        """Replace the denoiser by another module of the same kind."""
         self.pipe.register_modules(transformer=module)
 
     def expert(self, sigma: float) -> int:
-        """Which of the denoiser's experts predicts rows at a noise level, counted from 0: rows of
-        two share no forward of a rollout."""
+        """Number of the expert that predicts at a noise level, from 0. Rows of different experts
+        share no forward in a rollout."""
         return 0
 
     def only(self, denoiser: Callable, expert: int) -> Callable:
-        """A denoiser for rows of one expert, which it need not read from their noise levels: a
-        captured forward cannot."""
+        """The denoiser for rows that all belong to one expert. It does not read the noise levels to
+        choose the expert, because a forward in a CUDA graph cannot."""
         return denoiser
 
     @property
     def transformer(self) -> torch.nn.Module:
-        """`denoiser()`, for those who know the family to have one transformer."""
+        """`denoiser()`, for callers of a family with a single transformer."""
         return self.denoiser()
 
     @property
@@ -182,21 +205,30 @@ class Policy(ABC):
     # --------------------------------------------------------------------------------- conditioning
     @abstractmethod
     def embed(self, examples: list[Example]) -> Conditioning:
-        """Embeddings of n examples, [n, ...] each, in the policy's dtype on its device; of a
-        `ragged` family n is 1. They depend on `identity` alone: not on the other examples of the
-        call, and not on negative prompts, which are embedded as examples of their own
-        (`opposed`)."""
+        """Embed the texts and condition images of n examples.
+
+        The result of an example depends on its `identity` only: not on the other examples of the
+        call, and not on its negative prompt, which is embedded as an example of its own
+        (`opposed`).
+
+        Args:
+            examples: n examples; a `ragged` family is given one at a time.
+
+        Returns:
+            The inputs of the denoiser by name, [n, ...] each, in the policy's dtype (masks in bool)
+            on its device.
+        """
 
     @classmethod
     def identity(cls, example: Example) -> tuple[str, ...]:
-        """What the embedding of an example depends on: its text and its condition images.
-        Embeddings are cached and stored by it."""
+        """Everything that the embedding of an example depends on: its text and the digests of its
+        condition images. It is the key of cached and stored embeddings."""
         return example.text, *example.image_digests
 
     @classmethod
     def opposed(cls, example: Example) -> Example | None:
-        """What an example is guided away from: the same one with its negative prompt, or the
-        family's default, for a text. None where the family takes no negative prompts."""
+        """The example that guidance steers away from: the same one with its negative prompt, or
+        else the family's default, as its text. None if the family takes no negative prompts."""
         if cls.default_negative_prompt is None:
             return None
         return replace(
@@ -207,20 +239,22 @@ class Policy(ABC):
 
     @classmethod
     def check_images(cls, example: Example, where: str) -> None:
-        """UserError, which begins with `where`, for an example with fewer or more condition images
-        than the family takes."""
+        """Raise a UserError, which begins with `where`, if an example has fewer or more condition
+        images than the family takes."""
         (least, most), given = cls.images_taken, len(example.images)
         if least <= given <= most:
             return
         family = cls.__name__.removesuffix("Policy")
         if most == 0:
-            raise UserError(f"{where}: brings {_images(given)}, and {family} takes none, only text")
+            raise UserError(
+                f"{where}: has {_images(given)}, but {family} takes text only; remove the images"
+            )
         wanted = _images(most) if least == most else f"{least} to {_images(most)}"
-        raise UserError(f"{where}: brings {_images(given)}; {family} takes {wanted} with a prompt")
+        raise UserError(f"{where}: has {_images(given)}; {family} takes {wanted} with a prompt")
 
     @contextmanager
     def embedding_for(self, size: Size) -> Iterator[None]:
-        """`embed` is for outputs of this size meanwhile."""
+        """Inside the context, `embed` works for outputs of this size."""
         before, self.size = self.size, size
         try:
             yield
@@ -229,17 +263,17 @@ class Policy(ABC):
 
     @classmethod
     def ragged_with(cls, images: int) -> bool:
-        """Whether `ragged` is true of a run whose prompts bring so many condition images at
-        most."""
+        """The value of `ragged` for a run whose examples have at most this many condition
+        images."""
         return cls.ragged
 
     def encode(self, examples: list[Example]) -> Conditioning:
-        """All that `velocity` wants to know of n examples, [n, ...] each: their embeddings, and
-        those of what they are guided away from."""
+        """The conditioning that `velocity` takes for n examples, [n, ...] each: their embeddings
+        and, with classifier-free guidance, those of their negative prompts."""
         return self.embed(examples)
 
     def encode_each(self, examples: list[Example]) -> Conditions:
-        """What `encode` gives, of n examples whose embeddings may differ in shape."""
+        """The same as `encode`, for n examples whose embeddings may differ in shape."""
         return (
             Conditions.of([self.encode([example]) for example in examples])
             if self.ragged
@@ -248,39 +282,42 @@ class Policy(ABC):
 
     @classmethod
     def guides(cls, scale: float) -> bool:
-        """Whether a guidance scale asks for the negative prompts, of a family that takes them."""
-        return scale > 1
+        """Whether a guidance scale makes a family with negative prompts use them."""
+        return scale > 1  # as in diffusers' pipelines
 
     # ------------------------------------------------------------------------------------- sampling
     @staticmethod
     @abstractmethod
     def size_multiple(vae_config: dict) -> int:
-        """What height and width must be multiples of, in pixels."""
+        """The number of pixels that height and width must be multiples of."""
 
     @staticmethod
     def frame_step(vae_config: dict) -> int | None:
-        """The model makes videos of one frame and any multiple of this many more; None: it makes
-        images."""
+        """For a model of videos, whose number of frames is 1 plus a multiple of this; None for a
+        model of images."""
         return None
 
     @abstractmethod
     def empty_embeddings(self, count: int) -> Conditioning:
-        """What `embed` returns for `count` examples, uninitialised, without the text encoders being
-        run; where shapes differ, for the longest ones."""
+        """Uninitialized tensors in the shapes that `embed` returns for `count` examples, without
+        running the text encoders. If shapes vary, those of the longest examples."""
 
     def empty_conditioning(self, count: int) -> Conditioning:
-        """What `encode` returns for such examples."""
+        """The same for `encode`."""
         return self.empty_embeddings(count)
 
     @abstractmethod
     def latent_shape(self, size: Size) -> tuple[int, ...]:
-        """Shape of one latent in the layout that the pipeline accepts as `latents=`; UserError for
-        impossible sizes."""
+        """Shape of one latent, in the layout that the pipeline accepts as `latents=`.
+
+        Raises:
+            UserError: the model cannot make this size.
+        """
 
     @abstractmethod
     def sigmas(self, num_steps: int, size: Size) -> torch.Tensor:
-        """The sampling grid of the checkpoint's scheduler, fp32 [num_steps + 1] on the CPU, from 1
-        to 0."""
+        """The sampling grid of the checkpoint's scheduler: fp32 [num_steps + 1] on the CPU, falling
+        from 1 to 0."""
 
     @abstractmethod
     def velocity(
@@ -293,34 +330,50 @@ class Policy(ABC):
         guidance: float,
         dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
-        """v = denoiser(x, sigma) for a batch of rows, each at its own sigma; guided, where the
-        family has guidance.
+        """The velocity dx/d sigma of a batch of rows, each at its own sigma, with guidance applied.
 
-        x: [n, ...] of any float dtype, cast to `dtype` (default: the policy's).
-        sigma: fp32 [n].
-        guidance: the scale, as in the pipeline's call.
-        Returns [n, ...] of `dtype`.
+        Gradients flow through both predictions of classifier-free guidance.
+
+        Args:
+            denoiser: the copy to evaluate: a module, or a DeepSpeed engine around one.
+            x: latents, [n, ...], of any float dtype; cast to `dtype` before the denoiser.
+            sigma: fp32 [n].
+            conditioning: as `encode` returns it, [n, ...] each.
+            size: of the outputs.
+            guidance: the scale, as in the pipeline's call.
+            dtype: of the denoiser's inputs; default: the policy's.
+
+        Returns:
+            [n, ...] in `dtype`.
         """
 
     def finished(self, latents: torch.Tensor) -> torch.Tensor:
-        """Final latents as the pipeline returns them with output_type="latent", where that is not
-        how they are integrated."""
+        """Final latents as the pipeline returns them with output_type="latent". Overridden where
+        that layout differs from the one that is integrated."""
         return latents
 
     @abstractmethod
     def _decode(self, latents: torch.Tensor, size: Size) -> torch.Tensor:
-        """What the VAE makes of final latents, about in [-1, 1], [n, 3, H, W]; families of videos
-        return [n, 3, F, H, W]."""
+        """Decode final latents with the VAE: about in [-1, 1], [n, 3, H, W], or [n, 3, F, H, W]
+        for a family of videos."""
 
     @torch.no_grad()
     def pixels(self, latents: torch.Tensor, size: Size) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images of final latents, uint8 [n, H, W, 3], or videos [n, F, H, W, 3], and which of them
-        are finite, bool [n]; both on the device, which the host does not wait for.
+        """Images or videos of final latents, and which of them are finite.
 
-        A video of one frame is an image. NaN or infinity in a latent, or in what the VAE makes of
-        it, is no image: a cast to uint8 makes it a black one.
+        A cast to uint8 would turn NaN into a black image that rewards score like any other, so the
+        second tensor marks the outputs whose latent or decoded values hold NaN or infinity.
+
+        Args:
+            latents: final latents, [n, ...].
+            size: of the outputs. A video of one frame is returned as an image.
+
+        Returns:
+            uint8 [n, H, W, 3] or [n, F, H, W, 3], and bool [n]: True where finite. Both are on the
+            device; the host does not wait for them.
         """
-        vae = getattr(getattr(self, "pipe", None), "vae", None)  # a policy may have none
+        # A policy of your own may have no diffusers pipeline.
+        vae = getattr(getattr(self, "pipe", None), "vae", None)
         with decoding(vae):
             decoded = self._decode(latents, size)
         if decoded.ndim == 5 and size.frames == 1:
@@ -328,8 +381,8 @@ class Policy(ABC):
         return finite_pixels(latents, decoded)
 
     def decode(self, latents: torch.Tensor, size: Size) -> tuple[np.ndarray, np.ndarray]:
-        """`pixels` as arrays; `no_image` stands for what is not finite, which rewards would score
-        like any other image."""
+        """`pixels` as arrays in host memory, with a checkerboard (`media.no_image`) in place of
+        each output that is not finite."""
         images, finite = (tensor.numpy() for tensor in Fetched(self.pixels(latents, size)).wait())
         return without_missing(images, finite), finite
 
@@ -351,21 +404,32 @@ class Policy(ABC):
         frames: int | None = None,
         decode: bool = True,
     ) -> list[Image.Image] | list[list[Image.Image]] | torch.Tensor:
-        """ODE sampling from given initial latents; equals the family's diffusers pipeline to 1e-5
-        in fp32.
+        """Sample by the ODE from given initial latents. In fp32 the result equals that of the
+        family's diffusers pipeline up to 1e-5.
 
-        prompts: n texts, or one.
-        latents: [n, ...] in the layout that the pipeline accepts as `latents=`.
-        guidance_scale: as in the pipeline's call; `Scales(first, second)` for a model of two
-        experts.
-        negative_prompts: n, or one for all, as the pipeline takes them; unused without guidance.
-        images: condition images, for families that take them: n entries, each a PIL image or a list
-            of PIL images; for one text its image or its list.
-        frames: of a video, for families that make them. Returns n PIL images, or where `frames` is
-        given, n lists of as many; with decode=False the final fp32 latents as the pipeline does
-        with output_type="latent". What is not finite is warned of, and a checkerboard stands for
-        it. Raises UserError for sizes, negative prompts, images or frames that the family does not
-        take, ValueError for any other argument that is not as described, naming it.
+        An output with NaN or infinity is replaced by a checkerboard, with a warning.
+
+        Args:
+            prompts: n texts, or one.
+            latents: initial noise, [n, ...], in the layout that the pipeline accepts as `latents=`.
+            height: in pixels.
+            width: in pixels.
+            num_steps: steps of the grid, 1 to 1000.
+            guidance_scale: as in the pipeline's call; `Scales(first, second)` for a model of two
+                experts.
+            negative_prompts: n texts, or one for all; unused without guidance. Default: none.
+            images: condition images, for families that take them: n entries, each a PIL image or a
+                list of PIL images; for a single text its image or its list. Default: none.
+            frames: frames of a video, for families that make videos; default: images.
+            decode: False returns latents instead of images.
+
+        Returns:
+            n PIL images; with `frames`, n lists of that many PIL images; with decode=False the
+            final fp32 latents, as the pipeline returns them with output_type="latent".
+
+        Raises:
+            UserError: a size, negative prompt, image or frame count that the family does not take.
+            ValueError: any other argument that is not as described; the message names it.
         """
         alone, prompts = isinstance(prompts, str), as_prompts(prompts)
         negatives = as_negative_prompts(negative_prompts, len(prompts))
@@ -380,14 +444,15 @@ class Policy(ABC):
         sampler = self.at(size, guidance_scale if isinstance(guidance_scale, Scales) else scale)
         if guidance_scale > 1 and not self.takes_guidance:
             warnings.warn(
-                f"guidance_scale: {guidance_scale:g} has no effect: this model is distilled and not"
-                " guided",
+                f"guidance_scale: {guidance_scale:g} has no effect, because this model is distilled"
+                " to run without guidance",
                 stacklevel=2,
             )
         check_latents(latents, (len(prompts), *sampler.latent_shape), str(size))
         if negatives is not None and self.default_negative_prompt is None:
             raise UserError(
-                f"negative_prompts: {type(self).__name__} has its guidance built in and takes none"
+                f"negative_prompts: {type(self).__name__} takes none, because it is not guided by a"
+                " second prediction"
             )
         examples = [
             Example(*given)
@@ -404,8 +469,8 @@ class Policy(ABC):
         if not finite.all():
             what = "images" if size.frames == 1 else "videos"
             warnings.warn(
-                f"{(~finite).sum()} of {len(finite)} {what} hold NaN or infinity; a checkerboard"
-                " stands for each",
+                f"{(~finite).sum()} of {len(finite)} {what} hold NaN or infinity and are replaced"
+                " by a checkerboard",
                 stacklevel=2,
             )
         if frames is None:

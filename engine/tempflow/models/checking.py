@@ -1,10 +1,10 @@
-"""Whether a checkpoint's folder is what the engine can train, before anything is loaded: JSON files
-and headers of tensor files.
+"""Checks whether the engine can train a checkpoint's folder, from its JSON files and the headers of
+its tensor files, before any weight is loaded.
 
-Every component that the pipeline loads: the class is known, its tensors are there with the shapes
-that config.json asks for, none is quantised; the scheduler is the one whose grid the engine
-integrates; tokenizers turn text into tokens. What tensors hold is seen only when they are loaded
-(`Component.load`). A component that the libraries cannot build without weights is left to loading.
+For every component that the pipeline loads: its class exists, its tensors are there with the shapes
+that config.json asks for, and none is quantized; the scheduler's grid is one that the engine
+integrates; tokenizers turn text into tokens. The values of tensors are checked when they are loaded
+(`Component.load`), and so is a component that its library cannot build without weights.
 """
 
 from __future__ import annotations
@@ -31,16 +31,19 @@ from tempflow.models.component import (
 )
 from tempflow.models.sizes import resolution_shift
 
-TIMESTEPS = 1000  # of a grid from 1 to 0, as every family's velocity takes them
+# Every family's `velocity` computes timesteps as 1000 sigma, so another number would be ignored.
+TIMESTEPS = 1000
+# Options of a scheduler whose effect the engine's own integration does not reproduce.
 REFUSED_OPTIONS = {
     "invert_sigmas": "its grid runs from 0 to 1, the engine's from 1 to 0",
     "stochastic_sampling": "it adds noise of its own at every step",
     "thresholding": "it clips what the model predicts",
 }
-# The grid of UniPC is integrated by Euler, which is its first order without the corrector; other
-# schedulers lack these options.
+# The engine integrates UniPC's grid by Euler steps, which are UniPC of order 1 without the
+# corrector. With other values of these options its sigmas are not those of a flow model.
 UNIPC = "UniPCMultistepScheduler"
 NEEDED_OPTIONS = {UNIPC: {"prediction_type": "flow_prediction", "use_flow_sigmas": True}}
+# Components that a pipeline must have if its constructor takes them.
 NEEDED = (
     "vae",
     "scheduler",
@@ -50,8 +53,9 @@ NEEDED = (
     "text_encoder_2",
     "processor",
 )
-# What tools that quantise leave beside or in place of a weight.
-QUANTISED = (
+# Last parts of the tensor names that quantization tools (bitsandbytes, GPTQ, float8 converters)
+# write beside or in place of a weight.
+QUANTIZED = (
     "absmax",
     "quant_map",
     "SCB",
@@ -62,23 +66,27 @@ QUANTISED = (
     "qweight",
     "scaled_fp8",
 )
-PROBE = "a photo of a cat, 123"
+PROBE = "a photo of a cat, 123"  # common words, which every vocabulary has
 
 
 def components_of(folder: Path, family: type[Policy]) -> list[Component]:
-    """The components that the pipeline in a folder loads. UserError where one is missing that the
-    family needs."""
+    """The components that the pipeline in a folder loads.
+
+    Raises:
+        UserError: model_index.json names no component that the family needs.
+    """
     import diffusers
 
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    # diffusers, too, skips components that the pipeline's constructor does not take.
     taken = inspect.signature(getattr(diffusers, index["_class_name"]).__init__).parameters
     given = {name: value for name, value in index.items() if name in taken and is_component(value)}
     needed = (*family.denoiser_parts(index), *NEEDED)
     lacking = [name for name in needed if name in taken and given.get(name, [None])[0] is None]
     if lacking:
         raise UserError(
-            f"model.path: {folder / 'model_index.json'} names no {listed(lacking)}, which a"
-            f" {index['_class_name']} needs"
+            f"model.path: {folder / 'model_index.json'} names no {listed(lacking)}, which"
+            f" {index['_class_name']} needs; download the whole pipeline"
         )
     return [
         Component(folder, name, *value) for name, value in given.items() if value[0] is not None
@@ -88,8 +96,13 @@ def components_of(folder: Path, family: type[Policy]) -> list[Component]:
 def check_components(
     components: list[Component], family: type[Policy], *, weights: bool = True
 ) -> None:
-    """UserError for the first thing that is wrong with any of them. weights=False: configs alone,
-    for a folder that has no more."""
+    """Raise a UserError for the first fault of any component.
+
+    Args:
+        components: as `components_of` returns them.
+        family: of the checkpoint.
+        weights: False checks configs only, for a folder without weights.
+    """
     for component in components:
         try:
             if component.name == "scheduler":
@@ -99,14 +112,14 @@ def check_components(
             elif component.name.startswith("tokenizer") and weights:
                 check_tokenizer(component)
             elif component.name == "processor" and weights:
-                # small files; what is wrong with them is seen only so
+                # Its files are small, and only loading them shows whether they fit together.
                 component.load(torch.float32)
         except OSError as error:  # a folder that may not be listed, a disk that fails
             raise component.error(f"cannot be read: {error.strerror or error}") from None
 
 
 def is_description(components: list[Component]) -> bool:
-    """Whether a folder holds configs and no tensors at all, as those in assets/cards do."""
+    """Whether a folder holds configs and no tensors at all, like those in assets/cards."""
     tensors = (".safetensors", ".bin", ".gguf", ".msgpack")
     return not any(
         file.suffix in tensors for c in components if c.path.is_dir() for file in c.path.iterdir()
@@ -115,8 +128,8 @@ def is_description(components: list[Component]) -> bool:
 
 # ------------------------------------------------------------------------------------------ modules
 def check_module(component: Component, weights: bool = True) -> None:
-    """Config, class and tensors of a module; UserError naming the first tensors that are missing or
-    of another shape."""
+    """Check config, class and tensor shapes of a module. The UserError names the first tensors that
+    are missing or have another shape."""
     config = component.config
     if component.library != "transformers":
         whole = skeleton(component.library, component.kind, config, component.name)
@@ -127,7 +140,8 @@ def check_module(component: Component, weights: bool = True) -> None:
         if component.library == "transformers"
         else _compared(component, whole)  # type: ignore[possibly-undefined]  # bound where the components are whole modules
     )
-    problem = _quantised(component) or compared
+    # A quantized checkpoint also lacks the plain weights; saying that would mislead.
+    problem = _quantized(component) or compared
     if problem:
         raise component.error(problem, component.files[0] if len(component.files) == 1 else None)
     if component.name == "vae":
@@ -135,11 +149,12 @@ def check_module(component: Component, weights: bool = True) -> None:
 
 
 def check_scales(component: Component, config: dict) -> None:
-    """UserError for numbers between latents and the VAE's own that are none: they would show when
-    the first image is decoded."""
-    lists = config.get("z_dim") is not None  # Qwen-Image's: a mean and a deviation by channel
+    """Raise a UserError if the numbers that map latents to the VAE's own scale are not finite, or a
+    scale is 0. Otherwise the first decoded image would be the first sign."""
+    # The VAEs of Qwen-Image and Wan, which have a `z_dim`, have a mean and a deviation per channel.
+    lists = config.get("z_dim") is not None
     keys = ("latents_mean", "latents_std") if lists else ("shift_factor", "scaling_factor")
-    # FLUX.2's VAE has the statistics of a batch norm instead
+    # FLUX.2's VAE has none of these keys; it has the statistics of a batch norm.
     for key in (key for key in keys if key in config):
         value, count = config.get(key), config["z_dim"] if lists else 1
         numbers = value if lists else [value]
@@ -153,17 +168,18 @@ def check_scales(component: Component, config: dict) -> None:
         ):
             expected = f"{count} finite numbers" if lists else "a finite number"
             raise component.error(
-                f"sets {key} to {shown(value)}; expected {expected}, not 0 for a scale",
+                f"sets {key} to {shown(value)}; expected {expected}, and a scale other than 0",
                 component.path / "config.json",
             )
 
 
 def _compared(component: Component, whole: torch.nn.Module) -> str | None:
-    """What a diffusers module lacks. Buffers may be missing, for its constructor computes them, but
-    not what a batch norm has measured."""
+    """What the files of a diffusers module lack; None if nothing. Buffers may be missing, because
+    the constructor computes them, except for the running statistics of a batch norm."""
     held = {
         name: torch.empty(shape, device="meta") for name, (_, shape) in component.shapes.items()
     }
+    # diffusers renames the keys of old VAEs only when it loads a single file.
     if len(component.files) == 1:
         rename_old_keys(whole, held)
     parameters = dict(whole.named_parameters())
@@ -178,18 +194,22 @@ def _compared(component: Component, whole: torch.nn.Module) -> str | None:
         for name, tensor in whole.state_dict().items()
         if name in held and held[name].shape != tensor.shape
     ]
+    # The first letter of a safetensors dtype: "I8" and "U8" are whole numbers, "F8_E4M3" is not.
     whole_numbers = [name for name in parameters if component.shapes.get(name, "F")[0][0] in "IU"]
     if whole_numbers and not missing:
         return (
-            f"holds whole numbers in {listed(whole_numbers)}: quantised weights, which this engine"
+            f"holds whole numbers in {listed(whole_numbers)}: quantized weights, which this engine"
             " does not train"
         )
     return _said(component, missing, other)
 
 
 def _compared_by_transformers(component: Component) -> str | None:
-    """What a transformers module lacks: its own loading, with renamed, tied and converted tensors,
-    on the meta device."""
+    """What the files of a transformers module lack; None if nothing.
+
+    transformers renames, ties and converts tensors as it loads, so names cannot be compared as they
+    are in the files. Its own loading runs on empty tensors on the meta device instead.
+    """
     held = {
         name: torch.empty(shape, device="meta") for name, (_, shape) in component.shapes.items()
     }
@@ -204,9 +224,9 @@ def _compared_by_transformers(component: Component) -> str | None:
             ignore_mismatched_sizes=True,
         )
         missing, other = sorted(found["missing_keys"]), sorted(found["mismatched_keys"])
-    except (
-        Exception
-    ):  # a config that describes no model, or a class that cannot do this: then loading will tell
+    except Exception:
+        # Either the config describes no model, for which `skeleton` raises a UserError, or the
+        # class cannot load in this way; then loading it later shows what is wrong.
         skeleton(component.library, component.kind, component.config, component.name)
         return None
     return _said(component, missing, other)
@@ -232,6 +252,7 @@ def _more(others: list) -> str:
 
 
 def _why_missing(component: Component, missing: list[str]) -> str:
+    """The likely cause of missing tensors, from the names that are there, and what to do."""
     names = list(component.shapes)
     if any("_orig_mod." in name for name in names):
         return (
@@ -252,29 +273,30 @@ def _why_missing(component: Component, missing: list[str]) -> str:
     return "download it again, or save the whole module with save_pretrained"
 
 
-def _quantised(component: Component) -> str | None:
+def _quantized(component: Component) -> str | None:
     marks = [
         name
         for name in component.shapes
-        if name.rsplit(".", 1)[-1] in QUANTISED or ".quant_state." in name
+        if name.rsplit(".", 1)[-1] in QUANTIZED or ".quant_state." in name
     ]
     if marks:
-        return f"holds {listed(marks)}: quantised weights, which this engine does not train"
+        return f"holds {listed(marks)}: quantized weights, which this engine does not train"
     return None
 
 
 # ---------------------------------------------------------------------------------------- scheduler
 def check_scheduler(component: Component, known: tuple[str, ...]) -> None:
-    """UserError for a scheduler without a grid from 1 to 0 that the family knows, or options that
-    change what a step does."""
+    """Raise a UserError for a scheduler that the family does not know, whose options change what a
+    step does, or whose grid does not fall from 1 to 0."""
     file = component.path / "scheduler_config.json"
     if component.kind not in known:
         raise component.error(
-            f"names the scheduler {component.kind}; this engine integrates with {known[0]}: write"
-            f" that class there and its options into {file}",
+            f"names the scheduler {component.kind}; this engine integrates the grid of"
+            f" {' or '.join(known)}: write that class there and its options into {file}",
             component.folder / "model_index.json",
         )
-    read_table(component, file)  # where there is none, diffusers asks the hub
+    # Without this, diffusers would ask the hub for a missing file.
+    read_table(component, file)
     try:
         scheduler = component.type.from_pretrained(str(component.path))
         sigmas = _grid(scheduler)
@@ -293,12 +315,13 @@ def check_scheduler(component: Component, known: tuple[str, ...]) -> None:
             )
     if scheduler.config.num_train_timesteps != TIMESTEPS:
         raise component.error(
-            f"sets num_train_timesteps {scheduler.config.num_train_timesteps}; only {TIMESTEPS} is"
-            " allowed",
+            f"sets num_train_timesteps to {scheduler.config.num_train_timesteps}; only {TIMESTEPS}"
+            " is allowed",
             file,
         )
     falls = (
         bool((sigmas.diff() < 0).all())
+        # A static shift leaves the first sigma an fp32 rounding away from 1.
         and math.isclose(sigmas[0], 1, abs_tol=1e-5)
         and sigmas[-1] == 0
     )
@@ -310,10 +333,11 @@ def check_scheduler(component: Component, known: tuple[str, ...]) -> None:
 
 
 def _grid(scheduler) -> torch.Tensor:
-    """A short grid, made as the pipelines make theirs."""
-    # computed for every model, and used where shifting is dynamic
+    """A grid of 4 steps, made as the pipelines make theirs for a 512 x 512 image."""
+    # Computed for static shifting too, as the families do, so that damaged options fail here.
     steps, mu = (4, resolution_shift(scheduler, 1024, 1.15))
     mu = mu if scheduler.config.get("use_dynamic_shifting") else None  # type: ignore[assignment]  # None is what the scheduler takes without shifting
+    # Damaged options make NaN or infinity, which the caller reports; numpy's warnings say nothing.
     with np.errstate(all="ignore"):
         scheduler.set_timesteps(steps, sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
     return scheduler.sigmas
@@ -321,8 +345,8 @@ def _grid(scheduler) -> torch.Tensor:
 
 # --------------------------------------------------------------------------------------- tokenizers
 def check_tokenizer(component: Component) -> None:
-    """UserError where a tokenizer cannot be loaded, knows no words, or makes tokens that its text
-    encoder does not have."""
+    """Raise a UserError for a tokenizer that cannot be loaded, knows no words, or makes tokens that
+    its text encoder does not have."""
     try:
         tokenizer = component.type.from_pretrained(str(component.path))
         tokens = tokenizer(PROBE, add_special_tokens=False, verbose=False).input_ids
@@ -332,7 +356,8 @@ def check_tokenizer(component: Component) -> None:
             or f"cannot be loaded as a {component.kind}: {brief(error)}"
         ) from None
     known = set(tokens) - {tokenizer.unk_token_id, *tokenizer.all_special_ids}
-    # an empty T5 still knows the space between words
+    # Half of the tokens must be known, not one: a T5 tokenizer with an empty vocabulary still knows
+    # the space between words.
     if 2 * sum(token in known for token in tokens) <= len(tokens):
         raise component.error(
             _problem_with_tokenizer(component) or "has an empty vocabulary; download it again"
@@ -344,21 +369,22 @@ def check_tokenizer(component: Component) -> None:
     )
     if size is not None and highest >= size:
         raise component.error(
-            f"makes token {highest}, but {encoder} has vocab_size {size}; they are of different"
-            " models"
+            f"makes token {highest}, but {encoder} has vocab_size {size}; the two are of different"
+            " models, download both again"
         )
 
 
 def _vocabulary(config: Path) -> int | None:
+    """The vocabulary size of a text encoder's config; None where it does not say."""
     try:
         table = json.loads(config.read_text(encoding="utf-8"))
         return table.get("vocab_size") or table.get("text_config", {}).get("vocab_size")
-    except (OSError, ValueError, AttributeError):  # the encoder's own check tells
+    except (OSError, ValueError, AttributeError):  # reported by the encoder's own check
         return None
 
 
 def _problem_with_tokenizer(component: Component) -> str | None:
-    """What is wrong with the files of a tokenizer that does not work."""
+    """What is wrong with the files of a tokenizer that failed; None if they look sound."""
     files = (
         sorted(file for file in component.path.iterdir() if file.is_file())
         if component.path.is_dir()
@@ -397,5 +423,5 @@ def _problem_with_text_file(file: Path) -> str | None:
     except OSError as error:
         return f"cannot be read: {error.strerror or error}"
     except (ValueError, RecursionError):
-        return "is damaged: it is no JSON"
+        return "is damaged: it is not valid JSON"
     return None

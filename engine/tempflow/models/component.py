@@ -1,9 +1,9 @@
 """One component of a checkpoint's folder: its class, its config, its tensor files, and loading it.
 
-Components are loaded here one by one, and not by the pipeline as a whole, so that an error can name
-the component and the file, and so that a folder may hold some components as a variant
-(`model.fp16.safetensors`) and others as plain files. What is refused is said in one UserError;
-`tempflow.models.checking` looks at the same component before anything is loaded.
+Components are loaded one by one and not by the pipeline as a whole, so that an error can name the
+component and the file, and so that a folder may hold some components as a variant
+(`model.fp16.safetensors`) and others as plain files. `tempflow.models.checking` checks the same
+components before anything is loaded. Pickled weights are never read.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from torch.overrides import TorchFunctionMode
 from tempflow.errors import UserError, brief, note, shown
 from tempflow.models.processors import load_part
 
-# of tensor files, by library
+# Stem of the names of tensor files, by library.
 STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 INDEX = ".safetensors.index"
-MOST_LAYERS = (
-    1000  # the modules of a damaged number would fill the memory before anything is compared
-)
+# A damaged number of layers would fill the memory with modules before any shape is compared, even
+# on the meta device. Published models have fewer than a hundred.
+MOST_LAYERS = 1000
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
-# Processors of text and images that need torchvision, and what reads the text alone from the same
-# files, chat template included.
+# Processors of text and images that need torchvision, and the class that reads only the text part
+# of the same files, including the chat template.
 STAND_INS = {"PixtralProcessor": "AutoTokenizer"}
-# tensor name -> (dtype as safetensors writes it, shape)
+# Tensor name -> (dtype as safetensors writes it, shape).
 Shapes = dict[str, tuple[str, tuple[int, ...]]]
 
 
 def is_component(value) -> bool:
-    """Whether a value of model_index.json names a component, as [library, class] or [null, null];
-    others are a pipeline's options."""
+    """Whether a value of model_index.json names a component: [library, class], or [null, null] for
+    one that is absent. Other values are options of the pipeline."""
     return (
         isinstance(value, (list, tuple))
         and len(value) == 2
@@ -49,42 +49,52 @@ def is_component(value) -> bool:
 
 @dataclass(frozen=True)
 class Component:
-    """What model_index.json calls `name`: [library, kind]. folder: the pipeline's."""
+    """A component that model_index.json lists as name: [library, kind]."""
 
     folder: Path
+    """Of the pipeline."""
     name: str
+    """Such as "transformer"; also the name of its folder."""
     library: str
+    """"diffusers" or "transformers"."""
     kind: str
+    """Name of the class."""
 
     @property
     def path(self) -> Path:
+        """Folder of the component."""
         return self.folder / self.name
 
     def error(self, reason: str, file: Path | None = None) -> UserError:
+        """A UserError that names the component, and the file or else the folder."""
         return UserError(f"model.path: {self.name}: {file or self.path} {reason}")
 
     @property
     def stand_in(self) -> str | None:
-        """Of the class that is loaded in place of `kind`, with and without torchvision alike."""
+        """Name of the class that is loaded in place of `kind`, or None. It does not depend on
+        whether torchvision is installed, so that tokens are the same on every machine."""
         return STAND_INS.get(self.kind) if self.library == "transformers" else None
 
     @cached_property
     def type(self) -> Any:
+        """The class, imported; UserError if the installed library does not have it."""
         try:
             return getattr(importlib.import_module(self.library), self.stand_in or self.kind)
         except (ImportError, AttributeError, ValueError, TypeError):
             raise UserError(
-                f"model.path: {self.name}: the installed {self.library} has no {self.kind}"
+                f"model.path: {self.name}: the installed {self.library} has no {self.kind}; install"
+                " a version that has it"
             ) from None
 
     @property
     def is_module(self) -> bool:
+        """Whether it is a torch module; tokenizers, processors and schedulers are not."""
         return isinstance(self.type, type) and issubclass(self.type, torch.nn.Module)
 
     @cached_property
     def config(self) -> dict:
-        """config.json. UserError where it is missing or damaged, or says that the weights are
-        quantised."""
+        """The values of config.json. UserError if it is missing or damaged, or says that the
+        weights are quantized."""
         file = self.path / "config.json"
         config = read_table(self, file)
         if config.get("quantization_config"):
@@ -95,10 +105,11 @@ class Component:
                 else settings
             )
             raise self.error(
-                f"says that its weights are quantised ({method}), which this engine does not train;"
+                f"says that its weights are quantized ({method}), which this engine does not train;"
                 " name a folder with float32, bfloat16 or float16 weights",
                 file,
             )
+        # One level deeper too: configs of text encoders with vision hold text_config and such.
         for key, value in [
             *config.items(),
             *(
@@ -115,13 +126,13 @@ class Component:
                 and value > MOST_LAYERS
             ):
                 raise self.error(
-                    f"sets {key} to {shown(value)}; at most {MOST_LAYERS} are built", file
+                    f"sets {key} to {shown(value)}; at most {MOST_LAYERS} is allowed", file
                 )
         return config
 
     @cached_property
     def files(self) -> list[Path]:
-        """The tensor files that will be read. UserError where there are none, or a shard is
+        """The tensor files that will be read. UserError if there are none, or a shard is
         missing."""
         chosen = self._chosen
         if INDEX not in chosen.name:
@@ -132,7 +143,7 @@ class Component:
             or not shards
             or not all(isinstance(name, str) for name in shards.values())
         ):
-            raise self.error("is damaged: it names no tensor files", chosen)
+            raise self.error("is damaged: it names no tensor files; download it again", chosen)
         files = [self.path / name for name in sorted(set(shards.values()))]
         missing = [file.name for file in files if not file.exists()]
         if missing:
@@ -144,14 +155,16 @@ class Component:
 
     @property
     def variant(self) -> str | None:
-        """Of the tensor files: "fp16" in model.fp16.safetensors; None for plain ones."""
+        """The variant of the tensor files, such as "fp16" for model.fp16.safetensors; None for
+        plain files."""
         return self._variants.get(self._chosen.name)
 
     @cached_property
     def _variants(self) -> dict[str, str]:
-        """Variant by the name of the file to begin with: one file of tensors, or the index of
-        several."""
+        """The variant of each file that loading can start from, by file name: a single tensor file,
+        or the index of several."""
         stem = re.escape(STEMS[self.library])
+        # diffusers and transformers put the variant of an index at different places.
         names = (
             rf"{stem}\.([^.]+)\.safetensors"
             rf"|{stem}\.safetensors\.index\.([^.]+)\.json"
@@ -161,29 +174,30 @@ class Component:
         return {
             name: next(filter(None, match.groups()))
             for name, match in found.items()
-            if match and "-of-" not in name
+            if match and "-of-" not in name  # a shard, such as STEM.00001-of-00002.safetensors
         }
 
     @cached_property
     def _chosen(self) -> Path:
-        """The file that the libraries begin with: plain ones first, else the only variant."""
+        """The file that loading starts from: a plain one, or else the only variant."""
         stem = STEMS[self.library]
         order = [f"{stem}{INDEX}.json", f"{stem}.safetensors"]
+        # Where a folder holds both, diffusers reads the index and transformers the single file.
         for name in order if self.library == "diffusers" else reversed(order):
             if (self.path / name).exists():
                 return self.path / name
         variants = sorted(set(self._variants.values()))
         if len(variants) > 1:
             raise self.error(
-                f"holds the variants {', '.join(variants)} and no plain {stem}.safetensors; leave"
-                " one of them there"
+                f"holds the variants {', '.join(variants)} and no plain {stem}.safetensors; remove"
+                " all variants but one"
             )
         if variants:
             return self.path / min(self._variants, key=lambda name: (INDEX not in name, name))
         raise self.error(f"has no tensor file {stem}.safetensors{self._instead()}")
 
     def _instead(self) -> str:
-        """What the folder holds where the tensor file should be."""
+        """The end of an error message: what the folder holds instead of the tensor file."""
         files = sorted(self.path.iterdir())
         broken = [file.name for file in files if file.is_symlink() and not file.exists()]
         pickles = [file.name for file in files if file.suffix in PICKLES]
@@ -192,14 +206,14 @@ class Component:
             return f"; {listed(broken)} is a link to a file that does not exist"
         if pickles:
             return (
-                f"; pickled weights ({listed(pickles)}) are not read, save them with"
+                f"; pickled weights ({listed(pickles)}) are not read; save them with"
                 " safe_serialization=True"
             )
         return f"; it holds {listed(others)}" if others else ""
 
     @cached_property
     def shapes(self) -> Shapes:
-        """Of every tensor in the files, from their headers."""
+        """Dtype and shape of every tensor, from the headers of the files."""
         found: Shapes = {}
         for file in self.files:
             trouble = problem_with_file(file)
@@ -214,14 +228,22 @@ class Component:
         return found
 
     def load(self, dtype: torch.dtype) -> Any:
-        """The component; a module in `dtype` on the CPU, every weight from the files and finite.
-        UserError otherwise.
+        """Load the component. Tensors that the module does not have are reported in a note, since
+        config.json may belong to another model.
 
-        A note tells of tensors that the module does not have: config.json may be of another model.
+        Args:
+            dtype: of a module's weights.
+
+        Returns:
+            A tokenizer, processor or scheduler, or a module on the CPU.
+
+        Raises:
+            UserError: it cannot be loaded, the files lack a weight, or a weight is not finite.
         """
         try:
             if not self.is_module:
                 return load_part(self.type, str(self.path))
+            # The two libraries name the argument differently.
             key = "torch_dtype" if self.library == "diffusers" else "dtype"
             more = {} if self.variant is None else {"variant": self.variant}
             module, found = self.type.from_pretrained(
@@ -233,19 +255,20 @@ class Component:
             )
         except UserError:
             raise
-        except Exception as error:  # whatever a library makes of a damaged file
+        except Exception as error:  # libraries raise errors of many types for a damaged file
             raise self.error(f"cannot be loaded as a {self.kind}: {brief(error)}") from None
+        # Both libraries only warn about a missing weight, and train from random values.
         missing = (
             _unfilled(module, found["missing_keys"])
             if self.library == "diffusers"
             else found["missing_keys"]
         )
         if missing:
-            raise self.error(f"lacks {listed(sorted(missing))}")
+            raise self.error(f"lacks {listed(sorted(missing))}; download it again")
         if self.library == "diffusers" and found["unexpected_keys"]:
             surplus = listed(sorted(found["unexpected_keys"]))
             note(
-                f"model.path: {self.name}: left out {surplus}, which {self.path / 'config.json'}"
+                f"model.path: {self.name}: ignored {surplus}, which {self.path / 'config.json'}"
                 " does not ask for"
             )
         name = first_not_finite(module)
@@ -255,12 +278,13 @@ class Component:
 
 
 def _unfilled(module: torch.nn.Module, missing: list[str]) -> list[str]:
-    """Those of the missing that are weights; diffusers computes buffers itself."""
+    """The missing names that are weights; diffusers computes buffers in the constructor."""
     weights = {name for name, _ in module.named_parameters()}
     return [name for name in missing if name in weights]
 
 
 def _overflow(dtype: torch.dtype) -> str:
+    # A finite bfloat16 or float32 weight above 65504 becomes infinity in float16.
     return (
         "; or its values are too large for float16, set model.dtype to bfloat16 or float32"
         if dtype == torch.float16
@@ -270,26 +294,27 @@ def _overflow(dtype: torch.dtype) -> str:
 
 @torch.no_grad()
 def first_not_finite(module: torch.nn.Module) -> str | None:
-    """Name of the first weight with a NaN or infinity; one pass over the memory."""
+    """Name of the first weight or buffer that holds NaN or infinity; None if all are finite."""
     return next(
         (name for name, tensor in module.state_dict().items() if not is_finite(tensor)), None
     )
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether all elements are; the extremes are read without a copy of the tensor."""
+    """Whether all elements of a tensor are finite."""
     if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.is_meta:
         return True
+    # `aminmax` propagates NaN, and unlike `isfinite` it allocates no mask as long as the weight.
     try:
         low, high = torch.aminmax(tensor)
-    except RuntimeError:  # a dtype without an ordering on this device
+    except RuntimeError:  # not implemented for this dtype on this device, such as float8
         return bool(torch.isfinite(tensor.float()).all())
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
 def problem_with_file(file: Path) -> str | None:
-    """What is wrong with a .safetensors file as a whole, seen from its beginning and length; None
-    where nothing is."""
+    """What is wrong with a .safetensors file, judging from its header and length; None if
+    nothing."""
     if file.is_dir():
         return "is a folder, not a file"
     try:
@@ -299,6 +324,7 @@ def problem_with_file(file: Path) -> str | None:
             return "is empty; download it again"
         if start.startswith(b"version https://git-lfs"):
             return "is a git-lfs pointer, not the file itself; fetch it with `git lfs pull`"
+        # Opening compares the header with the length of the file, so a partial download fails.
         with safe_open(file, framework="pt"):
             return None
     except OSError as error:
@@ -308,12 +334,13 @@ def problem_with_file(file: Path) -> str | None:
 
 
 def read_table(component: Component, file: Path) -> dict:
-    """A JSON file of a component. UserError where it is missing, unreadable or no table."""
+    """The table in a JSON file of a component. UserError if the file is missing, unreadable, or
+    holds something else."""
     try:
         table = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise component.error(f"cannot be read: {error.strerror or error}", file) from None
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # the latter: brackets nested thousands deep
         raise component.error(f"is damaged: {brief(error)}", file) from None
     if not isinstance(table, dict):
         raise component.error(f"is damaged: expected a table, got {type(table).__name__}", file)
@@ -321,19 +348,28 @@ def read_table(component: Component, file: Path) -> dict:
 
 
 class Unfilled(TorchFunctionMode):
-    """While it is active, modules leave new weights as they are: what has no storage need not be
-    filled."""
+    """While it is active, new weights of modules are not initialized. On the meta device there is
+    nothing to fill, and the initializers alone take a noticeable part of a dry run's time."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        # they give all arguments by name
+        # torch.nn.init passes all arguments to this hook by name, so the tensor is in kwargs.
         if func in (torch.nn.init.kaiming_uniform_, torch.nn.init.uniform_, torch.nn.init.normal_):
             return kwargs["tensor"]
         return func(*args, **(kwargs or {}))
 
 
 def skeleton(library: str, name: str, config: dict, part: str) -> torch.nn.Module:
-    """A module on the meta device, as its config describes it: shapes without storage. UserError
-    where it cannot be made."""
+    """A module without storage, on the meta device, built from a config.
+
+    Args:
+        library: "diffusers" or "transformers".
+        name: of the class.
+        config: values of its config.json.
+        part: name of the component, for errors.
+
+    Raises:
+        UserError: the library has no such class, or the config does not describe one.
+    """
     kind = getattr(importlib.import_module(library), name, None)
     if kind is None:
         raise UserError(f"model.path: {part}: the installed {library} has no {name}")
@@ -344,13 +380,13 @@ def skeleton(library: str, name: str, config: dict, part: str) -> torch.nn.Modul
                 if library == "diffusers"
                 else kind(kind.config_class.from_dict(config))
             )
-    except Exception as error:  # whatever a constructor makes of values that do not fit together
+    except Exception as error:  # constructors raise errors of many types for values that do not fit
         raise UserError(
             f"model.path: {part}/config.json does not describe a {name}: {brief(error)}"
         ) from None
 
 
 def listed(names: list[str], most: int = 3) -> str:
-    """The first names, and how many more there are."""
+    """The first `most` names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

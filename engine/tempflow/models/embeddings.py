@@ -1,10 +1,10 @@
 """Embeddings of a run's prompts, on disk and in memory.
 
-They are known by `Policy.identity`, what an embedding depends on, and encoded once for each; a
-negative prompt is embedded as an example of its own, so prompts share it. With
-`data.embedding_cache` the text encoders are loaded alone, only where an embedding is missing, and
-are gone before the denoiser and the VAE are loaded, so the two never share a device. Without it
-they stay, and embed when a prompt comes up.
+The key of an embedding is `Policy.identity`, everything that it depends on; each is computed once.
+A negative prompt is embedded as an example of its own, so that prompts share it. With
+`data.embedding_cache` the text encoders are loaded only if an embedding is missing, and are freed
+before the denoiser and the VAE are loaded, so that they never occupy a device together. Without it
+the text encoders stay loaded, and embed a prompt when it is first used.
 """
 
 from __future__ import annotations
@@ -43,18 +43,25 @@ from tempflow.training import distributed
 from tempflow.transfer import send
 from tempflow.types import Example
 
-# embeddings; reading one again takes milliseconds, encoding it again a good part of a second
+# Embeddings kept in memory, without and with a store. Reading one from the store again takes
+# milliseconds; encoding it again takes a good part of a second.
 KEPT, KEPT_OF_STORE = (4096, 256)
-FORMAT = 1  # of the files; another number finds none of the old ones
+# Version of the files. It is part of their names, so files of another version are not found.
+FORMAT = 1
 Identity = tuple[str, ...]
 
 
 # ---------------------------------------------------------------------------------------- in memory
 class EmbeddingCache:
-    """Embeddings of one policy on the CPU, up to `capacity` of them; least recently used first to
-    go. Those of an iteration are on the device as well.
+    """The embeddings of one policy in host memory; those of the current iteration are on the device
+    as well.
 
-    store: holds all that will be asked for; without one they come from the policy's encoders.
+    Args:
+        policy: what the embeddings are for.
+        store: holds every embedding that will be asked for. Default: they are computed by the
+            policy's text encoders.
+        capacity: embeddings kept at most; the least recently used are dropped first. Default:
+            `KEPT` or, with a store, `KEPT_OF_STORE`.
     """
 
     def __init__(
@@ -63,12 +70,15 @@ class EmbeddingCache:
         self._policy, self._store = policy, store
         self._capacity = capacity or (KEPT if store is None else KEPT_OF_STORE)
         self._held: OrderedDict[Identity, Conditioning] = OrderedDict()
-        self._shapes: dict[Identity, Shape] = {}  # of all that were ever asked for
-        self._there: dict[tuple, Conditioning] = {}  # by `_key`: what `each` gave last
+        # Never dropped, unlike the embeddings: forming batches asks for all shapes again.
+        self._shapes: dict[Identity, Shape] = {}
+        # The rows on the device that the last call of `each` made, by `_key`.
+        self._there: dict[tuple, Conditioning] = {}
 
     def get(self, examples: list[Example]) -> Conditioning:
         """The conditioning of n examples of one shape, [n, ...] on the policy's device, as
-        `Policy.encode`. Nothing is copied there where `each` was asked for them all last."""
+        `Policy.encode` returns it. Examples of the last call of `each` are not copied to the device
+        again."""
         keys = [self._key(example) for example in examples]
         if all(key in self._there for key in keys):
             rows = [self._there[key] for key in keys]
@@ -76,7 +86,8 @@ class EmbeddingCache:
         return self._encoded(examples)
 
     def _key(self, example: Example) -> tuple:
-        """What an example's conditioning depends on."""
+        """Everything that an example's conditioning depends on: its identity, and that of the
+        example that it is guided away from."""
         opposed = self._policy.opposed(example)
         return self._policy.identity(example), opposed and self._policy.identity(opposed)
 
@@ -84,6 +95,7 @@ class EmbeddingCache:
         opposed = [
             other for example in examples if (other := self._policy.opposed(example)) is not None
         ]
+        # Embeddings are dropped only at the end, because one call may need more than `capacity`.
         self._hold([*examples, *opposed])
         found = self._rows(examples)
         if opposed:
@@ -93,9 +105,9 @@ class EmbeddingCache:
 
     def each(self, examples: list[Example]) -> Conditions:
         """The conditionings of n examples whose shapes may differ, on the policy's device. They
-        stay there until others are asked for: training wants those of the rollout again, for every
+        stay there until the next call, because training uses those of the rollout again in every
         micro-batch."""
-        self._there = {}
+        self._there = {}  # first, so that old and new rows are not on the device together
         shapes, stacks = self.shapes(examples), {}
         for places in by_shape(shapes):
             stack = stacks[shapes[places[0]]] = self._encoded([examples[n] for n in places])
@@ -105,8 +117,8 @@ class EmbeddingCache:
         return Conditions(shapes, stacks)
 
     def shapes(self, examples: list[Example]) -> list[Shape]:
-        """The shape of each example's conditioning; None for all of a family whose conditionings
-        have one."""
+        """The shape of each example's conditioning: None for all examples of a family with one
+        shape."""
         if not self._policy.ragged:
             return [None] * len(examples)
         return [
@@ -143,13 +155,14 @@ class EmbeddingCache:
 
 
 def embed_one(policy: Policy, example: Example) -> Conditioning:
-    """An example's embedding, on the CPU. Alone, because a batch's other texts would show in its
-    last bits."""
+    """The embedding of one example, [...] each, on the CPU."""
+    # Never in a batch: matrix products of other sizes would change its last bits, and a stored
+    # embedding must not depend on which others were missing with it.
     return {name: tensor[0].cpu() for name, tensor in policy.embed([example]).items()}
 
 
 def by_identity(family: Policy | type[Policy], examples: list[Example]) -> dict[Identity, Example]:
-    """One example for each different embedding."""
+    """One example for each distinct embedding, by identity."""
     found: dict[Identity, Example] = {}
     for example in examples:
         found.setdefault(family.identity(example), example)
@@ -158,24 +171,29 @@ def by_identity(family: Policy | type[Policy], examples: list[Example]) -> dict[
 
 # ------------------------------------------------------------------------------------------ on disk
 class EmbeddingStore:
-    """A folder of embeddings: a safetensors file for each, found by what it depends on.
+    """A folder of embeddings: one safetensors file for each, named by a hash of everything that it
+    depends on.
 
-    A file is replaced as a whole and carries a checksum, so it is either right or known to be
-    damaged.
-    kind: what all of them depend on (JSON values): encoders, dtype, length.
+    A file is replaced as a whole and holds a checksum, so damage is always noticed.
+
+    Args:
+        folder: created by the first write.
+        kind: what all embeddings depend on, as JSON values: encoders, dtype, text length.
     """
 
     def __init__(self, folder: str | Path, kind: dict):
         self.folder, self._kind = Path(folder), kind
 
     def path(self, identity: Identity) -> Path:
+        """The file of an embedding, which need not exist."""
         key = json.dumps([FORMAT, self._kind, *identity], sort_keys=True)
         name = hashlib.sha256(key.encode()).hexdigest()
+        # In 256 subfolders: file systems slow down with very many files in one folder.
         return self.folder / name[:2] / f"{name}.safetensors"
 
     def problem_with(self, identity: Identity) -> str | None:
-        """What is wrong with a file, read whole: None where nothing is, "missing", or how it is
-        damaged."""
+        """What is wrong with the file of an embedding: "missing", or how it is damaged; None if
+        nothing. The whole file is read."""
         try:
             self._read(identity)
         except FileNotFoundError:
@@ -185,18 +203,22 @@ class EmbeddingStore:
         return None
 
     def read(self, identity: Identity) -> Conditioning:
-        """One example's embeddings, [...] each, on the CPU. RankError where they are missing or
-        damaged."""
+        """The embedding of one example, [...] each, on the CPU.
+
+        Raises:
+            RankError: the file is missing or damaged. All files were checked at the start, so it
+                changed during the run, and perhaps only this rank sees that.
+        """
         try:
             return self._read(identity)
         except (SafetensorError, OSError, ValueError, KeyError) as error:
             raise RankError(
                 f"data.embedding_cache: {self.path(identity)} was whole when the run began and"
-                f" cannot be read now: {error}; start again, with --resume, and it is made anew"
+                f" cannot be read now: {error}; start again with --resume, which writes it again"
             ) from None
 
     def write(self, identity: Identity, embeddings: Conditioning) -> int:
-        """Write one example's embeddings, [...] each; returns the size in bytes."""
+        """Write the embedding of one example, [...] each. Returns the size of the file in bytes."""
         tensors = {name: tensor.cpu().contiguous() for name, tensor in embeddings.items()}
         content = save(
             tensors, metadata={"text": "\n".join(identity), "crc32": str(_checksum(tensors))}
@@ -222,6 +244,7 @@ class EmbeddingStore:
 def _checksum(tensors: Conditioning) -> int:
     value = 0
     for name in sorted(tensors):
+        # Viewed as bytes, because numpy has no bfloat16.
         value = zlib.crc32(
             tensors[name].reshape(-1).view(torch.uint8).numpy().data,
             zlib.crc32(name.encode(), value),
@@ -231,9 +254,10 @@ def _checksum(tensors: Conditioning) -> int:
 
 # ----------------------------------------------------------------------------- at a run's beginning
 def store_of(config: Config, device: torch.device | str) -> EmbeddingStore:
-    """The folder data.embedding_cache, for what the config embeds with (a collective)."""
+    """The store in data.embedding_cache for the encoders and settings of a config (a
+    collective)."""
     m, family = config.model, family_of(config.model.path)
-    # reads all their weights
+    # On rank 0 alone, because it hashes all weights of the encoders.
     encoders = encoder_identity(m.path) if distributed.rank() == 0 else None
     return EmbeddingStore(
         config.data.embedding_cache,  # type: ignore[arg-type]  # called where a cache is configured
@@ -242,6 +266,7 @@ def store_of(config: Config, device: torch.device | str) -> EmbeddingStore:
             "encoders": distributed.agree_on(encoders),
             "dtype": str(resolve_dtype(m.dtype, device)),
             "max_sequence_length": check_text_length(m.path, m.max_sequence_length),
+            # Only if it matters, so that other families keep their files when the size changes.
             **({"size": str(config.rollout.size)} if family.sized else {}),
         },
     )
@@ -253,8 +278,18 @@ def write_missing(
     load: Callable[[], Policy],
     note: Callable[[str], None],
 ) -> None:
-    """Have the embedding of every example in the store; each rank makes its share. load: the policy
-    with its text encoders."""
+    """Compute the embeddings that a store lacks; each rank does its share (a collective).
+
+    Args:
+        store: on a file system that all ranks share.
+        examples: by identity, the same on every rank.
+        load: loads the policy with its text encoders; called only if something is missing.
+        note: is told what happens.
+
+    Raises:
+        UserError: on every rank alike, with the reason of the first rank that failed.
+    """
+    # A rank that failed must still reach the collectives below, or the others would wait forever.
     mine, trouble = list(examples)[distributed.rank() :: distributed.world_size()], None
     try:
         missing = _missing(store, mine)
@@ -267,19 +302,20 @@ def write_missing(
             else f"data.embedding_cache: {store.folder}: {error}"
         )
     found = distributed.first_of_any(trouble)
+    # Every rank looks for the files of all ranks: on folders of its own it would find its own only.
     if not found and distributed.reduce(
         not all(store.path(identity).exists() for identity in examples), "max"
     ):
         found = (
-            f"data.embedding_cache: {store.folder} is not the same folder for all ranks; it must be"
-            " on a file system they share"
+            f"data.embedding_cache: {store.folder} is not the same folder for all ranks; name one"
+            " on a file system that they share"
         )
     if found:
         raise UserError(found)
 
 
 def _missing(store: EmbeddingStore, identities: list[Identity]) -> list[Identity]:
-    """Those without a whole file; damaged ones are named."""
+    """The identities without a sound file. Damaged files are reported on the console."""
     missing = []
     with _progress() as progress:
         for identity in progress.track(identities, description="checking prompt embeddings"):
@@ -289,7 +325,7 @@ def _missing(store: EmbeddingStore, identities: list[Identity]) -> list[Identity
             if problem not in (None, "missing"):
                 print(
                     f"warning: data.embedding_cache: {store.path(identity)} is {problem}; it is"
-                    " made anew",
+                    " written again",
                     flush=True,
                 )
     return missing
@@ -312,9 +348,12 @@ def _embed(
         task = progress.add_task("embedding prompts", total=len(examples))
         for done, (identity, example) in enumerate(examples.items(), 1):
             size = store.write(identity, embed_one(policy, example))
+            # The first file tells the size of all; running out of space later would waste hours.
             if done == 1:
                 _check_space(store, size * (len(examples) - 1) * distributed.world_size())
             progress.advance(task)
+    # The denoiser is loaded next, and needs the memory that reference cycles and the allocator's
+    # cache would keep.
     del policy
     gc.collect()
     if torch.cuda.is_available():
@@ -327,7 +366,7 @@ def _check_space(store: EmbeddingStore, needed: int) -> None:
         raise UserError(
             f"data.embedding_cache: {store.folder} needs {needed / 1e9:.1f} GB more and has"
             f" {free / 1e9:.1f} GB free; name another folder, lower model.max_sequence_length, or"
-            " set null to keep the text encoders instead"
+            " set it to null to keep the text encoders loaded instead"
         )
 
 

@@ -1,5 +1,8 @@
-"""FLUX.1 (dev, schnell and finetunes): packed 2 x 2 latents, guidance as an embedding,
-resolution-dependent shift."""
+"""FLUX.1 (dev, schnell and finetunes): latents packed in patches of 2 x 2, the guidance scale as an
+input of the transformer, and a sampling grid shifted by the resolution.
+
+There is no classifier-free guidance and so no negative prompt.
+"""
 
 from __future__ import annotations
 
@@ -17,19 +20,19 @@ from tempflow.types import Example, Size
 
 @lru_cache(maxsize=16)
 def image_ids(rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """Position ids of an image's tokens, [rows * columns, 3]. Kept, because copying them to a GPU
-    anew cannot be captured in a graph."""
+    """Position ids of an image's tokens, [rows * columns, 3]."""
+    # Cached, because a copy from the host to the GPU cannot be captured in a CUDA graph.
     return flux_image_ids(rows, columns, device, dtype)
 
 
 @lru_cache(maxsize=16)
 def text_ids(length: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """Position ids of the text's tokens, [length, 3], kept likewise."""
+    """Position ids of the text's tokens, [length, 3]; cached for the same reason."""
     return torch.zeros(length, 3, device=device, dtype=dtype)
 
 
 class FluxPolicy(Policy):
-    """Velocities of a FluxTransformer2DModel as its pipeline asks for them."""
+    """Velocities of a FluxTransformer2DModel with the same inputs as in FluxPipeline."""
 
     text_length, longest_text = 512, 512
     lora_targets: tuple[str, ...] = (
@@ -49,7 +52,8 @@ class FluxPolicy(Policy):
 
     @staticmethod
     def size_multiple(vae_config) -> int:
-        # The VAE halves the size between its blocks, packing once more.
+        # The VAE halves the size between its blocks, one time less than it has blocks; packing
+        # halves it once more.
         return 2 ** len(vae_config["block_out_channels"])
 
     @torch.no_grad()
@@ -57,7 +61,7 @@ class FluxPolicy(Policy):
         texts = [example.text for example in examples]
         embeds, pooled, _ = self.pipe.encode_prompt(
             prompt=texts,
-            prompt_2=None,
+            prompt_2=None,  # T5 reads the same text as CLIP
             device=self.device,
             max_sequence_length=self.max_sequence_length,
         )
@@ -84,6 +88,7 @@ class FluxPolicy(Policy):
 
     def sigmas(self, num_steps: int, size: Size) -> torch.Tensor:
         scheduler, length = self.pipe.scheduler, self.latent_shape(size)[0]
+        # As in the pipeline, the scheduler makes the grid itself only if it is set to flow sigmas.
         given = (
             None
             if scheduler.config.get("use_flow_sigmas")
@@ -97,8 +102,8 @@ class FluxPolicy(Policy):
     def _image_inputs(
         self, x: torch.Tensor, conditioning: Conditioning, size: Size
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The transformer's tokens that are no text, [n, tokens, channels], those of the latents
-        first, and their position ids."""
+        """The transformer's image tokens [n, tokens, channels], those of the latents first, and
+        their position ids [tokens, 3]."""
         return x, image_ids(*self._packed_size(size), x.device, x.dtype)
 
     def velocity(self, denoiser, x, sigma, conditioning, size, guidance, dtype=None):

@@ -1,15 +1,15 @@
 """FLUX.2 [dev] and [klein]: 2 x 2 patches of a batch-normalized VAE, language models as text
-encoders, a shift by size and steps.
+encoders, and a sampling grid shifted by size and number of steps.
 
-Three classes of one architecture. [dev] is given its guidance scale as a number. [klein] base
-models are guided by a second forward with an empty prompt. [klein] models that are distilled to a
-few steps are not guided at all. Text is padded to `max_sequence_length` tokens that are all
-attended to, as the pipelines do it, so a shorter length is another conditioning.
+Three classes share one architecture. [dev] takes its guidance scale as an input. [klein] base
+models are guided by a second prediction with an empty prompt. [klein] models that are distilled to
+a few steps are not guided. As in the pipelines, text is padded to `max_sequence_length` tokens, all
+of which are attended to, so another length gives other images.
 
-A prompt may bring reference images. Each is scaled down to a megapixel where it is larger, and
-cropped about its center to whole tokens; the tokens of the VAE's mode follow those of the latents,
-told apart by the first of their position ids, and what the transformer predicts for them is cut
-off.
+A prompt may have reference images. Each one above a megapixel is scaled down to it, and is cropped
+about its center to whole tokens. The mode of its VAE encoding gives tokens that follow those of the
+latents; the first of their position ids numbers the images. The transformer's predictions for them
+are dropped.
 """
 
 from __future__ import annotations
@@ -32,21 +32,28 @@ from tempflow.models.sizes import check_multiple
 from tempflow.models.vae import encoding_whole
 from tempflow.types import Example, Size
 
-MOST_SINGLE_BLOCKS = 48  # of the published models: [dev]'s
-IMAGE = "image_"  # with a number: of the conditioning, [n, rows, columns, channels]
+MOST_SINGLE_BLOCKS = 48  # [dev] has the most of the published models
+# With a number: name of a reference image in the conditioning, [n, rows, columns, channels].
+IMAGE = "image_"
 AREA = 1024 * 1024  # pixels of a reference image, at most
-APART = 10  # between the first position ids of latents and reference images
+APART = 10  # distance between the first position ids of latents and reference images
 
 
 @lru_cache(maxsize=64)
 def position_ids(
     grids: tuple[tuple[int, int], ...], text: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Coordinates (image, row, column, place in the text) of the tokens of latents and reference
-    images of so many rows and columns, and of the text's tokens, int64 [tokens, 4] each.
+    """Position ids of all tokens: (image, row, column, place in the text).
 
-    Kept, because copying them to a GPU anew cannot be captured in a graph.
+    Args:
+        grids: rows and columns of the latents' tokens, then of each reference image's.
+        text: tokens of the text.
+        device: where the ids are needed.
+
+    Returns:
+        Those of the latents and reference images, and those of the text, int64 [tokens, 4] each.
     """
+    # Cached, because a copy from the host to the GPU cannot be captured in a CUDA graph.
     zero = torch.zeros(1, dtype=torch.int64)
     images = [
         torch.cartesian_prod(zero + APART * n, torch.arange(rows), torch.arange(columns), zero)
@@ -63,10 +70,10 @@ def to_tokens(latents: torch.Tensor) -> torch.Tensor:
 
 
 class _Flux2(Policy):
-    """What the three have in common."""
+    """What the three classes have in common."""
 
     text_length, longest_text = 512, 512
-    ragged = True  # with reference images
+    ragged = True  # with reference images, see `ragged_with`
     images_taken = (0, 10)
     embeds_with = ("vae",)
     lora_targets = (
@@ -83,14 +90,15 @@ class _Flux2(Policy):
         "ff_context.linear_in",
         "ff_context.linear_out",
         "attn.to_qkv_mlp_proj",
-        # By number: in the double blocks "attn.to_out" is the list that holds to_out.0, which
-        # cannot be adapted itself.
+        # Named block by block: the ending "attn.to_out" alone would also match the double blocks,
+        # where it is a list of modules, which peft cannot adapt.
         *(f"single_transformer_blocks.{block}.attn.to_out" for block in range(MOST_SINGLE_BLOCKS)),
     )
 
     @staticmethod
     def size_multiple(vae_config) -> int:
-        # The VAE halves the size between its blocks, patching once more.
+        # The VAE halves the size between its blocks, one time less than it has blocks; patches
+        # halve it once more.
         return 2 ** len(vae_config["block_out_channels"])
 
     @classmethod
@@ -102,14 +110,13 @@ class _Flux2(Policy):
         super().check_images(example, where)
         for image in example.images:
             try:
+                # Opening a file reads only its header, so all images of a run are checked quickly.
                 with (
                     Image.fromarray(image) if isinstance(image, np.ndarray) else Image.open(image)
-                ) as opened:  # its header alone
+                ) as opened:
                     Flux2ImageProcessor.check_image_input(opened)
-            except (
-                OSError,
-                ValueError,
-            ) as error:  # no image, or one of a size that the pipeline refuses
+            # OSError: not an image. ValueError: a size that the pipeline refuses.
+            except (OSError, ValueError) as error:
                 raise UserError(f"{where}: {error}") from None
 
     @torch.no_grad()
@@ -120,13 +127,13 @@ class _Flux2(Policy):
         )
         if not any(example.images for example in examples):
             return {"encoder_hidden_states": embeds}
-        (example,) = examples
+        (example,) = examples  # one at a time, since the family is ragged with images
         return {"encoder_hidden_states": embeds} | {
             f"{IMAGE}{n}": self._image_tokens(image) for n, image in enumerate(example.images)
         }
 
     def _image_tokens(self, image) -> torch.Tensor:
-        """Of one of `Example.images`, [1, rows, columns, channels]."""
+        """The tokens of one of `Example.images`, [1, rows, columns, channels]."""
         pipe, multiple, image = (
             self.pipe,
             self.size_multiple(self.pipe.vae.config),
@@ -141,6 +148,7 @@ class _Flux2(Policy):
         pixels = pipe.image_processor.preprocess(
             image, height=rows * multiple, width=columns * multiple, resize_mode="crop"
         )
+        # Each image by itself: with all in one call the pipeline would join their tokens.
         with encoding_whole(pipe.vae):
             tokens, _ = pipe.prepare_image_latents(
                 [pixels], 1, generator=None, device=self.device, dtype=pipe.vae.dtype
@@ -171,6 +179,7 @@ class _Flux2(Policy):
 
     def sigmas(self, num_steps: int, size: Size) -> torch.Tensor:
         scheduler, (rows, columns) = self.pipe.scheduler, self._grid(size)
+        # As in the pipelines, the scheduler makes the grid itself only if it is set to flow sigmas.
         given = (
             None
             if scheduler.config.get("use_flow_sigmas")
@@ -194,7 +203,11 @@ class _Flux2(Policy):
     def _forward(
         self, denoiser, x, sigma, conditioning, size, guidance: torch.Tensor | None = None
     ):
+        """The denoiser's prediction of n rows [n, channels, rows, columns]; `guidance` [n] is the
+        scale for a denoiser that takes it as an input."""
         text, latents = conditioning["encoder_hidden_states"], to_tokens(x)
+        # Everything but the text is an image. By number, because the order of names may differ
+        # between computed and stored embeddings.
         images = [conditioning[f"{IMAGE}{n}"] for n in range(len(conditioning) - 1)]
         grids = self._grid(size), *(tuple(image.shape[1:3]) for image in images)
         image_ids, text_ids = position_ids(grids, text.shape[1], x.device)
@@ -208,11 +221,12 @@ class _Flux2(Policy):
             txt_ids=text_ids,
             return_dict=False,
         )[0][:, : latents.shape[1]]
+        # Made contiguous once; the kernels would copy it at each use.
         return predicted.transpose(1, 2).reshape(x.shape).contiguous()
 
     def _for_vae(self, latents: torch.Tensor) -> torch.Tensor:
-        """Final latents [n, 4 C, rows, columns] as the VAE decodes them: the batch norm undone,
-        patches of 2 x 2 taken apart."""
+        """Final latents [n, 4 C, rows, columns] as the VAE decodes them, [n, C, 2 rows, 2 columns]:
+        the batch norm is undone and patches of 2 x 2 are taken apart."""
         vae, (count, channels, rows, columns) = self.pipe.vae, latents.shape
         std = torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps)
         mean, std = (values.view(1, -1, 1, 1).to(latents) for values in (vae.bn.running_mean, std))
@@ -227,8 +241,8 @@ class _Flux2(Policy):
 
 
 class Flux2Policy(_Flux2):
-    """Velocities of a Flux2Transformer2DModel as FLUX.2 [dev]'s pipeline asks for them, guidance
-    embedded."""
+    """Velocities of FLUX.2 [dev] with the same inputs as in Flux2Pipeline; the guidance scale is an
+    input of the transformer."""
 
     def velocity(self, denoiser, x, sigma, conditioning, size, guidance, dtype=None):
         dtype = dtype or self.dtype
@@ -243,17 +257,19 @@ class Flux2Policy(_Flux2):
         )
 
     def finished(self, latents: torch.Tensor) -> torch.Tensor:
+        # The two pipelines return latents at different points: this one before it unpacks tokens,
+        # klein's after it has undone the batch norm and the patches.
         return to_tokens(latents)
 
 
 class Flux2KleinPolicy(_Flux2):
-    """Velocities of FLUX.2 [klein]: guided by an empty prompt in base models, without guidance in
-    distilled ones."""
+    """Velocities of FLUX.2 [klein] as distilled, which take no guidance."""
 
     takes_guidance = False
 
     @classmethod
     def variant(cls, index):
+        # Both kinds of checkpoints name the same pipeline class.
         return cls if index.get("is_distilled") else Flux2KleinBasePolicy
 
     def finished(self, latents: torch.Tensor) -> torch.Tensor:
@@ -261,9 +277,11 @@ class Flux2KleinPolicy(_Flux2):
 
 
 class Flux2KleinBasePolicy(Flux2KleinPolicy, GuidedPolicy):
-    """Guided velocities of FLUX.2 [klein] base; another negative prompt than "" is what the
-    pipeline takes as negative_prompt_embeds."""
+    """Guided velocities of FLUX.2 [klein] base. The pipeline takes a negative prompt other than ""
+    only as negative_prompt_embeds; here it is a text."""
 
     takes_guidance = True
+    # Texts are padded to one length, and the negative prompt has the same reference images.
     halves_alike = True
+    # Both base classes have a `velocity`, and that of `_Flux2` would come first.
     velocity = GuidedPolicy.velocity

@@ -1,11 +1,10 @@
-"""FLUX.1 Depth and Canny: FLUX.1 that draws to a control image, such as a depth or edge map, which
-the prompt brings ready-made.
+"""FLUX.1 Depth and Canny: FLUX.1 that follows a control image, such as a depth map or edges.
 
-The control image is scaled to the size of the output. The VAE's latents of it are packed as those
-of the output are, and stand beside them in the channels of every forward, so a row has as many
-tokens as without control. diffusers draws them from the VAE's posterior; here they are its mode, so
-that a prompt's conditioning is the same in every forward of it, in the embedding cache and after a
-resume.
+The prompt's condition image is the finished control image; nothing is detected here. It is scaled
+to the size of the output, its VAE latents are packed like those of the output, and both are joined
+along the channels in every forward, so a row has as many tokens as without control. diffusers
+samples these latents from the VAE's posterior. Here they are its mode, so that a prompt has the
+same conditioning in every forward, in the embedding cache and after a resume.
 """
 
 from __future__ import annotations
@@ -18,16 +17,17 @@ from tempflow.models.flux import FluxPolicy
 from tempflow.models.vae import encoding_whole
 from tempflow.types import Example, Size
 
-CONTROL = "control_latents"  # of the conditioning: [n, tokens, channels], as packed latents
+CONTROL = "control_latents"  # name in the conditioning; packed like latents, [n, tokens, channels]
 
 
 class FluxControlPolicy(FluxPolicy):
-    """Velocities of a FluxTransformer2DModel under a control image, as FluxControlPipeline asks for
-    them."""
+    """Velocities of a FluxTransformer2DModel with a control image, with the same inputs as in
+    FluxControlPipeline."""
 
     images_taken = (1, 1)
     embeds_with = ("vae",)
     sized = True
+    # x_embedder is the layer through which the control image enters.
     lora_targets: tuple[str, ...] = ("x_embedder", *FluxPolicy.lora_targets)
 
     @torch.no_grad()
@@ -37,9 +37,9 @@ class FluxControlPolicy(FluxPolicy):
         }
 
     def _control_latents(self, example: Example) -> torch.Tensor:
-        """[1, tokens, channels], of one image alone: another beside it would show in its last
-        bits."""
-        assert self.size  # `embedding_for` sets it
+        """The control latents of one example, [1, tokens, channels]."""
+        # One image at a time, because another one in the VAE's batch would change the last bits.
+        assert self.size  # set by `embedding_for`
         vae, (rows, columns) = self.pipe.vae, self._packed_size(self.size)
         pixels = self.pipe.image_processor.preprocess(
             condition_image(example.images[0]), self.size.height, self.size.width
@@ -52,13 +52,14 @@ class FluxControlPolicy(FluxPolicy):
         return patches.permute(0, 2, 4, 1, 3, 5).reshape(1, rows * columns, -1)
 
     def empty_embeddings(self, count: int) -> Conditioning:
-        assert self.size  # `embedding_for` sets it
+        assert self.size  # set by `embedding_for`
         control = torch.empty(
             count, *self.latent_shape(self.size), dtype=self.dtype, device=self.device
         )
         return super().empty_embeddings(count) | {CONTROL: control}
 
     def latent_shape(self, size: Size) -> tuple[int, int]:
+        # Half of the transformer's input channels are the control image's.
         tokens, channels = super().latent_shape(size)
         return tokens, channels // 2
 

@@ -1,9 +1,9 @@
-"""FLUX.1-Kontext: FLUX.1 that also sees the tokens of one image, which it edits.
+"""FLUX.1-Kontext: FLUX.1 that edits one condition image, whose tokens the transformer also sees.
 
-The image is scaled to the one of the pipeline's preferred resolutions, all about a megapixel, whose
-shape is nearest to its own; the VAE encodes it to its mode. Its tokens follow those of the latents,
-told apart by the first of their position ids, and what the transformer predicts for them is cut
-off. They depend on the prompt alone and are part of its embedding.
+The image is scaled to the preferred resolution of the pipeline, all about a megapixel, with the
+nearest aspect ratio, and encoded to the mode of the VAE. Its tokens follow those of the latents,
+with another first position id; the transformer's predictions for them are dropped. They do not
+depend on the output and are part of the prompt's embedding.
 """
 
 from __future__ import annotations
@@ -20,23 +20,24 @@ from tempflow.models.flux import FluxPolicy, image_ids
 from tempflow.models.vae import encoding_whole
 from tempflow.types import Example, Size
 
-IMAGE = "image_tokens"  # [n, rows, columns, channels] of the conditioning
-OF_IMAGE = 1  # first of the position ids; 0 of the latents and the text
+IMAGE = "image_tokens"  # name in the conditioning, [n, rows, columns, channels]
+OF_IMAGE = 1  # first position id of the image's tokens; latents and text have 0
 
 
 @lru_cache(maxsize=16)
 def both_ids(
     latents: tuple[int, int], image: tuple[int, int], device: torch.device, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Position ids of latents and image of so many rows and columns of tokens. Kept, as
-    `image_ids`."""
+    """Position ids [tokens, 3] of the latents' tokens and, after them, the image's. The first two
+    arguments are the rows and columns of each; cached like `image_ids`."""
     of_latents, of_image = (image_ids(*grid, device, dtype) for grid in (latents, image))
     number = torch.full_like(of_image[:, :1], OF_IMAGE)
     return torch.cat([of_latents, torch.cat([number, of_image[:, 1:]], dim=1)])
 
 
 def preferred_size(width: int, height: int) -> tuple[int, int]:
-    """(width, height) in pixels to which the pipeline scales an image: nearest in shape."""
+    """The (width, height) in pixels to which the pipeline scales an image: that of the nearest
+    aspect ratio."""
     _, wide, high = min(
         (abs(width / height - w / h), w, h)
         for w, h in pipeline_flux_kontext.PREFERRED_KONTEXT_RESOLUTIONS
@@ -45,10 +46,10 @@ def preferred_size(width: int, height: int) -> tuple[int, int]:
 
 
 class FluxKontextPolicy(FluxPolicy):
-    """Velocities of a FluxTransformer2DModel that edits an image, as FluxKontextPipeline asks for
-    them."""
+    """Velocities of a FluxTransformer2DModel that edits an image, with the same inputs as in
+    FluxKontextPipeline."""
 
-    ragged = True  # images of different shapes have different grids
+    ragged = True  # images of different aspect ratios have different grids of tokens
     images_taken = (1, 1)
     embeds_with = ("vae",)
 
@@ -62,10 +63,10 @@ class FluxKontextPolicy(FluxPolicy):
         image = condition_image(example.images[0])
         if min(image.size) < multiple:
             raise UserError(
-                f"a condition image of {image.width} x {image.height} pixels: each side needs"
-                f" {multiple} at least"
+                f"a condition image of {image.width} x {image.height} pixels is too small: each"
+                f" side needs at least {multiple}"
             )
-        # rounded down, which decides between shapes
+        # Rounded down to multiples first, as in the pipeline: it can decide between two ratios.
         height, width = pipe.image_processor.get_default_height_width(image)
         width, height = (side // multiple * multiple for side in preferred_size(width, height))
         pixels = pipe.image_processor.preprocess(
@@ -80,7 +81,7 @@ class FluxKontextPolicy(FluxPolicy):
                 width=width,
                 dtype=pipe.vae.dtype,
                 device=self.device,
-                latents=torch.empty(0),  # the pipeline would draw some
+                latents=torch.empty(0),  # else the pipeline would draw noise for them
             )
         return tokens.unflatten(1, (height // multiple, width // multiple))
 
@@ -108,6 +109,7 @@ class FluxKontextPolicy(FluxPolicy):
         return torch.cat([x, image.to(x.dtype).flatten(1, 2)], dim=1), ids
 
     def velocity(self, denoiser, x, sigma, conditioning, size, guidance, dtype=None):
+        # Only the first tokens are latents; the others are the image's.
         return super().velocity(denoiser, x, sigma, conditioning, size, guidance, dtype)[
             :, : x.shape[1]
         ]

@@ -1,13 +1,17 @@
-"""Classifier-free guidance, for families whose velocity is made of two forwards: with the prompt
-and with a negative one.
+"""Classifier-free guidance, for families whose velocity combines two predictions: one with the
+prompt and one with a negative prompt.
 
-Both halves go through the transformer as one batch of twice the rows, negative half first, so a row
-costs what two cost elsewhere, and the gradient flows through both. Where the shapes of two halves
-may differ they are two forwards, for every prompt, but one again through an engine of ZeRO-3: a
-forward there is a collective, so their number must not depend on which prompts a rank has, and
-DeepSpeed takes no second one before the backward. The negative prompt's embeddings are part of the
-conditioning, under the names of the prompt's with a prefix; a scale that does not guide (1 or less,
-as in diffusers) leaves them unused and runs one half.
+Both halves go through the transformer as one batch of twice the rows, the negative half first, so a
+row costs twice as much as without guidance, and the gradient flows through both.
+
+If the shapes of the two halves may differ, they are two forwards, for every prompt. Through an
+engine of ZeRO stage 3 they are one forward all the same: a forward there is a collective, so the
+number of forwards must not depend on the prompts that a rank has, and DeepSpeed allows one forward
+for each backward.
+
+The negative prompt's embeddings are part of the conditioning, under the names of the prompt's with
+a prefix. A scale that does not guide (1 or less, as in diffusers) leaves them unused and runs the
+positive half alone.
 """
 
 from __future__ import annotations
@@ -21,61 +25,80 @@ from tempflow.models.base import Policy
 from tempflow.models.conditions import Conditioning, index_rows
 from tempflow.types import Example, Size
 
-NEGATIVE = "negative_"
+NEGATIVE = "negative_"  # prefix of the names of a negative prompt's embeddings
 
 
-# a conditioning of rows of two shapes, where a family's `_forward` takes it
+# A conditioning whose rows may have two shapes: a list of rows, if a family's `_forward` takes one.
 Joined = dict[str, torch.Tensor | list[torch.Tensor]]
 
 
 def with_negatives(positive: Conditioning, negative: Conditioning) -> Conditioning:
-    """The conditioning of guided rows: embeddings of n examples and of what each of them is guided
-    away from."""
+    """The conditioning of guided rows, from the embeddings of n examples and those of the n
+    examples that they are guided away from."""
     return positive | {NEGATIVE + name: tensor for name, tensor in negative.items()}
 
 
 class GuidedPolicy(Policy):
-    """A family with classifier-free guidance. To write: `embed`, `_forward`, `_combine` where it is
-    not the plain one, and `_join` where the negative prompt's embeddings may have another shape.
+    """A family with classifier-free guidance.
 
-    halves_alike: of a `ragged` family, whether a negative prompt's embeddings have the shapes of
-    the prompt's, whatever the two say.
-    joins_lengths: whether `_join` takes halves of different lengths. Guidance at ZeRO stage 3 is
-    refused at the start of a run where it does not.
+    A subclass writes `embed` and `_forward`; `_combine` if the pipeline does not combine the two
+    predictions in the usual way; and `_join` if a negative prompt's embeddings may have another
+    shape than the prompt's.
     """
 
     default_negative_prompt = ""
     halves_alike = False
+    """For a `ragged` family: whether a negative prompt's embeddings always have the shapes of the
+    prompt's."""
     joins_lengths = True
+    """Whether `_join` takes halves of different lengths. If not, a run with guidance at ZeRO
+    stage 3 is refused at the start."""
 
     @abstractmethod
     def _forward(
         self, denoiser, x: torch.Tensor, sigma: torch.Tensor, conditioning: Joined, size: Size
     ) -> torch.Tensor:
-        """The denoiser's own prediction of n rows without guidance. x: [n, ...], its dtype the
-        denoiser's."""
+        """The denoiser's velocity of n rows without guidance.
+
+        Args:
+            denoiser: as in `velocity`.
+            x: latents [n, ...], already in the denoiser's dtype.
+            sigma: fp32 [n].
+            conditioning: of these rows, in the same dtype, without negative embeddings.
+            size: of the outputs.
+
+        Returns:
+            [n, ...] in the dtype of `x`.
+        """
 
     def _combine(
         self, positive: torch.Tensor, negative: torch.Tensor, scale: float | torch.Tensor
     ) -> torch.Tensor:
-        """The guided velocity of two predictions, [n, ...] each, in their dtype as the pipeline
-        does."""
+        """The guided velocity of two predictions, [n, ...] each, computed in their dtype as the
+        pipeline does."""
         return negative + scale * (positive - negative)
 
     def _scale(
         self, guidance: float, sigma: torch.Tensor, dtype: torch.dtype
     ) -> float | torch.Tensor:
-        """What `_combine` scales by: a number, or one for each of n rows, [n, 1, ...] of `dtype`.
-        sigma: of the rows, fp32 [n]."""
+        """The scale that `_combine` is given: a number, or [n, 1, ...] of `dtype` with one for each
+        row.
+
+        Args:
+            guidance: as in `velocity`.
+            sigma: of the rows, fp32 [n].
+            dtype: of the predictions.
+        """
         return guidance
 
     def _join(self, negative: Conditioning, positive: Conditioning) -> Joined:
-        """The conditionings of n rows each as that of one forward of 2n rows."""
+        """The conditioning of one forward of 2n rows, from those of its halves of n rows."""
         return {name: torch.cat([negative[name], tensor]) for name, tensor in positive.items()}
 
     def encode(self, examples: list[Example]) -> Conditioning:
         opposed = [cast(Example, self.opposed(example)) for example in examples]
-        distinct = {self.identity(example): example for example in opposed}  # most often one
+        # Each negative prompt is embedded once; most often all examples have the same.
+        distinct = {self.identity(example): example for example in opposed}
         places = {identity: n for n, identity in enumerate(distinct)}
         negative = index_rows(
             self.embed(list(distinct.values())),
@@ -104,7 +127,10 @@ class GuidedPolicy(Policy):
         if not self.guides(guidance):
             return forward(x, sigma, positive)
         scale = self._scale(guidance, sigma, dtype)
+        # By the prompt's names, so that both halves have their tensors in the same order.
         negative = {name: conditioning[NEGATIVE + name] for name in positive}
+        # Decided by the family and not by the shapes at hand, so that all prompts are computed in
+        # the same way, whether the lengths of the two halves happen to agree or not.
         if self.ragged and not self.halves_alike and not _sharded(denoiser):
             opposed = forward(x, sigma, negative)
             return self._combine(forward(x, sigma, positive), opposed, scale)
@@ -116,7 +142,7 @@ class GuidedPolicy(Policy):
 def _cast(
     value: torch.Tensor | list[torch.Tensor], dtype: torch.dtype
 ) -> torch.Tensor | list[torch.Tensor]:
-    """In another dtype, where it holds floating-point numbers."""
+    """The tensor or tensors in another dtype. Masks, which are bool, stay as they are."""
 
     def cast(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(dtype) if tensor.is_floating_point() else tensor
@@ -125,6 +151,7 @@ def _cast(
 
 
 def _sharded(denoiser) -> bool:
-    """Whether it is a DeepSpeed engine of ZeRO-3."""
+    """Whether the denoiser is a DeepSpeed engine of ZeRO stage 3."""
+    # By the method that only its engines have, so that rollouts need not import DeepSpeed.
     asked = getattr(denoiser, "zero_optimization_partition_weights", None)
     return asked is not None and asked()

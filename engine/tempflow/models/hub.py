@@ -1,4 +1,8 @@
-"""A model's files on this machine: its folder, or what the Hugging Face hub has under its id."""
+"""A model's files on this machine: a local folder, or files fetched from the Hugging Face hub.
+
+Every failure is one UserError that says what to do. huggingface_hub is imported only when a hub id
+is used.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from typing import Any
 from tempflow.errors import UserError, brief, shown
 
 CARDS = Path(__file__).parent.parent / "assets/cards"  # folders of configs without weights
-KNOWN = {  # hub ids that one of them describes
+KNOWN = {  # hub id: the card that describes it
     "black-forest-labs/FLUX.1-Canny-dev": "flux-control",
     "black-forest-labs/FLUX.1-Depth-dev": "flux-control",
     "black-forest-labs/FLUX.1-dev": "flux-dev",
@@ -34,19 +38,24 @@ KNOWN = {  # hub ids that one of them describes
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": "wan21-14b",
     "Wan-AI/Wan2.2-T2V-A14B-Diffusers": "wan22-a14b",
 }
+# Endings of checkpoints that are a single file, which this engine does not read.
 ONE_FILE = (".safetensors", ".sft", ".ckpt", ".gguf", ".pt", ".pth", ".bin")
 
 
 def local_model(path: str) -> str:
-    """The folder that describes a model: itself, or the card of a known hub id; other hub ids stay
-    as they are."""
+    """The folder with a model's configs, for estimates without a download: the card of a known hub
+    id. Folders and other hub ids are returned as they are."""
     card = CARDS / KNOWN.get(path, "-")
+    # A local folder named like a hub id goes first, as in diffusers.
     return str(card) if not Path(path).exists() and card.is_dir() else path
 
 
 def model_index(path: str) -> Path:
-    """model_index.json of a pipeline folder or hub id, fetched where it must be. UserError where
-    there is none."""
+    """The path of model_index.json of a pipeline folder, or of a hub id, from which it is fetched.
+
+    Raises:
+        UserError: there is none.
+    """
     folder = Path(path)
     try:
         if folder.is_file():
@@ -55,10 +64,8 @@ def model_index(path: str) -> Path:
             return fetch(path, "model_index.json")
         if (folder / "model_index.json").is_file():
             return folder / "model_index.json"
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # no permission, too long, or characters that no path has
+    # No permission, a path that is too long, or a zero byte in it.
+    except (OSError, ValueError) as error:
         raise UserError(
             f"model.path: {shown(path, 200)} cannot be read:"
             f" {getattr(error, 'strerror', None) or error}"
@@ -67,11 +74,16 @@ def model_index(path: str) -> Path:
 
 
 def fetch(path: str, file: str) -> Path:
-    """One file of a hub id. UserError where it cannot be had."""
+    """Fetch one file of a hub id, from the hub or its cache; returns its path.
+
+    Raises:
+        UserError: the file cannot be fetched, or `path` is no hub id.
+    """
     import huggingface_hub as hub
 
     if path.endswith(ONE_FILE):
         raise UserError(f"model.path: file {path} does not exist")
+    # Paths of folders that are not there: asking the hub about them would end in a puzzling error.
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
         raise UserError(
             f"model.path: folder {path} does not exist (a hub id has the form owner/name)"
@@ -85,59 +97,71 @@ def fetch(path: str, file: str) -> Path:
 
 
 def _reach(path: str, file: str) -> None:
-    """Ask the hub once. Without a network the download itself would ask six times, for half a
-    minute and a screen of warnings."""
+    """Ask the hub once whether it answers. Without a network the download would try six times, for
+    half a minute, and print a screen of warnings."""
     import huggingface_hub as hub
 
     try:
         hub.get_hf_file_metadata(hub.hf_hub_url(path, file))
     except hub.errors.HfHubHTTPError:
-        pass  # it answers: the download knows what to make of that, or tries again
+        pass  # it answered with an error, which the download reports, or tries again
 
 
 def local_folder(path: str, pipeline: Any, left_out: list[str]) -> Path:
-    """The folder of a checkpoint, all but the components in left_out downloaded where `path` is a
-    hub id. UserError otherwise."""
+    """The local folder of a checkpoint; a hub id is downloaded.
+
+    Args:
+        path: folder or hub id.
+        pipeline: the diffusers pipeline class.
+        left_out: names of components that are not downloaded.
+
+    Raises:
+        UserError: the download failed.
+    """
     if Path(path).is_dir():
         return Path(path)
     try:
+        # diffusers does not download components that are passed as None.
         return Path(pipeline.download(path, use_safetensors=True, **dict.fromkeys(left_out)))
     except Exception as error:
         raise UserError(f"model.path: {hub_fault(path, 'its files', error)}") from None
 
 
 def hub_fault(path: str, file: str, error: Exception) -> str:
-    """Why a file of a hub id could not be had, and what to do."""
+    """Why a file of a hub id could not be fetched, and what to do."""
     from huggingface_hub import errors
 
     if isinstance(error, errors.HFValidationError):
         return (
-            f"no folder {path}, and a hub id has the form owner/name, of letters, digits, '-', '_'"
-            " and '.'"
+            f"no folder {path}, and no hub id either: those have the form owner/name, with letters,"
+            " digits, '-', '_' and '.'"
         )
     if isinstance(error, errors.GatedRepoError):
         return f"{path} is gated: accept its conditions on the hub, and log in with `hf auth login`"
     if isinstance(error, errors.RepositoryNotFoundError):
         return (
-            f"no folder {path}, and no such model on the hub (of a private one: log in with `hf"
+            f"no folder {path}, and no such model on the hub (if it is private, log in with `hf"
             " auth login`)"
         )
+    # LocalEntryNotFoundError derives from EntryNotFoundError, but means that there is no network.
     if isinstance(error, errors.EntryNotFoundError) and not isinstance(
         error, errors.LocalEntryNotFoundError
     ):
-        return f"{path} on the hub has no {file}: it is no diffusers pipeline"
+        return f"{path} on the hub has no {file}: it is not a diffusers pipeline"
+    # The innermost cause names the fault; those around it only say that the download failed.
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
     return (
-        f"no folder {path}, and {file} of that name cannot be had from the hub"
+        f"no folder {path}, and {file} of the hub id of that name cannot be fetched"
         f" ({type(cause).__name__}: {brief(cause, 160)}); check the network, HTTPS_PROXY,"
         " HF_ENDPOINT and HF_HUB_OFFLINE, or name a local folder"
     )
 
 
 def _another_folder(folder: Path) -> str:
-    """What a folder without model_index.json is, by what lies in it."""
+    """What a folder without model_index.json is, judging from its files, and what to name
+    instead."""
 
     def holds(*names: str) -> bool:
         return any((folder / name).exists() for name in names)
@@ -156,21 +180,22 @@ def _another_folder(folder: Path) -> str:
         )
     if holds("config.json", "scheduler_config.json", "tokenizer_config.json"):
         return (
-            f"{folder} is one component of a pipeline; name the folder with model_index.json, often"
-            " the one above"
+            f"{folder} is one component of a pipeline; name the folder that holds model_index.json,"
+            " usually the one above"
         )
     return f"{folder} has no model_index.json; a folder written by save_pretrained is expected"
 
 
 def _one_file(file: Path) -> str:
+    """What a file in place of a folder is, and what to name instead."""
     if file.name == "model_index.json":
         return f"{file} is a file; name its folder, {file.parent}"
     if not file.name.endswith(ONE_FILE):
         return f"{file} is a file; a folder with model_index.json is expected"
     if file.suffix == ".gguf":
         return (
-            f"{file} is a checkpoint in one file, and quantised; a diffusers pipeline folder with"
-            " whole weights is expected"
+            f"{file} is a checkpoint in one file, and quantized; a diffusers pipeline folder with"
+            " float32, bfloat16 or float16 weights is expected"
         )
     return (
         f"{file} is a checkpoint in one file; convert it with diffusers, FluxPipeline (or"
@@ -180,14 +205,16 @@ def _one_file(file: Path) -> str:
 
 
 def folder_hash(folders: list[Path]) -> str:
-    """SHA-256 over the names and contents of all files of some folders."""
+    """SHA-256 over the names and contents of all files in some folders. It does not depend on where
+    the folders are, so a moved checkpoint keeps its hash."""
     whole = hashlib.sha256()
     for folder in sorted(folders):
         for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+            # With the size before the contents, no two lists of files give the same bytes.
             whole.update(
                 f"{folder.name}/{file.relative_to(folder)}\0{file.stat().st_size}\0".encode()
             )
             with open(file, "rb") as content:
-                while block := content.read(1 << 24):
+                while block := content.read(1 << 24):  # 16 MiB, since files have many gigabytes
                     whole.update(block)
     return whole.hexdigest()

@@ -1,6 +1,9 @@
-"""Which linear layers of a transformer see every token: those where most of its weights and of its
-operations are, and that bear fewer bits. Modulations act on one vector a row; there fewer bits
-would cost accuracy and save no time."""
+"""Finds the linear layers of a transformer that process every token.
+
+They hold most of the weights and do most of the operations, so they are the layers that are
+quantized. Modulation layers are left out: they process one vector per row, so fewer bits would cost
+accuracy and save no time.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,14 @@ from typing import Iterator
 
 import torch
 
+# Parts of module names that mark modulation layers in the families here: "norm1", "img_mod",
+# "adaLN_modulation" and the like.
 _MODULATION = re.compile(r"(^|\.)(norm[^.]*|[^.]*mod|[^.]*modulation)(\.|$)")
 
 
 def token_layers(transformer: torch.nn.Module) -> dict[str, torch.nn.Linear]:
-    """The linear layers of the repeated blocks that see every token, by name."""
+    """The linear layers in a transformer's repeated blocks that process every token, by name."""
+    # Those outside the blocks (embedders, the last projection) are a small share of the weights.
     blocks = tuple(block_lists(transformer))
     return {
         name: part
@@ -25,7 +31,8 @@ def token_layers(transformer: torch.nn.Module) -> dict[str, torch.nn.Linear]:
 
 
 def block_lists(module: torch.nn.Module, prefix: str = "") -> Iterator[str]:
-    """Names of the lists of modules that lie in no other one."""
+    """Name prefixes, such as "transformer_blocks.", of all module lists that are in no other
+    list."""
     for name, part in module.named_children():
         if isinstance(part, torch.nn.ModuleList):
             yield f"{prefix}{name}."

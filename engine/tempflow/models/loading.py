@@ -1,9 +1,8 @@
-"""From a checkpoint's path to a Policy. Families are named by the pipeline class in
-model_index.json.
+"""From a checkpoint's path to a `Policy`; its pipeline class decides which family it is.
 
-`check_model`, `check_size`, `check_text_length` and `check_checkpoint` read JSON files and headers
-only, so that a run can be refused before anything is loaded; `load_policy` makes the same checks
-for those who call it alone.
+The `check_*` functions read only JSON files and the headers of tensor files, so that a run can be
+refused before anything is loaded. `load_policy` makes the same checks of the checkpoint again, for
+callers that use it alone.
 """
 
 from __future__ import annotations
@@ -31,13 +30,13 @@ from tempflow.models.skeleton import plain_options
 from tempflow.registry import KINDS
 from tempflow.types import Example, Size
 
-FAMILIES = KINDS["policy"].ids
+FAMILIES = KINDS["policy"].ids  # pipeline class: "module:Policy"
 PARTS = ("all", "text", "picture")
 
 
 def resolve_dtype(name: str, device: torch.device | str) -> torch.dtype:
-    """The torch dtype of a config name; "auto" is bfloat16 on GPUs and on CPUs that multiply it,
-    else float32."""
+    """The torch dtype of a name in a config. "auto" is bfloat16 on GPUs and on CPUs with
+    instructions for it, else float32."""
     if name != "auto":
         return as_dtype(name)
     fast = torch.device(device).type == "cuda" or multiplies_bfloat16()
@@ -45,15 +44,17 @@ def resolve_dtype(name: str, device: torch.device | str) -> torch.dtype:
 
 
 def check_model(path: str | Path) -> str:
-    """The pipeline class of a checkpoint, read without loading it.
+    """The name of a checkpoint's pipeline class, from its model_index.json. Of a hub id only that
+    file is fetched.
 
-    Raises UserError for a missing folder or component, or a family that the engine does not know. A
-    hub id is fetched as far as its model_index.json.
+    Raises:
+        UserError: a folder or component is missing, or the engine does not know the family.
     """
     folder, index_file = Path(path), model_index(str(path))
     try:
         index = json.loads(index_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:  # unreadable, no JSON, no UTF-8
+    # Unreadable; not JSON or not UTF-8; brackets nested thousands deep.
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"model.path: {index_file} is damaged: {brief(error)}") from None
     name = index.get("_class_name") if isinstance(index, dict) else None
     if not isinstance(name, str):
@@ -61,22 +62,25 @@ def check_model(path: str | Path) -> str:
             f"model.path: {index_file} is damaged: it names no _class_name of a pipeline"
         )
     if name not in FAMILIES:
-        raise UserError(f"model.path: {path} is a {name!s:.80}; known are {', '.join(FAMILIES)}")
+        raise UserError(
+            f"model.path: {path} is a {name!s:.80}, which this engine does not know; allowed are"
+            f" {', '.join(FAMILIES)}"
+        )
     if folder.is_dir():
         needed = [part for part, value in index.items() if is_component(value) and value[0]]
-        # False as well where it may not be seen
+        # os.path.isdir is False where Path.is_dir raises because of a missing permission.
         missing = [part for part in needed if not os.path.isdir(folder / part)]
         if missing:
             raise UserError(
                 f"model.path: {folder} lacks the component{'s' * (len(missing) > 1)}"
-                f" {', '.join(missing)}"
+                f" {', '.join(missing)}; download it again"
             )
     return name
 
 
 def check_size(path: str, size: Size) -> None:
-    """UserError for a size that a checkpoint cannot make, read from its VAE's config; after
-    `check_model`."""
+    """Raise a UserError for a size that a checkpoint cannot make, according to its VAE's config.
+    Call it after `check_model`."""
     file = Path(path) / "vae/config.json"
     file = file if Path(path).is_dir() else fetch(path, "vae/config.json")
     family = family_of(path)
@@ -89,8 +93,8 @@ def check_size(path: str, size: Size) -> None:
 
 
 def check_guidance(path: str, second: float | None) -> None:
-    """UserError for the guidance scale of a second expert that a checkpoint does not have; after
-    `check_model`."""
+    """Raise a UserError for a second guidance scale if the checkpoint has no second expert. Call it
+    after `check_model`."""
     if second is not None and len(family_of(path).denoiser_parts(_index(path))) == 1:
         raise UserError(
             f"rollout.guidance_scale_2: {second:g}, but {path} has one transformer and no second"
@@ -99,22 +103,26 @@ def check_guidance(path: str, second: float | None) -> None:
 
 
 def check_text_length(path: str, asked: int | None) -> int:
-    """Text tokens of a checkpoint's policy: as many as asked for, or its pipeline's default.
-    UserError where it takes fewer."""
+    """The number of text tokens of a checkpoint's policy: `asked`, or its pipeline's default for
+    None.
+
+    Raises:
+        UserError: the family takes fewer.
+    """
     family = family_of(path)
     if asked is None:
         return family.text_length
     if asked > family.longest_text:
         raise UserError(
-            f"model.max_sequence_length: {asked}; {check_model(path)} takes {family.longest_text}"
-            " at most"
+            f"model.max_sequence_length: {asked}; {check_model(path)} takes at most"
+            f" {family.longest_text}"
         )
     return asked
 
 
 def check_examples(path: str, examples: list[Example]) -> None:
-    """UserError for the first example with fewer or more condition images than a checkpoint's
-    family takes; after `check_model`."""
+    """Raise a UserError for the first example with fewer or more condition images than a
+    checkpoint's family takes. Call it after `check_model`."""
     family = family_of(path)
     for example in examples:
         family.check_images(
@@ -123,18 +131,20 @@ def check_examples(path: str, examples: list[Example]) -> None:
 
 
 def family_of(path: str) -> type[Policy]:
-    """The policy class of a checkpoint; UserError as `check_model`."""
+    """The policy class of a checkpoint. Raises UserError like `check_model`."""
+    # Imported by name and late, because the families import diffusers' models.
     module, _, name = FAMILIES[check_model(path)].partition(":")
     return getattr(importlib.import_module(module), name).variant(_index(path))
 
 
 def _index(path: str) -> dict:
-    """model_index.json, after `check_model`."""
+    """The values of model_index.json, which `check_model` has found sound."""
     return json.loads(model_index(path).read_text(encoding="utf-8"))
 
 
 def encoder_identity(path: str) -> str:
-    """What the components that embed are known by: the hub's commit, or a hash of their files."""
+    """Identifies the weights that embed: the commit of a hub id, or a hash of the files of the
+    components that `embed` uses."""
     if not Path(path).is_dir():
         return model_index(path).parent.name  # .../snapshots/COMMIT/model_index.json
     names = ("text_encoder", "tokenizer", "processor", *family_of(path).embeds_with)
@@ -142,11 +152,13 @@ def encoder_identity(path: str) -> str:
 
 
 def check_checkpoint(path: str | Path, *, description: bool = False) -> None:
-    """UserError for a checkpoint's folder that cannot be trained as it is, by component and file;
-    after `check_model`.
+    """Raise a UserError, which names component and file, for a folder that cannot be trained. Call
+    it after `check_model`.
 
-    A hub id is checked when it has been downloaded. description: a folder without any weights is
-    checked as far as its configs go.
+    Args:
+        path: of the checkpoint. A hub id is not checked here but by `load_policy`, once it is
+            downloaded.
+        description: accept a folder of configs without any weights, for estimates.
     """
     if Path(path).is_dir():
         _quiet()
@@ -158,7 +170,7 @@ def check_checkpoint(path: str | Path, *, description: bool = False) -> None:
 
 
 def _left_out(path: str, parts: str, denoiser: bool) -> list[str]:
-    """Names of the components that are not loaded."""
+    """Names of the components that `load_policy` does not load."""
     family, index = family_of(path), _index(path)
     denoisers = family.denoiser_parts(index)
     if parts == "text":
@@ -168,6 +180,7 @@ def _left_out(path: str, parts: str, denoiser: bool) -> list[str]:
 
 
 def _quiet() -> None:
+    """Turn off the progress bars of both libraries, which would show for each component."""
     import diffusers
     import transformers
 
@@ -186,17 +199,26 @@ def load_policy(
     offload_text_encoders: bool = False,
     quantize: str | None = None,
 ) -> Policy:
-    """Load a diffusers pipeline folder (or hub id) as a Policy; the family is read from its
-    model_index.json.
+    """Load a diffusers pipeline as a `Policy`. Every component is checked before the first is
+    loaded.
 
-    dtype: "float32", "bfloat16", "float16", "auto", or a torch dtype. max_sequence_length: text
-    tokens; default: as many as the family's pipeline takes by default. parts: "text" loads what
-    `embed` needs alone; "picture" everything but the text encoders. denoiser=False leaves it out,
-    for the caller to set one (`Policy.set_denoiser`). offload_text_encoders: their weights stay in
-    host memory, and each layer's are on the device during its forward alone. quantize: "8bit" or
-    "4bit" packs the denoiser's large layers (models/quantized.py). Every component is checked
-    before the first is loaded: raises UserError as `check_model` and `check_checkpoint` do, for an
-    argument that is not allowed, and for a library that is missing.
+    Args:
+        path: pipeline folder or hub id.
+        dtype: of all modules: "float32", "bfloat16", "float16", "auto" (bfloat16 on GPUs and on
+            CPUs with instructions for it, else float32), or a torch dtype.
+        device: where modules are placed.
+        max_sequence_length: text tokens; default: that of the family's pipeline.
+        parts: "all"; "text" loads only what `embed` needs; "picture" loads everything but the text
+            encoders.
+        denoiser: False leaves the denoiser out; the caller sets one with `Policy.set_denoiser`.
+        offload_text_encoders: keep the weights of text encoders in host memory; each layer is
+            copied to the device for its own forward.
+        quantize: "8bit" or "4bit" packs the denoiser's large linear layers (`model.quantize`).
+
+    Raises:
+        UserError: the checkpoint cannot be trained, an argument has a value that is not allowed, or
+            a library is missing.
+        ValueError: `max_sequence_length` is not a positive whole number.
     """
     import diffusers
 
@@ -218,10 +240,11 @@ def load_policy(
     components = [c for c in components_of(folder, family) if c.name not in left_out]
     check_components(components, family)
     loaded = {component.name: component.load(dtype) for component in components}
+    # While the denoiser is on the CPU: the device never holds all of its unpacked weights.
     for name in set(family.denoiser_parts(index)) & loaded.keys():
         quantize_layers(loaded[name], quantize, device)
     pipe = _put_together(pipeline, loaded, index)
-    pipe.register_to_config(_name_or_path=str(folder))
+    pipe.register_to_config(_name_or_path=str(folder))  # read by `save_pipeline`
     return family(
         pipe,
         device=device,
@@ -231,22 +254,23 @@ def load_policy(
 
 
 def _put_together(pipeline: type, components: dict, index: dict):
-    """A pipeline of loaded components. Its `from_pretrained` would refuse a tokenizer in place of a
-    processor (`Component.stand_in`)."""
+    """A pipeline made of loaded components."""
+    # By its constructor, because its `from_pretrained` would refuse a tokenizer that stands in for
+    # a processor (`Component.stand_in`).
     options = plain_options(pipeline, index)
     needed = [
         name
         for name, taken in inspect.signature(pipeline).parameters.items()
         if taken.default is inspect.Parameter.empty
     ]
-    # SD3's T5 need not be there
+    # Components that were left out, or that a checkpoint may lack, as SD3 its T5.
     absent = [name for name in needed if name not in components and name not in options]
     return pipeline(**components, **options, **dict.fromkeys(absent))
 
 
 def save_pipeline(policy: Policy, folder: Path) -> None:
-    """Write a loaded policy's pipeline as a folder that plain diffusers reads, with the processors
-    for which tokenizers stood in."""
+    """Write a loaded policy's pipeline as a folder that diffusers reads. Processors that a
+    tokenizer stood in for are copied from the checkpoint."""
     policy.pipe.to("cpu").save_pretrained(folder)
     replaced = [
         c
@@ -264,8 +288,8 @@ def save_pipeline(policy: Policy, folder: Path) -> None:
 
 
 def load_denoiser(path: str, dtype: torch.dtype) -> torch.nn.Module:
-    """Another copy of a checkpoint's denoiser, in `dtype` on the CPU; after `check_model`.
-    UserError as `load_policy`."""
+    """Load another copy of a checkpoint's denoiser, in `dtype` on the CPU. Call it after
+    `check_model`. Raises UserError like `load_policy`."""
     import diffusers
 
     index, family = _index(path), family_of(path)

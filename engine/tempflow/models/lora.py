@@ -1,7 +1,7 @@
-"""LoRA: adapters that others saved, as the start of a run, and adapters merged into the weights
-they adapt.
+"""LoRA adapters: reading saved ones as the start of a run, and merging adapters into weights.
 
-Files are read in diffusers' layout and in peft's, safetensors only.
+Files are read in diffusers' layout and in peft's, safetensors only. Text encoder adapters are not
+read: only the denoiser is trained.
 
     pytorch_lora_weights.safetensors   "transformer.LAYER.lora_A.weight", settings in the file's
                                        metadata (diffusers, engine/export.py)
@@ -9,8 +9,8 @@ Files are read in diffusers' layout and in peft's, safetensors only.
                                        adapter_config.json beside it (peft, which Flow-GRPO and the
                                        paper's code save with)
 
-Those of a denoiser of two transformers are two such files, in folders that are named as the
-transformers are: diffusers loads one file into one transformer.
+The adapters of a denoiser with two transformers are two such files, in folders named after the
+transformers, because diffusers loads one file into one transformer.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from tempflow.models.component import is_finite, problem_with_file
 KEY = "model.lora.start"
 FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 PREFIXES = ("transformer.", "base_model.model.")
-# folders, and the first part of names in a joined denoiser
+# Names of the folders, and the first part of names in a denoiser of two transformers.
 EXPERTS = ("transformer", "transformer_2")
-# Settings that leave peft's layer at base + alpha / rank x B A, whatever their value; every other
-# must have its default.
+# Settings of peft that change nothing about W + (alpha / rank) B A, whatever their value. Every
+# other setting must have its default.
 HARMLESS = frozenset(
     (
         "r",
@@ -58,17 +58,18 @@ HARMLESS = frozenset(
         "lora_ga_config",
         "loftq_config",
         "ephemeral_gpu_offload",
-        "rank_pattern",
-        "ensure_weight_tying",  # the tensors' own shapes say whether ranks differ
+        "rank_pattern",  # `_rank` compares the shapes of the tensors instead
+        "ensure_weight_tying",
     )
 )
 PLAIN = {"peft_type": ("LORA",), "bias": ("none",)}
-# How adapters began: without a change of the base's weights. PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA
-# and others change it, and fit that changed base alone; peft saves them as plain adapters (of twice
-# the rank) with path_initial_model_for_weight_conversion.
+# Values of init_lora_weights that leave the base's weights unchanged. PiSSA, OLoRA, CorDA, LoftQ,
+# LoRA-GA and others change them, and their adapters fit only the changed base; peft can save these
+# as plain adapters of twice the rank, with path_initial_model_for_weight_conversion.
 STARTS = (True, False, "gaussian", "orthogonal", "eva")
 
-LORA_DOWN, LORA_UP = ".lora_A.default.weight", ".lora_B.default.weight"  # of a layer under training
+# Ends of the names of a layer's adapter in training.
+LORA_DOWN, LORA_UP = ".lora_A.default.weight", ".lora_B.default.weight"
 
 # "LAYER.lora_A.weight" [rank, in] and "LAYER.lora_B.weight" [out, rank]
 Adapters = dict[str, torch.Tensor]
@@ -76,18 +77,22 @@ Adapters = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Saved:
-    """Adapters that a file holds; each adds alpha / rank x B A to its layer."""
+    """Adapters from a file. Each adds (alpha / rank) B A to the weight of its layer."""
 
     weights: Adapters
     rank: int
-    """Of every layer."""
+    """Rank of every layer."""
     alpha: float
     file: Path
+    """Where they were read, for errors; of two files the first."""
 
 
 def read_adapters(lora: Lora) -> Adapters:
-    """The adapters at `lora.start`. UserError where they cannot be read, or are of another rank or
-    scale than `lora` says."""
+    """The adapters at `lora.start`, in the dtype of the file on the CPU.
+
+    Raises:
+        UserError: they cannot be read, or their rank or alpha differs from that of `lora`.
+    """
     try:
         saved = load_adapters(Path(lora.start))  # type: ignore[arg-type]  # called where `start` is given
     except UserError as error:
@@ -103,10 +108,17 @@ def read_adapters(lora: Lora) -> Adapters:
 
 
 def load_adapters(path: Path) -> Saved:
-    """The adapters of a .safetensors file, or of a folder that holds one, or two in folders named
-    as `EXPERTS`. UserError where they cannot be read, or are of a kind that is not trained here.
+    """Read adapters.
 
-    A file without settings has the scale 1 that diffusers gives it.
+    Args:
+        path: a .safetensors file, a folder that holds one, or a folder with the subfolders
+            `EXPERTS`, which hold one each.
+
+    Returns:
+        The adapters. If the file has no settings, alpha is the rank: scale 1, as in diffusers.
+
+    Raises:
+        UserError: they cannot be read, or are of a kind that this engine does not train.
     """
     parts = {name: path / name for name in EXPERTS if (path / name).is_dir()}
     if not parts:
@@ -120,7 +132,8 @@ def load_adapters(path: Path) -> Saved:
                 f" {other.alpha:g}"
             )
             raise UserError(
-                f"{first.file} has {differ}, which this engine does not train: one of each for all"
+                f"{first.file} has {differ}; this engine trains with one rank and one alpha for all"
+                " layers"
             )
     weights = {
         f"{name}.{layer}": weight
@@ -131,8 +144,7 @@ def load_adapters(path: Path) -> Saved:
 
 
 def by_expert(adapters: Adapters) -> dict[str, Adapters]:
-    """Adapters by the folder that they are saved in: "" for those of a denoiser of one
-    transformer."""
+    """Adapters by the folder that they are saved in; "" for a denoiser with one transformer."""
     found: dict[str, Adapters] = {}
     for name, weight in adapters.items():
         part, _, layer = name.partition(".")
@@ -144,7 +156,7 @@ def by_expert(adapters: Adapters) -> dict[str, Adapters]:
 def _load_file(path: Path) -> Saved:
     try:
         file = _find(path)
-    except (OSError, ValueError) as error:  # no permission, or characters that no path has
+    except (OSError, ValueError) as error:  # no permission, or a zero byte in the path
         raise UserError(
             f"{shown(str(path))} cannot be read: {getattr(error, 'strerror', None) or error}"
         ) from None
@@ -152,9 +164,11 @@ def _load_file(path: Path) -> Saved:
         with safe_open(file, framework="pt") as opened:
             settings = _table((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
             weights = {name: opened.get_tensor(name) for name in opened.keys()}
-        # a link to nothing is no lack of settings
+        # `lexists`, so that a broken link is an error and not a file without settings, whose scale
+        # would be 1.
         if os.path.lexists(beside := file.with_name("adapter_config.json")):
             settings |= _table(beside.read_text(encoding="utf-8"))
+        # diffusers writes the settings of all components into one table, with prefixes.
         settings = {
             name.removeprefix("transformer."): value
             for name, value in settings.items()
@@ -178,13 +192,21 @@ def _table(text: str) -> dict:
 
 
 def layers_of(adapters: Adapters) -> list[str]:
-    """Names of the layers that they adapt."""
+    """Sorted names of the adapted layers."""
     return sorted({name.rsplit(".lora_", 1)[0] for name in adapters})
 
 
 def fill(module: torch.nn.Module, adapters: Adapters, adapter: str) -> None:
-    """Copy adapters into those that the module has under the name `adapter`; UserError where their
-    layers differ."""
+    """Copy adapters into those of a module.
+
+    Args:
+        module: has peft's layers.
+        adapters: as `read_adapters` returns them.
+        adapter: peft's name of the adapters to fill.
+
+    Raises:
+        UserError: the two adapt different layers, or shapes differ.
+    """
     held = {
         name.replace(f".{adapter}.weight", ".weight"): p
         for name, p in module.named_parameters()
@@ -197,21 +219,31 @@ def fill(module: torch.nn.Module, adapters: Adapters, adapter: str) -> None:
             else "lacks an adapter that the run has"
         )
         raise UserError(
-            f"{KEY}: it {who}: {name}; set model.lora.targets to its layers, or leave it null"
+            f"{KEY}: it {who}: {name}; set model.lora.targets to its layers, or to null"
         )
     with torch.no_grad():
         for name, parameter in held.items():
             if parameter.shape != adapters[name].shape:
                 shapes = f"{list(adapters[name].shape)}, the model's {list(parameter.shape)}"
-                raise UserError(f"{KEY}: {name} is {shapes}; it was made for another model")
+                raise UserError(f"{KEY}: {name} is {shapes}; it was trained for another model")
             parameter.copy_(adapters[name])
 
 
 def merged(base: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scale: float) -> torch.Tensor:
-    """base + scale x up down, fp32 [out, in], on the base's device; down: [rank, in], up: [out,
-    rank]."""
+    """The merged weight base + scale x up down, as a new tensor.
+
+    Args:
+        base: [out, in] of any float dtype.
+        down: A, [rank, in].
+        up: B, [out, rank].
+        scale: alpha / rank.
+
+    Returns:
+        fp32 [out, in] on the base's device.
+    """
     down, up = (part.to(base.device, torch.float32) for part in (down, up))
-    # in place: a weight of the largest models takes 150 MB in fp32
+    # In place, because one weight of the largest models takes 150 MB in fp32. The base is added in
+    # fp32 as well and rounded by the caller, once.
     return (up @ down).mul_(scale).add_(base)
 
 
@@ -243,14 +275,14 @@ def _plain_name(name: str, file: Path) -> str:
 def _what_it_is(name: str) -> str:
     if name.startswith(("text_encoder", "lora_te")):
         return (
-            "an adapter of a text encoder; only the transformer is trained here: save the file"
-            " again without the tensors whose names begin so (their effect is lost)"
+            "an adapter of a text encoder, but this engine trains only the transformer; save the"
+            " file again without the tensors whose names begin so (their effect is lost)"
         )
     if name.endswith((".lora_magnitude_vector", ".dora_scale")):
         return "of DoRA, which this engine does not train"
     return (
-        "which is no transformer adapter in diffusers' or peft's layout; loading it in diffusers"
-        " and saving it with save_lora_weights converts other layouts"
+        "which is not a transformer adapter in diffusers' or peft's layout; to convert another"
+        " layout, load it in diffusers and save it with save_lora_weights"
     )
 
 

@@ -1,10 +1,10 @@
-"""The one place where a config becomes a model: for training, evaluating, sampling, exporting,
+"""The one place where a config becomes a model, for training, evaluation, sampling, export,
 benchmarks and tests.
 
-`open_model` loads the policy with the embeddings of its prompts, `load_whole` the policy alone with
-all its parts; `Opened` says at which size, guidance and steps the config uses it. A training
-`Session` is an `Opened` with the rest of a run around it. Neither DeepSpeed nor a reward is needed
-here, so an evaluation does not wait for what training alone uses.
+`open_model` loads the policy and the embeddings of its prompts; `load_whole` loads the policy alone
+with all its components. `Opened` holds the size, guidance scale and steps that the config uses it
+with. A training `Session` is an `Opened` with the rest of a run around it. Neither DeepSpeed nor
+rewards are imported here, so that an evaluation starts faster.
 """
 
 from __future__ import annotations
@@ -25,20 +25,23 @@ from tempflow.types import Example
 
 @dataclass
 class Opened:
-    """A config's policy, and how the config samples it."""
+    """A config's policy, and how the config samples from it."""
 
     config: Config
     policy: Policy
     embeddings: EmbeddingCache
+    """Those of the run's prompts and negative prompts."""
 
     @cached_property
     def sampler(self) -> Sampler:
-        """The policy at the size and guidance scale of rollouts; it must have its denoiser."""
+        """The policy at the size and guidance scale of rollouts. The policy must have its denoiser
+        by then."""
         return self.policy.at(self.config.rollout.size, self.config.rollout.scale)
 
     @cached_property
     def grid(self) -> Grid:
-        """The steps of rollouts without `rollout.jitter`, and of evaluations with as many."""
+        """The grid of rollouts without `rollout.jitter`, and of evaluations with the same number
+        of steps."""
         sigmas = self.sampler.sigmas(self.config.rollout.num_steps)
         return Grid(sigmas, self.config.sde().coefficients(sigmas))
 
@@ -47,7 +50,7 @@ class Opened:
         return self.policy.at(self.sampler.size, self.config.eval_guidance())
 
     def eval_steps(self, asked: int | None = None) -> int:
-        """ODE steps of an evaluation, where `asked` does not say otherwise."""
+        """The number of ODE steps of an evaluation: `asked`, or else the config's."""
         return asked or self.config.eval.num_steps or self.config.rollout.num_steps
 
 
@@ -59,19 +62,20 @@ def open_model(
     *,
     denoiser: bool = True,
 ) -> Opened:
-    """The policy before training and the embeddings of `examples` and of what they are guided away
-    from (a collective).
+    """Load the policy before training, and the embeddings of examples and of their negative prompts
+    (a collective).
 
     Args:
-        config: checked.
-        examples: that will be asked for.
-        device: None: the GPU where there is one.
-        note: is told of what a user should know.
-        denoiser: False leaves it out: training sets the one that it trains, or one that shares the
-            base with it.
+        config: a checked config.
+        examples: every example that will be used.
+        device: default: the GPU, if there is one.
+        note: called with each line of text that the user should see.
+        denoiser: False leaves the denoiser out. Training sets the one that it trains, or one that
+            shares its base.
 
-    Raises UserError as `load_policy` does, and on every rank alike where the cache cannot be
-    written.
+    Raises:
+        UserError: as `load_policy`, and on every rank alike if the embedding cache cannot be
+            written.
     """
     check_examples(config.model.path, examples)
     device, store = device or choose_device(), None
@@ -79,6 +83,7 @@ def open_model(
     if config.data.embedding_cache is not None:
         store, family = store_of(config, device), family_of(config.model.path)
         opposed = [other for example in examples if (other := family.opposed(example)) is not None]
+        # Before the rest is loaded: text encoders and denoiser are never in memory together.
         write_missing(
             store,
             by_identity(family, [*examples, *opposed]),
@@ -93,6 +98,7 @@ def open_model(
         offload_text_encoders=offload,
         quantize=config.model.quantize,
     )
+    # On this object alone: without images a run of the same family need not be ragged.
     policy.ragged = policy.ragged_with(most_images(examples))
     m = config.model
     for wanted, enable in ((m.vae_slicing, "enable_slicing"), (m.vae_tiling, "enable_tiling")):
@@ -103,8 +109,8 @@ def open_model(
 
 
 def load_whole(config: Config, dtype: str | None = None) -> Policy:
-    """The policy before training with its text encoders and no weight quantized, as it is exported;
-    dtype: None: the config's. UserError as `load_policy`."""
+    """Load the policy before training with its text encoders and without quantization, as it is
+    exported. `dtype` defaults to the config's. Raises UserError like `load_policy`."""
     return _load(config, choose_device(), dtype=dtype)
 
 
@@ -129,17 +135,17 @@ def _note_unused(
     name = type(policy.pipe).__name__
     if guidance_scale > 1 and not policy.takes_guidance:
         note(
-            f"warning: guidance_scale {guidance_scale:g} has no effect: this {name} is distilled"
-            " and not guided; set it to 1"
+            f"warning: guidance_scale {guidance_scale:g} has no effect, because this {name} is"
+            " distilled to run without guidance; set it to 1"
         )
     given = sum(example.negative is not None for example in examples)
     if given and policy.default_negative_prompt is None:
         note(
-            f"warning: {given} prompts bring a negative_prompt without effect: {name} has its"
-            " guidance built in"
+            f"warning: the negative_prompt of {given} prompts has no effect, because {name} is not"
+            " guided by a second prediction"
         )
     elif given and not policy.guides(guidance_scale):
         note(
-            f"warning: {given} prompts bring a negative_prompt without effect: guidance_scale"
-            f" {guidance_scale:g} is no guidance"
+            f"warning: the negative_prompt of {given} prompts has no effect, because guidance_scale"
+            f" {guidance_scale:g} turns guidance off"
         )

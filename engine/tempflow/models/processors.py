@@ -1,8 +1,9 @@
-"""Loading what makes a text encoder's inputs of texts and images, with torchvision or without.
+"""Loads the tokenizers and processors that prepare a text encoder's inputs, with torchvision or
+without it.
 
-transformers' image processors have a variant on PIL, which it chooses by itself where torchvision
-is not installed. Its processors of videos have none, and a processor that would hold one cannot be
-made then: it is loaded without, as no family here reads videos.
+transformers' image processors have a variant on PIL, which it selects itself if torchvision is not
+installed. Its video processors have none, and a processor that contains one cannot be loaded then.
+No family here reads videos, so such a processor is loaded without its video part.
 """
 
 from __future__ import annotations
@@ -14,19 +15,20 @@ from transformers.utils import is_torchvision_available
 
 
 def load_part(kind: Any, path: str):
-    """A tokenizer, scheduler or processor of a pipeline's folder, as `kind.from_pretrained`."""
+    """Load a tokenizer, scheduler or processor from its folder, like `kind.from_pretrained`."""
     if issubclass(kind, ProcessorMixin) and not is_torchvision_available():
         kind = without_videos(kind)
     return kind.from_pretrained(path)
 
 
 def without_videos(kind: type[ProcessorMixin]) -> type[ProcessorMixin]:
-    """The processor class without its part for videos, under the same name, by which diffusers
-    saves it."""
+    """A subclass of a processor class without its video part."""
 
+    # transformers finds the parts of a processor by this class method.
     def get_attributes(cls) -> list[str]:
         return [name for name in super(made, cls).get_attributes() if name != "video_processor"]  # type: ignore[arg-type]  # `made` is the class that is being defined
 
+    # The same name and module, because diffusers writes them into model_index.json.
     made = type(
         kind.__name__,
         (kind,),

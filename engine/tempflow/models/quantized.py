@@ -1,15 +1,15 @@
-"""A frozen linear layer whose weight is held in 4 or 8 bits (`model.quantize`), and the conversion
-of a transformer to such layers.
+"""Frozen linear layers whose weights are packed into 4 or 8 bits (`model.quantize`), and converting
+a transformer to such layers.
 
-Packing and unpacking are bitsandbytes' operators: NF4 for 4 bits, 256 even steps for 8, each with
-an fp32 scale for every 64 weights. The forward unpacks the weight into the dtype of its input and
-multiplies as torch.nn.Linear does, and the backward unpacks it again. The library's own layers are
-not used: its 4-bit layer multiplies by another kernel where no gradient is needed, so a rollout's
-velocities would not be the training's, and its 8-bit layer rounds the activations too.
+bitsandbytes' operators pack and unpack: NF4 for 4 bits, 256 even steps for 8 bits, each with an
+fp32 scale for every 64 weights. The forward unpacks the weight into the dtype of its input and
+multiplies like torch.nn.Linear; the backward unpacks it again. The library's own layers are not
+used: its 4-bit layer uses another kernel when no gradient is needed, so velocities in rollouts and
+in training would differ, and its 8-bit layer rounds the activations, too.
 
-What is packed are buffers of whole numbers, which a cast of the module leaves alone, and which are
-not saved: they follow from the checkpoint that was loaded. bitsandbytes is imported with the first
-weight that is packed, not by the dry run.
+Packed weights are buffers of whole numbers, which a cast of the module does not touch. They are not
+saved, because they follow from the checkpoint that was loaded. bitsandbytes is imported when the
+first weight is packed, so a dry run does not need it.
 """
 
 from __future__ import annotations
@@ -25,16 +25,23 @@ KINDS = ("8bit", "4bit")
 
 
 class QuantizedLinear(torch.nn.Linear):
-    """`source` with its weight packed; the bias is shared with it.
+    """A layer with the packed weight of `source`; it shares the bias.
 
-    weight: uint8, [out, in] of 8 bits, [ceil(out x in / 2), 1] of 4. scales: the bits of fp32
-    [ceil(out x in / 64)], as int32. table: those of the 256 fp32 values that a byte of 8 bits
-    stands for, as int32 [256]; None of 4 bits. dtype: that the weight had.
+    Args:
+        source: the layer whose weight [out, in] is packed.
+        kind: "8bit" or "4bit".
+        device: where the weight is packed, and stays.
     """
 
     weight: torch.Tensor
+    """uint8: [out, in] for 8 bits, [ceil(out x in / 2), 1] for 4 bits."""
     scales: torch.Tensor
+    """fp32 [ceil(out x in / 64)], viewed as int32 so that casts of the module leave it alone."""
     table: torch.Tensor
+    """fp32 [256], the values that the bytes of 8 bits stand for, viewed as int32; None for 4
+    bits."""
+    dtype: torch.dtype
+    """Of the weight before it was packed."""
 
     def __init__(self, source: torch.nn.Linear, kind: str, device: torch.device | str):
         packed, scales, table = _pack(source.weight.detach().to(device), kind)
@@ -45,7 +52,8 @@ class QuantizedLinear(torch.nn.Linear):
         self._hold(source, source.kind, source.dtype, source.weight, source.scales, source.table)
 
     def _hold(self, source: torch.nn.Linear, kind: str, dtype: torch.dtype, weight, scales, table):
-        torch.nn.Module.__init__(self)  # torch.nn.Linear's own would make a weight
+        # torch.nn.Linear's constructor would allocate a full weight.
+        torch.nn.Module.__init__(self)
         self.in_features, self.out_features = source.in_features, source.out_features
         self.kind, self.dtype = kind, dtype
         for name, tensor in (("weight", weight), ("scales", scales), ("table", table)):
@@ -53,7 +61,7 @@ class QuantizedLinear(torch.nn.Linear):
         self.register_parameter("bias", source.bias)
 
     def unpacked(self, dtype: torch.dtype) -> torch.Tensor:
-        """The weight [out, in], made anew."""
+        """The weight [out, in] as a new tensor, up to the rounding of the packing."""
         shape, scales = (self.out_features, self.in_features), self.scales.view(torch.float32)
         if self.weight.is_meta:
             return torch.empty(shape, dtype=dtype, device="meta")
@@ -65,6 +73,7 @@ class QuantizedLinear(torch.nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., in]; returns [..., out]."""
+        # The same product either way, so rollouts and training have the same bits.
         if torch.is_grad_enabled() and x.requires_grad:
             return _Product.apply(x, self)
         return F.linear(x, self.unpacked(x.dtype), self.bias)
@@ -74,8 +83,8 @@ class QuantizedLinear(torch.nn.Linear):
 
 
 class _Product(torch.autograd.Function):
-    """A layer's product, which keeps nothing for the backward: autograd's own would keep the
-    unpacked weight of every layer."""
+    """A layer's product, with a gradient of its input only. It saves no tensor for the backward;
+    autograd's own product would keep the unpacked weight of every layer."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, layer: QuantizedLinear) -> torch.Tensor:
@@ -88,7 +97,7 @@ class _Product(torch.autograd.Function):
 
 
 def check_library(quantize: str | None) -> None:
-    """UserError where bitsandbytes is needed and cannot be imported."""
+    """Raise a UserError if `model.quantize` needs bitsandbytes and it cannot be imported."""
     if quantize is not None:
         _library()
 
@@ -97,11 +106,20 @@ def check_library(quantize: str | None) -> None:
 def quantize_layers(
     transformer: torch.nn.Module, quantize: str | None, device: torch.device | str
 ) -> torch.nn.Module:
-    """Pack the layers that see every token (`token_layers`), one by one, on a device where they
-    stay; returns the transformer.
+    """Replace a transformer's large layers (`token_layers`) by packed ones.
 
-    quantize: "8bit", "4bit" or None, which changes nothing. On the device there is never more than
-    one layer that is not packed. UserError where bitsandbytes cannot be imported.
+    Layers are packed one by one, so the device never holds more than one unpacked weight.
+
+    Args:
+        transformer: changed in place.
+        quantize: "8bit", "4bit", or None, which changes nothing.
+        device: where packed layers are placed; the other layers stay where they are.
+
+    Returns:
+        The same transformer.
+
+    Raises:
+        UserError: bitsandbytes cannot be imported.
     """
     if quantize is not None:
         for name, layer in token_layers(transformer).items():
@@ -112,7 +130,7 @@ def quantize_layers(
 def _pack(
     weight: torch.Tensor, kind: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The weight, scales and table of a `QuantizedLinear` for a weight [out, in]."""
+    """The packed weight, scales and table of a `QuantizedLinear`, for a weight [out, in]."""
     if weight.is_meta:
         return _shapes(weight, kind)
     library = _library()
@@ -126,7 +144,7 @@ def _pack(
 
 
 def _shapes(weight: torch.Tensor, kind: str):
-    """What `_pack` returns, on the meta device."""
+    """What `_pack` returns, without values, on the meta device."""
     count, eight = weight.numel(), kind == "8bit"
     packed = weight.shape if eight else (-(-count // 2), 1)
     return (
@@ -139,10 +157,10 @@ def _shapes(weight: torch.Tensor, kind: str):
 def _library():
     try:
         from bitsandbytes import functional
-    except Exception as error:  # among them a library that was built for another machine
+    except Exception as error:  # also OSError and others of a library built for another machine
         raise UserError(
             f"model.quantize: needs the package bitsandbytes, which cannot be imported"
-            f" ({' '.join(str(error).split()):.200}): pip install 'bitsandbytes>=0.50', the extra"
-            " quantize"
+            f" ({' '.join(str(error).split()):.200}); run pip install 'bitsandbytes>=0.50' (the"
+            " extra quantize), or set it to null"
         ) from None
     return functional

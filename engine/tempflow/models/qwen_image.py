@@ -1,10 +1,9 @@
-"""Qwen-Image: classifier-free guidance rescaled to the length of the unguided prediction, packed
-latents, a video VAE.
+"""Qwen-Image: classifier-free guidance rescaled to the norm of the prediction with the prompt,
+packed latents, and a video VAE.
 
-Its text has no fixed length: embeddings are padded to `max_sequence_length`, with a mask that the
-attention heeds, so that those of different prompts can be stacked, and every forward has the same
-shape. Padding changes nothing but the last bits: masked tokens are never attended to, and a token's
-position does not depend on what follows it.
+Texts have no fixed length. Embeddings are padded to `max_sequence_length` with an attention mask,
+so that prompts can be stacked and every forward has the same shape. Padding changes only the last
+bits: masked tokens are never attended to, and a token's position does not depend on later tokens.
 """
 
 from __future__ import annotations
@@ -27,25 +26,24 @@ from tempflow.types import Example, Size
 def _text_length(
     embeddings: torch.Tensor, mask: torch.Tensor | None
 ) -> tuple[int, None, torch.Tensor | None]:
-    """Tokens of the text, and the mask as bools: diffusers' own function without the samples'
-    lengths, which its caller drops.
-
-    Making those copies a number to the GPU in every forward: the host waits for it, and no CUDA
-    graph can capture it.
-    """
+    """A replacement of diffusers' `compute_text_seq_len_from_mask`: the number of text tokens, None
+    for the lengths of the samples, which the caller does not use, and the mask as bool."""
+    # diffusers computes those lengths with a copy from the host in every forward. The host waits
+    # for the copy, and a CUDA graph cannot capture it.
     return embeddings.shape[1], None, None if mask is None else mask.bool()
 
 
+# For the whole process: diffusers' pipelines give the same images with it.
 transformer_qwenimage.compute_text_seq_len_from_mask = _text_length
 
 
 class QwenImagePolicy(GuidedPolicy):
-    """Guided velocities of a QwenImageTransformer2DModel as its pipeline asks for them;
-    guidance_scale is `true_cfg_scale`."""
+    """Guided velocities of a QwenImageTransformer2DModel with the same inputs as in
+    QwenImagePipeline, whose `true_cfg_scale` is the guidance scale here."""
 
     text_length, longest_text = 512, 1024
     masks_text = True
-    default_negative_prompt = " "  # what the model's authors use for "nothing in particular"
+    default_negative_prompt = " "  # the model's authors use it instead of an empty text
     lora_targets: tuple[str, ...] = (
         "attn.to_q",
         "attn.to_k",
@@ -59,13 +57,12 @@ class QwenImagePolicy(GuidedPolicy):
 
     @staticmethod
     def size_multiple(vae_config) -> int:
-        # The VAE halves the size at each of these, packing once more.
+        # The VAE halves the size once for each entry; packing halves it once more.
         return 2 ** (len(vae_config["temperal_downsample"]) + 1)
 
     def sample(self, prompts, *, guidance_scale, negative_prompts=None, **call):
-        """As `Policy.sample`. Without negative prompts there is no guidance here, because the
-        pipeline gives none; training and evaluation, which have none to give, guide away from
-        `default_negative_prompt`."""
+        """As `Policy.sample`, but without negative prompts there is no guidance, as in the
+        pipeline. Training and evaluation use `default_negative_prompt` then."""
         if negative_prompts is None and finite_number("guidance_scale", guidance_scale) > 1:
             warnings.warn(
                 "negative_prompts: none, so guidance_scale has no effect, as in"
@@ -83,7 +80,7 @@ class QwenImagePolicy(GuidedPolicy):
         embeds, mask = self.pipe.encode_prompt(
             texts, device=self.device, max_sequence_length=self.max_sequence_length
         )
-        if mask is None:  # the pipeline's word for "no padding"
+        if mask is None:  # the pipeline returns None if no text is padded
             mask = torch.ones(embeds.shape[:2], device=embeds.device)
         missing = self.max_sequence_length - embeds.shape[1]
         embeds = torch.nn.functional.pad(embeds, (0, 0, 0, missing))
@@ -117,6 +114,7 @@ class QwenImagePolicy(GuidedPolicy):
     def sigmas(self, num_steps: int, size: Size) -> torch.Tensor:
         scheduler, length = self.pipe.scheduler, self.latent_shape(size)[0]
         given = np.linspace(1.0, 1 / num_steps, num_steps)
+        # Without a number of steps, as the pipeline calls it; the scheduler counts the sigmas.
         scheduler.set_timesteps(sigmas=given, mu=resolution_shift(scheduler, length, 1.15))
         return scheduler.sigmas.float().cpu()
 
@@ -132,10 +130,12 @@ class QwenImagePolicy(GuidedPolicy):
 
     def _combine(self, positive, negative, scale):
         guided = super()._combine(positive, negative, scale)
+        # Per token, as in the pipeline: guidance changes the direction of a token's velocity only.
         return guided * (positive.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
 
     def _decode(self, latents: torch.Tensor, size: Size) -> torch.Tensor:
         vae = self.pipe.vae
         x = unpack_latents(self.pipe, latents, size.height, size.width)
         mean, std = channel_statistics(vae, x.device)
+        # An image is a video of one frame to this VAE.
         return vae.decode((x * std + mean).to(vae.dtype), return_dict=False)[0][:, :, 0]

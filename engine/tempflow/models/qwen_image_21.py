@@ -1,12 +1,12 @@
-"""Qwen-Image 2.1, from text: one stream of text and image, causal in the text, and a VAE whose
-latents are not patched.
+"""Qwen-Image 2.1, text to image: one stream of text and image tokens, causal in the text, and a VAE
+whose latents are not packed in patches.
 
-The pipeline does not cut prompts. It pads the shorter ones of a call, and positions of the image
-depend on the padding, so a prompt is embedded alone here, without any: the images are those of the
-pipeline called with one prompt at a time. Without condition images the order of the tokens is
-known, and the transformer runs without looking for them in a mask, which the host would wait for
-(`_of_text`). The VAE makes RGBA; the alpha channel is left out. Editing with condition images,
-which the pipeline can do too, is not supported.
+The pipeline does not truncate prompts. It pads the shorter prompts of a call, and the positions of
+the image's tokens depend on the padding. Here a prompt is embedded alone, without padding, so
+images equal those of the pipeline called with one prompt at a time. Without condition images the
+order of the tokens is known, so the transformer's forward is replaced by one that does not read
+their places from a mask, for which the host would wait (`_of_text`). The VAE decodes RGBA; the
+alpha channel is dropped. Editing with condition images is not supported.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ from tempflow.models.sizes import check_multiple, resolution_shift
 from tempflow.models.vae import channel_statistics
 from tempflow.types import Example, Size
 
-TOKEN = 16  # pixels a side
+TOKEN = 16  # pixels on each side of an image token
 with_condition_images = QwenImage21Transformer2DModel.forward
 
 
 def _positions(text: int, rows: int, columns: int, device: torch.device) -> list[torch.Tensor]:
-    """Frame, row and column of each token, [text + rows * columns]: text counts on all three, the
-    image stands still behind it and is centered. Made on the device: copied there, they could not
-    be captured in a CUDA graph."""
+    """Frame, row and column of each token, [text + rows * columns] each. A text token has its
+    number in all three; image tokens share the frame after the text, and their rows and columns are
+    centered around 0."""
+    # Computed on the device, because a copy from the host cannot be captured in a CUDA graph.
     words, flat = torch.arange(text, device=device), torch.arange(rows * columns, device=device)
     of_image = (
         torch.full_like(flat, text),
@@ -40,7 +41,7 @@ def _positions(text: int, rows: int, columns: int, device: torch.device) -> list
 
 
 def _rotary(pos_embed, text: int, rows: int, columns: int, device: torch.device) -> torch.Tensor:
-    """The transformer's rotary embedding of such tokens, complex [tokens, half a head]."""
+    """The transformer's rotary embedding of these tokens, complex [tokens, half a head]."""
     parts = []
     for index, dim in zip(_positions(text, rows, columns, device), pos_embed.axes_dim, strict=True):
         powers = torch.arange(0, dim, 2, device=device).to(torch.float32).div(dim)
@@ -52,8 +53,8 @@ def _rotary(pos_embed, text: int, rows: int, columns: int, device: torch.device)
 def _of_text(
     self, hidden_states, encoder_hidden_states, timestep, img_shapes, img_mask=None, **more
 ):
-    """The transformer's forward where no `img_mask` says that there are condition images: the
-    image's tokens alone, behind the text."""
+    """The transformer's forward for text to image: without an `img_mask`, which condition images
+    need, the image's tokens follow the text."""
     if img_mask is not None:
         return with_condition_images(
             self, hidden_states, encoder_hidden_states, timestep, img_shapes, img_mask, **more
@@ -62,7 +63,8 @@ def _of_text(
     tokens = torch.cat([self.txt_in(encoder_hidden_states), self.img_in(hidden_states)], dim=1)
     text, device = encoder_hidden_states.shape[1], hidden_states.device
     rotary, is_image = _rotary(self.pos_embed, text, rows, columns, device), None
-    if self.config.causal_condition:  # the text is always at time 0
+    # A causal text is modulated as at time 0, whatever the image's: one more timestep at the end.
+    if self.config.causal_condition:
         timestep, is_image = (
             torch.cat([timestep, timestep.new_zeros(1)]),
             torch.arange(tokens.shape[1], device=device) >= text,
@@ -70,6 +72,7 @@ def _of_text(
     time = self.time_text_embed(timestep, tokens)
     modulation, segments = self.modulation(time), [(0, text, True)]
     for block in self.transformer_blocks:
+        # By position, because gradient checkpointing passes no names.
         inputs = tokens, modulation, rotary, None, is_image, None, None, None, segments, None
         checkpointed = self.gradient_checkpointing and torch.is_grad_enabled()
         tokens = (
@@ -82,13 +85,14 @@ QwenImage21Transformer2DModel.forward = _of_text
 
 
 class QwenImage21Policy(QwenImagePolicy):
-    """Velocities of a QwenImage21Transformer2DModel as its pipeline asks for them; its authors
-    sample it without guidance."""
+    """Velocities of a QwenImage21Transformer2DModel with the same inputs as in its pipeline. Its
+    authors sample without guidance."""
 
     ragged = True
-    joins_lengths = False  # the image would have two positions
+    # The image's positions follow the length of the text, and one forward has one set of positions.
+    joins_lengths = False
     lora_targets = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
-    _combine = GuidedPolicy._combine
+    _combine = GuidedPolicy._combine  # not rescaled, unlike Qwen-Image's
 
     def _join(self, negative, positive):
         lengths = [half["encoder_hidden_states"].shape[1] for half in (negative, positive)]
@@ -100,7 +104,8 @@ class QwenImage21Policy(QwenImagePolicy):
 
     @staticmethod
     def size_multiple(vae_config) -> int:
-        return 2 * TOKEN  # condition images come in groups of 2 x 2 tokens, and so does every image
+        # Condition images come in groups of 2 x 2 tokens, and the same is asked of every output.
+        return 2 * TOKEN
 
     @torch.no_grad()
     def embed(self, examples: list[Example]) -> Conditioning:
@@ -117,8 +122,8 @@ class QwenImage21Policy(QwenImagePolicy):
         return size.height // TOKEN, size.width // TOKEN
 
     def sigmas(self, num_steps: int, size: Size) -> torch.Tensor:
-        """The checkpoint's own grid where it has one of as many steps, as distilled ones do, and
-        even steps otherwise."""
+        """The checkpoint's own grid if it has one for this number of steps, as distilled
+        checkpoints do; otherwise even steps before the shift."""
         scheduler, own = self.pipe.scheduler, self.pipe.config.get("sample_sigmas") or []
         given = own if len(own) == num_steps else np.linspace(1.0, 1 / num_steps, num_steps)
         scheduler.set_timesteps(
@@ -130,4 +135,5 @@ class QwenImage21Policy(QwenImagePolicy):
         vae, (rows, columns) = self.pipe.vae, self._packed_size(size)
         x = latents.to(vae.dtype).transpose(1, 2).unflatten(2, (1, rows, columns))
         mean, std = (t.to(x.dtype) for t in channel_statistics(vae, x.device))
+        # RGB of the only frame.
         return vae.decode(x * std + mean, return_dict=False)[0][:, :3, 0]

@@ -1,11 +1,12 @@
-"""Qwen-Image-Edit, and Qwen-Image-Edit-Plus (2509 and later): Qwen-Image that also sees the tokens
-of the images that it edits.
+"""Qwen-Image-Edit, and Qwen-Image-Edit-Plus (2509 and later): Qwen-Image whose transformer also
+sees the tokens of the images to edit.
 
-The text encoder reads the images with the prompt, and with the negative prompt, so both embeddings
-depend on them. Images are scaled to about a megapixel for the VAE, which encodes them to its mode;
-Edit shows the encoder the same, Plus one of about 384 x 384. Embeddings are not padded, because
-their length is not known before the images are, and not cut. The tokens of the images follow those
-of the latents, in the order of the images, and what the transformer predicts for them is cut off.
+The text encoder reads the images together with the prompt or the negative prompt, so both
+embeddings depend on them. Images are scaled to about a megapixel and encoded to the mode of the
+VAE; the text encoder of Edit gets the same image, that of Plus one of about 384 x 384. Embeddings
+are neither padded nor truncated, because their length depends on the images. The tokens of the
+images follow those of the latents, in the order of the images; the transformer's predictions for
+them are dropped.
 """
 
 from __future__ import annotations
@@ -24,22 +25,23 @@ from tempflow.models.vae import encoding_whole
 from tempflow.types import Example
 
 TEXT = "encoder_hidden_states"
-IMAGE = "image_tokens_"  # and a number: [n, rows, columns, channels] of the conditioning
+# With a number: name of an image in the conditioning, [n, rows, columns, channels].
+IMAGE = "image_tokens_"
 AREA = 1024 * 1024  # pixels of an image for the VAE, about
-PATCH = 28  # pixels a side of an image's token in the text encoder
-TEMPLATE = 6  # tokens of the template behind the prompt, and before each image
+PATCH = 28  # pixels on each side of an image token in the text encoder
+TEMPLATE = 6  # tokens of the chat template after the prompt, and before each image
 
 
 class QwenImageEditPolicy(QwenImagePolicy):
-    """Guided velocities of a QwenImageTransformer2DModel that edits an image, as
-    QwenImageEditPipeline asks for them."""
+    """Guided velocities of a QwenImageTransformer2DModel that edits an image, with the same inputs
+    as in QwenImageEditPipeline."""
 
     ragged = True
-    masks_text = False  # nothing is padded, but where `_join` must
+    masks_text = False  # no text is padded, except by `_join`
     images_taken = (1, 1)
     embeds_with = ("vae",)
     encoder_area = AREA
-    """Pixels of an image for the text encoder, about."""
+    """About how many pixels an image has for the text encoder."""
 
     @torch.no_grad()
     def embed(self, examples: list[Example]) -> Conditioning:
@@ -54,7 +56,8 @@ class QwenImageEditPolicy(QwenImagePolicy):
     def _scaled(
         self, images: list[Image.Image]
     ) -> tuple[Image.Image | list[Image.Image], list[torch.Tensor]]:
-        """What the text encoder sees, and what the VAE encodes, [1, 3, 1, H, W] each."""
+        """Scale an example's images: PIL images for the text encoder, and for the VAE tensors
+        [1, 3, 1, H, W] in [-1, 1]."""
         (image,) = images
         width, height, _ = pipeline_qwenimage_edit.calculate_dimensions(
             AREA, image.width / image.height
@@ -63,7 +66,7 @@ class QwenImageEditPolicy(QwenImagePolicy):
         return seen, [self.pipe.image_processor.preprocess(seen, height, width).unsqueeze(2)]
 
     def _image_tokens(self, pixels: torch.Tensor) -> torch.Tensor:
-        """[1, rows, columns, channels]"""
+        """The tokens [1, rows, columns, channels] of an image [1, 3, 1, H, W]."""
         pipe, (height, width) = self.pipe, pixels.shape[-2:]
         with encoding_whole(pipe.vae):
             _, tokens = pipe.prepare_latents(
@@ -75,7 +78,7 @@ class QwenImageEditPolicy(QwenImagePolicy):
                 dtype=pipe.vae.dtype,
                 device=self.device,
                 generator=None,
-                latents=torch.empty(0),  # the pipeline would draw some
+                latents=torch.empty(0),  # else the pipeline would draw noise for them
             )
         multiple = self.size_multiple(pipe.vae.config)
         return tokens.unflatten(1, (height // multiple, width // multiple))
@@ -87,6 +90,7 @@ class QwenImageEditPolicy(QwenImagePolicy):
             pipeline_qwenimage_edit.calculate_dimensions(area, 1.0)[0]
             for area in (AREA, self.encoder_area)
         )
+        # For square images: other ratios of the same area have about as many tokens.
         images, side = self.images_taken[1], pixels // self.size_multiple(self.pipe.vae.config)
         seen = math.ceil(seen_pixels / PATCH) ** 2
         length = self.max_sequence_length + TEMPLATE + images * (seen + TEMPLATE)
@@ -99,7 +103,7 @@ class QwenImageEditPolicy(QwenImagePolicy):
         }
 
     def _join(self, negative, positive):
-        """With the shorter texts padded and masked, which changes nothing but the last bits."""
+        """Pad and mask the shorter texts, which changes only the last bits."""
         texts = [half[TEXT] for half in (negative, positive)]
         if texts[0].shape == texts[1].shape:
             return super()._join(negative, positive)
@@ -117,6 +121,8 @@ class QwenImageEditPolicy(QwenImagePolicy):
         return {TEXT: torch.cat(padded), f"{TEXT}_mask": torch.cat(known), **images}
 
     def _forward(self, denoiser, x, sigma, conditioning, size):
+        # Sorted: the images' order is that of their numbers, and names may come in any order. With
+        # at most three images one digit is enough.
         images = [tensor for name, tensor in sorted(conditioning.items()) if name.startswith(IMAGE)]
         grids = [(1, *self._packed_size(size)), *((1, *image.shape[1:3]) for image in images)]
         return denoiser(
@@ -131,10 +137,10 @@ class QwenImageEditPolicy(QwenImagePolicy):
 
 
 class QwenImageEditPlusPolicy(QwenImageEditPolicy):
-    """Guided velocities of a QwenImageTransformer2DModel that edits one to three images, as
-    QwenImageEditPlusPipeline asks for them."""
+    """Guided velocities of a QwenImageTransformer2DModel that edits one to three images, with the
+    same inputs as in QwenImageEditPlusPipeline."""
 
-    images_taken = (1, 3)  # as many as its authors trained it with
+    images_taken = (1, 3)  # the numbers that its authors trained it with
     encoder_area = pipeline_qwenimage_edit_plus.CONDITION_IMAGE_SIZE
 
     def _scaled(self, images):

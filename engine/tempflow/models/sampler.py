@@ -23,20 +23,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sampler:
-    """A policy at one size and guidance scale: all that the scheduler, the updater and evaluations
-    see of it."""
+    """A policy at one size and guidance scale."""
 
     policy: Policy
     size: Size
+    """Of the outputs."""
     guidance_scale: float
+    """As in the pipeline's call; `Scales` where a second expert has a scale of its own."""
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        """Of one latent."""
+        """Shape of one latent, as `Policy.latent_shape`."""
         return self.policy.latent_shape(self.size)
 
     def sigmas(self, num_steps: int) -> torch.Tensor:
-        """The sampling grid, fp32 [num_steps + 1] on the CPU, from 1 to 0."""
+        """The sampling grid: fp32 [num_steps + 1] on the CPU, falling from 1 to 0."""
         return self.policy.sigmas(num_steps, self.size)
 
     def velocity(
@@ -47,32 +48,44 @@ class Sampler:
         conditioning: Conditioning,
         dtype=None,
     ) -> torch.Tensor:
-        """v of a batch of rows, as `Policy.velocity`."""
+        """The velocity of a batch of rows, as `Policy.velocity`."""
         return self.policy.velocity(
             transformer, x, sigma, conditioning, self.size, self.guidance_scale, dtype
         )
 
     def pixels(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images or videos of final latents and which of them are finite, as `Policy.pixels`."""
+        """Images or videos on the device and which of them are finite, as `Policy.pixels`."""
         return self.policy.pixels(latents, self.size)
 
     def decode(self, latents: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """The same as arrays, as `Policy.decode`."""
+        """The same as arrays in host memory, as `Policy.decode`."""
         return self.policy.decode(latents, self.size)
 
     @torch.no_grad()
     def integrate(
         self, x: torch.Tensor, conditioning: Conditioning, num_steps: int
     ) -> torch.Tensor:
-        """The ODE from sigma = 1 to 0 with the policy's own denoiser. x: fp32 [n, ...]; returns
-        fp32 [n, ...]."""
+        """Integrate the ODE from sigma 1 to 0 with the policy's own denoiser.
+
+        Args:
+            x: latents at sigma 1, fp32 [n, ...].
+            conditioning: as `Policy.encode` returns it, [n, ...] each.
+            num_steps: steps of the grid.
+
+        Returns:
+            Final latents, fp32 [n, ...].
+        """
         sigmas = self.sigmas(num_steps)
         grid = ode_coefficients(sigmas)
+        # `sde_step` takes keys always; with tau = 0 it draws no noise from them.
         no_key = torch.zeros(len(x), 1, dtype=torch.int64, device=x.device)
         numbers = {"sigma": sigmas, "a": grid.a, "b": grid.b, "tau": grid.tau}
+        # All numbers of the grid in one copy: a copy in each step would make the host wait for the
+        # steps before it.
         (there,) = send([numbers], x.device)
         for k in range(num_steps):
             sigma, a, b, tau = (there[name][k].expand(len(x)) for name in numbers)
+            # From the grid on the CPU, so that choosing an expert does not read from the device.
             denoiser = self.policy.only(
                 self.policy.denoiser(), self.policy.expert(sigmas[k].item())
             )
@@ -83,9 +96,10 @@ class Sampler:
     def integrate_each(
         self, x: torch.Tensor, conditions: Conditions, num_steps: int
     ) -> torch.Tensor:
-        """`integrate` for rows whose conditionings may differ in shape: those of each shape
-        together."""
+        """`integrate` for rows whose conditionings may differ in shape; rows of one shape are
+        integrated together."""
         groups = by_shape(conditions.shapes)
+        # Rows of one shape, the common case, are not gathered: that would copy the latents.
         parts = [
             self.integrate(x if len(groups) == 1 else x[places], conditions.rows(places), num_steps)
             for places in groups

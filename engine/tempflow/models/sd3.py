@@ -1,5 +1,7 @@
-"""Stable Diffusion 3 and 3.5: classifier-free guidance, unpacked latents, two CLIP encoders and
-T5."""
+"""Stable Diffusion 3 and 3.5: classifier-free guidance, unpacked latents, two CLIP encoders and T5.
+
+The pipeline's skip-layer guidance is not supported.
+"""
 
 from __future__ import annotations
 
@@ -13,25 +15,26 @@ from tempflow.models.guidance import GuidedPolicy
 from tempflow.models.sizes import check_multiple, resolution_shift
 from tempflow.types import Example, Size
 
-PATCH = 2  # latent pixels a side of a token, in every checkpoint of the family
+PATCH = 2  # latent pixels on each side of a token, in every checkpoint of the family
 
 
 def token_grid(size: Size, vae_config: dict, transformer_config: dict) -> tuple[int, int]:
-    """Rows and columns of an image's tokens; UserError where the transformer has no positions for
-    so many."""
+    """Rows and columns of an image's tokens. UserError if they are more than the transformer has
+    positions for."""
     multiple = SD3Policy.size_multiple(vae_config)
     check_multiple(size, multiple)
     most = transformer_config["pos_embed_max_size"] * multiple
     if max(size.height, size.width) > most:
         raise UserError(
-            f"rollout.height, rollout.width: {size}; this model makes at most {most} a side"
+            f"rollout.height, rollout.width: {size}; this model makes at most {most} pixels on each"
+            " side"
         )
     return size.height // multiple, size.width // multiple
 
 
 class SD3Policy(GuidedPolicy):
-    """Guided velocities of an SD3Transformer2DModel as its pipeline asks for them (without
-    skip-layer guidance)."""
+    """Guided velocities of an SD3Transformer2DModel with the same inputs as in
+    StableDiffusion3Pipeline."""
 
     text_length, longest_text = 256, 512
     lora_targets = (
@@ -54,6 +57,7 @@ class SD3Policy(GuidedPolicy):
         texts = [example.text for example in examples]
         embeds, _, pooled, _ = self.pipe.encode_prompt(
             prompt=texts,
+            # None: all three encoders read the same text.
             prompt_2=None,
             prompt_3=None,
             device=self.device,
@@ -65,7 +69,7 @@ class SD3Policy(GuidedPolicy):
     def empty_embeddings(self, count: int) -> Conditioning:
         config = self.pipe.transformer.config
         like: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
-        # CLIP's stand before T5's
+        # The tokens of CLIP come before those of T5.
         tokens = self.pipe.text_encoder.config.max_position_embeddings + self.max_sequence_length
         return {
             "encoder_hidden_states": torch.empty(count, tokens, config.joint_attention_dim, **like),
@@ -81,6 +85,7 @@ class SD3Policy(GuidedPolicy):
 
     def sigmas(self, num_steps: int, size: Size) -> torch.Tensor:
         scheduler, (rows, columns) = self.pipe.scheduler, self._tokens(size)
+        # As in the pipeline: a mu only for dynamic shifting.
         dynamic = scheduler.config.get("use_dynamic_shifting")
         scheduler.set_timesteps(
             num_steps, mu=resolution_shift(scheduler, rows * columns, 1.16) if dynamic else None

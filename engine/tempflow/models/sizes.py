@@ -1,5 +1,5 @@
-"""Which sizes a model can make, and what a size does to its sampling grid: sums that several
-families share."""
+"""Arithmetic of output sizes that several families share: which sizes a model can make, and how a
+size shifts its sampling grid."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from tempflow.types import Size
 
 
 def check_multiple(size: Size, multiple: int, frame_step: int | None = None) -> None:
-    """UserError for a size that a model cannot make.
+    """Raise a UserError for a size that a model cannot make.
 
-    multiple, frame_step: as `Policy.size_multiple` and `Policy.frame_step` return them.
+    Args:
+        size: of the outputs.
+        multiple: as `Policy.size_multiple` returns it.
+        frame_step: as `Policy.frame_step` returns it.
     """
     if size.height % multiple or size.width % multiple:
         raise UserError(
-            f"rollout.height, rollout.width: {size}; both must be multiples of {multiple}"
+            f"rollout.height, rollout.width: {size}; both must be multiples of {multiple} pixels"
         )
     if frame_step is None and size.frames != 1:
         raise UserError(
@@ -29,10 +32,17 @@ def check_multiple(size: Size, multiple: int, frame_step: int | None = None) -> 
 
 
 def resolution_shift(scheduler, length: int, max_shift: float) -> float:
-    """mu of a scheduler's dynamic shifting for images of `length` tokens; max_shift: where its
-    config does not say."""
+    """The shift mu of a scheduler with dynamic shifting.
+
+    Args:
+        scheduler: of the checkpoint.
+        length: tokens of an image.
+        max_shift: default of the config's key of that name. It is an argument because diffusers'
+            pipelines differ in it.
+    """
     config = scheduler.config
     short, long = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     low, high = config.get("base_shift", 0.5), config.get("max_shift", max_shift)
     slope = (high - low) / (long - short)
+    # In the order of diffusers' `calculate_shift`: another order changes the last bits of the grid.
     return length * slope + (low - slope * short)

@@ -1,5 +1,8 @@
-"""A pipeline from its JSON configs alone: every module on the meta device, where tensors have
-shapes but no storage."""
+"""Builds a pipeline from its JSON configs alone, for estimates and checks without weights.
+
+All modules are on the meta device, where tensors have shapes but no storage. There are no
+tokenizers, so nothing can be embedded.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,8 @@ from tempflow.models.hub import fetch
 
 
 class NoProcessor:
-    """In the place of a processor that is not loaded, for pipelines that ask theirs for token ids
-    when they are made."""
+    """Stands in for a processor that is not loaded: the constructors of some pipelines ask theirs
+    for token ids."""
 
     @property
     def tokenizer(self) -> NoProcessor:
@@ -33,16 +36,19 @@ class NoProcessor:
 
 
 def not_loaded(part: str) -> NoProcessor | None:
-    """What a pipeline that is made from configs alone gets for a tokenizer, a text encoder or a
-    processor."""
+    """What a pipeline gets in place of a component that is not loaded."""
     return NoProcessor() if part == "processor" else None
 
 
 def skeleton_pipe(path: str, dtype: torch.dtype):
-    """The pipeline of a folder or hub id, in `dtype` but for the weights that loading leaves in
-    float32; without tokenizers.
+    """The pipeline of a folder or hub id, without weights.
 
-    Raises UserError where a config is missing or does not fit its class.
+    Args:
+        path: only its JSON files are read, or fetched.
+        dtype: of the weights, except for those that loading keeps in float32.
+
+    Raises:
+        UserError: a config is missing or does not fit its class.
     """
     import diffusers
 
@@ -57,8 +63,8 @@ def skeleton_pipe(path: str, dtype: torch.dtype):
 
 
 def plain_options(pipeline: Any, index: dict) -> dict:
-    """Arguments of a pipeline's constructor that its model_index.json gives and that are no
-    components, as `is_distilled`."""
+    """Arguments of a pipeline's constructor in its model_index.json that are not components, such
+    as `is_distilled`."""
     taken = inspect.signature(pipeline.__init__).parameters
     return {
         name: value for name, value in index.items() if name in taken and not is_component(value)
@@ -66,17 +72,17 @@ def plain_options(pipeline: Any, index: dict) -> dict:
 
 
 def skeleton_module(path: str, part: str, dtype: torch.dtype) -> torch.nn.Module:
-    """One of the pipeline's modules, made anew at each call."""
+    """One of a pipeline's modules without weights; a new one at each call."""
     return _part(path, part, read_index(path)[part], dtype)
 
 
 def read_index(path: str) -> dict:
-    """model_index.json of a folder or hub id."""
+    """The values of model_index.json of a folder or hub id."""
     return _table(path, "model_index.json")
 
 
 def _part(path: str, name: str, value: Any, dtype: torch.dtype):
-    """value: its entry of the index, [library, class]; of [null, null] a stand-in."""
+    """A component, from its entry [library, class] in model_index.json."""
     library, kind = value
     if name == "scheduler":
         return getattr(importlib.import_module(library), kind).from_config(
@@ -87,6 +93,7 @@ def _part(path: str, name: str, value: Any, dtype: torch.dtype):
     ):
         return not_loaded(name)
     module = skeleton(library, kind, _table(path, f"{name}/config.json"), name)
+    # Cast tensor by tensor: a `to` of the module would also cast those that loading keeps.
     keep = kept_in_float32(module, dtype)
     for key, tensor in [*module.named_parameters(), *module.named_buffers()]:
         if tensor.is_floating_point() and not set(key.split(".")) & keep:
