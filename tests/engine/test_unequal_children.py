@@ -62,7 +62,7 @@ def test_numbers_stay_with_their_steps():
 def test_other_plans_narrowed():
     assert prepared(branch_steps={"random": 2}).at_steps([8]).steps(0) == [8]
     assert prepared(FlowGrpo).at_steps([2, 5]).rows(UNIT, 0)[0].noise == {2, 5}
-    with pytest.raises(UserError, match="MixGrpo does not let its steps be chosen"):
+    with pytest.raises(UserError, match="MixGrpo does not allow its steps"):
         prepared(MixGrpo).at_steps([0])
 
 

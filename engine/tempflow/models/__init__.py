@@ -1,5 +1,8 @@
-"""Model families behind one protocol: `load_policy` reads a diffusers folder and returns its
-`Policy`."""
+"""Model families behind one protocol: `load_policy` reads a diffusers pipeline folder and returns a
+`Policy`.
+
+The families themselves are imported by the registry, when a checkpoint needs one.
+"""
 
 from tempflow.models.base import Policy, most_images
 from tempflow.models.conditions import (

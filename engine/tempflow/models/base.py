@@ -449,17 +449,7 @@ class Policy(ABC):
                 stacklevel=2,
             )
         check_latents(latents, (len(prompts), *sampler.latent_shape), str(size))
-        if negatives is not None and self.default_negative_prompt is None:
-            raise UserError(
-                f"negative_prompts: {type(self).__name__} takes none, because it is not guided by a"
-                " second prediction"
-            )
-        examples = [
-            Example(*given)
-            for given in zip(prompts, negatives or [None] * len(prompts), conditions, strict=True)  # type: ignore[list-item]  # negatives may be None
-        ]
-        for n, example in enumerate(examples):
-            self.check_images(example, f"images: prompt {n}")
+        examples = self._examples(prompts, negatives, conditions)
         with self.embedding_for(size):
             encoded = self.encode_each(examples)
         final = sampler.integrate_each(latents.to(self.device, torch.float32), encoded, num_steps)
@@ -476,3 +466,24 @@ class Policy(ABC):
         if frames is None:
             return [*map(Image.fromarray, made)]
         return [[*map(Image.fromarray, frames_of(item))] for item in made]
+
+    def _examples(
+        self,
+        prompts: list[str],
+        negatives: list[str] | None,
+        conditions: list[tuple[np.ndarray, ...]],
+    ) -> list[Example]:
+        """The examples of a call of `sample`. UserError for negative prompts or images that the
+        family does not take."""
+        if negatives is not None and self.default_negative_prompt is None:
+            raise UserError(
+                f"negative_prompts: {type(self).__name__} takes none, because it is not guided by a"
+                " second prediction"
+            )
+        examples = [
+            Example(*given)
+            for given in zip(prompts, negatives or [None] * len(prompts), conditions, strict=True)  # type: ignore[list-item]  # negatives may be None
+        ]
+        for n, example in enumerate(examples):
+            self.check_images(example, f"images: prompt {n}")
+        return examples

@@ -1,11 +1,11 @@
 """Wan 2.1 and 2.2, text to video: classifier-free guidance, latents [C, F, H, W], and in Wan 2.2
-A14B two experts by noise level.
+A14B two experts for high and low noise levels.
 
-The grid is that of the checkpoint's own scheduler, for which the pipeline names no sigmas.
-Published folders hold UniPC: its first order without the corrector is Euler on the same grid, and
-that is what is integrated here, so samples differ from those of the folder's own solver of second
-order. Of Wan 2.2 5B text to video alone is made; its pipeline then repeats one timestep for every
-token, for which one a row gives the same velocity.
+The grid is that of the checkpoint's scheduler; the pipeline passes no sigmas to it. Published
+folders have UniPC of order 2. Here its grid is integrated by Euler steps, which are UniPC of order
+1 without the corrector, so samples differ from the pipeline's. For Wan 2.2 5B only text to video is
+supported. Its pipeline then gives every token the same timestep, and one timestep per row gives the
+same velocity.
 """
 
 from __future__ import annotations
@@ -24,36 +24,36 @@ from tempflow.models.vae import channel_statistics
 from tempflow.models.wan_experts import Experts
 from tempflow.types import Example, Scales, Size
 
-PATCH = 2  # latent pixels a side of a token, in every checkpoint of the family
+PATCH = 2  # latent pixels on each side of a token, in every checkpoint of the family
 
 
 def unipc_timesteps(sigmas: torch.Tensor) -> torch.Tensor:
-    """The whole numbers that UniPC gives the transformer; at most 999, because its grid begins a
-    millionth below 1."""
+    """The timesteps that UniPC gives the transformer: whole numbers, at most 999 because its grid
+    begins 1e-6 below 1."""
     return (sigmas * TIMESTEPS).floor().clamp(max=TIMESTEPS - 1)
 
 
 def unipc_grid(scheduler, num_steps: int) -> torch.Tensor:
-    """UniPC's sigmas, fp32 [num_steps + 1], from 1: its own first one is 1 - 1e-6, where an SDE's
-    noise would be immense.
-
-    Its timesteps were cut to whole numbers in float64. Where fp32 lies on the other side of a whole
-    number, it moves by its last bits.
-    """
+    """UniPC's sigmas, fp32 [num_steps + 1], with 1 as the first one and with inner sigmas whose
+    `unipc_timesteps` are UniPC's own."""
     scheduler.set_timesteps(num_steps)
     sigmas, timesteps = scheduler.sigmas.float().cpu(), scheduler.timesteps.cpu()
+    # UniPC's own first sigma is 1 - 1e-6, where the noise of an SDE with 1 - sigma in its
+    # denominator would be immense.
     sigmas[0] = 1
     inner = sigmas[:-1]
+    # UniPC truncates timesteps in float64. Where rounding to fp32 has put a sigma on the other side
+    # of a whole number, it is moved back by its last bits.
     while (off := timesteps - unipc_timesteps(inner)).any():
         inner.copy_(torch.nextafter(inner, inner + off))
     return sigmas
 
 
 class WanPolicy(GuidedPolicy):
-    """Guided velocities of one or two WanTransformer3DModel as WanPipeline asks for them, of videos
-    of 4 k + 1 frames."""
+    """Guided velocities of one or two WanTransformer3DModel with the same inputs as in WanPipeline,
+    for videos of 4 k + 1 frames."""
 
-    text_length, longest_text = 512, 512  # padded to, and the padding is attended to
+    text_length, longest_text = 512, 512  # texts are padded, and the padding is attended to
     schedulers = (*GuidedPolicy.schedulers, UNIPC)
     lora_targets = (
         "attn1.to_q",
@@ -71,6 +71,7 @@ class WanPolicy(GuidedPolicy):
     def __init__(self, pipe, **more):
         super().__init__(pipe, **more)
         parts = [getattr(pipe, name) for name in self.denoiser_parts(pipe.config)]
+        # None until `set_denoiser` where the pipeline was loaded without its denoiser.
         self._denoiser = None if None in parts else self.join_denoiser(*parts)
 
     # ------------------------------------------------------------------------------------- denoiser
@@ -99,6 +100,7 @@ class WanPolicy(GuidedPolicy):
         self.pipe.register_modules(**parts)
 
     def expert(self, sigma: float) -> int:
+        # By the timestep and not by sigma, as in the pipeline: UniPC truncates timesteps.
         return (
             0
             if self._boundary is None
@@ -110,14 +112,14 @@ class WanPolicy(GuidedPolicy):
 
     @property
     def _boundary(self) -> float | None:
-        """The timestep below which the second expert predicts."""
+        """The timestep below which the second expert predicts; None for a single expert."""
         ratio = self.pipe.config.boundary_ratio
         return None if ratio is None else ratio * TIMESTEPS
 
     # --------------------------------------------------------------------------------- conditioning
     @classmethod
     def identity(cls, example: Example) -> tuple[str, ...]:
-        """What the pipeline cleans the text to, which depends on whether ftfy is installed."""
+        """The text as the pipeline cleans it, which depends on whether ftfy is installed."""
         return (prompt_clean(example.text),)
 
     @torch.no_grad()
@@ -137,7 +139,7 @@ class WanPolicy(GuidedPolicy):
     # ------------------------------------------------------------------------------------- sampling
     @staticmethod
     def size_multiple(vae_config) -> int:
-        # configs of Wan 2.1 may lack both factors
+        # Configs of Wan 2.1 may lack this factor, and that of time; the defaults are theirs.
         return PATCH * vae_config.get("scale_factor_spatial", 8)
 
     @staticmethod
@@ -161,12 +163,12 @@ class WanPolicy(GuidedPolicy):
         return type(self.pipe.scheduler).__name__ == UNIPC
 
     def sigmas(self, num_steps: int, size: Size) -> torch.Tensor:
-        self.latent_shape(size)  # which refuses a size
+        self.latent_shape(size)  # raises for a size that the model cannot make
         scheduler = self.pipe.scheduler
         if scheduler.config.get("use_dynamic_shifting"):
             raise UserError(
-                "model.path: scheduler: sets use_dynamic_shifting, for which WanPipeline gives no"
-                " mu; set it to false"
+                "model.path: scheduler: sets use_dynamic_shifting, but WanPipeline passes no mu;"
+                " set it to false"
             )
         if self._by_unipc:
             return unipc_grid(scheduler, num_steps)
@@ -174,13 +176,15 @@ class WanPolicy(GuidedPolicy):
         return scheduler.sigmas.float().cpu()
 
     def _timesteps(self, sigma: torch.Tensor) -> torch.Tensor:
-        """As the scheduler gives them, in fp32: the pipeline does not round them to the
-        transformer's dtype."""
+        """The timesteps of sigmas [n] as the scheduler makes them, in fp32."""
+        # Not rounded to the transformer's dtype; the pipeline does not, either.
         return unipc_timesteps(sigma) if self._by_unipc else sigma * TIMESTEPS
 
     def _forward(self, denoiser, x, sigma, conditioning, size):
         timestep = self._timesteps(sigma)
-        known = self._boundary is None or isinstance(denoiser, partial)  # by `only`
+        # A denoiser from `only` is a partial with `low` set; reading it from the timesteps, as
+        # training does, is a wait that a CUDA graph cannot capture.
+        known = self._boundary is None or isinstance(denoiser, partial)
         more = {} if known else {"low": timestep < self._boundary}  # type: ignore[operator]  # None only where `known` holds
         return denoiser(
             hidden_states=x, timestep=timestep, **conditioning, **more, return_dict=False
@@ -189,6 +193,7 @@ class WanPolicy(GuidedPolicy):
     def _scale(self, guidance, sigma, dtype):
         if self._boundary is None or not isinstance(guidance, Scales):
             return guidance
+        # A scale per row, chosen on the device: rows of both experts share forwards in training.
         low = self._timesteps(sigma) < self._boundary
         return torch.where(low, guidance.second, float(guidance)).to(dtype).reshape(-1, 1, 1, 1, 1)
 

@@ -1,10 +1,10 @@
-"""The two transformers of Wan 2.2 as one module, so that engine, rollout copy and checkpoints know
-of one.
+"""The two transformers of Wan 2.2 as one module, so that engine, rollout copy and checkpoints each
+handle a single module.
 
-A forward splits its rows. In training, and where ZeRO-3 holds weights in slices, both experts run
-in every forward, one without rows on a single token that goes nowhere: ranks must run the same
-collectives in the same order, whatever rows they have, and under ZeRO-3 a gradient that is not made
-anew would be that of an earlier step.
+A forward splits its rows between the experts. In training, and under ZeRO stage 3, both experts run
+in every forward; an expert without rows runs on a single token whose prediction is dropped. Ranks
+must run the same collectives in the same order, whatever rows they have, and under ZeRO-3 a
+gradient that is not computed again would be that of an earlier step.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from diffusers.loaders import PeftAdapterMixin
 
 
 class Experts(ModelMixin, PeftAdapterMixin):
-    """Two WanTransformer3DModel, named as their folders are.
+    """Two WanTransformer3DModel, as submodules with the names of their folders.
 
-    high: predicts at high noise levels. low: at low ones.
+    Args:
+        high: predicts at high noise levels.
+        low: predicts at low noise levels.
     """
 
     _supports_gradient_checkpointing = True
@@ -28,25 +30,34 @@ class Experts(ModelMixin, PeftAdapterMixin):
     def __init__(self, high: torch.nn.Module, low: torch.nn.Module):
         super().__init__()
         self.transformer, self.transformer_2 = high, low
+        # Class attributes of diffusers' models: the blocks, for compiling and ZeRO-3, and the
+        # weights that casts keep in fp32. Both experts have the same.
         for name in ("_no_split_modules", "_repeated_blocks", "_keep_in_fp32_modules"):
             setattr(self, name, getattr(high, name))
 
     def forward(
         self, hidden_states, timestep, encoder_hidden_states, low, return_dict: bool = False
     ) -> tuple[torch.Tensor]:
-        """The prediction of each row by its expert.
+        """Predict each row by its expert.
 
-        hidden_states: [n, C, F, H, W].
-        timestep: fp32 [n].
-        encoder_hidden_states: [n, tokens, D].
-        low: whether each row is for the expert for low noise, bool [n], which the host reads; or
-        one bool for all. Returns [n, C, F, H, W] alone in a tuple.
+        Args:
+            hidden_states: [n, C, F, H, W].
+            timestep: fp32 [n].
+            encoder_hidden_states: [n, tokens, D].
+            low: whether each row belongs to the expert for low noise: bool [n], which the host has
+                to read, or one bool for all rows.
+            return_dict: ignored; callers of diffusers' models pass it.
+
+        Returns:
+            A tuple with the predictions, [n, C, F, H, W].
         """
         inputs = {
             "hidden_states": hidden_states,
             "timestep": timestep,
             "encoder_hidden_states": encoder_hidden_states,
         }
+        # Consecutive rows of one expert. Slices by known lengths, since an index by a mask would
+        # make the host wait once more to learn the number of rows.
         runs = [(which, len(list(run))) for which, run in groupby(_read(low, len(hidden_states)))]
         lengths = [length for _, length in runs]
         split = {name: tensor.split(lengths) for name, tensor in inputs.items()}
@@ -61,18 +72,21 @@ class Experts(ModelMixin, PeftAdapterMixin):
                 for n, piece in zip(mine, out.split([lengths[n] for n in mine]), strict=True):
                     pieces[n] = piece
             elif self._runs_both():
+                # Without rows, but part of the result, so that the backward reaches its weights.
                 pieces.append(self._nothing_of(expert, inputs))
         return (_joined(pieces),)
 
     def _runs_both(self) -> bool:
-        # DeepSpeed's, of weights in slices
+        """Whether an expert without rows must run, too."""
+        # ZeRO-3 sets `ds_id` on weights that it partitions; any forward gathers them.
         return (
             self.training and torch.is_grad_enabled() or hasattr(next(self.parameters()), "ds_id")
         )
 
     @staticmethod
     def _nothing_of(expert: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """An expert's prediction of one token, of which no row is left, [0, C, F, H, W]."""
+        """An expert's prediction of one token, cut to no rows: [0, C, F, H, W]. Its weights get
+        gradients of 0."""
         x, timestep, text = inputs.values()
         frames, rows, columns = expert.config.patch_size
         out = expert(
@@ -85,11 +99,13 @@ class Experts(ModelMixin, PeftAdapterMixin):
 
 
 def _read(low: torch.Tensor | bool, rows: int) -> list[bool]:
+    """`low` as a list of bools for the rows."""
     if isinstance(low, bool):
         return [low] * rows
-    # on the meta device either will do: both cost alike
+    # The meta device has no values. Either expert will do there, since both cost the same.
     return [False] * rows if low.is_meta else low.tolist()
 
 
 def _joined(tensors: list[torch.Tensor]) -> torch.Tensor:
+    # `cat` copies even a single tensor.
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)

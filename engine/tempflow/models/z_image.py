@@ -1,11 +1,11 @@
-"""Z-Image, base and Turbo: one stream of caption and image tokens, a caption of any length,
-guidance from a scale of 0 on.
+"""Z-Image, base and Turbo: one stream of caption and image tokens, captions of any length, and
+guidance at every scale above 0.
 
-The transformer fills captions up to a multiple of 32 tokens with a learned token that is attended
-to, and counts the image's positions from their end. So a caption's length decides what is computed,
-and captions are not padded to one length here: those that fill up to the same multiple share
-forwards. The pipeline's `cfg_normalization` and `cfg_truncation` stay at their defaults, which
-change nothing.
+The transformer pads captions to a multiple of 32 tokens with a learned token that is attended to,
+and counts the image's positions from the end of the padded caption. So padding further would change
+the result, and captions are not padded to one length here; those with the same multiple share
+forwards. The pipeline's `cfg_normalization` and `cfg_truncation` keep their defaults, which have no
+effect.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ _patchify = ZImageTransformer2DModel.patchify_and_embed
 
 
 def _patchify_filled(self, all_image, all_cap_feats, patch_size, f_patch_size):
-    """diffusers' own function, for captions that may be pairs, too: embeddings [L, D] filled up to
-    a multiple of 32, and where they are, bool [L]. It would take the number of tokens to fill from
-    a caption's shape, and no two lengths would share a forward."""
+    """diffusers' own function, which also takes captions as pairs: embeddings [L, D] padded to a
+    multiple of 32, and bool [L], True for the padding."""
+    # diffusers takes the number of tokens to pad from a caption's shape, so captions of two lengths
+    # could not be stacked.
     if not isinstance(all_cap_feats[0], tuple):
         return _patchify(self, all_image, all_cap_feats, patch_size, f_patch_size)
     captions, filled = zip(*all_cap_feats, strict=True)
@@ -39,13 +40,13 @@ ZImageTransformer2DModel.patchify_and_embed = _patchify_filled
 
 
 def _up(length: int) -> int:
-    """The tokens of a caption with those that fill it up."""
+    """The number of tokens of a caption of this length after padding."""
     return -(-length // SEQ_MULTI_OF) * SEQ_MULTI_OF
 
 
 class ZImagePolicy(GuidedPolicy):
-    """Guided velocities of a ZImageTransformer2DModel as its pipeline asks for them: v + scale (v -
-    v of the negative prompt)."""
+    """Guided velocities of a ZImageTransformer2DModel with the same inputs as in ZImagePipeline:
+    v + scale (v - v of the negative prompt)."""
 
     text_length, longest_text = 512, 512
     ragged = True
@@ -65,11 +66,12 @@ class ZImagePolicy(GuidedPolicy):
 
     @classmethod
     def guides(cls, scale: float) -> bool:
+        # The pipeline's scale is smaller by 1 than the usual one, see `_combine`.
         return scale > 0
 
     @torch.no_grad()
     def embed(self, examples: list[Example]) -> Conditioning:
-        texts = [example.text for example in examples]  # which the pipeline overwrites
+        texts = [example.text for example in examples]  # a new list, since the pipeline changes it
         captions, _ = self.pipe.encode_prompt(
             texts,
             device=self.device,
@@ -110,7 +112,7 @@ class ZImagePolicy(GuidedPolicy):
         if rows > most_rows or columns > most_columns:
             most = f"{most_rows * multiple} x {most_columns * multiple}"
             raise UserError(
-                f"rollout.height, rollout.width: {size}; this model makes at most {most}"
+                f"rollout.height, rollout.width: {size}; this model makes at most {most} pixels"
             )
         return rows, columns
 
@@ -125,19 +127,19 @@ class ZImagePolicy(GuidedPolicy):
         return scheduler.sigmas.float().cpu()
 
     def _join(self, negative, positive):
-        # the transformer masks what is shorter
+        # As a list of rows: the transformer pads and masks the shorter captions itself.
         return {name: [*negative[name], *tensor] for name, tensor in positive.items()}
 
     def _forward(self, denoiser, x, sigma, conditioning, size):
         captions = list(zip(conditioning["caption"], conditioning["filled"], strict=True))
         # The pipeline's own arithmetic: time runs from 0 to 1, and the prediction is the velocity
-        # towards the image.
+        # towards the image, the negative of dx/d sigma.
         time = (1000 - sigma * 1000) / 1000
         predicted = denoiser(list(x.unsqueeze(2)), time, captions, return_dict=False)[0]
         return -torch.stack(predicted).squeeze(2)
 
     def _combine(self, positive, negative, scale):
-        both = positive.float(), negative.float()  # as the pipeline does
+        both = positive.float(), negative.float()  # the pipeline combines in fp32, too
         return (both[0] + scale * (both[0] - both[1])).to(positive.dtype)
 
     def _decode(self, latents: torch.Tensor, size: Size) -> torch.Tensor:

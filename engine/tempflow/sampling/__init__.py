@@ -1,1 +1,2 @@
-"""Rollouts: plans of rows, the scheduler that integrates them, and the numbers of the SDE step."""
+"""Sampling of rollouts: plans of rows, the scheduler that integrates them, and the coefficients of
+SDE steps. Rewards and training are not known here."""

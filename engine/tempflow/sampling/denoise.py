@@ -1,7 +1,7 @@
-"""A forward of the transformer and the sampling step that follows it, as functions of tensors
-alone.
+"""A forward of the transformer and the sampling step after it, as one function of tensors.
 
-That is what a CUDA graph can capture: everything that differs from batch to batch is an input.
+Everything that differs from batch to batch is a tensor argument, so a CUDA graph can capture the
+function.
 """
 
 from __future__ import annotations
@@ -18,44 +18,58 @@ from tempflow_kernels import sde_step
 
 @dataclass(frozen=True)
 class Denoise:
-    """The velocity of a transformer for some prompts at one image size and guidance scale."""
+    """Velocities and steps of a transformer, for some prompts at one size and guidance scale."""
 
     sampler: Sampler
     transformer: Any
+    """The copy of the denoiser that rollouts use."""
     conditioning: Conditions
-    """Of the prompts."""
+    """The conditionings of the prompts."""
     places: dict[int, int]
-    """A prompt's place among them, by its `Unit.prompt_id`."""
+    """Each prompt's place in `conditioning`, by its `Unit.prompt_id`."""
     coarse_transformer: Any = None
-    """Used in the coarse steps of a suffix, where it is another one."""
+    """Another copy for the coarse steps of a suffix; None if they use `transformer`."""
     expert: int = 0
-    """The one that predicts the rows of a launch, of a denoiser of several."""
+    """Number of the expert that predicts the rows of a launch, if the denoiser has several."""
 
     @property
     def device(self) -> torch.device:
-        """Of latents and conditioning."""
+        """The device of latents and conditioning."""
         return self.sampler.policy.device
 
     def within(self, unit: Unit) -> int:
-        """The place of a unit's prompt among those whose conditioning has its shape."""
+        """The place of a unit's prompt among the prompts whose conditioning has the same shape."""
         return self.conditioning.within[self.places[unit.prompt_id]]
 
     def conditions(self, shape: Shape, within: torch.Tensor) -> Conditioning:
-        """Embeddings [n, ...] of prompts of one shape, gathered on the device by their places
-        there, int64 [n]."""
+        """The conditioning [n, ...] of rows, gathered on the device.
+
+        Args:
+            shape: of the conditioning of all n rows.
+            within: the place of each row's prompt, as the method `within` gives it, int64 [n] on
+                the device.
+        """
         return index_rows(self.conditioning.stacks[shape], within)
 
     def shape(self, unit: Unit) -> Shape:
-        """Of the conditioning of a unit's prompt: rows share a forward with rows of the same."""
+        """The shape of the conditioning of a unit's prompt. Rows of different shapes share no
+        forward."""
         return self.conditioning.shapes[self.places[unit.prompt_id]]
 
     def of(self, expert: int) -> Denoise:
-        """The same for rows of an expert."""
+        """The same for rows of another expert."""
         return self if expert == self.expert else replace(self, expert=expert)
 
     def step(self, **inputs):
-        """One launch of everything: the velocity [n, ...], the next latents fp32 [n, 1, ...], their
-        log-probabilities [n, 1]."""
+        """One forward and the step after it, for a batch of rows.
+
+        Takes the tensors that `_step_along` lists, by name: latents x fp32 [n, ...], scalars fp32
+        [n], key int64 [n, 1], and the conditioning.
+
+        Returns:
+            The velocity [n, ...], the next latents fp32 [n, 1, ...], and their log-probabilities
+            fp32 [n, 1].
+        """
         return self._step_along(self.transformer, **inputs)
 
     def coarse_step(self, **inputs):
@@ -80,7 +94,9 @@ class Denoise:
             self.sampler.policy.only(transformer, self.expert), x, sigma, conditioning
         )
         used = v
-        if v_before is not None:  # v itself stays in its dtype, as training will see it
+        # A suffix of order 2 steps with a corrected velocity. v itself is returned uncorrected and
+        # in its dtype: children that branch off here are stepped with it, as training sees it.
+        if v_before is not None:
             used = v.float() + bend.reshape(-1, *[1] * (v.ndim - 1)) * (v.float() - v_before)
             x = x - extrapolated
         return v, *sde_step(x, used, a, b, tau, key=key, children=1, out_dtype=torch.float32)

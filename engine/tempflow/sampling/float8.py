@@ -1,8 +1,9 @@
-"""A second transformer for suffix rows whose large linear layers multiply in float8; everything
-else it shares with the first.
+"""A second transformer for the coarse steps of suffixes, whose large linear layers multiply in
+float8. It shares everything else with the first.
 
-Weights have a scale per output channel, activations one per token, found as they come. Only layers
-that see every token are converted.
+Weights have one scale per output channel, and activations one per token, computed in each forward.
+Only layers that process every token are converted (`layers.token_layers`). States and their
+velocities never come from this copy.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from tempflow.models.layers import token_layers
 
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FLOAT8).max
-SIDES = 16  # what both sides of a float8 product must be multiples of
+SIDES = 16  # the float8 product needs both sizes of a weight to be multiples of this
 
 
 def float8_layers(transformer: torch.nn.Module) -> dict[str, torch.nn.Linear]:
-    """The linear layers of the repeated blocks that see every token and whose sizes float8 products
-    allow, by name."""
+    """The linear layers that are converted, by name: those of `token_layers` with sizes that the
+    float8 product allows."""
     return {
         name: layer
         for name, layer in token_layers(transformer).items()
@@ -34,7 +35,7 @@ def float8_layers(transformer: torch.nn.Module) -> dict[str, torch.nn.Linear]:
 
 
 def float8_bytes(transformer: torch.nn.Module) -> int:
-    """What the copy holds beside the transformer itself: a byte a weight, and fp32 scales."""
+    """Bytes that the copy needs besides the transformer: one per weight, and fp32 scales."""
     return sum(
         layer.weight.numel() + 4 * layer.out_features
         for layer in float8_layers(transformer).values()
@@ -42,10 +43,10 @@ def float8_bytes(transformer: torch.nn.Module) -> int:
 
 
 def obstacle(transformer: torch.nn.Module) -> str | None:
-    """Why a transformer can have no float8 copy here; None where it can. A CPU can, slowly: to see
-    what it does to rewards."""
+    """Why a transformer can have no float8 copy on its device; None if it can. CPUs are allowed,
+    though slow, so that the effect on rewards can be measured there."""
     layers = float8_layers(transformer)
-    # some others stay in fp32 (Wan)
+    # The dtype of a layer to convert: Wan keeps some other weights in fp32.
     weight = next((layer.weight for layer in layers.values()), next(transformer.parameters()))
     if not hasattr(F, "scaled_mm"):
         return f"it needs torch 2.10 or later, this is {torch.__version__}"
@@ -61,6 +62,7 @@ def obstacle(transformer: torch.nn.Module) -> str | None:
                 f"it needs compute capability 8.9 or later, {name} has"
                 f" {capability[0]}.{capability[1]}"
             )
+        # Row-wise scales on a GPU come with bfloat16 outputs only.
         if weight.dtype != torch.bfloat16:
             return (
                 "on a GPU it needs model.dtype bfloat16, not"
@@ -75,18 +77,19 @@ def obstacle(transformer: torch.nn.Module) -> str | None:
 
 
 class Rounding:
-    """`quantize_rows` of activations [..., k], once for layers that are given the same tensor one
-    after another, as the projections to queries, keys and values are."""
+    """`quantize_rows` of activations [..., k] that remembers its last result: the projections to
+    queries, keys and values are given the same tensor one after another."""
 
     def __init__(self):
-        # A reference to the last input, its version, and its rows: one object, so that threads
-        # never see parts of two. The rows go when their input goes.
+        # A weak reference to the last input, its version, and its rows. They are one tuple, so that
+        # a thread never sees parts of two results; the rows are freed with their input.
         self._last: tuple | None = None
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if torch.compiler.is_compiling():  # a compiled forward keeps nothing in Python
+        if torch.compiler.is_compiling():  # a compiled forward cannot keep state in Python
             return quantize_rows(x.reshape(-1, x.shape[-1]))
         last = self._last
+        # The version rises with each change in place, such as the next input of a static buffer.
         if last is not None and last[0]() is x and last[1] == x._version:
             return last[2]
         rows = quantize_rows(x.reshape(-1, x.shape[-1]))
@@ -94,17 +97,22 @@ class Rounding:
         return rows
 
     def _forget(self, reference: weakref.ref) -> None:
+        # Another thread may have stored a newer result since.
         last = self._last
         if last is not None and last[0] is reference:
             self._last = None
 
 
 class Float8Linear(torch.nn.Module):
-    """x W^T + b with both factors of the product rounded to float8 (e4m3); W with its adapter,
-    where it has one. x: [..., in_features] of any float dtype."""
+    """A linear layer x W^T + b whose product has both factors rounded to float8 (e4m3). W includes
+    the adapter of its source.
+
+    Args:
+        source: the layer whose weight is rounded; its bias is shared.
+        rounding: shared by layers that may be given the same x; default: one of its own.
+    """
 
     def __init__(self, source: torch.nn.Linear, rounding: Rounding | None = None):
-        """rounding: shared with layers that may be given the same x."""
         super().__init__()
         self._rounding = rounding or Rounding()
         self.weight: torch.Tensor
@@ -116,12 +124,14 @@ class Float8Linear(torch.nn.Module):
 
     @torch.no_grad()
     def refresh(self, source: torch.nn.Linear) -> None:
-        """Take over another weight, in place."""
+        """Convert the current weight of a layer, in place."""
+        # In place, because CUDA graphs read the weights at their addresses.
         weight, scale = quantize_rows(whole_weight(source))
         self.weight.copy_(weight)
         self.scale.copy_(scale)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [..., in] of any float dtype; returns [..., out] in the same dtype."""
         rows, scale = self._rounding(x)
         by_row = F.ScalingType.RowWise
         product = F.scaled_mm(
@@ -139,24 +149,32 @@ class Float8Linear(torch.nn.Module):
 
 
 def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(float8 [n, k], fp32 scales [n, 1]) whose product is x [n, k] up to rounding. Nothing in
-    between is wider than x."""
+    """Round the rows of x [n, k] to float8 [n, k] with fp32 scales [n, 1]; their product is x up to
+    rounding."""
+    # All in the dtype of x: an fp32 copy of the activations would take twice their memory. A row of
+    # zeros gets the smallest scale instead of a division by 0.
     largest = torch.linalg.vector_norm(x, float("inf"), dim=-1, keepdim=True)
     scale = (largest / LARGEST).clamp_min(torch.finfo(x.dtype).tiny)
     return (x / scale).to(FLOAT8), scale.float()
 
 
 class Float8Copy:
-    """transformer: the copy. It keeps its storage for the whole run; `refresh` writes the source's
-    weights into it.
+    """A float8 copy of a transformer, in `transformer`. It keeps its storage for the whole run;
+    `refresh` writes the source's current weights into it.
 
-    Raises UserError with the reason where there can be none.
+    Args:
+        source: the transformer; it shares all layers that are not converted.
+
+    Raises:
+        UserError: there can be no copy, with the reason.
     """
 
     def __init__(self, source: torch.nn.Module):
         reason = obstacle(source)
         if reason:
             raise UserError(f'rollout.suffix.weights: "float8": {reason}')
+        # A deep copy of the modules only: `deepcopy` takes what its memo has as already copied, so
+        # all parameters and buffers stay shared.
         shared = {id(tensor): tensor for tensor in (*source.parameters(), *source.buffers())}
         self.transformer = copy.deepcopy(source, shared)
         rounding = Rounding()
@@ -172,6 +190,6 @@ class Float8Copy:
             converted.refresh(layer)
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        """Where its own weights lie."""
+        """The copy's own weights and scales, whose addresses must not change."""
         for _, converted in self._layers:
             yield from (converted.weight, converted.scale)

@@ -1,16 +1,16 @@
 """CUDA graphs of the rollout's forwards: captured once per set of input shapes, replayed from
 static buffers.
 
-A replay costs one launch instead of some thousand. It reads the weights where they lay at capture,
-so weights must be refreshed in place; `watch` notices when they were not, and drops what was
-captured.
+A replay costs one launch instead of some thousand. It reads the weights at their addresses during
+the capture, so weights must be refreshed in place; `watch` notices if they were not, and drops the
+graphs.
 
-A capture that fails cannot be undone in its process. `torch.cuda.graph` then leaves the capture's
-stream the current one (2.13), and `CUDAGraph::capture_end` may leave the allocator believing that
-the capture goes on (mended in parts in 2.12 and after), so that the next `empty_cache` or capture
-ends in an internal assertion. So a capture begins only after a run in which anything that makes the
-host wait is an error. What fails there runs eagerly, and says why, once; what fails in the capture
-itself ends the run.
+A failed capture cannot be undone in its process. `torch.cuda.graph` then leaves the capture's
+stream as the current one (2.13), and `CUDAGraph::capture_end` may leave the allocator in the state
+of a capture (fixed in parts in 2.12 and later), so that the next `empty_cache` or capture ends in
+an internal assertion. So a capture begins only after an eager run in which anything that makes the
+host wait is an error. A function that fails there keeps running eagerly, and the reason is noted
+once; a failure in the capture itself ends the run.
 """
 
 from __future__ import annotations
@@ -29,34 +29,39 @@ Inputs = dict[str, torch.Tensor]
 Function = Callable[..., tuple]
 
 
-TURNS = 2  # captures of a shape: more, and capturing takes longer than replays save
-# relative, of a replay against an eager run
+# How often the graph of a shape may be dropped for lack of memory before the shape runs eagerly:
+# captures would take longer than replays save.
+TURNS = 2
+# Relative difference that is allowed between a replay and an eager run, by dtype.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 
 
 class CannotCapture(Exception):
-    """A function that would fail in a capture, found before one began."""
+    """A function would fail in a capture. It is raised before the capture begins, so nothing is
+    broken."""
 
 
 @dataclass
 class Captured:
-    """A captured call. inputs, outputs: its static buffers. replay() reads the ones and writes the
-    others. nbytes: device memory that it holds."""
+    """A captured call."""
 
     inputs: Inputs
+    """Static buffers that `replay` reads."""
     outputs: tuple
+    """Static buffers that `replay` writes."""
     replay: Callable[[], None]
     nbytes: int
+    """Device memory that it holds."""
 
 
 class CudaCapture:
-    """Captures on the current device; all graphs share one memory pool, because only one runs at a
-    time.
+    """Captures functions on the current device. All graphs share one memory pool, because only one
+    runs at a time.
 
-    Raises CannotCapture before a capture begins, and anything else when one has failed.
+    A call raises CannotCapture before a capture begins, and any other error if one has failed.
     """
 
-    WARM_UP = 2  # eager runs first, so that lazily made workspaces and compiled kernels exist
+    WARM_UP = 2  # eager runs before, which create lazy workspaces and compile kernels
 
     def __init__(self):
         self._pool = None
@@ -65,22 +70,24 @@ class CudaCapture:
         static = {name: tensor.clone() for name, tensor in inputs.items()}
         try:
             self._warm_up(function, static)
-        except Exception as error:  # whatever a driver, a kernel or a model refuses with
+        except Exception as error:  # drivers, kernels and models raise errors of many types
             raise CannotCapture(_in_words(error)) from error
         self._pool = self._pool or torch.cuda.graph_pool_handle()
+        # `torch.cuda.graph` itself begins with these two. Done before, so that the difference in
+        # reserved memory is what the capture reserves.
         gc.collect()
-        # the capture's first act, which would hide what the capture itself reserves
         torch.cuda.empty_cache()
         before, graph = torch.cuda.memory_reserved(), torch.cuda.CUDAGraph()
         with _stream_kept():
-            # "thread_local": NCCL's watchdog asks for events in a thread of its own, which would
-            # end a "global" capture.
+            # "thread_local", because NCCL's watchdog queries events in a thread of its own, which
+            # would invalidate a "global" capture.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 outputs = tuple(function(**static))
         held = sum(t.numel() * t.element_size() for t in static.values())
         return Captured(static, outputs, graph.replay, held + torch.cuda.memory_reserved() - before)
 
     def _warm_up(self, function: Function, static: Inputs) -> None:
+        # On another stream than the current one, as captures run.
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -94,7 +101,8 @@ class CudaCapture:
 
 @contextmanager
 def _waiting_is_an_error():
-    """Whatever makes the host wait for the GPU raises."""
+    """Inside the context, an operation that makes the host wait for the GPU raises. A capture would
+    fail at it."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -105,7 +113,8 @@ def _waiting_is_an_error():
 
 @contextmanager
 def _stream_kept():
-    """The current stream is what it was, also where a failed capture leaves its own."""
+    """Restore the current stream after a failed capture, which leaves its own as the current
+    one."""
     before = torch.cuda.current_stream()
     try:
         yield
@@ -119,17 +128,18 @@ def _in_words(error: Exception) -> str:
 
 
 class GraphCache:
-    """Runs functions of tensors by replaying their captured graphs; `cache(function, inputs)`
-    equals `function(**inputs)`.
+    """Runs functions of tensors by replaying their captured graphs: `cache(function, inputs)`
+    returns what `function(**inputs)` does.
 
-    Functions are told apart by name and expert (`Denoise.expert`), because each rollout brings its
-    own of the same.
+    A call raises RankError if a capture has begun and failed.
 
-    capture(function, inputs) -> Captured; raises CannotCapture for what is to run eagerly.
-    limit_bytes: least recently used graphs leave beyond it, and shapes whose graph has left TURNS
-    times run eagerly. verify: compare the first replay of each graph with an eager run. note(text)
-    is told what is not captured, and why. A call raises UserError where a capture has begun and
-    failed.
+    Args:
+        capture: capture(function, inputs) returns a `Captured`, or raises CannotCapture for a
+            function that must run eagerly.
+        limit_bytes: device memory of all graphs. Above it the least recently used are dropped; a
+            shape whose graph was dropped `TURNS` times runs eagerly from then on.
+        verify: compare the first replay of each graph with an eager run.
+        note: called with a line of text about what is not captured, and why.
     """
 
     def __init__(
@@ -143,7 +153,7 @@ class GraphCache:
         self._capture, self._limit, self._verify, self._note = capture, limit_bytes, verify, note
         self._graphs: OrderedDict[tuple, Captured] = OrderedDict()
         self._refused: set[tuple] = set()
-        self._left: Counter[tuple] = Counter()  # how often a graph has gone to make room
+        self._left: Counter[tuple] = Counter()  # how often each graph was dropped to make room
         self._weights: tuple[int, ...] = ()
         self.captures = self.replays = 0
 
@@ -152,15 +162,17 @@ class GraphCache:
 
     @property
     def nbytes(self) -> int:
-        """Device memory of all graphs held."""
+        """Device memory of all graphs, in bytes."""
         return sum(captured.nbytes for captured in self._graphs.values())
 
     def watch(self, tensors: Iterable[torch.Tensor]) -> None:
-        """To be called before a rollout with all weights that it reads: graphs of weights that have
-        moved since are dropped."""
+        """Drop all graphs if weights have moved in memory. Call it before each rollout with all
+        weights that it reads."""
         weights = tuple(tensor.data_ptr() for tensor in tensors)
         if self._graphs and weights != self._weights:
-            self._note("rollout.graphs: the weights have moved in memory; graphs are captured anew")
+            self._note(
+                "rollout.graphs: the weights have moved in memory; graphs are captured again"
+            )
             self._graphs.clear()
         self._weights = weights
 
@@ -170,6 +182,8 @@ class GraphCache:
             (name, tensor.shape, tensor.dtype, tensor.device)
             for name, tensor in sorted(inputs.items())
         )
+        # By name, since each rollout makes a new `Denoise` with methods of the same name; by expert
+        # too, since that decides which weights the function reads.
         key = (
             function.__qualname__,
             getattr(getattr(function, "__self__", None), "expert", 0),
@@ -181,7 +195,7 @@ class GraphCache:
         if captured is None and self._left[key] == TURNS:
             limit = f"rollout.graph_limit_mb ({self._limit >> 20})"
             return self._refuse(
-                key, function, inputs, f"has one of more shapes than {limit} holds graphs for"
+                key, function, inputs, f"has one of more shapes than {limit} has room for"
             )
         if captured is None:
             return self._first(key, function, inputs)
@@ -194,10 +208,11 @@ class GraphCache:
         except CannotCapture as error:
             return self._refuse(key, function, inputs, f"cannot be captured ({error})")
         except Exception as error:
+            # RankError, because other ranks may have captured the same forward without a failure.
             raise RankError(
                 f"rollout.graphs: the capture of a forward of {len(inputs['x'])} rows failed"
                 f" ({_in_words(error)}). This process cannot use the GPU's memory safely after"
-                " that; set rollout.graphs to false, and go on with --resume if there is a"
+                " that; set rollout.graphs to false, and continue with --resume if there is a"
                 " checkpoint"
             ) from error
         self.captures += 1
@@ -207,6 +222,7 @@ class GraphCache:
             if not _agree(outputs, eager):
                 return self._refuse(key, function, inputs, "gives other values when replayed")
         self._graphs[key] = captured
+        # The newest graph stays even if it is above the limit alone.
         while self.nbytes > self._limit and len(self._graphs) > 1:
             gone, _ = self._graphs.popitem(last=False)
             self._left[gone] += 1
@@ -217,10 +233,11 @@ class GraphCache:
             captured.inputs[name].copy_(tensor)
         captured.replay()
         self.replays += 1
-        # the next replay writes over them
+        # Copies, because the next replay overwrites the buffers.
         return tuple(tensor.clone() for tensor in captured.outputs)
 
     def _refuse(self, key: tuple, function: Function, inputs: Inputs, reason: str) -> tuple:
+        # Noted once: every later shape would probably fail for the same reason.
         if not self._refused:
             self._note(
                 f"rollout.graphs: a forward of {len(inputs['x'])} rows {reason}; such forwards run"
@@ -231,15 +248,16 @@ class GraphCache:
 
 
 def _agree(outputs: tuple[torch.Tensor, ...], eager: tuple[torch.Tensor, ...]) -> bool:
-    """Equal but for the order of sums: libraries may choose another algorithm while capturing.
-
-    All to the tolerance of the loosest dtype: an fp32 output is made of the others, too.
-    """
+    """Whether a replay equals an eager run up to rounding, since libraries may choose another
+    algorithm, with another order of sums, while capturing."""
+    # One tolerance for all outputs, that of the coarsest dtype: fp32 latents are computed from a
+    # bf16 velocity.
     tolerance = max(TOLERANCE.get(t.dtype, 0.0) for t in eager)
     return all(_close(one, other, tolerance) for one, other in zip(outputs, eager, strict=True))
 
 
 def _close(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
+    # NaN at the same places is agreement: the model made it, not the capture.
     same_nan = torch.equal(one.isnan(), other.isnan())
     one, other = one.double().nan_to_num(), other.double().nan_to_num()
     return same_nan and bool((one - other).norm() <= tolerance * other.norm())

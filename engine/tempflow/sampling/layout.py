@@ -1,8 +1,8 @@
-"""Numbers for everything that an iteration integrates: the same on every rank, so that ranks agree
-without a message.
+"""Numbers the rows, states and slots of an iteration in the same way on every rank, so that ranks
+agree without communication.
 
-A plan makes the rows of one unit at a time. Here they become states, slots and, for the units that
-are integrated together, a forest whose parents come before their children.
+A plan makes the rows of one unit (prompt, seed) at a time. Here they get states and slots, and the
+units that are integrated together become a forest in which parents come before their children.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import numpy as np
 
 from tempflow.types import Row, Slots, Unit
 
-ENDPOINT = -1  # the step of slots that are endpoints
+ENDPOINT = -1  # the step of slots that are endpoints and belong to no state
 
 
 def iteration_units(prompt_ids: list[int], seeds: int) -> list[Unit]:
-    """All units of an iteration, prompt by prompt."""
+    """All units of an iteration in order: prompt by prompt, and all seeds of a prompt together."""
     return [
         Unit(p * seeds + s, p, prompt_id, s)
         for p, prompt_id in enumerate(prompt_ids)
@@ -30,27 +30,28 @@ def iteration_units(prompt_ids: list[int], seeds: int) -> list[Unit]:
 
 @dataclass(frozen=True)
 class Forest:
-    """Rows that are integrated together. Parents are places in `rows`, and come before their
-    children."""
+    """Rows that are integrated together."""
 
     rows: list[Row]
+    """Parents before their children; `Row.parent` is a place in this list."""
     numbers: list[int]
-    """Each row's number among the rows of all units."""
+    """The number of each row among the rows of all units."""
     slots: dict[tuple[int, int], np.ndarray]
-    """int [B]: the slots of the state at (place of the row, step); empty where slots are
-    endpoints."""
+    """The slots of the children of each state, int [B], by (place of the row, step); empty if slots
+    are endpoints."""
 
     @cached_property
     def depth(self) -> list[int]:
-        """How many branches lie between each row and the initial noise."""
+        """The number of branches between the initial noise and each row."""
         found: list[int] = []
+        # In one pass, because parents come first.
         for row in self.rows:
             found.append(0 if row.parent is None else found[row.parent] + 1)
         return found
 
     @cached_property
     def branches(self) -> dict[tuple[int, int], list[int]]:
-        """The rows that branch off, by (place of their parent, step)."""
+        """The places of the rows that branch off, by (place of their parent, step)."""
         found = defaultdict(list)
         for n, row in enumerate(self.rows):
             if row.parent is not None:
@@ -61,13 +62,14 @@ class Forest:
 class Layout:
     """The rows of all units of an iteration, and the slots of their states or endpoints.
 
-    first: int [units + 1], the number of each unit's first row among the rows of all units.
+    `first`, int [units + 1], is the number of each unit's first row among the rows of all units;
+    `slots` has one line for each slot.
 
     Args:
-        units: of all ranks, in order.
-        rows: of each unit, parents before children, as `Plan.rows` makes them.
-        endpoints: make a slot of every row, whatever noise it took, instead of every child of a
-            state.
+        units: the units of all ranks, in order.
+        rows: the rows of each unit, parents before children, as `Plan.rows` makes them.
+        endpoints: make every row a slot, for objectives that learn from finished latents. By
+            default every child of a state is one.
     """
 
     def __init__(self, units: list[Unit], rows: list[list[Row]], endpoints: bool = False):
@@ -77,13 +79,13 @@ class Layout:
         self.slots = self._endpoint_slots() if endpoints else self._state_slots()
 
     def __len__(self) -> int:
-        """Rows of all units."""
+        """The number of rows of all units."""
         return int(self.first[-1])
 
     @cached_property
     def without_slot(self) -> np.ndarray:
-        """Numbers of the rows whose reward is neither a slot's nor a state's value, like a
-        trunk's."""
+        """Numbers of the rows whose reward belongs to no slot and is no state's value, such as
+        trunks, int [rows]."""
         values = np.flatnonzero([row.value for unit in self.rows for row in unit])
         return np.setdiff1d(
             np.arange(len(self)), [*values, *(row for rows in self.slots.leaves for row in rows)]
@@ -91,8 +93,8 @@ class Layout:
 
     @cached_property
     def completions(self) -> np.ndarray:
-        """int [slots]: number of the row that the slot's state lies on, where it follows the ODE
-        from there on, like a trunk; else -1."""
+        """For each slot the number of the row that its state is on, if that row follows the ODE
+        from there on, like a trunk; else -1. int [slots]."""
         found = np.full(len(self.slots), -1)
         for (u, n, step), slots in self._slots.items():
             if not any(k >= step for k in self.rows[u][n].noise):
@@ -100,8 +102,8 @@ class Layout:
         return found
 
     def forest(self, chosen: list[int]) -> Forest:
-        """The rows of some units (places in `units`): all roots first, then their children, and so
-        on, unit by unit."""
+        """The rows of some units, which are given as places in `units`: first all roots, then their
+        children, and so on; unit by unit within each."""
         lines = [
             (_depth(self.rows[u], n), k, n)
             for k, u in enumerate(chosen)
@@ -122,6 +124,7 @@ class Layout:
         return Forest(moved, [int(self.first[u]) + n for u, n in order], slots)
 
     def _state_slots(self) -> Slots:
+        """One slot for each child of each state; fills `_slots` on the way."""
         lines: list[tuple[int, ...]] = []
         leaves: list[tuple[int, ...]] = []
         values: list[list[int]] = []
@@ -149,6 +152,7 @@ class Layout:
                         [-1 if place is None else int(self.first[u]) + place for place in pair]
                     )
                 states += 1
+        # None instead of arrays of -1, so that advantages can tell that the plan has no values.
         known = any(row.value for rows in self.rows for row in rows)
         before, after = np.array(values, dtype=np.int64).reshape(-1, 2).T if known else (None, None)
         return Slots(**_columns(lines), leaves=tuple(leaves), before=before, after=after)
@@ -162,11 +166,12 @@ class Layout:
 
 
 def states_of(rows: list[Row]) -> dict[tuple[int, int], list[int]]:
-    """The states of a unit's rows, by (row, step), in order of step: the rows that take noise
-    there, as the state's children.
+    """The states of a unit's rows: the rows that are children of each state, by (row, step), in
+    order of step and then of row.
 
-    A row that goes on by the SDE is the first child of its own state; rows that branch off there
-    follow.
+    A row that continues by the SDE is the first child of its own state, and the rows that branch
+    off there with noise follow. A row that takes noise at the step where it leaves its parent is a
+    child of the parent's state.
     """
     found = defaultdict(list)
     for n, row in enumerate(rows):
@@ -179,7 +184,9 @@ def states_of(rows: list[Row]) -> dict[tuple[int, int], list[int]]:
 
 
 def _columns(lines: list[tuple[int, ...]]) -> dict[str, Any]:
-    """The int64 columns [n] of `Slots`, by name."""
+    """The columns of `Slots` by name, int64 [n], from n lines (prompt, seed, step, state,
+    child)."""
+    # The reshape gives five columns also without lines.
     columns = np.array(lines, dtype=np.int64).reshape(-1, 5).T
     return dict(zip(("prompt", "seed", "step", "state", "child"), columns, strict=True))
 
@@ -190,6 +197,7 @@ def _depth(rows: list[Row], n: int) -> int:
 
 
 def _branches(rows: list[Row]) -> dict[int, list[int]]:
+    """The rows that branch off each row, at any step."""
     found = defaultdict(list)
     for n, row in enumerate(rows):
         if row.parent is not None:
@@ -198,11 +206,8 @@ def _branches(rows: list[Row]) -> dict[int, list[int]]:
 
 
 def _below(rows: list[Row], branches: dict[int, list[int]], n: int, step: int) -> list[int]:
-    """The rows that hold what row n is after `step`: itself and all that branch off it later, with
-    all that branch off those.
-
-    Rows that are values of states are not among them.
-    """
+    """The rows that contain row n's latent after `step`: row n itself, all rows that branch off it
+    later, and all that branch off those. Rows that are values of states are left out."""
     later = [child for child in branches[n] if rows[child].start > step and not rows[child].value]
     return [n] + [
         leaf for child in later for leaf in _below(rows, branches, child, rows[child].start)
@@ -216,11 +221,11 @@ def _value_after(
     n: int,
     step: int,
 ) -> int | None:
-    """The row whose reward is the value of what row n is after `step`: that of the next state on
-    its way, or its own end.
+    """The row whose reward is the value of row n after `step`: the completion of the next state on
+    the row, or the row itself if no state follows. None if that state has no value.
 
-    The ODE leads from there to the next state, so both have the same completion. None where that
-    state has no value.
+    Between `step` and the next state the row follows the ODE, so both points have the same
+    completion.
     """
     steps = {*rows[n].noise, *(rows[child].start for child in branches[n])}
     later = [k for k in steps if k > step]

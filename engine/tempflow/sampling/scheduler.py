@@ -1,10 +1,11 @@
-"""Integrates the rows of a plan: rows at different steps share forwards, and a shared prefix is
-computed once.
+"""Integrates the rows of a plan. Rows at different steps share forwards, and a shared prefix of
+several rows is computed once.
 
-Roots go first, because children wait for them; a child joins as soon as its parent has passed its
+Roots go first, because children wait for them. A child joins as soon as its parent has passed its
 branch step, and takes its first step from its parent's (x_k, v_k) without a forward of its own.
-Rows whose prompts' conditionings differ in shape, or that different experts of a denoiser predict,
-share no forward. The latent being integrated stays in fp32.
+Rows share no forward if the conditionings of their prompts differ in shape, or if different experts
+of the denoiser predict them. Latents are integrated in fp32. Decoding and rewards are left to the
+caller.
 """
 
 from __future__ import annotations
@@ -32,54 +33,56 @@ from tempflow_kernels import sde_step
 
 @dataclass(frozen=True)
 class Stats:
-    """What an integration cost; sums over several of them."""
+    """The cost of an integration, or the sum over several."""
 
     forwards: int = 0
-    """Rows that went through the transformer."""
+    """Forwards, counted row by row."""
     batches: int = 0
-    """Forwards of any size."""
+    """Forwards, counted batch by batch."""
     padded: int = 0
-    """Rows that only filled a batch of fixed size."""
+    """Rows that only fill batches to a fixed size."""
     peak_latents: int = 0
-    """Most latents held."""
+    """The largest number of latents held at a time."""
 
     def __add__(self, other: Stats) -> Stats:
-        """Of two integrations side by side."""
+        """The cost of two integrations at the same time; their peaks may coincide, so they add
+        up."""
         return Stats(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
 
 @dataclass(frozen=True)
 class Arrived:
-    """What one forward brought."""
+    """The results of one forward."""
 
     rows: list[int]
-    """Places in the forest of the rows that reached sigma = 0; often none."""
+    """Places in the forest of the rows that reached sigma 0; often none."""
     latents: torch.Tensor | None
-    """fp32 [rows, ...]; None without rows."""
+    """Their latents, fp32 [rows, ...]; None without rows."""
     states: list[State]
-    """The states that the batch's rows left."""
+    """The states that the rows of the batch left with noise."""
     forwards: int
     """Rows in the batch."""
     stats: Stats
-    """Of the integration so far."""
+    """The cost of the integration so far."""
 
 
 @dataclass(frozen=True)
 class _Brood:
-    """Children of some of a batch's rows, as many of each, that take their first step together."""
+    """Children that take their first step in one launch: the same number for each of some rows of
+    a batch."""
 
     noisy: bool
-    """Whether that is a step of the SDE."""
+    """Whether that step is one of the SDE."""
     parents: list[int] = field(default_factory=list)
-    """Places in the batch."""
+    """The parents' places in the batch."""
     steps: list[int] = field(default_factory=list)
-    """Of the parents."""
+    """The parents' steps."""
     members: list[list[int]] = field(default_factory=list)
-    """Places of each parent's children in the forest."""
+    """The places of each parent's children in the forest."""
 
 
 def eager(function: Callable, inputs: dict[str, torch.Tensor]) -> tuple:
-    """Calls a function of tensors; a graph cache takes its place."""
+    """Call a function with tensors by name. A `GraphCache` can be used instead."""
     return function(**inputs)
 
 
@@ -95,21 +98,24 @@ def integrate(
     pad: bool = False,
     given: dict[int, torch.Tensor] | None = None,
 ) -> Iterator[Arrived]:
-    """Integrate every row of a forest, and yield after every forward what it brought. The caller
-    decodes, shows progress, and stops by asking no more.
+    """Integrate all rows of a forest. Each forward is computed when the next result is asked for,
+    so the caller can decode in between, or stop early.
 
     Args:
         forest: the rows, with the slots of their states.
-        denoise: the velocity.
-        grid: sigmas and the stochastic steps' coefficients.
+        denoise: computes velocities and steps.
+        grid: the sigmas, and the coefficients of stochastic steps.
         noise: of this iteration.
-        micro_batch: most rows in one forward.
-        suffix: how rows go on after their last decision; None is exact.
-        execute: calls a function with tensors by name.
-        pad: make every forward one of as many rows, for graphs and compiled code: micro_batch, or
-            where shapes differ what `_most` says.
+        micro_batch: the largest number of rows in a forward.
+        suffix: how rows are integrated after their last decision; None takes every step.
+        execute: called with a function and its tensors by name, to run it.
+        pad: fill every forward to a fixed number of rows, for graphs and compiled code:
+            `micro_batch`, or a smaller number if conditionings differ in shape.
         given: latents, fp32 [...], of rows without a parent that begin at their `start`, by place
-            in the forest; all others begin with initial noise.
+            in the forest. All other rows without a parent begin with initial noise.
+
+    Yields:
+        The results of each forward.
     """
     work = _Integration(
         forest, denoise, grid, noise, micro_batch, suffix, execute, pad, given or {}
@@ -118,7 +124,9 @@ def integrate(
 
 
 class _Integration:
-    """The latents under way, by place in the forest."""
+    """The state of an integration. Rows are known by their place in the forest; `latent` and `step`
+    hold those under way, `free` is the first step after each row's last decision, and `paths` are
+    the grid points from there on."""
 
     def __init__(self, forest, denoise, grid, noise, micro_batch, suffix, execute, pad, given):
         self.forest, self.denoise, self.grid, self.noise = forest, denoise, grid, noise
@@ -133,9 +141,10 @@ class _Integration:
         self.free = [k + 1 for k in last_decisions(self.rows)]
         self.paths = {free: suffix_path(free, self.last, suffix) for free in set(self.free)}
         self.shape = [denoise.shape(row.unit) for row in self.rows]
-        # by step
+        # The expert of each step.
         self.expert = [denoise.sampler.policy.expert(sigma) for sigma in grid.sigmas.tolist()]
-        self.ahead: Counter[Shape] = Counter()  # forwards of the rows of each shape
+        # Row forwards that are still ahead, by shape.
+        self.ahead: Counter[Shape] = Counter()
         for i, shape in enumerate(self.shape):
             self.ahead[shape] += self._forwards_of(i)
         self.latent: dict[int, torch.Tensor] = {}
@@ -143,6 +152,7 @@ class _Integration:
         second = suffix is not None and suffix.order == 2
         self.jumps = Jumps(grid.sigmas, self.free) if second else None
         self.forwards = self.batches = self.padded = self.peak = 0
+        # Row count of padded forwards, fixed at the start: each other number is another graph.
         self.fill = {
             (shape, coarse): self._most(shape, coarse)
             for shape in set(self.shape)
@@ -159,16 +169,19 @@ class _Integration:
         for i, latent in self.given.items():
             self._place([i], latent[None], self.rows[i].start)
         while self.latent:
-            with torch.no_grad():  # a generator's body leaves its caller's modes at every yield
+            # Not around the whole loop: a mode that is set in a generator would stay set for the
+            # caller at every yield.
+            with torch.no_grad():
                 arrived = self._forward(self._next_batch())
             yield arrived
 
     def _next_batch(self) -> list[int]:
-        """Roots first, because children wait for them, then their children; among those the rows
-        nearest to their end, because rewards wait for them.
+        """The rows of the next forward.
 
-        Rows with as many forwards ahead as there are full batches left of their shape go before
-        those: left behind, they would end in small batches of their own.
+        Roots come first, because children wait for them, then their children, and so on. At the
+        same depth, rows nearest to their end come first, because rewards wait for them. But a row
+        with as many forwards ahead as there are full batches left of its shape goes before those:
+        if it waited, its last forwards would be small batches.
         """
         batches_left = {shape: -(-ahead // self.micro_batch) for shape, ahead in self.ahead.items()}
 
@@ -177,7 +190,7 @@ class _Integration:
                 self.forest.depth[i],
                 self._forwards_left(i) < batches_left[self.shape[i]],
                 -self.step[i],
-                i,
+                i,  # a total order, so that batches and their bits do not depend on dict order
             )
 
         waiting = sorted(self.latent, key=order)
@@ -185,7 +198,7 @@ class _Integration:
         waiting = [
             i for i in waiting if self.expert[self.step[i]] == self.expert[self.step[waiting[0]]]
         ]
-        # coarse and exact steps share no forward then
+        # Coarse and exact steps use different transformers then.
         if self.denoise.coarse_transformer is not None:
             coarse = self._is_coarse(waiting[0], self.step[waiting[0]])
             waiting = [i for i in waiting if self._is_coarse(i, self.step[i]) is coarse]
@@ -197,7 +210,8 @@ class _Integration:
             x = torch.stack([self.latent.pop(i) for i in batch])
             goals = [self._goal(i, k) for i, k in zip(batch, steps, strict=True)]
             broods = self._broods(batch, steps)
-            # all that differs from forward to forward, sent at once: the host does not wait
+            # Everything from the host that this forward and its branches need, in one pinned copy,
+            # so that the host does not wait for the forwards before.
             own, *theirs = send(
                 [self._numbers(batch, steps, goals), *map(self._numbers_of, broods)], self.device
             )
@@ -209,6 +223,7 @@ class _Integration:
                 self.jumps.remember(batch, steps, goals, v)
             families, done = self._branch(broods, theirs, x, v)
             states = self._states(batch, steps, x, families, x_next, log_prob)
+            # Rows of different steps have different goals; `_place` takes those of one.
             for goal in sorted(set(goals)):
                 members = [n for n, other in enumerate(goals) if other == goal]
                 arrived = [x_next[n, 0] for n in members]
@@ -219,15 +234,15 @@ class _Integration:
 
     # -------------------------------------------------------------------------------- where rows go
     def _is_coarse(self, index: int, step: int) -> bool:
-        """Whether a row has its last decision behind it, and the exact steps after that."""
+        """Whether a row is past its last decision and the exact steps of the suffix after it."""
         return self.suffix is not None and step >= self.free[index] + self.suffix.exact_steps
 
     def _most(self, shape: Shape, coarse: bool) -> int:
-        """The rows of a padded forward.
+        """The number of rows of a padded forward.
 
-        Where shapes differ, each has few rows, and another number in the next iteration: a power of
-        two is little work for nothing and few graphs. Where coarse steps have forwards of their
-        own, the exact ones have no more rows than take them.
+        If shapes differ, each shape has few rows, and another number in each iteration. The next
+        power of two then wastes little work and needs few graphs. If coarse steps have forwards of
+        their own, exact forwards need no more rows than take exact steps.
         """
         members = [i for i in range(len(self.rows)) if self.shape[i] == shape]
         most = (
@@ -240,7 +255,7 @@ class _Integration:
         return min(most, sum(not self._is_coarse(i, first_forward(self.rows[i])) for i in members))
 
     def _forwards_of(self, index: int) -> int:
-        """How many times a row goes through the transformer in all."""
+        """The number of forwards of a row from its start to sigma 0."""
         return (
             len(self.paths[self.free[index]])
             - 1
@@ -249,13 +264,14 @@ class _Integration:
         )
 
     def _forwards_left(self, index: int) -> int:
+        """The number of forwards that a row under way still needs."""
         step, free = self.step[index], self.free[index]
         path = self.paths[free]
         return free - step + len(path) - 1 if step < free else len(path) - 1 - path.index(step)
 
     def _goal(self, index: int, step: int) -> int:
-        """The grid point that a row at `step` goes to: the next one while decisions lie ahead, then
-        its suffix's."""
+        """The grid point that a row at `step` goes to: the next one up to its last decision, and
+        after that the next one of its suffix."""
         if step < self.free[index]:
             return step + 1
         path = self.paths[self.free[index]]
@@ -264,7 +280,8 @@ class _Integration:
     def _place(
         self, indices: list[int], latents: Iterable[torch.Tensor], step: int
     ) -> list[tuple[int, torch.Tensor]]:
-        """Hold latents at a step; those that have reached sigma = 0 are returned instead."""
+        """Keep latents of rows that are now at `step`. At sigma 0 they are returned instead, with
+        their rows' places."""
         if step == self.last:
             return list(zip(indices, latents, strict=True))
         for index, latent in zip(indices, latents, strict=True):
@@ -276,8 +293,17 @@ class _Integration:
     def _launch(
         self, batch: list[int], steps: list[int], own: dict[str, torch.Tensor], x: torch.Tensor
     ) -> list[torch.Tensor]:
-        """One forward and step; a batch that is not full is filled by its first row where shapes
-        must not change. own: `_numbers`, on the device."""
+        """One forward and the step after it.
+
+        Args:
+            batch: places of the rows.
+            steps: the rows' steps.
+            own: `_numbers` of the batch, on the device.
+            x: the rows' latents, fp32 [n, ...].
+
+        Returns:
+            Velocity, next latents and log-probabilities of the n rows, as `Denoise.step`.
+        """
         own, shape = dict(own), self.shape[batch[0]]
         inputs = {
             "x": x,
@@ -287,6 +313,7 @@ class _Integration:
         }
         coarse = self._is_coarse(batch[0], steps[0])
         missing = self.fill[shape, coarse] - len(batch) if self.pad else 0
+        # With copies of the first row; the results of these rows are dropped.
         if missing:
             self.padded += missing
             inputs = {
@@ -304,8 +331,8 @@ class _Integration:
     def _numbers(
         self, batch: list[int], steps: list[int], goals: list[int]
     ) -> dict[str, torch.Tensor]:
-        """What a batch's forward and step take beside latents and embeddings, on the CPU: scalars
-        fp32 [n], keys int64 [n, 1], and the place of each row's prompt, int64 [n]."""
+        """The numbers that a batch's forward and step need besides latents and embeddings, on the
+        CPU: scalars fp32 [n], keys int64 [n, 1], and the place of each row's prompt, int64 [n]."""
         rows = [self.rows[i] for i in batch]
         noisy = [k in row.noise for row, k in zip(rows, steps, strict=True)]
         keys = [[self.noise.key(row.unit, k, row.path)] for row, k in zip(rows, steps, strict=True)]
@@ -320,9 +347,10 @@ class _Integration:
     def _scalars(
         self, steps: list[int], goals: list[int], noisy: list[bool]
     ) -> dict[str, torch.Tensor]:
-        """(a, b, tau) of n rows' steps, fp32 [n]: the SDE's where a row is noisy, else the ODE's to
-        its goal."""
+        """(a, b, tau) of the steps of n rows, fp32 [n] each: those of the SDE for a noisy row, else
+        those of the ODE from its step to its goal."""
         choose, sigmas = torch.tensor(noisy), self.grid.sigmas
+        # In fp64 and rounded once, as `steps.ode_coefficients` does: the bits must be the same.
         dt = (sigmas[goals].double() - sigmas[steps].double()).float()
         ode = {"a": torch.ones_like(dt), "b": dt, "tau": torch.zeros_like(dt)}
         return {
@@ -333,6 +361,8 @@ class _Integration:
     # ------------------------------------------------------------------------------------- branches
     def _broods(self, batch: list[int], steps: list[int]) -> list[_Brood]:
         """The children of the batch's rows that take their first step now."""
+        # One launch for each number of children, because a launch takes the same number for all of
+        # its rows; noisy and other children apart, because a launch has one tau for each parent.
         found: dict[tuple[bool, int], _Brood] = {}
         for n, (i, k) in enumerate(zip(batch, steps, strict=True)):
             family = self.forest.branches.get((i, k), [])
@@ -346,7 +376,9 @@ class _Integration:
         return list(found.values())
 
     def _numbers_of(self, brood: _Brood) -> dict[str, torch.Tensor]:
-        """What the first step of a brood takes beside latents and velocities, on the CPU."""
+        """The numbers that the first step of a brood needs besides latents and velocities, on the
+        CPU: `_scalars`, keys int64 [parents, children], and the parents' places int64
+        [parents]."""
         keys = [
             [self.noise.key(self.rows[c].unit, k, self.rows[c].path) for c in members]
             for members, k in zip(brood.members, brood.steps, strict=True)
@@ -359,11 +391,17 @@ class _Integration:
         }
 
     def _branch(self, broods: list[_Brood], numbers: list[dict], x: torch.Tensor, v: torch.Tensor):
-        """Children of the batch's rows take their first step and join. numbers: `_numbers_of` each
-        brood, on the device.
+        """Take the first step of children that branch off the batch's rows, and keep them.
 
-        Returns the noisy children's latents [B, ...] and log-probabilities [B] by their parent's
-        place in the batch, and the children that have reached sigma = 0 as `_place` does.
+        Args:
+            broods: `_broods` of the batch.
+            numbers: `_numbers_of` each brood, on the device.
+            x: the batch's latents before the step, fp32 [n, ...].
+            v: their velocities, [n, ...].
+
+        Returns:
+            The noisy children's latents [B, ...] and log-probabilities [B] by their parent's place
+            in the batch, and the children that have reached sigma 0, as `_place` returns them.
         """
         noisy_children: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         done: list[tuple[int, torch.Tensor]] = []
@@ -383,10 +421,11 @@ class _Integration:
         return noisy_children, done
 
     def _states(self, batch, steps, x, families, x_next, log_prob) -> list[State]:
-        """The states that the batch's rows left: a row's own noisy step and the noisy branches off
-        it, as one state's children."""
+        """The states that the batch's rows left. The children of a state are a row's own noisy step
+        and the noisy branches off it."""
         found = []
         for n, (i, k) in enumerate(zip(batch, steps, strict=True)):
+            # The row itself first, in the order of `layout.states_of`, which numbers the slots.
             parts = [(x_next[n], log_prob[n])] if k in self.rows[i].noise else []
             parts += [families[n]] if n in families else []
             if not parts:
@@ -398,6 +437,7 @@ class _Integration:
                 t[k].item()
                 for t in (self.grid.sigmas, self.grid.sde.a, self.grid.sde.b, self.grid.sde.tau)
             )
+            # No slots: an objective that learns from finished latents has states without any.
             slots = self.forest.slots.get((i, k), np.zeros(0, dtype=np.int64))
             found.append(
                 State(self.rows[i].unit, k, sigma, a, b, tau, x[n], children, slots, scores)

@@ -1,7 +1,8 @@
-"""The sampling step as numbers: for each step of a sigma grid the scalars (a, b, tau) of x' = a x +
-b v + tau eps.
+"""The coefficients of sampling steps: for each step of a sigma grid the scalars (a, b, tau) of
+x' = a x + b v + tau eps.
 
-Formulas: docs/method.md. tau = 0 is the ODE step; each SDE is a class here.
+tau = 0 is a step of the ODE; each SDE is a class here. The derivations are in docs/method.md. Grids
+come from the checkpoint's scheduler (`Policy.sigmas`); the step itself is `tempflow_kernels`'.
 """
 
 from __future__ import annotations
@@ -19,36 +20,45 @@ from tempflow.errors import check_range
 
 @dataclass(frozen=True)
 class Coefficients:
-    """Scalars of every step of a grid, fp32 [T] each, on the CPU."""
+    """The scalars of all T steps of a grid, fp32 [T] each on the CPU."""
 
     a: torch.Tensor
+    """Factor of the latent."""
     b: torch.Tensor
+    """Factor of the velocity."""
     tau: torch.Tensor
+    """Standard deviation of the noise."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A sampling grid: sigmas, fp32 [T + 1] on the CPU, falling from 1 to 0, and its stochastic
-    steps."""
+    """A sampling grid and the coefficients of its stochastic steps."""
 
     sigmas: torch.Tensor
+    """fp32 [T + 1] on the CPU, falling from 1 to 0."""
     sde: Coefficients
 
 
-JITTER = 1  # the stream of random numbers that moves grids, apart from those that share its seeds
+# Third part of the seed of jitter, which keeps its random numbers apart from those of plans, whose
+# seed is (run seed, iteration), too.
+JITTER = 1
 
 
 def jittered(sigmas: torch.Tensor, jitter: float, run_seed: int, iteration: int) -> torch.Tensor:
-    """The grid of an iteration: every inner sigma moves by at most `jitter` times half the gap to
-    its nearer neighbor.
+    """The grid of an iteration, with each inner sigma moved by at most `jitter` times half the gap
+    to its nearer neighbor.
 
     sigma_k + jitter u_k min(sigma_{k-1} - sigma_k, sigma_k - sigma_{k+1}) / 2, with u_k uniform in
-    [-1, 1]. The grid still falls, and its ends stay.
+    [-1, 1]. The grid still falls, and its ends do not move.
 
     Args:
         sigmas: fp32 [T + 1], falling from 1 to 0.
         jitter: in [0, 1); 0 returns the grid itself.
-        run_seed, iteration: what the u_k follow from.
+        run_seed: with the iteration, the seed of the u_k.
+        iteration: of the run.
+
+    Returns:
+        fp32 [T + 1].
     """
     if jitter == 0:
         return sigmas
@@ -60,7 +70,9 @@ def jittered(sigmas: torch.Tensor, jitter: float, run_seed: int, iteration: int)
 
 
 def ode_coefficients(sigmas: torch.Tensor) -> Coefficients:
-    """x' = x + dt v. sigmas: [T + 1], falling from 1 to 0."""
+    """The coefficients of Euler's steps of the ODE, x' = x + dt v, for sigmas [T + 1] that fall
+    from 1 to 0."""
+    # The difference is taken in fp64 and rounded once.
     dt = torch.diff(sigmas.double()).float()
     return Coefficients(torch.ones_like(dt), dt, torch.zeros_like(dt))
 
@@ -68,20 +80,28 @@ def ode_coefficients(sigmas: torch.Tensor) -> Coefficients:
 class Sde(ABC):
     """A kind of stochastic step.
 
-    `coefficients` of a class with `takes_levels` takes a second argument: factors of the noise of
-    every step, [T], or None for 1. The rest of the step is then that of an SDE with so much noise,
-    so that the marginal stays what it was to be.
+    If `takes_levels` is true, `coefficients` takes a second argument: a factor for the noise of
+    each step, [T], or None for 1. The drift then follows the changed noise, so that the marginal
+    distributions stay the same.
     """
 
     takes_levels: bool = False
+    """Whether the noise of each step can be scaled (`rollout.adapt`)."""
 
     @abstractmethod
     def coefficients(self, sigmas: torch.Tensor) -> Coefficients:
-        """The scalars of every step. sigmas: [T + 1], falling from 1 to 0."""
+        """The coefficients of every step.
+
+        Args:
+            sigmas: [T + 1], falling from 1 to 0.
+
+        Returns:
+            fp32 [T] each. Those of the last step, which takes no noise, are not used.
+        """
 
 
 class Flow(Sde):
-    """The SDE of Flow-GRPO (arXiv 2505.05470): noise that grows towards sigma 1.
+    """The SDE of Flow-GRPO (arXiv 2505.05470), whose noise grows towards sigma 1.
 
     Args:
         eta: noise level, above 0.
@@ -94,8 +114,9 @@ class Flow(Sde):
         self.eta = eta
 
     def coefficients(self, sigmas, levels=None):
-        # A static shift can leave the first sigma an fp32 rounding away from 1, where the next one
-        # stands in.
+        # The noise is eta sqrt(s / (1 - s)), which is infinite at sigma 1; there the next sigma of
+        # the grid takes the place of s in 1 - s. A static shift can leave the first sigma an fp32
+        # rounding away from 1, hence the tolerance.
         first = sigmas.double()[1].item()
 
         def step(s: float, s_next: float, level: float):
@@ -107,7 +128,7 @@ class Flow(Sde):
 
 
 class Dance(Sde):
-    """The SDE of DanceGRPO (arXiv 2505.07818): the same noise at every sigma.
+    """The SDE of DanceGRPO (arXiv 2505.07818), with the same noise level at every sigma.
 
     Args:
         eta: noise level, above 0.
@@ -126,11 +147,11 @@ class Dance(Sde):
 
 
 class Cps(Sde):
-    """The coefficients-preserving step of FlowCPS (arXiv 2509.05952): the noise that it adds is
-    noise that it took away.
+    """The coefficients-preserving step of FlowCPS (arXiv 2509.05952), which replaces a part of the
+    remaining noise by new noise.
 
     Args:
-        eta: noise level, above 0, at most 1.
+        eta: noise level, above 0 and at most 1.
     """
 
     takes_levels = True
@@ -147,15 +168,15 @@ class Cps(Sde):
 
 
 class Precise(Sde):
-    """The step of arXiv 2605.23522: a coefficients-preserving one that takes the more noise, the
-    more noise the step removes.
+    """The step of arXiv 2605.23522: a coefficients-preserving step with more noise where the step
+    removes more.
 
     tau = s' sqrt(1 - rho^(eta^2)) with rho = s' (1 - s) / (s (1 - s')), the ratio of the
-    noise-to-data ratios after and before the step. The first step, from pure noise, has rho = 0:
-    all of its noise is fresh.
+    noise-to-data ratios after and before the step. The first step, from pure noise, has rho = 0,
+    so all of its noise is new.
 
     Args:
-        eta: noise level, above 0, at most 10.
+        eta: noise level, above 0 and at most 10.
     """
 
     takes_levels = True
@@ -181,7 +202,9 @@ def _steps(
     step: Callable[[float, float, float], tuple[float, float, float]],
     levels: list[float] | None,
 ) -> Coefficients:
-    """(a, b, tau) of step(sigma, next sigma, factor of the noise) along a grid."""
+    """The coefficients along a grid, from step(sigma, next sigma, factor of the noise), which
+    returns (a, b, tau)."""
+    # Python floats, so all arithmetic is fp64 and each coefficient is rounded to fp32 once.
     grid = sigmas.double().tolist()
     rows = [
         step(*one)
@@ -192,14 +215,15 @@ def _steps(
 
 
 def _langevin(s: float, s_next: float, std: float) -> tuple[float, float, float]:
+    """The Euler-Maruyama step of the SDE with noise level `std` and the marginals of the ODE."""
     dt = s_next - s
     drift = std * std / (2 * s)
     return 1 + drift * dt, (1 + drift * (1 - s)) * dt, std * math.sqrt(-dt)
 
 
 def _preserving(s: float, s_next: float, tau: float) -> tuple[float, float, float]:
-    """The step whose noise part, what is left of the old and the fresh together, has variance s'^2:
-    FlowCPS's promise."""
-    tau = min(tau, s_next)  # all of the noise is fresh; a level cannot ask for more
+    """The coefficients-preserving step: what it keeps of the old noise and the new noise together
+    have variance s'^2, as the marginal at s' asks."""
+    tau = min(tau, s_next)  # s' is the whole noise at s'; a level cannot make it more
     q = math.sqrt(s_next * s_next - tau * tau)
     return (1 - s_next) + q, q * (1 - s) - s * (1 - s_next), tau

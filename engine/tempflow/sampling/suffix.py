@@ -1,11 +1,13 @@
-"""The part of a row after its last decision: it only makes the image whose reward is read, so it
-may be coarser.
+"""Suffixes: the steps of a row after its last decision, which may be coarser than the grid.
 
-A jump of order 2 over several grid points stands for Euler's steps over them, with velocities v_j =
-v + (sigma_j - sigma) slope on the line through the last two forwards. The next forward shows where
-the line should have led: it puts the jump right before it starts its own, as a predictor-corrector
-that evaluates once a step does. A jump of one step is Euler's. The policy's density does not depend
-on any of it; the reward does, and `benchmarks/suffix_fidelity.py` measures by how much.
+The last decision of a row is the last step at which it takes noise or rows branch off. The steps
+after it only complete the image for the reward; the policy's density does not depend on them.
+`benchmarks/suffix_fidelity.py` measures how much rewards change.
+
+A jump of order 2 over several grid points replaces Euler's steps over them, with velocities
+v_j = v + (sigma_j - sigma) slope on the line through the last two forwards. The next forward gives
+a better slope, and corrects the jump before its own one, like a predictor-corrector method with one
+evaluation per step. A jump over one step is Euler's step.
 """
 
 from __future__ import annotations
@@ -17,18 +19,21 @@ from tempflow.types import Row
 
 
 def suffix_path(first: int, last: int, suffix: Suffix | None) -> list[int]:
-    """Grid points from `first` to `last`, both included. Where the stride does not fit, the short
-    step comes first."""
+    """The grid points that a suffix visits, from `first` to `last`, both included. `suffix` None
+    visits all of them."""
     if suffix is None:
         return list(range(first, last + 1))
     start = min(first + suffix.exact_steps, last)
+    # If the stride does not divide the rest, the short jump comes first. With the short jump last,
+    # rewards agreed no better with those of the exact suffix (docs/log.md).
     aligned = start + (last - start) % suffix.stride
     return sorted({*range(first, start + 1), *range(aligned, last + 1, suffix.stride)})
 
 
 def last_decisions(rows: list[Row]) -> list[int]:
-    """For every row the last step at which it takes noise, branches off or is branched off from;
-    where there is none, the step before it begins."""
+    """For each row the last step at which it takes noise, leaves its parent, or rows branch off it.
+    Without any of these, the step before its start."""
+    # A row with a parent that takes no noise (a value) decides at its start, where it leaves it.
     last = [max(row.noise, default=row.start - (row.parent is None)) for row in rows]
     for row in rows:
         if row.parent is not None:
@@ -37,7 +42,7 @@ def last_decisions(rows: list[Row]) -> list[int]:
 
 
 def count_forwards(rows: list[Row], num_steps: int, suffix: Suffix | None) -> int:
-    """How many times a row goes through the transformer, all rows together; a child's first step is
+    """The number of row forwards of an integration, without padding. The first step of a child uses
     its parent's forward."""
     return sum(
         len(suffix_path(free, num_steps, suffix)) - 1 + free - first_forward(row)
@@ -46,13 +51,19 @@ def count_forwards(rows: list[Row], num_steps: int, suffix: Suffix | None) -> in
 
 
 def first_forward(row: Row) -> int:
-    """The step of a row's first forward; a child's own begin after the step that its parent took
-    for it."""
+    """The step of a row's first forward: its start, or for a child the step after it, since the
+    parent's forward serves its first step."""
     return row.start + (row.parent is not None)
 
 
 def second_order_gain(sigmas: torch.Tensor, step: int, goal: int) -> float:
-    """sum_j dt_j (sigma_j - sigma_step) over the grid's steps from `step` to `goal`: what a
-    velocity that changes by 1 per sigma adds to Euler's steps there. 0 for one step."""
+    """The effect of a slope of 1 on a jump from `step` to `goal`: the sum over the grid's steps in
+    between of dt_j (sigma_j - sigma_step). It is 0 for a single step.
+
+    Args:
+        sigmas: the grid, [T + 1].
+        step: where the jump begins.
+        goal: where it ends.
+    """
     points = sigmas[step : goal + 1].double()
     return torch.dot(torch.diff(points), points[:-1] - points[0]).item()

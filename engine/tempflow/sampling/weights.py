@@ -1,19 +1,18 @@
-"""Loss weights of the steps of a grid: profiles that say how large the trained gradient of each
-step shall be.
+"""Loss weights of the steps of a grid: profiles that set the size of each step's gradient.
 
-By itself the gradient of a step in the velocity has the size |b| / tau under the plain ratio of
-likelihoods (d log p / dv = b eps / tau), and |b| under the normalized ratio of GRPO-Guard, which is
-tau times as large. A step's weight is the size that its profile asks for over that, and the weights
-of the trained steps have mean 1:
+Without a weight, the gradient of a step with respect to the velocity has the size |b| / tau under
+the plain ratio of likelihoods (d log p / dv = b eps / tau), and |b| under the normalized ratio of
+GRPO-Guard, which is tau times as large. The weight of a step is the size in its profile divided by
+that size, and weights are scaled to mean 1 over the trained steps:
 
     profile    size            plain ratio    guard ratio    source
-    uniform    as by itself    1              1              Flow-GRPO, arXiv 2505.05470
+    uniform    unweighted      1              1              Flow-GRPO, arXiv 2505.05470
     noise      |b|             tau            1              TempFlow-GRPO, arXiv 2508.04324
     guard      |b| / |dt|      tau / |dt|     1 / |dt|       GRPO-Guard, arXiv 2510.22319
     value      |b| f           tau f          f              VGPO, arXiv 2512.12387
 
-With f_k = 1 + gamma + ... + gamma^(K - k - 1) of K stochastic steps: the discounted sum over the
-rest of the steps of a reward that each of them expects alike.
+Here f_k = 1 + gamma + ... + gamma^(K - k - 1) with K stochastic steps: the discounted sum, over the
+remaining steps, of a reward that is the same in expectation at each of them.
 """
 
 from __future__ import annotations
@@ -24,18 +23,18 @@ from tempflow.sampling.steps import Grid
 
 PROFILES = {  # value of `training.weighting`: what it does
     '"noise"': (
-        "The gradient of each step as large as its noise scale asks for, |b| (TempFlow-GRPO, arXiv"
-        " 2508.04324)."
+        "Scale the gradient of each step to |b|, by a weight proportional to the noise scale tau"
+        " (TempFlow-GRPO, arXiv 2508.04324)."
     ),
     '"uniform"': (
-        "The gradient as the ratio of likelihoods leaves it (Flow-GRPO, arXiv 2505.05470)."
+        "Leave the gradient of the ratio of likelihoods as it is (Flow-GRPO, arXiv 2505.05470)."
     ),
     '"guard"': (
-        "The gradient as large as |b| / |dt|, about the same for all steps (GRPO-Guard, arXiv"
-        " 2510.22319)."
+        "Scale the gradient of each step to |b| / |dt|, about the same for all steps (GRPO-Guard,"
+        " arXiv 2510.22319)."
     ),
     '{"value": gamma}': (
-        "As noise, times the discounted number of steps left (VGPO, arXiv 2512.12387)."
+        "Like noise, times the discounted number of remaining steps (VGPO, arXiv 2512.12387)."
     ),
 }
 
@@ -43,31 +42,33 @@ PROFILES = {  # value of `training.weighting`: what it does
 def step_weights(
     grid: Grid, steps: list[int], weighting: str, ratio: str = "plain", gamma: float = 1.0
 ) -> torch.Tensor:
-    """Loss weight of every step, fp32 [T]: of mean 1 over the trained steps, 0 elsewhere.
+    """The loss weight of every step, fp32 [T]: mean 1 over the trained steps, 0 elsewhere.
 
     Args:
         grid: T steps, the last of which takes no noise.
-        steps: those that are trained.
+        steps: the trained steps.
         weighting: "uniform", "noise", "guard" or "value".
-        ratio: of the objective, "plain" or "guard".
-        gamma: of "value", above 0, at most 1.
+        ratio: the objective's ratio, "plain" or "guard".
+        gamma: discount of "value", above 0 and at most 1.
     """
     tau = grid.sde.tau
     weights = torch.zeros_like(tau)
     if weighting == "uniform":
         weights[steps] = 1.0
         return weights
+    # |b| cancels: it is in the gradient without a weight and in the size of every other profile.
     sizes = tau if ratio == "plain" else torch.ones_like(tau)
     if weighting == "guard":
         sizes = sizes / torch.diff(grid.sigmas).abs()
     if weighting == "value":
         sizes = sizes * _falling(len(tau) - 1, gamma)
+    # Mean 1, so that another profile or a subset of steps does not change the learning rate.
     weights[steps] = sizes[steps] / sizes[steps].mean()
     return weights
 
 
 def _falling(number: int, gamma: float) -> torch.Tensor:
-    """(1 - gamma^(K - k)) / (1 - gamma) of K = `number` steps, and 0 at the last one; fp32 [K +
-    1]."""
+    """f_k of K = `number` stochastic steps, and 0 for the last step: fp32 [K + 1]."""
+    # A sum, since the closed form (1 - gamma^(K - k)) / (1 - gamma) is 0 / 0 for gamma 1.
     sums = torch.cumsum(gamma ** torch.arange(number, dtype=torch.float64), 0)
     return torch.cat([sums.flip(0), torch.zeros(1, dtype=torch.float64)]).float()

@@ -1,5 +1,5 @@
-"""Plans: which latents an iteration integrates, where each starts, and at which steps it takes
-noise."""
+"""Plans decide which latents an iteration integrates, where each one starts, and at which steps it
+takes noise."""
 
 from tempflow.sampling.plans.base import Plan
 

@@ -1,4 +1,5 @@
-"""The protocol of plans: the rows of a (prompt, seed), and the steps at which they take noise."""
+"""The base class of plans, which make the rows of each unit (prompt, seed) and choose the steps at
+which rows take noise."""
 
 from __future__ import annotations
 
@@ -12,47 +13,57 @@ from tempflow.types import Row, Unit
 
 
 class Plan(ABC):
-    """Which latents an iteration integrates.
+    """Decides which latents an iteration integrates.
 
     The constructor takes the options and checks each by itself; `prepare` checks them against the
-    sampling grid. Everything that a plan does is a function of its options, the run's seed, the
-    unit and the iteration, so every rank and every resumed run finds the same rows.
+    sampling grid. The rows must be a function of the options, the run's seed, the unit and the
+    iteration, because every rank computes them, and a resumed run computes them again.
     """
 
     seeds: int
     """Initial noises per prompt."""
     children: int = 1
-    """Rows that branch off one state, at most; 1 for a plan that does not branch."""
+    """The largest number of rows that branch off one state; 1 for a plan that does not branch."""
     branch_steps: BranchSteps | None = None
-    """The steps that take noise, of a plan that `at_steps` can narrow."""
+    """The steps that take noise, if `at_steps` can narrow them; else None."""
     num_steps: int
-    """Steps of the sampling grid."""
+    """Steps of the sampling grid; set by `prepare`."""
     run_seed: int
-    """Of the run's random choices."""
+    """Seed of the run's random choices; set by `prepare`."""
 
     def prepare(self, num_steps: int, run_seed: int) -> None:
-        """Set what the run decides. Raises UserError, which begins with the option, for one that
-        does not fit the grid."""
+        """Set the values of the run, before any other method is called.
+
+        Args:
+            num_steps: steps of the sampling grid.
+            run_seed: seed of the run's random choices.
+
+        Raises:
+            UserError: an option does not fit the grid. The message begins with the option.
+        """
         self.num_steps, self.run_seed = num_steps, run_seed
 
     @abstractmethod
     def steps(self, iteration: int) -> list[int]:
-        """The stochastic steps of an iteration, rising; at most `num_steps - 2`, since the last
-        step takes no noise."""
+        """The stochastic steps of an iteration, in rising order. The last step of the grid,
+        `num_steps - 1`, takes no noise."""
 
     @abstractmethod
     def rows(self, unit: Unit, iteration: int) -> list[Row]:
         """The rows of a unit, parents before their children."""
 
     def at_steps(self, steps: list[int]) -> Plan:
-        """This plan, prepared, with noise at some of its possible steps alone, whatever the
-        iteration; all else stays as it is.
+        """A copy of this prepared plan that takes noise at the given steps in every iteration.
 
-        Raises UserError for a plan without `branch_steps`, and ValueError for steps that are not
-        its own.
+        Args:
+            steps: some of the steps that this plan may take noise at.
+
+        Raises:
+            UserError: the plan has no `branch_steps`.
+            ValueError: `steps` is empty or holds others.
         """
         if self.branch_steps is None:
-            raise UserError(f"{type(self).__name__} does not let its steps be chosen")
+            raise UserError(f"{type(self).__name__} does not allow its steps to be chosen")
         unknown = set(steps) - set(self.branch_steps.possible(self.num_steps))
         if unknown or not steps:
             raise ValueError(
@@ -64,24 +75,30 @@ class Plan(ABC):
 
 
 def path(unit: Unit, steps: list[int], values: bool) -> list[Row]:
-    """A row with noise at some steps and, with `values`, rows that complete its states there by the
-    ODE."""
+    """One row with noise at some steps. With `values`, also a row for each of these steps that
+    completes its state by the ODE, so that its reward is the state's value."""
     completions = [Row(unit, k, parent=0, value=True) for k in steps] if values else []
     return [Row(unit, noise=frozenset(steps)), *completions]
 
 
 def check_seeds(seeds: int) -> int:
-    """UserError for a number of seeds that no run has."""
+    """The number of seeds; UserError if it is out of range."""
     check_range("seeds", seeds, least=1, below=2**31)
     return seeds
 
 
 class BranchSteps:
-    """The steps that an option like `branch_steps` means: "all" but the last, a list of them, or
-    {"random": n}."""
+    """The steps that an option like `branch_steps` stands for.
+
+    Args:
+        given: "all" for all steps but the last, a rising list of steps, or {"random": n} for n
+            steps that are drawn for each iteration.
+        option: its name, for errors.
+    """
 
     def __init__(self, given: str | list | dict, option: str = "branch_steps"):
         self.option = option
+        # `type(...) is int`, because true is an int to isinstance, and a config may hold it.
         listed = isinstance(given, list) and all(type(step) is int and step >= 0 for step in given)
         self.random = (
             given["random"] if isinstance(given, dict) and set(given) == {"random"} else None
@@ -94,7 +111,7 @@ class BranchSteps:
         self.listed: list[int] | None = given if isinstance(given, list) and listed else None
 
     def check(self, num_steps: int) -> None:
-        """UserError for steps that the grid does not have."""
+        """Raise a UserError for steps outside a grid of `num_steps` steps."""
         last = num_steps - 2
         if self.listed and self.listed[-1] > last:
             raise UserError(
@@ -102,17 +119,22 @@ class BranchSteps:
                 f" to {last} (num_steps {num_steps}, the last step takes no noise)"
             )
         if self.random and self.random > last + 1:
-            raise UserError(f"{self.option}.random: {shown(self.random)} of {last + 1} steps")
+            raise UserError(
+                f"{self.option}.random: {shown(self.random)}; num_steps {num_steps} has at most"
+                f" {last + 1} steps that can take noise"
+            )
 
     def possible(self, num_steps: int) -> list[int]:
-        """The steps that an iteration may have, rising."""
+        """All steps that an iteration may take noise at, in rising order."""
         return self.listed or list(range(num_steps - 1))
 
     def at(self, iteration: int, num_steps: int, run_seed: int) -> list[int]:
-        """The steps of an iteration; of random ones, one in each of n equal parts of the grid."""
+        """The steps of an iteration, in rising order. Random steps are drawn one from each of n
+        equal parts of the grid, so that they spread over it."""
         steps = self.possible(num_steps)
         if not self.random:
             return steps
+        # A new generator for each iteration, so that a resumed run draws the same steps.
         rng = np.random.default_rng([run_seed, iteration])
         return [
             int(rng.choice(stratum)) for stratum in np.array_split(np.array(steps), self.random)

@@ -1,4 +1,4 @@
-"""The plan of Flow-GRPO (arXiv 2505.05470): every row takes noise along its whole way."""
+"""The plan of Flow-GRPO (arXiv 2505.05470): rows without branches that take noise at every step."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ class FlowGrpo(Plan):
     Args:
         seeds: rows per prompt, whose rewards are compared.
         branch_steps: steps that take noise: "all" but the last, a list, or {"random": n} for n
-            drawn anew each iteration, spread over the grid.
-        values: reward every state's completion by the ODE as well, at the price of a row each: for
-            the advantages dense, stepwise and turning_point.
+            steps that are drawn in each iteration, spread over the grid.
+        values: also reward the completion of every state by the ODE, which costs one more row for
+            each state. The advantages dense, stepwise and turning_point need it.
     """
 
     branch_steps: BranchSteps

@@ -1,4 +1,5 @@
-"""The plan of MixGRPO (arXiv 2507.21802): noise in a window of steps that moves over the grid."""
+"""The plan of MixGRPO (arXiv 2507.21802): rows that take noise in a window of steps, which moves
+along the grid."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ class MixGrpo(Plan):
         seeds: rows per prompt, whose rewards are compared.
         window: stochastic steps per iteration.
         every: iterations after which the window moves on by one step.
-        values: reward every state's completion by the ODE as well, at the price of a row each: for
-            the advantages dense, stepwise and turning_point.
+        values: also reward the completion of every state by the ODE, which costs one more row for
+            each state. The advantages dense, stepwise and turning_point need it.
     """
 
     def __init__(self, seeds: int = 4, window: int = 4, every: int = 25, values: bool = False):
@@ -27,9 +28,13 @@ class MixGrpo(Plan):
     def prepare(self, num_steps: int, run_seed: int) -> None:
         super().prepare(num_steps, run_seed)
         if self.window > num_steps - 1:
-            raise UserError(f"window: {self.window} of {num_steps - 1} steps")
+            raise UserError(
+                f"window: {self.window}; num_steps {num_steps} has at most {num_steps - 1} steps"
+                " that can take noise"
+            )
 
     def steps(self, iteration: int) -> list[int]:
+        # After its last place the window starts again at the first step.
         first = iteration // self.every % (self.num_steps - self.window)
         return list(range(first, first + self.window))
 

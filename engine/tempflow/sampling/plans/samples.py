@@ -1,4 +1,4 @@
-"""Samples of the ODE, for objectives that learn from finished latents."""
+"""The plan of objectives that learn from finished latents: samples of the ODE without noise."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from tempflow.types import Row, Unit
 
 
 class Samples(Plan):
-    """One row without noise for each seed: what the model itself makes of an initial noise.
+    """One row for each seed, which follows the ODE from its initial noise.
 
-    There are no states to train on, so the objective must be one that learns from finished latents.
+    There are no states to train on, so the objective must be one that learns from finished latents,
+    such as nft.
 
     Args:
         seeds: rows per prompt, whose rewards are compared.

@@ -1,4 +1,5 @@
-"""The plan of TempFlow-GRPO: one deterministic trunk a seed, and children that branch off it."""
+"""The plan of TempFlow-GRPO (arXiv 2508.04324): a deterministic trunk for each seed, and children
+that branch off it."""
 
 from __future__ import annotations
 
@@ -9,14 +10,14 @@ from tempflow.types import Row, Unit
 
 class TempFlow(Plan):
     """A trunk without noise for each seed, and children that leave it at each branch step by one
-    noisy step.
+    noisy step and then follow the ODE.
 
     Args:
         seeds: S, initial noises per prompt.
-        children: B, children per (seed, branch step), at most 64; or a list of one number for each
-            branch step, which then are "all" or a list.
+        children: B, children per (seed, branch step), 1 to 64; or a list with one number for each
+            branch step, if branch_steps is "all" or a list.
         branch_steps: steps that take noise: "all" but the last, a list, or {"random": n} for n
-            drawn anew each iteration, spread over the grid.
+            steps that are drawn in each iteration, spread over the grid.
     """
 
     branch_steps: BranchSteps
@@ -32,8 +33,8 @@ class TempFlow(Plan):
         self.children = max(children) if isinstance(children, list) else children
         if isinstance(children, list) and self.branch_steps.random:
             raise UserError(
-                'children: a list needs branch_steps "all" or a list of as many steps, got'
-                ' {"random": n}'
+                'children: a list needs branch_steps "all" or a list of as many steps, but'
+                ' branch_steps is {"random": n}'
             )
 
     def prepare(self, num_steps: int, run_seed: int) -> None:
@@ -42,7 +43,10 @@ class TempFlow(Plan):
         steps = self.branch_steps.possible(num_steps)
         counts = self._given if isinstance(self._given, list) else [self._given] * len(steps)
         if len(counts) != len(steps):
-            raise UserError(f"children: {len(counts)} numbers for {len(steps)} branch steps")
+            raise UserError(
+                f"children: {len(counts)} numbers for {len(steps)} branch steps; expected one for"
+                " each"
+            )
         self._counts = dict(zip(steps, counts))
 
     def steps(self, iteration: int) -> list[int]:
@@ -50,6 +54,7 @@ class TempFlow(Plan):
 
     def rows(self, unit: Unit, iteration: int) -> list[Row]:
         steps = self.steps(iteration)
+        # path: the number of a child among its siblings of one step, which names its noise.
         children = [
             Row(unit, k, frozenset([k]), parent=0, path=(i,))
             for k in steps
@@ -59,7 +64,7 @@ class TempFlow(Plan):
 
 
 def _checked(children: int | list) -> int | list:
-    """UserError for what is neither a number of children nor a list of such numbers."""
+    """The option; UserError if it is neither a number of children nor a list of such numbers."""
     numbers = children if isinstance(children, list) else [children]
     if not numbers or any(type(number) is not int for number in numbers):
         raise UserError(

@@ -1,4 +1,4 @@
-"""The tree of BranchGRPO (arXiv 2509.06040): noise everywhere, and rows that split at some
+"""The plan of BranchGRPO (arXiv 2509.06040): rows that take noise at every step and split at some
 steps."""
 
 from __future__ import annotations
@@ -9,16 +9,17 @@ from tempflow.types import Row, Unit
 
 
 class Tree(Plan):
-    """A tree for each seed: every row takes noise at every step, and splits into `width` at each of
-    `split_steps`.
+    """A tree for each seed: every row takes noise at every step, and splits into `width` rows at
+    each of `split_steps`.
 
-    What a row is worth at a step is the mean reward of the leaves below it. With the advantage over
-    "seed" all nodes of a tree at one depth are compared, as the paper does.
+    The reward of a row at a step is the mean reward of the leaves below it. With the advantage over
+    "seed" all nodes of a tree at the same depth are compared, as in the paper.
 
     Args:
         seeds: trees per prompt.
-        width: rows that each row becomes at a split.
-        split_steps: where rows split; the default has width^3 leaves.
+        width: rows that each row becomes at a split, 2 to 64.
+        split_steps: steps at which rows split, like branch_steps of tempflow; the default gives
+            width^3 leaves.
     """
 
     def __init__(
@@ -45,10 +46,11 @@ class Tree(Plan):
         rows = [Row(unit, noise=frozenset(self.steps(iteration)))]
         for split, step in enumerate(self.splits.at(iteration, self.num_steps, self.run_seed)):
             later = frozenset(range(step, self.num_steps - 1))
+            # The length is read before the loop adds rows: these split at the next step only.
             for parent in range(len(rows)):
                 for branch in range(1, self.width):
-                    # Rising numbers along a path keep it apart from every other, also where a row
-                    # splits several times.
+                    # Numbers that rise along a path make it unique, even if a row splits several
+                    # times. They begin at 1: the row that continues has the noise of branch 0.
                     path = (*rows[parent].path, split * self.width + branch)
                     rows.append(Row(unit, step, later, parent, path))
         return rows
