@@ -270,7 +270,7 @@ def test_what_the_hub_says_is_passed_on():
 
     assert "accept its conditions" in fault(errors.GatedRepoError)
     assert "no such model on the hub" in fault(errors.RepositoryNotFoundError)
-    assert "no diffusers pipeline" in fault(errors.RemoteEntryNotFoundError)
+    assert "not a diffusers pipeline" in fault(errors.RemoteEntryNotFoundError)
     for kind in (errors.LocalEntryNotFoundError, OSError, ImportError):
         assert re.search("cannot be fetched .*HTTPS_PROXY", fault(kind))
 

@@ -262,7 +262,7 @@ def test_a_family_without_images_takes_none(policy):
     call = partial(
         policy.sample, "a", latents=x, height=16, width=16, num_steps=1, guidance_scale=0.0
     )
-    with pytest.raises(UserError, match="images: prompt 0: has 1 image, and Flux takes none"):
+    with pytest.raises(UserError, match="images: prompt 0: has 1 image, but Flux takes text only"):
         call(images=gray(7))
     with pytest.raises(UserError, match="rollout.frames: 5; this model makes images"):
         call(frames=5)

@@ -77,6 +77,7 @@ def check_attention(
     """
     if name not in BACKENDS:
         return
+    # All of them at once, so that a user does not fix one need to be told of the next.
     missing = list(_missing(BACKENDS[name], path, dtypes, guided_in_one))
     if missing:
         raise UserError(

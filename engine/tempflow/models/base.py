@@ -113,6 +113,8 @@ class Policy(ABC):
         for module in self._modules():
             if module not in offloaded.values():
                 module.to(self.device)
+            # Frozen and without dropout, also the denoiser: training unfreezes what it trains, and
+            # a forward with dropout would differ between rollout and training.
             module.eval().requires_grad_(False)
         # accelerate's hooks and not diffusers' group offloading: T5's blocks are nested deeper than
         # its block level looks.
@@ -148,6 +150,7 @@ class Policy(ABC):
             max_sequence_length=max_sequence_length or cls.text_length,
         )
         least, most = cls.images_taken
+        # These are set on the object, because other runs of the family have other images.
         policy.images_taken = (least, (most if least else 0) if images is None else images)
         policy.ragged = cls.ragged_with(policy.images_taken[1])
         policy.embed = lambda examples: policy.empty_embeddings(len(examples))  # type: ignore[method-assign]  # a stand-in for this object alone
@@ -181,6 +184,7 @@ class Policy(ABC):
 
     def set_denoiser(self, module: torch.nn.Module) -> None:
         """Replace the denoiser by another module of the same kind."""
+        # Registered, so that the pipeline calls and saves it too.
         self.pipe.register_modules(transformer=module)
 
     def expert(self, sigma: float) -> int:
@@ -376,6 +380,7 @@ class Policy(ABC):
         vae = getattr(getattr(self, "pipe", None), "vae", None)
         with decoding(vae):
             decoded = self._decode(latents, size)
+        # Rewards of images get images from a model of videos, too.
         if decoded.ndim == 5 and size.frames == 1:
             decoded = decoded.squeeze(2)
         return finite_pixels(latents, decoded)
@@ -383,6 +388,7 @@ class Policy(ABC):
     def decode(self, latents: torch.Tensor, size: Size) -> tuple[np.ndarray, np.ndarray]:
         """`pixels` as arrays in host memory, with a checkerboard (`media.no_image`) in place of
         each output that is not finite."""
+        # Both tensors are copied to the host together, so it waits once.
         images, finite = (tensor.numpy() for tensor in Fetched(self.pixels(latents, size)).wait())
         return without_missing(images, finite), finite
 

@@ -133,8 +133,8 @@ def hub_fault(path: str, file: str, error: Exception) -> str:
 
     if isinstance(error, errors.HFValidationError):
         return (
-            f"no folder {path}, and no hub id either: those have the form owner/name, with letters,"
-            " digits, '-', '_' and '.'"
+            f"no folder {path}, and not a hub id either: a hub id has the form owner/name, with"
+            " letters, digits, '-', '_' and '.'"
         )
     if isinstance(error, errors.GatedRepoError):
         return f"{path} is gated: accept its conditions on the hub, and log in with `hf auth login`"

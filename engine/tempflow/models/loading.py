@@ -174,6 +174,7 @@ def _left_out(path: str, parts: str, denoiser: bool) -> list[str]:
     family, index = family_of(path), _index(path)
     denoisers = family.denoiser_parts(index)
     if parts == "text":
+        # Editing families encode condition images with their VAE.
         return [*denoisers, *({"vae"} - {*family.embeds_with})]
     text = [name for name in index if parts == "picture" and name.startswith("text_encoder")]
     return text if denoiser else [*text, *denoisers]

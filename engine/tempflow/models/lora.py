@@ -125,6 +125,7 @@ def load_adapters(path: Path) -> Saved:
         return _load_file(path)
     saved = {name: _load_file(folder) for name, folder in parts.items()}
     first = next(iter(saved.values()))
+    # peft adapts a module with one rank and one alpha, and both experts are one module here.
     for other in saved.values():
         if (other.rank, other.alpha) != (first.rank, first.alpha):
             differ = (
@@ -212,6 +213,7 @@ def fill(module: torch.nn.Module, adapters: Adapters, adapter: str) -> None:
         for name, p in module.named_parameters()
         if f".{adapter}.weight" in name
     }
+    # Sorted, so that all ranks name the same layer.
     for name in sorted(held.keys() ^ adapters.keys()):
         who = (
             "adapts a layer that the run does not"

@@ -101,6 +101,7 @@ def open_model(
     # On this object alone: without images a run of the same family need not be ragged.
     policy.ragged = policy.ragged_with(most_images(examples))
     m = config.model
+    # Decoding only: families encode condition images whole (`vae.encoding_whole`).
     for wanted, enable in ((m.vae_slicing, "enable_slicing"), (m.vae_tiling, "enable_tiling")):
         if wanted:
             getattr(policy.pipe.vae, enable)()
@@ -125,6 +126,7 @@ def _load(
         max_sequence_length=m.max_sequence_length,
         **chosen,
     )
+    # Embeddings of a `sized` family are for outputs of this size, also in evaluations.
     policy.size = config.rollout.size
     return policy
 

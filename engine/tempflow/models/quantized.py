@@ -20,7 +20,9 @@ from torch.nn import functional as F
 from tempflow.errors import UserError
 from tempflow.models.layers import token_layers
 
-BLOCK = 64  # weights that share a scale
+# Weights that share a scale. In 8 bits, rounding changes normally distributed weights by 0.63 %, in
+# blocks of 256 by 0.73 %. With NF4 it is 9.2 %. Measurements: docs/log.md.
+BLOCK = 64
 KINDS = ("8bit", "4bit")
 
 
@@ -56,6 +58,7 @@ class QuantizedLinear(torch.nn.Linear):
         torch.nn.Module.__init__(self)
         self.in_features, self.out_features = source.in_features, source.out_features
         self.kind, self.dtype = kind, dtype
+        # Not persistent: checkpoints must load whatever `model.quantize` says.
         for name, tensor in (("weight", weight), ("scales", scales), ("table", table)):
             self.register_buffer(name, tensor, persistent=False)
         self.register_parameter("bias", source.bias)
@@ -134,10 +137,12 @@ def _pack(
     if weight.is_meta:
         return _shapes(weight, kind)
     library = _library()
-    weight = weight.contiguous()
+    weight = weight.contiguous()  # the operators pack the memory as it lies
     if kind == "4bit":
         packed, state = library.quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4")
         return packed, state.absmax.view(torch.int32), None
+    # Even steps: with the library's default table, which is made for optimizer states, rounding
+    # changes weights by 0.97 % instead of 0.63 %.
     table = library.create_linear_map(signed=True, total_bits=8).to(weight.device)
     packed, state = library.quantize_blockwise(weight, code=table, blocksize=BLOCK)
     return packed, state.absmax.view(torch.int32), table.view(torch.int32)

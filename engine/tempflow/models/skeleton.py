@@ -88,6 +88,7 @@ def _part(path: str, name: str, value: Any, dtype: torch.dtype):
         return getattr(importlib.import_module(library), kind).from_config(
             _table(path, "scheduler/scheduler_config.json")
         )
+    # Tokenizers and processors need files besides their configs, and estimates do not use them.
     if library is None or not name.startswith(
         ("transformer", "vae", "text_encoder", "image_encoder")
     ):

@@ -96,6 +96,7 @@ class Layout:
         """For each slot the number of the row that its state is on, if that row follows the ODE
         from there on, like a trunk; else -1. int [slots]."""
         found = np.full(len(self.slots), -1)
+        # A row with noise at this step or later ends elsewhere than the state's completion.
         for (u, n, step), slots in self._slots.items():
             if not any(k >= step for k in self.rows[u][n].noise):
                 found[slots] = self.first[u] + n
@@ -109,6 +110,7 @@ class Layout:
             for k, u in enumerate(chosen)
             for n in range(len(self.rows[u]))
         ]
+        # By depth and unit alone, in a stable sort: within a unit the plan's order stays.
         order = [(chosen[k], n) for _, k, n in sorted(lines, key=lambda line: line[:2])]
         place = {key: i for i, key in enumerate(order)}
         rows = [self.rows[u][n] for u, n in order]
@@ -129,6 +131,7 @@ class Layout:
         leaves: list[tuple[int, ...]] = []
         values: list[list[int]] = []
         states = 0
+        # All numbers follow from the order of units, rows and steps, which every rank knows.
         for u, rows in enumerate(self.rows):
             branches, value_rows = (
                 _branches(rows),
@@ -138,6 +141,7 @@ class Layout:
                 self._slots[u, parent, step] = np.arange(len(lines), len(lines) + len(members))
                 for child, n in enumerate(members):
                     lines.append((rows[n].unit.prompt, rows[n].unit.seed, step, states, child))
+                    # Sorted, because the mean of their rewards is a sum in this order.
                     leaves.append(
                         tuple(
                             int(self.first[u]) + leaf
@@ -159,6 +163,7 @@ class Layout:
 
     def _endpoint_slots(self) -> Slots:
         rows = [row for unit in self.rows for row in unit]
+        # Each endpoint is the only child of a state of its own.
         lines: list[tuple[int, ...]] = [
             (row.unit.prompt, row.unit.seed, ENDPOINT, n, 0) for n, row in enumerate(rows)
         ]
@@ -208,6 +213,8 @@ def _branches(rows: list[Row]) -> dict[int, list[int]]:
 def _below(rows: list[Row], branches: dict[int, list[int]], n: int, step: int) -> list[int]:
     """The rows that contain row n's latent after `step`: row n itself, all rows that branch off it
     later, and all that branch off those. Rows that are values of states are left out."""
+    # Strictly later: a row that branches off at `step` itself shares the state before the step, and
+    # not the latent after it.
     later = [child for child in branches[n] if rows[child].start > step and not rows[child].value]
     return [n] + [
         leaf for child in later for leaf in _below(rows, branches, child, rows[child].start)

@@ -207,6 +207,7 @@ class _Integration:
     def _forward(self, batch: list[int]) -> Arrived:
         steps = [self.step[i] for i in batch]
         with span("forward", rows=len(batch), steps=f"{min(steps)}-{max(steps)}"):
+            # The rows leave `latent`; `_place` puts back those that have not reached sigma 0.
             x = torch.stack([self.latent.pop(i) for i in batch])
             goals = [self._goal(i, k) for i, k in zip(batch, steps, strict=True)]
             broods = self._broods(batch, steps)
@@ -407,6 +408,8 @@ class _Integration:
         done: list[tuple[int, torch.Tensor]] = []
         for brood, given in zip(broods, numbers, strict=True):
             parents = given["parents"]
+            # Children stay in fp32, like all latents. Rounding them to a coarser dtype after their
+            # log-probability was taken would break the ratio of 1 before the first update.
             x_next, log_prob = sde_step(
                 x[parents],
                 v[parents],
@@ -433,6 +436,7 @@ class _Integration:
             children, scores = (
                 (torch.cat(part) for part in zip(*parts)) if len(parts) > 1 else parts[0]
             )
+            # Of the grid on the CPU, so these reads do not wait for the device.
             sigma, a, b, tau = (
                 t[k].item()
                 for t in (self.grid.sigmas, self.grid.sde.a, self.grid.sde.b, self.grid.sde.tau)

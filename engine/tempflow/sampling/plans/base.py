@@ -69,7 +69,7 @@ class Plan(ABC):
             raise ValueError(
                 f"steps {sorted(steps)} of {self.branch_steps.possible(self.num_steps)}"
             )
-        narrowed = copy(self)
+        narrowed = copy(self)  # shallow: what `prepare` has set stays
         narrowed.branch_steps = BranchSteps(sorted(steps))
         return narrowed
 
