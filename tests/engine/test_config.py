@@ -272,7 +272,7 @@ REFUSED = [
         "some",
         ["rollout.plan.branch_steps", '"all"', '{"random": n}', "'some'"],
     ),
-    ("rollout.plan.branch_steps", {"random": 10}, ["rollout.plan.branch_steps.random", "10 of 9"]),
+    ("rollout.plan.branch_steps", {"random": 10}, ["rollout.plan.branch_steps.random", "10;", "9"]),
     (
         "rollout.plan.branch_steps",
         {"random": 0},
@@ -326,7 +326,7 @@ def test_refused(key, value, words):
                 "rollout": {"plan": {"type": "mix_grpo", "window": 10}},
                 "training": {"advantage": {"over": "prompt"}},
             },
-            ["rollout.plan.window", "10 of 9"],
+            ["rollout.plan.window", "10;", "at most 9"],
         ),
         (
             {
