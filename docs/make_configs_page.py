@@ -193,7 +193,7 @@ SHIPPED = {  # config: (what it is for, the paper's values that it is held again
     "wan22_a14b_lora": (
         (
             "Wan2.2 A14B with both its experts, text to video, LoRA, one GPU with 80 GB or several:"
-            " 71.8 GB by the dry run; on 8 GPUs with `zero_optimization.stage=3` and"
+            " 71.6 GB by the dry run; on 8 GPUs with `zero_optimization.stage=3` and"
             " `rollout.replica=false` 17.9 GB each; untuned"
         ),
         WAN22,

@@ -1,14 +1,17 @@
 """One frozen base: the rollout copy has the training engine's own tensors for all that is not
 trained, and adapters of its own."""
 
+import json
 import shutil
 
+import diffusers
 import pytest
 import torch
 from dryrun_cases import items
 from engine_cases import MODEL, examples, small_config
 from family_cases import qwen_pipeline, sd3_pipeline
 from kernel_cases import assert_close
+from pipelines_wan import wan_pipeline
 from run_cases import ADAMW, timeless, train
 
 from tempflow.config import Lora
@@ -16,6 +19,7 @@ from tempflow.errors import UserError
 from tempflow.estimate import estimate
 from tempflow.models import load_policy
 from tempflow.models.adapted import AdaptedLinear, whole_weight
+from tempflow.models.hub import CARDS
 from tempflow.sampling.float8 import Float8Copy
 from tempflow.training import distributed
 from tempflow.training.ema import Average
@@ -45,12 +49,12 @@ def config_of(stage=0, dtype="float32", lora=LORA, share_base=None, **more):
 class Trained:
     """A runtime on a policy, and its velocities of three fixed rows."""
 
-    def __init__(self, config, folder=MODEL, scale=0.0):
+    def __init__(self, config, folder=MODEL, scale=0.0, size=SIZE):
         distributed.init_distributed()
         self.policy = load_policy(str(folder), dtype=config.model.dtype, max_sequence_length=20)
-        self.runtime, self.scale = Runtime(config, self.policy), scale
+        self.runtime, self.scale, self.size = Runtime(config, self.policy), scale, size
         generator = torch.Generator().manual_seed(0)
-        self.x = torch.randn(3, *self.policy.latent_shape(SIZE), generator=generator)
+        self.x = torch.randn(3, *self.policy.latent_shape(size), generator=generator)
         self.text = self.policy.encode(examples(["one", "another", "a third"]))
 
     @property
@@ -59,7 +63,7 @@ class Trained:
 
     def velocity(self, module):
         return self.policy.velocity(
-            module, self.x, torch.tensor([0.9, 0.5, 0.2]), self.text, SIZE, self.scale
+            module, self.x, torch.tensor([0.9, 0.5, 0.2]), self.text, self.size, self.scale
         )
 
     @torch.enable_grad()
@@ -165,9 +169,55 @@ def test_the_base_of_guided_families_is_one(family, tmp_path):
         )
 
 
+@pytest.mark.parametrize("stage", [1, 3])
+def test_frozen_weights_that_loading_keeps_in_float32(stage, tmp_path):
+    """Wan's in bfloat16: trained with as the pipeline has them, so that both forwards are one, to
+    the bit; at stage 3 in bfloat16."""
+    folder = wan_pipeline(tmp_path / "wan", shift=3.0)
+    trained = Trained(
+        config_of(stage, "bfloat16", model={"path": str(folder), "max_sequence_length": 20}),
+        folder,
+        scale=3.0,
+        size=Size(32, 32, 5),
+    )
+    loaded = load_policy(str(folder), dtype="bfloat16", max_sequence_length=20).denoiser()
+    dtypes = {name: p.dtype for name, p in loaded.named_parameters()}
+    kept = {name for name, dtype in dtypes.items() if dtype == torch.float32}
+    assert {name.split(".")[-2] for name in kept if name.endswith(".weight")} == {
+        "linear_1",  # of the time embedder
+        "linear_2",
+        "norm2",
+    } and "scale_shift_table" in kept
+    got = {n: t.dtype for n, t in tensors(trained.runtime.module).items() if n in dtypes}
+    if stage == 3:
+        assert set(got.values()) == {torch.bfloat16}
+        return
+    assert got == dtypes
+    assert_one_base(trained)
+    with torch.no_grad():
+        base = trained.velocity(loaded)
+        with trained.runtime.reference_transformer() as reference:
+            assert torch.equal(trained.velocity(reference), base)
+        assert torch.equal(trained.velocity(trained.copy), base)
+    assert_one_base(trained.update(1))
+
+
+def test_wan_alone_has_weights_in_float32():
+    """Of all transformers whose cards are shipped, as docs/wan.md says."""
+    found = set()
+    for index in CARDS.glob("*/model_index.json"):
+        table = json.loads(index.read_text())
+        kinds = [value[1] for name, value in table.items() if name.startswith("transformer")]
+        found |= {
+            table["_class_name"]
+            for kind in kinds
+            if kind and getattr(diffusers, kind)._keep_in_fp32_modules
+        }
+    assert found == {"WanPipeline"}
+
+
 def test_what_stays_in_float32_is_the_rollouts_own():
-    """DeepSpeed casts the trained module whole; the copy keeps the precision that the model was
-    loaded in."""
+    """Where it is not the engine's: the copy keeps the precision that the model was loaded in."""
     module = torch.nn.ModuleDict(
         {"norm": torch.nn.Linear(4, 4), "block": torch.nn.Linear(4, 4, dtype=torch.bfloat16)}
     )

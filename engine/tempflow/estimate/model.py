@@ -81,8 +81,6 @@ class _Frozen:
     """Bytes of text encoders whose layers are on the device one at a time: the largest, and what
     stays."""
     float8: int
-    kept: int
-    """Bytes of the denoiser's weights that are in another float dtype than it is loaded in."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,9 +144,8 @@ class Model:
 
     @property
     def adapters(self) -> int:
-        """Bytes of a rollout copy that shares the base: adapters, and what loading keeps in another
-        dtype than the one trained in."""
-        return self.weights.trained * self.trained_in.itemsize + self._frozen.kept
+        """Bytes of the adapters of a rollout copy that shares the base."""
+        return self.weights.trained * self.trained_in.itemsize
 
     @property
     def float8(self) -> int:
@@ -228,13 +225,9 @@ def _frozen(
     }
     sizes = {name: module_bytes(part) for name, part in others.items()}
     sizes["denoiser"] = module_bytes(policy.denoiser())
-    float8, whole = (
-        float8_bytes(policy.denoiser()),
-        (*policy.denoiser().parameters(), *policy.denoiser().buffers()),
-    )
-    kept = tensor_bytes(t for t in whole if t.is_floating_point() and t.dtype != dtype)
+    float8 = float8_bytes(policy.denoiser())
     streamed = _streamed(text_encoders(policy.pipe).values())
-    return _Frozen(policy, measure.shorten(policy.denoiser()), sizes, streamed, float8, kept)
+    return _Frozen(policy, measure.shorten(policy.denoiser()), sizes, streamed, float8)
 
 
 def _streamed(encoders: Iterable[torch.nn.Module]) -> int:

@@ -27,7 +27,7 @@ from tempflow.models.attention import set_attention_backend
 from tempflow.models.lora import fill, layers_of, merged, read_adapters
 from tempflow.models.quantized import QuantizedLinear, quantize_layers
 from tempflow.training.leaves import call_by_position, leaf_section
-from tempflow.training.precision import engine_dtype, shares_base
+from tempflow.training.precision import engine_dtype, frozen_as_loaded, shares_base
 from tempflow.training.reference_policy import make_reference
 from tempflow.training.shared_base import adopt, bare_copy
 
@@ -96,12 +96,13 @@ class Runtime:
         self.trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
         ds = self._deepspeed_config(module)
         call_by_position(module, ds.get("zero_optimization", {}))
-        self.engine, *_ = deepspeed.initialize(
-            model=module,
-            optimizer=eight_bit.maker(config.deepspeed["optimizer"]),
-            model_parameters=list(self.trainable.values()),
-            config=ds,
-        )
+        with frozen_as_loaded(module, ds):
+            self.engine, *_ = deepspeed.initialize(
+                model=module,
+                optimizer=eight_bit.maker(config.deepspeed["optimizer"]),
+                model_parameters=list(self.trainable.values()),
+                config=ds,
+            )
         self.module = self.engine.module
         self._base_lrs = [group["lr"] for group in self.engine.optimizer.param_groups]
         self._sources = (

@@ -1,7 +1,10 @@
-"""The dtypes of a run's forwards, and whether rollouts and training can read one copy of the frozen
-weights."""
+"""The dtypes of a run's forwards and frozen weights, and whether rollouts and training can read one
+copy of those."""
 
 from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import Iterator
 
 import torch
 
@@ -44,3 +47,22 @@ def shares_base(config: Config, device: str | None = None) -> bool:
         )
         raise UserError(f"model.{asked} needs one dtype for rollouts and training, got {named}")
     return False
+
+
+@contextmanager
+def frozen_as_loaded(module: torch.nn.Module, ds: dict) -> Iterator[None]:
+    """Around the start of a DeepSpeed engine, which casts every weight to the dtype it trains in:
+    frozen ones that loading keeps in another (Wan's time embedding, in float32) come out as they
+    went in, so that adapters are trained on the model that rollouts and the pipeline run.
+
+    Not at stage 3, where DeepSpeed has cut the cast weights into slices by then.
+    """
+    sharded = ds.get("zero_optimization", {}).get("stage", 0) == 3
+    kept = {
+        p: p.data
+        for p in ([] if sharded else module.parameters())
+        if not p.requires_grad and p.is_floating_point() and p.dtype != engine_dtype(ds)
+    }
+    yield
+    for parameter, value in kept.items():
+        parameter.data = value.to(parameter.device)

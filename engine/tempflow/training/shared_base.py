@@ -21,8 +21,8 @@ from tempflow.models.adapted import adapted
 
 def bare_copy(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
     """A frozen copy of a module without adapters that shares its tensors; those that loading keeps
-    in another float dtype are its own, because DeepSpeed casts the module's to the dtype it trains
-    in."""
+    in another float dtype are its own until `adopt`, because DeepSpeed casts the module's on the
+    way."""
     tensors = (*module.parameters(), *module.buffers())
     shared = {id(t): t for t in tensors if t.dtype == dtype or not t.is_floating_point()}
     return copy.deepcopy(module, shared).requires_grad_(False).eval()
