@@ -78,7 +78,11 @@ def leaf_count(module):
 
 @pytest.mark.parametrize(
     "name, lora, checkpointing",
-    [*((name, i % 2 == 1, False) for i, name in enumerate(FAMILIES)), ("flux", True, True)],
+    [
+        *((name, i % 2 == 1, False) for i, name in enumerate(FAMILIES)),
+        ("flux", True, True),
+        ("z_image", True, False),
+    ],
 )
 def test_an_update_in_whole_blocks_is_the_same(policies, monkeypatch, name, lora, checkpointing):
     """To the bit, or the order of sums, against DeepSpeed's own units with blocks called alike. The
