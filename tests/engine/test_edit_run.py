@@ -68,7 +68,7 @@ def test_an_editing_run(run, tmp_path):
     _check_samples(run, lines)
     page = (run.folder / "report.html").read_text()
     assert (
-        "Left the condition image, then the base model" in page
+        "From left to right: the condition image, the base model" in page
         and page.count('alt="condition image: ') == 3
     )
     _check_resumed(run, tmp_path)

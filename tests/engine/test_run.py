@@ -397,7 +397,7 @@ def test_a_run_that_its_rule_stops(folder):
     assert "eval/jpeg" in reason and "at iteration 0 for 2 evaluations" in reason
     assert (
         f"stopped after iteration 2 by {reason}" in run.done.stdout
-        and "Stopped early" in (run.folder / "report.html").read_text()
+        and "stopped early" in (run.folder / "report.html").read_text()
     )
     assert run.checkpoints == [2] and [row["iteration"] for row in run.rows] == [0, 1, 2]
     assert all("eval/jpeg" in row and "reward/jpeg" not in row for row in run.rows)

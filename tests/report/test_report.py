@@ -96,7 +96,7 @@ def test_guards(run_factory, row_writer):
         "ocr",
         "jpeg (watched)",
     }
-    assert "Stopped early by eval.stop: eval/jpeg 1.5 is below 2." in found.text
+    assert "Training was stopped early by eval.stop: eval/jpeg 1.5 is below 2." in found.text
     assert all(
         chart["title"] not in ("eval/jpeg", "diversity/seeds") for chart in found.data["charts"]
     )
@@ -172,7 +172,7 @@ def test_falling_reward_is_said(run_factory):
     (run_dir / "summary.json").write_text(json.dumps({"base_reward": 0.5, "tuned_reward": 0.41}))
     found = page(run_dir)
     assert "Held-out reward fell from 0.500 to 0.410" in found.text and "−0.090" in found.text
-    assert re.search(r"Its highest was 0\.\d+, at iteration 20", found.text)
+    assert re.search(r"The highest evaluation was 0\.\d+, at iteration 20", found.text)
 
 
 def test_empty_directory_and_missing_directory(tmp_path):
@@ -248,7 +248,7 @@ def test_half_written_files_are_not_taken_for_whole(run_factory):
     (run_dir / "samples/000006/0000.png").write_bytes(b"\x89PNG\r\n\x1a\n cut short")
     with pytest.warns(UserWarning, match="line 8"):
         found = page(run_dir)
-    assert "right iteration 6" in found.text and "1 more not included" in found.text
+    assert "the base model, iteration 6" in found.text and "1 more not included" in found.text
 
 
 def test_large_pictures_become_small(run_factory):
@@ -288,7 +288,7 @@ def test_an_edit_is_shown_after_its_condition_image(run_factory):
         "iteration 20: make it night",
     ]
     assert sum(alt.startswith("condition image") for alt in alts) == 4 + 4
-    assert "Left the condition image, then the base model, right iteration 20" in found.text
+    assert "From left to right: the condition image, the base model, iteration 20" in found.text
     (run_dir / "samples/000020/0000_condition.png").unlink()
     assert len(page(run_dir).all("img")) == len(alts) - 1, (
         "a lost condition image takes nothing else with it"

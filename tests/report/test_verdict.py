@@ -1,4 +1,4 @@
-"""What a report claims of a run: how sure it is, and what the reward was bought with."""
+"""What a report claims of a run: how sure it is, and what else changed."""
 
 import json
 
@@ -28,22 +28,19 @@ def with_evaluation(run_dir, **last):
         (
             0.295,
             0.012,
-            "rose from 0.480 to 0.775 (+0.295 ± 0.012 prompt by prompt)",
+            "rose from 0.480 to 0.775 (+0.295 ± 0.012 standard error)",
             "+0.295 ± 0.012",
         ),
         (
             0.295,
             0.2,
-            (
-                "shows no difference beyond two standard errors, from 0.480 to 0.775 (+0.295 ±"
-                " 0.200 prompt by prompt)"
-            ),
+            "went from 0.480 to 0.775 (+0.295 ± 0.200 standard error)",
             "+0.295 ± 0.200",
         ),
         (
             0.004,
             0.001,
-            "hardly moved, from 0.480 to 0.775 (+0.004 ± 0.001 prompt by prompt)",
+            "hardly changed: from 0.480 to 0.775 (+0.004 ± 0.001 standard error)",
             "+0.004 ± 0.001",
         ),
     ],
@@ -65,7 +62,9 @@ def test_the_verdict_says_how_sure_it_is(run_factory, row_writer, gain, stderr, 
     )
     found = page(run_dir)
     assert f"Held-out reward {words} in " in found.text and tile in found.text
-    assert "3 of its 128 images could not be scored." in found.text and "125" in found.text
+    assert ("chance alone can explain" in found.text) == (stderr == 0.2)
+    assert "In the newest evaluation 3 of the 128 images could not be scored." in found.text
+    assert "125 of 128" in found.text
     held = found.chart("Reward")["series"][0]
     assert held["error"] == [0.03, None, 0.02] and len(held["y"]) == 3
     assert found.chart("Failed held-out images") and not any(
@@ -80,7 +79,7 @@ def test_the_verdict_says_how_sure_it_is(run_factory, row_writer, gain, stderr, 
             {"drift/color_shift": 38.2, "drift/color_spread": 0.71, "eval/recall": 0.4},
             0.295,
             (
-                "The reward was bought with drift from the base: the mean color moved by 38 of 255"
+                "The images also drifted from the base's: the mean color moved by 38 of 255"
                 " gray levels, colors vary only 0.71 times as much as the base's and only 40% of"
                 " the base's images lie among those of now."
             ),
@@ -88,7 +87,10 @@ def test_the_verdict_says_how_sure_it_is(run_factory, row_writer, gain, stderr, 
         (
             {"drift/color_spread": 0.89},
             0.01,
-            "The images drifted from the base: colors vary only 0.89 times as much as the base's.",
+            (
+                "The images also drifted from the base's: colors vary only 0.89 times as much as"
+                " the base's."
+            ),
         ),
         (
             {
@@ -102,7 +104,7 @@ def test_the_verdict_says_how_sure_it_is(run_factory, row_writer, gain, stderr, 
         ),
     ],
 )
-def test_the_verdict_says_what_a_reward_was_bought_with(run_factory, row_writer, drift, gain, said):
+def test_the_remarks_say_what_else_changed(run_factory, row_writer, drift, gain, said):
     run_dir = run_factory(iterations=20, total=20, sets=())
     rows = with_evaluation(run_dir, **{"eval/gain": gain, "eval/gain/stderr": 0.012}, **drift)
     rows[0] |= {key: float(key != "drift/color_shift") for key in drift}
@@ -141,7 +143,7 @@ def test_a_higher_evaluation_is_one_beyond_the_errors(run_factory, row_writer, e
             "eval/reward/stderr": error,
         }
     row_writer(run_dir, rows)
-    assert ("Its highest was 0.835, at iteration 10." in page(run_dir).text) == told
+    assert ("The highest evaluation was 0.835, at iteration 10." in page(run_dir).text) == told
 
 
 def test_no_gain_is_claimed_where_no_prompt_has_one(run_factory, row_writer):
@@ -166,4 +168,34 @@ def test_failed_images_are_told_of_without_a_count_of_all(run_factory, row_write
     run_dir = run_factory(iterations=20, total=20, sets=())
     row_writer(run_dir, with_evaluation(run_dir, **{"eval/failed": 3, "eval/scored": None}))
     text = page(run_dir).text
-    assert " 3 images could not be scored." in text and "3 of its" not in text
+    assert " 3 images could not be scored." in text and "3 of the" not in text
+
+
+@pytest.mark.parametrize(
+    "minutes, stopped, badge",
+    [
+        (5.0, None, "finished: 5 minutes of training"),
+        (50.0, None, "stopped at 20 of 40"),
+        (5.0, "eval.stop", "stopped at 20 of 40"),
+        (None, None, "stopped at 20 of 40"),
+    ],
+)
+def test_a_run_that_used_its_minutes_has_finished(run_factory, minutes, stopped, badge):
+    run_dir = run_factory(iterations=20, total=40, sets=())
+    for name, section, key, value in (
+        ("config", "training", "minutes", minutes),
+        ("summary", None, "stopped", stopped),
+    ):
+        file = run_dir / f"{name}.json"
+        content = json.loads(file.read_text())
+        (content[section] if section else content)[key] = value
+        file.write_text(json.dumps(content))
+    assert badge in page(run_dir).text
+
+
+def test_counts_are_drawn_from_zero_in_whole_numbers(run_factory, row_writer):
+    run_dir = run_factory(iterations=20, total=20, sets=())
+    row_writer(run_dir, with_evaluation(run_dir, **{"eval/failed": 3, "eval/scored": 125}))
+    found = page(run_dir)
+    for title, counts in (("Failed held-out images", True), ("Gradient norm", False)):
+        assert found.chart(title)["whole"] == found.chart(title)["from_zero"] == counts

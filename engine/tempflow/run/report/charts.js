@@ -71,8 +71,8 @@ function yRange(chart) {
 }
 
 // The plot area and its axes; x maps data to pixels, and so does y.
-function scene(width, height, [yLo, yHi], xLabels, xAt) {
-  const yTicks = ticks(yLo, yHi, Math.max(2, Math.floor(height / 48)));
+function scene(width, height, [yLo, yHi], whole = false) {
+  const yTicks = ticks(yLo, yHi, Math.max(2, Math.floor(height / 48)), whole);
   const labels = yTicks.at.map(v => tickLabel(v, yTicks.step));
   const left = Math.max(...labels.map(t => t.length), 2) * LABEL + 12;
   const right = width - MARGIN.right, bottom = height - MARGIN.bottom;
@@ -106,7 +106,7 @@ function drawLines(chart, width, height) {
   const all = chart.series.flatMap(s => frames[s.frame][axis]);
   let lo = Math.min(...all), hi = Math.max(...all);
   if (hi === lo) { lo -= 1; hi += 1; }
-  const area = scene(width, height, yRange(chart));
+  const area = scene(width, height, yRange(chart), chart.whole);
   const x = v => area.left + (v - lo) / (hi - lo) * (area.right - area.left);
   const xTicks = ticks(lo, hi, clamp((area.right - area.left) / 50, 3, 10), axis !== "minutes");
   let body = area.markup + xAxis(area, xTicks.at.map(v => [x(v), tickLabel(v, xTicks.step)]), AXES[axis]);
@@ -129,7 +129,7 @@ function drawLines(chart, width, height) {
 function levelLine(level, area) {
   const y = area.y(level.y), below = y + 18 < area.bottom;
   return `<line class="level" x1="${area.left}" x2="${area.right}" y1="${y}" y2="${y}"/>` +
-    `<text class="tick level" x="${area.right}" y="${below ? y + 14 : y - 6}" text-anchor="end">${escape(level.name)} ${Math.abs(level.y) < 10 ? level.y.toFixed(3) : number(level.y)}</text>`;
+    `<text class="tick level" x="${area.right}" y="${below ? y + 14 : y - 6}" text-anchor="end">${escape(level.name)} ${level.name === "base" && Math.abs(level.y) < 10 ? level.y.toFixed(3) : number(level.y)}</text>`;
 }
 
 // Evenly spaced columns, one for each stretch of iterations, labelled where there is room.

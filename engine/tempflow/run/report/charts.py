@@ -17,6 +17,7 @@ from tempflow.run.report.run import Run, number
 FINE, COARSE = 600, 120
 MADE_OF = re.compile(r"eval/.*(stderr|scored|failed)$")  # stand beside the means that they are of
 SPREAD = re.compile(r"reward_std/step_(\d+)$")
+COUNTS = ("failed", "updates/skipped", "not_finite")  # ends of the keys of counts
 COST = [("forwards/rollout", "rollout"), ("forwards/train", "training")]
 CLOCKS = {"time/total", "time/elapsed"}
 WORKERS = {"time/reward_busy"}  # spent in other processes while the rollout goes on
@@ -290,13 +291,17 @@ def _single(run: Run, key: str, title: str, text: str) -> dict:
     known = [value for value in values if value is not None]
     style = "main" if len(known) > 0.8 * len(values) else "main bridge dots"
     pick = _largest if "max" in key else None
+    counts = key.endswith(COUNTS)
     return {
         "kind": "line",
         "title": title,
         "help": text,
         "key": key,
         "series": [line(title, values, style, pick=pick, error=run.column(f"{key}/stderr"))],
-        "from_zero": 0 <= min(known) <= 0.6 * max(known),
+        # Not always: a learning rate or a reward near 100 would be a flat line at the top.
+        "from_zero": counts or 0 <= min(known) <= 0.6 * max(known),
+        # Half an image cannot fail; the means of a long run's stretches may lie between.
+        "whole": counts,
     }
 
 

@@ -112,7 +112,7 @@ def headline(runs: dict[str, Run]) -> str:
     if len(known) < 2:
         return f"{len(runs)} runs; fewer than two have a held-out reward"
     if not same_rewards(runs):
-        return f"{len(runs)} runs with different rewards: compare their parts, not their sums"
+        return f"{len(runs)} runs with different rewards: compare each reward alone, not the totals"
     known.sort(key=lambda entry: -entry[1])
     (best, high, error), (second, next_to, other) = known[:2]
     said = f"{best} ends with {with_error(high, error)}, {second} with {with_error(next_to, other)}"
@@ -135,12 +135,12 @@ def numbers(runs: dict[str, Run]) -> list[tuple[str, list[str]]]:
         ("Gain", _gain),
         ("Held-out images scored", lambda run: _last(run, "eval/scored", "{:,.0f}")),
         *((metric.title, _drift(metric)) for metric in DRIFTS),
-        ("KL to the reference", lambda run: _last(run, "kl", "{:.2e}")),
+        ("KL to the reference", lambda run: _last(run, "kl", "{:.3g}")),
         ("Iterations", lambda run: _text(run.iterations, "{:,.0f}")),
-        ("Minutes", lambda run: _text(verdict.minutes(run), "{:.1f}")),
+        ("Minutes of training", lambda run: _text(verdict.minutes(run), "{:.1f}")),
         ("Seconds per iteration", _pace),
         ("Rewarded images", lambda run: _text(verdict.images(run), "{:,.0f}")),
-        ("Forwards", lambda run: _text(run.forwards[-1] or None, "{:,.0f}")),
+        ("Transformer forwards", lambda run: _text(run.forwards[-1] or None, "{:,.0f}")),
         ("Device", lambda run: (run.summary or {}).get("device")),
     ]
     rows = [(title, [of(run) for run in runs.values()]) for title, of in found]

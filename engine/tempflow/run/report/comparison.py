@@ -86,8 +86,7 @@ def _described(keys: tuple[str, ...]) -> list[Metric]:
 
 def _named(runs: dict[str, Run]) -> str:
     return ", ".join(
-        f'<strong class="c{n}"><i class="swatch"></i>{escape(name)}</strong>'
-        for n, name in enumerate(runs)
+        f'<strong class="named c{n}">{escape(name)}</strong>' for n, name in enumerate(runs)
     )
 
 
@@ -175,7 +174,7 @@ def _differences(runs: dict[str, Run]) -> str:
 
 def _table(runs: dict[str, Run], rows: list[tuple[str, list[str]]], kind: str, label: str) -> str:
     head = "".join(
-        f'<th scope="col" class="c{n}"><i class="swatch"></i>{escape(name)}</th>'
+        f'<th scope="col"><span class="named c{n}">{escape(name)}</span></th>'
         for n, name in enumerate(runs)
     )
     body = "".join(

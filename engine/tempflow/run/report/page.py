@@ -15,9 +15,26 @@ from tempflow.run.report.components import components
 from tempflow.run.report.run import Run, load_run
 from tempflow.run.report.samples import samples_html
 from tempflow.run.report.thumbnails import Thumbnails
-from tempflow.run.report.verdict import facts, status, tiles, verdict
+from tempflow.run.report.verdict import facts, remarks, status, tiles, verdict
 
 HERE = Path(__file__).parent
+# Of docs/glossary.md, those that the charts and their help texts use: the page may be sent to
+# somebody who has only this file.
+WORDS = (
+    ("advantage", "how much better an image is than the others of its group"),
+    ("base", "the model before training"),
+    ("branch step", "a step of the sampling at which images branch off by different noise"),
+    ("child", "an image that branches off at one step and is then sampled without more noise"),
+    ("forward", "one evaluation of the transformer for one image"),
+    ("group", "the images whose rewards are compared with each other"),
+    ("held-out", "of prompts that are never trained on"),
+    ("iteration", "sampling and scoring a batch of images, and the updates that learn from it"),
+    ("KL", "how far the trained model's steps are from the reference model's"),
+    ("ratio", "probability of a step under the trained model over that when it was sampled"),
+    ("rollout", "sampling the images of an iteration"),
+    ("standard error", "how far a mean may be off by chance; the bars of the charts"),
+    ("watched", "a reward that is measured and not trained on"),
+)
 
 
 def write_report(run_dir) -> Path:
@@ -46,12 +63,13 @@ def render(run: Run) -> str:
         _components(run),
         _configuration(run),
         _about(run),
+        _words(),
     ]
     return fill(
         title=f"{run.name}: TempFlow-GRPO run",
         kicker=f"TempFlow-GRPO run <strong>{escape(run.name)}</strong> {status(run)}",
         heading=verdict(run),
-        top=facts(run) + tiles(run),
+        top=_remarks(run) + facts(run) + tiles(run),
         switch=axis_switch([run]),
         body=[(f"<section>{reward}</section>" if reward else "") + drift, *body],
         data={"frames": charts.frames(run), "charts": figures.drawn},
@@ -117,6 +135,11 @@ class Figures:
 def section(anchor: str, title: str, *parts: str) -> str:
     content = "".join(parts)
     return f'<section id="{anchor}"><h2>{title}</h2>{content}</section>' if content else ""
+
+
+def _remarks(run: Run) -> str:
+    text = remarks(run)
+    return f'<p class="remarks">{escape(text)}</p>' if text else ""
 
 
 def _drift(run: Run, figures: Figures) -> str:
@@ -222,7 +245,7 @@ def axis_switch(runs: list[Run]) -> str:
         for key, text in (
             ("minutes", "minutes"),
             ("images", f"rewarded {runs[0].things}"),
-            ("forwards", "forwards"),
+            ("forwards", "transformer forwards"),
         )
         if all(getattr(run, key)[-1] for run in runs)
     ]
@@ -231,7 +254,9 @@ def axis_switch(runs: list[Run]) -> str:
         f' value="{key}"{" checked" if key == "iteration" else ""}><span>{text}</span></label>'
         for key, text in axes
     )
-    return f'<fieldset class="switch" id="axis"><legend>Charts against</legend>{options}</fieldset>'
+    return (
+        f'<fieldset class="switch" id="axis"><legend>Horizontal axis</legend>{options}</fieldset>'
+    )
 
 
 def _components(run: Run) -> str:
@@ -297,6 +322,16 @@ def _about(run: Run) -> str:
         f'<details class="block" id="versions"><summary>Versions</summary>{table}</details>'
         if table
         else ""
+    )
+
+
+def _words() -> str:
+    lines = "".join(
+        f'<tr><th scope="row">{word}</th><td>{meaning}</td></tr>' for word, meaning in WORDS
+    )
+    return (
+        '<details class="block" id="words"><summary>Words of this page</summary>'
+        f'<table class="pairs words"><tbody>{lines}</tbody></table></details>'
     )
 
 

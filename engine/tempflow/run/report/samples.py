@@ -118,13 +118,13 @@ def _intro(things: str, pairs: list[Pair], base: SampleSet, tuned: SampleSet) ->
         else ""
     )
     left = (
-        f"Left the condition image, then {_title(base)}"
+        f"From left to right: the condition image, {_title(base)}"
         if any(_condition(pair) for pair in pairs)
-        else f"Left {_title(base)}"
+        else f"From left to right: {_title(base)}"
     )
     return (
-        f'<p class="lead">{left}, right {_title(tuned)}{weights}: {noise}. The held-out prompts '
-        f"come in file order, not picked by result.{count if changes else ''}{words}</p>"
+        f'<p class="lead">{left}, {_title(tuned)}{weights}; {noise}. The held-out prompts '
+        f"are shown in file order, not picked by result.{count if changes else ''}{words}</p>"
     )
 
 

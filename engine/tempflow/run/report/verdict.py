@@ -1,4 +1,8 @@
-"""What the run achieved, in one sentence, a few numbers and a line of facts."""
+"""What the run achieved: one sentence, remarks, the headline numbers and a line of facts.
+
+summary.json is preferred where it exists; an unfinished run is judged by its newest evaluation. A
+change within two standard errors is never called a gain or a loss.
+"""
 
 from __future__ import annotations
 
@@ -47,29 +51,22 @@ def evaluated(run: Run) -> dict:
 
 
 def verdict(run: Run) -> str:
-    """One sentence that claims no more than the run shows."""
+    """One sentence on what training changed. It claims no more than the run shows."""
     base, tuned = rewards(run)
     change, stderr = gain(run)
-    if change is None and None not in (base, tuned):
-        return (
-            f"No held-out prompt was scored both before training ({base:.3f}) and after"
-            f" ({tuned:.3f}): the gain is unknown.{_lost(run)}"
-        )
-    if change is not None:
-        how = "rose" if change > TRIFLE else "fell" if change < -TRIFLE else "hardly moved,"
-        sure = ""
-        if stderr is not None:
-            how = (
-                how
-                if is_sure(change, stderr)
-                else "shows no difference beyond two standard errors,"
+    if base is not None and tuned is not None:
+        if change is None:
+            return (
+                f"No held-out prompt was scored both before training ({base:.3f}) and after"
+                f" ({tuned:.3f}): the gain is unknown."
             )
-            sure = f" ({signed(change)} ± {stderr:.3f} prompt by prompt)"
+        how, doubt = _direction(change, stderr)
         so_far = "Held-out" if run.summary else "So far, held-out"
-        said = f"{so_far} reward {how} from {base:.3f} to {tuned:.3f}{sure}{_spent(run)}."
-        return f"{said}{_drifted(run, how == 'rose')}{_lost(run)}{_peak(run, tuned)}{_stopped(run)}"  # type: ignore[arg-type]  # known where a change is
+        error = "" if stderr is None else f" ({signed(change)} ± {stderr:.3f} standard error)"
+        return f"{so_far} reward {how} from {base:.3f} to {tuned:.3f}{error}{_spent(run)}{doubt}."
     training = [value for value in run.column("reward/mean") if value is not None]
     if len(training) > 1:
+        # Tenths, not single iterations: the reward of one iteration depends on its few prompts.
         tenth = max(1, len(training) // 10)
         first, last = mean(training[:tenth]), mean(training[-tenth:])
         return (
@@ -81,18 +78,36 @@ def verdict(run: Run) -> str:
     )
 
 
+def remarks(run: Run) -> str:
+    """What a reader has to know beside the verdict: drift past the limits, failed images, a better
+    evaluation earlier, an early stop. "" where there is nothing."""
+    change, _ = gain(run)
+    drifted = _drifted(run) if change is not None else ""
+    peak = _peak(run) if change is not None else ""
+    return " ".join(filter(None, [drifted, _lost(run), peak, _stopped(run)]))
+
+
+def _direction(change: float, stderr: float | None) -> tuple[str, str]:
+    """What the held-out reward did, and the doubt to add at the sentence's end."""
+    if stderr is not None and not is_sure(change, stderr):
+        return "went", "; chance alone can explain a difference within two standard errors"
+    # A change can be beyond its error and still be too small to matter.
+    return ("rose" if change > TRIFLE else "fell" if change < -TRIFLE else "hardly changed:"), ""
+
+
 def status(run: Run) -> str:
     """A badge: finished, or how far the run got."""
     total = run.setting("training", "iterations")
-    if run.summary is not None:
-        early = isinstance(total, int) and run.iterations < total
-        return (
-            f'<span class="badge">stopped at {run.iterations} of {total}</span>'
-            if early
-            else '<span class="badge done">finished</span>'
-        )
-    of = f" of {total}" if isinstance(total, int) else ""
-    return f'<span class="badge open">unfinished: iteration {run.iterations}{of}</span>'
+    if run.summary is None:
+        of = f" of {total}" if isinstance(total, int) else ""
+        return f'<span class="badge open">unfinished: iteration {run.iterations}{of}</span>'
+    if not isinstance(total, int) or run.iterations >= total:
+        return '<span class="badge done">finished</span>'
+    limit = number(run.setting("training", "minutes"))
+    if limit is not None and (minutes(run) or 0.0) >= limit and not run.summary.get("stopped"):
+        # The time limit is the planned end of such a run, although its config names more iterations.
+        return f'<span class="badge done">finished: {limit:g} minutes of training</span>'
+    return f'<span class="badge">stopped at {run.iterations} of {total}</span>'
 
 
 def tiles(run: Run) -> str:
@@ -104,11 +119,11 @@ def tiles(run: Run) -> str:
         ("Tuned reward", _measured(tuned, number(evaluated(run).get("eval/reward/stderr")))),
         ("Gain", _measured(*gain(run), form=signed)),
         *_limited(run),
-        (f"Held-out {run.things} scored", _text(_scored(run), "{:,.0f}")),
-        ("Minutes", _text(minutes(run), "{:.1f}")),
+        (f"Held-out {run.things} scored", _scored_of(run)),
+        ("Minutes of training", _text(minutes(run), "{:.1f}")),
         ("Iterations", _text(run.iterations or None, "{:,.0f}")),
         (f"Rewarded {run.things}", _text(images(run), "{:,.0f}")),
-        ("Forwards", _text(forwards or None, "{:,.0f}")),
+        ("Transformer forwards", _text(forwards or None, "{:,.0f}")),
     ]
     cells = [(name, text) for name, text in found if text is not None]
     inner = "".join(
@@ -201,13 +216,21 @@ def _scored(run: Run) -> float | None:
     return number(evaluated(run).get("eval/scored"))
 
 
+def _scored_of(run: Run) -> str | None:
+    scored, failed = _scored(run), number(evaluated(run).get("eval/failed"))
+    if scored is None:
+        return None
+    return f"{scored:,.0f}" + (f" <small>of {scored + failed:,.0f}</small>" if failed else "")
+
+
 def _lost(run: Run) -> str:
-    """What of the newest evaluation has no reward."""
+    """How many images of the newest evaluation have no reward."""
     failed, scored = number(evaluated(run).get("eval/failed")), _scored(run)
     if not failed:
         return ""
-    total = "" if scored is None else f" of its {failed + scored:.0f}"
-    return f" {failed:.0f}{total} {run.things} could not be scored."
+    # Rows of earlier versions hold no eval/scored.
+    total = "" if scored is None else f" of the {failed + scored:.0f}"
+    return f"In the newest evaluation {failed:.0f}{total} {run.things} could not be scored."
 
 
 def _spent(run: Run) -> str:
@@ -233,36 +256,32 @@ def _spent(run: Run) -> str:
 
 def _stopped(run: Run) -> str:
     reason = (run.summary or {}).get("stopped")
-    return f" Stopped early by {reason}." if reason else ""
+    return f"Training was stopped early by {reason}." if reason else ""
 
 
-def _drifted(run: Run, rose: bool) -> str:
-    """What of the images has changed beyond the limits."""
+def _drifted(run: Run) -> str:
+    """In which ways the images have changed beyond the limits."""
     changed = changes(evaluated(run))
     if not changed:
         return ""
-    how = (
-        "The reward was bought with drift from the base"
-        if rose
-        else f"The {run.things} drifted from the base"
-    )
-    return f" {how}: {_listed(changed)}."
+    # "Also": whether the reward rose because of the drift, no number here can tell.
+    return f"The {run.things} also drifted from the base's: {_listed(changed)}."
 
 
 def _listed(clauses: list[str]) -> str:
     return clauses[0] if len(clauses) == 1 else f"{', '.join(clauses[:-1])} and {clauses[-1]}"
 
 
-def _peak(run: Run, tuned: float) -> str:
+def _peak(run: Run) -> str:
     """The highest evaluation, where it is higher than the newest by more than the errors of both
     explain."""
-    best, at = max(((reward, iteration) for iteration, reward in run.heldout), default=(tuned, 0))
-    errors = (
-        [run.stderr(iteration) for iteration in (at, run.heldout[-1][0])] if run.heldout else [None]
-    )
-    sure = None in errors or is_sure(best - tuned, math.hypot(*errors))
-    return (
-        f" Its highest was {best:.3f}, at iteration {at}."
-        if best > tuned + TRIFLE and sure and at
-        else ""
-    )
+    tuned = rewards(run)[1]
+    if tuned is None or not run.heldout:
+        return ""
+    best, at = max((reward, iteration) for iteration, reward in run.heldout)
+    errors = [run.stderr(iteration) for iteration in (at, run.heldout[-1][0])]
+    # Without errors on record, a higher value is told of: leaving it out would hide a decline.
+    sure = None in errors or is_sure(best - tuned, math.hypot(*errors))  # type: ignore[arg-type]  # none is None here
+    if best > tuned + TRIFLE and sure and at:
+        return f"The highest evaluation was {best:.3f}, at iteration {at}."
+    return ""
