@@ -1,5 +1,5 @@
-"""Writes README's table of what has run on which hardware from benchmarks/results/hardware.json, and
-the copy that reports of runs read: python docs/make_hardware_table.py"""
+"""Writes the table of verified parts in README.md from benchmarks/results/hardware.json, and the copy
+that the reports of runs read: python docs/make_hardware_table.py"""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 README, SOURCE = ROOT / "README.md", ROOT / "benchmarks/results/hardware.json"
 COPY = ROOT / "engine/tempflow/assets/verified.json"  # installed with the package
-KEPT = ("path", "status", "card", "date")
+KEPT = ("path", "status", "card", "date")  # keys of an entry that reports need
 BEGIN, END = "<!-- hardware:begin (python docs/make_hardware_table.py) -->", "<!-- hardware:end -->"
 COLUMNS = {
-    "unit": "tests on a CPU only",
-    "simulated GPU": "and on a simulated GPU",
-    "hardware": "on hardware",
+    "unit": "tested on a CPU only",
+    "simulated GPU": "tested on a CPU and a simulated GPU",
+    "hardware": "run on a GPU",
 }
-ORDER = ("Families", "Methods", "Rewards")  # first, in this order
+ORDER = ("Families", "Methods", "Rewards")  # the first rows; other areas follow in the file's order
 
 
 def table(entries: list[dict]) -> str:
-    """A row for every area; in each column the parts whose best evidence is of that kind. More on
-    model families: make_models_table.py."""
+    """The table: a row for each area, and in each column the parts whose strongest evidence is of
+    that kind. make_models_table.py has more about model families."""
     lines = ["| | " + " | ".join(COLUMNS.values()) + " |", "|---|" + "---|" * len(COLUMNS)]
     areas = dict.fromkeys(entry["area"] for entry in entries)
+    # Areas that are not in ORDER have the same key, and sorting is stable.
     for area in sorted(areas, key=lambda area: (ORDER + (area,)).index(area)):
         own = [entry for entry in entries if entry["area"] == area]
         lines.append(f"| {area} | " + " | ".join(_cell(own, status) for status in COLUMNS) + " |")
@@ -40,8 +41,8 @@ def _name(entry: dict) -> str:
 
 
 def files() -> dict[Path, str]:
-    """What is generated: the text of README with its table, and the copy. ValueError where README's
-    markers are missing."""
+    """The generated text of each file: README with its table, and the copy. ValueError if README
+    lacks the markers."""
     text, entries = (
         README.read_text(encoding="utf-8"),
         json.loads(SOURCE.read_text(encoding="utf-8"))["paths"],

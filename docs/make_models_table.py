@@ -1,8 +1,10 @@
-"""Writes the table of docs/models.md, how far each model is verified: python docs/make_models_table.py
+"""Writes the table in docs/models.md that says how far each model is verified:
+python docs/make_models_table.py
 
-Its rows are the model families of `python -m tempflow components`; its cells are the parameters of
-the tests that the columns name, which run every family of tests/engine/family_cases.py, and the
-entries of benchmarks/results/hardware.json.
+The rows are the model families of `python -m tempflow components`. A cell is derived from the
+parametrization of the tests that belong to its column, which run the families of
+tests/engine/family_cases.py; the last column is read from benchmarks/results/hardware.json. So the
+table cannot claim a test that does not exist.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 PAGE, HARDWARE = ROOT / "docs/models.md", ROOT / "benchmarks/results/hardware.json"
 BEGIN, END = "<!-- models:begin (python docs/make_models_table.py) -->", "<!-- models:end -->"
 EQUAL = "equals its pipeline"
-COLUMNS = {  # the tests that show it, by module
+COLUMNS = {  # title: the module and the names of the tests that show it
     EQUAL: ("test_families", "test_sample_equals_the_pipeline"),
     "trains, resumes": ("test_family_runs", "test_training", "test_resuming"),
     "its export is read by diffusers": (
@@ -33,7 +35,7 @@ COLUMNS = {  # the tests that show it, by module
     ),
 }
 KINDS = {"lora": "LoRA", "full": "all weights"}
-OWN = {  # siblings that are compared with their pipelines by tests of their own
+OWN = {  # models whose comparison with their pipeline is a test of its own
     "flux2_dev": {EQUAL: ("test_flux2", "test_sample_equals_the_pipeline")},
     "flux2_distilled": {EQUAL: ("test_flux2", "test_sample_equals_the_pipeline")},
     "qwen_image_edit_one": {EQUAL: ("test_qwen_image_edit", "test_sample_equals_the_pipeline")},
@@ -62,7 +64,7 @@ def table() -> str:
 
 
 def _shown(name: str, families: dict, column: str) -> str:
-    """What the tests of a column show of a family."""
+    """The cell of one family in one column."""
     own = OWN.get(name, {}).get(column)
     if own:
         return "yes" if _there(*own) else ""
@@ -71,8 +73,8 @@ def _shown(name: str, families: dict, column: str) -> str:
 
 
 def _cell(known: set[str], module: str, tests: list[str]) -> str:
-    """What all the tests show of a family, by its name or its config's: nothing, the kinds of
-    training, or just that they do."""
+    """What all the tests of a column show about a family: "", the kinds of training, or "yes".
+    known: the names by which tests call the family: its own, and its config's."""
     shown = [
         [row for row in _parameters(getattr(importlib.import_module(module), test)) if known & row]
         for test in tests
@@ -90,12 +92,12 @@ def _cell(known: set[str], module: str, tests: list[str]) -> str:
 
 
 def _there(module: str, test: str) -> bool:
-    """Whether a test is there; a test's name that is gone is an error."""
+    """Whether a test exists. AttributeError if it was renamed or removed."""
     return callable(getattr(importlib.import_module(module), test))
 
 
 def _parameters(test) -> list[set[str]]:
-    """The texts in the rows of a test's parameters, one parametrization after the other."""
+    """The texts in each row of a test's parametrizations."""
     rows = []
     for mark in getattr(test, "pytestmark", []):
         if mark.name == "parametrize":
@@ -118,8 +120,7 @@ def _on_hardware(name: str | None) -> str:
 
 
 def files() -> dict[Path, str]:
-    """What is generated: the text of the page with its table. ValueError where its markers are
-    missing."""
+    """The generated text of the page with its table. ValueError if the page lacks the markers."""
     text = PAGE.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
@@ -127,6 +128,7 @@ def files() -> dict[Path, str]:
 
 
 if __name__ == "__main__":
+    # The tests' modules import each other by name, as under pytest.
     sys.path += [
         str(ROOT / folder)
         for folder in (

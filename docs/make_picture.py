@@ -1,11 +1,11 @@
-"""Draws README's picture from an evaluation of a run and its base:
+"""Draws README's image of samples before and after training, from an evaluation of both:
 
-    python engine/evaluate.py --run runs/tiny_ocr --compare --prompts
-    engine/tempflow/assets/prompts/words_final.txt --count 256 --out final python
-    docs/make_picture.py --samples final --out docs/images/before_after.png
+    python engine/evaluate.py --run runs/tiny_ocr --compare --count 256 --out final \\
+        --prompts engine/tempflow/assets/prompts/words_final.txt
+    python docs/make_picture.py --samples final --out docs/images/before_after.png
 
-The first prompts in file order, the same noise, base on the left and tuned on the right, each with
-what the OCR reward read.
+It shows the first prompts of the file, not selected ones. Both images of a pair start from the same
+noise; below each is what the OCR reward read.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 from tempflow.rewards.quotes import quoted_text
 
-SCALE, PAD, CAPTION, PER_ROW = 2, 12, 20, 3
+SCALE, PAD, CAPTION, PER_ROW = 2, 12, 20, 3  # factor, pixels, pixels, pairs
 
 
 def read_samples(folder: Path) -> list[tuple[str, Image.Image, str]]:
-    """(target word, picture, reading) of each sample of an evaluation."""
+    """(target word, image, what was read) of each sample of an evaluation."""
     items = json.loads((folder / "samples.json").read_text())["items"]
     return [
         (quoted_text(i["prompt"]), Image.open(folder / i["file"]), i["details"].get("ocr", ""))

@@ -1,8 +1,8 @@
-"""What mkdocs does with the pages beyond their Markdown: see mkdocs.yml.
+"""Hooks of mkdocs (see mkdocs.yml), which adapt pages that are written for GitHub to the site.
 
-The pages are written for GitHub as well as for the site. So links to files outside docs/ become
-pages of the site that show the file, the READMEs and CONTRIBUTING.md become pages, and formulas
-become MathML while the site is built, which browsers draw without a script or a font of their own.
+Files outside docs/ to which pages link become pages of the site that show the file; the READMEs and
+CONTRIBUTING.md become pages; formulas become MathML, which browsers draw without scripts and fonts
+from elsewhere.
 """
 
 from __future__ import annotations
@@ -22,15 +22,17 @@ PAGES = {
     "kernels.md": "kernels/README.md",
     "contributing.md": "CONTRIBUTING.md",
 }
-"""Pages of the site that lie outside docs/."""
+"""Pages of the site whose sources are outside docs/."""
+# The target and the anchor of a Markdown link within the repository.
 LINK = re.compile(r"(?<=\]\()(?!https?:|#|mailto:)([^)\s#]+)(#[^)\s]*)?(?=\))")
+# A fenced block, which ends at the same indentation with the same number of backticks.
 FENCE = re.compile(r"^( *)(`{3,})(\w*).*?^\1\2 *$", re.MULTILINE | re.DOTALL)
 LANGUAGES = {".py": "python", ".json": "json", ".yml": "yaml", ".sh": "bash", ".md": "markdown"}
 LONGEST = 60_000  # characters of a file that are shown
 
 
 def on_files(files, config):
-    """Add the pages and files that lie outside docs/."""
+    """Add the pages and the linked files that are outside docs/."""
     texts = {file.src_uri: file.content_string for file in files.documentation_pages()}
     for page, source in PAGES.items():
         texts[page] = (ROOT / source).read_text(encoding="utf-8")
@@ -45,10 +47,11 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Links to what the site has in another place, and formulas."""
+    """Rewrite links to what the site has at another place, and convert formulas."""
     uri = page.file.src_uri
-    if uri.startswith("source/"):
+    if uri.startswith("source/"):  # a file that is shown as it is
         return markdown
+    # Code is left alone: it may contain what looks like a link or a formula.
     parts, at = [], 0
     for fence in FENCE.finditer(markdown):
         parts += [_prose(uri, markdown[at : fence.start()]), _fenced(fence)]
@@ -61,25 +64,25 @@ def _links(text: str) -> list[re.Match]:
 
 
 def _target(page: str, link: str) -> str:
-    """The place in the repository that a link of a page leads to."""
+    """The path in the repository to which a link of a page leads."""
     folder = posixpath.dirname(PAGES.get(page, f"docs/{page}"))
     return posixpath.normpath(posixpath.join(folder, link))
 
 
 def _page(path: str) -> str:
-    """The place in the site of a file or folder of the repository."""
+    """The site's page for a path of the repository. FileNotFoundError for a broken link."""
     for page, source in PAGES.items():
         if path == source:
             return page
     if path.startswith("docs/"):
         return path.removeprefix("docs/")
     if not (ROOT / path).exists():
-        raise FileNotFoundError(f"a page links to {path}, which is not there")
+        raise FileNotFoundError(f"a page links to {path}, which does not exist")
     return f"source/{path}" if path.endswith(".png") else f"source/{path}.md"
 
 
 def _listing(path: str) -> str:
-    """The page that shows a file, or the names in a folder."""
+    """The Markdown of a page that shows a file, or the names in a folder."""
     file = ROOT / path
     if file.is_dir():
         names = sorted(f"* `{child.name}`" for child in file.iterdir() if child.name[0] not in "._")
@@ -89,11 +92,12 @@ def _listing(path: str) -> str:
         return "\n\n".join(_cell(cell) for cell in json.loads(text)["cells"])
     if len(text) > LONGEST:
         text = f"{text[:LONGEST]}\n(and {len(text) - LONGEST} characters more)\n"
+    # Eight backticks, because the file may contain fences itself.
     return f"# {path}\n\n````````{LANGUAGES.get(file.suffix, 'text')}\n{text}\n````````\n"
 
 
 def _cell(cell: dict) -> str:
-    """A cell of a notebook, with its stored outputs."""
+    """The Markdown of a notebook's cell, with its stored outputs."""
     source = "".join(cell["source"])
     if cell["cell_type"] == "markdown":
         return source
@@ -112,7 +116,7 @@ def _prose(page: str, text: str) -> str:
         return posixpath.relpath(place, posixpath.dirname(page) or ".") + (link[2] or "")
 
     def inline(formula: re.Match) -> str:
-        # A line that begins with <math> would be a block of its own.
+        # In Markdown, a line that begins with <math> would begin a block of its own.
         return f"<span>{_mathml(formula[1], 'inline')}</span>"
 
     return LINK.sub(moved, re.sub(r"\$`(.+?)`\$", inline, text, flags=re.DOTALL))

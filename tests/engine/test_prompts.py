@@ -399,7 +399,9 @@ def test_every_prompt_is_reached():
 
 
 def test_more_prompts_an_iteration_than_there_are():
-    with pytest.raises(UserError, match="data.prompts_per_iteration: 5, but data.train holds 4"):
+    with pytest.raises(
+        UserError, match="data.prompts_per_iteration: 5, but data.train holds only 4"
+    ):
         PromptOrder(4, 5, 0)
 
 

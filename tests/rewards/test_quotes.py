@@ -151,5 +151,5 @@ def test_targets_are_told():
     assert (
         told
         == "OCR targets: 'W0', 'W1', 'W2', 'W3', 'W4' and 4 more; prompts that quote several texts,"
-        " of which the first counts: 1"
+        " of which only the first counts: 1"
     )

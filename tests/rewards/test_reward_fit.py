@@ -73,10 +73,10 @@ def test_each_image_is_scored_by_its_prompts_rewards(rows):
     [
         (["gren"], ["'gren'", "did you mean 'green'?", "red, green, blue"]),
         (["clip", "red"], ["'clip'", "red, green, blue"]),
-        ([], ["list of names"]),
-        ("red", ["list of names", "'red'"]),
-        ([1], ["list of names"]),
-        ({"red": 1}, ["list of names"]),
+        ([], ["list of reward names"]),
+        ("red", ["list of reward names", "'red'"]),
+        ([1], ["list of reward names"]),
+        ({"red": 1}, ["list of reward names"]),
         (["blue"], ["weight 0"]),
     ],
 )

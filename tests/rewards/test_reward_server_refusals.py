@@ -69,7 +69,7 @@ def picture_cases():
     return {
         "huge": ([huge_png()], "pixels"),
         "many": ([png(np.zeros((400, 400, 3), np.uint8))] * 7, "pixels"),
-        "sizes": ([picture, png(noise(1, 4, 4)[0])], "image 1 is 4 x 4, image 0 13 x 9"),
+        "sizes": ([picture, png(noise(1, 4, 4)[0])], "image 1 is 4 x 4, image 0 is 13 x 9"),
         "cut": ([picture[: len(picture) // 2]], "image 0"),
         "grey": ([png(noise(1)[0, ..., 0])], "mode L"),
         "jpeg": ([jpeg.getvalue()], "not a PNG"),

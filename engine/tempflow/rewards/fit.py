@@ -99,7 +99,7 @@ def _check_names(specs: list[RewardSpec], prompts: list[str], metadata: list[dic
             or not all(isinstance(name, str) for name in named)
         ):
             raise UserError(
-                f'{locate(prompt, entry)}: "{KEY}" must be a list of the names of rewards, got'
+                f'{locate(prompt, entry)}: "{KEY}" must be a list of reward names, got'
                 f" {shown(named)}"
             )
         for name in named:
