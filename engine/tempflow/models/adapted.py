@@ -88,6 +88,8 @@ def adapted(source: torch.nn.Linear, rank: int, scale: float) -> AdaptedLinear |
 def whole_weight(layer: torch.nn.Linear) -> torch.Tensor:
     """The weight [out, in] that a layer applies, in the layer's dtype. An adapter is merged into a
     copy."""
+    # Not for `AdaptedQuantized`: float8 copies, which ask for this, are refused with
+    # `model.quantize`.
     if not isinstance(layer, AdaptedLinear):
         return layer.weight.detach()
     return merged(layer.weight.detach(), layer.down, layer.up, layer.scale).to(layer.weight.dtype)

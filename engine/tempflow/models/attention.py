@@ -104,6 +104,7 @@ def _missing(needs: Needs, path: str, dtypes: dict[str, torch.dtype], guided_in_
     for key, dtype in dtypes.items():
         if needs.half and dtype not in (torch.bfloat16, torch.float16):
             yield f"bfloat16 or float16, and {key} gives {str(dtype).removeprefix('torch.')}"
+    # A backend that takes no mask may ignore the one it is given, and attend to padding.
     if not needs.masks and family_of(path).masks_text:
         yield (
             f"text without a mask, and {family_of(path).__name__.removesuffix('Policy')} masks its"
@@ -125,6 +126,7 @@ def set_attention_backend(module: Any, name: str | None) -> None:
     """
     if name is None:
         return
+    # diffusers' method silently skips modules without backends.
     if not has_attention_backends(module):
         raise UserError(
             f"model.attention_backend: {name!r}: diffusers cannot change the backend of"

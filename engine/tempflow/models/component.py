@@ -164,7 +164,7 @@ class Component:
         """The variant of each file that loading can start from, by file name: a single tensor file,
         or the index of several."""
         stem = re.escape(STEMS[self.library])
-        # diffusers and transformers put the variant of an index at different places.
+        # A single file, and the two places at which an index may name the variant.
         names = (
             rf"{stem}\.([^.]+)\.safetensors"
             rf"|{stem}\.safetensors\.index\.([^.]+)\.json"

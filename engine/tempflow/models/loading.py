@@ -125,6 +125,7 @@ def check_examples(path: str, examples: list[Example]) -> None:
     checkpoint's family takes. Call it after `check_model`."""
     family = family_of(path)
     for example in examples:
+        # "source" is the prompt file and line; a prompt that a caller gave as text has none.
         family.check_images(
             example, example.metadata.get("source") or f"prompt {shown(example.text)}"
         )
@@ -147,6 +148,7 @@ def encoder_identity(path: str) -> str:
     components that `embed` uses."""
     if not Path(path).is_dir():
         return model_index(path).parent.name  # .../snapshots/COMMIT/model_index.json
+    # Beginnings of names, so that text_encoder_2 and tokenizer_2 count as well.
     names = ("text_encoder", "tokenizer", "processor", *family_of(path).embeds_with)
     return folder_hash([p for p in Path(path).iterdir() if p.is_dir() and p.name.startswith(names)])
 
@@ -225,6 +227,7 @@ def load_policy(
 
     if not isinstance(path, (str, Path)) or not str(path):
         raise UserError(f"path: expected a pipeline folder or a hub id, got {shown(path)}")
+    # Arguments first: `check_model` may fetch files.
     path, _ = str(path), one_of("parts", parts, PARTS)
     if max_sequence_length is not None:
         positive_int("max_sequence_length", max_sequence_length)
@@ -239,6 +242,7 @@ def load_policy(
     folder = local_folder(path, pipeline, left_out)
     family, index = family_of(path), _index(path)
     components = [c for c in components_of(folder, family) if c.name not in left_out]
+    # Also for folders that a run has checked: of a hub id only model_index.json was there before.
     check_components(components, family)
     loaded = {component.name: component.load(dtype) for component in components}
     # While the denoiser is on the CPU: the device never holds all of its unpacked weights.

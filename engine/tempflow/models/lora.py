@@ -1,7 +1,7 @@
 """LoRA adapters: reading saved ones as the start of a run, and merging adapters into weights.
 
-Files are read in diffusers' layout and in peft's, safetensors only. Text encoder adapters are not
-read: only the denoiser is trained.
+Files are read in diffusers' layout and in peft's, safetensors only. Adapters of text encoders are
+refused, because only the denoiser is trained.
 
     pytorch_lora_weights.safetensors   "transformer.LAYER.lora_A.weight", settings in the file's
                                        metadata (diffusers, engine/export.py)
@@ -250,6 +250,7 @@ def merged(base: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scale: floa
 
 
 def _find(path: Path) -> Path:
+    """The one file of adapters that a path stands for."""
     if path.is_file() and path.suffix == ".safetensors":
         return path
     found = [path / name for name in FILES if (path / name).is_file()]
@@ -268,6 +269,7 @@ def _find(path: Path) -> Path:
 
 
 def _plain_name(name: str, file: Path) -> str:
+    """A tensor's name without the prefix of its layout; UserError if it is no adapter's."""
     prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), None)
     if prefix is None or not name.endswith((".lora_A.weight", ".lora_B.weight")):
         raise UserError(f"{file} holds {shown(name)}, {_what_it_is(name)}")
@@ -275,6 +277,8 @@ def _plain_name(name: str, file: Path) -> str:
 
 
 def _what_it_is(name: str) -> str:
+    """The end of an error message about a tensor that is no adapter of the transformer."""
+    # kohya's names begin with "lora_te".
     if name.startswith(("text_encoder", "lora_te")):
         return (
             "an adapter of a text encoder, but this engine trains only the transformer; save the"

@@ -90,6 +90,7 @@ def open_model(
             lambda: _load(config, device, parts="text", offload_text_encoders=offload),
             note,
         )
+    # With a store, all embeddings are on disk by now, and no text encoder is needed any more.
     policy = _load(
         config,
         device,

@@ -28,6 +28,7 @@ class NoProcessor:
     def tokenizer(self) -> NoProcessor:
         return self
 
+    # No tokens, and token 0: the estimate does not depend on how long the template is.
     def apply_chat_template(self, *args, **options) -> list[list[int]]:
         return [[]]
 

@@ -58,6 +58,7 @@ class Denoise:
 
     def of(self, expert: int) -> Denoise:
         """The same for rows of another expert."""
+        # A field and not an argument of `step`: a captured function takes tensors only.
         return self if expert == self.expert else replace(self, expert=expert)
 
     def step(self, **inputs):

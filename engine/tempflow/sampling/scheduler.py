@@ -198,7 +198,7 @@ class _Integration:
         waiting = [
             i for i in waiting if self.expert[self.step[i]] == self.expert[self.step[waiting[0]]]
         ]
-        # Coarse and exact steps use different transformers then.
+        # If coarse steps use a transformer of their own, they share no forward with exact ones.
         if self.denoise.coarse_transformer is not None:
             coarse = self._is_coarse(waiting[0], self.step[waiting[0]])
             waiting = [i for i in waiting if self._is_coarse(i, self.step[i]) is coarse]

@@ -20,7 +20,7 @@ class Samples(Plan):
         self.seeds = check_seeds(seeds)
 
     def steps(self, iteration: int) -> list[int]:
-        return []
+        return []  # the ODE alone
 
     def rows(self, unit: Unit, iteration: int) -> list[Row]:
         return [Row(unit)]

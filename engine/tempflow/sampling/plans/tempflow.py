@@ -40,6 +40,7 @@ class TempFlow(Plan):
     def prepare(self, num_steps: int, run_seed: int) -> None:
         super().prepare(num_steps, run_seed)
         self.branch_steps.check(num_steps)
+        # Checked here and not in the constructor, because "all" depends on the grid.
         steps = self.branch_steps.possible(num_steps)
         counts = self._given if isinstance(self._given, list) else [self._given] * len(steps)
         if len(counts) != len(steps):
