@@ -1,11 +1,11 @@
-"""A linear layer under LoRA three ways: the adapter merged into the weight, peft's layer, and the
-rollout's (`AdaptedLinear`).
+"""Compares three ways to compute a linear layer with a LoRA adapter: the adapter merged into the
+weight, peft's layer, and the rollout's (`AdaptedLinear`).
 
     python benchmarks/adapted.py [--tokens 512] [--widths 1536 3072] [--rank 32]
 
-Prints for each width and dtype the time of a forward as a ratio to the merged layer's, each way in
-turn, and the relative distance of its output from float64; and how many weights of a merged base
-differ after the adapter was subtracted again. On a CPU it is processor time.
+For each width and dtype it prints the time of a forward as a ratio to the merged layer's, measured
+in turn; the relative distance of the output from float64; and the share of the merged base's
+weights that differ after the adapter was subtracted again. On a CPU the time is processor time.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from tempflow.models.adapted import AdaptedLinear, whole_weight
 
 
 def layers(width: int, rank: int, dtype: torch.dtype, device: str) -> dict[str, torch.nn.Module]:
-    """The same function by each way."""
+    """The same function, computed in each of the three ways."""
     source = torch.nn.Linear(width, width, dtype=dtype, device=device).requires_grad_(False)
     adapted = AdaptedLinear(source, rank, 2.0)
     adapted.down.normal_(std=1 / rank), adapted.up.normal_(std=2e-3)

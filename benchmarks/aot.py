@@ -1,10 +1,10 @@
-"""Compiles the kernels for GPUs that need not be there, and reads what came out: `python
+"""Compiles the kernels for GPUs that need not be present, and analyzes the machine code: `python
 benchmarks/aot.py`.
 
-One row per kernel specialisation and target: registers, spills, local and shared memory, the widths
-of global accesses, and for kernels that make noise the instructions per element. `--json FILE`
-writes the same as data. It needs triton and its bundled cuobjdump and nvdisasm, no GPU, and
-TRITON_INTERPRET unset. It says nothing about speed on hardware.
+There is one row per kernel specialization and target: registers, spills, local and shared memory,
+the widths of global accesses, and for kernels that make noise the instructions per element. `--json
+FILE` also writes the rows as data. It needs triton with its bundled cuobjdump and nvdisasm, no GPU,
+and TRITON_INTERPRET unset. It says nothing about speed on hardware.
 """
 
 import argparse
@@ -33,9 +33,9 @@ FLOATS = {"lower", "upper", "kl_coef", "inv_numel", "inv_rows", "inv_children"}
 
 @dataclass(frozen=True)
 class Variant:
-    """A kernel with the dtypes of its pointers (fp32 where not given), its constants, and the sizes
-    for which the launcher would specialise it: one that is 1 becomes a constant, of a multiple of
-    16 the compiler is told; others can be any."""
+    """A kernel with the dtypes of its pointers (fp32 if not given), its constants, and the sizes
+    for which the launcher would specialize it: a size of 1 becomes a constant, and the compiler is
+    told of a multiple of 16; other sizes stay general."""
 
     name: str
     kernel: object
@@ -67,7 +67,8 @@ class Variant:
 
 
 def tiles(sizes):
-    """Constants of a kernel that sums over children: 8 of them unless `sizes` says."""
+    """Constants of a kernel that sums over children, of which there are 8 unless `sizes` says
+    otherwise."""
     return {"TILE_B": triton.next_power_of_2(sizes.get("children", 8)), "PARTS": PARTS}
 
 
@@ -121,8 +122,8 @@ def backward(name, old_center, kl, *dtypes, sizes=ROW):
 
 
 def variants():
-    """The specialisations that production uses: fp32 states with fp32 or bf16 velocities, and
-    all-bf16."""
+    """The specializations that production uses: fp32 states with fp32 or bf16 velocities, and bf16
+    for all."""
     mixed, fp32, bf16 = ("fp32", "bf16", "fp32"), ("fp32",) * 3, ("bf16",) * 3
     return [
         Variant(
@@ -150,8 +151,8 @@ def variants():
 
 
 def launches():
-    """What the launcher makes of the kernels for sizes of real runs: FLUX at 1024 px, one row or
-    several, and single elements."""
+    """The kernels as the launcher specializes them for sizes of real runs: FLUX at 1024 px with one
+    row or several, and single elements."""
     mixed, flux, one = (
         ("fp32", "bf16", "fp32"),
         {"numel": 262144, "blocks": 128},
@@ -266,9 +267,9 @@ def makes_noise(instruction):
 
 
 def noise_loop(instructions, labels):
-    """Instructions of the loop that makes noise (the shortest of those with most of it). Without
-    such a loop: all of a straight-line kernel, none of one with branches, where the count would
-    mean nothing."""
+    """The instructions of the loop that makes noise: the shortest loop among those that contain
+    most of it. A straight-line kernel has no loop, and all of its instructions are returned; for a
+    kernel with branches but without such a loop none are, because a count would mean nothing."""
 
     def body(start, end):
         return [i for i in instructions if start <= i.address <= end and i.opcode != "NOP"]
@@ -293,8 +294,8 @@ def access_width(opcode):
 
 
 def expected_wide(ttgir, block, threads, operation):
-    """16-byte accesses per thread that move the whole blocks which `operation` (tt.load, tt.store)
-    names."""
+    """The number of 16-byte accesses per thread that transfer the whole blocks of `operation`
+    (tt.load or tt.store)."""
     total = 0
     for line in ttgir.splitlines():
         match = re.search(rf"{operation} .*tensor<{block}x!tt.ptr<(?:f|bf)(\d+)>", line)
@@ -303,7 +304,7 @@ def expected_wide(ttgir, block, threads, operation):
 
 
 def inspect_cuda(variant, compiled):
-    """What the machine code of a compiled variant uses, as a dict."""
+    """What the machine code of a compiled variant uses, as a dictionary."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -362,7 +363,7 @@ def cuda_row(variant, arch):
 
 
 def launch_report():
-    """The rows of what the launcher makes, for one target."""
+    """The rows of the launcher's specializations, for one target."""
     return [cuda_row(variant, 90) for variant in launches()]
 
 

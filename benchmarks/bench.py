@@ -1,5 +1,5 @@
-"""What the variants of throughput.py share: one loaded engine, and the timed parts of an iteration
-on it."""
+"""What the variants of throughput.py share: one loaded engine, and the timed parts of an
+iteration."""
 
 from __future__ import annotations
 

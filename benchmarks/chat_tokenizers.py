@@ -1,5 +1,5 @@
-"""Small tokenizers of bytes and of the marks of a chat template, for the language models that read
-FLUX.2's prompts."""
+"""Small tokenizers for tests and benchmarks, of bytes and of the marks of a chat template, for the
+language models that encode FLUX.2's prompts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ DEV_MARKS = [
 
 
 def klein_tokenizer():
-    """[klein]'s: padded on the right."""
+    """The tokenizer of FLUX.2 [klein], which pads on the right."""
     from make_pipeline import qwen_tokenizer
 
     tokenizer = qwen_tokenizer()
@@ -41,7 +41,8 @@ def klein_tokenizer():
 
 
 def dev_tokenizer():
-    """[dev]'s: the words of the system message as well, padded on the left."""
+    """The tokenizer of FLUX.2 [dev], which also has the words of the system message, and pads on
+    the left."""
     from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -70,8 +71,8 @@ def dev_tokenizer():
 
 
 def save_dev_processor(folder: Path) -> None:
-    """[dev]'s tokenizer with the files that make a PixtralProcessor of it, which only torchvision
-    can load."""
+    """Save [dev]'s tokenizer with the files that make it a PixtralProcessor, which can only be
+    loaded with torchvision installed."""
     from transformers import PixtralImageProcessorPil
 
     dev_tokenizer().save_pretrained(folder)

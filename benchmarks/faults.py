@@ -1,13 +1,14 @@
-"""Kills a run again and again at random moments, resumes it, and compares it with one that nobody
-disturbed.
+"""Kills a run at random moments, resumes it each time, and compares the result with an undisturbed
+run.
 
     python benchmarks/faults.py [--faults 20] [--processes 1] [--stage 0] [--seed 0]
 
-A short run of the shipped model goes to its end once. Then the same run is started again under
-random faults: kill -9 of everything, kill -9 of one rank, SIGTERM, kill -9 of a reward worker;
-after each, `--resume`. At the end its metrics must equal the undisturbed run's, the clock apart,
-and its weights bit for bit. Where more faults are asked for than one run survives until its end,
-another run begins. Written to benchmarks/results/ as JSON and as a table.
+A short run of the shipped model is made once without faults. Then the same run is started again and
+disturbed: by kill -9 of all processes, kill -9 of one rank, SIGTERM, or kill -9 of a reward worker;
+after each fault it is resumed with `--resume`. At its end its metrics must equal the undisturbed
+run's, except for times, and its weights must be bit-identical. If more faults are asked for than
+one run takes, further runs are made. The results are written to benchmarks/results/ as JSON and as
+a table.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ class Process:
         return status
 
     def strike(self, fault: str, rng: random.Random) -> bool:
-        """Do it; False where there is nobody to do it to yet. A worker's death does not end the
+        """Inject a fault. False if its target does not exist yet. A worker's death does not end the
         run."""
         everybody = psutil.Process(self.launcher.pid).children(recursive=True)
         ranks = [
@@ -126,7 +127,8 @@ def _command(process: psutil.Process) -> list[str]:
 def disturbed(
     args: argparse.Namespace, name: str, length: float, rng: random.Random, budget: int
 ) -> list[dict]:
-    """A run to its end under up to `budget` faults; what was done to it and how far it had come."""
+    """Make one run with up to `budget` faults. Returns what was done to it, and how far it had come
+    each time."""
     seen: list[dict] = []
     run_dir = args.runs / name
     while not (run_dir / "summary.json").exists():
@@ -159,7 +161,7 @@ def _just_struck(seen: list[dict]) -> bool:
 
 
 def same(one: Path, other: Path) -> list[str]:
-    """What differs between two finished runs, the clock apart; [] where nothing does."""
+    """What differs between two finished runs, except for times; [] if nothing does."""
     differences = []
     rows = [
         [{k: v for k, v in row.items() if not k.startswith("time/")} for row in read_metrics(run)]

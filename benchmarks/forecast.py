@@ -1,5 +1,5 @@
-"""What a benchmark of several variants will need, by the dry run's arithmetic: nothing is
-loaded."""
+"""Forecasts what a benchmark of several variants will need, by the dry run's arithmetic, without
+loading anything."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ from tempflow.config import Config
 from tempflow.estimate import estimate
 from tempflow.estimate.memory import Memory
 
-MFU = 0.4  # of a matrix product's speed, which transformers of this size reach about
-SPARE = 0.5e9  # bytes that the allocator cannot use
+MFU = 0.4  # the share of a matrix product's speed that transformers of this size reach, roughly
+SPARE = 0.5e9  # bytes that PyTorch's allocator cannot use
 TIMED = ("rollout", "decode", "reference", "training")
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """seconds: of one iteration of every variant, rewards not counted. bytes: on the device at
-    most."""
+    """What a benchmark needs.
+
+    seconds: of one iteration of every variant, without rewards.
+    bytes: most memory on the device.
+    """
 
     seconds: float
     bytes: int
@@ -28,10 +31,10 @@ class Forecast:
 def forecast(
     configs: list[Config], flops_per_s: float, engines: int = 1, per_child: list[bool] | None = None
 ) -> Forecast:
-    """Of variants that share `engines` loaded engines. What each holds besides (float8 copies,
-    graphs) is there until the end.
+    """Forecast for variants that share `engines` loaded engines. What a variant holds in addition
+    (float8 copies, graphs) is counted until the end.
 
-    per_child: which of them train with a forward for every child.
+    per_child: the variants that train with a forward for every child.
     """
 
     def of(config: Config):
@@ -56,7 +59,7 @@ def forecast(
 
 
 def _each_a_state(config: Config) -> Config:
-    """The config whose training forwards as many states as this one has children."""
+    """A config whose training forwards as many states as this config has children."""
     siblings = config.plan().children
     return changed(
         config,

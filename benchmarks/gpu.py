@@ -1,17 +1,19 @@
-"""What a GPU can tell about this engine in ten minutes, one step after another: memory,
-correctness, speed, and what breaks.
+"""Tests and measures this engine on a GPU in ten minutes: memory, correctness, speed, and failures.
 
     python benchmarks/gpu.py [--minutes N] [--only STEP ...] [--out FILE]
     python benchmarks/gpu.py --rehearse [--only STEP ...]
 
-The steps are in gpu_steps/, cheapest knowledge first. Each has a process of its own and a time
-limit; one that fails, runs out of time or of memory is recorded with its reason, and the next goes
-on. When --minutes (10; enough on an H100) is short, the last steps are dropped; when it is long,
-all get more. Needs one CUDA GPU, no network, and no weights but the small model's: FLUX.1-dev's are
-random ones made on the card. Results go to benchmarks/results/gpu-CARD-DATE.json as they come, with
-a page of Markdown at the end, and what has run rightly to benchmarks/results/hardware.json, from
-which `python docs/make_hardware_table.py` makes the README's table. --rehearse runs the code of
-every step on a CPU at tiny sizes; it proves nothing about a GPU and says so.
+The steps are in gpu_steps/, cheap and fundamental ones first. Each runs in a process
+of its own with a time limit. A step that fails, or runs out of time or memory, is recorded with its
+reason, and the next one follows. If --minutes is short (10 is enough on an H100), the last steps
+are dropped; if it is long, all steps get more time. It needs one CUDA GPU, no network, and no
+weights but those of the small model: FLUX.1-dev's weights are random and made on the card.
+
+Results are written to benchmarks/results/gpu-CARD-DATE.json as they come, with a Markdown page at
+the end. The parts of the engine that ran correctly are entered into
+benchmarks/results/hardware.json, from which `python docs/make_hardware_table.py` makes the README's
+table. --rehearse runs the code of every step on a CPU at tiny sizes, which says nothing about a
+GPU.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ from datetime import date
 from pathlib import Path
 
 if __name__ == "__main__":
-    # last: kernels.py in this folder must not pass for Hugging Face's package
+    # This folder goes to the end of the path: its kernels.py would be imported in place of
+    # Hugging Face's package `kernels`.
     sys.path.append(sys.path.pop(0))
 
 import psutil
@@ -47,8 +50,8 @@ MINUTES, TAIL = 10.0, 3000  # TAIL: characters of a failed step's output that ar
 
 
 def plan(steps: list[Step], seconds: float) -> dict[str, float]:
-    """Seconds of each step that `seconds` are enough for, in order: the last ones are dropped, or
-    all get more in proportion."""
+    """The seconds of each step within `seconds`, by name, in order. If they are too few, the last
+    steps are dropped; if they are more than enough, all steps get more in proportion."""
     kept, total = {}, 0
     for step in steps:
         total += step.seconds
@@ -60,8 +63,8 @@ def plan(steps: list[Step], seconds: float) -> dict[str, float]:
 
 
 def run_steps(steps: list[Step], args: argparse.Namespace, report: Report) -> None:
-    """All steps, each with what the ones before have left of the time, less what the ones after are
-    promised."""
+    """Run all steps. Each may use the time that is left, except what is reserved for the steps
+    after it."""
     ends = time.monotonic() + 60 * args.minutes
     shares = plan(steps, 60 * args.minutes)
     for step in steps:
@@ -88,8 +91,8 @@ def run_steps(steps: list[Step], args: argparse.Namespace, report: Report) -> No
 
 
 def run_step(step: Step, rehearse: bool, limit: float) -> dict:
-    """A step in a process of its own, ended after `limit` seconds: its status, reason, result,
-    proved paths and seconds."""
+    """Run a step in a process of its own, which is killed after `limit` seconds. Returns its
+    status, reason, result, proved paths and seconds."""
     started = time.monotonic()
     with tempfile.TemporaryDirectory(
         prefix=f"tempflow-gpu-{step.name}-", ignore_cleanup_errors=True
@@ -130,7 +133,7 @@ def run_step(step: Step, rehearse: bool, limit: float) -> dict:
 
 
 def command(step: Step, file: Path, rehearse: bool) -> list[str]:
-    """What a step's process is started with; it writes its findings into `file`."""
+    """The command line of a step's process, which writes its findings to `file`."""
     return [
         sys.executable,
         __file__,
@@ -142,7 +145,7 @@ def command(step: Step, file: Path, rehearse: bool) -> list[str]:
 
 
 def end_all(process: subprocess.Popen) -> None:
-    """Kill what is left of a step: its process, all below it, and what has lost its parent in its
+    """Kill what a step has left: its process, that process's descendants, and orphans in its
     session."""
     try:
         below = psutil.Process(process.pid).children(recursive=True)
@@ -157,13 +160,14 @@ def end_all(process: subprocess.Popen) -> None:
 
 
 def _environment(rehearse: bool) -> dict:
-    """A rehearsal sees no GPU, even where there is one; nothing asks the hub."""
+    """The environment of a step's process: it never asks the hub, and a rehearsal sees no GPU, even
+    if there is one."""
     found = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     return found | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"} if rehearse else found
 
 
 def _identify(report: Report, facts: dict, args: argparse.Namespace) -> None:
-    """Name the report after the card."""
+    """Name the report after the card, which the first step finds."""
     report.head |= {
         "card": facts.get("card", "unknown card"),
         "versions": facts.get("versions", {}),
@@ -179,7 +183,8 @@ def _identify(report: Report, facts: dict, args: argparse.Namespace) -> None:
 
 
 def chosen(names: list[str] | None) -> list[Step]:
-    """The steps of --only in their order, after the first, which names the card; without it all."""
+    """The steps of --only in their usual order, after the first step, which names the card; without
+    --only all steps."""
     unknown = [name for name in names or () if name not in BY_NAME]
     if unknown:
         raise UserError(
@@ -213,7 +218,7 @@ def main() -> int:
 
 
 def _be_a_step(name: str, file: str, rehearse: bool) -> int:
-    """What a step's own process does."""
+    """The main function of a step's process."""
     cli.quiet_libraries()
     from gpu_steps.context import Context
 
@@ -230,13 +235,13 @@ def parse_arguments() -> argparse.Namespace:
         "--only",
         nargs="+",
         metavar="STEP",
-        help=f"some of the steps: {', '.join(BY_NAME)}; the first always runs",
+        help=f"run only these steps, of {', '.join(BY_NAME)}; the first one always runs",
     )
     parser.add_argument(
         "--rehearse", action="store_true", help="run the steps' code on the CPU at tiny sizes"
     )
     parser.add_argument(
-        "--out", type=Path, help="the report (JSON); the page of Markdown stands beside it"
+        "--out", type=Path, help="the report (JSON); the Markdown page is written beside it"
     )
     parser.add_argument("--step", nargs=2, metavar=("NAME", "FILE"), help=argparse.SUPPRESS)
     args = parser.parse_args()

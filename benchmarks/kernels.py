@@ -1,25 +1,25 @@
-"""Time of `tempflow_kernels` against what must move through memory, and against the same formulas
+"""Measures `tempflow_kernels` against the memory that must be moved, and against the same formulas
 in PyTorch.
 
-    python benchmarks/kernels.py                    # GPU: FLUX-1024 and SD3.5-512; CPU: the
-    reference, small sizes python benchmarks/kernels.py --cases sde --compile
+    python benchmarks/kernels.py                    # GPU: FLUX-1024 and SD3.5-512
+    python benchmarks/kernels.py --cases sde --compile
 
-A row is one case: bytes that any implementation must move, median time with its 20 % and 80 %
-quantiles, bandwidth as a share of a device copy measured in the same run, and the ratio to the
-eager chain of small fp32 ops that GRPO codebases run (and, with --compile, to that chain under
-torch.compile). Every case is compared with the chain first; one that disagrees is an error, not a
-number. On a GPU the inputs rotate through sets larger than the L2 cache, and one CUDA graph holds
-all the launches of a measurement. The report goes to benchmarks/results/ as JSON after every row,
-with a plot at the end.
+Without a GPU it times the PyTorch reference at small sizes instead of the Triton kernels; such a
+report says nothing about a GPU.
 
-The goal is 90 % of the copy's bandwidth, except for the SDE step with bf16 children: making a
-normal takes as many instructions for 2 bytes as for 4, so issuing them takes about twice as long as
-moving them, and such a case cannot pass about 50 % of the copy. The column "of bound" allows for
-it: the share of what the slower of the two, the copy and the issue of the kernel's instructions,
-would allow.
+A row is one case: the bytes that any implementation must move, the median time with its 20% and 80%
+quantiles, the bandwidth as a share of a device copy that was measured in the same run, and the
+ratio to the eager chain of small fp32 operations that GRPO codebases run (with --compile also to
+that chain under torch.compile). Every case is first compared with the chain; a case that disagrees
+is an error and gets no time. On a GPU the inputs rotate through sets that are larger than the L2
+cache, and one CUDA graph holds all launches of a measurement. The report is written to
+benchmarks/results/ as JSON after every row, with a plot at the end.
 
-On a CPU this times the PyTorch reference, not the Triton kernels: such a report says nothing about
-a GPU.
+The goal is 90% of the copy's bandwidth. The SDE step with bf16 children cannot reach it: making a
+normal number takes as many instructions for 2 bytes as for 4, and issuing these takes about twice
+as long as moving the bytes, so such a case cannot exceed about 50% of the copy. The column "of
+bound" takes this into account: it is the share of what the slower of the two, the copy and the
+issue of the kernel's instructions, allows.
 """
 
 import argparse
@@ -46,8 +46,8 @@ HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 
 def inputs(shape, rows, children, dtype, device, ode):
-    """Arguments of one decision: states, velocities, coefficients of a flow SDE step at sigma 0.6,
-    and its children."""
+    """The arguments of one decision: states, velocities, coefficients of a flow SDE step at sigma
+    0.6, and its children."""
     x, velocity = (torch.randn(rows, *shape, device=device).to(dtype) for _ in range(2))
     a, b, tau = (
         torch.full((rows,), value, device=device) for value in (0.92, -0.14, 0.0 if ode else 0.27)
@@ -73,8 +73,8 @@ def expand(scalar, like):
 
 
 def eager_step(x, velocity, a, b, tau, noise):
-    """The step and its log-probability as a chain of PyTorch ops on all children at once; noise [N,
-    B, ...]."""
+    """The step and its log-probability as a chain of PyTorch operations on all children at once.
+    noise: [N, B, ...]."""
     mean = (expand(a, x) * x.float() + expand(b, x) * velocity.float())[:, None]
     std = expand(tau, mean)
     x_next = (mean + std * noise).to(x.dtype)
@@ -83,7 +83,7 @@ def eager_step(x, velocity, a, b, tau, noise):
 
 
 def eager_sde(case):
-    """With the noise drawn by PyTorch's own generator, as every peer does."""
+    """The same with noise from PyTorch's own generator, as other projects do it."""
     noise = torch.randn(*case["key"].shape, *case["x"].shape[1:], device=case["x"].device)
     return eager_step(*pick(case, "x", "velocity", "a", "b", "tau"), noise)
 
@@ -129,7 +129,8 @@ def step_bytes(rows, children, numel, size):
 
 
 def gradient_bytes(rows, children, numel, size):
-    """Forward: x, v and children once. Backward: the same again, and the gradient."""
+    """Bytes of the forward (x, v and children once) and of the backward (the same again, and the
+    gradient)."""
     return rows * numel * size * (2 * (2 + children) + 1)
 
 
@@ -153,7 +154,8 @@ OPS = {
 
 
 def check(name, case):
-    """Ours against the chain on this very case (for the SDE step: the chain fed our noise)."""
+    """Compare our result with the chain's for this case; for the SDE step, the chain gets our
+    noise."""
     ours, eager, _, _ = OPS[name]
     if name == "sde":
         from tempflow_kernels import normal
@@ -192,8 +194,8 @@ def time_cpu(function, cases, repeats):
 
 
 def time_gpu(function, cases, repeats):
-    """Seconds per call from replays of one graph that runs every case once: launch gaps and the L2
-    stay out of it."""
+    """Seconds per call, from replays of one graph that runs every case once, which excludes launch
+    gaps and hits in the L2 cache."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for case in cases[:2]:
@@ -221,14 +223,16 @@ def quantiles(samples):
 
 
 def copy_bandwidth(device, timer, repeats):
-    """Bytes per second of the device's own copy, read plus written: the ceiling of this run."""
+    """Bytes per second, read plus written, of the device's own copy: the upper limit of this
+    run."""
     numel = 2**28 if device.type == "cuda" else 2**24
     source, target = torch.randn(numel, device=device), torch.empty(numel, device=device)
     return 2 * 4 * numel / statistics.median(timer(lambda _: target.copy_(source), [None], repeats))
 
 
 def enough_cases(make, case_bytes, device):
-    """One set of inputs on a CPU; on a GPU as many as overflow its L2 four times, 64 at most."""
+    """The number of input sets: 1 on a CPU; on a GPU as many as fill its L2 cache four times, at
+    most 64."""
     if device.type != "cuda":
         return [make()]
     l2 = torch.cuda.get_device_properties(device).L2_cache_size
@@ -281,7 +285,7 @@ def noise_instructions(dtype, capability):
 def noise_floor(elements, dtype, device):
     """Seconds to issue the SDE step's instructions at 128 lanes per clock and multiprocessor.
 
-    None on ROCm, and where the driver does not tell the clock (CUDA 13 took the field out of
+    None on ROCm, and if the driver does not report the clock (CUDA 13 removed the field from
     cudaDeviceProp).
     """
     properties = torch.cuda.get_device_properties(device)
@@ -315,7 +319,8 @@ def table(rows):
 
 
 def plot(report, path):
-    """Roofline: bytes against time, one point per case, the line is the measured copy."""
+    """A roofline plot: bytes against time with one point per case, and the measured copy as a
+    line."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -366,7 +371,7 @@ def parse_arguments(on_gpu, given=None):
 
 
 def cases(arguments):
-    """(size, op, rows, children, dtype) of every case."""
+    """The (size, op, rows, children, dtype) of every case."""
     chosen = itertools.product(
         arguments.sizes, arguments.cases, arguments.rows, arguments.children, arguments.dtypes
     )
@@ -374,8 +379,8 @@ def cases(arguments):
 
 
 def run(arguments, device, keep):
-    """Measure every case; returns the report. keep(report) is called after each, with what there is
-    so far."""
+    """Measure every case and return the report. keep(report) is called after each case with the
+    report so far."""
     timer = time_gpu if device.type == "cuda" else time_cpu
     implementation = (
         "Triton kernels"

@@ -1,20 +1,23 @@
-"""Who learns faster, whatever the seed, and at what drift? Trains variants of a config and records
+"""Compares how fast variants of a config learn, over seeds, and how far their images drift; records
 their held-out curves.
 
-    python benchmarks/learning.py --seeds 5 --variants tempflow            # does the shipped run
-        learn
-    python benchmarks/learning.py --seeds 3 --set training.minutes=8       # TempFlow-GRPO against
-    Flow-GRPO python benchmarks/learning.py --variant hinge training.objective=hinge
-    training.updates.passes=4 --variants hinge flow_grpo
+    # does the shipped config learn?
+    python benchmarks/learning.py --seeds 5 --variants tempflow
+    # TempFlow-GRPO against Flow-GRPO
+    python benchmarks/learning.py --seeds 3 --set training.minutes=8
+    python benchmarks/learning.py --variants hinge flow_grpo \\
+        --variant hinge training.objective=hinge training.updates.passes=4
 
-Every run starts from the same weights, has the same minutes of training and goes through the
-deepspeed launcher, as a user's would; one after another, because each needs the whole machine, all
-seeds of a variant before the next. Runs found complete in --runs are not repeated. With --final
-each run's model is scored once more at the end, on prompts that no run was tuned on.
+Every run starts from the same weights, has the same minutes of training, and goes through the
+deepspeed launcher as a user's run does. Runs follow one another, because each needs the whole
+machine: all seeds of a variant, then the next variant. Complete runs in --runs are not repeated.
+With --final, the model of each run is scored once more at its end, on prompts by which no setting
+was chosen.
 
-Written to benchmarks/results/: JSON, a table (final reward with its error, what it takes to get to
-where the last variant ends up, drift from the base), and the curves' mean and range over the seeds
-against minutes, transformer forwards (a backward counts two) and rewarded images.
+The results are written to benchmarks/results/: JSON, a table (final reward with its error, the cost
+of reaching the level at which the last variant ends, drift from the base), and the mean and range
+of the curves over seeds, against minutes, transformer forwards (a backward counts as two) and
+rewarded images.
 """
 
 from __future__ import annotations
@@ -66,7 +69,8 @@ POINTS = 60
 
 
 def settings(args: argparse.Namespace, variant: str) -> list[str]:
-    """What makes a variant of the config, and what the command line says of all or of this one."""
+    """The settings that make a variant of the config: its own, and those of the command line for
+    all variants or for this one."""
     own = {name: changes for name, *changes in args.variant}
     return [
         *own.get(variant, VARIANTS.get(variant, [])),
@@ -76,7 +80,7 @@ def settings(args: argparse.Namespace, variant: str) -> list[str]:
 
 
 def train(args: argparse.Namespace, variant: str, seed: int) -> Path:
-    """Train one seed of a variant unless its run is complete; returns the run directory."""
+    """Train one seed of a variant, unless its run is complete. Returns the run directory."""
     name = f"{Path(args.config).stem}-{variant.replace(' ', '_')}-seed{seed}"
     run_dir = args.runs / name
     if (run_dir / "summary.json").exists():
@@ -120,7 +124,7 @@ def curve(run_dir: Path) -> list[dict]:
 
 
 def on_grid(curves: list[list[dict]], axis: str) -> tuple[np.ndarray, np.ndarray]:
-    """Places [n] that all curves reach, and their rewards there, interpolated, [seeds, n]."""
+    """Positions [n] that all curves reach, and their interpolated rewards there, [seeds, n]."""
     end = min(points[-1][axis] for points in curves)
     grid = np.linspace(0, end, POINTS)
     return grid, np.stack(
@@ -132,11 +136,11 @@ def on_grid(curves: list[list[dict]], axis: str) -> tuple[np.ndarray, np.ndarray
 
 
 def level_reached(results: dict[str, list[dict]], baseline: str) -> dict:
-    """What every variant's mean curve needs to get to where the baseline ends up, and how many
-    times less that is.
+    """What the mean curve of every variant needs to reach the level at which the baseline ends, and
+    how many times less than the baseline that is.
 
-    The level: the mean of the baseline's curve over the last third of its minutes. None where a
-    variant never reaches it.
+    The level is the mean of the baseline's curve over the last third of its minutes. None for a
+    variant that never reaches it.
     """
     grid, rewards = on_grid([run["curve"] for run in results[baseline]], "minutes")
     level = float(rewards.mean(0)[grid >= grid[-1] * 2 / 3].mean())
@@ -181,8 +185,8 @@ def draw(results: dict[str, list[dict]], file: Path, title: str) -> None:
 
 
 def table(results: dict[str, list[dict]], needed: dict) -> str:
-    """A markdown table with a line for each variant; errors: of the mean over seeds, or over
-    prompts where there is one seed."""
+    """A Markdown table with a row for each variant. Errors are of the mean over seeds, or over
+    prompts if there is one seed."""
     lines = [
         "| variant | seeds | reward | gain | minutes to level | forwards to level | color shift |"
         " color spread | diversity |"
@@ -202,7 +206,7 @@ def table(results: dict[str, list[dict]], needed: dict) -> str:
 
 
 def mean_text(runs: list[dict], key: str, sign: str = "") -> str:
-    """The mean of a result over seeds with its standard error; of one seed, with the error over
+    """The mean of a result over seeds with its standard error; for one seed, with the error over
     prompts."""
     values = [run[key] for run in runs]
     error = (
@@ -214,8 +218,8 @@ def mean_text(runs: list[dict], key: str, sign: str = "") -> str:
 
 
 def final(run_dir: Path, prompts: Path) -> dict:
-    """What `tempflow.evaluate` says of a run's end beside its base, on prompts that it was not
-    evaluated on."""
+    """What `tempflow.evaluate` reports about the end of a run and its base, on prompts that it was
+    not evaluated on before."""
     file = run_dir / f"compared-{prompts.stem}.json"
     if not file.exists():
         count = sum(1 for line in prompts.open(encoding="utf-8") if line.strip())
@@ -250,7 +254,7 @@ def result(run_dir: Path, seed: int, prompts: Path | None) -> dict:
 
 
 def check(args: argparse.Namespace) -> None:
-    """UserError for a variant that nobody defined, and for prompts that are not there."""
+    """UserError for a variant that is not defined, and for prompts that do not exist."""
     known = {*VARIANTS, *(name for name, *_ in args.variant)}
     of_no_variant = {name for name, _ in args.set_for} - set(args.variants)
     for option, names, allowed in (

@@ -1,12 +1,12 @@
-"""Writes a diffusers pipeline folder of a real architecture with random weights, to rehearse and to
-measure with.
+"""Writes a diffusers pipeline folder of a real architecture with random weights, for rehearsals and
+measurements.
 
     python benchmarks/make_pipeline.py --shape flux-dev --out DIR [--scale 0.1] [--device cuda]
 
-The shapes are those of the model cards in engine/tempflow/assets/cards/; the tokenizers are small
-ones, of characters, as long as the real ones. --scale shrinks depth, heads and vocabularies, for a
-machine that cannot hold the whole. Weights are bfloat16 in sharded safetensors. Any config then
-runs unchanged with `--set model.path=DIR`.
+The shapes are those of the model cards in engine/tempflow/assets/cards/. The tokenizers are small,
+with one token per character, but have the real ones' lengths. --scale shrinks depth, heads and
+vocabularies, for a machine that cannot hold the whole model. Weights are bfloat16 in sharded
+safetensors. Any config then runs unchanged with `--set model.path=DIR`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    # last: kernels.py in this folder must not pass for Hugging Face's package
+    # This folder goes to the end of the path: its kernels.py would be imported in place of
+    # Hugging Face's package `kernels`.
     sys.path.append(sys.path.pop(0))
 
 import torch
@@ -41,21 +42,25 @@ DEPTHS = (
     "n_layers",
     "n_refiner_layers",
 )
-# layers whose output FLUX.2 reads, so at least as many
+# FLUX.2 reads the output of these layers, so at least as many must exist
 READ = {"Qwen3ForCausalLM": 27, "Mistral3ForConditionalGeneration": 30}
 # lists of blocks by number
 BLOCKS = {"dual_attention_layers": "num_layers", "fullatt_block_indexes": "depth"}
-VOCABULARY = 2048  # at least as much: the small tokenizers' fit into it
+VOCABULARY = 2048  # at least this many: the small tokenizers have as many tokens
 WORDS = (
     "system user assistant Describe the image by detailing the color shape size texture quantity"
     " text spatial relationships"
 )
-WORDS += " of the objects and background"  # of the template that Qwen-Image sets its prompts into
+WORDS += (
+    " of the objects and background"  # words of the template into which Qwen-Image puts its prompts
+)
 EDIT_WORDS = (
     "key features input ( ), , then explain how user's instruction should alter or modify Generate"
     " a new that meets requirements while"
 )
-EDIT_WORDS += " maintaining consistency with original where appropriate"  # and of Qwen-Image-Edit's
+EDIT_WORDS += (
+    " maintaining consistency with original where appropriate"  # and of Qwen-Image-Edit's template
+)
 VISION = [f"<|{name}|>" for name in ("vision_start", "vision_end", "image_pad", "video_pad")]
 
 
@@ -98,8 +103,8 @@ def shrunk(config: dict, scale: float) -> dict:
 
 
 def qwen_tokenizer():
-    """Byte-level without merges, and the words of the pipeline's template: 34 tokens before the
-    prompt, as in the real one."""
+    """A byte-level tokenizer without merges, with the words of the pipeline's template as tokens:
+    34 tokens come before the prompt, as with the real one."""
     from tokenizers import pre_tokenizers
     from transformers import Qwen2Tokenizer
 
@@ -116,8 +121,8 @@ def qwen_tokenizer():
 
 
 def qwen_processor():
-    """Qwen-Image-Edit's: the tokenizer with the marks of images and the words of its template, and
-    the real image processor."""
+    """Qwen-Image-Edit's processor: the tokenizer with the marks of images and the words of its
+    template, and the real image processor."""
     from transformers import Qwen2VLImageProcessorPil, Qwen2VLProcessor
     from transformers.utils import is_torchvision_available
 
@@ -134,8 +139,8 @@ def qwen_processor():
 
 
 def qwen3_processor():
-    """Qwen-Image 2.1's: the same tokenizer, the words of its own template, and as chat template
-    what marks a message."""
+    """Qwen-Image 2.1's processor: the same tokenizer with the words of its own template, and a chat
+    template that only marks messages."""
     from transformers import Qwen2VLImageProcessorPil, Qwen3VLProcessor
     from transformers.utils import is_torchvision_available
 
@@ -149,10 +154,11 @@ def qwen3_processor():
 
 
 def write_tokenizer(kind: str, folder: Path, length: int) -> None:
-    """A small tokenizer that passes for a `kind`, of at most `length` tokens."""
+    """Write a small tokenizer that is loaded as one of class `kind`, with at most `length`
+    tokens."""
     if kind == "Qwen2Tokenizer":
         tokenizer = qwen_tokenizer()
-        tokenizer.chat_template = KLEIN_CHAT  # which Z-Image sets its prompts into, too
+        tokenizer.chat_template = KLEIN_CHAT  # into which Z-Image puts its prompts too
         tokenizer.save_pretrained(folder)
     elif kind == "Qwen2TokenizerFast":
         klein_tokenizer().save_pretrained(folder)
@@ -175,7 +181,7 @@ def write_tokenizer(kind: str, folder: Path, length: int) -> None:
 
 
 def make_pipeline(shape: str, out: Path, *, scale: float = 1.0, device: str = "cpu") -> Path:
-    """The folder of pipeline `shape` (a card's name). Raises UserError for an unknown shape or a
+    """Write the folder of the pipeline `shape` (a card's name). UserError for an unknown shape or a
     scale outside (0, 1]."""
     cli.quiet_libraries()
     card = CARDS / shape
@@ -213,8 +219,8 @@ def make_pipeline(shape: str, out: Path, *, scale: float = 1.0, device: str = "c
 def random_model(
     library: str, name: str, config: dict, device: str, dtype: torch.dtype = torch.bfloat16
 ) -> torch.nn.Module:
-    """A model with weights as its class initialises them, made on the device; always the same
-    ones."""
+    """A model with the random weights that its class initializes, made on the device; the same
+    weights every time."""
     import diffusers
     import transformers
 

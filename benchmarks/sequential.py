@@ -1,6 +1,6 @@
-"""The paper's procedure, which throughput.py compares the engine with: branch steps one after
-another, each with its B children as one small batch that is integrated, decoded and rewarded before
-the next begins; then training with a forward for every child."""
+"""The paper's procedure, with which throughput.py compares the engine: branch steps one after
+another, each with its B children as one small batch that is integrated, decoded and scored before
+the next step begins; then training with a forward for every child."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from tempflow_kernels import sde_step
 
 
 class Sequential:
-    """Iterations of that procedure, of a plan whose branches leave one trunk."""
+    """Iterations of that procedure, for a plan whose branches leave one trunk."""
 
     def __init__(self, bench: Bench, config: Config):
-        # A state alone in its micro-batch, and then each of its children.
+        # One state per micro-batch, and a forward for each of its children.
         self.bench, self.session = (
             bench,
             bench.session.variant(changed(config, training={"micro_batch": 1})),
@@ -42,7 +42,9 @@ class Sequential:
         )
         layout = plan_iteration(s, self.bench.order.indices(iteration), iteration)
         states, total = [], np.zeros(len(layout))
-        with torch.no_grad():  # rewards are waited for, so all cores are the model's
+        with (
+            torch.no_grad()
+        ):  # nothing is scored during the rollout, so the model can use all cores
             for place, unit in enumerate(layout.units):
                 forest = layout.forest([place])
                 trunk = self.trunk(unit)

@@ -1,15 +1,15 @@
-"""What a coarser suffix costs and saves: speed of the rollout against agreement of its rewards with
-the exact suffix's.
+"""Measures what a coarser suffix saves and costs: the speed of the rollout, and how well its
+rewards agree with those of the exact suffix.
 
     python benchmarks/suffix_fidelity.py [--config FILE] [--iterations N] [--set section.key=value
-        ...]
+    ...]
 
-Every option runs the same plan from the same noise as the exact suffix, one after another in every
-iteration. Printed and written to benchmarks/results/: forwards and seconds saved, rank correlation
-of the rewards, and of the advantages, which is what training sees; by branch step too. The plot is
-the trade-off curve. The exact suffix in batches of two thirds the size shows what rounding alone
-does to the ranks: no option can be expected to agree better. Float8 is slow where hardware does not
-multiply it, as on CPUs; its agreement is what can be read there.
+In every iteration, each option runs the same plan from the same noise as the exact suffix. It
+prints, and writes to benchmarks/results/, the forwards and seconds that are saved, and the rank
+correlation of the rewards and of the advantages, which training uses; also by branch step. The plot
+shows correlation against savings. The row of the exact suffix in batches of two thirds the size
+shows the effect of rounding alone on the ranks; no option can be expected to agree better. Float8
+is slow on hardware that cannot multiply it, such as CPUs; only its agreement is meaningful there.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from datetime import date
 from pathlib import Path
 
 if __name__ == "__main__":
-    # last: kernels.py in this folder must not pass for Hugging Face's package
+    # This folder goes to the end of the path: its kernels.py would be imported in place of
+    # Hugging Face's package `kernels`.
     sys.path.append(sys.path.pop(0))
 
 import numpy as np
@@ -63,7 +64,7 @@ OPTIONS: dict[str, Suffix | None] = {
 
 
 def open_session(config: Config):
-    """A session on the config's own model, prompts and rewards, without a training engine."""
+    """A session on the config's model, prompts and rewards, without a training engine."""
     cli.quiet_libraries()
     from tempflow.models import check_model
     from tempflow.training.session import build
@@ -78,7 +79,7 @@ def open_session(config: Config):
 
 
 def possible(transformer: torch.nn.Module) -> list[str]:
-    """Names of the options that this machine can run."""
+    """The names of the options that this machine can run."""
     from tempflow.sampling.float8 import obstacle
 
     reason = obstacle(transformer)
@@ -92,7 +93,8 @@ def possible(transformer: torch.nn.Module) -> list[str]:
 
 
 def measure(config: Config, iterations: int) -> dict:
-    """Rewards and the cost of every option, and one session to compute advantages with."""
+    """The rewards and the cost of every option, and one session with which to compute
+    advantages."""
     from tempflow.training.rollout import gather_rewards, plan_iteration, roll_out
 
     session = open_session(config)
@@ -134,7 +136,7 @@ def measure(config: Config, iterations: int) -> dict:
 
 
 def compare(seen: dict) -> list[dict]:
-    """One row an option: ratios to the exact suffix, and rank correlations with it."""
+    """One row for each option: ratios to the exact suffix, and rank correlations with it."""
     slots, exact = seen["slots"], seen["options"]["exact"]
     rows = []
     for name, one in seen["options"].items():

@@ -1,19 +1,21 @@
-"""Iterations side by side: the paper's procedure, Flow-GRPO's, and this engine with each of its
-means off and on.
+"""Measures whole iterations side by side: of the paper's procedure, of Flow-GRPO, and of this
+engine with each of its optimizations off and on.
 
     python benchmarks/throughput.py [--quick] [--config FILE] [--rounds N] [--only NAME ...] [--set
-        section.key=value ...]
+    section.key=value ...]
 
-Without --config, on a CPU: the shipped model at the paper's proportions (T = 10, 4 seeds, 6
-children, 9 branch steps, 2 prompts, KL on). On a GPU of 80 GB: FLUX.1-dev's shape with random
-weights (benchmarks/make_pipeline.py), LoRA, at 512 and 1024 pixels, with three branch steps and one
-prompt, so that a round takes minutes. What it will take is said beforehand, and what does not fit
-the GPU is refused. Every variant does whole iterations, one after another in every round, on the
-same prompts: rollout, decoding, reward, updates; in its last round it then gives back the memory it
-holds. Printed and written to benchmarks/results/, with a bar chart: seconds of every phase (medians
-over the rounds), images per second, transformer forwards, and the ratio to the paper's procedure.
-The JSON is written after every iteration. Model FLOPs are set against a matrix product of the same
-dtype measured in the same run.
+Without --config, on a CPU it runs the shipped model at the paper's proportions (T = 10, 4 seeds, 6
+children, 9 branch steps, 2 prompts, KL on). On a GPU of 80 GB it runs FLUX.1-dev's shape with
+random weights (benchmarks/make_pipeline.py), LoRA, at 512 and 1024 pixels, with three branch steps
+and one prompt, so that a round takes minutes. It says beforehand how long it will take, and refuses
+what does not fit the GPU.
+
+In every round, every variant makes one whole iteration on the same prompts: rollout, decoding,
+reward, updates; in its last round it then frees its memory. It prints, and writes to
+benchmarks/results/ with a bar chart, the seconds of every phase (medians over the rounds), images
+per second, transformer forwards, and the ratio to the paper's procedure. The JSON is written after
+every iteration. Model FLOPs are compared with a matrix product of the same dtype that is measured
+in the same run.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ from pathlib import Path
 from typing import Callable, Iterator
 
 if __name__ == "__main__":
-    # last: kernels.py in this folder must not pass for Hugging Face's package
+    # This folder goes to the end of the path: its kernels.py would be imported in place of
+    # Hugging Face's package `kernels`.
     sys.path.append(sys.path.pop(0))
 
 import numpy as np
@@ -85,8 +88,8 @@ PIPELINE_BYTES = 34e9  # of the random FLUX.1-dev pipeline on disk
 # ----------------------------------------------------------------------------------------- variants
 @dataclass(frozen=True)
 class Variant:
-    """One way to do an iteration. kind: Sequential or Engine; compiled: on an engine of its own
-    with compiled blocks."""
+    """One way to make an iteration. kind: Sequential or Engine; compiled: whether it runs on an
+    engine of its own with compiled blocks."""
 
     name: str
     config: Config
@@ -95,8 +98,8 @@ class Variant:
 
 
 def variants(config: Config, compiled: bool, gpu: bool) -> list[Variant]:
-    """What is compared: the paper's procedure, Flow-GRPO at as many rewarded images, and the engine
-    part by part."""
+    """The variants to compare: the paper's procedure, Flow-GRPO with as many rewarded images, and
+    the engine with its optimizations one by one."""
     plan, float8 = config.rollout.plan, {"suffix": Suffix(weights="float8")}
     if not isinstance(plan["children"], int):
         raise UserError(
@@ -140,7 +143,7 @@ def compiled_config(config: Config) -> Config:
 
 
 def chosen(config: Config, args: argparse.Namespace) -> list[Variant]:
-    """The variants of the command line. UserError where --only names none."""
+    """The variants of the command line. UserError if --only names none."""
     every = variants(config, args.compile, uses_gpu())
     found = [v for v in every if not args.only or any(part in v.name for part in args.only)]
     if not found:
@@ -153,7 +156,7 @@ def chosen(config: Config, args: argparse.Namespace) -> list[Variant]:
 
 # -------------------------------------------------------------------------------------- measurement
 def forward_flops(session, prompt: int) -> int:
-    """FLOPs of one row's forward. prompt: place of any prompt that is embedded."""
+    """FLOPs of one row's forward. prompt: the index of any prompt that is embedded."""
     device = session.policy.device
     x = torch.zeros(1, *session.sampler.latent_shape, device=device)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -172,7 +175,7 @@ def measure(
     rounds: int,
     keep: Callable[[list[dict]], None],
 ) -> list[dict]:
-    """Rows of all variants. benches: by whether their blocks are compiled. keep(rows so far) is
+    """The rows of all variants. benches: by whether their blocks are compiled. keep(rows so far) is
     called after every iteration."""
     runs = {v.name: v.kind(benches[v.compiled], v.config) for v in wanted}
     seen: dict[str, list[Iteration]] = {name: [] for name in runs}
@@ -208,11 +211,11 @@ def summarise(name: str, results: list[Iteration]) -> dict:
 
 
 def add_ratios(rows: list[dict], flops: int, peaks: dict[str, float], config: Config) -> None:
-    """Ratios to the first row, and the share of the measured peak that the transformer reaches in
-    each phase.
+    """Add ratios to the first row, and the share of the measured peak that the transformer reaches
+    in each phase.
 
-    Every variant trains on as many pictures; the engine's trunks, scored besides, count as its
-    work, not as its output. A backward counts as two forwards, as one where only adapters are
+    Every variant trains on the same number of images; the trunks that the engine scores in addition
+    count as work, not as output. A backward counts as two forwards, or as one if only adapters are
     trained; recomputation is not counted.
     """
     updates, references = config.training.updates.passes, int(config.needs_reference())
@@ -327,7 +330,7 @@ def benchmark(name: str, config: Config, args: argparse.Namespace) -> None:
 
 
 def possible(wanted: list[Variant], transformer: torch.nn.Module) -> list[Variant]:
-    """The variants without those in float8 where the machine has none."""
+    """The variants without those in float8, if the machine has no float8."""
     from tempflow.sampling.float8 import obstacle
 
     def in_float8(variant: Variant) -> bool:
@@ -343,7 +346,7 @@ def possible(wanted: list[Variant], transformer: torch.nn.Module) -> list[Varian
 
 
 def announce(configs: dict[str, Config], args: argparse.Namespace) -> None:
-    """Say how long it will take and how much memory it needs. UserError where the GPU has less."""
+    """Print how long it will take and how much memory it needs. UserError if the GPU has less."""
     gpu = uses_gpu()
     device = torch.device("cuda" if gpu else "cpu")
     for name, config in configs.items():
@@ -370,7 +373,7 @@ def announce(configs: dict[str, Config], args: argparse.Namespace) -> None:
 
 
 def large_config(size: int, args: argparse.Namespace, path: str | Path = CARD) -> Config:
-    """FLUX.1-dev's shape at size x size pixels, weights from `path`."""
+    """FLUX.1-dev's shape at size x size pixels, with weights from `path`."""
     settings = [
         *LARGE,
         f"model.path={path}",
@@ -383,8 +386,8 @@ def large_config(size: int, args: argparse.Namespace, path: str | Path = CARD) -
 
 @contextmanager
 def random_flux() -> Iterator[Path]:
-    """A temporary folder with a random FLUX.1-dev pipeline. UserError where the disk has no room
-    for it."""
+    """A temporary folder with a random FLUX.1-dev pipeline. UserError if the disk has too little
+    space."""
     with tempfile.TemporaryDirectory(prefix="tempflow-flux-") as folder:
         free = shutil.disk_usage(folder).free
         if free < PIPELINE_BYTES:

@@ -1,10 +1,10 @@
-"""A tiny dataset of depth maps to try a configuration of FLUX.1 Depth with: six scenes of spheres
-and boxes, and prompts for each.
+"""Draws a tiny dataset of depth maps, to try a config of FLUX.1 Depth: six scenes of spheres and
+boxes, with prompts for each.
 
-`python recipes/depth_maps.py` writes the shipped folder engine/tempflow/assets/prompts/depths anew:
-a PNG for each scene, near is bright, `train.jsonl` with the prompts for four of them and
-`test.jsonl` with those for the two others. It is no benchmark: train on maps of your own images,
-such as Depth Anything's.
+`python recipes/depth_maps.py` rewrites the shipped folder engine/tempflow/assets/prompts/depths: a
+PNG file for each scene, in which near is bright; `train.jsonl` with the prompts of four scenes; and
+`test.jsonl` with those of the two others. It is not a benchmark: train on depth maps of your own
+images, such as those of Depth Anything.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from PIL import Image
 
 FOLDER = Path(__file__).parent.parent / "engine/tempflow/assets/prompts/depths"
 SIDE = 256
-NEAR, FAR = 2.0, 9.0  # from the camera, which is 1 above the floor
+NEAR, FAR = 2.0, 9.0  # distances from the camera, which is at height 1
 # Spheres (x, y, z, radius) and boxes (lowest corner, highest corner); x to the right, y up from the
 # camera, z into the image.
 SCENES = {
@@ -56,8 +56,8 @@ PROMPTS = {
 
 
 def draw(scene: str) -> Image.Image:
-    """The depth map of a scene, RGB of one gray level a pixel: 255 at NEAR or nearer, 0 at FAR,
-    where a wall is."""
+    """The depth map of a scene in RGB with one gray level per pixel: 255 at the distance NEAR or
+    less, 0 at FAR, where there is a wall."""
     across, up = np.meshgrid(*[(np.arange(SIDE) + 0.5) / SIDE * 1.1 - 0.55] * 2)
     up = -up  # rays (across, up, 1): their length along z is the depth
     depth = np.minimum(FAR, np.where(up < 0, -1 / np.minimum(up, -1e-9), FAR))
@@ -65,7 +65,7 @@ def draw(scene: str) -> Image.Image:
         depth = np.minimum(
             depth, _sphere(across, up, *shape) if len(shape) == 4 else _box(across, up, *shape)
         )
-    # inverse depth, as depth models give it
+    # depth models return the inverse of the depth
     levels = np.clip((1 / depth - 1 / FAR) / (1 / NEAR - 1 / FAR), 0, 1)
     return Image.fromarray((255 * levels).round().astype(np.uint8)).convert("RGB")
 
@@ -88,7 +88,7 @@ def _box(across, up, low, high):
 
 
 def lines(split: str) -> list[dict]:
-    """The prompts of a split, "train" or "test"."""
+    """The lines of a split's file, "train" or "test"."""
     scenes = [scene for scene in SCENES if (scene in HELDOUT) == (split == "test")]
     return [
         {"prompt": prompt, "image": f"{scene}.png"} for scene in scenes for prompt in PROMPTS[scene]
@@ -96,7 +96,7 @@ def lines(split: str) -> list[dict]:
 
 
 def write(folder: Path = FOLDER) -> None:
-    """Write the folder: the maps, train.jsonl and test.jsonl."""
+    """Write the folder: the depth maps, train.jsonl and test.jsonl."""
     folder.mkdir(parents=True, exist_ok=True)
     for scene in SCENES:
         draw(scene).save(folder / f"{scene}.png", optimize=True)

@@ -1,9 +1,9 @@
-"""A tiny editing dataset to try a configuration with: six drawn scenes, and instructions that
-change one thing of each.
+"""Draws a tiny editing dataset, to try a config of an editing model: six drawn scenes, and
+instructions that change one thing in each.
 
-`python recipes/edits.py` writes the shipped folder engine/tempflow/assets/prompts/edits anew: a PNG
-for each scene, `train.jsonl` with the instructions for four of them and `test.jsonl` with those for
-the two others. It is no benchmark: train on your own images.
+`python recipes/edits.py` rewrites the shipped folder engine/tempflow/assets/prompts/edits: a PNG
+file for each scene, `train.jsonl` with the instructions for four scenes, and `test.jsonl` with
+those for the two others. It is not a benchmark: train on your own images.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SKY, GRASS, SEA, TABLE, WALL = (
     (236, 226, 206),
 )
 
-# Name of the image, its size, what stands behind (a color down to a horizon, then another), and
+# The image's name, its size, its background (a color above a horizon, and another below), and its
 # shapes, in units of its height.
 SCENES = {
     "house": (

@@ -1,11 +1,12 @@
-"""GenEval's object check (arXiv 2310.11513) as a reward: does the picture hold the objects, counts,
-colours and places asked for?
+"""GenEval's object check (arXiv 2310.11513) as a reward: whether an image has the objects, counts,
+colors and positions that its prompt asks for.
 
-Named `geneval:GenEval` where this folder is the working directory or on PYTHONPATH; docs/rewards.md
-serves it to training. Objects are found by a Mask2Former and coloured by a CLIP, both through
-transformers, where GenEval itself runs mmdet: the thresholds and rules are GenEval's, the
-detector's code is not, so publish numbers from GenEval's own evaluation. What an object needs is in
-a prompt's metadata, in the benchmark's own format (`include`, `exclude`, `tag`).
+Its name in a config is `geneval:GenEval`, with this folder as the working directory or on
+PYTHONPATH; docs/rewards.md shows how to serve it to a training run. Mask2Former finds the objects
+and CLIP tells their colors, both through transformers, while GenEval itself runs mmdet. Thresholds
+and rules are GenEval's, but the detector's code is not, so take numbers for publication from
+GenEval's own evaluation. What a prompt asks for is in its metadata, in the benchmark's format
+(`include`, `exclude`, `tag`).
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ GREY = 0x99  # what surrounds an object whose colour is asked
 
 @dataclass(frozen=True)
 class Found:
-    """An object: its box (left, top, right, bottom) in pixels, its mask [H, W], the detector's
+    """An object: its box (left, top, right, bottom) in pixels, its mask [H, W], and the detector's
     score."""
 
     box: np.ndarray
@@ -53,11 +54,15 @@ class Found:
 
 
 class GenEval(Reward):
-    """Share of what a prompt's metadata asks for that the picture shows; 1 exactly where GenEval
-    calls it correct; no value where the metadata is not in GenEval's format.
+    """The share of what a prompt's metadata asks for that the image shows. It is 1 exactly if
+    GenEval calls the image correct, and NaN if the metadata is not in GenEval's format.
 
-    strict: 1 or 0 instead. detector, clip: folders or hub repositories. device: "cuda" or "cpu".
-    batch: pictures a forward.
+    Args:
+        strict: score 1 or 0 instead of the share.
+        detector: a folder or hub repository with a Mask2Former.
+        clip: a folder or hub repository with a CLIP model.
+        device: "cuda" or "cpu".
+        batch: images per forward.
     """
 
     def __init__(
@@ -125,8 +130,8 @@ class GenEval(Reward):
         return Scores(np.array(values, dtype=np.float32), details)
 
     def detect(self, images: np.ndarray, metadata: list[dict]) -> list[dict[str, list[Found]]]:
-        """Objects of each picture (uint8 [n, H, W, 3]) by class, the surest first, as Mask2Former's
-        instance inference has it."""
+        """The objects of each image (uint8 [n, H, W, 3]) by class, highest score first, computed
+        like Mask2Former's instance inference."""
         import torch
 
         pixels = self._processor(
@@ -162,7 +167,8 @@ class GenEval(Reward):
         return results
 
     def colours(self, image: np.ndarray, name: str, objects: list[Found]) -> list[str]:
-        """The colour of each object by CLIP, of its box with everything but the object greyed."""
+        """The color of each object according to CLIP, judged by its box with everything but the
+        object gray."""
         import torch
 
         crops = []
@@ -194,7 +200,7 @@ class GenEval(Reward):
 def by_class(
     scores: np.ndarray, labels: np.ndarray, masks: np.ndarray, threshold: float
 ) -> dict[str, list[Found]]:
-    """Objects above the threshold by class, the surest first, at most MOST_OBJECTS of each."""
+    """The objects above the threshold by class, highest score first, at most MOST_OBJECTS of each."""
     objects: dict[str, list[Found]] = {}
     for i in np.argsort(-scores, kind="stable"):
         kept = objects.setdefault(CLASSES[labels[i]], [])
@@ -215,11 +221,15 @@ def judge(
     metadata: dict,
     colours_of: Callable[[str, list[Found]], list[str]],
 ) -> tuple[float, list[str]]:
-    """The share of what is asked that is there, in [0, 1], and what is not, in words.
+    """Score one image against its metadata.
 
-    Asked are, each counting alike: of an `include` its number (too few count in part), its colour
-    (in part), its place; of an `exclude` that there are fewer. Only the surest objects of a class,
-    as many as asked, are looked at.
+    The requirements count equally. An `include` asks for a number of objects (too few count in
+    part), their color (in part) and their position; an `exclude` asks for fewer objects than a
+    number. Of each class, only the objects with the highest scores are considered, as many as the
+    prompt asks for.
+
+    Returns:
+        The share of the requirements that are met, in [0, 1], and the others in words.
     """
     marks, faults, groups = [], [], []
 
@@ -256,8 +266,8 @@ def judge(
 
 
 def places(a: Found, b: Found) -> set[str]:
-    """Where `a` is, seen from `b`: of PLACES those whose direction the centres' offset has, sizes
-    taken off."""
+    """The positions of `a` relative to `b`: those of PLACES that agree with the direction between
+    the centers, after a share of both sizes is subtracted from their distance."""
     (left_a, top_a, right_a, bottom_a), (left_b, top_b, right_b, bottom_b) = a.box, b.box
     offset = (
         np.array([left_a + right_a - left_b - right_b, top_a + bottom_a - top_b - bottom_b]) / 2
@@ -273,7 +283,7 @@ def places(a: Found, b: Found) -> set[str]:
 
 
 def check_metadata(entry: dict) -> None:
-    """ValueError unless `include` (at least one) and `exclude` are as in GenEval's
+    """ValueError unless `include` (not empty) and `exclude` have the form of GenEval's
     evaluation_metadata.jsonl."""
     include = entry.get("include")
     if not isinstance(include, list) or not include:

@@ -1,21 +1,22 @@
-"""Builds the small model that ships: a real diffusers FluxPipeline that spells short words, not too
-well.
+"""Builds the small model that ships with the project: a real diffusers FluxPipeline that draws
+short words, with spelling errors.
 
-    python recipes/tiny_flux.py                  # about 20 minutes on 2 cores; stages already built
-        are kept
+    python recipes/tiny_flux.py                  # about 20 minutes on 2 cores; finished stages are
+    kept
     python recipes/tiny_flux.py --work FOLDER    # where stages are kept between runs
 
-Stages: prompts -> VAE -> latents -> text encoders and transformer -> pipeline folder with a model
-card. Training stops at the first check where the mean OCR reward reaches `--target`: a base model
-that is good enough to be rewarded and bad enough to learn.
+The stages are: prompts, VAE, latents, text encoders and transformer, pipeline folder with a model
+card. Training stops at the first check at which the mean OCR reward reaches `--target`. This gives
+a base model that is good enough to get rewards, and bad enough to improve.
 
-The T5 encoder has a zero embedding for padding and attends within 8 tokens only, so padding far
-from the text encodes to exactly zero, whatever the text length. Such tokens are equal, and can be
-trained as one token whose attention logit is raised by log(how many it stands for): the same
-attention exactly, at 44 tokens instead of diffusers' default of 512. One batch in three is trained
-so. Hundreds of equal tokens would still drown the others, and training alone does not learn to
-ignore them; a channel that marks padding, and weights held so that attention turns away from it, do
-(`pin_padding_flag`).
+The T5 encoder has a zero embedding for padding, and attends within 8 tokens only, so padding far
+from the text encodes to exactly zero, whatever the length of the text. Such tokens are equal to
+each other. They can be trained as one token whose attention logit is raised by log(n), where n is
+the number of tokens that it stands for; this gives exactly the same attention, with 44 tokens
+instead of diffusers' default of 512. One batch in three is trained in this way. But hundreds of
+equal tokens would still take most of the attention, and the model does not learn by training alone
+to ignore them. Therefore a channel marks padding, and weights that are held constant turn attention
+away from it (`pin_padding_flag`).
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def progress() -> Progress:
 
 # ----------------------------------------------------------------------------------------- pictures
 def picture_batch(count: int, rng: np.random.Generator) -> tuple[torch.Tensor, list[str]]:
-    """Pictures in [-1, 1], fp32 [count, 3, 32, 96], and their words."""
+    """Images in [-1, 1], fp32 [count, 3, 32, 96], and their words."""
     words = [tiny_words.random_word(rng) for _ in range(count)]
     pictures = np.stack([tiny_words.render(word, rng) for word in words])
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1, words
@@ -82,7 +83,7 @@ def _ocr() -> OcrReward:
 
 
 def spelling(pictures: np.ndarray, words: list[str]) -> float:
-    """Mean OCR reward of pictures, uint8 [n, 32, 96, 3], that should show these words."""
+    """The mean OCR reward of images, uint8 [n, 32, 96, 3], that should show these words."""
     prompts = [tiny_words.prompt_of(word) for word in words]
     return float(_ocr().score(pictures, prompts, [{}] * len(words)).values.mean())
 
@@ -92,10 +93,10 @@ def to_uint8(pictures: torch.Tensor) -> np.ndarray:
 
 
 def vae_loss(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
-    """Reconstruction of noised latents, and a light pull of the latents to unit variance.
+    """The reconstruction loss of noised latents, with a weak term that moves the latents to unit
+    variance.
 
-    Hue is a small part of the absolute error, and the last to be learned; so it counts a second
-    time, alone.
+    Hue is a small part of the absolute error and is learned last, so it has a loss term of its own.
     """
     with torch.autocast("cpu", dtype=torch.bfloat16):
         posterior = vae.encode(pictures).latent_dist
@@ -169,7 +170,7 @@ def image_ids() -> torch.Tensor:
 
 
 def far_padding_bias(length: int, copies: float) -> torch.Tensor:
-    """Additive attention mask that lets the last text token stand for `copies` equal ones."""
+    """An additive attention mask with which the last text token stands for `copies` equal ones."""
     mask = torch.zeros(1, 1, 1, length + TOKENS)
     mask[..., length - 1] = math.log(copies)
     return mask
@@ -214,7 +215,8 @@ def encode_latents(
 
 
 def training_loss(parts: dict, latents: torch.Tensor, words: list[str], full: bool) -> torch.Tensor:
-    """Flow matching at sigma = sigmoid(N(0.3, 1.2)), with SHORT_TEXT tokens or as of FULL_TEXT."""
+    """The flow-matching loss at sigma = sigmoid(N(0.3, 1.2)), with SHORT_TEXT tokens or as with
+    FULL_TEXT tokens."""
     length, mask = SHORT_TEXT, None
     if full:
         length, mask = LONG_TEXT, far_padding_bias(LONG_TEXT, FULL_TEXT - LONG_TEXT + 1)
@@ -227,7 +229,7 @@ def training_loss(parts: dict, latents: torch.Tensor, words: list[str], full: bo
 
 @torch.no_grad()
 def sample(parts: dict, vae: AutoencoderKL, words: list[str], steps: int = 10) -> np.ndarray:
-    """ODE pictures with fixed noise as of FULL_TEXT tokens, uint8 [n, 32, 96, 3]."""
+    """Images of the ODE from fixed noise, as with FULL_TEXT tokens, uint8 [n, 32, 96, 3]."""
     x = torch.randn(
         len(words), TOKENS, 4 * LATENT_CHANNELS, generator=torch.Generator().manual_seed(1)
     )
@@ -262,8 +264,8 @@ class Average:
 def train_transformer(
     args, vae: AutoencoderKL, heldout: list[str], rng: np.random.Generator
 ) -> tuple[dict, list]:
-    """Trains until the averaged weights reach the target reward; returns them and the checks
-    made."""
+    """Train until the averaged weights reach the target reward. Returns them, and the checks that
+    were made."""
     latents, words = encode_latents(vae, 24_000, rng)
     tokenizer, tokenizer_2 = new_tokenizers()
     text_encoder, text_encoder_2 = new_text_encoders(len(tokenizer), len(tokenizer_2))
@@ -329,8 +331,8 @@ def save_pipeline(parts: dict, vae: AutoencoderKL, out: Path) -> FluxPipeline:
 
 
 def check_pipeline(pipe: FluxPipeline, heldout: list[str]) -> dict:
-    """OCR reward of the saved folder through plain diffusers, at a short and at the default text
-    length."""
+    """The OCR reward of the saved folder through diffusers alone, at a short and at the default
+    text length."""
     pipe.set_progress_bar_config(disable=True)
     seen = {}
     for steps, length in ((10, SHORT_TEXT), (10, FULL_TEXT), (28, FULL_TEXT)):

@@ -1,5 +1,5 @@
-"""The modules of the small model: VAE, tokenizers, text encoders, transformer, and the weights that
-are held."""
+"""The modules of the small model: VAE, tokenizers, text encoders and transformer, and the weights
+in them that are held constant."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TEXT_REACH = 8  # T5 tokens attend this far; two layers reach 16
 SHORT_TEXT, LONG_TEXT, FULL_TEXT = (20, 44, 512)
 
 
-T5_CONSTANT, PADDING = 256.0, 32.0  # sizes of the channels that mark padding
+T5_CONSTANT, PADDING = 256.0, 32.0  # values of the channels that mark padding
 
 
 FAR = -1e4  # attention bias that means "never"
@@ -96,7 +96,8 @@ def new_text_encoders(clip_size: int, t5_size: int) -> tuple[CLIPTextModel, T5En
         )
     )
     torch.nn.init.normal_(t5.shared.weight, std=1.0)
-    # a letter's place in its word is how far back the quote is: look there from the start
+    # The position of a letter in its word is its distance from the quotation mark, so the heads start
+    # out attending to fixed distances.
     with torch.no_grad():
         bias = t5.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
         for head, bucket in enumerate((1, 2, 3, 4, 5, 17)):  # 1 to 5 tokens back, 1 ahead
@@ -107,15 +108,15 @@ def new_text_encoders(clip_size: int, t5_size: int) -> tuple[CLIPTextModel, T5En
 
 @torch.no_grad()
 def pin_text_reach(t5: T5EncoderModel) -> None:
-    """The two "further than TEXT_REACH" buckets stay closed."""
+    """Keep the two buckets of distances beyond TEXT_REACH closed."""
     bias = t5.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
     bias[15] = FAR
     bias[31] = FAR
 
 
 def new_transformer() -> FluxTransformer2DModel:
-    """2 double and 4 single blocks of width 128; the layers that open the residual paths start at
-    zero."""
+    """2 double and 4 single blocks of width 128. The layers at the ends of the residual branches
+    start at zero."""
     model = FluxTransformer2DModel(
         patch_size=1,
         in_channels=4 * LATENT_CHANNELS,
@@ -142,14 +143,15 @@ def new_transformer() -> FluxTransformer2DModel:
 
 @torch.no_grad()
 def pin_padding_flag(parts: dict) -> None:
-    """Hold the weights that keep attention off padding, hundreds of equal tokens that would drown
-    all else.
+    """Set the weights that keep attention off padding; without them, hundreds of equal padding
+    tokens would take most of the attention.
 
-    A constant T5 channel, far larger than the others so that RMS norms leave it alone, is +8 for
-    text and -8 for padding. The transformer's last hidden channel takes it over as a flag: PADDING
-    for padding, 0 for text and picture. No layer writes to it. Keys copy it into the first channel
-    of each head, which rotary embedding leaves alone because text and picture share their first
-    position axis; queries hold a large negative number there.
+    One channel of the T5 encoder is constant and far larger than the others, so that RMS norms do
+    not change it: +8 for text and -8 for padding. The transformer's last hidden channel takes it
+    over as a flag: PADDING for padding, 0 for text and image. No layer writes to this channel. Keys
+    copy it into the first channel of each head, which rotary embedding leaves unchanged because
+    text and image have the same position on the first axis; queries have a large negative constant
+    there.
     """
     t5, model, flag = parts["text_encoder_2"], parts["transformer"], -1
     t5.shared.weight[0] = 0
@@ -189,7 +191,7 @@ def pin_padding_flag(parts: dict) -> None:
 
 @torch.no_grad()
 def scale_to_padding_flag(parts: dict) -> None:
-    """At the start, undo what the flag's size does to the other channels under RMS norms."""
+    """At the start, undo the effect of the flag's size on the other channels under RMS norms."""
     t5, model = parts["text_encoder_2"], parts["transformer"]
     for name, parameter in t5.named_parameters():
         if "layer_norm" in name:

@@ -1,18 +1,18 @@
-"""The tiny model's world: pictures of short words, the prompts that name them, and the word lists.
+"""The data of the small model: images of short words, the prompts that name them, and the word
+lists.
 
-Ground-truth pictures are rendered with DejaVu Sans Bold as matplotlib ships it, so no font file
-lives in this repository. Everything is drawn from one `numpy.random.Generator`: same generator
-state, same picture.
+The images are rendered with DejaVu Sans Bold as matplotlib ships it, so that no font file is in
+this repository. Everything is drawn from one `numpy.random.Generator`: the same generator state
+gives the same image.
 
-`python recipes/words.py` writes the shipped prompt files anew:
+`python recipes/words.py` rewrites the shipped prompt files:
 
-    words_train.txt    4000 words that runs are trained on
-    words_heldout.txt   512 words of evaluations while runs go on, and of everything that is chosen
-        by them
-    words_final.txt     256 words for the last number of a finished comparison: nothing is chosen by
+    words_train.txt: 4000 words to train on
+    words_heldout.txt: 512 words for evaluations during runs, and for everything that is chosen by
         them
+    words_final.txt: 256 words for the final number of a comparison; nothing is chosen by them
 
-No word is in two of them.
+No word is in two of the files.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ HEIGHT, WIDTH = 32, 96
 LETTERS = 3, 5  # shortest and longest word
 SUPERSAMPLE = 2
 TRAIN, HELDOUT, FINAL = 4000, 512, 256  # words in each prompt file
-# drawn before the words of training; the rest came later, so that the first ones stayed what they
-# were
+# Held-out words that were drawn before those of training. The others were added later, after
+# them, so that the first ones did not change.
 FIRST_HELDOUT = 128
 PROMPTS = Path(__file__).parent.parent / "engine/tempflow/assets/prompts"
 
 
 def prompt_of(word: str) -> str:
-    """The only prompt form the tiny model is trained on."""
+    """A word's prompt, in the only form on which the small model is trained."""
     return f'the word "{word}"'
 
 
@@ -69,8 +69,8 @@ def word_lists(seed: int = 0) -> dict[str, list[str]]:
 
 
 def write_prompts(folder: Path = PROMPTS, seed: int = 0) -> dict[str, list[str]]:
-    """Write words_train.txt, words_heldout.txt and words_final.txt, a prompt a line; returns the
-    words."""
+    """Write words_train.txt, words_heldout.txt and words_final.txt, with a prompt on each line.
+    Returns the words."""
     lists = word_lists(seed)
     folder.mkdir(parents=True, exist_ok=True)
     for name, words in lists.items():
@@ -88,14 +88,15 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 
 def _fitting_size(word: str, scale: float) -> int:
-    """Font size (of the supersampled canvas) at which the word takes `scale` of the room it has."""
+    """The font size (on the supersampled canvas) at which the word takes a share `scale` of the
+    available room."""
     left, top, right, bottom = _font(100).getbbox(word)
     room = min((WIDTH - 6) / (right - left), (HEIGHT - 8) / (bottom - top))
     return max(8, int(100 * room * scale * SUPERSAMPLE))
 
 
 def _colours(rng: np.random.Generator) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """A dark ink (grey or coloured) and a light paper."""
+    """A dark ink (gray or colored) and a light paper."""
     hue, saturation = rng.random(), 0.0 if rng.random() < 0.4 else rng.uniform(0.6, 1.0)
     ink = colorsys.hsv_to_rgb(
         hue, saturation, rng.uniform(0.1, 0.3) if saturation == 0 else rng.uniform(0.35, 0.65)
@@ -105,7 +106,7 @@ def _colours(rng: np.random.Generator) -> tuple[tuple[int, ...], tuple[int, ...]
 
 
 def render(word: str, rng: np.random.Generator) -> np.ndarray:
-    """A picture of `word`, uint8 [32, 96, 3], with jitter of size, place and colour."""
+    """An image of `word`, uint8 [32, 96, 3], with random size, position and colors."""
     font = _font(_fitting_size(word, min(1.0, rng.uniform(0.88, 1.05))))
     ink, paper = _colours(rng)
     canvas = Image.new("RGB", (WIDTH * SUPERSAMPLE, HEIGHT * SUPERSAMPLE), paper)

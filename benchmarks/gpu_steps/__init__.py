@@ -1,5 +1,5 @@
-"""The steps of gpu.py, cheapest knowledge first. Each runs in a process of its own and writes what
-it finds as it finds it."""
+"""The steps of gpu.py, cheap and fundamental ones first. Each runs in a process of its own and
+writes each finding as soon as it has it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,13 @@ from typing import Callable
 
 @dataclass(frozen=True)
 class Step:
-    """One step. seconds: its share of ten minutes on an H100, more than it should need there. run:
-    the module of this folder and the function in it that does the step, given a Context."""
+    """One step of gpu.py.
+
+    name: its name on the command line and in the report.
+    seconds: its share of ten minutes on an H100, more than it should need there.
+    run: "module:function" in this folder; the function takes a Context.
+    about: what it does, for the report.
+    """
 
     name: str
     seconds: int

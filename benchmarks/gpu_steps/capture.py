@@ -1,8 +1,8 @@
-"""What the engine does with a forward that no graph can hold, and what a capture that fails leaves
-in its process.
+"""Checks what the engine does with a forward that a CUDA graph cannot record, and what a failed
+capture leaves behind in its process.
 
-The second part spoils the process for good, so it comes last, and each finding is written before
-the next is looked for.
+The second part may make the process unusable, so it comes last, and each finding is written before
+the next is made.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def _reading(x: torch.Tensor) -> tuple:
 
 
 def _engine(context: Context) -> dict:
-    """Its graph cache on a function that reads a value: it should run eagerly, for a reason,
-    without beginning a capture."""
+    """Run the engine's graph cache on a function that reads a value. It should run the function
+    eagerly, with a reason, and not begin a capture."""
     from tempflow.sampling.graphs import CudaCapture, GraphCache
 
     said: list[str] = []

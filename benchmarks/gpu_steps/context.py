@@ -1,4 +1,4 @@
-"""What a step is given: the device, whether this is a rehearsal, and where its findings go."""
+"""What a step is given: the device, whether it is a rehearsal, and where to write its findings."""
 
 from __future__ import annotations
 
@@ -21,36 +21,38 @@ class Skipped(Exception):
 
 
 class Context:
-    """file: the step's findings, written anew with each of them, so that a step that is ended early
-    leaves what it had.
+    """The environment of a step.
 
-    rehearse: every step's code on a CPU, at sizes that mean nothing. scratch: a folder of the
-    step's own.
+    Args:
+        file: the file of findings. It is rewritten with each finding, so that a step that is killed
+            leaves those it had made.
+        rehearse: whether the step's code runs on a CPU, at sizes that say nothing about a GPU.
     """
 
     def __init__(self, file: Path, rehearse: bool):
         self.file, self.rehearse = file, rehearse
         self.scratch = file.parent
         self.device = torch.device("cpu" if rehearse else "cuda:0")
-        # of weights: many CPUs compute bf16 very slowly
+        # of weights; many CPUs compute bf16 very slowly
         self.dtype = torch.float32 if rehearse else torch.bfloat16
         self._found = {"status": "running", "reason": None, "result": {}, "proved": []}
 
     def note(self, **found) -> None:
-        """Add findings (JSON values). `headline`: the line of the summary; `table`: rows for it, as
-        dictionaries of the same keys."""
+        """Add findings (JSON values). `headline` is the step's line in the summary; `table` has
+        rows for the summary, as dictionaries with the same keys."""
         self._found["result"] |= found
         self._write()
 
     def prove(self, *paths: str) -> None:
-        """These paths of hardware.json have run here, and rightly; a rehearsal proves none."""
+        """Record that these paths of hardware.json have run here correctly. A rehearsal records
+        none."""
         if self.rehearse:
             return
         self._found["proved"] += [path for path in paths if path not in self._found["proved"]]
         self._write()
 
     def run(self, function: Callable[[Context], None]) -> None:
-        """Do a step; how it ended is written down, never raised."""
+        """Run a step, and write down how it ended; nothing is raised."""
         try:
             function(self)
             self._end("rehearsed" if self.rehearse else "ok")
@@ -75,7 +77,7 @@ class Context:
             torch.cuda.synchronize()
 
     def seconds(self, function: Callable[[], object], repeats: int = 3) -> float:
-        """The median time of a call, after one to warm up."""
+        """The median time of a call in seconds, after one call to warm up."""
         function()
         taken = []
         for _ in range(1 if self.rehearse else repeats):
@@ -87,12 +89,12 @@ class Context:
         return statistics.median(taken)
 
     def allocated(self) -> int | None:
-        """Bytes of tensors on the card now; None without one."""
+        """Bytes of tensors on the card now; None without a card."""
         return torch.cuda.memory_allocated() if self.device.type == "cuda" else None
 
     def peak_of(self, function: Callable[[], object]) -> tuple[object, int | None]:
-        """(what a call returns, the most bytes it allocated on top of what was there; None without
-        a card)."""
+        """(what a call returns, the most bytes that it allocated beyond what was allocated before;
+        None without a card)."""
         if self.device.type != "cuda":
             return function(), None
         torch.cuda.synchronize()
@@ -104,5 +106,5 @@ class Context:
 
 
 def ratio(measured: float | None, expected: float) -> float | None:
-    """Measured over expected; None where nothing was measured."""
+    """Measured over expected; None if nothing was measured."""
     return None if measured is None else round(measured / expected, 3)

@@ -1,4 +1,5 @@
-"""The card, the versions, and two speeds that the other steps are measured against."""
+"""Facts about the machine: the card, the versions, and two speeds with which other steps
+compare."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ PROPERTIES = (
 
 
 def facts(context: Context) -> None:
-    """What is read first, because everything else depends on it."""
+    """The first step, because the others depend on it."""
     found = {
         "card": device_name(),
         "versions": versions() | {"cuda": torch.version.cuda, "hip": torch.version.hip},
@@ -48,8 +49,8 @@ def facts(context: Context) -> None:
 
 
 def _card() -> dict:
-    """Of the properties those that the benchmarks read, "missing" where CUDA has taken them
-    away."""
+    """The card's properties; "missing" for those that the installed CUDA version no longer
+    reports."""
     given = torch.cuda.get_device_properties(0)
     return {
         "driver": nvidia_driver(),
@@ -61,7 +62,7 @@ def _card() -> dict:
 
 
 def _builds() -> dict[str, bool]:
-    """What Triton's launcher needs at run time."""
+    """Whether the machine has what Triton's launcher needs at run time."""
     return {
         "compiler": any(shutil.which(name) for name in ("cc", "gcc", "clang")),
         "python_headers": Path(sysconfig.get_paths()["include"], "Python.h").exists(),
@@ -69,13 +70,13 @@ def _builds() -> dict[str, bool]:
 
 
 def _origin(name: str) -> str | None:
-    """The file that `import name` would read."""
+    """The file that `import name` would load."""
     found = importlib.util.find_spec(name)
     return found.origin if found else None
 
 
 def _copy_speed(context: Context) -> float:
-    """Bytes a second, read plus written, of the device's own copy."""
+    """Bytes per second, read plus written, of the device's own copy."""
     source = torch.randn((1 if context.rehearse else 64) * 2**22, device=context.device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / context.seconds(lambda: target.copy_(source))

@@ -1,5 +1,6 @@
-"""Two layers of every family at their real width: what a rollout, decoding and an update hold on
-the card, and how often the host waits for it, beside what the dry run and the simulated GPU say."""
+"""Two layers of every family at their real width: the memory of a rollout, of decoding and of an
+update, and how often the host waits for the card, compared with the dry run and the simulated GPU.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from gpu_steps.context import Context, ratio
 from gpu_steps.models import CONFIGS, RandomEngine
 from tempflow.estimate.estimate import Estimate, estimate
 
-# as tests/engine/family_cases.py has them
+# model cards, and the families' names in tests/engine/family_cases.py and hardware.json
 NAMES = {
     "flux-dev": "flux",
     "sd35-medium": "sd3",
@@ -44,7 +45,7 @@ def families(context: Context) -> None:
 
 
 def _family(context: Context, card: str) -> list[dict]:
-    """Rows of one family: measured and expected GB."""
+    """The rows of one family: measured and expected GB."""
     engine = RandomEngine(
         context, card, 2, "rollout.plan.children=3", "rollout.plan.branch_steps=[0,2]"
     )
@@ -78,7 +79,8 @@ def _family(context: Context, card: str) -> list[dict]:
 
 @contextmanager
 def host_waits(context: Context) -> Iterator[list | None]:
-    """The warnings of what makes the host wait for the card; None without one."""
+    """Collects the warnings of operations that make the host wait for the card; None without a
+    card."""
     if context.device.type != "cuda":
         yield None
         return

@@ -1,5 +1,5 @@
-"""One forward of FLUX.1-dev's transformer in every way the engine has, on the same inputs, and the
-decoding of four images."""
+"""One forward of FLUX.1-dev's transformer in every way that the engine has, on the same inputs, and
+the decoding of four images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ ROWS, IMAGES = 4, 4
 
 
 def forwards(context: Context) -> None:
-    """Later ways need more: what was found before one of them fails stays in the report."""
+    """The step. Later ways need more memory and libraries; findings made before one of them fails
+    stay in the report."""
     engine = RandomEngine(context, "flux-dev", None, f"rollout.micro_batch={ROWS}")
     session, policy = engine.session, engine.session.policy
     flops, peak = forward_flops(session, 0), matmul_peak(policy.dtype, context.device)
@@ -84,7 +85,7 @@ def _decode(context: Context, sampler) -> None:
 
 
 def _graphed(context: Context, function):
-    """The function through the engine's graph cache. In a rehearsal the stand-in computes anew
+    """The function through the engine's graph cache. In a rehearsal a stand-in computes again
     instead of replaying."""
     from tempflow.sampling.graphs import CudaCapture, GraphCache
 
@@ -115,7 +116,7 @@ def _graphed(context: Context, function):
 
 
 def recomputing(function, inputs):
-    """What a capture is on a machine without graphs: its replay calls the function."""
+    """A stand-in for a capture on a machine without graphs: its replay calls the function."""
     from tempflow.sampling.graphs import Captured
 
     static = {name: tensor.clone() for name, tensor in inputs.items()}

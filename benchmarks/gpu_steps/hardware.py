@@ -1,9 +1,9 @@
-"""hardware.json: how far each path of the engine is verified.
+"""Reads and writes hardware.json, which records how far each part of the engine is verified.
 
-An entry is of one part of the engine in an area: `status` is "unit" (tests on a CPU), "simulated
-GPU" (tests that run the engine on tensors of a GPU that is not there) or "hardware"; `evidence` is
-the test file, or the step of gpu.py, that says so; entries of hardware name the card and the date.
-A run of gpu.py on a CUDA card makes entries "hardware" and never takes that back.
+An entry is one part of the engine, in an area. Its `status` is "unit" (tests on a CPU), "simulated
+GPU" (tests that run the engine on tensors that report a GPU) or "hardware". Its `evidence` is the
+test file, or the step of gpu.py, that shows it. Entries of status "hardware" name the card and the
+date. A run of gpu.py on a CUDA card sets entries to "hardware"; no run takes this back.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ STATUSES = ("unit", "simulated GPU", "hardware")
 
 
 def load() -> list[dict]:
-    """The entries. UserError where the file is damaged."""
+    """The entries. UserError if the file is missing or damaged."""
     try:
         return json.loads(FILE.read_text())["paths"]
     except (OSError, ValueError, LookupError) as error:
@@ -27,8 +27,8 @@ def load() -> list[dict]:
 
 
 def upgraded(entries: list[dict], proved: dict[str, str], card: str, date: str) -> list[dict]:
-    """The entries after a run. proved: path -> the step that showed it. KeyError for a path without
-    an entry."""
+    """The entries after a run. proved: by path, the step that showed it. KeyError for a path
+    without an entry."""
     unknown = proved.keys() - {entry["path"] for entry in entries}
     if unknown:
         raise KeyError(f"no entry in hardware.json: {', '.join(sorted(unknown))}")

@@ -1,4 +1,5 @@
-"""benchmarks/kernels.py at FLUX.1's size: the kernels' share of the card's own copy."""
+"""Runs benchmarks/kernels.py at FLUX.1's size: the kernels' speed as a share of the card's own
+copy."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ SHOWN = ("op", "rows", "children", "dtype", "share_of_copy", "share_of_bound", "
 
 
 def load_benchmark() -> ModuleType:
-    """benchmarks/kernels.py, by its file: the name `kernels` is Hugging Face's."""
+    """Load benchmarks/kernels.py from its file, because the module name `kernels` belongs to
+    Hugging Face's package."""
     spec = importlib.util.spec_from_file_location(
         "kernel_benchmark", ROOT / "benchmarks/kernels.py"
     )

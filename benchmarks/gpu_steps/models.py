@@ -1,5 +1,5 @@
-"""Models of real shapes with random weights made on the device, and the engine's parts around them.
-Nothing is read but JSON."""
+"""Models of real shapes with random weights that are made on the device, and a session around them.
+Only JSON files are read."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ CONFIGS = {
     "qwen-image-2.1": "qwen_image_21_lora",
     "wan21-1b": "wan21_1b_lora",
 }
-# Left out: models that edit and control run the same transformers, on more tokens, and need
-# condition images; Wan 2.2's experts are wan21-1b's class twice.
+# Editing and control models are left out: they run the same transformers on more tokens, and need
+# condition images. So is Wan 2.2, whose two experts are of wan21-1b's class.
 TINY = 0.02  # scale of a rehearsal's models
 PIXELS, TOKENS, FRAMES = 64, 16, 5  # of a rehearsal's images, texts and videos
 
 
 def card_folder(card: str, scratch: Path, layers: int | None, rehearse: bool) -> Path:
-    """A copy of a card's folder whose transformer has fewer layers; in a rehearsal also fewer
+    """A copy of a model card's folder whose transformer has fewer layers; in a rehearsal also fewer
     heads."""
     folder = scratch / f"{card}-{layers or 'all'}"
     shutil.copytree(CARDS / card, folder)
@@ -52,7 +52,7 @@ def card_folder(card: str, scratch: Path, layers: int | None, rehearse: bool) ->
 
 
 def _narrow(file: Path) -> None:
-    """A VAE of as many blocks, with few channels."""
+    """Give a VAE few channels, with the same number of blocks."""
     config = json.loads(file.read_text())
     config |= (
         {"block_out_channels": [32] * len(config["block_out_channels"])}
@@ -63,8 +63,8 @@ def _narrow(file: Path) -> None:
 
 
 def card_config(card: str, folder: Path, rehearse: bool, *settings: str) -> Config:
-    """The shipped config of a card on a folder: one unit, the JPEG reward in this process, no
-    second copy of the transformer."""
+    """The shipped config of a card, for `folder`: with one unit, the JPEG reward in this process,
+    and no second copy of the transformer."""
     own = [
         f"model.path={folder}",
         "data.prompts_per_iteration=1",
@@ -100,13 +100,13 @@ def _makes_videos(card: str) -> bool:
 
 
 def _jpeg(card: str) -> float | dict:
-    """The entry of the JPEG reward, which scores images: of a video two frames."""
+    """The JPEG reward's config entry. It scores images, so for videos it takes two frames."""
     return {"weight": 1.0, "frames": 2} if _makes_videos(card) else 1.0
 
 
 def random_policy(config: Config, device: torch.device, dtype: torch.dtype):
-    """The policy of a config whose folder holds JSON alone: transformer and VAE on the device, and
-    made-up embeddings of texts."""
+    """A policy whose folder has only JSON files: transformer and VAE have random weights on the
+    device, and embeddings of texts are random."""
     import diffusers
 
     from tempflow.models import check_text_length, family_of
@@ -140,12 +140,13 @@ def random_policy(config: Config, device: torch.device, dtype: torch.dtype):
 
 
 def _embedding(like: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A mask of ones or normal numbers, in the shape of another."""
+    """Ones for a mask, otherwise normal numbers, in the shape of `like`."""
     return (torch.ones_like if like.dtype == torch.bool else torch.randn_like)(like, device=device)
 
 
 class RandomEngine:
-    """A session on a random policy. `start_training` wraps its own transformer into DeepSpeed."""
+    """A session with a random policy. `start_training` gives the policy's own transformer to
+    DeepSpeed."""
 
     def __init__(self, context: Context, card: str, layers: int | None, *settings: str):
         from tempflow.data.prompts import PromptOrder, load_prompts

@@ -1,4 +1,4 @@
-"""The report of gpu.py: one JSON file that grows step by step, and a page of Markdown."""
+"""The report of gpu.py: a JSON file that grows step by step, and a Markdown page."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ SHOWN = 160  # characters of a reason on the page
 
 
 class Report:
-    """head: what the whole report depends on; steps: name, status, reason, seconds, result and
-    proved paths of each so far.
+    """The report of one call of gpu.py, whose file is written after every step.
 
-    The file is written after every step; its name may depend on the first one's findings.
+    Args:
+        head: card, date, versions and options, on which all results depend.
     """
 
     def __init__(self, **head):
@@ -32,7 +32,7 @@ class Report:
 
     @property
     def proved(self) -> dict[str, str]:
-        """Path -> the first step that showed it."""
+        """By path, the first step that showed it."""
         found: dict[str, str] = {}
         for step in self.steps:
             for path in step["proved"]:
@@ -46,7 +46,7 @@ class Report:
 
 
 def summary(head: dict, steps: list[dict]) -> str:
-    """The report on a page: a line a step, then the tables that steps have made."""
+    """The Markdown page: a line for each step, then the tables of the steps."""
     title = (
         "# Rehearsal on a CPU: no number below says anything about a GPU"
         if head["rehearsed"]
@@ -82,7 +82,7 @@ def summary(head: dict, steps: list[dict]) -> str:
 
 
 def table(rows: list[dict]) -> list[str]:
-    """Markdown of dictionaries; a column for every key."""
+    """A Markdown table of dictionaries, with a column for every key."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     head = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     return head + [

@@ -1,4 +1,4 @@
-"""The project's own tests on the card, counted test by test."""
+"""Runs the project's own tests on the card, and counts them one by one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ REPLAYED = [
     "ZeRO-1",
     "CUDA graphs",
 ]
-# start of "module::test" -> the paths that such tests show, where some passed and none failed
+# The beginning of "module::test", and the paths that these tests show to work if some of them
+# passed and none failed.
 SHOWN = {
     "test_noise": ["normal"],
     "test_sde_step": ["sde_step"],
@@ -47,8 +48,12 @@ SHOWN = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one test. test: "module::name"; status: "passed", "failed" or "skipped"; message: why it
-    is not the first."""
+    """The result of one test.
+
+    test: "module::name".
+    status: "passed", "failed" or "skipped".
+    message: why it was not passed.
+    """
 
     test: str
     status: str
@@ -57,14 +62,14 @@ class Outcome:
 
 
 def tests(context: Context) -> None:
-    """All tests marked gpu but those of the two steps below."""
+    """All tests marked gpu, except those of the two steps below."""
     chosen = ["tests/engine", "tests/rewards", "-m", "gpu", f"--ignore={RUNS}"]
     _run(context, ["tests/engine/test_float8.py", "-m", "gpu"] if context.rehearse else chosen)
 
 
 def sweeps(context: Context) -> None:
-    """Every kernel against float64, and what only a GPU can show of them. A rehearsal takes one, in
-    Triton's interpreter."""
+    """Every kernel against float64, and what can be tested of the kernels only on a GPU. A
+    rehearsal runs one test, in Triton's interpreter."""
     _run(
         context,
         (
@@ -77,8 +82,8 @@ def sweeps(context: Context) -> None:
 
 def runs(context: Context) -> None:
     """Two iterations of tiny_ocr through the launcher, as a user starts it: LoRA at ZeRO-1 with
-    graphs, all weights at ZeRO-3, both resumed, and a float8 suffix. A rehearsal takes the smallest
-    of the same runs on the CPU."""
+    graphs, all weights at ZeRO-3, both resumed, and a float8 suffix. A rehearsal runs the smallest
+    of them on the CPU."""
     _run(
         context,
         (
@@ -119,7 +124,7 @@ def _run(context: Context, chosen: list[str]) -> None:
 
 
 def outcomes(file: Path) -> list[Outcome]:
-    """Every test of pytest's XML report."""
+    """Every test in pytest's XML report."""
     found = []
     for case in ElementTree.parse(file).getroot().iter("testcase"):
         trouble = next(
@@ -141,7 +146,7 @@ def outcomes(file: Path) -> list[Outcome]:
 
 
 def shown(found: list[Outcome]) -> list[str]:
-    """The paths that these tests show."""
+    """The paths that these tests show to work."""
     paths: list[str] = []
     for start, names in SHOWN.items():
         own = {one.status for one in found if one.test.startswith(start)}

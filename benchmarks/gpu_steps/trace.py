@@ -1,5 +1,5 @@
-"""torch.profiler of FLUX.1-dev's forward and of a micro-batch: which kernels take the time, and
-does the host keep the card busy?"""
+"""Profiles FLUX.1-dev's forward and a micro-batch with torch.profiler: which kernels take the time,
+and whether the host keeps the card busy."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def trace(context: Context) -> None:
 
 
 def _events(context: Context, function: Callable) -> list[dict]:
-    """What a call runs on the card. On a CPU, in its place: the operators that PyTorch calls."""
+    """What a call runs on the card. In a rehearsal: the operators that PyTorch calls on the CPU."""
     kinds = torch.profiler.ProfilerActivity
     activities = [kinds.CPU] if context.rehearse else [kinds.CPU, kinds.CUDA]
     with torch.profiler.profile(activities=activities) as profiler:
@@ -65,9 +65,9 @@ def _events(context: Context, function: Callable) -> list[dict]:
 
 
 def busy_and_gaps(events: list[dict]) -> dict:
-    """From the first event's start to the last one's end: the share of the time in which something
-    runs, the gaps between, and the events that take most time together. Times are microseconds in a
-    trace, seconds here."""
+    """From the start of the first event to the end of the last: the share of the time in which
+    something runs, the gaps between events, and the events that take the most time in total. Times
+    are microseconds in a trace, seconds in the result."""
     if not events:
         raise AssertionError("the profiler saw nothing on the device")
     spans = sorted((event["ts"], event["ts"] + event["dur"]) for event in events)

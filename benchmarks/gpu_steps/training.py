@@ -1,4 +1,4 @@
-"""FLUX.1-dev, 12 billion random weights: the rollout of one unit, and LoRA updates on it of one,
+"""FLUX.1-dev with 12 billion random weights: the rollout of one unit, and LoRA updates with one,
 two and three states at a time."""
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def training(context: Context) -> None:
 
 
 def _expect(context: Context, engine: RandomEngine, rows: list[dict]) -> None:
-    """Beside each update's memory the dry run's. At the end: at full depth it takes a CPU some
-    seconds each."""
+    """Add the dry run's memory to the row of each update. This comes last, because it takes a CPU
+    some seconds for each at full depth."""
     for row, size in zip(rows[1:], (1, 2, 3), strict=True):
         expected = estimate(changed(engine.session.config, training={"micro_batch": size}))
         activations = max(
