@@ -96,8 +96,8 @@ def new_text_encoders(clip_size: int, t5_size: int) -> tuple[CLIPTextModel, T5En
         )
     )
     torch.nn.init.normal_(t5.shared.weight, std=1.0)
-    # The position of a letter in its word is its distance from the quotation mark, so the heads begin
-    # by attending to fixed distances.
+    # A letter's position in its word is its distance from the quotation mark, so the heads begin by
+    # attending to fixed distances.
     with torch.no_grad():
         bias = t5.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
         for head, bucket in enumerate((1, 2, 3, 4, 5, 17)):  # 1 to 5 tokens back, 1 ahead
