@@ -24,7 +24,7 @@ class FrameMean(Reward):
 
     def score(self, images, prompts, metadata):
         videos, frames = images.shape[:2]
-        each = [n for n in range(videos) for _ in range(frames)]
+        each = [n for n in range(videos) for _ in range(frames)]  # the video of each frame
         found = self._reward.score(
             images.reshape(-1, *images.shape[2:]),
             [prompts[n] for n in each],

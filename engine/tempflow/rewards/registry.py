@@ -71,11 +71,12 @@ def parse_rewards(section: dict) -> list[RewardSpec]:
         options = dict(value) if isinstance(value, dict) else {"weight": value}
         weight = _checked_weight(name, options.pop("weight", 1.0))
         kind = options.pop("type", "")
+        # An empty type, often an unset shell variable, must not silently mean the key.
         if not isinstance(kind, str) or isinstance(value, dict) and "type" in value and not kind:
             raise UserError(
                 f"rewards.{name}.type: expected a reward's id or module:Name, got {shown(kind)}"
             )
-        registry.path_of("reward", kind or name, "rewards")
+        registry.path_of("reward", kind or name, "rewards")  # only to refuse unknown names here
         specs.append(
             RewardSpec(
                 name, weight, options, kind, _checked_frames(name, options.pop("frames", None))
@@ -103,7 +104,7 @@ def build_reward(name: str, options: dict | None = None, kind: str = "") -> Rewa
     """
     options, key = options or {}, f"rewards.{name}"
     target = registry.import_from(key, registry.path_of("reward", kind or name, "rewards"))
-    is_class = inspect.isclass(target)
+    is_class = inspect.isclass(target)  # issubclass raises for anything else
     if not (issubclass(target, Reward) if is_class else callable(target)):
         raise UserError(
             f"{key}: {target!r} is neither a subclass of tempflow.rewards.Reward nor a function"
@@ -140,6 +141,7 @@ def load_rewards(specs: list[RewardSpec], threads: int) -> dict[str, Reward]:
                 rewards[spec.name].load(threads)
         except UserError:
             raise
+        # Anything that a model's libraries raise: missing packages, no memory, no network.
         except Exception as error:
             raise UserError(
                 f"rewards.{spec.name}: could not start: {type(error).__name__}: {error}"
@@ -152,6 +154,8 @@ def load_rewards(specs: list[RewardSpec], threads: int) -> dict[str, Reward]:
 def takes_videos(spec: RewardSpec) -> bool:
     """Whether an entry's reward can score videos: by itself, or because the entry has `frames`.
     Raises UserError like `build_reward`."""
+    # Building a reward imports its module but loads no model. HttpReward knows only from its
+    # options whether it takes videos, so the class alone does not tell.
     return (
         bool(build_reward(spec.name, spec.options, spec.type).takes_videos)
         or spec.frames is not None

@@ -162,6 +162,8 @@ class Batcher:
         chosen, room = [], self._batch
         for piece in self._queue:
             same_size = piece.images.shape[1:] == self._queue[0].images.shape[1:]
+            # One array holds a batch, so its images have one size. Later, smaller pieces may fill
+            # the room that a larger one does not fit into.
             if same_size and len(piece.images) <= room and not piece.scores.cancelled():
                 chosen.append(piece)
                 room -= len(piece.images)
@@ -174,7 +176,7 @@ class Batcher:
         except Exception as error:  # of any type: nothing may end this thread
             with self._changed:
                 self._counts["failed_batches"] += 1
-            if len(pieces) > 1:
+            if len(pieces) > 1:  # find the piece at fault; the others are scored
                 for piece in pieces:
                     if not piece.scores.cancelled():
                         self._score(worker, [piece])

@@ -139,6 +139,7 @@ def open_images(
             raise ValueError(
                 f"{name} {i} is not a PNG file in base64 ({type(error).__name__})"
             ) from None
+        # Converting other modes here would hide a mistake of the client: alpha, or 16 bits.
         if image.mode != "RGB":
             raise ValueError(f"{name} {i} has mode {image.mode}, expected 8-bit RGB")
         if alike and images and image.size != images[0].size:
@@ -147,6 +148,7 @@ def open_images(
                 " request must have the same size"
             )
         pixels += image.width * image.height
+        # Inside the loop: the limit must hold before the next file is opened.
         if pixels > max_pixels:
             raise ValueError(
                 f"more than {max_pixels} pixels in one request; send fewer or smaller images"

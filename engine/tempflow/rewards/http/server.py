@@ -145,6 +145,7 @@ def create_app(batchers: dict[str, Batcher], limits: Limits, token: str | None) 
                     ' in the config needs "frames": 4 instead of "videos": true'
                 )
             opened, conditions = await run_in_threadpool(_open, asked, limits.request_pixels)
+            # Beyond the body, which is counted already and held until the answer is sent.
             with memory.hold(decoded_bytes(opened) + decoded_bytes(conditions)):
                 images = as_media(await run_in_threadpool(decode, opened), asked.frames)
                 metadata = _metadata(
@@ -215,6 +216,7 @@ def _read(body: bytes) -> ScoreRequest:
         if entries is not None and len(entries) * (asked.frames or 1) != len(asked.images):
             each = "" if asked.frames is None else f" of {asked.frames} frames each"
             raise ValueError(f"{len(asked.images)} images, but {len(entries)} {name}{each}")
+    # Rewards read paths under this key, so a client could make the server open its files.
     if any(KEY in entry for entry in asked.metadata or ()):
         raise ValueError(
             f'metadata: the key "{KEY}" is not allowed; send condition images as "conditions"'
@@ -235,6 +237,7 @@ def _open(asked: ScoreRequest, max_pixels: int) -> tuple[list[Image.Image], list
     """(images, condition images) of a request, not yet decoded. ValueError for more than
     `max_pixels` in both together."""
     opened = open_images(asked.images, max_pixels)
+    # Condition images may have any sizes, but share the request's pixels.
     left = max_pixels - sum(image.width * image.height for image in opened)
     return opened, open_images(asked.conditions, left, name="condition", alike=False)
 

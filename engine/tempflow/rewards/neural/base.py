@@ -12,7 +12,7 @@ import torch
 from tempflow.errors import UserError
 from tempflow.rewards.base import Reward, Scores
 
-_DEVICES = ("cpu", "cuda")
+_DEVICES = ("cpu", "cuda")  # no "cuda:1": a worker sees only the GPU of its rank
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -64,6 +64,7 @@ class ModelReward(Reward):
         size = self.batch_size
         parts = [slice(i, i + size) for i in range(0, len(images), size)]
         batches = [self._score(images[part], prompts[part], metadata[part]) for part in parts]
+        # One transfer for all batches. torch.cat refuses an empty list.
         return Scores(
             torch.cat(batches).float().cpu().numpy() if batches else np.zeros(0, np.float32)
         )

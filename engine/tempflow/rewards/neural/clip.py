@@ -191,6 +191,7 @@ class HpsV2(ClipReward):
         self._clip = ClipEncoder("path", folder, self.torch_dtype, self.device, tensors)
 
     def _score(self, images, prompts, metadata):
+        # Resized as a tensor, like the published code, and not by the processor's Pillow.
         pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 255
         return self._cosine(self._clip.normalized(resize_and_pad(pixels, self._clip.size)), prompts)
 
@@ -219,6 +220,8 @@ class ClipImage(ClipReward):
             if different
             else {}
         )
+        # For an image whose prompt has no condition image. `check_prompts` refuses such prompts in
+        # a run; through a reward server they may come.
         unknown = torch.tensor(math.nan, device=self.device)
         pairs = zip(self._embedded(images), given, strict=True)
         return torch.stack(

@@ -107,6 +107,7 @@ class HpsV3(ModelReward):
         self._tokenizer.add_tokens([REWARD_TOKEN], special_tokens=True)
         self._reward_id = self._tokenizer.convert_tokens_to_ids(REWARD_TOKEN)
         tensors, head = split("path", read_tensors("path", fetch("path", self.path, self.revision)))
+        # As many rows as the published embedding has, since added tokens may have resized it.
         config.text_config.vocab_size = len(tensors["language_model.embed_tokens.weight"])
         if self._reward_id >= config.text_config.vocab_size:
             raise UserError(
@@ -144,7 +145,7 @@ class HpsV3(ModelReward):
             position_ids=positions,
             pixel_values=seen["pixel_values"].to(self.device, self.torch_dtype),
             image_grid_thw=grid.to(self.device),
-            use_cache=False,
+            use_cache=False,  # nothing is generated
         ).last_hidden_state
         return self._head(hidden[torch.arange(len(images), device=self.device), at_reward].float())
 
