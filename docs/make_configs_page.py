@@ -1,8 +1,8 @@
-"""Writes docs/configs.md, where the values of the shipped configs come from, from the configs:
+"""Writes docs/configs.md, which says where the values of the shipped configs come from:
 python docs/make_configs_page.py
 
-What is written here is the paper's values and a reason for each key; which value a config has, and
-whether it is the paper's, is read from the configs.
+This file has the published values and a reason for each key. The values of the configs, and whether
+they are the published ones, are read from the configs.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ WAN22 = {
     "eval.num_steps": 28,
 }
 
-SHIPPED = {  # config: (what it is for, the paper's values that it is held against)
+SHIPPED = {  # config: (what it is for, the published values with which it is compared)
     "flux_zero3": ("FLUX.1-dev, all weights, one node of 8 GPUs with 80 GB", FLUX),
     "flux_lora": ("FLUX.1-dev, LoRA, one GPU with 80 GB", FLUX),
     "flux_lora_48gb": ("the same, one GPU with 48 GB", FLUX),
@@ -208,8 +208,8 @@ SHIPPED = {  # config: (what it is for, the paper's values that it is held again
     "tiny_ocr": ("the small model that ships with the project, a CPU of 2 cores", SD35),
 }
 
-# What `python engine/train.py --config configs/flux_first.json --dry-run --mfu 0.3` says:
-# tests/engine/test_dryrun.py holds it to that.
+# What `python engine/train.py --config configs/flux_first.json --dry-run --mfu 0.3` prints;
+# tests/engine/test_dryrun.py checks it.
 FIRST = {
     "mfu": 0.3,
     "tflops": 297,
@@ -225,237 +225,252 @@ FIRST = {
 }
 
 WHY = {
-    "model.path": "Hub ids; the small model is a folder of this repository.",
+    "model.path": "Hub ids; the small model is a folder in this repository.",
     "model.dtype": (
-        "bfloat16 as the checkpoints are published; `auto` computes in it where the CPU can."
+        "bfloat16, in which the checkpoints are published; `auto` computes in bfloat16 if the CPU"
+        " supports it."
     ),
     "model.gradient_checkpointing": (
-        "Without it the activations of a 1024 px forward alone fill a card; it costs a third more "
-        "in training, which is a tenth of an iteration there."
+        "Without it, the activations of a single 1024 px forward fill a card. It makes training a"
+        " third more expensive, and training is a tenth of an iteration there."
     ),
-    "model.quantize": "flux_lora_24gb: the frozen base in 4 bit is what fits the card.",
+    "model.quantize": "flux_lora_24gb: the frozen base fits the card only in 4 bits.",
     "model.lora.rank": (
-        "With full weights there is none. Qwen-Image: as for the others. Z-Image: Flow-Factory's"
-        " recipe. Wan 2.2: half its recipe's, since the states of two experts' adapters take 5 GB"
-        " more otherwise, and leave no room on a card."
+        "With full weights there is no LoRA. Qwen-Image: as for the others. Z-Image:"
+        " Flow-Factory's recipe. Wan 2.2: half its recipe's rank, because the training states of"
+        " two experts' adapters would take 5 GB more and not fit the card."
     ),
     "model.lora.alpha": (
         "As above. The targets are the families' own lists, which are the paper's for FLUX and"
         " SD3.5, and Flow-Factory's for Z-Image."
     ),
     "model.max_sequence_length": (
-        "SD3.5's own default; Qwen-Image pads to it, so half its default is half the text's cost;"
-        " the small model was trained on 20 characters."
+        "SD3.5's own default. Qwen-Image pads to this length, so half its default halves the cost"
+        " of the text. The small model was trained on 20 characters."
     ),
     "data.train": (
-        "The shipped prompts ask for a word to be written, for the OCR reward that needs no further"
-        " model. Bring your own. Editing and control: the shipped scenes and depth maps, which show"
-        " that a run works and no more."
+        "The shipped prompts ask for a word, for the OCR reward, which needs no further model. Use"
+        " your own. Editing and control: the shipped scenes and depth maps, which only show that a"
+        " run works."
     ),
-    "data.heldout": "Other words than in training. Editing and control: other scenes.",
+    "data.heldout": (
+        "Words that are not trained on. Editing and control: scenes that are not trained on."
+    ),
     "data.embedding_cache": (
-        "T5-XXL or Qwen2.5-VL leaves the GPU once the prompts are embedded; the small model's"
-        " encoders are in nobody's way. FLUX.2: 7.9 MB a prompt, 36 GB for the shipped words. Wan:"
-        " 4.2 MB a prompt."
+        "T5-XXL or Qwen2.5-VL is freed from the GPU once the prompts are embedded; the small"
+        " model's encoders take little memory. FLUX.2: 7.9 MB per prompt, 36 GB for the shipped"
+        " words. Wan: 4.2 MB per prompt."
     ),
     "data.prompts_per_iteration": (
-        "With 4 seeds these are the paper's 48 groups an iteration. Qwen-Image is four times as"
-        " dear, so it has a third of them; flux_first: 4, as an hour has room for; tiny_ocr has one"
-        " seed, so 8 groups, as many as two CPU cores roll out in seconds. FLUX.2: as Qwen-Image,"
-        " since cards of 48 GB are slower. Editing: fewer, since the tokens of a condition image of"
-        " a megapixel are four times those of the output. Wan: 16 groups, 4 minutes on an H100 by"
-        " the dry run."
+        "With 4 seeds these are the paper's 48 groups per iteration. Qwen-Image costs four times"
+        " as much, so it has a third of them; flux_first: 4, which fit into an hour; tiny_ocr has"
+        " one seed, so 8 groups, which two CPU cores roll out in seconds. FLUX.2: as Qwen-Image,"
+        " since cards of 48 GB are slower. Editing: fewer, since a condition image of a megapixel"
+        " has four times the tokens of the output. Wan: 16 groups, 4 minutes on an H100 by the dry"
+        " run."
     ),
     "rollout.plan.type": "Trunks with children at every branch step.",
     "rollout.height": (
-        "flux_first: a quarter of the pixels costs a quarter; Qwen-Image below its native 1328, to"
-        " be affordable; tiny_ocr: what the small model makes. FLUX.2: between the 384 and 1024 of"
-        " Flow-Factory's training and evaluation. Wan: half its native 480, as in Flow-GRPO's"
-        " config for it."
+        "flux_first: a quarter of the pixels takes a quarter of the time; Qwen-Image: below its"
+        " native 1328, to save time; tiny_ocr: the size that the small model makes. FLUX.2: between"
+        " the 384 and 1024 of Flow-Factory's training and evaluation. Wan: half its native 480, as"
+        " in Flow-GRPO's config for it."
     ),
     "rollout.width": "As above.",
     "rollout.frames": (
-        "Wan: two seconds at its 16 frames a second, as in Flow-GRPO's config for it. The recipe for"
-        " Wan 2.2 has 5."
+        "Wan: two seconds at its 16 frames per second, as in Flow-GRPO's config for it. The recipe"
+        " for Wan 2.2 has 5."
     ),
     "rollout.num_steps": (
-        "Training needs a reward's order, not the best image. Editing: Flow-GRPO's recipes for"
-        " these models. It takes 20 for Wan, Flow-Factory 10."
+        "Training needs the order of the rewards, not the best images. Editing: Flow-GRPO's"
+        " recipes for these models. For Wan, Flow-GRPO takes 20 steps and Flow-Factory 10."
     ),
     "rollout.plan.seeds": (
-        "flux_first, tiny_ocr: one seed of more prompts covers more words in the same time."
+        "flux_first, tiny_ocr: one seed for each of more prompts covers more words in the same"
+        " time."
     ),
     "rollout.plan.children": (
-        "Rewards of six children of one state are what an advantage is normalized over. Wan: four, "
-        "because a video costs more than an image."
+        "An advantage is normalized over the rewards of the six children of a state. Wan: four,"
+        " because a video costs more than an image."
     ),
     "rollout.plan.branch_steps": (
-        "Every step but the last, which takes no noise. flux_first: three, spread over the grid,"
-        " for 2.4 times fewer forwards. tiny_ocr: those where its rewards spread, without the"
-        " first, which decides colors."
+        "Every step but the last, which takes no noise. flux_first: three steps, spread over the"
+        " grid, for 2.4 times fewer forwards. tiny_ocr: the steps at which its rewards spread,"
+        " except the first, which decides colors."
     ),
     "rollout.sde.type": "The stochastic step of Flow-GRPO.",
     "rollout.sde.eta": (
-        "Noise of a step: enough to change the image, not to destroy it. Editing: as Flow-GRPO's"
-        " recipes."
+        "The noise of a step: enough to change the image, but not to destroy it. Editing: as in"
+        " Flow-GRPO's recipes."
     ),
     "rollout.guidance_scale": (
-        "FLUX embeds it (flux_control_lora: that of public examples); SD3.5 and Qwen-Image pay a"
-        " second half of each forward for it. Qwen-Image: its authors' `true_cfg_scale`. The small"
-        " model has none. FLUX.2 [klein] base: diffusers' example, and Flow-Factory's recipe for"
-        " it. Z-Image: the recipe's, and its authors' example; for Turbo set 0. Wan: Flow-GRPO's;"
-        " the pipeline's default is 5."
+        "FLUX takes it as an input (flux_control_lora: that of public examples); for SD3.5 and"
+        " Qwen-Image it doubles the rows of each forward. Qwen-Image: its authors'"
+        " `true_cfg_scale`. The small model has no guidance. FLUX.2 [klein] base: diffusers'"
+        " example, and Flow-Factory's recipe for it. Z-Image: the recipe's, and its authors'"
+        " example; for Turbo set 0. Wan: Flow-GRPO's; the pipeline's default is 5."
     ),
-    "rollout.guidance_scale_2": "Wan 2.2: of the expert for low noise, as in the recipe.",
+    "rollout.guidance_scale_2": "Wan 2.2: for the expert for low noise, as in the recipe.",
     "rollout.micro_batch": (
-        "The largest that leaves room on the card; `--dry-run` says how much. It changes speed"
-        " alone."
+        "The largest for which the card has memory; `--dry-run` says how much it takes. It changes"
+        " only the speed."
     ),
     "rollout.decode_batch": (
-        "The decoder at 1024 px holds more than the transformer's forward does; it changes speed"
-        " alone."
+        "At 1024 px the decoder needs more memory than the transformer's forward. It changes only"
+        " the speed."
     ),
     "rollout.graphs": (
-        "A forward is one launch instead of some thousand. Not tried on a GPU yet: a rehearsal at"
-        " the start turns it off where it fails."
+        "A forward is one launch instead of some thousand. Not tried on a GPU yet; a rehearsal at"
+        " the start turns it off if it fails."
     ),
     "rollout.suffix.stride": (
-        "Coarser steps after the decision of a child; measured on the small model alone, see the"
+        "Longer steps after a child's stochastic step; measured with the small model only, see the"
         " log."
     ),
-    "rollout.suffix.exact_steps": "The first step after the decision stays exact.",
+    "rollout.suffix.exact_steps": "The first step after the stochastic one stays exact.",
     "rewards.jpeg": (
         "flux_first: the size of the image as a JPEG file. It costs nothing and any model can"
-        " change it, so that a curve that stays flat points at a fault. It says nothing about"
-        " quality; give it your reward next."
+        " learn to change it, so a curve that stays flat shows that something is wrong. It says"
+        " nothing about quality; use your own reward next."
     ),
     "rewards.edited.type": (
-        "Whether the instruction was followed: a vision-language model is asked. Flow-GRPO's"
-        " recipes count objects (GenEval) instead, which needs a detector and a task of counting."
+        "A vision-language model is asked whether the instruction was followed. Flow-GRPO's"
+        " recipes count objects (GenEval) instead, which needs a detector and a counting task."
     ),
     "rewards.edited.base_url": (
-        "Of a server that you start, for instance vLLM with the model below."
+        "Address of a server that you start, for example vLLM with the model below."
     ),
-    "rewards.edited.model": "Any that compares two images.",
-    "rewards.edited.conditions": "The judge sees the image before the edit too.",
-    "rewards.edited.weight": "The weight that Flow-GRPO's recipe gives to the task.",
+    "rewards.edited.model": "Any model that can compare two images.",
+    "rewards.edited.conditions": "The judge also sees the image before the edit.",
+    "rewards.edited.weight": "The weight of the task in Flow-GRPO's recipe.",
     "rewards.clip_image.weight": (
-        "Likeness to the image before the edit, so that what was not asked for stays; as"
+        "Similarity to the image before the edit, so that everything else in it is kept; as in"
         " Flow-GRPO's recipes."
     ),
     "rewards.ocr.weight": (
-        "The only reward; flux_first watches it at evaluations alone, to see whether the words stay"
+        "The only reward. flux_first: weight 0, so that evaluations show whether words stay"
         " legible."
     ),
     "rewards.ocr.detect": (
-        "True finds the text in a large image first; the small model's images are text from edge to"
-        " edge."
+        "True finds the text in a large image first; the small model's images contain nothing but"
+        " the text."
     ),
     "rewards.ocr.frames": (
         "Wan: the mean over four frames of each video, from the first to the last."
     ),
     "rewards.pickscore.weight": (
-        "flux_control_lora: what people prefer, since depth maps ask for no words. The "
-        "advantages of one reward do not depend on its weight."
+        "flux_control_lora: human preference, since the prompts of depth maps ask for no words."
+        " The advantages of a single reward do not depend on its weight."
     ),
-    "rewards.pickscore.device": "Beside the policy: 2 GB.",
-    "rewards.pickscore.dtype": "Half the memory.",
+    "rewards.pickscore.device": "It shares the GPU with the policy and takes 2 GB.",
+    "rewards.pickscore.dtype": "Takes half the memory of float32.",
     "reward_pool.workers": (
-        "OCR on CPU cores beside each GPU. tiny_ocr: two beside two cores in all, which shorten the"
-        " wait for the last images of an iteration. Editing: one CLIP model."
+        "OCR runs on CPU cores beside each GPU. tiny_ocr: two workers, on a machine of two cores,"
+        " which shorten the wait for the last images of an iteration. Editing: one, with one CLIP"
+        " model."
     ),
     "reward_pool.threads_per_worker": (
         "More workers are better than more threads for images scored one by one. Editing: CLIP"
         " takes images in batches."
     ),
     "training.iterations": (
-        "The paper gives no end; watch the held-out reward. flux_first: an hour's; tiny_ocr: as"
-        " many as its minutes hold."
+        "The paper gives no number; watch the held-out reward. flux_first: as many as an hour"
+        " allows; tiny_ocr: more than its minutes allow."
     ),
-    "training.minutes": "A promise to whoever tries it.",
+    "training.minutes": "tiny_ocr: the ten minutes that the README promises.",
     "training.updates.passes": (
-        "Each part once. tiny_ocr: all states twice, since its images cost far more than its"
-        " training; the first pass is on-policy, and in the second the ratio and its clip begin to"
-        " matter."
+        "Each state is trained on once. tiny_ocr: twice, since its images cost far more than its"
+        " training; the first pass is on-policy, and in the second the ratio and its clip range"
+        " begin to matter."
     ),
     "training.updates.parts": (
-        "The paper's two updates of a rollout have half of it each, which costs half of two passes."
+        "The paper makes two updates per rollout with half of the states each, which costs half as"
+        " much as two passes."
     ),
     "training.micro_batch": (
-        "As many states in a forward as activations leave room for; it changes speed alone. FLUX: 3"
-        " at 1024 px hold little more than decoding does anyway, for a third of the gathers,"
-        " launches and host reads of 1."
+        "As many states per forward as there is memory for activations. It changes only the speed."
+        " FLUX: 3 states at 1024 px need little more memory than decoding does anyway, with a third"
+        " of the gathers, launches and host reads."
     ),
     "training.advantage.type": "The weighted sum of the rewards, in groups.",
     "training.advantage.over": (
-        "The initial noise is held fixed, so that only exploration is compared."
+        "All images of a group start from the same noise, so that only the stochastic step is"
+        " compared."
     ),
-    "training.advantage.clip": "A bound for groups with one outlier.",
+    "training.advantage.clip": "Limits the effect of an outlier in a group.",
     "training.objective.type": "GRPO's clipped loss.",
     "training.objective.clip_low": (
-        "So small because the log-probability is a mean over latent elements. tiny_ocr: its latents"
-        " have few. Wan: that of the recipe."
+        "Small, because the log-probability is a mean over latent elements. tiny_ocr: larger,"
+        " because its latents have few elements. Wan: as in the recipe."
     ),
     "training.objective.clip_high": "As above.",
-    "training.weighting": "A step's loss weighs as much as its noise could change.",
+    "training.weighting": "The weight of a step's loss is proportional to the noise of the step.",
     "training.penalty": (
-        "flux_zero3: none, which saves a reference's forwards and memory; for where one is kept,"
-        " see `training.reference` in the [config page](config.md)."
+        "flux_zero3: none, which saves the forwards and the memory of a reference model; to keep"
+        " one, see `training.reference` in the [config page](config.md)."
     ),
     "training.penalty.type": (
-        "The paper's. tiny_ocr: holds the colors, which an OCR reward buys itself legibility with;"
-        " see the log."
+        "The paper's. tiny_ocr: keeps the colors, which an OCR reward would otherwise change"
+        " first; see the log."
     ),
     "training.penalty.coef": "The paper's for HPSv3 and for OCR. tiny_ocr: measured, see the log.",
-    "training.penalty.form": "Between the means of the steps.",
-    "training.ema.decay": "What is evaluated and exported is the average.",
-    "training.ema.every": "flux_first: every update, because it makes few.",
+    "training.penalty.form": "Measured between the means of the steps.",
+    "training.ema.decay": "The average is what is evaluated and exported.",
+    "training.ema.every": "flux_first: every update, because it makes few updates.",
     "training.merge.last": (
-        "tiny_ocr: with `every` the last sixteen iterations; merged weights stand for a"
-        " learning-rate decay at any length of the run."
+        "tiny_ocr: with `every`, the last sixteen iterations. Merging weights replaces a"
+        " learning-rate decay, whatever the length of the run."
     ),
     "training.merge.every": "As above.",
-    "training.merge.shape": "Equal weights, which are a linear decay.",
-    "training.seed": "Any.",
+    "training.merge.shape": "Equal weights, which correspond to a linear decay.",
+    "training.seed": "Any number.",
     "eval.every": (
-        "By the dry run, a fiftieth of the time between two of them for FLUX; flux_first: ten in"
-        " the run."
+        "By the dry run, evaluations take a fiftieth of the time between them for FLUX."
+        " flux_first: ten in the run."
     ),
     "eval.num_steps": (
-        "As one would use the model. flux_first: enough to see. Qwen-Image: its authors' number."
-        " FLUX.2: diffusers' example. Wan 2.1: the pipeline's default; 2.2: the recipe's."
+        "As many as users of the model take. flux_first: enough to see the images. Qwen-Image: its"
+        " authors' number. FLUX.2: diffusers' example. Wan 2.1: the pipeline's default; 2.2: the"
+        " recipe's."
     ),
     "eval.prompts": (
-        "The paper does not say. More prompts, less noise in the curve; Wan's cost 50 forwards of a"
-        " video each."
+        "The paper does not say. More prompts make the curve less noisy. For Wan, each costs 50"
+        " forwards of a video."
     ),
-    "checkpoint.every": "What a crash may cost at most.",
-    "checkpoint.keep": "The newest two, and the best. flux_first: the newest, and the best.",
-    "logging.dir": "Below the working directory.",
-    "deepspeed.optimizer.type": "As the paper's code.",
+    "checkpoint.every": "The most iterations that a crash can cost.",
+    "checkpoint.keep": "The newest two and the best one. flux_first: the newest and the best one.",
+    "logging.dir": "In the working directory.",
+    "deepspeed.optimizer.type": "As in the paper's code.",
     "deepspeed.optimizer.params.lr": (
-        "flux_zero3: all weights move, so a thirtieth of LoRA's; Qwen-Image: a third, for a model"
-        " nobody has tuned so; tiny_ocr: measured, see the log. FLUX.2: the paper's, as"
-        " Flow-Factory's recipe for [klein] base has it. Wan: Flow-GRPO's."
+        "flux_zero3: a thirtieth of LoRA's, because all weights move; Qwen-Image: a third, for a"
+        " model that nobody has tuned in this way; tiny_ocr: measured, see the log. FLUX.2: the"
+        " paper's, and that of Flow-Factory's recipe for [klein] base. Wan: Flow-GRPO's."
     ),
-    "deepspeed.optimizer.params.betas": "tiny_ocr: fewer updates than 0.999 averages over.",
+    "deepspeed.optimizer.params.betas": (
+        "tiny_ocr: its run has fewer updates than 0.999 would average over."
+    ),
     "deepspeed.optimizer.params.eps": "AdamW's own default.",
-    "deepspeed.optimizer.params.weight_decay": "As the paper's code.",
+    "deepspeed.optimizer.params.weight_decay": "As in the paper's code.",
     "deepspeed.optimizer.params.torch_adam": (
-        "PyTorch's AdamW: DeepSpeed's own is compiled at first use, for which many machines "
-        "lack a compiler."
+        "PyTorch's AdamW; DeepSpeed's own is compiled at its first use, and many machines lack a"
+        " compiler."
     ),
-    "deepspeed.bf16.enabled": "Half the memory, with fp32 masters in the optimizer.",
+    "deepspeed.bf16.enabled": "Half the memory; the optimizer keeps fp32 master weights.",
     "deepspeed.data_types.grad_accum_dtype": (
-        "Sums of dozens of micro-batches lose their small ones in bfloat16."
+        "In bfloat16, a sum over dozens of micro-batches would lose its small terms."
     ),
-    "deepspeed.gradient_clipping": "As the paper's code.",
+    "deepspeed.gradient_clipping": "As in the paper's code.",
     "deepspeed.zero_optimization.stage": (
-        "3 spreads 214 GB of weights, gradients and states over 8 cards. Adapters are small: 1 on "
-        "one GPU, for the fp32 masters alone, and 2 on several. A CPU needs none."
+        "Stage 3 shards 214 GB of weights, gradients and optimizer states over 8 cards. Adapters"
+        " are small: stage 1 on one GPU, only for the fp32 master weights, and stage 2 on several."
+        " A CPU needs none."
     ),
-    "deepspeed.zero_optimization.overlap_comm": "Gradients travel while the backward goes on.",
-    "deepspeed.zero_optimization.contiguous_gradients": "One buffer for them, no fragmentation.",
+    "deepspeed.zero_optimization.overlap_comm": (
+        "Gradients are communicated while the backward continues."
+    ),
+    "deepspeed.zero_optimization.contiguous_gradients": (
+        "Gradients are copied into one buffer, which avoids fragmentation."
+    ),
 }
 
 HEAD = """# The shipped configs
@@ -463,19 +478,20 @@ HEAD = """# The shipped configs
 Generated by `python docs/make_configs_page.py` from the files in [configs/](../configs) and from the notes in that script.
 Keys that a config leaves out have the defaults of the [config page](config.md).
 
-A value in **bold** is what the paper's own code uses for that model; every other one is ours. The FLUX configs are
-held against the paper's FLUX.1-dev, the others against its SD3.5-medium, though Qwen-Image, FLUX.2 and the small model are
-not in the paper. The two configs for editing are held against Flow-GRPO's recipes for these models where those say something,
-and are untuned. Z-Image is held against Flow-Factory's recipe; the plan and the penalty are this project's, untuned for it.
-Wan 2.1 is held against Flow-GRPO's own config for it (config/grpo.py, general_ocr_wan2_1), Wan 2.2 against Flow-Factory's
-recipe (examples/grpo/lora/wan22/t2v.yaml), which has another plan and size, and no penalty. The values of FLUX.2 and Wan are untuned:
-nobody here has run them. Where two configs differ for the same model, the key's reason says why.
+A value in **bold** is a published one; every other value is this project's. The FLUX configs are compared with the values of the
+paper's own code for FLUX.1-dev, and most others with its values for SD3.5-medium, although Qwen-Image, FLUX.2 and the small model are
+not in the paper. The two configs for editing are compared with Flow-GRPO's recipes for these models, as far as those go, and are
+untuned. Z-Image is compared with Flow-Factory's recipe; its plan and penalty are this project's and untuned for it. Wan 2.1 is compared
+with Flow-GRPO's own config for it (config/grpo.py, general_ocr_wan2_1), Wan 2.2 with Flow-Factory's recipe
+(examples/grpo/lora/wan22/t2v.yaml), which has another plan and size, and no penalty. The values of FLUX.2 and Wan are untuned, since
+they have not been run here. If two configs differ for the same model, the key's reason says why.
 
 """
 
 
 def first_run() -> str:
-    """How an hour holds configs/flux_first.json, from the dry run's seconds."""
+    """The section that computes from the dry run's seconds that configs/flux_first.json takes an
+    hour."""
     values, f = shipped("flux_first"), FIRST
     iterations, every = values["training.iterations"], values["eval.every"]
     parts = [f["rollout"], f["decode"], f["reference"], f["old policy"], f["training"]]
@@ -491,9 +507,9 @@ TFLOP/s ({f["mfu"]} of an H100's peak):
 - {iterations} iterations: {trained:.0f} minutes;
 - {evaluations} evaluations, one before the first iteration and one every {every}, of {f["evaluation"]} s: {evaluated:.0f} minutes.
 
-That makes {trained + evaluated:.0f} minutes, and leaves {60 - trained - evaluated:.0f} for loading the model, embedding the prompts and the
-rehearsal of graphs. These are operations over a stated speed: no GPU has run it yet. On a faster or slower card change
-`training.iterations`.
+The sum is {trained + evaluated:.0f} minutes, which leaves {60 - trained - evaluated:.0f} for loading the model, embedding the prompts and the
+rehearsal of graphs. The seconds are numbers of operations divided by the given speed; no GPU has run this config yet. For a faster or
+slower card change `training.iterations`.
 """
 
 
