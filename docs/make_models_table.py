@@ -49,7 +49,7 @@ def table() -> str:
 
     pipelines = COMPONENTS["policy"].ids
     lines = [
-        "| models | pipeline in diffusers | " + " | ".join(COLUMNS) + " | on hardware |",
+        "| models | pipeline in diffusers | " + " | ".join(COLUMNS) + " | run on a GPU |",
         "|---|---|" + "---|" * (len(COLUMNS) + 1),
     ]
     families = {**FAMILIES, **SIBLINGS}
