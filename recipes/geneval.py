@@ -38,9 +38,9 @@ TEMPLATES = [
 
 THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9
 MOST_OBJECTS = 16  # of a class
-SLACK = 0.1  # share of both objects' sizes by which their centres must differ to count as apart
+SLACK = 0.1  # share of both objects' sizes by which their centers must differ to count as apart
 QUERIES_KEPT = 100
-GREY = 0x99  # what surrounds an object whose colour is asked
+GREY = 0x99  # what surrounds an object whose color is asked about
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ class GenEval(Reward):
         return [COLOURS[i] for i in best]
 
     def _embed_colours(self, name: str):
-        """The mean of each colour's templates, of length 1: fp32 [colours, d]."""
+        """The mean embedding of each color's templates, of length 1: fp32 [colors, d]."""
         import torch
 
         texts = self._clip.embed_texts(
