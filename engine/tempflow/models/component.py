@@ -52,7 +52,7 @@ class Component:
     """A component that model_index.json lists as name: [library, kind]."""
 
     folder: Path
-    """Of the pipeline."""
+    """The pipeline's folder."""
     name: str
     """Such as "transformer"; also the name of its folder."""
     library: str

@@ -77,8 +77,8 @@ class EmbeddingCache:
 
     def get(self, examples: list[Example]) -> Conditioning:
         """The conditioning of n examples of one shape, [n, ...] on the policy's device, as
-        `Policy.encode` returns it. Examples of the last call of `each` are not copied to the device
-        again."""
+        `Policy.encode` returns it. If all of them were in the last call of `each`, nothing is
+        copied to the device."""
         keys = [self._key(example) for example in examples]
         if all(key in self._there for key in keys):
             rows = [self._there[key] for key in keys]
@@ -137,10 +137,12 @@ class EmbeddingCache:
         return self._shapes[identity]
 
     def _let_go(self) -> None:
+        """Drop the least recently used embeddings above the capacity."""
         while len(self._held) > self._capacity:
             self._held.popitem(last=False)
 
     def _hold(self, examples: list[Example]) -> None:
+        """Read or compute the embeddings of examples that are not in memory."""
         for identity, example in by_identity(self._policy, examples).items():
             if identity not in self._held:
                 self._held[identity] = (
@@ -149,6 +151,7 @@ class EmbeddingCache:
             self._held.move_to_end(identity)
 
     def _rows(self, examples: list[Example]) -> Conditioning:
+        """The embeddings of examples in memory, stacked, on the policy's device."""
         held = [self._held[self._policy.identity(example)] for example in examples]
         stacked = {name: torch.stack([one[name] for one in held]) for name in held[0]}
         return send([stacked], self._policy.device)[0]

@@ -127,7 +127,6 @@ class GuidedPolicy(Policy):
         if not self.guides(guidance):
             return forward(x, sigma, positive)
         scale = self._scale(guidance, sigma, dtype)
-        # By the prompt's names, so that both halves have their tensors in the same order.
         negative = {name: conditioning[NEGATIVE + name] for name in positive}
         # Decided by the family and not by the shapes at hand, so that all prompts are computed in
         # the same way, whether the lengths of the two halves happen to agree or not.

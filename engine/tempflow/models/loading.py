@@ -44,7 +44,7 @@ def resolve_dtype(name: str, device: torch.device | str) -> torch.dtype:
 
 
 def check_model(path: str | Path) -> str:
-    """The name of a checkpoint's pipeline class, from its model_index.json. Of a hub id only that
+    """The name of a checkpoint's pipeline class, from its model_index.json. For a hub id only that
     file is fetched.
 
     Raises:
@@ -68,7 +68,7 @@ def check_model(path: str | Path) -> str:
         )
     if folder.is_dir():
         needed = [part for part, value in index.items() if is_component(value) and value[0]]
-        # os.path.isdir is False where Path.is_dir raises because of a missing permission.
+        # Not Path.is_dir, which raises if a permission is missing; os.path.isdir returns False.
         missing = [part for part in needed if not os.path.isdir(folder / part)]
         if missing:
             raise UserError(
@@ -242,7 +242,7 @@ def load_policy(
     folder = local_folder(path, pipeline, left_out)
     family, index = family_of(path), _index(path)
     components = [c for c in components_of(folder, family) if c.name not in left_out]
-    # Also for folders that a run has checked: of a hub id only model_index.json was there before.
+    # Checked again, because a hub id had only its model_index.json before the download.
     check_components(components, family)
     loaded = {component.name: component.load(dtype) for component in components}
     # While the denoiser is on the CPU: the device never holds all of its unpacked weights.

@@ -311,11 +311,11 @@ def _check(adapters: Adapters, settings: dict, file: Path) -> None:
             else name.replace(".lora_B.", ".lora_A.")
         )
         if pair not in adapters:
-            raise UserError(f"{file} holds {name} without {pair}; it was not saved whole")
+            raise UserError(f"{file} holds {name} without {pair}; save it again, or download it")
 
 
 def _check_settings(settings: dict, file: Path) -> None:
-    """UserError unless they are known to mean base + alpha / rank x B A."""
+    """Raise a UserError unless the settings are known to mean W + (alpha / rank) B A."""
     from peft import LoraConfig
 
     start = settings.get("init_lora_weights", True)
@@ -327,6 +327,8 @@ def _check_settings(settings: dict, file: Path) -> None:
             " makes plain adapters of twice the rank"
         )
     default = LoraConfig().to_dict()
+    # An unknown setting is refused unless it is empty or the default: later versions of peft add
+    # variants of LoRA, whose adapters would load here and compute something else.
     unusual = [
         name
         for name, value in settings.items()
@@ -348,7 +350,7 @@ def _check_settings(settings: dict, file: Path) -> None:
 
 
 def _rank(adapters: Adapters, file: Path) -> int:
-    """The rank of all layers; UserError where they differ."""
+    """The rank of all layers; UserError if layers differ."""
     layers: dict[int, list[str]] = {}
     for name, weight in adapters.items():
         layers.setdefault(weight.shape[0 if ".lora_A." in name else 1], []).append(

@@ -43,7 +43,7 @@ class QuantizedLinear(torch.nn.Linear):
     """fp32 [256], the values that the bytes of 8 bits stand for, viewed as int32; None for 4
     bits."""
     dtype: torch.dtype
-    """Of the weight before it was packed."""
+    """Dtype of the weight before it was packed."""
 
     def __init__(self, source: torch.nn.Linear, kind: str, device: torch.device | str):
         packed, scales, table = _pack(source.weight.detach().to(device), kind)

@@ -27,7 +27,7 @@ class Sampler:
 
     policy: Policy
     size: Size
-    """Of the outputs."""
+    """Size of the outputs."""
     guidance_scale: float
     """As in the pipeline's call; `Scales` where a second expert has a scale of its own."""
 

@@ -436,7 +436,7 @@ class _Integration:
             children, scores = (
                 (torch.cat(part) for part in zip(*parts)) if len(parts) > 1 else parts[0]
             )
-            # Of the grid on the CPU, so these reads do not wait for the device.
+            # The grid is on the CPU, so these reads do not wait for the device.
             sigma, a, b, tau = (
                 t[k].item()
                 for t in (self.grid.sigmas, self.grid.sde.a, self.grid.sde.b, self.grid.sde.tau)
