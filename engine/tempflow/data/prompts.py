@@ -319,7 +319,7 @@ class PromptOrder:
         if per_iteration > count:
             raise UserError(
                 f"data.prompts_per_iteration: {per_iteration}, but data.train holds only {count}"
-                " prompts"
+                " prompts; add prompts, or lower the number"
             )
         self.count, self.per_iteration, self._seed = count, per_iteration, seed
         # Two epochs, since a draw that crosses an epoch's end reads from both. Cached per object:
