@@ -241,7 +241,7 @@ def test_a_resumed_run_curates_as_an_undisturbed_one(tmp_path):
     assert (
         skipped[0] == 0
         and max(skipped) > 0
-        and "Prompts passed over" in (whole.folder / "report.html").read_text()
+        and "Skipped prompts" in (whole.folder / "report.html").read_text()
     )
     state = json.loads((whole.folder / "checkpoints/000006/state.json").read_text())
     assert set(state["curation"]["prompts"]) == {"0", "1", "2", "3"}

@@ -1,10 +1,10 @@
-"""How different images are: the distance that shrinks when a policy collapses onto one image, and
-who is near whom.
+"""How different images are: mean distances, which shrink when a policy collapses onto one image,
+and precision and recall of one set of images against another.
 
-The distance of two images is the root mean square difference of their pixels, which lie in [0, 1],
-after both were averaged down to at most 32 x 32; that of two videos takes a few frames of each.
-That sees layout and color, not grain, and costs nothing beside a rollout; embeddings would see
-meaning as well, at the price of another model on every image.
+The distance of two images is the root mean square difference of their pixels in [0, 1], after both
+were averaged down to at most 32 x 32 pixels. For two videos, a few frames of each are compared.
+This distance sees layout and color but no fine texture, and its cost is negligible beside a
+rollout. Distances of embeddings would see meaning as well, but need another model for every image.
 """
 
 from __future__ import annotations
@@ -20,14 +20,21 @@ FRAMES = 4  # of a video, at most
 
 
 def thumbnails(media: np.ndarray) -> np.ndarray:
-    """Images or videos averaged down to at most SIDE pixels a side, in [0, 1], as float32 [n,
-    D]."""
+    """Average images or videos down to at most SIDE pixels a side.
+
+    Args:
+        media: uint8 [n, H, W, 3], or [n, F, H, W, 3].
+
+    Returns:
+        float32 [n, D] in [0, 1].
+    """
     return thumbnails_there(torch.from_numpy(media)).numpy()
 
 
 def thumbnails_there(media: torch.Tensor) -> torch.Tensor:
     """`thumbnails` of uint8 [n, H, W, 3] or [n, F, H, W, 3], on their device."""
-    if media.ndim == 5:  # frame by frame: a list of places would be copied to a GPU
+    if media.ndim == 5:
+        # Frame by frame: an index list would be copied to the GPU, and the host would wait for it.
         places = frame_places(media.shape[1], FRAMES).tolist()
         frames = torch.stack([media[:, place] for place in places], 1)
     else:
@@ -38,11 +45,14 @@ def thumbnails_there(media: torch.Tensor) -> torch.Tensor:
 
 
 def mean_distance(groups: np.ndarray) -> np.ndarray:
-    """Mean distance over all pairs within each group of thumbnails. groups: [..., n, D], n from 2
-    on; returns float64 [...].
+    """Mean distance over all pairs within each group of thumbnails.
 
-    A thumbnail that holds NaN is that of a missing image and in no pair; NaN where a group has no
-    pair.
+    Args:
+        groups: [..., n, D] with n >= 2; NaN in the thumbnails of missing images, which are in no
+            pair.
+
+    Returns:
+        float64 [...]; NaN where a group has no pair.
     """
     *lead, n, size = groups.shape
     points = torch.from_numpy(np.asarray(groups, dtype=np.float64)).reshape(-1, n, size)
@@ -50,21 +60,27 @@ def mean_distance(groups: np.ndarray) -> np.ndarray:
     there = points.isfinite().all(-1)
     pairs = there[:, :, None] & there[:, None, :] & ~torch.eye(n, dtype=torch.bool)
     count = pairs.sum((1, 2))
+    # where, not a product: 0 times the NaN of a missing image is NaN.
     total = torch.where(pairs, apart, 0.0).sum((1, 2))
     return torch.where(count > 0, total / count / size**0.5, torch.nan).numpy().reshape(lead)
 
 
 def distance_to_others(points: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Mean distance of each thumbnail to the others of its label, float64 [n]; NaN for a missing
-    image, and where it has no other.
+    """Mean distance of each thumbnail to the others of its label.
 
-    points: [n, D], NaN where an image is missing. labels: int [n].
+    Args:
+        points: [n, D], NaN where an image is missing.
+        labels: int [n].
+
+    Returns:
+        float64 [n]; NaN for a missing image, and for one that is alone with its label.
     """
     found, there = np.full(len(points), np.nan), np.isfinite(points).all(1)
     for label in np.unique(labels[there]):
         members = np.flatnonzero(there & (labels == label))
         if len(members) > 1:
             group = torch.from_numpy(np.asarray(points[members], dtype=np.float64))
+            # n - 1: the distance of an image to itself is in the sum, as 0, but not in the mean.
             found[members] = (
                 _apart(group, group).sum(1).numpy() / (len(members) - 1) / points.shape[1] ** 0.5
             )
@@ -72,30 +88,35 @@ def distance_to_others(points: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Exact distances float64 [n, m] of points of whole numbers, [n, D] and [m, D], such as
-    thumbnails in levels.
+    """Exact Euclidean distances of points whose coordinates are whole numbers, such as thumbnails
+    in gray levels.
 
-    By a matrix product, which is several times faster than differences: sums of whole numbers below
-    2^53 have no rounding.
+    Args:
+        a: [n, D].
+        b: [m, D].
+
+    Returns:
+        float64 [n, m].
     """
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    # A matrix product is several times faster than differences. It cancels badly for real numbers,
+    # but here all sums are whole numbers below 2^53, which float64 holds without rounding.
     return np.sqrt((a * a).sum(1)[:, None] + (b * b).sum(1) - 2 * (a @ b.T))
 
 
 def precision_and_recall(base: np.ndarray, now: np.ndarray, neighbors: int) -> tuple[float, float]:
-    """How far two sets of points lie within each other: share of `now` in a ball of `base`, and
-    share of `base` in a ball of `now`.
+    """Precision, the share of `now` within the balls of `base`, and recall, the share of `base`
+    within the balls of `now`.
 
-    Each point of a set has a ball that reaches to its k-th nearest neighbor in that set. A falling
-    recall says that images which the base made are made no more; precision falls when new ones
-    appear, better ones too.
+    The ball around a point reaches to its k-th nearest neighbor in its own set. Recall falls when
+    images like some of the base's are no longer made. Precision falls when new kinds of images
+    appear, better ones included. Source: arXiv 1904.06991, eq. 1 and 2; as monitors of a fine-tuned
+    model arXiv 2305.18910.
 
     Args:
         base: whole numbers, [n, D].
         now: whole numbers, [m, D].
         neighbors: k, less than n and m.
-
-    Source: arXiv 1904.06991, eq. 1 and 2; as monitors of a fine-tuned model arXiv 2305.18910.
     """
     between = distances(base, now)
     precision = (between <= _radii(base, neighbors)[:, None]).any(0)
@@ -106,10 +127,11 @@ def precision_and_recall(base: np.ndarray, now: np.ndarray, neighbors: int) -> t
 def _radii(points: np.ndarray, neighbors: int) -> np.ndarray:
     """Distance of each point to its k-th nearest other one, [n]."""
     apart = distances(points, points)
-    np.fill_diagonal(apart, np.inf)
+    np.fill_diagonal(apart, np.inf)  # a point is not its own neighbor
     return np.partition(apart, neighbors - 1, axis=1)[:, neighbors - 1]
 
 
 def _apart(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Distances of real points; by way of a matrix product equal ones would not be at 0."""
+    """Distances of points with real coordinates."""
+    # cdist's matrix product would round the distance of equal points to more than 0.
     return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")

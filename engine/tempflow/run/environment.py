@@ -19,17 +19,17 @@ from pathlib import Path
 import tempflow
 from tempflow.errors import UserError
 
-# what a launcher says in the environment
+# Set by torchrun and the deepspeed launcher for each rank.
 LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PROC = Path("/proc/driver/nvidia")
-# by the major version of CUDA, as NVIDIA's release notes give it
+# Oldest driver by the major version of CUDA, from NVIDIA's release notes.
 OLDEST_DRIVER = {"12": "525", "13": "580"}
 INSTEAD = "DS_ACCELERATOR=cpu before the command runs it on the CPU all the same"
 
 
 def versions() -> dict[str, str]:
-    """This package, Python, and the libraries that results depend on; libraries that are not
-    installed are left out."""
+    """Versions of this package, of Python, and of the libraries that results depend on, by name;
+    libraries that are not installed are left out."""
     found = {"tempflow": tempflow.__version__, "python": platform.python_version()}
     for name in ("torch", "triton", "diffusers", "transformers", "peft", "deepspeed"):
         try:
@@ -64,8 +64,9 @@ def device_name() -> str:
 
 @lru_cache(maxsize=1)
 def nvidia_driver() -> str | None:
-    """The version of this machine's NVIDIA driver; "of unknown version" where it does not answer;
-    None where there is none."""
+    """The version of this machine's NVIDIA driver; "of unknown version" where the driver does not
+    answer; None where there is no driver."""
+    # Cached: the check at the start and the line about the device both ask, by a process.
     if (PROC / "version").exists():
         found = re.search(r"Module\D.*?\s(\d+\.[\d.]+)", (PROC / "version").read_text())
         return found[1] if found else "of unknown version"
@@ -73,6 +74,7 @@ def nvidia_driver() -> str | None:
         asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         answer = subprocess.run(asked, capture_output=True, text=True, timeout=60).stdout.split()
     except (OSError, subprocess.TimeoutExpired) as error:
+        # In a container nvidia-smi may be missing although the driver is there.
         return (
             None
             if isinstance(error, FileNotFoundError) and not PROC.exists()
@@ -82,8 +84,10 @@ def nvidia_driver() -> str | None:
 
 
 def unused_gpu() -> str | None:
-    """The driver's version where this machine has an NVIDIA driver, but torch has no GPU to use;
-    None where all is well, and where CUDA_VISIBLE_DEVICES hides the GPUs."""
+    """The driver's version where this machine has an NVIDIA driver but torch has no GPU to use.
+
+    None where torch has a GPU, and where CUDA_VISIBLE_DEVICES hides the GPUs on purpose.
+    """
     import torch
 
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")
@@ -91,17 +95,22 @@ def unused_gpu() -> str | None:
 
 
 def prefer_cpu() -> None:
-    """Have DeepSpeed use the CPU where torch has no GPU, unless that is a mistake that `check_gpu`
-    refuses."""
+    """Make DeepSpeed use the CPU where torch has no GPU, except where `check_gpu` will refuse to
+    run on the CPU."""
     import torch
 
     if not torch.cuda.is_available() and not (torch.version.cuda and unused_gpu()):
+        # A user's own choice in the environment is kept.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def check_gpu() -> None:
-    """UserError where torch is built for CUDA and cannot use the GPU of this machine;
-    DS_ACCELERATOR=cpu passes."""
+    """Refuse to run where torch is built for CUDA but cannot use the GPU of this machine.
+
+    Raises:
+        UserError: with the driver, what torch needs, and what to do; never with
+            DS_ACCELERATOR=cpu.
+    """
     import torch
 
     driver = (
@@ -119,18 +128,18 @@ def check_gpu() -> None:
 
 
 def _reason() -> str:
-    """Why torch uses no GPU, in its own words."""
+    """Why torch uses no GPU, in torch's own words."""
     import torch
 
     try:
         torch.cuda.init()
-    except Exception as error:  # whatever the driver answers
+    except Exception as error:  # of any type: it comes from the driver
         return " ".join(str(error).split()) or type(error).__name__
     return "torch.cuda.is_available() is false"
 
 
 def describe(processes: int = 1) -> str:
-    """One line: the device of this process, and how many processes share the run."""
+    """One line for the start of a run: the device of this process, and the number of processes."""
     import torch
 
     ranks = f"; {processes} processes" if processes > 1 else ""
@@ -158,7 +167,12 @@ def describe(processes: int = 1) -> str:
 
 
 def choose_device() -> str:
-    """The GPU where there is one, said on stderr; UserError where it cannot be used."""
+    """ "cuda" where there is a GPU, else "cpu"; the device is printed on stderr.
+
+    Raises:
+        UserError: where there is a GPU that cannot be used.
+    """
     check_gpu()
+    # stderr: standard output is the result of some commands.
     print(describe(), file=sys.stderr, flush=True)
     return "cuda" if uses_gpu() else "cpu"

@@ -1,8 +1,9 @@
-"""Held-out evaluation: ODE images or videos of fixed prompts from fixed noise, scored, with the
-first ones kept.
+"""Held-out evaluation: images or videos of fixed prompts, sampled by the ODE from fixed noise and
+scored; those of the first prompts are kept.
 
-The noise of a prompt depends on the evaluation seed and the prompt's place in the file alone, so
-base and tuned images, runs and numbers of ranks compare like with like.
+The noise of a prompt depends only on the evaluation seed and the prompt's place in the file. So
+images before and after training, of different runs, and on different numbers of ranks have the same
+noise, and their rewards can be compared prompt by prompt.
 """
 
 from __future__ import annotations
@@ -28,41 +29,44 @@ from tempflow.types import Example
 from tempflow_kernels import normal
 
 EVAL_SEED = 0
-# no training iteration has this number, so evaluation noise is never trained on
+# Part of the noise's key. No training iteration has this number, so evaluation noise is never
+# trained on.
 EVAL_ITERATION = -1
 
 
 @dataclass(frozen=True)
 class Scored:
-    """Prompts by index, the weighted reward [n], each reward alone, and its readings; the image or
-    video of some of them, as a file: a video's frames are too large to be kept, and gathered from
-    all ranks, as arrays.
-
-    reward: NaN where it failed. parts: NaN where a reward failed or does not apply. applies: bool
-    [n] by reward. finite: bool [n], False where there is no image to score. looks: of all images,
-    for the distance to the base's.
-    """
+    """An evaluation of n prompts, or of one rank's share of them."""
 
     indices: list[int]
+    """The prompts' places in the file, [n]."""
     files: dict[int, MediaFile]
+    """Images or videos of the first prompts, by index. Encoded files, because the frames of videos
+    would be too large to keep and to gather from all ranks as arrays."""
     finite: np.ndarray
+    """bool [n], False where an image holds NaN or infinity and was not scored."""
     reward: np.ndarray
+    """float [n]: the weighted reward, NaN where it failed."""
     parts: dict[str, np.ndarray]
+    """float [n] by reward: each reward alone, NaN where it failed or does not apply."""
     applies: dict[str, np.ndarray]
+    """bool [n] by reward: whether the prompt asks for it."""
     details: dict[str, list[str] | None]
+    """Text on each image by reward, such as an OCR reading; None where the reward gives none."""
     looks: drift.Looks
+    """Of all n images, for the distance to the base's."""
 
     def counts(self) -> tuple[int, int, int]:
-        """Images, those without a reward, and those of them that are not finite."""
+        """Numbers of images, of those without a reward, and of those that are not finite."""
         return len(self.reward), int(np.isnan(self.reward).sum()), int((~self.finite).sum())
 
     def mean(self) -> Mean:
-        """Of the weighted reward, over the prompts."""
+        """Mean of the weighted reward over the prompts."""
         return mean_of(self.reward)
 
     def means(self) -> dict[str, Mean]:
-        """Of each reward alone, over the prompts that are for it; rewards that no prompt is for are
-        left out."""
+        """Mean of each reward alone, by name, over the prompts that it applies to; a reward without
+        such prompts is left out."""
         return {
             name: mean_of(values, self.applies[name])
             for name, values in self.parts.items()
@@ -73,7 +77,17 @@ class Scored:
 def fixed_noise(
     indices: list[int], shape: tuple[int, ...], device, seed: int = EVAL_SEED
 ) -> torch.Tensor:
-    """Initial latents of evaluation prompts by their place in the file, fp32 [n, *shape]."""
+    """Initial latents of evaluation prompts.
+
+    Args:
+        indices: the prompts' places in the file, n of them.
+        shape: of one latent.
+        device: of the result.
+        seed: of the noise.
+
+    Returns:
+        fp32 [n, *shape]; a latent depends on its own index alone, not on the others.
+    """
     keys = key_tensor([noise_key(seed, EVAL_ITERATION, i, 0, INITIAL) for i in indices], device)
     return normal(keys, torch.Size(shape).numel()).reshape(len(indices), *shape)
 
@@ -87,7 +101,20 @@ def draw(
     seed: int = EVAL_SEED,
     advance=lambda n: None,
 ):
-    """Yield (indices, images or videos, which are finite) of what `final_latents` yields."""
+    """Sample and decode prompts, lazily.
+
+    Args:
+        model: opened for these prompts.
+        prompts: all prompts.
+        indices: the places of those to draw.
+        num_steps: ODE steps; None: as in the run's evaluations.
+        seed: of the noise.
+        advance: called with the number of images that were made.
+
+    Yields:
+        (indices, uint8 images [n, H, W, 3] or videos [n, F, H, W, 3], bool [n] whether each is
+        finite), in the order of `final_latents`, which may differ from that of `indices`.
+    """
     sampler = model.eval_sampler()
     for part, latents in final_latents(model, prompts, indices, num_steps=num_steps, seed=seed):
         yield part, *sampler.decode(latents)
@@ -102,9 +129,12 @@ def final_latents(
     num_steps: int | None = None,
     seed: int = EVAL_SEED,
 ):
-    """Yield (indices, latents fp32 [n, ...] at sigma 0) of the prompts at `indices`: `rollout.rows`
-    are integrated together, those of each shape apart, and at most `rollout.decode_batch` of them
-    yielded together. num_steps: None: as in the run's evaluations."""
+    """Integrate prompts to sigma 0, lazily; arguments as of `draw`.
+
+    Yields:
+        (indices, latents fp32 [n, ...]). Up to `rollout.rows` prompts of one shape are integrated
+        together, and at most `rollout.decode_batch` of them are yielded together.
+    """
     r, sampler, steps = model.config.rollout, model.eval_sampler(), model.eval_steps(num_steps)
     for part in _portions(model, prompts, indices, r.rows):
         noise = fixed_noise(part, sampler.latent_shape, model.policy.device, seed)
@@ -116,7 +146,7 @@ def final_latents(
 def _portions(
     model: Opened, prompts: list[Example], indices: list[int], rows: int
 ) -> Iterator[list[int]]:
-    """The indices that are integrated together."""
+    """The indices that are integrated together: of one shape, at most `rows`."""
     for places in by_shape(model.embeddings.shapes([prompts[i] for i in indices])):
         for first in range(0, len(places), rows):
             yield [indices[n] for n in places[first : first + rows]]
@@ -125,12 +155,23 @@ def _portions(
 def evaluate(
     pool: RewardPool, specs: list[RewardSpec], prompts: list[Example], drawn, keep: int
 ) -> Scored:
-    """Score what `draw` yields while it goes on drawing, in the order of the prompts; images of the
-    first `keep` prompts are kept."""
+    """Score images while others are still being drawn.
+
+    Args:
+        pool: the reward workers.
+        specs: the rewards.
+        prompts: all prompts, to which the indices of `drawn` refer.
+        drawn: what `draw` yields.
+        keep: images of the first `keep` prompts are kept as files.
+
+    Returns:
+        The evaluation, in the order of the prompts.
+    """
     kept: dict[int, MediaFile] = {}
     indices, tickets, finite, looks = [], [], [], []
     for part, images, made in drawn:
         chosen = [prompts[i] for i in part]
+        # submit returns at once: the workers score this part while the next one is drawn.
         tickets.append(
             pool.submit(
                 images, [p.text for p in chosen], [p.for_rewards for p in chosen], finite=made
@@ -145,6 +186,7 @@ def evaluate(
     details = {}
     for spec in specs:
         texts = [score[spec.name].details for score in scores]
+        # A part whose images are all broken was not scored and has no texts; others may have.
         known = any(t is not None for t in texts)
         details[spec.name] = (
             [text for t, made in zip(texts, finite, strict=True) for text in t or [""] * len(made)]
@@ -161,11 +203,13 @@ def evaluate(
         details,
         drift.join(looks),
     )
+    # Prompts of several shapes are drawn shape by shape; `merge` sorts.
     return scored if indices == sorted(indices) else merge([scored])
 
 
 def merge(parts: list[Scored]) -> Scored:
     """The evaluations of several ranks as one, in the order of the prompts."""
+    # By index: the ranks took the prompts in turns, and drew them shape by shape.
     order = np.argsort(np.concatenate([p.indices for p in parts]))
 
     def join(arrays):
@@ -197,13 +241,13 @@ def metrics(
     base_looks: drift.Looks | None = None,
     neighbors: int | None = None,
 ) -> dict[str, float]:
-    """What a row of metrics.jsonl says of an evaluation.
+    """The metrics of an evaluation, as in a row of metrics.jsonl.
 
     Args:
         scored: the evaluation, of n prompts.
-        base: the rewards [n] before training, to which the gain is measured.
-        base_looks: of the n images before training, to which the drift is measured.
-        neighbors: eval.precision_recall.
+        base: rewards [n] before training, for the gain; None leaves it out.
+        base_looks: statistics of the n images before training, for the drift; None leaves it out.
+        neighbors: eval.precision_recall; None leaves precision and recall out.
     """
     total = scored.mean()
     found = {
@@ -212,6 +256,7 @@ def metrics(
         "eval/scored": total.scored,
         "eval/failed": total.failed,
     }
+    # Left out where 0, so that only reports of runs with broken images have a chart of them.
     found["eval/not_finite"] = int((~scored.finite).sum()) or None
     for name, one in scored.means().items():
         found |= {
@@ -229,8 +274,15 @@ def metrics(
 
 
 def write_samples(folder: Path, scored: Scored, prompts: list[Example], facts: dict) -> None:
-    """Write the images or videos and samples.json with `facts` into `folder`, which is new or
-    empty. Beside each those that its prompt brings, in a row of its height."""
+    """Write the kept images or videos, and samples.json, which describes them.
+
+    Args:
+        folder: new or empty.
+        scored: the evaluation.
+        prompts: all prompts. A prompt's condition images are written beside its image, joined in a
+            row of the image's height.
+        facts: entries of samples.json on the whole set.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     items = []
     for n, index in enumerate(scored.indices):
@@ -254,6 +306,7 @@ def write_samples(folder: Path, scored: Scored, prompts: list[Example], facts: d
                     for name, texts in scored.details.items()
                     if texts is not None and scored.applies[name][n]
                 },
+                # The report marks wrong letters against this word where the prompt has no quotes.
                 **{
                     key: prompts[index].metadata[key]
                     for key in ("ocr_target",)
@@ -276,13 +329,14 @@ def write_samples(folder: Path, scored: Scored, prompts: list[Example], facts: d
 
 
 def _written_conditions(folder: Path, file: str, prompt: Example, height: int) -> dict:
-    """The entries of a sample's item on its prompt's condition images, in a file of one row, and
-    where they came from; {} without any."""
+    """Write a prompt's condition images as one file; returns the entries for it in the sample's
+    item: the file's name, and the source of each image. {} without condition images."""
     if not prompt.images:
         return {}
     name = encoded(collage.row(collage.conditions(prompt, height))).write(
         folder, Path(file).stem + CONDITION
     )
+    # Images of a data set are arrays and have no path; their digest names them.
     came = [
         digest if isinstance(image, np.ndarray) else str(image)
         for image, digest in zip(prompt.images, prompt.image_digests)
@@ -291,11 +345,11 @@ def _written_conditions(folder: Path, file: str, prompt: Example, height: int) -
 
 
 def replace_samples(run_dir: Path, scored: Scored, prompts: list[Example], facts: dict) -> Path:
-    """The sample set of facts["iteration"] in a run's own samples/, all or nothing; one that is
-    there is replaced."""
+    """Write the sample set of facts["iteration"] into a run's samples/, whole or not at all; an
+    existing one, of the same iteration before a resume, is replaced. Returns its folder."""
     folder = run_dir / "samples" / f"{facts['iteration']:06d}"
     draft = folder.with_name(f".{folder.name}")
-    shutil.rmtree(draft, ignore_errors=True)  # by a start that was killed
+    shutil.rmtree(draft, ignore_errors=True)  # left by a process that was killed
     try:
         write_samples(draft, scored, prompts, facts)
         shutil.rmtree(folder, ignore_errors=True)
@@ -307,4 +361,5 @@ def replace_samples(run_dir: Path, scored: Scored, prompts: list[Example], facts
 
 
 def _number(value) -> float | None:
+    # Six digits are enough for people, and keep samples.json short; NaN is no JSON.
     return round(float(value), 6) if np.isfinite(value) else None

@@ -1,5 +1,5 @@
-"""When so many images failed that what is left says nothing: one limit for iterations and
-evaluations alike."""
+"""The limit of failed images, beyond which the rest is no longer representative. Iterations and
+evaluations share it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from tempflow.errors import UserError
 
 
 class TooManyFailed(UserError):
-    """More images failed than `reward_pool.max_failed` allows. model_broken: images were not
-    finite, so the weights are at fault."""
+    """More images failed than `reward_pool.max_failed` allows."""
+
+    model_broken: bool
+    """Whether images were not finite, so that the weights are at fault and should not be saved."""
 
     def __init__(self, message: str, model_broken: bool):
         super().__init__(message)
@@ -18,15 +20,23 @@ class TooManyFailed(UserError):
 def check_failed(
     what: str, images: int, failed: int, not_finite: int, allowed: float, last_error: str | None
 ) -> None:
-    """TooManyFailed where more than the share `allowed` of the images of `what` has no reward, or
-    none has one.
+    """Check the number of failed images of an iteration or an evaluation.
 
-    failed: images without a reward, `not_finite` of them because they hold NaN or infinity.
-    last_error: of the reward pool.
+    Args:
+        what: named in the message.
+        images: all images.
+        failed: those without a reward.
+        not_finite: those of them that hold NaN or infinity.
+        allowed: reward_pool.max_failed, a share of the images.
+        last_error: what the reward pool reported last, None where nothing was reported.
+
+    Raises:
+        TooManyFailed: where more than `allowed` of the images failed, or all of them.
     """
+    # All of them: max_failed may be 1, but without any reward there is no gradient and no mean.
     if failed <= allowed * images and failed < images:
         return
-    reasons = []
+    reasons = []  # both may apply, and they need different remedies
     if not_finite:
         reasons.append(
             f"{not_finite} of them hold NaN or infinity: the weights have diverged, or the dtype is"

@@ -1,13 +1,14 @@
-"""The lock of a run directory: one process group at a time writes it. Held by rank 0, in the file
-.lock.
+"""The lock of a run directory, so that one run at a time writes into it. Rank 0 holds it, on the
+file .lock.
 
-It is an flock, so the kernel lets go of it when the process ends, however it ends: a run that was
-killed can be resumed at once. NFS carries it to other machines. The file also names host, pid and
-start of the holder, for the message that another start gets. Where the file system has no locks
-(some Lustre and FUSE mounts) that record has to do: it counts while its holder lives, on another
-host while the holder keeps touching it. Two starts within the same second on two hosts are then
-told apart by reading the record back after a pause, which is likely but not certain to find the
-other.
+The lock is an flock. The kernel releases it when the process ends, in whatever way, so a killed run
+can be resumed at once; NFS makes it visible to other machines. The file also records host, pid and
+start of the holder, for the message that a second start gets.
+
+Some file systems have no locks (Lustre and FUSE mounts without the option). There the record alone
+decides: it is valid while its holder lives, or, if the holder is on another host, while the holder
+keeps updating the file's time. If two hosts start within the same second, each reads the record
+back after a pause; that usually, but not certainly, detects the other.
 """
 
 from __future__ import annotations
@@ -28,18 +29,24 @@ from tempflow.errors import UserError
 
 LOCK = ".lock"
 UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+# Seconds. Four heartbeats may be missed, by a slow file server, before a record is stale.
 HEARTBEAT_S, STALE_S, SETTLE_S = 15.0, 60.0, 2.0
 
 _held: set[BinaryIO] = set()
-# A child that lives on must not keep the lock of a parent that is gone; closing its copy leaves the
-# parent's alone.
+# An flock belongs to the open file, which a forked child shares. A reward worker that outlives its
+# killed parent would keep the lock; closing the child's copy does not release the parent's.
 os.register_at_fork(after_in_child=lambda: [file.close() for file in _held])
 
 
 @contextmanager
 def lock(run_dir: Path) -> Iterator[None]:
-    """Hold the lock of a directory that exists. UserError naming the holder where there is one;
-    OSError where it cannot be written."""
+    """Hold the lock of an existing directory while the block runs.
+
+    Raises:
+        UserError: where another process holds it; the message names that process.
+        OSError: where the file cannot be written.
+    """
+    # "a": opening must not truncate the record of a holder. Unbuffered: others read it at once.
     with open(run_dir / LOCK, "a+b", buffering=0) as file:
         stop = _acquire(file, run_dir)
         _held.add(file)
@@ -48,11 +55,13 @@ def lock(run_dir: Path) -> Iterator[None]:
         finally:
             stop.set()
             _held.discard(file)
+            # Emptied, not removed: another start may have the file open and would then hold the
+            # lock of a file that no later start can find.
             file.truncate(0)
 
 
 def _acquire(file: BinaryIO, run_dir: Path) -> threading.Event:
-    """Take the lock and sign it; returns what ends the heartbeat."""
+    """Take the lock and write the record; setting the returned event ends the heartbeat."""
     stop = threading.Event()
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -77,6 +86,7 @@ def _acquire_by_record(file: BinaryIO, run_dir: Path) -> None:
             f" If that process is gone, try again {STALE_S:.0f} seconds after its end.",
         )
     mine = _sign(file)
+    # Of two starts that both found no holder, the one that wrote last keeps the lock.
     time.sleep(SETTLE_S)
     if (holder := _read(file)) != mine:
         raise _refusal(run_dir, holder)
@@ -97,7 +107,8 @@ def _sign(file: BinaryIO) -> dict:
         file.truncate(0)
         file.write(json.dumps(record).encode())
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # the lock holds without its record
+        # On a full disk the flock holds all the same; only the message to others lacks the holder.
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
     return record
 
@@ -112,8 +123,9 @@ def _read(file: BinaryIO) -> dict | None:
 
 
 def _named(file: BinaryIO) -> dict | None:
-    """The holder of an flock; one that has only just taken it may not have signed, over the record
-    of one that was killed."""
+    """The record of the process that holds the flock, None where it cannot be read."""
+    # Between taking the lock and writing its record, a holder leaves the record of an earlier run
+    # that was killed. A record whose process is dead is therefore read again for up to a second.
     holder = None
     for _ in range(20):
         holder = _read(file)
@@ -128,7 +140,7 @@ def _alive(holder: dict) -> bool:
         os.kill(holder["pid"], 0)
     except ProcessLookupError:
         return False
-    except OSError:  # another user's
+    except OSError:  # it lives, but belongs to another user
         pass
     return True
 

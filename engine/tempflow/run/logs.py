@@ -1,5 +1,9 @@
-"""The record of a run, metrics.jsonl: one JSON object per iteration, on disk before the next
-iteration starts, and strict JSON (NaN and infinity become null). Nothing here imports torch."""
+"""The record of a run, metrics.jsonl: one JSON object per iteration.
+
+A row is on disk before the next iteration starts. The file is strict JSON: NaN and infinity become
+null, which any reader accepts. Nothing here imports torch, so that reports and the dry run start
+quickly.
+"""
 
 from __future__ import annotations
 
@@ -13,22 +17,32 @@ from pathlib import Path
 from tempflow.errors import UserError, shown
 
 METRICS_FILE = "metrics.jsonl"
-# what file systems say that cannot flush a folder
+# The errors of file systems that cannot flush a folder.
 NO_FOLDER_FSYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 
 
 class AppendFile:
-    """A file of records, open for appending: each is written whole, or not at all."""
+    """A file of records, open for appending: each record is written whole, or not at all."""
 
     def __init__(self, path: Path):
+        # Unbuffered: a buffer would keep the rest of a record that did not fit on a full disk, and
+        # write it later, after `append` had reported the failure.
         self._file = open(path, "ab", buffering=0)
 
     def append(self, record: bytes, sync: bool = False) -> None:
-        """Write a record; sync: wait until it is on the disk. OSError where that fails: then the
-        file is as it was."""
+        """Write a record.
+
+        Args:
+            record: its bytes.
+            sync: wait until it is on the disk.
+
+        Raises:
+            OSError: where that fails; the file is then as it was.
+        """
         end, left = os.fstat(self._file.fileno()).st_size, memoryview(record)
         try:
             while left:
+                # An unbuffered write may take only a part, without an error.
                 left = left[self._file.write(left) :]
             if sync:
                 os.fsync(self._file.fileno())
@@ -43,8 +57,8 @@ class AppendFile:
 class MetricsLog:
     """The metrics file of one run, open for appending.
 
-    A last line that a crash cut short is removed on opening, so that the next row starts a line of
-    its own. A row that cannot be written (a full disk) is kept and written with the next one.
+    A last line that a crash cut short is removed on opening, so that the next row starts on a line
+    of its own. A row that cannot be written (a full disk) is kept and written with the next one.
     """
 
     def __init__(self, run_dir):
@@ -60,7 +74,7 @@ class MetricsLog:
         self._write()
 
     def replace_last(self, metrics: dict) -> None:
-        """Put another row in the place of the last one."""
+        """Replace the last row."""
         if self._unwritten:
             self._unwritten[-1] = _line(metrics)
             self._write()
@@ -68,7 +82,7 @@ class MetricsLog:
             self._rewrite([*map(_line, read_metrics(self.path.parent)[:-1]), _line(metrics)])
 
     def truncate_after(self, iteration: int) -> None:
-        """Drop the rows past `iteration`, at which a resumed run takes up again; all or nothing."""
+        """Drop the rows after `iteration`, from which a resumed run continues; all or nothing."""
         rows = read_metrics(self.path.parent)
         kept = [row for row in rows if row.get("iteration", 0) <= iteration]
         if len(kept) < len(rows):
@@ -89,7 +103,7 @@ class MetricsLog:
 
     def _rewrite(self, lines: list[str]) -> None:
         write_atomic(self.path, "".join(lines))
-        self._file.close()
+        self._file.close()  # the open descriptor is of the file that was replaced
         self._file = AppendFile(self.path)
 
     def _mend_last_line(self) -> None:
@@ -98,8 +112,8 @@ class MetricsLog:
         whole, newline, last = self.path.read_bytes().rpartition(b"\n")
         if not last:
             return
-        # A strict prefix of a one-line JSON object is never JSON: what parses is whole and lacks
-        # only its newline.
+        # A strict prefix of a JSON object is never JSON. So a last line that parses is whole, and
+        # only its newline is missing.
         keep = last + b"\n" if _parse(last) is not None else b""
         write_atomic(self.path, whole + newline + keep)
 
@@ -107,8 +121,10 @@ class MetricsLog:
 def read_metrics(run_dir) -> list[dict]:
     """The rows of a run's metrics.jsonl, [] where there is none yet.
 
-    A half-written last line, which a crash leaves, is left out with a warning that names it; a bad
-    line anywhere else is a UserError.
+    A half-written last line, as a crash leaves it, is left out with a warning.
+
+    Raises:
+        UserError: for a bad line anywhere else; the file was then edited or damaged.
     """
     path = Path(run_dir) / METRICS_FILE
     if not path.exists():
@@ -131,14 +147,25 @@ def read_metrics(run_dir) -> list[dict]:
 
 
 def write_atomic(path, content: str | bytes) -> Path:
-    """Replace a file by `content` so that a crash leaves either the old one or the new one, whole;
-    so does an error."""
+    """Write a file so that a crash or an error leaves either the old content or the new, whole.
+
+    Args:
+        path: the file; its folder exists.
+        content: text is written as UTF-8.
+
+    Returns:
+        The path.
+    """
     path = Path(path)
+    # In the same folder: a rename is atomic only within a file system. The process id keeps two
+    # commands apart that write the same report.
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(scratch, "wb") as file:
             file.write(content.encode("utf-8") if isinstance(content, str) else content)
             file.flush()
+            # Before the rename: after a power failure some file systems would otherwise have the
+            # new name with an empty file.
             os.fsync(file.fileno())
         os.replace(scratch, path)
     except BaseException:
@@ -146,7 +173,7 @@ def write_atomic(path, content: str | bytes) -> Path:
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the rename itself
+        os.fsync(folder)  # the rename is on disk only with the folder
     except OSError as error:
         if error.errno not in NO_FOLDER_FSYNC:
             raise
@@ -160,10 +187,12 @@ def _line(metrics: dict) -> str:
 
 
 def plain_row(metrics: dict) -> dict:
+    """The row with Python numbers; NaN and infinity become None."""
     return {str(key): _plain(value) for key, value in metrics.items()}
 
 
 def _plain(value):
+    # By method, not type: neither numpy nor torch has to be imported for it.
     if hasattr(value, "item"):  # numpy scalar or 0-d tensor
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):

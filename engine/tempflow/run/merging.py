@@ -1,8 +1,8 @@
-"""Weighted averages of what several runs trained: whole weights, or adapters.
+"""Weighted means of what several runs trained: whole weights, or LoRA adapters.
 
-Averaging the factors A and B of adapters is not averaging what they add, scale x B A: the product
-of means is another matrix. Here the factors are concatenated instead, so the merged adapter adds
-exactly the weighted mean of the updates; its rank is the sum of the ranks.
+The mean of the factors A and of the factors B does not give the mean of the updates scale x B A,
+because the product of means is another matrix. Here the factors are concatenated instead: the
+merged adapter adds exactly the weighted mean of the updates, and its rank is the sum of the ranks.
 """
 
 from __future__ import annotations
@@ -32,24 +32,27 @@ class Scaled:
     """Adapters that add scale x B A to their layers."""
 
     weights: Adapters
+    """A and B of each layer, by name."""
     scale: float
+    """alpha / rank."""
     rank: int
 
 
 @dataclass(frozen=True)
 class Source:
-    """Something to be merged, known without its weights."""
+    """One of the things to be merged, as far as it is known without reading its weights."""
 
     path: Path
     """As the user named it."""
     lora: bool
+    """Whether it holds adapters, not whole weights."""
     run: Path | None
-    """The run directory that it belongs to."""
+    """The run directory that it belongs to; None for models and adapters in files."""
     model: str | None
-    """The pipeline whose other parts go with it: a run's base, or itself. None: adapters in a file,
-    which name none."""
+    """The pipeline that it was trained from, or is. None for adapters in a file, which do not name
+    their model."""
     read: Callable[[], Weights | Scaled]
-    """Raises UserError."""
+    """Reads the weights. Raises UserError."""
 
     @property
     def kind(self) -> str:
@@ -58,11 +61,17 @@ class Source:
 
 
 def find_source(path: Path, checkpoint: int | str | None = None) -> Source:
-    """What lies at a path: a run directory, one of its checkpoint folders, a diffusers folder, or
-    adapters. UserError for anything else.
+    """Find out what lies at a path.
 
-    checkpoint: of a run directory, as `load_tuned` takes it.
+    Args:
+        path: a run directory, one of its checkpoint folders, a diffusers folder, or adapters.
+        checkpoint: for a run directory, as `load_tuned` takes it.
+
+    Raises:
+        UserError: for anything else.
     """
+    # In this order: a run directory is known by its config.json, and a checkpoint by its parent;
+    # a diffusers folder has model_index.json and no config.json of its own.
     if path.parent.name == "checkpoints" and path.name.isdecimal():
         return _of_run(path, path.parent.parent, int(path.name))
     if (path / "config.json").is_file():
@@ -102,6 +111,7 @@ def _read_run(run: Path, checkpoint: int | str | None) -> Weights | Scaled:
     lora = chosen.config.model.lora
     if lora is None:
         return chosen.weights
+    # peft names the adapters of a model, "default" here; in a file they have no such name.
     plain = {
         name.replace(".default.weight", ".weight"): weight
         for name, weight in chosen.weights.items()
@@ -123,12 +133,17 @@ def _scale(alpha, rank: int, path: Path) -> float:
 
 
 def check_sources(sources: list[Source]) -> None:
-    """UserError where they cannot be merged, as far as that shows without weights."""
+    """Check what can be checked before any weights are read.
+
+    Raises:
+        UserError: for sources of different kinds, bases or families.
+    """
     first = sources[0]
     for other in sources[1:]:
         if other.lora is not first.lora:
             whole = "; a LoRA run is a whole model when it was exported with --merge"
             raise UserError(f"{first.path} is {first.kind}, {other.path} is {other.kind}{whole}")
+    # A mean of weights is only meaningful between models that started from the same point.
     trained = [source for source in sources if source.run]
     for other in trained[1:]:
         if _same_place(other.model) != _same_place(trained[0].model):
@@ -150,8 +165,15 @@ def _same_place(model: str | None) -> str | None:
 
 
 def shares(given: list[float] | None, count: int) -> list[float]:
-    """Each source's part of the mean; None: equal parts. UserError unless they are as many as
-    sources, above 0, and 1 together."""
+    """The weight of each source in the mean.
+
+    Args:
+        given: --weights; None: equal weights.
+        count: number of sources.
+
+    Raises:
+        UserError: unless there are `count` numbers above 0 whose sum is 1.
+    """
     if given is None:
         return [1 / count] * count
     if (
@@ -167,10 +189,18 @@ def shares(given: list[float] | None, count: int) -> list[float]:
 
 
 def merge_models(sources: list[Source], parts: list[float]) -> Weights:
-    """The weighted mean of whole weights, fp32; one source is held at a time. UserError where names
-    or shapes differ."""
+    """The weighted mean of whole weights, in fp32.
+
+    Args:
+        sources: of whole weights.
+        parts: the weight of each.
+
+    Raises:
+        UserError: where names or shapes differ.
+    """
     found: Weights = {}
     for number, (source, part) in enumerate(zip(sources, parts, strict=True)):
+        # Read within the loop: memory holds the sum and one source, however many there are.
         weights = cast(Weights, source.read())
         if number == 0:
             found = {
@@ -184,11 +214,20 @@ def merge_models(sources: list[Source], parts: list[float]) -> Weights:
 
 
 def merge_adapters(sources: list[Source], parts: list[float]) -> tuple[Adapters, int]:
-    """Adapters of scale 1 (alpha = rank) that add the weighted mean of what the sources add, fp32,
-    and their rank, the sum of ranks.
+    """Adapters that add the weighted mean of what the sources add.
 
-    A = [A_1; A_2; ...], B = [p_1 s_1 B_1, p_2 s_2 B_2, ...] for parts p and scales s, so B A =
-    sum_i p_i s_i B_i A_i. UserError where layers or their sizes differ; ranks may differ.
+    A = [A_1; A_2; ...] and B = [p_1 s_1 B_1, p_2 s_2 B_2, ...] for parts p and scales s, so that
+    B A = sum_i p_i s_i B_i A_i. The ranks of the sources may differ.
+
+    Args:
+        sources: of adapters.
+        parts: the weight of each.
+
+    Returns:
+        fp32 adapters of scale 1 (alpha = rank), and their rank, the sum of the sources' ranks.
+
+    Raises:
+        UserError: where the layers or their sizes differ.
     """
     read = [cast(Scaled, source.read()) for source in sources]
     for source, scaled in zip(sources, read, strict=True):
@@ -198,6 +237,7 @@ def merge_adapters(sources: list[Source], parts: list[float]) -> tuple[Adapters,
         if ".lora_A." in name:
             found[name] = torch.cat([scaled.weights[name].float() for scaled in read])
         else:
+            # Part and scale go into B alone; in A as well they would count twice in the product.
             ups = [
                 scaled.weights[name].float() * (part * scaled.scale)
                 for part, scaled in zip(parts, read, strict=True)
@@ -211,7 +251,7 @@ def _shapes(weights: Weights) -> dict[str, list[int]]:
 
 
 def _sizes(adapters: Adapters) -> dict[str, list[int]]:
-    """What an adapter's shape says of its layer: the inputs of A, the outputs of B."""
+    """The size of the adapted layer, without the rank: inputs for an A, outputs for a B."""
     return {
         name: [weight.shape[1 if ".lora_A." in name else 0]] for name, weight in adapters.items()
     }
@@ -235,5 +275,5 @@ def _check_alike(
 
 
 def whole_pipeline(sources: Iterable[Source], dtype: str):
-    """The policy of the first source, text encoders and all, to take the merged weights."""
+    """The policy of the first source with its whole pipeline, to load merged weights into."""
     return load_policy(next(iter(sources)).model, dtype=dtype, device=choose_device())  # type: ignore[arg-type]  # a source that goes with a pipeline

@@ -1,9 +1,10 @@
 """The folder that a command writes (--out): one rule for all commands.
 
-What exists is refused unless it is an empty folder. Nothing is removed or renamed that the command
-did not make itself: files are written into a draft with a unique name, beside the folder or, where
-that exists and is empty, inside it (it may be a mount point or a link). A failure takes the draft
-away, and the parents that were made for it. The run's own directory is never an output.
+An existing path is refused unless it is an empty folder. Nothing is removed or renamed that the
+command did not make itself. Files are written into a draft with a unique name: beside the folder,
+or inside it where the folder exists and is empty, since it may be a mount point or a link. After a
+failure the draft is removed, and so are the parents that were made for it. The run's own directory
+is never an output.
 """
 
 from __future__ import annotations
@@ -18,16 +19,24 @@ from typing import Iterator
 
 from tempflow.errors import UserError
 
-FULL, NEARLY_FULL = (errno.ENOSPC, errno.EDQUOT), 16 << 20  # bytes
+# Error numbers of a full disk or quota, and the free bytes below which an error without a number is
+# taken for one of a full disk.
+FULL, NEARLY_FULL = (errno.ENOSPC, errno.EDQUOT), 16 << 20
 
 
 @contextmanager
 def new_folder(out: Path, *run_dirs: Path) -> Iterator[Path]:
-    """Yield a draft folder to write into; when the block ends well, its files are the folder `out`.
+    """Yield a draft folder to write into; when the block ends without an error, it becomes `out`.
 
-    Enter it before the costly work: everything that can be refused is refused on entering. Raises
-    UserError, also where the disk is full, and where something else has appeared at `out`
-    meanwhile; then the finished draft is kept and named.
+    Enter it before the costly work: what can be refused is refused on entering.
+
+    Args:
+        out: the folder to write; missing or empty.
+        *run_dirs: run directories, in which `out` must not lie.
+
+    Raises:
+        UserError: where `out` cannot be written, where the disk is full, and where something else
+            has appeared at `out` meanwhile; the finished draft is then kept and named.
     """
     with _refusals(out):
         target = _checked(out, run_dirs)
@@ -38,7 +47,7 @@ def new_folder(out: Path, *run_dirs: Path) -> Iterator[Path]:
         with _full_disk_named(out, outer):
             draft.mkdir()
             yield draft
-    except BaseException:
+    except BaseException:  # Ctrl-C too leaves nothing behind
         shutil.rmtree(outer, ignore_errors=True)
         _remove_empty(made)
         raise
@@ -63,11 +72,13 @@ def _refusals(out: Path) -> Iterator[None]:
 
 
 def _checked(out: Path, run_dirs: tuple[Path, ...]) -> Path:
-    """Where `out` lies, links resolved; UserError unless it may be written."""
+    """The path of `out` with links resolved; UserError unless it may be written."""
+    # mkdir would make the target of the link, somewhere the user may not expect.
     if out.is_symlink() and not out.exists():
         raise UserError(
             f"--out {out} is a link to something that does not exist; name the folder itself"
         )
+    # The real path: the final rename would replace a link instead of filling its folder.
     target = Path(os.path.realpath(out))
     for run_dir in run_dirs:
         inside = [
@@ -86,7 +97,8 @@ def _checked(out: Path, run_dirs: tuple[Path, ...]) -> Path:
 
 
 def _make_parents(parent: Path) -> list[Path]:
-    """Make the folders that are missing; returns those made, the outermost first."""
+    """Make the missing folders; returns those made, the outermost first."""
+    # One by one, not makedirs: after a failure exactly these are removed again.
     missing: list[Path] = []
     while not os.path.lexists(parent):
         missing.insert(0, parent)
@@ -103,7 +115,8 @@ def _make_parents(parent: Path) -> list[Path]:
 
 
 def _outer_draft(target: Path, made: list[Path]) -> Path:
-    """A folder of ours with a unique name, on the file system of the target."""
+    """Make a folder with a unique name on the file system of the target, where a rename is enough
+    to move the draft."""
     place = target if target.exists() else target.parent
     try:
         return Path(tempfile.mkdtemp(prefix=".tempflow-", dir=place))
@@ -122,8 +135,7 @@ def _remove_empty(made: list[Path]) -> None:
 
 
 def _publish(target: Path, outer: Path, draft: Path) -> None:
-    """Put the draft in place, over nothing but an empty folder; OSError where there is something
-    else."""
+    """Move the draft to the target. OSError where something else has appeared there."""
     if outer.parent == target:  # an empty folder of the user's stays the same folder
         if os.listdir(target) != [outer.name]:
             raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
@@ -137,8 +149,9 @@ def _publish(target: Path, outer: Path, draft: Path) -> None:
 
 
 def disk_is_full(error: Exception, place: Path) -> bool:
-    """Whether a write failed for want of space. torch.save tells of it by a RuntimeError,
-    safetensors by an error of its own."""
+    """Whether a write failed because the disk of `place` is full."""
+    # torch.save raises a RuntimeError without an error number, safetensors an error of its own
+    # whose text holds the system's message.
     if isinstance(error, OSError):
         return error.errno in FULL
     unnamed = isinstance(error, RuntimeError) and shutil.disk_usage(place).free < NEARLY_FULL

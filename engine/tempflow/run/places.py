@@ -1,9 +1,10 @@
-"""Where the files lie that a config names: made absolute when a run begins, found again when the
-run or its files were moved.
+"""The paths in a config: made absolute when a run begins, and found again after the run or its
+files were moved.
 
-config.json holds absolute paths. The run directory's own place is among them, so a path can also be
-followed from the run directory: that finds it after a clone was moved or copied together with its
-runs. All functions take a config as nested tables, of which any part may be missing.
+config.json holds absolute paths, the run directory's own among them. So each path is also known
+relative to the run directory, which finds the file again after a clone was moved or copied together
+with its runs. All functions take a config as nested tables, any part of which may be missing or
+wrong: they run before the config is checked.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from typing import Any, Callable
 
 from tempflow.errors import VALUE, UserError, shortened
 
-# in config.json: folders of the commands that started or resumed the run, where its modules lie
+# Key in config.json: the working directories in which the run was started and resumed. Modules with
+# its own components and rewards are imported from there.
 STARTED_IN = "$started_in"
-# made by the run where they do not exist; of the others some are hub ids
+# The run makes these where they do not exist. Of the other paths, one that does not exist may be a
+# model or data set id of the hub, and stays as it is.
 _MADE = ("data.embedding_cache", "logging.dir")
 _PATHS = (
     "model.path",
@@ -28,16 +31,17 @@ _PATHS = (
     "data.heldout.dataset",
     *_MADE,
 )
+# Options of rewards that hold paths, as far as this project knows them.
 _REWARD_OPTIONS = ("path", "base", "head", "tokenizer", "rubric_file")
 
 
 def expanded(table: dict) -> None:
-    """Put the home folder for a leading ~, in place. UserError where there is none."""
+    """Replace a leading ~ by the home folder, in place. UserError where no home is known."""
     _change(table, _expand)
 
 
 def absolute(table: dict) -> None:
-    """Make paths that exist, or that the run makes, absolute, in place."""
+    """Make the paths that exist, or that the run makes, absolute, in place."""
     _change(
         table,
         lambda key, value: (
@@ -47,18 +51,19 @@ def absolute(table: dict) -> None:
 
 
 def resolved(table: dict) -> None:
-    """Follow links in the paths that exist, in place: equal texts then mean the same file."""
+    """Resolve links in the paths that exist, in place, so that equal texts mean the same file."""
     _change(table, lambda key, value: os.path.realpath(value) if os.path.exists(value) else value)
 
 
 def relocate(table: dict, run_dir: Path) -> None:
     """Change the paths of a run's config.json, in place, to where the files are now.
 
-    A relative path, as runs of older versions have it, is looked up from the working directory and
-    from the folders above the run. Of a run that was moved, each path is followed from the run
-    directory first.
+    Runs of older versions hold relative paths; these are looked up from the working directory and
+    from the folders above the run. If the run was moved, each path is first looked up relative to
+    the run directory, then as it is.
     """
     began = _began_in(table)
+    # With and without links: relative to a linked runs/ folder, ".." leads to another place.
     here = list(dict.fromkeys([os.path.abspath(run_dir), os.path.realpath(run_dir)]))
     moved = began is not None and os.path.realpath(began) != here[-1]
     _change(table, partial(_find, began if moved else None, here))
@@ -67,8 +72,8 @@ def relocate(table: dict, run_dir: Path) -> None:
 
 
 def module_folders(table: dict, run_dir: Path) -> list[str]:
-    """Folders in which modules of the run's rewards may lie: where it was started, as seen from the
-    run directory and as it was."""
+    """Existing folders in which modules of the run's rewards may lie: where the run was started,
+    first relative to the run directory, then as recorded."""
     began, found = _began_in(table), []
     for folder in table.get(STARTED_IN, []):
         if began is not None:
@@ -78,7 +83,7 @@ def module_folders(table: dict, run_dir: Path) -> list[str]:
 
 
 def _began_in(table: dict) -> str | None:
-    """The run directory when config.json was written; None in a config with relative paths."""
+    """The run directory at the time config.json was written; None for relative paths."""
     logging: Any = table.get("logging")
     known = (
         isinstance(logging, dict)
@@ -97,18 +102,19 @@ def _find(began: str | None, here: list[str], key: str, value: str) -> str:
     else:
         candidates = [] if began is None else [_followed(value, began, place) for place in here]
         candidates.append(value)
+    # What the run makes is made beside the moved run, not in the folder of the original.
     missing = candidates[0] if key in _MADE and began is not None else value
     return next(filter(os.path.exists, candidates), missing)
 
 
 def _followed(path: str, began: str, here: str) -> str:
-    """`path` as it lay from the run directory `began`, from where that is now."""
+    """The path that is to `here` what `path` was to the run directory `began`."""
     return os.path.normpath(os.path.join(here, os.path.relpath(path, began)))
 
 
 def at_home(path: str) -> str:
-    """A path with the home folder for a leading ~. ValueError where there is none."""
-    found = os.path.expanduser(path)
+    """A path with a leading ~ replaced by the home folder. ValueError where no home is known."""
+    found = os.path.expanduser(path)  # unchanged where it knows no home
     if found.startswith("~") and not os.path.exists(found):
         given = shortened(path, VALUE)
         raise ValueError(
@@ -126,7 +132,7 @@ def _expand(key: str, value: str) -> str:
 
 
 def _change(table: dict, change: Callable[[str, str], str]) -> None:
-    """Put change(key, value) for every path that the tables name."""
+    """Replace every path in the tables by change(key, value)."""
     rewards = table.get("rewards")
     options = [
         ("rewards", name, key)

@@ -1,5 +1,9 @@
-"""What a run leaves behind while it goes on: metrics.jsonl, samples, trackers, the console and the
-report, all from rank 0."""
+"""Everything that a run writes while it trains: metrics.jsonl, samples, trackers, the console and
+the report, all from rank 0.
+
+Recorder is the one object that training talks to. What a run can do without is attempted through
+`ByProducts`, so that an error there does not end the run.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +25,13 @@ class Recorder:
 
     Args:
         config: of the run.
-        run_dir: claimed before.
-        report: draws the run so far and returns the file it wrote; called on rank 0 after each
-            evaluation.
+        run_dir: the run directory, claimed.
+        report: writes the report of the run so far and returns its path; called on rank 0 after
+            each evaluation.
         main: whether this is rank 0; elsewhere nothing is written or printed.
 
-    Raises UserError for settings of trackers that cannot work, before a model is loaded.
+    Raises:
+        UserError: for settings of trackers that cannot work, before a model is loaded.
     """
 
     def __init__(
@@ -44,15 +49,23 @@ class Recorder:
         self._last_row: dict | None = None
 
     def note(self, text: str) -> None:
-        """Print a line, above the progress bars where there are any."""
+        """Print a line, above the progress bars if they are shown."""
         if self.main:
             self.console.note(text) if self.console else print(text)
 
     def begin(self, reached: int, console: Console) -> None:
-        """Open the records; rows past the iteration `reached` are of a run that never got to a
-        checkpoint, and are dropped."""
+        """Open the records.
+
+        Args:
+            reached: the iteration of the checkpoint that is resumed from, -1 for a new run. Rows
+                after it are dropped: they are of iterations that this run repeats.
+            console: takes every row from now on.
+
+        Raises:
+            RankError: where metrics.jsonl cannot be written.
+        """
         self.console = console
-        self.trackers.begin(after=reached)
+        self.trackers.begin(after=reached)  # without trackers, as on other ranks, it does nothing
         if not self.main:
             return
         try:
@@ -70,26 +83,33 @@ class Recorder:
             self.trackers.close()
 
     def rows(self) -> list[dict]:
-        """The rows on record."""
+        """The rows of metrics.jsonl so far; [] on ranks other than 0."""
         return read_metrics(self.run_dir) if self.main else []
 
     def record(self, metrics: dict) -> None:
-        """Write one row; after an evaluation the report is drawn anew."""
+        """Write one row of metrics; with an evaluation in it, the report is written again."""
         if not self.main:
             return
         self.byproducts.attempt(METRICS_FILE, self._log.append, metrics)
         self.trackers.log(metrics)
         self.console.iteration(metrics)
+        # Not for each iteration: a report with its images takes seconds.
         if "eval/reward" in metrics:
             self.byproducts.attempt("report.html", self._report, self.run_dir)
         self._last_row = metrics
 
     def merge_into_last_row(self, iteration: int, final: dict) -> None:
-        """The final evaluation belongs to the last iteration, which is on record already unless its
-        row was lost."""
+        """Add the final evaluation to the row of the last iteration.
+
+        Args:
+            iteration: the last one.
+            final: the metrics of the evaluation.
+        """
         if not self.main:
             return
+        # A resumed run that had no iteration left to do reads its last row from the file.
         last = self._last_row or next(reversed(read_metrics(self.run_dir)), {})
+        # Without the row (a full disk lost it) the evaluation becomes a row of its own.
         kept = last.get("iteration") == iteration
         row = {"iteration": iteration, **(last if kept else {}), **final}
         self.byproducts.attempt(
@@ -100,14 +120,14 @@ class Recorder:
         self.console.final(row)
 
     def samples(self, scored: evaluation.Scored, prompts, facts: dict) -> None:
-        """Write an evaluation's images."""
+        """Write an evaluation's images. facts: what samples.json says about all of them."""
         self.byproducts.attempt("samples", self._samples, scored, prompts, facts)
 
     def _samples(self, scored, prompts, facts) -> None:
         self.trackers.samples(evaluation.replace_samples(self.run_dir, scored, prompts, facts))
 
     def finish(self, summary: dict) -> None:
-        """Write the summary and the last report, and show where they are."""
+        """Write summary.json and the last report, and print where the report is."""
         if not self.main:
             return
         self.byproducts.attempt(

@@ -1,5 +1,8 @@
-"""A refinement of a run's model or a config's: opened, scored by the reward workers, and written as
-images, numbers and a plot."""
+"""The refine command's work: open the model of a run or a config, refine images with the reward
+workers, and write images, numbers and a plot.
+
+The search itself, which knows neither files nor workers, is in `refining`.
+"""
 
 from __future__ import annotations
 
@@ -28,17 +31,22 @@ from tempflow.types import Example
 
 @dataclass
 class Found:
-    """What a refinement brought."""
+    """The results of a refinement."""
 
     first_images: list[np.ndarray] = field(default_factory=list)
-    """The first image of each prompt."""
+    """Candidate 0 of round 0 for each prompt: what the model makes without a search."""
     first_rewards: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    """float64 [prompts]: their rewards, NaN where one failed."""
     rounds: list[Round] = field(default_factory=list)
+    """The state of the search after each round."""
 
     def write(self, folder: Path, prompts: list[Example], facts: dict) -> None:
-        """Write each prompt's images or videos side by side (condition images, the first one made,
-        then the best after each round), the best alone, those of all prompts in one image,
-        rewards.json with `facts` and, where matplotlib is installed, rewards.png."""
+        """Write the results into a folder.
+
+        For each prompt: its images or videos side by side (condition images, candidate 0, the best
+        after each round), and the best alone. For all prompts: one image of all rows, rewards.json
+        with `facts` and, where matplotlib is installed, rewards.png.
+        """
         strips, names = [], []
         for n, prompt in enumerate(prompts):
             made = [
@@ -58,6 +66,7 @@ class Found:
         (folder / "rewards.json").write_text(
             json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8"
         )
+        # matplotlib is no requirement of this package: the numbers are in rewards.json.
         if find_spec("matplotlib"):
             _draw_plot(folder / "rewards.png", self)
 
@@ -72,7 +81,11 @@ class Found:
 
 
 class PoolJudge:
-    """Decodes latents and sends them to the reward workers."""
+    """A `refining.Judge`: decodes latents and sends the images to the reward workers.
+
+    Attributes:
+        counts: int64 [3]: images, those without a reward, those of them that are not finite.
+    """
 
     def __init__(
         self,
@@ -89,7 +102,7 @@ class PoolJudge:
             prompts,
             advance,
         )
-        self.counts = np.zeros(3, dtype=np.int64)  # images, without a reward, not finite
+        self.counts = np.zeros(3, dtype=np.int64)
 
     def __call__(self, places: list[int], latents: torch.Tensor):
         images, finite = self.sampler.decode(latents)
@@ -98,6 +111,7 @@ class PoolJudge:
             images, [p.text for p in asked], [p.for_rewards for p in asked], finite=finite
         )
 
+        # The caller waits later: meanwhile the model makes the next candidates.
         def wait() -> tuple[np.ndarray, np.ndarray]:
             rewards = combine(self.pool.gather([ticket])[0], self.specs).values
             self.counts += (len(places), int(np.isnan(rewards).sum()), int((~finite).sum()))
@@ -120,14 +134,19 @@ def search(
     """Refine images of prompts by the config's rewards.
 
     Args:
-        config: of the model, with the rewards to be used.
-        chosen: the trained weights; None: the model as it is.
+        config: of the model, with the rewards to use.
+        chosen: the trained weights; None: the model before training.
         prompts: n of them.
         options: how candidates are made.
-        num_steps, seed, suffix: as of `refine`.
+        num_steps: as for `refine`.
+        seed: as for `refine`.
+        suffix: as for `refine`.
 
-    Raises UserError, also where more rewards fail than the config allows.
+    Raises:
+        UserError: where the model or the rewards cannot be used.
+        TooManyFailed: where more rewards fail than the config allows.
     """
+    # Prompts and rewards are checked before the model is loaded, which may take minutes.
     specs = parse_rewards(config.rewards)
     texts, metadata = [p.text for p in prompts], [p.for_rewards for p in prompts]
     for line in check_prompts(specs, texts, metadata):
@@ -172,7 +191,7 @@ def search(
 
 
 def _described(each: Round) -> dict:
-    """What rewards.json says of a round."""
+    """The entry of a round in rewards.json."""
     return {
         "round": each.number,
         "step": each.step,
@@ -188,10 +207,11 @@ def _number(value) -> float | None:
 
 
 def _draw_plot(file: Path, found: Found) -> None:
-    """Reward of the best against images and against rounds: each prompt's, and their mean."""
+    """Plot the reward of the best image over the number of images and over rounds, for each prompt
+    and on average."""
     import matplotlib
 
-    matplotlib.use("Agg")
+    matplotlib.use("Agg")  # no display is needed, and none opened
     from matplotlib import pyplot as plt
 
     rewards = np.stack([found.first_rewards, *(each.rewards for each in found.rounds)])

@@ -1,9 +1,9 @@
-"""Refinement guided by a reward, without training: images are noised to a middle step, drawn again,
-and the best is kept.
+"""Refinement guided by a reward, without training: the best image so far is noised to a middle
+step, sampled again from there, and replaced by a better one.
 
-After reward-guided iterative refinement (arXiv 2502.14944), with the scheduler that training rolls
-out with: in each round an incumbent x_0 becomes x_k = (1 - sigma_k) x_0 + sigma_k eps, from which
-candidates go on to sigma 0. Zero rounds are best of n.
+After reward-guided iterative refinement (arXiv 2502.14944), with the scheduler of training: in each
+round the best latent x_0 of a prompt, its incumbent, becomes x_k = (1 - sigma_k) x_0 + sigma_k eps,
+from which candidates are integrated to sigma 0. With zero rounds this is best-of-n.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from tempflow.sampling.scheduler import integrate
 from tempflow.sampling.steps import Grid
 from tempflow.types import Example, Row, Unit
 
-# the noise of round r is that of iteration FIRST_ROUND - r, which no training has
+# Round r uses the noise of iteration FIRST_ROUND - r. Training has no negative iterations and
+# evaluations have -1, so no noise is used twice.
 FIRST_ROUND = evaluation.EVAL_ITERATION - 1
 
 Judge = Callable[[list[int], torch.Tensor], Callable[[], tuple[np.ndarray, np.ndarray]]]
-"""From places of prompts [n] and final latents [n, ...] to a call that waits for images [n, ...]
-and rewards [n], NaN where one failed."""
+"""Takes the places of n prompts and their final latents [n, ...]. Returns a function that waits for
+(uint8 images [n, ...], rewards float [n], NaN where one failed)."""
 
 
 @dataclass(frozen=True)
@@ -37,17 +38,17 @@ class Search:
     """How candidates are made."""
 
     rounds: int
-    """0: only the first candidates, from initial noise."""
+    """Rounds after the first candidates, which are made from initial noise."""
     children: int
-    """Candidates of a prompt in each round, and at the beginning."""
+    """Candidates of each prompt in every round, and at the beginning."""
     steps: tuple[int, int] = (0, 0)
-    """k in the first round and in the last; those between lie evenly."""
+    """k in the first and in the last round; evenly spaced in between."""
     branch: bool = True
-    """True: one noise for all candidates of a round, of which the first follows the ODE and the
-    others leave it by one step of the SDE, as in training. False: each has a noise of its own and
-    follows the ODE."""
+    """True: all candidates of a prompt's round start from the same x_k; the first follows the ODE,
+    each other one takes one SDE step and then follows the ODE, as in training. False: each
+    candidate has its own eps and follows the ODE."""
     target: float | None = None
-    """A prompt whose reward has reached it is left alone."""
+    """A prompt whose reward has reached this value is not searched any further."""
 
     def step(self, number: int) -> int:
         """k of round `number`, from 1 on."""
@@ -56,9 +57,12 @@ class Search:
 
 
 class Incumbents:
-    """The best of every prompt so far.
+    """The best image of each prompt so far.
 
-    rewards: float64 [prompts], NaN while every candidate has failed.
+    Attributes:
+        images: uint8 [H, W, 3] or [F, H, W, 3] for each prompt.
+        latents: the final latent of each image.
+        rewards: float64 [prompts], NaN as long as all candidates of a prompt have failed.
     """
 
     def __init__(self, count: int):
@@ -67,7 +71,9 @@ class Incumbents:
         self.rewards = np.full(count, np.nan)
 
     def consider(self, prompt: int, image: np.ndarray, latent: torch.Tensor, reward: float) -> None:
-        """Take a candidate that is better than the incumbent; of equals the earlier stays."""
+        """Take a candidate if it is better than the incumbent; of equal ones the first stays."""
+        # Comparisons with NaN are false: a failed candidate never wins, and replaces nothing but
+        # the empty place at the start.
         known = self.rewards[prompt]
         if (
             self.images[prompt] is None
@@ -84,18 +90,18 @@ class Incumbents:
 
 @dataclass(frozen=True)
 class Round:
-    """Where the search stands after a round."""
+    """The state of the search after a round."""
 
     number: int
     """0: the first candidates."""
     step: int | None
     """k; None in round 0."""
     images: list[np.ndarray]
-    """The best of each prompt."""
+    """The best image of each prompt so far."""
     rewards: np.ndarray
-    """float64 [prompts]: of these."""
+    """float64 [prompts]: the rewards of these images."""
     drawn: np.ndarray
-    """int [prompts]: images of each prompt so far."""
+    """int64 [prompts]: number of images made of each prompt so far."""
     forwards: int
     """Rows that went through the transformer so far."""
 
@@ -112,19 +118,22 @@ def refine(
     suffix: Suffix | None = None,
     first: Callable[[list[np.ndarray], np.ndarray], None] = lambda images, rewards: None,
 ) -> Iterator[Round]:
-    """Yield where the search stands after each round, the first candidates being round 0.
+    """Search, and yield the state after each round; round 0 makes the first candidates.
 
-    Candidate j of round 0 is what `evaluation.draw` makes with seed `seed + j`, bit for bit.
+    Candidate j of round 0 is bit for bit the image of `evaluation.draw` with seed `seed + j`.
 
     Args:
-        model: with the weights to be used.
+        model: with the weights to use.
         prompts: n of them.
         judge: decodes and scores.
         search: how candidates are made.
         seed: of all noise.
-        num_steps: of the grid; None: as in the run's evaluations.
-        suffix: how candidates of later rounds go on after their noise; None is exact.
-        first: is told of the images and rewards of candidate 0.
+        num_steps: steps of the grid; None: as in the run's evaluations.
+        suffix: which steps candidates of later rounds take after their noise; None: all of them.
+        first: called with the images and rewards of candidate 0.
+
+    Yields:
+        A `Round`; fewer than `search.rounds` where all prompts reach the target.
     """
     work = _Refinement(model, prompts, judge, search, seed, num_steps, suffix)
     yield work.begin(first)
@@ -135,6 +144,8 @@ def refine(
 
 
 class _Refinement:
+    """The state of one search; `refine` calls `begin` once, then `round` for each round."""
+
     def __init__(self, model, prompts, judge, search, seed, num_steps, suffix):
         self.model, self.prompts, self.judge, self.search = model, prompts, judge, search
         self.seed, self.steps, self.suffix = seed, model.eval_steps(num_steps), suffix
@@ -151,12 +162,13 @@ class _Refinement:
         self.drawn, self.forwards = np.zeros(len(prompts), dtype=np.int64), 0
 
     def begin(self, first: Callable) -> Round:
-        """Round 0: candidates from initial noise, seed by seed; one seed is drawn while another is
-        scored."""
+        """Round 0: candidates from initial noise, seed by seed. While the workers score one seed's
+        images, the next seed's are sampled."""
         submitted: list[tuple] = []
         for j in range(self.search.children):
             submitted, before = list(self._sampled(self.seed + j)), submitted
             self._take(before)
+            # Candidate 0 is waited for at once: it is reported before a better one replaces it.
             if j == 0:
                 self._take(submitted)
                 first(list(self.best.images), self.best.rewards.copy())
@@ -165,7 +177,7 @@ class _Refinement:
         return self._round(0, None)
 
     def _sampled(self, seed: int) -> Iterator[tuple]:
-        """Every prompt once from a seed's noise."""
+        """One candidate of every prompt, from a seed's noise."""
         everyone = list(range(len(self.prompts)))
         for part, latents in evaluation.final_latents(
             self.model, self.prompts, everyone, num_steps=self.steps, seed=seed
@@ -179,7 +191,7 @@ class _Refinement:
         return [
             n
             for n, reward in enumerate(self.best.rewards)
-            if target is None or not reward >= target
+            if target is None or not reward >= target  # "not >=" is true for NaN, "<" is not
         ]
 
     def round(self, number: int) -> Round:
@@ -196,13 +208,14 @@ class _Refinement:
             return [Row(unit, k, path=(j,)) for unit in units for j in range(count)]
         trunks = [Row(unit, k) for unit in units]
         return trunks + [
+            # parent: the place of the trunk in the list, so the trunks have to come first.
             Row(unit, k, frozenset([k]), parent=n, path=(j,))
             for n, unit in enumerate(units)
             for j in range(count - 1)
         ]
 
     def _noised(self, row: Row, k: int, noise: Noise) -> torch.Tensor:
-        """The incumbent at sigma_k."""
+        """The incumbent noised to sigma_k."""
         incumbent, sigma = self.best.latents[row.unit.prompt], self.grid.sigmas[k].item()
         assert incumbent is not None  # the first round gave every prompt one
         eps = noise.sample(
@@ -213,8 +226,8 @@ class _Refinement:
     def _candidates(
         self, rows: list[Row], given: dict[int, torch.Tensor], noise: Noise
     ) -> list[tuple]:
-        """The finished candidates, submitted to the judge in batches of `rollout.decode_batch`
-        while others go on."""
+        """Integrate the candidates of a round. Finished ones are submitted to the judge, in batches
+        of `rollout.decode_batch`, while others are still integrated."""
         r, waiting, submitted = self.model.config.rollout, [], []
         forest, before = Forest(rows, list(range(len(rows))), {}), self.forwards
         for arrived in integrate(

@@ -1,5 +1,8 @@
-"""Standard output and standard error that may break without ending the command: a closed pipe, a
-full disk, a lost terminal."""
+"""Standard output and standard error whose failure does not end the command.
+
+A closed pipe (`| head`), a full disk or a terminal that is gone would otherwise end hours of
+training with an exception from a print.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,16 @@ import sys
 
 from tempflow.errors import UserError
 
-# what was at the other end will not come back
+# With these errors the other end is gone for good; a full disk, for one, may have room again.
 GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO)
 
 
 class Steady:
-    """A text stream whose writes never raise. The first one that fails is told of on stderr, if
-    this is another stream.
+    """A text stream whose writes never raise. The first failure is reported on standard error,
+    unless that is the stream itself.
 
-    lost: whether one has failed.
+    Attributes:
+        lost: whether a write has failed.
     """
 
     def __init__(self, stream, name: str):
@@ -26,12 +30,12 @@ class Steady:
     def write(self, text: str) -> int:
         try:
             self._stream.write(text)
-        except UnicodeEncodeError:
+        except UnicodeEncodeError:  # a terminal in the C locale, and a prompt in Chinese
             encoding = self._stream.encoding or "ascii"
             return self.write(text.encode(encoding, "backslashreplace").decode(encoding))
         except (OSError, ValueError) as error:  # ValueError: the stream was closed
             self._lose(error)
-        return len(text)
+        return len(text)  # as a stream: rich and logging expect the count
 
     def writelines(self, lines) -> None:
         for line in lines:
@@ -43,11 +47,13 @@ class Steady:
         except (OSError, ValueError) as error:
             self._lose(error)
 
+    # isatty, fileno, encoding and the rest: rich asks the stream about its terminal.
     def __getattr__(self, name: str):
         return getattr(self._stream, name)
 
     def _lose(self, error: Exception) -> None:
-        # whatever is still in a buffer goes nowhere, also when Python ends
+        # The descriptor now leads to /dev/null. Python flushes its buffer at exit, and would print
+        # an exception and exit with status 120 if that failed again.
         if getattr(error, "errno", None) in GONE:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
@@ -64,15 +70,19 @@ class Steady:
 
 
 def check_result() -> None:
-    """UserError where standard output, whose content is a command's result, did not take all of
-    it."""
+    """Check that standard output took all of a command's result.
+
+    Raises:
+        UserError: where a write failed; the command then must not exit with status 0.
+    """
     if isinstance(sys.stdout, Steady) and sys.stdout.lost:
         raise UserError("the result could not be written to standard output")
 
 
 def steady() -> None:
-    """Make this process's standard streams steady. A descriptor that is closed is opened to
-    nowhere, or some file would get it."""
+    """Make this process's standard streams steady."""
+    # A closed descriptor is opened to /dev/null. The next file that the process opens would get
+    # its number otherwise, and every print would be written into that file.
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)

@@ -1,9 +1,9 @@
-"""Copies of a run's metrics and images for people who have TensorBoard or W&B open.
+"""Copies of a run's metrics and images for TensorBoard and W&B.
 
-They are by-products: what fails after the start is told of once, and the run goes on. Events are
-written here and now, not in TensorBoard's own thread, which prints a traceback when the disk is
-full and never writes again. Nothing here imports torch, tensorboard or wandb before a run asks for
-them.
+They are by-products: a failure after the start is reported once, and the run goes on. Events are
+written synchronously. TensorBoard's own writer uses a thread, which prints a traceback when the
+disk is full and never writes again. Nothing here imports torch, tensorboard or wandb before a run
+asks for them.
 """
 
 from __future__ import annotations
@@ -21,21 +21,23 @@ from tempflow.errors import UserError
 from tempflow.run.byproducts import ByProducts
 from tempflow.run.logs import AppendFile, plain_row, write_atomic
 
-GRID_COLUMNS, GRID_IMAGES, GRID_SIDE = 8, 32, 256
-GRID_FRAMES = 4  # of a video
+GRID_COLUMNS, GRID_IMAGES, GRID_SIDE = 8, 32, 256  # the last in pixels
+GRID_FRAMES = 4  # of a video, side by side
 
 
 class Trackers:
     """Copies of metrics and sample images to TensorBoard and to W&B; with neither, every call does
     nothing.
 
-    run_dir      the run directory; events go to its tensorboard/ folder
-    tensorboard  write TensorBoard events
-    wandb        None, or keyword arguments of wandb.init ({"project": "..."}); the run's name,
-                 folder and config are filled in, and a resumed run continues its W&B run
-    byproducts   reports what fails later on
+    Args:
+        run_dir: the run directory; events go to its tensorboard/ folder.
+        tensorboard: write TensorBoard events.
+        wandb: None, or keyword arguments of wandb.init ({"project": "..."}). The run's name, folder
+            and config are filled in, and a resumed run continues its W&B run.
+        byproducts: reports what fails later.
 
-    UserError where a package is missing or W&B cannot start.
+    Raises:
+        UserError: where a package is missing or W&B cannot start.
     """
 
     def __init__(
@@ -51,7 +53,7 @@ class Trackers:
         self._all = {"logging.tensorboard": self._board, "logging.wandb": self._wandb}
 
     def begin(self, after: int) -> None:
-        """Hide what an earlier attempt wrote past the iteration `after`; -1: all of it."""
+        """Hide what an earlier attempt wrote after the iteration `after`; -1: everything."""
         if self._board:
             self._try("logging.tensorboard", self._board.begin, after + 1)
 
@@ -66,14 +68,15 @@ class Trackers:
         self._each("log", scalars, step)
 
     def samples(self, folder) -> None:
-        """Write one sample set (a folder with samples.json and its images) as a grid, prompts as
-        its caption."""
+        """Write one sample set (a folder with samples.json and its images) as a grid, with the
+        prompts as its caption."""
         if not (self._board or self._wandb):
             return
         info = json.loads((Path(folder) / "samples.json").read_text(encoding="utf-8"))
         items = info["items"][:GRID_IMAGES]
         if not items:
             return
+        # Only if all have one: pairs of condition image and result would get out of step otherwise.
         keys = ("condition", "file") if all("condition" in item for item in items) else ("file",)
         grid = image_grid([Path(folder) / item[key] for item in items for key in keys])
         caption = "\n".join(f"{n + 1}. {item['prompt']}" for n, item in enumerate(items))
@@ -95,8 +98,8 @@ class Trackers:
 
 
 class Board:
-    """TensorBoard's event file; made with its first event, so that a start that fails leaves
-    none."""
+    """A TensorBoard event file. It is made with its first event, so that a start that fails leaves
+    no empty file."""
 
     def __init__(self, folder: Path):
         self._summary = _load(
@@ -114,7 +117,7 @@ class Board:
         self._file: AppendFile | None = None
 
     def begin(self, purge_step: int) -> None:
-        """Open the file. Events of older files from `purge_step` on are not shown."""
+        """Start the file. TensorBoard does not show events of older files from `purge_step` on."""
         self._add(purge_step, file_version="brain.Event:2")
         self._add(
             purge_step, session_log=self._events.SessionLog(status=self._events.SessionLog.START)
@@ -130,12 +133,13 @@ class Board:
         self._add(
             step, summary=self._summary.image("samples", numpy.asarray(grid), dataformats="HWC")
         )
+        # Two spaces before the line break: TensorBoard shows texts as Markdown.
         self._add(
             step, summary=self._summary.text("samples/prompts", caption.replace("\n", "  \n"))
         )
 
     def write(self, record: bytes) -> None:
-        """Called by the RecordWriter with a whole framed record."""
+        """Called by the RecordWriter, for which this object is the file, with a whole record."""
         if self._file is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = AppendFile(self._path)
@@ -152,7 +156,7 @@ class Board:
 
 
 class Wandb:
-    """A W&B run, continued where the run directory names one."""
+    """A W&B run; the one that the run directory names is continued."""
 
     def __init__(self, run_dir: Path, options: dict):
         self._module = _load("wandb", "logging.wandb", "wandb")
@@ -167,11 +171,11 @@ class Wandb:
         }
         try:
             self._run = self._module.init(**{**defaults, **options})
-            # A resumed run logs some iterations again; W&B refuses a step that goes back, not a
-            # metric that does.
+            # A resumed run logs some iterations again. W&B drops steps that go back, so the
+            # iteration is logged as a metric, and the charts use it as their x axis.
             self._run.define_metric("iteration")
             self._run.define_metric("*", step_metric="iteration")
-        # of many kinds: no login, no network, an argument that wandb.init does not take
+        # Of any type: no login, no network, an argument that wandb.init does not take.
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:500].rstrip(".: ")
             advice = "log in with `wandb login`, set WANDB_MODE=offline, or set it null"
@@ -198,8 +202,13 @@ def _wandb_id(run_dir: Path) -> str:
 
 
 def image_grid(paths: list, columns: int = GRID_COLUMNS, side: int = GRID_SIDE):
-    """One PIL image with the images of `paths` in rows, each at most `side` pixels a side; of a
-    video some frames, side by side."""
+    """One PIL image with the images of `paths` in rows.
+
+    Args:
+        paths: of images, or of videos, of which some frames are shown side by side.
+        columns: images in a row; fewer where videos take several places each.
+        side: largest height and width of an image, in pixels.
+    """
     from PIL import Image
 
     from tempflow.run.files import strip_of_file

@@ -1,8 +1,8 @@
-"""A run's model, before or after training, scored and sampled in one process without DeepSpeed.
+"""Score and sample a run's model, before or after training, in one process without DeepSpeed.
 
-`choose` finds the run's config and a checkpoint; `score` and `draw` open the model as a session
-does (models/opened.py), with embeddings of their prompts alone, and without what training adds:
-reward workers, the engine, a float8 copy.
+`choose` finds the run's config and a checkpoint. `score` and `draw` open the model as a training
+session does (models/opened.py), but only with the embeddings of their prompts, and without the
+training engine and a float8 copy.
 """
 
 from __future__ import annotations
@@ -32,7 +32,20 @@ NO_HELDOUT = "--prompts: the run has no held-out prompts; name a prompt file"
 def choose(
     run: Path, checkpoint: int | str | None, weights: str | None, base: bool = False
 ) -> tuple[Config, load.Tuned | None]:
-    """The run's config and trained weights, None of the base. UserError as `load_tuned`."""
+    """Find a run's config and its trained weights.
+
+    Args:
+        run: the run directory.
+        checkpoint: as `load_tuned` takes it.
+        weights: as `load_tuned` takes it.
+        base: do not look for trained weights.
+
+    Returns:
+        The config, and the weights, None with `base`.
+
+    Raises:
+        UserError: as `load_tuned`.
+    """
     chosen = None if base else load.load_tuned(run, checkpoint, weights)
     return (chosen.config if chosen else read_config(run)), chosen
 
@@ -40,8 +53,17 @@ def choose(
 def prompts_of(
     config: Config, file: Path | None, count: int, otherwise: str = NO_HELDOUT
 ) -> list[Example]:
-    """The first `count` prompts of a file, by default the run's held-out prompts; `otherwise` is
-    the UserError without either."""
+    """The first `count` prompts of a file, or of the run's held-out prompts.
+
+    Args:
+        config: of the run.
+        file: None: the run's held-out prompts.
+        count: how many at most.
+        otherwise: the message where there is neither.
+
+    Raises:
+        UserError: without prompts.
+    """
     source = file or config.data.heldout
     if not source:
         raise UserError(otherwise)
@@ -53,19 +75,19 @@ class Evaluated:
     """An evaluation of a run's model."""
 
     result: dict
-    """JSON values: each reward's mean by its name, and iteration, num_steps, seed, weights,
-    prompts, reward, stderr, scored, failed, rewards (mean, standard error and counts by name);
-    beside a base also base_reward, base_stderr, gain, gain_stderr and the drift."""
+    """JSON values: the mean of each reward under its name; iteration, num_steps, seed, weights,
+    prompts, reward, stderr, scored, failed; rewards (mean, standard error and counts by name). With
+    a base also base_reward, base_stderr, gain, gain_stderr and the drift metrics."""
     scored: evaluation.Scored
     prompts: list[Example]
     facts: dict
-    """What samples.json says of all images."""
+    """Entries of samples.json on the whole set."""
     base: Evaluated | None = None
-    """The model before training on the same prompts and noise, where it was asked for."""
+    """The evaluation of the model before training, on the same prompts and noise, if asked for."""
 
     def write(self, folder: Path) -> None:
-        """Write the images that were kept, and samples.json, into a folder that is new or empty;
-        beside a base into base/ and tuned/."""
+        """Write the kept images and samples.json into a new or empty folder; with a base, into its
+        subfolders base/ and tuned/."""
         evaluation.write_samples(
             folder / "tuned" if self.base else folder, self.scored, self.prompts, self.facts
         )
@@ -89,11 +111,12 @@ def score(
         chosen: the trained weights; None scores the model before training.
         prompts: n of them.
         num_steps: ODE steps; None: as in the run's evaluations.
-        keep: keep the images.
-        compare: score the model before training as well, and say how far the trained one is from
-            it.
+        keep: keep the images, as files in memory.
+        compare: score the model before training too, and add gain and drift.
 
-    Raises UserError, also where more rewards fail than the run allows.
+    Raises:
+        UserError: where the model or the rewards cannot be used.
+        TooManyFailed: where more rewards fail than the run allows.
     """
     specs = parse_rewards(config.rewards)
     texts, metadata = [p.text for p in prompts], [p.for_rewards for p in prompts]
@@ -119,7 +142,7 @@ def score(
             )
             return _evaluated(found, prompts, which, model.eval_steps(num_steps))
 
-        if compare:
+        if compare:  # before the trained weights are put into the same model
             base = scored("base", None)
         if chosen:
             load.apply(chosen, model.policy)
@@ -151,7 +174,7 @@ def _evaluated(
 
 
 def _beside(base: Evaluated, done: Evaluated, neighbors: int | None) -> Evaluated:
-    """An evaluation with what sets it apart from the base's, under the names of summary.json."""
+    """The evaluation with gain and drift from the base's, under the names of summary.json."""
     gain = gain_of(base.scored.reward, done.scored.reward)
     found = {
         "base_reward": base.result["reward"],
@@ -175,14 +198,18 @@ def draw(
 
     Args:
         config: of the run.
-        variants: by the name that the progress display shows; None is the model before training and
-            comes first.
+        variants: weights by the name that the progress display shows. None is the model before
+            training and has to come first, since weights are put into the model in place.
         prompts: n of them.
         num_steps: ODE steps; None: as in the run's evaluations.
         seed: of the noise.
 
-    Returns for each variant uint8 images [n, H, W, 3] or videos [n, F, H, W, 3], and how many hold
-    NaN or infinity: a checkerboard stands for each of these. Raises UserError.
+    Returns:
+        For each variant uint8 images [n, H, W, 3] or videos [n, F, H, W, 3], and the number of
+        images with NaN or infinity, for which a checkerboard is returned.
+
+    Raises:
+        UserError: where the model cannot be opened.
     """
     model, made, missing = open_model(config, prompts), [], 0
     with Progress(transient=True) as progress:
@@ -190,6 +217,7 @@ def draw(
             if chosen:
                 load.apply(chosen, model.policy)
             parts = list(_drawn(model, prompts, num_steps, progress, name, seed))
+            # Prompts are drawn shape by shape; the caller gets them in their own order.
             order = np.argsort(np.concatenate([indices for indices, _, _ in parts]))
             made.append(np.concatenate([images for _, images, _ in parts])[order])
             missing += sum(int((~finite).sum()) for _, _, finite in parts)

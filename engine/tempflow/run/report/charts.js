@@ -1,4 +1,5 @@
-// Draws the report's charts as inline SVG that follows the page's width, colours and chosen x axis.
+// Draws the charts of a report as inline SVG, in the page's width and colors and over the chosen x axis.
+// The data are made by charts.py. No library: the page is one file that opens offline.
 (() => {
 "use strict";
 
@@ -7,6 +8,7 @@ const AXES = { iteration: "iteration", minutes: "minutes", images: "rewarded ima
 // Outlines of radius 1, one for each color, so that lines are told apart without it.
 const SHAPES = ["M-1 0a1 1 0 1 0 2 0a1 1 0 1 0-2 0z", "M-.9-.9H.9V.9H-.9z", "M0-1.2 1.1.8H-1.1z", "M0-1.3 1.1 0 0 1.3-1.1 0z",
   "M0 1.2 1.1-.8H-1.1z", "M-.35-1.1h.7v.75h.75v.7H.35v.75h-.7V.35H-1.1v-.7h.75z", "M-.6-1.1H.6L1.1 0 .6 1.1H-.6L-1.1 0z", "M-1.2-.5H1.2V.5H-1.2z"];
+// Pixels; the bottom holds the labels of the x axis and its name.
 const MARGIN = { top: 10, right: 14, bottom: 38 };
 const LABEL = 6.7; // width of a digit of the axis labels, px
 let axis = "iteration";
@@ -25,6 +27,7 @@ function number(v, digits = 4) {
   return minus(String(Number(v.toPrecision(digits))));
 }
 
+// A step of 1, 2 or 5 times a power of ten, with about `count` ticks between lo and hi.
 function tickStep(lo, hi, count, whole) {
   const rough = (hi - lo) / Math.max(1, count);
   const power = 10 ** Math.floor(Math.log10(rough));
@@ -34,6 +37,7 @@ function tickStep(lo, hi, count, whole) {
 
 function ticks(lo, hi, count, whole = false) {
   const step = tickStep(lo, hi, count, whole), out = [];
+  // n * step, not a running sum, whose rounding errors would show as 0.30000000000000004.
   for (let n = Math.ceil(lo / step - 1e-9); n * step <= hi + step * 1e-9; n++) out.push(n * step);
   return { step, at: out };
 }
@@ -60,6 +64,7 @@ function errorBar(style, x, low, high) {
   return `<path class="error ${style}" d="M${x} ${low}V${high}${end(low)}${end(high)}"/>`;
 }
 
+// The range of all values with their error bars and the level, and some room at the ends.
 function yRange(chart) {
   const ends = s => s.error ? s.y.flatMap((v, n) => v === null || s.error[n] === null ? [v] : [v - s.error[n], v + s.error[n]]) : s.y;
   const values = known(chart.series.flatMap(ends).concat(chart.level ? [chart.level.y] : []));
@@ -95,7 +100,7 @@ function path(xs, ys, x, y, bridge) {
   let out = "", pen = false;
   ys.forEach((v, n) => {
     if (v === null) { pen = pen && bridge; return; }
-    // h0: a point between two gaps shows as a round cap.
+    // h0: a point between two gaps is drawn as a round cap; a lone M would draw nothing.
     out += pen ? `L${x(xs[n]).toFixed(1)} ${y(v).toFixed(1)}` : `M${x(xs[n]).toFixed(1)} ${y(v).toFixed(1)}h0`;
     pen = true;
   });
@@ -132,7 +137,7 @@ function levelLine(level, area) {
     `<text class="tick level" x="${area.right}" y="${below ? y + 14 : y - 6}" text-anchor="end">${escape(level.name)} ${level.name === "base" && Math.abs(level.y) < 10 ? level.y.toFixed(3) : number(level.y)}</text>`;
 }
 
-// Evenly spaced columns, one for each stretch of iterations, labelled where there is room.
+// Evenly spaced columns, also over minutes or images, one for each stretch of iterations, labelled where there is room.
 function columns(area) {
   const at = frames.coarse[axis], each = Math.min((area.right - area.left) / at.length, 140);
   const x = n => Math.round(area.left + n * each), // whole pixels: no seams between columns
@@ -254,6 +259,7 @@ function searchConfig() {
   });
 }
 
+// Redrawn, not scaled, when the width changes: scaled text would be too small on a phone.
 const plots = [...document.querySelectorAll(".plot")], widths = new Map();
 const observer = new ResizeObserver(entries => entries.forEach(({ target }) => {
   if (widths.get(target) === target.clientWidth) return; // its own drawing changed only the height

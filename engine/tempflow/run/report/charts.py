@@ -1,9 +1,10 @@
 """The numbers behind the report's charts, as charts.js draws them.
 
-A chart is {kind, title, help, series, ...}; a series is {name, style, frame, y, error}, and its x are the
-columns of its frame: {iteration, minutes, images, forwards}, between which the page switches. Long runs are
-averaged over equal stretches of iterations, so a report stays small and every iteration still
-counts; evaluations are few and kept as they are.
+A chart is {kind, title, help, series, ...}, where kind is "line", "stack" or "heat". A series is
+{name, style, frame, y, error}. Its x values are a column of its frame, {iteration, minutes, images,
+forwards}; the page switches between these. Long runs are averaged over equal stretches of
+iterations, so that a report stays small and every iteration counts. Evaluations are few and are all
+kept.
 """
 
 from __future__ import annotations
@@ -14,20 +15,21 @@ from typing import Iterable
 from tempflow.run.metrics import DIVERSITY, DRIFTS, SIGNAL, TRAINING, Metric, describe
 from tempflow.run.report.run import Run, number
 
-FINE, COARSE = 600, 120
-MADE_OF = re.compile(r"eval/.*(stderr|scored|failed)$")  # stand beside the means that they are of
+FINE, COARSE = 600, 120  # most points of a line, most columns of a stack or heat map
+# Shown with the mean that they belong to, as error bars or in the text, not as charts of their own.
+MADE_OF = re.compile(r"eval/.*(stderr|scored|failed)$")
 SPREAD = re.compile(r"reward_std/step_(\d+)$")
 COUNTS = ("failed", "updates/skipped", "not_finite")  # ends of the keys of counts
 COST = [("forwards/rollout", "rollout"), ("forwards/train", "training")]
 CLOCKS = {"time/total", "time/elapsed"}
-WORKERS = {"time/reward_busy"}  # spent in other processes while the rollout goes on
-# phases that time/total, the training of an iteration, leaves out
+WORKERS = {"time/reward_busy"}  # spent in other processes during the rollout: no phase of the clock
+# Phases that are not part of time/total, the time of training.
 BESIDE_TOTAL = {"eval", "checkpoint"}
 
 
 def frames(run: Run) -> dict:
-    """The x columns: every row ("fine", averaged in long runs), few columns ("coarse"), evaluations
-    ("eval")."""
+    """The x values of all series, by frame: "fine" has a value for each row, or for each stretch of
+    a long run; "coarse" has few; "eval" has one for each evaluation."""
     columns = {
         "iteration": [row["iteration"] for row in run.rows],
         "minutes": run.minutes,
@@ -36,6 +38,7 @@ def frames(run: Run) -> dict:
     }
     evaluated = [iteration for iteration, _ in run.heldout]
     at = [{"iteration": iteration, **run.at(iteration)} for iteration in evaluated]
+    # _last: a stretch's mean is drawn where the stretch ends, so that the last x is the run's end.
     return {
         "fine": {key: thin(values, FINE, _last) for key, values in columns.items()},
         "coarse": {key: _coarse(run, values, _last) for key, values in columns.items()},
@@ -44,8 +47,13 @@ def frames(run: Run) -> dict:
 
 
 def thin(values: list, limit: int, pick=None) -> list:
-    """At most `limit` values: the means of equal stretches, gaps left out, or what `pick` makes of
-    a stretch."""
+    """At most `limit` values.
+
+    Args:
+        values: with None for gaps.
+        limit: more values than this are replaced by one for each of equal stretches.
+        pick: what a stretch becomes; None: the mean of its values without the gaps.
+    """
     stride = max(1, -(-len(values) // limit))
     if stride == 1:
         return values
@@ -53,12 +61,13 @@ def thin(values: list, limit: int, pick=None) -> list:
 
 
 def mean(values: list) -> float | None:
+    """The mean without the gaps; None where all are gaps."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
 
 
 def smooth(values: list, width: int) -> list:
-    """Centred running mean over `width` values; a gap stays one and counts in no mean."""
+    """Centered running mean over `width` values; a gap (None) stays a gap and is in no mean."""
     half = width // 2
     return [
         None if value is None else mean(values[max(0, n - half) : n + half + 1])
@@ -79,13 +88,14 @@ def reward_chart(run: Run) -> dict | None:
         }
         errors = [run.stderr(iteration) for iteration, _ in run.heldout]
         series.append(evaluated | ({"error": errors} if _any(errors) else {}))
-    width = max(1, len(training) // 15)
+    width = max(1, len(training) // 15)  # smooth enough to show a trend, at any length of the run
     if _any(training):
         series.append(line("training", smooth(training, width), "second"))
         if width > 1:
             series.append(line("training, each iteration", training, "faint", tip=False))
     if not series:
         return None
+    # Only an evaluation at iteration 0 is of the base.
     base = run.heldout[0][1] if run.heldout and run.heldout[0][0] == 0 else None
     note = "Training: rewards of the rollouts, which explore with noise" + (
         f", running mean over {width} iterations." if _any(training) and width > 1 else "."
@@ -134,16 +144,18 @@ def breakdown_chart(run: Run) -> dict | None:
 
 
 def training_charts(run: Run) -> list[dict]:
+    """What the updates do: KL, clipping, gradient, loss, learning rate."""
     return small_charts(run, TRAINING)
 
 
 def signal_charts(run: Run) -> list[dict]:
+    """What the updates learn from: spread of rewards, skipped prompts, failures."""
     return small_charts(run, (*SIGNAL, describe("eval/failed")))  # type: ignore[arg-type]  # the key is in the table
 
 
 def drift_charts(run: Run) -> list[dict]:
-    """How far held-out images are from the base's, each with its limit, or the bound at which the
-    run would stop."""
+    """Charts of the drift metrics, each with its limit, or with the bound at which eval.stop would
+    end the run."""
     if len(run.heldout) < 2:
         return []
     charts = small_charts(run, DRIFTS)
@@ -155,8 +167,8 @@ def drift_charts(run: Run) -> list[dict]:
 
 
 def guard_charts(run: Run) -> list[dict]:
-    """Held-out watched rewards and the diversity of rollouts, with the bound at which the run would
-    stop."""
+    """Charts of the watched rewards and of the rollouts' diversity, with the bound at which
+    eval.stop would end the run."""
     watched = [
         Metric(
             f"eval/{name}", f"{name}, watched", "held-out mean of a reward that is not trained on"
@@ -224,20 +236,20 @@ def cost_charts(run: Run) -> list[dict]:
 
 
 def phase_columns(run: Run) -> list[tuple[str, list]]:
-    """(phase, seconds per row) for every time/... metric, and what the total leaves over as
-    "other"."""
+    """(phase, seconds per row) for every time/... metric, and the rest of time/total as "other"."""
     phases = [
         (key.removeprefix("time/"), run.column(key))
         for key in run.keys
         if key.startswith("time/") and key not in CLOCKS | WORKERS
     ]
-    phases.sort(key=lambda phase: phase[0] in BESIDE_TOTAL)
+    phases.sort(key=lambda phase: phase[0] in BESIDE_TOTAL)  # evaluation on top of the stack
     if not phases or "time/total" not in run.keys:
         return phases
     spent = [
         sum(values[n] or 0 for name, values in phases if name not in BESIDE_TOTAL)
         for n in range(len(run.rows))
     ]
+    # max: phases that overlap, as rollout and decoding, can add up to more than the total.
     rest = [max(0.0, (total or 0) - known) for total, known in zip(run.column("time/total"), spent)]
     return phases + ([("other", rest)] if sum(rest) > 0.01 * sum(spent) else [])
 
@@ -262,8 +274,8 @@ def spread_chart(run: Run) -> dict | None:
         "title": "Reward spread by branch step",
         "series": series,
         "help": (
-            "Standard deviation of the rewards that one branch step's noise makes: where decisions"
-            " matter."
+            "Standard deviation of the rewards among the children of one branch step: large where the"
+            " noise of the step decides about the reward."
         ),
     }
 
@@ -289,7 +301,9 @@ def other_charts(run: Run) -> list[dict]:
 def _single(run: Run, key: str, title: str, text: str) -> dict:
     values = run.column(key)
     known = [value for value in values if value is not None]
+    # A metric of few rows (of evaluations, audits) has dots, and lines across its gaps.
     style = "main" if len(known) > 0.8 * len(values) else "main bridge dots"
+    # The mean of a stretch would hide the outlier that a maximum is for.
     pick = _largest if "max" in key else None
     counts = key.endswith(COUNTS)
     return {
@@ -306,7 +320,7 @@ def _single(run: Run, key: str, title: str, text: str) -> dict:
 
 
 def sentence(text: str) -> str:
-    """A help text of the table of metrics as a sentence."""
+    """A help text from the table of metrics, as a sentence."""
     return f"{text[0].upper()}{text[1:]}."
 
 
@@ -319,9 +333,19 @@ def line(
     pick=None,
     error: list | None = None,
 ) -> dict:
-    """A series of a chart. tip: whether the pointer's box names its values. pick: what stands for a
-    stretch of a long run; None: its mean. error: standard errors of the values."""
+    """A series of a chart.
+
+    Args:
+        name: in the legend.
+        values: one for each row, None for gaps.
+        style: classes of style.css, which decide color, dashes and shape.
+        frame: whose columns are the x values.
+        tip: whether the box at the pointer shows its values.
+        pick: what a stretch of a long run becomes; None: its mean.
+        error: standard errors of the values.
+    """
     y = _rounded(thin(values, FINE, pick))
+    # A line needs two points: a single value would not be visible without a dot.
     alone = " dots" if sum(value is not None for value in y) == 1 else ""
     found = {"name": name, "style": style + alone, "frame": frame, "tip": tip, "y": y}
     errors = _rounded(thin(error, FINE)) if error else []
@@ -337,13 +361,14 @@ def _largest(stretch: list) -> float | None:
 
 
 def _coarse(run: Run, values: list, pick=None) -> list:
-    """Few columns; iteration 0 is no training and would be an empty one."""
+    """At most COARSE values; without iteration 0, which has no training and would be empty."""
     return thin(
         [value for row, value in zip(run.rows, values) if row["iteration"] > 0], COARSE, pick
     )
 
 
 def _rounded(values: list) -> list:
+    # Five digits are finer than a pixel, and keep the page small.
     return [None if value is None else float(f"{value:.5g}") for value in values]
 
 

@@ -1,4 +1,5 @@
-"""Which runs can be compared, what differs between their configs, and their final numbers."""
+"""What a comparison of runs says: whether they can be compared, what differs between their configs,
+and their final numbers."""
 
 from __future__ import annotations
 
@@ -14,12 +15,22 @@ from tempflow.run.report import verdict
 from tempflow.run.report.run import Run, load_run, number
 from tempflow.run.report.samples import signed
 
-MOST = 8  # runs on a page: as many as there are colors, dashes and shapes
-UNLIKE = ("logging.", "$")  # keys that differ in every run, and decide nothing
+MOST = 8  # runs on a page: as many as style.css and charts.js have colors, dashes and shapes
+UNLIKE = ("logging.", "$")  # keys that differ between any two runs and have no effect on results
 
 
 def load_runs(folders: list[Path]) -> dict[str, Run]:
-    """The runs by name, in the order given. UserError for what cannot be compared."""
+    """Read runs to be compared.
+
+    Args:
+        folders: run directories.
+
+    Returns:
+        The runs by name, in the order given.
+
+    Raises:
+        UserError: for too many runs, one run twice, or runs that cannot be compared.
+    """
     if len(folders) > MOST:
         raise UserError(f"{len(folders)} runs: at most {MOST} can be compared on one page")
     runs = [load_recorded(folder) for folder in folders]
@@ -32,7 +43,7 @@ def load_runs(folders: list[Path]) -> dict[str, Run]:
 
 
 def load_recorded(folder: Path) -> Run:
-    """A run directory with rows of metrics. UserError where there are none."""
+    """Read a run directory. UserError where it has no rows of metrics."""
     run = load_run(folder)
     if not run.rows:
         raise UserError(f"{folder}: no rows in {METRICS_FILE}; is it a run directory?")
@@ -40,7 +51,7 @@ def load_recorded(folder: Path) -> Run:
 
 
 def _names(runs: list[Run]) -> list[str]:
-    """Their folders' names; with the folders above where two have one name."""
+    """A name for each run: its folder's, preceded by as many parent folders as tell all apart."""
     parts = [run.folder.resolve().parts for run in runs]
     depth, names = 1, [run.name for run in runs]
     while len(set(names)) < len(names):
@@ -50,8 +61,8 @@ def _names(runs: list[Run]) -> list[str]:
 
 
 def _check_prompts(runs: dict[str, Run]) -> None:
-    """UserError where two runs were evaluated on different prompts: their means are then of
-    different things."""
+    """UserError where two runs were evaluated on different prompts. Their mean rewards would differ
+    even for the same model."""
     (first, one), *others = runs.items()
     for name, run in others:
         counts = [_evaluated(run) for run in (one, run)]
@@ -60,6 +71,7 @@ def _check_prompts(runs: dict[str, Run]) -> None:
                 f"{first} was evaluated on {counts[0]} prompts and {name} on {counts[1]}: their"
                 " rewards cannot be compared (eval.prompts, data.heldout)"
             )
+        # The kept samples show prompts too: equal counts of other prompts are found by them.
         texts = [_prompts(run) for run in (one, run)]
         for n, (a, b) in enumerate(zip(*texts), 1):
             if a != b:
@@ -70,7 +82,7 @@ def _check_prompts(runs: dict[str, Run]) -> None:
 
 
 def _evaluated(run: Run) -> int | None:
-    """How many images an evaluation of the run asks for."""
+    """Number of images of an evaluation, scored or failed; None where no row has counts."""
     for row in run.rows:
         if number(row.get("eval/scored")) is not None:
             return int(row["eval/scored"] + (number(row.get("eval/failed")) or 0))
@@ -82,13 +94,13 @@ def _prompts(run: Run) -> list[str]:
 
 
 def same_rewards(runs: dict[str, Run]) -> bool:
-    """Whether the weighted rewards of the runs are sums of the same things."""
+    """Whether the runs have the same rewards with the same weights and options."""
     return len({str(run.config.get("rewards")) for run in runs.values()}) == 1
 
 
 def differences(runs: dict[str, Run]) -> list[tuple[str, list]]:
-    """(key, value in each run) of what differs between their configs, devices and versions; None
-    where a run lacks the key."""
+    """(key, value in each run) of the keys that differ between configs, devices and versions; the
+    value is None where a run lacks the key."""
     settings = [_settings(run) for run in runs.values()]
     keys = dict.fromkeys(key for one in settings for key in one)
     rows = [(key, [one.get(key) for one in settings]) for key in keys]
@@ -106,7 +118,8 @@ def _settings(run: Run) -> dict:
 
 
 def headline(runs: dict[str, Run]) -> str:
-    """One sentence on the final held-out rewards; it claims no more than their errors allow."""
+    """One sentence on the final held-out rewards, without a period. It claims no more than their
+    standard errors allow."""
     ends = [(name, *_final(run)) for name, run in runs.items()]
     known = [(name, reward, error) for name, reward, error in ends if reward is not None]
     if len(known) < 2:
@@ -118,6 +131,8 @@ def headline(runs: dict[str, Run]) -> str:
     said = f"{best} ends with {with_error(high, error)}, {second} with {with_error(next_to, other)}"
     if error is None or other is None:
         return f"{said}; their errors are not known"
+    # The errors of two runs are taken as independent. They share prompts and noise, so this may
+    # overlook a small difference, but does not invent one.
     sure = is_sure(high - next_to, math.hypot(error, other))
     return f"{said}: {'more' if sure else 'no difference'} beyond two standard errors"
 
@@ -128,7 +143,7 @@ def _final(run: Run) -> tuple[float | None, float | None]:
 
 
 def numbers(runs: dict[str, Run]) -> list[tuple[str, list[str]]]:
-    """(title, text for each run) of the final numbers; titles that no run has are left out."""
+    """(title, text for each run) of the final numbers; rows that no run has are left out."""
     found: list[tuple[str, Callable[[Run], str | None]]] = [
         ("Base reward", lambda run: _text(verdict.rewards(run)[0], "{:.3f}")),
         ("Final reward", lambda run: _with_error(*_final(run))),
@@ -169,6 +184,7 @@ def _last(run: Run, key: str, form: str) -> str | None:
 def _drift(metric) -> Callable[[Run], str | None]:
     def text(run: Run) -> str | None:
         value = number(verdict.evaluated(run).get(metric.key))
+        # The base has no drift from itself; a number there would read as a result.
         if value is None or verdict.evaluated(run)["iteration"] == 0:
             return None
         return f"{value:{metric.form}}" + (", past its limit" if metric.beyond(value) else "")
@@ -178,4 +194,5 @@ def _drift(metric) -> Callable[[Run], str | None]:
 
 def _pace(run: Run) -> str | None:
     seconds = sorted(value for value in run.column("time/total") if value is not None)
+    # The median: the first iteration compiles and warms up caches.
     return _text(seconds[len(seconds) // 2] if seconds else None, "{:.2f} (median)")

@@ -1,8 +1,8 @@
-"""Several runs on one page: curves over each other, final numbers, what differs, samples side by
-side.
+"""The page that compares several runs: final numbers, curves in common charts, samples side by
+side, and what differs between the configs.
 
-It is drawn by the same script and style as a run's report. A run keeps its color, dashes and shape
-in all charts.
+It uses the script and style of a run's report. A run has the same color, dashes and shape in all
+charts.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from tempflow.run.report.run import Run
 from tempflow.run.report.samples import SHOWN, side
 from tempflow.run.report.thumbnails import Thumbnails
 
+# In the page's head: without it an existing file is not overwritten.
 MARK = '<meta name="generator" content="tempflow-report">'
 COST = ("time/total",)
 UPDATES = ("kl", "clip_fraction", "grad_norm", "reward/std", "reward/zero_std_groups")
@@ -32,8 +33,9 @@ def write_comparison(folders: list[Path], out: Path) -> Path:
         folders: run directories, two to eight.
         out: a new file, or an older page of this function, which is replaced.
 
-    Raises UserError for a folder without metrics, runs that were evaluated on different prompts,
-    and a file that this function did not write.
+    Raises:
+        UserError: for a folder without metrics, runs that were evaluated on different prompts, and
+            an existing file that this function did not write.
     """
     runs = comparable.load_runs(folders)
     if out.exists() and not _is_ours(out):
@@ -48,7 +50,7 @@ def _is_ours(out: Path) -> bool:
     if not out.is_file():
         return False
     with out.open("rb") as file:
-        return MARK.encode() in file.read(2000)
+        return MARK.encode() in file.read(2000)  # the head is at the top
 
 
 def render(runs: dict[str, Run]) -> str:
@@ -92,7 +94,7 @@ def _named(runs: dict[str, Run]) -> str:
 
 # ------------------------------------------------------------------------------------------- curves
 def _frames(runs: dict[str, Run]) -> dict:
-    """The x columns of every run: fineN and evalN."""
+    """The frames of all runs: "fineN" and "evalN" for run number N."""
     found: dict[str, dict] = {}
     for n, run in enumerate(runs.values()):
         own = charts.frames(run)
@@ -192,7 +194,7 @@ def _table(runs: dict[str, Run], rows: list[tuple[str, list[str]]], kind: str, l
 
 # ------------------------------------------------------------------------------------------ samples
 def _samples(runs: dict[str, Run], thumbnails: Thumbnails) -> str:
-    """The base's image of the first run beside the newest of every run, prompt by prompt."""
+    """For each prompt the base's image, from the first run, and the newest image of every run."""
     sets = {name: run.samples[-1] for name, run in runs.items() if run.samples}
     if not sets:
         return ""
@@ -204,6 +206,7 @@ def _samples(runs: dict[str, Run], thumbnails: Thumbnails) -> str:
         sides = [
             side(sample.items[place], sample, prompt, thumbnails, label)
             for label, sample in shown.items()
+            # A set with fewer samples, or others in this place, has no image in this row.
             if place < len(sample.items) and sample.items[place].get("prompt") == item.get("prompt")
         ]
         if any(sides):

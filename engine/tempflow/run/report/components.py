@@ -1,4 +1,8 @@
-"""Which parts a run was made of, and how far each of them is verified."""
+"""The components that a run used, and how far each of them is verified.
+
+Only parts of this project are looked up. A user's own component, named by its dotted path, has no
+entry and is shown without a level.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +22,8 @@ LEVELS = {
 
 
 def components(run: Run) -> list[tuple[str, str, str]]:
-    """(part, what the run chose, how far that is verified) of what its config names; "" where
-    nothing is on record."""
+    """(part, what the run chose, how far that is verified) for the parts that its config names; the
+    last is "" where nothing is on record."""
     if not run.config:
         return []
     rows = [*_model(run), *_rollout(run), *_training(run), *_around(run)]
@@ -27,7 +31,8 @@ def components(run: Run) -> list[tuple[str, str, str]]:
 
 
 def level(path: str | None) -> str:
-    """How far a part of the engine is verified, by its name in benchmarks/results/hardware.json."""
+    """How far a part of the engine is verified, "" for an unknown part. path: its name in
+    benchmarks/results/hardware.json."""
     entry = _entries().get(path or "")
     return LEVELS[entry["status"]].format(**entry) if entry else ""
 
@@ -41,6 +46,7 @@ _Row = tuple[str, str | None, str | None]  # part, what was chosen, its name in 
 
 
 def _model(run: Run) -> list[_Row]:
+    # Read from the folder, not the hub: a report is written without network.
     pipeline = _pipeline(str(run.setting("model", "path")))
     module = KINDS["policy"].ids.get(pipeline or "", "").partition(":")[0]
     lora = run.setting("model", "lora")
@@ -52,7 +58,7 @@ def _model(run: Run) -> list[_Row]:
 
 
 def _pipeline(path: str) -> str | None:
-    """The pipeline class of a model in a folder that is still there."""
+    """The pipeline class of a model in a folder; None where the folder is gone or is a hub id."""
     try:
         index = json.loads((Path(path) / "model_index.json").read_text(encoding="utf-8"))
         return str(index["_class_name"])
@@ -109,8 +115,9 @@ def _reward(name: str, value) -> _Row:
 
 
 def _component(part: str, value, path: str) -> _Row:
-    """A component by its type; a user's own, by dotted path, is verified by nobody here."""
+    """The row of a component that is chosen by its type."""
     name = str(value["type"]) if isinstance(value, dict) and "type" in value else _options(value)
+    # A colon marks a dotted path: a user's own component, which no test here has run.
     return part, name, None if name and ":" in name else path
 
 

@@ -1,4 +1,8 @@
-"""Assembles report.html from a run directory: verdict, numbers, images, charts, config."""
+"""Assembles report.html from a run directory: verdict, numbers, images, charts, config.
+
+Sections without content are left out, so that the page of a run that has just begun, or has no
+held-out prompts, has no empty charts. Everything from the run is escaped: prompts may hold markup.
+"""
 
 from __future__ import annotations
 
@@ -40,9 +44,11 @@ WORDS = (
 def write_report(run_dir) -> Path:
     """Write run_dir/report.html from what the run directory holds so far, and return its path.
 
-    The file is whole or absent at any moment, loads nothing from anywhere, and stays below 15 MB.
-    An unfinished run, missing metrics, no evaluation and no images are all fine; a missing run
-    directory is a UserError.
+    The file is complete at any moment, loads nothing from elsewhere, and stays below 15 MB. An
+    unfinished run, missing metrics, no evaluation and no images are all fine.
+
+    Raises:
+        UserError: for a missing run directory.
     """
     run = load_run(run_dir)
     return write_atomic(run.folder / "report.html", render(run))
@@ -89,8 +95,19 @@ def fill(
     source: str,
     head: str = "",
 ) -> str:
-    """A page with the report's style and script. title, heading and source are text, data is JSON
-    for the script, all else is HTML."""
+    """Fill in the template of a page with the report's style and script.
+
+    Args:
+        title: text of the browser's tab.
+        kicker: HTML above the heading.
+        heading: text.
+        top: HTML below the heading.
+        switch: HTML of the choice of x axis.
+        body: HTML of the sections; empty ones are left out.
+        data: frames and charts, for charts.js.
+        source: text on what the page was written from.
+        head: more HTML for the head.
+    """
     return Template(_part("template.html")).substitute(
         title=escape(title),
         kicker=kicker,
@@ -108,7 +125,8 @@ def fill(
 
 
 class Figures:
-    """Collects the charts of the page; each becomes a figure that the script fills."""
+    """Collects the charts of a page. Each becomes an empty figure with its number, which charts.js
+    fills from the page's data."""
 
     def __init__(self):
         self.drawn: list[dict] = []
@@ -133,6 +151,7 @@ class Figures:
 
 
 def section(anchor: str, title: str, *parts: str) -> str:
+    """A section of the page, "" where all parts are empty."""
     content = "".join(parts)
     return f'<section id="{anchor}"><h2>{title}</h2>{content}</section>' if content else ""
 
@@ -144,9 +163,9 @@ def _remarks(run: Run) -> str:
 
 def _drift(run: Run, figures: Figures) -> str:
     text = (
-        f"How far the {run.things} are from those that the base makes of the same prompts and noise."
-        " No drift is 0 for the color shift and 1 for the others. A gain may have been bought with"
-        " drift."
+        f"How far the {run.things} are from those that the base makes from the same prompts and"
+        " noise. Without drift the color shift is 0 and the others are 1. A reward can rise because"
+        " of changes that it does not see, so look at these charts beside the gain."
     )
     drawn = figures.grid(charts.drift_charts(run))
     return section(
@@ -184,7 +203,7 @@ def _cost(run: Run, figures: Figures) -> str:
     totals = [
         (name, sum(value or 0 for value in values)) for name, values in charts.phase_columns(run)
     ]
-    whole = sum(value for _, value in totals) or 1
+    whole = sum(value for _, value in totals) or 1  # not the clock: phases may overlap
     bars = _bars(
         "Time by phase",
         "Seconds of the whole run.",
@@ -200,6 +219,7 @@ def _cost(run: Run, figures: Figures) -> str:
 
 
 def _others(run: Run, figures: Figures) -> str:
+    # Behind a fold: a metric that no section knows is still on the page.
     many = charts.other_charts(run)
     return (
         f'<details class="block"><summary>{len(many)} more'
@@ -219,7 +239,7 @@ def _bars(
     known = [(name, value) for name, value in rows if value is not None]
     if not known:
         return ""
-    top = max(value for _, value in known) or 1
+    top = max(value for _, value in known) or 1  # all zero: no division by it
     lines = []
     for n, (name, value) in enumerate(known):
         colour, share = (
@@ -237,7 +257,7 @@ def _bars(
 
 
 def axis_switch(runs: list[Run]) -> str:
-    """The choice of x axis, where there is more than one point to look at."""
+    """The choice of x axis, "" where no run has two rows."""
     if all(len(run.rows) < 2 for run in runs):
         return ""
     axes = [("iteration", "iterations")] + [
@@ -247,6 +267,7 @@ def axis_switch(runs: list[Run]) -> str:
             ("images", f"rewarded {runs[0].things}"),
             ("forwards", "transformer forwards"),
         )
+        # An axis that is 0 everywhere, as forwards in old runs, would put all points in one place.
         if all(getattr(run, key)[-1] for run in runs)
     ]
     options = "".join(
@@ -269,9 +290,9 @@ def _components(run: Run) -> str:
         return ""
     device = (run.summary or {}).get("device")
     text = (
-        f"Parts of this run{f', which computed on {device}' if device else ''}. Verified: where the"
-        " project has run that part, at its best; a simulated GPU has devices and memory, but no"
-        " numbers and no clock."
+        f"The parts of this run{f', which ran on {device}' if device else ''}, and the strongest check"
+        " of each that the project has on record. A simulated GPU counts memory and transfers, but"
+        " computes no numbers of a real GPU and measures no time."
     )
     return (
         f'<details class="block" id="parts"><summary>What ran</summary><p class="lead">{escape(text)}</p>'
@@ -297,7 +318,7 @@ def _configuration(run: Run) -> str:
 
 
 def flatten(value, prefix: str = "") -> list[tuple[str, object]]:
-    """(dotted key, leaf) pairs of nested sections; lists and empty sections are leaves."""
+    """(dotted key, value) pairs of nested sections; lists and empty sections are values."""
     if not isinstance(value, dict) or not value:
         return [(prefix, value)]
     return [
@@ -336,7 +357,8 @@ def _words() -> str:
 
 
 def _json(value) -> str:
-    """JSON that no content can end early or turn into markup inside a script element."""
+    """JSON for a script element. A "</script>" in a prompt would end the element early, so all
+    characters of markup are escaped, which JSON allows in strings."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 

@@ -1,5 +1,7 @@
-"""OCR readings against the word that the prompt asks for: which letters are right, wrong or
-missing."""
+"""OCR readings compared with the word in the prompt: which letters are right, wrong or missing.
+
+The alignment follows the edit distance of the OCR reward, so that the marks explain its value.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from html import escape
 
 from tempflow.rewards.normal_form import normalize
 
-GAP = "_"
+GAP = "_"  # shown for a missing letter
 MARKS = {
     "right": "{}",
     "wrong": '<mark title="wrong letter">{}</mark>',
@@ -17,12 +19,17 @@ MARKS = {
 
 
 def compare(reading: str, target: str) -> list[tuple[str, str]]:
-    """(letter, "right" | "wrong" | "missing") along the reading, by the edit distance that the
-    reward counts.
+    """Align a reading with its target by the edit distance of the reward.
 
-    A letter whose normal form has several (a ligature, a fraction) is followed by empty ones for
-    the rest of them.
+    Args:
+        reading: what OCR read.
+        target: the word that was asked for.
+
+    Returns:
+        (letter, "right" | "wrong" | "missing") along the reading. A letter whose normal form has
+        several letters (a ligature, a fraction) is followed by empty ones for the rest of them.
     """
+    # Each letter keeps its own look; only the comparison uses the normal form.
     forms = [
         (char, normalize(char)) for char in unicodedata.normalize("NFC", "".join(reading.split()))
     ]
@@ -46,11 +53,12 @@ def compare(reading: str, target: str) -> list[tuple[str, str]]:
 
 
 def reading_html(reading: str, target: str, solved: bool) -> str:
-    """The reading with its wrong and missing letters marked, also for eyes and readers that see no
-    colour.
+    """The reading as HTML with its wrong and missing letters marked, by more than color.
 
-    target: "" where the prompt quotes nothing; solved: the reward counts the reading as right as it
-    is.
+    Args:
+        reading: what OCR read.
+        target: the word that was asked for; "" where it is not known.
+        solved: whether the reward counts the reading as right, whatever its letters.
     """
     if not reading.strip():
         return '<span class="reading none">nothing read</span>'
@@ -63,7 +71,7 @@ def reading_html(reading: str, target: str, solved: bool) -> str:
 
 
 def _distances(a: list[str], b: str) -> list[list[int]]:
-    """left[i][j]: edits between a[i:] and b[j:]."""
+    """left[i][j]: edit distance of a[i:] and b[j:], so that `compare` can walk from the start."""
     left = [[len(a) - i + len(b) - j for j in range(len(b) + 1)] for i in range(len(a) + 1)]
     for i in reversed(range(len(a))):
         for j in reversed(range(len(b))):

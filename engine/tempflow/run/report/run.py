@@ -1,5 +1,8 @@
-"""A run directory as the report reads it: config, rows, sample sets, summary; each may be missing
-or unfinished."""
+"""A run directory as the report reads it: config, rows, sample sets, summary.
+
+Each of them may be missing or unfinished, since a report is also written while the run trains and
+after it crashed. Nothing here depends on the engine's state.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from tempflow.run.logs import read_metrics
 
 @dataclass
 class SampleSet:
-    """The images of one iteration's model for the held-out prompts: samples/ITER/."""
+    """The images of one evaluation: the folder samples/ITERATION/ and its samples.json."""
 
     iteration: int
     folder: Path
@@ -32,14 +35,16 @@ class SampleSet:
 
 @dataclass
 class Run:
-    """One run directory; `rows` are sorted by iteration, one per iteration, the last written
-    winning."""
+    """The content of one run directory."""
 
     folder: Path
     config: dict = field(default_factory=dict)
     rows: list[dict] = field(default_factory=list)
+    """Rows of metrics.jsonl by iteration; of several with the same one, the last that was written."""
     samples: list[SampleSet] = field(default_factory=list)
+    """By iteration."""
     summary: dict | None = None
+    """summary.json; None while the run is not finished."""
 
     @property
     def name(self) -> str:
@@ -47,15 +52,17 @@ class Run:
 
     @property
     def iterations(self) -> int:
+        """The last iteration on record."""
         return self.rows[-1]["iteration"] if self.rows else 0
 
     def setting(self, section: str, key: str, default=None):
+        """A value of the config, `default` where the section or the key is missing."""
         values = self.config.get(section)
         return values.get(key, default) if isinstance(values, dict) else default
 
     @property
     def things(self) -> str:
-        """What the model makes."""
+        """The word for what the model makes: images or videos."""
         return "videos" if (number(self.setting("rollout", "frames")) or 1) > 1 else "images"
 
     @cached_property
@@ -69,6 +76,7 @@ class Run:
         return [name for name, weight in weights.items() if weight == 0]
 
     def column(self, key: str) -> list[float | None]:
+        """A metric of every row, None where a row has no finite number."""
         return [number(row.get(key)) for row in self.rows]
 
     @cached_property
@@ -82,7 +90,7 @@ class Run:
 
     @cached_property
     def images(self) -> list[float]:
-        """Rewarded images up to each row."""
+        """Number of rewarded images up to each row."""
         total, out = 0.0, []
         for row in self.rows:
             total = number(row.get("images/total")) or total + (number(row.get("images")) or 0)
@@ -91,7 +99,7 @@ class Run:
 
     @cached_property
     def forwards(self) -> list[float]:
-        """Rows that went through the transformer up to each row of metrics."""
+        """Number of latents that went through the transformer up to each row of metrics."""
         total, out = 0.0, []
         for row in self.rows:
             total += sum(number(row.get(f"forwards/{part}")) or 0 for part in ("rollout", "train"))
@@ -100,8 +108,8 @@ class Run:
 
     @cached_property
     def minutes(self) -> list[float]:
-        """Minutes of running up to each row; a clock that a resume set back to zero is carried
-        on."""
+        """Minutes of training up to each row. Where a resume set the clock back to 0, the time
+        before it is added."""
         carried = elapsed = 0.0
         out = []
         for row in self.rows:
@@ -116,8 +124,8 @@ class Run:
 
     @cached_property
     def heldout(self) -> list[tuple[int, float]]:
-        """(iteration, held-out reward) from the metrics, else from the sample sets of iterations
-        that lack it."""
+        """(iteration, held-out reward) of every evaluation. The metrics take precedence; a sample
+        set or the summary fills in an evaluation whose row is lost."""
         found = {
             sample.iteration: sample.reward for sample in self.samples if sample.reward is not None
         }
@@ -133,12 +141,13 @@ class Run:
         return sorted(found.items())
 
     def stderr(self, iteration: int) -> float | None:
-        """Standard error of the held-out reward at an iteration."""
+        """Standard error of the held-out reward at an iteration, None where it is not known."""
         rows = (row for row in self.rows if row["iteration"] == iteration)
         return number(next(rows, {}).get("eval/reward/stderr"))
 
     def at(self, iteration: int) -> dict[str, float]:
-        """Minutes, images and forwards spent when the given iteration had ended."""
+        """Minutes, images and forwards up to the end of an iteration."""
+        # 0 for the base, also where the first row of metrics is a later one.
         past = [n for n, row in enumerate(self.rows) if row["iteration"] <= iteration]
         spent = {"minutes": self.minutes, "images": self.images, "forwards": self.forwards}
         return {
@@ -147,7 +156,11 @@ class Run:
 
 
 def load_run(run_dir) -> Run:
-    """Read a run directory; a missing one is a UserError, a missing file in it is not."""
+    """Read a run directory.
+
+    Raises:
+        UserError: where the directory is missing; missing files in it are fine.
+    """
     folder = Path(run_dir)
     if not folder.is_dir():
         raise UserError(f"no run directory at {folder}")
@@ -168,7 +181,7 @@ def load_run(run_dir) -> Run:
 
 
 def _without_leftovers(run: Run) -> Run:
-    """Without what an earlier attempt left past the iteration that the run was resumed from."""
+    """Drop what an earlier attempt left behind after the iteration that the run was resumed from."""
     if run.rows:
         run.samples = [sample for sample in run.samples if sample.iteration <= run.iterations]
     if run.summary and (number(run.summary.get("iterations")) or run.iterations) < run.iterations:
@@ -184,8 +197,8 @@ def number(value) -> float | None:
 
 
 def _sample_sets(folder: Path) -> list[SampleSet]:
-    """The whole sample sets, by iteration; one whose list is missing or cut short was never
-    finished."""
+    """The complete sample sets by iteration. A set without a readable samples.json was never
+    finished, since that file is written last."""
     sets = []
     for path in sorted(folder.glob("*/samples.json")):
         info = _read_json(path)

@@ -1,5 +1,5 @@
-"""The images of the report: base against tuned for the same prompts and noise, after the condition
-image where a prompt brings one, and the way between them."""
+"""The samples of the report: each prompt's condition image, if any, and its images before and after
+training from the same noise; below them the first prompts over the course of training."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from tempflow.run.report.readings import reading_html
 from tempflow.run.report.run import Run, SampleSet, number
 from tempflow.run.report.thumbnails import Thumbnails
 
-SHOWN = 24
-STRIP_PROMPTS, STRIP_COLUMNS = 6, 8
-SAME = 5e-4  # smaller changes of a reward read 0.000
+SHOWN = 24  # prompts; more are behind a fold
+STRIP_PROMPTS, STRIP_COLUMNS = 6, 8  # of the table over the course of training
+SAME = 5e-4  # a smaller change of a reward reads 0.000 and counts as none
 
 
 @dataclass
 class Pair:
-    """One prompt with its item of the base's sample set and of the tuned one's."""
+    """A prompt with its item in the base's sample set and in the tuned model's."""
 
     prompt: str
     base: dict | None
@@ -38,7 +38,8 @@ def samples_html(run: Run, thumbnails: Thumbnails) -> str:
         return ""
     base, tuned = run.samples[0], run.samples[-1]
     pairs = match(base, tuned)
-    strip = _strip(run, thumbnails)  # first: the budget should go to what is always shown
+    # First, though shown last: thumbnails have a budget, and the strip is not behind a fold.
+    strip = _strip(run, thumbnails)
     cards = [_card(pair, base, tuned, thumbnails) for pair in pairs]
     shown = [card for card in cards if card]
     grid = (
@@ -66,10 +67,11 @@ def samples_html(run: Run, thumbnails: Thumbnails) -> str:
 
 
 def match(base: SampleSet, tuned: SampleSet) -> list[Pair]:
-    """Pairs of the tuned set's items with the base's: same place and prompt (with its condition
-    images), else the same prompt elsewhere."""
+    """Pair the tuned set's items with the base's: by place if prompt and condition images agree,
+    else by prompt and condition images. With one set there are items of the base alone."""
     if tuned is base:
         return [Pair(str(item.get("prompt", "")), item, None) for item in base.items]
+    # reversed: of equal prompts the first is found.
     by_prompt = {_asked(item): item for item in reversed(base.items)}
     pairs = []
     for place, item in enumerate(tuned.items):
@@ -85,7 +87,7 @@ def _asked(item: dict) -> tuple[str, str]:
 
 
 def exact_share(sample: SampleSet) -> float | None:
-    """Share of images whose OCR reading is the quoted word, None where the set has no readings."""
+    """Share of the images whose OCR reading is right; None for a set without readings."""
     marks = [_solved(item) for item in sample.items if _reading(item) is not None]
     return sum(marks) / len(marks) if marks else None
 
@@ -138,6 +140,7 @@ def _card(pair: Pair, base: SampleSet, tuned: SampleSet, thumbnails: Thumbnails)
         for item, sample in ((pair.base, base), (pair.tuned, tuned))
         if item
     ]
+    # Without one of its images the pair would show no change.
     if not all(sides) or not sides:
         return ""
     sides = [*_before(pair, base if pair.tuned is None else tuned, thumbnails), *sides]
@@ -157,7 +160,8 @@ def _label(sample: SampleSet) -> str:
 
 
 def side(item: dict, sample: SampleSet, prompt: str, thumbnails: Thumbnails, label: str) -> str:
-    """An image of a sample set with its label, reward and reading; "" where it is lost."""
+    """An image of a sample set with its label, reward and reading; "" where the file is lost or the
+    budget of thumbnails is used up."""
     thumbnail = thumbnails.get(sample.folder / str(item["file"]))
     if thumbnail is None:
         return ""
@@ -171,7 +175,7 @@ def side(item: dict, sample: SampleSet, prompt: str, thumbnails: Thumbnails, lab
 
 
 def _condition_of(item: dict) -> str | None:
-    """The file of an item's condition images."""
+    """The name of the file with an item's condition images, None without any."""
     return item["condition"] if isinstance(item.get("condition"), str) else None
 
 
@@ -184,7 +188,7 @@ def _has_conditions(sample: SampleSet) -> bool:
 
 
 def _before(pair: Pair, sample: SampleSet, thumbnails: Thumbnails) -> list[str]:
-    """A pair's condition images, none where it has none or they are lost."""
+    """The figure of a pair's condition images; empty where there are none or the file is lost."""
     name = _condition(pair)
     thumbnail = thumbnails.get(sample.folder / name) if name else None
     if thumbnail is None:
@@ -203,6 +207,7 @@ def _img(thumbnail, alt: str) -> str:
     )
     if not thumbnail.still:
         return shown
+    # A moving thumbnail has a still one for readers who have asked for less motion.
     return (
         '<picture><source media="(prefers-reduced-motion: reduce)"'
         f' srcset="{thumbnail.still}">{shown}</picture>'
@@ -214,7 +219,7 @@ def _part(item: dict, key: str) -> dict:
 
 
 def _reading(item: dict) -> str | None:
-    """What OCR read; where it failed its detail says why, which is no reading."""
+    """What OCR read. None where it failed: its detail is then the error, not a reading."""
     reading = _part(item, "details").get("ocr")
     return (
         reading
@@ -242,8 +247,8 @@ def _reward(item: dict) -> str:
 
 
 def _parts(item: dict) -> str:
-    """Each reward by name where there is more than one, and what was noted about the image besides
-    a reading."""
+    """Each reward by name where there are several, and the details of rewards other than the OCR
+    reading."""
     rewards, details, read = (
         _part(item, "rewards"),
         _part(item, "details"),
@@ -264,7 +269,7 @@ def _parts(item: dict) -> str:
 
 
 def _strip(run: Run, thumbnails: Thumbnails) -> str:
-    """The first prompts through training, where there are sets between the first and the last."""
+    """The first prompts over the course of training; "" for fewer than three sample sets."""
     if len(run.samples) < 3:
         return ""
     columns = min(STRIP_COLUMNS, len(run.samples))
@@ -305,7 +310,7 @@ def _strip_row(place: int, sets: list[SampleSet], thumbnails: Thumbnails) -> str
 
 
 def signed(value: float, digits: int = 3) -> str:
-    """+0.310, −0.020, 0.000: with a sign that is as wide as a digit."""
+    """Text such as +0.310, −0.020 or 0.000, with a minus as wide as the plus."""
     if abs(value) < 0.5 * 10**-digits:
         return f"{0:.{digits}f}"
     return f"{value:+.{digits}f}".replace("-", "−")

@@ -1,5 +1,4 @@
-"""Samples as data URIs, small enough that a report of 1024-pixel images, or of videos, can be
-mailed."""
+"""Samples as data URIs, small enough that a report on 1024-pixel images or videos can be mailed."""
 
 from __future__ import annotations
 
@@ -8,39 +7,50 @@ import io
 from dataclasses import dataclass
 from pathlib import Path
 
-SIDE = 256
-QUALITY = 82
-FRAMES, VIDEO_QUALITY = 24, 60  # of a moving thumbnail at most; 5 seconds of video are about 40 kB
-KEEP_BYTES = 24_000
-BUDGET = 10_000_000
+SIDE = 256  # largest height and width, pixels
+QUALITY = 82  # of JPEG
+FRAMES, VIDEO_QUALITY = 24, 60  # at most, of a moving thumbnail; 5 seconds of video are about 40 kB
+KEEP_BYTES = 24_000  # a small PNG file of at most this size is embedded as it is
+BUDGET = 10_000_000  # characters of all thumbnails of a page
 
 
 @dataclass
 class Thumbnail:
-    """still: of a video the frame in its middle, for who has asked for reduced motion; "" of an
-    image."""
+    """An image or a moving image as a data URI."""
 
     uri: str
     width: int
+    """Pixels, so that the page keeps its layout while images are decoded."""
     height: int
+    """Pixels."""
     still: str = ""
+    """Data URI of a video's middle frame, for readers who have asked for reduced motion; "" for an
+    image."""
 
     @property
     def size(self) -> int:
-        """Characters of the page."""
+        """Characters in the page."""
         return len(self.uri) + len(self.still)
 
 
 class Thumbnails:
-    """Makes thumbnails until their total size reaches the budget; after that, and for a lost image,
-    None."""
+    """Makes thumbnails until their total size reaches the budget."""
 
     def __init__(self, budget: int = BUDGET):
         self.left = budget
         self._made: dict[tuple[Path, bool], Thumbnail] = {}
 
     def get(self, path: Path, moving: bool = True) -> Thumbnail | None:
-        """Of a file of samples. moving=False: of a video the still alone."""
+        """The thumbnail of a sample's file.
+
+        Args:
+            path: the file.
+            moving: False: a still image, for videos too.
+
+        Returns:
+            None where the file is lost or damaged, or the budget does not hold it.
+        """
+        # The base's images appear twice, in a pair and over the course of training.
         if (path, moving) in self._made:
             return self._made[path, moving]
         try:
@@ -77,7 +87,7 @@ def _of_image(image) -> Thumbnail:
 
 
 def _of_video(raw: bytes, moving: bool) -> Thumbnail:
-    """As long as the video, of fewer frames where it has many."""
+    """A moving thumbnail that lasts as long as the video, with at most FRAMES frames."""
     from PIL import Image
 
     from tempflow.media import frame_places

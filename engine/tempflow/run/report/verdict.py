@@ -16,11 +16,11 @@ from tempflow.run.report.run import Run, number
 from tempflow.run.report.samples import signed
 
 PAST = "past its limit"
-TRIFLE = 0.005  # a smaller change of the mean reward is called none
+TRIFLE = 0.005  # a smaller change of the mean reward counts as none
 
 
 def rewards(run: Run) -> tuple[float | None, float | None]:
-    """Held-out reward of the base and of the newest evaluated model."""
+    """Held-out reward of the base and of the newest evaluated model, None where not known."""
     summary = run.summary or {}
     base, tuned = number(summary.get("base_reward")), number(summary.get("tuned_reward"))
     if base is None and run.heldout and run.heldout[0][0] == 0:
@@ -31,8 +31,9 @@ def rewards(run: Run) -> tuple[float | None, float | None]:
 
 
 def gain(run: Run) -> tuple[float | None, float | None]:
-    """How far the newest evaluated model is from the base, prompt by prompt where that was
-    measured, and its standard error."""
+    """The change of the held-out reward from the base to the newest evaluated model, and its
+    standard error; None where not known. It is the mean of the paired differences if the run
+    recorded it."""
     base, tuned = rewards(run)
     if base is None or tuned is None:
         return None, None
@@ -44,7 +45,7 @@ def gain(run: Run) -> tuple[float | None, float | None]:
 
 
 def evaluated(run: Run) -> dict:
-    """The row of the newest evaluation."""
+    """The row of the newest evaluation, {} without one."""
     return next(
         (row for row in reversed(run.rows) if number(row.get("eval/reward")) is not None), {}
     )
@@ -133,7 +134,7 @@ def tiles(run: Run) -> str:
 
 
 def _limited(run: Run) -> list[tuple[str, str]]:
-    """The monitors of drift that have a limit, once a trained model was evaluated."""
+    """(title, HTML) of the drift metrics with a limit, once a trained model was evaluated."""
     if gain(run)[0] is None:
         return []
     return [
@@ -168,7 +169,7 @@ def _base_stderr(run: Run) -> float | None:
 
 
 def facts(run: Run) -> str:
-    """Model, method, rewards and device, as far as they are known."""
+    """Model, method, rewards and device as a description list, as far as they are known."""
     summary, rollout = run.summary or {}, run.config.get("rollout") or {}
     size = (
         f"{rollout['width']} × {rollout['height']} px"
@@ -203,11 +204,13 @@ def facts(run: Run) -> str:
 
 
 def minutes(run: Run) -> float | None:
+    """Minutes of training, None where not known."""
     found = number((run.summary or {}).get("minutes"))
     return found if found is not None else run.minutes[-1] if run.minutes else None
 
 
 def images(run: Run) -> float | None:
+    """Number of rewarded images, None where not known."""
     found = number((run.summary or {}).get("images"))
     return found if found is not None else run.images[-1] if run.images and run.images[-1] else None
 
@@ -234,8 +237,9 @@ def _lost(run: Run) -> str:
 
 
 def _spent(run: Run) -> str:
-    """What the newest evaluated model had cost, or in a run without evaluations the newest one."""
+    """Training time and images up to the newest evaluation, or without evaluations up to now."""
     spent, seen = minutes(run), images(run)
+    # In an unfinished run, training after the newest evaluation did not lead to its reward.
     if run.summary is None and run.heldout:
         total = run.at(run.heldout[-1][0])
         spent, seen = total["minutes"], total["images"]
