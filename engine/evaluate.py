@@ -1,4 +1,4 @@
-"""Rewards of a run's model on held-out prompts: python engine/evaluate.py --run runs/tiny_ocr
+"""Score a run's model on held-out prompts: python engine/evaluate.py --run runs/tiny_ocr
 [--base]"""
 
 from tempflow import cli

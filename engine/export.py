@@ -1,4 +1,4 @@
-"""A run's model for plain diffusers: python engine/export.py --run runs/tiny_ocr --out FOLDER"""
+"""Write a run's model for diffusers: python engine/export.py --run runs/tiny_ocr --out FOLDER"""
 
 from tempflow import cli
 from tempflow.commands.export import main

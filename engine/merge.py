@@ -1,4 +1,4 @@
-"""The mean of several runs' weights for plain diffusers: python engine/merge.py runs/a runs/b --out
+"""Write the mean of several runs' weights for diffusers: python engine/merge.py runs/a runs/b --out
 FOLDER [--weights 0.7 0.3]"""
 
 from tempflow import cli

@@ -1,4 +1,4 @@
-"""Images of high reward without training: python engine/refine.py --run runs/tiny_ocr --out refined
+"""Search for images of high reward: python engine/refine.py --run runs/tiny_ocr --out refined
 [--rounds 8 --step 3..1]"""
 
 from tempflow import cli

@@ -1,4 +1,4 @@
-"""The report of a run, or several runs on one page: python engine/report.py RUN [RUN ...]
+"""Rebuild a run's report, or compare several runs: python engine/report.py RUN [RUN ...]
 [--out comparison.html]"""
 
 from tempflow import cli

@@ -1,5 +1,5 @@
-"""Prompts to pictures, base and tuned side by side: python engine/sample.py --run runs/tiny_ocr
---out pictures"""
+"""Sample prompts with base and tuned model: python engine/sample.py --run runs/tiny_ocr --out
+images"""
 
 from tempflow import cli
 from tempflow.commands.sample import main

@@ -249,21 +249,21 @@ def test_files(tmp_path):
         (
             ["--step", "6..9"],
             (
-                "--step: expected steps from 0 to 8 (of 10 steps, of which the last takes no"
-                " noise), got 6..9"
+                "--step: expected steps from 0 to 8 (the last of the 10 steps takes no noise), got"
+                " 6..9"
             ),
         ),
-        (["--num-steps", "1"], "--rounds: a grid of 1 steps has none that takes noise"),
+        (["--num-steps", "1"], "--rounds: got 8, but no step of a grid of 1 takes noise"),
         (["--step", "x"], "expected a whole number"),
         (["--rewards", "{"], "--rewards: expected JSON"),
         (["--rewards", '{"taste": 1.0}'], "taste"),
         (["--suffix", '{"stride": 0}'], "--suffix: stride"),
         (
             ["--suffix", '{"weights": "float8"}'],
-            "--suffix: weights and audit_every belong to training",
+            "--suffix: weights and audit_every apply to training only",
         ),
-        (["--run", "runs/a"], "expected one of --run and --config"),
-        (["--base"], "--config names no run"),
+        (["--run", "runs/a"], "expected either --run or --config"),
+        (["--base"], "they are not allowed with --config"),
         (["--children", "0"], "--children"),
         (["--target", "much"], "expected a number"),
         (["--set", "model.path=/nowhere"], "model.path"),

@@ -1,4 +1,8 @@
-"""Score a run's model on held-out prompts: a line of JSON on stdout, and images where asked for."""
+"""Score a run's model on held-out prompts.
+
+The result is one line of JSON on stdout; a line for people goes to stderr. With --out the images
+are kept.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Sequence
 
-from tempflow import cli
+from tempflow import arguments, cli
 from tempflow.run import outputs
 from tempflow.run.means import gain_text, with_error
 from tempflow.run.metrics import changes, drift_texts
@@ -17,39 +21,32 @@ from tempflow.run.streams import check_result
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    from tempflow.arguments import add_checkpoint_arguments, path, positive, steps
-
     parser = argparse.ArgumentParser(
-        description="Score a run's model on held-out prompts, with fixed noise."
+        description="Score a run's model on held-out prompts, from fixed noise."
     )
-    add_checkpoint_arguments(parser)
+    arguments.add_checkpoint_arguments(parser)
     which = parser.add_mutually_exclusive_group()
-    which.add_argument(
-        "--base", action="store_true", help="score the model before training instead"
-    )
+    which.add_argument("--base", action="store_true", help="score the model before training")
     which.add_argument(
         "--compare",
         action="store_true",
-        help="score the model before training too, and say how far this one is from it",
+        help="also score the model before training, and report gain and drift from it",
     )
     parser.add_argument(
-        "--prompts", type=path, help="prompt file (default: the run's held-out prompts)"
+        "--prompts",
+        type=arguments.path,
+        metavar="FILE",
+        help="prompt file (default: the run's held-out prompts)",
     )
     parser.add_argument(
         "--count",
-        type=positive,
-        help="prompts used, from the top of the file (default: as in the run)",
+        type=arguments.positive,
+        metavar="N",
+        help="use the first N prompts of the file (default: eval.prompts of the config)",
     )
-    parser.add_argument(
-        "--num-steps", type=steps, help="ODE steps (default: the run's eval.num_steps)"
-    )
-    parser.add_argument(
-        "--out",
-        type=path,
-        help=(
-            "folder for images and samples.json, with --compare its folders base and tuned; must"
-            " not exist, or be empty"
-        ),
+    arguments.add_steps_argument(parser)
+    arguments.add_out_argument(
+        parser, "images and samples.json (of --compare: base/ and tuned/)", required=False
     )
     return parser.parse_args(argv)
 
@@ -59,12 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     with outputs.new_folder(args.out, args.run) if args.out else nullcontext() as draft:
         score(args, draft)
+    # Raises if stdout could not take the line: the caller of a script must not read status 0.
     check_result()
     return 0
 
 
 def score(args: argparse.Namespace, draft: Path | None) -> None:
-    """Evaluate, print the numbers, and write the images into `draft` if there is one."""
+    """Evaluate, print the numbers, and write the images into `draft` unless it is None."""
     from rich.console import Console
 
     from tempflow.run import tuned
@@ -84,6 +82,7 @@ def score(args: argparse.Namespace, draft: Path | None) -> None:
         if done.base
         else [_reward(done.result)]
     )
+    # stderr, because stdout holds the JSON alone and can be piped into a program.
     Console(highlight=False, stderr=True, soft_wrap=True).print("\n".join(lines), markup=False)
     print(json.dumps(done.result, allow_nan=False), flush=True)
     if draft:
@@ -91,7 +90,7 @@ def score(args: argparse.Namespace, draft: Path | None) -> None:
 
 
 def _reward(r: dict) -> str:
-    """One evaluation in a line."""
+    """One line about an evaluation."""
     which = (
         "base" if r["weights"] == "base" else f"iteration {r['iteration']}, {r['weights']} weights"
     )
@@ -103,7 +102,7 @@ def _reward(r: dict) -> str:
 
 
 def _change(r: dict) -> str:
-    """The gain over the base, and beside it how far the images have moved."""
+    """One line about the gain over the base and the drift of the images."""
     gain = (
         "unknown: no prompt was scored in both"
         if r["gain"] is None

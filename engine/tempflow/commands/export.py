@@ -1,4 +1,7 @@
-"""Write a run's model for plain diffusers: a pipeline folder, or LoRA weights."""
+"""Write a run's model for plain diffusers: a pipeline folder, or LoRA weights.
+
+The files need nothing of this project: `from_pretrained` and `load_lora_weights` read them.
+"""
 
 from __future__ import annotations
 
@@ -7,51 +10,52 @@ from functools import partial
 from pathlib import Path
 from typing import Sequence
 
-from tempflow import cli
+from tempflow import arguments, cli
 from tempflow.run import outputs
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    from tempflow.arguments import add_checkpoint_arguments, path
-
     parser = argparse.ArgumentParser(
         description="Write a diffusers pipeline folder, or LoRA weights, from a checkpoint."
     )
-    add_checkpoint_arguments(parser)
-    parser.add_argument(
-        "--out", type=path, required=True, help="folder to write; must not exist, or be empty"
-    )
+    arguments.add_checkpoint_arguments(parser)
+    arguments.add_out_argument(parser, "the pipeline or the LoRA weights")
     parser.add_argument(
         "--merge",
         action="store_true",
-        help="of a LoRA run: a whole pipeline with the adapters merged",
+        help="merge the adapters of a LoRA run and write a whole pipeline",
     )
-    parser.add_argument(
-        "--dtype",
-        default="float32",
-        choices=("float32", "bfloat16", "float16"),
-        help="of the weights written",
-    )
+    arguments.add_dtype_argument(parser)
     return parser.parse_args(argv)
 
 
 def write_lora(weights, rank: int, alpha: float, pipeline_class, folder: Path, dtype) -> None:
-    """pytorch_lora_weights.safetensors, as `pipe.load_lora_weights(folder)` reads it, or of a
-    denoiser of two transformers one in a folder for each, the second for `load_lora_weights(folder
-    / "transformer_2", load_into_transformer_2=True)`.
+    """Write pytorch_lora_weights.safetensors, which `pipe.load_lora_weights(folder)` reads.
 
-    weights: by a checkpoint's names or a file's.
+    A denoiser with two transformers has one file for each, in folders named after them. The second
+    is loaded by `load_lora_weights(folder / "transformer_2", load_into_transformer_2=True)`.
+
+    Args:
+        weights: adapter matrices by name, with a checkpoint's names or a file's.
+        rank: rank of all adapters.
+        alpha: their scale is alpha / rank.
+        pipeline_class: the diffusers pipeline, whose method writes the files.
+        folder: an existing folder.
+        dtype: a torch.dtype for floating-point weights.
     """
     from peft import LoraConfig
 
     from tempflow.checkpoints import load
     from tempflow.models.lora import by_expert, layers_of
 
+    # peft inserts the adapter's name ("default") into parameter names; diffusers' files leave it
+    # out.
     state = {
         name.replace(".default.weight", ".weight"): load.cast(name, value, dtype)
         for name, value in weights.items()
     }
     for part, layers in by_expert(state).items():
+        # Without this metadata diffusers takes alpha = rank, which scales the adapters wrongly.
         settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers_of(layers)).to_dict()
         pipeline_class.save_lora_weights(
             folder / part,
@@ -70,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def export(args: argparse.Namespace, draft: Path) -> str:
-    """Write the model into `draft`; returns what to say of it."""
+    """Write the model into `draft`; returns the line to print."""
     import diffusers
 
     from tempflow.checkpoints import load

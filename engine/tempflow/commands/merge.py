@@ -1,4 +1,8 @@
-"""Merge what several runs trained into one model for plain diffusers."""
+"""Merge the trained weights of several runs into one model for plain diffusers.
+
+The result is their weighted mean. LoRA sources give LoRA weights, of which the rank is the sum of
+the sources' ranks; otherwise it is a whole pipeline.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Sequence
 
-from tempflow import cli
+from tempflow import arguments, cli
 from tempflow.run import outputs
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    from tempflow.arguments import checkpoint, number, path
-
     parser = argparse.ArgumentParser(
         description=(
             "Write the weighted mean of several runs' weights: a diffusers folder, or LoRA weights."
@@ -22,32 +24,25 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "sources",
         nargs="+",
-        type=path,
+        type=arguments.path,
         metavar="SOURCE",
-        help="run directory, checkpoint folder of one, diffusers folder, or LoRA weights",
+        help="run directory, one of its checkpoint folders, diffusers folder, or LoRA weights",
     )
-    parser.add_argument(
-        "--out", type=path, required=True, help="folder to write; must not exist, or be empty"
-    )
+    arguments.add_out_argument(parser, "the pipeline or the LoRA weights")
     parser.add_argument(
         "--weights",
-        type=number,
+        type=arguments.number,
         nargs="+",
         metavar="W",
-        help="of each source in order, 1 together (default: equal)",
+        help="a number for each source, in order, with sum 1 (default: equal)",
     )
     parser.add_argument(
         "--checkpoint",
-        type=checkpoint,
+        type=arguments.checkpoint,
         metavar="N|best",
-        help="of every run directory (default: its newest whole one)",
+        help="which checkpoint of every run directory (default: newest)",
     )
-    parser.add_argument(
-        "--dtype",
-        default="float32",
-        choices=("float32", "bfloat16", "float16"),
-        help="of the weights written",
-    )
+    arguments.add_dtype_argument(parser)
     args = parser.parse_args(argv)
     if len(args.sources) < 2:
         parser.error("SOURCE: expected at least two")
@@ -62,11 +57,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def merge(args: argparse.Namespace) -> str:
-    """Write the merged weights; returns what to say of them."""
+    """Write the merged weights; returns the line to print."""
     from tempflow.run import merging
 
     parts = merging.shares(args.weights, len(args.sources))
     sources = [merging.find_source(path, args.checkpoint) for path in args.sources]
+    # Before the folder is made: sources that do not fit together leave nothing behind.
     merging.check_sources(sources)
     with outputs.new_folder(args.out, *(source.run for source in sources if source.run)) as draft:
         kind = (
@@ -90,8 +86,10 @@ def _write_adapters(sources: list, parts: list[float], folder: Path, dtype: str)
 
     adapters, rank = merging.merge_adapters(sources, parts)
     based = [check_model(source.model) for source in sources if source.model]
-    # every family writes adapters of a transformer alike
+    # LoRA files may name no model. Any class will do then, because every family writes the adapters
+    # of a transformer in the same way.
     pipeline = getattr(diffusers, based[0] if based else "FluxPipeline")
+    # alpha = rank: merge_adapters has put each source's own scale into its matrices.
     write_lora(adapters, rank, rank, pipeline, folder, DTYPES[dtype])
     return f"LoRA weights of rank {rank}"
 

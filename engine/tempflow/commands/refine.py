@@ -1,5 +1,7 @@
-"""Refine images of prompts by a reward, without training: best of n, or rounds of noising the best
-and drawing it again."""
+"""Search for images of high reward without training.
+
+Either the best of n images, or rounds that add noise to the best image so far and sample it again.
+"""
 
 from __future__ import annotations
 
@@ -11,121 +13,101 @@ from typing import TYPE_CHECKING, Sequence
 
 import numpy as np
 
-from tempflow import cli
+from tempflow import arguments, cli
+from tempflow.commands.sample import chosen_prompts
 from tempflow.errors import UserError, note, shown
 from tempflow.run import outputs
 
 if TYPE_CHECKING:
     from tempflow.config import Config, Suffix
-    from tempflow.types import Example
 
 
 def step_range(text: str) -> tuple[int, int]:
-    """A step, or two with dots between them: of the first round and of the last."""
-    from tempflow.arguments import whole
-
+    """The type of --step: one step, or FIRST..LAST for the first and the last round."""
     first, dots, last = text.partition("..")
-    read = whole(0, 998)
+    # A grid has at most 1000 steps, numbered from 0, and the last one takes no noise.
+    read = arguments.whole(0, 998)
     return (read(first), read(last if dots else first))
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    from tempflow.arguments import (
-        add_checkpoint_arguments,
-        add_image_argument,
-        filled,
-        number,
-        path,
-        positive,
-        seed,
-        steps,
-        whole,
-    )
-
     parser = argparse.ArgumentParser(
-        description="Search for images of high reward with a run's model, or one before training."
+        description="Search for images of high reward with a run's model, or with any base model."
     )
-    add_checkpoint_arguments(parser, required=False)
+    arguments.add_checkpoint_arguments(parser, required=False)
     parser.add_argument("--base", action="store_true", help="use the run's model before training")
     parser.add_argument(
-        "--config", type=path, help="in place of --run: a config, whose model is used as it is"
+        "--config",
+        type=arguments.path,
+        metavar="FILE",
+        help="use the untrained model of a config, instead of --run",
     )
     parser.add_argument(
         "--set",
         action="append",
         default=[],
-        metavar="KEY=VALUE",
-        help="with --config: override a key of it",
+        metavar="SECTION.KEY=VALUE",
+        help="override a key of --config; may be repeated",
     )
-    parser.add_argument(
-        "--out", type=path, required=True, help="folder for the images; must not exist, or be empty"
-    )
-    parser.add_argument(
-        "--prompt",
-        type=filled,
-        action="append",
-        help="a prompt; may be given again (default: held-out prompts)",
-    )
-    add_image_argument(parser)
-    parser.add_argument("--prompts", type=path, help="prompt file")
-    parser.add_argument(
-        "--count", type=positive, default=8, help="prompts used, from the top of a file"
-    )
+    arguments.add_out_argument(parser)
+    arguments.add_sampling_arguments(parser, count=8)
     parser.add_argument(
         "--rewards",
-        type=filled,
+        type=arguments.filled,
         metavar="JSON",
-        help='what is searched by, as {"ocr": 1.0} (default: the config\'s)',
+        help='rewards to search by, such as {"ocr": 1.0} (default: those of the config)',
     )
     parser.add_argument(
         "--rounds",
-        type=whole(0, 10_000),
+        type=arguments.whole(0, 10_000),
         default=8,
-        help="0: the best of the first --children images",
+        metavar="N",
+        help="rounds after the first images; 0 keeps the best of these (default: 8)",
     )
     parser.add_argument(
         "--children",
-        type=whole(1, 10_000),
+        type=arguments.whole(1, 10_000),
         default=6,
-        help="images of a prompt in each round, and at first",
+        metavar="N",
+        help="images of each prompt, at first and in each round (default: 6)",
     )
     parser.add_argument(
         "--step",
         type=step_range,
-        metavar="A..B",
+        metavar="A[..B]",
         help=(
-            "step to which the best is noised, first to last round (default: 3..1 of 10 steps, of"
-            " others in proportion)"
+            "step of the grid to which the best image is noised, in the first and in the last round"
+            " (default: 3..1 for 10 steps, in proportion for others)"
         ),
     )
     parser.add_argument(
         "--explore",
         choices=("noise", "branch"),
         default="noise",
-        help="candidates have a noise each, or share one and branch from it",
+        help="children have noise of their own, or branch off one noised image (default: noise)",
     )
     parser.add_argument(
-        "--target", type=number, help="leave a prompt alone once its reward has reached this"
+        "--target",
+        type=arguments.number,
+        metavar="R",
+        help="stop refining a prompt once its reward is at least R",
     )
     parser.add_argument(
         "--suffix",
-        type=filled,
+        type=arguments.filled,
         metavar="JSON",
-        help="as rollout.suffix: coarser steps after the noise (default: exact)",
+        help="coarser steps after the noise, a table as rollout.suffix (default: exact steps)",
     )
-    parser.add_argument(
-        "--num-steps", type=steps, help="ODE steps (default: the run's eval.num_steps)"
-    )
-    parser.add_argument("--seed", type=seed, default=0, help="of the noise")
     args = parser.parse_args(argv)
     if (args.run is None) is (args.config is None):
-        parser.error("expected one of --run and --config")
+        parser.error("expected either --run or --config")
     if args.config and (args.base or args.checkpoint is not None or args.weights):
         parser.error(
-            "--base, --checkpoint and --weights choose a run's weights, and --config names no run"
+            "--base, --checkpoint and --weights choose weights of a run; they are not allowed with"
+            " --config"
         )
     if args.set and not args.config:
-        parser.error("--set needs --config; a run's config is what it was trained with")
+        parser.error("--set needs --config; the config of a run cannot be changed afterwards")
     return args
 
 
@@ -139,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def search(args: argparse.Namespace, draft: Path) -> str:
-    """Refine, write what was found into `draft`, and return what to say of it."""
+    """Refine, write the images and tables into `draft`, and return the line to print."""
     from tempflow.config import load_config
     from tempflow.run import refined, tuned
     from tempflow.run.refining import Search
@@ -184,8 +166,10 @@ def search(args: argparse.Namespace, draft: Path) -> str:
 
 
 def with_rewards(config: Config, given: str | None) -> Config:
-    """The config with the rewards of --rewards. UserError as for the section `rewards` of a
-    config."""
+    """The config, with the rewards of --rewards where given.
+
+    Raises UserError as for the section `rewards` of a config.
+    """
     from tempflow.rewards import check_frames, parse_rewards
 
     if given is not None:
@@ -195,6 +179,7 @@ def with_rewards(config: Config, given: str | None) -> Config:
 
 
 def read_suffix(given: str | None) -> Suffix | None:
+    """The table of --suffix. Raises UserError."""
     from pydantic import ValidationError
 
     from tempflow.config import Suffix
@@ -210,14 +195,14 @@ def read_suffix(given: str | None) -> Suffix | None:
         ) from None
     if suffix.weights != "same" or suffix.audit_every:
         raise UserError(
-            "--suffix: weights and audit_every belong to training; allowed are stride, order and"
-            " exact_steps"
+            "--suffix: weights and audit_every apply to training only; allowed are stride, order"
+            " and exact_steps"
         )
     return suffix
 
 
 def read_table(option: str, text: str) -> dict:
-    """A JSON table of a command line. UserError for anything else."""
+    """The JSON table that an option gives. Raises UserError for anything else."""
     from tempflow.config import strict_json
 
     try:
@@ -229,24 +214,21 @@ def read_table(option: str, text: str) -> dict:
     return table
 
 
-def chosen_prompts(args: argparse.Namespace, config: Config) -> list[Example]:
-    from tempflow.commands import sample
-
-    return sample.chosen_prompts(args, config)
-
-
 def chosen_steps(args: argparse.Namespace, config: Config) -> tuple[int, int]:
-    """k of the first round and of the last. UserError for a --step that the grid does not have."""
+    """The step that images are noised to, in the first and in the last round.
+
+    Raises UserError for a --step that the grid does not have.
+    """
     num_steps = args.num_steps or config.eval.num_steps or config.rollout.num_steps
-    last = num_steps - 2
+    last = num_steps - 2  # the last step of the grid ends at sigma 0, where no noise is left
     steps = args.step or (min(round(0.3 * num_steps), last), min(round(0.1 * num_steps), last))
     if args.rounds and not all(0 <= step <= last for step in steps):
         if last < 0:
             raise UserError(
-                f"--rounds: a grid of {num_steps} steps has none that takes noise; allowed is 0, or"
-                " a larger --num-steps"
+                f"--rounds: got {args.rounds}, but no step of a grid of {num_steps} takes noise;"
+                " allowed is 0, or a larger --num-steps"
             )
-        allowed = f"0 to {last} (of {num_steps} steps, of which the last takes no noise)"
+        allowed = f"0 to {last} (the last of the {num_steps} steps takes no noise)"
         raise UserError(f"--step: expected steps from {allowed}, got {steps[0]}..{steps[1]}")
     return steps
 

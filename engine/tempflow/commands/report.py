@@ -1,4 +1,4 @@
-"""Draw a run's report anew, or compare several runs on one page; the path goes to stdout."""
+"""Rebuild the report of a run, or compare several runs on one page; prints the path of the page."""
 
 from __future__ import annotations
 
@@ -7,24 +7,21 @@ from functools import partial
 from pathlib import Path
 from typing import Sequence
 
-from tempflow import cli
+from tempflow import arguments, cli
 from tempflow.errors import UserError
 from tempflow.run.streams import check_result
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    from tempflow.arguments import path
-
     parser = argparse.ArgumentParser(
-        description="Rebuild RUN/report.html, or compare several runs in one HTML file."
+        description="Rebuild RUN/report.html of one run, or compare several runs in one HTML file."
     )
-    parser.add_argument("runs", metavar="RUN", type=path, nargs="+", help="run directory")
+    parser.add_argument("runs", metavar="RUN", type=arguments.path, nargs="+", help="run directory")
     parser.add_argument(
         "--out",
-        type=path,
-        help=(
-            "file of a comparison (default: comparison.html); an older comparison there is replaced"
-        ),
+        type=arguments.path,
+        metavar="FILE",
+        help="file of a comparison; replaces an older one (default: comparison.html)",
     )
     return parser.parse_args(argv)
 
@@ -38,7 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if len(args.runs) > 1:
         print(write_comparison(args.runs, args.out or Path("comparison.html")))
     elif args.out:
-        raise UserError("--out: the report of one run is always RUN/report.html; name two runs")
+        raise UserError(
+            f"--out {args.out}: only for a comparison of several runs; the report of one run is"
+            " always RUN/report.html"
+        )
     else:
         print(write_report(load_recorded(args.runs[0]).folder))
     check_result()

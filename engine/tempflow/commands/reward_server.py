@@ -1,8 +1,8 @@
-"""Serve rewards over HTTP.
+"""Serve rewards over HTTP to training runs, whose configs name them as the reward `http`.
 
-The training side is the reward `http`; docs/rewards.md shows both ends, tokens, and how to serve a
-detector such as GenEval's in an environment of its own: this needs fastapi, uvicorn, numpy and
-pillow, and what the rewards import.
+The server needs fastapi, uvicorn, numpy and pillow, and whatever its rewards import, so it can run
+in an environment of its own. docs/rewards.md shows both ends, tokens, and a detector served this
+way. It has no TLS: across untrusted networks put a proxy in front of it.
 """
 
 from __future__ import annotations
@@ -14,14 +14,17 @@ import signal
 import socket
 from contextlib import ExitStack, closing
 from functools import partial
-from typing import Sequence
+from typing import TYPE_CHECKING, Sequence
 
 from tempflow import cli
-from tempflow.arguments import filled, positive, whole
+from tempflow.arguments import above_zero, bounded, filled, positive, whole
 from tempflow.config import strict_json
 from tempflow.errors import VALUE, UserError, shortened
 from tempflow.rewards import RewardSpec, parse_rewards
 from tempflow.rewards.http.client import token_of
+
+if TYPE_CHECKING:
+    from tempflow.rewards.http.batching import Batcher
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -32,88 +35,93 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action="append",
         required=True,
         metavar="NAME[=OPTIONS]",
-        help="an id, module:Name, or any name with options as JSON",
+        help=(
+            "an id, module:Name, or any name with a JSON table of its type and options; may be"
+            " repeated"
+        ),
     )
     add(
         "--host",
         default="127.0.0.1",
-        help="address to listen on; any but this machine's own needs --token-env",
+        help="address to listen on; other than loopback needs --token-env (default: 127.0.0.1)",
     )
-    add("--port", type=whole(0, 65535), default=8600, help="0 takes a free one (default: 8600)")
+    add(
+        "--port",
+        type=whole(0, 65535),
+        default=8600,
+        metavar="N",
+        help="port; 0 chooses a free one (default: 8600)",
+    )
     add(
         "--token-env",
         type=filled,
         metavar="VARIABLE",
-        help="environment variable that holds the token clients must send",
+        help="environment variable with the token that clients must send",
     )
-    add("--gpus", type=filled, metavar="I,J,...", help="one worker process on each of these GPUs")
+    add("--gpus", type=filled, metavar="I,J,...", help="GPUs, with one worker per reward on each")
     add(
         "--workers",
         type=whole(1, 1024),
         default=1,
-        help="without --gpus: worker processes per reward (default: 1)",
+        metavar="N",
+        help="worker processes per reward, without --gpus (default: 1)",
     )
-    add("--threads", type=positive, default=1, help="CPU threads of each worker (default: 1)")
+    add(
+        "--threads",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="CPU threads per worker (default: 1)",
+    )
     add(
         "--batch",
         type=positive,
         default=16,
-        help="most images scored at once, of one request or several (default: 16)",
+        metavar="N",
+        help="most images scored at once, from one or several requests (default: 16)",
     )
     add(
         "--wait-ms",
-        type=float,
+        type=bounded("of at least 0", lambda value: value >= 0),
         default=5.0,
-        help="how long a batch that is not full waits for other requests (default: 5)",
+        metavar="MS",
+        help="time that a partial batch waits for further requests (default: 5)",
     )
     add(
         "--timeout-s",
-        type=float,
+        type=above_zero,
         default=60.0,
-        help="from a request's arrival to its answer (default: 60)",
+        metavar="S",
+        help="time limit from a request's arrival to its answer (default: 60)",
     )
     add(
         "--max-request-mb",
         type=positive,
         default=256,
-        help="most of one request's body (default: 256)",
+        metavar="MB",
+        help="largest body of one request (default: 256)",
     )
     add(
         "--max-megapixels",
-        type=float,
+        type=above_zero,
         default=128.0,
-        help="most of one request's images together (default: 128)",
+        metavar="MP",
+        help="most pixels of one request's images together (default: 128)",
     )
     add(
         "--memory-mb",
         type=positive,
         default=4096,
-        help="most that all requests being served may hold (default: 4096)",
+        metavar="MB",
+        help="most memory for all requests in progress (default: 4096)",
     )
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
-    check_numbers(args)
-    specs = [read_reward(text) for text in args.reward]
-    if len({spec.name for spec in specs}) < len(specs):
-        raise UserError(
-            '--reward: two rewards of one name; write \'NAME={"type": "ocr"}\' to serve one under'
-            " another name"
-        )
-    if not args.gpus and (
-        needy := [spec.name for spec in specs if spec.options.get("device") == "cuda"]
-    ):
-        raise UserError(
-            f'--gpus: {needy[0]} has "device": "cuda"; name the GPUs to use, as in --gpus 0,1'
-        )
-    token = token_of("--token-env", args.token_env or "")
-    if token is None and not is_loopback(args.host):
-        raise UserError(
-            f"--host {args.host}: whoever reaches this address could use the server; put a token"
-            " into an environment variable and name it with --token-env, or listen on 127.0.0.1"
-        )
+    specs = checked_rewards(args)
+    token = checked_token(args)
     try:
         import uvicorn
 
@@ -122,7 +130,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(
             f"the reward server needs {error.name}: pip install fastapi uvicorn"
         ) from None
-    from tempflow.rewards.http.batching import Batcher
 
     limits = Limits(
         args.max_request_mb << 20,
@@ -130,26 +137,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.memory_mb << 20,
         args.timeout_s,
     )
-    gpus = args.gpus.split(",") if args.gpus else [""] * args.workers
     with ExitStack() as stack:
+        # Bound before the models load: a port that is taken is reported at once.
         listener = stack.enter_context(bind(args.host, args.port))
-        batchers = {
-            spec.name: stack.enter_context(
-                closing(
-                    Batcher(
-                        spec,
-                        gpus=gpus,
-                        threads=args.threads,
-                        batch=args.batch,
-                        wait_s=args.wait_ms / 1000,
-                        timeout_s=args.timeout_s,
-                    )
-                )
-            )
-            for spec in specs
-        }
-        for batcher in batchers.values():
-            batcher.wait_ready()
+        batchers = start_batchers(args, specs, stack)
         server = uvicorn.Server(
             uvicorn.Config(
                 create_app(batchers, limits, token),
@@ -159,8 +150,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 timeout_graceful_shutdown=math.ceil(args.timeout_s),
             )
         )
-        # uvicorn answers a signal by finishing what it serves, then raises it again: the workers
-        # are still to be closed.
+        # On a signal uvicorn finishes the requests in progress and then raises the signal again.
+        # Ignore that one: it would end this process before the worker processes are closed.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: None)
         listener.listen()
@@ -180,25 +171,76 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def check_numbers(args: argparse.Namespace) -> None:
-    for name in ("timeout_s", "max_megapixels"):
-        if not 0 < getattr(args, name) < math.inf:
-            raise UserError(
-                f"--{name.replace('_', '-')}: must be above 0, got {getattr(args, name)}"
-            )
-    if not 0 <= args.wait_ms < math.inf:
-        raise UserError(f"--wait-ms: must be at least 0, got {args.wait_ms}")
+def checked_rewards(args: argparse.Namespace) -> list[RewardSpec]:
+    """The rewards to serve. Raises UserError for options that contradict each other."""
     if args.gpus and not all(part.strip() for part in args.gpus.split(",")):
         raise UserError(f"--gpus: expected numbers such as 0,1, got {args.gpus!r}")
     if args.memory_mb < args.max_request_mb:
+        # Otherwise a request of an allowed size could never be served.
         raise UserError(
-            f"--memory-mb: {args.memory_mb} is less than one request may hold (--max-request-mb"
-            f" {args.max_request_mb})"
+            f"--memory-mb: got {args.memory_mb}, expected at least the size of one request"
+            f" (--max-request-mb {args.max_request_mb})"
         )
+    specs = [read_reward(text) for text in args.reward]
+    if len({spec.name for spec in specs}) < len(specs):
+        raise UserError(
+            '--reward: two rewards have the same name; write \'NAME={"type": "ocr"}\' to serve one'
+            " under another name"
+        )
+    # Workers see no GPU without --gpus, so such a reward would fail after its model was loaded.
+    if not args.gpus and (
+        needy := [spec.name for spec in specs if spec.options.get("device") == "cuda"]
+    ):
+        raise UserError(
+            f'--gpus: required, because reward {needy[0]} has "device": "cuda"; for example --gpus'
+            " 0,1"
+        )
+    return specs
+
+
+def checked_token(args: argparse.Namespace) -> str | None:
+    """The token of --token-env. Raises UserError where other machines need one and it is
+    missing."""
+    token = token_of("--token-env", args.token_env or "")
+    if token is None and not is_loopback(args.host):
+        raise UserError(
+            f"--host {args.host}: anyone who reaches this address could use the server; put a token"
+            " into an environment variable and name it with --token-env, or listen on 127.0.0.1"
+        )
+    return token
+
+
+def start_batchers(
+    args: argparse.Namespace, specs: list[RewardSpec], stack: ExitStack
+) -> dict[str, Batcher]:
+    """Start the worker processes of every reward, wait until all are ready, and close them with
+    `stack`."""
+    from tempflow.rewards.http.batching import Batcher
+
+    gpus = args.gpus.split(",") if args.gpus else [""] * args.workers  # "": sees no GPU
+    batchers = {
+        spec.name: stack.enter_context(
+            closing(
+                Batcher(
+                    spec,
+                    gpus=gpus,
+                    threads=args.threads,
+                    batch=args.batch,
+                    wait_s=args.wait_ms / 1000,
+                    timeout_s=args.timeout_s,
+                )
+            )
+        )
+        for spec in specs
+    }
+    # A second loop, so that all rewards load at the same time.
+    for batcher in batchers.values():
+        batcher.wait_ready()
+    return batchers
 
 
 def read_reward(text: str) -> RewardSpec:
-    """--reward 'ocr={"detect": false}' as a spec."""
+    """A value of --reward, such as 'ocr={"detect": false}', as a spec. Raises UserError."""
     name, given, options = text.partition("=")
     shown = shortened(text, VALUE)
     try:
@@ -207,8 +249,8 @@ def read_reward(text: str) -> RewardSpec:
         raise UserError(f"--reward {shown}: the options are not JSON: {error}") from None
     if not isinstance(table, dict) or {"weight", "frames"} & set(table):
         raise UserError(
-            f"--reward {shown}: expected a table of the reward's options (weight and frames belong"
-            " into the run's config)"
+            f"--reward {shown}: expected a table of the reward's options; weight and frames are set"
+            " in the run's config"
         )
     return parse_rewards({name: table})[0]
 
@@ -221,10 +263,11 @@ def is_loopback(host: str) -> bool:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that does not listen yet: clients are refused, not kept waiting, while models
-    load."""
+    """A socket that is bound but does not listen: while models load, clients are refused at once
+    instead of waiting. Raises UserError."""
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
+        # Lets a restarted server take its port back while old connections are still closing.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
     except (OSError, OverflowError) as error:

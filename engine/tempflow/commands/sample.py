@@ -1,4 +1,7 @@
-"""Draw prompts with a run's base and tuned model, side by side."""
+"""Sample prompts with the base and the tuned model of a run, side by side.
+
+Both start from the same noise, so that a pair differs by training alone.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Sequence
 
-from tempflow import cli
+from tempflow import arguments, cli
 from tempflow.errors import UserError
 from tempflow.run import outputs
 
@@ -17,54 +20,31 @@ if TYPE_CHECKING:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    from tempflow.arguments import (
-        add_checkpoint_arguments,
-        add_image_argument,
-        filled,
-        path,
-        positive,
-        seed,
-        steps,
-    )
-
     parser = argparse.ArgumentParser(
-        description="Draw the same prompts and noise with the base and the tuned model."
+        description="Sample prompts with the base and the tuned model, from the same noise."
     )
-    add_checkpoint_arguments(parser)
-    parser.add_argument(
-        "--out", type=path, required=True, help="folder for the images; must not exist, or be empty"
-    )
-    parser.add_argument(
-        "--prompt",
-        type=filled,
-        action="append",
-        help="a prompt; may be given again (default: held-out prompts)",
-    )
-    add_image_argument(parser)
-    parser.add_argument("--prompts", type=path, help="prompt file")
-    parser.add_argument(
-        "--count", type=positive, default=16, help="prompts used, from the top of a file"
-    )
-    parser.add_argument(
-        "--num-steps", type=steps, help="ODE steps (default: the run's eval.num_steps)"
-    )
-    parser.add_argument("--seed", type=seed, default=0, help="of the noise")
+    arguments.add_checkpoint_arguments(parser)
+    arguments.add_out_argument(parser)
+    arguments.add_sampling_arguments(parser, count=16)
     return parser.parse_args(argv)
 
 
 def chosen_prompts(args: argparse.Namespace, config: Config) -> list[Example]:
+    """The prompts that `arguments.add_sampling_arguments` reads; --prompt takes precedence."""
     from tempflow.data.prompts import typed_prompts
     from tempflow.run import tuned
 
     if args.prompt:
         return typed_prompts(args.prompt, "--prompt", args.image)
     if args.image:
-        raise UserError("--image: belongs to a --prompt; prompts of a file name their own images")
+        raise UserError(
+            "--image: belongs to a --prompt, and none is given; a prompt file names its own images"
+        )
     return tuned.prompts_of(
         config,
         args.prompts,
         args.count,
-        "--prompt or --prompts: the run has no held-out prompts; name some",
+        "--prompt or --prompts: required, because data.heldout of this run is null",
     )
 
 
@@ -78,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def draw_pairs(args: argparse.Namespace, draft: Path) -> str:
-    """Write the pairs into `draft`; returns what to say of them."""
+    """Write the pairs into `draft`; returns the text to print."""
     from tempflow.media import still
     from tempflow.run import collage, tuned
     from tempflow.run.files import encoded
@@ -90,6 +70,8 @@ def draw_pairs(args: argparse.Namespace, draft: Path) -> str:
     )
     conditions = [collage.conditions(prompt, drawn[0].shape[-3]) for prompt in prompts]
     names, strips = [], []
+    # A row is: condition images, base, tuned. A video plays in its own file; the overview `all` is
+    # one image, in which a strip of frames stands for it.
     for n, (before, *pair) in enumerate(zip(conditions, *drawn, strict=True)):
         names.append(encoded(collage.row([*before, *pair])).write(draft, f"{n:04d}"))
         strips.append(collage.row([*before, *map(still, pair)]))
@@ -104,7 +86,7 @@ def draw_pairs(args: argparse.Namespace, draft: Path) -> str:
         f" ({chosen.which} weights)"  # type: ignore[union-attr]  # without --base it is a checkpoint
     )
     return written + (
-        f"\nwarning: {missing} images hold NaN or infinity; a checkerboard stands for each"
+        f"\nwarning: {missing} images contain NaN or infinity; a checkerboard replaces each"
         if missing
         else ""
     )

@@ -1,32 +1,32 @@
-"""Train a config, or say with --dry-run what that takes."""
+"""Train a config, or estimate with --dry-run what that needs."""
 
 from __future__ import annotations
 
 import argparse
-import math
 import os
 from dataclasses import replace
 from functools import partial
 from typing import Any, Sequence
 
 from tempflow import cli
-from tempflow.arguments import path, positive
+from tempflow.arguments import above_zero, bounded, path, positive
 from tempflow.config import load_config
-from tempflow.errors import UserError
 from tempflow.training.start import checked_inputs, start
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Align a flow-matching text-to-image model with TempFlow-GRPO."
+        description="Train a flow-matching image or video model by reinforcement learning."
     )
-    parser.add_argument("--config", type=path, required=True, help="JSON config file")
+    parser.add_argument(
+        "--config", type=path, required=True, metavar="FILE", help="JSON config file"
+    )
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="SECTION.KEY=VALUE",
-        help="override a config key",
+        help="override a key of the config; may be repeated",
     )
     parser.add_argument(
         "--resume",
@@ -34,51 +34,53 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="continue the run directory from its newest checkpoint",
     )
     parser.add_argument(
+        "--profile",
+        metavar="START:STOP",
+        help="run the CUDA profiler from iteration START until before STOP",
+    )
+    parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="print the memory and time a run needs; load and write nothing",
+        help="print the memory, disk and time the run needs; load no weights and write nothing",
     )
     dry = parser.add_argument_group("with --dry-run")
-    dry.add_argument("--gpus", type=positive, default=1, metavar="N", help="GPUs of the run")
+    dry.add_argument("--gpus", type=positive, default=1, metavar="N", help="GPUs (default: 1)")
     dry.add_argument(
-        "--mfu",
-        type=float,
-        default=0.4,
-        help="share of the peak speed that the model's operations reach",
-    )
-    dry.add_argument(
-        "--card-gb", type=float, default=80.0, metavar="GB", help="memory of a GPU, in 10^9 bytes"
+        "--card-gb",
+        type=above_zero,
+        default=80.0,
+        metavar="GB",
+        help="memory of a GPU in 10^9 bytes (default: 80)",
     )
     dry.add_argument(
         "--peak-tflops",
-        type=float,
+        type=above_zero,
         default=989.0,
         metavar="TFLOPS",
-        help="its peak speed; 989: H100, bf16, dense",
+        help="peak speed of a GPU (default: 989, an H100 in dense bf16)",
     )
-    parser.add_argument(
-        "--profile",
-        metavar="START:STOP",
-        help="CUDA profiler on from iteration START to before STOP",
+    dry.add_argument(
+        "--mfu",
+        type=bounded("above 0, at most 1", lambda value: 0 < value <= 1),
+        default=0.4,
+        metavar="SHARE",
+        help="share of the peak speed that the model reaches (default: 0.4)",
     )
-    # the launcher passes it
+    # DeepSpeed's launcher adds this option to the command of every rank. The ranks read the
+    # environment variables that it sets as well.
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
 def dry_run(args: argparse.Namespace) -> int:
-    """What the run will need, from JSON files alone; a run's own checks come first."""
-    finite = all(
-        math.isfinite(value) and value > 0 for value in (args.mfu, args.card_gb, args.peak_tflops)
-    )
-    if not finite or args.mfu > 1:
-        raise UserError("--mfu: above 0, at most 1; --card-gb, --peak-tflops: above 0")
+    """Print what the run needs, from JSON files alone, after all checks that a run makes."""
     config = load_config(args.config, args.set)
     cli.quiet_libraries()
     from tempflow.estimate import estimate, local_model, propose, show, show_proposal
     from tempflow.models import most_images
 
-    # configs of some hub models are kept here
+    # The package has the JSON files of some hub models, so that their dry runs need no network.
+    # Tables name the model as the user did.
     asked, config.model.path = (config.model.path, local_model(config.model.path))
     _, train, heldout = checked_inputs(config, dry=True)
     machine: dict[str, Any] = {
@@ -89,6 +91,7 @@ def dry_run(args: argparse.Namespace) -> int:
     }
     judge = partial(estimate, **machine, prompts=len(train), images=most_images(train + heldout))
     result = judge(config)  # type: ignore[call-arg]  # mypy miscounts a partial with a table of keywords
+    # Under a launcher every rank computes the same; one prints it.
     if int(os.environ.get("RANK", 0)) == 0:
         show(replace(result, model=asked))
         show_proposal(result, propose(config, judge, args.gpus))
