@@ -226,7 +226,7 @@ REFUSED = [
     ({"adapt": {"steps": 4}}, "rollout.adapt.steps: 4 of 3 branch steps"),
     (
         {"adapt": {"steps": 1}, "plan": {"branch_steps": {"random": 2}}},
-        "rollout.adapt.steps: rollout.plan.branch_steps draws steps",
+        "rollout.adapt.steps: rollout.plan.branch_steps already draws steps",
     ),
     (
         {"adapt": {"steps": 1}, "plan": "flow_grpo"},
@@ -248,7 +248,7 @@ def test_what_cannot_work_is_refused(rollout, message):
 
 
 def test_objectives_without_states_are_refused():
-    with pytest.raises(UserError, match="rollout.adapt: .*nft learns from endpoints"):
+    with pytest.raises(UserError, match="rollout.adapt: .*nft learns from finished latents"):
         small_config(rollout={"adapt": {"steps": 1}}, training={"objective": "nft"})
 
 

@@ -232,7 +232,7 @@ REFUSED = [
     (
         "rollout.suffix",
         {"stride": 1},
-        ["rollout.suffix", "stride 1 changes nothing", "2 and more", '"float8"', "null"],
+        ["rollout.suffix", "stride 1 changes nothing", "2 or more", '"float8"', "null"],
     ),
     (
         "rollout.suffix",
@@ -361,8 +361,8 @@ def test_refused(key, value, words):
             },
             [
                 "rollout.plan.values",
-                "training.advantage group makes no use of",
-                "dense, stepwise and turning_point",
+                "training.advantage group does not use",
+                "dense, stepwise, turning_point",
             ],
         ),
         (

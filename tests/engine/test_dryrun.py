@@ -237,7 +237,9 @@ def test_what_does_not_fit_is_said():
     result = estimate(
         load_config(ROOT / "configs/flux_zero3.json", ["data.prompts_per_iteration=1"])
     )
-    text = " ".join(printed(result).split("Most of it:")[1].split("Change these keys")[0].split())
+    text = " ".join(
+        printed(result).split("Largest items:")[1].split("Change these keys")[0].split()
+    )
     largest = sorted(result.memory.resident, key=lambda item: -item.bytes)[:3]
     assert not result.fits and [text.index(item.name) for item in largest] == sorted(
         text.index(item.name) for item in largest
@@ -373,7 +375,7 @@ def test_dry_run_loads_and_writes_nothing(tmp_path, skeleton):
 def test_dry_run_says_that_it_does_not_fit(tmp_path):
     done = script_here("train", "--config", write_config(tmp_path), "--dry-run", "--card-gb", 0.02)
     assert done.returncode == 0, done.stderr
-    assert "Does not fit" in done.stdout and "Most of it:" in done.stdout
+    assert "Does not fit" in done.stdout and "Largest items:" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ REFUSED = {
     ),
     "offload passed over": (
         zero(stage=2, offload_param={"device": "cpu"}),
-        ["offload_param", "at stage 2", "needs 3"],
+        ["offload_param", "at stage 2", "needs stage 3"],
     ),
     "offload path": (
         zero(offload_optimizer={"device": "nvme"}),
@@ -59,7 +59,7 @@ REFUSED = {
     "tracker": ({"tensorboard": 3}, ["deepspeed.tensorboard: ", "dictionary", "got 3"]),
     "writer": (
         {"checkpoint": {"writer": {"decoupled": True}}},
-        ["deepspeed.checkpoint.writer", "remove it"],
+        ["deepspeed.checkpoint.writer", "remove the key"],
     ),
     "clipping": (
         {"gradient_clipping": "auto"},

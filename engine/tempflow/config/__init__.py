@@ -1,4 +1,4 @@
-"""The JSON config of a run: its keys, loading it, and the checks that need no model."""
+"""The JSON config of a run: its keys, how it is loaded, and all checks that need no model."""
 
 from tempflow.config.load import load_config, parse_config
 from tempflow.config.schema import Config

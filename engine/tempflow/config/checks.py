@@ -1,5 +1,8 @@
-"""What the keys of a config must agree on, beyond the type and range of each; nothing here needs a
-model."""
+"""Checks of keys against each other, beyond the type and range of each; none needs a model.
+
+Each check raises a ValueError whose text begins with a key. Pydantic collects it, and
+`load.parse_config` raises it as a UserError.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,15 @@ if TYPE_CHECKING:
     from tempflow.config.schema import Config
     from tempflow.sampling.plans.base import Plan
 
+# The plan's rows of this unit stand for those of all units, which have the same form.
+UNIT = Unit(0, 0, 0, 0)
+
 
 def resolve_components(config: Config) -> None:
-    """Replace every component's value by the table of its type and all options. ValueError with a
-    line for each that is refused."""
+    """Replace the value of every component by a table of its type and all options.
+
+    Raises ValueError, with one line for each component that is refused.
+    """
     refused = []
     for key, kind in registry.IN_CONFIG.items():
         section, name = key.split(".")
@@ -25,6 +33,7 @@ def resolve_components(config: Config) -> None:
         try:
             if getattr(table, name) is not None:
                 setattr(table, name, registry.resolve(kind, getattr(table, name)))
+                # Make it once as a run does: a plan checks its options against num_steps.
                 getattr(config, name)()
         except UserError as error:
             refused.append(str(error))
@@ -33,26 +42,30 @@ def resolve_components(config: Config) -> None:
 
 
 def check_averages(config: Config) -> None:
+    """training.ema and training.merge exclude each other."""
     if config.training.ema and config.training.merge:
         raise ValueError(
-            "training.merge: excludes training.ema, because both say which weights are evaluated;"
+            "training.merge: excludes training.ema, because each sets which weights are evaluated;"
             " set one of them to null"
         )
 
 
 def check_groups(config: Config) -> None:
+    """The plan must make what the objective trains on, in groups of at least two."""
     plan, over, objective = config.plan(), config.advantage().over, config.objective()
-    if objective.wants == "states" and not any(row.noise for row in plan.rows(Unit(0, 0, 0, 0), 0)):
+    if objective.wants == "states" and not any(row.noise for row in plan.rows(UNIT, 0)):
         raise ValueError(
-            f"rollout.plan: {config.rollout.plan['type']} takes no noise, so it leaves no state to"
+            f"rollout.plan: {config.rollout.plan['type']} takes no noise, so there is no state to"
             ' train on; training.objective must learn from finished latents, as "nft" does'
         )
     if objective.compares_children and _most_children(plan) < 2:
         raise ValueError(
             f"training.objective: {config.training.objective['type']} compares the children of a"
-            f" state; this rollout.plan ({config.rollout.plan['type']}) has one child each. Plans"
-            " whose states have several: tempflow (children from 2 on) and tree"
+            f" state, but each state of rollout.plan {config.rollout.plan['type']} has one child."
+            " Plans whose states have several are tempflow (with at least 2 children) and tree"
         )
+    # Checked apart from the largest group below: a list may give one branch step a single child
+    # beside others with several.
     counts = config.rollout.plan.get("children")
     if (
         isinstance(counts, list)
@@ -61,65 +74,67 @@ def check_groups(config: Config) -> None:
         and objective.wants == "states"
     ):
         raise ValueError(
-            f'rollout.plan.children: a group of one, over "{over}", has no advantage; at least 2'
-            f" are needed, got {shown(counts)}"
+            f'rollout.plan.children: a group of one, over "{over}", has no advantage; expected at'
+            f" least 2 for each step, got {shown(counts)}"
         )
     if _largest_group(config, over) > 1:
         return
+    # All groups have one member. Name the key that can change that.
     if "children" in config.rollout.plan:
         raise ValueError(
-            "rollout.plan.children: a group of one has no advantage; at least 2 are needed"
+            "rollout.plan.children: a group of one has no advantage; expected at least 2"
         )
     if over in ("seed", "state"):
         raise ValueError(
-            f'training.advantage.over: "{over}" groups the children of a state; '
-            f'plan {config.rollout.plan["type"]} has one child each and needs "prompt"'
+            f'training.advantage.over: "{over}" groups the children of a state, but each state of'
+            f' rollout.plan {config.rollout.plan["type"]} has one child; set it to "prompt"'
         )
-    raise ValueError("rollout.plan.seeds: a group of one has no advantage; at least 2 are needed")
+    raise ValueError("rollout.plan.seeds: a group of one has no advantage; expected at least 2")
 
 
 def _most_children(plan: Plan) -> int:
-    """Of one state, in the first iteration."""
+    """The most children of one state in the first iteration."""
     from tempflow.sampling.layout import states_of
 
-    return max(map(len, states_of(plan.rows(Unit(0, 0, 0, 0), 0)).values()), default=0)
+    return max(map(len, states_of(plan.rows(UNIT, 0)).values()), default=0)
 
 
 def check_values(config: Config) -> None:
+    """Rows for values of states must be both made and used."""
     plan, advantage, objective = (
         table["type"]
         for table in (config.rollout.plan, config.training.advantage, config.training.objective)
     )
     needed, valued = (
         config.advantage().needs_values,
-        any(row.value for row in config.plan().rows(Unit(0, 0, 0, 0), 0)),
+        any(row.value for row in config.plan().rows(UNIT, 0)),
     )
     if needed and not valued:
         raise ValueError(
-            f"training.advantage: {advantage} compares the values of a path's states, which plan"
-            f' {plan} does not have; take plan "flow_grpo" or "mix_grpo" with rollout.plan.values'
-            " true"
+            f"training.advantage: {advantage} needs the values of states, which rollout.plan"
+            f' {plan} does not measure; use plan "flow_grpo" or "mix_grpo" with'
+            " rollout.plan.values true"
         )
     if valued and config.objective().wants == "endpoints":
         raise ValueError(
             f"rollout.plan.values: true, but training.objective {objective} learns from finished"
-            " latents, not from states"
+            " latents, not from states; set it to false"
         )
     noise = config.rollout.adapt and config.rollout.adapt.noise
+    # Harmless but costly: refuse what would only cost time.
     if valued and not needed and not noise:
         raise ValueError(
             "rollout.plan.values: true costs a row for each state, which training.advantage"
-            f" {advantage} makes no use of; dense, stepwise and turning_point do, and"
-            " rollout.adapt.noise"
+            f" {advantage} does not use; dense, stepwise, turning_point and rollout.adapt.noise do"
         )
 
 
 def _largest_group(config: Config, over: str) -> int:
-    """How many slots of the first iteration are compared with each other at most; 2 stands for
-    more."""
+    """Size of the largest group of the first iteration; any size above 1 may be returned as 2."""
     from tempflow.sampling.layout import Layout, iteration_units
 
     plan = config.plan()
+    # The common plans say it by their options, without laying out an iteration.
     several = {"prompt": plan.seeds, "step": plan.seeds * config.data.prompts_per_iteration}
     if max(plan.children, several.get(over, 1)) > 1:
         return 2
@@ -134,19 +149,20 @@ def _largest_group(config: Config, over: str) -> int:
 
 
 def check_weighting(config: Config) -> None:
+    """Loss weights by step need an objective on states."""
     weighting, objective = config.training.weighting, config.objective()
     if weighting in ("noise", "uniform") or objective.wants == "states":
         return
     said = "guard" if weighting == "guard" else {"value": weighting.value}  # type: ignore[union-attr]  # neither of the names, so a table
     raise ValueError(
-        f"training.weighting: {shown(said)} weighs the stochastic steps of a rollout;"
-        " training.objective "
-        f'"{config.training.objective["type"]}" learns from finished latents, whose states all'
-        " weigh 1"
+        f"training.weighting: {shown(said)} weighs the stochastic steps of a rollout, but"
+        f' training.objective "{config.training.objective["type"]}" learns from finished latents,'
+        ' whose states have weight 1; allowed are "noise" and "uniform"'
     )
 
 
 def check_penalty(config: Config) -> None:
+    """The penalty's steps must exist, and the other policy must differ from the trained one."""
     penalty, updates, steps = config.penalty(), config.training.updates, config.rollout.num_steps
     if penalty is None:
         return
@@ -158,50 +174,56 @@ def check_penalty(config: Config) -> None:
         )
     if not penalty.needs_reference and updates.passes * updates.parts == 1:
         raise ValueError(
-            'training.penalty.to: "old" is the policy before the updates of an iteration, from'
-            " which the first one has no distance; training.updates must make several"
+            'training.penalty.to: "old" is the policy before the updates of an iteration, which the'
+            " first update does not differ from; training.updates must make several"
         )
 
 
 def check_adapt(config: Config) -> None:
+    """What rollout.adapt needs of the objective, the plan and the stochastic step."""
     adapt, plan, name = config.rollout.adapt, config.plan(), config.rollout.plan["type"]
     if adapt is None:
         return
     if config.objective().wants != "states":
         objective = config.training.objective["type"]
         raise ValueError(
-            "rollout.adapt: reads the rewards of states by step, and training.objective"
-            f" {objective} learns from endpoints"
+            "rollout.adapt: reads the rewards of states by step, but training.objective"
+            f" {objective} learns from finished latents; set it to null"
         )
-    rows = plan.rows(Unit(0, 0, 0, 0), 0)
+    rows = plan.rows(UNIT, 0)
     if adapt.steps is not None:
         if plan.branch_steps is None or all(row.parent is None or row.value for row in rows):
             raise ValueError(
-                f'rollout.adapt.steps: plan {name} has no branch steps to draw from; "tempflow" has'
+                f"rollout.adapt.steps: plan {name} has no branch steps to draw from; the plan"
+                ' "tempflow" has'
             )
         if plan.branch_steps.random:
             raise ValueError(
-                'rollout.adapt.steps: rollout.plan.branch_steps draws steps itself; set it to "all"'
-                " or a list"
+                "rollout.adapt.steps: rollout.plan.branch_steps already draws steps at random; set"
+                ' that to "all" or a list'
             )
         known = len(plan.branch_steps.possible(plan.num_steps))
         if adapt.steps > known:
-            raise ValueError(f"rollout.adapt.steps: {adapt.steps} of {known} branch steps")
+            raise ValueError(
+                f"rollout.adapt.steps: {adapt.steps} of {known} branch steps; expected at most"
+                f" {known}"
+            )
     if adapt.noise is not None:
         if not _all_completed(rows):
             raise ValueError(
-                f"rollout.adapt.noise: plan {name} does not follow the ODE from each state, which"
-                ' children are compared with; "tempflow" does, and "flow_grpo" and "mix_grpo" with'
+                f"rollout.adapt.noise: plan {name} does not follow the ODE from each state, to"
+                ' compare children with; "tempflow" does, and so do "flow_grpo" and "mix_grpo" with'
                 " rollout.plan.values true"
             )
         if not config.sde().takes_levels:
             raise ValueError(
-                f"rollout.adapt.noise: rollout.sde {config.rollout.sde['type']} has noise of one"
-                " size"
+                f"rollout.adapt.noise: rollout.sde {config.rollout.sde['type']} does not support"
+                " noise factors"
             )
 
 
 def _all_completed(rows: list[Row]) -> bool:
+    """Whether some row follows the ODE from every state that a child leaves."""
     from tempflow.sampling.layout import Layout
 
     return any(row.value for row in rows) or bool(
@@ -210,6 +232,10 @@ def _all_completed(rows: list[Row]) -> bool:
 
 
 def check_deepspeed(config: Config) -> None:
+    """The form of the `deepspeed` section, as far as the engine reads it.
+
+    `config.deepspeed` checks the values later, because that imports DeepSpeed.
+    """
     ds = config.deepspeed
     for key in (
         "train_batch_size",
@@ -218,15 +244,16 @@ def check_deepspeed(config: Config) -> None:
     ):
         if key in ds:
             raise ValueError(
-                f"deepspeed.{key}: the engine sets it; use training.micro_batch and"
-                " data.prompts_per_iteration"
+                f"deepspeed.{key}: is set by the engine; remove it, and use training.micro_batch"
+                " and data.prompts_per_iteration"
             )
     for key in ("optimizer", "bf16", "fp16"):
         if not isinstance(ds.get(key, {}), dict):
             raise ValueError(f"deepspeed.{key}: expected a table, got {shown(ds[key])}")
     zero = ds.get("zero_optimization", {})
     stage = zero.get("stage", 0) if isinstance(zero, dict) else None
-    if type(stage) is not int or not 0 <= stage <= 3:  # true is no stage, though it equals 1
+    # isinstance would accept true, which is an int and equals 1.
+    if type(stage) is not int or not 0 <= stage <= 3:
         raise ValueError(
             "deepspeed.zero_optimization: expected a table with stage 0, 1, 2 or 3, got"
             f" {shown(zero)}"
@@ -236,28 +263,32 @@ def check_deepspeed(config: Config) -> None:
         for name in ("bf16", "fp16")
         if isinstance(ds.get(name), dict) and ds[name].get("enabled")
     ]
-    if half and zero.get("stage", 0) == 0:
+    # A step of 1e-5 on a bfloat16 weight of size 1 is lost: it is below half of the last bit.
+    if half and stage == 0:
         raise ValueError(
-            f"deepspeed.{half[0]}: at ZeRO stage 0 DeepSpeed keeps no fp32 weights to update; set "
-            "deepspeed.zero_optimization.stage to 1, 2 or 3"
+            f"deepspeed.{half[0]}: at ZeRO stage 0 DeepSpeed keeps no fp32 weights to update; set"
+            " deepspeed.zero_optimization.stage to 1, 2 or 3"
         )
     if "scheduler" in ds:
         raise ValueError(
-            "deepspeed.scheduler: the engine sets the learning rate itself; use training.lr_decay"
+            "deepspeed.scheduler: is not allowed, because the engine sets the learning rate; use"
+            " training.lr_decay"
         )
     if "optimizer" not in ds:
         raise ValueError(
-            'deepspeed.optimizer: missing; for example {"type": "AdamW", "params": {"lr": 1e-4}}'
+            "deepspeed.optimizer: required, but missing; for example"
+            ' {"type": "AdamW", "params": {"lr": 1e-4}}'
         )
 
 
 def check_compiled(config: Config) -> None:
+    """Graphs, compiled blocks, lanes and float8 need a rollout copy, and some exclude ZeRO 3."""
     if config.rollout.graphs and not config.rollout.replica:
         raise ValueError(
-            "rollout.graphs: true needs rollout.replica; graphs read weights from fixed addresses"
+            "rollout.graphs: true needs rollout.replica true, because graphs read weights from"
+            " fixed addresses"
         )
-    stage = config.deepspeed.get("zero_optimization", {}).get("stage", 0)
-    if config.training.compile != "eager" and stage == 3:
+    if config.training.compile != "eager" and config.zero_stage() == 3:
         raise ValueError(
             f'training.compile: {config.training.compile!r}; at ZeRO stage 3 only "eager" is'
             " allowed"
@@ -266,54 +297,60 @@ def check_compiled(config: Config) -> None:
         raise ValueError(
             f'training.reference: {config.training.reference!r} needs training.compile "eager"'
         )
+    # All graphs of a device share one memory pool, so only one may run at a time.
     if (config.rollout.lanes or 1) > 1 and (config.rollout.graphs or not config.rollout.replica):
         raise ValueError(
-            "rollout.lanes: with rollout.graphs, or without rollout.replica, only 1 is allowed"
+            f"rollout.lanes: {config.rollout.lanes}; with rollout.graphs, or without"
+            " rollout.replica, only 1 is allowed"
         )
     suffix = config.rollout.suffix
     if suffix and suffix.weights == "float8" and not config.rollout.replica:
         raise ValueError(
-            'rollout.suffix.weights: "float8" needs rollout.replica, whose weights it is made from'
+            'rollout.suffix.weights: "float8" needs rollout.replica true: it converts the weights'
+            " of the rollout copy"
         )
     if config.rollout.compile != "eager" and not config.rollout.replica:
-        raise ValueError("rollout.compile: without rollout.replica rollouts use training.compile")
+        raise ValueError(
+            f"rollout.compile: {config.rollout.compile!r} needs rollout.replica true; without it"
+            " rollouts run the training engine, which training.compile compiles"
+        )
 
 
 def check_shared_base(config: Config) -> None:
-    """What `model.share_base: true` needs; the dtypes are compared where the device is known."""
+    """What model.share_base true needs. Dtypes are compared later, when the device is known."""
     if not config.model.share_base or config.may_share_base():
         return
     if config.model.lora is None:
         raise ValueError(
-            "model.share_base: true needs model.lora; without adapters every weight is trained"
+            "model.share_base: true needs model.lora; without adapters no weight is frozen"
         )
     if not config.rollout.replica:
         raise ValueError(
-            "model.share_base: true needs rollout.replica; without it there is one transformer"
-            " already"
+            "model.share_base: true needs rollout.replica true; without it there is only one"
+            " transformer; set it to null"
         )
     raise ValueError(
         "model.share_base: true needs ZeRO stage 0, 1 or 2; at stage 3 the base is spread over the"
-        " ranks. Leave it null, or set rollout.replica to false"
+        " ranks. Set it to null, or set rollout.replica to false"
     )
 
 
 def check_quantized(config: Config) -> None:
-    """What `model.quantize` needs; the dtypes are compared where the device is known."""
+    """What model.quantize needs. Dtypes are compared later, when the device is known."""
     if config.model.quantize is None:
         return
     asked, suffix = f'model.quantize: "{config.model.quantize}"', config.rollout.suffix
     if config.model.lora is None:
         raise ValueError(f"{asked} needs model.lora; quantized weights cannot be trained")
-    if config.deepspeed.get("zero_optimization", {}).get("stage", 0) == 3:
+    if config.zero_stage() == 3:
         raise ValueError(
             f"{asked} needs ZeRO stage 0, 1 or 2; stage 3 spreads parameters over the ranks, and"
-            " packed weights are none"
+            " quantized weights are not parameters"
         )
     if config.model.share_base is False and config.rollout.replica:
         raise ValueError(
-            f"{asked} excludes model.share_base false: adapters cannot be merged into packed"
-            " weights, so a second copy of them would serve nothing"
+            f"{asked} excludes model.share_base false: adapters cannot be merged into quantized"
+            " weights, so rollouts share them; set it to null"
         )
     if suffix and suffix.weights == "float8":
         raise ValueError(
@@ -322,40 +359,47 @@ def check_quantized(config: Config) -> None:
 
 
 def check_eval(config: Config) -> None:
+    """eval.precision_recall needs enough images, and its metrics need their names."""
     neighbors = config.eval.precision_recall
     if neighbors is None:
         return
     if neighbors >= config.eval.prompts:
         raise ValueError(
-            f"eval.precision_recall: {neighbors} neighbors need more images than that; eval.prompts"
-            f" is {config.eval.prompts}"
+            f"eval.precision_recall: {neighbors} neighbors need at least {neighbors + 1} images;"
+            f" eval.prompts is {config.eval.prompts}"
         )
+    # A reward NAME is logged as eval/NAME, over the metric.
     for name in ("precision", "recall"):
         if name in config.rewards:
             raise ValueError(
-                f"rewards.{name}: eval/{name} is that of eval.precision_recall; give the reward"
+                f"rewards.{name}: eval/{name} is a metric of eval.precision_recall; give the reward"
                 " another name"
             )
 
 
 def check_stop(config: Config) -> None:
+    """eval.stop needs evaluations, a bound, and a metric that this run logs."""
     rule, plan = config.eval.stop, config.plan()
     if rule is None:
         return
     if not config.data.heldout or not config.eval.every:
         raise ValueError("eval.stop: there are no evaluations; set data.heldout and eval.every")
     if rule.patience is None and rule.below is None and rule.above is None:
-        raise ValueError("eval.stop: set patience, below or above")
+        raise ValueError("eval.stop: never stops; set patience, below or above")
+    # An unknown metric would never stop the run, so only those that this config logs are allowed.
     known = ["eval/reward", *(f"eval/{name}" for name in config.rewards)]
     known += ["kl"] if config.training.penalty else []
     known += ["diversity/seeds"] if plan.seeds > 1 else []
     known += ["diversity/children"] if plan.children > 1 else []
     known += [key for key in DRIFT if key.startswith("drift/") or config.eval.precision_recall]
     if rule.metric not in known:
-        raise ValueError(f"eval.stop.metric: {shown(rule.metric)}; this run has {', '.join(known)}")
+        raise ValueError(
+            f"eval.stop.metric: {shown(rule.metric)}; expected one that this run logs:"
+            f" {', '.join(known)}"
+        )
     metric = describe(rule.metric)
     if rule.patience and metric and metric.better == "lower":
         raise ValueError(
-            f"eval.stop.patience: it waits for {rule.metric} to rise, and lower is better there;"
-            " use eval.stop.above"
+            f"eval.stop.patience: waits for {rule.metric} to rise, but lower is better for it; use"
+            " eval.stop.above"
         )

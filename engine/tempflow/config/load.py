@@ -1,5 +1,4 @@
-"""Reading a config: the JSON file, `--set` overrides, and the message of every refusal in the
-user's key names."""
+"""Read a config: the JSON file, `--set` overrides, and error messages in the user's key names."""
 
 from __future__ import annotations
 
@@ -25,25 +24,33 @@ def load_config(source: str | Path | dict, overrides: Sequence[str] = ()) -> Con
     """Read a config, apply overrides, and check it.
 
     Args:
-        source: a JSON file, or its content as nested tables, in which logging.name is required;
-            paths in tables are looked up as those of a file in the working directory. Tables stay
-            as they are.
-        overrides: `section.key=value` texts with JSON values or bare strings. Of those that set one
-            key the last counts, and a note says so.
+        source: a JSON file, or its content as a dict, in which logging.name is required. Relative
+            paths in a dict are looked up as in a file in the working directory. The dict is not
+            changed.
+        overrides: texts `section.key=value`, whose values are JSON or bare strings. If several set
+            the same key, the last one counts, and a note says so.
 
-    Raises UserError naming the key, the value that came and what is allowed.
+    Returns:
+        The config, with all defaults, and with paths as they were found.
+
+    Raises:
+        UserError: names the key, the value that came and what is allowed.
     """
     tabled = isinstance(source, dict)
     file = Path("config") if isinstance(source, dict) else Path(source)
     data = _copied(source) if isinstance(source, dict) else _read_tables(file)
-    if places.STARTED_IN in data and not tabled:  # a run's own config.json
+    if places.STARTED_IN in data and not tabled:
+        # The config.json of a run directory. The run may have been moved, written by an earlier
+        # version, or use modules of the folder that it was started in.
         sys.path.extend(
             folder for folder in places.module_folders(data, file.parent) if folder not in sys.path
         )
         places.relocate(data, file.parent)
         translate(data)
-    # for editors; for scripts
+    # $schema is for editors. Only these two top-level keys are ignored, any other unknown key is an
+    # error.
     data = {key: value for key, value in data.items() if key not in ("$schema", places.STARTED_IN)}
+    # Overrides come before ~ is expanded, because their values may contain one.
     _apply_overrides(data, overrides)
     places.expanded(data)
     config = parse_config(data)
@@ -58,7 +65,7 @@ def load_config(source: str | Path | dict, overrides: Sequence[str] = ()) -> Con
             setattr(config.data, key, _found_from(f"data.{key}", given, file))
     if config.logging.name is None and tabled:
         raise UserError(
-            "logging.name: required in a config that is a table; it names the run directory"
+            "logging.name: required in a config that is a dict; it names the run directory"
         )
     if config.logging.name is None:
         config.logging.name = file.stem
@@ -66,7 +73,8 @@ def load_config(source: str | Path | dict, overrides: Sequence[str] = ()) -> Con
 
 
 def _copied(table: dict) -> dict:
-    """Nested tables as a JSON file would hold them; paths become texts."""
+    """A copy of nested dicts as a JSON file would hold them; paths become texts."""
+    # Through text and back: so tuples become lists, and NaN and the like are refused as in a file.
     try:
         return strict_json.loads(json.dumps(table, default=os.fspath))
     except (TypeError, ValueError, RecursionError) as error:
@@ -75,6 +83,7 @@ def _copied(table: dict) -> dict:
 
 def _read_tables(file: Path) -> dict:
     try:
+        # utf-8-sig: some editors write a byte order mark, which JSON does not allow.
         data = strict_json.loads(file.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"config file {file} does not exist") from None
@@ -94,7 +103,16 @@ def _read_tables(file: Path) -> dict:
 
 
 def parse_config(data: dict) -> Config:
-    """A checked Config of nested tables; UserError as in `load_config`."""
+    """Check nested tables and return them as a Config.
+
+    Paths are not looked up; `load_config` does that.
+
+    Args:
+        data: the content of a config file.
+
+    Raises:
+        UserError: one line for each key that is refused.
+    """
     try:
         return Config.model_validate(data)
     except ValidationError as error:
@@ -108,6 +126,7 @@ def _apply_overrides(data: dict, overrides: Sequence[str]) -> None:
         if not equals or not all(name.split(".")):
             raise UserError(f"--set {shortened(override, VALUE)}: expected section.key=value")
         _set(data, name, _value_of(name, text))
+        # Not an error: scripts that wrap a command append to its options.
         for earlier in seen:
             if earlier == name or earlier.startswith(f"{name}."):
                 note(
@@ -118,9 +137,12 @@ def _apply_overrides(data: dict, overrides: Sequence[str]) -> None:
 
 
 def _set(data: dict, name: str, value) -> None:
+    """Set a dotted key in nested tables, which are made where they are missing."""
     *sections, key = name.split(".")
     parent, inner = {}, data
     for place, section in enumerate(sections):
+        # "rollout.plan.seeds=8" where rollout.plan is the bare text "flow_grpo" or missing: the
+        # text becomes a table, so that an option can be set beside it.
         if ".".join(sections[: place + 1]) in registry.IN_CONFIG and not isinstance(
             inner.get(section), dict
         ):
@@ -128,6 +150,7 @@ def _set(data: dict, name: str, value) -> None:
         parent, inner = inner, inner.setdefault(section, {})
         if not isinstance(inner, dict):
             raise UserError(f"--set {name}: {section} is not a table")
+    # "rollout.plan.type=tree" means the same as "rollout.plan=tree".
     if key == "type" and ".".join(sections) in registry.IN_CONFIG:
         name, inner, key = ".".join(sections), parent, sections[-1]
     if name in registry.IN_CONFIG and isinstance(value, str):
@@ -136,19 +159,23 @@ def _set(data: dict, name: str, value) -> None:
 
 
 def _retyped(name: str, was, kind: str) -> dict:
-    """A component of another type, without the options of the one before; of the same type, with
-    them."""
+    """A component's table after its type was set.
+
+    Another type drops the options of the one before, which it may not have; the same type keeps
+    them.
+    """
     before = was if isinstance(was, dict) else {}
     same = before.get("type", registry.KINDS[registry.IN_CONFIG[name]].default) == kind
     return {**before, "type": kind} if same else {"type": kind}
 
 
 def _value_of(name: str, text: str):
-    """The JSON value of an override, or the bare text where it is none."""
+    """The value of an override: JSON, or else the text itself."""
     try:
         return strict_json.loads(text)
     except json.JSONDecodeError:
         return _bare(name, text)
+    # JSON by its grammar, but refused (a key given twice): a mistake, not a bare text.
     except (ValueError, RecursionError) as error:
         raise UserError(f"--set {name}: {error}, in {shortened(text, VALUE)}") from None
 
@@ -161,18 +188,19 @@ def _bare(name: str, text: str) -> str:
 
 
 def _found_from(key: str, path: str, config_file: Path) -> str:
-    """A relative path is looked up from the working directory, then from each folder above the
-    config file."""
+    """Look a relative path up in the working directory, then in each folder above the config file.
+
+    So a shipped config works from any folder. A path that is found nowhere stays as it is: it may
+    be a hub id, and whoever opens it reports a missing file. Raises UserError.
+    """
     try:
         if Path(path).exists() or Path(path).is_absolute():
             return path
         for folder in config_file.resolve().parents:
             if (folder / path).exists():
                 return str(folder / path)
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # too long for a file name, or characters that none can have
+    except (OSError, ValueError) as error:
+        # Too long for a file name, or with a NUL character.
         raise UserError(
             f"{key}: {shown(path)} cannot be a path:"
             f" {error if isinstance(error, ValueError) else error.strerror}"
@@ -180,6 +208,7 @@ def _found_from(key: str, path: str, config_file: Path) -> str:
     return path
 
 
+# Pydantic's own messages for these speak of characters and items.
 _EMPTY = {
     "string_too_short": "expected a text that is not empty, got ''",
     "too_short": "expected a list that is not empty, got []",
@@ -187,8 +216,9 @@ _EMPTY = {
 
 
 def _explain(error: dict) -> str:
-    """One line of a pydantic error, in the user's key names."""
+    """One error of pydantic in a line, in the user's key names."""
     parts = [str(p) for p in error["loc"]]
+    # Keys may come from anywhere: a newline or a megabyte in one must not spoil the message.
     name = ".".join(
         part if part.isprintable() and len(part) < VALUE else shown(part) for part in parts
     )
@@ -200,7 +230,8 @@ def _explain(error: dict) -> str:
         hint = f"; did you mean {near[0]!r}?" if near else "."
         return f"{name}: unknown key{hint} Allowed here: {', '.join(known)}"
     if error["type"] == "missing":
-        return f"{name}: required, and missing"
+        return f"{name}: required, but missing"
+    # Errors of `Config._agree` have no location; their text begins with the key.
     if error["type"] == "value_error" and not name:
         return str(error["ctx"]["error"])
     if parts[-1:] == ["[key]"]:
@@ -210,13 +241,17 @@ def _explain(error: dict) -> str:
         )
     if error["type"] in _EMPTY:
         return f"{name}: {_EMPTY[error['type']]}"
-    return f"{name}: {error['msg'][0].lower() + error['msg'][1:]}, got {shown(error['input'])}"
+    # Pydantic puts "Value error, " before the text of a section's own check.
+    text = error["msg"].removeprefix("Value error, ")
+    return f"{name}: {text[0].lower() + text[1:]}, got {shown(error['input'])}"
 
 
 def _known_keys(parts: list[str]) -> list[str]:
+    """The keys of a section, given by its path from the top."""
     model: type[BaseModel] = Config
     for part in parts:
         annotation = model.model_fields[part].annotation
+        # An optional section is a union: take its member that is a model.
         options = [annotation, *getattr(annotation, "__args__", ())]
         model = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
     return list(model.model_fields)

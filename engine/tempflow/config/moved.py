@@ -1,8 +1,13 @@
-"""Keys of earlier versions: where each went, and run directories that still hold them."""
+"""Keys of earlier versions: where each has moved to, and how old run directories are read.
+
+A user's config with an old key is refused, and the message names the new one. The config.json of an
+old run is translated instead, so that it can still be evaluated and exported.
+"""
 
 from __future__ import annotations
 
 _STEPS = {"seeds", "children", "branch_steps"}
+# By old key: the message after its name.
 MOVED = {
     **{f"rollout.{key}": f"moved to rollout.plan.{key}" for key in sorted(_STEPS)},
     "rollout.window": (
@@ -18,13 +23,12 @@ MOVED = {
     "training.clip_low": "moved to training.objective.clip_low",
     "training.clip_high": "moved to training.objective.clip_high",
     "training.ratio": "moved to training.objective.ratio",
-    "training.kl_coef": "moved to training.penalty.coef; instead of 0, training.penalty is null",
+    "training.kl_coef": "moved to training.penalty.coef; for 0 set training.penalty to null",
     "training.kl_form": "moved to training.penalty.form",
     "training.updates_per_rollout": "moved to training.updates.passes",
-    "training.share_group_forward": (
-        "removed; every state has one forward, whatever the number of its children"
-    ),
+    "training.share_group_forward": ("removed; the children of a state always share one forward"),
 }
+# The old keys that each plan had a use for; it ignored the others, which its class now refuses.
 _OPTIONS = {
     "tempflow": _STEPS,
     "flow_grpo": {"seeds", "branch_steps"},
@@ -33,8 +37,10 @@ _OPTIONS = {
 
 
 def translate(table: dict) -> None:
-    """Change the config.json of a run of an earlier version, in place, to today's keys; one of this
-    version stays as it is."""
+    """Change the tables of an earlier version's config.json to today's keys, in place.
+
+    A section without an old key is left alone, so tables of this version do not change.
+    """
     for section, change in (("rollout", _rollout), ("training", _training)):
         found = table.get(section)
         if isinstance(found, dict) and any(f"{section}.{key}" in MOVED for key in found):
@@ -67,5 +73,6 @@ def _training(training: dict) -> None:
         clip_low="clip_low", clip_high="clip_high", ratio="ratio"
     )
     penalty = {"type": "kl"} | taken(coef="kl_coef", form="kl_form")
+    # A coefficient of 0 meant no penalty; today's class refuses it.
     training["penalty"] = penalty if penalty.get("coef") else None
     training["updates"] = taken(passes="updates_per_rollout")

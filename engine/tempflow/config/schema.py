@@ -1,10 +1,9 @@
-"""The JSON config of a run: its keys, their types, defaults and meaning.
+"""The whole config: all sections together, and what is derived from several keys.
 
-Every key is a field of a section in `tempflow.config.sections`, with its help beside it; here the
-sections meet, and what they must agree on is checked. A component's value is a name or a table; its
-options are those of its class, which `tempflow.registry` finds, and after parsing the table holds
-all of them. The `deepspeed` section is passed on verbatim, less the batch sizes, which the engine
-sets itself.
+Every key is a field of a section in `tempflow.config.sections`, with its help beside it. The value
+of a component is a name or a table, whose options are those of the component's class
+(`tempflow.registry`); after parsing it is a table with all options. The `deepspeed` section is
+passed to DeepSpeed unchanged, except that the engine sets the batch sizes.
 """
 
 from __future__ import annotations
@@ -50,6 +49,8 @@ if TYPE_CHECKING:
 
 
 class Config(Section):
+    """A checked config. Fields are the sections of the JSON file, by their names."""
+
     model: Model
     data: Data
     rollout: Rollout = Rollout()
@@ -60,11 +61,12 @@ class Config(Section):
     checkpoint: Checkpoint = Checkpoint()
     logging: Logging = Logging()
     deepspeed: dict[str, Any] = Field(
-        default_factory=dict, description="passed to DeepSpeed as it stands"
+        default_factory=dict, description="passed to DeepSpeed unchanged"
     )
 
     @model_validator(mode="after")
     def _agree(self) -> Config:
+        # In this order: the other checks read the ZeRO stage and build the components.
         check_deepspeed(self)
         resolve_components(self)
         for check in (
@@ -84,49 +86,57 @@ class Config(Section):
         return self
 
     def plan(self) -> Plan:
-        """Which latents an iteration integrates, prepared for this run."""
+        """A new plan, prepared for this run's grid and seed."""
         plan = registry.build("plan", self.rollout.plan)
         with registry.keyed("rollout.plan", type(plan)):
             plan.prepare(self.rollout.num_steps, self.training.seed)
         return plan
 
     def sde(self) -> Sde:
-        """The stochastic step."""
+        """A new stochastic step."""
         return registry.build("sde", self.rollout.sde)
 
     def advantage(self) -> Advantage:
-        """From rewards to advantages."""
+        """A new function from rewards to advantages."""
         return registry.build("advantage", self.training.advantage)
 
     def objective(self) -> Objective:
-        """What an update minimizes."""
+        """A new objective, the loss that an update minimizes."""
         return registry.build("objective", self.training.objective)
 
     def penalty(self) -> Penalty | None:
-        """What holds the policy to another; None: nothing."""
+        """A new penalty, the divergence that is added to the loss; None without one."""
         return registry.build("penalty", self.training.penalty) if self.training.penalty else None
 
     def may_share_base(self) -> bool:
-        """Whether rollouts may read the training engine's frozen weights, if the dtypes of both
-        agree."""
-        stage = self.deepspeed.get("zero_optimization", {}).get("stage", 0)
+        """Whether rollouts may read the frozen weights of the training engine.
+
+        The dtypes must agree too, which `training.precision.shares_base` checks: model.dtype
+        "auto" is known only on the device.
+        """
+        # At stage 3 these weights are spread over the ranks: a forward outside the engine would not
+        # gather them.
         return (
             self.model.lora is not None
             and self.model.share_base is not False
             and self.rollout.replica
-            and stage < 3
+            and self.zero_stage() < 3
         )
 
+    def zero_stage(self) -> int:
+        """DeepSpeed's ZeRO stage, 0 to 3."""
+        return self.deepspeed.get("zero_optimization", {}).get("stage", 0)
+
     def averaging(self) -> str | None:
-        """The key of `training` by which weights are averaged: "ema", "merge" or None."""
+        """Which key of `training` averages the weights: "ema", "merge" or None."""
         return "ema" if self.training.ema else "merge" if self.training.merge else None
 
     def averaged_copies(self) -> int:
-        """Copies of the trained weights that an average holds between updates."""
+        """How many copies of the trained weights the average holds between updates."""
         return self.training.merge.last if self.training.merge else 1 if self.training.ema else 0
 
     def needs_reference(self) -> bool:
-        """Whether the policy before training is kept and forwarded."""
+        """Whether the policy before training is kept in memory and forwarded."""
         penalty = self.penalty()
         return penalty is not None and penalty.needs_reference
 
@@ -136,7 +146,9 @@ class Config(Section):
         return self.rollout.scale if own is None else own
 
     def best_metric(self) -> str:
-        """Whose highest value makes a checkpoint the best: what `eval.stop` waits to rise, else the
-        held-out reward."""
+        """The metric whose highest value makes a checkpoint the best one."""
+        # A rule with patience says that more of its metric is better. Someone who watches for
+        # reward hacking in this way must not get the checkpoint chosen by the hacked reward. The
+        # bounds below and above say nothing about which checkpoint is better.
         rule = self.eval.stop
         return rule.metric if rule and rule.patience else "eval/reward"

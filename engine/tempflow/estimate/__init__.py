@@ -1,9 +1,11 @@
-"""What a run will need, before anything is loaded: memory, disk, forwards and seconds, from the
-checkpoint's JSON configs alone.
+"""Estimate what a run needs before anything is loaded: memory, disk, forwards and seconds.
 
-Models are built on torch's meta device, where tensors have shapes but no storage. `estimate`
-returns numbers, `show` prints them.
-Left out: the allocator's fragmentation, NCCL's buffers and the time that ranks wait for each other.
+Only the JSON files of the checkpoint are read. Models are built on torch's meta device, where
+tensors have shapes but no storage. `estimate` returns the numbers, `show` prints them, and
+`propose` finds changes with which a run fits its GPU.
+
+Not counted: the allocator's fragmentation, NCCL's buffers, and the time that ranks wait for each
+other.
 """
 
 from tempflow.estimate.disk import check_room

@@ -1,4 +1,8 @@
-"""Forwards of an iteration and their seconds: floating point operations over the stated speed."""
+"""Count the forwards of an iteration and their seconds.
+
+Seconds are floating point operations divided by a stated speed; rewards, communication between
+ranks and waiting are not counted.
+"""
 
 from __future__ import annotations
 
@@ -14,27 +18,31 @@ from tempflow.types import Row, Unit
 
 @dataclass(frozen=True)
 class Phase:
-    """Part of an iteration."""
+    """One kind of work in an iteration."""
 
     name: str
+    """One of the keys of `show.NAMES`."""
     forwards: int
-    """Rows of all GPUs together."""
+    """Forwards, counted in rows, on all GPUs together."""
     busiest: int
-    """Rows of the GPU that has most."""
+    """Forwards of the GPU with the most units."""
     flops: int
-    """Of one row."""
+    """Floating point operations of one row."""
     seconds: float
-    """Of the busiest GPU."""
+    """Time of the busiest GPU, for which all others wait."""
     share: float = 1.0
-    """Of iterations that have it."""
+    """Share of iterations that have this phase."""
 
 
-ONE = Unit(0, 0, 0, 0)
+ONE = Unit(0, 0, 0, 0)  # stands for every unit: all have rows of the same form
 
 
 def unit_rows(config: Config) -> list[Row]:
-    """The rows of a unit of work in the first iteration; of branch steps that are drawn, those that
-    take most forwards."""
+    """The rows of a unit in the first iteration.
+
+    If rollout.adapt draws branch steps at random, the steps with the most forwards are taken, so
+    that the estimate is an upper bound.
+    """
     r, plan = config.rollout, config.plan()
     if r.adapt is None or r.adapt.steps is None:
         return plan.rows(ONE, 0)
@@ -47,11 +55,9 @@ def unit_rows(config: Config) -> list[Row]:
 
 
 def unit_states(config: Config) -> list[int]:
-    """How many children leave each state of a unit of work that is trained on, in the first
-    iteration.
+    """The number of children of each state of a unit that is trained on, in the first iteration.
 
-    What an objective makes of finished latents has one child: as many states of each latent as it
-    has `draws`, or one.
+    Objectives on finished latents make `draws` states of each latent (or one), with one child each.
     """
     objective = config.objective()
     if objective.wants == "endpoints":
@@ -61,12 +67,19 @@ def unit_states(config: Config) -> list[int]:
 
 
 def busiest_units(config: Config, gpus: int) -> int:
-    """Units of the GPU that has most."""
+    """Units of the GPU with the most of them."""
     return -(-config.data.prompts_per_iteration * config.plan().seeds // gpus)
 
 
 def phases(config: Config, model: Model, gpus: int, speed: float) -> list[Phase]:
-    """speed: operations that a GPU makes in a second."""
+    """The phases of an iteration, in the order in which they run.
+
+    Args:
+        config: of the run.
+        model: its model without weights.
+        gpus: number of GPUs.
+        speed: floating point operations per second of one GPU.
+    """
     r, t, rows = config.rollout, config.training, unit_rows(config)
     units, busiest = (
         config.data.prompts_per_iteration * config.plan().seeds,
@@ -91,7 +104,8 @@ def phases(config: Config, model: Model, gpus: int, speed: float) -> list[Phase]
     if config.needs_reference():
         found.append(phase("reference", states, forward))
     parts = t.updates.parts
-    # all but the first part's states are forwarded before the first step moves the weights
+    # Ratios need the policy before the iteration's updates. The first part computes it in its own
+    # forward; the states of later parts are forwarded before the first step changes the weights.
     if parts > 1:
         of_all, of_busiest = (n * states * (parts - 1) // parts for n in (units, busiest))
         found.append(
@@ -116,7 +130,7 @@ def phases(config: Config, model: Model, gpus: int, speed: float) -> list[Phase]
                 "audit",
                 count_forwards(rows, r.num_steps, None),
                 forward,
-                1 / min(r.suffix.audit_every, 10**9),
+                1 / r.suffix.audit_every,
             )
         )
     if config.data.heldout and config.eval.every:
@@ -129,22 +143,33 @@ def phases(config: Config, model: Model, gpus: int, speed: float) -> list[Phase]
                 mine * steps,
                 flops,
                 _seconds(mine * steps * flops, speed),
-                1 / min(config.eval.every, 10**9),
+                1 / config.eval.every,
             )
         )
     return found
 
 
 def training_rows(config: Config, gpus: int, ragged: bool = False) -> int:
-    """Rows of the largest micro-batch: the trainer makes them even, those of each shape for
-    themselves. Every state is taken to have something to teach."""
+    """Rows of the largest micro-batch in training.
+
+    No state is left out, although in a run states whose advantages are all zero are not forwarded.
+
+    Args:
+        config: of the run.
+        gpus: number of GPUs.
+        ragged: whether prompts differ in shape.
+    """
     states = -(
         -busiest_units(config, gpus) * len(unit_states(config)) // config.training.updates.parts
     )
+    # Rows of different shapes have micro-batches of their own, so one of them may be full. Else the
+    # trainer makes all micro-batches about equally large: 10 states, at most 4 at a time, are 4, 3
+    # and 3.
     if ragged:
         return min(states, config.training.states)
     return -(-states // -(-states // config.training.states))
 
 
 def _seconds(flops: int, speed: float) -> float:
+    # Configs may ask for absurd sizes, and float() of an integer beyond 10^308 raises.
     return float(flops) / speed if flops < 10**300 else math.inf

@@ -1,10 +1,10 @@
-"""Disk that a run's checkpoints take: what one holds, how many there are at once, and whether they
-fit where they are written.
+"""Estimate the disk space of a run's checkpoints, and check that they fit.
 
-Counted are the tensors, which are all but some 100 kB of a checkpoint. What the samples of a run
-take is told apart, by a rule of thumb.
-Left out: its logs, the embedding cache, and the copy, twice a checkpoint's size, that a resume on
-another number of ranks makes for a while.
+Only tensors are counted; all else in a checkpoint is about 100 kB. The images and videos of
+evaluations are estimated separately, from typical file sizes.
+
+Not counted: logs, the embedding cache, and a temporary copy of twice a checkpoint's size that is
+made when a run resumes on another number of ranks.
 """
 
 from __future__ import annotations
@@ -19,35 +19,40 @@ from tempflow.estimate.item import Item
 from tempflow.estimate.zero import Zero
 from tempflow.run.directory import path_of
 
-# bytes of a sample's file for each pixel of each frame: PNG of a photo, WebP of a calm video
+# Bytes of a sample's file for each pixel of each frame: a photograph as PNG, and a video with
+# little motion as WebP.
 PIXEL = {"image": 1.5, "video": 0.1}
 
 
 @dataclass(frozen=True)
 class Disk:
-    """parts: of one checkpoint, of all ranks together. kept: checkpoints that stay at the end of a
-    run; most: at once on the way, with the one that is being written before an older one leaves.
-    samples: of all evaluations, about."""
+    """Disk space of a run."""
 
     parts: list[Item]
+    """The parts of one checkpoint, of all ranks together."""
     kept: int
+    """Number of checkpoints at the end of the run."""
     most: int
+    """Number of checkpoints at once during the run, one more while a new one is being written."""
     samples: int = 0
+    """Bytes of the images or videos of all evaluations, approximately."""
 
     @property
     def checkpoint(self) -> int:
-        """Bytes of one."""
+        """Bytes of one checkpoint."""
         return sum(item.bytes for item in self.parts)
 
     @property
     def total(self) -> int:
-        """Bytes of the most at once."""
+        """Bytes of all checkpoints at the moment when there are most."""
         return self.most * self.checkpoint
 
 
 def disk(config: Config, zero: Zero) -> Disk:
-    """Of a run whose weights, gradients and optimizer state are spread as `zero` says; the number
-    of GPUs does not matter."""
+    """The disk space of a run whose weights and optimizer state are distributed as in `zero`.
+
+    The number of GPUs does not matter: together the ranks write everything once.
+    """
     parts = [
         Item("trained weights, fp32", zero.whole_fp32, "model.lora"),
         Item(
@@ -67,13 +72,14 @@ def disk(config: Config, zero: Zero) -> Disk:
     return Disk(
         [item for item in parts if item.bytes],
         kept,
+        # The new checkpoint is complete before an older one is deleted.
         min(_written(config), kept + 1),
         _samples(config),
     )
 
 
 def _samples(config: Config) -> int:
-    """Of the evaluation before training, those on the way and the last one."""
+    """Bytes of the samples of all evaluations, of which one is before training."""
     e, size = config.eval, config.rollout.size
     if not config.data.heldout or not e.every:
         return 0
@@ -83,7 +89,7 @@ def _samples(config: Config) -> int:
 
 
 def _written(config: Config) -> int:
-    """Checkpoints in a whole run: the last iteration always leaves one."""
+    """Checkpoints that a whole run writes; the last iteration always writes one."""
     every = config.checkpoint.every
     return -(-config.training.iterations // every) if every else 1
 
@@ -93,8 +99,10 @@ def _keeps_best(config: Config) -> bool:
 
 
 def free_bytes(config: Config) -> int:
-    """What the file system of the run directory has left, drafts of checkpoints counted in that the
-    next one removes."""
+    """Free bytes of the run directory's file system.
+
+    Unfinished checkpoints of a run that was killed count as free: saving removes them first.
+    """
     run_dir = path_of(config)
     there = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.is_dir())
     drafts = (
@@ -106,8 +114,14 @@ def free_bytes(config: Config) -> int:
 
 
 def check_room(config: Config, needed: Disk) -> str | None:
-    """UserError where not even one checkpoint fits; a warning where fewer fit than the run may
-    keep; else None."""
+    """Compare the disk space that a run needs with what is free.
+
+    Returns:
+        A warning if fewer checkpoints fit than the run may keep; None if all fit.
+
+    Raises:
+        UserError: not even one checkpoint fits.
+    """
     free = free_bytes(config)
     if free >= needed.total:
         return None
@@ -116,12 +130,12 @@ def check_room(config: Config, needed: Disk) -> str | None:
     if free < needed.checkpoint:
         raise UserError(
             f"logging.dir: {where} has {_size(free)} free, and one checkpoint takes"
-            f" {_size(needed.checkpoint)} ({parts}). Free more, or name another folder"
+            f" {_size(needed.checkpoint)} ({parts}). Free more space, or name another folder"
         )
     return (
         f"warning: logging.dir: {where} has {_size(free)} free; up to {needed.most} checkpoints of"
-        f" {_size(needed.checkpoint)} may lie there at once, {_size(needed.total)} together. Free"
-        f" more, or lower checkpoint.keep ({config.checkpoint.keep})"
+        f" {_size(needed.checkpoint)} may be there at once, {_size(needed.total)} together. Free"
+        f" more space, or lower checkpoint.keep ({config.checkpoint.keep})"
     )
 
 

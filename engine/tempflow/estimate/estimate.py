@@ -1,4 +1,4 @@
-"""All numbers of a dry run."""
+"""Compute all numbers of a dry run: `estimate`, and `disk_of` for the disk alone."""
 
 from __future__ import annotations
 
@@ -17,35 +17,39 @@ from tempflow.models.loading import check_size
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run on `gpus` GPUs of `card` bytes each needs."""
+    """What a run needs, on `gpus` GPUs with `card` bytes of memory each."""
 
     model: str
+    """Path or hub id."""
     gpus: int
     card: int
     speed: float
-    """Operations that a GPU makes in a second."""
+    """Floating point operations per second of one GPU."""
     parameters: int
-    """Elements of the transformer as it is trained."""
+    """Elements of the transformer's weights, with adapters."""
     trained: int
-    """Those of them that are."""
+    """Elements of those that are trained."""
     memory: Memory
     disk: Disk
     phases: list[Phase]
 
     @property
     def total(self) -> int:
+        """Bytes of one GPU at the moment when it holds most."""
         return self.memory.total
 
     @property
     def fits(self) -> bool:
+        """Whether the run fits the GPU's memory."""
         return self.total <= self.card
 
     def phase(self, name: str) -> Phase | None:
+        """The phase of that name; None if the run does not have it."""
         return next((phase for phase in self.phases if phase.name == name), None)
 
     @property
     def seconds(self) -> float:
-        """Of an iteration, evaluations and audits spread over all."""
+        """Average time of an iteration, with its share of evaluations and audits."""
         return sum(phase.seconds * phase.share for phase in self.phases)
 
 
@@ -59,21 +63,31 @@ def estimate(
     prompts: int = KEPT,
     images: int | None = None,
 ) -> Estimate:
-    """Numbers of a run, from the config and the model's JSON files.
+    """Estimate what a run needs, from its config and the model's JSON files.
 
-    prompts: how many the training file holds.
-    images: the most that one of them brings; None: as many as the family takes, none where it needs
-    none.
+    Args:
+        config: of the run.
+        gpus: number of GPUs.
+        mfu: share of the peak speed that the model reaches, above 0, at most 1.
+        card_gb: memory of a GPU in 10^9 bytes.
+        peak_tflops: peak speed of a GPU in 10^12 operations per second.
+        prompts: number of training prompts.
+        images: most condition images of one prompt; None: as many as the model family takes, and
+            none if it needs none.
 
-    Raises UserError where the run would: an unusable model or size, fewer units of work than GPUs,
-    an ill-typed DeepSpeed key.
+    Raises:
+        UserError: as the run would: an unusable model or size, fewer units than GPUs, or a
+            DeepSpeed key of the wrong type.
     """
     model = Model(config, images)
     check_size(model.path, model.size)
+    # Units (a prompt and a seed) are dealt to ranks whole, so a rank without one would have nothing
+    # to train on.
     units = config.data.prompts_per_iteration * config.plan().seeds
     if units < gpus:
         raise UserError(
-            f"data.prompts_per_iteration x rollout.plan.seeds: {units} units for {gpus} GPUs"
+            f"data.prompts_per_iteration x rollout.plan.seeds: {units} units for {gpus} GPUs;"
+            " expected at least one unit for each GPU"
         )
     zero, speed = (
         Zero(config.deepspeed, gpus, model.weights, model.trained_in),
@@ -93,7 +107,11 @@ def estimate(
 
 
 def disk_of(config: Config) -> Disk:
-    """The disk that a run's checkpoints take, from the config and the model's JSON files; as quick
-    as making the transformer on the meta device. UserError as `estimate`."""
+    """Estimate the disk space of a run, from its config and the model's JSON files.
+
+    Raises:
+        UserError: as `estimate`.
+    """
+    # Cheap enough for every start: it makes the transformer on the meta device but runs nothing.
     model = Model(config)
     return disk(config, Zero(config.deepspeed, 1, model.weights, model.trained_in))

@@ -1,10 +1,10 @@
-"""What would make a run fit its card: changes of config keys, those that cost least first, each
-judged by the dry run's own numbers.
+"""Find changes of config keys with which a run fits its GPU.
 
-Changes that leave what is learned as it is come before those that do not, but for moments in 8 bit,
-which cost an update less time than moments in host memory; sizes and numbers of samples are not
-touched, because they are the run's purpose. What a change costs in time is in its
-estimate, as far as operations say it.
+Each change is judged by the dry run's own numbers, and the cheapest ones are tried first. Changes
+that keep what is learned come before those that alter it, with one exception: moments in 8 bit come
+before moments in host memory, because they cost an update less time. Image sizes and numbers of
+samples are never changed: they are what the run is for. The time that a change costs is in its
+estimate, as far as counts of operations show it.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from tempflow.errors import UserError
 from tempflow.estimate.estimate import Estimate
 from tempflow.training.precision import engine_dtype
 
-LEAST = 0.01  # of what is too much: what a change saves at least, to be worth naming
-ABOUT = 0.8  # of the largest moment: those that are lowered with it
-Changes = dict[str, Any]  # value by dotted key
+LEAST = 0.01  # share of the missing memory that a change must save to be proposed
+ABOUT = 0.8  # moments above this share of the largest one are lowered together with it
+Changes = dict[str, Any]  # new values by dotted key
 Judge = Callable[[Config], Estimate]
 
 
@@ -32,23 +32,26 @@ class Option:
     """A change that may save memory."""
 
     changes: Callable[[Config, Estimate], Changes | None]
-    """Its keys' new values for a config and what that needs; None where it has nothing to
-    change."""
+    """From a config and its estimate to new values; None if there is nothing to change."""
     cost: str
+    """What it costs, in words for the user."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """A change that is proposed, with what the run needs when it and all before it are made."""
+    """A proposed change."""
 
     changes: Changes
     cost: str
     estimate: Estimate
+    """Of the run with this change and all that come before it."""
 
 
 def _fewer_rows(config: Config, estimate: Estimate) -> Changes | None:
-    """Half the rows of each moment that is about the largest: where two are equal, either alone
-    saves nothing."""
+    """Halve the rows of the largest moment, and of all that are nearly as large.
+
+    Memory is the maximum over the moments: of two equal ones, halving one alone saves nothing.
+    """
     rows = {
         "training": ("training.micro_batch", config.training.states),
         "rollout": ("rollout.micro_batch", config.rollout.rows),
@@ -56,6 +59,8 @@ def _fewer_rows(config: Config, estimate: Estimate) -> Changes | None:
         "decoding": ("rollout.decode_batch", config.rollout.decode_batch),
     }
     moments = estimate.memory.moments
+    # Names are those of `memory.memory_of`, such as "training: activations of 8 rows" and
+    # "decoding 16 rows"; the first word says which key counts the rows.
     largest = max(item.bytes for item in moments)
     chosen = [
         rows.get(item.name.split(":")[0].split()[0])
@@ -68,15 +73,12 @@ def _fewer_rows(config: Config, estimate: Estimate) -> Changes | None:
 def _set(
     key: str, value, applies: Callable[[Config], bool]
 ) -> Callable[[Config, Estimate], Changes | None]:
+    """The change of one key, for configs that it applies to."""
     return lambda c, _: {key: value} if applies(c) else None
 
 
-def _stage(config: Config) -> int:
-    return config.deepspeed.get("zero_optimization", {}).get("stage", 0)
-
-
 def options(gpus: int) -> list[Option]:
-    """Those that `propose` tries, in its order."""
+    """All changes that `propose` tries, in this order."""
     return [
         Option(
             _set("data.embedding_cache", "embeddings", lambda c: c.data.embedding_cache is None),
@@ -84,19 +86,19 @@ def options(gpus: int) -> list[Option]:
         ),
         Option(
             _set("model.offload_text_encoders", True, lambda c: not c.model.offload_text_encoders),
-            "embedding a text brings the text encoders' weights from host memory, layer by layer",
+            "embedding a text copies the text encoders from host memory, layer by layer",
         ),
         Option(
             _set("model.share_base", None, lambda c: c.model.share_base is False),
-            "rollouts apply the adapters beside the frozen weights: two small products more in each"
-            " adapted layer",
+            "rollouts compute the adapters beside the frozen weights: two more small products in"
+            " each adapted layer",
         ),
-        Option(_fewer_rows, "more forwards of fewer rows; the same updates, but for rounding"),
+        Option(_fewer_rows, "more forwards of fewer rows; the same updates, except for rounding"),
         Option(
             _set(
                 "model.gradient_checkpointing", True, lambda c: not c.model.gradient_checkpointing
             ),
-            "training computes each forward twice",
+            "training computes every forward twice",
         ),
         Option(
             _set("rollout.graphs", False, lambda c: c.rollout.graphs),
@@ -108,7 +110,7 @@ def options(gpus: int) -> list[Option]:
                 "same",
                 lambda c: c.rollout.suffix is not None and c.rollout.suffix.weights == "float8",
             ),
-            "coarse steps are no longer in float8",
+            "coarse steps no longer use float8",
         ),
         Option(
             _set(
@@ -116,12 +118,13 @@ def options(gpus: int) -> list[Option]:
                 "offloaded",
                 lambda c: c.needs_reference() and c.model.lora is None,
             ),
-            "the reference policy's layers come from host memory in each of its forwards",
+            "each forward of the reference policy copies its layers from host memory",
         ),
         Option(
+            # With adapters not stage 3, at which rollouts cannot share the frozen base.
             lambda c, _: (
                 _zero(c, stage=2 if c.model.lora else 3)
-                if gpus > 1 and _stage(c) < (2 if c.model.lora else 3)
+                if gpus > 1 and c.zero_stage() < (2 if c.model.lora else 3)
                 else None
             ),
             "ranks exchange gradients, and at stage 3 weights, in every micro-batch",
@@ -131,30 +134,32 @@ def options(gpus: int) -> list[Option]:
             "the optimizer's moments are rounded to 8 bit; needs bitsandbytes, the extra quantize",
         ),
         Option(
-            _offloaded, "the optimizer's state is in host memory, and every update crosses the bus"
+            _offloaded,
+            "the optimizer's state is in host memory, with which every update exchanges data",
         ),
         Option(
             _set("rollout.replica", False, lambda c: c.rollout.replica),
-            "rollouts go through the training engine, slower at ZeRO stage 3; evaluations use the"
+            "rollouts run the training engine, which is slower at ZeRO stage 3; evaluations use the"
             " raw weights, not their average",
         ),
         Option(
             _bfloat16,
-            "weights and activations in bfloat16, with fp32 weights in the optimizer alone",
+            "weights and activations in bfloat16, with fp32 weights in the optimizer only",
         ),
         Option(
             _quantized,
-            "the frozen base is rounded, which changes the reward (docs/log.md), and unpacked in"
+            "the frozen base is rounded, which changes the reward (docs/log.md), and dequantized in"
             " every forward; needs bitsandbytes, the extra quantize",
         ),
         Option(
             _set("model.lora", {}, lambda c: c.model.lora is None),
-            "another run: adapters in place of all weights, with a learning rate of their own",
+            "another kind of run: it trains adapters, which need another learning rate",
         ),
     ]
 
 
 def _zero(config: Config, **changes) -> Changes:
+    """The whole table zero_optimization with some keys changed: one --set replaces a table."""
     return {
         "deepspeed.zero_optimization": {**config.deepspeed.get("zero_optimization", {}), **changes}
     }
@@ -162,9 +167,11 @@ def _zero(config: Config, **changes) -> Changes:
 
 def _moments_in_8_bit(config: Config, _: Estimate) -> Changes | None:
     optimizer = config.deepspeed["optimizer"]
+    # Other optimizers have no 8-bit kind here, and bitsandbytes' does not work with offloading.
     if _offloads(config) or str(optimizer.get("type")).lower() != "adamw":
         return None
     params = optimizer.get("params", {})
+    # It refuses DeepSpeed's own parameters, such as torch_adam.
     taken = {key: value for key, value in params.items() if key in eight_bit.PARAMS}
     return {"deepspeed.optimizer": {"type": eight_bit.TYPE, "params": taken}}
 
@@ -177,24 +184,27 @@ def _offloads(config: Config) -> bool:
 def _offloaded(config: Config, _: Estimate) -> Changes | None:
     if "offload_optimizer" in config.deepspeed.get("zero_optimization", {}):
         return None
-    found = _zero(config, stage=max(1, _stage(config)), offload_optimizer={"device": "cpu"})
+    found = _zero(config, stage=max(1, config.zero_stage()), offload_optimizer={"device": "cpu"})
     optimizer = config.deepspeed["optimizer"]
+    # The 8-bit optimizer does not work with offloading, so take this option instead of it.
     if eight_bit.asks_for(optimizer):
         params = {**optimizer.get("params", {}), "torch_adam": True}
         found["deepspeed.optimizer"] = {"type": "AdamW", "params": params}
-    # else DeepSpeed compiles an optimizer of its own
+    # Otherwise DeepSpeed compiles its own CPU optimizer, for which many machines lack a compiler.
     return found | {"deepspeed.zero_force_ds_cpu_optimizer": False}
 
 
 def _bfloat16(config: Config, _: Estimate) -> Changes | None:
     if engine_dtype(config.deepspeed) != torch.float32:
         return None
+    # Gradients are summed in fp32: in bfloat16, sums of many micro-batches lose the small ones.
+    # Stage 1 at least, because DeepSpeed keeps fp32 weights from that stage on.
     half = {
         "model.dtype": "bfloat16",
         "deepspeed.bf16": {"enabled": True},
         "deepspeed.data_types": {"grad_accum_dtype": "fp32"},
     }
-    return half | _zero(config, stage=max(1, _stage(config)))
+    return half | _zero(config, stage=max(1, config.zero_stage()))
 
 
 def _quantized(config: Config, _: Estimate) -> Changes | None:
@@ -203,13 +213,16 @@ def _quantized(config: Config, _: Estimate) -> Changes | None:
 
 
 def propose(config: Config, judge: Judge, gpus: int) -> list[Step]:
-    """The changes that make a run fit, in order; where none do, all that save something. Empty
-    where it fits as it is.
+    """Find changes with which a run fits its GPU.
 
     Args:
         config: of the run.
-        judge: gives the estimate of a config, for the card in question.
-        gpus: of the run.
+        judge: computes the estimate of a config, for the GPU in question.
+        gpus: number of GPUs.
+
+    Returns:
+        The changes in order, none of which can be left out; all that save memory if they do not
+        suffice; an empty list if the run fits unchanged.
     """
     before = judge(config)
     if before.fits:
@@ -221,8 +234,11 @@ def propose(config: Config, judge: Judge, gpus: int) -> list[Step]:
 def _greedy(
     config: Config, before: Estimate, judge: Judge, choices: list[Option]
 ) -> Iterator[Step]:
-    """The first option that saves, again and again until the run fits: one that saves nothing may
-    do so after another."""
+    """Take the first option that saves memory, repeatedly, until the run fits or none does.
+
+    Each round starts from the first option again, because one that saved nothing may do so after
+    another: memory is the maximum over moments. Options such as fewer rows can be taken repeatedly.
+    """
     least = LEAST * (before.total - before.card)
     while not before.fits:
         for option in choices:
@@ -237,8 +253,7 @@ def _greedy(
 
 
 def _made(config: Config, changes: Changes | None, judge: Judge) -> tuple[Config, Estimate] | None:
-    """A config with some keys changed, and its estimate; None where there is nothing to change or
-    the config does not allow it."""
+    """A changed config and its estimate; None if nothing changes or the config is refused."""
     if changes is None:
         return None
     try:
@@ -249,7 +264,16 @@ def _made(config: Config, changes: Changes | None, judge: Judge) -> tuple[Config
 
 
 def changed(config: Config, changes: Changes) -> Config:
-    """A config with other values of some dotted keys. UserError where they do not go together."""
+    """Change dotted keys of a config.
+
+    Args:
+        config: stays as it is.
+        changes: new values by key.
+
+    Raises:
+        UserError: the values contradict each other.
+    """
+    # Parsed anew, so that a proposal is checked exactly like a config of the user.
     table = json.loads(config.model_dump_json())
     for key, value in changes.items():
         *folders, name = key.split(".")
@@ -261,8 +285,11 @@ def changed(config: Config, changes: Changes) -> Config:
 
 
 def _needed(config: Config, steps: list[Step], judge: Judge) -> list[Step]:
-    """The same, each option once with its last value, and without those that the others made
-    unnecessary, dearest first."""
+    """Reduce steps to the necessary ones: each option once, with its last value.
+
+    An option that helped early may be unnecessary after later ones. The most expensive options are
+    left out first.
+    """
     merged: dict[str, Changes] = {}
     for step in steps:
         merged[step.cost] = merged.get(step.cost, {}) | step.changes

@@ -1,4 +1,4 @@
-"""One row of the dry run's tables."""
+"""One row of the tables that a dry run prints."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Item:
-    """Bytes of one kind. keys: the config keys that decide them."""
+    """The bytes of one purpose."""
 
     name: str
     bytes: int
     keys: str = ""
+    """The config keys that change the number."""

@@ -1,9 +1,10 @@
-"""Forwards and backwards on the meta device: the most bytes that they hold at once, and their
-floating point operations.
+"""Measure forwards and backwards on the meta device: peak memory and floating point operations.
 
-A transformer is a chain of equal blocks. `shorten` leaves three of each run of them, the middle one
-to stand for all that are gone: what it does counts that many times, and so does what it leaves for
-the backward. The numbers are those of the whole chain.
+A transformer is a chain of equal blocks. To save time, `shorten` keeps three of each run of equal
+ones. The middle one represents all that were removed: its operations, and what it keeps for the
+backward, are multiplied by their number. The results equal those of the whole chain.
+
+Only tensors count. What kernels allocate inside an operation (workspaces) is not seen.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from tempflow.compat import operator_of, storage_key
 from tempflow.estimate.repeats import Repeats
 
+# The CPU's fused attention stands for every device's: it saves the same tensors for the backward,
+# and it has a rule for meta tensors. flop_registry does not know it.
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 FORMULAS = flop_registry | {
@@ -32,19 +35,19 @@ FORMULAS = flop_registry | {
         grad.shape, query.shape, key.shape, value.shape
     ),
 }
-# a module's blocks, each with the number of blocks that it stands for
+# A module's blocks, each with the number of original blocks that it represents.
 Blocks = list[tuple[torch.nn.Module, int]]
 
 
 @contextmanager
 def fused_attention():
-    """Attention as every real device runs it: fused, keeping queries, keys, values, result and row
-    sums for the backward.
+    """Make scaled_dot_product_attention fused on the meta device, as it is on real devices.
 
-    The meta device by itself would choose the unfused form, with its tokens x tokens matrices. A
-    mode of torch functions would not do in its place: it is off while a backward runs, and
-    checkpointing's forwards with it.
+    Fused attention keeps queries, keys, values, the result and row sums for the backward. The meta
+    device would choose the unfused form, which keeps matrices of tokens x tokens.
     """
+    # The function is replaced. A torch function mode would be simpler, but is disabled while a
+    # backward runs, and gradient checkpointing runs forwards inside the backward.
     functional, plain = torch.nn.functional, torch.nn.functional.scaled_dot_product_attention
     functional.scaled_dot_product_attention = _fused
     try:
@@ -56,6 +59,7 @@ def fused_attention():
 def _fused(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
 ):
+    # The CPU's operator has no grouped queries and takes masks as floats to add.
     if enable_gqa:
         key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], -3) for t in (key, value))
     if attn_mask is not None and attn_mask.dtype == torch.bool:
@@ -64,11 +68,14 @@ def _fused(
 
 
 class Meter(TorchDispatchMode):
-    """While it is active: the most bytes of new tensors that were alive at once (`peak`), and
-    operations (`flops`): those of matrix products, convolutions and attention, with the scores that
-    attention's backward computes again.
+    """Counts memory and operations while it is active.
 
-    blocks: as `shorten` returns them.
+    `peak` is the most bytes of new tensors that were alive at once. `flops` are the operations of
+    matrix products, convolutions and attention; attention's backward includes the scores that it
+    computes again.
+
+    Args:
+        blocks: as `shorten` returns them.
     """
 
     def __init__(self, blocks: Blocks | tuple[()] = ()):
@@ -76,15 +83,16 @@ class Meter(TorchDispatchMode):
         self.live = self.flops = 0
         self._hooks: list = []
         self._blocks, self._run = blocks, Repeats()
-        # how often an operation counts; whether the first forward is under way
+        # How often an operation counts now, and whether the forward (not the backward) is running.
         self._times, self._forward = (1, True)
-        self._peaks = [0]  # of each span between two blocks' beginnings and ends
-        self._alive: dict[
-            int, tuple[int, int, int]
-        ] = {}  # by a storage's address its bytes, how often they count, and its span
+        # Peak of each span of time between two beginnings or ends of blocks.
+        self._peaks = [0]
+        # By a storage's address: its bytes, how often they count, and the span that it was made in.
+        self._alive: dict[int, tuple[int, int, int]] = {}
 
     @property
     def peak(self) -> int:
+        """The most bytes that were alive at once."""
         return max(self._peaks)
 
     def __enter__(self):
@@ -102,7 +110,8 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        # views and results in place lie in storages that the caller brought
+        # `fresh` are the results with a storage of their own; views and results of in-place
+        # operations share a storage that is counted already.
         out, fresh = self._run(func, args, kwargs)
         formula = FORMULAS.get(operator_of(func))
         if formula is not None:
@@ -113,8 +122,12 @@ class Meter(TorchDispatchMode):
         return out
 
     def backward_begins(self) -> None:
-        """From now on what a block left counts as often as the block; so it did in the spans after
-        it. A block's forward is one that checkpointing runs again."""
+        """Call it between forward and backward.
+
+        Now everything that is still alive is kept for the backward. What a block kept counts as
+        often as the block, from the span after its creation on; before, nobody knew what would be
+        kept. Forwards from now on are those that checkpointing repeats.
+        """
         more = [0] * len(self._peaks)
         for address, (size, times, span) in self._alive.items():
             more[span] += size * (times - 1)
@@ -125,9 +138,11 @@ class Meter(TorchDispatchMode):
         self._grow(sum(more))
 
     def _add(self, storage: torch.UntypedStorage) -> None:
+        """Count a new storage until it is freed."""
         address, size = storage_key(storage), storage.nbytes()
         self._alive[address] = size, self._times if self._forward else 1, len(self._peaks) - 1
         self._grow(size)
+        # Not at exit: finalizers of thousands of tensors would run there for nothing.
         weakref.finalize(storage, self._release, address).atexit = False
 
     def _grow(self, size: int) -> None:
@@ -147,7 +162,8 @@ class Meter(TorchDispatchMode):
             return
         self._times = 1
         self._peaks.append(self.live)
-        # autograd comes back to them before the block's own operations, and in order
+        # Gradients of a block's outputs are computed right before the block's own backward, so a
+        # hook on them is the moment from which operations count as often as this block.
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
                 tensor.register_hook(partial(self._goes_back, times))
@@ -157,7 +173,17 @@ class Meter(TorchDispatchMode):
 
 
 def shorten(module: torch.nn.Module) -> Blocks:
-    """Leave the first, the second and the last block of each run of equal ones in place."""
+    """Remove all but the first, second and last block of each run of equal blocks, in place.
+
+    First and last stay because their neighbors differ: tensors there live longer or shorter than
+    between two equal blocks.
+
+    Args:
+        module: a transformer; its lists of blocks are replaced.
+
+    Returns:
+        The blocks that are left, each with the number of blocks that it represents.
+    """
     kept: Blocks = []
     for owner, name, blocks in list(_chains(module)):
         runs = [list(run) for _, run in groupby(blocks, _description)]
@@ -174,7 +200,7 @@ def shorten(module: torch.nn.Module) -> Blocks:
 
 
 def _chains(module: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, str, torch.nn.ModuleList]]:
-    """The lists of modules that lie in no other one."""
+    """All outermost lists of modules, as (owner, name, list)."""
     for name, child in module.named_children():
         if isinstance(child, torch.nn.ModuleList):
             yield module, name, child
@@ -183,6 +209,8 @@ def _chains(module: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, str, tor
 
 
 def _description(block: torch.nn.Module) -> tuple:
+    """Equal for blocks that compute and store the same. Adapters and what is trained belong to
+    it."""
     return str(block), [
         (name, p.shape, p.dtype, p.requires_grad) for name, p in block.named_parameters()
     ]
@@ -190,7 +218,10 @@ def _description(block: torch.nn.Module) -> tuple:
 
 @contextmanager
 def passing_gradients(module: torch.nn.Module):
-    """Weights' gradients go as they come: a trainer adds them to its own sums."""
+    """Drop the gradient of each weight once it is computed, as the trainer does.
+
+    DeepSpeed adds it to a buffer of its own, which `zero.Zero` counts.
+    """
 
     def drop(parameter):
         parameter.grad = None
@@ -207,15 +238,25 @@ def passing_gradients(module: torch.nn.Module):
 
 @torch.no_grad()
 def inference(run, blocks: Blocks | tuple[()] = ()) -> Meter:
-    """What a call without gradients holds and computes."""
+    """Measure a call without gradients.
+
+    Args:
+        run: a function without arguments.
+        blocks: as `shorten` returns them.
+    """
     with fused_attention(), Meter(blocks) as meter:
         run()
     return meter
 
 
 def training(run, module: torch.nn.Module, blocks: Blocks) -> Meter:
-    """What a call of `module` and its backward hold and compute, with what checkpointing computes
-    again."""
+    """Measure a forward of `module` and its backward, with what checkpointing computes again.
+
+    Args:
+        run: a function without arguments that returns the module's output.
+        module: the trained module.
+        blocks: as `shorten` returns them.
+    """
     with fused_attention(), passing_gradients(module), Meter(blocks) as meter:
         out = run()
         meter.backward_begins()

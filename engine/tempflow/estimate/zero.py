@@ -1,5 +1,7 @@
-"""How DeepSpeed spreads weights, gradients and optimizer state over GPUs, by ZeRO stage and dtype
-(as of DeepSpeed 0.19)."""
+"""Bytes of weights, gradients and optimizer state that DeepSpeed puts on each GPU.
+
+They depend on the ZeRO stage, the dtypes, offloading and the optimizer; read in DeepSpeed 0.19.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ import torch
 from tempflow import eight_bit
 from tempflow.errors import UserError, shown
 
+# Tensors of state for each weight, by the optimizer's name in lower case; 2 for names not listed.
 STATES = {
     "adam": 2,
     "adamw": 2,
@@ -29,6 +32,7 @@ STATES = {
     "rmsprop": 1,
     "muon": 1,
 }
+# Values of deepspeed.data_types.grad_accum_dtype.
 ACCUMULATE = {
     "fp32": torch.float32,
     "float32": torch.float32,
@@ -40,11 +44,20 @@ ACCUMULATE = {
 
 
 class Zero:
-    """Bytes on one of `gpus` GPUs for weights trained in `dtype`, and in its process's host memory
-    where offloaded.
+    """Bytes of the training engine on one GPU, and in its process's host memory if offloaded.
 
-    parameters, gradients, optimizer (with fp32 master weights), buffers: all the time; step: on top
-    while the optimizer runs.
+    Attributes `parameters`, `gradients`, `optimizer` (with fp32 weights) and `buffers` are in use
+    all the time, `step` in addition while the optimizer runs. `offloaded` is in host memory.
+    `whole_fp32` is a copy of all trained weights in fp32.
+
+    Args:
+        ds: the `deepspeed` section.
+        gpus: number of GPUs.
+        weights: `model.Weights` of the transformer.
+        dtype: in which it is trained.
+
+    Raises:
+        UserError: a key of the section has the wrong type.
     """
 
     def __init__(self, ds: dict, gpus: int, weights, dtype: torch.dtype):
@@ -54,6 +67,7 @@ class Zero:
         self._accumulate = self._accumulation(ds)
         self._states, self._torch_adam = _optimizer(ds["optimizer"])
         self._eight_bit = eight_bit.asks_for(ds["optimizer"])
+        # From stage 1 on each rank updates an equal part of the weights.
         own = -(-weights.trained // gpus) if self.stage else weights.trained
         self._own = own
         self.whole_fp32 = 4 * weights.trained
@@ -67,42 +81,47 @@ class Zero:
         self.parameters = 0 if offload_parameters and self.stage == 3 else parameters
         self.optimizer = 0 if offload_optimizer and self.stage else state
         self.offloaded = (parameters - self.parameters) + (state - self.optimizer)
+        # The CPU's optimizer has its gradients on the host too, in fp32.
         self.offloaded += own * 4 if offload_optimizer and self.stage else 0
         self.step = 0 if self.optimizer == 0 else self._step()
 
     def _parameters(self) -> int:
-        """Of stage 3 a partition of each tensor; what is gathered from the others for a forward is
-        among the buffers."""
+        """Bytes of parameters: at stage 3 a part of each tensor, else all. What a forward gathers
+        from other GPUs is among the buffers."""
         if self.stage < 3:
             return self._weights.bytes
         return self._weights.bytes - self._weights.lasting + self.share
 
     def _optimizer_state(self) -> int:
+        """Bytes of this GPU's optimizer state."""
         if self.stage:
             return self._flat(self._own)
+        # torch's Adam counts steps in a tensor for each parameter.
         counters = 4 * self._weights.tensors if self._torch_adam else 0
         return self._own_states + counters
 
     def _flat(self, elements: int) -> int:
-        """From stage 1 on: fp32 master weights and states, as one tensor."""
+        """Bytes from stage 1 on, where fp32 weights and states are flat tensors of `elements`."""
         if self._eight_bit:
             return elements * 4 + eight_bit.state_bytes(elements)
         return elements * 4 * (1 + self._states)
 
     @property
     def _own_states(self) -> int:
-        """At stage 0: states of each tensor by itself."""
+        """Bytes of states at stage 0, where each parameter has its own, in its dtype."""
         if self._eight_bit:
             return self._weights.eight_bit
         return self._weights.trained * self._dtype.itemsize * self._states
 
     def _gradients(self, offloaded: bool) -> int:
+        """Bytes of gradients; `offloaded`: the optimizer is on the CPU."""
         trained, accumulate = self._weights.trained, self._accumulate.itemsize
         if self.stage == 0:
             return trained * self._dtype.itemsize
         if self.stage == 1:
-            # Whole sums over the micro-batches; with bf16 and fp32 sums DeepSpeed's BF16 optimizer
-            # updates from them in place, else a partition of them is copied out for the step.
+            # Every GPU sums all gradients over micro-batches. DeepSpeed's BF16 optimizer (bf16
+            # weights, fp32 sums) updates from the sums in place; other optimizers get a copy of
+            # this GPU's part.
             in_place = (
                 self._dtype == torch.bfloat16
                 and self._accumulate == torch.float32
@@ -112,8 +131,9 @@ class Zero:
         return 0 if offloaded else self._own * accumulate
 
     def _buffers(self) -> int:
-        """Buckets for gradients under way, and at stage 3 the weights gathered for the layers that
-        run."""
+        """Bytes of the buckets through which gradients are exchanged, and at stage 3 of gathered
+        weights."""
+        # The BF16 optimizer of stage 1 reduces its sums where they are, without buckets.
         if (
             self.stage == 0
             or self.stage == 1
@@ -123,6 +143,7 @@ class Zero:
             return 0
         bucket = self._number("reduce_bucket_size", 5e8)
         size = (self._accumulate if self.stage == 1 else self._dtype).itemsize
+        # With overlap_comm one bucket is filled while the other is sent.
         double = self.stage < 3 and self._zero.get("overlap_comm") is True
         held = bucket * size * (1 + double) if self._zero.get("contiguous_gradients", True) else 0
         if self.stage < 3:
@@ -131,7 +152,7 @@ class Zero:
 
     @property
     def gathered(self) -> int:
-        """Of weights spread over the GPUs, those that are whole around the layer that runs."""
+        """Most bytes of weights that stage 3 gathers at once, around the layer that runs."""
         live = self._number("stage3_max_live_parameters", 1e9) + self._number(
             "stage3_prefetch_bucket_size", 5e7
         )
@@ -139,23 +160,24 @@ class Zero:
 
     @property
     def share(self) -> int:
-        """Of weights spread over the GPUs, those of one."""
+        """Bytes of one GPU's share of weights that are spread over all."""
         return -(-self._weights.lasting // self._gpus)
 
     @property
     def saved_weights(self) -> int:
-        """Of the weights in a checkpoint's DeepSpeed files, all ranks together; at stage 3 they
-        hold the fp32 masters alone."""
+        """Bytes of weights in a checkpoint's DeepSpeed files, of all ranks together."""
+        # At stage 3 the files have the fp32 weights only, which belong to the optimizer.
         return self._weights.trained * self._dtype.itemsize if self.stage < 3 else 0
 
     @property
     def saved_optimizer(self) -> int:
-        """Of the optimizer's state there, with fp32 master weights from stage 1 on."""
+        """Bytes of optimizer state in these files, from stage 1 on with fp32 weights."""
         return self._flat(self._weights.trained) if self.stage else self._own_states
 
     def _step(self) -> int:
-        """torch's AdamW makes a temporary of the size of what it updates at a time; gradients
-        become fp32 first."""
+        """Bytes of temporary tensors while the optimizer runs."""
+        # torch's AdamW makes a temporary tensor of the size of what it updates; gradients that are
+        # not fp32 are converted first. At stage 3 it updates a group of weights at a time.
         updated = self._own
         if self.stage == 3:
             updated = min(updated, max(1, self._number("sub_group_size", 1e9)))
@@ -163,6 +185,7 @@ class Zero:
         return updated * 4 * (self._torch_adam + converted)
 
     def _accumulation(self, ds: dict) -> torch.dtype:
+        """The dtype in which gradients are summed over micro-batches. Raises UserError."""
         asked = ds.get("data_types", {})
         asked = asked.get("grad_accum_dtype") if isinstance(asked, dict) else asked
         if asked is None:
@@ -175,6 +198,7 @@ class Zero:
         return ACCUMULATE[asked]
 
     def _offloads(self, key: str) -> bool:
+        """Whether the table `key` moves something off the GPU. Raises UserError."""
         value = self._zero.get(key)
         if value is None:
             return False
@@ -187,9 +211,11 @@ class Zero:
         return device != "none"
 
     def _number(self, key: str, default: float) -> int:
+        """A number of elements in zero_optimization, as JSON has it: 5e8 is a float. Raises
+        UserError."""
         value = self._zero.get(key, default)
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        # no isfinite, which has no answer for the largest integers
+        # Not math.isfinite, which raises for integers beyond float's range.
         if not number or not 0 <= value < math.inf:
             raise UserError(
                 f"deepspeed.zero_optimization.{key}: expected a number of elements, got"
@@ -199,7 +225,10 @@ class Zero:
 
 
 def _optimizer(table: dict) -> tuple[int, bool]:
-    """(state tensors per weight, whether it is torch's Adam) of the `optimizer` table."""
+    """Tensors of state per weight, and whether PyTorch's Adam is used, from the table `optimizer`.
+
+    Raises UserError.
+    """
     kind, params = table.get("type"), table.get("params", {})
     if not isinstance(kind, str):
         raise UserError(
@@ -208,6 +237,7 @@ def _optimizer(table: dict) -> tuple[int, bool]:
     if not isinstance(params, dict):
         raise UserError(f"deepspeed.optimizer.params: expected a table, got {shown(params)}")
     states = STATES.get(kind.lower(), 2)
+    # These keep a momentum only if asked to.
     if kind.lower() in ("sgd", "musgd", "rmsprop") and params.get("momentum"):
         states += 1
     return states, bool(params.get("torch_adam")) and kind.lower() in ("adam", "adamw")

@@ -1,4 +1,8 @@
-"""The config's sections: a module for each reason to change one. Help stands beside each key."""
+"""The sections of a config, one module for each subject.
+
+The `description` of a key is its help: docs/config.md and configs/schema.json are generated from
+it.
+"""
 
 from tempflow.config.sections.data import Curation, Data, HubDataset
 from tempflow.config.sections.evaluation import Eval, Stop

@@ -1,4 +1,4 @@
-"""How latents are integrated: the plan, the stochastic step, sizes, and how the forwards run."""
+"""How images are sampled in training: the plan, the stochastic step, sizes and how forwards run."""
 
 from __future__ import annotations
 
@@ -21,104 +21,122 @@ from tempflow.types import Scales, Size
 
 
 class Suffix(Section):
+    """The steps of a row after its last noise, which only lead to the image that is scored."""
+
     stride: Positive = Field(
-        2, description="after its last decision a row takes every stride-th grid point"
+        2, description="number of grid steps that are joined into one after a row's last noise"
     )
     order: Literal[1, 2] = Field(
         2,
         description=(
-            "1: one Euler step; 2: extrapolated between forwards, and put right at the next one"
+            "order of a joined step. 1: one Euler step; 2: velocities are extrapolated over the"
+            " step, and corrected after the next forward"
         ),
     )
     exact_steps: Count = Field(
-        0, description="steps after the last decision that are taken exactly"
+        0, description="steps right after the last noise that are not joined"
     )
     weights: Literal["same", "float8"] = Field(
         "same",
         description=(
-            "float8: a copy of the transformer whose large layers multiply in float8 takes the"
-            " others"
+            "float8: run the steps after the exact ones on a copy of the transformer whose large"
+            " linear layers use float8; same: on the rollout's own weights"
         ),
     )
     audit_every: Count = Field(
-        0, description="iterations between comparisons with the exact suffix, as metrics; 0: never"
+        0,
+        description=(
+            "iterations between comparisons with exact suffixes, which are logged as metrics; 0:"
+            " none"
+        ),
     )
 
     @model_validator(mode="after")
     def _coarser(self) -> Suffix:
         if self.stride == 1 and self.weights == "same":
             raise ValueError(
-                'stride 1 changes nothing; allowed are 2 and more, 1 with weights "float8", or null'
-                " for the exact suffix"
+                'stride 1 changes nothing; allowed are 2 or more, 1 with weights "float8", or null'
+                " instead of the table for exact steps"
             )
         return self
 
 
 class AdaptNoise(Section):
+    """Adjust the noise of each step by how many children are better than without noise."""
+
     step: Fraction = Field(
-        0.02, description="how far the noise factor of a step moves in an iteration"
+        0.02, description="change of a step's noise factor, which starts at 1, in one iteration"
     )
     band: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.1,
         description=(
-            "children count as balanced, and the noise rises, where the shares better and worse"
-            " differ by at most this"
+            "the noise rises if the shares of better and of worse children differ by at most this,"
+            " and otherwise falls"
         ),
     )
 
 
 class Adapt(Section):
+    """What a rollout learns from the rewards of earlier iterations."""
+
     steps: Positive | None = Field(
         None,
         description=(
-            "branch steps drawn in each iteration, more often where rewards spread; null: all that"
-            " the plan has"
+            "number of branch steps drawn in each iteration, with higher probability where rewards"
+            " differ more; null: all branch steps of the plan"
         ),
     )
     noise: AdaptNoise | None = Field(
         None,
         description=(
-            "calibrate each step's noise by the children better and worse than their state's own"
-            " ODE; null: fixed"
+            "adjust the noise of each step by comparing the children with the ODE sample of their"
+            " state; null: fixed noise"
         ),
     )
 
     @model_validator(mode="after")
     def _something(self) -> Adapt:
         if self.steps is None and self.noise is None:
-            raise ValueError("set steps, noise or both, or leave it null")
+            raise ValueError("set steps, noise or both, or null instead of the table")
         return self
 
 
 class Rollout(Section):
-    plan: Component = Field("tempflow", description="which rows take noise where")
-    height: Pixels = Field(512, description="pixels")
-    width: Pixels = Field(512, description="pixels")
+    """How the images of an iteration are sampled."""
+
+    plan: Component = Field(
+        "tempflow", description="which rows are sampled, and which steps of a row take noise"
+    )
+    height: Pixels = Field(512, description="height of the images in pixels")
+    width: Pixels = Field(512, description="width of the images in pixels")
     frames: Frames = Field(
-        1, description="frames of a video, for families that make videos; 1: an image"
+        1, description="frames of a video, for model families that make videos; 1: an image"
     )
     num_steps: Annotated[int, Field(ge=2, le=1000)] = Field(
-        10, description="T, steps of the sampling grid"
+        10, description="T, the number of steps of the sampling grid"
     )
-    sde: Component = Field("flow", description="the stochastic step")
+    sde: Component = Field(
+        "flow", description="formula of the steps that take noise (stochastic steps)"
+    )
     jitter: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0,
         description=(
-            "how far the inner sigmas move at random in each iteration, in halves of the gap to the"
-            " nearer neighbor; evaluations keep the checkpoint's own grid"
+            "move the inner sigmas of the grid at random in each iteration, by at most this times"
+            " half the gap to the nearer neighbor; evaluations use the unchanged grid"
         ),
     )
     adapt: Adapt | None = Field(
         None,
-        description="what the rewards of earlier iterations change in a rollout; null: nothing",
+        description="adapt branch steps or noise to rewards of earlier iterations; null: do not",
     )
     guidance_scale: Annotated[float, Field(ge=0)] = Field(
-        3.5, description="as in the diffusers pipeline's call"
+        3.5, description="guidance scale, as the diffusers pipeline takes it"
     )
     guidance_scale_2: Annotated[float, Field(ge=0)] | None = Field(
         None,
         description=(
-            "of the expert for low noise, where the model has two (Wan 2.2); null: guidance_scale"
+            "guidance scale of the expert for low noise, in models with two experts (Wan 2.2);"
+            " null: guidance_scale"
         ),
     )
     micro_batch: Positive | None = Field(
@@ -127,41 +145,49 @@ class Rollout(Section):
     lanes: Threads | None = Field(
         None,
         description=(
-            "parts of a rank's rollout that run side by side, in a thread each; null: on a CPU as"
-            " many as cores"
+            "number of threads per rank, each of which samples a part of the rows; null: one per"
+            " core on a CPU, one on a GPU"
         ),
     )
     decode_batch: Positive = Field(16, description="most latents decoded at once")
     suffix: Suffix | None = Field(
-        None, description="coarser steps after a row's last decision; null: the exact ones"
+        None, description="coarser steps after a row's last noise; null: exact steps"
     )
     graphs: bool = Field(
         False,
         description=(
-            "replay forwards as CUDA graphs where there is a GPU, after a rehearsal; needs replica"
+            "on a GPU, replay forwards as CUDA graphs, if a rehearsal at the start succeeds; needs"
+            " `replica`"
         ),
     )
     graph_limit_mb: Positive = Field(
-        4096, description="device memory for graphs; the least recently used leave beyond it"
+        4096,
+        description="device memory for graphs; beyond it the least recently used are deleted",
     )
     graph_verify: bool = Field(
-        True, description="compare every graph's first replay with an eager forward"
+        True, description="compare the first replay of every graph with an eager forward"
     )
     compile: Compile = Field(
         "eager",
-        description="torch.compile of the rollout copy's blocks; compile-max tunes kernels too",
+        description=(
+            "compile the blocks of the rollout copy with torch.compile; compile-max also tunes"
+            " kernels"
+        ),
     )
     replica: bool = Field(
         True,
-        description="roll out on a static copy of the weights, not through the training engine",
+        description=(
+            "sample with a copy of the weights (the rollout copy) instead of the training engine's"
+        ),
     )
     refresh_bucket: Positive = Field(
-        100_000_000, description="most weights gathered at a time when that copy is refreshed"
+        100_000_000,
+        description="most weights gathered at a time when the rollout copy is updated",
     )
 
     @property
     def scale(self) -> float:
-        """Guidance scale of rollouts; `Scales` where the second expert has its own."""
+        """Guidance scale of rollouts; a `Scales` if the second expert has its own."""
         return (
             self.guidance_scale
             if self.guidance_scale_2 is None
@@ -170,10 +196,11 @@ class Rollout(Section):
 
     @property
     def size(self) -> Size:
-        """Of the images or videos that are made, in rollouts and evaluations alike."""
+        """Size of the images or videos, in rollouts and in evaluations."""
         return Size(self.height, self.width, self.frames)
 
     @property
     def rows(self) -> int:
-        """Most rows in one forward, where nothing was measured yet a guess."""
+        """Most rows in one forward."""
+        # The dry run, and a run before its measurement, need a number for null.
         return self.micro_batch or 48
