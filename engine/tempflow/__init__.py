@@ -1,14 +1,14 @@
-"""TempFlow-GRPO: reinforcement learning of flow-matching text-to-image models.
+"""TempFlow-GRPO: reinforcement learning of flow-matching image and video models.
 
-The library surface for notebooks is `train`, `evaluate`, `sample`, `load_policy` and `Walkthrough`;
-the commands use the modules below it. Importing this package loads no torch, so that reward workers
-start fast.
+For scripts and notebooks the package offers `train`, `evaluate`, `sample`, `load_policy` and
+`Walkthrough`. Importing it loads no torch, so that reward workers start fast.
 """
 
 import importlib
 
-__version__ = "0.2.0"  # the one place that states it; pyproject.toml reads it here
+__version__ = "0.2.0"  # pyproject.toml reads it here
 
+# By public name: the module that is imported when the name is first used.
 _HOMES = {
     "Walkthrough": "tempflow.walkthrough",
     "evaluate": "tempflow.api",

@@ -1,5 +1,5 @@
-"""Small questions: what a config can name (`python -m tempflow components`), and how far two
-folders of images are apart (`drift`)."""
+"""Small commands: list what a config can name (`python -m tempflow components`), and measure how
+far two folders of images are apart (`drift`)."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ EPILOG = (
 
 
 def components() -> str:
-    """Every kind with its ids, a line each: the options with their defaults, and what it is. The
-    weights of the steps are no classes, but chosen in the same way."""
+    """All components by kind, one a line: id, options with defaults, and what it is.
+
+    Loss weights of steps are listed too: they are chosen in the same way, but are not classes.
+    """
     from tempflow.sampling.weights import PROFILES  # loads torch
 
     weights = [
@@ -39,9 +41,10 @@ def _of_kind(name: str, kind: Kind) -> str:
 def _line(name: str, id: str) -> str:
     try:
         target = find(name, id)
-    except UserError as error:  # a package of its own that is not installed
+    except UserError as error:
+        # Its package is not installed. The other components are listed all the same.
         return f"{id}: {error}"
-    # a policy is made from a checkpoint
+    # The constructor's arguments of a policy are not options: it is made from a checkpoint.
     options = "" if name == "policy" else f"({', '.join(_option(o) for o in options_of(target))})"
     return f"{id}{options}: {summary_of(target)}"
 
@@ -62,8 +65,8 @@ def main() -> int:
     drift = commands.add_parser(
         "drift",
         help=(
-            "how far the PNG or WebP files of one folder are from those of the same names in"
-            " another, as JSON"
+            "measure how far the PNG or WebP files of one folder are from the files with the same"
+            " names in another; prints JSON"
         ),
     )
     drift.add_argument(
@@ -75,7 +78,8 @@ def main() -> int:
     drift.add_argument(
         "--neighbors",
         type=positive,
-        help="precision and recall as well, with balls to the k-th nearest image (default: off)",
+        metavar="K",
+        help="also measure precision and recall, with balls to the K-th nearest image",
     )
     args = parser.parse_args()
     if args.command == "components":

@@ -1,5 +1,7 @@
-"""The engine from Python: `train`, `evaluate` and `sample`, which `tempflow` exports. They do what
-the commands of these names do."""
+"""The engine from Python: `train`, `evaluate` and `sample`, which `tempflow` exports.
+
+They do what the commands of the same names do, in this process, and can be called repeatedly.
+"""
 
 from __future__ import annotations
 
@@ -21,28 +23,32 @@ if TYPE_CHECKING:
 def train(
     config: str | Path | dict, *, resume: bool = False, overrides: Sequence[str] = ()
 ) -> dict:
-    """Train, in this process alone unless a launcher started it; the run directory's files are
-    those of the command.
+    """Train a model, in this process alone unless a launcher started it.
 
-    SIGINT (a notebook's interrupt), SIGTERM and SIGHUP end the run after the step in progress, with
-    a checkpoint; afterwards their handlers are those of before, and so is the environment.
+    The run directory has the same files as with the command. SIGINT (a notebook's interrupt),
+    SIGTERM and SIGHUP end the run after the step in progress, with a checkpoint. Afterwards signal
+    handlers and environment variables are as before.
 
     Args:
-        config: a JSON file, or its content as nested tables, in which `logging.name` is required.
+        config: a JSON file, or its content as a dict, in which `logging.name` is required.
         resume: continue the run directory from its newest checkpoint.
-        overrides: `section.key=value` texts, as of --set.
+        overrides: texts `section.key=value`, as for --set.
 
-    Returns "run_dir" (a Path) and what summary.json holds: base_reward, tuned_reward, minutes,
-    iterations, images and more. Where a signal stopped the run, and on ranks other than 0,
-    "run_dir" alone. Raises `tempflow.errors.UserError`.
+    Returns:
+        "run_dir" (a Path) and the content of summary.json: base_reward, tuned_reward, minutes,
+        iterations, images and more. Only "run_dir" if a signal stopped the run, and on ranks other
+        than 0.
+
+    Raises:
+        tempflow.errors.UserError: for bad input, with the message that the command prints.
     """
     before = {name: os.environ.get(name) for name in LAUNCH}
     with handlers_kept():
         try:
             return start(config, resume=resume, overrides=list(overrides))
-        # a process started from here, perhaps another run, must not take itself for a rank of this
-        # one
         finally:
+            # The run set the variables of a launcher. A process started later from here, perhaps
+            # another run, would take itself for a rank of this one.
             for name, value in before.items():
                 os.environ.pop(name, None) if value is None else os.environ.update({name: value})
 
@@ -63,20 +69,25 @@ def evaluate(
     Args:
         run: the run directory.
         checkpoint: an iteration, or "best"; None: the newest.
-        weights: "raw", or "ema" or "merge" of a run that keeps it; None: the average where the run
-            keeps one, else "raw".
-        base: score the model before training instead.
-        compare: score the model before training too.
+        weights: "raw", or "ema" or "merge" if the run keeps that average; None: the average if the
+            run keeps one, else "raw".
+        base: score the model before training.
+        compare: also score the model before training.
         prompts: a prompt file; None: the run's held-out prompts.
-        count: prompts used, from the top of the file; None: as in the run.
+        count: number of prompts, from the first on; None: as in the run.
         num_steps: ODE steps; None: as in the run's evaluations.
 
-    Returns what the command prints: the mean of each reward by its name, "reward" (their weighted
-    sum) with "stderr", "scored" and "failed", "rewards" (the same of each), "prompts" (their
-    number), "iteration", "weights", "num_steps" and "seed"; with `compare` also "base_reward",
-    "base_stderr", "gain", "gain_stderr", "drift/color_shift", "drift/color_spread" and
-    "drift/diversity". Raises `tempflow.errors.UserError`.
+    Returns:
+        What the command prints: the mean of each reward by its name, "reward" (their weighted sum)
+        with "stderr", "scored" and "failed", "rewards" (the same for each reward), "prompts" (their
+        number), "iteration", "weights", "num_steps" and "seed"; with `compare` also "base_reward",
+        "base_stderr", "gain", "gain_stderr", "drift/color_shift", "drift/color_spread" and
+        "drift/diversity".
+
+    Raises:
+        tempflow.errors.UserError: for bad input, or if too many images have no reward.
     """
+    # Before the libraries are imported, which read these settings once.
     cli.quiet_libraries()
     from tempflow.run import tuned
 
@@ -86,7 +97,7 @@ def evaluate(
     )
     file = _read("prompts", arguments.path, prompts)
     if base and compare:
-        raise UserError("compare: the base cannot be compared with itself; leave base out")
+        raise UserError("compare: is not allowed with base; it scores the base too")
     config, chosen = tuned.choose(*_checkpoint(run, checkpoint, weights), base)
     chosen_prompts = tuned.prompts_of(config, file, count or config.eval.prompts)
     return tuned.score(config, chosen, chosen_prompts, num_steps=num_steps, compare=compare).result
@@ -103,22 +114,31 @@ def sample(
     num_steps: int | None = None,
     seed: int = 0,
 ) -> np.ndarray:
-    """Draw prompts with a run's model.
+    """Sample prompts with a run's model.
 
     Args:
-        run: as of `evaluate`, and so are checkpoint, weights, base and num_steps.
+        run: the run directory.
         prompts: n texts.
         images: condition images, for models that edit: n entries, each an image or a list of
             images; an image is a file, a PIL image or a uint8 array [H, W, 3].
-        seed: of the noise, which is a prompt's by its place.
+        checkpoint: an iteration, or "best"; None: the newest.
+        weights: "raw", or "ema" or "merge" if the run keeps that average; None: the average if the
+            run keeps one, else "raw".
+        base: sample with the model before training.
+        num_steps: ODE steps; None: as in the run's evaluations.
+        seed: of the noise. A prompt's noise depends on the seed and the prompt's place in the list.
 
-    Returns uint8 images [n, H, W, 3], or videos [n, F, H, W, 3]. Raises
-    `tempflow.errors.UserError`.
+    Returns:
+        uint8 images [n, H, W, 3], or videos [n, F, H, W, 3].
+
+    Raises:
+        tempflow.errors.UserError: for bad input.
     """
     cli.quiet_libraries()
     from tempflow.data.prompts import typed_prompts
     from tempflow.run import tuned
 
+    # A single text is a sequence of texts too: of its letters.
     if (
         isinstance(prompts, str)
         or not all(isinstance(text, str) for text in prompts)
@@ -146,13 +166,14 @@ def sample(
         config, {"base" if base else "tuned": chosen}, examples, num_steps=num_steps, seed=seed
     )
     if missing:
-        note(f"{missing} images hold NaN or infinity; a checkerboard stands for each")
+        note(f"{missing} images contain NaN or infinity; a checkerboard replaces each")
     return drawn
 
 
 def _checkpoint(
     run: str | Path, checkpoint: int | str | None, weights: str | None
 ) -> tuple[Path, int | str | None, str | None]:
+    """The arguments that choose a run's weights, checked as the commands' options are."""
     if weights not in (None, "ema", "merge", "raw"):
         raise UserError(f'weights: expected "ema", "merge" or "raw", got {shown(weights)}')
     return (
@@ -163,7 +184,7 @@ def _checkpoint(
 
 
 def _read(name: str, read: Callable[[str], Any], value) -> Any:
-    """An argument as the command's option of that name reads it; None stays None. UserError."""
+    """Read an argument with the type of the command's option; None stays None. Raises UserError."""
     try:
         return None if value is None else read(str(value))
     except argparse.ArgumentTypeError as error:

@@ -1,8 +1,9 @@
-"""AdamW whose state is kept in 8 bit: bitsandbytes' AdamW8bit, named by `deepspeed.optimizer`.
+"""AdamW with moments in 8 bit: the type AdamW8bit of `deepspeed.optimizer`, from bitsandbytes.
 
-bitsandbytes steps on CUDA and, from 0.50 on, on the CPU, without a compiler; torchao's optimizer of
-the same name compiles its step and wants the learning rate as a tensor, which DeepSpeed would
-replace by a number. DeepSpeed knows neither, so it is given the optimizer itself.
+bitsandbytes runs on CUDA and, from version 0.50 on, on the CPU, without a compiler. torchao has an
+optimizer of the same name, but compiles its step and requires the learning rate as a tensor, which
+DeepSpeed would replace by a number. DeepSpeed knows neither type, so it gets the optimizer itself
+(a client optimizer).
 """
 
 from __future__ import annotations
@@ -15,22 +16,25 @@ from tempflow.errors import UserError
 TYPE = "AdamW8bit"
 PARAMS = ("lr", "betas", "eps", "weight_decay")
 INSTALL = "pip install 'bitsandbytes>=0.50', the extra quantize"
-BLOCK, LEAST = 256, 4096  # bitsandbytes': elements that share a scale; those of a tensor in 8 bit
-# Elements of a parameter group. DeepSpeed makes one tensor of each, and bitsandbytes counts a
-# tensor's elements in 32 bit.
+# bitsandbytes' constants: elements that share a scale, and elements from which on a tensor's state
+# is kept in 8 bit.
+BLOCK, LEAST = 256, 4096
+# Most elements of a parameter group. DeepSpeed flattens each group into one tensor, and
+# bitsandbytes' kernels count a tensor's elements in 32 bit.
 LONGEST = 1 << 30
 
 
 def asks_for(optimizer: dict) -> bool:
-    """Whether the table `deepspeed.optimizer` names it."""
+    """Whether the table `deepspeed.optimizer` asks for this optimizer, in any case of letters."""
     return str(optimizer.get("type")).lower() == TYPE.lower()
 
 
 def check_library() -> None:
-    """UserError where bitsandbytes cannot be imported."""
+    """Raise UserError if bitsandbytes cannot be imported."""
     try:
         importlib.import_module("bitsandbytes")
-    except Exception as error:  # it loads a library of its own, which may fail in any way
+    except Exception as error:
+        # Not only ImportError: it loads a native library, which may fail in any way.
         raise UserError(
             f"deepspeed.optimizer.type: {TYPE} needs the package bitsandbytes, which cannot be"
             f" imported ({' '.join(str(error).split()):.200}): {INSTALL}"
@@ -38,8 +42,14 @@ def check_library() -> None:
 
 
 def maker(optimizer: dict) -> Callable | None:
-    """What makes the optimizer of parameters, for `deepspeed.initialize`; None where DeepSpeed
-    makes it itself."""
+    """A function from parameters to the optimizer, for `deepspeed.initialize`.
+
+    Args:
+        optimizer: the table `deepspeed.optimizer`.
+
+    Returns:
+        None if the table names another type, which DeepSpeed makes itself.
+    """
     if not asks_for(optimizer):
         return None
     check_library()
@@ -52,10 +62,11 @@ def maker(optimizer: dict) -> Callable | None:
 
 
 def groups(parameters: Iterable) -> Iterator[list]:
-    """Consecutive parameters, at most `LONGEST` elements together or one alone."""
+    """Groups of consecutive parameters, of at most `LONGEST` elements or one parameter each."""
     group: list = []
     size = 0
     for parameter in parameters:
+        # At ZeRO stage 3 a partitioned parameter has no elements; ds_numel is its whole size.
         elements = getattr(parameter, "ds_numel", parameter.numel())
         if group and size + elements > LONGEST:
             yield group
@@ -67,7 +78,7 @@ def groups(parameters: Iterable) -> Iterator[list]:
 
 
 def state_bytes(elements: int) -> int:
-    """Of both moments of a tensor, with the scales of their blocks."""
+    """Bytes of both moments of a tensor, with an fp32 scale for each block."""
     if elements < LEAST:
         return 2 * 4 * elements
     return 2 * (elements + 4 * -(-elements // BLOCK))

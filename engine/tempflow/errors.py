@@ -1,8 +1,7 @@
-"""What a person who runs the scripts is told: the errors that they can cause and fix, and notes.
+"""Messages for users: errors that they can cause and fix, and notes.
 
-Both may quote values of any size, so both are kept short here, in one place: `shown` abbreviates a
-value, and a message that is longer than a screen all the same (a library's, or a list of two
-hundred keys) loses its middle.
+Messages may quote values of any size. `shown` abbreviates a value, and a message that is still
+longer than a screen (a library's, or a list of two hundred keys) loses its middle.
 """
 
 from __future__ import annotations
@@ -15,10 +14,10 @@ VALUE = 100  # characters of a quoted value
 
 
 class UserError(Exception):
-    """Bad input: the message names the key or file, the value that came and what is allowed.
+    """Bad input. The message names the key or file, the value that came and what is allowed.
 
-    Scripts print the message alone and exit with status 2. Of several ranks that raise the same,
-    the first of each machine prints it.
+    Commands print the message alone and exit with status 2. If all ranks raise it, the first rank
+    of each machine prints it.
     """
 
     def __init__(self, message: str = ""):
@@ -26,30 +25,39 @@ class UserError(Exception):
 
 
 class RankError(UserError):
-    """One that the other ranks do not raise: printed whatever the rank."""
+    """A UserError that other ranks may not raise, so it is printed on every rank."""
 
 
 def shown(value, most: int = VALUE) -> str:
-    """A value as a message quotes it: its repr, of which at most `most` characters."""
+    """Quote a value in a message: its repr, shortened to `most` characters."""
     try:
         return shortened(repr(value), most)
-    except ValueError:  # an integer of more digits than Python writes out
+    except ValueError:
+        # Python refuses to print integers of more than 4300 digits.
         return f"a {type(value).__name__} of {value.bit_length()} bits"
 
 
 def shortened(text: str, most: int) -> str:
-    """`text` in at most `most` characters: where it has more, its beginning and end with the number
-    left out between them."""
+    """Shorten `text` to `most` characters: its beginning and end, with the length between them."""
     if len(text) <= most:
         return text
+    # The beginning names the key, so it gets three quarters of the room.
     cut = f" ... ({len(text)} characters) ... "
     kept = max(0, most - len(cut))
     return text[: kept - kept // 4] + cut + text[len(text) - kept // 4 :]
 
 
 def check_range(name: str, value: float, *, least=None, above=None, most=None, below=None) -> None:
-    """UserError, which begins with the option's name, for a number outside its range. least, most:
-    included; above, below: not."""
+    """Raise UserError if a number is outside its range.
+
+    Args:
+        name: of the option; the message begins with it.
+        value: the number. NaN is in no range.
+        least: smallest allowed value.
+        above: the value must be greater than this.
+        most: largest allowed value.
+        below: the value must be less than this.
+    """
     said = [
         (least, "at least", lambda v, b: v >= b),
         (above, "above", lambda v, b: v > b),
@@ -65,13 +73,12 @@ def check_range(name: str, value: float, *, least=None, above=None, most=None, b
 
 
 def brief(error: BaseException, most: int = 3 * VALUE) -> str:
-    """What a library's error says in its first line, or its type where it says nothing."""
+    """The first line of a library's error, or its type if it has no text."""
     lines = str(error).strip().splitlines()
     return shortened(lines[0], most) if lines else type(error).__name__
 
 
 def note(text: str) -> None:
-    """Tell something that is no error, on stderr: stdout may be a script's result. The first rank
-    alone speaks."""
+    """Print a note on the first rank, on stderr, because stdout may hold a command's result."""
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"note: {shortened(text, SCREEN)}", file=sys.stderr, flush=True)

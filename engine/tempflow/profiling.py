@@ -1,8 +1,7 @@
-"""Names for what a profiler sees: NVTX ranges in the domain "tempflow", and the bracket for
-`--profile START:STOP`.
+"""NVTX ranges for profilers, and the iterations that `--profile START:STOP` records.
 
-Without a profiler attached a range costs two microseconds. Use: nsys profile -t cuda,nvtx, see
-docs/profiling.md.
+Ranges are in the domain "tempflow". Without a profiler attached a range costs two microseconds.
+How to profile with nsys: docs/profiling.md.
 """
 
 from __future__ import annotations
@@ -19,18 +18,22 @@ DOMAIN = "tempflow"
 
 @contextmanager
 def span(name: str, **facts) -> Iterator[None]:
-    """A named range around a block; facts are appended as `key=value`."""
+    """Mark a block as a range named `name`, followed by `key=value` for each fact."""
     message = " ".join([name, *(f"{key}={value}" for key, value in facts.items())])
     with nvtx.annotate(message, domain=DOMAIN, color="blue"):
         yield
 
 
 class Profile:
-    """Iterations between which the CUDA profiler runs, START:STOP with STOP excluded; nothing where
-    text is None.
+    """Turns the CUDA profiler on for some iterations.
 
-    For `nsys profile --capture-range=cudaProfilerApi`. Raises UserError for anything else than two
-    rising numbers.
+    For `nsys profile --capture-range=cudaProfilerApi`.
+
+    Args:
+        text: START:STOP, without the iteration STOP; None: never.
+
+    Raises:
+        UserError: the text is not two rising numbers.
     """
 
     def __init__(self, text: str | None):
@@ -38,7 +41,7 @@ class Profile:
         if text is None:
             return
         first, colon, stop = text.partition(":")
-        # more digits than that are not read at all
+        # int() raises for more than 4300 digits, so the length is checked first.
         numbers = first.isdecimal() and stop.isdecimal() and len(text) < 30
         if not (colon and numbers and int(first) < int(stop)):
             raise UserError(
@@ -48,11 +51,12 @@ class Profile:
         self.first, self.stop = int(first), int(stop)
 
     def before(self, iteration: int) -> None:
-        """To be called before every iteration, counted from 0, and once after the last."""
+        """Call it before every iteration, counted from 0, and once after the last one."""
         import torch
 
         if iteration not in (self.first, self.stop) or not torch.cuda.is_available():
             return
+        # Kernels of the iteration before must end outside the recorded range, or inside it.
         torch.cuda.synchronize()
         call = (
             torch.cuda.cudart().cudaProfilerStart

@@ -1,10 +1,9 @@
-"""Components by name: what a run is made of, where each class lies, and the check of the options
-that a config gives it.
+"""Find components by name, and check the options that a config gives them.
 
-An id maps to `module:Name`, imported only when the component is used, so its packages are needed
-only by those who use it. The options of a component are the arguments of its constructor: their
-names, types and defaults are read from its signature, their help from the `Args:` of its docstring.
-To add a component, add its line to `KINDS`; a user's own is named `my_module:MyName` in the config.
+An id maps to `module:Name`, which is imported only when the component is used, so that its packages
+are needed only then. The options of a component are the arguments of its constructor: names, types
+and defaults come from the signature, help from the `Args:` of the docstring. To add a component,
+add a line to `KINDS`; a user's own class is named `my_module:MyName` in the config.
 """
 
 from __future__ import annotations
@@ -26,16 +25,16 @@ from tempflow.errors import UserError, shown
 
 @dataclass(frozen=True)
 class Kind:
-    """What components of one kind have in common."""
+    """A kind of component, such as plans."""
 
     key: str
-    """Where a config names it."""
+    """The config key that names the component."""
     base: str
-    """The class that they are subclasses of."""
+    """`module:Name` of the base class."""
     default: str
-    """The type of a table without one; "" where each has to name its own."""
+    """The id for a table without a `type`; "" if a type is required."""
     ids: dict[str, str]
-    """Where each class lies."""
+    """`module:Name` by id."""
 
 
 KINDS = {
@@ -145,16 +144,19 @@ KINDS = {
         },
     ),
 }
-# keys whose value is one component
+# Kinds by config key, of the keys whose value is one component. (`rewards` has several, and
+# `model.path` names a checkpoint.)
 IN_CONFIG = {kind.key: name for name, kind in KINDS.items() if kind.default}
 
+# By annotation: the types of allowed values, and the words for messages. An int is a number too.
 _TYPES: dict[str, tuple[Any, str]] = {
     "bool": (bool, "true or false"),
     "int": (int, "a whole number"),
     "float": ((int, float), "a number"),
     "str": (str, "a text"),
 }
-RENAMED = {"plan": {"branch_grpo": "tree"}}  # ids of earlier versions
+RENAMED = {"plan": {"branch_grpo": "tree"}}  # by kind: new ids by those of earlier versions
+# Types of values that can be written to config.json.
 _PLAIN = (bool, int, float, str, list, dict, type(None))
 
 
@@ -171,11 +173,17 @@ class Option:
 
 # ----------------------------------------------------------------------------------------- building
 def build(kind: str, given: str | dict, key: str | None = None):
-    """A component of a config's value: an id, `module:Name`, or a table of a `type` and options.
+    """Make a component from a config's value.
 
-    Raises `UserError`, which begins with the key, for an unknown name, an import that fails, a
-    class of another kind, and an option that the component lacks, that has the wrong type or that
-    its constructor refuses.
+    Args:
+        kind: one of `KINDS`.
+        given: an id, `module:Name`, or a table of a `type` and options.
+        key: the config key for messages; None: that of the kind.
+
+    Raises:
+        UserError: begins with the key, for an unknown name, an import that fails, a class of
+            another kind, and an option that is unknown, has the wrong type or is refused by the
+            constructor.
     """
     key = key or KINDS[kind].key
     name, options = _split(kind, given, key)
@@ -186,8 +194,11 @@ def build(kind: str, given: str | dict, key: str | None = None):
 
 
 def resolve(kind: str, given: str | dict) -> dict:
-    """The table of a component with every option in it, defaults included. UserError as `build`."""
-    build(kind, given)
+    """The table of a component with its type and all options, defaults included.
+
+    Raises UserError as `build`.
+    """
+    build(kind, given)  # checks the options, which the constructor may refuse too
     name, options = _split(kind, given, KINDS[kind].key)
     known = {
         option.name: options.get(option.name, option.default)
@@ -201,20 +212,21 @@ def resolve(kind: str, given: str | dict) -> dict:
 
 
 def _split(kind: str, given: str | dict, key: str) -> tuple[str, dict]:
+    """Type and options of a config's value."""
     options = dict(given) if isinstance(given, dict) else {"type": given}
     name = options.pop("type", KINDS[kind].default)
     if not isinstance(name, str):
-        raise UserError(f"{key}.type: expected a {kind}'s id or module:Name, got {shown(name)}")
+        raise UserError(f"{key}.type: expected an id or module:Name of a {kind}, got {shown(name)}")
     return name, options
 
 
 def find(kind: str, name: str, key: str | None = None):
-    """The class of a component. UserError as `build`."""
+    """The class of a component. Raises UserError as `build`."""
     key = key or KINDS[kind].key
     target, base = import_from(key, path_of(kind, name, key)), KINDS[kind].base
     if not (inspect.isclass(target) and issubclass(target, import_from(key, base))):
         raise UserError(
-            f"{key}: {name} is no {kind}: expected a subclass of {base.replace(':', '.')}, got"
+            f"{key}: {name} is not a {kind}: expected a subclass of {base.replace(':', '.')}, got"
             f" {target!r}"
         )
     check_concrete(key, target)
@@ -222,7 +234,7 @@ def find(kind: str, name: str, key: str | None = None):
 
 
 def path_of(kind: str, name: str, key: str) -> str:
-    """The dotted path of an id, or the name itself where it is one."""
+    """`module:Name` of an id; a name of this form is returned as it is. Raises UserError."""
     ids = KINDS[kind].ids
     if str(name) in ids:
         return ids[name]
@@ -240,10 +252,18 @@ def path_of(kind: str, name: str, key: str) -> str:
 
 
 def import_from(key: str, path: str):
-    """What `module:Name` names; UserError, after `key`, where it cannot be imported."""
+    """Import `module:Name`.
+
+    Args:
+        key: the config key, with which the message begins.
+        path: the name.
+
+    Raises:
+        UserError: the import fails, whatever its reason; the message names the user's line.
+    """
     module, _, attribute = path.partition(":")
-    # A user's module usually lies where the command is run, which a script's sys.path does not
-    # hold.
+    # A user's module is usually in the folder of the command, which is not on the path of a script
+    # (that has the script's own folder). Appended, so that it hides no installed module.
     if module.partition(".")[0] != __package__ and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
@@ -256,11 +276,13 @@ def import_from(key: str, path: str):
 
 
 def _place(error: Exception, module: str) -> str:
-    """Where an import failed: the line in the user's file, or where the module was looked for."""
+    """For a message: the line of the user's file at which an import failed, or where the module was
+    looked for."""
+    # Only if the module itself is missing, not one that it imports.
     if isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]:
         return (
-            f"; it must lie in the folder of the command ({os.getcwd()}), in one of PYTHONPATH, or"
-            " be installed"
+            f"; it must be in the folder of the command ({os.getcwd()}), in a folder of PYTHONPATH,"
+            " or installed"
         )
     frames = [
         frame
@@ -271,7 +293,7 @@ def _place(error: Exception, module: str) -> str:
 
 
 def check_concrete(key: str, target) -> None:
-    """UserError for a class that leaves methods of its protocol out."""
+    """Raise UserError for a class that does not define all methods of its base class."""
     if inspect.isabstract(target):
         raise UserError(
             f"{key}: {target!r} does not define {', '.join(sorted(target.__abstractmethods__))}"
@@ -280,8 +302,11 @@ def check_concrete(key: str, target) -> None:
 
 @contextmanager
 def keyed(key: str, target):
-    """Put the key before what a component finds wrong, as `key.option: ` where that begins with one
-    of its options."""
+    """Put the config key before the UserErrors of a component.
+
+    A component's message may begin with one of its options ("size: 9 of 8 steps"), which becomes
+    `key.size: ...`; any other message becomes `key: ...`.
+    """
     try:
         yield
     except UserError as error:
@@ -293,8 +318,14 @@ def keyed(key: str, target):
 
 # ------------------------------------------------------------------------------------------ options
 def options_of(target, skip: int = 0) -> list[Option]:
-    """The options of a class, or of a function less its first `skip` arguments; a class need not
-    repeat the help of its base's."""
+    """The options of a component.
+
+    Args:
+        target: a class, or a function. A class need not repeat the help of its base classes.
+        skip: number of first arguments that are not options.
+    """
+    # From the most basic class on, so that a subclass's help replaces that of its bases. `object`
+    # is left out.
     documented = reversed(target.__mro__[:-1]) if inspect.isclass(target) else [target]
     help_of = {
         name: text
@@ -312,10 +343,17 @@ def options_of(target, skip: int = 0) -> list[Option]:
 def check_options(
     key: str, target, options: dict, *, also: tuple[str, ...] = (), skip: int = 0
 ) -> None:
-    """UserError for options that the signature of `target` does not have, or that contradict it.
+    """Check options against the signature of a class or function.
 
-    also: other keys of the table, named in the messages. skip: arguments of a function that are not
-    options.
+    Args:
+        key: the config key of their table.
+        target: the class or function.
+        options: values by name.
+        also: further keys that the table may have, for messages.
+        skip: number of first arguments that are not options.
+
+    Raises:
+        UserError: an option is unknown, has the wrong type, or is required but missing.
     """
     known = {option.name: option for option in options_of(target, skip)}
     takes_any = any(p.kind == p.VAR_KEYWORD for p in inspect.signature(target).parameters.values())
@@ -334,20 +372,27 @@ def check_options(
         if option.default is inspect.Parameter.empty and name not in options
     ]
     if missing:
-        raise UserError(f"{key}.{missing[0]}: this option has no default and must be given")
+        raise UserError(f"{key}.{missing[0]}: required, but missing; this option has no default")
 
 
 def check_type(key: str, value, annotation) -> None:
-    """Refuse a value that contradicts an annotation of a plain type or of choices; other
-    annotations are the component's affair."""
+    """Check a value against an annotation.
+
+    Only plain types and `Literal` are checked; other annotations are left to the component.
+
+    Raises:
+        UserError: names the key, what is expected and the value.
+    """
     if typing.get_origin(annotation) is typing.Literal:
         choices = typing.get_args(annotation)
+        # With the type, because True == 1.
         if not any(type(value) is type(choice) and value == choice for choice in choices):
             raise UserError(
                 f"{key}: expected {' or '.join(map(repr, choices))}, got {shown(value)}"
             )
         return
     kind, words = _TYPES.get(getattr(annotation, "__name__", annotation), (object, ""))
+    # bool is a subclass of int, and JSON numbers may exceed float's range (or be infinite).
     is_bool_elsewhere = isinstance(value, bool) and kind not in (bool, object)
     beyond_all = (
         isinstance(value, (int, float))
@@ -359,23 +404,26 @@ def check_type(key: str, value, annotation) -> None:
 
 
 def _joined(key: str, name: str) -> str:
+    # A name from JSON may be empty or contain a newline, which must not break the message.
     return f"{key}.{name if name.isprintable() and name else shown(name)}"
 
 
 def _hints(target) -> dict:
-    """Annotations as objects; as they are written where a name in them cannot be found."""
+    """Annotations as objects; empty if one cannot be evaluated, and then texts are compared."""
     try:
         return typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
-    except Exception:  # whatever a user's annotation runs into
+    except Exception:
+        # Evaluating a user's annotation runs their code, so any error is possible.
         return {}
 
 
 def _help(doc: str) -> dict[str, str]:
-    """The `Args:` of a docstring, by name."""
+    """The help texts in the `Args:` of a docstring, by argument."""
     found, name = {}, None
     for line in doc.partition("Args:\n")[2].splitlines():
         if not line.strip() or not line.startswith(" "):
             break
+        # Four spaces begin an argument; deeper lines continue it.
         start = re.match(r" {4}(\w+): (.*)", line)
         if start:
             name = start[1]

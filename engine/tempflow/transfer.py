@@ -1,9 +1,9 @@
-"""Copies between host and GPU that the host does not wait for.
+"""Copies between host and GPU that do not make the host wait.
 
-A copy that is asynchronous needs pinned host memory. It comes from PyTorch's caching allocator,
-which notes the stream of every such copy, and gives a block out again only when the copies of it
-are complete; so nothing here is kept or reused, and threads share nothing. Devices other than CUDA
-ones are copied to in the ordinary way, and tensors of the CPU stay what they are.
+An asynchronous copy needs pinned host memory. PyTorch's caching allocator provides it, records the
+stream of every such copy, and reuses a block only after its copies are complete. So buffers can be
+dropped right after the call, and threads share nothing. On devices other than CUDA, copies are
+ordinary ones, and CPU tensors are returned as they are.
 """
 
 from __future__ import annotations
@@ -14,18 +14,24 @@ from collections.abc import Sequence
 
 import torch
 
-ALIGNED = 64  # bytes: what kernels that load several values at once ask for, and more
+# Bytes. Views of a buffer must be aligned for kernels that load several values at once (16 bytes).
+ALIGNED = 64
 Named = dict[str, torch.Tensor]
 
 
 def send(groups: list[Named], device: torch.device | str) -> list[Named]:
-    """Tensors of the CPU on a device: on a GPU by one copy of one pinned buffer, of which they are
-    then views.
+    """Copy CPU tensors to a device; to a GPU in a single copy, of which the results are views.
 
-    groups: tensors by name, of any shapes and dtypes. Returns the same on `device`.
+    Args:
+        groups: tensors by name, of any shapes and dtypes.
+        device: where to.
+
+    Returns:
+        The same tensors on `device`.
     """
     if torch.device(device).type != "cuda":
         return [{name: tensor.to(device) for name, tensor in group.items()} for group in groups]
+    # One copy of many small tensors: each copy has a fixed cost, whatever its size.
     places, size = _places(groups)
     staged = torch.empty(size, dtype=torch.uint8, pin_memory=True)
     for group, starts in zip(groups, places, strict=True):
@@ -39,13 +45,19 @@ def send(groups: list[Named], device: torch.device | str) -> list[Named]:
 
 
 def send_one(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """`send` of one tensor."""
+    """Copy one CPU tensor to a device, as `send` does."""
     return send([{"": tensor}], device)[0][""]
 
 
 class Fetched:
-    """Tensors on their way to the CPU, from where this was made: copies into pinned memory, behind
-    whatever the GPU was given before. Other devices' are there at once."""
+    """Tensors that are being copied to the CPU.
+
+    On a GPU the copies start when everything launched before has finished. On other devices they
+    are complete at once.
+
+    Args:
+        tensors: all on one device.
+    """
 
     def __init__(self, tensors: Sequence[torch.Tensor]):
         self._done: torch.cuda.Event | None = None
@@ -56,7 +68,7 @@ class Fetched:
             torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)
             for t in tensors
         ]
-        # of the tensors' device: in a thread the current one may be another
+        # On the stream of the tensors' device: in a lane's thread another device may be current.
         self._done = torch.cuda.Event()
         self._done.record(torch.cuda.current_stream(tensors[0].device))
 
@@ -65,14 +77,14 @@ class Fetched:
         return self._done is None or self._done.query()
 
     def wait(self) -> list[torch.Tensor]:
-        """The tensors, once they are there."""
+        """Wait for the copies and return them, in the order of `tensors`."""
         if self._done is not None:
             self._done.synchronize()
         return self._tensors
 
 
 class Mark:
-    """A moment in a device's work: on a GPU when it gets there, not when the host does."""
+    """A point in a device's work, for measuring time: on a GPU by an event on its stream."""
 
     def __init__(self, device: torch.device):
         self._time = time.perf_counter()
@@ -82,14 +94,14 @@ class Mark:
             self._event.record(torch.cuda.current_stream(device))
 
     def seconds_to(self, later: Mark) -> float:
-        """Between two moments that have passed."""
+        """Seconds from this mark to a later one; the device must have passed both."""
         if self._event is None or later._event is None:
             return later._time - self._time
         return self._event.elapsed_time(later._event) / 1000
 
 
 def _places(groups: list[Named]) -> tuple[list[dict[str, int]], int]:
-    """Where each tensor begins in a buffer, and how long that is, in bytes."""
+    """The offset of each tensor in a buffer, and the buffer's size, in bytes."""
     places: list[dict[str, int]] = []
     size = 0
     for group in groups:
@@ -101,5 +113,5 @@ def _places(groups: list[Named]) -> tuple[list[dict[str, int]], int]:
 
 
 def _view(buffer: torch.Tensor, start: int, like: torch.Tensor) -> torch.Tensor:
-    """The part of a buffer that holds what `like` does."""
+    """The part of a buffer from byte `start` on, with shape and dtype of `like`."""
     return buffer[start : start + like.nbytes].view(like.dtype).view(like.shape)

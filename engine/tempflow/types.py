@@ -1,9 +1,9 @@
-"""The data that the parts of a run hand to each other: frozen, with the meaning of every field
-beside it.
+"""The data types that the parts of a run exchange.
 
-Nothing here computes a method. A plan makes rows, `sampling.scheduler` turns rows into states,
-`Slots` numbers their children alike on every rank, rewards and advantages are arrays over those
-slots, and an objective weighs states with them.
+A plan makes rows, and `sampling.scheduler` turns rows into states. `Slots` numbers the children of
+all states in the same way on every rank; rewards and advantages are arrays over these slots, and an
+objective computes its loss from states and advantages. The classes are frozen and contain no part
+of a method.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ if TYPE_CHECKING:  # reading prompts needs no torch
 
 @dataclass(frozen=True)
 class Size:
-    """Of one image, or of one video."""
+    """The size of an image or a video."""
 
     height: int
     """In pixels."""
     width: int
     """In pixels."""
     frames: int = 1
-    """1 for an image."""
+    """Number of frames; 1 for an image."""
 
     def __str__(self) -> str:
         return f"{self.height} x {self.width}" + (
@@ -41,8 +41,11 @@ class Size:
 
 
 class Scales(float):
-    """The guidance scales of a denoiser's two experts: the first one's as a number, which says
-    whether there is guidance, and `second`."""
+    """The guidance scales of a denoiser with two experts.
+
+    As a number it is the first expert's scale, so code that only asks whether there is guidance
+    need not know about experts. `second` is the second expert's.
+    """
 
     second: float
 
@@ -54,23 +57,26 @@ class Scales(float):
 
 @dataclass(frozen=True)
 class Example:
-    """What the model is asked for: a prompt, and what stands beside it in the prompt file."""
+    """A prompt, with everything that the prompt file has beside it."""
 
     text: str
+    """The prompt."""
     negative: str | None = None
-    """What to guide away from, for families with classifier-free guidance; None: the family's
+    """The negative prompt, for families with classifier-free guidance; None: the family's
     default."""
     images: tuple[str | Path | np.ndarray, ...] = ()
-    """Condition images, for families that edit: files, or uint8 [H, W, 3]."""
+    """Condition images, for families that edit: files, or arrays uint8 [H, W, 3]."""
     metadata: dict = field(default_factory=dict)
-    """Everything else that the prompt file says; "source" is "file:line", or "dataset[split]:row"
-    from row 0."""
+    """All other fields of the prompt file. "source" says where the prompt is from: "file:line", or
+    "dataset[split]:row", where rows count from 0."""
 
     @property
     def for_rewards(self) -> dict:
-        """What rewards are told of the example: its metadata, and its condition images under
-        "images" where there are any: a list of paths, and of uint8 arrays [H, W, 3] where they came
-        as arrays."""
+        """The metadata that rewards get.
+
+        If there are condition images, they are added as "images": a list of paths, or of arrays
+        uint8 [H, W, 3].
+        """
         if not self.images:
             return self.metadata
         return {
@@ -82,12 +88,16 @@ class Example:
 
     @cached_property
     def image_digests(self) -> tuple[str, ...]:
-        """SHA-256 of each condition image. RankError for a file that cannot be read."""
+        """SHA-256 of each condition image, in hexadecimal digits.
+
+        Raises RankError for a file that cannot be read.
+        """
         return tuple(map(_digest, self.images))
 
 
 def _digest(image: str | Path | np.ndarray) -> str:
     if isinstance(image, np.ndarray):
+        # With dtype and shape: arrays of different shapes may have the same bytes.
         return hashlib.sha256(
             f"{image.dtype} {image.shape} ".encode() + image.tobytes()
         ).hexdigest()
@@ -100,22 +110,25 @@ def _digest(image: str | Path | np.ndarray) -> str:
 
 @lru_cache(maxsize=1 << 16)
 def _digest_of_file(file: str, *state: int) -> str:
-    """Once for the many prompts that edit one image; state: what tells the file from another of its
-    name."""
+    """SHA-256 of a file, computed once although many prompts may edit the same image.
+
+    state: inode, size and modification time, by which a file that was replaced has another key.
+    """
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One (prompt, seed) of an iteration: what is dealt to ranks."""
+    """A prompt and a seed of an iteration. Units are distributed over ranks, each as a whole."""
 
     index: int
-    """Its place in the iteration."""
+    """Its number in the iteration."""
     prompt: int
-    """Its prompt's place among the iteration's prompts."""
+    """The prompt's number in the iteration."""
     prompt_id: int
-    """Its prompt's place in the prompt file."""
+    """The prompt's number in the prompt file."""
     seed: int
+    """The seed's number among those of the prompt, from 0 on."""
 
 
 @dataclass(frozen=True)
@@ -125,81 +138,89 @@ class Row:
     unit: Unit
     """The unit whose initial noise it starts from."""
     start: int = 0
-    """The step at which it leaves its parent; of a row without one the step at which it begins: 0,
-    or that of a latent which the scheduler is given for it."""
+    """The step at which it leaves its parent. Without a parent the step at which it begins: 0, or
+    the step of a latent that is given to the scheduler."""
     noise: frozenset[int] = frozenset()
-    """The steps that it takes by the SDE; all others follow the ODE. A child's first step is
+    """The steps that it takes by the SDE; it takes all others by the ODE. A child's first step is
     `start`."""
     parent: int | None = None
-    """The row that it branches off, by its place in the list of the unit's rows; None: it starts
-    from the initial noise."""
+    """Index of the row that it branches off, in the list of the unit's rows; None: it starts from
+    the initial noise."""
     path: tuple[int, ...] = ()
-    """Names its noise: two rows of a unit that take noise at the same step need different paths."""
+    """Identifies its noise: two rows of a unit that take noise at the same step need different
+    paths."""
     value: bool = False
-    """Whether its reward is the value of the state that it leaves, and part of no slot's: such a
-    row takes no noise."""
+    """Whether its reward is the value of the state that it leaves, and no slot's reward. Such a row
+    takes no noise."""
 
 
 @dataclass(frozen=True)
 class State:
-    """What training forwards once: a latent and the B children that left it.
+    """A latent x and its B children y_i. Training forwards it once for all children.
 
-    The scalars tie the children to the velocity there: log p_i is the log density of y_i under N(a
-    x + b v, tau^2).
+    The children depend on the velocity v at x: log p_i is the log density of y_i under
+    N(a x + b v, tau^2).
     """
 
     unit: Unit
     step: int
-    """Its place in the sampling grid, which decides its weight in the loss."""
+    """The step of the sampling grid, which determines its weight in the loss."""
     sigma: float
+    """The noise level of x."""
     a: float
     b: float
     tau: float
+    """Standard deviation of the step's noise."""
     x: torch.Tensor
-    """fp32 [...]."""
+    """fp32 [...], one latent."""
     children: torch.Tensor
     """fp32 [B, ...]."""
     slots: np.ndarray
-    """int [B]: the children's places in `Slots`."""
+    """int [B]: the children's indices in `Slots`."""
     log_prob: torch.Tensor | None = None
-    """fp32 [B], under the rollout's own velocity; None where the rollout has none."""
+    """fp32 [B], under the rollout's own velocity; None if the rollout did not compute it."""
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A row that has reached sigma = 0, for objectives that learn from finished latents."""
+    """A finished latent, at sigma = 0, for objectives that learn from those."""
 
     unit: Unit
     latent: torch.Tensor
-    """fp32 [...]."""
+    """fp32 [...], one latent."""
     slot: int
-    """Its place in `Slots`."""
+    """Its index in `Slots`."""
 
 
 @dataclass(frozen=True)
 class Slots:
-    """One line per child of a state, of all ranks and the same on every rank: what rewards and
-    advantages are arrays over."""
+    """The n children of all states of an iteration, with the same numbers on every rank.
+
+    Rewards and advantages are arrays over slots. They cover the children of all ranks, so that
+    groups can be normalized without regard to which rank sampled what.
+    """
 
     prompt: np.ndarray
-    """int [n]: place among the iteration's prompts."""
+    """int [n]: the prompt's number in the iteration."""
     seed: np.ndarray
-    """int [n]."""
+    """int [n]: the seed's number among those of the prompt."""
     step: np.ndarray
-    """int [n]: the step at which the child took its noise; -1 where the slots are endpoints."""
+    """int [n]: the step at which the child took its noise; -1 if slots are finished latents."""
     state: np.ndarray
-    """int [n]: number of the state that it left."""
+    """int [n]: number of the state that the child left."""
     child: np.ndarray
-    """int [n]: its number among the state's children."""
+    """int [n]: the child's number among those of the state."""
     leaves: tuple[tuple[int, ...], ...] = field(repr=False, default=())
-    """n tuples: the rows below it, numbered over all units, whose rewards are its own."""
+    """n tuples of rows, numbered over all units: the child's own row and those that branch off
+    later. The mean of their rewards is the slot's reward."""
     before: np.ndarray | None = field(repr=False, default=None)
-    """int [n]: the row whose reward is the value of the state that it left, numbered alike; -1
-    where there is none. None: the plan has no values."""
+    """int [n]: the row whose reward is the value of the state that the child left, numbered in the
+    same way; -1 if there is none. None: the plan has no values."""
     after: np.ndarray | None = field(repr=False, default=None)
-    """int [n]: the row whose reward is its own value: that of the next state on its way, or its own
-    end after the last one."""
+    """int [n]: the row whose reward is the child's own value: that of the next state on its path,
+    or its own final image if no state follows."""
 
+    # By name of a grouping: the fields in which all slots of a group are equal.
     OVER: ClassVar = {
         "state": ("state",),
         "seed": ("prompt", "seed", "step"),
@@ -211,30 +232,39 @@ class Slots:
         return len(self.state)
 
     def groups(self, over: str, by_step: bool = True) -> np.ndarray:
-        """int [n], labels from 0 on in order of first appearance: slots whose rewards are
-        normalized together.
+        """Label the slots by group; rewards are normalized within groups.
 
-        "state" has the children of one state together, "seed" those of one prompt, seed and step,
-        "prompt" those of one prompt and step, "step" all of one step. Without by_step the steps of
-        each are together.
+        Args:
+            over: "state" groups the children of one state, "seed" those of one prompt, seed and
+                step, "prompt" those of one prompt and step, "step" all children at one step.
+            by_step: False joins the groups that differ by step alone.
+
+        Returns:
+            int [n], labels from 0 on, in order of first appearance.
         """
         names = [name for name in self.OVER[over] if by_step or name != "step"]
         keys = np.stack(
             [getattr(self, name) for name in names] or [np.zeros_like(self.step)], axis=1
         )
         _, first, inverse = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+        # np.unique labels by sorted key; the rank of a label's first place gives order of
+        # appearance. reshape, because some numpy versions return `inverse` with two dimensions.
         return np.argsort(np.argsort(first))[inverse.reshape(-1)]
 
     def steps(self) -> list[int]:
-        """The different steps, rising."""
+        """The different steps, in rising order."""
         return np.unique(self.step).tolist()
 
     def means(self, rewards: np.ndarray) -> np.ndarray:
-        """Each slot's reward, [n], from those of all rows: the mean of the finite ones below it;
-        NaN where none is.
+        """Compute each slot's reward: the mean of the finite rewards of its leaves.
 
-        rewards: float64 [..., rows]. Returns [..., n].
+        Args:
+            rewards: float64 [..., rows], NaN where one failed.
+
+        Returns:
+            float64 [..., n], NaN for slots without a finite reward.
         """
+        # The common case, without trees: no mean, and so no rounding.
         if all(len(rows) == 1 for rows in self.leaves):
             return rewards[..., [rows[0] for rows in self.leaves]]
         found = np.full((*rewards.shape[:-1], len(self)), np.nan)
@@ -250,8 +280,15 @@ class Slots:
         return found
 
     def values(self, rewards: np.ndarray) -> tuple[np.ndarray | None, np.ndarray | None]:
-        """(before, after), [n] each, from the rewards [rows] of all rows; NaN where one is missing,
-        None without values."""
+        """The values of the states before and after each child.
+
+        Args:
+            rewards: float64 [rows].
+
+        Returns:
+            (before, after), float64 [n] each, NaN where one is missing; (None, None) if the plan
+            has no values.
+        """
         if self.before is None or self.after is None:
             return None, None
         before, after = (
@@ -262,34 +299,35 @@ class Slots:
 
 @dataclass(frozen=True)
 class Rewards:
-    """Rewards of all ranks by slot; NaN where one failed."""
+    """The rewards of all n slots, of all ranks; NaN where one failed."""
 
     total: np.ndarray
-    """float64 [n]: the weighted sum."""
+    """float64 [n]: the weighted sum of the rewards."""
     parts: dict[str, np.ndarray]
-    """float64 [n] each: every reward that is trained on, unweighted."""
+    """float64 [n] by reward, unweighted; without rewards of weight 0."""
     weights: dict[str, float]
+    """The weight of each reward."""
     applies: dict[str, np.ndarray]
-    """bool [n] each: whether the reward is for the slot's prompt."""
+    """bool [n] by reward: whether the reward applies to the slot's prompt."""
     before: np.ndarray | None = None
-    """float64 [n]: `total` of the ODE's completion of the state that the slot left; None where the
-    plan has no values."""
+    """float64 [n]: `total` of the image to which the ODE leads from the state that the slot left;
+    None if the plan has no values."""
     after: np.ndarray | None = None
-    """float64 [n]: and of that of the slot's own latent."""
+    """float64 [n]: the same from the slot's own latent."""
     novelty: np.ndarray | None = None
-    """float64 [n]: mean distance of the slot's image to the others of its group; NaN where there is
-    none, None where nobody asked."""
+    """float64 [n]: mean distance of the slot's image from the other images of its group; NaN if
+    there are none. None if the advantage does not use it."""
 
 
 @dataclass(frozen=True)
 class Advantages:
-    """What an iteration learns from, by slot."""
+    """The advantages of all n slots."""
 
     values: np.ndarray
-    """float32 [n]; 0 where masked."""
+    """float32 [n]; 0 for slots that are not valid."""
     valid: np.ndarray
-    """bool [n]: False where a reward failed."""
+    """bool [n]: False if the reward failed. Such slots are masked in the loss."""
     zero_spread: np.ndarray
-    """bool [groups]: groups whose valid rewards are all equal."""
+    """bool [groups]: whether the valid rewards of a group are all equal."""
     spread: dict[int, float]
-    """Mean standard deviation of the groups of each step; NaN where none is valid."""
+    """By step: mean standard deviation of the rewards within groups; NaN if none is valid."""

@@ -1,9 +1,9 @@
-"""One iteration of training, step by step, for notebooks: branch, look at what came out, update.
+"""One iteration of training in steps, for notebooks: branch, inspect the results, update.
 
-A `Walkthrough` holds what a run holds (the model, reward workers, the optimizer) but writes no run
-directory. It uses the functions of the training loop, so what it shows is what a run does. Left out
-are the loop's own choices: the order of prompts, curation, rollout.adapt, the averaged weights and
-evaluations. It is for one process.
+A `Walkthrough` has the parts of a run (model, reward workers, optimizer) but writes no run
+directory. It calls the functions of the training loop, so it shows what a run does. It does without
+the order of prompts, curation, rollout.adapt, averaged weights and evaluations, and works in one
+process only.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 from tempflow.config import load_config
 from tempflow.data.prompts import typed_prompts
-from tempflow.errors import UserError, note
+from tempflow.errors import UserError, note, shown
 from tempflow.rewards import RewardPool, check_prompts
 from tempflow.rewards.pool import Ticket
 from tempflow.run.environment import LAUNCH
@@ -26,45 +26,45 @@ from tempflow.training.start import check_hardware, checked_inputs
 
 @dataclass(frozen=True)
 class Branching:
-    """A rollout and its rewards: m rows that were drawn to the end, and n children of their states.
+    """A rollout and its rewards: m sampled rows, and the n children of their states.
 
-    The rows come unit by unit (prompt by prompt, seed by seed), a trunk before its children.
+    Rows are ordered by prompt, then by seed; a trunk comes before its children.
     """
 
     images: np.ndarray
     """uint8 [m, H, W, 3], or videos [m, F, H, W, 3]."""
     rewards: np.ndarray
-    """float64 [m], the weighted sum of the rewards; NaN where one failed."""
+    """float64 [m]: the weighted sum of the rewards; NaN where one failed."""
     parent: np.ndarray
-    """int [m]: the row that a row branched off; -1 for one that starts from the initial noise."""
+    """int [m]: the row that each row branched off; -1 if it starts from the initial noise."""
     start: np.ndarray
     """int [m]: the step at which it branched off."""
     sigmas: np.ndarray
-    """float32 [T + 1], the sampling grid, from 1 to 0."""
+    """float32 [T + 1]: the sampling grid, from 1 to 0."""
     weights: np.ndarray
-    """float32 [T], the loss weight of every step; 0 where nothing branches."""
+    """float32 [T]: the loss weight of each step; 0 where no row branches."""
     row: np.ndarray
     """int [n]: the row of each child."""
     state: np.ndarray
-    """int [n]: the state that it left, a place in `latents`."""
+    """int [n]: the state that each child left, an index into `latents`."""
     step: np.ndarray
     """int [n]: the step at which it left."""
     child_rewards: np.ndarray
-    """float64 [n]: the mean reward of the rows below it."""
+    """float64 [n]: the mean reward of the child's row and of those that branch off it."""
     advantages: np.ndarray
     """float32 [n]; 0 where the reward failed."""
     latents: np.ndarray
-    """float32 [states, ...], before the step."""
+    """float32 [states, ...]: before the step."""
     child_latents: np.ndarray
-    """float32 [n, ...], after it."""
+    """float32 [n, ...]: after the step."""
     _parts: list = field(repr=False)
-    """Of the updater; they remember what the policy said before the first update."""
+    """The updater's parts, which keep the old policy's outputs for later passes."""
     _updates: int = field(repr=False)
-    """Made before these rows were drawn."""
+    """Number of updates before these rows were sampled."""
 
 
 class _KeepingPool(RewardPool):
-    """Reward workers that keep the images they are given."""
+    """A reward pool that keeps the images it scores, which a run would drop."""
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
@@ -72,32 +72,40 @@ class _KeepingPool(RewardPool):
 
     def submit(self, images: np.ndarray, *arguments, **options) -> Ticket:
         ticket = super().submit(images, *arguments, **options)
+        # A copy: the caller may reuse the array.
         self.seen[ticket] = np.array(images)
         return ticket
 
 
 class Walkthrough:
-    """The parts of a run around some prompts; close it, or use it in a `with` block.
+    """The parts of a run, for some prompts. Close it, or use it in a `with` block.
 
     Args:
-        config: a JSON file, or its content as nested tables, as of `tempflow.train`. Its plan has
-            to make states ("wants" of its objective), which all but the objectives on finished
-            latents do.
-        prompts: the prompts of every iteration, in place of the config's.
-        overrides: `section.key=value` texts, as of --set.
+        config: a JSON file, or its content as a dict, as for `tempflow.train`. Objectives that
+            learn from finished latents are refused.
+        prompts: the prompts of every iteration, instead of the config's.
+        overrides: texts `section.key=value`, as for --set.
 
-    Raises `tempflow.errors.UserError`.
+    Raises:
+        tempflow.errors.UserError: for bad input, or in a process that a launcher started as one of
+            several ranks.
     """
 
     def __init__(
         self, config: str | Path | dict, prompts: Sequence[str], overrides: Sequence[str] = ()
     ):
         if os.environ.get("WORLD_SIZE", "1") != "1":
-            raise UserError("Walkthrough: is for one process, not for ranks of a launcher")
+            raise UserError(
+                "Walkthrough: works in one process only, but WORLD_SIZE is"
+                f" {shown(os.environ['WORLD_SIZE'])}; start it without a launcher"
+            )
         self._environment = {name: os.environ.get(name) for name in LAUNCH}
         loaded = load_config(config, list(overrides))
         if loaded.objective().wants != "states":
-            raise UserError("training.objective: learns from finished latents, not from states")
+            raise UserError(
+                "training.objective: learns from finished latents; Walkthrough needs one on states,"
+                ' such as "grpo"'
+            )
         specs, _, _ = checked_inputs(loaded)
         examples = typed_prompts(list(prompts), "prompts")
         for line in check_prompts(specs, [p.text for p in examples], [{} for _ in examples]):
@@ -108,6 +116,7 @@ class Walkthrough:
         try:
             self._open(loaded, specs, examples)
         except BaseException:
+            # Otherwise the worker processes would outlive a failed cell of a notebook.
             self.close()
             raise
 
@@ -129,15 +138,16 @@ class Walkthrough:
         self.close()
 
     def close(self) -> None:
-        """End the reward workers, and take what a launcher would have set from the environment."""
+        """End the reward workers, and restore the environment variables of launchers."""
         self._pool.close()
         for name, value in self._environment.items():
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
 
     def branch(self, iteration: int = 0) -> Branching:
-        """Draw the rows of an iteration from the current weights, and score them.
+        """Sample the rows of an iteration with the current weights, and score them.
 
-        iteration: decides the noise, and the steps of plans that change them.
+        Args:
+            iteration: determines the noise, and the branch steps of plans that vary them.
         """
         from tempflow.training.credit import loss_weights, make_parts
         from tempflow.training.rollout import gather_rewards, plan_iteration, roll_out
@@ -149,6 +159,7 @@ class Walkthrough:
             assert rolled is not None  # nobody asks this session to stop
             scored = gather_rewards(s, rolled)
         credit = s.advantage(layout.slots, scored.rewards)
+        # A row's parent is an index among its unit's rows; `first` makes it one among all rows.
         rows = [(first, row) for first, unit in zip(layout.first, layout.rows) for row in unit]
         states = rolled.kept.states
         places = {number: place for place, state in enumerate(states) for number in state.slots}
@@ -173,24 +184,37 @@ class Walkthrough:
         )
 
     def _images(self, rolled) -> np.ndarray:
-        """By the number of their row."""
+        """The images in the order of `Branching`'s rows."""
+        # The scheduler decodes rows as they finish, so images come in another order.
         seen = np.concatenate([self._pool.seen.pop(ticket) for ticket in rolled.images.tickets])
         numbers = [rolled.forest.numbers[place] for place in rolled.images.rows]
         return seen[np.argsort(numbers)]
 
     def update(self, branching: Branching) -> list[dict]:
-        """One pass over the states of a branching; returns the metrics of its optimizer steps.
+        """Make one pass over the states of a branching.
 
-        `loss` and `ratio/max_dev` are of the weights before each step: in the first pass every
-        ratio is 1. A second call goes over the same states again, with ratios to the policy that
-        drew them. UserError where the weights have moved between the drawing and the first pass.
+        A second call trains on the same states again, with ratios to the policy that sampled them.
+
+        Args:
+            branching: from `branch`.
+
+        Returns:
+            The metrics of each optimizer step. `loss` and `ratio/max_dev` are computed with the
+            weights before the step, so in the first step of the first pass all ratios are 1.
+
+        Raises:
+            tempflow.errors.UserError: the weights have changed between `branch` and the first pass.
         """
         fresh = any(old is None for part in branching._parts for old in part.old)
         if fresh and branching._updates != self.updates:
-            raise UserError("update: the weights have moved since these rows were drawn")
+            raise UserError(
+                "update: the weights have changed since these rows were sampled; call branch again"
+            )
         s, found = self.session, []
         if fresh:
-            for part in branching._parts[1:]:  # the first step moves the weights
+            # Before the first step changes the weights. The first part gets the old policy's
+            # outputs from its own forward.
+            for part in branching._parts[1:]:
                 self._updater.remember(part)
         for part in branching._parts:
             found.append(self._updater.update(part, lr_factor=1.0))
@@ -200,9 +224,13 @@ class Walkthrough:
         return found
 
     def draw(self, seed: int = 0) -> np.ndarray:
-        """The prompts drawn without exploration from the current weights, as evaluations draw them.
+        """Sample the prompts with the current weights and the ODE, as evaluations do.
 
-        seed: of the initial noise. Returns uint8 [prompts, H, W, 3], or videos.
+        Args:
+            seed: of the initial noise.
+
+        Returns:
+            uint8 images [prompts, H, W, 3], or videos [prompts, F, H, W, 3].
         """
         import torch
 

@@ -169,7 +169,7 @@ def test_launch_variables_that_are_no_numbers(launched, monkeypatch, capsys, nam
     assert end.value.code == 2
     assert (
         capsys.readouterr().err
-        == f"error: the environment has {name}={value!r}; expected a whole number, as launchers set"
+        == f"error: environment variable {name}: expected a whole number, as launchers set"
         " it\n"
     )
 

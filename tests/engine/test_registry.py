@@ -87,7 +87,7 @@ def message(call, *arguments) -> str:
             ],
         ),
         ("branch_grpo", ["rollout.plan: 'branch_grpo' is now called 'tree'"]),
-        ({"type": 3}, ["rollout.plan.type: expected a plan's id or module:Name, got 3"]),
+        ({"type": 3}, ["rollout.plan.type: expected an id or module:Name of a plan, got 3"]),
         (
             {"childern": 3},
             [
@@ -110,7 +110,7 @@ def message(call, *arguments) -> str:
         (
             "tempflow.sampling.steps:Flow",
             [
-                "rollout.plan: tempflow.sampling.steps:Flow is no plan",
+                "rollout.plan: tempflow.sampling.steps:Flow is not a plan",
                 "tempflow.sampling.plans.base.Plan",
             ],
         ),
@@ -175,7 +175,7 @@ def test_a_plan_of_ones_own_from_the_working_directory(mine):
         ({"type": "Tail", "length": 0}, ["rollout.plan.length: expected 1 or more, got 0"]),
         ({"type": "Tail", "length": 10}, ["rollout.plan.length: 10 of 9 steps"]),
         ({"type": "Half"}, ["does not define rows"]),
-        ({"type": "plan"}, ["is no plan"]),
+        ({"type": "plan"}, ["is not a plan"]),
     ],
 )
 def test_a_plan_of_ones_own_that_is_refused(mine, given, words):

@@ -44,7 +44,7 @@ REFUSED = {
     ),
     "offload passed over": (
         zero(stage=2, offload_param={"device": "cpu"}),
-        ["offload_param", "at stage 2", "needs stage 3"],
+        ["offload_param", "at ZeRO stage 2", "needs stage 3"],
     ),
     "offload path": (
         zero(offload_optimizer={"device": "nvme"}),
