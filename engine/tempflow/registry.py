@@ -372,7 +372,7 @@ def check_options(
         if option.default is inspect.Parameter.empty and name not in options
     ]
     if missing:
-        raise UserError(f"{key}.{missing[0]}: required, but missing; this option has no default")
+        raise UserError(f"{key}.{missing[0]}: this option has no default, so it is required")
 
 
 def check_type(key: str, value, annotation) -> None:

@@ -169,8 +169,8 @@ def test_launch_variables_that_are_no_numbers(launched, monkeypatch, capsys, nam
     assert end.value.code == 2
     assert (
         capsys.readouterr().err
-        == f"error: environment variable {name}: expected a whole number, as launchers set"
-        " it\n"
+        == f"error: environment variable {name}: expected a whole number, as launchers set it, got"
+        f" {value!r}\n"
     )
 
 

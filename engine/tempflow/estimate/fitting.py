@@ -86,7 +86,7 @@ def options(gpus: int) -> list[Option]:
         ),
         Option(
             _set("model.offload_text_encoders", True, lambda c: not c.model.offload_text_encoders),
-            "embedding a text copies the text encoders from host memory, layer by layer",
+            "embedding a text copies the text encoders' weights from host memory, layer by layer",
         ),
         Option(
             _set("model.share_base", None, lambda c: c.model.share_base is False),
