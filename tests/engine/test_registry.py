@@ -207,13 +207,11 @@ def test_components_are_listed(monkeypatch, capsys):
     assert '  kl(coef, form="x", to="reference", steps=null): KL divergence' in "\n".join(
         lines[len(plans) + 3 :]
     )
-    values = [
-        line.strip().split(": The")[0].split(": As")[0]
-        for line in lines[lines.index("weighting: training.weighting") + 1 :]
-    ]
-    for value in values:
-        small_config(training={"weighting": json.loads(value.replace("gamma", "0.5"))})
-    assert len(values) == 4
+    described = lines[lines.index("weighting: training.weighting") + 1 :]
+    for line in described:  # JSON, a colon and words
+        value, _ = json.JSONDecoder().raw_decode(line.strip().replace("gamma", "0.5", 1))
+        small_config(training={"weighting": value})
+    assert len(described) == 4
     monkeypatch.setattr("sys.argv", ["tempflow"])
     assert command.main() == 0 and "components" in capsys.readouterr().out
 
