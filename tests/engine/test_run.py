@@ -349,7 +349,7 @@ def test_resume_after_a_damaged_checkpoint(interrupted, folder, whole):
         file.write('{"iteration": 5, "rew')
     resumed = train_checked(folder, "damaged", ["--resume"], counter, 2)
     assert (
-        "checkpoint 000004 is passed over" in resumed.done.stdout
+        "checkpoint 000004 is skipped" in resumed.done.stdout
         and "weights.safetensors has" in resumed.done.stdout
     )
     assert_same_runs(resumed, whole)

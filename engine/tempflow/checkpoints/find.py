@@ -1,5 +1,5 @@
-"""The checkpoints of a run directory: all of them, the newest whole one, the best of those
-evaluated."""
+"""The checkpoints of a run directory: all of them, the newest whole one, and the best of those that
+were evaluated."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tempflow.run.logs import read_metrics
 
 
 def folder(run_dir: Path, iteration: int) -> Path:
-    """Where the checkpoint of an iteration lies, or would."""
+    """The path of an iteration's checkpoint, whether or not it exists."""
     return run_dir / "checkpoints" / f"{iteration:06d}"
 
 
@@ -18,6 +18,7 @@ def folders(run_dir: Path) -> list[Path]:
     """Every checkpoint folder of a run, oldest first, whole or not."""
     parent = run_dir / "checkpoints"
     return (
+        # Only digits: drafts begin with ".saving-" or ".universal-".
         sorted(p for p in parent.iterdir() if p.is_dir() and p.name.isdigit())
         if parent.is_dir()
         else []
@@ -25,12 +26,13 @@ def folders(run_dir: Path) -> list[Path]:
 
 
 def best(run_dir: Path, metric: str) -> Path | None:
-    """Of the checkpoints whose iteration was evaluated, the one with the highest `metric`, the
-    first of equals; None without any.
+    """The checkpoint with the highest `metric` among those whose iteration was evaluated; the first
+    of equal ones, None if there are none.
 
-    An evaluation in which an image was not finite is passed over: its mean is over the prompts that
-    the weights did not fail at.
+    Only metrics are read, so the checkpoint may be damaged.
     """
+    # An evaluation with an image that is not finite does not count: its mean is over those prompts
+    # only at which the weights did not fail.
     rows = (
         row
         for row in read_metrics(run_dir)
@@ -42,10 +44,10 @@ def best(run_dir: Path, metric: str) -> Path | None:
 
 
 def newest(run_dir: Path, note=lambda text: None) -> Path | None:
-    """The newest whole checkpoint; broken ones are named through `note` and passed over."""
+    """The newest whole checkpoint, or None. `note` is told of each newer one that is damaged."""
     for checkpoint in reversed(folders(run_dir)):
         trouble = problem_with(checkpoint)
         if trouble is None:
             return checkpoint
-        note(f"checkpoint {checkpoint.name} is passed over: {trouble}")
+        note(f"checkpoint {checkpoint.name} is skipped: {trouble}")
     return None

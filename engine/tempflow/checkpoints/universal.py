@@ -1,10 +1,10 @@
-"""A checkpoint's DeepSpeed state, also on another number of ranks: by DeepSpeed's universal format,
-made when a run resumes.
+"""Saves and loads DeepSpeed's part of a checkpoint, also on another number of ranks.
 
-ZeRO writes a file per rank, each a slice of weights and optimizer state. The universal format holds
-them whole, by parameter; every rank cuts its own slices out of it. It is made beside the
-checkpoint, which is only read, and is gone once it is loaded. Like DeepSpeed's own files it is
-pickle, read back from where this run wrote it and from nowhere else.
+ZeRO writes a file per rank, each with a slice of the weights and the optimizer state. DeepSpeed's
+universal format holds them whole, by parameter, and every rank cuts its own slices out of it. It is
+made when a run resumes on another number of ranks, beside the checkpoint, which is only read, and
+is removed once it is loaded. Like DeepSpeed's own files it is pickle; it is only read back from
+where this run wrote it.
 """
 
 from __future__ import annotations
@@ -23,28 +23,37 @@ from tempflow.compat import reading_universal_checkpoints
 from tempflow.errors import UserError
 from tempflow.training import distributed
 
-TAG = "state"  # of DeepSpeed's part of a checkpoint
-CONVERTIBLE = ("adam", "adamw", "lamb")  # whose state is exp_avg and exp_avg_sq
+TAG = "state"  # DeepSpeed's name of a checkpoint; here one folder holds one
+# The conversion knows exp_avg and exp_avg_sq, which are the state of these optimizers.
+CONVERTIBLE = ("adam", "adamw", "lamb")
 
 
 def save_state(engine, folder: Path) -> None:
-    """Write DeepSpeed's part of a checkpoint: all that training changes. Frozen weights are in the
-    model's own files."""
+    """Write DeepSpeed's part of a checkpoint: everything that training changes (a collective)."""
+    # Frozen weights are in the model's own files. save_latest would write a second file that names
+    # the newest checkpoint, besides ours.
     engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
 
 
 def load_state(engine, folder: Path) -> bool:
-    """Read it back; False where DeepSpeed could not."""
+    """Read back what `save_state` wrote (a collective); False if DeepSpeed could not."""
+    # Strict only if nothing is frozen: frozen weights are not in the file.
     whole = all(p.requires_grad for p in engine.module.parameters())
     return engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=whole)[0] is not None
 
 
 def restore(engine, checkpoint: Path, written_by: int) -> None:
-    """Load a ZeRO checkpoint of `written_by` ranks into a DeepSpeed engine of any other number (a
-    collective).
+    """Load a ZeRO checkpoint into a DeepSpeed engine with another number of ranks (a collective).
 
-    Takes disk space beside the checkpoint, some twice its own, while it lasts. UserError on every
-    rank alike where it cannot be converted: then the checkpoint is as it was.
+    While it runs it needs disk space beside the checkpoint, about twice the checkpoint's size.
+
+    Args:
+        engine: the DeepSpeed engine.
+        checkpoint: the checkpoint's folder, which is not changed.
+        written_by: the number of ranks that wrote it.
+
+    Raises:
+        UserError: it cannot be converted; on every rank.
     """
     folder = checkpoint.with_name(f".universal-{checkpoint.name}")
     try:
@@ -54,10 +63,11 @@ def restore(engine, checkpoint: Path, written_by: int) -> None:
         if trouble:
             raise UserError(
                 f"checkpoint {checkpoint} was written by {written_by} ranks and could not be"
-                f" converted for {distributed.world_size()}: {trouble}. Resume with {written_by},"
-                " or remove the cause; the checkpoint is unchanged"
+                f" converted for {distributed.world_size()}: {trouble}. Resume with {written_by}"
+                " ranks, or remove the cause; the checkpoint is unchanged"
             )
         _load(engine, folder)
+        # Rank 0 removes the folder below, so every rank must have read it.
         distributed.barrier()
     finally:
         if distributed.rank() == 0:
@@ -65,21 +75,22 @@ def restore(engine, checkpoint: Path, written_by: int) -> None:
 
 
 def _inconvertible(engine) -> str | None:
-    """What DeepSpeed's conversion would lose or not find."""
+    """The reason why DeepSpeed's conversion would lose or miss optimizer state, or None."""
     name, params = engine.optimizer_name(), engine.optimizer_params() or {}
     if name.lower() not in CONVERTIBLE or params.get("amsgrad"):
         return (
-            f"DeepSpeed converts the state of {', '.join(CONVERTIBLE)} without amsgrad, not of"
-            f" {name} with {params}"
+            f"DeepSpeed converts the state of {', '.join(CONVERTIBLE)} without amsgrad, but"
+            f" deepspeed.optimizer is {name} with {params}"
         )
     if engine.zero_nvme_offload_optimizer():
-        return "DeepSpeed does not convert optimizer state on NVMe"
+        return "DeepSpeed does not convert optimizer state that is offloaded to NVMe"
     return None
 
 
 def _on_rank_0(work) -> str | None:
-    """What work() on rank 0 returns, on every rank. They meet all along: it may take longer than a
-    rank may wait for another."""
+    """The result of work() on rank 0, on every rank (a collective)."""
+    # The work may take longer than the time limit of a collective. So it runs in a thread while all
+    # ranks meet every 0.1 s in a small reduction.
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(work) if distributed.rank() == 0 else None
         while not distributed.reduce(future is None or future.done(), "min"):
@@ -88,24 +99,29 @@ def _on_rank_0(work) -> str | None:
 
 
 def _convert(source: Path, target: Path) -> str | None:
-    """Returns what went wrong, or None."""
+    """Convert a checkpoint to the universal format; returns what went wrong, or None."""
+    # Imported here: only resuming on another number of ranks needs it.
     from deepspeed.checkpoint import ds_to_universal
 
+    # Left by a conversion that was killed.
     shutil.rmtree(target.parent, ignore_errors=True)
     options = Namespace(
         input_folder=str(source),
         output_folder=str(target),
+        # One worker runs in this process; more would be forked from one that has threads, or CUDA.
         num_extract_workers=1,
         num_merge_workers=1,
         keep_temp_folder=False,
         strict=True,
         inject_missing_state=True,
     )
+    # The conversion draws progress bars and prints each folder.
     silent = io.StringIO()
     try:
         target.mkdir(parents=True)
         with contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent):
             ds_to_universal.main(options)
+    # Whatever DeepSpeed raises must reach the other ranks as a text, or they would wait forever.
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return None
@@ -114,8 +130,8 @@ def _convert(source: Path, target: Path) -> str | None:
 def _load(engine, folder: Path) -> None:
     with reading_universal_checkpoints(engine):
         load_state(engine, folder)
-    # ZeRO-3 gives all groups of its partitions one step counter, which each group would then count
-    # up.
+    # ZeRO-3 gives all groups of its partitions one and the same tensor as step counter. Each group
+    # would then count it up, so each gets a copy.
     for state in engine.optimizer.optimizer.state.values():
         if torch.is_tensor(state.get("step")):
             state["step"] = state["step"].clone()
