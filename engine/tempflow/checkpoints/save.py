@@ -114,7 +114,7 @@ def _failures_named(draft: Path, run_dir: Path) -> Iterator[None]:
         shutil.rmtree(draft, ignore_errors=True)
         last = find.newest(run_dir)
         then = (
-            f"continue with --resume from checkpoint {last.name}, which is whole"
+            f"continue with --resume from {last.name}, which is whole"
             if last
             else "start again with --resume; there is no earlier checkpoint"
         )

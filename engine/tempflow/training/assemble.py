@@ -1,4 +1,4 @@
-"""Puts the parts of a run together and trains it: recorder, reward workers, session."""
+"""Puts the parts of a run together (recorder, reward workers, session) and trains it."""
 
 from __future__ import annotations
 
@@ -31,24 +31,30 @@ def train(
     report: Callable[[Path], Path],
     profile: Profile | None = None,
 ) -> dict | None:
-    """Assemble a run and train it (a collective); returns the summary on rank 0.
+    """Assemble a run and train it (a collective).
 
     Args:
-        config: checked.
-        run_dir: claimed for this run.
+        config: a checked config.
+        run_dir: the run directory, claimed for this run.
         resume_from: a whole checkpoint of this run, or None.
-        prompts, heldout: of training and evaluation.
-        specs: the config's rewards.
-        stop: whether the run was asked to stop.
-        report: draws the run so far and returns the file it wrote.
+        prompts: the training prompts.
+        heldout: the prompts of evaluations.
+        specs: the rewards of the config.
+        stop: tells whether the run was asked to stop.
+        report: writes the report of the run so far and returns its file.
         profile: the iterations that a profiler sees.
+
+    Returns:
+        The summary on rank 0; None on other ranks, and where a signal stopped the run.
     """
     check_shares(config, prompts, heldout)
+    # Rank 0 makes the real recorder; its UserError (a tracker that is missing, say) ends all ranks.
     recorder = distributed.on_first_rank(lambda: Recorder(config, run_dir, report)) or Recorder(
         config, run_dir, report, main=False
     )
     recorder.note(describe(distributed.world_size()))
     reached = prompts_reached(config, prompts)
+    # Before the model, so that the workers load their own models while it is loaded.
     with RewardPool(specs, **config.reward_pool.pool()) as pool:
         session = build(
             config,
@@ -60,6 +66,8 @@ def train(
             stop=stop,
             note=recorder.note,
         )
+        # Micro-batch sizes are measured with real embeddings, and a resumed run keeps the sizes
+        # that it began with: other sizes would change its last bits.
         embedded = list(range(len(prompts))) if reached is None else reached
         choose(
             session, embedded, load.read_state(resume_from).get("config") if resume_from else None

@@ -1,10 +1,10 @@
-"""From states to micro-batches of the loss: what is weighed, what is skipped, how sums become
-means.
+"""From states to micro-batches of the loss: which states are forwarded, with which weights, and how
+they are padded.
 
 The loss is a mean over the states of all ranks. States whose advantages are all zero are not
-forwarded but counted in that mean, and ranks run equal numbers of micro-batches, so neither the
-micro-batch size, nor the number of ranks, nor skipping changes the gradient. A micro-batch holds
-states whose prompts' conditionings have one shape.
+forwarded, but still count in the mean, and all ranks run equally many micro-batches. So neither the
+micro-batch size, nor the number of ranks, nor skipping changes the gradient. All prompts of a
+micro-batch have conditionings of one shape.
 """
 
 from __future__ import annotations
@@ -34,13 +34,20 @@ class Weighed:
 
 
 def select(states: list[State], advantages: Advantages, penalty: Penalty | None) -> list[Weighed]:
-    """States worth a forward; what they hold is finite.
+    """The states to forward: those with an advantage other than 0, and, where a penalty acts on
+    their step, all others with a valid child.
 
-    Those with an advantage other than 0, and, where a penalty acts on their step, all others with a
-    valid child.
+    Args:
+        states: of this rank.
+        advantages: of all slots.
+        penalty: the run's penalty, if any.
+
+    Returns:
+        The chosen states, in the same order, with children that are finite.
     """
     chosen = []
     for state in states:
+        # From numpy, on the CPU: deciding there does not make the host wait for the GPU.
         advantage = torch.from_numpy(advantages.values[state.slots])
         valid = torch.from_numpy(advantages.valid[state.slots])
         if advantage.any() or penalty is not None and penalty.acts_on(state.step) and valid.any():
@@ -49,9 +56,9 @@ def select(states: list[State], advantages: Advantages, penalty: Penalty | None)
 
 
 def _finite(state: State, valid: torch.Tensor) -> State:
-    """With a valid child in the place of failed ones that hold NaN or infinity, which would survive
-    a weight of 0 in the loss."""
-    if valid.all():  # without a look at the children, which would wait for the GPU
+    """The state with a valid child in place of each failed child that holds NaN or infinity."""
+    # A failed child has advantage 0, but 0 times NaN is NaN in the loss.
+    if valid.all():  # looking at the children would make the host wait for the GPU
         return state
     broken = ~valid & ~state.children.isfinite().flatten(1).all(1).cpu()
     if not broken.any():
@@ -65,8 +72,9 @@ def _finite(state: State, valid: torch.Tensor) -> State:
 
 
 def padding_of(states: list[State]) -> State:
-    """A state for places of weight 0: of this rank, and finite."""
+    """A finite state of this rank, for places of weight 0."""
     whole = next((s for s in states if s.x.isfinite().all() and s.children.isfinite().all()), None)
+    # If none is finite the run has diverged; zeros keep the padding from adding NaN of its own.
     one = states[0]
     log_prob = None if one.log_prob is None else torch.zeros_like(one.log_prob)
     return whole or replace(
@@ -82,18 +90,19 @@ def make_batches(
     device: torch.device | str,
     shapes: list[Shape] | None = None,
 ) -> list[Batch]:
-    """This rank's micro-batches, as many as any rank needs (a collective).
+    """This rank's micro-batches, as many as the rank that needs most (a collective).
 
     Args:
         chosen: the states of this rank.
-        fallback: repeated with weight 0 in places left over.
-        micro_batch: most states in one.
+        fallback: a state that is repeated with weight 0 in places left over.
+        micro_batch: largest number of states in one.
         step_weight: fp32 [T], the loss weight of every step of the grid.
         device: where the batches are put.
-        shapes: of the conditioning of each chosen state's prompt, where the family's differ; None:
-            all have one.
+        shapes: the shape of the conditioning of each chosen state's prompt, for families whose
+            shapes differ; None: all are the same.
     """
     parts = _even(len(chosen), micro_batch) if shapes is None else _ragged(shapes, micro_batch)
+    # States may have different numbers of children; a tensor has one.
     width = max([len(one.valid) for one in chosen] or [len(fallback.slots)])
     filler = _filler(fallback, width)
     batches = []
@@ -102,22 +111,26 @@ def make_batches(
         places = [_widened(one, width) for one in real + [filler] * (size - len(real))]
         weights = torch.zeros(size)
         for i, one in enumerate(places[: len(real)]):
-            # The kernel divides by B; a group with masked children is a mean over the others.
+            # The kernel divides by B, masked children included. This factor makes it a mean over
+            # the valid ones.
             weights[i] = step_weight[one.state.step] * width / one.valid.sum()
         batches.append(_stack(places, weights, len(real), device))
     return batches
 
 
-# the places of a micro-batch's states, and its size, which may be larger
+# The places of a micro-batch's states in `chosen`, and its size, which padding may make larger.
 _Places = tuple[list[int], int]
 
 
 def _even(chosen: int, micro_batch: int) -> list[_Places]:
-    """Micro-batches of one size, on every rank (a collective): the least padding."""
+    """Micro-batches of one size, as many on every rank, with as little padding as possible (a
+    collective)."""
+    # Every rank needs as many: under ZeRO-3 a forward is a collective.
     most = int(distributed.reduce(chosen, "max"))
     if most == 0:
         return []
     count = math.ceil(most / micro_batch)
+    # Smaller than micro_batch where that fills them evenly: 50 states by 48 are 2 batches of 25.
     size = math.ceil(most / count)
     return [
         (list(range(first, min(first + size, chosen))), size)
@@ -126,15 +139,15 @@ def _even(chosen: int, micro_batch: int) -> list[_Places]:
 
 
 def _ragged(shapes: list[Shape], micro_batch: int) -> list[_Places]:
-    """Micro-batches of one shape each, as many on every rank (a collective). A rank that needs
-    fewer than another halves its largest ones, and where all have one state, adds some of padding
-    alone."""
+    """Micro-batches of one shape each, as many on every rank (a collective)."""
     parts = [
         part
         for places in by_shape(shapes)
         for part in _cut(places, math.ceil(len(places) / micro_batch))
     ]
     missing = int(distributed.reduce(len(parts), "max")) - len(parts)
+    # A rank with fewer than another halves its largest one, which costs no padding. When all hold a
+    # single state, it adds micro-batches of padding alone.
     for _ in range(missing):
         largest = max(range(len(parts)), key=lambda n: len(parts[n]), default=None)
         if largest is None or len(parts[largest]) < 2:
@@ -145,14 +158,14 @@ def _ragged(shapes: list[Shape], micro_batch: int) -> list[_Places]:
 
 
 def _cut(places: list[int], count: int) -> list[list[int]]:
-    """In `count` parts whose lengths differ by 1 at most."""
+    """`count` consecutive parts whose lengths differ by at most 1."""
     bounds = [n * len(places) // count for n in range(count + 1)]
     return [places[first:last] for first, last in zip(bounds, bounds[1:])]
 
 
 def _filler(state: State, width: int) -> Weighed:
-    """Of no more than `width` children: the padding may be wider than every state that is trained
-    on."""
+    """The padding state with at most `width` children, advantages of 0, and all children valid."""
+    # It may have more children than any state that is trained on.
     log_prob = None if state.log_prob is None else state.log_prob[:width]
     state = replace(
         state, children=state.children[:width], slots=state.slots[:width], log_prob=log_prob
@@ -163,8 +176,7 @@ def _filler(state: State, width: int) -> Weighed:
 
 
 def _widened(one: Weighed, width: int) -> Weighed:
-    """With masked copies of its first valid child, up to `width` children: a micro-batch has as
-    many for every state."""
+    """The state with `width` children: masked copies of its first valid child fill it up."""
     missing = width - len(one.valid)
     if not missing:
         return one
@@ -181,13 +193,14 @@ def _widened(one: Weighed, width: int) -> Weighed:
 
 
 def _filled(rows: torch.Tensor, place: int, missing: int) -> torch.Tensor:
-    """With as many copies of a row behind them; an index of the CPU's would be copied to the
-    GPU."""
+    """Rows [n, ...] followed by `missing` copies of the one at `place`."""
+    # Not rows[again]: an index on the CPU would be copied to the GPU, and the host would wait.
     return torch.cat([rows, rows[place].expand(missing, *rows.shape[1:])])
 
 
 def _stack(places: list[Weighed], weight: torch.Tensor, real: int, device) -> Batch:
     states = [one.state for one in places]
+    # All small tensors go to the device in one pinned copy, which the host does not wait for.
     numbers = {
         "weight": weight,
         "advantage": torch.stack([one.advantage for one in places]),

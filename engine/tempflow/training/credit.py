@@ -1,4 +1,4 @@
-"""From a rollout's rewards to what the updater is given, and what of it is reported."""
+"""From a rollout's rewards to the micro-batches of the updates, and the metrics of both."""
 
 from __future__ import annotations
 
@@ -20,10 +20,16 @@ from tempflow.types import Advantages, State
 def make_parts(
     session: Session, rolled: RolledOut, credit: Advantages, steps: list[int] | None = None
 ) -> list[Part]:
-    """This rank's micro-batches of every optimizer step of a pass (a collective); parts without a
-    state to forward are left out.
+    """This rank's micro-batches of every optimizer step of a pass (a collective).
 
-    steps: over which loss weights have mean 1; None: those of the rollout.
+    Args:
+        session: the run.
+        rolled: the rollout that is trained on.
+        credit: its advantages.
+        steps: the steps over which loss weights have mean 1; None: those of the rollout.
+
+    Returns:
+        The parts that have a state to forward on any rank.
     """
     t, states = session.config.training, session.objective.states(rolled.kept, credit)
     weights = loss_weights(session, rolled, steps)
@@ -33,19 +39,22 @@ def make_parts(
         chosen = select(mine, credit, session.penalty)
         shapes = session.shapes([one.state for one in chosen]) if session.policy.ragged else None
         batches = make_batches(chosen, fallback, t.states, weights, session.policy.device, shapes)
+        # All states of all ranks, skipped ones included: the loss is a mean over them.
         total = int(distributed.reduce(len(mine)))
+        # Empty on one rank only if it is on all: see `make_batches`.
         if batches:
             parts.append(Part.of(batches, total))
     return parts
 
 
 def shares(states: list[State], parts: int) -> list[list[State]]:
-    """A rank's states of each part, the same for a unit whatever the number of ranks.
+    """A rank's states of each part. Those of a unit do not depend on the number of ranks.
 
-    The states of a unit go to the parts in turn, from part (prompt + seed) % parts on. So every
-    part has states of all units, prompts and steps, and every rank has work in every part; with
-    whole units in a part all those of one rank may be in the same.
+    The states of a unit go to the parts in turn, beginning with part (prompt + seed) % parts. So
+    every part has states of all units, prompts and steps, and every rank has work in every part.
     """
+    # Not whole units to a part: all units of one rank could then fall into the same part, and the
+    # other ranks would wait in every step (4 seeds on 8 ranks did).
     found: list[list[State]] = [[] for _ in range(parts)]
     places: defaultdict[int, int] = defaultdict(int)
     for state in states:
@@ -58,9 +67,9 @@ def shares(states: list[State], parts: int) -> list[list[State]]:
 def loss_weights(
     session: Session, rolled: RolledOut, steps: list[int] | None = None
 ) -> torch.Tensor:
-    """Loss weight of every step of the grid, fp32 [T]; 1 for states that an objective makes of
-    endpoints. steps: as in `make_parts`."""
+    """Loss weight of every step of the grid, fp32 [T]. steps: as in `make_parts`."""
     grid = rolled.kept.grid
+    # States made of endpoints took no step of the SDE, which the weights are derived from.
     if session.objective.wants == "endpoints":
         return torch.ones_like(grid.sde.tau)
     steps = steps or rolled.layout.slots.steps()
@@ -70,9 +79,10 @@ def loss_weights(
 
 
 def reward_metrics(scored: Scored, credit: Advantages, rolled: RolledOut) -> dict:
-    """Of rewards, advantages and the work of the rollout (a collective)."""
+    """Metrics of rewards, advantages and the work of the rollout (a collective)."""
     total = scored.rewards.total
     valid = total[np.isfinite(total)]
+    # Slots of endpoints have step -1, which is no step of the grid.
     spread = {f"reward_std/step_{k}": float(s) for k, s in credit.spread.items() if k >= 0}
     stats = rolled.stats
     forwards, batches, padded = distributed.reduce([stats.forwards, stats.batches, stats.padded])
@@ -97,7 +107,8 @@ def reward_metrics(scored: Scored, credit: Advantages, rolled: RolledOut) -> dic
 def suffix_metrics(
     session: Session, scored: Scored, credit: Advantages, rolled: RolledOut, exact: Scored | None
 ) -> dict:
-    """How well the rewards read after a coarser suffix rank what the exact one would have."""
+    """Rank correlations of rewards and advantages after the run's suffix with those after the exact
+    one; nothing if `exact` is None, which no audit was made for."""
     if exact is None:
         return {}
     best = session.advantage(rolled.layout.slots, exact.rewards)
@@ -113,8 +124,15 @@ def suffix_metrics(
 
 
 def update_metrics(updates: list[dict], forwards: int, lr: float) -> dict:
-    """Of the optimizer steps of an iteration; forwards: rows beside theirs, of all ranks."""
-    if not updates:  # no group had any spread: nothing to learn from, and the weights stay
+    """Metrics of the optimizer steps of an iteration.
+
+    Args:
+        updates: metrics of each step, from `Updater.update`.
+        forwards: rows forwarded besides those of the steps, on all ranks.
+        lr: the learning rate of the last step.
+    """
+    # The rewards of every group were equal: there is no gradient, and the weights do not change.
+    if not updates:
         return {
             "loss": 0.0,
             "kl": 0.0,
@@ -126,6 +144,8 @@ def update_metrics(updates: list[dict], forwards: int, lr: float) -> dict:
             "forwards/train": 0,
             "lr": lr,
         }
+    # The loss is of the first update, before the weights moved; ratios, clipping and the KL are of
+    # the last one, where they are largest.
     first, last = updates[0], updates[-1]
     compared = (
         {"mismatch/log_prob": first["mismatch/log_prob"]} if "mismatch/log_prob" in first else {}
@@ -150,8 +170,7 @@ def update_metrics(updates: list[dict], forwards: int, lr: float) -> dict:
 
 
 def _alone(parts: dict[str, np.ndarray]) -> dict[str, float]:
-    """Mean and standard deviation of each reward, unweighted, over the images that it could
-    score."""
+    """Mean and standard deviation of each reward, unweighted, over the images that it scored."""
     found: dict[str, float] = {}
     for name, values in parts.items():
         scored = values[np.isfinite(values)]

@@ -1,5 +1,5 @@
-"""The few collectives that the trainer needs, on small host-side values. With one process they do
-nothing."""
+"""Joining the process group, and the few collectives that the trainer needs, on small values of the
+host. In a run of one process the collectives do nothing."""
 
 from __future__ import annotations
 
@@ -17,13 +17,18 @@ from tempflow.run.environment import LAUNCH
 from tempflow.training.device import device
 from tempflow.training.signals import ended_by_signals
 
-PORTS = 8  # tried by a process that is alone: each may be taken before it is used
+# Ports that a process without a launcher tries: a free one may be taken before it is used.
+PORTS = 8
 T = TypeVar("T")
 
 
 def init_distributed() -> None:
-    """Join the launcher's process group, or make one of a single process where no launcher set it
-    up. UserError where it cannot."""
+    """Join the launcher's process group, or make one of a single process if no launcher set one up.
+
+    Raises:
+        UserError: the launcher's environment is incomplete.
+        RankError: this rank cannot join the others.
+    """
     import deepspeed
 
     leave_all_reduce_to_gloo()
@@ -33,17 +38,18 @@ def init_distributed() -> None:
     missing = [name for name in LAUNCH if name not in os.environ]
     if missing:
         raise UserError(
-            f"the environment has RANK but not {', '.join(missing)}: start with `deepspeed"
-            " engine/train.py`, or unset RANK"
+            f"the environment has RANK={os.environ['RANK']} but not {', '.join(missing)}: start"
+            " with `deepspeed engine/train.py`, or unset RANK"
         )
-    # NCCL's group is bound to this rank's GPU, but its collectives of objects go through the
-    # current one: GPU 0 until told otherwise.
+    # NCCL's group is bound to this rank's GPU, but its collectives of objects use the current
+    # device, which is GPU 0 on every rank until it is set.
     device()
     for again in reversed(range(PORTS if alone else 1)):
         try:
-            # torch would go on trying a name that nobody knows
+            # torch would retry for minutes if the name of the address cannot be resolved.
             socket.getaddrinfo(os.environ["MASTER_ADDR"], None)
-            # for minutes, while other ranks are missing; nothing is written yet
+            # The wait for missing ranks takes minutes in C++, where Python's handlers do not run.
+            # Nothing has been written yet, so a signal may end the process at once.
             with ended_by_signals():
                 deepspeed.init_distributed(verbose=False)
             return
@@ -54,8 +60,8 @@ def init_distributed() -> None:
 
 
 def _place_of_one() -> dict[str, str]:
-    """What a launcher would tell a process that is alone. The port is free now, and may be taken by
-    another process before it is listened to."""
+    """The environment that a launcher would give to a single process."""
+    # Port 0 lets the system choose a free one. Another process may take it before it is used.
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -64,6 +70,7 @@ def _place_of_one() -> dict[str, str]:
 
 
 def _port_is_taken(error: Exception) -> bool:
+    # torch's store has no error type for it, only these texts.
     return "EADDRINUSE" in str(error) or "address already in use" in str(error).lower()
 
 
@@ -72,8 +79,8 @@ def _cannot_join(error: Exception) -> str:
     if _port_is_taken(error):
         return (
             f"port {port} of {address} is taken, perhaps by another run on this machine; choose"
-            " another for this one: `deepspeed --master_port PORT engine/train.py ...`, which"
-            " torchrun has as well"
+            " another one: `deepspeed --master_port PORT engine/train.py ...` (torchrun has the"
+            " same option)"
         )
     return (
         f"rank {rank} cannot join the others at {address}:{port} ({type(error).__name__}:"
@@ -83,32 +90,43 @@ def _cannot_join(error: Exception) -> str:
 
 
 def rank() -> int:
+    """This process's number; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
+    """The number of processes; 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def barrier() -> None:
+    """Wait until all ranks have come here (a collective)."""
     if world_size() > 1:
         dist.barrier()
 
 
 def reduce(values, op: str = "sum") -> np.ndarray:
-    """Element-wise "sum", "max" or "min" over ranks, float64 of the same shape, the same bits on
-    every rank."""
+    """The element-wise reduction of all ranks' values (a collective).
+
+    Args:
+        values: numbers of any shape, the same on all ranks.
+        op: "sum", "max" or "min".
+
+    Returns:
+        float64 of that shape, with the same bits on every rank.
+    """
     array = np.asarray(values, dtype=np.float64)
     if world_size() == 1:
         return array
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    # A copy, because all_reduce writes in place and the caller keeps its values.
     tensor = torch.from_numpy(np.array(array, copy=True)).to(device)
     dist.all_reduce(tensor, getattr(dist.ReduceOp, op.upper()))
     return tensor.cpu().numpy()
 
 
 def gather_objects(value) -> list | None:
-    """Every rank's value on rank 0, in rank order; None elsewhere."""
+    """Every rank's value on rank 0, in rank order; None elsewhere (a collective)."""
     if world_size() == 1:
         return [value]
     gathered = [None] * world_size() if rank() == 0 else None
@@ -117,14 +135,15 @@ def gather_objects(value) -> list | None:
 
 
 def broadcast(tensor: torch.Tensor, source: int) -> torch.Tensor:
-    """`source`'s values, in place on every rank."""
+    """Write the values of rank `source` into the tensor of every rank, and return it (a
+    collective)."""
     if world_size() > 1:
         dist.broadcast(tensor, source)
     return tensor
 
 
 def agree_on(value: T) -> T:
-    """Rank 0's value on every rank."""
+    """Rank 0's value on every rank (a collective)."""
     box = [value]
     if world_size() > 1:
         dist.broadcast_object_list(box)
@@ -132,13 +151,16 @@ def agree_on(value: T) -> T:
 
 
 def first_of_any(value: str | None) -> str | None:
-    """On every rank the value of the first rank that has one."""
+    """The value of the first rank that has one, on every rank (a collective)."""
     return agree_on(next(filter(None, gather_objects(value) or []), None))
 
 
 def on_first_rank(action: Callable[[], T]) -> T | None:
-    """Do it on rank 0 and return the result there, None elsewhere; its UserError is raised on every
-    rank."""
+    """Run an action on rank 0 and return its result there, None elsewhere (a collective).
+
+    Raises:
+        UserError: the action raised one; on every rank, so that none waits for rank 0.
+    """
     trouble, result = None, None
     if rank() == 0:
         try:

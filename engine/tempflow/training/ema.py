@@ -12,10 +12,12 @@ from tempflow.training.engine import Runtime
 
 
 class Average(Averaged):
-    """mean <- decay mean + (1 - decay) weights, every `every` updates; starts as a copy of the
-    weights.
+    """mean <- decay mean + (1 - decay) weights, after every `every` updates.
 
-    Until the first average was taken it holds the weights before training.
+    Args:
+        runtime: the training engine.
+        decay: the factor of the mean.
+        every: updates between two averages.
     """
 
     key = "ema"
@@ -23,8 +25,11 @@ class Average(Averaged):
     def __init__(self, runtime: Runtime, decay: float, every: int):
         super().__init__(runtime, every)
         self._decay = decay
+        # It starts as the weights before training, and holds only these until the first average.
         self._means: dict[str, torch.Tensor] = {
-            name: value.cpu().clone() for name, value in self._current()
+            # On a CPU `cpu()` is no copy, and the value may be the parameter's own storage.
+            name: value.cpu().clone()
+            for name, value in self._current()
         }
 
     def _take(self) -> None:

@@ -1,10 +1,10 @@
-"""The DeepSpeed engine around the transformer, and the copies of its weights that rollouts and
-references use.
+"""The DeepSpeed engine around the transformer, and the copies of its weights for rollouts and the
+reference policy.
 
-Only the transformer is inside the engine; optimizer, precision and ZeRO stage are the config's
-`deepspeed` section. The rollout copy (`replica`) keeps its storage for the whole run and is
-refreshed in place after each update. With LoRA it shares all that is not trained with the engine
-(`model.share_base`).
+Only the transformer is inside the engine. Optimizer, precision and ZeRO stage come from the
+config's `deepspeed` section. The rollout copy (`rollout.replica`) keeps its storage for the whole
+run and is refreshed in place after each iteration. With LoRA it shares all frozen tensors with the
+engine (`model.share_base`).
 """
 
 from __future__ import annotations
@@ -31,12 +31,23 @@ from tempflow.training.precision import engine_dtype, frozen_as_loaded, shares_b
 from tempflow.training.reference_policy import make_reference
 from tempflow.training.shared_base import adopt, bare_copy
 
-ADAPTER = "default"
+ADAPTER = "default"  # peft's name of the one adapter
 
 
 def add_lora(module: Any, lora: Lora, targets: tuple[str, ...], seed: int) -> None:
-    """Freeze the module and add adapters: Gaussian-initialised, or those of `lora.start`. UserError
-    where a target names no layer, or the start does not fit."""
+    """Freeze a module and add LoRA adapters to it.
+
+    Args:
+        module: the transformer.
+        lora: rank, alpha, targets, and the adapters to start from, if any.
+        targets: names of the layers to adapt, if neither `lora.targets` nor `lora.start` says.
+        seed: of the Gaussian initialization.
+
+    Raises:
+        UserError: a target names no layer or a layer that peft cannot adapt, or the adapters of
+            `lora.start` do not fit.
+    """
+    # Imported here, because full fine-tuning does not need it.
     from peft import LoraConfig
 
     module.requires_grad_(False)
@@ -44,6 +55,7 @@ def add_lora(module: Any, lora: Lora, targets: tuple[str, ...], seed: int) -> No
     wanted = list(lora.targets if lora.targets is not None else layers_of(start) or targets)
     layers = [name for name, _ in module.named_modules()]
     unknown = [t for t in wanted if not any(name == t or name.endswith("." + t) for name in layers)]
+    # The family's own targets may name layers that this checkpoint lacks; a user's may not.
     if unknown and (lora.targets or start):
         key = "model.lora.targets" if lora.targets else "model.lora.start"
         raise UserError(
@@ -51,6 +63,7 @@ def add_lora(module: Any, lora: Lora, targets: tuple[str, ...], seed: int) -> No
             f" {', '.join(unknown[:5])}{', ...' * (len(unknown) > 5)}"
         )
     wanted = [t for t in wanted if t not in unknown]
+    # The same adapters on every rank, and torch's global generator as it was.
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         adapters = LoraConfig(
@@ -61,7 +74,8 @@ def add_lora(module: Any, lora: Lora, targets: tuple[str, ...], seed: int) -> No
         except ValueError as error:  # layers that peft cannot adapt
             raise UserError(f"model.lora.targets: {error}") from None
     for part in module.modules():
-        # peft gives adapters their layer's dtype, which a packed weight does not show.
+        # peft gives adapters the dtype of their layer's weight, which is an integer type where the
+        # weight is packed.
         if isinstance(base := getattr(part, "base_layer", None), QuantizedLinear):
             part.lora_A.to(base.dtype), part.lora_B.to(base.dtype)
     if start:
@@ -69,14 +83,26 @@ def add_lora(module: Any, lora: Lora, targets: tuple[str, ...], seed: int) -> No
 
 
 class Runtime:
-    """Trains the denoiser of `policy`. It becomes the policy's own without rollout.replica, and a
-    copy that shares the base with it where `shares_base` says so; then the policy need not have
-    one.
+    """The training engine around a denoiser, and the refresh of rollout copies from it.
 
-    engine: the DeepSpeed engine. dtype: of its weights and activations. trainable: name ->
-    parameter.
+    Args:
+        config: a checked config.
+        policy: the policy to train. Without `rollout.replica` its denoiser becomes the trained one;
+            where `shares_base` is true, a copy that shares the frozen weights with the trained one.
+            In both cases it may come without a denoiser.
+
+    Attributes:
+        engine: the DeepSpeed engine.
+        module: the module inside it.
+        dtype: of its weights and activations.
+        stage: the ZeRO stage.
+        reference: the frozen copy for a penalty; None without one, or with LoRA.
+        trainable: the trained parameters by name.
     """
 
+    # The order of the constructor matters. The bare copy must be made before adapters are added.
+    # Compiling and the reference copy come before DeepSpeed, which under ZeRO-3 cuts the parameters
+    # into slices. The copy's tensors are bound after it, because it moves and casts them.
     def __init__(self, config: Config, policy: Policy):
         self.config, self.policy = config, policy
         self.dtype = engine_dtype(config.deepspeed)
@@ -111,8 +137,8 @@ class Runtime:
         self._start_rollouts(shared)
 
     def _start_rollouts(self, shared: torch.nn.Module | None) -> None:
-        """Prepare the denoiser that the policy rolls out with: `shared`, its own, or without
-        rollout.replica the trained one."""
+        """Prepare the policy's denoiser for rollouts: the trained module without rollout.replica,
+        otherwise `shared` or, where that is None, the policy's own."""
         if not self.config.rollout.replica:
             self.policy.set_denoiser(self.module)
             return
@@ -121,43 +147,56 @@ class Runtime:
         copy = self.policy.denoiser()
         set_attention_backend(copy, self.config.model.attention_backend)
         compile_blocks(copy, self.config.rollout.compile)
+        # A copy with weights of its own was loaded from the checkpoint, and so is up to date unless
+        # training starts from given adapters.
         if shared is not None or (self.config.model.lora and self.config.model.lora.start):
             self.refresh(copy)
 
     def _deepspeed_config(self, module: torch.nn.Module) -> dict:
         ds = copy.deepcopy(self.config.deepspeed)
+        # DeepSpeed does not know this optimizer; it is given to `initialize` as a client's own.
         if eight_bit.asks_for(ds["optimizer"]):
             del ds["optimizer"]
         if "zero_optimization" in ds:
             ds["zero_optimization"] = leaf_section(ds["zero_optimization"], module)
-        ds.setdefault("steps_per_print", 10**9)
+        ds.setdefault("steps_per_print", 10**9)  # the run has its own console
         ds.setdefault("zero_allow_untested_optimizer", True)
         return {
             **ds,
             "train_micro_batch_size_per_gpu": self.config.training.states,
+            # `accumulate` sets the boundary itself: the number of micro-batches varies.
             "gradient_accumulation_steps": 1,
         }
 
     # -------------------------------------------------------------------------------------- updates
     def accumulate(self, loss: torch.Tensor, last: bool) -> None:
-        """Add the gradient of a micro-batch; on the last one ranks' gradients are summed.
+        """Add the gradient of a micro-batch (a collective).
 
-        DeepSpeed averages over ranks, so the loss is scaled up by their number.
+        Args:
+            loss: fp32 [], this rank's share of the mean over the states of all ranks.
+            last: whether it is the last micro-batch of the optimizer step; the gradients of all
+                ranks are then summed.
         """
+        # DeepSpeed averages gradients over ranks, but the losses are shares of one mean and must
+        # be summed, so the loss is scaled by the number of ranks.
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss * self.engine.dp_world_size, scale_wrt_gas=False)
 
     def step(self, lr_factor: float) -> float | None:
-        """Apply the optimizer with learning rate `lr_factor` times the config's; returns the
-        gradient norm.
+        """Apply the optimizer (a collective).
 
-        None where the gradient is not finite: then the weights and the optimizer's state stay as
-        they are, on every rank.
+        Args:
+            lr_factor: factor of the config's learning rate.
+
+        Returns:
+            The norm of the gradient before clipping. None if the gradient is not finite; the
+            weights and the optimizer's state are then unchanged on every rank.
         """
+        # Set directly, without DeepSpeed's scheduler: the factor may follow the clock.
         for group, lr in zip(self.engine.optimizer.param_groups, self._base_lrs, strict=True):
             group["lr"] = lr * lr_factor
         norm = self._plain_grad_norm()
-        # with ZeRO or half precision DeepSpeed sees to it itself
+        # With ZeRO or half precision DeepSpeed skips such a step itself.
         if norm is not None and not math.isfinite(norm):
             self.engine.zero_grad()
             return None
@@ -167,7 +206,8 @@ class Runtime:
         return float(self.engine.get_global_grad_norm() if norm is None else norm)
 
     def _plain_grad_norm(self) -> float | None:
-        """The norm before clipping where DeepSpeed wraps no optimizer, and so reports none."""
+        """The gradient norm before clipping in fp32 at ZeRO stage 0; None elsewhere."""
+        # There DeepSpeed does not wrap the optimizer, reports no norm and skips no step.
         if self.stage > 0 or self.dtype != torch.float32:
             return None
         return torch.nn.utils.get_total_norm(
@@ -175,14 +215,17 @@ class Runtime:
         ).item()
 
     def learning_rate(self) -> float:
+        """The learning rate of the newest step."""
         return self.engine.optimizer.param_groups[0]["lr"]
 
     @contextmanager
     def reference_transformer(self) -> Iterator[torch.nn.Module]:
-        """The policy before training: the frozen copy, or the engine with its adapters off."""
+        """The policy before training: the frozen copy, or with LoRA the engine with its adapters
+        switched off."""
         if self.reference is not None:
             yield self.reference
             return
+        # The engine, not its module: under ZeRO-3 its forward gathers the weights.
         self.module.disable_adapters()
         try:
             yield self.engine
@@ -191,21 +234,23 @@ class Runtime:
 
     # -------------------------------------------------------------------------------------- weights
     def gathered(self, parameters: list[torch.nn.Parameter]):
-        """A context in which these parameters are whole on every rank."""
+        """A context in which these parameters are whole on every rank (a collective at stage 3)."""
         return deepspeed.zero.GatheredParameters(parameters) if self.stage == 3 else nullcontext()
 
     def full_fp32(self, parameter: torch.nn.Parameter) -> torch.Tensor:
-        """The optimizer's fp32 master of a parameter, whole, on every rank (a collective)."""
+        """The optimizer's fp32 master copy of a parameter, whole, on every rank (a collective)."""
+        # None where there is no master copy: at stage 0 the parameter itself is fp32.
         value = safe_get_full_fp32_param(parameter)
         return (parameter if value is None else value).detach().float()
 
     def trainable_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Whole shapes of the trainable weights, which ZeRO-3 may hold in slices."""
+        """The whole shape of each trained weight."""
+        # Under ZeRO-3 a parameter's own shape is that of its slice; ds_shape is that of the whole.
         return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self.trainable.items()}
 
     def _replica_sources(self) -> list[tuple[str, list[str]]]:
-        """For each weight of a copy of its own that training changes, the engine's parameters it is
-        made of."""
+        """(weight, parameters) pairs: each weight that training changes in a copy with weights of
+        its own, and the engine's parameters that it is computed from."""
         names = dict(self.module.named_parameters())
         if not self.config.model.lora:
             return [(name, [name]) for name in names]
@@ -221,11 +266,15 @@ class Runtime:
         target: torch.nn.Module,
         average: Callable[[list[str]], dict[str, torch.Tensor]] | None = None,
     ) -> None:
-        """Write the current weights into a rollout copy, in place (a collective): adapters as they
-        are where it shares the base, merged where it has weights of its own.
+        """Write the current weights into a rollout copy, in place (a collective).
 
-        average: gives values to use instead of the engine's for those of the parameters named that
-        it has.
+        Adapters are copied where the copy shares the base, and merged where it has weights of its
+        own. Captured graphs stay valid, because no weight moves.
+
+        Args:
+            target: the rollout copy; nothing happens if it is the trained module itself.
+            average: returns averages for those of some named parameters that have one; these are
+                used instead of the engine's values.
         """
         if target is self.module:
             return
@@ -234,15 +283,17 @@ class Runtime:
             self._copy(bucket, named, goal, average)
 
     def _copy(self, bucket: list[tuple[str, list[str]]], named, goal, average) -> None:
-        """A bucket of `refresh`; its values are gone before the next one's are made."""
+        """Copy one bucket of `refresh`. Its gathered values are freed before the next bucket."""
         parts = [part for _, parts in bucket for part in parts]
         values = average(parts) if average else {}
+        # Gathering in one call for a bucket, not one for each weight, saves messages.
         with self.gathered([named[part] for part in parts if part not in values]):
             values = {part: values.get(part, named[part]) for part in parts}
             for name, parts in bucket:
                 goal[name].copy_(self._merge(name, [values[part] for part in parts]))
 
     def _merge(self, name: str, values: list[torch.Tensor]) -> torch.Tensor:
+        """A weight of the copy from its parts: the part itself, or base, down and up merged."""
         if len(values) == 1:
             return values[0]
         weight, down, up = values
@@ -250,11 +301,14 @@ class Runtime:
         return merged(weight, down, up, layer.scaling[ADAPTER])
 
     def _buckets(self, named) -> Iterator[list[tuple[str, list[str]]]]:
+        """`_sources` in groups of at most rollout.refresh_bucket elements, or of one weight."""
         bucket: list[tuple[str, list[str]]] = []
         size = 0
         for source in self._sources:
             elements = sum(
-                getattr(named[part], "ds_numel", named[part].numel()) for part in source[1]
+                # Of the whole parameter: under ZeRO-3 numel() is that of this rank's slice.
+                getattr(named[part], "ds_numel", named[part].numel())
+                for part in source[1]
             )
             if bucket and size + elements > self.config.rollout.refresh_bucket:
                 yield bucket
@@ -266,11 +320,14 @@ class Runtime:
 
 
 def compile_blocks(module: torch.nn.Module, how: str) -> None:
-    """torch.compile of the repeated blocks, one compilation for all of a kind; "eager" leaves the
-    module alone.
+    """Compile the repeated blocks of a transformer, once for all blocks of a kind.
 
-    Weights stay where they are, so refreshing them in place goes on working. Compiled code is
-    cached on disk.
+    Weights stay where they are, so they can still be refreshed in place. torch caches the compiled
+    code on disk.
+
+    Args:
+        module: the transformer.
+        how: "eager" (do nothing), "compile", or "compile-max", which tries more kernels.
     """
     if how == "eager":
         return

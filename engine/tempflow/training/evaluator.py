@@ -1,5 +1,4 @@
-"""Evaluations in the course of a run: the averaged weights where there are any, on all ranks
-together."""
+"""Evaluations during a run, by all ranks together, of the averaged weights if there are any."""
 
 from __future__ import annotations
 
@@ -19,26 +18,29 @@ from tempflow.training.session import Session
 
 
 class Evaluator:
-    """Evaluates a session on its held-out prompts, and remembers the base's rewards and looks, to
+    """Evaluates a session on its held-out prompts. It keeps the rewards and looks of the base, from
     which gain and drift are measured.
 
-    metrics, evaluated_at: of the newest evaluation, and its iteration.
+    Attributes:
+        metrics: of the newest evaluation, on rank 0.
+        evaluated_at: the iteration of the newest evaluation; -1 before the first.
     """
 
     def __init__(self, session: Session, recorder: Recorder):
         self.session, self.recorder = session, recorder
         self.base_reward: float | None = None
-        self.base_rewards: np.ndarray | None = (
-            None  # of each held-out prompt, [n]: gains are measured prompt by prompt
-        )
+        # Of each held-out prompt, [n]: gains are measured prompt by prompt, which has a smaller
+        # standard error than a difference of means.
+        self.base_rewards: np.ndarray | None = None
         self.base_looks: Looks | None = None
         self.metrics: dict = {}
         self.evaluated_at = -1
 
     @contextmanager
     def _averaged_weights(self):
-        """The average in the rollout copy, where one was taken; yields which weights are
-        evaluated."""
+        """Put the average into the rollout copy if one was taken; yields the name of the weights
+        that are evaluated."""
+        # Without a copy the average would have to overwrite the weights that are trained.
         s = self.session
         if s.average is None or not s.config.rollout.replica or not s.average.taken:
             yield "raw"
@@ -46,14 +48,21 @@ class Evaluator:
         s.runtime.refresh(s.policy.denoiser(), s.average.gather)
         try:
             yield s.average.key
+        # The next rollout needs the trained weights, also after an error.
         finally:
             s.runtime.refresh(s.policy.denoiser())
 
     def evaluate(self, iteration: int) -> dict:
-        """Draw, score and show the held-out prompts (a collective); metrics on rank 0, nothing
-        elsewhere or without prompts.
+        """Sample and score the held-out prompts (a collective).
 
-        Raises TooManyFailed.
+        Args:
+            iteration: number of finished iterations; 0 is the base, whose results are kept.
+
+        Returns:
+            The metrics on rank 0; an empty dict elsewhere, or without prompts.
+
+        Raises:
+            TooManyFailed: more images than `reward_pool.max_failed` allows have no reward.
         """
         s, e = self.session, self.session.config.eval
         if not s.heldout or e.every == 0:
@@ -94,7 +103,8 @@ class Evaluator:
         return self.metrics
 
     def state(self) -> dict:
-        """JSON values from which `load` goes on."""
+        """JSON values from which `load` restores the evaluator."""
+        # JSON has no NaN: a prompt without a reward is null.
         known = (
             None
             if self.base_rewards is None
@@ -104,16 +114,22 @@ class Evaluator:
         return {"base_reward": self.base_reward, "base_rewards": known, "base_looks": looks}
 
     def load(self, state: dict) -> None:
+        """Restore the evaluator from `state`."""
         self.base_reward = state["base_reward"]
-        known = state.get("base_rewards")  # checkpoints of earlier versions lack it
+        # Checkpoints of earlier versions lack it, and with eval.prompts changed it does not fit.
+        known = state.get("base_rewards")
         if known and len(known) == len(self.session.heldout):
             self.base_rewards = np.array(known, dtype=np.float32)  # None becomes NaN
         if looks := state.get("base_looks"):
             self.base_looks = Looks.unpack(looks)
 
     def sureness(self, final: dict) -> dict:
-        """What the rewards of the base and the last evaluation are made of, the gain with its
-        standard error, and the drift."""
+        """For the summary: standard errors and counts of the base's and the last evaluation's
+        rewards, the gain with its standard error, and the drift.
+
+        Args:
+            final: the metrics of the last evaluation.
+        """
         names = {
             "tuned_stderr": "eval/reward/stderr",
             "scored": "eval/scored",

@@ -1,16 +1,16 @@
-"""Whole transformer blocks as the units that ZeRO stage 3 gathers and releases ("leaf modules" of
-DeepSpeed).
+"""Makes whole transformer blocks the units that ZeRO stage 3 gathers and releases (DeepSpeed's
+"leaf modules").
 
 By default DeepSpeed runs hooks around every module that has weights, 1 279 of them in FLUX.1, and
-each hook looks ahead through the list of the following ones: a training step then waits for Python,
-not for the GPU. With a block as one unit the hooks run 57 times, and as much of the weights is in
-memory as one block has (FLUX.1: 0.7 GB in bf16), plus what is fetched ahead.
+each hook looks ahead through the list of those that follow. A training step then waits for Python
+and not for the GPU. With a block as one unit the hooks run 57 times. The weights of one block
+(FLUX.1: 0.7 GB in bf16), and those fetched ahead, are in memory at a time.
 
 DeepSpeed 0.19.8 reduces a leaf's gradients in a full backward hook. torch calls that hook when the
-gradients of the module's *positional* inputs are complete, or, where none of them needs one, before
-any weight of the module has its gradient; DeepSpeed then reduces zeros. diffusers calls blocks by
-keyword, and under LoRA nothing before the first block is trained. So `call_by_position` moves the
-arguments and makes one of them need a gradient.
+gradients of the module's *positional* inputs are complete. If none of these needs a gradient, it
+calls the hook before any weight of the module has one, and DeepSpeed reduces zeros. diffusers calls
+blocks by keyword, and under LoRA nothing before the first block is trained. So `call_by_position`
+passes the arguments by position and makes one of them require a gradient.
 """
 
 from __future__ import annotations
@@ -26,16 +26,18 @@ from tempflow.compat import block_classes
 
 
 def leaf_section(zero: dict, module: torch.nn.Module) -> dict:
-    """The `zero_optimization` section with the module's blocks as leaves: at stage 3, unless the
-    user has named leaves."""
+    """The `zero_optimization` section, at stage 3 with the module's blocks as leaves, unless the
+    user's section names leaves itself."""
     if zero.get("stage") != 3 or "leaf_module" in zero:
         return zero
     return {**zero, "leaf_module": {"classes": block_classes(module)}}
 
 
 def call_by_position(module: torch.nn.Module, zero: dict) -> None:
-    """Prepare the leaves that a section names for their backward hook; before DeepSpeed adds its
-    own hooks."""
+    """Prepare the leaves that a section names for DeepSpeed's backward hook.
+
+    Must be called before DeepSpeed adds its own hooks, which must see the changed arguments.
+    """
     if zero.get("stage") != 3:
         return
     for leaf in apply_zero_leaf_module_config(
@@ -47,17 +49,19 @@ def call_by_position(module: torch.nn.Module, zero: dict) -> None:
 def _by_position(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     bound = _signature(type(module)).bind(module, *args, **kwargs)  # type: ignore[arg-type]  # a class is hashable
     bound.apply_defaults()
-    given = list(bound.args[1:])
+    given = list(bound.args[1:])  # without self
     floats = [
         i
         for i, value in enumerate(given)
         if isinstance(value, torch.Tensor) and value.is_floating_point()
     ]
+    # Only where none requires a gradient already. Detached first: a leaf tensor is needed, and the
+    # caller's own must not change.
     if torch.is_grad_enabled() and floats and not any(given[i].requires_grad for i in floats):
         given[floats[0]] = given[floats[0]].detach().requires_grad_()
     return tuple(given), bound.kwargs
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=16)  # the hook runs in every forward, and a model has few kinds of blocks
 def _signature(kind: type[torch.nn.Module]) -> inspect.Signature:
     return inspect.signature(kind.forward)
