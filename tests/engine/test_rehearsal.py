@@ -169,8 +169,8 @@ def child(code):
             "sys.exit('no kernel image is available')",
             "its process ended with status 1: no kernel image is available",
         ),
-        ("import os; os.abort()", "its process ended with status -6: it said nothing"),
-        ("print('not JSON')", "its process ended with status 0: it said nothing"),
+        ("import os; os.abort()", "its process ended with status -6: no output"),
+        ("print('not JSON')", "its process ended with status 0: no output"),
     ],
 )
 def test_any_end_of_the_child_is_an_answer(code, reason):

@@ -1,8 +1,8 @@
-"""The training loop: roll out, score, give credit, update, refresh; and around it evaluations,
-checkpoints, records.
+"""The training loop: roll out, score, compute advantages, update, refresh the rollout copy; and the
+evaluations, checkpoints and records around it.
 
-Everything an iteration depends on is a function of the config, the iteration's number and the
-weights, so a resumed run repeats what an undisturbed one would have done.
+An iteration is a function of the config, its number, the weights, and the state that checkpoints
+keep. So a resumed run repeats what an uninterrupted one would have done.
 """
 
 from __future__ import annotations
@@ -50,18 +50,24 @@ class Rolled:
     rolled: RolledOut
     scored: Scored
     exact: Scored | None
-    """Of the same rows with the exact suffix, where a coarser one is audited."""
+    """Rewards of the same rows after the exact suffix, in iterations that audit a coarser one."""
 
 
 class Trainer:
-    """Trains a session to the end, or to a signal. Where it stands is what its checkpoints keep."""
+    """Trains a session to the end, or until a signal stops it.
+
+    Args:
+        session: the parts of the run.
+        recorder: writes metrics, samples, the report and the summary.
+        profile: the iterations that a profiler sees.
+    """
 
     def __init__(self, session: Session, recorder: Recorder, profile: Profile | None = None):
         self.session, self.config, self.recorder = session, session.config, recorder
         self.profile = profile or Profile(None)
         self.order = prompt_order(self.config, session.prompts)
-        # Reads all condition images, now rather than when a checkpoint waits for it, and on the
-        # rank that writes it.
+        # This reads all condition images. Now, because a file that is missing should end the run at
+        # its start and not at its first checkpoint; on rank 0, which writes checkpoints.
         self.prompts = digests(session.prompts, session.heldout) if distributed.rank() == 0 else {}
         choice = self.config.data.curation
         self.curation = (
@@ -74,15 +80,22 @@ class Trainer:
         self.evaluator = Evaluator(session, recorder)
         self.rule = StopRule(self.config.eval.stop) if self.config.eval.stop else None
         self.iteration, self.elapsed, self.images = 0, 0.0, 0
-        self.seconds: dict[str, float] = {}  # of the parts of this iteration, on this rank
-        # iteration of the newest checkpoint; before the first update there is nothing to save
+        self.seconds: dict[str, float] = {}  # by part of this iteration, on this rank
+        # Iteration of the newest checkpoint. Iteration 0 counts as saved: it is the base itself.
         self.saved = 0
-        self.stopped = False  # by a signal on any rank
-        self.ended: str | None = None  # why the stop rule ended the run
+        self.stopped = False  # whether a signal on any rank stopped the run
+        self.ended: str | None = None  # why the stop rule ended the run; None until it does
 
     # ------------------------------------------------------------------------------------------ run
     def run(self, resume_from: Path | None) -> dict | None:
-        """Train; returns the summary on rank 0. resume_from: a whole checkpoint of this run."""
+        """Train (a collective).
+
+        Args:
+            resume_from: a whole checkpoint of this run; None: start from the base.
+
+        Returns:
+            The summary on rank 0; None on other ranks, and where a signal stopped the run.
+        """
         s, t = self.session, self.config.training
         check_rewards(s)
         if resume_from:
@@ -100,6 +113,7 @@ class Trainer:
             ),
         )
         with self.recorder.console:
+            # The rule's state is not in the checkpoint: it follows from the recorded metrics.
             if resume_from and self.rule:
                 self.ended = distributed.agree_on(
                     self.rule.replay(self.recorder.rows(), self.config.eval.every)
@@ -123,7 +137,8 @@ class Trainer:
             except TooManyFailed as error:
                 self._save_before(error)
                 raise
-            if metrics is None:  # stopped during the rollout, which is given up
+            # Stopped during the rollout, whose rows are discarded: resuming repeats the iteration.
+            if metrics is None:
                 break
             self.iteration += 1
             spent = time.perf_counter() - started
@@ -137,9 +152,11 @@ class Trainer:
                 try:
                     metrics |= self.evaluator.evaluate(self.iteration)
                 except TooManyFailed as error:
+                    # The iteration itself was finished, so its row must not be lost.
                     self.recorder.record(metrics)
                     self._save_before(error)
                     raise
+            # The row is written before the checkpoint: resuming cuts metrics.jsonl back to it.
             self._record(metrics)
             if self._due(self.config.checkpoint.every):
                 self._save()
@@ -149,6 +166,7 @@ class Trainer:
         self._say_why_it_ended()
 
     def _say_why_it_ended(self) -> None:
+        """Tell the user why the run ended early, if it did."""
         if self.stopped:
             why = getattr(self.session.stop, "received", None) or "a signal on another rank"
             self.recorder.note(
@@ -156,28 +174,32 @@ class Trainer:
             )
         elif self.ended:
             self.recorder.note(
-                f"stopped after iteration {self.iteration} by {self.ended}; to go on: --resume with"
-                " another eval.stop"
+                f"stopped after iteration {self.iteration} by {self.ended}; to continue, use"
+                " --resume with another eval.stop"
             )
 
     def _save_before(self, error: TooManyFailed) -> None:
-        """Keep the work so far where the rewards failed; where the model did, the checkpoints
-        before stay as they are."""
+        """Write a checkpoint before an error ends the run, if the rewards failed."""
+        # If the model failed its weights are broken, and a new checkpoint could remove a good one.
         if not error.model_broken:
             self._save_new()
 
     def _done(self) -> bool:
-        """All ranks together: the last iteration, the time limit, the stopping rule, or a
-        signal."""
+        """Whether the run is over: by the last iteration, the time limit, the stop rule, or a signal
+        on any rank (a collective)."""
         t = self.config.training
         over = self.iteration >= t.iterations or (
             t.minutes is not None and self.elapsed >= 60 * t.minutes
         )
+        # Clocks and signals differ between ranks, and one that left the loop alone would leave the
+        # others in a collective.
         return bool(
             distributed.reduce(over or self.ended is not None or self.session.stop(), "max")
         )
 
     def _due(self, every: int) -> bool:
+        """Whether something that happens every so many iterations is due now."""
+        # Not at the last iteration, after which the run evaluates and saves in any case.
         return (
             every > 0
             and self.iteration % every == 0
@@ -185,22 +207,23 @@ class Trainer:
         )
 
     def _record(self, metrics: dict) -> None:
-        """Write a row, and let the stopping rule see it where it was evaluated, with one verdict on
-        every rank."""
+        """Write a row of metrics, and apply the stop rule to it if it has an evaluation."""
         self.recorder.record(metrics)
         if self.rule and self.evaluator.evaluated_at == self.iteration:
+            # Only rank 0 has the evaluation's metrics; its verdict holds for all.
             self.ended = distributed.agree_on(
                 self.rule.observe(metrics) if distributed.rank() == 0 else None
             )
 
     # ------------------------------------------------------------------------------------ iteration
     def _iterate(self) -> dict | None:
-        """One iteration; None where a stop was asked for during the rollout."""
+        """One iteration; returns its metrics, or None if a stop was requested in the rollout."""
         self.seconds = {}
         drawn, layout = self._draw()
         rollout = self._roll_out(layout)  # the reward workers score images meanwhile
         if rollout is None:
             return None
+        # Every rank computes all advantages from all rewards, so none needs to be sent.
         credit = self.session.advantage(layout.slots, rollout.scored.rewards)
         with self._timed("train"):
             parts = make_parts(self.session, rollout.rolled, credit, self.adapt.candidates)
@@ -213,8 +236,7 @@ class Trainer:
         return metrics | self.adapt.observe(layout, rollout.scored, credit) | self._times()
 
     def _draw(self) -> tuple[Draw | None, Layout]:
-        """The iteration's prompts, as curation drew them where there is any, and the rows of all
-        units."""
+        """The iteration's prompts, drawn by curation if there is any, and the rows of all units."""
         drawn = self.curation.draw(self.iteration) if self.curation else None
         indices = drawn.indices if drawn else self.order.indices(self.iteration)
         return drawn, plan_iteration(
@@ -222,8 +244,8 @@ class Trainer:
         )
 
     def _roll_out(self, layout: Layout) -> Rolled | None:
-        """Roll out and score; with the exact suffix once more, where a coarser one is audited. None
-        where a stop was asked for."""
+        """Roll out and score, in iterations that audit a coarser suffix also with the exact one.
+        None if a stop was requested."""
         s, suffix = self.session, self.config.rollout.suffix
         audits = (
             suffix is not None
@@ -237,6 +259,7 @@ class Trainer:
                 return None
             scored = gather_rewards(s, rolled)
             self.seconds |= rolled.seconds | scored.seconds
+            # The same layout and noise: only the steps after the last noise differ.
             with self._timed("audit"):
                 again = (
                     roll_out(s, layout, self.iteration, None, advance, self.adapt.levels)
@@ -259,7 +282,7 @@ class Trainer:
         )
 
     def _curate(self, drawn: Draw | None, layout: Layout, rollout: Rolled) -> dict:
-        """Let curation see the rewards of the prompts that it drew; its metrics."""
+        """Show curation the rewards of the prompts that it drew; returns its metrics."""
         if drawn is None or self.curation is None:
             return {}
         self.curation.update(drawn, self.iteration, layout.slots, rollout.scored.rewards.total)
@@ -267,37 +290,40 @@ class Trainer:
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
-        """Note what a part of the iteration takes."""
+        """Time a part of the iteration."""
         started = time.perf_counter()
         yield
         self.seconds[name] = time.perf_counter() - started
 
     def _times(self) -> dict[str, float]:
-        """Seconds of the iteration's parts, on the rank that each took longest on."""
+        """Seconds of the iteration's parts, each on the rank where it took longest."""
+        # All ranks have the same keys in the same order, because they ran the same parts.
         longest = distributed.reduce(list(self.seconds.values()), "max")
         return {
             f"time/{name}": float(value) for name, value in zip(self.seconds, longest, strict=True)
         }
 
     def _refresh(self) -> None:
-        """Bring the trained weights into the rollout copy."""
+        """Write the trained weights into the rollout copy, if there is one (a collective)."""
         if self.config.rollout.replica:
             self.session.runtime.refresh(self.session.policy.denoiser())
 
     def _progress(self) -> float:
-        """How far the run is, in [0, 1]: by iterations, or by the time limit where that is
-        nearer."""
+        """The progress of the run, in [0, 1]: by iterations, or by the time limit if that is nearer
+        (a collective)."""
         t = self.config.training
         timed = self.elapsed / (60 * t.minutes) if t.minutes else 0.0
+        # One clock for all ranks: the learning rate must be the same everywhere.
         return min(1.0, max(self.iteration / t.iterations, float(distributed.reduce(timed, "max"))))
 
     def _lr_factor(self) -> float:
+        """A cosine from 1 to training.lr_decay over the run; constant where that is 1."""
         floor = self.config.training.lr_decay
         return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * self._progress()))
 
     # ------------------------------------------------------------------------------------------ end
     def _finish(self) -> dict | None:
-        """The last evaluation, the summary and the report."""
+        """The last evaluation, the summary and the report; returns the summary on rank 0."""
         known = self.evaluator.evaluated_at == self.iteration  # stopped right after an evaluation
         final = self.evaluator.metrics if known else self.evaluator.evaluate(self.iteration)
         if distributed.rank() != 0:
@@ -308,8 +334,8 @@ class Trainer:
         if average and not average.taken:
             self.recorder.note(
                 f"training.{average.key}: no average was taken in {average.updates} updates"
-                f" (training.{average.key}.every: {average.every}); the raw weights were evaluated,"
-                " and are what will be exported"
+                f" (training.{average.key}.every: {average.every}); the raw weights were evaluated"
+                f" and will be exported; lower training.{average.key}.every to get an average"
             )
         summary = {
             "base_reward": self.evaluator.base_reward,
@@ -330,7 +356,9 @@ class Trainer:
 
     # ---------------------------------------------------------------------------------- checkpoints
     def _save(self) -> None:
+        """Write a checkpoint of this iteration (a collective)."""
         s = self.session
+        # Everything that lives across iterations: what is missing here, a resumed run would lose.
         state = {
             "iteration": self.iteration,
             "elapsed": self.elapsed,
@@ -353,11 +381,12 @@ class Trainer:
         self.saved = self.iteration
 
     def _save_new(self) -> None:
-        """A checkpoint, unless this iteration has one."""
+        """Write a checkpoint, unless this iteration has one."""
         if self.saved != self.iteration:
             self._save()
 
     def _restore(self, path: Path) -> None:
+        """Return the run to a checkpoint (a collective)."""
         s = self.session
         state = load.restore(s.runtime, s.average, path, self.recorder.note)
         self.iteration, self.elapsed, self.images = (
@@ -367,7 +396,8 @@ class Trainer:
         )
         if self.curation:
             self.curation.load(state["curation"])
-        self.adapt.load(state.get("adapt", {}))
+        self.adapt.load(state.get("adapt", {}))  # checkpoints of earlier versions lack it
         self.evaluator.load(state)
         self.saved = self.iteration
+        # The rollout copy still has the weights of the base.
         self._refresh()

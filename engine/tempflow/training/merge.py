@@ -1,9 +1,9 @@
-"""Merging in place of a learning-rate decay: a weighted sum of the last snapshots of the trained
-weights.
+"""Merging snapshots instead of decaying the learning rate: a weighted sum of the last snapshots of
+the trained weights.
 
-Under a constant learning rate, sum_j c_j theta_j over the snapshots theta_1 .. theta_n equals a run
-whose update i was scaled by w_i = sum_{j >= i} c_j: a decay after the fact, which can be had at any
-moment and needs no planned end (WSM, arXiv 2507.17634).
+Under a constant learning rate, sum_j c_j theta_j over the snapshots theta_1 .. theta_n equals the
+weights of a run whose update i was scaled by w_i = sum_{j >= i} c_j. So a decay is applied after
+the fact, at any moment, and the end of the run need not be planned (WSM, arXiv 2507.17634).
 """
 
 from __future__ import annotations
@@ -20,35 +20,35 @@ from tempflow.checkpoints.safetensors_writer import write_together
 from tempflow.training.averaged import Averaged
 from tempflow.training.engine import Runtime
 
-DECAYS: dict[
-    str, Callable[[float], float]
-] = {  # w of the share u in [0, 1) of the window that lies before an update
+# The weight w of an update, as a function of u in [0, 1), the share of the window that lies before
+# it. Equal weights of the snapshots ("mean") are those of a linear decay, hence two names.
+DECAYS: dict[str, Callable[[float], float]] = {
     "sqrt": lambda u: 1 - math.sqrt(u),
-    "mean": lambda u: 1 - u,  # equal weights, which are
-    "linear": lambda u: 1 - u,  # those of a linear decay
+    "mean": lambda u: 1 - u,
+    "linear": lambda u: 1 - u,
 }
 
 
 def coefficients(shape: str, n: int) -> list[float]:
-    """c_1 .. c_n of n snapshots, the oldest first: c_j = w_j - w_{j+1} with w_i = decay((i - 1) /
-    n) and w_{n+1} = 0. Their sum is 1.
+    """c_1 .. c_n of n snapshots, the oldest first; their sum is 1.
 
-    What was trained before the window keeps its size: c_0 = 1 - w_1 is 0 for every shape, so no
-    snapshot of it is needed.
+    c_j = w_j - w_{j+1} with w_i = decay((i - 1) / n) and w_{n+1} = 0.
     """
+    # Updates before the window are not scaled: w_1 is 1 for every shape, so the weights before the
+    # window have coefficient 0 and need no snapshot.
     w = [DECAYS[shape](i / n) for i in range(n)] + [0.0]
     return [a - b for a, b in zip(w, w[1:])]
 
 
 class Merge(Averaged):
-    """The weighted sum of the last n snapshots of the weights; of those that there are while they
-    are fewer.
+    """The weighted sum of the last n snapshots of the weights, or of all snapshots while there are
+    fewer.
 
     Args:
-        runtime: whose trained weights.
-        last: n, snapshots kept.
+        runtime: the training engine.
+        last: n, the number of snapshots that are kept.
         every: updates between two snapshots.
-        shape: a key of `DECAYS`, the decay that the sum stands for.
+        shape: a key of `DECAYS`, the decay that the sum is equivalent to.
     """
 
     key = "merge"
@@ -60,11 +60,11 @@ class Merge(Averaged):
 
     def _take(self) -> None:
         if len(self._snapshots) == self._snapshots.maxlen:
-            self._snapshots.popleft()  # before its successor needs room
+            self._snapshots.popleft()  # first, so that never n + 1 snapshots are in memory
         self._snapshots.append({name: value.cpu().clone() for name, value in self._current()})
 
     def _value(self, name: str) -> torch.Tensor:
-        """Summed in float64, so that equal snapshots give themselves."""
+        # In float64, so that the sum of equal snapshots is that snapshot to the bit.
         found = torch.zeros(self._shapes[name], dtype=torch.float64)
         for c, snapshot in zip(
             coefficients(self._shape, len(self._snapshots)), self._snapshots, strict=True
@@ -73,8 +73,8 @@ class Merge(Averaged):
         return found.float()
 
     def write(self, file: Path) -> None:
-        """The sum into `file`, and beside it the snapshots, from which a resumed run goes on (a
-        collective)."""
+        """Write the sum into `file`, and the snapshots, which a resumed run needs, into a file
+        beside it (a collective)."""
         super().write(file)
         names = {
             f"{j}.{name}": (snapshot, name)
@@ -96,11 +96,12 @@ class Merge(Averaged):
         mine = [name for name in self._shapes if self._mine(name)]
         with safe_open(snapshots_of(file), "pt") as held:
             count = 1 + max(int(key.partition(".")[0]) for key in held.keys())
+            # With a smaller training.merge.last than before, only the newest are kept.
             for j in range(count)[-(self._snapshots.maxlen or 0) :]:
                 self._snapshots.append({name: held.get_tensor(f"{j}.{name}") for name in mine})
 
 
 def snapshots_of(file: Path) -> Path:
-    """Where the snapshots of a merge's file lie: tensors named "j.weight", the oldest being j =
-    0."""
+    """The file of snapshots beside a merge's file. Its tensors are named "j.weight"; j = 0 is the
+    oldest snapshot."""
     return file.with_name("snapshots.safetensors")

@@ -1,7 +1,7 @@
-"""Micro-batch sizes that a config leaves open, found by measuring at the start.
+"""Chooses the micro-batch sizes that a config leaves open, by measuring at the start.
 
-The noise of a sample has a name and a loss is a mean over states, so sizes change speed and the
-last bits alone. A run that is resumed goes on with the sizes that it began with.
+Noise is keyed by sample and a loss is a mean over states, so the sizes only change speed and the
+last bits of results. A resumed run keeps the sizes that it began with.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from tempflow.training import distributed
 from tempflow.training.session import Session
 
 MOST = 256
-BETTER = 0.97  # of the time per row: less of a gain is noise, or not worth the memory
-TRIES = 2  # doublings in a row without a gain, before larger sizes are given up
+BETTER = 0.97  # factor of the time per row; a smaller gain may be noise, or does not pay for memory
+TRIES = 2  # doublings in a row without a gain, after which larger sizes are not tried
 
 
 def choose(session: Session, embedded: list[int], saved: dict | None) -> None:
-    """Fill in `rollout.micro_batch` and `training.micro_batch` where they are null (a collective).
+    """Set `rollout.micro_batch` and `training.micro_batch` where they are null (a collective).
 
     Args:
-        session: where the run is assembled.
-        embedded: places of training prompts whose embeddings are there.
-        saved: the config that the checkpoint to resume from was written with; None for a new run.
+        session: the assembled run, whose config is changed.
+        embedded: places of training prompts whose embeddings were computed.
+        saved: the config in the checkpoint to resume from; None for a new run.
     """
     found = []
     for section, measure in (("rollout", _forwards), ("training", _backwards)):
@@ -44,7 +44,8 @@ def choose(session: Session, embedded: list[int], saved: dict | None) -> None:
 def _measured(
     session: Session, section, embedded: list[int], measure: Callable[[Session, list[int]], None]
 ) -> int:
-    # a forward of the engine is a collective, and its backward leaves gradients
+    # Only a copy can be measured: a forward of the engine is a collective under ZeRO-3, and its
+    # backward would leave gradients. Without a copy the default size is used.
     if not session.config.rollout.replica:
         return section.rows if hasattr(section, "rows") else section.states
     prompts = [embedded[i % len(embedded)] for i in range(MOST)]
@@ -56,7 +57,9 @@ def _measured(
 def fastest(seconds: Callable[[int], float | None], most: int) -> int:
     """The smallest power of two up to `most` whose time per row is within 3 % of the best.
 
-    seconds: of a pass over so many rows; None where they do not fit.
+    Args:
+        seconds: the time of a pass over a number of rows; None if they do not fit into memory.
+        most: largest number of rows.
     """
     each: dict[int, float] = {}
     rows, without_gain = 1, 0
@@ -69,13 +72,14 @@ def fastest(seconds: Callable[[int], float | None], most: int) -> int:
         )
         each[rows] = taken / rows
         rows *= 2
+    # The smallest size that is nearly as fast: it leaves the most memory. 1 if nothing fitted.
     best = min(each.values(), default=0.0)
     return next((rows for rows, one in each.items() if BETTER * one <= best), 1)
 
 
 def _seconds(measure: Callable[[], None], device: torch.device) -> float | None:
-    """The faster of two passes after one that warms up, on the slowest rank; None where any rank
-    runs out of memory."""
+    """The faster of two passes after a first one that warms up, on the slowest rank; None if any
+    rank runs out of memory (a collective)."""
     times = []
     for _ in range(3):
         started, full = time.perf_counter(), False
@@ -85,6 +89,7 @@ def _seconds(measure: Callable[[], None], device: torch.device) -> float | None:
                 torch.cuda.synchronize()
         except torch.OutOfMemoryError:
             full = True
+        # All ranks leave together, or those that had room would wait in the next reduction.
         times.append(time.perf_counter() - started)
         if distributed.reduce(full, "max"):
             return None
@@ -97,8 +102,8 @@ def _forwards(session: Session, prompts: list[int]) -> None:
 
 
 def _backwards(session: Session, prompts: list[int]) -> None:
-    """Forward and backward to the latents through the rollout copy: the training engine's gradients
-    stay untouched."""
+    """Forward and backward to the latents, through the rollout copy."""
+    # The copy's weights are frozen, so only the latents have gradients and none is left behind.
     _velocity(session, prompts, grad=True).float().square().mean().backward()
 
 
@@ -112,7 +117,9 @@ def _velocity(session: Session, prompts: list[int], grad: bool = False) -> torch
 
 
 def _conditioning(session: Session, prompts: list[int]) -> Conditioning:
-    """Of the prompts, or where shapes differ of as many of the longest: any prompt must fit."""
+    """The conditioning of the prompts, or one of the longest shape for families whose shapes
+    differ."""
+    # The size must fit for any prompt, so the longest one decides.
     if not session.policy.ragged:
         return session.embed_prompts(prompts)
     return {

@@ -1,5 +1,5 @@
-"""The updates of one iteration: passes over its parts, what a skipped update means, and the check
-that training repeats the rollout's arithmetic."""
+"""The updates of one iteration: passes over its parts, the handling of skipped updates, and a check
+that two forwards of the same states agree."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from tempflow.types import Unit
 
 
 class Passes:
-    """Takes the optimizer steps of iterations, and counts those that were skipped in a row.
+    """Takes the optimizer steps of iterations, and counts how many were skipped in a row.
 
     Args:
-        session: whose policy is trained.
-        recorder: gets progress and warnings.
+        session: the run.
+        recorder: shows progress and warnings.
         save: writes a checkpoint; called before too many skipped updates end the run.
     """
 
@@ -35,19 +35,25 @@ class Passes:
         """All updates of an iteration (a collective).
 
         Args:
-            parts: of the iteration's states, an optimizer step each in every pass.
+            parts: the iteration's states in parts; each part makes one optimizer step in every
+                pass.
             iteration: its number, from 0.
-            lr_factor: of the learning rate, read at every update.
+            lr_factor: returns the factor of the learning rate; called at every update.
 
-        Returns the updates' metrics, and the rows forwarded beside them on all ranks. UserError
-        when more updates in a row than training.max_skipped are skipped.
+        Returns:
+            The metrics of each update, and the number of rows forwarded besides, on all ranks.
+
+        Raises:
+            UserError: more than training.max_skipped updates in a row were skipped.
         """
         count, updates, forwards = self._session.config.training.updates.passes, [], 0
         steps = sum(len(part.batches) for part in parts)
         with self._recorder.console.phase("train", count * steps) as advance:
+            # Before any update: the check needs two forwards with the same weights.
             if iteration == 0 and parts:
                 self._check_replay(parts[0])
-            # The first update moves the weights that the later parts are compared with.
+            # The first part's first update defines its own old policy. It also moves the weights,
+            # so the old policy of the other parts must be recorded before it.
             for part in parts[1:]:
                 forwards += self._updater.remember(part)
             for _ in range(count):
@@ -63,12 +69,16 @@ class Passes:
             )
             return
         self._skipped_in_a_row = 0
+        # Not after a skipped update: the weights did not change.
         if self._session.average:
             self._session.average.update()
 
     def _skipped(self, which: str, broken: list[Unit]) -> None:
-        """Say which prompts broke an update; UserError, with the weights saved, when it happens
-        again and again."""
+        """Warn about a skipped update and name the prompts that caused it (a collective).
+
+        Raises:
+            UserError: it was one too many; a checkpoint is written first.
+        """
         self._skipped_in_a_row += 1
         gathered = distributed.gather_objects(
             [self._session.prompts[unit.prompt_id].text for unit in broken]
@@ -82,13 +92,15 @@ class Passes:
             self._save()
             raise UserError(
                 f"{self._skipped_in_a_row} updates in a row had no finite gradient, more than"
-                f" training.max_skipped ({allowed}) allows; the weights"
-                " before them are saved. A lower learning rate, or more precision in the deepspeed"
-                " section and model.dtype, may help"
+                f" training.max_skipped ({allowed}) allows; the weights before them are saved. A"
+                " lower learning rate, or more precision in the deepspeed section and model.dtype,"
+                " may help"
             )
 
     def _check_replay(self, part: Part) -> None:
-        """Warn where a second pass over the same states gives ratios that are not 1."""
+        """Warn if a second forward of the same states, with the same weights, gives ratios other
+        than 1 (a collective)."""
+        # One micro-batch of the run's first iteration: each that is checked costs two forwards.
         deviation = float(
             distributed.reduce(self._updater.replay_deviation(part.batches[0]), "max")
         )

@@ -1,9 +1,9 @@
-"""The policy before training, which a penalty holds the trained one to, where there are no adapters
-to switch off.
+"""A frozen copy of the policy before training, from which a penalty measures. With LoRA no copy is
+needed, because switching the adapters off gives the same.
 
-A frozen copy of the transformer in the dtype it is trained in: whole on each GPU, or spread over
-the ranks by DeepSpeed (ZeRO stage 3 without an optimizer), there or in host memory; then its layers
-are gathered as its forward reaches them.
+The copy has the dtype of training. It is whole on each GPU, or DeepSpeed spreads it over the ranks
+(ZeRO stage 3 without an optimizer), on the GPUs or in host memory, and gathers each layer when the
+forward reaches it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import torch
 from tempflow.config import Config
 from tempflow.training.leaves import leaf_section
 
+# Keys of `zero_optimization` that say how weights are gathered; those about gradients and optimizer
+# state are left out, because the copy has neither.
 GATHERING = (
     "stage3_max_live_parameters",
     "stage3_max_reuse_distance",
@@ -26,20 +28,26 @@ GATHERING = (
 
 
 def placement(config: Config) -> str | None:
-    """Where the copy is: "whole", "sharded" or "offloaded"; None where there is none."""
+    """The placement of the copy: "whole", "sharded" or "offloaded"; None if there is no copy."""
     if not config.needs_reference() or config.model.lora:
         return None
     stage = config.deepspeed.get("zero_optimization", {}).get("stage", 0)
+    # At stage 3 the trained weights do not fit on one GPU, so a whole copy would not either.
     return config.training.reference or ("sharded" if stage == 3 else "whole")
 
 
 def make_reference(
     config: Config, module: torch.nn.Module, device: torch.device
 ) -> torch.nn.Module | None:
-    """A frozen copy of a whole module, to be called as it is; None without a penalty that needs it,
-    or with adapters.
+    """A frozen copy of a module, which is called like it. None without a penalty that needs it, or
+    with LoRA.
 
-    Calls of a sharded one are collectives: ranks must make as many.
+    Calls of a sharded copy are collectives: all ranks must make equally many.
+
+    Args:
+        config: a checked config.
+        module: the transformer, before DeepSpeed cuts its weights into slices.
+        device: where a whole copy is put.
     """
     where = placement(config)
     if where is None:
@@ -53,7 +61,7 @@ def make_reference(
 
 
 def _inference(ds: dict, module: torch.nn.Module, offload: bool, device: torch.device) -> dict:
-    """A DeepSpeed config without an optimizer, of the training's precision and gathering."""
+    """A DeepSpeed config without an optimizer, with the precision and gathering of training."""
     zero = {
         "stage": 3,
         **{

@@ -1,11 +1,10 @@
-"""A small rollout of a run's own kind, captured: `python -m tempflow.training.rehearse`, for
-`trainer.rehearsal`.
+"""The child process of `training.rehearsal`: captures a small rollout of a run's kind.
 
-Reads {"config": ..., "device": ...} from stdin and writes {"refusal": reason or null} as the last
-line of stdout. The transformer has two layers of the checkpoint's config and random weights, in the
-run's dtype, attention backend and compilation; the rollout is the trainer's own, with the run's
-plan and suffix at a small size. The VAE and the text encoders are not made: embeddings are random,
-images are black.
+`python -m tempflow.training.rehearse` reads {"config": ..., "device": ...} from stdin and writes
+{"refusal": reason or null} as the last line of stdout. The transformer has two layers of the
+checkpoint's config with random weights, in the run's dtype, attention backend and compilation. The
+rollout is the trainer's own, with the run's plan and suffix at a small size. The VAE and the text
+encoders are not made; embeddings are random and images are black.
 """
 
 from __future__ import annotations
@@ -24,13 +23,22 @@ from tempflow.media import plain
 from tempflow.types import Example
 
 SIDE = 256  # pixels, at most
-# Where a transformer has blocks of two kinds, it gets one of each.
+# Number of layers to keep, by key of the transformer's config. With two of these keys, a
+# transformer has blocks of two kinds and gets one of each.
 LAYERS = {"num_layers": 2, "num_single_layers": 1, "n_layers": 2, "n_refiner_layers": 1}
 
 
 def rehearse(config: Config, device: torch.device, capture) -> str | None:
-    """Roll out twice through a graph cache with `capture`; why forwards would not be captured in
-    the run, or None."""
+    """Roll out twice through a graph cache.
+
+    Args:
+        config: the run's config.
+        device: the device to try.
+        capture: captures forwards, as `tempflow.sampling.graphs.CudaCapture`.
+
+    Returns:
+        The reason why forwards would not be captured in the run, or None.
+    """
     from tempflow.models.embeddings import EmbeddingCache
     from tempflow.rewards import RewardPool, parse_rewards
     from tempflow.training.rollout import gather_rewards, plan_iteration, roll_out
@@ -56,10 +64,11 @@ def rehearse(config: Config, device: torch.device, capture) -> str | None:
             graphs=graphs,
             note=notes.append,
         )
+        # The first rollout runs eagerly and captures, the second one replays.
         for iteration in range(2):
             gather_rewards(
                 session,
-                roll_out(  # type: ignore[arg-type]  # without a stop a rollout is never given up
+                roll_out(  # type: ignore[arg-type]  # without a stop a rollout always ends
                     session,
                     plan_iteration(session, [0], iteration),
                     iteration,
@@ -73,10 +82,14 @@ def rehearse(config: Config, device: torch.device, capture) -> str | None:
 
 
 def small_config(config: Config, multiple: int, frame_step: int | None = None) -> Config:
-    """The config with a rollout of a few rows at a small size, and a reward that needs nothing.
+    """The config with a rollout of a few rows at a small size, and a reward that loads no model.
 
-    multiple, frame_step: as of `Policy.size_multiple` and `Policy.frame_step`.
+    Args:
+        config: the run's config.
+        multiple: as of `Policy.size_multiple`.
+        frame_step: as of `Policy.frame_step`; None for images.
     """
+    # Through JSON and parse_config, so that the result passes the checks of a user's config.
     table = json.loads(config.model_dump_json())
     r = table["rollout"]
     side = multiple * max(1, SIDE // multiple)
@@ -93,12 +106,12 @@ def small_config(config: Config, multiple: int, frame_step: int | None = None) -
         "rewards": {"jpeg": {"frames": 1} if frames > 1 else 1.0},
         "reward_pool": {"workers": 0},
     }
-    table["eval"]["stop"] = None  # it may wait for another reward
+    table["eval"]["stop"] = None  # it may name a reward that was replaced above
     return parse_config(table)
 
 
 def small_policy(config: Config, device: torch.device):
-    """The run's policy with two layers on a device, and made-up embeddings of the run's length."""
+    """The run's policy on a device, with two layers, and random embeddings of the run's length."""
     import diffusers
 
     from tempflow.models import check_text_length, family_of, resolve_dtype
@@ -144,10 +157,12 @@ def _small_transformer(
     layers = {key: most for key, most in LAYERS.items() if key in table}
     layers = dict.fromkeys(layers, 1) if len(layers) == 2 else layers
     table |= {key: min(table[key], most) for key, most in layers.items()}
+    # SD3.5's list of layers with a second attention: it must not name layers that are gone.
     if table.get("dual_attention_layers"):
         table["dual_attention_layers"] = [0]
     with torch.device(device):
         module = kind.from_config(table)
+    # Loading leaves some weights in fp32; a module made from a config must have the same dtypes.
     kept = kept_in_float32(module, dtype)
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         if tensor.is_floating_point() and not kept & set(name.split(".")):
@@ -158,8 +173,8 @@ def _small_transformer(
 def _as_rolled_out(
     config: Config, module: torch.nn.Module, targets: tuple[str, ...], device: torch.device
 ) -> torch.nn.Module:
-    """With adapters beside its weights where the run's copy has them: on those of their layers that
-    the small module has."""
+    """The module as the run's rollout copy: with adapters beside its weights if the copy shares the
+    base, on those target layers that the small module has."""
     from tempflow.training.engine import ADAPTER, add_lora
     from tempflow.training.precision import shares_base
     from tempflow.training.shared_base import adopt, bare_copy
@@ -185,7 +200,7 @@ def _as_rolled_out(
 
 @dataclass
 class _Described:
-    """What pipelines and policies ask a VAE for that is not to decode."""
+    """The attributes of a VAE that pipelines and policies read, without its weights."""
 
     config: dict
     temperal_downsample: list | None
@@ -198,6 +213,8 @@ def _described(path: str, kind) -> _Described:
 
 
 def _embeddings(config: Config, policy):
+    """A stand-in for `policy.embed`: random tensors of the shapes that the real one returns."""
+    # A skeleton of the whole pipeline on the meta device gives the shapes.
     described = type(policy).skeleton(config.model.path, policy.dtype, policy.max_sequence_length)
 
     def embed(examples: list[Example]) -> dict[str, torch.Tensor]:
@@ -207,7 +224,8 @@ def _embeddings(config: Config, policy):
         for name, like in likes.items():
             if like.is_floating_point():
                 made[name] = torch.randn_like(like, device=policy.device)
-            else:  # a mask, which must leave something out to be taken for one
+            # A mask. Half of it is 0, because some code treats a mask of ones as none at all.
+            else:
                 made[name] = torch.ones_like(like, device=policy.device)
                 made[name][:, like.shape[1] // 2 + 1 :] = 0
         return made
@@ -226,8 +244,9 @@ def main() -> None:
     torch.cuda.set_device(device)
     try:
         refusal = rehearse(parse_config(request["config"]), device, CudaCapture())
-    except UserError as error:  # among them the end of a run whose capture failed
+    except UserError as error:  # also raised when a capture failed
         refusal = str(error)
+    # Whatever goes wrong is a reason not to capture, and never one to end the run.
     except Exception as error:
         refusal = f"{type(error).__name__}: {error}"
     print(json.dumps({"refusal": refusal}), flush=True)
