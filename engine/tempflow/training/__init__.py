@@ -1,1 +1,1 @@
-"""Training: the DeepSpeed runtime, checkpoints and the loop that uses them."""
+"""Training: the DeepSpeed engine, the rollouts, the updates, and the loop around them."""

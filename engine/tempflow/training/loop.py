@@ -185,8 +185,8 @@ class Trainer:
             self._save_new()
 
     def _done(self) -> bool:
-        """Whether the run is over: by the last iteration, the time limit, the stop rule, or a signal
-        on any rank (a collective)."""
+        """Whether the run is over: by the last iteration, the time limit, the stop rule, or a
+        signal on any rank (a collective)."""
         t = self.config.training
         over = self.iteration >= t.iterations or (
             t.minutes is not None and self.elapsed >= 60 * t.minutes

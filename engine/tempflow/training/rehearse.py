@@ -64,7 +64,7 @@ def rehearse(config: Config, device: torch.device, capture) -> str | None:
             graphs=graphs,
             note=notes.append,
         )
-        # The first rollout runs eagerly and captures, the second one replays.
+        # The first rollout captures its forwards, and the second one must replay them.
         for iteration in range(2):
             gather_rewards(
                 session,

@@ -1,8 +1,8 @@
-"""Rolling out an iteration: every row is integrated, decoded as it arrives, and handed to the
-reward workers.
+"""Rolls out an iteration: integrates every row, decodes it when it reaches sigma 0, and hands the
+image to the reward workers.
 
-`roll_out` leaves states or endpoints to train on and images under way; `gather_rewards` waits for
-their scores and shares them with all ranks.
+`roll_out` returns the states or endpoints to train on while images are still being scored.
+`gather_rewards` waits for the scores and shares them with all ranks.
 """
 
 from __future__ import annotations
@@ -39,17 +39,20 @@ from tempflow.types import Endpoint, Rewards, Row, State
 
 @dataclass(frozen=True)
 class RolledOut:
-    """An iteration whose images are under way to the reward workers."""
+    """A rollout whose images have been handed to the reward workers."""
 
     layout: Layout
+    """The rows of all ranks."""
     forest: Forest
     """The rows of this rank."""
     kept: Rollout
-    """What is trained on."""
+    """The states or endpoints to train on."""
     images: Images
+    """The images of this rank."""
     stats: Stats
+    """Counts of this rank's forwards."""
     seconds: dict[str, float]
-    """Of this rank: rollout and decode."""
+    """Seconds of this rank for "rollout" and "decode"."""
 
 
 @dataclass
@@ -57,50 +60,59 @@ class Images:
     """Images of rows that reached sigma = 0, in the order in which they were decoded."""
 
     rows: list[int] = field(default_factory=list)
-    """Places in the forest that they came from."""
+    """The row of each image, as its place in the rank's forest."""
     tickets: list = field(default_factory=list)
-    """Of the reward pool, a batch each."""
+    """The reward pool's tickets, one for each batch."""
     thumbnails: list[np.ndarray] = field(default_factory=list)
-    """float32 [D] each; NaN where an image is not finite."""
+    """float32 [D] for each image; NaN where the image is not finite."""
     not_finite: int = 0
+    """The number of images that hold NaN or infinity."""
     seconds: float = 0.0
-    """Spent decoding."""
+    """Seconds of decoding."""
 
 
 @dataclass(frozen=True)
 class Scored:
-    """The rewards of an iteration, and what is reported beside them. Arrays are of all ranks."""
+    """The rewards of an iteration and the metrics that come with them. Arrays are of all ranks."""
 
     rewards: Rewards
     images: int
+    """The number of images of all ranks."""
     failed: int
+    """The number of images that have no reward."""
     trunk: float
-    """Mean reward of the rows that belong to no slot; NaN where there is none."""
+    """Mean reward of the rows that belong to no slot, such as trunks; NaN if there are none."""
     diversity: dict[str, float]
     """Mean distances between images, by metric."""
     seconds: dict[str, float]
-    """Of this rank: waiting for rewards, and what the workers were busy for."""
+    """Seconds of this rank: waiting for rewards, and the workers' computing."""
     by_row: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    """float64 [rows of all units]: the sum of each row's rewards, NaN where one failed."""
+    """float64 [rows of all units]: the weighted sum of each row's rewards; NaN where one failed."""
 
 
 def plan_iteration(
     session: Session, prompt_ids: list[int], iteration: int, plan: Plan | None = None
 ) -> Layout:
-    """The rows of all units of an iteration, the same on every rank. plan: in place of the
-    session's."""
+    """The rows of all units of an iteration, the same on every rank.
+
+    Args:
+        session: the run.
+        prompt_ids: places of the iteration's prompts in the prompt file.
+        iteration: its number.
+        plan: used instead of the session's plan.
+    """
     units = iteration_units(prompt_ids, session.plan.seeds)
     rows = [(plan or session.plan).rows(unit, iteration) for unit in units]
     return Layout(units, rows, endpoints=session.objective.wants == "endpoints")
 
 
 def my_units(layout: Layout) -> list[int]:
-    """Places of the units dealt to this rank: every world-size-th."""
+    """Places of this rank's units: every world-size-th one."""
     return list(range(len(layout.units)))[distributed.rank() :: distributed.world_size()]
 
 
 def count_rows(session: Session, layout: Layout, suffix: Suffix | None) -> int:
-    """Rows that this rank will forward."""
+    """The number of rows that this rank will forward, for the progress display."""
     return count_forwards(
         layout.forest(my_units(layout)).rows, session.config.rollout.num_steps, suffix
     )
@@ -115,19 +127,18 @@ def roll_out(
     advance: Callable[[int], None] = lambda n: None,
     levels: list[float] | None = None,
 ) -> RolledOut | None:
-    """Integrate this rank's units and send their images to the reward workers (a collective in its
-    last part).
+    """Integrate this rank's units and hand their images to the reward workers (a collective).
 
     Args:
-        session: policy, plan, pool and the rest.
+        session: the run.
         layout: of `plan_iteration`.
-        iteration: whose grid is used and whose noise is drawn.
-        suffix: how rows go on after their last decision; None is exact.
-        advance: is told of every n rows forwarded.
+        iteration: its number, which the grid and the noise depend on.
+        suffix: how rows continue after their last noise; None: exactly.
+        advance: is called with the number of rows after each forward.
         levels: factors of the noise of every step, [T]; None: 1.
 
     Returns:
-        None, on every rank together, where a stop was asked for.
+        The rollout; None, on every rank, if a stop was requested on any rank.
     """
     started = time.perf_counter()
     chosen = my_units(layout)
@@ -138,14 +149,17 @@ def roll_out(
     )
     with span("rollout", rows=len(forest.rows)):
         lanes = _roll_lanes(session, layout, chosen, forest, grid, noise, suffix, advance)
+    # A rank must not leave alone: the others would wait for its rewards.
     if distributed.reduce(session.stop() or any(lane.stopped for lane in lanes), "max"):
         return None
     images = _merge_images([lane.images for lane in lanes])
+    # Lanes finish in any order. Sorted, so that micro-batches do not depend on their pace.
     states = sorted(
         (s for lane in lanes for s in lane.states), key=lambda s: (s.unit.index, s.step)
     )
     endpoints = sorted((e for lane in lanes for e in lane.endpoints), key=lambda e: e.slot)
     stats = sum((lane.stats for lane in lanes[1:]), lanes[0].stats)
+    # Decoding is measured on the device and reported apart from the rest.
     seconds = {"rollout": time.perf_counter() - started - images.seconds, "decode": images.seconds}
     kept = Rollout(layout.slots, states, endpoints, grid, noise, session.advantage.over)
     return RolledOut(layout, forest, kept, images, stats, seconds)
@@ -153,32 +167,52 @@ def roll_out(
 
 @dataclass(frozen=True)
 class _Decoded:
-    """Images that are made, or will be before anything that the GPU is given after them."""
+    """A batch of images whose decoding was launched on the device, and perhaps has not finished."""
 
     rows: list[int]
-    """Their places in the lane's forest."""
+    """The row of each image, as its place in the lane's forest."""
     fetched: Fetched
-    """Images, which are finite, thumbnails."""
+    """On their way to the host: images, whether each is finite, thumbnails."""
     started: Mark
+    """The moment before the decoding."""
     ended: Mark
+    """The moment after it."""
 
 
 class _Lane:
-    """A part of a rank's rows with batches of its own, so that what it computes does not depend on
-    the other lanes' pace."""
+    """A share of a rank's rows, with its own batches of latents and images.
+
+    So its results do not depend on the pace of the other lanes.
+
+    Args:
+        session: the run.
+        forest: the lane's rows.
+        places: their places in the forest of the rank.
+    """
 
     def __init__(self, session: Session, forest: Forest, places: list[int]):
         self.session, self.forest, self.places = session, forest, places
         self.images, self.stats, self.stopped = Images(), Stats(), False
         self.states: list[State] = []
         self.endpoints: list[Endpoint] = []
-        self._waiting: list[tuple[int, torch.Tensor]] = []
+        self._waiting: list[tuple[int, torch.Tensor]] = []  # (row, latent) not decoded yet
         self._decoded: deque[_Decoded] = deque()
 
     def run(
         self, denoise: Denoise, grid: Grid, noise: Noise, suffix: Suffix | None, advance, lock: Lock
     ) -> _Lane:
+        """Roll out the lane's rows to the end, or to a stop; returns the lane.
+
+        Args:
+            denoise: forwards and steps.
+            grid: the iteration's sampling grid.
+            noise: the iteration's noise.
+            suffix: as of `roll_out`.
+            advance: as of `roll_out`.
+            lock: held around calls of `advance` and of the reward pool, which the lanes share.
+        """
         s, r = self.session, self.session.config.rollout
+        # Graphs and compiled code are made for one shape: small batches are padded to full ones.
         pad = s.graphs is not None or r.compile != "eager"
         for arrived in integrate(
             self.forest,
@@ -194,17 +228,20 @@ class _Lane:
             self._keep(arrived)
             with lock:
                 advance(arrived.forwards)
-            # Under ZeRO-3 without a rollout copy a forward is a collective, which no rank may leave
-            # alone.
+            # Under ZeRO-3 without a rollout copy a forward is a collective, so a rank that stopped
+            # here would leave the others waiting.
             if r.replica and s.stop():
                 self.stopped = True
                 return self
-            # What was decoded before this forward was launched: the GPU has work meanwhile.
+            # Fetches images that were decoded before this forward was launched. The host waits for
+            # them here, while the GPU has this forward to compute.
             self._submit_all(lock)
             while len(self._waiting) >= r.decode_batch:
                 self._decode()
-            while self._decoded and self._decoded[0].fetched.ready():  # always, on a CPU
+            # Without waiting: on a CPU images are always ready, on a GPU some may be.
+            while self._decoded and self._decoded[0].fetched.ready():
                 self._submit(lock)
+        # The last images. One decoding stays under way, so that the GPU has work during each wait.
         while self._waiting:
             self._decode()
             while len(self._decoded) > 1 or self._decoded and self._decoded[0].fetched.ready():
@@ -213,6 +250,7 @@ class _Lane:
         return self
 
     def _keep(self, arrived) -> None:
+        """Keep what a forward brought: finished latents to decode, and states or endpoints."""
         if arrived.rows:
             self._waiting += list(zip(arrived.rows, arrived.latents, strict=True))
         if self.session.objective.wants == "states":
@@ -224,32 +262,35 @@ class _Lane:
             )
 
     def _decode(self) -> None:
-        """Have the next images made, with their thumbnails, and sent to the host."""
+        """Launch the decoding of the next images and their transfer to the host."""
         s = self.session
         size = s.config.rollout.decode_batch
         part, self._waiting = self._waiting[:size], self._waiting[size:]
         started = Mark(s.policy.device)
         with span("decode", rows=len(part)):
             images, finite = s.sampler.pixels(torch.stack([x for _, x in part]))
-            small = thumbnails_there(images)
-        ended = Mark(s.policy.device)  # before what is waited for: it has passed then
+            small = thumbnails_there(images)  # on the device, not later on the host
+        # Recorded before the copies: when these are waited for, this moment has passed.
+        ended = Mark(s.policy.device)
         fetched = Fetched([images, finite, small])
         self._decoded.append(_Decoded([n for n, _ in part], fetched, started, ended))
 
     def _submit_all(self, lock: Lock) -> None:
+        """Wait for all images under way and hand them to the reward workers."""
         while self._decoded:
             self._submit(lock)
 
     def _submit(self, lock: Lock) -> None:
-        """Hand the oldest images under way to the reward workers."""
+        """Wait for the oldest images under way and hand them to the reward workers."""
         s, oldest = self.session, self._decoded.popleft()
         images, finite, small = (tensor.numpy() for tensor in oldest.fetched.wait())
         images = without_missing(images, finite)
         self.images.seconds += oldest.started.seconds_to(oldest.ended)
         prompts = [s.prompts[self.forest.rows[n].unit.prompt_id] for n in oldest.rows]
         self.images.rows += [self.places[n] for n in oldest.rows]
+        # Watched rewards are computed in evaluations only; images that are not finite are masked.
         asked: dict[str, Any] = {"finite": finite, "rewards": [spec.name for spec in s.trained]}
-        with lock:  # rewards in this process are not required to be thread-safe
+        with lock:  # in-process rewards are not required to be thread-safe
             self.images.tickets.append(
                 s.pool.submit(
                     images, [p.text for p in prompts], [p.for_rewards for p in prompts], **asked
@@ -269,12 +310,14 @@ def _roll_lanes(
     suffix,
     advance,
 ) -> list[_Lane]:
+    """Split this rank's units into lanes and run them, in a thread each if there are several."""
     denoise = _denoise(session, forest.rows, suffix)
     if session.graphs is not None:
         own, denoiser = (
             session.float8.tensors() if session.float8 else (),
             session.policy.denoiser(),
         )
+        # Graphs read weights at the addresses of their capture; moved ones must be captured again.
         session.graphs.watch((*denoiser.parameters(), *denoiser.buffers(), *own))
     place = {number: n for n, number in enumerate(forest.numbers)}
     lanes = []
@@ -284,10 +327,11 @@ def _roll_lanes(
     lock = Lock()
     if len(lanes) == 1:
         return [lanes[0].run(denoise, grid, noise, suffix, advance, lock)]
+    # Lanes share the rank's cores; more threads than cores would wait for each other.
     threads = max(1, torch.get_num_threads() // len(lanes))
 
     def run(lane: _Lane) -> _Lane:
-        with torch.no_grad():
+        with torch.no_grad():  # per thread: the decorator of `roll_out` does not reach this one
             return lane.run(denoise, grid, noise, suffix, advance, lock)
 
     with ThreadPoolExecutor(len(lanes), "lane", torch.set_num_threads, (threads,)) as pool:
@@ -295,10 +339,13 @@ def _roll_lanes(
 
 
 def _denoise(session: Session, rows: list[Row], suffix: Suffix | None) -> Denoise:
+    """The forwards of this rank's rows, with the conditioning of their prompts on the device."""
+    # Each prompt once, in order of first appearance.
     places = {id: i for i, id in enumerate(dict.fromkeys(row.unit.prompt_id for row in rows))}
     coarse = None
     if suffix and suffix.weights == "float8":
-        assert session.float8  # made with the session where the suffix asks for it
+        assert session.float8  # made with the session if the suffix asks for it
+        # The weights have changed since the last iteration.
         session.float8.refresh()
         coarse = session.float8.transformer
     conditions = session.embeddings.each([session.prompts[id] for id in places])
@@ -306,7 +353,8 @@ def _denoise(session: Session, rows: list[Row], suffix: Suffix | None) -> Denois
 
 
 def _merge_images(lanes: list[Images]) -> Images:
-    """In the order of the lanes; seconds: of one of them on average."""
+    """The images of all lanes, in the order of the lanes. Seconds are a mean over lanes, which
+    decode at the same time."""
     whole = Images()
     for lane in lanes:
         whole.rows += lane.rows
@@ -321,7 +369,8 @@ def _merge_images(lanes: list[Images]) -> Images:
 def gather_rewards(session: Session, rolled: RolledOut) -> Scored:
     """Wait for the scores of an iteration and share them with all ranks (a collective).
 
-    Raises TooManyFailed where more images than `reward_pool.max_failed` allows have no reward.
+    Raises:
+        TooManyFailed: more images than `reward_pool.max_failed` allows have no reward.
     """
     waiting = time.perf_counter()
     with span("reward"):
@@ -333,9 +382,11 @@ def gather_rewards(session: Session, rolled: RolledOut) -> Scored:
     combined = [combine(score, session.trained) for score in scores]
     columns = [np.concatenate([c.values for c in combined])]
     columns += [np.concatenate([c.parts[spec.name] for c in combined]) for spec in session.trained]
-    mine = np.zeros((len(columns), len(rolled.layout)))  # the sum, then each reward
+    # [1 + R, rows of all ranks]: the weighted sum, then each reward. Rows of other ranks are 0, so
+    # that the sum over ranks puts every row in its place with its own bits.
+    mine = np.zeros((len(columns), len(rolled.layout)))
     mine[:, [rolled.forest.numbers[n] for n in rolled.images.rows]] = columns
-    # as rewards come
+    # float32, the dtype in which rewards are returned.
     trunks = mine[0, np.intersect1d(rolled.forest.numbers, rolled.layout.without_slot)].astype(
         np.float32
     )
@@ -347,6 +398,7 @@ def gather_rewards(session: Session, rolled: RolledOut) -> Scored:
         np.isfinite(trunks).sum(),
     ]
     images, failed, not_finite, trunk_sum, trunk_count = distributed.reduce(totals)
+    # Of all ranks together, so that all raise or none does.
     check_failed(
         "this iteration",
         int(images),
@@ -362,6 +414,7 @@ def gather_rewards(session: Session, rolled: RolledOut) -> Scored:
 
 
 def _by_slot(session: Session, layout: Layout, rewards: np.ndarray) -> Rewards:
+    """Rewards by slot from those by row, float64 [1 + R, rows]."""
     total, *parts = layout.slots.means(rewards)
     before, after = layout.slots.values(rewards[0])
     prompts = np.array([unit.prompt_id for unit in layout.units[:: session.plan.seeds]])[
@@ -378,11 +431,12 @@ def _by_slot(session: Session, layout: Layout, rewards: np.ndarray) -> Rewards:
 
 
 def _novelty(session: Session, rolled: RolledOut) -> np.ndarray | None:
-    """How far each slot's image lies from the others of its group, whose seeds lie on several
-    ranks, where an advantage asks for it."""
+    """Mean distance of each slot's image to the others of its group, float64 [n], if the advantage
+    needs it (a collective then)."""
     if not session.advantage.needs_novelty:
         return None
     seen = np.stack(rolled.images.thumbnails)
+    # A group may have images on several ranks: all thumbnails are summed into one array.
     whole = np.zeros((len(rolled.layout), seen.shape[1]))
     whole[[rolled.forest.numbers[n] for n in rolled.images.rows]] = seen
     slots = rolled.layout.slots
@@ -392,12 +446,13 @@ def _novelty(session: Session, rolled: RolledOut) -> np.ndarray | None:
 
 
 def _diversity(rolled: RolledOut) -> dict[str, float]:
-    """Mean distances between a prompt's images of different seeds, and between the branches off one
-    state."""
-    seen = np.stack(rolled.images.thumbnails)[np.argsort(rolled.images.rows)]  # by row
+    """Mean distances between a prompt's images of different seeds, and between the children of one
+    state (a collective)."""
+    # In the order of rows; images arrive in the order of decoding.
+    seen = np.stack(rolled.images.thumbnails)[np.argsort(rolled.images.rows)]
     layout, found = rolled.layout, {}
     prompts = 1 + max(unit.prompt for unit in layout.units)
-    if len(layout.units) > prompts:  # a prompt's seeds lie on several ranks
+    if len(layout.units) > prompts:  # several seeds per prompt, perhaps on several ranks
         roots = np.zeros((len(layout.units), seen.shape[1]), dtype=np.float32)
         for thumbnail, row in zip(seen, rolled.forest.rows, strict=True):
             if row.parent is None:
@@ -405,6 +460,7 @@ def _diversity(rolled: RolledOut) -> dict[str, float]:
         found["diversity/seeds"] = _mean_of_known(
             mean_distance(distributed.reduce(roots.reshape(prompts, -1, seen.shape[1])))
         )
+    # The children of a state are all on one rank; the sum over ranks fills in the others' places.
     apart = np.zeros(len(_siblings(layout)))
     if len(apart):
         mine = defaultdict(list)
@@ -419,8 +475,8 @@ def _diversity(rolled: RolledOut) -> dict[str, float]:
 
 
 def _siblings(layout: Layout) -> list[tuple[int, int]]:
-    """(number of the parent, step) of every place where two rows or more branch off, by unit and
-    step."""
+    """(parent row, step) of every state that at least two rows branch off, ordered by unit and
+    step. Rows are numbered over all units."""
     found, first = [], 0
     for rows in layout.rows:
         counts: defaultdict[tuple, int] = defaultdict(int)
@@ -433,6 +489,7 @@ def _siblings(layout: Layout) -> list[tuple[int, int]]:
 
 
 def _mean_of_known(values: np.ndarray) -> float:
-    """Of groups that have a pair of images; NaN where none has."""
+    """Mean of the finite values; NaN if there are none."""
+    # A group with fewer than two finite images has no distance.
     known = values[np.isfinite(values)]
     return float(known.mean()) if len(known) else float("nan")

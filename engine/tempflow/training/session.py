@@ -1,5 +1,5 @@
-"""Everything that a run is made of, assembled once: training, evaluation, benchmarks and tests use
-the same objects."""
+"""The parts of a run, assembled in one place. Training, evaluation, benchmarks and tests use the
+same objects."""
 
 from __future__ import annotations
 
@@ -35,35 +35,39 @@ from tempflow.types import Example, State, Unit
 
 @dataclass
 class Session(Opened):
-    """The parts of a run. What is None belongs to training and was not asked for, or is switched
-    off in the config."""
+    """The parts of a run. A part that is None is switched off in the config, or belongs to training
+    in a session that does not train."""
 
     pool: RewardPool
+    """The reward workers."""
     specs: list[RewardSpec]
+    """All rewards of the config, watched ones included."""
     prompts: list[Example]
-    """Of training."""
+    """The training prompts."""
     threads: Threads
+    """The number of CPU threads, which depends on whether reward workers are busy."""
     float8: Float8Copy | None = None
-    """The copy of the transformer that coarse steps use, where `rollout.suffix.weights` asks for
-    it."""
+    """The copy of the transformer for coarse steps, if `rollout.suffix.weights` is "float8"."""
     graphs: GraphCache | None = None
-    """Captures the rollout's forwards; None runs them eagerly."""
+    """Captures the rollout's forwards; None: they run eagerly."""
     runtime: Runtime = None  # type: ignore[assignment]  # only sessions that train have one
     """The training engine."""
     average: Averaged | None = None
-    """Of the trained weights."""
+    """The average of the trained weights."""
     heldout: list[Example] = field(default_factory=list)
+    """The prompts of evaluations."""
     stop: Callable[[], bool] = lambda: False
-    """Whether the run was asked to stop."""
+    """Tells whether the run was asked to stop."""
     note: Callable[[str], None] = print
+    """Shows a line of text to the user."""
     plan: Plan = field(init=False)
     advantage: Advantage = field(init=False)
     objective: Objective = field(init=False)
     penalty: Penalty | None = field(init=False)
     fitting: np.ndarray = field(init=False)
-    """bool [prompts, R]: which of the rewards that are trained on are for each prompt."""
+    """bool [prompts, R]: whether each prompt is scored by each of the R trained rewards."""
     lanes: int = field(init=False)
-    """Parts of a rank's rollout that run side by side, in a thread each."""
+    """The number of shares of a rank's rollout that run at the same time, in a thread each."""
 
     def __post_init__(self):
         c = self.config
@@ -74,12 +78,19 @@ class Session(Opened):
             c.penalty(),
         )
         self.fitting = fits(self.trained, [p.metadata for p in self.prompts])
+        # One lane per core on a CPU, one lane on a GPU. One also without a rollout copy: forwards of
+        # the engine may be collectives, which must come in the same order on all ranks.
         on_cpu = self.policy.device.type == "cpu"
         self.lanes = c.rollout.lanes or (cores_per_rank() if on_cpu and c.rollout.replica else 1)
 
     def variant(self, config: Config, graphs: GraphCache | None = None) -> Session:
-        """The same model, prompts and workers under another plan, objective or rollout: for
-        comparisons."""
+        """A session with the same model, prompts and workers, but another plan, objective or
+        rollout, for comparisons.
+
+        Args:
+            config: the other config.
+            graphs: captured forwards to use; None: a new cache if the config asks for graphs.
+        """
         graphs = make_graphs(config, self.policy, self.note) if graphs is None else graphs
         return assemble(
             config,
@@ -102,8 +113,12 @@ class Session(Opened):
         return [spec for spec in self.specs if not spec.watched]
 
     def grid_of(self, iteration: int, levels: list[float] | None = None) -> Grid:
-        """The sampling grid of an iteration's rollout. levels: factors of the noise of every step,
-        [T]; None: 1."""
+        """The sampling grid of an iteration's rollout.
+
+        Args:
+            iteration: its number, which `rollout.jitter` depends on.
+            levels: factors of the noise of every step, [T]; None: 1.
+        """
         sigmas, sde = (
             jittered(
                 self.grid.sigmas, self.config.rollout.jitter, self.config.training.seed, iteration
@@ -112,14 +127,15 @@ class Session(Opened):
         )
         if levels is not None:
             return Grid(sigmas, sde.coefficients(sigmas, levels))  # type: ignore[call-arg]  # `takes_levels`: config.checks refuses other SDEs
+        # Without jitter the grid of the config is reused, whose tensors are on the device already.
         return self.grid if sigmas is self.grid.sigmas else Grid(sigmas, sde.coefficients(sigmas))
 
     def embed(self, units: list[Unit]) -> dict[str, torch.Tensor]:
-        """The conditioning of units of one shape, [n, ...] by name."""
+        """The conditioning of n units whose prompts have one shape: tensors [n, ...] by name."""
         return self.embed_prompts([unit.prompt_id for unit in units])
 
     def embed_prompts(self, ids: list[int]) -> dict[str, torch.Tensor]:
-        """The conditioning of training prompts of one shape, by their place in the file."""
+        """The conditioning of training prompts of one shape. ids: their places in the file."""
         return self.embeddings.get([self.prompts[id] for id in ids])
 
     def shapes(self, states: list[State]) -> list[Shape]:
@@ -142,22 +158,24 @@ def build(
     """Open a run's model and assemble the run around it (a collective).
 
     Args:
-        config: checked.
-        prompts: of training.
-        heldout: of evaluation.
-        specs: of the config's rewards.
-        pool: reward workers to be used; None starts the config's own, which load while the model
-            does.
-        reached: the training prompts that will be asked for, by place; None: all.
-        train: build the training engine, too.
-        stop: whether the run was asked to stop; asked between forwards.
-        note: is told of what a user should know.
+        config: a checked config.
+        prompts: the training prompts.
+        heldout: the prompts of evaluations.
+        specs: the rewards of the config.
+        pool: reward workers to use; None: new ones, which load while the model is loaded.
+        reached: places of the training prompts that the run will use; None: all.
+        train: whether to build the training engine.
+        stop: tells whether the run was asked to stop; called between forwards.
+        note: shows a line of text to the user.
 
-    Raises UserError for whatever a part refuses.
+    Raises:
+        UserError: a part refuses the config.
     """
     threads = Threads(config)
     pool = pool or RewardPool(specs, **config.reward_pool.pool())
+    # Before the model is loaded, while the GPU's memory is free for the child process.
     captures = may_capture(config, device(), note) if train else False
+    # Only prompts that the run will reach are embedded.
     chosen = [prompts[i] for i in (range(len(prompts)) if reached is None else reached)]
     opened = open_model(
         config, chosen + heldout, device(), note, denoiser=not train or _has_own_copy(config, note)
@@ -182,12 +200,13 @@ def build(
 
 
 def _has_own_copy(config: Config, note: Callable[[str], None]) -> bool:
-    """Whether the rollout copy has weights of its own: training does not set a denoiser then."""
+    """Whether the rollout copy has its own weights, which are loaded with the policy. Otherwise the
+    training engine provides the policy's denoiser."""
     shared = shares_base(config)
     if config.may_share_base() and not shared:
         note(
             "model.share_base: model.dtype is not the dtype that the deepspeed section trains in,"
-            " so rollouts have a copy of the frozen weights of their own"
+            " so rollouts have their own copy of the frozen weights"
         )
     return config.rollout.replica and not shared
 
@@ -203,13 +222,24 @@ def assemble(
     threads: Threads | None = None,
     **more,
 ) -> Session:
-    """A session around a policy that is there already; more: further fields of `Session`."""
+    """A session around a policy that was opened before.
+
+    Args:
+        config: a checked config.
+        policy: the policy, with its denoiser.
+        embeddings: those of the prompts.
+        pool: the reward workers.
+        specs: the rewards of the config.
+        prompts: the training prompts.
+        threads: None: new ones for the config.
+        more: further fields of `Session`.
+    """
     threads, float8 = threads or Threads(config), make_float8(config, policy)
     return Session(config, policy, embeddings, pool, specs, prompts, threads, float8=float8, **more)
 
 
 def make_average(config: Config, runtime: Runtime) -> Averaged | None:
-    """What averages the trained weights, where the config asks for it (a collective)."""
+    """The average of the trained weights, if the config asks for one (a collective)."""
     ema, merge = config.training.ema, config.training.merge
     if ema:
         return Average(runtime, ema.decay, ema.every)
@@ -219,7 +249,14 @@ def make_average(config: Config, runtime: Runtime) -> Averaged | None:
 def make_graphs(
     config: Config, policy: Policy, note: Callable[[str], None], capture: Callable | None = None
 ) -> GraphCache | None:
-    """What captures the rollout's forwards, where the config asks for it and there is a GPU."""
+    """The cache of captured forwards, if the config asks for it and there is a GPU.
+
+    Args:
+        config: a checked config.
+        policy: the policy that rolls out.
+        note: is told if there is no GPU.
+        capture: captures a forward; None: `CudaCapture`. With one, no GPU is needed.
+    """
     r = config.rollout
     if not r.graphs:
         return None
@@ -235,7 +272,7 @@ def make_graphs(
 
 
 def make_float8(config: Config, policy: Policy) -> Float8Copy | None:
-    """The float8 copy of the policy's transformer, where the config's suffix asks for it."""
+    """The float8 copy of the policy's transformer, if the config's suffix asks for it."""
     suffix = config.rollout.suffix
     if not suffix or suffix.weights != "float8":
         return None
@@ -245,9 +282,13 @@ def make_float8(config: Config, policy: Policy) -> Float8Copy | None:
 
 
 def check_rewards(session: Session) -> None:
-    """Refuse a reward that answers anything but numbers before the base is evaluated; one rank's
-    test speaks for all."""
+    """Score a test batch before the base is evaluated (a collective).
+
+    Raises:
+        UserError: a reward does not return numbers; on every rank.
+    """
     session.pool.wait_ready()
+    # Rank 0 tests for all: rewards are the same on every rank, and servers are asked once.
     trouble, prompts = None, session.heldout + session.prompts
     if distributed.rank() == 0:
         try:
