@@ -1,5 +1,5 @@
-"""An advantage of your own: only the order of the rewards within a group counts, not how far they
-lie apart."""
+"""An advantage of your own: it uses only the order of the rewards within a group, not the distances
+between them."""
 
 import numpy as np
 
@@ -11,8 +11,8 @@ class RankAdvantage(Advantage):
     """The rank of each reward in its group, normalized like a reward.
 
     Args:
-        over: whose rewards are compared: "seed", the children of one state, or "prompt", all of a
-            prompt at a step.
+        over: whose rewards are compared: "seed", the children of one state; or "prompt", those of
+            a prompt at a step.
     """
 
     def __init__(self, over: Over = "seed"):
@@ -21,11 +21,12 @@ class RankAdvantage(Advantage):
     def __call__(self, slots: Slots, rewards: Rewards) -> Advantages:
         labels, ranks = slots.groups(self.over), np.full(len(slots), np.nan)
         for group in range(labels.max() + 1):
-            # a failed reward stays NaN: masked
+            # A failed reward stays NaN, which masks its child.
             members = np.flatnonzero((labels == group) & np.isfinite(rewards.total))
             values = rewards.total[members]
             ranks[members] = [
                 (values < value).sum() + (values == value).sum() / 2 for value in values
             ]
+        # Equal rewards have equal ranks, so a group of equal rewards has advantages of 0.
         found = normalize(ranks, labels)
         return clipped(found.values, found.flat, normalize(rewards.total, labels), slots, clip=5.0)

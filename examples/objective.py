@@ -1,5 +1,5 @@
-"""An objective of your own: learn from the children that are better than their group, and leave the
-others alone."""
+"""An objective of your own: it learns from the children that are better than their group and
+ignores the others."""
 
 import torch
 

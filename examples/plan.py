@@ -1,4 +1,4 @@
-"""A plan of your own: branch steps that move from the start of the grid to its end in the course of
+"""A plan of your own: its branch steps move from the start of the sampling grid to the end during
 the run."""
 
 from tempflow.errors import UserError
@@ -12,9 +12,9 @@ class LateBranches(Plan):
 
     Args:
         seeds: trunks per prompt.
-        children: rows that branch off each of them at each step.
-        size: steps that are branched at.
-        every: iterations after which the steps move on by one.
+        children: children that branch off each trunk at each branch step.
+        size: number of branch steps.
+        every: iterations after which the branch steps move on by one.
     """
 
     def __init__(self, seeds: int = 2, children: int = 4, size: int = 3, every: int = 10):
@@ -23,16 +23,17 @@ class LateBranches(Plan):
     def prepare(self, num_steps: int, run_seed: int) -> None:
         super().prepare(num_steps, run_seed)
         if self.size > num_steps - 1:
-            raise UserError(f"size: {self.size} of {num_steps - 1} steps")
+            raise UserError(f"size: {self.size}; there are only {num_steps - 1} steps to branch at")
 
     def steps(self, iteration: int) -> list[int]:
+        # The last step ends at sigma 0, where no noise is taken.
         first = min(iteration // self.every, self.num_steps - 1 - self.size)
         return list(range(first, first + self.size))
 
     def rows(self, unit: Unit, iteration: int) -> list[Row]:
         trunk = Row(unit)
-        # parent: the trunk's place in the list. path: what names a child's noise among its
-        # siblings'.
+        # parent: the trunk's place in this list. path: names the child's noise, so siblings need
+        # different paths.
         return [trunk] + [
             Row(unit, k, frozenset([k]), parent=0, path=(i,))
             for k in self.steps(iteration)

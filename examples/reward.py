@@ -18,25 +18,26 @@ def warm(
     Args:
         images: uint8 [n, height, width, 3].
         prompts: n texts.
-        metadata: n tables, what the prompt file says beside each prompt.
-        strength: factor, from the config.
+        metadata: n tables with the other fields of each prompt's line in the prompt file.
+        strength: factor of the result, from the config.
     """
     pixels = images.astype(np.float32) / 255
     return strength * (pixels[..., 0] - pixels[..., 2]).mean(axis=(1, 2))
 
 
 class Kept(Reward):
-    """1 minus the root mean square difference of an image and its prompt's first condition image,
-    both in gray levels from 0 to 1.
+    """1 minus the root mean square difference between an image and its prompt's first condition
+    image, in gray levels from 0 to 1.
 
-    side: pixels a side that both are scaled to; a smaller side ignores finer details.
+    Args:
+        side: both are scaled to this many pixels a side; a smaller side ignores finer details.
     """
 
     def __init__(self, side: int = 32):
         self._side = side
 
     def check_prompts(self, prompts: list[str], metadata: list[dict]) -> None:
-        check_conditions(prompts, metadata)  # refuses a prompt without an image at the start
+        check_conditions(prompts, metadata)  # a prompt without an image ends the run at its start
 
     def score(self, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> Scores:
         originals = [self._small(condition_images(entry)[0]) for entry in metadata]

@@ -1,7 +1,8 @@
 """Train from Python, with the other parts of this folder: `cd examples && python train.py`.
 
-own_parts.json names plan.py, advantage.py, objective.py and reward.py. Words on the command line
-change the config, as `python train.py training.iterations=2` does. The run is in runs/own_parts.
+own_parts.json names plan.py, advantage.py, objective.py and reward.py. Arguments of the command
+change the config, for example `python train.py training.iterations=2`. The run directory is
+runs/own_parts.
 """
 
 import sys
@@ -23,7 +24,7 @@ def main() -> None:
     print(f"held-out reward {found['base_reward']:.3f} before, {found['reward']:.3f} after")
     print(f"gain {found['gain']:+.3f} +- {found['gain_stderr']:.3f} (standard error)")
 
-    # The same noise for both models: [n, height, width, 3], the base's on the left.
+    # Both models start from the same noise. Images [n, height, width, 3], the base's on the left.
     both = [tempflow.sample(run, PROMPTS, base=base) for base in (True, False)]
     image = np.concatenate([np.concatenate(list(images)) for images in both], axis=1)
     Image.fromarray(image).save(Path(run, "before_after.png"))

@@ -246,7 +246,7 @@ def test_only_linear_layers_are_adapted():
     copy = bare_copy(module, torch.float32)
     add_lora_to(module, ["0"])
     with pytest.raises(
-        UserError, match="model.lora.targets: 0 is a Conv2d; only linear layers are adapted"
+        UserError, match="model.lora.targets: 0 is a Conv2d; only linear layers can be adapted"
     ):
         adopt(copy, module, ADAPTER)
 

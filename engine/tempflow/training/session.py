@@ -78,8 +78,8 @@ class Session(Opened):
             c.penalty(),
         )
         self.fitting = fits(self.trained, [p.metadata for p in self.prompts])
-        # One lane per core on a CPU, one lane on a GPU. One also without a rollout copy: forwards of
-        # the engine may be collectives, which must come in the same order on all ranks.
+        # One lane per core on a CPU, one lane on a GPU. One as well without a rollout copy: its
+        # forwards may be collectives, which must come in the same order on all ranks.
         on_cpu = self.policy.device.type == "cpu"
         self.lanes = c.rollout.lanes or (cores_per_rank() if on_cpu and c.rollout.replica else 1)
 

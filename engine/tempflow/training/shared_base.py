@@ -1,12 +1,12 @@
-"""A rollout copy that holds adapters alone: every weight that is not trained is the training
-engine's own tensor.
+"""A rollout copy that only holds adapters; every frozen weight is the training engine's own tensor.
 
-The adapters are applied in the copy's forward (models/adapted.py). Merging them into the shared
-weights for the time of a rollout was the other way: the originals, without which the base cannot be
-restored to the bit, take as much memory as the copy that is saved; merged bf16 weights round most
-of a small adapter away; and a base that is quantized has no room for them. The copy has addresses
-of its own for its adapters, so that an average can be evaluated in it while training's stay as they
-are, and captured graphs stay valid.
+The adapters are applied in the copy's forward (models/adapted.py). They are not merged into the
+shared weights for the time of a rollout, for three reasons: restoring the base to the bit needs the
+original weights, which take as much memory as a copy; merged bf16 weights round most of a small
+adapter away; and nothing can be merged into a quantized base.
+
+The copy's adapters are tensors of their own. So an average can be evaluated in it while the
+training engine's adapters stay unchanged, and captured graphs stay valid.
 """
 
 from __future__ import annotations
@@ -20,22 +20,37 @@ from tempflow.models.adapted import adapted
 
 
 def bare_copy(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-    """A frozen copy of a module without adapters that shares its tensors; those that loading keeps
-    in another float dtype are its own until `adopt`, because DeepSpeed casts the module's on the
-    way."""
+    """A frozen copy of a module that shares its tensors.
+
+    Args:
+        module: the transformer, before adapters are added.
+        dtype: the dtype of training.
+    """
+    # Some weights are loaded in another float dtype. The copy has its own of these until `adopt`,
+    # because DeepSpeed casts the module's while the engine is made.
     tensors = (*module.parameters(), *module.buffers())
     shared = {id(t): t for t in tensors if t.dtype == dtype or not t.is_floating_point()}
+    # deepcopy takes what its memo holds instead of copying it.
     return copy.deepcopy(module, shared).requires_grad_(False).eval()
 
 
 def adopt(
     target: torch.nn.Module, trained: torch.nn.Module, adapter: str
 ) -> list[tuple[str, list[str]]]:
-    """Complete a `bare_copy` once the module that it was made of has its adapters and the place and
-    dtype it is trained in.
+    """Complete a `bare_copy`: share the tensors of the module that is trained, and add adapters.
 
-    Returns for each adapter's weight of the copy the parameter of `trained` that it follows.
-    UserError for an adapter of another layer than a linear one.
+    Args:
+        target: the copy.
+        trained: the module that it was made of, with its adapters, after DeepSpeed moved and cast
+            its weights.
+        adapter: peft's name of the adapter.
+
+    Returns:
+        (weight, parameters) pairs: each adapter weight of the copy, and the parameter of `trained`
+        that it is refreshed from.
+
+    Raises:
+        UserError: a layer other than a linear one has an adapter.
     """
     _bind(target, trained)
     sources = []
@@ -45,8 +60,8 @@ def adopt(
         layer = target.get_submodule(name)
         if not isinstance(layer, torch.nn.Linear):
             raise UserError(
-                f"model.lora.targets: {name} is a {type(layer).__name__}; only linear layers are"
-                " adapted"
+                f"model.lora.targets: {name} is a {type(layer).__name__}; only linear layers can be"
+                " adapted where rollouts share the base (model.share_base)"
             )
         target.set_submodule(name, adapted(layer, part.r[adapter], part.scaling[adapter]))
         sources += [
@@ -57,10 +72,11 @@ def adopt(
 
 
 def _bind(target: torch.nn.Module, trained: torch.nn.Module) -> None:
-    """Give the copy every frozen tensor of `trained` that has its dtype: moving a module to a GPU
-    makes new buffers."""
+    """Give the copy every frozen tensor of `trained` that has its dtype."""
+    # Shared once in `bare_copy` already, but moving a module to a GPU replaces its buffers.
     parts = dict(target.named_modules())
     for full_name, tensor in (*trained.named_parameters(), *trained.named_buffers()):
+        # peft wraps an adapted layer, which is then called `base_layer`.
         owner, _, name = full_name.replace(".base_layer.", ".").rpartition(".")
         mine = getattr(parts.get(owner), name, None)
         if (

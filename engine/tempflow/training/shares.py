@@ -1,4 +1,5 @@
-"""What a run's work is and how it is shared out among ranks: known before anything is started."""
+"""Checks, before anything is started, that a run's work can be shared among its ranks, and tells
+which prompts the run will reach."""
 
 from __future__ import annotations
 
@@ -11,29 +12,40 @@ from tempflow.types import Example
 
 
 def check_shares(config: Config, prompts: list[Example], heldout: list[Example]) -> None:
-    """UserError where the run's work cannot be shared out among the ranks; before anything is
-    started."""
+    """Refuse a run whose work cannot be shared among the ranks.
+
+    Args:
+        config: a checked config.
+        prompts: the training prompts.
+        heldout: the prompts of `data.heldout`.
+
+    Raises:
+        UserError: there are fewer units or held-out prompts than ranks; or rollouts go through an
+            engine of ZeRO-3, and the ranks would make unequal numbers of forwards.
+    """
     units, seeds = (
         config.data.prompts_per_iteration * config.plan().seeds,
         "data.prompts_per_iteration x rollout.plan.seeds",
     )
     if units < distributed.world_size():
-        raise UserError(f"{seeds}: {units} units for {distributed.world_size()} ranks")
+        raise UserError(
+            f"{seeds}: {units} units for {distributed.world_size()} ranks; every rank needs one"
+        )
     heldout = heldout[: config.eval.prompts]
     if heldout and len(heldout) < distributed.world_size():
         raise UserError(
             f"data.heldout, eval.prompts: {len(heldout)} prompts for {distributed.world_size()}"
-            " ranks"
+            " ranks; every rank needs one"
         )
-    # Under ZeRO-3 a forward of the engine is a collective: a rank with fewer of them would leave
-    # the others waiting.
+    # Under ZeRO-3 a forward of the engine is a collective: a rank with fewer forwards would leave
+    # the others waiting. With a rollout copy, rollouts and evaluations do not use the engine.
     if config.rollout.replica or not _sharded(config):
         return
     if distributed.world_size() > 1 and family_of(config.model.path).ragged_with(
         most_images([*prompts, *heldout])
     ):
         raise UserError(
-            "rollout.replica: false under ZeRO-3 needs as many forwards on every rank, but the"
+            "rollout.replica: false under ZeRO-3 needs equally many forwards on every rank, but the"
             " prompts of this model differ in shape, and so does the number of their batches; set"
             " rollout.replica to true"
         )
@@ -44,19 +56,23 @@ def check_shares(config: Config, prompts: list[Example], heldout: list[Example])
         if count % distributed.world_size():
             raise UserError(
                 f"{key}: {count} for {distributed.world_size()} ranks; with rollout.replica false"
-                " under ZeRO-3 every rank must have as many"
+                " under ZeRO-3 the number must be a multiple of the number of ranks"
             )
 
 
 def check_guided_forwards(config: Config) -> None:
-    """UserError where guidance needs a forward of two lengths through an engine of ZeRO-3, and the
-    family has none; before the model is loaded."""
+    """Refuse guidance that needs a forward of two text lengths through an engine of ZeRO-3, for
+    families that cannot join them.
+
+    Raises:
+        UserError: names the guidance scale to change.
+    """
     family = family_of(config.model.path)
     if not _sharded(config) or getattr(family, "joins_lengths", True):
         return
     scales = {"rollout.guidance_scale": config.rollout.guidance_scale}
     if config.eval.every and config.data.heldout and not config.rollout.replica:
-        # With a copy evaluations do not go through the engine.
+        # With a rollout copy, evaluations do not go through the engine.
         scales["eval.guidance_scale"] = config.eval_guidance()
     for key, scale in scales.items():
         if family.guides(scale):
@@ -69,8 +85,9 @@ def check_guided_forwards(config: Config) -> None:
 
 
 def guides_in_one(config: Config) -> bool:
-    """Whether a prompt and its negative prompt share a forward where their lengths differ: see
+    """Whether a prompt and its negative prompt share a forward although their lengths differ: see
     `tempflow.models.guidance`."""
+    # ZeRO-3 takes one forward of its engine before each backward.
     family = family_of(config.model.path)
     return (
         _sharded(config)
@@ -81,16 +98,18 @@ def guides_in_one(config: Config) -> bool:
 
 
 def _sharded(config: Config) -> bool:
+    """Whether ZeRO-3 cuts the weights into slices, so that a forward is a collective."""
     return config.deepspeed.get("zero_optimization", {}).get("stage", 0) == 3
 
 
 def prompt_order(config: Config, prompts: list[Example]) -> PromptOrder:
-    """The order in which the run meets its prompts."""
+    """The order in which the run uses its prompts."""
     return PromptOrder(len(prompts), config.data.prompts_per_iteration, config.training.seed)
 
 
 def prompts_reached(config: Config, prompts: list[Example]) -> list[int] | None:
-    """The training prompts that the run will ask for, by place; None: perhaps all of them."""
+    """Places of the training prompts that the run will use; None: possibly all."""
+    # Curation chooses prompts by their rewards, which are not known yet.
     return (
         None
         if config.data.curation

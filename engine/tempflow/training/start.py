@@ -1,8 +1,8 @@
-"""The start of a training run: every check in order, from those of the config to those of the
-machine, then the training itself.
+"""The start of a training run: all checks in order, from the config to the machine, then the
+training itself.
 
-What needs torch is imported after the checks that do without: a typo in a config is answered at
-once.
+Modules that need torch are imported after the checks that do not, so that a mistake in a config is
+reported at once.
 """
 
 from __future__ import annotations
@@ -31,27 +31,34 @@ from tempflow.types import Example
 def checked_inputs(
     config: Config, *, dry: bool = False
 ) -> tuple[list[RewardSpec], list[Example], list[Example]]:
-    """Validate everything that needs no loaded model: prompts, rewards, the checkpoint's folder,
-    sizes.
+    """Validate everything that needs no loaded model: prompts, rewards, the model's folder, sizes.
 
     Args:
-        config: checked.
-        dry: the checkpoint's folder may hold no more than a description of the model.
+        config: a checked config.
+        dry: for a dry run, which needs only the configs in the model's folder, not the weights.
 
-    Returns the rewards, the training prompts and the held-out prompts. Raises UserError.
+    Returns:
+        The rewards, the training prompts and the held-out prompts.
+
+    Raises:
+        UserError: a check fails.
     """
+    # Cheap checks first: files and prompts before anything that imports torch.
     directory.check_place(config)
     specs = parse_rewards(config.rewards)
     train = load_prompts(config.data.train, "data.train")
     heldout = load_prompts(config.data.heldout, "data.heldout") if config.data.heldout else []
     check_watched(specs, evaluated=bool(heldout and config.eval.every))
     told = []
+    # Watched rewards are computed in evaluations only, so they see the held-out prompts alone.
     for kind, prompts in ((False, train + heldout), (True, heldout)):
         told += check_prompts(
             specs, [p.text for p in prompts], [p.for_rewards for p in prompts], watched=kind
         )
     check_asked(specs, [p.metadata for p in train])
+    # Only for its checks.
     PromptOrder(len(train), config.data.prompts_per_iteration, config.training.seed)
+    # Before the imports: the libraries read these settings, or warn, when they are imported.
     cli.quiet_libraries()
     from tempflow.config.deepspeed import check_deepspeed
     from tempflow.models import (
@@ -82,7 +89,11 @@ def checked_inputs(
 
 
 def check_hardware(config: Config) -> None:
-    """UserError for what this machine, or its libraries, cannot run; after `checked_inputs`."""
+    """Refuse a config that this machine or its libraries cannot run. Call after `checked_inputs`.
+
+    Raises:
+        UserError: names the key and what is missing.
+    """
     from tempflow.config.deepspeed import check_machine
     from tempflow.models.attention import check_attention
     from tempflow.models.quantized import check_library
@@ -95,7 +106,7 @@ def check_hardware(config: Config) -> None:
     )
     check_machine(config.deepspeed)
     check_library(config.model.quantize)
-    shares_base(config)
+    shares_base(config)  # raises if the dtypes do not allow what the config asks for
 
 
 def start(
@@ -105,22 +116,24 @@ def start(
     overrides: Sequence[str] = (),
     profile: str | None = None,
 ) -> dict:
-    """Train a config to the end, or to a signal (a collective).
-
-    The handlers of SIGINT, SIGTERM and SIGHUP stay this run's: a launcher may pass a signal on a
-    second time.
+    """Train a config to the end, or until a signal stops it (a collective).
 
     Args:
         config: a JSON file, or a table as `load_config` takes it.
-        resume: continue the run directory from its newest checkpoint.
+        resume: whether to continue from the newest checkpoint of the run directory.
         overrides: `section.key=value` texts.
         profile: the iterations that the CUDA profiler sees, START:STOP.
 
-    Returns "run_dir" (a Path) and what summary.json holds; where a signal stopped the run, and on
-    ranks other than 0, "run_dir" alone. Raises UserError.
+    Returns:
+        "run_dir" (a Path) and the contents of summary.json. On ranks other than 0, and where a
+        signal stopped the run, "run_dir" alone.
+
+    Raises:
+        UserError: the config, the prompts, the machine or the run directory does not allow the run.
     """
     window = Profile(profile)
     checked = load_config(config, overrides)
+    # A resumed run may need the user's modules from the folder that it was started in.
     if resume:
         directory.find_modules(directory.path_of(checked))
     specs, prompts, heldout = checked_inputs(checked)
@@ -132,11 +145,13 @@ def start(
     from tempflow.training.signals import StopSignal
 
     check_hardware(checked)
+    # The handlers stay installed after the run: a launcher may pass a signal on a second time.
     stop = StopSignal().install()
     with directory.claim_run(checked, resume, lambda: check_room(checked, disk_of(checked))) as (
         run_dir,
         resume_from,
     ):
+        # Noise is keyed by a prompt's place in the file, so another file would be another run.
         if resume_from:
             check_unchanged(
                 read_state(resume_from).get("prompts", {}),

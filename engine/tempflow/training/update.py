@@ -1,5 +1,5 @@
-"""Passes over one rollout's states: one forward and one backward per state, shared by its
-children."""
+"""Optimizer steps over the states of a rollout. The children of a state share one forward and one
+backward."""
 
 from __future__ import annotations
 
@@ -21,22 +21,21 @@ from tempflow.types import Unit
 
 @dataclass
 class Part:
-    """A share of the states that makes one optimizer step.
-
-    batches stay as they are; old and reference, one place for each of them, are filled as they
-    become known: what the policy before the updates said, and the reference policy's velocities [N,
-    ...] where a penalty needs them.
-    """
+    """The states of one optimizer step, which several passes repeat."""
 
     batches: list[Batch]
+    """This rank's micro-batches."""
     total: int
-    """States of all ranks, skipped ones included: what the loss is the mean over."""
+    """The number of states of all ranks, skipped ones included; the loss is their mean."""
     old: list[Old | None]
+    """For each micro-batch the outputs of the policy before the updates; None until known."""
     reference: list[torch.Tensor | None]
+    """For each micro-batch the reference policy's velocities [N, ...]; None until computed, or if
+    no penalty needs them."""
 
     @classmethod
     def of(cls, batches: list[Batch], total: int) -> Part:
-        """A share that nothing is known of yet."""
+        """A part before its first forward."""
         return cls(batches, total, [None] * len(batches), [None] * len(batches))
 
 
@@ -44,11 +43,11 @@ class Updater:
     """Turns micro-batches into optimizer steps.
 
     Args:
-        runtime: the engine around the trained transformer.
+        runtime: the training engine.
         sampler: the policy at the run's size and guidance scale.
-        objective: what is minimized.
-        penalty: what holds the policy to another; None: nothing.
-        embed: gives the conditioning of units.
+        objective: the loss.
+        penalty: the divergence that is added to it; None: nothing.
+        embed: returns the conditioning of units.
     """
 
     def __init__(
@@ -60,21 +59,28 @@ class Updater:
         embed: Callable[[list[Unit]], dict[str, torch.Tensor]],
     ):
         self.runtime, self.sampler, self.objective, self.embed = runtime, sampler, objective, embed
-        self.penalty: Any = penalty  # None: what reads its fields is not called
+        self.penalty: Any = penalty  # Any, because code that reads its fields is not run with None
 
     def velocity(self, transformer, batch: Batch) -> torch.Tensor:
-        """v of a batch's states, [N, ...] in the training dtype."""
+        """The transformer's velocities at a batch's states, [N, ...] in the training dtype."""
         return self.sampler.velocity(
             transformer, batch.x, batch.sigma, self.embed(batch.units), dtype=self.runtime.dtype
         )
 
     def update(self, part: Part, lr_factor: float, advance=lambda n: None) -> dict:
-        """One optimizer step over all micro-batches of a part; returns metrics.
+        """One optimizer step over all micro-batches of a part (a collective).
 
-        Where the old policy is not known yet, the weights must still be those of the rollout: then
-        this forward defines it, and the ratio is exactly 1. A gradient that is not finite changes
-        nothing on any rank: then `skipped` is 1, and `broken` holds this rank's units whose
-        log-probabilities are not finite.
+        If the part's old policy is not known yet, the weights must still be those of the rollout:
+        this forward then defines it, and the ratio is exactly 1.
+
+        Args:
+            part: the states; its `old` and `reference` are filled in.
+            lr_factor: factor of the learning rate.
+            advance: is called with 1 after each micro-batch.
+
+        Returns:
+            Metrics. If the gradient was not finite nothing changes on any rank, "skipped" is 1, and
+            "broken" lists this rank's units whose log-probabilities are not finite.
         """
         stats = UpdateStats(self.objective.clip_high)
         for i, batch in enumerate(part.batches):
@@ -82,6 +88,8 @@ class Updater:
                 loss = self._loss(part, i, stats)
                 self.runtime.accumulate(loss, last=i == len(part.batches) - 1)
             advance(1)
+        # Read once, after the last backward was launched: a read in the loop would make the host
+        # wait for every micro-batch.
         metrics = stats.reduced()
         with span("optimizer step"):
             norm = self.runtime.step(lr_factor)
@@ -92,7 +100,10 @@ class Updater:
         }
 
     def _loss(self, part: Part, i: int, stats: UpdateStats) -> torch.Tensor:
+        """This rank's share of the loss from micro-batch i, fp32 []; fills in `old` and
+        `reference`."""
         batch, old = part.batches[i], part.old[i]
+        # Once per rollout: the reference policy does not change between passes.
         if self.penalty and self.penalty.needs_reference and part.reference[i] is None:
             part.reference[i] = self._reference(batch, stats)
         v = self.velocity(self.runtime.engine, batch)
@@ -102,6 +113,8 @@ class Updater:
             loss, seen = self._penalized(loss, seen, v, batch, other)
         if old is None:
             part.old[i] = self._old(v, seen.log_prob)
+        # The kernel's loss is a mean over the N places of the micro-batch, padding included. This
+        # makes it a share of the mean over all states, whatever the micro-batch size.
         scaled = loss * (len(batch.x) / part.total)
         stats.add(batch, seen, scaled, first=old is None)
         return scaled
@@ -109,13 +122,16 @@ class Updater:
     def _held_to(
         self, v: torch.Tensor, old: Old | None, reference: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """The velocities that a penalty compares with. In the first update the old policy's are
-        these themselves."""
+        """The velocities of the policy that the penalty measures from, [N, ...], or None."""
+        # In the first update the old policy is the current one; detached, so that the difference is
+        # 0 and its gradient is taken in one of the two only.
         if not self.penalty or self.penalty.needs_reference:
             return reference
         return v.detach() if old is None else old.velocity
 
     def _penalized(self, loss, seen, v, batch, other):
+        """Add a penalty that the kernel does not compute to the loss and its statistics."""
+        # As in the kernel: padding counts in the mean of the loss, but not in that of the metric.
         live = batch.weight != 0
         found = self.penalty.divergence(v, other, batch.b, batch.tau)
         kl = torch.where(live & self._acts_on(batch), found, 0.0)
@@ -124,8 +140,9 @@ class Updater:
         )
 
     def _acts_on(self, batch: Batch) -> torch.Tensor:
-        """bool [N]: states at the penalty's steps. Step by step, since a list of them would be
-        copied to the GPU."""
+        """Which states are at the penalty's steps, bool [N]."""
+        # One comparison with a Python number per step. A tensor of the steps would have to be
+        # copied to the GPU, and the host would wait.
         if self.penalty.steps is None:
             return torch.ones_like(batch.weight, dtype=torch.bool)
         acts = torch.zeros_like(batch.weight, dtype=torch.bool)
@@ -134,6 +151,8 @@ class Updater:
         return acts
 
     def _old(self, v: torch.Tensor, log_prob: torch.Tensor) -> Old:
+        """What later passes need of this forward. Velocities are kept only if something reads
+        them: they are as large as the latents."""
         kept = (
             self.objective.keeps_velocity
             or self.penalty is not None
@@ -143,8 +162,8 @@ class Updater:
 
     @torch.no_grad()
     def remember(self, part: Part, advance=lambda n: None) -> int:
-        """Note what the policy says of a part before any update moves it; returns this rank's
-        forwards."""
+        """Fill in `old` of a part before any update moves the weights; returns the number of rows
+        that this rank forwarded."""
         for i, batch in enumerate(part.batches):
             v = self.velocity(self.runtime.engine, batch)
             part.old[i] = self._old(v, self.objective.measure(v, batch, None).log_prob)
@@ -153,16 +172,18 @@ class Updater:
 
     @torch.no_grad()
     def _reference(self, batch: Batch, stats: UpdateStats) -> torch.Tensor:
+        """The reference policy's velocities at a batch's states, [N, ...]."""
         stats.forwards += batch.real
         with self.runtime.reference_transformer() as transformer:
             return self.velocity(transformer, batch)
 
     @torch.no_grad()
     def replay_deviation(self, batch: Batch) -> float:
-        """Largest |ratio - 1| of a second pass over the same states with the same weights; 0 where
-        training is exact."""
+        """The largest |ratio - 1| between two forwards of the same states with the same weights; 0
+        if forwards are deterministic."""
         passes = []
         for _ in range(2):
             v = self.velocity(self.runtime.engine, batch)
             passes.append(self.objective.measure(v, batch, None).log_prob)
+        # expm1 in float64: the ratios differ from 1 by less than fp32 can resolve near 1.
         return float(np.abs(np.expm1((passes[1] - passes[0]).double().cpu().numpy())).max())

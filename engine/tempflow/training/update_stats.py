@@ -1,8 +1,7 @@
-"""What one optimizer step reports of itself.
+"""The metrics of one optimizer step.
 
-Sums are added up on the device, in float64 and in the order of the micro-batches, and read once
-when the last backward has been launched: a read before would make the host wait for every
-micro-batch.
+Sums are accumulated on the device, in float64 and in the order of the micro-batches. They are read
+once, after the last backward was launched, because a read makes the host wait for the GPU.
 """
 
 from __future__ import annotations
@@ -19,28 +18,38 @@ SUMS = ("loss", "kl", "clipped", "above", "mismatch")
 
 
 class UpdateStats:
-    """Sums of one optimizer step over this rank's micro-batches; `reduced` gives the means over all
-    ranks.
+    """Sums of one optimizer step over this rank's micro-batches. `reduced` returns the means over
+    all ranks.
 
-    clip_high: above a ratio of 1 + this a child counts as clipped above, where the objective does
-    not say itself.
+    Args:
+        clip_high: a child with a ratio above 1 + this counts as clipped above, unless the objective
+            reports `clipped_above` itself.
     """
 
     def __init__(self, clip_high: float):
         self._clip_high = clip_high
         self.states = self.forwards = 0
-        self._compared = 0  # states that `mismatch` is the sum over
+        self._compared = 0  # number of states in the sum of `mismatch`
         self._sums: list[torch.Tensor] = []  # float64 [SUMS] of each micro-batch
-        # float64 [3] each: the largest deviation of a ratio from 1, the least, minus the greatest
+        # float64 [3] of each micro-batch: the largest deviation of a ratio from 1, the smallest
+        # ratio, and minus the largest ratio, so that one `amin` finds the last two.
         self._ratios: list[torch.Tensor] = []
-        self._finite: list[tuple[list[Unit], torch.Tensor]] = []  # with bool [real]
+        self._finite: list[tuple[list[Unit], torch.Tensor]] = []  # units, and bool [real]
         self.broken: list[Unit] = []
-        """After `reduced`: units whose log-probabilities are not finite."""
+        """Units whose log-probabilities are not finite; filled by `reduced`."""
 
     @torch.no_grad()
     def add(self, batch: Batch, seen: Seen, loss: torch.Tensor, first: bool) -> None:
-        """Note a micro-batch. first: whether its ratios are of the policy to itself, so that its
-        log-probabilities can be compared with the rollout's."""
+        """Add a micro-batch.
+
+        Args:
+            batch: the micro-batch.
+            seen: its statistics.
+            loss: fp32 [], its share of the loss.
+            first: whether the weights are still those of the rollout, so that log-probabilities can
+                be compared with the rollout's.
+        """
+        # Padding comes last and is left out by slicing, which needs no mask on the device.
         real, zero = batch.real, torch.zeros_like(seen.kl)
         self.forwards += real
         self.states += real
@@ -53,39 +62,44 @@ class UpdateStats:
             if first and batch.log_prob_rollout is not None:
                 gap = (seen.log_prob - batch.log_prob_rollout)[:real].abs().mean()
                 self._compared += real
+        # Means times counts: the last micro-batch may have fewer states than the others.
         means = torch.stack([value.double() for value in (seen.kl, clipped, above, gap)])
         self._sums.append(torch.cat([loss.detach().double()[None], means * real]))
 
     def _above(self, seen: Seen, real: int) -> torch.Tensor:
+        """The share of children that count as clipped above, fp32 []."""
         if seen.clipped_above is not None:
             return seen.clipped_above
         return (seen.ratio[:real] > 1 + self._clip_high).to(seen.clip_fraction.dtype).mean()
 
     def _read(self) -> list[float]:
-        """The sums, and the bounds of the ratios, by one copy to the host."""
+        """The sums and the bounds of the ratios, in one copy to the host; sets `broken`."""
         finite = [mask.double() for _, mask in self._finite]
+        # Python's sum adds from left to right, in the order of the micro-batches.
         sums, bounds = sum(self._sums[1:], self._sums[0]), self._bounds()
         values = torch.cat([sums, *bounds, *finite]).tolist()
         units = [unit for units, _ in self._finite for unit in units]
         known = values[len(values) - len(units) :]
         self.broken = [unit for unit, good in zip(units, known, strict=True) if not good]
+        # Without a ratio on this rank: values that change no maximum or minimum over ranks.
         return values[: len(SUMS)] + (
             values[len(SUMS) :][:3] if bounds else [0.0, math.inf, math.inf]
         )
 
     def _bounds(self) -> list[torch.Tensor]:
-        """Of all ratios, where there is one: the deviation, in which a NaN stays, and the ends, of
-        which it is none."""
+        """The largest deviation from 1, the smallest and the negated largest of all ratios, [1]
+        each; none if there is no ratio."""
         if not self._ratios:
             return []
         deviation, *ends = torch.stack(self._ratios).unbind(1)
+        # A NaN ratio must show in the deviation, but the ends are those of the other ratios.
         return [
             deviation.max()[None],
             *(one.nan_to_num(math.inf, math.inf, -math.inf).amin()[None] for one in ends),
         ]
 
     def reduced(self) -> dict[str, float]:
-        """The metrics (a collective), after at least one `add`; the one place that waits."""
+        """The metrics, after at least one `add` (a collective). Only here the host waits."""
         *sums, deviation, least, most = self._read()
         totals = distributed.reduce([*sums, self.states, self._compared, self.forwards])
         loss, kl, clipped, above, mismatch, states, compared, forwards = totals
