@@ -73,7 +73,8 @@ def adopt(
 
 def _bind(target: torch.nn.Module, trained: torch.nn.Module) -> None:
     """Give the copy every frozen tensor of `trained` that has its dtype."""
-    # Shared once in `bare_copy` already, but moving a module to a GPU replaces its buffers.
+    # Most are shared since `bare_copy`; not those in another dtype than that of training, nor
+    # buffers, which moving a module to a GPU replaces.
     parts = dict(target.named_modules())
     for full_name, tensor in (*trained.named_parameters(), *trained.named_buffers()):
         # peft wraps an adapted layer, which is then called `base_layer`.
