@@ -184,6 +184,7 @@ def _of_file(file: Path) -> np.ndarray:
 
 def _colors(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
     """(ink, whole, plain) of one image's or video's frames, uint8 [f, H, W, 3]; see `Looks`."""
+    # 0.07 s for an image of 1024 x 1024 instead of 0.2 s.
     stride = -(-max(frames.shape[1:3]) // LARGEST)
     pixels = frames[:, ::stride, ::stride].astype(np.float32)
     sides = pixels[:, [0, -1]], pixels[:, :, [0, -1]]

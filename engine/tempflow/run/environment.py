@@ -91,6 +91,7 @@ def unused_gpu() -> str | None:
     import torch
 
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")
+    # A ROCm build of torch has no business with an NVIDIA driver that the machine may also have.
     return None if torch.cuda.is_available() or torch.version.hip or hidden else nvidia_driver()
 
 

@@ -147,6 +147,7 @@ def _portions(
     model: Opened, prompts: list[Example], indices: list[int], rows: int
 ) -> Iterator[list[int]]:
     """The indices that are integrated together: of one shape, at most `rows`."""
+    # A batch has one shape: prompts with condition images of several sizes differ in their tokens.
     for places in by_shape(model.embeddings.shapes([prompts[i] for i in indices])):
         for first in range(0, len(places), rows):
             yield [indices[n] for n in places[first : first + rows]]
@@ -180,6 +181,7 @@ def evaluate(
         indices += part
         finite.append(made)
         looks.append(drift.look(images, made))
+        # Encoded at once: the arrays of a part are freed when the next one is drawn.
         kept |= {i: encoded(image) for i, image in zip(part, images, strict=True) if i < keep}
     scores = pool.gather(tickets)
     combined = [combine(score, specs) for score in scores]
@@ -221,6 +223,7 @@ def merge(parts: list[Scored]) -> Scored:
     details = {}
     for name in parts[0].details:
         known = any(p.details[name] is not None for p in parts)
+        # dtype=object: an array of str would be as wide as its longest text.
         texts = [np.array(p.details[name] or [""] * len(p.indices), dtype=object) for p in parts]
         details[name] = list(join(texts)) if known else None
     return Scored(
@@ -286,7 +289,7 @@ def write_samples(folder: Path, scored: Scored, prompts: list[Example], facts: d
     folder.mkdir(parents=True, exist_ok=True)
     items = []
     for n, index in enumerate(scored.indices):
-        if index not in scored.files:
+        if index not in scored.files:  # beyond eval.keep_samples
             continue
         made = scored.files[index]
         file = made.write(folder, f"{n:04d}")

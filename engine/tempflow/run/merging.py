@@ -108,7 +108,7 @@ def _of_run(path: Path, run: Path, checkpoint: int | str | None) -> Source:
 
 def _read_run(run: Path, checkpoint: int | str | None) -> Weights | Scaled:
     chosen = load.load_tuned(run, checkpoint)
-    lora = chosen.config.model.lora
+    lora = chosen.config.model.lora  # of the run: its checkpoint holds tensors alone
     if lora is None:
         return chosen.weights
     # peft names the adapters of a model, "default" here; in a file they have no such name.
@@ -127,6 +127,7 @@ def _read_model(path: str) -> Weights:
 
 
 def _scale(alpha, rank: int, path: Path) -> float:
+    # From the header of somebody's file, so anything may come.
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
         raise UserError(f"{path}: expected a number as lora_alpha, got {shown(alpha)}")
     return alpha / rank
@@ -139,6 +140,7 @@ def check_sources(sources: list[Source]) -> None:
         UserError: for sources of different kinds, bases or families.
     """
     first = sources[0]
+    # An adapter is a difference, a whole model a point: their mean is neither.
     for other in sources[1:]:
         if other.lora is not first.lora:
             whole = "; a LoRA run is a whole model when it was exported with --merge"
@@ -152,6 +154,7 @@ def check_sources(sources: list[Source]) -> None:
                 f" {other.model}"
             )
             raise UserError(f"{bases}; only runs of one base model can be merged")
+    # By class: models in folders have no base on record, but another family cannot fit at all.
     families = {check_model(source.model): source.path for source in sources if source.model}
     if len(families) > 1:
         raise UserError(
@@ -161,6 +164,7 @@ def check_sources(sources: list[Source]) -> None:
 
 
 def _same_place(model: str | None) -> str | None:
+    # A hub id is no folder, and is compared as it is.
     return os.path.realpath(model) if model and os.path.isdir(model) else model
 
 
@@ -179,7 +183,7 @@ def shares(given: list[float] | None, count: int) -> list[float]:
     if (
         len(given) != count
         or not all(math.isfinite(w) and w > 0 for w in given)
-        or abs(sum(given) - 1) > 1e-6
+        or abs(sum(given) - 1) > 1e-6  # 0.3 0.3 0.4 and the like do not add up to 1 exactly
     ):
         raise UserError(
             f"--weights: expected {count} numbers above 0 whose sum is 1, got"
@@ -202,6 +206,7 @@ def merge_models(sources: list[Source], parts: list[float]) -> Weights:
     for number, (source, part) in enumerate(zip(sources, parts, strict=True)):
         # Read within the loop: memory holds the sum and one source, however many there are.
         weights = cast(Weights, source.read())
+        # fp32: sums of many small parts would round away in bf16.
         if number == 0:
             found = {
                 name: torch.zeros_like(weight, dtype=torch.float32)
@@ -260,6 +265,7 @@ def _sizes(adapters: Adapters) -> dict[str, list[int]]:
 def _check_alike(
     first: Source, mine: dict[str, list[int]], other: Source, theirs: dict[str, list[int]]
 ) -> None:
+    # Sorted, so that the same two sources always give the same message.
     for name in sorted(mine.keys() | theirs.keys()):
         if name not in mine or name not in theirs:
             holder, lacks = (first, other) if name in mine else (other, first)

@@ -163,6 +163,7 @@ def search(
         Progress(transient=True) as progress,
     ):
         probe(pool, specs, texts, metadata, model.sampler.size)
+        # An upper bound: prompts that reach the target leave the search.
         task = progress.add_task(
             "refining", total=len(prompts) * options.children * (options.rounds + 1)
         )
@@ -179,6 +180,7 @@ def search(
             suffix=suffix,
             first=first,
         ):
+            # After every round: a search whose rewards fail would go on choosing at random.
             check_failed(  # type: ignore[call-arg]  # three counts
                 "this refinement",
                 *judge.counts.tolist(),  # type: ignore[arg-type]  # three counts
@@ -215,6 +217,7 @@ def _draw_plot(file: Path, found: Found) -> None:
     from matplotlib import pyplot as plt
 
     rewards = np.stack([found.first_rewards, *(each.rewards for each in found.rounds)])
+    # Mean over prompts: those that reached the target early were drawn less often.
     images = [1, *(each.drawn.mean() for each in found.rounds)]
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
     for axis, x, label in (

@@ -261,14 +261,14 @@ class _Refinement:
             images, rewards = judged()
             for prompt, image, latent, reward in zip(places, images, latents, rewards, strict=True):
                 self.best.consider(prompt, image, latent, float(reward))
-            np.add.at(self.drawn, places, 1)
+            np.add.at(self.drawn, places, 1)  # += would count a place that occurs twice only once
 
     def _round(self, number: int, step: int | None) -> Round:
         return Round(
             number,
             step,
             list(self.best.images),  # type: ignore[arg-type]  # the first round has given every prompt an incumbent
-            self.best.rewards.copy(),
+            self.best.rewards.copy(),  # copies: both go on changing while the caller keeps rounds
             self.drawn.copy(),
             self.forwards,
         )

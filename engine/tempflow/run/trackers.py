@@ -169,6 +169,7 @@ class Wandb:
             "resume": "allow",
             "id": _wandb_id(run_dir),
         }
+        # `options` of the user win over the defaults.
         try:
             self._run = self._module.init(**{**defaults, **options})
             # A resumed run logs some iterations again. W&B drops steps that go back, so the
@@ -196,6 +197,7 @@ class Wandb:
 
 def _wandb_id(run_dir: Path) -> str:
     path = run_dir / "wandb_id.txt"
+    # Kept in the run directory, so that a resume continues the same W&B run.
     if not path.exists():
         write_atomic(path, uuid.uuid4().hex[:12])
     return path.read_text(encoding="utf-8").strip()

@@ -118,6 +118,7 @@ def score(
         UserError: where the model or the rewards cannot be used.
         TooManyFailed: where more rewards fail than the run allows.
     """
+    # Prompts and rewards are checked before the model is loaded, which may take minutes.
     specs = parse_rewards(config.rewards)
     texts, metadata = [p.text for p in prompts], [p.for_rewards for p in prompts]
     for line in check_prompts(specs, texts, metadata):
@@ -131,6 +132,7 @@ def score(
 
         def scored(name: str, which: load.Tuned | None) -> Evaluated:
             drawn = _drawn(model, prompts, num_steps, progress, name)
+            # drawn is a generator: the workers score while the model makes the next images.
             found = evaluation.evaluate(
                 scorers, specs, prompts, drawn, keep=len(prompts) if keep else 0
             )
@@ -161,6 +163,7 @@ def _evaluated(
     }
     total, alone = scored.mean(), scored.means()
     result = {
+        # First, so that a reward with a name such as "seed" cannot hide a fact of the evaluation.
         **{name: mean.value for name, mean in alone.items()},
         **facts,
         "prompts": len(prompts),

@@ -37,6 +37,7 @@ def frames(run: Run) -> dict:
         "forwards": run.forwards,
     }
     evaluated = [iteration for iteration, _ in run.heldout]
+    # From the summary's or a sample set's reward, an evaluation may be known whose row is lost.
     at = [{"iteration": iteration, **run.at(iteration)} for iteration in evaluated]
     # _last: a stretch's mean is drawn where the stretch ends, so that the last x is the run's end.
     return {
@@ -123,6 +124,7 @@ def breakdown_chart(run: Run) -> dict | None:
             for key in run.keys
             if key.startswith(prefix) and key[len(prefix) :] in (run.config.get("rewards") or {})
         ]
+        # With one reward this would repeat the reward chart.
         if len(names) > 1:
             errors = ", with their standard errors" if f"{names[0]}/stderr" in run.keys else ""
             series = [
@@ -285,6 +287,7 @@ def other_charts(run: Run) -> list[dict]:
     shown = {metric.key for metric in (*TRAINING, *SIGNAL, *DIVERSITY, *DRIFTS)} | {
         key for key, _ in COST
     }
+    # With charts of their own above, under other titles.
     shown |= {"iteration", "images", "images/total", "reward/mean", "eval/reward"} | {
         f"eval/{name}" for name in run.watched
     }
@@ -375,7 +378,7 @@ def _rounded(values: list) -> list:
 def _running_sum(values: list) -> list:
     total, out = 0.0, []
     for value in values:
-        total += value or 0
+        total += value or 0  # a row without the count, as the base's, adds nothing
         out.append(total)
     return out
 

@@ -120,6 +120,7 @@ def _reward_charts(runs: dict[str, Run]) -> list[dict]:
     series = []
     for n, (name, run) in enumerate(runs.items()):
         values = run.column("reward/mean")
+        # Smoothed alone: two noisy lines over each other could not be told apart.
         smoothed = charts.smooth(values, max(1, len(values) // 15))
         series.append(charts.line(name, smoothed, f"c{n}", frame=f"fine{n}"))
     text = "Rewards of the rollouts, which explore with noise; a running mean."
@@ -141,6 +142,7 @@ def _metric_charts(runs: dict[str, Run], wanted) -> list[dict]:
         for n, (name, run) in enumerate(runs.items()):
             if metric.key in run.keys:
                 values = run.column(metric.key)
+                # Metrics of evaluations have few rows: dots, and lines across the gaps.
                 sparse = sum(value is not None for value in values) < 0.8 * len(values)
                 style = f"c{n} bridge dots" if sparse else f"c{n}"
                 error = run.column(f"{metric.key}/stderr")
@@ -153,6 +155,7 @@ def _metric_charts(runs: dict[str, Run], wanted) -> list[dict]:
 
 
 def _chart(title: str, text: str, series: list[dict], **more) -> dict | None:
+    # A run whose values are all missing would have a legend without a line.
     series = [one for one in series if any(value is not None for value in one["y"])]
     if not series:
         return None
@@ -207,6 +210,7 @@ def _samples(runs: dict[str, Run], thumbnails: Thumbnails) -> str:
             side(sample.items[place], sample, prompt, thumbnails, label)
             for label, sample in shown.items()
             # A set with fewer samples, or others in this place, has no image in this row.
+            # A run that kept fewer samples has no image in the later rows.
             if place < len(sample.items) and sample.items[place].get("prompt") == item.get("prompt")
         ]
         if any(sides):

@@ -87,6 +87,7 @@ def _rollout(run: Run) -> list[_Row]:
 def _training(run: Run) -> list[_Row]:
     zero = (run.config.get("deepspeed") or {}).get("zero_optimization") or {}
     stage, ranks = zero.get("stage", 0), (run.summary or {}).get("world_size") or 1
+    # The config allows one of the two.
     average = next((key for key in ("ema", "merge") if run.setting("training", key)), None)
     return [
         _component("advantage", run.setting("training", "advantage"), "advantages"),

@@ -59,6 +59,7 @@ def render(run: Run) -> str:
     figures = Figures()
     reward = figures.html(charts.reward_chart(run), wide=True)
     drift = _drift(run, figures)
+    # In the order of a reader's questions: images, what training did, what it cost, settings.
     body = [
         samples_html(run, Thumbnails()),
         _optimization(run, figures),
@@ -363,6 +364,6 @@ def _json(value) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-@cache
+@cache  # a run writes its report many times
 def _part(name: str) -> str:
     return (HERE / name).read_text(encoding="utf-8")

@@ -93,6 +93,7 @@ class Run:
         """Number of rewarded images up to each row."""
         total, out = 0.0, []
         for row in self.rows:
+            # The count that a run keeps includes iterations whose rows a full disk has lost.
             total = number(row.get("images/total")) or total + (number(row.get("images")) or 0)
             out.append(total)
         return out
@@ -116,7 +117,7 @@ class Run:
             clock = number(row.get("time/elapsed"))
             if clock is None:
                 clock = elapsed + (number(row.get("time/total")) or 0)
-            elif clock < elapsed:
+            elif clock < elapsed:  # training time never runs backwards, so this is a new count
                 carried += elapsed
             elapsed = clock
             out.append((carried + elapsed) / 60)
@@ -169,6 +170,7 @@ def load_run(run_dir) -> Run:
         row["iteration"] = int(
             number(row.get("iteration")) or (0 if "iteration" in row else position + 1)
         )
+        # Two rows of one iteration: the run was resumed from before it and repeated it.
         rows[row["iteration"]] = row
     run = Run(
         folder,
@@ -182,6 +184,7 @@ def load_run(run_dir) -> Run:
 
 def _without_leftovers(run: Run) -> Run:
     """Drop what an earlier attempt left behind after the iteration that the run was resumed from."""
+    # Rows are cut when a run resumes; sample sets are only replaced one by one as it gets to them.
     if run.rows:
         run.samples = [sample for sample in run.samples if sample.iteration <= run.iterations]
     if run.summary and (number(run.summary.get("iterations")) or run.iterations) < run.iterations:
@@ -191,6 +194,7 @@ def _without_leftovers(run: Run) -> Run:
 
 def number(value) -> float | None:
     """A finite number as float; None for everything else (null, NaN, text, true)."""
+    # bool is an int in Python; as a metric it would be drawn as 0 and 1.
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return None
     return float(value)
@@ -202,6 +206,7 @@ def _sample_sets(folder: Path) -> list[SampleSet]:
     sets = []
     for path in sorted(folder.glob("*/samples.json")):
         info = _read_json(path)
+        # isdigit: drafts of sets that were never finished have names with a dot.
         if info and isinstance(info.get("items"), list) and path.parent.name.isdigit():
             info["items"] = [
                 item for item in info["items"] if isinstance(item, dict) and "file" in item

@@ -36,6 +36,7 @@ def samples_html(run: Run, thumbnails: Thumbnails) -> str:
     """The samples section, "" where no sample set was written."""
     if not run.samples:
         return ""
+    # The first set is the base's unless the run had no evaluation before training.
     base, tuned = run.samples[0], run.samples[-1]
     pairs = match(base, tuned)
     # First, though shown last: thumbnails have a budget, and the strip is not behind a fold.
@@ -83,6 +84,7 @@ def match(base: SampleSet, tuned: SampleSet) -> list[Pair]:
 
 
 def _asked(item: dict) -> tuple[str, str]:
+    # With the condition images: one instruction may be given for many images.
     return str(item.get("prompt")), str(item.get("images"))
 
 
@@ -104,6 +106,7 @@ def _intro(things: str, pairs: list[Pair], base: SampleSet, tuned: SampleSet) ->
         if same
         else "the same prompts, but another seed or step count"
     )
+    # Of the kept images alone: the counts of the whole evaluation are in the tiles.
     changes = [pair.change for pair in pairs if pair.change is not None]
     up, down = sum(change > SAME for change in changes), sum(change < -SAME for change in changes)
     count = (
@@ -229,6 +232,7 @@ def _reading(item: dict) -> str | None:
 
 
 def _target(item: dict, prompt: str) -> str:
+    # A prompt may ask for a word without quoting it; its metadata then names the word.
     given = item.get("ocr_target")
     return given if isinstance(given, str) else quoted_text(prompt)
 
@@ -261,7 +265,7 @@ def _parts(item: dict) -> str:
             for name, value in rewards.items()
         ]
     parts += [
-        f"{name}: {str(value)[:120]}"
+        f"{name}: {str(value)[:120]}"  # a judge's whole answer would fill the page
         for name, value in details.items()
         if value not in (None, "") and not (read and name == "ocr")
     ]
@@ -273,6 +277,7 @@ def _strip(run: Run, thumbnails: Thumbnails) -> str:
     if len(run.samples) < 3:
         return ""
     columns = min(STRIP_COLUMNS, len(run.samples))
+    # Evenly spaced, always with the first and the last set.
     sets = [run.samples[round(n * (len(run.samples) - 1) / (columns - 1))] for n in range(columns)]
     head = '<th scope="col">condition</th>' if _has_conditions(sets[0]) else ""
     head += "".join(
@@ -299,6 +304,7 @@ def _strip_row(place: int, sets: list[SampleSet], thumbnails: Thumbnails) -> str
         cells.append(f"<td>{_img(thumbnail, 'condition image')}</td>" if thumbnail else "<td></td>")
     for sample in sets:
         item = sample.items[place] if place < len(sample.items) else None  # type: ignore[assignment]  # looked at only where it is found
+        # Still: dozens of videos that move at once would be hard to compare.
         thumbnail = (
             thumbnails.get(sample.folder / str(item["file"]), moving=False) if item else None
         )

@@ -38,6 +38,7 @@ def gain(run: Run) -> tuple[float | None, float | None]:
     if base is None or tuned is None:
         return None, None
     found = evaluated(run)
+    # The difference of the two means is the last resort: it has no standard error.
     change = number(found.get("eval/gain"))
     if change is None:
         return unpaired_gain(base, tuned, found.get("eval/failed")), None
@@ -135,6 +136,7 @@ def tiles(run: Run) -> str:
 
 def _limited(run: Run) -> list[tuple[str, str]]:
     """(title, HTML) of the drift metrics with a limit, once a trained model was evaluated."""
+    # The base's own evaluation has a color shift of 0, which is no result.
     if gain(run)[0] is None:
         return []
     return [
@@ -252,6 +254,7 @@ def _spent(run: Run) -> str:
             if spent < 600
             else f"{spent / 60:.1f} hours"
         )
+        # Evaluations and checkpoints are not in it; wall clock time is longer.
         parts[0] += " of training"
     if seen:
         parts.append(f"{seen:,.0f} rewarded {run.things}")
