@@ -269,7 +269,7 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--final: no such file: {args.final}")
 
 
-def main() -> int:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--config", default="configs/tiny_ocr.json")
     parser.add_argument("--seeds", type=int, default=3)
@@ -312,6 +312,11 @@ def main() -> int:
     )
     args = parser.parse_args()
     check(args)
+    return args
+
+
+def main() -> int:
+    args = parse_arguments()
     configs = {
         variant: load_config(args.config, settings(args, variant)).model_dump()
         for variant in args.variants
@@ -344,6 +349,13 @@ def main() -> int:
     write_atomic(out.with_suffix(".md"), written)
     print(written)
     draw(results, out.with_suffix(".png"), f"{Path(args.config).stem}, {device}, {date.today()}")
+    _print_summary(results, levels)
+    print(out)
+    return 0
+
+
+def _print_summary(results: dict[str, list[dict]], levels: dict) -> None:
+    """Print the gains of each variant, and what each needs to reach the baseline's level."""
     for variant, runs in results.items():
         gains = [run["gain"] for run in runs]
         print(
@@ -360,8 +372,6 @@ def main() -> int:
             f"to {levels['level']:.3f}, where {levels['baseline']} ends up, {variant} needs:"
             f" {', '.join(parts) or 'more than it had'}"
         )
-    print(out)
-    return 0
 
 
 if __name__ == "__main__":
