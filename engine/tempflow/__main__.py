@@ -85,7 +85,7 @@ def main() -> int:
     if args.command == "components":
         print(components())
     elif args.command == "drift":
-        from tempflow.run.drift import between_folders  # loads torch
+        from tempflow.run.drift import between_folders  # loads torch, which --help does without
 
         print(json.dumps(between_folders(args.base, args.now, args.neighbors)))
     else:

@@ -152,6 +152,7 @@ def sample(
             f"images: expected a list with an entry for each of {len(prompts)} prompts, got"
             f" {shown(images)}"
         )
+    # An entry may be a single image; `typed_prompts` takes lists.
     given = [
         list(entry) if isinstance(entry, (list, tuple)) else [entry]
         for entry in (() if images is None else images)
@@ -162,6 +163,7 @@ def sample(
         _read("seed", arguments.seed, seed),
     )
     config, chosen = tuned.choose(*_checkpoint(run, checkpoint, weights), base)
+    # One variant only: unlike the command, which shows the base beside the tuned model.
     (drawn,), missing = tuned.draw(
         config, {"base" if base else "tuned": chosen}, examples, num_steps=num_steps, seed=seed
     )

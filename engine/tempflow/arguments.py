@@ -45,6 +45,7 @@ def number(text: str) -> float:
         value = float(text)
     except ValueError:
         value = math.nan
+    # float() reads "nan" and "inf" too, which compare in surprising ways later.
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"expected a number, got {shown(text)}")
     return value
@@ -89,6 +90,7 @@ def checkpoint(text: str) -> int | str:
     """The number of an iteration, or the word "best"."""
     if text == "best":
         return text
+    # At most 18 digits, which fit 64 bits.
     if not text.isdecimal() or len(text) > 18:
         raise argparse.ArgumentTypeError(f"expected an iteration or best, got {shown(text)}")
     return int(text)

@@ -140,6 +140,7 @@ def reading_universal_checkpoints(engine) -> Iterator[None]:
     The public key `checkpoint.load_universal` is read at the start, before it is known how the
     checkpoint was written. Without it a run could not resume on another number of ranks under ZeRO.
     """
+    # Put back afterwards: this run's own checkpoints are not universal ones.
     kept = engine._config.load_universal_checkpoint
     engine._config.load_universal_checkpoint = True
     try:

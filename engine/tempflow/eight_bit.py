@@ -55,6 +55,7 @@ def maker(optimizer: dict) -> Callable | None:
     check_library()
     from bitsandbytes.optim import AdamW8bit
 
+    # A function, because DeepSpeed calls it with the parameters that it has prepared.
     params = optimizer.get("params", {})
     return lambda parameters: AdamW8bit(
         [{"params": group} for group in groups(parameters)], **params

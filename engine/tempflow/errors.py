@@ -80,5 +80,6 @@ def brief(error: BaseException, most: int = 3 * VALUE) -> str:
 
 def note(text: str) -> None:
     """Print a note on the first rank, on stderr, because stdout may hold a command's result."""
+    # By the launcher's variable: notes are given before the ranks have joined.
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"note: {shortened(text, SCREEN)}", file=sys.stderr, flush=True)

@@ -59,6 +59,7 @@ def check_media(media: np.ndarray) -> None:
 
 def plain(count: int, size: Size, level: int) -> np.ndarray:
     """`count` images or videos of one gray level, 0 to 255."""
+    # A video has an axis of frames, and a video of one frame is an image.
     frames = (size.frames,) if size.frames > 1 else ()
     return np.full((count, *frames, size.height, size.width, 3), level, dtype=np.uint8)
 

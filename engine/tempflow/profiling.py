@@ -54,6 +54,7 @@ class Profile:
         """Call it before every iteration, counted from 0, and once after the last one."""
         import torch
 
+        # -1, which no iteration has, where no profile was asked for.
         if iteration not in (self.first, self.stop) or not torch.cuda.is_available():
             return
         # Kernels of the iteration before must end outside the recorded range, or inside it.

@@ -224,6 +224,7 @@ def find(kind: str, name: str, key: str | None = None):
     """The class of a component. Raises UserError as `build`."""
     key = key or KINDS[kind].key
     target, base = import_from(key, path_of(kind, name, key)), KINDS[kind].base
+    # A class of another kind may even have the same options, and would fail in the middle of a run.
     if not (inspect.isclass(target) and issubclass(target, import_from(key, base))):
         raise UserError(
             f"{key}: {name} is not a {kind}: expected a subclass of {base.replace(':', '.')}, got"

@@ -61,6 +61,7 @@ class Fetched:
 
     def __init__(self, tensors: Sequence[torch.Tensor]):
         self._done: torch.cuda.Event | None = None
+        # On a CPU there is nothing to wait for. Without tensors there is no device for an event.
         if not tensors or tensors[0].device.type != "cuda":
             self._tensors = [tensor.cpu() for tensor in tensors]
             return
@@ -87,6 +88,7 @@ class Mark:
     """A point in a device's work, for measuring time: on a GPU by an event on its stream."""
 
     def __init__(self, device: torch.device):
+        # Without a GPU the host does the work itself, so its clock is right.
         self._time = time.perf_counter()
         self._event: torch.cuda.Event | None = None
         if device.type == "cuda":
@@ -97,7 +99,7 @@ class Mark:
         """Seconds from this mark to a later one; the device must have passed both."""
         if self._event is None or later._event is None:
             return later._time - self._time
-        return self._event.elapsed_time(later._event) / 1000
+        return self._event.elapsed_time(later._event) / 1000  # milliseconds
 
 
 def _places(groups: list[Named]) -> tuple[list[dict[str, int]], int]:

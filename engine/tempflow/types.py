@@ -49,6 +49,7 @@ class Scales(float):
 
     second: float
 
+    # float is immutable, so its value is set in __new__.
     def __new__(cls, first: float, second: float) -> Scales:
         made = super().__new__(cls, first)
         made.second = second
@@ -270,6 +271,7 @@ class Slots:
         found = np.full((*rewards.shape[:-1], len(self)), np.nan)
         for slot, rows in enumerate(self.leaves):
             below = rewards[..., list(rows)]
+            # Not nanmean, which warns about slots whose every reward failed.
             known = np.isfinite(below)
             np.divide(
                 np.where(known, below, 0.0).sum(-1),
@@ -291,6 +293,7 @@ class Slots:
         """
         if self.before is None or self.after is None:
             return None, None
+        # rows is -1 where a value is missing; indexing with it is harmless, `where` drops it.
         before, after = (
             np.where(rows >= 0, rewards[rows], np.nan) for rows in (self.before, self.after)
         )

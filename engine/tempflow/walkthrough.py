@@ -211,6 +211,7 @@ class Walkthrough:
                 "update: the weights have changed since these rows were sampled; call branch again"
             )
         s, found = self.session, []
+        # Later passes have the old policy's outputs already.
         if fresh:
             # Before the first step changes the weights. The first part gets the old policy's
             # outputs from its own forward.
@@ -219,6 +220,7 @@ class Walkthrough:
         for part in branching._parts:
             found.append(self._updater.update(part, lr_factor=1.0))
         self.updates += 1
+        # The next `branch` samples with the rollout copy, which is updated as in a run.
         if s.config.rollout.replica:
             self._runtime.refresh(s.policy.denoiser())
         return found

@@ -68,6 +68,7 @@ def score(args: argparse.Namespace, draft: Path | None) -> None:
     from tempflow.run import tuned
 
     config, chosen = tuned.choose(args.run, args.checkpoint, args.weights, args.base)
+    # By default the run's own number, so that the result can be compared with its log.
     prompts = tuned.prompts_of(config, args.prompts, args.count or config.eval.prompts)
     done = tuned.score(
         config,
@@ -84,7 +85,9 @@ def score(args: argparse.Namespace, draft: Path | None) -> None:
     )
     # stderr, because stdout holds the JSON alone and can be piped into a program.
     Console(highlight=False, stderr=True, soft_wrap=True).print("\n".join(lines), markup=False)
+    # NaN is not JSON: a mean without a single score is None.
     print(json.dumps(done.result, allow_nan=False), flush=True)
+    # After the numbers: an error in writing images does not lose them.
     if draft:
         done.write(draft)
 

@@ -84,6 +84,8 @@ def export(args: argparse.Namespace, draft: Path) -> str:
     from tempflow.models.opened import load_whole
 
     chosen = load.load_tuned(args.run, args.checkpoint, args.weights)
+    # Adapters can be written without loading the model. A whole pipeline loads all its weights, in
+    # the dtype that is written.
     if (lora := chosen.config.model.lora) and not args.merge:
         pipeline = getattr(diffusers, check_model(chosen.config.model.path))
         write_lora(chosen.weights, lora.rank, lora.alpha, pipeline, draft, DTYPES[args.dtype])

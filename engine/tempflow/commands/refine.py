@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 def step_range(text: str) -> tuple[int, int]:
     """The type of --step: one step, or FIRST..LAST for the first and the last round."""
     first, dots, last = text.partition("..")
-    # A grid has at most 1000 steps, numbered from 0, and the last one takes no noise.
+    # A step without dots is for all rounds. A grid has at most 1000 steps, numbered from 0, and the
+    # last one takes no noise.
     read = arguments.whole(0, 998)
     return (read(first), read(last if dots else first))
 
@@ -130,9 +131,11 @@ def search(args: argparse.Namespace, draft: Path) -> str:
         config, chosen = tuned.choose(args.run, args.checkpoint, args.weights, args.base)
     else:
         config, chosen = load_config(args.config, args.set), None
+    # All of these can be refused, so they come before the model is loaded.
     config, suffix = with_rewards(config, args.rewards), read_suffix(args.suffix)
     prompts = chosen_prompts(args, config)
     steps = chosen_steps(args, config)
+    # matplotlib is an optional package; the images and tables do without it.
     if not find_spec("matplotlib"):
         note("rewards.png is not drawn: matplotlib is not installed")
     options = Search(args.rounds, args.children, steps, args.explore == "branch", args.target)
@@ -148,6 +151,8 @@ def search(args: argparse.Namespace, draft: Path) -> str:
         config, chosen, prompts, options, num_steps=args.num_steps, seed=args.seed, suffix=suffix
     )
     found.write(draft, prompts, facts)
+    # nanmean: a prompt whose every image failed has no reward. Prompts that reached --target drew
+    # fewer images than the others.
     start, last, drawn = (
         np.nanmean(found.first_rewards),
         np.nanmean(found.rounds[-1].rewards),
@@ -172,6 +177,7 @@ def with_rewards(config: Config, given: str | None) -> Config:
     """
     from tempflow.rewards import check_frames, parse_rewards
 
+    # A copy: the config of the run is not changed. Its rewards are replaced, not merged.
     if given is not None:
         config = config.model_copy(update={"rewards": read_table("--rewards", given)})
     check_frames(parse_rewards(config.rewards), config.rollout.size)

@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from tempflow.run.report.page import write_report
 
     args = parse_args(argv)
+    # One run's report belongs to its directory, so it has no --out; a comparison belongs to none.
     if len(args.runs) > 1:
         print(write_comparison(args.runs, args.out or Path("comparison.html")))
     elif args.out:

@@ -147,6 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 log_level="warning",
                 access_log=False,
                 server_header=False,
+                # No request takes longer, so none is cut off by a shutdown.
                 timeout_graceful_shutdown=math.ceil(args.timeout_s),
             )
         )
@@ -154,7 +155,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Ignore that one: it would end this process before the worker processes are closed.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: None)
+        # Only now: a client that can connect finds all rewards loaded.
         listener.listen()
+        # An IPv6 address has brackets in a URL.
         host = f"[{args.host}]" if ":" in args.host else args.host
         print(
             f"serving {', '.join(batchers)} at http://{host}:{listener.getsockname()[1]}",
@@ -259,6 +262,7 @@ def is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
+        # A name. Others may resolve to any address, so they count as reachable by others.
         return host == "localhost"
 
 

@@ -144,6 +144,7 @@ def _largest_group(config: Config, over: str) -> int:
         [plan.rows(unit, 0) for unit in units],
         endpoints=config.objective().wants == "endpoints",
     ).slots
+    # Two units are enough to tell a group of one from larger ones, whatever the number of seeds.
     labels = slots.groups(over).tolist()
     return max(map(labels.count, set(labels)), default=0)
 
@@ -347,6 +348,7 @@ def check_quantized(config: Config) -> None:
             f"{asked} needs ZeRO stage 0, 1 or 2; stage 3 spreads parameters over the ranks, and"
             " quantized weights are not parameters"
         )
+    # Without rollout.replica there is no second copy to merge into.
     if config.model.share_base is False and config.rollout.replica:
         raise ValueError(
             f"{asked} excludes model.share_base false: adapters cannot be merged into quantized"

@@ -61,6 +61,7 @@ def unit_states(config: Config) -> list[int]:
     """
     objective = config.objective()
     if objective.wants == "endpoints":
+        # A draw is a noise level of its own, and there are no more of them than steps of the grid.
         draws = min(getattr(objective, "draws", 1), config.rollout.num_steps)
         return [1] * draws * len(unit_rows(config))
     return [len(children) for children in states_of(unit_rows(config)).values()]
@@ -68,6 +69,7 @@ def unit_states(config: Config) -> list[int]:
 
 def busiest_units(config: Config, gpus: int) -> int:
     """Units of the GPU with the most of them."""
+    # Rounded up: units are dealt whole, so some ranks may have one more than others.
     return -(-config.data.prompts_per_iteration * config.plan().seeds // gpus)
 
 
@@ -96,6 +98,7 @@ def phases(config: Config, model: Model, gpus: int, speed: float) -> list[Phase]
             share,
         )
 
+    # `flops` are those of one row, so the number of rows in a forward does not change the sums.
     forward, states = model.forward(r.rows), len(unit_states(config))
     found = [
         phase("rollout", count_forwards(rows, r.num_steps, r.suffix), forward),
@@ -134,6 +137,7 @@ def phases(config: Config, model: Model, gpus: int, speed: float) -> list[Phase]
             )
         )
     if config.data.heldout and config.eval.every:
+        # Evaluations are counted apart: guidance, steps and prompts may differ from the rollout's.
         steps, mine = config.eval.num_steps or r.num_steps, -(-config.eval.prompts // gpus)
         flops = model.forward(min(r.rows, mine), config.eval_guidance()).flops
         found.append(

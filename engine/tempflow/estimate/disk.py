@@ -65,6 +65,7 @@ def disk(config: Config, zero: Zero) -> Disk:
             zero.whole_fp32 * config.averaged_copies() if config.training.merge else 0,
             "training.merge.last",
         ),
+        # The rest is written by DeepSpeed, for resuming; the fp32 weights above are the engine's.
         Item("DeepSpeed: weights", zero.saved_weights, "model.lora, zero_optimization.stage, bf16"),
         Item("DeepSpeed: optimizer", zero.saved_optimizer, "model.lora, optimizer"),
     ]
@@ -90,7 +91,7 @@ def _samples(config: Config) -> int:
 
 def _written(config: Config) -> int:
     """Checkpoints that a whole run writes; the last iteration always writes one."""
-    every = config.checkpoint.every
+    every = config.checkpoint.every  # 0: only the last iteration writes one
     return -(-config.training.iterations // every) if every else 1
 
 
@@ -104,6 +105,7 @@ def free_bytes(config: Config) -> int:
     Unfinished checkpoints of a run that was killed count as free: saving removes them first.
     """
     run_dir = path_of(config)
+    # The run directory may not exist yet; the nearest folder above it is on the same disk.
     there = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.is_dir())
     drafts = (
         file for draft in (run_dir / "checkpoints").glob(".saving-*") for file in draft.rglob("*")
@@ -122,6 +124,7 @@ def check_room(config: Config, needed: Disk) -> str | None:
     Raises:
         UserError: not even one checkpoint fits.
     """
+    # A warning only, where some checkpoints fit: the user may free space during the run.
     free = free_bytes(config)
     if free >= needed.total:
         return None

@@ -80,6 +80,7 @@ def estimate(
             DeepSpeed key of the wrong type.
     """
     model = Model(config, images)
+    # Before anything is measured: a size that the family refuses would fail deep in the model.
     check_size(model.path, model.size)
     # Units (a prompt and a seed) are dealt to ranks whole, so a rank without one would have nothing
     # to train on.

@@ -67,6 +67,8 @@ def memory_of(config: Config, model: Model, zero: Zero, gpus: int, prompts: int)
         gpus: number of GPUs.
         prompts: number of training prompts.
     """
+    # Two times must fit: embedding the prompts, which comes first, and training. If the encoders
+    # stay, embedding is a part of the second.
     stay = _encoders_stay(config)
     processes, unknown = process_items(config)
     resident = [
@@ -189,6 +191,7 @@ def _moments(config: Config, model: Model, zero: Zero, gpus: int) -> list[Item]:
 
 def _host(config: Config, model: Model, zero: Zero, gpus: int, prompts: int) -> list[Item]:
     """What a process holds in host memory while it trains."""
+    # The average is kept in host memory and dealt to the processes, whatever the ZeRO stage.
     average = zero.whole_fp32 * config.averaged_copies()
     (each, negative), seen = model.embedding, _prompts_seen(config, gpus, prompts)
     offloaded = _encoders_stay(config) and config.model.offload_text_encoders
@@ -331,6 +334,7 @@ def _sent(config: Config, gpus: int) -> int:
 
 def _prompts_seen(config: Config, gpus: int, prompts: int) -> int:
     """Number of different prompts that a process embeds and keeps, of `prompts` in the file."""
+    # Units are dealt to ranks, so a process sees at most as many prompts per iteration as units.
     trained = min(
         prompts,
         config.training.iterations

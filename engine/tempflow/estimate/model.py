@@ -188,6 +188,7 @@ class Model:
         """Bytes of the embeddings of a prompt, and of a negative prompt (0 if the family has
         none)."""
         policy = self._frozen.policy
+        # Families with condition images embed them for one size.
         with policy.embedding_for(self.size):
             each = tensor_bytes(policy.embed([Example("")]).values())
         return each, each if policy.default_negative_prompt is not None else 0
@@ -234,6 +235,7 @@ def _key_of(lora: Lora | None) -> str | None:
     )
 
 
+# The size of a latent is no part of this cache's key: one policy serves all sizes.
 @lru_cache(maxsize=8)
 def _frozen(
     path: str, dtype: torch.dtype, text: int, images: int | None, quantize: str | None
@@ -278,6 +280,7 @@ def _trained(path: str, dtype: torch.dtype, lora: str | None, quantize: str | No
                 add_lora(module, Lora.model_validate_json(lora), family.lora_targets, 0)
         except ValueError as error:
             raise UserError(f"model.lora: {str(error).splitlines()[0]}") from None
+    # The names are peft's: it moves an adapted layer's weight to `base_layer`.
     parameters = list(module.parameters())
     trained = [p for p in parameters if p.requires_grad]
     adapted = max(
@@ -370,4 +373,4 @@ def _pass(sampler: Sampler, rows: int, dtype: torch.dtype, run: Callable[..., Me
             f"model.path: {type(policy).__name__} cannot run this"
             f" {type(policy.denoiser()).__name__}: {brief(error)}"
         ) from error
-    return Pass(meter.peak, meter.flops // rows)
+    return Pass(meter.peak, meter.flops // rows)  # every row takes the same operations

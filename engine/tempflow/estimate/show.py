@@ -121,6 +121,7 @@ def _verdict(estimate: Estimate, out: Console) -> None:
             " GPU; its size is unknown."
         )
     left = estimate.card - estimate.total
+    # Below 5 % the parts that are not counted may decide, so the verdict is a warning.
     if estimate.fits and left < 0.05 * estimate.card:
         out.print(
             f"[bold yellow]Barely fits[/]: {size(left)} left, but fragmentation and NCCL's buffers"
@@ -143,6 +144,7 @@ def _verdict(estimate: Estimate, out: Console) -> None:
 
 def _largest(memory: Memory) -> list[Item]:
     """The largest items of the time at which the GPU holds most."""
+    # Whichever time decides the total: embedding the prompts, or training.
     if memory.embeds > memory.running:
         return sorted(memory.embedding, key=lambda item: -item.bytes)[:LARGEST]
     resident = sorted(memory.resident, key=lambda item: -item.bytes)[:LARGEST]

@@ -29,6 +29,7 @@ class Stop(Section):
     min_delta: Annotated[float, Field(ge=0)] = Field(
         0.0, description="a value counts as a new highest if it exceeds the last by more than this"
     )
+    # Bounds are compared with each value by itself; a NaN is in no bound and never stops a run.
     below: float | None = Field(None, description="stop when the metric is below this value")
     above: float | None = Field(None, description="stop when the metric is above this value")
 

@@ -47,6 +47,7 @@ class Model(Section):
     lora: Lora | None = Field(
         None, description="train adapters; null: train all weights of the transformer"
     )
+    # Three values: null chooses, while true is refused with a reason where it is impossible.
     share_base: bool | None = Field(
         None,
         description=(

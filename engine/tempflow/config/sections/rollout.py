@@ -51,6 +51,8 @@ class Suffix(Section):
         ),
     )
 
+    # Checked here and not with the other cross-checks, because --suffix of refine reads a Suffix by
+    # itself.
     @model_validator(mode="after")
     def _coarser(self) -> Suffix:
         if self.stride == 1 and self.weights == "same":
@@ -112,6 +114,7 @@ class Rollout(Section):
     frames: Frames = Field(
         1, description="frames of a video, for model families that make videos; 1: an image"
     )
+    # At least 2: the last step takes no noise, so a single step would leave nothing to train on.
     num_steps: Annotated[int, Field(ge=2, le=1000)] = Field(
         10, description="T, the number of steps of the sampling grid"
     )

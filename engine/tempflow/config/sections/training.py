@@ -64,6 +64,7 @@ class Training(Section):
     minutes: Annotated[float, Field(gt=0)] | None = Field(
         None, description="stop earlier, after this many minutes of training; null: no limit"
     )
+    # With several updates the later ones are off-policy, so this changes what is learned.
     updates: Updates = Field(Updates(), description="optimizer steps of an iteration")
     max_skipped: Count = Field(
         3,
