@@ -111,7 +111,7 @@ def _heldout_chart(runs: dict[str, Run]) -> dict | None:
             series.append(charts.line(name, values, f"c{n} dots", frame=f"eval{n}", error=errors))
     text = "Fixed prompts and noise, ODE sampling, with the standard errors over prompts."
     if not comparable.same_rewards(runs):
-        text += " The runs have different rewards, so these sums are of different things."
+        text += " The runs have different rewards, so their totals cannot be compared."
     return _chart("Held-out reward", text, series, height=300)
 
 
