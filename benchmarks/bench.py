@@ -180,6 +180,7 @@ def _split_children(batch):
         batch,
         units=[unit for unit in batch.units for _ in range(width)],
         real=batch.real * width,
+        sigmas=[sigma for sigma in batch.sigmas for _ in range(width)],
         **repeated,
         **split,
     )

@@ -60,6 +60,7 @@ def batch_of(states: list[State], advantage) -> Batch:
         None,
         n,
         torch.ones(n, 1, dtype=torch.bool),
+        scalars[0].tolist(),
     )
 
 

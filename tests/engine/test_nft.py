@@ -38,6 +38,7 @@ def batch_of(advantage) -> Batch:
         None,
         N,
         ones[:, None] > 0,
+        sigma.tolist(),
     )
 
 

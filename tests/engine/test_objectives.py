@@ -33,6 +33,7 @@ def batch_of(seed=0, weight=(1.0, 0.5, 2.0, 1.0, 0.0), advantage=None, valid=Non
         None,
         N,
         valid,
+        [0.5] * N,
     )
 
 

@@ -3,6 +3,7 @@ from, and on which states they act."""
 
 import math
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -184,6 +185,7 @@ class Line:
     and of a sampler."""
 
     dtype = torch.float32
+    policy = SimpleNamespace(expert=lambda sigma: 0, only=lambda transformer, experts: transformer)
 
     def __init__(self, start=1.0, base=0.5):
         self.w, self.base, self.references = torch.tensor(start, requires_grad=True), base, 0
@@ -235,6 +237,7 @@ def part_of(weight=(1.0, 1.0, 0.0), endpoints=False) -> Part:
                 None,
                 real,
                 none == 0,
+                [1.0] * n,
                 step,
             )
         ],

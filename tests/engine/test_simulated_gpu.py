@@ -135,17 +135,13 @@ def test_images_are_fetched_when_the_gpu_has_other_work(simulations, family):
     assert min(ahead) >= min(seen.kernels for seen in work) and last == 0
 
 
-# Which rows of a forward are whose expert's: one read for the policy, one for the reference.
-OF_EXPERTS = {"wan22_a14b_lora": 2}
-
-
 @pytest.mark.parametrize("name", CONFIGS)
 def test_an_update_reads_once_and_not_before_a_backward(simulations, name):
     """Its metrics, after the last micro-batch was launched."""
     waits = simulations.trained(name).waits
     last = {event: n for event, n in waits.items() if "training/update_stats.py" in event[1]}
     assert [(kind, n) for (kind, _), n in last.items()] == [(READ, 1)]
-    assert sum(waits.values()) - 1 == OF_EXPERTS.get(name, 0), waits
+    assert sum(waits.values()) == 1, waits
 
 
 # ------------------------------------------------------------------------------------------- memory

@@ -229,7 +229,8 @@ def test_text_is_padded_to_the_pipelines_length_and_cleaned(pairs):
 
 # ------------------------------------------------------------------------------------------ experts
 def test_the_boundary_parts_the_rows(pairs):
-    """Every row is what its own expert alone makes of it, in any order and with guidance."""
+    """Every row is what its own expert alone makes of it, in any order and with guidance, also
+    where the host says whose it is."""
     policy, pipe = pairs("experts")
     sigma = torch.tensor([0.5, 0.9, 0.875, 0.8749, 1.0])
     size, x = Size(32, 96, 5), latents_for(policy, Size(32, 96, 5), 5)
@@ -237,6 +238,9 @@ def test_the_boundary_parts_the_rows(pairs):
     with torch.no_grad():
         together = policy.velocity(policy.denoiser(), x, sigma, conditioning, size, 4.5)
         plain = policy.velocity(policy.denoiser(), x, sigma, conditioning, size, 1.0)
+        told = policy.only(policy.denoiser(), [policy.expert(level) for level in sigma.tolist()])
+        for scale, v in ((4.5, together), (1.0, plain)):
+            assert torch.equal(policy.velocity(told, x, sigma, conditioning, size, scale), v)
         for n, expert in enumerate(
             (
                 pipe.transformer_2,

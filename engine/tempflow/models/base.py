@@ -192,9 +192,10 @@ class Policy(ABC):
         share no forward in a rollout."""
         return 0
 
-    def only(self, denoiser: Callable, expert: int) -> Callable:
-        """The denoiser for rows that all belong to one expert. It does not read the noise levels to
-        choose the expert, because a forward in a CUDA graph cannot."""
+    def only(self, denoiser: Callable, expert: int | list[int]) -> Callable:
+        """The denoiser for rows that all belong to one expert, or for rows whose experts are
+        listed. It does not read the noise levels to choose the expert: the host would wait for
+        them, and a forward in a CUDA graph cannot."""
         return denoiser
 
     @property

@@ -108,7 +108,10 @@ class WanPolicy(GuidedPolicy):
         )
 
     def only(self, denoiser, expert):
-        return denoiser if self._boundary is None else partial(denoiser, low=expert == 1)
+        if self._boundary is None:
+            return denoiser
+        one = isinstance(expert, int)
+        return partial(denoiser, low=expert == 1 if one else [row == 1 for row in expert])
 
     @property
     def _boundary(self) -> float | None:

@@ -45,7 +45,8 @@ class Experts(ModelMixin, PeftAdapterMixin):
             timestep: fp32 [n].
             encoder_hidden_states: [n, tokens, D].
             low: whether each row belongs to the expert for low noise: bool [n], which the host has
-                to read, or one bool for all rows.
+                to read; one bool for all rows; or a list of n bools, or of n / 2 where the second
+                half of the rows repeats the noise levels of the first.
             return_dict: ignored; callers of diffusers' models pass it.
 
         Returns:
@@ -98,10 +99,11 @@ class Experts(ModelMixin, PeftAdapterMixin):
         return out[:0].reshape(0, *x.shape[1:])
 
 
-def _read(low: torch.Tensor | bool, rows: int) -> list[bool]:
+def _read(low: torch.Tensor | bool | list[bool], rows: int) -> list[bool]:
     """`low` as a list of bools for the rows."""
-    if isinstance(low, bool):
-        return [low] * rows
+    if not isinstance(low, torch.Tensor):
+        each = [low] if isinstance(low, bool) else low
+        return each * (rows // len(each))
     # The meta device has no values. Either expert will do there, since both cost the same.
     return [False] * rows if low.is_meta else low.tolist()
 

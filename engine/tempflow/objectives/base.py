@@ -71,6 +71,8 @@ class Batch:
     valid: torch.Tensor
     """bool [N, B]: False for children whose reward failed, and for copies that fill up a state with
     fewer than B children."""
+    sigmas: list[float]
+    """N: the values of `sigma`, which the host knows without waiting for the device."""
     step: torch.Tensor | None = None
     """int64 [N]: places in the sampling grid, for penalties that act on some steps only."""
 

@@ -217,5 +217,6 @@ def _stack(places: list[Weighed], weight: torch.Tensor, real: int, device) -> Ba
         children=torch.stack([s.children for s in states]).to(device),
         log_prob_rollout=torch.stack([s.log_prob for s in states]).to(device) if scored else None,  # type: ignore[misc]  # `scored`: every state has one
         real=real,
+        sigmas=[s.sigma for s in states],
         **send([numbers], device)[0],
     )

@@ -63,8 +63,10 @@ class Updater:
 
     def velocity(self, transformer, batch: Batch) -> torch.Tensor:
         """The transformer's velocities at a batch's states, [N, ...] in the training dtype."""
+        policy = self.sampler.policy
+        denoiser = policy.only(transformer, [policy.expert(sigma) for sigma in batch.sigmas])
         return self.sampler.velocity(
-            transformer, batch.x, batch.sigma, self.embed(batch.units), dtype=self.runtime.dtype
+            denoiser, batch.x, batch.sigma, self.embed(batch.units), dtype=self.runtime.dtype
         )
 
     def update(self, part: Part, lr_factor: float, advance=lambda n: None) -> dict:
