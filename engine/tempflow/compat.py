@@ -10,8 +10,12 @@ from __future__ import annotations
 
 import atexit
 import importlib
+import inspect
+import itertools
 from contextlib import contextmanager
-from typing import Any, Iterator
+from functools import lru_cache
+from typing import Any, Iterable, Iterator
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -158,3 +162,59 @@ def leave_all_reduce_to_gloo() -> None:
     """
     # `import deepspeed.comm.torch` would bind PyTorch itself, which that package has by this name.
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]  # a private name that compat's test holds
+
+
+@lru_cache(maxsize=1)
+def spare_zero3_its_records() -> None:
+    """DeepSpeed: `deepspeed.utils.nvtx.enable_nvtx`; `print_rank_0` and
+    `debug_param2name_id_shape_device` of `zero.partition_parameters`, `print_rank_0` and
+    `iter_params` of `zero.partitioned_param_coordinator`. For every weight that a stage 3 gathers
+    and gives back it marks ranges for a profiler and forms lines that nobody prints, and for every
+    block walks through the modules again. No key turns that off. Without it a micro-batch does the
+    same with more of the host's time."""
+    zero = "deepspeed.runtime.zero"
+    importlib.import_module("deepspeed.utils.nvtx").enable_nvtx = False  # type: ignore[attr-defined]  # private names, which compat's test holds, here and below
+    partition = importlib.import_module(f"{zero}.partition_parameters")
+    coordinator = importlib.import_module(f"{zero}.partitioned_param_coordinator")
+    partition.debug_param2name_id_shape_device = id  # type: ignore[attr-defined]
+    for part in (partition, coordinator):
+        part.print_rank_0 = _when_asked(part.print_rank_0)  # type: ignore[attr-defined]
+    coordinator.iter_params = _parameters_once(coordinator.iter_params)  # type: ignore[attr-defined]
+
+
+def keep_signatures(module: torch.nn.Module) -> None:
+    """DeepSpeed: `pre_bwd_fn` and `post_bwd_fn`, the autograd functions that stage 3 gives every
+    module, and `LinearFunctionForZeroStage3`. PyTorch inspects the signature of such a function at
+    every call, unless it bears one. Without it a call costs the host some 50 microseconds more."""
+    linear = importlib.import_module("deepspeed.runtime.zero.linear")
+    found = [linear.LinearFunctionForZeroStage3]
+    for part in module.modules():
+        found += [vars(part)[name] for name in ("pre_bwd_fn", "post_bwd_fn") if name in vars(part)]
+    for function in found:
+        function.forward.__signature__ = inspect.signature(function.forward)
+
+
+def _when_asked(printed):
+    """`print_rank_0` that finds out its rank for lines that are printed alone."""
+
+    def print_rank_0(message, debug=False, force=False):
+        if debug or force:
+            printed(message, debug, force)
+
+    return print_rank_0
+
+
+def _parameters_once(each_time):
+    """`iter_params` that walks through a module's parts once: an engine's modules keep their
+    parameters."""
+    found: WeakKeyDictionary[torch.nn.Module, tuple] = WeakKeyDictionary()
+
+    def iter_params(module: Any, recurse: bool = False) -> Iterable[torch.nn.Parameter]:
+        if not recurse:
+            return each_time(module)
+        if module not in found:
+            found[module] = tuple(module.parameters())
+        external = (parameter for _, parameter in module.ds_external_parameters())
+        return itertools.chain(found[module], external)
+
+    return iter_params

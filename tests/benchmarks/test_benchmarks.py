@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import host_seconds
 import learning
 import numpy as np
 import pytest
@@ -255,3 +256,26 @@ def test_no_script_hides_the_package_kernels():
         and last not in file.read_text().split("import torch\n")[0]
     ]
     assert len(loading) > 3 and not lacking
+
+
+# -------------------------------------------------------------------------------------- host's time
+def test_thresholds_keep_the_same_weights_whole():
+    """And as large a part of all weights is live and fetched ahead."""
+    real, narrow = {"weight": 10**6, "bias": 1000}, {"weight": 100, "bias": 10}
+    zero = host_seconds.scaled({"stage": 3, "reduce_bucket_size": 1e6}, real, narrow)
+    share = 110 / 1_001_000
+    assert zero["stage"] == 3 and zero[host_seconds.PERSISTENT] == 10
+    assert zero["stage3_max_live_parameters"] == int(1e9 * share)
+    assert zero["reduce_bucket_size"] == int(1e6 * share)
+    with pytest.raises(AssertionError):
+        host_seconds.scaled({}, real, {"weight": 10, "bias": 10})
+
+
+def test_ratios_of_host_seconds_are_of_medians():
+    taken = {
+        side: {clock: np.array(seconds) for clock in host_seconds.CLOCKS}
+        for side, seconds in (("plain", [1.0, 2.0, 9.0]), ("ZeRO-3", [3.0, 8.0, 4.0]))
+    }
+    row = host_seconds.summarise("full", taken)
+    assert row["ratio"] == dict.fromkeys(host_seconds.CLOCKS, 2.0)
+    assert row["seconds"]["plain"]["wall"] == pytest.approx([2.0, 1.4, 6.2])

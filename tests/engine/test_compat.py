@@ -3,6 +3,7 @@ they do what compat.py says."""
 
 import atexit
 import importlib
+import inspect
 import types
 
 import pytest
@@ -106,6 +107,38 @@ def test_attention_that_can_be_switched(policy):
     assert compat.has_attention_backends(policy.transformer) and not compat.has_attention_backends(
         torch.nn.Linear(1, 1)
     )
+
+
+def test_what_stage_3_is_spared():
+    """DeepSpeed still asks for it by these names; parameters are the same and in the same order,
+    external ones last, and a function with a signature of its own computes what it did."""
+    from deepspeed.runtime.zero import linear, partition_parameters, partitioned_param_coordinator
+    from deepspeed.utils import nvtx
+
+    compat.spare_zero3_its_records()
+    partition_parameters.print_rank_0("nobody asked")
+    heard = []
+    lines = compat._when_asked(lambda line, *_: heard.append(line))
+    lines("nobody asked"), lines("somebody asked", force=True)
+    assert heard == ["somebody asked"]
+    assert nvtx.enable_nvtx is False and "enable_nvtx" in nvtx.instrument_w_nvtx(id).__globals__
+    for module, names in (
+        (partition_parameters, ("print_rank_0", "debug_param2name_id_shape_device")),
+        (partitioned_param_coordinator, ("print_rank_0", "iter_params")),
+    ):
+        source = inspect.getsource(module)
+        assert all(f"{name}(" in source for name in names)
+    whole = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, bias=False))
+    more = torch.nn.Parameter(torch.ones(1))
+    whole.ds_external_parameters = lambda: [("more", more)]
+    for _ in range(2):
+        found = list(partitioned_param_coordinator.iter_params(whole, recurse=True))
+        assert [*map(id, found)] == [*map(id, [*whole.parameters(), more])]
+    assert [*map(id, partitioned_param_coordinator.iter_params(whole))] == [id(more)]
+    compat.keep_signatures(whole)
+    x, layer = torch.ones(1, 3, 2), whole[0]
+    out = linear.zero3_linear_wrap(x, layer.weight, layer.bias)
+    assert torch.allclose(out, layer(x))
 
 
 def test_names_of_deepspeed():

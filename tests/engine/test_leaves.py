@@ -126,6 +126,23 @@ def test_hooks_run_once_a_block_and_gradients_stay(policies, monkeypatch):
         assert (value - plain[name]).norm() <= SUMS * plain[name].norm(), name
 
 
+def test_what_needs_no_gradient_stays_as_it_is_called():
+    class Block(torch.nn.Module):
+        def forward(self, x, time, table=None, scale=1.0, *, more=None):
+            return x * time * table[0] * scale * more
+
+    x, time, table = torch.ones(2), torch.ones(2, requires_grad=True), (torch.ones(2),)
+    given = {"x": x, "time": time, "table": table, "more": 2.0}
+    args, kwargs = leaves._by_position(Block(), (), dict(given))
+    assert args[0] is x and args[1] is time and len(args) == 2
+    assert kwargs == {"table": table, "scale": 1.0, "more": 2.0}
+    args, _ = leaves._by_position(Block(), (), given | {"time": torch.ones(2)})
+    assert len(args) == 1 and args[0].requires_grad
+    with torch.no_grad():
+        args, kwargs = leaves._by_position(Block(), (), given | {"time": torch.ones(2)})
+    assert len(args) == 4 and kwargs == {"more": 2.0}
+
+
 @pytest.mark.parametrize(
     "zero", [{"stage": 2}, {"stage": 3, "leaf_module": {"names": ["proj_out"]}}]
 )
@@ -133,4 +150,8 @@ def test_other_stages_and_a_users_own_leaves_stay(zero):
     module = torch.nn.Linear(2, 2)
     module._no_split_modules = ["Linear"]
     assert leaves.leaf_section(zero, module) == zero
+    checkpointed = leaves.leaf_section({"stage": 3}, module, checkpointing=True)
+    assert checkpointed["memory_efficient_linear"] is False
+    own = {"stage": 3, "memory_efficient_linear": True}
+    assert leaves.leaf_section(own, module, checkpointing=True)["memory_efficient_linear"] is True
     assert leaves.leaf_section({"stage": 3}, module)["leaf_module"] == {"classes": ["Linear"]}

@@ -19,7 +19,7 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param
 
 from tempflow import eight_bit
-from tempflow.compat import compile_repeated_blocks
+from tempflow.compat import compile_repeated_blocks, keep_signatures, spare_zero3_its_records
 from tempflow.config import Config, Lora
 from tempflow.errors import UserError
 from tempflow.models import Policy, load_denoiser
@@ -122,6 +122,7 @@ class Runtime:
         self.trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
         ds = self._deepspeed_config(module)
         call_by_position(module, ds.get("zero_optimization", {}))
+        spare_zero3_its_records()
         with frozen_as_loaded(module, ds):
             self.engine, *_ = deepspeed.initialize(
                 model=module,
@@ -130,6 +131,7 @@ class Runtime:
                 config=ds,
             )
         self.module = self.engine.module
+        keep_signatures(self.module)
         self._base_lrs = [group["lr"] for group in self.engine.optimizer.param_groups]
         self._sources = (
             self._replica_sources() if shared is None else adopt(shared, self.module, ADAPTER)
@@ -158,7 +160,9 @@ class Runtime:
         if eight_bit.asks_for(ds["optimizer"]):
             del ds["optimizer"]
         if "zero_optimization" in ds:
-            ds["zero_optimization"] = leaf_section(ds["zero_optimization"], module)
+            ds["zero_optimization"] = leaf_section(
+                ds["zero_optimization"], module, self.config.model.gradient_checkpointing
+            )
         ds.setdefault("steps_per_print", 10**9)  # the run has its own console
         ds.setdefault("zero_allow_untested_optimizer", True)
         return {

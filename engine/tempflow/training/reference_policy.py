@@ -24,6 +24,7 @@ GATHERING = (
     "stage3_prefetch_bucket_size",
     "stage3_param_persistence_threshold",
     "leaf_module",
+    "memory_efficient_linear",
 )
 
 
@@ -56,19 +57,23 @@ def make_reference(
     if where == "whole":
         return frozen.to(device)
     return deepspeed.initialize(
-        model=frozen, config=_inference(config.deepspeed, frozen, where == "offloaded", device)
+        model=frozen, config=_inference(config, frozen, where == "offloaded", device)
     )[0]
 
 
-def _inference(ds: dict, module: torch.nn.Module, offload: bool, device: torch.device) -> dict:
+def _inference(
+    config: Config, module: torch.nn.Module, offload: bool, device: torch.device
+) -> dict:
     """A DeepSpeed config without an optimizer, with the precision and gathering of training."""
+    ds = config.deepspeed
     zero = {
         "stage": 3,
         **{
             key: value for key, value in ds.get("zero_optimization", {}).items() if key in GATHERING
         },
     }
-    zero = leaf_section(zero, module)
+    # of the training's too: DeepSpeed replaces F.linear for the whole process
+    zero = leaf_section(zero, module, config.model.gradient_checkpointing)
     if offload:
         zero["offload_param"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
     precision = {key: ds[key] for key in ("bf16", "fp16") if key in ds}
