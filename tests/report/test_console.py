@@ -211,6 +211,19 @@ def test_the_live_lines_fit_the_terminal(width):
         assert any(whole in line for line in lines), whole
 
 
+def test_what_needs_attention_is_not_cut_off():
+    """The live lines alone, as rich shows them at 60 columns; brackets are no markup."""
+    console, _ = recorded(True, width=60)
+    with console:
+        console.iteration({**ROW, **EVALUATED, **DRIFTED, "reward/failed": 7})
+        shown = io.StringIO()
+        RichConsole(file=shown, width=60, color_system=None).print(console._lines())
+    text = shown.getvalue()
+    assert "7 rewards failed" in text and "color shift 38.2 (limit 15)" in text
+    assert "color spread 0.71 (limit 0.9)" in text and "[" not in text
+    assert len(text.splitlines()) == 4 and max(map(len, text.splitlines())) <= 60
+
+
 @pytest.mark.parametrize(
     "facts, words",
     [

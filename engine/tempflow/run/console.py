@@ -1,6 +1,6 @@
 """The terminal's view of a run: a live display at a terminal, one line per iteration anywhere else.
 
-The live display has three lines: the bar of the iterations with the time left; training reward,
+The live display has three parts: the bar of the iterations with the time left; training reward,
 held-out reward with its gain over the base, and what needs attention; the bar of the current phase.
 Each evaluation stays above it as text. Through a pipe (a log file, the deepspeed launcher on many
 nodes, CI) control characters would be noise, so each iteration is one plain line. Only rank 0 is
@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -68,7 +68,7 @@ class Console:
         self._trained = 0.0  # seconds of training in this process
         self._began = time.monotonic()
         self._evaluation: dict = {}  # the row of the newest evaluation
-        self._status = ""
+        self._status: list[str] = []  # facts below the bar, with rich's markup
         self._build()
 
     def _build(self) -> None:
@@ -103,9 +103,10 @@ class Console:
         )
 
     def _lines(self) -> Group:
-        # The numbers have a line of their own: beside the bar, 80 columns cut the time left off.
-        status = [Text.from_markup(self._status)] if self._status else []
-        return Group(self._iterations, *status, self._phases)
+        # The numbers have lines of their own: beside the bar, 80 columns cut the time left off.
+        # Packed here, because Live cuts a line that is too long instead of wrapping it.
+        lines = packed(self._status, self._out.width, _cells) if self._status else []
+        return Group(self._iterations, *map(Text.from_markup, lines), self._phases)
 
     def __enter__(self) -> Console:
         # The time left counts from here in a resumed run, which has no row of the base.
@@ -158,7 +159,7 @@ class Console:
                 of=self._of(),
                 left=self._left(),
             )
-            self._status = "  ".join(self._status_parts(metrics))
+            self._status = self._status_parts(metrics)
             if evaluated:
                 self._print_parts([f"iteration {self.done}:", *self._evaluation_parts()])
         elif self.enabled:
@@ -322,16 +323,21 @@ def duration(seconds: float) -> str:
     return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
 
 
-def packed(parts: list[str], width: int | None) -> list[str]:
-    """The parts in as few lines of `width` characters as hold them, whole; None: in one line."""
+def packed(parts: list[str], width: int | None, length: Callable[[str], int] = len) -> list[str]:
+    """The parts in as few lines of `width` characters as hold them, whole; None: in one line.
+    length: of a line as it is shown."""
     lines = [parts[0]]
     for part in parts[1:]:
         longer = INDENT.join([lines[-1], part])
-        if width is None or len(longer) <= width:
+        if width is None or length(longer) <= width:
             lines[-1] = longer
         else:
             lines.append(INDENT + part)
     return lines
+
+
+def _cells(line: str) -> int:
+    return Text.from_markup(line).cell_len
 
 
 def _filled(text: str, width: int) -> str:

@@ -115,7 +115,6 @@ function drawLines(chart, width, height) {
   const x = v => area.left + (v - lo) / (hi - lo) * (area.right - area.left);
   const xTicks = ticks(lo, hi, clamp((area.right - area.left) / 50, 3, 10), axis !== "minutes");
   let body = area.markup + xAxis(area, xTicks.at.map(v => [x(v), tickLabel(v, xTicks.step)]), AXES[axis]);
-  if (chart.level) body += levelLine(chart.level, area);
   const points = [];
   for (const s of [...chart.series].reverse()) { // the first lies on top
     const xs = frames[s.frame][axis];
@@ -128,6 +127,7 @@ function drawLines(chart, width, height) {
       if (s.tip !== false) points.push({ px: x(xs[n]), py: area.y(v), at: xs[n], name: s.name, style: s.style, v, error });
     });
   }
+  if (chart.level) body += levelLine(chart.level, area); // last: its label lies over the lines
   return { area, body, points };
 }
 
