@@ -69,7 +69,9 @@ def _shown(name: str, families: dict, column: str) -> str:
     if own:
         return "yes" if _there(*own) else ""
     module, *tests = COLUMNS[column]
-    return _cell({name, families[name].config or name}, module, tests)
+    # a sibling's config is its family's, and so are the tests that go by it
+    known = {name} if families[name].changes else {name, families[name].config}
+    return _cell(known, module, tests)
 
 
 def _cell(known: set[str], module: str, tests: list[str]) -> str:

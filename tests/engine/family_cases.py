@@ -53,7 +53,7 @@ class Family:
     pipeline: str
     """Its class in diffusers."""
     config: str
-    """A shipped config that starts from it; "" of a sibling, which is simulated on no GPU."""
+    """A shipped config that starts from it; of a sibling, from its family."""
     schedulers: dict[str, dict]
     """Options of `build` by kind; the first kind is the one of all tests that do not compare
     kinds."""
@@ -81,10 +81,14 @@ class Family:
     """Of its videos."""
     alone: bool = False
     """Whether the pipeline is called with one prompt at a time."""
+    template: int = 0
+    """Tokens that its text must have, for those of its template."""
     cuts: bool = True
     """Whether it cuts prompts to max_sequence_length tokens."""
     sizes: tuple[tuple[int, int], ...] = ((32, 96), (48, 48))
     """Heights and widths at which it is compared with the pipeline."""
+    changes: tuple[str, ...] = ()
+    """Of a sibling: what makes its family's config one that starts from it."""
     models: str = ""
     """Those that it stands for, as the table of docs/models.md names them."""
 
@@ -109,9 +113,13 @@ class Family:
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
+    def text(self, tokens: int) -> int:
+        """A length of its text, if it can be so short."""
+        return max(tokens, self.template)
+
     def length(self, tokens: int) -> dict:
         """The pipeline's argument for the length of its text."""
-        return {"max_sequence_length": tokens} if self.cuts else {}
+        return {"max_sequence_length": self.text(tokens)} if self.cuts else {}
 
     def size(self, height: int, width: int) -> Size:
         return Size(height, width, self.frames)
@@ -213,7 +221,7 @@ class Family:
 
     def prompt_files(self, folder: Path, size: Size) -> dict[str, str]:
         """data.train and data.heldout; of a family with condition images, with two different sets
-        of them in turn."""
+        of them in turn, one of which may be empty."""
         if self.images is None:
             return {"train": str(WORDS), "heldout": str(HELDOUT)}
         folder.mkdir(parents=True, exist_ok=True)
@@ -226,11 +234,11 @@ class Family:
                 image.save(folder / name)
         for file, words in (("train", WORDS), ("heldout", HELDOUT)):
             texts = words.read_text().splitlines()[:32]
-            lines = [
-                json.dumps({"prompt": text, "images": named[i % len(named)]})
-                for i, text in enumerate(texts)
-            ]
-            (folder / f"{file}.jsonl").write_text("\n".join(lines) + "\n")
+            lines = []
+            for i, text in enumerate(texts):
+                names = named[i % len(named)]
+                lines.append({"prompt": text, **({"images": names} if names else {})})
+            (folder / f"{file}.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
         return {file: str(folder / f"{file}.jsonl") for file in ("train", "heldout")}
 
 
@@ -376,19 +384,24 @@ class Flux2Dev(Family):
 
 
 # Models that differ from a family above in their embeddings or their guidance alone. They are
-# trained, exported and replayed; the rest of what the tests go over is the family's.
+# trained, exported, replayed and simulated; the rest of what the tests go over is the family's.
 SIBLINGS = {
     "flux2_dev": Flux2Dev(
         dev_pipeline,
         "Flux2Pipeline",
-        "",
+        FAMILIES["flux2"].config,
         {"dynamic": DYNAMIC},
+        images=lambda size: [[], [drawn(66, 102, 0), drawn(81, 64, 1)]],
+        given=lambda images: {"image": images[0]} if images[0] else {},
+        alone=True,
+        template=80,
+        changes=("model.path=black-forest-labs/FLUX.2-dev",),
         models="FLUX.2 [dev]",
     ),
     "flux2_distilled": replace(
         FAMILIES["flux2"],
         build=partial(klein_pipeline, is_distilled=True),
-        config="",
+        changes=("model.path=black-forest-labs/FLUX.2-klein-4B", "rollout.guidance_scale=1"),
         scale=1.0,
         negative=None,
         models="FLUX.2 [klein]",
@@ -397,7 +410,7 @@ SIBLINGS = {
         FAMILIES["qwen_image_edit"],
         build=edit_pipeline,
         pipeline="QwenImageEditPipeline",
-        config="",
+        changes=("model.path=Qwen/Qwen-Image-Edit",),
         images=lambda size: [[drawn(90, 160, 0)], [drawn(150, 64, 1)]],
         given=lambda images: {"image": images[0][0]},
         models="Qwen-Image-Edit",

@@ -187,9 +187,19 @@ class SimulatedModel:
 
 
 class SimulatedRun:
-    """A shipped config with one unit of work on a SimulatedModel."""
+    """A shipped config with one unit of work on a SimulatedModel.
 
-    def __init__(self, model: SimulatedModel, name: str, changes: list[str] | None = None):
+    changes: settings in place of the usual number of steps.
+    more: further settings, which make the config another model's.
+    """
+
+    def __init__(
+        self,
+        model: SimulatedModel,
+        name: str,
+        changes: list[str] | None = None,
+        more: tuple[str, ...] = (),
+    ):
         self.model, self.gpu, self.policy = model, model.gpu, model.policy
         file = ROOT / f"configs/{name}.json"
         if changes is None:  # whole micro-batches of states
@@ -202,7 +212,8 @@ class SimulatedRun:
                 {"engine_rewards:contrast": {"weight": 1.0, "frames": 2}},
                 ["rollout.frames=5"],
             )
-        shared = [f"model.path={model.card}", f"rewards={json.dumps(rewards)}", *frames, *ONE_UNIT]
+        card = f"model.path={model.card}"
+        shared = [*more, card, f"rewards={json.dumps(rewards)}", *frames, *ONE_UNIT]
         self.config = load_config(file, [*shared, *changes])
         self.prompts = load_prompts(self.config.data.train)
 

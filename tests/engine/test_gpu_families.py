@@ -44,14 +44,14 @@ def rolled(session):
 def check_graphs(folder, files, family, dtype, device, capture):
     """Two rollouts, the second with weights changed in place: the same states and children as
     eagerly, one capture per size."""
-    size, folder = family.size(32, 32), str(folder)
+    size, folder, text = family.size(32, 32), str(folder), family.text(20)
     policy, files = (
-        load_policy(folder, dtype=dtype, device=device, max_sequence_length=20),
+        load_policy(folder, dtype=dtype, device=device, max_sequence_length=text),
         family.prompt_files(files, size),
     )
     policy.size = size
     config = small_config(
-        model={"path": folder, "dtype": dtype, "max_sequence_length": 20},
+        model={"path": folder, "dtype": dtype, "max_sequence_length": text},
         data={"prompts_per_iteration": 2, **files},
         rollout={
             "height": 32,

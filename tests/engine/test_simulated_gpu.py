@@ -7,7 +7,7 @@ import pytest
 import torch
 from engine_cases import ROOT
 from fake_gpu import EVENT, READ, FakeGpu
-from family_cases import FAMILIES
+from family_cases import FAMILIES, SIBLINGS
 from simulated_runs import SimulatedModel, SimulatedRun, cut_card
 
 from tempflow.config import load_config
@@ -22,7 +22,10 @@ CONFIGS = (
     "flux_zero3",
     "sd35_zero2_lora",
     "wan22_a14b_lora",
+    *SIBLINGS,
 )
+# Of siblings, whose steps are their family's: enough for a micro-batch of two states.
+FEWER = ["rollout.num_steps=3", "rollout.plan.branch_steps=[0, 1]"]
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +39,15 @@ class Simulations:
 
     def __init__(self, gpu, folder):
         self.gpu, self.folder = gpu, folder
-        self._models, self._rolled, self._trained = {}, {}, {}
+        self._models, self._rolled, self._trained, self._said = {}, {}, {}, {}
 
-    def run(self, name, **more) -> SimulatedRun:
-        config = load_config(ROOT / f"configs/{name}.json")
+    def run(self, name, changes=None) -> SimulatedRun:
+        """name: of a config, a family or a sibling."""
+        family = {**FAMILIES, **SIBLINGS}.get(name)
+        if name in SIBLINGS and changes is None:
+            changes = FEWER
+        name, more = (family.config, family.changes) if family else (name, ())
+        config = load_config(ROOT / f"configs/{name}.json", more)
         model = config.model
         if model.path not in self._models:
             card = cut_card(model.path, self.folder, layers=2)
@@ -47,7 +55,13 @@ class Simulations:
                 self._models[model.path] = SimulatedModel(
                     self.gpu, card, model.max_sequence_length, config.rollout.size
                 )
-        return SimulatedRun(self._models[model.path], name, **more)
+        return SimulatedRun(self._models[model.path], name, changes, more)
+
+    def said(self, name):
+        """The dry run's memory."""
+        if name not in self._said:
+            self._said[name] = estimate(self.run(name).config).memory
+        return self._said[name]
 
     def rolled(self, name):
         run = self.run(name)
@@ -79,11 +93,9 @@ def simulations(gpu, tmp_path_factory):
     return Simulations(gpu, tmp_path_factory.mktemp("cards"))
 
 
-def moments(config) -> dict[str, int]:
+def moments(memory) -> dict[str, int]:
     """Bytes of the dry run's moments by their first words."""
-    return {
-        item.name.split(":")[0].split()[0]: item.bytes for item in estimate(config).memory.moments
-    }
+    return {item.name.split(":")[0].split()[0]: item.bytes for item in memory.moments}
 
 
 def most(seen) -> int:
@@ -91,10 +103,10 @@ def most(seen) -> int:
 
 
 # --------------------------------------------------------------------------------------- host waits
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *SIBLINGS])
 def test_nothing_captured_copies_or_reads(simulations, family):
     """A forward and its step, as a CUDA graph would capture them."""
-    rolled = simulations.rolled(FAMILIES[family].config)
+    rolled = simulations.rolled(family)
     assert list(rolled.forwards) == ["step"]
     assert (
         sum((seen.waits for seen in rolled.forwards["step"]), start=type(rolled.whole.waits)())
@@ -112,7 +124,7 @@ def test_nothing_captured_copies_or_reads_in_a_coarser_suffix(simulations, famil
         'rollout.suffix={"stride": 2, "order": 2, "weights": "float8"}',
     ]
     with simulations.gpu:
-        rolled = simulations.run(FAMILIES[family].config, changes=changes).roll_out()
+        rolled = simulations.run(family, changes).roll_out()
     assert set(rolled.forwards) == {"step", "coarse_step"}
     assert not [event for seen in rolled.forwards.values() for one in seen for event in one.waits]
 
@@ -120,7 +132,7 @@ def test_nothing_captured_copies_or_reads_in_a_coarser_suffix(simulations, famil
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_rollout_waits_at_most_once_a_forward(simulations, family):
     """All of it, decoding included; for the images as the next test says."""
-    rolled = simulations.rolled(FAMILIES[family].config)
+    rolled = simulations.rolled(family)
     waits = {event: n for event, n in rolled.whole.waits.items() if event[0] != EVENT}
     assert sum(waits.values()) <= rolled.data.stats.batches, waits
 
@@ -128,7 +140,7 @@ def test_a_rollout_waits_at_most_once_a_forward(simulations, family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_images_are_fetched_when_the_gpu_has_other_work(simulations, family):
     """A forward or another decoding; the last ones excepted."""
-    rolled = simulations.rolled(FAMILIES[family].config)
+    rolled = simulations.rolled(family)
     *ahead, last = rolled.whole.ahead
     work = [*rolled.forwards["step"], *rolled.decodes]
     assert len(ahead) + 1 == len(rolled.decodes)
@@ -150,7 +162,7 @@ def test_memory_of_rollouts_and_evaluations(simulations, name):
     """Peaks above what is there anyway: of a forward, of decoding, and of an evaluation, which does
     both."""
     run, rolled = simulations.run(name), simulations.rolled(name)
-    said = moments(run.config)
+    said = moments(simulations.said(name))
     assert most(rolled.forwards["step"]) == pytest.approx(said["rollout"], rel=0.1)
     assert most(rolled.decodes) == pytest.approx(said["decoding"], rel=0.1)
     with run.gpu:
@@ -158,9 +170,7 @@ def test_memory_of_rollouts_and_evaluations(simulations, name):
             max(said["rollout"], said["decoding"]), rel=0.1
         )
     held = next(
-        item.bytes
-        for item in estimate(run.config).memory.resident
-        if item.name.startswith("latents")
+        item.bytes for item in simulations.said(name).resident if item.name.startswith("latents")
     )
     assert rolled.whole.bytes == pytest.approx(
         max(said["rollout"], said["decoding"]) + held, rel=0.1
@@ -170,7 +180,7 @@ def test_memory_of_rollouts_and_evaluations(simulations, name):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_memory_of_training(simulations, name):
     assert simulations.trained(name).bytes == pytest.approx(
-        moments(simulations.run(name).config)["training"], rel=0.1
+        moments(simulations.said(name))["training"], rel=0.1
     )
 
 
@@ -185,7 +195,7 @@ def test_memory_of_a_refresh(simulations, name):
         with run.gpu.watch() as seen:
             runtime.refresh(run.policy.transformer, average.gather)
             runtime.refresh(run.policy.transformer)
-    assert seen.bytes == pytest.approx(moments(run.config)["refreshing"], rel=0.1)
+    assert seen.bytes == pytest.approx(moments(simulations.said(name))["refreshing"], rel=0.1)
 
 
 def test_memory_of_one_base(gpu, tmp_path):
@@ -204,9 +214,10 @@ def test_memory_of_one_base(gpu, tmp_path):
         for module in (runtime.module, run.policy.denoiser())
     )
     shared = {id(t) for t in trained}
+    memory = estimate(run.config).memory
     said = {
         item.name.split(":")[0]: item.bytes
-        for item in estimate(run.config).memory.resident
+        for item in memory.resident
         if item.name.startswith("rollout copy")
     }
     assert (
@@ -215,7 +226,7 @@ def test_memory_of_one_base(gpu, tmp_path):
         < 0.1 * sum(t.nbytes for t in trained)
     )
     forwards = rolled.forwards["step"]
-    assert most(forwards) == pytest.approx(moments(run.config)["rollout"], rel=0.1) and not any(
+    assert most(forwards) == pytest.approx(moments(memory)["rollout"], rel=0.1) and not any(
         seen.waits for seen in forwards
     )
 
