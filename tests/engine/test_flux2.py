@@ -85,6 +85,15 @@ def test_no_negative_prompts_where_guidance_is_built_in(pairs, name):
         )
 
 
+def test_a_text_that_the_system_message_fills_is_refused(folders):
+    """Every prompt would be the same one."""
+    policy = load_policy(folders("dev"), max_sequence_length=32)
+    with pytest.raises(UserError, match=r"max_sequence_length: 32; FLUX.2 \[dev\] needs \d\d at"):
+        policy.sample(
+            PROMPTS, latents=latents_for(policy, Size(32, 96)), guidance_scale=4.0, **CALL
+        )
+
+
 def test_a_distilled_model_says_that_guidance_has_no_effect(pairs):
     policy, _ = pairs("klein")
     x = latents_for(policy, Size(32, 96))

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
-from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu, format_input
 from PIL import Image
 
 from tempflow.errors import UserError
@@ -243,6 +243,22 @@ class _Flux2(Policy):
 class Flux2Policy(_Flux2):
     """Velocities of FLUX.2 [dev] with the same inputs as in Flux2Pipeline; the guidance scale is an
     input of the transformer."""
+
+    def embed(self, examples):
+        self._check_text_length()
+        return super().embed(examples)
+
+    def _check_text_length(self) -> None:
+        """UserError where the system message, which stands before every prompt, fills the text:
+        then all prompts would be one."""
+        (empty,) = self.pipe.tokenizer.apply_chat_template(
+            format_input([""]), add_generation_prompt=False, tokenize=True, return_dict=True
+        )["input_ids"]
+        if self.max_sequence_length < len(empty):
+            raise UserError(
+                f"model.max_sequence_length: {self.max_sequence_length}; FLUX.2 [dev] needs"
+                f" {len(empty)} at least, because its system message comes before the prompt"
+            )
 
     def velocity(self, denoiser, x, sigma, conditioning, size, guidance, dtype=None):
         dtype = dtype or self.dtype
