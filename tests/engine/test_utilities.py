@@ -150,9 +150,9 @@ def test_novelty_of_a_rollout(policy, over):
     np.testing.assert_allclose(run.scored.rewards.novelty, expected, rtol=1e-6)
     assert min(expected) > 0.01 and len(others) == {"seed": 2, "prompt": 5}[over]
     plain = run.session.variant(small_config(rollout=rollout))
-    from tempflow.training.rollout import _novelty
+    from tempflow.training.image_distances import novelty
 
-    assert _novelty(plain, run.rolled) is None
+    assert novelty(plain, run.rolled) is None
     assert not np.allclose(
         run.advantages().values, plain.advantage(layout.slots, run.scored.rewards).values
     )

@@ -8,7 +8,7 @@ image to the reward workers.
 from __future__ import annotations
 
 import time
-from collections import defaultdict, deque
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from threading import Lock
@@ -22,7 +22,7 @@ from tempflow.media import without_missing
 from tempflow.objectives import Rollout
 from tempflow.profiling import span
 from tempflow.rewards import combine
-from tempflow.run.diversity import distance_to_others, mean_distance, thumbnails_there
+from tempflow.run.diversity import thumbnails_there
 from tempflow.run.failures import check_failed
 from tempflow.sampling.denoise import Denoise
 from tempflow.sampling.layout import Forest, Layout, iteration_units
@@ -32,6 +32,7 @@ from tempflow.sampling.scheduler import Stats, eager, integrate
 from tempflow.sampling.steps import Grid
 from tempflow.sampling.suffix import count_forwards
 from tempflow.training import distributed
+from tempflow.training.image_distances import diversity, novelty
 from tempflow.training.session import Session
 from tempflow.transfer import Fetched, Mark
 from tempflow.types import Endpoint, Rewards, Row, State
@@ -409,8 +410,8 @@ def gather_rewards(session: Session, rolled: RolledOut) -> Scored:
     )
     trunk = trunk_sum / trunk_count if trunk_count else float("nan")
     rewards = distributed.reduce(mine)
-    by_slot = replace(_by_slot(session, rolled.layout, rewards), novelty=_novelty(session, rolled))
-    return Scored(by_slot, int(images), int(failed), trunk, _diversity(rolled), seconds, rewards[0])
+    by_slot = replace(_by_slot(session, rolled.layout, rewards), novelty=novelty(session, rolled))
+    return Scored(by_slot, int(images), int(failed), trunk, diversity(rolled), seconds, rewards[0])
 
 
 def _by_slot(session: Session, layout: Layout, rewards: np.ndarray) -> Rewards:
@@ -428,68 +429,3 @@ def _by_slot(session: Session, layout: Layout, rewards: np.ndarray) -> Rewards:
         before,
         after,
     )
-
-
-def _novelty(session: Session, rolled: RolledOut) -> np.ndarray | None:
-    """Mean distance of each slot's image to the others of its group, float64 [n], if the advantage
-    needs it (a collective then)."""
-    if not session.advantage.needs_novelty:
-        return None
-    seen = np.stack(rolled.images.thumbnails)
-    # A group may have images on several ranks: all thumbnails are summed into one array.
-    whole = np.zeros((len(rolled.layout), seen.shape[1]))
-    whole[[rolled.forest.numbers[n] for n in rolled.images.rows]] = seen
-    slots = rolled.layout.slots
-    return distance_to_others(
-        slots.means(distributed.reduce(whole).T).T, slots.groups(session.advantage.over)
-    )
-
-
-def _diversity(rolled: RolledOut) -> dict[str, float]:
-    """Mean distances between a prompt's images of different seeds, and between the children of one
-    state (a collective)."""
-    # In the order of rows; images arrive in the order of decoding.
-    seen = np.stack(rolled.images.thumbnails)[np.argsort(rolled.images.rows)]
-    layout, found = rolled.layout, {}
-    prompts = 1 + max(unit.prompt for unit in layout.units)
-    if len(layout.units) > prompts:  # several seeds per prompt, perhaps on several ranks
-        roots = np.zeros((len(layout.units), seen.shape[1]), dtype=np.float32)
-        for thumbnail, row in zip(seen, rolled.forest.rows, strict=True):
-            if row.parent is None:
-                roots[row.unit.index] = thumbnail
-        found["diversity/seeds"] = _mean_of_known(
-            mean_distance(distributed.reduce(roots.reshape(prompts, -1, seen.shape[1])))
-        )
-    # The children of a state are all on one rank; the sum over ranks fills in the others' places.
-    apart = np.zeros(len(_siblings(layout)))
-    if len(apart):
-        mine = defaultdict(list)
-        for n, row in enumerate(rolled.forest.rows):
-            if row.parent is not None:
-                mine[rolled.forest.numbers[row.parent], row.start].append(n)
-        for place, key in enumerate(_siblings(layout)):
-            if key in mine:
-                apart[place] = mean_distance(seen[mine[key]])
-        found["diversity/children"] = _mean_of_known(distributed.reduce(apart))
-    return found
-
-
-def _siblings(layout: Layout) -> list[tuple[int, int]]:
-    """(parent row, step) of every state that at least two rows branch off, ordered by unit and
-    step. Rows are numbered over all units."""
-    found, first = [], 0
-    for rows in layout.rows:
-        counts: defaultdict[tuple, int] = defaultdict(int)
-        for row in rows:
-            if row.parent is not None:
-                counts[row.start, first + row.parent] += 1
-        found += [(parent, step) for (step, parent), count in sorted(counts.items()) if count > 1]
-        first += len(rows)
-    return found
-
-
-def _mean_of_known(values: np.ndarray) -> float:
-    """Mean of the finite values; NaN if there are none."""
-    # A group with fewer than two finite images has no distance.
-    known = values[np.isfinite(values)]
-    return float(known.mean()) if len(known) else float("nan")
