@@ -41,6 +41,11 @@ def tensor_bytes(tensors) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
+def _elements(module: torch.nn.Module) -> int:
+    """Of all parameters."""
+    return sum(p.numel() for p in module.parameters())
+
+
 @dataclass(frozen=True)
 class Pass:
     """The cost of a forward of some rows, with or without its backward."""
@@ -56,7 +61,7 @@ class Weights:
     """The weights of the transformer as it is trained."""
 
     parameters: int
-    """Elements of all parameters."""
+    """Elements of all parameters, and of the weights that are packed."""
     trained: int
     """Elements of the trained parameters."""
     tensors: int
@@ -271,8 +276,9 @@ def _trained(path: str, dtype: torch.dtype, lora: str | None, quantize: str | No
     # are shortened in place.
     parts = (skeleton_module(path, name, dtype) for name in family.denoiser_parts(read_index(path)))
     module = family.join_denoiser(*parts).train().requires_grad_(True)
-    loaded = module_bytes(module)
+    loaded, elements = module_bytes(module), _elements(module)
     quantize_layers(module, quantize, "meta")
+    packed = elements - _elements(module)  # of weights that are buffers from now on
     if lora is not None:
         try:
             # Adapters of a start are read from disk; on the meta device nothing can be copied.
@@ -288,7 +294,7 @@ def _trained(path: str, dtype: torch.dtype, lora: str | None, quantize: str | No
         default=0,
     )
     weights = Weights(
-        sum(p.numel() for p in parameters),
+        _elements(module) + packed,
         sum(p.numel() for p in trained),
         len(trained),
         module_bytes(module),
