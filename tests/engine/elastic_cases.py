@@ -53,7 +53,14 @@ class Toy:
     """Its loss is the squared distance of velocities from a target; every rank takes its share of
     the rows."""
 
-    def __init__(self, case: str, seed: int = 0, optimizer: dict = ADAMW, **section):
+    def __init__(
+        self,
+        case: str,
+        seed: int = 0,
+        optimizer: dict = ADAMW,
+        quantize: str | None = None,
+        **section,
+    ):
         from tempflow.training.ema import Average
         from tempflow.training.engine import Runtime
         from tempflow.training.merge import Merge
@@ -69,7 +76,11 @@ class Toy:
             **section,
         }
         config = small_config(
-            model={"lora": {"rank": 4, "alpha": 8.0} if lora else None},
+            model={
+                "lora": {"rank": 4, "alpha": 8.0} if lora else None,
+                "quantize": quantize,
+                "dtype": "bfloat16" if quantize and bf16 else "float32",
+            },
             deepspeed=deepspeed,
             training={"seed": seed},
         )

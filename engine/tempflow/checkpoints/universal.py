@@ -76,11 +76,14 @@ def restore(engine, checkpoint: Path, written_by: int) -> None:
 
 def _inconvertible(engine) -> str | None:
     """The reason why DeepSpeed's conversion would lose or miss optimizer state, or None."""
-    name, params = engine.optimizer_name(), engine.optimizer_params() or {}
-    if name.lower() not in CONVERTIBLE or params.get("amsgrad"):
+    name, params = engine.optimizer_name(), engine.optimizer_params()
+    # Of an optimizer that it did not make itself, DeepSpeed names the function that did.
+    if engine.client_optimizer:
+        name = type(engine.basic_optimizer).__name__
+    if name.lower() not in CONVERTIBLE or (params or {}).get("amsgrad"):
         return (
             f"DeepSpeed converts the state of {', '.join(CONVERTIBLE)} without amsgrad, but"
-            f" deepspeed.optimizer is {name} with {params}"
+            f" deepspeed.optimizer is {name}{f' with {params}' if params else ''}"
         )
     if engine.zero_nvme_offload_optimizer():
         return "DeepSpeed does not convert optimizer state that is offloaded to NVMe"
