@@ -11,6 +11,7 @@ libraries read while they are imported. Both get fresh processes.
 """
 
 import atexit
+import contextlib
 import gc
 import json
 import os
@@ -55,8 +56,10 @@ class Server:
         return self.returncode
 
     def send_signal(self, number: int) -> None:
+        # It may have ended, with its status still on the way here.
         if self.poll() is None:
-            os.kill(self.pid, number)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
     def terminate(self) -> None:
         self.send_signal(15)
