@@ -18,6 +18,7 @@ import torch
 from tempflow.config import Config
 from tempflow.models import Policy, Sampler, check_examples, family_of, load_policy, most_images
 from tempflow.models.embeddings import EmbeddingCache, by_identity, store_of, write_missing
+from tempflow.models.quantized import check_library
 from tempflow.run.environment import choose_device
 from tempflow.sampling.steps import Grid
 from tempflow.types import Example
@@ -74,10 +75,11 @@ def open_model(
             shares its base.
 
     Raises:
-        UserError: as `load_policy`, and on every rank alike if the embedding cache cannot be
-            written.
+        UserError: as `load_policy`; bitsandbytes is missing for `model.quantize`; on every rank
+            alike, the embedding cache cannot be written.
     """
     check_examples(config.model.path, examples)
+    check_library(config.model.quantize)
     device, store = device or choose_device(), None
     offload = config.model.offload_text_encoders
     if config.data.embedding_cache is not None:
