@@ -9,9 +9,10 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 from dryrun_cases import items
-from engine_cases import MODEL, ROOT
+from engine_cases import MODEL, ROOT, examples
 from kernel_cases import assert_close
 from run_cases import ADAMW, script_here, timeless, train
+from test_elastic import same
 from test_shared_base import LORA, Trained, assert_one_base, config_of
 
 from tempflow.config import load_config
@@ -21,6 +22,7 @@ from tempflow.estimate.fitting import changed, options
 from tempflow.models import load_policy
 from tempflow.models.adapted import adapted
 from tempflow.models.layers import token_layers
+from tempflow.models.opened import open_model
 from tempflow.models.quantized import BLOCK, KINDS, QuantizedLinear, check_library
 from tempflow.training.precision import shares_base
 
@@ -93,7 +95,30 @@ def test_an_adapter_beside_a_packed_weight(kind):
     assert layer.weight is base.weight and layer.scales is base.scales
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_compiled_layer(kind):
+    """`rollout.compile` and `training.compile`: without a break of the graph, the same values and
+    gradients."""
+    base = QuantizedLinear(torch.nn.Linear(32, 48), kind, "cpu")
+    layer, x = adapted(base, rank=3, scale=1.7), torch.randn(2, 5, 32)
+    with torch.no_grad():
+        layer.down.normal_(), layer.up.normal_()
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+        assert torch.equal(compiled(x), layer(x))
+    found = []
+    for trained in (base, torch.compile(base, backend="aot_eager", fullgraph=True)):
+        given = x.clone().requires_grad_()
+        out = trained(given)
+        out.square().sum().backward()
+        found.append((out, given.grad))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 # ----------------------------------------------------------------------------------------- one base
+def addresses(module) -> list[int]:
+    return [t.data_ptr() for t in (*module.parameters(), *module.buffers())]
+
+
 @pytest.mark.parametrize("kind, stage, dtype", [("4bit", 1, "bfloat16"), ("8bit", 0, "float32")])
 def test_training_rollouts_and_reference_have_one_base(kind, stage, dtype):
     """Every layer that sees tokens is packed; what the runtime computes is what a model of unpacked
@@ -112,8 +137,10 @@ def test_training_rollouts_and_reference_have_one_base(kind, stage, dtype):
         base = trained.velocity(plain)
         assert torch.equal(trained.velocity(trained.copy), base)
         assert 1e-4 < (base - unrounded).norm() / unrounded.norm() < 0.2
+        before = addresses(trained.copy)
         trained.update()
         trained.runtime.refresh(trained.copy)
+        assert addresses(trained.copy) == before, "captured graphs stay valid"
         engine, rollout = trained.velocity(trained.runtime.engine), trained.velocity(trained.copy)
         with trained.runtime.reference_transformer() as of_reference:
             assert torch.equal(trained.velocity(of_reference), base)
@@ -161,13 +188,21 @@ def test_a_missing_library_is_one_line(monkeypatch):
     check_library(None)
     with pytest.raises(UserError, match="model.quantize: needs the package bitsandbytes.*pip in"):
         check_library("8bit")
+    with pytest.raises(
+        UserError, match="model.quantize"
+    ):  # of evaluations, before a model is loaded
+        open_model(config_of(model={"quantize": "8bit"}), examples(["one"]), "cpu")
 
 
 # ------------------------------------------------------------------------------------- runs
 RUN = {
     "model": {"lora": LORA, "quantize": "4bit"},
     "rollout": {"num_steps": 3, "plan": {"branch_steps": [0, 1]}, "lanes": 1},
-    "training": {"iterations": 2, "penalty": {"coef": 0.05}},
+    "training": {
+        "iterations": 2,
+        "penalty": {"coef": 0.05},
+        "ema": {"decay": 0.5, "every": 1},
+    },
     "eval": {"every": 2, "prompts": 2},
     "checkpoint": {"every": 1, "keep": 2},
     "deepspeed": {
@@ -177,11 +212,14 @@ RUN = {
 }
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("packed"), "whole", processes=None, **RUN)
+
+
 @pytest.mark.slow
-def test_a_run_on_a_packed_base(tmp_path):
-    """It trains, goes on from a checkpoint to the same bits, an evaluation of its own finds the
-    reward that the run's did, and its adapters load on the whole model in plain diffusers."""
-    whole = train(tmp_path, "whole", processes=None, **RUN)
+def test_a_run_on_a_packed_base(whole, tmp_path):
+    """It trains, and goes on from a checkpoint to the same bits."""
     assert all(row["grad_norm"] > 0 for row in whole.rows[1:]) and whole.checkpoints == [1, 2]
     assert max(row["mismatch/log_prob"] for row in whole.rows[1:]) < 1e-6
     files = [f.stat().st_size for f in (whole.folder / "checkpoints/000002").rglob("*")]
@@ -191,22 +229,87 @@ def test_a_run_on_a_packed_base(tmp_path):
     shutil.rmtree(tmp_path / "again/checkpoints/000002")
     again = train(tmp_path, "again", "--resume", processes=None, **RUN)
     assert [timeless(row) for row in again.rows] == [timeless(row) for row in whole.rows]
-    trained = whole.weights()
-    assert all(torch.equal(value, again.weights()[name]) for name, value in trained.items())
+    for which in ("weights", "ema"):
+        assert same(again.weights(name=which), whole.weights(name=which))
+    assert not same(whole.weights(name="ema"), whole.weights())
 
-    scored = script_here("evaluate", "--run", whole.folder)
+
+@pytest.mark.slow
+def test_two_ranks_run_as_one(whole, tmp_path):
+    """Rewards to a level of a pixel, the rest to rounding."""
+    two = train(tmp_path, "two", processes=2, **RUN)
+    for a, b in zip(whole.rows, two.rows, strict=True):
+        assert a.keys() == b.keys()
+        for key in (k for k in a if k.startswith(("reward/m", "eval/r"))):
+            assert b[key] == pytest.approx(a[key], abs=1e-4), key
+        for key in (k for k in a if k in ("grad_norm", "kl")):
+            assert b[key] == pytest.approx(a[key], rel=3e-4), key
+    for which in ("weights", "ema"):
+        mine, theirs = whole.weights(name=which), two.weights(name=which)
+        assert_close(
+            which,
+            torch.cat([theirs[name].flatten() for name in mine]),
+            torch.cat([mine[name].flatten() for name in mine]),
+            3e-4,
+        )
+
+
+@pytest.mark.slow
+def test_an_evaluation_of_its_own_finds_the_same_rewards(whole):
+    scored = script_here("evaluate", "--run", whole.folder, "--compare")
     assert scored.returncode == 0, scored.stderr
-    reward = json.loads(scored.stdout)["reward"]
-    assert reward == pytest.approx(whole.rows[-1]["eval/reward"], rel=1e-4)
+    result, (before, *_, after) = json.loads(scored.stdout), whole.rows
+    assert result["base_reward"] == pytest.approx(before["eval/reward"], rel=1e-4)
+    assert result["reward"] == pytest.approx(after["eval/reward"], rel=1e-4)
 
-    out = tmp_path / "lora"
-    assert script_here("export", "--run", whole.folder, "--out", out).returncode == 0
+
+@pytest.mark.slow
+def test_what_it_exports_is_of_the_whole_model(whole, tmp_path):
+    """The adapters alone, and merged into weights that were never packed; both in plain
+    diffusers."""
+    trained, loaded = whole.weights(name="ema"), {}
+    for more in ([], ["--merge"]):
+        out = tmp_path / ("merged" if more else "lora")
+        done = script_here("export", "--run", whole.folder, "--out", out, *more)
+        assert done.returncode == 0, done.stderr
     pipe = FluxPipeline.from_pretrained(MODEL)
-    pipe.load_lora_weights(out)
+    base = {name: p.clone() for name, p in pipe.transformer.named_parameters()}
+    pipe.load_lora_weights(tmp_path / "lora")
     loaded = dict(pipe.transformer.named_parameters())
     for name, value in trained.items():
-        mine = loaded[name.replace(".default.", ".default_0.")]
-        assert torch.equal(mine, value), name
+        assert torch.equal(loaded[name.replace(".default.", ".default_0.")], value), name
+    merged = FluxPipeline.from_pretrained(tmp_path / "merged").transformer.state_dict()
+    for name in (n for n in trained if ".lora_A." in n):
+        layer, up = name.split(".lora_A.")[0], trained[name.replace("lora_A", "lora_B")]
+        want = base[f"{layer}.weight"].double() + 3 * up.double() @ trained[name].double()
+        assert_close(layer, merged[f"{layer}.weight"], want, 1e-6)
+    assert torch.equal(merged["x_embedder.weight"], base["x_embedder.weight"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command, words",
+    [
+        (("sample", "--run", "RUN", "--out", "OUT", "--count", 1), "1 pairs"),
+        (("refine", "--run", "RUN", "--out", "OUT", "--count", 1, "--rounds", 1), ""),
+        (("merge", "RUN", "RUN", "--out", "OUT"), "LoRA weights of rank 8"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_what_else_is_made_of_it(whole, tmp_path, command, words):
+    name, *arguments = command
+    places = {"RUN": whole.folder, "OUT": tmp_path / "out"}
+    done = script_here(name, *(places.get(one, one) for one in arguments))
+    assert done.returncode == 0 and words in done.stdout, done.stdout + done.stderr
+    assert any((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("other", [None, "8bit"])
+def test_a_run_goes_on_with_the_base_it_began_with(whole, tmp_path, other):
+    shutil.copytree(whole.folder, tmp_path / "other")
+    changes = {**RUN, "model": {**RUN["model"], "quantize": other}}
+    done = train(tmp_path, "other", "--resume", processes=None, status=2, **changes).done
+    assert "--resume: model.quantize is" in done.stderr and '"4bit"' in done.stderr
 
 
 # ------------------------------------------------------------------------------------- bytes
