@@ -197,7 +197,7 @@ def test_a_missing_library_is_one_line(monkeypatch):
 # ------------------------------------------------------------------------------------- runs
 RUN = {
     "model": {"lora": LORA, "quantize": "4bit"},
-    "rollout": {"num_steps": 3, "plan": {"branch_steps": [0, 1]}, "lanes": 1},
+    "rollout": {"num_steps": 3, "plan": {"branch_steps": [0, 1], "seeds": 1}, "lanes": 1},
     "training": {
         "iterations": 2,
         "penalty": {"coef": 0.05},
