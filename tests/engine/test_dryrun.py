@@ -145,7 +145,7 @@ def test_two_experts_take_what_the_page_says():
     one, each = estimate(load_config(file)), estimate(sliced, gpus=8)
     assert one.fits and one.total > 4 * each.total
     for found in (one, each):
-        assert f" {found.total / 1e9:.1f} GB" in page
+        assert f"({found.total / 1e9:.1f} GB" in page
 
 
 def test_an_hour_of_the_first_run_on_flux():
