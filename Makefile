@@ -8,9 +8,9 @@ CONSTRAINTS := $(if $(HAS_GPU),constraints-gpu.txt,constraints.txt)
 # What torch's CUDA build pins; tests compile the kernels with it beside the project's own, and skip that where it cannot be had.
 CUDA_TRITON := 3.7.1
 CONFIG ?= configs/tiny_ocr.json
-# Test processes side by side, each on one core. Two for each of CI's cores: a test waits for
-# other processes a seventh of its time.
-WORKERS ?= 4
+# Test processes side by side; each gets its share of the cores. With two on a core the tests take
+# a third more processor time, and no less of the clock's.
+WORKERS ?= 2
 
 .PHONY: install train lint check test docs clean
 

@@ -121,7 +121,7 @@ def test_the_notebook(monkeypatch):
     assert found["first"]["loss"] == pytest.approx(found["by_hand"], abs=1e-6)
     assert found["first"]["ratio/max_dev"] == 0 < found["second"]["ratio/max_dev"]
     assert found["second"]["loss"] < 0 and found["change"].any()
-    with pytest.raises(UserError, match="weights have moved"):
+    with pytest.raises(UserError, match="weights have changed"):
         found["walk"].update(dataclasses.replace(made, _parts=fresh_parts(made)))
 
 

@@ -117,7 +117,7 @@ def test_another_number_of_images_is_refused(family_pairs, count):
     call = {"height": 32, "width": 96, "num_steps": 1, "guidance_scale": 1.0}
     with pytest.raises(
         UserError,
-        match=f"images: prompt 0: brings {given}; FluxControl takes 1 image with a prompt",
+        match=f"images: prompt 0: has {given}; FluxControl takes 1 image with a prompt",
     ):
         policy.sample(
             PROMPTS,

@@ -87,7 +87,7 @@ def test_nothing_that_a_graph_would_capture_waits(simulated):
 
 def test_memory_is_that_of_the_dry_run(simulated):
     """Weights that are unpacked for a forward or a backward are gone before the next layer's."""
-    said = moments(simulated.run.config)
+    said = moments(estimate(simulated.run.config).memory)
     assert most(simulated.rolled.forwards["step"]) == pytest.approx(said["rollout"], rel=0.1)
     assert simulated.update.bytes == pytest.approx(said["training"], rel=0.1)
     assert simulated.refresh.bytes == pytest.approx(said["refreshing"], rel=0.1)
