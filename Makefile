@@ -8,8 +8,7 @@ CONSTRAINTS := $(if $(HAS_GPU),constraints-gpu.txt,constraints.txt)
 # What torch's CUDA build pins; tests compile the kernels with it beside the project's own, and skip that where it cannot be had.
 CUDA_TRITON := 3.7.1
 CONFIG ?= configs/tiny_ocr.json
-# Test processes side by side; each gets its share of the cores. Two on a core took a third more
-# processor time.
+# Test processes side by side; each gets its share of the cores.
 WORKERS ?= 2
 
 .PHONY: install train lint check test docs clean
