@@ -134,10 +134,15 @@ def preload() -> None:
     for name in ("CLIPTextModel", "T5EncoderModel", "CLIPTokenizer", "T5TokenizerFast"):
         getattr(transformers, name)
     import peft  # noqa: F401
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
+    import tempflow.estimate  # noqa: F401
     import tempflow.models.opened  # noqa: F401
     import tempflow.run.evaluation  # noqa: F401
     import tempflow.training.loop  # noqa: F401
+
+    # The first model that is loaded compiles a thousand patterns, of every architecture.
+    get_checkpoint_conversion_mapping("t5")
 
 
 def serve() -> list[str]:

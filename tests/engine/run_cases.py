@@ -66,12 +66,22 @@ def run_command(command, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     )
 
 
-def script(name: str, *arguments, fresh: bool = False) -> subprocess.CompletedProcess:
+def script(
+    name: str, *arguments, fresh: bool = False, server: int = 0
+) -> subprocess.CompletedProcess:
     """engine/NAME.py as a process of its own, a `fresh` one or one with the libraries loaded."""
     file = ROOT / f"engine/{name}.py"
     if fresh:
         return run_command([sys.executable, file, *arguments])
-    return run_preloaded([environment()], file, *arguments)
+    return file_apart(file, *arguments, server=server)
+
+
+def file_apart(
+    file: Path, *arguments, cwd: Path = ROOT, server: int = 0
+) -> subprocess.CompletedProcess:
+    """A Python file as a process of its own with the libraries loaded. Those of two servers differ
+    in the hash seed."""
+    return run_preloaded([environment()], file, *arguments, cwd=cwd, server=server)
 
 
 def ranks(count: int, file: Path, *arguments) -> subprocess.CompletedProcess:
@@ -83,14 +93,16 @@ def ranks(count: int, file: Path, *arguments) -> subprocess.CompletedProcess:
     return run_preloaded([shared | sizes | one for one in own], file, *arguments)
 
 
-def run_preloaded(environments: list[dict], file: Path, *arguments) -> subprocess.CompletedProcess:
-    """A process for each environment, all writing to one output."""
+def run_preloaded(
+    environments: list[dict], file: Path, *arguments, cwd: Path = ROOT, server: int = 0
+) -> subprocess.CompletedProcess:
+    """A process for each environment, all writing to one output; the first by this server."""
     command = [str(part) for part in (file, *arguments)]
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
         started = [
-            preloaded.start(rank, command, env, str(ROOT), out, err)
-            for rank, env in enumerate(environments)
+            preloaded.start(number, command, env, str(cwd), out, err)
+            for number, env in enumerate(environments, server)
         ]
         status = preloaded.supervise(started, TIMEOUT_S)
         texts = [file.read_text(errors="replace") for file in (out, err)]
@@ -192,12 +204,13 @@ def train(
     *more,
     processes: int | None = 0,
     launcher: bool = False,
+    server: int = 0,
     status: int = 0,
     **changes,
 ) -> Run:
-    """A run to its end: as `processes` ranks, as a process of its own (0), or in this process
-    (None). With `launcher` it is started as a user does: by the deepspeed launcher, or as a fresh
-    process."""
+    """A run to its end: as `processes` ranks, as a process of its own (0), which `server` starts,
+    or in this process (None). With `launcher` it is started as a user does: by the deepspeed
+    launcher, or as a fresh process."""
     changes["logging"] = {"dir": str(folder), "name": name, **changes.get("logging", {})}
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     config = write_config(folder, f"{name}.json", **changes)
@@ -205,7 +218,7 @@ def train(
     if processes is None:
         done = script_here("train", *arguments)
     elif not processes:
-        done = script("train", *arguments, fresh=launcher)
+        done = script("train", *arguments, fresh=launcher, server=server)
     elif launcher:
         done = launch(processes, *arguments)
     else:

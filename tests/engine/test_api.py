@@ -3,15 +3,13 @@ console scripts."""
 
 import importlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from engine_cases import ROOT, config_table, examples, small_config
 from pipelines_sd3 import sd3_pipeline
-from run_cases import Run, environment
+from run_cases import Run, file_apart
 from setuptools.config.pyprojecttoml import read_configuration
 
 import tempflow
@@ -52,10 +50,9 @@ def test_train_evaluate_and_sample(tmp_path):
         eval={"prompts": 2},
         rollout=rollout,
     )
-    command = [sys.executable, "-c", CODE, json.dumps(table), str(tmp_path / "found.json")]
-    done = subprocess.run(
-        command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=600
-    )
+    file = tmp_path / "code.py"
+    file.write_text(CODE)
+    done = file_apart(file, json.dumps(table), tmp_path / "found.json", cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     found = json.loads((tmp_path / "found.json").read_text())
     for name in ("first", "second"):

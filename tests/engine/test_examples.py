@@ -10,7 +10,7 @@ import pytest
 import torch
 from engine_cases import ROOT, dense
 from PIL import Image
-from run_cases import Run, run_command
+from run_cases import Run, file_apart
 
 sys.path.append(str(ROOT / "examples"))
 
@@ -38,7 +38,7 @@ def test_own_parts_train(tmp_path):
         "eval.prompts=4",
         "reward_pool.workers=1",
     ]
-    done = run_command([sys.executable, "train.py", *changes], cwd=EXAMPLES)
+    done = file_apart(EXAMPLES / "train.py", *changes, cwd=EXAMPLES)
     found = Run(tmp_path / "own_parts", done)
     assert [row["iteration"] for row in found.rows] == [0, 1, 2]
     assert found.rows[1]["ratio/max_dev"] > 0 and found.rows[1]["images"] == 2 * (1 + 3 * 4), (
@@ -55,8 +55,8 @@ def test_own_parts_train(tmp_path):
     with Image.open(found.folder / "before_after.png") as image:
         assert image.size == (2 * 96, 2 * 32)
     assert "gain" in done.stdout
-    command = [sys.executable, "../engine/train.py", "--config", "own_parts.json"]
-    refused = run_command([*command, "--set", "rollout.plan.size=9"], cwd=EXAMPLES)
+    command = [ROOT / "engine/train.py", "--config", "own_parts.json"]
+    refused = file_apart(*command, "--set", "rollout.plan.size=9", cwd=EXAMPLES)
     assert refused.returncode == 2
     assert "rollout.plan.size: 9; there are only 7 steps" in refused.stderr
 
