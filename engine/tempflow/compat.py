@@ -20,6 +20,11 @@ from weakref import WeakKeyDictionary
 import torch
 
 
+def _module(name: str) -> Any:
+    """A module whose private names are replaced; Any, because types know public names only."""
+    return importlib.import_module(name)
+
+
 # ------------------------------------------------------------------------------------ Python, torch
 def run_exit_handlers() -> None:
     """CPython: `atexit._run_exitfuncs`, runs the exit handlers now.
@@ -161,7 +166,7 @@ def leave_all_reduce_to_gloo() -> None:
     turns this off.
     """
     # `import deepspeed.comm.torch` would bind PyTorch itself, which that package has by this name.
-    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]  # a private name that compat's test holds
+    _module("deepspeed.comm.torch").build_shm_op = lambda: None
 
 
 @lru_cache(maxsize=1)
@@ -173,13 +178,13 @@ def spare_zero3_its_records() -> None:
     block walks through the modules again. No key turns that off. Without it a micro-batch does the
     same with more of the host's time."""
     zero = "deepspeed.runtime.zero"
-    importlib.import_module("deepspeed.utils.nvtx").enable_nvtx = False  # type: ignore[attr-defined]  # private names, which compat's test holds, here and below
-    partition = importlib.import_module(f"{zero}.partition_parameters")
-    coordinator = importlib.import_module(f"{zero}.partitioned_param_coordinator")
-    partition.debug_param2name_id_shape_device = id  # type: ignore[attr-defined]
+    _module("deepspeed.utils.nvtx").enable_nvtx = False
+    partition = _module(f"{zero}.partition_parameters")
+    coordinator = _module(f"{zero}.partitioned_param_coordinator")
+    partition.debug_param2name_id_shape_device = id
     for part in (partition, coordinator):
-        part.print_rank_0 = _when_asked(part.print_rank_0)  # type: ignore[attr-defined]
-    coordinator.iter_params = _parameters_once(coordinator.iter_params)  # type: ignore[attr-defined]
+        part.print_rank_0 = _when_asked(part.print_rank_0)
+    coordinator.iter_params = _parameters_once(coordinator.iter_params)
 
 
 def keep_signatures(module: torch.nn.Module) -> None:

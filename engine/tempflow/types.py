@@ -132,6 +132,10 @@ class Unit:
     """The seed's number among those of the prompt, from 0 on."""
 
 
+# Stands for every unit where only the form of its rows matters, which all units share.
+ANY_UNIT = Unit(0, 0, 0, 0)
+
+
 @dataclass(frozen=True)
 class Row:
     """One latent that is integrated to sigma = 0."""
@@ -320,6 +324,12 @@ class Rewards:
     novelty: np.ndarray | None = None
     """float64 [n]: mean distance of the slot's image from the other images of its group; NaN if
     there are none. None if the advantage does not use it."""
+
+    def values(self) -> tuple[np.ndarray, np.ndarray]:
+        """`before` and `after`, for advantages with `needs_values`, which a config may combine only
+        with plans that have values."""
+        assert self.before is not None and self.after is not None
+        return self.before, self.after
 
 
 @dataclass(frozen=True)

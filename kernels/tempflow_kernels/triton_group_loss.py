@@ -239,10 +239,9 @@ def group_loss_kernel(
         b_deviation = b_next - b_mean
         tl.store(square + i_child * blocks + i_block, tl.sum(b_deviation * b_deviation, axis=0))
         if MODE == "guard_old":
-            tl.store(
-                cross + i_child * blocks + i_block,
-                tl.sum((b_next - b_mean_old) * b_delta, axis=0),  # type: ignore[possibly-undefined]  # bound under the same constexpr condition
-            )
+            # Bound above, under the same constexpr condition.
+            b_cross = (b_next - b_mean_old) * b_delta  # type: ignore[possibly-undefined]
+            tl.store(cross + i_child * blocks + i_block, tl.sum(b_cross, axis=0))
 
     # The rest runs once per row, in the program that finishes the row's last block.
     if arrives_last(counter + i_row, blocks):

@@ -45,3 +45,17 @@ def test_ci_and_pre_commit_run_the_checks_of_make_lint():
     assert {"make lint", "make docs", "make test"} <= set(
         (ROOT / ".ci/run").read_text().split("\n")
     )
+
+
+def test_a_pragma_makes_no_line_longer_than_the_limit():
+    """ruff's E501 does not count a pragma at the end of a line, nor what follows it."""
+    limit = read_configuration(ROOT / "pyproject.toml", expand=False)["tool"]["ruff"]["line-length"]
+    folders = ("engine", "kernels", "recipes", "benchmarks", "docs", "examples", "tests")
+    long = [
+        f"{file.relative_to(ROOT)}:{number}"
+        for folder in folders
+        for file in sorted((ROOT / folder).rglob("*.py"))
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1)
+        if len(line) > limit and re.search(r"# (type: ignore|noqa)", line)
+    ]
+    assert not long

@@ -26,5 +26,6 @@ class Dense(Advantage):
         self.over, self.clip = over, clip
 
     def __call__(self, slots: Slots, rewards: Rewards) -> Advantages:
-        found = normalize(rewards.after - rewards.before, slots.groups(self.over))  # type: ignore[operator]  # `needs_values`: the plan computes them
+        before, after = rewards.values()
+        found = normalize(after - before, slots.groups(self.over))
         return clipped(found.values, found.flat, found, slots, self.clip)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 
 from tempflow.advantages.base import EPSILON, clipped, normalize
@@ -37,9 +39,10 @@ class Gdpo(Shaped):
             for name, part in alone.items()
         }
         found = {name: self.normalized(part, labels, everything) for name, part in worth.items()}
-        total = sum(rewards.weights[name] * one.values for name, one in found.items())
-        scale = np.std(total[valid]) if valid.any() else 0.0  # type: ignore[index]  # an array: there is at least one reward
-        values = self.anchored(total / (scale + EPSILON), self._sum(worth, rewards.weights, valid))  # type: ignore[arg-type]  # an array: there is at least one reward
+        # An array and never the 0 of an empty sum: there is at least one reward.
+        total = cast(np.ndarray, sum(rewards.weights[name] * found[name].values for name in found))
+        scale = float(np.std(total[valid])) if valid.any() else 0.0
+        values = self.anchored(total / (scale + EPSILON), self._sum(worth, rewards.weights, valid))
         # What is reported about spread is that of the rewards, not of their utilities.
         plain = (
             found

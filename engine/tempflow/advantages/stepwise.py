@@ -25,7 +25,8 @@ class Stepwise(Advantage):
         self.over, self.clip = over, clip
 
     def __call__(self, slots: Slots, rewards: Rewards) -> Advantages:
-        gain = rewards.after - rewards.before  # type: ignore[operator]  # `needs_values`: the plan computes them
+        before, after = rewards.values()
+        gain = after - before
         found = normalize(gain, slots.groups(self.over, by_step=False))
         # The groups of `found` span all steps, so the spread of each step is taken separately.
         return clipped(

@@ -53,7 +53,7 @@ class TurningPoint(Advantage):
                 "training.advantage: turning_point needs a plan with one path for each seed, such"
                 " as flow_grpo or mix_grpo with values; this plan branches"
             )
-        before, after = rewards.before[order], rewards.after[order]  # type: ignore[index]  # `needs_values`: the plan computes them
+        before, after = (values[order] for values in rewards.values())
         path = np.cumsum(starts) - 1
         # The value at the end of each slot's path, and the slot's own gain.
         end, gain = after[np.r_[starts[1:], True]][path], after - before

@@ -6,11 +6,11 @@ import argparse
 import os
 from dataclasses import replace
 from functools import partial
-from typing import Any, Sequence
+from typing import Sequence
 
 from tempflow import cli
 from tempflow.arguments import above_zero, bounded, path, positive
-from tempflow.config import load_config
+from tempflow.config import Config, load_config
 from tempflow.training.start import checked_inputs, start
 
 
@@ -76,21 +76,26 @@ def dry_run(args: argparse.Namespace) -> int:
     """Print what the run needs, from JSON files alone, after all checks that a run makes."""
     config = load_config(args.config, args.set)
     cli.quiet_libraries()
-    from tempflow.estimate import estimate, local_model, propose, show, show_proposal
+    from tempflow.estimate import Estimate, estimate, local_model, propose, show, show_proposal
     from tempflow.models import most_images
 
     # The package has the JSON files of some hub models, so that their dry runs need no network.
     # Tables name the model as the user did.
     asked, config.model.path = (config.model.path, local_model(config.model.path))
     _, train, heldout = checked_inputs(config, dry=True)
-    machine: dict[str, Any] = {
-        "gpus": args.gpus,
-        "mfu": args.mfu,
-        "card_gb": args.card_gb,
-        "peak_tflops": args.peak_tflops,
-    }
-    judge = partial(estimate, **machine, prompts=len(train), images=most_images(train + heldout))
-    result = judge(config)  # type: ignore[call-arg]  # mypy miscounts a partial with a table of keywords
+
+    def judge(config: Config) -> Estimate:
+        return estimate(
+            config,
+            gpus=args.gpus,
+            mfu=args.mfu,
+            card_gb=args.card_gb,
+            peak_tflops=args.peak_tflops,
+            prompts=len(train),
+            images=most_images(train + heldout),
+        )
+
+    result = judge(config)
     # Under a launcher every rank computes the same; one prints it.
     if int(os.environ.get("RANK", 0)) == 0:
         show(replace(result, model=asked))

@@ -244,9 +244,9 @@ def _greedy(
         for option in choices:
             changes = option.changes(config, before)
             made = _made(config, changes, judge)
-            if made is not None and before.total - made[1].total >= least:
+            if changes is not None and made is not None and before.total - made[1].total >= least:
                 config, before = made
-                yield Step(changes, option.cost, before)  # type: ignore[arg-type]  # changes that were made are not None
+                yield Step(changes, option.cost, before)
                 break
         else:
             return

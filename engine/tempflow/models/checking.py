@@ -130,20 +130,21 @@ def check_module(component: Component, weights: bool = True) -> None:
     """Check config, class and tensor shapes of a module. The UserError names the first tensors that
     are missing or have another shape."""
     config = component.config
-    if component.library != "transformers":
-        whole = skeleton(component.library, component.kind, config, component.name)
+    whole = (
+        None
+        if component.library == "transformers"
+        else skeleton(component.library, component.kind, config, component.name)
+    )
     if not weights:
         return
     compared = (
-        _compared_by_transformers(component)
-        if component.library == "transformers"
-        else _compared(component, whole)  # type: ignore[possibly-undefined]  # bound where the components are whole modules
+        _compared_by_transformers(component) if whole is None else _compared(component, whole)
     )
     # A quantized checkpoint also lacks the plain weights; saying that would mislead.
     problem = _quantized(component) or compared
     if problem:
         raise component.error(problem, component.files[0] if len(component.files) == 1 else None)
-    if component.name == "vae":
+    if component.name == "vae" and whole is not None:
         check_scales(component, cast(dict, whole.config))
 
 
@@ -157,14 +158,13 @@ def check_scales(component: Component, config: dict) -> None:
     for key in (key for key in keys if key in config):
         value, count = config.get(key), config["z_dim"] if lists else 1
         numbers = value if lists else [value]
-        real = isinstance(numbers, (list, tuple)) and all(
-            type(n) in (int, float) and math.isfinite(n) for n in numbers
+        usable = (
+            isinstance(numbers, (list, tuple))
+            and all(type(n) in (int, float) and math.isfinite(n) for n in numbers)
+            and len(numbers) == count
+            and not (key in ("latents_std", "scaling_factor") and 0 in numbers)
         )
-        if (
-            not real
-            or len(numbers) != count  # type: ignore[arg-type]  # the first condition is that it is a list
-            or (key in ("latents_std", "scaling_factor") and 0 in numbers)  # type: ignore[operator]  # the first condition is that it is a list
-        ):
+        if not usable:
             expected = f"{count} finite numbers" if lists else "a finite number"
             raise component.error(
                 f"sets {key} to {shown(value)}; expected {expected}, and a scale other than 0",
@@ -334,8 +334,8 @@ def check_scheduler(component: Component, known: tuple[str, ...]) -> None:
 def _grid(scheduler) -> torch.Tensor:
     """A grid of 4 steps, made as the pipelines make theirs for a 512 x 512 image."""
     # Computed for static shifting too, as the families do, so that damaged options fail here.
-    steps, mu = (4, resolution_shift(scheduler, 1024, 1.15))
-    mu = mu if scheduler.config.get("use_dynamic_shifting") else None  # type: ignore[assignment]  # None is what the scheduler takes without shifting
+    steps, shift = (4, resolution_shift(scheduler, 1024, 1.15))
+    mu = shift if scheduler.config.get("use_dynamic_shifting") else None
     # Damaged options make NaN or infinity, which the caller reports; numpy's warnings say nothing.
     with np.errstate(all="ignore"):
         scheduler.set_timesteps(steps, sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)

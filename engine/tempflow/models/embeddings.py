@@ -16,7 +16,7 @@ import shutil
 import zlib
 from collections import OrderedDict
 from pathlib import Path
-from typing import Callable
+from typing import Callable, cast
 
 import torch
 from rich.progress import Progress
@@ -263,7 +263,7 @@ def store_of(config: Config, device: torch.device | str) -> EmbeddingStore:
     # On rank 0 alone, because it hashes all weights of the encoders.
     encoders = encoder_identity(m.path) if distributed.rank() == 0 else None
     return EmbeddingStore(
-        config.data.embedding_cache,  # type: ignore[arg-type]  # called where a cache is configured
+        cast(str, config.data.embedding_cache),  # called where a cache is configured
         {
             "family": family.__name__,
             "encoders": distributed.agree_on(encoders),

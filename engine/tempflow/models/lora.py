@@ -19,6 +19,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -94,7 +95,7 @@ def read_adapters(lora: Lora) -> Adapters:
         UserError: they cannot be read, or their rank or alpha differs from that of `lora`.
     """
     try:
-        saved = load_adapters(Path(lora.start))  # type: ignore[arg-type]  # called where `start` is given
+        saved = load_adapters(Path(cast(str, lora.start)))  # called where `start` is given
     except UserError as error:
         raise UserError(f"{KEY}: {error}") from None
     if saved.rank != lora.rank:

@@ -26,7 +26,9 @@ def without_videos(kind: type[ProcessorMixin]) -> type[ProcessorMixin]:
 
     # transformers finds the parts of a processor by this class method.
     def get_attributes(cls) -> list[str]:
-        return [name for name in super(made, cls).get_attributes() if name != "video_processor"]  # type: ignore[arg-type]  # `made` is the class that is being defined
+        # `made` is the class below, whose method this becomes.
+        found = super(made, cls).get_attributes()  # type: ignore[arg-type]
+        return [name for name in found if name != "video_processor"]
 
     # The same name and module, because diffusers writes them into model_index.json.
     made = type(

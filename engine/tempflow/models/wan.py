@@ -11,6 +11,7 @@ same velocity.
 from __future__ import annotations
 
 from functools import partial
+from typing import cast
 
 import torch
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
@@ -184,11 +185,11 @@ class WanPolicy(GuidedPolicy):
         return unipc_timesteps(sigma) if self._by_unipc else sigma * TIMESTEPS
 
     def _forward(self, denoiser, x, sigma, conditioning, size):
-        timestep = self._timesteps(sigma)
+        timestep, boundary = self._timesteps(sigma), self._boundary
         # A denoiser from `only` is a partial with `low` set; reading it from the timesteps, as
         # training does, is a wait that a CUDA graph cannot capture.
-        known = self._boundary is None or isinstance(denoiser, partial)
-        more = {} if known else {"low": timestep < self._boundary}  # type: ignore[operator]  # None only where `known` holds
+        known = boundary is None or isinstance(denoiser, partial)
+        more = {} if known else {"low": timestep < cast(float, boundary)}
         return denoiser(
             hidden_states=x, timestep=timestep, **conditioning, **more, return_dict=False
         )[0]

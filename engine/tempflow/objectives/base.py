@@ -193,7 +193,7 @@ class Objective(ABC):  # noqa: B024 (one of two methods is abstract)
             distance = (
                 None
                 if not self.keeps_velocity
-                else step_distance(velocity, old and old.velocity, batch)  # type: ignore[arg-type]  # None where there is no old policy
+                else step_distance(velocity, None if old is None else old.velocity, batch)
             )
             pull = self.batch_pull(batch, log_ratio, distance)
         # Without an old policy the kernel's ratio is 1, where -A ratio and -A log ratio have the

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from importlib.util import find_spec
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -44,7 +45,7 @@ class OcrReward(Reward):
 
     def __init__(self, detect: bool = True):
         self._detect = detect
-        self._reader: SceneReader | LineReader = None  # type: ignore[assignment]  # `load` makes it
+        self._reader: SceneReader | LineReader  # `load` makes it
 
     def check_prompts(self, prompts, metadata):
         targets, several = [], 0
@@ -260,7 +261,8 @@ def _model_file(name: str) -> Path:
     package = find_spec("rapidocr")  # finds the folder without importing the package
     if package is None:
         raise UserError("needs the package rapidocr: pip install 'rapidocr==3.10.*' onnxruntime")
-    path = Path(package.origin).parent / "models" / name  # type: ignore[arg-type]  # the package is installed, so it has an origin
+    # The package is installed, so it has an origin.
+    path = Path(cast(str, package.origin)).parent / "models" / name
     if not path.exists():
         found = ", ".join(sorted(file.name for file in path.parent.glob("*.onnx"))) or "no models"
         raise UserError(f"needs {name}, which rapidocr 3.10 ships; {path.parent} holds {found}")

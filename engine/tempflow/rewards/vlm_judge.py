@@ -17,6 +17,7 @@ import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -206,20 +207,24 @@ class VlmJudge(Reward):
             for image in images
         ]
         messages = [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
-        for attempt in range(self._retries + 1):
+        answer = self._post({**self._body, "messages": messages})
+        try:
+            return dict(answer["choices"][0])
+        except (KeyError, IndexError, TypeError, ValueError):
+            raise ValueError(f"the answer has no choices: {shown(answer)}") from None
+
+    def _post(self, body: dict) -> Any:
+        """The answer to a request, which is repeated if it fails for a reason that may pass."""
+        for attempt in range(self._retries):
             try:
-                answer = self._service.post(
-                    "/chat/completions", {**self._body, "messages": messages}
-                )
-                break
+                return self._service.post("/chat/completions", body)
             except ServiceError as error:
-                if not error.transient or attempt == self._retries:
+                if not error.transient:
                     raise
             time.sleep(_BACKOFF_S * 2**attempt)
-        try:
-            return dict(answer["choices"][0])  # type: ignore[possibly-undefined]  # the last attempt returns or raises
-        except (KeyError, IndexError, TypeError, ValueError):
-            raise ValueError(f"the answer has no choices: {shown(answer)}") from None  # type: ignore[possibly-undefined]  # the last attempt returns or raises
+        return self._service.post(
+            "/chat/completions", body
+        )  # the last attempt, whose failure is the call's
 
     def _read(self, choice: dict) -> tuple[float, str]:
         """(value in [0, 1], detail) of an answer. Raises ValueError for one that cannot be read."""

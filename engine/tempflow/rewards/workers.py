@@ -162,15 +162,17 @@ class WorkerProcess:
         """Send a message and wait for the answer. A watchdog kills a worker that takes longer than
         `timeout_s`, which closes the pipe and so ends the wait. task, key: what the worker had to
         do, and the config key of the timeout, for the error message."""
+        process = self._process
+        assert process is not None  # the caller has started it
         expired = threading.Event()
-        watchdog = threading.Timer(timeout_s, self._expire, (expired, self._process))
+        watchdog = threading.Timer(timeout_s, self._expire, (expired, process))
         watchdog.daemon = True
         watchdog.start()
         try:
             self._connection.send(message)
             reply = self._connection.recv_bytes()
         except (EOFError, OSError):
-            status = self._process.wait()  # type: ignore[union-attr]  # called while the process is there
+            status = process.wait()
             late = f"the reward worker did not {task} within {timeout_s:g} s ({key}) and was killed"
             cause = (
                 late

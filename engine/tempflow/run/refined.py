@@ -181,9 +181,12 @@ def search(
             first=first,
         ):
             # After every round: a search whose rewards fail would go on choosing at random.
-            check_failed(  # type: ignore[call-arg]  # three counts
+            images, failed, not_finite = judge.counts.tolist()
+            check_failed(
                 "this refinement",
-                *judge.counts.tolist(),  # type: ignore[arg-type]  # three counts
+                images,
+                failed,
+                not_finite,
                 config.reward_pool.max_failed,
                 pool.last_error,
             )

@@ -9,7 +9,7 @@ from which candidates are integrated to sigma 0. With zero rounds this is best-o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Callable, Iterator
+from typing import Callable, Iterator, cast
 
 import numpy as np
 import torch
@@ -228,7 +228,8 @@ class _Refinement:
     ) -> list[tuple]:
         """Integrate the candidates of a round. Finished ones are submitted to the judge, in batches
         of `rollout.decode_batch`, while others are still integrated."""
-        r, waiting, submitted = self.model.config.rollout, [], []
+        r, submitted = self.model.config.rollout, []
+        waiting: list[tuple[int, torch.Tensor]] = []
         forest, before = Forest(rows, list(range(len(rows))), {}), self.forwards
         for arrived in integrate(
             forest,
@@ -240,7 +241,8 @@ class _Refinement:
             given=given,
         ):
             self.forwards = before + arrived.stats.forwards
-            waiting += list(zip(arrived.rows, arrived.latents if arrived.rows else [], strict=True))  # type: ignore[arg-type]  # the first round has given every prompt an incumbent
+            if arrived.latents is not None:
+                waiting += zip(arrived.rows, arrived.latents, strict=True)
             while len(waiting) >= r.decode_batch:
                 submitted.append(self._submit(rows, waiting[: r.decode_batch]))
                 waiting = waiting[r.decode_batch :]
@@ -267,7 +269,8 @@ class _Refinement:
         return Round(
             number,
             step,
-            list(self.best.images),  # type: ignore[arg-type]  # the first round has given every prompt an incumbent
+            # The candidates of round 0 gave every prompt an incumbent.
+            cast(list[np.ndarray], list(self.best.images)),
             self.best.rewards.copy(),  # copies: both go on changing while the caller keeps rounds
             self.drawn.copy(),
             self.forwards,

@@ -133,10 +133,12 @@ class Layout:
         states = 0
         # All numbers follow from the order of units, rows and steps, which every rank knows.
         for u, rows in enumerate(self.rows):
-            branches, value_rows = (
-                _branches(rows),
-                {(row.parent, row.start): n for n, row in enumerate(rows) if row.value},
-            )
+            branches = _branches(rows)
+            value_rows = {
+                (row.parent, row.start): n
+                for n, row in enumerate(rows)
+                if row.value and row.parent is not None
+            }
             for (parent, step), members in states_of(rows).items():
                 self._slots[u, parent, step] = np.arange(len(lines), len(lines) + len(members))
                 for child, n in enumerate(members):
@@ -150,7 +152,7 @@ class Layout:
                     )
                     pair = (
                         value_rows.get((parent, step)),
-                        _value_after(rows, branches, value_rows, n, step),  # type: ignore[arg-type]  # rows with a value have a parent
+                        _value_after(rows, branches, value_rows, n, step),
                     )
                     values.append(
                         [-1 if place is None else int(self.first[u]) + place for place in pair]

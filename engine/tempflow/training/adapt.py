@@ -116,11 +116,12 @@ class Adapt:
 
     def __init__(self, settings: Settings | None, plan: Plan):
         self._plan, steps, noise = plan, settings and settings.steps, settings and settings.noise
-        self.choice = (
-            StepChoice(steps, plan.branch_steps.possible(plan.num_steps), plan.run_seed)  # type: ignore[union-attr]  # config.checks refuses rollout.adapt for plans without
-            if steps
-            else None
-        )
+        self.choice = None
+        if steps:
+            # config.checks refuses rollout.adapt.steps for plans without.
+            assert plan.branch_steps is not None
+            possible = plan.branch_steps.possible(plan.num_steps)
+            self.choice = StepChoice(steps, possible, plan.run_seed)
         self.noise = NoiseLevels(noise) if noise else None
 
     def plan(self, iteration: int) -> Plan:

@@ -210,12 +210,13 @@ def _stack(places: list[Weighed], weight: torch.Tensor, real: int, device) -> Ba
             for name in ("sigma", "a", "b", "tau", "step")
         },
     }
-    scored = all(s.log_prob is not None for s in states)
+    log_probs = [s.log_prob for s in states if s.log_prob is not None]
+    scored = len(log_probs) == len(states)
     return Batch(
         units=[s.unit for s in states],
         x=torch.stack([s.x for s in states]).to(device),
         children=torch.stack([s.children for s in states]).to(device),
-        log_prob_rollout=torch.stack([s.log_prob for s in states]).to(device) if scored else None,  # type: ignore[misc]  # `scored`: every state has one
+        log_prob_rollout=torch.stack(log_probs).to(device) if scored else None,
         real=real,
         sigmas=[s.sigma for s in states],
         **send([numbers], device)[0],

@@ -76,9 +76,12 @@ class Evaluator:
         ):
             drawn = evaluation.draw(s, s.heldout, mine, advance=advance)
             scored = evaluation.evaluate(s.pool, s.specs, s.heldout, drawn, e.keep_samples)
-        check_failed(  # type: ignore[call-arg]  # three counts
+        images, failed, not_finite = map(int, distributed.reduce(scored.counts()))
+        check_failed(
             f"the evaluation at iteration {iteration}",
-            *map(int, distributed.reduce(scored.counts())),  # type: ignore[arg-type]  # three counts
+            images,
+            failed,
+            not_finite,
             s.config.reward_pool.max_failed,
             distributed.first_of_any(s.pool.last_error),
         )

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import inspect
 from functools import lru_cache
+from typing import Hashable, cast
 
 import torch
 from deepspeed.runtime.zero.leaf_module_config import DeepSpeedZeroLeafModuleConfig
@@ -56,7 +57,8 @@ def call_by_position(module: torch.nn.Module, zero: dict) -> None:
 
 
 def _by_position(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    bound = _signature(type(module)).bind(module, *args, **kwargs)  # type: ignore[arg-type]  # a class is hashable
+    kind = cast(Hashable, type(module))  # for the cache of `_signature`
+    bound = _signature(kind).bind(module, *args, **kwargs)
     bound.apply_defaults()
     given = list(bound.args[1:])  # without self
     floats = [

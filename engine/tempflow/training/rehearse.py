@@ -142,10 +142,13 @@ def small_policy(config: Config, device: torch.device):
     policy.set_denoiser(_as_rolled_out(config, policy.denoiser(), family.lora_targets, device))
     set_attention_backend(policy.denoiser(), config.model.attention_backend)
     compile_blocks(policy.denoiser(), config.rollout.compile)
-    policy.embed = _embeddings(config, policy)  # type: ignore[method-assign]  # a stand-in for this object alone
-    policy.pixels = lambda latents, size: (  # type: ignore[method-assign]  # a stand-in for this object alone
-        torch.from_numpy(plain(len(latents), size, 0)),
-        torch.ones(len(latents), dtype=torch.bool),
+    # Stand-ins for two methods of this object alone.
+    vars(policy).update(
+        embed=_embeddings(config, policy),
+        pixels=lambda latents, size: (
+            torch.from_numpy(plain(len(latents), size, 0)),
+            torch.ones(len(latents), dtype=torch.bool),
+        ),
     )
     return policy
 

@@ -4,7 +4,7 @@ same objects."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Callable
+from typing import Any, Callable, cast
 
 import numpy as np
 import torch
@@ -126,7 +126,8 @@ class Session(Opened):
             self.config.sde(),
         )
         if levels is not None:
-            return Grid(sigmas, sde.coefficients(sigmas, levels))  # type: ignore[call-arg]  # `takes_levels`: config.checks refuses other SDEs
+            # config.checks lets only an SDE that `takes_levels` come here.
+            return Grid(sigmas, cast(Any, sde).coefficients(sigmas, levels))
         # Without jitter the grid of the config is reused, whose tensors are on the device already.
         return self.grid if sigmas is self.grid.sigmas else Grid(sigmas, sde.coefficients(sigmas))
 

@@ -236,9 +236,10 @@ def checked_url(key: str, url) -> str:
             and url.isprintable()
             and " " not in url
         )
+        named = "@" in parts.netloc
     except ValueError:
-        usable = False
-    if usable and "@" in parts.netloc:  # type: ignore[possibly-undefined]  # bound where the URL is usable
+        usable = named = False
+    if usable and named:
         raise UserError(
             f"{key}: no user name or password in the address; name an environment variable that"
             " holds a token instead"

@@ -67,21 +67,22 @@ def linear_head(key: str, tensors: dict[str, torch.Tensor], device: str) -> Head
         for _, name in sorted(found)
         if not name.startswith(("vision_model.", "text_model."))  # layers.N of the CLIP model
     ]
-    layers = [(tensors[name + "weight"], tensors.get(name + "bias")) for name in names]
+    layers = [
+        (tensors[name + "weight"], tensors[name + "bias"])
+        for name in names
+        if name + "bias" in tensors
+    ]
     widths = [weight.shape[1] for weight, _ in layers] + [1]
-    fit = all(
-        weight.shape[0] == after and bias is not None
-        for (weight, bias), after in zip(layers, widths[1:])
+    fit = len(layers) == len(names) and all(
+        weight.shape[0] == after for (weight, _), after in zip(layers, widths[1:])
     )
     if not layers or not fit:
         shapes = (
-            ", ".join(
-                f"{name}weight {list(weight.shape)}" for name, (weight, _) in zip(names, layers)
-            )
+            ", ".join(f"{name}weight {list(tensors[name + 'weight'].shape)}" for name in names)
             or "no linear layers"
         )
         raise UserError(
             f"{key}: expected linear layers with biases from an embedding to one number, got"
             f" {shapes}"
         )
-    return Head(layers, device)  # type: ignore[arg-type]  # `fit` holds, so every layer has its bias
+    return Head(layers, device)

@@ -130,8 +130,9 @@ class Run:
         found = {
             sample.iteration: sample.reward for sample in self.samples if sample.reward is not None
         }
-        if self.summary and number(self.summary.get("base_reward")) is not None:
-            found.setdefault(0, number(self.summary["base_reward"]))  # type: ignore[arg-type]  # the line above checks it
+        base = number((self.summary or {}).get("base_reward"))
+        if base is not None:
+            found.setdefault(0, base)
         found.update(
             {
                 row["iteration"]: number(row["eval/reward"])

@@ -76,9 +76,9 @@ def match(base: SampleSet, tuned: SampleSet) -> list[Pair]:
     by_prompt = {_asked(item): item for item in reversed(base.items)}
     pairs = []
     for place, item in enumerate(tuned.items):
-        twin = base.items[place] if place < len(base.items) else {}
-        if _asked(twin) != _asked(item):
-            twin = by_prompt.get(_asked(item))  # type: ignore[assignment]  # looked at only where it is found
+        twin: dict | None = base.items[place] if place < len(base.items) else None
+        if twin is None or _asked(twin) != _asked(item):
+            twin = by_prompt.get(_asked(item))
         pairs.append(Pair(str(item.get("prompt", "")), twin, item))
     return pairs
 
@@ -297,18 +297,18 @@ def _strip(run: Run, thumbnails: Thumbnails) -> str:
 def _strip_row(place: int, sets: list[SampleSet], thumbnails: Thumbnails) -> str:
     cells = []
     if _has_conditions(sets[0]):
-        item = sets[0].items[place]
+        first = sets[0].items[place]
         thumbnail = (
-            thumbnails.get(sets[0].folder / item["condition"]) if _condition_of(item) else None
+            thumbnails.get(sets[0].folder / first["condition"]) if _condition_of(first) else None
         )
         cells.append(f"<td>{_img(thumbnail, 'condition image')}</td>" if thumbnail else "<td></td>")
     for sample in sets:
-        item = sample.items[place] if place < len(sample.items) else None  # type: ignore[assignment]  # looked at only where it is found
+        item = sample.items[place] if place < len(sample.items) else {}
         # Still: dozens of videos that move at once would be hard to compare.
         thumbnail = (
             thumbnails.get(sample.folder / str(item["file"]), moving=False) if item else None
         )
-        alt = f"iteration {sample.iteration}: {item.get('prompt', '')}" if item else ""
+        alt = f"iteration {sample.iteration}: {item.get('prompt', '')}"
         cells.append(
             f"<td>{_img(thumbnail, alt)}{_reward(item)}</td>" if thumbnail else "<td></td>"
         )
