@@ -168,7 +168,7 @@ def sample(
         config, {"base" if base else "tuned": chosen}, examples, num_steps=num_steps, seed=seed
     )
     if missing:
-        note(f"{missing} images contain NaN or infinity; a checkerboard replaces each")
+        note(tuned.not_finite(missing))
     return drawn
 
 

@@ -47,6 +47,12 @@ def shortened(text: str, most: int) -> str:
     return text[: kept - kept // 4] + cut + text[len(text) - kept // 4 :]
 
 
+def counted(number: float, noun: str) -> str:
+    """A number and a noun, in the plural unless it is 1."""
+    text = f"{number:g}" if isinstance(number, float) else str(number)
+    return f"{text} {noun}{'s' * (number != 1)}"
+
+
 def check_range(name: str, value: float, *, least=None, above=None, most=None, below=None) -> None:
     """Raise UserError if a number is outside its range.
 

@@ -75,7 +75,7 @@ def test_there_and_back(passed_on, case):
     tolerance = BF16 if "bf16" in case else ROUNDING
     with safe_open(folder / case / "restored.safetensors", "pt") as file:
         notes = file.metadata()["notes"]
-    assert notes == "checkpoint 000002 was written by 1 ranks and is resumed on 2"
+    assert notes == "checkpoint 000002 was written by 1 rank and is resumed on 2"
     assert same(load_file(folder / case / "restored.safetensors"), saved)
 
     toy = Toy(case, seed=2)
@@ -259,7 +259,7 @@ def moved(tmp_path_factory):
         write_config(folder, f"{name}.json", **settings(folder, name)),
         "--resume",
     )
-    assert "checkpoint 000002 was written by 1 ranks and is resumed on 2" in done.stdout
+    assert "checkpoint 000002 was written by 1 rank and is resumed on 2" in done.stdout
     return {"alone": alone, name: Run(folder / name, done)}
 
 

@@ -290,7 +290,7 @@ def test_what_it_exports_is_of_the_whole_model(whole, tmp_path):
 @pytest.mark.parametrize(
     "command, words",
     [
-        (("sample", "--run", "RUN", "--out", "OUT", "--count", 1), "1 pairs"),
+        (("sample", "--run", "RUN", "--out", "OUT", "--count", 1), "1 pair in"),
         (("refine", "--run", "RUN", "--out", "OUT", "--count", 1, "--rounds", 1), ""),
         (("merge", "RUN", "RUN", "--out", "OUT"), "LoRA weights of rank 8"),
     ],

@@ -158,7 +158,7 @@ IMAGE = encode_png(noise(1)[0])
 @pytest.mark.parametrize(
     "more, words",
     [
-        ({"conditions": [IMAGE], "conditions_of": []}, "1 images, but 0 conditions_of"),
+        ({"conditions": [IMAGE], "conditions_of": []}, "1 image, but 0 conditions_of"),
         ({"conditions": [IMAGE], "conditions_of": [[1]]}, "places from 0 to 0"),
         ({"conditions": [IMAGE], "conditions_of": [[-1]]}, "places from 0 to 0"),
         ({"conditions_of": [[0]]}, "conditions_of"),

@@ -107,11 +107,11 @@ IMAGE = encode_png(noise(1)[0])
         (b"[]", 400, "body"),
         ({}, 400, "images"),
         ({"images": [], "prompts": []}, 400, "at least 1"),
-        ({"images": [IMAGE], "prompts": []}, 400, "1 images, but 0 prompts"),
+        ({"images": [IMAGE], "prompts": []}, 400, "1 image, but 0 prompts"),
         (
             {"images": [IMAGE], "prompts": [""], "metadata": [{}, {}]},
             400,
-            "1 images, but 2 metadata",
+            "1 image, but 2 metadata",
         ),
         ({"images": [IMAGE], "prompts": [3]}, 400, "prompts.0"),
         ({"images": [IMAGE], "prompts": [""], "metadata": [[]]}, 400, "metadata.0"),
@@ -244,6 +244,6 @@ def test_command_serves_and_finishes_what_it_serves(tmp_path):
         assert (process.returncode, error) == (
             0,
             "",
-        ) and "1 images in 1 batches, 0 failed" in output
+        ) and "1 image in 1 batch, 0 failed" in output
     finally:
         process.kill()

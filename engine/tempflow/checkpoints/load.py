@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from tempflow.checkpoints import find, manifest, universal
 from tempflow.config import Config
-from tempflow.errors import UserError, note
+from tempflow.errors import UserError, counted, note
 from tempflow.models import Policy
 from tempflow.models.adapted import adapted
 from tempflow.models.lora import LORA_DOWN, LORA_UP, merged
@@ -58,8 +58,8 @@ def restore(
     ranks, written_by = distributed.world_size(), state["world_size"]
     if ranks != written_by:
         note(
-            f"checkpoint {checkpoint.name} was written by {written_by} ranks and is resumed on"
-            f" {ranks}"
+            f"checkpoint {checkpoint.name} was written by {counted(written_by, 'rank')} and is"
+            f" resumed on {ranks}"
         )
     # At stage 0 every rank has all of the state, so any number of ranks reads the same files.
     if ranks != written_by and runtime.stage > 0:
@@ -134,7 +134,7 @@ def load_tuned(
                 " iterations"
             )
     else:
-        chosen = find.folder(run_dir, checkpoint)  # type: ignore[arg-type]  # "best" and None have become a number and a name
+        chosen = find.folder(run_dir, int(checkpoint))
         trouble = manifest.problem_with(chosen)
         if trouble:
             held = ", ".join(str(int(p.name)) for p in find.folders(run_dir)) or "none"
@@ -147,7 +147,7 @@ def load_tuned(
             and kept is not None
             and _average_taken(chosen, kept, getattr(config.training, kept).every)
         )
-        which = kept if averaged else "raw"
+        which = kept if kept and averaged else "raw"
         file = chosen / (f"{kept}.safetensors" if averaged else "weights.safetensors")
         weights = load_file(file)
     # Of a run that still trains: it may have removed this checkpoint since it was chosen above.
@@ -163,7 +163,7 @@ def load_tuned(
             " first: the run diverged. An earlier checkpoint may be finite: --checkpoint N, or"
             " --checkpoint best"
         )
-    return Tuned(config, int(chosen.name), which, weights)  # type: ignore[arg-type]  # "best" and None have become a number and a name
+    return Tuned(config, int(chosen.name), which, weights)
 
 
 def _updates(state: dict, key: str) -> int:

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from tempflow.compat import reading_universal_checkpoints
-from tempflow.errors import UserError
+from tempflow.errors import UserError, counted
 from tempflow.training import distributed
 
 TAG = "state"  # DeepSpeed's name of a checkpoint; here one folder holds one
@@ -62,9 +62,9 @@ def restore(engine, checkpoint: Path, written_by: int) -> None:
         )
         if trouble:
             raise UserError(
-                f"checkpoint {checkpoint} was written by {written_by} ranks and could not be"
-                f" converted for {distributed.world_size()}: {trouble}. Resume with {written_by}"
-                " ranks, or remove the cause; the checkpoint is unchanged"
+                f"checkpoint {checkpoint} was written by {counted(written_by, 'rank')} and could"
+                f" not be converted for {distributed.world_size()}: {trouble}. Resume with"
+                f" {counted(written_by, 'rank')}, or remove the cause; the checkpoint is unchanged"
             )
         _load(engine, folder)
         # Rank 0 removes the folder below, so every rank must have read it.

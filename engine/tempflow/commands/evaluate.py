@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Sequence
 
 from tempflow import arguments, cli
+from tempflow.errors import counted
 from tempflow.run import outputs
 from tempflow.run.means import gain_text, with_error
 from tempflow.run.metrics import changes, drift_texts
@@ -98,10 +99,11 @@ def _reward(r: dict) -> str:
         "base" if r["weights"] == "base" else f"iteration {r['iteration']}, {r['weights']} weights"
     )
     reward = (
-        f"reward {with_error(r['reward'], r['stderr'])} on {r['scored']} of {r['prompts']} prompts"
+        f"reward {with_error(r['reward'], r['stderr'])} on {r['scored']} of"
+        f" {counted(r['prompts'], 'prompt')}"
         f" ({r['failed']} failed)"
     )
-    return f"{which}: {reward}, {r['num_steps']} steps"
+    return f"{which}: {reward}, {counted(r['num_steps'], 'step')}"
 
 
 def _change(r: dict) -> str:

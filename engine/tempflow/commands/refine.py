@@ -15,7 +15,7 @@ import numpy as np
 
 from tempflow import arguments, cli
 from tempflow.commands.sample import chosen_prompts
-from tempflow.errors import UserError, note, shown
+from tempflow.errors import UserError, counted, note, shown
 from tempflow.run import outputs
 
 if TYPE_CHECKING:
@@ -161,12 +161,12 @@ def search(args: argparse.Namespace, draft: Path) -> str:
     images = (
         f"{drawn.min()} to {drawn.max()} images"
         if drawn.min() < drawn.max()
-        else f"{drawn[0]} images"
+        else counted(drawn[0], "image")
     )
     which = f"iteration {chosen.iteration}, {chosen.which} weights" if chosen else "base"
     return (
-        f"{len(prompts)} prompts in {args.out} ({which}): mean reward {start:.3f} of one image,"
-        f" {last:.3f} of the best of {images} each"
+        f"{counted(len(prompts), 'prompt')} in {args.out} ({which}): mean reward"
+        f" {start:.3f} of one image, {last:.3f} of the best of {images} each"
     )
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Sequence
 from tempflow import cli
 from tempflow.arguments import above_zero, bounded, filled, positive, whole
 from tempflow.config import strict_json
-from tempflow.errors import VALUE, UserError, shortened
+from tempflow.errors import VALUE, UserError, counted, shortened
 from tempflow.rewards import RewardSpec, parse_rewards
 from tempflow.rewards.http.client import token_of
 
@@ -167,7 +167,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, batcher in batchers.items():
             counts = batcher.counts()
             print(
-                f"{name}: {counts['pictures']} images in {counts['batches']} batches,"
+                f"{name}: {counted(counts['pictures'], 'image')} in"
+                f" {counts['batches']} batch{'es' * (counts['batches'] != 1)},"
                 f" {counts['failed_batches']} failed",
                 flush=True,
             )

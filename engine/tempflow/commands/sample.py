@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Sequence
 
 from tempflow import arguments, cli
-from tempflow.errors import UserError
+from tempflow.errors import UserError, counted
 from tempflow.run import outputs
 
 if TYPE_CHECKING:
@@ -59,11 +59,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def draw_pairs(args: argparse.Namespace, draft: Path) -> str:
     """Write the pairs into `draft`; returns the text to print."""
+    from tempflow.checkpoints.load import load_tuned
     from tempflow.media import still
     from tempflow.run import collage, tuned
     from tempflow.run.files import encoded
 
-    config, chosen = tuned.choose(args.run, args.checkpoint, args.weights)
+    chosen = load_tuned(args.run, args.checkpoint, args.weights)
+    config = chosen.config
     prompts = chosen_prompts(args, config)
     drawn, missing = tuned.draw(
         config, {"base": None, "tuned": chosen}, prompts, num_steps=args.num_steps, seed=args.seed
@@ -82,14 +84,10 @@ def draw_pairs(args: argparse.Namespace, draft: Path) -> str:
     )
     left = "condition images, base" if any(conditions) else "left base"
     written = (
-        f"{len(names)} pairs in {args.out}: {left}, right iteration {chosen.iteration}"  # type: ignore[union-attr]  # without --base it is a checkpoint
-        f" ({chosen.which} weights)"  # type: ignore[union-attr]  # without --base it is a checkpoint
+        f"{counted(len(names), 'pair')} in {args.out}: {left}, right iteration {chosen.iteration}"
+        f" ({chosen.which} weights)"
     )
-    return written + (
-        f"\nwarning: {missing} images contain NaN or infinity; a checkerboard replaces each"
-        if missing
-        else ""
-    )
+    return written + (f"\nwarning: {tuned.not_finite(missing)}" if missing else "")
 
 
 command = partial(cli.run, main)

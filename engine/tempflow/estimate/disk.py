@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tempflow.config import Config
-from tempflow.errors import UserError
+from tempflow.errors import UserError, counted
 from tempflow.estimate.item import Item
 from tempflow.estimate.zero import Zero
 from tempflow.run.directory import path_of
@@ -136,9 +136,10 @@ def check_room(config: Config, needed: Disk) -> str | None:
             f" {_size(needed.checkpoint)} ({parts}). Free more space, or name another folder"
         )
     return (
-        f"warning: logging.dir: {where} has {_size(free)} free; up to {needed.most} checkpoints of"
-        f" {_size(needed.checkpoint)} may be there at once, {_size(needed.total)} together. Free"
-        f" more space, or lower checkpoint.keep ({config.checkpoint.keep})"
+        f"warning: logging.dir: {where} has {_size(free)} free; up to"
+        f" {counted(needed.most, 'checkpoint')} of {_size(needed.checkpoint)} may be there"
+        f" at once, {_size(needed.total)} together. Free more space, or lower checkpoint.keep"
+        f" ({config.checkpoint.keep})"
     )
 
 

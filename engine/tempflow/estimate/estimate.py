@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tempflow.config import Config
-from tempflow.errors import UserError
+from tempflow.errors import UserError, counted
 from tempflow.estimate.costs import Phase, phases
 from tempflow.estimate.disk import Disk, disk
 from tempflow.estimate.memory import Memory, memory_of
@@ -87,8 +87,8 @@ def estimate(
     units = config.data.prompts_per_iteration * config.plan().seeds
     if units < gpus:
         raise UserError(
-            f"data.prompts_per_iteration x rollout.plan.seeds: {units} units for {gpus} GPUs;"
-            " expected at least one unit for each GPU"
+            f"data.prompts_per_iteration x rollout.plan.seeds: {counted(units, 'unit')} for"
+            f" {counted(gpus, 'GPU')}; expected at least one unit for each GPU"
         )
     zero, speed = (
         Zero(config.deepspeed, gpus, model.weights, model.trained_in),

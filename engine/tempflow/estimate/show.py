@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from tempflow.errors import counted
 from tempflow.estimate.disk import Disk
 from tempflow.estimate.estimate import Estimate
 from tempflow.estimate.fitting import Step
@@ -43,7 +44,7 @@ def show(estimate: Estimate, output: Console | None = None) -> None:
         else f", {amount(estimate.trained)} of them trained"
     )
     out.print(
-        f"[bold]{escape(estimate.model)}[/] on {count(estimate.gpus, 'GPU')} of"
+        f"[bold]{escape(estimate.model)}[/] on {counted(estimate.gpus, 'GPU')} of"
         f" {size(estimate.card)}: transformer of {amount(estimate.parameters)} parameters{share}. 1"
         " GB = 10^9 bytes; no weights were loaded."
     )
@@ -188,7 +189,7 @@ def _disk(disk: Disk) -> Table:
     table.add_section()
     table.add_row("a checkpoint", size(disk.checkpoint))
     keys = "checkpoint.every, keep, keep_best; one more while one is being written"
-    table.add_row(f"at most at once: {count(disk.most, 'checkpoint')}", size(disk.total), keys)
+    table.add_row(f"at most at once: {counted(disk.most, 'checkpoint')}", size(disk.total), keys)
     if disk.samples:
         table.add_row(
             "samples of all evaluations, approximately",
@@ -240,8 +241,3 @@ def amount(number: int) -> str:
 def grouped(number: int) -> str:
     """A count with spaces between groups of three digits."""
     return f"{number:,}".replace(",", " ") if number < 10**15 else f"10^{int(math.log10(number))}"
-
-
-def count(number: int, word: str) -> str:
-    """A number and a noun, in the plural unless it is 1."""
-    return f"{number} {word}{'s' * (number != 1)}"

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tempflow.errors import UserError, brief, shown
+from tempflow.errors import UserError, brief, counted, shown
 from tempflow_kernels.dispatch import use_triton
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -100,8 +100,8 @@ def as_negative_prompts(negatives: str | Sequence[str] | None, count: int) -> li
     )
     if len(texts) != count:
         raise ValueError(
-            f"negative_prompts: {len(texts)} for {count} prompts; expected one text for all, or"
-            " one for each"
+            f"negative_prompts: {len(texts)} for {counted(count, 'prompt')}; expected one text"
+            " for all, or one for each"
         )
     return texts
 
@@ -125,7 +125,8 @@ def as_images(images, count: int, alone: bool) -> list[tuple[np.ndarray, ...]]:
         )
     if len(images) != count:
         raise ValueError(
-            f"images: {len(images)} entries for {count} prompts; expected one entry for each"
+            f"images: {len(images)} entries for {counted(count, 'prompt')}; expected one"
+            " entry for each"
         )
     return [_pixels(f"images[{n}]", entry) for n, entry in enumerate(images)]
 

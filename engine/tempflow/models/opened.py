@@ -16,6 +16,7 @@ from typing import Callable
 import torch
 
 from tempflow.config import Config
+from tempflow.errors import counted
 from tempflow.models import Policy, Sampler, check_examples, family_of, load_policy, most_images
 from tempflow.models.embeddings import EmbeddingCache, by_identity, store_of, write_missing
 from tempflow.models.quantized import check_library
@@ -146,11 +147,11 @@ def _note_unused(
     given = sum(example.negative is not None for example in examples)
     if given and policy.default_negative_prompt is None:
         note(
-            f"warning: the negative_prompt of {given} prompts has no effect, because {name} is not"
-            " guided by a second prediction"
+            f"warning: the negative_prompt of {counted(given, 'prompt')} has no effect, because"
+            f" {name} is not guided by a second prediction"
         )
     elif given and not policy.guides(guidance_scale):
         note(
-            f"warning: the negative_prompt of {given} prompts has no effect, because guidance_scale"
-            f" {guidance_scale:g} turns guidance off"
+            f"warning: the negative_prompt of {counted(given, 'prompt')} has no effect, because"
+            f" guidance_scale {guidance_scale:g} turns guidance off"
         )

@@ -24,6 +24,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 from rich.text import Text
 
+from tempflow.errors import counted
 from tempflow.run.closing import next_commands, summary_rows
 from tempflow.run.means import finite, unpaired_gain, with_error
 from tempflow.run.metrics import drift_texts
@@ -283,8 +284,9 @@ class Console:
 
     def _of(self) -> str:
         """What the percentage is of, where it is not of the iterations."""
-        timed = self.minutes is not None and self._timed() > self.done / self.total
-        return f" of {self.minutes:g} minutes" if timed else ""
+        if self.minutes is None or self._timed() <= self.done / self.total:
+            return ""
+        return f" of {counted(self.minutes, 'minute')}"
 
     def _left(self) -> str:
         left = self._seconds_left()

@@ -3,7 +3,7 @@ evaluations share it."""
 
 from __future__ import annotations
 
-from tempflow.errors import UserError
+from tempflow.errors import UserError, counted
 
 
 class TooManyFailed(UserError):
@@ -48,7 +48,7 @@ def check_failed(
         )
         reasons.append(f"last error: {last_error}" if last_error else nothing_said)
     raise TooManyFailed(
-        f"{failed} of {images} images of {what} could not be scored, more than"
+        f"{failed} of {counted(images, 'image')} of {what} could not be scored, more than"
         f" reward_pool.max_failed ({allowed:g}) allows; " + "; ".join(reasons),
         bool(not_finite),
     )

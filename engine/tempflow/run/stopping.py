@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 from tempflow.config import Stop
+from tempflow.errors import counted
 
 
 def is_evaluation(row: dict, every: int) -> bool:
@@ -50,7 +51,7 @@ class StopRule:
         if self.rule.patience is not None and self.waited >= self.rule.patience:
             return (
                 f"{name}, no better than {self.best:.4g} at iteration {self.best_at} for"
-                f" {self.waited} evaluations"
+                f" {counted(self.waited, 'evaluation')}"
             )
         return None
 

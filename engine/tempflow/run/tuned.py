@@ -50,6 +50,15 @@ def choose(
     return (chosen.config if chosen else read_config(run)), chosen
 
 
+def not_finite(count: int) -> str:
+    """What to say of that many images without finite values; at least one."""
+    return (
+        "1 image contains NaN or infinity; a checkerboard replaces it"
+        if count == 1
+        else f"{count} images contain NaN or infinity; a checkerboard replaces each"
+    )
+
+
 def prompts_of(
     config: Config, file: Path | None, count: int, otherwise: str = NO_HELDOUT
 ) -> list[Example]:

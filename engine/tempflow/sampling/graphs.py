@@ -23,7 +23,7 @@ from typing import Callable, Iterable
 
 import torch
 
-from tempflow.errors import RankError, brief
+from tempflow.errors import RankError, brief, counted
 
 Inputs = dict[str, torch.Tensor]
 Function = Callable[..., tuple]
@@ -210,7 +210,8 @@ class GraphCache:
         except Exception as error:
             # RankError, because other ranks may have captured the same forward without a failure.
             raise RankError(
-                f"rollout.graphs: the capture of a forward of {len(inputs['x'])} rows failed"
+                f"rollout.graphs: the capture of a forward of"
+                f" {counted(len(inputs['x']), 'row')} failed"
                 f" ({_in_words(error)}). This process cannot use the GPU's memory safely after"
                 " that; set rollout.graphs to false, and continue with --resume if there is a"
                 " checkpoint"
@@ -240,8 +241,8 @@ class GraphCache:
         # Noted once: every later shape would probably fail for the same reason.
         if not self._refused:
             self._note(
-                f"rollout.graphs: a forward of {len(inputs['x'])} rows {reason}; such forwards run"
-                " eagerly"
+                f"rollout.graphs: a forward of {counted(len(inputs['x']), 'row')} {reason}; such"
+                " forwards run eagerly"
             )
         self._refused.add(key)
         return function(**inputs)

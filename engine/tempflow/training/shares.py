@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from tempflow.config import Config
 from tempflow.data.prompts import PromptOrder
-from tempflow.errors import UserError
+from tempflow.errors import UserError, counted
 from tempflow.models import family_of, most_images
 from tempflow.training import distributed
 from tempflow.types import Example
@@ -29,13 +29,14 @@ def check_shares(config: Config, prompts: list[Example], heldout: list[Example])
     )
     if units < distributed.world_size():
         raise UserError(
-            f"{seeds}: {units} units for {distributed.world_size()} ranks; every rank needs one"
+            f"{seeds}: {counted(units, 'unit')} for {distributed.world_size()} ranks; every"
+            " rank needs one"
         )
     heldout = heldout[: config.eval.prompts]
     if heldout and len(heldout) < distributed.world_size():
         raise UserError(
-            f"data.heldout, eval.prompts: {len(heldout)} prompts for {distributed.world_size()}"
-            " ranks; every rank needs one"
+            f"data.heldout, eval.prompts: {counted(len(heldout), 'prompt')} for"
+            f" {distributed.world_size()} ranks; every rank needs one"
         )
     # Under ZeRO-3 a forward of the engine is a collective: a rank with fewer forwards would leave
     # the others waiting. With a rollout copy, rollouts and evaluations do not use the engine.

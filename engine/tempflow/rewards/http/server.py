@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 
+from tempflow.errors import counted
 from tempflow.rewards.base import joined
 from tempflow.rewards.conditions import KEY
 from tempflow.rewards.http.batching import Batcher, ScoringFailed
@@ -215,7 +216,9 @@ def _read(body: bytes) -> ScoreRequest:
         entries = getattr(asked, name)
         if entries is not None and len(entries) * (asked.frames or 1) != len(asked.images):
             each = "" if asked.frames is None else f" of {asked.frames} frames each"
-            raise ValueError(f"{len(asked.images)} images, but {len(entries)} {name}{each}")
+            raise ValueError(
+                f"{counted(len(asked.images), 'image')}, but {len(entries)} {name}{each}"
+            )
     # Rewards read paths under this key, so a client could make the server open its files.
     if any(KEY in entry for entry in asked.metadata or ()):
         raise ValueError(

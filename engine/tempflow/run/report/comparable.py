@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Callable
 
-from tempflow.errors import UserError, shown
+from tempflow.errors import UserError, counted, shown
 from tempflow.run.logs import METRICS_FILE
 from tempflow.run.means import is_sure, with_error
 from tempflow.run.metrics import DRIFTS
@@ -65,10 +65,10 @@ def _check_prompts(runs: dict[str, Run]) -> None:
     even for the same model."""
     (first, one), *others = runs.items()
     for name, run in others:
-        counts = [_evaluated(run) for run in (one, run)]
-        if None not in counts and counts[0] != counts[1]:
+        mine, theirs = _evaluated(one), _evaluated(run)
+        if mine is not None and theirs is not None and mine != theirs:
             raise UserError(
-                f"{first} was evaluated on {counts[0]} prompts and {name} on {counts[1]}: their"
+                f"{first} was evaluated on {counted(mine, 'prompt')} and {name} on {theirs}: their"
                 " rewards cannot be compared (eval.prompts, data.heldout)"
             )
         # The kept samples show prompts too: equal counts of other prompts are found by them.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from html import escape
 
+from tempflow.errors import counted
 from tempflow.run.means import is_sure, unpaired_gain
 from tempflow.run.metrics import changes, drifts
 from tempflow.run.report.charts import mean
@@ -108,7 +109,7 @@ def status(run: Run) -> str:
     limit = number(run.setting("training", "minutes"))
     if limit is not None and (minutes(run) or 0.0) >= limit and not run.summary.get("stopped"):
         # The time limit is the planned end of such a run, although its config names more iterations.
-        return f'<span class="badge done">finished: {limit:g} minutes of training</span>'
+        return f'<span class="badge done">finished: {counted(limit, "minute")} of training</span>'
     return f'<span class="badge">stopped at {run.iterations} of {total}</span>'
 
 
@@ -288,7 +289,8 @@ def _peak(run: Run) -> str:
     best, at = max((reward, iteration) for iteration, reward in run.heldout)
     errors = [run.stderr(iteration) for iteration in (at, run.heldout[-1][0])]
     # Without errors on record, a higher value is told of: leaving it out would hide a decline.
-    sure = None in errors or is_sure(best - tuned, math.hypot(*errors))  # type: ignore[arg-type]  # none is None here
+    known = [error for error in errors if error is not None]
+    sure = len(known) < len(errors) or is_sure(best - tuned, math.hypot(*known))
     if best > tuned + TRIFLE and sure and at:
         return f"The highest evaluation was {best:.3f}, at iteration {at}."
     return ""
