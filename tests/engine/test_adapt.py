@@ -11,14 +11,14 @@ from run_cases import timeless, train
 
 from tempflow.config import AdaptNoise
 from tempflow.errors import UserError
-from tempflow.estimate.costs import ONE, unit_rows
+from tempflow.estimate.costs import unit_rows
 from tempflow.sampling.layout import Layout, iteration_units
 from tempflow.sampling.steps import Cps, Dance, Flow, Precise
 from tempflow.sampling.suffix import count_forwards
 from tempflow.training.adapt import Adapt, NoiseLevels, StepChoice
 from tempflow.training.credit import loss_weights, make_parts
 from tempflow.training.rollout import Scored
-from tempflow.types import Advantages, Rewards, Row
+from tempflow.types import ANY_UNIT, Advantages, Rewards, Row
 
 PROMPT_GROUPS = {"training": {"advantage": {"over": "prompt"}}}
 ROLLOUT = {"num_steps": 4, "plan": {"seeds": 1, "children": 2, "branch_steps": [0, 2]}}
@@ -115,7 +115,9 @@ def test_the_dry_run_counts_the_dearest_steps():
     plan = {"children": [2, 2, 6], "branch_steps": [0, 4, 8]}
     for suffix in (None, {"stride": 9}):
         config = small_config(rollout={"plan": plan, "adapt": {"steps": 2}, "suffix": suffix})
-        pairs = [config.plan().at_steps(pair).rows(ONE, 0) for pair in ([0, 4], [0, 8], [4, 8])]
+        pairs = [
+            config.plan().at_steps(pair).rows(ANY_UNIT, 0) for pair in ([0, 4], [0, 8], [4, 8])
+        ]
         found, *others = (
             count_forwards(rows, 10, config.rollout.suffix) for rows in (unit_rows(config), *pairs)
         )

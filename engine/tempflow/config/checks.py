@@ -11,14 +11,11 @@ from typing import TYPE_CHECKING
 from tempflow import registry
 from tempflow.errors import UserError, shown
 from tempflow.run.metrics import DRIFT, describe
-from tempflow.types import Row, Unit
+from tempflow.types import ANY_UNIT, Row
 
 if TYPE_CHECKING:
     from tempflow.config.schema import Config
     from tempflow.sampling.plans.base import Plan
-
-# The plan's rows of this unit stand for those of all units, which have the same form.
-UNIT = Unit(0, 0, 0, 0)
 
 
 def resolve_components(config: Config) -> None:
@@ -53,7 +50,7 @@ def check_averages(config: Config) -> None:
 def check_groups(config: Config) -> None:
     """The plan must make what the objective trains on, in groups of at least two."""
     plan, over, objective = config.plan(), config.advantage().over, config.objective()
-    if objective.wants == "states" and not any(row.noise for row in plan.rows(UNIT, 0)):
+    if objective.wants == "states" and not any(row.noise for row in plan.rows(ANY_UNIT, 0)):
         raise ValueError(
             f"rollout.plan: {config.rollout.plan['type']} takes no noise, so there is no state to"
             ' train on; training.objective must learn from finished latents, as "nft" does'
@@ -96,7 +93,7 @@ def _most_children(plan: Plan) -> int:
     """The most children of one state in the first iteration."""
     from tempflow.sampling.layout import states_of
 
-    return max(map(len, states_of(plan.rows(UNIT, 0)).values()), default=0)
+    return max(map(len, states_of(plan.rows(ANY_UNIT, 0)).values()), default=0)
 
 
 def check_values(config: Config) -> None:
@@ -107,7 +104,7 @@ def check_values(config: Config) -> None:
     )
     needed, valued = (
         config.advantage().needs_values,
-        any(row.value for row in config.plan().rows(UNIT, 0)),
+        any(row.value for row in config.plan().rows(ANY_UNIT, 0)),
     )
     if needed and not valued:
         raise ValueError(
@@ -154,7 +151,7 @@ def check_weighting(config: Config) -> None:
     weighting, objective = config.training.weighting, config.objective()
     if weighting in ("noise", "uniform") or objective.wants == "states":
         return
-    said = "guard" if weighting == "guard" else {"value": weighting.value}  # type: ignore[union-attr]  # neither of the names, so a table
+    said = weighting if isinstance(weighting, str) else {"value": weighting.value}
     raise ValueError(
         f"training.weighting: {shown(said)} weighs the stochastic steps of a rollout, but"
         f' training.objective "{config.training.objective["type"]}" learns from finished latents,'
@@ -191,7 +188,7 @@ def check_adapt(config: Config) -> None:
             "rollout.adapt: reads the rewards of states by step, but training.objective"
             f" {objective} learns from finished latents; set it to null"
         )
-    rows = plan.rows(UNIT, 0)
+    rows = plan.rows(ANY_UNIT, 0)
     if adapt.steps is not None:
         if plan.branch_steps is None or all(row.parent is None or row.value for row in rows):
             raise ValueError(

@@ -13,7 +13,7 @@ from tempflow.config import Config
 from tempflow.estimate.model import Model, Pass
 from tempflow.sampling.layout import states_of
 from tempflow.sampling.suffix import count_forwards
-from tempflow.types import Row, Unit
+from tempflow.types import ANY_UNIT, Row
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,6 @@ class Phase:
     """Share of iterations that have this phase."""
 
 
-ONE = Unit(0, 0, 0, 0)  # stands for every unit: all have rows of the same form
-
-
 def unit_rows(config: Config) -> list[Row]:
     """The rows of a unit in the first iteration.
 
@@ -45,13 +42,15 @@ def unit_rows(config: Config) -> list[Row]:
     """
     r, plan = config.rollout, config.plan()
     if r.adapt is None or r.adapt.steps is None:
-        return plan.rows(ONE, 0)
+        return plan.rows(ANY_UNIT, 0)
 
     def forwards(step: int) -> int:
-        return count_forwards(plan.at_steps([step]).rows(ONE, 0), r.num_steps, r.suffix)
+        return count_forwards(plan.at_steps([step]).rows(ANY_UNIT, 0), r.num_steps, r.suffix)
 
-    steps = sorted(plan.branch_steps.possible(r.num_steps), key=forwards)  # type: ignore[union-attr]  # config.checks refuses rollout.adapt for plans without
-    return plan.at_steps(steps[-r.adapt.steps :]).rows(ONE, 0)
+    # config.checks refuses rollout.adapt.steps for plans without.
+    assert plan.branch_steps is not None
+    steps = sorted(plan.branch_steps.possible(r.num_steps), key=forwards)
+    return plan.at_steps(steps[-r.adapt.steps :]).rows(ANY_UNIT, 0)
 
 
 def unit_states(config: Config) -> list[int]:

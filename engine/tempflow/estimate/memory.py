@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from tempflow.config import Config
-from tempflow.estimate.costs import ONE, busiest_units, training_rows, unit_rows, unit_states
+from tempflow.estimate.costs import busiest_units, training_rows, unit_rows, unit_states
 from tempflow.estimate.item import Item
 from tempflow.estimate.model import Model, Weights
 from tempflow.estimate.processes import process_items
@@ -21,6 +21,7 @@ from tempflow.models.embeddings import KEPT, KEPT_OF_STORE
 from tempflow.rewards import parse_rewards
 from tempflow.training.precision import shares_base
 from tempflow.training.reference_policy import placement
+from tempflow.types import ANY_UNIT
 
 
 @dataclass(frozen=True)
@@ -305,7 +306,7 @@ def _held(config: Config, model: Model, gpus: int) -> int:
         * (config.needs_reference() + keeps_velocity)
     )
     # Rows for values wait at their state until the paths that leave it have gone on.
-    waiting = sum(row.value for row in config.plan().rows(ONE, 0))
+    waiting = sum(row.value for row in config.plan().rows(ANY_UNIT, 0))
     under_way = (units * (1 + waiting) + r.rows) * 4
     embeddings = sum(model.embedding) * min(config.data.prompts_per_iteration, units)
     return (stored + velocities + under_way) * elements + embeddings
