@@ -11,6 +11,7 @@ import torch
 from engine_cases import MODEL, small_config
 from family_cases import FAMILIES
 from PIL import Image
+from pipelines_flux import flux_pipeline
 from run_cases import script_here, timeless, train
 from stub_policies import VideoPolicy
 
@@ -225,7 +226,7 @@ def test_the_vae_may_decode_in_slices_and_tiles(folders, name):
     [
         (
             "flux",
-            3.0,
+            1.0,
             (
                 "warning: the negative_prompt of 2 prompts has no effect, because FluxPipeline is"
                 " not guided by a second prediction"
@@ -251,6 +252,21 @@ def test_unused_negative_prompts_are_noted(folders, name, scale, words):
     del said[:]
     open_model(config, PROMPTS[:1], "cpu", note=said.append)
     assert said == []
+
+
+# ----------------------------------------------------------------------------- guidance without use
+@pytest.mark.parametrize("denoiser", [True, False])
+@pytest.mark.parametrize("embeds", [False, True])
+def test_a_guidance_scale_without_effect_is_noted(tmp_path, embeds, denoiser):
+    """FLUX.1 [schnell] has no input for the scale, which its pipeline ignores; [dev] has one. The
+    note does not need the denoiser, which training loads later."""
+    config = config_for(flux_pipeline(tmp_path / "model", guidance_embeds=embeds), None)
+    said = []
+    for config.rollout.guidance_scale in (1.0, 3.0):
+        open_model(config, PROMPTS[:1], "cpu", note=said.append, denoiser=denoiser)
+    assert [text.split(",")[0] for text in said] == (
+        [] if embeds else ["warning: guidance_scale 3 has no effect"]
+    )
 
 
 # --------------------------------------------------------------------------------------- whole runs

@@ -12,14 +12,14 @@ import warnings
 from abc import ABC, abstractmethod
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Callable, Iterator, cast
+from typing import Any, Callable, Iterator, Sequence, cast
 
 import numpy as np
 import torch
 from accelerate import cpu_offload
 from PIL import Image
 
-from tempflow.errors import UserError
+from tempflow.errors import UserError, counted
 from tempflow.media import frames_of, without_missing
 from tempflow.models.arguments import (
     as_images,
@@ -52,7 +52,7 @@ def most_images(examples: list[Example]) -> int:
 
 
 def _images(count: int) -> str:
-    return f"{count or 'no'} image{'s' * (count != 1)}"
+    return counted(count, "image") if count else "no images"
 
 
 class Policy(ABC):
@@ -150,10 +150,11 @@ class Policy(ABC):
             max_sequence_length=max_sequence_length or cls.text_length,
         )
         least, most = cls.images_taken
-        # These are set on the object, because other runs of the family have other images.
+        # These and `embed` are set on the object, because other objects of the family have other
+        # images, and encoders.
         policy.images_taken = (least, (most if least else 0) if images is None else images)
         policy.ragged = cls.ragged_with(policy.images_taken[1])
-        policy.embed = lambda examples: policy.empty_embeddings(len(examples))  # type: ignore[method-assign]  # a stand-in for this object alone
+        vars(policy).update(embed=lambda examples: policy.empty_embeddings(len(examples)))
         return policy
 
     @classmethod
@@ -265,6 +266,11 @@ class Policy(ABC):
             yield
         finally:
             self.size = before
+
+    @classmethod
+    def takes_guidance_with(cls, transformer: dict) -> bool:
+        """The value of `takes_guidance` for a checkpoint whose transformer has this config."""
+        return cls.takes_guidance
 
     @classmethod
     def ragged_with(cls, images: int) -> bool:
@@ -487,10 +493,8 @@ class Policy(ABC):
                 f"negative_prompts: {type(self).__name__} takes none, because it is not guided by a"
                 " second prediction"
             )
-        examples = [
-            Example(*given)
-            for given in zip(prompts, negatives or [None] * len(prompts), conditions, strict=True)  # type: ignore[list-item]  # negatives may be None
-        ]
+        against: Sequence[str | None] = negatives or [None] * len(prompts)
+        examples = [Example(*given) for given in zip(prompts, against, conditions, strict=True)]
         for n, example in enumerate(examples):
             self.check_images(example, f"images: prompt {n}")
         return examples

@@ -50,6 +50,11 @@ class FluxPolicy(Policy):
         "ff_context.net.2",
     )
 
+    @classmethod
+    def takes_guidance_with(cls, transformer):
+        # Of [dev] and [schnell], which have the same pipeline, only [dev] has an input for it.
+        return bool(transformer.get("guidance_embeds"))
+
     @staticmethod
     def size_multiple(vae_config) -> int:
         # The VAE halves the size between its blocks, one time less than it has blocks; packing

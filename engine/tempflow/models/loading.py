@@ -81,15 +81,26 @@ def check_model(path: str | Path) -> str:
 def check_size(path: str, size: Size) -> None:
     """Raise a UserError for a size that a checkpoint cannot make, according to its VAE's config.
     Call it after `check_model`."""
-    file = Path(path) / "vae/config.json"
-    file = file if Path(path).is_dir() else fetch(path, "vae/config.json")
-    family = family_of(path)
+    file, family = _file_of(path, "vae/config.json"), family_of(path)
     try:
         vae_config = json.loads(file.read_text(encoding="utf-8"))
         multiple, frame_step = family.size_multiple(vae_config), family.frame_step(vae_config)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"model.path: {file} is missing or damaged: {brief(error)}") from None
     check_multiple(size, multiple, frame_step)
+
+
+def takes_guidance(path: str) -> bool:
+    """Whether a guidance scale changes the images of a checkpoint, according to its transformer's
+    config. Call it after `check_components`."""
+    family = family_of(path)
+    file = _file_of(path, f"{family.denoiser_parts(_index(path))[0]}/config.json")
+    return family.takes_guidance_with(json.loads(file.read_text(encoding="utf-8")))
+
+
+def _file_of(path: str, name: str) -> Path:
+    """A file of a folder or hub id; that of a folder may be missing."""
+    return Path(path) / name if Path(path).is_dir() else fetch(path, name)
 
 
 def check_guidance(path: str, second: float | None) -> None:
@@ -250,12 +261,16 @@ def load_policy(
         quantize_layers(loaded[name], quantize, device)
     pipe = _put_together(pipeline, loaded, index)
     pipe.register_to_config(_name_or_path=str(folder))  # read by `save_pipeline`
-    return family(
+    policy = family(
         pipe,
         device=device,
         max_sequence_length=length,
         offload_text_encoders=offload_text_encoders,
     )
+    # From the file, because the denoiser may be left out. On this object alone: other checkpoints
+    # of the family may take guidance.
+    policy.takes_guidance = takes_guidance(path)
+    return policy
 
 
 def _put_together(pipeline: type, components: dict, index: dict):
