@@ -79,7 +79,7 @@ def merge(args: argparse.Namespace) -> str:
 def _write_adapters(sources: list, parts: list[float], folder: Path, dtype: str) -> str:
     import diffusers
 
-    from tempflow.commands.export import write_lora
+    from tempflow.checkpoints.lora_files import write_lora
     from tempflow.models import check_model
     from tempflow.models.arguments import DTYPES
     from tempflow.run import merging
