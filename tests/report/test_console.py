@@ -4,6 +4,7 @@ silence off rank 0."""
 import io
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -263,10 +264,27 @@ def test_disabled_console_is_silent(terminal, tmp_path):
     assert out.getvalue() == ""
 
 
-@pytest.mark.parametrize("clone", [False, True])
-def test_summary_names_gain_report_and_next_commands(tmp_path, monkeypatch, clone):
-    """The commands are the scripts of a clone, and elsewhere the installed ones."""
+@pytest.mark.parametrize(
+    "environment, clone, command",
+    [
+        ("active", True, "python engine/{}.py"),
+        ("active", False, "tempflow-{}"),
+        ("none", True, "python engine/{}.py"),
+        ("in the folder", True, ".venv/bin/python engine/{}.py"),
+        ("elsewhere", False, "{there}/bin/tempflow-{}"),
+    ],
+)
+def test_summary_names_gain_report_and_next_commands(
+    tmp_path, monkeypatch, environment, clone, command
+):
+    """The commands are the scripts of a clone, and elsewhere the installed ones; with the path of
+    this process's environment where the user's shell has not activated it."""
     monkeypatch.chdir(tmp_path)  # a path as short as a user's: lines do not break
+    there = "/v" if environment == "elsewhere" else str(tmp_path / ".venv")
+    monkeypatch.setattr(sys, "prefix", sys.base_prefix if environment == "none" else there)
+    monkeypatch.delenv("VIRTUAL_ENV", raising=False)
+    if environment == "active":
+        monkeypatch.setenv("VIRTUAL_ENV", there)
     if clone:
         Path("engine").mkdir()
         for name in ("sample", "export"):
@@ -292,8 +310,8 @@ def test_summary_names_gain_report_and_next_commands(tmp_path, monkeypatch, clon
         "+0.310",
         "9.4 minutes",
         "38,880",
-        "  python engine/sample.py --run" if clone else "  tempflow-sample --run",
-        "  python engine/export.py --run" if clone else "  tempflow-export --run",
+        f"  {command.format('sample', there=there)} --run",
+        f"  {command.format('export', there=there)} --run",
     ):
         assert expected in text
     assert "report.html" in text

@@ -6,9 +6,12 @@ report; nothing is computed here that the summary does not hold.
 
 from __future__ import annotations
 
+import os
 import shlex
+import sys
 from pathlib import Path
 
+from tempflow.errors import counted
 from tempflow.run.means import finite, gain_text, unpaired_gain, with_error
 from tempflow.run.metrics import changes, drift_texts
 
@@ -53,9 +56,21 @@ def next_commands(run_dir: Path) -> list[tuple[str, str]]:
 
 
 def _command(name: str) -> str:
+    """How to call a command from a shell in this folder."""
     # Outside a clone the scripts are not there; inside one, they need no installed commands.
     script = Path("engine") / f"{name}.py"
-    return f"python {script}" if script.exists() else f"tempflow-{name}"
+    return f"{_program('python')} {script}" if script.exists() else _program(f"tempflow-{name}")
+
+
+def _program(name: str) -> str:
+    """A program of this process's environment, with its path unless the user's shell finds it."""
+    # `make train` trains in .venv without activating it, so a plain `python` would be another one.
+    environment = Path(sys.prefix)
+    if sys.prefix == sys.base_prefix or os.environ.get("VIRTUAL_ENV") == sys.prefix:
+        return name
+    if environment.is_relative_to(Path.cwd()):
+        environment = environment.relative_to(Path.cwd())
+    return shlex.quote(str(environment / "bin" / name))
 
 
 def _rewards(summary: dict) -> list[tuple[str, str]]:
@@ -67,7 +82,7 @@ def _rewards(summary: dict) -> list[tuple[str, str]]:
         text = with_error(tuned, finite(summary.get("tuned_stderr")))
         if "scored" in summary:
             failed = f" ({summary['failed']} failed)" if summary["failed"] else ""
-            text += f" on {summary['scored']} prompts{failed}"
+            text += f" on {counted(summary['scored'], 'prompt')}{failed}"
         rows.append(("tuned held-out reward", text))
     if base is not None and tuned is not None:
         rows.append(("gain", _gain(summary, base, tuned)))
