@@ -50,7 +50,7 @@ def shortened(text: str, most: int) -> str:
 def counted(number: float, noun: str) -> str:
     """A number and a noun, in the plural unless it is 1."""
     text = f"{number:g}" if isinstance(number, float) else str(number)
-    return f"{text} {noun}{'s' * (number != 1)}"
+    return f"{text} {noun}" if number == 1 else f"{text} {noun}s"
 
 
 def check_range(name: str, value: float, *, least=None, above=None, most=None, below=None) -> None:
