@@ -105,9 +105,10 @@ def test_an_update_in_whole_blocks_is_the_same(policies, monkeypatch, name, lora
         assert all(torch.equal(value, same[key]) for key, value in got.items())
 
 
-def test_hooks_run_once_a_block_and_gradients_stay(policies, monkeypatch):
-    """Against blocks called by keyword, as diffusers does, the update is the same but for the order
-    of sums."""
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_hooks_run_once_a_block_and_gradients_stay(policies, monkeypatch, checkpointing):
+    """Also where blocks are computed again. Against blocks called by keyword, as diffusers does,
+    the update is the same but for the order of sums."""
     from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 
     seen, real = [], DeepSpeedZeRoOffload.pre_sub_module_forward_function
@@ -116,11 +117,11 @@ def test_hooks_run_once_a_block_and_gradients_stay(policies, monkeypatch):
         "pre_sub_module_forward_function",
         lambda self, module: (seen.append(type(module).__name__), real(self, module))[1],
     )
-    _, got = updated(policies("flux"), False, False)
+    _, got = updated(policies("flux"), False, checkpointing)
     blocks = [name for name in seen if "TransformerBlock" in name]
     assert len(blocks) == 2 * block_count(policies("flux")[1]) and "FluxAttention" not in seen
     outside, seen[:] = len(seen) - len(blocks), []
-    _, plain = updated(policies("flux"), False, False, **OWN)
+    _, plain = updated(policies("flux"), False, checkpointing, **OWN)
     assert "FluxAttention" in seen and len(seen) - outside > 10 * len(blocks)
     for name, value in got.items():
         assert (value - plain[name]).norm() <= SUMS * plain[name].norm(), name

@@ -26,7 +26,7 @@ from tempflow.models import Policy, load_denoiser
 from tempflow.models.attention import set_attention_backend
 from tempflow.models.lora import fill, layers_of, merged, read_adapters
 from tempflow.models.quantized import QuantizedLinear, quantize_layers
-from tempflow.training.leaves import call_by_position, leaf_section
+from tempflow.training.leaves import call_by_position, checkpoint_block, leaf_section
 from tempflow.training.precision import engine_dtype, frozen_as_loaded, shares_base
 from tempflow.training.reference_policy import make_reference
 from tempflow.training.shared_base import adopt, bare_copy
@@ -115,7 +115,9 @@ class Runtime:
         else:
             module.requires_grad_(True)
         if config.model.gradient_checkpointing:
-            cast(Any, module).enable_gradient_checkpointing()
+            cast(Any, module).enable_gradient_checkpointing(
+                checkpoint_block if self.stage == 3 else None
+            )
         set_attention_backend(module, config.model.attention_backend)
         compile_blocks(module, config.training.compile)
         self.reference = make_reference(config, module, policy.device)

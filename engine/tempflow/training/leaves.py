@@ -18,17 +18,23 @@ With gradient checkpointing `memory_efficient_linear` is switched off, DeepSpeed
 F.linear for the whole process. It exists so that the graph of a forward does not keep gathered
 weights, but a checkpointed block keeps no graph, and each of its calls inspects Python signatures.
 Without it weights outside of the blocks stay gathered until the backward (FLUX.1: 0.1 GB in bf16).
+
+Gradient checkpointing goes inside of a leaf's hooks. diffusers checkpoints a block's whole call, so
+the recomputation would run the hooks again: a second search for weights that the backward hook has
+gathered already, and autograd functions in a graph that nobody follows.
 """
 
 from __future__ import annotations
 
 import inspect
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Hashable, cast
 
 import torch
 from deepspeed.runtime.zero.leaf_module_config import DeepSpeedZeroLeafModuleConfig
+from deepspeed.utils import z3_leaf_module
 from deepspeed.utils.z3_leaf_module import apply_zero_leaf_module_config
+from torch.utils.checkpoint import checkpoint
 
 from tempflow.compat import block_classes
 
@@ -54,6 +60,26 @@ def call_by_position(module: torch.nn.Module, zero: dict) -> None:
         module, DeepSpeedZeroLeafModuleConfig(**(zero.get("leaf_module") or {}))
     ):
         leaf.register_forward_pre_hook(_by_position, with_kwargs=True)
+
+
+def checkpoint_block(block: torch.nn.Module, *args):
+    """Call a block with gradient checkpointing, for diffusers' `enable_gradient_checkpointing`.
+
+    Args:
+        block: a part of the transformer. If it is a leaf, only its `forward` is checkpointed, and
+            its hooks run once; otherwise the whole call is, as in diffusers.
+        args: of the call.
+    """
+    if not z3_leaf_module(block):
+        return checkpoint(block.__call__, *args, use_reentrant=False)
+    # Set for this call alone: a recomputation calls the plain `forward`, and copies of the module
+    # must not hold another module's method. DeepSpeed's backward hook gathers the weights before
+    # any gradient reaches the block, so they are whole when `forward` runs again.
+    block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    try:
+        return block(*args)
+    finally:
+        del block.forward
 
 
 def _by_position(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
