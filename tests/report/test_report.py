@@ -92,14 +92,31 @@ def test_guards(run_factory, row_writer):
     }
     assert found.chart("Difference between seeds")["series"][0]["y"] == [0.2] * 4
     assert found.chart("Difference between children") is None
-    assert {series["name"] for series in found.chart("Rewards by name")["series"]} == {
-        "ocr",
-        "jpeg (watched)",
-    }
+    assert found.chart("ocr, held-out") is None  # the only trained one: the reward chart shows it
     assert "Training was stopped early by eval.stop: eval/jpeg 1.5 is below 2." in found.text
     assert all(
         chart["title"] not in ("eval/jpeg", "diversity/seeds") for chart in found.data["charts"]
     )
+
+
+@pytest.mark.parametrize("evaluated", [True, False])
+def test_each_of_several_rewards_has_an_axis_of_its_own(run_factory, row_writer, evaluated):
+    """Held-out where it is evaluated, else of the training; once on the page."""
+    folder = run_factory(iterations=3, every=1)
+    config = json.loads((folder / "config.json").read_text())
+    config["rewards"] = {"ocr": 1.0, "hps": {"weight": 0.1}, "jpeg": 0.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    prefix = "eval/" if evaluated else "reward/"
+    values = {f"{prefix}ocr": 0.5, f"{prefix}hps": 20.0, f"{prefix}jpeg": -30.0}
+    for row in (rows := load_run(folder).rows):
+        row.pop("reward/ocr", None), row.pop("eval/ocr", None)
+    row_writer(folder, [row | values for row in rows])
+    found, frame = page(folder), "held-out" if evaluated else "training"
+    for name in ("ocr", "hps"):
+        (series,) = found.chart(f"{name}, {frame}")["series"]
+        assert series["y"] == [values[f"{prefix}{name}"]] * 4
+    titles = [chart["title"] for chart in found.data["charts"]]
+    assert f"jpeg, {frame}" not in titles and not {f"{prefix}ocr", f"{prefix}hps"} & {*titles}
 
 
 def test_page_loads_nothing(run_factory):

@@ -116,33 +116,22 @@ def reward_chart(run: Run) -> dict | None:
     }
 
 
-def breakdown_chart(run: Run) -> dict | None:
-    """Held-out rewards by name, else training rewards by name, where there is more than one."""
+def breakdown_charts(run: Run) -> list[dict]:
+    """A small chart for each reward that is trained on, held-out or else of the training, where
+    there is more than one."""
+    trained = [name for name in run.config.get("rewards") or {} if name not in run.watched]
+    # With one reward this would repeat the reward chart.
+    if len(trained) < 2:
+        return []
+    # Charts of their own and not lines of one: rewards have different scales, and on the axis of
+    # the largest the others would look flat.
     for prefix, frame in (("eval/", "held-out"), ("reward/", "training")):
-        names = [
-            key
-            for key in run.keys
-            if key.startswith(prefix) and key[len(prefix) :] in (run.config.get("rewards") or {})
-        ]
-        # With one reward this would repeat the reward chart.
-        if len(names) > 1:
-            errors = ", with their standard errors" if f"{names[0]}/stderr" in run.keys else ""
-            series = [
-                line(
-                    _labelled(run, key[len(prefix) :]),
-                    run.column(key),
-                    f"c{n % 8} {'bridge dots' if prefix == 'eval/' else ''}",
-                    error=run.column(f"{key}/stderr") if prefix == "eval/" else None,
-                )
-                for n, key in enumerate(names)
-            ]
-            return {
-                "kind": "line",
-                "title": "Rewards by name",
-                "help": f"Means of the {frame} rewards, unweighted{errors}.",
-                "series": series,
-            }
-    return None
+        errors = ", with its standard error" if f"{prefix}{trained[0]}/stderr" in run.keys else ""
+        text = f"mean of this reward alone, unweighted{errors}"
+        wanted = (Metric(f"{prefix}{name}", f"{name}, {frame}", text) for name in trained)
+        if found := small_charts(run, wanted):
+            return found
+    return []
 
 
 def training_charts(run: Run) -> list[dict]:
@@ -188,10 +177,6 @@ def _with_bounds(run: Run, charts: list[dict]) -> list[dict]:
             if chart["key"] == rule.get("metric") and number(rule.get(side)) is not None:
                 chart["level"] = {"name": f"stop {side}", "y": rule[side]}
     return charts
-
-
-def _labelled(run: Run, name: str) -> str:
-    return f"{name} (watched)" if name in run.watched else name
 
 
 def small_charts(run: Run, wanted: Iterable[Metric]) -> list[dict]:
@@ -292,6 +277,7 @@ def other_charts(run: Run) -> list[dict]:
     shown |= {"iteration", "images", "images/total", "reward/mean", "eval/reward"} | {
         f"eval/{name}" for name in run.watched
     }
+    shown |= {chart["key"] for chart in breakdown_charts(run)}
     return [
         _single(run, key, key, sentence(found.help) if (found := describe(key)) else "")
         for key in run.keys

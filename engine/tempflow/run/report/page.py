@@ -175,11 +175,11 @@ def _drift(run: Run, figures: Figures) -> str:
 
 
 def _optimization(run: Run, figures: Figures) -> str:
-    breakdown = charts.breakdown_chart(run)
     return section(
         "optimization",
         "Optimization",
-        figures.grid(([breakdown] if breakdown else []) + charts.training_charts(run)),
+        figures.grid(charts.breakdown_charts(run)),
+        figures.grid(charts.training_charts(run)),
     )
 
 
