@@ -1,40 +1,32 @@
-"""`Policy`: what the engine needs to know about a model family, and sampling on top of it.
+"""`Policy`: what the engine needs to know about a model family.
 
 A policy owns the frozen parts of a pipeline (text encoders, VAE, scheduler) and one copy of the
 denoiser. `velocity` takes the denoiser as an argument, because training, rollouts and the reference
 evaluate different copies of it. `Policy.at` gives a `Sampler`, which fixes the size and the
-guidance scale of a run. Training, noise and rewards are not known here.
+guidance scale of a run; `Policy.sample` is in call.py. Training, noise and rewards are not known
+here.
 """
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Callable, Iterator, Sequence, cast
+from typing import Any, Callable, Iterator, cast
 
 import numpy as np
 import torch
 from accelerate import cpu_offload
-from PIL import Image
 
 from tempflow.errors import UserError, counted
-from tempflow.media import frames_of, without_missing
-from tempflow.models.arguments import (
-    as_images,
-    as_negative_prompts,
-    as_prompts,
-    check_latents,
-    finite_number,
-    positive_int,
-)
+from tempflow.media import without_missing
+from tempflow.models.call import PipelineCall
 from tempflow.models.conditions import Conditioning, Conditions
 from tempflow.models.pixels import decoding, finite_pixels
 from tempflow.models.sampler import Sampler
 from tempflow.models.skeleton import skeleton_pipe
 from tempflow.transfer import Fetched
-from tempflow.types import Example, Scales, Size
+from tempflow.types import Example, Size
 
 
 def text_encoders(pipe: Any) -> dict[str, torch.nn.Module]:
@@ -55,7 +47,7 @@ def _images(count: int) -> str:
     return counted(count, "image") if count else "no images"
 
 
-class Policy(ABC):
+class Policy(PipelineCall, ABC):
     """A flow-matching model of images or videos of one family, loaded from a diffusers folder.
 
     A new family subclasses it and implements the abstract methods; the class attributes describe
@@ -402,99 +394,3 @@ class Policy(ABC):
     def at(self, size: Size, guidance_scale: float) -> Sampler:
         """The policy at one size and guidance scale."""
         return Sampler(self, size, guidance_scale)
-
-    def sample(
-        self,
-        prompts: str | list[str],
-        *,
-        latents: torch.Tensor,
-        height: int,
-        width: int,
-        num_steps: int,
-        guidance_scale: float,
-        negative_prompts: str | list[str] | None = None,
-        images: Image.Image | list[Image.Image | list[Image.Image]] | None = None,
-        frames: int | None = None,
-        decode: bool = True,
-    ) -> list[Image.Image] | list[list[Image.Image]] | torch.Tensor:
-        """Sample by the ODE from given initial latents. In fp32 the result equals that of the
-        family's diffusers pipeline up to 1e-5.
-
-        An output with NaN or infinity is replaced by a checkerboard, with a warning.
-
-        Args:
-            prompts: n texts, or one.
-            latents: initial noise, [n, ...], in the layout that the pipeline accepts as `latents=`.
-            height: in pixels.
-            width: in pixels.
-            num_steps: steps of the grid, 1 to 1000.
-            guidance_scale: as in the pipeline's call; `Scales(first, second)` for a model of two
-                experts.
-            negative_prompts: n texts, or one for all; unused without guidance. Default: none.
-            images: condition images, for families that take them: n entries, each a PIL image or a
-                list of PIL images; for a single text its image or its list. Default: none.
-            frames: frames of a video, for families that make videos; default: images.
-            decode: False returns latents instead of images.
-
-        Returns:
-            n PIL images; with `frames`, n lists of that many PIL images; with decode=False the
-            final fp32 latents, as the pipeline returns them with output_type="latent".
-
-        Raises:
-            UserError: a size, negative prompt, image or frame count that the family does not take.
-            ValueError: any other argument that is not as described; the message names it.
-        """
-        alone, prompts = isinstance(prompts, str), as_prompts(prompts)
-        negatives = as_negative_prompts(negative_prompts, len(prompts))
-        conditions = as_images(images, len(prompts), alone)
-        size = Size(
-            positive_int("height", height),
-            positive_int("width", width),
-            positive_int("frames", 1 if frames is None else frames),
-        )
-        num_steps = positive_int("num_steps", num_steps, most=1000)
-        scale = finite_number("guidance_scale", guidance_scale)
-        sampler = self.at(size, guidance_scale if isinstance(guidance_scale, Scales) else scale)
-        if guidance_scale > 1 and not self.takes_guidance:
-            warnings.warn(
-                f"guidance_scale: {guidance_scale:g} has no effect, because this model is distilled"
-                " to run without guidance",
-                stacklevel=2,
-            )
-        check_latents(latents, (len(prompts), *sampler.latent_shape), str(size))
-        examples = self._examples(prompts, negatives, conditions)
-        with self.embedding_for(size):
-            encoded = self.encode_each(examples)
-        final = sampler.integrate_each(latents.to(self.device, torch.float32), encoded, num_steps)
-        if not decode:
-            return self.finished(final)
-        made, finite = sampler.decode(final)
-        if not finite.all():
-            what = "images" if size.frames == 1 else "videos"
-            warnings.warn(
-                f"{(~finite).sum()} of {len(finite)} {what} hold NaN or infinity and are replaced"
-                " by a checkerboard",
-                stacklevel=2,
-            )
-        if frames is None:
-            return [*map(Image.fromarray, made)]
-        return [[*map(Image.fromarray, frames_of(item))] for item in made]
-
-    def _examples(
-        self,
-        prompts: list[str],
-        negatives: list[str] | None,
-        conditions: list[tuple[np.ndarray, ...]],
-    ) -> list[Example]:
-        """The examples of a call of `sample`. UserError for negative prompts or images that the
-        family does not take."""
-        if negatives is not None and self.default_negative_prompt is None:
-            raise UserError(
-                f"negative_prompts: {type(self).__name__} takes none, because it is not guided by a"
-                " second prediction"
-            )
-        against: Sequence[str | None] = negatives or [None] * len(prompts)
-        examples = [Example(*given) for given in zip(prompts, against, conditions, strict=True)]
-        for n, example in enumerate(examples):
-            self.check_images(example, f"images: prompt {n}")
-        return examples
