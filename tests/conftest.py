@@ -33,10 +33,9 @@ if not torch.cuda.is_available():
 
 
 UNIT = {
-    "engine": """advantages checkpoint config curation dockerfile drift errors fake_gpu layout
-    models_table objectives penalties processors prompt_images prompts pulls release repeats sde
-    shipped_configs
-    strictness unequal_children weights""",
+    "engine": """advantages checkpoint config config_refusals curation dockerfile drift errors
+    fake_gpu layout models_table objectives penalties processors prompt_images prompts pulls release
+    repeats sde shipped_configs strictness unequal_children weights""",
     "report": "byproducts comparison console metrics report verdict",
     "rewards": """normal_form quotes reward_combine reward_fit reward_geneval reward_ocr
     reward_vlm""",

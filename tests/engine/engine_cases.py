@@ -64,6 +64,18 @@ def config_table(**changes) -> dict:
     return table
 
 
+def changed(key, value):
+    """`config_table` with another value for a dotted key."""
+    table = config_table()
+    *sections, name = key.split(".")
+    inner = table
+    for section in sections:
+        inner[section] = inner.get(section) or {}
+        inner = inner[section]
+    inner[name] = value
+    return table
+
+
 def _merged(was: dict, keys: dict) -> dict:
     """A section with some keys changed, and of a component of the same type its options."""
     merged = {**was, **keys}
