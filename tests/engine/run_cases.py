@@ -37,6 +37,7 @@ LAUNCHED = (
 # a whole step.
 SGD = {"optimizer": {"type": "SGD", "params": {"lr": 1.0}}, "zero_optimization": {"stage": 0}}
 ADAMW = {"type": "AdamW", "params": {"lr": 1e-4, "betas": [0.9, 0.99], "torch_adam": True}}
+FEW_STEPS = {"num_steps": 5, "plan": {"branch_steps": [0, 1, 3]}}
 
 
 def environment() -> dict:
@@ -59,21 +60,16 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def run_command(command, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+def run_command(command) -> subprocess.CompletedProcess:
     command = [str(part) for part in command]
     return subprocess.run(
-        command, env=environment(), cwd=cwd, capture_output=True, text=True, timeout=TIMEOUT_S
+        command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S
     )
 
 
-def script(
-    name: str, *arguments, fresh: bool = False, server: int = 0
-) -> subprocess.CompletedProcess:
-    """engine/NAME.py as a process of its own, a `fresh` one or one with the libraries loaded."""
-    file = ROOT / f"engine/{name}.py"
-    if fresh:
-        return run_command([sys.executable, file, *arguments])
-    return file_apart(file, *arguments, server=server)
+def script(name: str, *arguments, server: int = 0) -> subprocess.CompletedProcess:
+    """engine/NAME.py as a process of its own with the libraries loaded."""
+    return file_apart(ROOT / f"engine/{name}.py", *arguments, server=server)
 
 
 def file_apart(
@@ -209,8 +205,8 @@ def train(
     **changes,
 ) -> Run:
     """A run to its end: as `processes` ranks, as a process of its own (0), which `server` starts,
-    or in this process (None). With `launcher` it is started as a user does: by the deepspeed
-    launcher, or as a fresh process."""
+    or in this process (None). With `launcher` ranks are started as by a user: by the deepspeed
+    launcher."""
     changes["logging"] = {"dir": str(folder), "name": name, **changes.get("logging", {})}
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     config = write_config(folder, f"{name}.json", **changes)
@@ -218,7 +214,7 @@ def train(
     if processes is None:
         done = script_here("train", *arguments)
     elif not processes:
-        done = script("train", *arguments, fresh=launcher, server=server)
+        done = script("train", *arguments, server=server)
     elif launcher:
         done = launch(processes, *arguments)
     else:
@@ -231,15 +227,14 @@ def timeless(row: dict) -> dict:
     return {key: value for key, value in row.items() if not key.startswith("time/")}
 
 
-def train_checked(
-    folder, name, more, reward, every, processes=0, rank=0, launcher=False, **deepspeed
-):
+def train_checked(folder, name, more, reward, every, processes=0, rank=0, server=0, **deepspeed):
     return train(
         folder,
         name,
         *more,
         processes=processes,
-        launcher=launcher,
+        server=server,
+        rollout=FEW_STEPS,
         rewards={"engine_rewards:Signalling": {**reward, "rank": rank}},
         training={
             "iterations": 4,

@@ -9,7 +9,7 @@ import torch
 from engine_cases import HELDOUT, MODEL
 from kernel_cases import assert_close
 from PIL import Image
-from run_cases import ADAMW, Run, script, script_here, train
+from run_cases import ADAMW, FEW_STEPS, Run, script, script_here, train
 
 from tempflow.run.drift import between_folders
 from tempflow.run.means import gain_text
@@ -85,6 +85,7 @@ def lora_run(folder):
         "lora",
         processes=None,
         model={"lora": {"rank": 4, "alpha": 8.0}},
+        rollout=FEW_STEPS,
         training={
             "iterations": 2,
             "updates": {"passes": 2},
@@ -136,6 +137,7 @@ def test_a_run_starts_where_an_exported_one_ended(lora_run, folder, tmp_path):
         "started",
         processes=None,
         model={"lora": lora},
+        rollout=FEW_STEPS,
         training={"iterations": 1, "penalty": {"coef": 0.05}},
     )
     assert run.rows[0]["eval/reward"] == pytest.approx(lora_run.rows[-1]["eval/reward"], abs=1e-6)
