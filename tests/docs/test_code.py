@@ -136,9 +136,8 @@ def test_python_runs(tmp_path):
     readme = python("README.md").replace('"training.minutes=2"', shorter)
     assert shorter in readme
     export = (
-        "import subprocess, sys\n"
-        'export = [sys.executable, "engine/export.py", "--run", "runs/first", "--out", "model"]\n'
-        "subprocess.run(export, check=True)\n"
+        "from tempflow.commands import export\n"
+        'export.main(["--run", "runs/first", "--out", "model"])\n'
     )
     quick = fenced(ROOT / "docs/quickstart.md", "python")
     ends = "assert images.shape == (1, 32, 96, 3) and drawn[0].size == image.size == (96, 32)\n"

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 from engine_cases import HELDOUT, ROOT, config_table, small_config, write_config
-from run_cases import environment, script_here
+from run_cases import file_apart, script_here
 
 from tempflow import cli
 from tempflow.errors import RankError, UserError
@@ -429,7 +429,7 @@ def test_one_message_on_each_machine(monkeypatch, capsys, rank, local, error, pr
     "main, status, error",
     [("lambda: 0", 0, ""), ("refuse", 2, "error: refused"), ("fail", 1, "KeyError: 7")],
 )
-def test_the_end_of_a_rank(main, status, error):
+def test_the_end_of_a_rank(tmp_path, main, status, error):
     """Exit handlers are run, the interpreter is not taken down: gloo's threads would abort in it. A
     good end leaves the group."""
     code = f"""
@@ -454,9 +454,8 @@ last = Last()
 atexit.register(lambda: print("joined" if dist.is_initialized() else "left"))
 cli.run({main})
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment()
-    )
+    (tmp_path / "rank.py").write_text(code)
+    done = file_apart(tmp_path / "rank.py")
     assert done.returncode == status and done.stdout.splitlines()[-1] == (
         "joined" if status else "left"
     ), done.stdout + done.stderr

@@ -4,14 +4,14 @@ variable or the launcher's option."""
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import deepspeed
+import preloaded
 import pytest
 import torch.distributed as dist
-from run_cases import free_port
+from engine_cases import ROOT
+from run_cases import environment, free_port
 
 from tempflow import cli
 from tempflow.errors import RankError, UserError
@@ -130,26 +130,23 @@ def test_an_address_that_nobody_knows(launched, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_wait_for_missing_ranks(launched, kind):
+def test_a_signal_ends_the_wait_for_missing_ranks(tmp_path, kind):
     """With the handlers that training installs before; the wait has begun once the store
     listens."""
-    port = free_port()
-    launched(WORLD_SIZE="2", MASTER_PORT=str(port))
-    code = (
+    file, port, out = tmp_path / "waiting.py", free_port(), tmp_path / "out"
+    file.write_text(
         "from tempflow.training import distributed; from tempflow.training.signals import"
         " StopSignal; StopSignal().install(); distributed.init_distributed()"
     )
-    env = os.environ | {"DS_ACCELERATOR": "cpu"}
-    with subprocess.Popen(
-        [sys.executable, "-c", code], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as waiting:
-        try:
-            while waiting.poll() is None and socket.socket().connect_ex(("127.0.0.1", port)) != 0:
-                time.sleep(0.1)
-            waiting.send_signal(kind)
-            assert waiting.wait(60) == -kind
-        finally:
-            waiting.kill()
+    env = environment() | VARIABLES | {"WORLD_SIZE": "2", "MASTER_PORT": str(port)}
+    waiting = preloaded.start(0, [str(file)], env, str(ROOT), out, out)
+    try:
+        while waiting.poll() is None and socket.socket().connect_ex(("127.0.0.1", port)) != 0:
+            time.sleep(0.1)
+        waiting.send_signal(kind)
+        assert preloaded.supervise([waiting], 60) == -kind
+    finally:
+        waiting.kill()
 
 
 @pytest.mark.parametrize("missing", ["LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"])
