@@ -221,7 +221,7 @@ def disassemble(path):
     """Instructions and label addresses of a cubin with one kernel."""
     pattern = re.compile(r"/\*([0-9a-f]+)\*/\s+(@!?U?P\S+ )?\s*([A-Z][\w.]*)\s*(.*?);")
     instructions, labels, waiting = [], {}, []
-    for line in run_tool("nvdisasm", "-c", path).splitlines():
+    for line in run_tool("nvdisasm", "-c", "-ndf", path).splitlines():
         label = re.match(r"(\.L\w+):", line.strip())
         match = pattern.search(line)
         if label:

@@ -21,7 +21,7 @@ from tempflow.errors import UserError
 
 pytestmark = pytest.mark.cpu  # in this process
 SMALL = {
-    "rollout": {"num_steps": 5, "plan": {"children": 3, "branch_steps": "all"}, "micro_batch": 16},
+    "rollout": {"num_steps": 4, "plan": {"children": 2, "branch_steps": "all"}, "micro_batch": 16},
     "training": {"penalty": {"coef": 0.01}, "micro_batch": 16, "ema": None},
 }
 
@@ -51,7 +51,7 @@ def test_the_papers_procedure_does_the_same_work(bench, monkeypatch):
 
     monkeypatch.setattr(sequential, "train", keep)
     result = sequential.Sequential(bench, session.config)(0)
-    assert len(kept["states"]) == len(rolled.kept.states) == 2 * 2 * 4
+    assert len(kept["states"]) == len(rolled.kept.states) == 2 * 2 * 3
     for one, other in zip(kept["states"], rolled.kept.states, strict=True):
         assert (
             one.unit == other.unit
@@ -62,9 +62,9 @@ def test_the_papers_procedure_does_the_same_work(bench, monkeypatch):
         assert_close("children", one.children, other.children, 1e-5)
     np.testing.assert_allclose(kept["rewards"].total, scored.rewards.total, atol=2e-3)
     assert session.advantage(rolled.layout.slots, kept["rewards"]).values.any()
-    # 4 units: a trunk of 4 forwards, and 3 children at each of 4 branch steps, each with a first
+    # 4 units: a trunk of 3 forwards, and 2 children at each of 3 branch steps, each with a first
     # forward and its suffix
-    assert result.forwards["rollout"] == 4 * (4 + 3 * (5 + 4 + 3 + 2))
+    assert result.forwards["rollout"] == 4 * (3 + 2 * (4 + 3 + 2))
 
 
 def test_variants_count_what_they_run(bench):
@@ -81,14 +81,14 @@ def test_variants_count_what_they_run(bench):
     assert (
         separate["forwards"]["train"]
         == by_name["paper's procedure"]["forwards"]["train"]
-        == 3 * engine["forwards"]["train"]
+        == 2 * engine["forwards"]["train"]
     )
     assert (
         separate["forwards"]["rollout"]
         == engine["forwards"]["rollout"]
-        == 4 * (5 + 3 * (4 + 3 + 2 + 1))
+        == 4 * (4 + 2 * (3 + 2 + 1))
     )
-    assert by_name["Flow-GRPO, as many images"]["images"] == 2 * 2 * 4 * 3
+    assert by_name["Flow-GRPO, as many images"]["images"] == 2 * 2 * 3 * 2
     peaks = {"rollout": 1e9, "train": 1e9}
     throughput.add_ratios(rows, 10**6, peaks, bench.session.config)
     assert rows[0]["times_faster"] == rows[0]["train_times_faster"] == 1

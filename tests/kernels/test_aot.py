@@ -94,12 +94,20 @@ def test_noise_stays_within_its_instruction_budget(cuda_rows):
 
 
 def launch_rows(path=None):
-    """(version of Triton, rows) of what the launcher makes of the kernels."""
+    """(version of Triton, rows) of what the launcher makes of the kernels, and the row of a kernel
+    whose length is no multiple of 16."""
     code = (
-        f"{FIND}; import json, aot, triton; print(json.dumps([triton.__version__,"
-        " aot.launch_report()]))"
+        f"{FIND}; import json, aot, triton; from triton.backends.compiler import GPUTarget; "
+        "v = aot.step('odd', 'fp32', 'fp32', 'fp32', sizes={}); "
+        "odd = aot.inspect_cuda(v, aot.compile_for(v, GPUTarget('cuda', 90, 32))); "
+        "print(json.dumps([triton.__version__, aot.launch_report(), odd]))"
     )
     return json.loads(run_aot("-c", code, path=path).splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def launched():
+    return launch_rows()
 
 
 def check_launches(rows):
@@ -122,10 +130,10 @@ def check_launches(rows):
     )
 
 
-def test_what_the_launcher_makes():
+def test_what_the_launcher_makes(launched):
     """It turns sizes of 1 into constants and tells the compiler of multiples of 16: other code than
     `variants` of any size."""
-    check_launches(launch_rows()[1])
+    check_launches(launched[1])
 
 
 def test_what_the_launcher_makes_with_the_triton_of_cuda_builds():
@@ -133,20 +141,15 @@ def test_what_the_launcher_makes_with_the_triton_of_cuda_builds():
     found = sorted(Path(sys.prefix).glob("triton-*"))
     if not found:
         pytest.skip(f"no {sys.prefix}/triton-VERSION; `make test` installs one")
-    version, rows = launch_rows(found[-1])
+    version, rows, _ = launch_rows(found[-1])
     assert version == found[-1].name.removeprefix("triton-")
     check_launches(rows)
 
 
-def test_the_checks_see_narrow_accesses():
+def test_the_checks_see_narrow_accesses(launched):
     """Rows of a length that is no multiple of 16 cannot move in 16-byte accesses: the same
     inspection must say so."""
-    code = (
-        f"{FIND}; import json, aot; from triton.backends.compiler import GPUTarget; "
-        "v = aot.step('odd', 'fp32', 'fp32', 'fp32', sizes={}); "
-        "print(json.dumps(aot.inspect_cuda(v, aot.compile_for(v, GPUTarget('cuda', 90, 32)))))"
-    )
-    row = json.loads(run_aot("-c", code).splitlines()[-1])
+    row = launched[2]
     assert (
         row["wide_loads"] < row["wide_loads_expected"] and row["narrow_loads"] > MOST_NARROW_LOADS
     )
