@@ -9,6 +9,8 @@ UNIT names the files of quick tests, which `-m unit` selects: no training run an
 stub, so that together they take a minute.
 """
 
+import ctypes
+import gc
 import os
 import sys
 from pathlib import Path
@@ -30,6 +32,7 @@ from cpu_cases import on_cpu  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+gc.disable()
 
 
 UNIT = {
@@ -66,6 +69,24 @@ def _place(items):
 
 def _parameters(item) -> dict:
     return item.callspec.params if hasattr(item, "callspec") else {}
+
+
+def pytest_collection_finish():
+    """What was imported stays: the collector, off until here, need not look at it again and
+    again."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    """A file's memory goes back to the system after its last test: cycles, which models and engines
+    are, and what the C library keeps for its next allocations."""
+    if nextitem is None or nextitem.path != item.path:
+        gc.collect()
+        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+            libc.malloc_trim(0)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -178,6 +178,8 @@ def become(request: dict) -> None:
 
 
 if __name__ == "__main__":
+    gc.disable()
     preload()
+    gc.enable()
     gc.freeze()  # what all forks share is not written to by the collector
     runpy.run_path(serve()[0], run_name="__main__")
