@@ -9,6 +9,7 @@ UNIT names the files of quick tests, which `-m unit` selects: no training run an
 stub, so that together they take a minute.
 """
 
+import atexit
 import ctypes
 import gc
 import os
@@ -77,6 +78,7 @@ def pytest_collection_finish():
     gc.collect()
     gc.freeze()
     gc.enable()
+    atexit.register(gc.unfreeze)  # or nanobind reports what its modules hold as leaked
 
 
 @pytest.hookimpl(trylast=True)
