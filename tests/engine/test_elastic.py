@@ -7,9 +7,9 @@ import subprocess
 import deepspeed
 import pytest
 import torch
-from elastic_cases import ADAMW, BEGINNING, CASES, END, MIDDLE, Toy
+from elastic_cases import ADAMW, BEGINNING, END, MIDDLE, MOVED, Toy
 from engine_cases import HERE, ROOT, write_config
-from run_cases import TIMEOUT_S, Run, environment, free_port, ranks, train
+from run_cases import FEW_STEPS, TIMEOUT_S, Run, environment, free_port, ranks, train
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -44,12 +44,12 @@ def same(a: dict, b: dict) -> bool:
 
 
 # ---------------------------------------------------------------------- every stage, there and back
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # it holds some 200 MB of weights and moments
 def passed_on(tmp_path_factory):
     """By case: what one rank saved after 2 updates and held after 6, undisturbed; then two ranks
     made updates 3 and 4."""
     folder, undisturbed = tmp_path_factory.mktemp("elastic"), {}
-    for case in CASES:
+    for case in MOVED:
         toy = Toy(case)
         toy.train(BEGINNING)
         saved = toy.save(folder / case, BEGINNING.stop)
@@ -66,7 +66,7 @@ def passed_on(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", MOVED)
 def test_there_and_back(passed_on, case):
     """From one rank to two and back: each starts from the very bits the other left, and all six
     updates are as if undisturbed."""
@@ -190,6 +190,7 @@ def test_an_optimizer_that_cannot_be_converted_is_named(tmp_path):
 def settings(folder, name):
     """Whole iterations at ZeRO-3; no ratio comes near its bounds, where rounding would decide."""
     return {
+        "rollout": FEW_STEPS,
         "training": {
             "iterations": 4,
             "updates": {"passes": 2},
@@ -244,7 +245,7 @@ def launch_nodes(folder, *arguments) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(command, nodes[0].returncode, texts[0], texts[1])
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def moved(tmp_path_factory):
     """A run of one rank, and a copy of it that was taken up after iteration 2 by two ranks, each
     with a launcher of its own."""
