@@ -144,6 +144,52 @@ def test_what_needs_no_gradient_stays_as_it_is_called():
     assert len(args) == 4 and kwargs == {"more": 2.0}
 
 
+@pytest.mark.parametrize("leaf", [False, True])
+@pytest.mark.parametrize(
+    "needing", ["a position", "a tuple", "a keyword", "a position, a tuple", "nothing"]
+)
+def test_checkpointed_blocks_have_all_their_gradients(leaf, needing):
+    """Wherever in a block's arguments the gradients go, to the bit those of the plain block; the
+    hooks of a leaf run once, its forward twice."""
+    from deepspeed.utils import set_z3_leaf_module
+
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.calls = torch.nn.Parameter(torch.tensor([2.0, -3.0])), 0
+
+        def forward(self, x, pair, more):
+            self.calls += 1
+            return (x * pair[0]).sin() * self.weight, (self.weight * more).exp()
+
+    block, hooks = Block(), []
+    if leaf:
+        set_z3_leaf_module(block, True)
+    block.register_forward_pre_hook(lambda *_: hooks.append(1))
+    # By keyword, as `_by_position` passes what it need not show to DeepSpeed.
+    block.register_forward_pre_hook(
+        lambda module, args, _: (args[:2], {"more": args[2]}), with_kwargs=True
+    )
+    found = []
+    for call in (block, leaves.checkpoint_block):
+        block.zero_grad()
+        values = {
+            name: torch.tensor([0.3, 0.7], requires_grad=name in needing)
+            for name in ("a position", "a tuple", "a keyword")
+        }
+        x, first, more = values.values()
+        args = (x, (first, None), more)
+        a, b = call(*args) if call is block else call(block, *args)
+        (a + b).sum().backward()
+        found.append([block.weight.grad, *(value.grad for value in values.values())])
+    assert block.calls == 3 and "forward" not in vars(block)
+    assert len(hooks) == (2 if leaf else 3)
+    assert all(
+        torch.equal(one, two) if one is not None else two is None
+        for one, two in zip(*found, strict=True)
+    )
+
+
 @pytest.mark.parametrize(
     "zero", [{"stage": 2}, {"stage": 3, "leaf_module": {"names": ["proj_out"]}}]
 )
