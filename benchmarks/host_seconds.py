@@ -208,28 +208,32 @@ def measure(case: Case, rounds: int) -> dict[str, dict[str, np.ndarray]]:
 
 
 def summarise(name: str, taken: dict[str, dict[str, np.ndarray]]) -> dict:
-    """A row: per side and clock the median with its 20 % and 80 % quantiles, and the ratios of
-    medians."""
+    """A row: per side and clock the median with its 20 % and 80 % quantiles, the ratios of medians,
+    and the same quantiles of the ratios of single rounds, which show how steady they are."""
     rows = {
-        side: {
-            clock: [float(np.quantile(values, q)) for q in (0.5, 0.2, 0.8)]
-            for clock, values in clocks.items()
-        }
+        side: {clock: quantiles(values) for clock, values in clocks.items()}
         for side, clocks in taken.items()
     }
     ratios = {clock: rows["ZeRO-3"][clock][0] / rows["plain"][clock][0] for clock in CLOCKS}
-    return {"case": name, "seconds": rows, "ratio": ratios}
+    pairs = {clock: quantiles(taken["ZeRO-3"][clock] / taken["plain"][clock]) for clock in CLOCKS}
+    return {"case": name, "seconds": rows, "ratio": ratios, "ratio_of_rounds": pairs}
+
+
+def quantiles(values: np.ndarray) -> list[float]:
+    """The median and the 20 % and 80 % quantiles."""
+    return [float(np.quantile(values, q)) for q in (0.5, 0.2, 0.8)]
 
 
 def show(rows: list[dict]) -> None:
-    table = Table("weights", "plain, s", "ZeRO-3, s", "ratio", "of wall time")
+    table = Table("weights", "plain, s", "ZeRO-3, s", "ratio", "of rounds", "of wall time")
     for row in rows:
         seconds = [
             "{:.3f} ({:.3f} to {:.3f})".format(*row["seconds"][side]["thread"])
             for side in ("plain", "ZeRO-3")
         ]
-        ratios = [f"{row['ratio'][clock]:.2f}" for clock in ("thread", "wall")]
-        table.add_row(row["case"], *seconds, *ratios)
+        rounds = "{:.2f} ({:.2f} to {:.2f})".format(*row["ratio_of_rounds"]["thread"])
+        ratio, wall = (f"{row['ratio'][clock]:.2f}" for clock in ("thread", "wall"))
+        table.add_row(row["case"], *seconds, ratio, rounds, wall)
     Console().print(table)
 
 

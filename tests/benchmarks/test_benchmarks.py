@@ -278,4 +278,5 @@ def test_ratios_of_host_seconds_are_of_medians():
     }
     row = host_seconds.summarise("full", taken)
     assert row["ratio"] == dict.fromkeys(host_seconds.CLOCKS, 2.0)
+    assert row["ratio_of_rounds"]["thread"] == pytest.approx([3.0, 4 / 9 + 0.4 * 23 / 9, 3.6])
     assert row["seconds"]["plain"]["wall"] == pytest.approx([2.0, 1.4, 6.2])
