@@ -1,6 +1,9 @@
 """The dry run against reality: bytes of a real runtime's tensors, what real forwards keep, and the
 forwards of a real run."""
 
+import weakref
+from contextlib import nullcontext
+
 import diffusers
 import pytest
 import torch
@@ -362,3 +365,76 @@ def test_bytes_of_a_spread_reference(where):
         == seen["reference copy"]
         == 4 * sum(p.ds_numel for p in parameters)
     )
+
+
+@pytest.fixture
+def gathered_copies(monkeypatch):
+    """Storages of the weights that ZeRO-3 gathers. One rank would use its partitions instead of
+    copies of them. Linear layers are PyTorch's own until a runtime replaces them."""
+    from deepspeed.runtime.zero import partition_parameters
+
+    found, functional = [], torch.nn.functional
+    replaced = partition_parameters.InsertPostInitMethodToModuleSubClasses
+    monkeypatch.setattr(functional, "linear", getattr(replaced, "linear_bk", functional.linear))
+
+    def copying(real):
+        def init(self, params):
+            real(self, params)
+            for param in params if isinstance(params, list) else [params]:
+                param.data = param.data.clone()
+                found.append(weakref.ref(param.data.untyped_storage()))
+
+        return init
+
+    for handle in (
+        partition_parameters.NoGatherHandle,
+        partition_parameters.NoGatherCoalescedHandle,
+    ):
+        monkeypatch.setattr(handle, "__init__", copying(handle.__init__))
+    return found
+
+
+@pytest.mark.parametrize("family, lora", [("flux", None), ("sd3", {"rank": 2, "alpha": 2.0})])
+def test_weights_that_stay_gathered(folders, family, lora, gathered_copies):
+    """Between a forward and its backward at ZeRO stage 3: those of linear layers outside of
+    checkpointed blocks, unless DeepSpeed's own linear layer is asked for."""
+    from tempflow.models import load_policy
+    from tempflow.training.distributed import init_distributed
+    from tempflow.training.engine import Runtime
+
+    init_distributed()
+    scale, rows, size = 0.0 if family == "flux" else 4.5, 2, types.Size(32, 96)
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    default, other = (
+        small_config(
+            model={"path": str(folders(family)), "gradient_checkpointing": True, "lora": lora},
+            deepspeed={"zero_optimization": zero | own},
+        )
+        for own in ({}, {"memory_efficient_linear": True})
+    )
+    said = Model(default).training(rows).bytes - Model(other).training(rows).bytes
+    policy = load_policy(str(folders(family)), max_sequence_length=TEXT)
+    module = policy.transformer.train().requires_grad_(True)
+    if lora:
+        add_lora(module, Lora(**lora), policy.lora_targets, 0)
+    module.enable_gradient_checkpointing()
+    velocity, live = training_forward(policy, module, scale, rows, size)[1], []
+    velocity()  # tables that the policy makes once
+    for counting in (lambda *_: nullcontext(), measure.kept_weights):
+        with Meter() as meter, counting(module, meter):
+            graph = velocity()
+            live.append(meter.live)
+            del graph
+
+    held = []
+    for config in (default, other):  # the second one replaces F.linear
+        runtime = Runtime(config, load_policy(str(folders(family)), max_sequence_length=TEXT))
+        graph = training_forward(policy, runtime.engine, scale, rows, size)[1]()
+        assert {p.ds_status.name for p in runtime.module.parameters()} == {"NOT_AVAILABLE"}
+        held.append(sum(copy().nbytes() for copy in gathered_copies if copy() is not None))
+        assert graph.requires_grad
+        runtime.engine.destroy()
+        del graph
+    assert held == [live[1] - live[0], 0] and said <= held[0]
+    # Of adapters alone only the last layer's weight is kept, and it is gone before the peak.
+    assert (said > 0) == (lora is None)

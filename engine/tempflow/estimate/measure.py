@@ -10,7 +10,7 @@ Only tensors count. What kernels allocate inside an operation (workspaces) is no
 from __future__ import annotations
 
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import accumulate, groupby
 from typing import Iterator
@@ -67,6 +67,10 @@ def _fused(
     return ATTENTION(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
 
 
+class _Kept:
+    """The graph of a forward refers to one for each weight that it keeps."""
+
+
 class Meter(TorchDispatchMode):
     """Counts memory and operations while it is active.
 
@@ -89,6 +93,8 @@ class Meter(TorchDispatchMode):
         self._peaks = [0]
         # By a storage's address: its bytes, how often they count, and the span that it was made in.
         self._alive: dict[int, tuple[int, int, int]] = {}
+        # By a weight's address, as long as the graph keeps the weight.
+        self._kept: weakref.WeakValueDictionary[int, _Kept] = weakref.WeakValueDictionary()
 
     @property
     def peak(self) -> int:
@@ -137,13 +143,20 @@ class Meter(TorchDispatchMode):
         self._forward = False
         self._grow(sum(more))
 
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        """Count a new storage until it is freed."""
+    def keep(self, storage: torch.UntypedStorage) -> _Kept:
+        """Count a weight's storage like a new one, until the result is no longer referenced."""
+        if (kept := self._kept.get(storage_key(storage))) is None:
+            self._kept[storage_key(storage)] = kept = _Kept()
+            self._add(storage, until=kept)
+        return kept
+
+    def _add(self, storage: torch.UntypedStorage, until: object = None) -> None:
+        """Count a storage until it is freed, or until another object is."""
         address, size = storage_key(storage), storage.nbytes()
         self._alive[address] = size, self._times if self._forward else 1, len(self._peaks) - 1
         self._grow(size)
         # Not at exit: finalizers of thousands of tensors would run there for nothing.
-        weakref.finalize(storage, self._release, address).atexit = False
+        weakref.finalize(until or storage, self._release, address).atexit = False
 
     def _grow(self, size: int) -> None:
         self.live += size
@@ -236,6 +249,26 @@ def passing_gradients(module: torch.nn.Module):
             handle.remove()
 
 
+@contextmanager
+def kept_weights(module: torch.nn.Module, meter: Meter):
+    """Count weights that the graph of a forward keeps in memory, as if each were a new tensor.
+
+    So it is where the weights of `module` are gathered for its forward and released after it, as
+    ZeRO stage 3 does. What a linear layer saves for the backward is a view of its weight, which
+    keeps the gathered copy. A weight that is saved itself is empty after its release, and filled
+    again for the backward. Inside a checkpointed block nothing is saved.
+    """
+    own = {storage_key(p.untyped_storage()) for p in module.parameters()}
+
+    def pack(tensor: torch.Tensor):
+        storage = tensor.untyped_storage()
+        keeps = storage_key(storage) in own and not isinstance(tensor, torch.nn.Parameter)
+        return tensor, meter.keep(storage) if keeps else None
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed[0]):
+        yield
+
+
 @torch.no_grad()
 def inference(run, blocks: Blocks | tuple[()] = ()) -> Meter:
     """Measure a call without gradients.
@@ -249,16 +282,18 @@ def inference(run, blocks: Blocks | tuple[()] = ()) -> Meter:
     return meter
 
 
-def training(run, module: torch.nn.Module, blocks: Blocks) -> Meter:
+def training(run, module: torch.nn.Module, blocks: Blocks, gathered: bool = False) -> Meter:
     """Measure a forward of `module` and its backward, with what checkpointing computes again.
 
     Args:
         run: a function without arguments that returns the module's output.
         module: the trained module.
         blocks: as `shorten` returns them.
+        gathered: whether weights count where the graph keeps them (`kept_weights`).
     """
     with fused_attention(), passing_gradients(module), Meter(blocks) as meter:
-        out = run()
+        with kept_weights(module, meter) if gathered else nullcontext():
+            out = run()
         meter.backward_begins()
         out.backward(torch.empty_like(out))
     return meter

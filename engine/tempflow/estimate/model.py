@@ -27,6 +27,7 @@ from tempflow.models.sampler import Sampler
 from tempflow.models.skeleton import read_index, skeleton_module
 from tempflow.sampling.float8 import float8_bytes
 from tempflow.training.engine import add_lora
+from tempflow.training.leaves import graph_keeps_weights
 from tempflow.training.precision import engine_dtype
 from tempflow.types import Example, Size
 
@@ -129,6 +130,8 @@ class Model:
             _key_of(config.model.lora),
             config.model.gradient_checkpointing,
         )
+        zero = config.deepspeed.get("zero_optimization", {})
+        self._gathered = graph_keeps_weights(zero, self._checkpointing)
 
     @property
     def _frozen(self) -> _Frozen:
@@ -207,7 +210,13 @@ class Model:
         """Cost of a forward and backward of `rows` rows in training."""
         return _line(
             lambda n: _training(
-                self._frozen, self._trained, self._checkpointing, self.size, self._scale, n
+                self._frozen,
+                self._trained,
+                self._checkpointing,
+                self._gathered,
+                self.size,
+                self._scale,
+                n,
             ),
             rows,
         )
@@ -321,7 +330,13 @@ def _forward(frozen: _Frozen, size: Size, scale: float, rows: int) -> Pass:
 
 @lru_cache(maxsize=64)
 def _training(
-    frozen: _Frozen, trained: _Trained, checkpointing: bool, size: Size, scale: float, rows: int
+    frozen: _Frozen,
+    trained: _Trained,
+    checkpointing: bool,
+    gathered: bool,
+    size: Size,
+    scale: float,
+    rows: int,
 ) -> Pass:
     sampler = frozen.policy.at(size, scale)
     module: Any = trained.module
@@ -335,7 +350,7 @@ def _training(
         rows,
         trained.dtype,
         lambda *inputs: measure.training(
-            lambda: sampler.velocity(module, *inputs), module, trained.blocks
+            lambda: sampler.velocity(module, *inputs), module, trained.blocks, gathered
         ),
     )
 

@@ -52,6 +52,12 @@ def leaf_section(zero: dict, module: torch.nn.Module, checkpointing: bool = Fals
     return {"leaf_module": {"classes": block_classes(module)}, **linear, **zero}
 
 
+def graph_keeps_weights(zero: dict, checkpointing: bool) -> bool:
+    """Whether the graph of a forward keeps gathered weights of linear layers, outside of
+    checkpointed blocks."""
+    return zero.get("stage") == 3 and not zero.get("memory_efficient_linear", not checkpointing)
+
+
 def call_by_position(module: torch.nn.Module, zero: dict) -> None:
     """Prepare the leaves that a section names for DeepSpeed's backward hook.
 
