@@ -14,6 +14,9 @@ from tempflow.estimate.zero import Zero
 from tempflow.models.embeddings import KEPT
 from tempflow.models.loading import check_size
 
+# Share of a card that a run should leave for what is not counted: fragmentation, NCCL's buffers.
+ROOM = 0.05
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -42,6 +45,16 @@ class Estimate:
     def fits(self) -> bool:
         """Whether the run fits the GPU's memory."""
         return self.total <= self.card
+
+    @property
+    def has_room(self) -> bool:
+        """Whether it also leaves room for what is not counted."""
+        return self.total <= self.most
+
+    @property
+    def most(self) -> int:
+        """Most bytes with which a run has room on the GPU."""
+        return self.card - int(ROOM * self.card)
 
     def phase(self, name: str) -> Phase | None:
         """The phase of that name; None if the run does not have it."""

@@ -1,4 +1,4 @@
-"""Find changes of config keys with which a run fits its GPU.
+"""Find changes of config keys with which a run fits its GPU and leaves room (`Estimate.has_room`).
 
 Each change is judged by the dry run's own numbers, and the cheapest ones are tried first. Changes
 that keep what is learned come before those that alter it, with one exception: moments in 8 bit come
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterable, Iterator
 
 import torch
 
@@ -89,9 +89,9 @@ def options(gpus: int) -> list[Option]:
             "embedding a text copies the text encoders' weights from host memory, layer by layer",
         ),
         Option(
-            _set("model.share_base", None, lambda c: c.model.share_base is False),
-            "rollouts compute the adapters beside the frozen weights: two more small products in"
-            " each adapted layer",
+            _one_base,
+            "rollouts and training share the frozen weights, and rollouts compute the adapters"
+            " beside them: two more small products in each adapted layer",
         ),
         Option(_fewer_rows, "more forwards of fewer rows; the same updates, except for rounding"),
         Option(
@@ -138,9 +138,9 @@ def options(gpus: int) -> list[Option]:
             "the optimizer's state is in host memory, with which every update exchanges data",
         ),
         Option(
-            _set("rollout.replica", False, lambda c: c.rollout.replica),
-            "rollouts run the training engine, which is slower at ZeRO stage 3; evaluations use the"
-            " raw weights, not their average",
+            _without_copy,
+            "rollouts run the training engine, which is slower at ZeRO stage 3 and without graphs;"
+            " evaluations use the raw weights, not their average",
         ),
         Option(
             _bfloat16,
@@ -152,17 +152,47 @@ def options(gpus: int) -> list[Option]:
             " every forward; needs bitsandbytes, the extra quantize",
         ),
         Option(
-            _set("model.lora", {}, lambda c: c.model.lora is None),
+            _adapters,
             "another kind of run: it trains adapters, which need another learning rate",
         ),
     ]
 
 
 def _zero(config: Config, **changes) -> Changes:
-    """The whole table zero_optimization with some keys changed: one --set replaces a table."""
+    """Some keys of the table zero_optimization, unless they have these values."""
+    now = config.deepspeed.get("zero_optimization", {})
     return {
-        "deepspeed.zero_optimization": {**config.deepspeed.get("zero_optimization", {}), **changes}
+        f"deepspeed.zero_optimization.{key}": value
+        for key, value in changes.items()
+        if now.get(key, 0) != value
     }
+
+
+def _one_base(config: Config, _: Estimate) -> Changes | None:
+    """With adapters, share the base at the highest stage that can: there is no copy then."""
+    if config.model.lora is None or not config.rollout.replica:
+        return None
+    changes: Changes = {} if config.model.share_base is not False else {"model.share_base": None}
+    return (changes | _below_stage_3(config)) or None
+
+
+def _below_stage_3(config: Config) -> Changes:
+    return _zero(config, stage=2) if config.zero_stage() == 3 else {}
+
+
+def _without_copy(config: Config, _: Estimate) -> Changes | None:
+    if not config.rollout.replica:
+        return None
+    changes: Changes = {"rollout.replica": False}
+    return changes | ({"rollout.graphs": False} if config.rollout.graphs else {})
+
+
+def _adapters(config: Config, _: Estimate) -> Changes | None:
+    if config.model.lora is not None:
+        return None
+    # Their base is frozen, so it is shared with rollouts, and is the reference, too.
+    changes: Changes = {"model.lora": {}} | _below_stage_3(config)
+    return changes | ({"training.reference": None} if config.training.reference else {})
 
 
 def _moments_in_8_bit(config: Config, _: Estimate) -> Changes | None:
@@ -221,8 +251,8 @@ def propose(config: Config, judge: Judge, gpus: int) -> list[Step]:
         gpus: number of GPUs.
 
     Returns:
-        The changes in order, none of which can be left out; all that save memory if they do not
-        suffice; an empty list if the run fits unchanged.
+        The changes in order, none of which can be left out. They leave room on the GPU if any do;
+        otherwise they save the most memory. An empty list if the run fits unchanged.
     """
     before = judge(config)
     if before.fits:
@@ -234,13 +264,13 @@ def propose(config: Config, judge: Judge, gpus: int) -> list[Step]:
 def _greedy(
     config: Config, before: Estimate, judge: Judge, choices: list[Option]
 ) -> Iterator[Step]:
-    """Take the first option that saves memory, repeatedly, until the run fits or none does.
+    """Take the first option that saves memory, repeatedly, until the run has room or none does.
 
     Each round starts from the first option again, because one that saved nothing may do so after
     another: memory is the maximum over moments. Options such as fewer rows can be taken repeatedly.
     """
-    least = LEAST * (before.total - before.card)
-    while not before.fits:
+    while not before.has_room:
+        least = LEAST * (before.total - before.most)
         for option in choices:
             changes = option.changes(config, before)
             made = _made(config, changes, judge)
@@ -279,7 +309,7 @@ def changed(config: Config, changes: Changes) -> Config:
         *folders, name = key.split(".")
         inner = table
         for folder in folders:
-            inner = inner[folder]
+            inner = inner.setdefault(folder, {})
         inner[name] = value
     return parse_config(table)
 
@@ -294,16 +324,32 @@ def _needed(config: Config, steps: list[Step], judge: Judge) -> list[Step]:
     for step in steps:
         merged[step.cost] = merged.get(step.cost, {}) | step.changes
     kept = [(changes, cost) for cost, changes in merged.items()]
+    final = steps[-1].estimate
+    enough = max(final.total, final.most)
     for choice in reversed(kept):
         others = [one for one in kept if one is not choice]
-        without = _made(
-            config, {key: value for changes, _ in others for key, value in changes.items()}, judge
-        )
-        if without and without[1].fits:
+        without = _made(config, _together(changes for changes, _ in others), judge)
+        if without and without[1].total <= enough:
             kept = others
-    made: Changes = {}
+    # Of each key only the last value counts, and none that the config has already.
+    last, made = _together(changes for changes, _ in kept), {}
     found = []
     for changes, cost in kept:
-        made |= changes
-        found.append(Step(changes, cost, judge(changed(config, made))))
+        new = {key: value for key, value in changes.items() if last[key] == value}
+        new = {key: value for key, value in new.items() if _value(config, key) != value}
+        if new:
+            made |= new
+            found.append(Step(new, cost, judge(changed(config, made))))
     return found
+
+
+def _together(all_changes: Iterable[Changes]) -> Changes:
+    return {key: value for changes in all_changes for key, value in changes.items()}
+
+
+def _value(config: Config, key: str) -> Any:
+    """The value of a dotted key; None if a table lacks it."""
+    value: Any = json.loads(config.model_dump_json())
+    for name in key.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return value

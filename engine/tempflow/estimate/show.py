@@ -71,15 +71,7 @@ def show_proposal(estimate: Estimate, steps: list[Step], output: Console | None 
     out = output or Console(highlight=False, width=None if Console().is_terminal else 120)
     if estimate.fits:
         return
-    if steps and steps[-1].estimate.fits:
-        out.print(
-            f"[bold]It fits {size(estimate.card)} with[/] (with memory and time of an iteration"
-            " after each change and those above it):"
-        )
-    else:
-        out.print(
-            f"[bold]No change of these keys makes it fit {size(estimate.card)}[/]; the nearest is:"
-        )
+    out.print(_proposal(estimate, steps[-1].estimate if steps else estimate))
     for step in steps:
         for key, value in step.changes.items():
             out.print(f"  --set '{escape(key)}={escape(json.dumps(value))}'")
@@ -91,6 +83,21 @@ def show_proposal(estimate: Estimate, steps: list[Step], output: Console | None 
         "Not tried, because they change the purpose of the run: the model, rollout.height and"
         " width, prompts, seeds and children."
     )
+
+
+def _proposal(before: Estimate, after: Estimate) -> str:
+    """The line above the proposed changes; both are the same where none saves memory."""
+    card = size(before.card)
+    if after.fits:
+        barely = "" if after.has_room else "barely "
+        verdict = f"[bold]It {barely}fits {card} with these changes[/]"
+    elif after is before:
+        return f"[bold]No change that the dry run knows makes it fit {card}[/], or smaller."
+    else:
+        verdict = (
+            f"[bold]No changes that the dry run knows make it fit {card}[/]. These come nearest"
+        )
+    return f"{verdict} (with the memory and the time of an iteration up to each of them):"
 
 
 def _memory(estimate: Estimate) -> Table:
@@ -122,8 +129,7 @@ def _verdict(estimate: Estimate, out: Console) -> None:
             " GPU; its size is unknown."
         )
     left = estimate.card - estimate.total
-    # Below 5 % the parts that are not counted may decide, so the verdict is a warning.
-    if estimate.fits and left < 0.05 * estimate.card:
+    if estimate.fits and not estimate.has_room:
         out.print(
             f"[bold yellow]Barely fits[/]: {size(left)} left, but fragmentation and NCCL's buffers"
             " are not counted."
