@@ -11,7 +11,7 @@ from run_cases import script_here
 from tempflow.config.deepspeed import check_deepspeed
 from tempflow.errors import UserError
 from tempflow.estimate import estimate, propose, show_proposal
-from tempflow.estimate.fitting import changed, options
+from tempflow.estimate.fitting import Step, _needed, changed, options
 
 pytestmark = pytest.mark.cpu
 CONFIG = small_config(
@@ -63,6 +63,18 @@ def test_the_proposal_fits_and_each_change_is_needed():
         "rollout.micro_batch",
         "training.micro_batch",
     }, "rows are cheaper than copies"
+
+
+def test_of_several_values_the_first_that_suffices_stays():
+    """Fewer rows than another change leaves necessary are given back."""
+    config = changed(CONFIG, {"rollout.decode_batch": 2000})
+    rows = [{"rollout.decode_batch": n} for n in (1000, 500, 250)]
+    other = {"model.gradient_checkpointing": True}  # saves nothing here, so it is left out
+    card = round(judge_of(1)(changed(config, {**rows[0], **other})).total / 0.95) + 1
+    judge = judge_of(card)
+    final = judge(changed(config, {**rows[2], **other}))
+    steps = [Step(change, "rows", final) for change in rows] + [Step(other, "other", final)]
+    assert [step.changes for step in _needed(config, steps, judge)] == [rows[0]]
 
 
 def said(config, card, steps) -> str:

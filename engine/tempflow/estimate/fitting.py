@@ -315,26 +315,28 @@ def changed(config: Config, changes: Changes) -> Config:
 
 
 def _needed(config: Config, steps: list[Step], judge: Judge) -> list[Step]:
-    """Reduce steps to the necessary ones: each option once, with its last value.
+    """Reduce steps to the necessary ones: each option once, with the first of its values that
+    suffices.
 
     An option that helped early may be unnecessary after later ones. The most expensive options are
     left out first.
     """
-    merged: dict[str, Changes] = {}
+    taken: dict[str, list[Changes]] = {}
     for step in steps:
-        merged[step.cost] = merged.get(step.cost, {}) | step.changes
-    kept = [(changes, cost) for cost, changes in merged.items()]
-    final = steps[-1].estimate
+        values = taken.setdefault(step.cost, [{}])
+        values.append(values[-1] | step.changes)
+    final, kept = steps[-1].estimate, {cost: values[-1] for cost, values in taken.items()}
     enough = max(final.total, final.most)
-    for choice in reversed(kept):
-        others = [one for one in kept if one is not choice]
-        without = _made(config, _together(changes for changes, _ in others), judge)
-        if without and without[1].total <= enough:
-            kept = others
+    for cost in reversed(list(kept)):
+        for changes in taken[cost]:  # no change first
+            tried = _made(config, _together({**kept, cost: changes}.values()), judge)
+            if tried and tried[1].total <= enough:
+                kept[cost] = changes
+                break
     # Of each key only the last value counts, and none that the config has already.
-    last, made = _together(changes for changes, _ in kept), {}
+    last, made = _together(kept.values()), {}
     found = []
-    for changes, cost in kept:
+    for cost, changes in kept.items():
         new = {key: value for key, value in changes.items() if last[key] == value}
         new = {key: value for key, value in new.items() if _value(config, key) != value}
         if new:
