@@ -410,6 +410,13 @@ def test_dry_run_refuses(tmp_path, arguments, words):
     ), done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("option", [("--card-gb", 24), ("--gpus", 2), ("--mfu", 0.5)])
+def test_its_options_do_not_start_a_run(tmp_path, option):
+    done = script_here("train", "--config", write_config(tmp_path), *option)
+    assert done.returncode == 2 and f"{option[0]}: needs --dry-run" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
 def test_known_hub_ids_are_read_from_their_cards(tmp_path):
     assert local_model("black-forest-labs/FLUX.1-dev") == str(CARD)
     assert all(Path(local_model(known)).is_dir() for known in KNOWN)

@@ -69,7 +69,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     # DeepSpeed's launcher adds this option to the command of every rank. The ranks read the
     # environment variables that it sets as well.
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    # Without the dry run these would be ignored, and a long run would start instead.
+    for name in ("gpus", "card_gb", "peak_tflops", "mfu"):
+        if not args.dry_run and getattr(args, name) != parser.get_default(name):
+            parser.error(f"argument --{name.replace('_', '-')}: needs --dry-run")
+    return args
 
 
 def dry_run(args: argparse.Namespace) -> int:
