@@ -13,6 +13,7 @@ from run_cases import Run, ranks
 from tempflow import registry
 from tempflow.config import parse_config
 from tempflow.config.schema import Training
+from tempflow.training.engine import Runtime
 
 pytestmark = [pytest.mark.slow, pytest.mark.cpu]
 ALONE = [name for name in CASES if name not in ON_TWO_RANKS]
@@ -60,10 +61,14 @@ def test_every_component_is_in_a_case(folder):
 
 
 @pytest.mark.parametrize("name", ALONE)
-def test_it_trains_and_resumes(folder, name):
+def test_it_trains_and_resumes(folder, name, monkeypatch):
+    """And both times gives DeepSpeed's buckets back, which stay in memory otherwise."""
+    ended, close = [], Runtime.close
+    monkeypatch.setattr(Runtime, "close", lambda self: close(self) or ended.append(self.engine))
     with on_cpu():
         run(name, folder)
-    assert wrong_with(name, folder) == []
+    assert wrong_with(name, folder) == [] and len(ended) == 2
+    assert not any(getattr(engine.optimizer, "ipg_buckets", None) for engine in ended)
 
 
 def test_it_trains_and_resumes_on_two_ranks(folder):

@@ -72,4 +72,6 @@ def train(
         choose(
             session, embedded, load.read_state(resume_from).get("config") if resume_from else None
         )
-        return Trainer(session, recorder, profile).run(resume_from)
+        summary = Trainer(session, recorder, profile).run(resume_from)
+    session.runtime.close()
+    return summary

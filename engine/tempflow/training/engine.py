@@ -175,6 +175,11 @@ class Runtime:
         }
 
     # -------------------------------------------------------------------------------------- updates
+    def close(self) -> None:
+        """Let DeepSpeed give back its hooks and buckets, which at stage 3 are 2 GB unless the
+        section says otherwise. They would last as long as the process, which may train again."""
+        self.engine.destroy()
+
     def accumulate(self, loss: torch.Tensor, last: bool) -> None:
         """Add the gradient of a micro-batch (a collective).
 
