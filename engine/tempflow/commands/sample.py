@@ -67,6 +67,7 @@ def draw_pairs(args: argparse.Namespace, draft: Path) -> str:
     chosen = load_tuned(args.run, args.checkpoint, args.weights)
     config = chosen.config
     prompts = chosen_prompts(args, config)
+    # The base first, because the trained weights replace its own in the same model.
     drawn, missing = tuned.draw(
         config, {"base": None, "tuned": chosen}, prompts, num_steps=args.num_steps, seed=args.seed
     )

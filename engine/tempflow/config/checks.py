@@ -23,7 +23,7 @@ def resolve_components(config: Config) -> None:
 
     Raises ValueError, with one line for each component that is refused.
     """
-    refused = []
+    refused = []  # collected, so that one start names the mistakes of all components
     for key, kind in registry.IN_CONFIG.items():
         section, name = key.split(".")
         table = getattr(config, section)
@@ -106,6 +106,7 @@ def check_values(config: Config) -> None:
         config.advantage().needs_values,
         any(row.value for row in config.plan().rows(ANY_UNIT, 0)),
     )
+    # Before the checks of what is superfluous: an advantage without its values cannot run at all.
     if needed and not valued:
         raise ValueError(
             f"training.advantage: {advantage} needs the values of states, which rollout.plan"
@@ -170,6 +171,7 @@ def check_penalty(config: Config) -> None:
             f"training.penalty.steps: {outside[0]} is outside the grid; allowed are 0 to"
             f" {steps - 1} (num_steps {steps})"
         )
+    # Its divergence would be 0 in every iteration, and its cost a forward that nothing needs.
     if not penalty.needs_reference and updates.passes * updates.parts == 1:
         raise ValueError(
             'training.penalty.to: "old" is the policy before the updates of an iteration, which the'
@@ -362,6 +364,7 @@ def check_eval(config: Config) -> None:
     neighbors = config.eval.precision_recall
     if neighbors is None:
         return
+    # An image is not its own neighbor, so k of them need k + 1 images.
     if neighbors >= config.eval.prompts:
         raise ValueError(
             f"eval.precision_recall: {neighbors} neighbors need at least {neighbors + 1} images;"
@@ -388,6 +391,7 @@ def check_stop(config: Config) -> None:
     # An unknown metric would never stop the run, so only those that this config logs are allowed.
     known = ["eval/reward", *(f"eval/{name}" for name in config.rewards)]
     known += ["kl"] if config.training.penalty else []
+    # A distance needs two images: of two seeds, or of two children of a state.
     known += ["diversity/seeds"] if plan.seeds > 1 else []
     known += ["diversity/children"] if plan.children > 1 else []
     known += [key for key in DRIFT if key.startswith("drift/") or config.eval.precision_recall]
@@ -397,6 +401,7 @@ def check_stop(config: Config) -> None:
             f" {', '.join(known)}"
         )
     metric = describe(rule.metric)
+    # patience waits for a new highest value, which would reward the run for drifting away.
     if rule.patience and metric and metric.better == "lower":
         raise ValueError(
             f"eval.stop.patience: waits for {rule.metric} to rise, but lower is better for it; use"

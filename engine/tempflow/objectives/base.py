@@ -143,6 +143,8 @@ class Objective(ABC):  # noqa: B024 (one of two methods is abstract)
 
     def filler(self, rollout: Rollout) -> State:
         """A state that pads the micro-batches of a rank for which `states` returns none."""
+        # Any one: padding has weight 0, and is there because every rank makes as many micro-batches
+        # as the one with the most states.
         return rollout.states[0]
 
     def pull(
@@ -185,6 +187,8 @@ class Objective(ABC):  # noqa: B024 (one of two methods is abstract)
             penalty: what is added to the loss if the kernel computes it; None: nothing.
             velocity_ref: [N, ...] of the policy that the penalty measures from.
         """
+        # Without a graph: the pull is a constant of the stand-in below, whose ratio alone carries
+        # the gradient.
         with torch.no_grad():
             seen = self.measure(velocity, batch, old)
             log_ratio = (
@@ -246,7 +250,9 @@ class GroupObjective(Objective):
 
 def _stopped(seen: Seen, batch: Batch, pull: torch.Tensor) -> Seen:
     """Statistics in which a child counts as clipped if its pull is 0 and its advantage is not."""
+    # A child without an advantage has no pull either, wherever it moved.
     stopped = (pull == 0) & (batch.advantage != 0)
+    # clamp: a state whose children all failed has none to take a share of.
     live, valid = batch.weight != 0, batch.valid.sum(1).clamp(min=1)
 
     # On the device and without indexing by a mask, which would make the host wait for the GPU.
@@ -284,7 +290,7 @@ def kernel_loss(
         ratio: "plain" or "guard".
     """
     fused = penalty.kernel if penalty is not None and velocity_ref is not None else None
-    coef, form = fused or (0.0, "x")
+    coef, form = fused or (0.0, "x")  # without a reference no form is computed
     loss, stats = group_loss(
         velocity,
         batch.x,
@@ -314,5 +320,7 @@ def step_distance(
     (2 tau^2), fp32 [N, 1]; 0 without an old policy."""
     if velocity_old is None:
         return torch.zeros_like(batch.b)[:, None]
+    # The two Gaussians have the same deviation tau, and means that are b (v - v_old) apart: their
+    # divergence is the squared distance over 2 tau^2.
     apart = (velocity.detach().float() - velocity_old.float()).flatten(1).square().mean(1)
     return (batch.b.square() * apart / (2 * batch.tau.square()))[:, None]

@@ -34,7 +34,8 @@ class Dpo(GroupObjective):
         best = advantage.masked_fill(~valid, -torch.inf).argmax(1, keepdim=True)
         worst = advantage.masked_fill(~valid, torch.inf).argmin(1, keepdim=True)
         u = self.beta * (log_ratio.gather(1, best) - log_ratio.gather(1, worst))
-        # With equal advantages, or one valid child, there is no pair to prefer.
+        # -dL/du = sigmoid(-u); u rises by beta with the log-ratio of the best child, and falls by
+        # beta with that of the worst. With equal advantages, or one valid child, there is no pair.
         pull = torch.where(
             advantage.gather(1, best) > advantage.gather(1, worst),
             self.beta * torch.sigmoid(-u),
@@ -69,7 +70,8 @@ class Dmpo(GroupObjective):
             torch.log_softmax(logits.masked_fill(~valid, -torch.inf), 1)
             for logits in (self.beta * log_ratio, advantage / self.temperature)
         )
-        # log_softmax of a masked child is -inf in both, and -inf - (-inf) would be NaN.
+        # dL / d(beta log ratio) = q (log q - log p - L): the last sum is L itself. log_softmax of a
+        # masked child is -inf in both, and -inf - (-inf) would be NaN.
         weight, gap = q.exp(), torch.where(valid, q - p, 0.0)
         return -self.beta * weight * (gap - (weight * gap).sum(1, keepdim=True))
 
@@ -90,5 +92,6 @@ class Dgpo(GroupObjective):
         self.beta = beta
 
     def group_pull(self, advantage, log_ratio, valid):
+        # One factor for the group: how far it is from preferring its better children.
         preferred = torch.where(valid, advantage * log_ratio, 0.0).sum(1, keepdim=True)
         return self.beta * torch.sigmoid(-self.beta * preferred) * advantage

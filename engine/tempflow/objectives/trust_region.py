@@ -32,6 +32,7 @@ class Dppo(Objective):
     def pull(self, advantage, log_ratio, distance):
         # Children that have moved against A keep their gradient: it leads back to the old policy.
         stopped = (distance > self.delta) & (advantage * log_ratio > 0)
+        # d ratio / d log ratio is the ratio itself, hence the exp.
         return torch.where(stopped, 0.0, advantage * torch.exp(log_ratio))
 
 
@@ -52,6 +53,7 @@ class Hinge(Objective):
         self.xi = self.clip_low = self.clip_high = xi
 
     def pull(self, advantage, log_ratio, distance):
+        # Inside of the hinge L is linear in the log-ratio, with slope -A.
         return torch.where(advantage * log_ratio < self.xi * advantage.abs(), advantage, 0.0)
 
 

@@ -101,6 +101,7 @@ def _iterations(summary: dict, total: int | None, minutes: float | None) -> str:
     done = int(summary["iterations"])
     if total is None or done >= total:
         return f"{done:,}"
+    # A stop rule counts first: a run that it ended may have reached its time limit as well.
     limited = minutes is not None and (finite(summary.get("minutes")) or 0.0) >= minutes
     why = (
         f", stopped by {summary['stopped']}"

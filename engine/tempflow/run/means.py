@@ -55,6 +55,7 @@ def gain_of(base: np.ndarray, tuned: np.ndarray) -> Mean:
         The mean with the standard error of the paired differences. It is smaller than the errors of
         the two means suggest, since the difficulty of a prompt cancels out.
     """
+    # NaN on either side makes the difference NaN, which `mean_of` leaves out.
     return mean_of(np.asarray(tuned, dtype=np.float64) - np.asarray(base, dtype=np.float64))
 
 

@@ -106,6 +106,7 @@ class PoolJudge:
 
     def __call__(self, places: list[int], latents: torch.Tensor):
         images, finite = self.sampler.decode(latents)
+        # By place: candidates of several prompts share a batch, and finished prompts have none.
         asked = [self.prompts[n] for n in places]
         ticket = self.pool.submit(
             images, [p.text for p in asked], [p.for_rewards for p in asked], finite=finite

@@ -137,6 +137,7 @@ def score(
         RewardPool(specs, **config.reward_pool.pool()) as scorers,
         Progress(transient=True) as progress,
     ):
+        # Before the first image is made: a reward that cannot score fails now, not in minutes.
         probe(scorers, specs, texts, metadata, model.sampler.size)
 
         def scored(name: str, which: load.Tuned | None) -> Evaluated:
@@ -195,6 +196,7 @@ def _beside(base: Evaluated, done: Evaluated, neighbors: int | None) -> Evaluate
         "gain_stderr": gain.stderr,
         **drift.metrics(base.scored.looks, done.scored.looks, neighbors),
     }
+    # On the right, for the same reason: no name of a reward hides one of these.
     return replace(done, result=done.result | found, base=base)
 
 

@@ -116,7 +116,7 @@ def fill(
         top=top,
         switch=switch,
         body="\n".join(filter(None, body)),
-        data=_json(data),
+        data=_json(data),  # not escaped as HTML is: a script element's text is read as it stands
         head=head,
         source=source,
         style=_part("style.css"),
