@@ -12,7 +12,7 @@ from run_cases import train
 from safetensors.torch import save_file
 
 from tempflow.checkpoints import find, load, manifest
-from tempflow.errors import UserError
+from tempflow.errors import UserError, counted
 from tempflow.training.ema import Average
 
 
@@ -51,8 +51,8 @@ def test_which_weights_are_read(tmp_path, capsys, updates, every, file, which):
     )
     out, err = capsys.readouterr()
     told = (
-        f"no average was taken in the {updates} updates until iteration 5 (training.ema.every:"
-        f" {every}); the raw weights are used"
+        f"no average was taken until iteration 5, in {counted(updates, 'update')}"
+        f" (training.ema.every: {every}); the raw weights are used"
     )
     assert out == "" and (told in err) == (every is not None and which == "raw")
     assert (
@@ -154,7 +154,7 @@ def test_a_run_without_an_average_is_taken_for_what_it_trained(tmp_path):
         training={"iterations": 1, "ema": {"every": 8}},
         eval={"every": 1, "prompts": 2},
     )
-    assert "no average was taken in 1 updates" in run.done.stdout
+    assert "no average was taken in 1 update (" in run.done.stdout
     assert json.loads((run.folder / "samples/000001/samples.json").read_text())["weights"] == "raw"
     assert not (run.folder / "checkpoints/000001/ema.safetensors").exists()
     found = load.load_tuned(run.folder)

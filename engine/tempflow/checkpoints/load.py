@@ -177,8 +177,8 @@ def _average_taken(checkpoint: Path, key: str, every: int) -> bool:
     if updates >= every:
         return True
     note(
-        f"training.{key}: no average was taken in the {updates} updates until iteration"
-        f" {int(checkpoint.name)} (training.{key}.every: {every}); the raw weights are used"
+        f"training.{key}: no average was taken until iteration {int(checkpoint.name)}, in"
+        f" {counted(updates, 'update')} (training.{key}.every: {every}); the raw weights are used"
     )
     return False
 

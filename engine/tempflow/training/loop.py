@@ -17,6 +17,7 @@ from typing import Iterator
 from tempflow.checkpoints import load, save
 from tempflow.data.curation import Curation, Draw
 from tempflow.data.prompts import digests
+from tempflow.errors import counted
 from tempflow.profiling import Profile, span
 from tempflow.rewards import kinds_of
 from tempflow.run.console import Console
@@ -333,9 +334,10 @@ class Trainer:
         average = self.session.average
         if average and not average.taken:
             self.recorder.note(
-                f"training.{average.key}: no average was taken in {average.updates} updates"
-                f" (training.{average.key}.every: {average.every}); the raw weights were evaluated"
-                f" and will be exported; lower training.{average.key}.every to get an average"
+                f"training.{average.key}: no average was taken in"
+                f" {counted(average.updates, 'update')} (training.{average.key}.every:"
+                f" {average.every}), so evaluations and exports use the raw weights; lower"
+                f" training.{average.key}.every to get an average"
             )
         summary = {
             "base_reward": self.evaluator.base_reward,
