@@ -40,7 +40,6 @@ ONE_UNIT = [
     "reward_pool.workers=0",
     "training.updates.parts=1",  # `batches` has all states in one
 ]
-STATES = 4  # at most: enough for SD3.5's micro-batch of four
 
 
 def cut_card(path: str, folder: Path, layers: int) -> Path:
@@ -202,9 +201,12 @@ class SimulatedRun:
     ):
         self.model, self.gpu, self.policy = model, model.gpu, model.policy
         file = ROOT / f"configs/{name}.json"
-        if changes is None:  # whole micro-batches of states
-            full = STATES - STATES % load_config(file).training.micro_batch
-            changes = ["rollout.num_steps=5", f"rollout.plan.branch_steps={list(range(full))}"]
+        if changes is None:  # states for a whole micro-batch
+            steps = max(2, load_config(file).training.micro_batch)
+            changes = [
+                f"rollout.num_steps={steps + 1}",
+                f"rollout.plan.branch_steps={list(range(steps))}",
+            ]
         rewards, frames = {"engine_rewards:contrast": 1.0}, []
         # the first frames and the next, which the decoder makes in another way
         if load_config(file).rollout.frames > 1:

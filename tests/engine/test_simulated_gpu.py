@@ -24,8 +24,6 @@ CONFIGS = (
     "wan22_a14b_lora",
     *SIBLINGS,
 )
-# Of siblings, whose steps are their family's: enough for a micro-batch of two states.
-FEWER = ["rollout.num_steps=3", "rollout.plan.branch_steps=[0, 1]"]
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +42,6 @@ class Simulations:
     def run(self, name, changes=None) -> SimulatedRun:
         """name: of a config, a family or a sibling."""
         family = {**FAMILIES, **SIBLINGS}.get(name)
-        if name in SIBLINGS and changes is None:
-            changes = FEWER
         name, more = (family.config, family.changes) if family else (name, ())
         config = load_config(ROOT / f"configs/{name}.json", more)
         model = config.model
