@@ -71,6 +71,8 @@ def launched(folder):
             cache = str(folder / "embeddings") if layout == "two-zero2" else None
             more = {"logging": {"tensorboard": layout == "one"}, "data": {"embedding_cache": cache}}
             more["launcher"] = layout == "two"
+            # blocks computed again inside of ZeRO-3's hooks, beside the plain ones of stage 0
+            more["model"] = {"gradient_checkpointing": layout == "two-zero3"}
             made[layout] = start(folder, layout, processes, stage, **more)
         return made[layout]
 
