@@ -461,6 +461,7 @@ def test_flux_configs_run_on_the_small_model(folder, name, steps):
         "rollout.height": 32,
         "rollout.width": 96,
         "rollout.num_steps": 4,
+        "rollout.guidance_scale": 0.0,  # the small model takes none, like FLUX.1 [schnell]
         "rollout.plan.branch_steps": steps,
         "rollout.plan.seeds": 1,
         "rollout.plan.children": 2,
