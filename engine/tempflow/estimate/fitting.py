@@ -334,7 +334,8 @@ def _needed(config: Config, steps: list[Step], judge: Judge) -> list[Step]:
                 kept[cost] = changes
                 break
     # Of each key only the last value counts, and none that the config has already.
-    last, made = _together(kept.values()), {}
+    last = _together(kept.values())
+    made: Changes = {}
     found = []
     for cost, changes in kept.items():
         new = {key: value for key, value in changes.items() if last[key] == value}

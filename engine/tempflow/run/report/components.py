@@ -10,6 +10,7 @@ import json
 from functools import cache
 from pathlib import Path
 
+from tempflow.eight_bit import TYPE as EIGHT_BIT
 from tempflow.registry import KINDS
 from tempflow.run.report.run import Run
 
@@ -54,6 +55,7 @@ def _model(run: Run) -> list[_Row]:
     return [
         ("model family", pipeline, module.rpartition(".")[2]),
         ("trained weights", trained, "LoRA" if lora else "full fine-tuning"),
+        ("frozen weights in", _options(run.setting("model", "quantize")), "quantized base"),
     ]
 
 
@@ -89,12 +91,14 @@ def _training(run: Run) -> list[_Row]:
     stage, ranks = zero.get("stage", 0), (run.summary or {}).get("world_size") or 1
     # The config allows one of the two.
     average = next((key for key in ("ema", "merge") if run.setting("training", key)), None)
+    optimizer = ((run.config.get("deepspeed") or {}).get("optimizer") or {}).get("type")
     return [
         _component("advantage", run.setting("training", "advantage"), "advantages"),
         _component("objective", run.setting("training", "objective"), "objectives"),
         _component("penalty", run.setting("training", "penalty"), "penalties"),
         ("loss weights of the steps", _options(run.setting("training", "weighting")), None),
         ("weight average", average, "weight average"),
+        ("optimizer", optimizer, "8-bit optimizer" if optimizer == EIGHT_BIT else None),
         ("DeepSpeed", f"ZeRO stage {stage}", f"ZeRO-{stage}"),
         ("processes", f"{ranks}", "several GPUs" if ranks > 1 else None),
     ]
