@@ -86,10 +86,9 @@ def test_training(runs, name, kind):
 
 
 @pytest.mark.cpu
-@pytest.mark.parametrize("name, kind", [("flux", "lora"), *((name, "full") for name in FAMILIES)])
+@pytest.mark.parametrize("name, kind", KINDS)
 def test_resuming(runs, tmp_path, name, kind):
-    """The second iteration once more, from the checkpoint of the first, to the bit. What is saved
-    of adapters does not depend on the family."""
+    """The second iteration once more, from the checkpoint of the first, to the bit."""
     run = runs(name, kind)
     shutil.copytree(run.folder, tmp_path / run.folder.name)
     again = Run(tmp_path / run.folder.name)

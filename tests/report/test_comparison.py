@@ -141,13 +141,13 @@ def test_what_ran_and_how_far_it_is_verified(run_factory):
     assert found["advantage"] == ("advantage:RankAdvantage", "")
     assert found["DeepSpeed"] == ("ZeRO stage 0", "") and "penalty" not in found
     assert found["reward ocr"] == ("weight 1.0", "tests on a CPU")
-    assert found["optimizer"] == ("AdamW", "") and "frozen weights in" not in found
+    assert "optimizer" not in found and "frozen weights in" not in found
 
 
 def test_levels_of_what_fits_one_card(run_factory):
     run = load_run(run_factory())
     run.config["model"] |= {"lora": {"rank": 4}, "quantize": "4bit"}
-    run.config["deepspeed"]["optimizer"]["type"] = "AdamW8bit"
+    run.config["deepspeed"]["optimizer"] = {"type": "AdamW8bit"}
     found = {part: (chosen, level) for part, chosen, level in components(run)}
     simulated = "tests on a CPU and on a simulated GPU"
     assert found["trained weights"] == ("LoRA of rank 4", simulated)
