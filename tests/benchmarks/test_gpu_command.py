@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 from engine_cases import ROOT
+from gpu_cases import HEAD
 from gpu_steps import (
     BY_NAME,
     STEPS,
@@ -22,15 +23,6 @@ from gpu_steps import (
 from gpu_steps.context import Context, Skipped
 
 from tempflow.errors import UserError
-
-HEAD = {
-    "card": "CARD",
-    "date": "2026-01-02",
-    "rehearsed": False,
-    "versions": {"torch": "2"},
-    "minutes": 10,
-}
-
 
 # --------------------------------------------------------------------------------------------- plan
 ABC = [Step(name, seconds, "", "") for name, seconds in (("a", 10), ("b", 20), ("c", 30))]

@@ -6,6 +6,7 @@ from argparse import Namespace
 
 import pytest
 import torch
+from gpu_cases import HEAD
 from gpu_steps import (
     BY_NAME,
     capture,
@@ -17,15 +18,6 @@ from gpu_steps import (
 )
 from gpu_steps.context import Context
 from gpu_steps.report import summary
-
-HEAD = {
-    "card": "CARD",
-    "date": "2026-01-02",
-    "rehearsed": False,
-    "versions": {"torch": "2"},
-    "minutes": 10,
-}
-
 
 # ------------------------------------------------------------------------------- parts of the steps
 XML = """<testsuites><testsuite>
