@@ -13,7 +13,6 @@ import psutil
 import pytest
 import torch
 from engine_cases import ROOT
-from gpu_cases import HEAD
 from gpu_steps import (
     BY_NAME,
     STEPS,
@@ -21,6 +20,7 @@ from gpu_steps import (
     hardware,
 )
 from gpu_steps.context import Context, Skipped
+from report_head import HEAD
 
 from tempflow.errors import UserError
 

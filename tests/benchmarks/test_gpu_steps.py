@@ -6,7 +6,6 @@ from argparse import Namespace
 
 import pytest
 import torch
-from gpu_cases import HEAD
 from gpu_steps import (
     BY_NAME,
     capture,
@@ -18,6 +17,7 @@ from gpu_steps import (
 )
 from gpu_steps.context import Context
 from gpu_steps.report import summary
+from report_head import HEAD
 
 # ------------------------------------------------------------------------------- parts of the steps
 XML = """<testsuites><testsuite>

@@ -2,6 +2,7 @@
 
 import datetime
 import re
+from collections import Counter
 
 import pytest
 import yaml
@@ -59,3 +60,15 @@ def test_a_pragma_makes_no_line_longer_than_the_limit():
         if len(line) > limit and re.search(r"# (type: ignore|noqa)", line)
     ]
     assert not long
+
+
+def test_no_two_modules_that_tests_import_share_a_name():
+    """Their folders are on sys.path together, where the first of two hides the second."""
+    names = Counter(
+        path.stem
+        for folder in ("tests", "tests/*", "engine", "kernels", "recipes", "benchmarks", "docs")
+        for path in ROOT.glob(f"{folder}/*")
+        if path.suffix == ".py" or (path / "__init__.py").exists()
+    )
+    del names["conftest"]  # pytest imports each by its path
+    assert [name for name, count in names.items() if count > 1] == []
