@@ -69,6 +69,7 @@ KINDS = {
             "dense": "tempflow.advantages.dense:Dense",
             "gdpo": "tempflow.advantages.gdpo:Gdpo",
             "group": "tempflow.advantages.group:Group",
+            "spatial": "tempflow.advantages.spatial:Spatial",
             "stepwise": "tempflow.advantages.stepwise:Stepwise",
             "turning_point": "tempflow.advantages.turning_point:TurningPoint",
         },

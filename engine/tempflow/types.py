@@ -324,6 +324,9 @@ class Rewards:
     novelty: np.ndarray | None = None
     """float64 [n]: mean distance of the slot's image from the other images of its group; NaN if
     there are none. None if the advantage does not use it."""
+    maps: np.ndarray | None = None
+    """float64 [n, rows, columns]: `total` for each place of the latent, NaN where a reward failed;
+    None if the advantage does not use it."""
 
     def values(self) -> tuple[np.ndarray, np.ndarray]:
         """`before` and `after`, for advantages with `needs_values`, which a config may combine only
@@ -344,3 +347,6 @@ class Advantages:
     """bool [groups]: whether the valid rewards of a group are all equal."""
     spread: dict[int, float]
     """By step: mean standard deviation of the rewards within groups; NaN if none is valid."""
+    maps: np.ndarray | None = None
+    """float32 [n, rows, columns]: an advantage for each place of the latent, which objectives use
+    in place of `values`; 0 for slots that are not valid. None: `values` holds for every place."""

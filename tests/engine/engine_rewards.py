@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tempflow.rewards import Reward
+from tempflow.rewards import Reward, Scores
 
 
 def contrast(images, prompts, metadata):
@@ -23,6 +23,16 @@ def warmth(images, prompts, metadata):
         images[..., 0].mean(axis=(1, 2), dtype=np.float64)
         - images[..., 2].mean(axis=(1, 2), dtype=np.float64)
     ) / 2.55
+
+
+def warmth_by_place(images, prompts, metadata):
+    """`warmth`, and that of each quarter of an image."""
+    quarters = images.reshape(len(images), 2, images.shape[1] // 2, 2, -1, 3)
+    red, _, blue = np.moveaxis(quarters.mean(axis=(2, 4), dtype=np.float64), -1, 0)
+    return Scores(warmth(images, prompts, metadata), maps=(red - blue) / 2.55)
+
+
+warmth_by_place.makes_maps = True
 
 
 def contrast_of_some(images, prompts, metadata):

@@ -19,15 +19,15 @@ NOVELTY = {"utility": "novelty"}
 LORA = {"lora": {"rank": 4, "alpha": 8}}
 REWARDS = {
     "left": {"type": "engine_rewards:now_and_then"},
-    "red": {"type": "engine_rewards:warmth", "weight": 0.5},
+    "red": {"type": "engine_rewards:warmth_by_place", "weight": 0.5},
 }
 PROMPTS = [
     {"prompt": "a cat", "rewards": ["left"]},
     {"prompt": "a dog", "rewards": ["left", "red"]},
 ]
 
-# Name: ZeRO stage, whether adapters are trained, plan, sde, objective, penalty, and other keys of
-# `training`.
+# Name (of the objective, unless that names its type): ZeRO stage, whether adapters are trained,
+# plan, sde, objective, penalty, and other keys of `training`.
 CASES = {
     "grpo": (
         3,
@@ -49,6 +49,15 @@ CASES = {
             "advantage": {"type": "gdpo", "utility": "win_rate", "anchor": 0.1},
             "weighting": {"value": 0.9},
         },
+    ),
+    "spatial": (
+        3,
+        True,
+        {"type": "tempflow", "seeds": 1, "children": [3, 2, 2]},
+        "flow",
+        {"type": "grpo"},
+        {"type": "channel_kl"},
+        {"advantage": "spatial"},
     ),
     "hinge": (
         0,
@@ -123,7 +132,7 @@ BESIDE = {
         "rollout": {"jitter": 0.5, "adapt": {"steps": 2, "noise": {"step": 0.1}}},
     }
 }
-ON_TWO_RANKS = ["dmpo", "fpo"]
+ON_TWO_RANKS = ["dmpo", "fpo", "spatial"]
 
 
 def prepare(folder: Path) -> None:

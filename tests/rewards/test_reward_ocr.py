@@ -158,10 +158,10 @@ def test_one_bad_picture_is_nan_and_the_others_are_scored(line_reward, monkeypat
     images[3] = 77
     read = line_reward._reader.read
 
-    def refuse(batch):
+    def refuse(batch, targets):
         if (batch == 77).all(axis=(1, 2, 3)).any():
             raise RuntimeError("bad picture")
-        return read(batch)
+        return read(batch, targets)
 
     monkeypatch.setattr(line_reward._reader, "read", refuse)
     scores = line_reward.score(images, *as_batch(words))
@@ -173,6 +173,20 @@ def test_unquoted_prompt_is_nan_not_zero(line_reward):
     _, images = random_words(2)
     scores = line_reward.score(images, ["a cat", 'the word "A"'], [{}, {}])
     assert np.isnan(scores.values).tolist() == [True, False]
+    assert len(scores.maps) == 2 and (scores.maps[0] == 0).all()
+
+
+def test_the_map_is_low_where_a_letter_is_wrong(line_reward):
+    rng = random.Random(1)
+    images = np.stack([render_word(word, rng) for word in ("RATE", "RITE", "RATS", "rate")])
+    scores = line_reward.score(images, *as_batch(["RATE"] * 4))
+    rows, (right, second, last, small) = scores.maps.shape[1], scores.maps[:, 0]
+    assert rows == 1 and right.min() > 0.9 and small.min() > 0.9
+    # The second of four letters, in the middle of the line, is a little left of its center.
+    assert abs(second.argmin() / len(second) - 0.45) < 0.1
+    assert second.min() < 0.5 and second[[0, -1]].min() > 0.9
+    assert last[-1] < 0.1 and last[0] > 0.9
+    assert (scores.values == np.float32([1, 0.75, 0.75, 1])).all()
 
 
 def test_scene_reward():

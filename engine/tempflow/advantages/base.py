@@ -29,6 +29,9 @@ class Advantage(ABC):
     """Whether it reads `Rewards.novelty`, which is computed on request only."""
     needs_values = False
     """Whether it reads `Rewards.before` and `Rewards.after`, which plans with values provide."""
+    needs_maps = False
+    """Whether it reads `Rewards.maps`, which some rewards provide, and returns
+    `Advantages.maps`."""
 
     @abstractmethod
     def __call__(self, slots: Slots, rewards: Rewards) -> Advantages:

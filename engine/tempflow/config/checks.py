@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from tempflow import registry
 from tempflow.errors import UserError, shown
-from tempflow.run.metrics import DRIFT, describe
 from tempflow.types import ANY_UNIT, Row
 
 if TYPE_CHECKING:
@@ -125,6 +124,17 @@ def check_values(config: Config) -> None:
             "rollout.plan.values: true costs a row for each state, which training.advantage"
             f" {advantage} does not use; dense, stepwise, turning_point and rollout.adapt.noise do"
         )
+
+
+def check_maps(config: Config) -> None:
+    """Advantages by place need an objective that takes each child by itself."""
+    if not config.advantage().needs_maps or config.objective().takes_maps:
+        return
+    raise ValueError(
+        f"training.advantage: {config.training.advantage['type']} gives each place of an image an"
+        f" advantage, which training.objective {shown(config.training.objective['type'])} cannot"
+        " use as it is set; grpo with the plain ratio, dppo, hinge and spo can"
+    )
 
 
 def _largest_group(config: Config, over: str) -> int:
@@ -356,54 +366,4 @@ def check_quantized(config: Config) -> None:
     if suffix and suffix.weights == "float8":
         raise ValueError(
             f'{asked} excludes rollout.suffix.weights "float8", a second copy of the same layers'
-        )
-
-
-def check_eval(config: Config) -> None:
-    """eval.precision_recall needs enough images, and its metrics need their names."""
-    neighbors = config.eval.precision_recall
-    if neighbors is None:
-        return
-    # An image is not its own neighbor, so k of them need k + 1 images.
-    if neighbors >= config.eval.prompts:
-        raise ValueError(
-            f"eval.precision_recall: {neighbors} neighbors need at least {neighbors + 1} images;"
-            f" eval.prompts is {config.eval.prompts}"
-        )
-    # A reward NAME is logged as eval/NAME, over the metric.
-    for name in ("precision", "recall"):
-        if name in config.rewards:
-            raise ValueError(
-                f"rewards.{name}: eval/{name} is a metric of eval.precision_recall; give the reward"
-                " another name"
-            )
-
-
-def check_stop(config: Config) -> None:
-    """eval.stop needs evaluations, a bound, and a metric that this run logs."""
-    rule, plan = config.eval.stop, config.plan()
-    if rule is None:
-        return
-    if not config.data.heldout or not config.eval.every:
-        raise ValueError("eval.stop: there are no evaluations; set data.heldout and eval.every")
-    if rule.patience is None and rule.below is None and rule.above is None:
-        raise ValueError("eval.stop: never stops; set patience, below or above")
-    # An unknown metric would never stop the run, so only those that this config logs are allowed.
-    known = ["eval/reward", *(f"eval/{name}" for name in config.rewards)]
-    known += ["kl"] if config.training.penalty else []
-    # A distance needs two images: of two seeds, or of two children of a state.
-    known += ["diversity/seeds"] if plan.seeds > 1 else []
-    known += ["diversity/children"] if plan.children > 1 else []
-    known += [key for key in DRIFT if key.startswith("drift/") or config.eval.precision_recall]
-    if rule.metric not in known:
-        raise ValueError(
-            f"eval.stop.metric: {shown(rule.metric)}; expected one that this run logs:"
-            f" {', '.join(known)}"
-        )
-    metric = describe(rule.metric)
-    # patience waits for a new highest value, which would reward the run for drifting away.
-    if rule.patience and metric and metric.better == "lower":
-        raise ValueError(
-            f"eval.stop.patience: waits for {rule.metric} to rise, but lower is better for it; use"
-            " eval.stop.above"
         )

@@ -18,16 +18,16 @@ from tempflow.config.checks import (
     check_averages,
     check_compiled,
     check_deepspeed,
-    check_eval,
     check_groups,
+    check_maps,
     check_penalty,
     check_quantized,
     check_shared_base,
-    check_stop,
     check_values,
     check_weighting,
     resolve_components,
 )
+from tempflow.config.checks_eval import check_eval, check_stop
 from tempflow.config.fields import Section
 from tempflow.config.sections import (
     Checkpoint,
@@ -73,6 +73,7 @@ class Config(Section):
             check_averages,
             check_groups,
             check_values,
+            check_maps,
             check_adapt,
             check_weighting,
             check_penalty,

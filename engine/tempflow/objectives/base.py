@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from tempflow.objectives.local import local_loss
 from tempflow.penalties import Penalty
 from tempflow.sampling.noise import Noise
 from tempflow.sampling.steps import Grid
@@ -75,6 +76,9 @@ class Batch:
     """N: the values of `sigma`, which the host knows without waiting for the device."""
     step: torch.Tensor | None = None
     """int64 [N]: places in the sampling grid, for penalties that act on some steps only."""
+    maps: torch.Tensor | None = None
+    """fp32 [N, B, ...]: an advantage for each place, which broadcasts over the latents; 0 for
+    children that are not valid. None: `advantage` holds for every place."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,12 @@ class Objective(ABC):  # noqa: B024 (one of two methods is abstract)
     """Metrics report ratios below 1 - clip_low as clipped."""
     clip_high: float = NEVER["clip_high"]
     """Metrics report ratios above 1 + clip_high as clipped."""
+
+    @property
+    def takes_maps(self) -> bool:
+        """Whether a child may have an advantage for each place of its latent. An objective that
+        writes `pull` alone may be used so, as `pull` then gets places for children."""
+        return type(self).loss is Objective.loss and type(self).batch_pull is Objective.batch_pull
 
     def states(self, rollout: Rollout, advantages: Advantages) -> list[State]:
         """This rank's states to train on: the rollout's own, or states made from its endpoints."""
@@ -200,12 +210,23 @@ class Objective(ABC):  # noqa: B024 (one of two methods is abstract)
                 else step_distance(velocity, None if old is None else old.velocity, batch)
             )
             pull = self.batch_pull(batch, log_ratio, distance)
+            local = None if batch.maps is None else self._local_pull(batch, log_ratio, distance)
+        if local is not None:
+            pull = torch.zeros_like(pull)  # of whole children; that of their places is added below
         # Without an old policy the kernel's ratio is 1, where -A ratio and -A log ratio have the
         # same gradient. So with A = pull its gradient is that of any loss of the log-ratios.
         loss, penalized = kernel_loss(velocity, batch, pull, None, penalty, velocity_ref, **NEVER)
+        if local is not None:
+            loss = loss + local_loss(velocity, batch, local)
         # The ratios of this call are 1; those to the real old policy are in `seen`.
         seen = seen._replace(kl=penalized.kl)
         return loss, _stopped(seen, batch, pull) if self.stops_children else seen
+
+    def _local_pull(self, batch, log_ratio, distance) -> torch.Tensor:
+        """The pull of every place, as of `Batch.maps`: that of its advantage at the log-ratio of
+        the whole child."""
+        each = (..., *[None] * (batch.maps.ndim - 2))
+        return self.pull(batch.maps, log_ratio[each], None if distance is None else distance[each])
 
     def measure(self, velocity: torch.Tensor, batch: Batch, old: Old | None) -> Seen:
         """Ratios and log-probabilities under a velocity, without a gradient."""

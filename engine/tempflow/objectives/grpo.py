@@ -34,6 +34,11 @@ class Grpo(Objective):
         # Guard's ratio measures from the old policy's mean, which its velocity gives.
         self.keeps_velocity = ratio == "guard"
 
+    @property
+    def takes_maps(self) -> bool:
+        # Of the plain ratio `pull` is the whole loss, and `Objective.loss` takes any pull.
+        return self.ratio == "plain"
+
     def pull(self, advantage, log_ratio, distance):
         # Training uses `loss`, whose kernel has the same gradient; tests compare the two.
         ratio = torch.exp(log_ratio)
@@ -43,6 +48,8 @@ class Grpo(Objective):
         return torch.where(past, 0.0, advantage * ratio)
 
     def loss(self, velocity, batch, old, penalty, velocity_ref):
+        if batch.maps is not None:
+            return super().loss(velocity, batch, old, penalty, velocity_ref)
         return kernel_loss(
             velocity,
             batch,

@@ -19,6 +19,7 @@ from tempflow.rewards.registry import (
     RewardSpec,
     build_reward,
     check_frames,
+    check_maps,
     check_watched,
     parse_rewards,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "check_conditions",
     "check_asked",
     "check_frames",
+    "check_maps",
     "check_prompts",
     "check_watched",
     "combine",

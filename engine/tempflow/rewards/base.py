@@ -26,6 +26,10 @@ class Scores:
     applies: np.ndarray | None = None
     """bool [n], whether the image's prompt asks for this reward; None: all do. Rewards leave it
     out; the pool sets it."""
+    maps: np.ndarray | None = None
+    """float32 [n, h, w]: what each place of an image is worth, in the units of `values`, on any
+    grid of h x w equal cells; rows of images without a value mean nothing. None: every place is
+    worth the image's value. Only rewards with `makes_maps` are asked for them."""
 
     def applicable(self) -> np.ndarray:
         """`applies` as an array, bool [n]."""
@@ -45,6 +49,8 @@ class Reward(ABC):
     entry's key; it should begin with the option at fault, as in "url: expected ..., got ...".
     """
 
+    makes_maps = False
+    """Whether `score` returns `Scores.maps`, for `training.advantage` "spatial"."""
     takes_videos = False
     """Whether `score` also takes videos, [n, F, H, W, 3]. A reward that does not can score frames
     of videos, as many as its config entry's `frames` says; without that it is refused in a run of
@@ -97,6 +103,7 @@ class FunctionReward(Reward):
     def __init__(self, function, options: dict):
         self._function = function
         self.takes_videos = getattr(function, "takes_videos", False)
+        self.makes_maps = getattr(function, "makes_maps", False)
         self._options = options
 
     def score(self, images, prompts, metadata):
@@ -114,11 +121,11 @@ def as_scores(result, n: int) -> Scores:
         n: number of images in the batch.
 
     Raises:
-        BadScores: unless `result` has n real numbers and, if any, n texts.
+        BadScores: unless `result` has n real numbers and, if any, n texts and n maps.
     """
-    details = None
+    details = maps = None
     if isinstance(result, Scores):
-        result, details = result.values, result.details
+        result, details, maps = result.values, result.details, result.maps
     # A torch tensor, recognized without importing torch, which costs a worker seconds and memory.
     # `float()` because numpy has no bfloat16.
     if hasattr(result, "detach"):
@@ -149,12 +156,25 @@ def as_scores(result, n: int) -> Scores:
             "not scored: an infinite value" if bad else text
             for bad, text in zip(infinite, told, strict=True)
         ]
-    return Scores(values, None if details is None else [str(text) for text in details])
+    if maps is not None:
+        values, maps = _checked_maps(values, np.asarray(maps, dtype=np.float32))
+    return Scores(values, None if details is None else [str(text) for text in details], maps=maps)
+
+
+def _checked_maps(values: np.ndarray, maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Values and maps, with NaN as the value of an image whose map is not finite."""
+    if maps.ndim != 3 or len(maps) != len(values) or maps.size == 0 < len(values):
+        raise BadScores(
+            f"the reward returned maps of shape {list(maps.shape)} for {len(values)} images,"
+            f" expected [{len(values)}, h, w]"
+        )
+    finite = np.isfinite(maps.reshape(len(maps), -1)).all(1)
+    return np.where(finite, values, np.float32(np.nan)), maps
 
 
 def joined(parts: list[Scores]) -> Scores:
     """The scores of several batches as one, in their order; with details only if every batch has
-    them."""
+    them. Without maps: these stay in a run, whose batches are not joined."""
     told = [part.details for part in parts if part.details is not None]
     details = [text for texts in told for text in texts] if len(told) == len(parts) else None
     return Scores(np.concatenate([part.values for part in parts]), details)

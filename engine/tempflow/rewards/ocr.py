@@ -4,8 +4,9 @@ The text is read on the CPU with the models that the rapidocr package ships, and
 prompt's first quoted text (`quotes`), both in a normal form (`normal_form`): `1 - min(edit
 distance, len) / len`, as in Flow-GRPO's OCR task. Images that are one line of text are read by the
 recognition model alone, in batches and at their natural width; the package's own call pads every
-line to width 320, which takes twice as long for short words. The direction of text is not
-corrected, because a prompt does not ask for words that are upside down.
+line to width 320, which takes twice as long for short words. Of such images the reward also says
+which places show their letter (`letters`). The direction of text is not corrected, because a prompt
+does not ask for words that are upside down.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy as np
 
 from tempflow.errors import UserError, shown
 from tempflow.rewards.base import Reward, Scores, locate
+from tempflow.rewards.letters import letter_map
 from tempflow.rewards.normal_form import normalize, similarity
 from tempflow.rewards.quotes import ACCEPTED, Unreadable, read_quotes
 
@@ -29,6 +31,9 @@ LINE_HEIGHT = 48  # the model's fixed input height
 # batches of 1, 4, 8, 16, 32: one thread 6.6, 5.8, 5.7, 5.9, 6.2 (large batches do not fit into the
 # cache); two threads 4.4, 3.4, 3.1, 3.1, 3.1.
 LINE_BATCH = 8
+
+# A text, and where the image shows its target, [T]; None for scenes.
+Reading = tuple[str, np.ndarray | None]
 
 TARGET = "ocr_target"  # the metadata key that names the text instead of quotation marks
 SHOWN = 5  # targets that the message at the start lists
@@ -44,7 +49,7 @@ class OcrReward(Reward):
     """
 
     def __init__(self, detect: bool = True):
-        self._detect = detect
+        self._detect, self.makes_maps = detect, not detect
         self._reader: SceneReader | LineReader  # `load` makes it
 
     def check_prompts(self, prompts, metadata):
@@ -69,35 +74,55 @@ class OcrReward(Reward):
 
     def score(self, images, prompts, metadata):
         values = np.full(len(images), np.nan, dtype=np.float32)
-        details = []
-        for i, text in enumerate(self._read(images)):
-            if isinstance(text, Exception):
-                details.append(f"not scored: {type(text).__name__}: {text}")
-                continue
-            try:
-                values[i] = similarity(
-                    target_of(prompts[i], metadata[i])[0], text, contained=self._detect
-                )
-                details.append(text)
-            except Unreadable as error:
-                details.append(f"not scored: the prompt {error}")
-        return Scores(values, details)
+        targets = [_target(*one) for one in zip(prompts, metadata, strict=True)]
+        readings, details = self._read(images, targets), []
+        for i, (target, reading) in enumerate(zip(targets, readings, strict=True)):
+            if isinstance(target, Unreadable):
+                details.append(f"not scored: the prompt {target}")
+            elif isinstance(reading, Exception):
+                details.append(f"not scored: {type(reading).__name__}: {reading}")
+            else:
+                values[i] = similarity(target, reading[0], contained=self._detect)
+                details.append(reading[0])
+        return Scores(values, details, maps=_maps(readings))
 
-    def _read(self, images: np.ndarray) -> list[str | Exception]:
-        """The text of each image, or the exception that reading it raised. If a batch fails, its
+    def _read(
+        self, images: np.ndarray, targets: list[str | Unreadable]
+    ) -> list[Reading | Exception]:
+        """What each image shows, or the exception that reading it raised. If a batch fails, its
         images are read one by one, so that only the images at fault are marked as failed."""
-        results: list[str | Exception] = []
+        results: list[Reading | Exception] = []
         for start in range(0, len(images), self._reader.batch):
-            chunk = images[start : start + self._reader.batch]
+            part = slice(start, start + self._reader.batch)
+            chunk, wanted = images[part], targets[part]
             try:
-                results += self._reader.read(chunk)
+                results += self._reader.read(chunk, wanted)
             except Exception as error:
                 results += (
                     [error]
                     if len(chunk) == 1
-                    else [self._read(chunk[i : i + 1])[0] for i in range(len(chunk))]
+                    else [
+                        self._read(chunk[i : i + 1], wanted[i : i + 1])[0]
+                        for i in range(len(chunk))
+                    ]
                 )
         return results
+
+
+def _target(prompt: str, metadata: dict) -> str | Unreadable:
+    try:
+        return target_of(prompt, metadata)[0]
+    except Unreadable as error:
+        return error
+
+
+def _maps(readings: list[Reading | Exception]) -> np.ndarray | None:
+    """The maps of n images of one line, [n, 1, T], 0 where there is none; None if none has one."""
+    each = [None if isinstance(one, Exception) else one[1] for one in readings]
+    known = [one for one in each if one is not None]
+    if not known:
+        return None
+    return np.stack([np.zeros_like(known[0]) if one is None else one for one in each])[:, None]
 
 
 def target_of(prompt: str, metadata: dict) -> tuple[str, bool]:
@@ -163,20 +188,33 @@ class LineReader:
         # The model's metadata lists its characters without CTC's blank (class 0) and without the
         # space (the last class).
         self._characters = np.array(["", *lines, " "], dtype=object)
+        self._classes: dict[str, list[int]] = {}
+        for n, character in enumerate(self._characters[1:], 1):
+            self._classes.setdefault(normalize(character), []).append(n)
         classes = self._session.get_outputs()[0].shape[-1]
         if len(self._characters) != classes:
             raise RuntimeError(
                 f"{model.name} has {classes} classes but lists {len(self._characters)} characters"
             )
 
-    def read(self, images: np.ndarray) -> list[str]:
-        """uint8 RGB [n, H, W, 3] -> n texts, with one forward for all."""
+    def read(self, images: np.ndarray, targets: list[str | Unreadable]) -> list[Reading]:
+        """uint8 RGB [n, H, W, 3] and n targets -> n readings, with one forward for all."""
         (probabilities,) = self._session.run(None, {self._input: self._prepare(images)})
+        maps = [self._map(one, target) for one, target in zip(probabilities, targets, strict=True)]
         best = probabilities.argmax(axis=2)  # [n, positions]
         # CTC's decoding drops repeated classes first and blanks after that, so that a blank between
         # two equal letters keeps both. A repeat becomes a blank here, whose text is empty.
         best[:, 1:][best[:, 1:] == best[:, :-1]] = 0
-        return ["".join(self._characters[row]) for row in best]
+        return [("".join(self._characters[row]), one) for row, one in zip(best, maps)]
+
+    def _map(self, probabilities: np.ndarray, target: str | Unreadable) -> np.ndarray | None:
+        """Where an image shows its target, [positions], from probabilities [positions, classes]."""
+        if isinstance(target, Unreadable):
+            return None
+        text = normalize(target)
+        # Characters that count as equal: a letter's case does not matter.
+        letters = [probabilities[:, self._classes.get(c, [])].sum(1) for c in text]
+        return letter_map(probabilities[:, 0], np.stack(letters, 1), text)
 
     @staticmethod
     def _prepare(images: np.ndarray) -> np.ndarray:
@@ -220,10 +258,10 @@ class SceneReader:
         self._engine(blank, use_det=False)
         self._engine(blank, use_det=True)
 
-    def read(self, images: np.ndarray) -> list[str]:
+    def read(self, images: np.ndarray, targets: list[str | Unreadable]) -> list[Reading]:
         """uint8 RGB [n, H, W, 3] -> n texts, the lines of each joined by spaces; "" for an image
         without text."""
-        return [self._read_one(image) for image in images]
+        return [(self._read_one(image), None) for image in images]
 
     def _read_one(self, image: np.ndarray) -> str:
         found = self._engine(np.ascontiguousarray(image[..., ::-1]))

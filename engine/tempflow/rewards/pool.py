@@ -66,14 +66,18 @@ class Ticket:
         # Spread the scores over the batch again.
         values = np.full(len(applies), np.nan, dtype=np.float32)
         values[rows] = asked.values
+        maps = None
+        if asked.maps is not None and len(rows):
+            maps = np.zeros((len(applies), *asked.maps.shape[1:]), dtype=np.float32)
+            maps[rows] = asked.maps
         # Without details of the reward, and without an image to which it applies but which is not
         # finite, there is nothing to say.
         if asked.details is None and (self._finite | ~applies).all():
-            return Scores(values, None, applies)
+            return Scores(values, None, applies, maps)
         details = [NOT_FINITE if one else "" for one in applies]
         for row, text in zip(rows, asked.details or [""] * len(rows), strict=True):
             details[row] = text
-        return Scores(values, details, applies)
+        return Scores(values, details, applies, maps)
 
 
 @dataclass(frozen=True)

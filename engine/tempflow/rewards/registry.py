@@ -179,6 +179,20 @@ def check_frames(specs: list[RewardSpec], size: Size) -> None:
             raise UserError(images_only(spec.name))
 
 
+def check_maps(specs: list[RewardSpec], needed: bool) -> None:
+    """UserError where maps are needed, as by training.advantage "spatial", and no trained reward
+    makes them."""
+    trained = [spec for spec in specs if not spec.watched]
+    if needed and not any(
+        build_reward(spec.name, spec.options, spec.type).makes_maps for spec in trained
+    ):
+        raise UserError(
+            "training.advantage: needs a reward that says what each place of an image is worth, and"
+            f" of {', '.join(map(shown, [spec.name for spec in trained]))} none does; 'ocr' with"
+            ' "detect": false does, and so may a reward of your own (makes_maps = True)'
+        )
+
+
 def images_only(name: str) -> str:
     """The error message for an image reward in a run of videos."""
     return (

@@ -47,13 +47,13 @@ def main() -> None:
 
 
 def _answer(reward, images, prompts, metadata) -> tuple:
-    """("scores", (values, details, seconds)) or ("failed", traceback)."""
+    """("scores", (values, details, maps, seconds)) or ("failed", traceback)."""
     start = time.perf_counter()
     try:
         scores = as_scores(reward.score(images, prompts, metadata), len(images))
     except Exception:
         return "failed", traceback.format_exc()
-    return "scores", (scores.values, scores.details, time.perf_counter() - start)
+    return "scores", (scores.values, scores.details, scores.maps, time.perf_counter() - start)
 
 
 def _exit_with_parent(fd: int, parent: int) -> None:

@@ -103,7 +103,7 @@ class WorkerProcess:
         """
         self.start()
         try:
-            values, details, seconds = self._exchange(
+            values, details, maps, seconds = self._exchange(
                 (name, images, prompts, metadata), timeout_s, "answer", "timeout_s"
             )
         except WorkerFailure:
@@ -112,7 +112,7 @@ class WorkerProcess:
                 self.kill()  # the next batch starts a new one
             raise
         self._failures = 0
-        return Scores(values, details), seconds
+        return Scores(values, details, maps=maps), seconds
 
     def kill(self) -> None:
         """End the process at once, if one runs."""

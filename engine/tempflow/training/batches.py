@@ -31,6 +31,8 @@ class Weighed:
     """fp32 [B]."""
     valid: torch.Tensor
     """bool [B]: children whose reward is known."""
+    maps: torch.Tensor | None = None
+    """fp32 [B, rows, columns]: an advantage for each place; None: `advantage` holds for all."""
 
 
 def select(states: list[State], advantages: Advantages, penalty: Penalty | None) -> list[Weighed]:
@@ -50,8 +52,10 @@ def select(states: list[State], advantages: Advantages, penalty: Penalty | None)
         # From numpy, on the CPU: deciding there does not make the host wait for the GPU.
         advantage = torch.from_numpy(advantages.values[state.slots])
         valid = torch.from_numpy(advantages.valid[state.slots])
-        if advantage.any() or penalty is not None and penalty.acts_on(state.step) and valid.any():
-            chosen.append(Weighed(_finite(state, valid), advantage, valid))
+        maps = None if advantages.maps is None else torch.from_numpy(advantages.maps[state.slots])
+        pulls = (advantage if maps is None else maps).any()
+        if pulls or penalty is not None and penalty.acts_on(state.step) and valid.any():
+            chosen.append(Weighed(_finite(state, valid), advantage, valid, maps))
     return chosen
 
 
@@ -104,7 +108,7 @@ def make_batches(
     parts = _even(len(chosen), micro_batch) if shapes is None else _ragged(shapes, micro_batch)
     # States may have different numbers of children; a tensor has one.
     width = max([len(one.valid) for one in chosen] or [len(fallback.slots)])
-    filler = _filler(fallback, width)
+    filler = _filler(fallback, width, chosen[0].maps if chosen else None)
     batches = []
     for members, size in parts:
         real = [chosen[n] for n in members]
@@ -163,15 +167,20 @@ def _cut(places: list[int], count: int) -> list[list[int]]:
     return [places[first:last] for first, last in zip(bounds, bounds[1:])]
 
 
-def _filler(state: State, width: int) -> Weighed:
-    """The padding state with at most `width` children, advantages of 0, and all children valid."""
+def _filler(state: State, width: int, maps: torch.Tensor | None) -> Weighed:
+    """The padding state with at most `width` children, advantages of 0, and all children valid.
+    maps: those of a state beside it, for their size."""
     # It may have more children than any state that is trained on.
     log_prob = None if state.log_prob is None else state.log_prob[:width]
     state = replace(
         state, children=state.children[:width], slots=state.slots[:width], log_prob=log_prob
     )
+    children = len(state.slots)
     return Weighed(
-        state, torch.zeros(len(state.slots)), torch.ones(len(state.slots), dtype=torch.bool)
+        state,
+        torch.zeros(children),
+        torch.ones(children, dtype=torch.bool),
+        None if maps is None else maps.new_zeros(children, *maps.shape[1:]),
     )
 
 
@@ -189,7 +198,10 @@ def _widened(one: Weighed, width: int) -> Weighed:
         children=_filled(one.state.children, first, missing),
         log_prob=None if log_prob is None else _filled(log_prob, first, missing),
     )
-    return Weighed(state, one.advantage[again].masked_fill(masked, 0.0), one.valid[again] & ~masked)
+    maps = None if one.maps is None else one.maps[again] * ~masked[:, None, None]
+    return Weighed(
+        state, one.advantage[again].masked_fill(masked, 0.0), one.valid[again] & ~masked, maps
+    )
 
 
 def _filled(rows: torch.Tensor, place: int, missing: int) -> torch.Tensor:
@@ -210,6 +222,9 @@ def _stack(places: list[Weighed], weight: torch.Tensor, real: int, device) -> Ba
             for name in ("sigma", "a", "b", "tau", "step")
         },
     }
+    maps = [one.maps for one in places if one.maps is not None]
+    if maps:
+        numbers["maps"] = _over_latents(torch.stack(maps), states[0].x)
     log_probs = [s.log_prob for s in states if s.log_prob is not None]
     scored = len(log_probs) == len(states)
     return Batch(
@@ -221,3 +236,11 @@ def _stack(places: list[Weighed], weight: torch.Tensor, real: int, device) -> Ba
         sigmas=[s.sigma for s in states],
         **send([numbers], device)[0],
     )
+
+
+def _over_latents(maps: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
+    """Maps [N, B, rows, columns] in the form in which they broadcast over latents [N, B, ...]."""
+    # The families have two layouts: packed tokens [S, C], and images or videos [C, ..., H, W].
+    if latent.ndim == 2:
+        return maps.flatten(2)[..., None]
+    return maps.reshape(*maps.shape[:2], *[1] * (latent.ndim - 2), *maps.shape[2:])

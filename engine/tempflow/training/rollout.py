@@ -33,6 +33,7 @@ from tempflow.sampling.steps import Grid
 from tempflow.sampling.suffix import count_forwards
 from tempflow.training import distributed
 from tempflow.training.image_distances import diversity, novelty
+from tempflow.training.reward_maps import maps
 from tempflow.training.session import Session
 from tempflow.transfer import Fetched, Mark
 from tempflow.types import Endpoint, Rewards, Row, State
@@ -410,7 +411,11 @@ def gather_rewards(session: Session, rolled: RolledOut) -> Scored:
     )
     trunk = trunk_sum / trunk_count if trunk_count else float("nan")
     rewards = distributed.reduce(mine)
-    by_slot = replace(_by_slot(session, rolled.layout, rewards), novelty=novelty(session, rolled))
+    by_slot = replace(
+        _by_slot(session, rolled.layout, rewards),
+        novelty=novelty(session, rolled),
+        maps=maps(session, rolled, scores),
+    )
     return Scored(by_slot, int(images), int(failed), trunk, diversity(rolled), seconds, rewards[0])
 
 

@@ -19,6 +19,7 @@ from tempflow.rewards import (
     RewardSpec,
     check_asked,
     check_frames,
+    check_maps,
     check_prompts,
     check_watched,
     parse_rewards,
@@ -79,6 +80,7 @@ def checked_inputs(
         read_adapters(config.model.lora)
     check_size(config.model.path, config.rollout.size)
     check_frames(specs, config.rollout.size)
+    check_maps(specs, config.advantage().needs_maps)
     check_guidance(config.model.path, config.rollout.guidance_scale_2)
     check_deepspeed(config.deepspeed)
     check_guided_forwards(config)
