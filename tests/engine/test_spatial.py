@@ -189,11 +189,11 @@ def test_objectives_that_cannot_use_it_are_refused():
 
 
 def test_a_reward_must_make_maps():
-    check_maps([RewardSpec("ocr", 1.0, {"detect": False})], needed=True)
-    without = [RewardSpec("ocr", 1.0, {}), RewardSpec("jpeg", 1.0, {})]
+    check_maps([RewardSpec("jpeg", 1.0, {}), RewardSpec("ocr", 1.0, {})], needed=True)
+    without = [RewardSpec("jpeg", 1.0, {}), RewardSpec("aesthetic", 1.0, {})]
     check_maps(without, needed=False)
-    with pytest.raises(UserError, match="training.advantage: .* of 'ocr', 'jpeg' none does"):
+    with pytest.raises(UserError, match="training.advantage: .* of 'jpeg', 'aesthetic' none does"):
         check_maps(without, needed=True)
-    watched = [RewardSpec("ocr", 0.0, {"detect": False}), RewardSpec("jpeg", 1.0, {})]
+    watched = [RewardSpec("ocr", 0.0, {}), RewardSpec("jpeg", 1.0, {})]
     with pytest.raises(UserError, match="training.advantage"):
         check_maps(watched, needed=True)

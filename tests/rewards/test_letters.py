@@ -1,11 +1,13 @@
-"""Where a line of text shows which letter: against all paths of CTC, and by hand."""
+"""Where an image shows which letter: lines against all paths of CTC, scenes by hand."""
 
 import itertools
 
 import numpy as np
 import pytest
 
+from tempflow.rewards import scene_map as scenes
 from tempflow.rewards.letters import align, letter_map
+from tempflow.rewards.normal_form import edit_distance
 
 
 def collapsed(path):
@@ -66,3 +68,56 @@ def test_far_from_all_letters_the_nearest_counts():
     letters[np.arange(60), np.arange(60)] = 0.7
     found = letter_map(np.full(400, 0.9), letters, "ab" * 30)
     assert np.isfinite(found).all() and abs(found[-1] - 0.7) < 1e-6
+
+
+# ------------------------------------------------------------------------------------------- scenes
+@pytest.mark.parametrize(
+    "target, read, found",
+    [
+        ("abc", "abc", [(True, 0), (True, 1), (True, 2)]),
+        ("abc", "xxabcxx", [(True, 2), (True, 3), (True, 4)]),
+        ("abc", "axc", [(True, 0), (False, 1), (True, 2)]),
+        ("abc", "ac", [(True, 0), (False, 0), (True, 1)]),
+        ("abc", "abxc", [(True, 0), (True, 1), (True, 3)]),
+        ("abc", "bc", [(False, 0), (True, 0), (True, 1)]),
+        ("abc", "xyz", []),
+        ("abc", "", []),
+    ],
+)
+def test_letters_read(target, read, found):
+    assert scenes.align(target, list(read)) == found
+
+
+def test_the_part_that_is_aligned_is_the_nearest():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        target, read = ("".join(rng.choice(list("abc"), n)) for n in rng.integers(1, 8, 2))
+        parts = [read[i:j] for i in range(len(read)) for j in range(i, len(read) + 1)]
+        least = min(edit_distance(target, part) for part in parts)
+        found = scenes.align(target, list(read))
+        same = [place for right, place in found if right]
+        assert same == sorted(set(same)) and all(read[i] in target for i in same)
+        assert not found or len(target) - len(same) <= least
+        assert found or least == len(target) or not set(target) & set(read)
+
+
+def test_a_scene_by_hand():
+    """A line of 4 letters across the middle of 64 x 64 pixels, of which the third is wrong."""
+    box = np.array([[0, 24], [64, 24], [64, 40], [0, 40]])
+    letters = scenes.spread("abxd", box)
+    assert letters[2] == ("x", 40.0, 32.0, 16.0)
+    found = scenes.scene_map("abcd", letters, 64, 64)
+    near = np.exp(-0.5 * (np.arange(4) - 2.0) ** 2 / 0.36)
+    assert found.shape == (4, 4) and found.dtype == np.float32
+    # Columns are where the letters are; the distance up or down is the same for all of them.
+    expected = 1 - near[0] / np.exp(-0.5 * np.arange(4.0) ** 2 / 0.36).sum()
+    np.testing.assert_allclose(found[:, 0], expected, rtol=1e-5)
+    assert found.argmin(1).tolist() == [2] * 4 and (found[0] == found[3]).all()
+    assert (scenes.scene_map("abcd", [], 64, 64) == 0).all()
+    assert (scenes.scene_map("AB CD", scenes.spread("ab ＣD", box), 64, 64) == 1).all()
+    assert scenes.scene_map("a", letters, 8, 100).shape == (1, 6)
+
+
+def test_a_line_that_is_turned():
+    up = scenes.spread("ab", np.array([[10, 40], [10, 0], [20, 0], [20, 40]]))  # from below
+    assert [letter[1:] for letter in up] == [(15.0, 30.0, 20.0), (15.0, 10.0, 20.0)]

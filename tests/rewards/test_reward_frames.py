@@ -72,6 +72,17 @@ def test_frames_that_fail_are_left_out_of_the_mean():
     assert found.details == ["x | y", "not scored: an infinite value"]
 
 
+def test_maps_of_frames_are_averaged():
+    class Mapped(Reward):
+        def score(self, images, prompts, metadata):
+            return Scores(
+                np.array([1.0, np.nan, 3.0]), maps=np.float32([[[1, 2]], [[9, 9]], [[3, 6]]])
+            )
+
+    found = FrameMean(Mapped()).score(videos(1, 3), ["a"], [{}])
+    assert found.maps.tolist() == [[[2.0, 4.0]]]
+
+
 def test_only_the_chosen_frames_are_sent():
     """Copied, so that the caller may go on with the array, and no more of it."""
     media = videos(3, 81)

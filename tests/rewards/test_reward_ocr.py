@@ -208,3 +208,8 @@ def test_scene_reward():
     assert scores.values[0] == 1
     assert scores.values[1] < 1 and scores.values[2] == 0
     assert scores.details[2] == ""
+    right, wrong, nothing = scores.maps  # 12 x 20 cells of 16 x 16 pixels
+    assert right.shape == (12, 20) and right.min() == 1 and nothing.max() == 0
+    # "Motel" is "HOTEL" but for its first letter; of "Small" there is only the a of "GRAND".
+    hotel = wrong[3, 13:]
+    assert hotel[-3:].min() > 0.9 > 0.5 > hotel[0] and wrong[3, :5].max() < 0.2 < wrong[3, 6]

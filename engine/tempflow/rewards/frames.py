@@ -37,12 +37,19 @@ class FrameMean(Reward):
         mean = np.where(known, values, 0).sum(axis=1, dtype=np.float64) / np.maximum(
             known.sum(axis=1), 1
         )
+        maps = scores.maps
+        if maps is not None:
+            # As the mean of the values: without frames that could not be scored.
+            each_map = np.where(
+                known[..., None, None], maps.reshape(*known.shape, *maps.shape[1:]), 0
+            )
+            maps = each_map.sum(1) / np.maximum(known.sum(1), 1)[:, None, None]
         told = (
             [_joined(texts[n * frames :][:frames]) for n in range(videos)]
             if texts is not None
             else None
         )
-        return Scores(np.where(known.any(axis=1), mean, np.nan), told)
+        return Scores(np.where(known.any(axis=1), mean, np.nan), told, maps=maps)
 
 
 def _joined(texts: list[str]) -> str:

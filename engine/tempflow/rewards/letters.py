@@ -22,12 +22,21 @@ def letter_map(blank: np.ndarray, letters: np.ndarray, text: str) -> np.ndarray:
     """
     scores, places = align(blank, letters, text)
     distance = np.ptp(places) / (len(text) - 1) if len(text) > 1 else len(blank)
-    width = REACH * max(distance, 1.0)
-    apart = (np.arange(len(blank))[:, None] - places[None]) / width
+    apart = (np.arange(len(blank))[:, None] - places[None]) / max(distance, 1.0)
+    return weighted(scores, apart**2)
+
+
+def weighted(scores: np.ndarray, apart: np.ndarray) -> np.ndarray:
+    """The means of the letters' scores at places, fp32 [...], weighted by how near they are.
+
+    Args:
+        scores: [L].
+        apart: [..., L], the squared distances of the places from the letters, in distances between
+            letters.
+    """
     # The nearest letter weighs 1 before the division, so that far from all of them it counts alone.
-    apart = apart**2 - (apart**2).min(1, keepdims=True)
-    near = np.exp(-apart / 2)
-    return ((near @ scores) / near.sum(1)).astype(np.float32)
+    near = np.exp(-(apart - apart.min(-1, keepdims=True)) / (2 * REACH**2))
+    return ((near @ scores) / near.sum(-1)).astype(np.float32)
 
 
 def align(blank: np.ndarray, letters: np.ndarray, text: str) -> tuple[np.ndarray, np.ndarray]:

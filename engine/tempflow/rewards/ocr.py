@@ -4,9 +4,11 @@ The text is read on the CPU with the models that the rapidocr package ships, and
 prompt's first quoted text (`quotes`), both in a normal form (`normal_form`): `1 - min(edit
 distance, len) / len`, as in Flow-GRPO's OCR task. Images that are one line of text are read by the
 recognition model alone, in batches and at their natural width; the package's own call pads every
-line to width 320, which takes twice as long for short words. Of such images the reward also says
-which places show their letter (`letters`). The direction of text is not corrected, because a prompt
-does not ask for words that are upside down.
+line to width 320, which takes twice as long for short words. The direction of text is not
+corrected, because a prompt does not ask for words that are upside down.
+
+The reward also says which places of an image show their letter: `letters`, and `scene_map` for text
+anywhere.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from tempflow.rewards.base import Reward, Scores, locate
 from tempflow.rewards.letters import letter_map
 from tempflow.rewards.normal_form import normalize, similarity
 from tempflow.rewards.quotes import ACCEPTED, Unreadable, read_quotes
+from tempflow.rewards.scene_map import scene_map, spread
 
 RECOGNISER = "PP-OCRv6_rec_small.onnx"
 LINE_HEIGHT = 48  # the model's fixed input height
@@ -32,7 +35,7 @@ LINE_HEIGHT = 48  # the model's fixed input height
 # cache); two threads 4.4, 3.4, 3.1, 3.1, 3.1.
 LINE_BATCH = 8
 
-# A text, and where the image shows its target, [T]; None for scenes.
+# A text, and where the image shows its target, [h, w]; None for prompts without a target.
 Reading = tuple[str, np.ndarray | None]
 
 TARGET = "ocr_target"  # the metadata key that names the text instead of quotation marks
@@ -48,8 +51,10 @@ class OcrReward(Reward):
             right for small images of words, and many times faster.
     """
 
+    makes_maps = True
+
     def __init__(self, detect: bool = True):
-        self._detect, self.makes_maps = detect, not detect
+        self._detect = detect
         self._reader: SceneReader | LineReader  # `load` makes it
 
     def check_prompts(self, prompts, metadata):
@@ -117,12 +122,12 @@ def _target(prompt: str, metadata: dict) -> str | Unreadable:
 
 
 def _maps(readings: list[Reading | Exception]) -> np.ndarray | None:
-    """The maps of n images of one line, [n, 1, T], 0 where there is none; None if none has one."""
+    """The maps of n images, [n, h, w], 0 where there is none; None if none has one."""
     each = [None if isinstance(one, Exception) else one[1] for one in readings]
     known = [one for one in each if one is not None]
     if not known:
         return None
-    return np.stack([np.zeros_like(known[0]) if one is None else one for one in each])[:, None]
+    return np.stack([np.zeros_like(known[0]) if one is None else one for one in each])
 
 
 def target_of(prompt: str, metadata: dict) -> tuple[str, bool]:
@@ -208,13 +213,14 @@ class LineReader:
         return [("".join(self._characters[row]), one) for row, one in zip(best, maps)]
 
     def _map(self, probabilities: np.ndarray, target: str | Unreadable) -> np.ndarray | None:
-        """Where an image shows its target, [positions], from probabilities [positions, classes]."""
+        """Where an image shows its target, [1, positions], from probabilities [positions,
+        classes]."""
         if isinstance(target, Unreadable):
             return None
         text = normalize(target)
         # Characters that count as equal: a letter's case does not matter.
         letters = [probabilities[:, self._classes.get(c, [])].sum(1) for c in text]
-        return letter_map(probabilities[:, 0], np.stack(letters, 1), text)
+        return letter_map(probabilities[:, 0], np.stack(letters, 1), text)[None]
 
     @staticmethod
     def _prepare(images: np.ndarray) -> np.ndarray:
@@ -261,13 +267,17 @@ class SceneReader:
     def read(self, images: np.ndarray, targets: list[str | Unreadable]) -> list[Reading]:
         """uint8 RGB [n, H, W, 3] -> n texts, the lines of each joined by spaces; "" for an image
         without text."""
-        return [(self._read_one(image), None) for image in images]
+        return [self._read_one(*one) for one in zip(images, targets, strict=True)]
 
-    def _read_one(self, image: np.ndarray) -> str:
+    def _read_one(self, image: np.ndarray, target: str | Unreadable) -> Reading:
         found = self._engine(np.ascontiguousarray(image[..., ::-1]))
-        if found.txts is None or found.boxes is None:  # nothing was detected
-            return ""
-        return " ".join(found.txts[i] for i in reading_order(np.asarray(found.boxes)))
+        # Without boxes nothing was detected.
+        lines = [] if found.boxes is None else reading_order(np.asarray(found.boxes))
+        text = " ".join(found.txts[i] for i in lines)
+        if isinstance(target, Unreadable):
+            return text, None
+        letters = [letter for i in lines for letter in spread(found.txts[i], found.boxes[i])]
+        return text, scene_map(target, letters, *image.shape[:2])
 
 
 def reading_order(boxes: np.ndarray) -> list[int]:

@@ -186,10 +186,11 @@ def check_maps(specs: list[RewardSpec], needed: bool) -> None:
     if needed and not any(
         build_reward(spec.name, spec.options, spec.type).makes_maps for spec in trained
     ):
+        names = ", ".join(shown(spec.name) for spec in trained)
         raise UserError(
             "training.advantage: needs a reward that says what each place of an image is worth, and"
-            f" of {', '.join(map(shown, [spec.name for spec in trained]))} none does; 'ocr' with"
-            ' "detect": false does, and so may a reward of your own (makes_maps = True)'
+            f" of {names} none does; 'ocr' does, and so may a reward of your own"
+            " (makes_maps = True)"
         )
 
 
