@@ -43,7 +43,7 @@ UNIFORM = ["training.weighting=uniform"]
 PATHS = [
     "rollout.plan=flow_grpo",
     "rollout.plan.seeds=12",
-    "training.advantage.over=prompt",
+    'training.advantage={"type": "group", "over": "prompt"}',
     "training.updates.passes=1",
     "training.penalty=null",
 ]
@@ -54,6 +54,7 @@ VARIANTS = {
     "flow_grpo": [*PATHS, *UNIFORM],
     "without branching": PATHS,
     "uniform weights": UNIFORM,
+    "whole images": ["training.advantage=group"],
     "prompt groups": ["training.advantage.over=prompt"],
     "one update": ["training.updates.passes=1"],
     "suffix every 2nd": ["rollout.suffix={}"],

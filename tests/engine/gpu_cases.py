@@ -17,6 +17,7 @@ BF16 = {
     "deepspeed.bf16": {"enabled": True},
     "deepspeed.data_types": {"grad_accum_dtype": "fp32"},
     "rewards": {"jpeg": 1.0},
+    "training.advantage": "group",  # whose loss is the kernel's
     "training.iterations": 2,
     "checkpoint.every": 1,
     "eval.prompts": 4,

@@ -19,9 +19,9 @@ from tempflow.rewards.registry import (
     RewardSpec,
     build_reward,
     check_frames,
-    check_maps,
     check_watched,
     parse_rewards,
+    without_maps,
 )
 
 __all__ = [
@@ -36,7 +36,6 @@ __all__ = [
     "check_conditions",
     "check_asked",
     "check_frames",
-    "check_maps",
     "check_prompts",
     "check_watched",
     "combine",
@@ -45,4 +44,5 @@ __all__ = [
     "kinds_of",
     "parse_rewards",
     "probe",
+    "without_maps",
 ]

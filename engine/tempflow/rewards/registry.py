@@ -179,19 +179,16 @@ def check_frames(specs: list[RewardSpec], size: Size) -> None:
             raise UserError(images_only(spec.name))
 
 
-def check_maps(specs: list[RewardSpec], needed: bool) -> None:
-    """UserError where maps are needed, as by training.advantage "spatial", and no trained reward
-    makes them."""
+def without_maps(specs: list[RewardSpec]) -> str | None:
+    """A line for people where no trained reward makes maps, for advantages that need them."""
     trained = [spec for spec in specs if not spec.watched]
-    if needed and not any(
-        build_reward(spec.name, spec.options, spec.type).makes_maps for spec in trained
-    ):
-        names = ", ".join(shown(spec.name) for spec in trained)
-        raise UserError(
-            "training.advantage: needs a reward that says what each place of an image is worth, and"
-            f" of {names} none does; 'ocr' does, and so may a reward of your own"
-            " (makes_maps = True)"
-        )
+    if any(build_reward(spec.name, spec.options, spec.type).makes_maps for spec in trained):
+        return None
+    return (
+        f"training.advantage: {', '.join(shown(spec.name) for spec in trained)} does not say what"
+        " the places of an image are worth, so each image counts as a whole; 'ocr' does, and a"
+        " reward of your own may"
+    )
 
 
 def images_only(name: str) -> str:

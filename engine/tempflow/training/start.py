@@ -19,10 +19,10 @@ from tempflow.rewards import (
     RewardSpec,
     check_asked,
     check_frames,
-    check_maps,
     check_prompts,
     check_watched,
     parse_rewards,
+    without_maps,
 )
 from tempflow.run import directory
 from tempflow.run.environment import check_gpu
@@ -56,6 +56,9 @@ def checked_inputs(
         told += check_prompts(
             specs, [p.text for p in prompts], [p.for_rewards for p in prompts], watched=kind
         )
+    # Not refused: with any reward the advantage is defined, and a config may be tried with another.
+    if config.advantage().needs_maps and (line := without_maps(specs)):
+        told.append(line)
     check_asked(specs, [p.metadata for p in train])
     # Only for its checks.
     PromptOrder(len(train), config.data.prompts_per_iteration, config.training.seed)
@@ -80,7 +83,6 @@ def checked_inputs(
         read_adapters(config.model.lora)
     check_size(config.model.path, config.rollout.size)
     check_frames(specs, config.rollout.size)
-    check_maps(specs, config.advantage().needs_maps)
     check_guidance(config.model.path, config.rollout.guidance_scale_2)
     check_deepspeed(config.deepspeed)
     check_guided_forwards(config)
