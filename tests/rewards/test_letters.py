@@ -57,8 +57,8 @@ def test_a_map_is_the_mean_of_the_letters_nearby():
     blank, letters = np.full(10, 0.9), np.full((10, 2), 1e-4)
     letters[2, 0], letters[7, 1] = 0.8, 0.2
     found = letter_map(blank, letters, "ab")
-    # The standard deviation is 0.6 * 5 = 3 positions.
-    one, other = (np.exp(-0.5 * (np.arange(10) - place) ** 2 / 9) for place in (2, 7))
+    # The standard deviation is 0.3 * 5 = 1.5 positions.
+    one, other = (np.exp(-0.5 * (np.arange(10) - place) ** 2 / 2.25) for place in (2, 7))
     np.testing.assert_allclose(found, (0.8 * one + 0.2 * other) / (one + other), rtol=1e-5)
     assert found.dtype == np.float32
 
@@ -107,10 +107,10 @@ def test_a_scene_by_hand():
     letters = scenes.spread("abxd", box)
     assert letters[2] == ("x", 40.0, 32.0, 16.0)
     found = scenes.scene_map("abcd", letters, 64, 64)
-    near = np.exp(-0.5 * (np.arange(4) - 2.0) ** 2 / 0.36)
+    near = np.exp(-0.5 * (np.arange(4) - 2.0) ** 2 / 0.09)
     assert found.shape == (4, 4) and found.dtype == np.float32
     # Columns are where the letters are; the distance up or down is the same for all of them.
-    expected = 1 - near[0] / np.exp(-0.5 * np.arange(4.0) ** 2 / 0.36).sum()
+    expected = 1 - near[0] / np.exp(-0.5 * np.arange(4.0) ** 2 / 0.09).sum()
     np.testing.assert_allclose(found[:, 0], expected, rtol=1e-5)
     assert found.argmin(1).tolist() == [2] * 4 and (found[0] == found[3]).all()
     assert (scenes.scene_map("abcd", [], 64, 64) == 0).all()

@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 
 SMALLEST = 1e-6  # a probability of 0 would have no logarithm
-REACH = 0.6  # standard deviation of the weight of a letter, in distances between letters
+REACH = 0.3  # standard deviation of the weight of a letter, in distances between letters
 
 
 def letter_map(blank: np.ndarray, letters: np.ndarray, text: str) -> np.ndarray:
