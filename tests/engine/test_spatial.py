@@ -96,6 +96,7 @@ def test_even_maps_have_the_whole_images_gradient(objective, first, penalty):
     other, also, local = gradient(objective, even, new, old, penalty, before)
     assert_close("gradient", other, one, 1e-5)
     assert_close("kl", local.kl, seen.kl, 1e-6, scale=1.0)
+    assert float(local.clip_fraction) == float(seen.clip_fraction)
     assert not first or abs(float(loss - also)) < 1e-5
 
 

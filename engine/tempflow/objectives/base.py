@@ -211,11 +211,11 @@ class Objective(ABC):  # noqa: B024 (one of two methods is abstract)
             )
             pull = self.batch_pull(batch, log_ratio, distance)
             local = None if batch.maps is None else self._local_pull(batch, log_ratio, distance)
-        if local is not None:
-            pull = torch.zeros_like(pull)  # of whole children; that of their places is added below
         # Without an old policy the kernel's ratio is 1, where -A ratio and -A log ratio have the
         # same gradient. So with A = pull its gradient is that of any loss of the log-ratios.
-        loss, penalized = kernel_loss(velocity, batch, pull, None, penalty, velocity_ref, **NEVER)
+        # Where places have their own pull, that of whole children is for the statistics alone.
+        whole = pull if local is None else torch.zeros_like(pull)
+        loss, penalized = kernel_loss(velocity, batch, whole, None, penalty, velocity_ref, **NEVER)
         if local is not None:
             loss = loss + local_loss(velocity, batch, local)
         # The ratios of this call are 1; those to the real old policy are in `seen`.

@@ -29,7 +29,7 @@ class Scores:
     maps: np.ndarray | None = None
     """float32 [n, h, w]: what each place of an image is worth, in the units of `values`, on any
     grid of h x w equal cells; rows of images without a value mean nothing. None: every place is
-    worth the image's value. Only rewards with `makes_maps` are asked for them."""
+    worth the image's value. A reward that returns them says so by `makes_maps`."""
 
     def applicable(self) -> np.ndarray:
         """`applies` as an array, bool [n]."""
@@ -50,7 +50,8 @@ class Reward(ABC):
     """
 
     makes_maps = False
-    """Whether `score` returns `Scores.maps`, for `training.advantage` "spatial"."""
+    """Whether `score` returns `Scores.maps`, for `training.advantage` "spatial". Where no reward
+    does, the start of such a run tells that images count as a whole."""
     takes_videos = False
     """Whether `score` also takes videos, [n, F, H, W, 3]. A reward that does not can score frames
     of videos, as many as its config entry's `frames` says; without that it is refused in a run of

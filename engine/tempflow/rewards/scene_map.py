@@ -73,26 +73,24 @@ def align(target: str, read: list[str]) -> list[tuple[bool, int]]:
         For each letter of the target whether it was read in its place, and the place in `read` of
         the letter in its place, or beside it if it is missing. Empty if no letter is in its place.
     """
-    rows, columns = len(target) + 1, len(read) + 1
-    cost = np.zeros((rows, columns))  # the first row is 0: text before the target is free
-    cost[:, 0] = np.arange(rows)
-    for i in range(1, rows):
-        for j in range(1, columns):
-            cost[i, j] = min(
-                cost[i - 1, j - 1] + (target[i - 1] != read[j - 1]),
-                cost[i - 1, j] + 1,
-                cost[i, j - 1] + 1,
-            )
-    # Text after the target is free as well. Of equally near parts the longest, so that a wrong last
-    # letter is found in its place and does not count as missing.
-    i, j = len(target), len(read) - int(cost[-1, ::-1].argmin())
+    # cost[i][j]: of the first i letters of the target and a part of what was read that ends at j.
+    # Text before the part is free, and so is text after it.
+    cost = [[0] * (len(read) + 1)]
+    for i, letter in enumerate(target, 1):
+        row, above = [i], cost[-1]
+        for j, other in enumerate(read):
+            row.append(min(above[j] + (letter != other), above[j + 1] + 1, row[j] + 1))
+        cost.append(row)
+    # Of equally near parts the one that ends last, so that a wrong last letter is found in its
+    # place and does not count as missing.
+    i, j = len(target), max(range(len(read) + 1), key=lambda end: (-cost[-1][end], end))
     found: list[tuple[bool, int]] = []
     while i:
         same = j > 0 and target[i - 1] == read[j - 1]
-        if j and cost[i, j] == cost[i - 1, j - 1] + (not same):
+        if j and cost[i][j] == cost[i - 1][j - 1] + (not same):
             i, j = i - 1, j - 1
             found.append((same, j))
-        elif cost[i, j] == cost[i - 1, j] + 1:
+        elif cost[i][j] == cost[i - 1][j] + 1:
             i -= 1
             found.append((False, max(j - 1, 0)))
         else:
