@@ -389,9 +389,8 @@ def check_type(key: str, value, annotation) -> None:
         choices = typing.get_args(annotation)
         # With the type, because True == 1.
         if not any(type(value) is type(choice) and value == choice for choice in choices):
-            raise UserError(
-                f"{key}: expected {' or '.join(map(repr, choices))}, got {shown(value)}"
-            )
+            allowed = ["null" if choice is None else repr(choice) for choice in choices]
+            raise UserError(f"{key}: expected {' or '.join(allowed)}, got {shown(value)}")
         return
     kind, words = _TYPES.get(getattr(annotation, "__name__", annotation), (object, ""))
     # bool is a subclass of int, and JSON numbers may exceed float's range (or be infinite).

@@ -327,6 +327,9 @@ class Rewards:
     maps: np.ndarray | None = None
     """float64 [n, rows, columns]: `total` for each place of the latent, NaN where a reward failed;
     None if the advantage does not use it."""
+    colors: np.ndarray | None = None
+    """float64 [n, 3] in [0, 1]: mean color of the slot's image; NaN where there is none. None if
+    the advantage does not use it."""
 
     def values(self) -> tuple[np.ndarray, np.ndarray]:
         """`before` and `after`, for advantages with `needs_values`, which a config may combine only

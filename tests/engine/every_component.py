@@ -53,11 +53,14 @@ CASES = {
     "spatial": (
         3,
         True,
-        {"type": "tempflow", "seeds": 1, "children": [3, 2, 2]},
+        {"type": "tempflow", "seeds": 1, "children": [6, 5, 4]},
         "flow",
         {"type": "grpo"},
         {"type": "channel_kl"},
-        {"advantage": "spatial"},
+        {
+            "advantage": {"type": "spatial", "blind_to": "color"},
+            "merge": {"last": 2, "every": 1, "scale": 1.5},
+        },
     ),
     "hinge": (
         0,

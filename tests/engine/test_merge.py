@@ -31,14 +31,14 @@ def test_the_decay_of_a_square_root():
     assert coefficients("sqrt", 1) == [1.0]
 
 
-def merge_of(weights, last=4, every=1, shape="sqrt"):
+def merge_of(weights, last=4, every=1, shape="sqrt", scale=1.0):
     runtime = SimpleNamespace(
         trainable=weights,
         trainable_shapes=lambda: {n: tuple(t.shape) for n, t in weights.items()},
         full_fp32=lambda t: t.float(),
         policy=SimpleNamespace(device="cpu"),
     )
-    return Merge(runtime, last, every, shape)
+    return Merge(runtime, last, every, shape, scale)
 
 
 @pytest.mark.parametrize("shape", DECAYS)
@@ -68,6 +68,24 @@ def test_snapshots_are_taken_every_few_updates():
         if n >= 3:
             assert merge.gather(["w"])["w"].item() == {1: 3.0, 2: 4.5, 3: 7.5}[n // 3]
     assert merge.gather(["unknown"]) == {}
+
+
+def test_a_scale_goes_on_from_the_base_through_the_mean():
+    """1 + 2 (mean(2, 4) - 1) = 5; of an adapter B A the factor B is scaled."""
+    weights = {
+        name: torch.tensor([value])
+        for name, value in (("w", 1.0), ("q.lora_A.default.weight", 3.0), ("q.lora_B.weight", 0.0))
+    }
+    merge = merge_of(weights, last=2, shape="mean", scale=2.0)
+    for value in (2.0, 4.0):
+        for weight in weights.values():
+            weight.fill_(value)
+        merge.update()
+    assert {n: t.item() for n, t in merge.gather(weights).items()} == {
+        "w": 5.0,
+        "q.lora_A.default.weight": 3.0,
+        "q.lora_B.weight": 6.0,
+    }
 
 
 @pytest.mark.parametrize("cut, last", [(2, 3), (4, 3), (7, 3), (7, 2), (7, 5)])
@@ -109,8 +127,9 @@ def test_a_config_has_one_average():
         "last": 8,
         "every": 6,
         "shape": "sqrt",
+        "scale": 1.0,
     }
-    for change in ({"last": 1}, {"every": 0}, {"shape": "cosine"}):
+    for change in ({"last": 1}, {"every": 0}, {"shape": "cosine"}, {"scale": 0.5}):
         with pytest.raises(UserError, match=f"training.merge.{next(iter(change))}"):
             small_config(training={"merge": change})
 
@@ -128,7 +147,10 @@ def test_a_run_evaluates_saves_and_resumes_its_merge(tmp_path):
             processes=None,
             model={"lora": {"rank": 2, "alpha": 4.0}},
             rollout={"num_steps": 3, "plan": {"branch_steps": [0, 1]}},
-            training={"iterations": 3, "merge": {"last": 2, "every": 1, "shape": "mean"}},
+            training={
+                "iterations": 3,
+                "merge": {"last": 2, "every": 1, "shape": "mean", "scale": 1.5},
+            },
             eval={"every": 3, "prompts": 2},
             checkpoint={"every": 1, "keep": 9},
         )
@@ -145,10 +167,10 @@ def test_a_run_evaluates_saves_and_resumes_its_merge(tmp_path):
             folders[1] / "merge.safetensors",
         )
     )
-    assert all(
-        torch.equal(merged[name], ((before[name].double() + after[name].double()) / 2).float())
-        for name in merged
-    )
+    for name, value in merged.items():
+        scale = 1.5 if ".lora_B." in name else 1.0  # an adapter begins at B = 0
+        mean = (before[name].double() + after[name].double()) / 2
+        assert torch.equal(value, (scale * mean).float())
     assert (
         json.loads((whole.folder / "samples/000003/samples.json").read_text())["weights"] == "merge"
     )

@@ -13,11 +13,13 @@ from tempflow.advantages.group import Group
 from tempflow.advantages.spatial import Spatial
 from tempflow.config import parse_config
 from tempflow.errors import UserError
+from tempflow.media import frame_places
 from tempflow.objectives.grpo import Grpo
 from tempflow.objectives.trust_region import Dppo, Hinge, Spo
 from tempflow.penalties import Kl
 from tempflow.rewards import RewardSpec, without_maps
 from tempflow.rewards.base import BadScores, Scores, as_scores
+from tempflow.run.diversity import FRAMES, mean_colors, thumbnails
 from tempflow.training.batches import _over_latents
 from tempflow.training.reward_maps import latent_grid, summed
 from tempflow.types import Rewards, Size
@@ -25,13 +27,14 @@ from tempflow.types import Rewards, Size
 NAN = float("nan")
 
 
-def spatial(maps, total=None, **options):
-    """maps: [P, S, K, B, rows, columns]."""
+def spatial(maps, total=None, colors=None, **options):
+    """maps: [P, S, K, B, rows, columns]; colors: [P, S, K, B, 3]."""
     maps = np.asarray(maps, dtype=np.float64)
     slots = dense_slots(maps.shape[:4])
     flat = maps.reshape(len(slots), *maps.shape[4:])
     total = flat.mean((1, 2)) if total is None else np.ravel(total)
-    return Spatial(**options)(slots, Rewards(total, {}, {}, {}, maps=flat))
+    colors = None if colors is None else np.reshape(colors, (len(slots), 3))
+    return Spatial(**options)(slots, Rewards(total, {}, {}, {}, maps=flat, colors=colors))
 
 
 # ---------------------------------------------------------------------------------------- advantage
@@ -70,6 +73,96 @@ def test_maps_that_are_even_are_the_whole_images():
     np.testing.assert_allclose(
         found.maps, np.broadcast_to(expected[:, None, None], found.maps.shape), rtol=1e-3
     )
+
+
+# ----------------------------------------------------------------------------------- blind to color
+def colored(states=40, seed=0):
+    """(maps, colors) [P, 1, 1, 4, ...] without a relation between them."""
+    rng = np.random.default_rng(seed)
+    maps = rng.normal(size=(states, 1, 1, 4, 2, 3))
+    group = rng.uniform(0.4, 0.9, size=(states, 1, 1, 1, 3))
+    return maps, group + 0.02 * rng.normal(size=(states, 1, 1, 4, 3))
+
+
+def related(found, colors):
+    """The slopes of the advantages, images' means, in three colors and three interactions."""
+    away = colors - colors.mean(3, keepdims=True)
+    group = colors - away
+    features = np.concatenate([away, away * (group - group.mean((0, 1, 2, 3)))], -1).reshape(-1, 6)
+    return np.linalg.lstsq(
+        features / features.std(0), found.maps.mean((1, 2), dtype=np.float64), rcond=None
+    )[0]
+
+
+def test_no_color_is_preferred():
+    """Not a darker one, nor one that is nearer to the mean of all."""
+    maps, colors = colored()
+    away = colors - colors.mean(3, keepdims=True)
+    darker = -30 * away[..., 1]
+    nearer = -200 * (away * (colors - 0.65)).sum(-1)
+    for preference in (darker, nearer):
+        wanted = maps + preference[..., None, None]
+        assert np.abs(related(spatial(wanted), colors)).max() > 0.05
+        assert np.abs(related(spatial(wanted, colors=colors, clip=50.0), colors)).max() < 1e-4
+    # The same advantages whatever the preference: only the common scale is left to differ.
+    one, other = (
+        spatial(maps + p[..., None, None], colors=colors, clip=50.0).maps
+        for p in (0 * darker, darker)
+    )
+    np.testing.assert_allclose(one, other, atol=1e-3)
+
+
+def test_places_differ_as_before():
+    maps, colors = colored()
+    with_color = maps - 30 * (colors - colors.mean(3, keepdims=True))[..., :1, None]
+    found = spatial(with_color, colors=colors, clip=50.0).maps
+    plain = spatial(with_color, clip=50.0).maps
+    across = [m - m.mean((1, 2), keepdims=True) for m in (found, plain)]
+    ratio = across[0].std() / across[1].std()
+    np.testing.assert_allclose(across[0], ratio * across[1], atol=1e-5)
+
+
+def test_colors_that_do_not_differ_explain_nothing():
+    maps, colors = colored()
+    plain = spatial(maps)
+    for same in (np.full_like(colors, 0.3), 0.3 + 1e-15 * colors):
+        np.testing.assert_allclose(spatial(maps, colors=same).maps, plain.maps, atol=1e-4)
+    gray = np.repeat(colors[..., :1], 3, -1)  # columns that depend on each other
+    assert np.isfinite(spatial(maps, colors=gray).maps).all()
+
+
+def test_a_missing_images_color_counts_for_nothing():
+    maps, colors = colored()
+    total = maps.mean((4, 5))
+    total[3, 0, 0, 1] = NAN
+    masked, gone = maps.copy(), colors.copy()
+    masked[3, 0, 0, 1], gone[3, 0, 0, 1] = NAN, NAN
+    strange = np.where(np.isnan(gone), 7.0, gone)
+    found = spatial(masked, total, gone)
+    np.testing.assert_array_equal(found.maps, spatial(masked, total, strange).maps)
+    assert np.isfinite(found.maps).all() and (found.maps.reshape(40, 4, -1)[3, 1] == 0).all()
+    assert np.isfinite(spatial(masked, total * NAN, colors).maps).all()
+
+
+@pytest.mark.parametrize("shape, frames", [((5, 32, 96, 3), 1), ((2, 9, 64, 20, 3), 9)])
+def test_mean_colors_are_those_of_the_images(shape, frames):
+    # Sides that 32 divides, or that are below 32: then the averages of averages are the average.
+    media = np.random.default_rng(1).integers(0, 256, shape, dtype=np.uint8)
+    size = Size(shape[-3], shape[-2], frames)
+    found = mean_colors(thumbnails(media), size)
+    shown = media[:, None] if frames == 1 else media[:, frame_places(frames, FRAMES)]
+    np.testing.assert_allclose(found, shown.mean((1, 2, 3)) / 255, atol=1e-6)
+
+
+def test_too_few_images_for_a_fit_are_refused():
+    blind = {"type": "spatial", "blind_to": "color"}
+    plan = {"seeds": 1, "children": 4, "branch_steps": [0, 1]}
+    # 4 x 2 x (4 - 1) = 24 is just enough.
+    assert config({"plan": plan}, prompts=4, advantage=blind).advantage().needs_colors
+    with pytest.raises(UserError, match="blind_to: .* 24 images in 6 groups are too few; .* 24 im"):
+        config({"plan": plan}, prompts=3, advantage=blind)
+    with pytest.raises(UserError, match="advantage.blind_to: expected 'color' or null"):
+        config(advantage=blind | {"blind_to": "hue"})
 
 
 # --------------------------------------------------------------------------------------------- loss
@@ -170,11 +263,12 @@ def test_scores_with_maps():
 
 
 # ----------------------------------------------------------------------------------------- refusals
-def config(**training):
+def config(rollout=None, prompts=8, **training):
     return parse_config(
         {
             "model": {"path": "model"},
-            "data": {"train": "words.txt"},
+            "data": {"train": "words.txt", "prompts_per_iteration": prompts},
+            "rollout": rollout or {},
             "rewards": {"ocr": {"detect": False}},
             "training": {"advantage": "spatial", **training},
             "deepspeed": {"optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}},
@@ -183,7 +277,9 @@ def config(**training):
 
 
 def test_objectives_that_cannot_use_it_are_refused():
-    assert config().training.advantage == {"type": "spatial", "over": "seed", "clip": 5.0}
+    assert config().training.advantage == {
+        "type": "spatial", "over": "seed", "clip": 5.0, "blind_to": None
+    }  # fmt: skip
     for objective in ("dpo", {"type": "grpo", "ratio": "guard"}, "nft"):
         with pytest.raises(UserError, match="training.advantage: spatial gives each place"):
             config(objective=objective)

@@ -32,6 +32,8 @@ class Advantage(ABC):
     needs_maps = False
     """Whether it reads `Rewards.maps`, which some rewards provide, and returns
     `Advantages.maps`."""
+    needs_colors: bool = False
+    """Whether it reads `Rewards.colors`, which are computed on request only."""
 
     @abstractmethod
     def __call__(self, slots: Slots, rewards: Rewards) -> Advantages:

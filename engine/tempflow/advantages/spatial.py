@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 
@@ -24,19 +25,26 @@ class Spatial(Advantage):
         over: whose maps are compared: "seed", those of the children of one state; or "prompt",
             those of a prompt at a step.
         clip: advantages are clipped to +- this.
+        blind_to: "color" takes out of the advantages what the images' mean colors explain of them,
+            by a fit of six numbers to the iteration's images, so that no color is preferred; null:
+            nothing.
     """
 
     needs_maps = True
 
-    def __init__(self, over: Over = "seed", clip: float = 5.0):
+    def __init__(
+        self, over: Over = "seed", clip: float = 5.0, blind_to: Literal["color", None] = None
+    ):
         check_range("clip", clip, above=0)
-        self.over, self.clip = over, clip
+        self.over, self.clip, self.needs_colors = over, clip, blind_to == "color"
 
     def __call__(self, slots: Slots, rewards: Rewards) -> Advantages:
         assert rewards.maps is not None  # `needs_maps`
         labels = slots.groups(self.over)
         whole = normalize(rewards.total, labels)
         apart = _from_mean(rewards.maps.reshape(len(slots), -1), labels, whole.valid)
+        if rewards.colors is not None:
+            apart -= _of_color(apart.mean(1), rewards.colors, labels, whole.valid)[:, None]
         # Not within each group: reading probabilities always differ a little, and dividing by the
         # group's own scale would blow up groups whose images are all equally good.
         scale = np.sqrt((apart[whole.valid] ** 2).mean()) if whole.valid.any() else 0.0
@@ -54,3 +62,30 @@ def _from_mean(values: np.ndarray, labels: np.ndarray, valid: np.ndarray) -> np.
     count = np.bincount(labels, weights=valid, minlength=len(total))
     mean = total / np.maximum(count, 1)[:, None]
     return np.where(valid[:, None], known - mean[labels], 0.0)
+
+
+def _of_color(
+    apart: np.ndarray, colors: np.ndarray, labels: np.ndarray, valid: np.ndarray
+) -> np.ndarray:
+    """The part of the distances [n] from a group's mean that a linear function of the images'
+    colors [n, 3] explains, float64 [n]; the function is fitted over all groups.
+
+    It has three slopes for a color's distance from its group's mean, which hold for all groups, and
+    three for that distance times the group's mean color: where dark images get darker and light
+    ones lighter, or all approach one color, the slopes depend on the color.
+    """
+    known = valid & np.isfinite(colors).all(1)
+    if not known.any():
+        return np.zeros(len(apart))
+    away = _from_mean(colors, labels, known)
+    group = np.where(known[:, None], colors - away, 0.0)
+    group -= group[known].mean(0)
+    # To a size of about 1, but differences that are only rounding stay small, and the last term
+    # of the normal equations then keeps their slopes at 0; it does so with columns that depend on
+    # each other too, such as those of gray images.
+    features = np.concatenate([away, away * group], 1)[known]
+    features /= np.sqrt((features**2).mean(0)) + 1e-6
+    square = features.T @ features + 1e-6 * len(features) * np.eye(6)
+    found = np.zeros(len(apart))
+    found[known] = features @ np.linalg.solve(square, features.T @ apart[known])
+    return found

@@ -16,6 +16,7 @@ from tempflow import registry
 from tempflow.config.checks import (
     check_adapt,
     check_averages,
+    check_blind,
     check_compiled,
     check_deepspeed,
     check_groups,
@@ -74,6 +75,7 @@ class Config(Section):
             check_groups,
             check_values,
             check_maps,
+            check_blind,
             check_adapt,
             check_weighting,
             check_penalty,
@@ -134,7 +136,9 @@ class Config(Section):
 
     def averaged_copies(self) -> int:
         """How many copies of the trained weights the average holds between updates."""
-        return self.training.merge.last if self.training.merge else 1 if self.training.ema else 0
+        merge = self.training.merge
+        # With a scale the weights before training as well.
+        return merge.last + (merge.scale > 1) if merge else 1 if self.training.ema else 0
 
     def needs_reference(self) -> bool:
         """Whether the policy before training is kept in memory and forwarded."""

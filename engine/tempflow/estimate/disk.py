@@ -62,7 +62,7 @@ def disk(config: Config, zero: Zero) -> Disk:
         ),
         Item(
             "snapshots of them, fp32",
-            zero.whole_fp32 * config.averaged_copies() if config.training.merge else 0,
+            zero.whole_fp32 * config.training.merge.last if config.training.merge else 0,
             "training.merge.last",
         ),
         # The rest is written by DeepSpeed, for resuming; the fp32 weights above are the engine's.

@@ -1,5 +1,5 @@
 """How different images are: mean distances, which shrink when a policy collapses onto one image,
-and precision and recall of one set of images against another.
+precision and recall of one set of images against another, and mean colors.
 
 The distance of two images is the root mean square difference of their pixels in [0, 1], after both
 were averaged down to at most 32 x 32 pixels. For two videos, a few frames of each are compared.
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from tempflow.media import frame_places
+from tempflow.types import Size
 
 SIDE = 32  # pixels of a thumbnail, at most
 FRAMES = 4  # of a video, at most
@@ -42,6 +43,13 @@ def thumbnails_there(media: torch.Tensor) -> torch.Tensor:
     pixels = frames.flatten(0, 1).permute(0, 3, 1, 2).float() / 255
     sides = min(SIDE, pixels.shape[2]), min(SIDE, pixels.shape[3])
     return F.adaptive_avg_pool2d(pixels, sides).reshape(len(media), -1)
+
+
+def mean_colors(thumbnails: np.ndarray, size: Size) -> np.ndarray:
+    """Mean colors, float64 [n, 3] in [0, 1], of the images or videos of `size` that thumbnails
+    [n, D] are of."""
+    pixels = min(SIDE, size.height) * min(SIDE, size.width)
+    return thumbnails.reshape(len(thumbnails), -1, 3, pixels).mean((1, 3), dtype=np.float64)
 
 
 def mean_distance(groups: np.ndarray) -> np.ndarray:

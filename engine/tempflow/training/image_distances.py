@@ -1,5 +1,5 @@
-"""Distances between the images of a rollout, from their thumbnails. Some advantages use them,
-and so do the metrics of diversity."""
+"""Distances between the images of a rollout, and their colors, from their thumbnails. Some
+advantages use them, and so do the metrics of diversity."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tempflow.run.diversity import distance_to_others, mean_distance
+from tempflow.run.diversity import distance_to_others, mean_colors, mean_distance
 from tempflow.sampling.layout import Layout
 from tempflow.training import distributed
 from tempflow.training.session import Session
@@ -22,14 +22,26 @@ def novelty(session: Session, rolled: RolledOut) -> np.ndarray | None:
     needs it (a collective then)."""
     if not session.advantage.needs_novelty:
         return None
-    seen = np.stack(rolled.images.thumbnails)
-    # A group may have images on several ranks: all thumbnails are summed into one array.
+    seen = _by_slot(rolled, np.stack(rolled.images.thumbnails))
+    return distance_to_others(seen, rolled.layout.slots.groups(session.advantage.over))
+
+
+def colors(session: Session, rolled: RolledOut) -> np.ndarray | None:
+    """Mean color of each slot's image, float64 [n, 3] in [0, 1], if the advantage needs it (a
+    collective then)."""
+    if not session.advantage.needs_colors:
+        return None
+    seen = mean_colors(np.stack(rolled.images.thumbnails), session.sampler.size)
+    return _by_slot(rolled, seen)
+
+
+def _by_slot(rolled: RolledOut, seen: np.ndarray) -> np.ndarray:
+    """Values [images, D] of this rank's images as those of the slots of all ranks, float64 [n, D]
+    (a collective)."""
+    # A group may have images on several ranks: all values are summed into one array.
     whole = np.zeros((len(rolled.layout), seen.shape[1]))
     whole[[rolled.forest.numbers[n] for n in rolled.images.rows]] = seen
-    slots = rolled.layout.slots
-    return distance_to_others(
-        slots.means(distributed.reduce(whole).T).T, slots.groups(session.advantage.over)
-    )
+    return rolled.layout.slots.means(distributed.reduce(whole).T).T
 
 
 def diversity(rolled: RolledOut) -> dict[str, float]:

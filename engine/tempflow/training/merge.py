@@ -4,6 +4,10 @@ the trained weights.
 Under a constant learning rate, sum_j c_j theta_j over the snapshots theta_1 .. theta_n equals the
 weights of a run whose update i was scaled by w_i = sum_{j >= i} c_j. So a decay is applied after
 the fact, at any moment, and the end of the run need not be planned (WSM, arXiv 2507.17634).
+
+With a scale s above 1 the sum is taken s times as far from the weights before training, theta_0 +
+s (sum - theta_0) (ExPO, arXiv 2404.16792): in the sum the noise of single updates has canceled, so
+most of what is left is the direction in which all of them agree.
 """
 
 from __future__ import annotations
@@ -49,14 +53,26 @@ class Merge(Averaged):
         last: n, the number of snapshots that are kept.
         every: updates between two snapshots.
         shape: a key of `DECAYS`, the decay that the sum is equivalent to.
+        scale: s. The weights are then those before training; a checkpoint is read later. Of an
+            adapter B A the factor B alone is scaled, and so the product.
     """
 
     key = "merge"
 
-    def __init__(self, runtime: Runtime, last: int, every: int, shape: str):
+    def __init__(self, runtime: Runtime, last: int, every: int, shape: str, scale: float = 1.0):
         super().__init__(runtime, every)
-        self._shape = shape
+        self._shape, self._scale = shape, scale
         self._snapshots: deque[dict[str, torch.Tensor]] = deque(maxlen=last)
+        # The weights before training, of what is scaled.
+        self._base = (
+            {}
+            if scale == 1
+            else {
+                name: value.cpu().clone()
+                for name, value in self._current()
+                if ".lora_A." not in name
+            }
+        )
 
     def _take(self) -> None:
         if len(self._snapshots) == self._snapshots.maxlen:
@@ -70,6 +86,8 @@ class Merge(Averaged):
             coefficients(self._shape, len(self._snapshots)), self._snapshots, strict=True
         ):
             found.add_(snapshot[name], alpha=c)
+        if name in self._base:
+            found.sub_(self._base[name]).mul_(self._scale).add_(self._base[name])
         return found.float()
 
     def write(self, file: Path) -> None:

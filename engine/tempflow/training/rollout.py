@@ -32,7 +32,7 @@ from tempflow.sampling.scheduler import Stats, eager, integrate
 from tempflow.sampling.steps import Grid
 from tempflow.sampling.suffix import count_forwards
 from tempflow.training import distributed
-from tempflow.training.image_distances import diversity, novelty
+from tempflow.training.image_distances import colors, diversity, novelty
 from tempflow.training.reward_maps import maps
 from tempflow.training.session import Session
 from tempflow.transfer import Fetched, Mark
@@ -415,6 +415,7 @@ def gather_rewards(session: Session, rolled: RolledOut) -> Scored:
         _by_slot(session, rolled.layout, rewards),
         novelty=novelty(session, rolled),
         maps=maps(session, rolled, scores),
+        colors=colors(session, rolled),
     )
     return Scored(by_slot, int(images), int(failed), trunk, diversity(rolled), seconds, rewards[0])
 

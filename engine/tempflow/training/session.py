@@ -244,7 +244,7 @@ def make_average(config: Config, runtime: Runtime) -> Averaged | None:
     ema, merge = config.training.ema, config.training.merge
     if ema:
         return Average(runtime, ema.decay, ema.every)
-    return Merge(runtime, merge.last, merge.every, merge.shape) if merge else None
+    return Merge(runtime, **merge.model_dump()) if merge else None
 
 
 def make_graphs(

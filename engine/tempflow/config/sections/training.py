@@ -33,6 +33,13 @@ class Merge(Section):
             " window); linear or mean: a linear decay, which gives all snapshots equal weights"
         ),
     )
+    scale: Annotated[float, Field(ge=1, le=4)] = Field(
+        1.0,
+        description=(
+            "how far the sum is taken from the weights before training, as a factor of its distance"
+            " (ExPO, arXiv 2404.16792); above 1 a copy of these is kept in memory"
+        ),
+    )
 
 
 class Updates(Section):
