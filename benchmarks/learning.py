@@ -40,18 +40,25 @@ from tempflow.run.means import with_error
 
 ROOT = Path(__file__).parent.parent
 UNIFORM = ["training.weighting=uniform"]
+ON_PATHS = ["rollout.plan=flow_grpo", "training.updates.passes=1", "training.penalty=null"]
 PATHS = [
-    "rollout.plan=flow_grpo",
+    *ON_PATHS,
     "rollout.plan.seeds=12",
     'training.advantage={"type": "group", "over": "prompt"}',
-    "training.updates.passes=1",
-    "training.penalty=null",
 ]
 VARIANTS = {
     "tempflow": [],
     "all steps": ["rollout.plan.branch_steps=all"],
     "no penalty": ["training.penalty=null"],
     "flow_grpo": [*PATHS, *UNIFORM],
+    # Half the paths, because each has an image for each of its steps beside its own.
+    "flow_grpo values": [
+        *ON_PATHS,
+        "rollout.plan.seeds=6",
+        "rollout.plan.values=true",
+        'training.advantage={"type": "dense", "over": "prompt"}',
+        *UNIFORM,
+    ],
     "without branching": PATHS,
     "uniform weights": UNIFORM,
     "whole images": ["training.advantage=group"],
