@@ -43,7 +43,7 @@ def quiet_libraries() -> None:
     prefer_cpu()
     warnings.filterwarnings("ignore", category=UserWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    for name in ("DeepSpeed", "transformers", "diffusers"):
+    for name in ("DeepSpeed", "transformers", "diffusers", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
