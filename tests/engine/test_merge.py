@@ -4,6 +4,7 @@ average is."""
 import json
 import math
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -145,7 +146,6 @@ def test_a_run_evaluates_saves_and_resumes_its_merge(tmp_path):
             name,
             *more,
             processes=None,
-            model={"lora": {"rank": 2, "alpha": 4.0}},
             rollout={"num_steps": 3, "plan": {"branch_steps": [0, 1]}},
             training={
                 "iterations": 3,
@@ -167,10 +167,11 @@ def test_a_run_evaluates_saves_and_resumes_its_merge(tmp_path):
             folders[1] / "merge.safetensors",
         )
     )
+    model = Path(json.loads((whole.folder / "config.json").read_text())["model"]["path"])
+    base = load_file(model / "transformer/diffusion_pytorch_model.safetensors")
     for name, value in merged.items():
-        scale = 1.5 if ".lora_B." in name else 1.0  # an adapter begins at B = 0
-        mean = (before[name].double() + after[name].double()) / 2
-        assert torch.equal(value, (scale * mean).float())
+        mean, origin = (before[name].double() + after[name].double()) / 2, base[name].double()
+        assert torch.equal(value, ((mean - origin) * 1.5 + origin).float())
     assert (
         json.loads((whole.folder / "samples/000003/samples.json").read_text())["weights"] == "merge"
     )
