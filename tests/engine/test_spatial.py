@@ -22,6 +22,7 @@ from tempflow.rewards.base import BadScores, Scores, as_scores
 from tempflow.run.diversity import FRAMES, mean_colors, thumbnails
 from tempflow.training.batches import _over_latents
 from tempflow.training.reward_maps import latent_grid, summed
+from tempflow.training.start import _few_for_colors
 from tempflow.types import Rewards, Size
 
 NAN = float("nan")
@@ -154,13 +155,18 @@ def test_mean_colors_are_those_of_the_images(shape, frames):
     np.testing.assert_allclose(found, shown.mean((1, 2, 3)) / 255, atol=1e-6)
 
 
-def test_too_few_images_for_a_fit_are_refused():
+def test_too_few_images_for_a_fit_are_told():
     blind = {"type": "spatial", "blind_to": "color"}
     plan = {"seeds": 1, "children": 4, "branch_steps": [0, 1]}
     # 4 x 2 x (4 - 1) = 24 is just enough.
-    assert config({"plan": plan}, prompts=4, advantage=blind).advantage().needs_colors
-    with pytest.raises(UserError, match="blind_to: .* 24 images in 6 groups are too few; .* 24 im"):
-        config({"plan": plan}, prompts=3, advantage=blind)
+    assert _few_for_colors(config({"plan": plan}, prompts=4, advantage=blind)) is None
+    told = _few_for_colors(config({"plan": plan}, prompts=3, advantage=blind))
+    assert "blind_to: an iteration has 24 images in 6 groups, too few" in told
+    maps, colors = colored(states=8)
+    plain = [spatial(maps[:n]).maps for n in (7, 8)]
+    for n, same in ((7, True), (8, False)):
+        found = spatial(maps[:n], colors=colors[:n]).maps
+        assert np.array_equal(found, plain[n - 7]) is same
     with pytest.raises(UserError, match="advantage.blind_to: expected 'color' or null"):
         config(advantage=blind | {"blind_to": "hue"})
 

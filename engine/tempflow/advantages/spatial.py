@@ -11,6 +11,10 @@ from tempflow.advantages.base import EPSILON, Advantage, Over, clipped, normaliz
 from tempflow.errors import check_range
 from tempflow.types import Advantages, Rewards, Slots
 
+# Images more than groups that a fit to colors needs. Of F numbers that are free a fit of six takes
+# 6 / F away by chance alone: here a quarter.
+FEWEST = 24
+
 
 class Spatial(Advantage):
     """An advantage for each place of a latent: what the place is worth, compared with the same
@@ -27,7 +31,7 @@ class Spatial(Advantage):
         clip: advantages are clipped to +- this.
         blind_to: "color" takes out of the advantages what the images' mean colors explain of them,
             by a fit of six numbers to the iteration's images, so that no color is preferred; null:
-            nothing.
+            nothing, as in an iteration with fewer than 24 more images than groups.
     """
 
     needs_maps = True
@@ -75,7 +79,7 @@ def _of_color(
     ones lighter, or all approach one color, the slopes depend on the color.
     """
     known = valid & np.isfinite(colors).all(1)
-    if not known.any():
+    if known.sum() - len(np.unique(labels[known])) < FEWEST:
         return np.zeros(len(apart))
     away = _from_mean(colors, labels, known)
     group = np.where(known[:, None], colors - away, 0.0)

@@ -137,28 +137,6 @@ def check_maps(config: Config) -> None:
     )
 
 
-def check_blind(config: Config) -> None:
-    """A fit to the images of an iteration needs more of them than it has numbers."""
-    from tempflow.sampling.layout import Layout, iteration_units
-
-    advantage = config.advantage()
-    if not advantage.needs_colors:
-        return
-    plan, prompts = config.plan(), config.data.prompts_per_iteration
-    units = iteration_units([0], plan.seeds)
-    slots = Layout(units, [plan.rows(unit, 0) for unit in units]).slots
-    groups = len(set(slots.groups(advantage.over).tolist()))
-    # Of F numbers that are free, a fit of six takes 6 / F away by chance alone: here a quarter.
-    least, free = 24, prompts * (len(slots) - groups)
-    if free < least:
-        raise ValueError(
-            "training.advantage.blind_to: six numbers are fitted to an iteration's images, and"
-            f" {prompts * len(slots)} images in {prompts * groups} groups are too few; expected at"
-            f" least {least} images more than groups (data.prompts_per_iteration, or the plan's"
-            " seeds or children)"
-        )
-
-
 def _largest_group(config: Config, over: str) -> int:
     """Size of the largest group of the first iteration; any size above 1 may be returned as 2."""
     from tempflow.sampling.layout import Layout, iteration_units

@@ -16,7 +16,6 @@ from tempflow import registry
 from tempflow.config.checks import (
     check_adapt,
     check_averages,
-    check_blind,
     check_compiled,
     check_deepspeed,
     check_groups,
@@ -75,7 +74,6 @@ class Config(Section):
             check_groups,
             check_values,
             check_maps,
-            check_blind,
             check_adapt,
             check_weighting,
             check_penalty,

@@ -59,6 +59,8 @@ def checked_inputs(
     # Not refused: with any reward the advantage is defined, and a config may be tried with another.
     if config.advantage().needs_maps and (line := without_maps(specs)):
         told.append(line)
+    if config.training.advantage.get("blind_to") and (line := _few_for_colors(config)):
+        told.append(line)
     check_asked(specs, [p.metadata for p in train])
     # Only for its checks.
     PromptOrder(len(train), config.data.prompts_per_iteration, config.training.seed)
@@ -90,6 +92,24 @@ def checked_inputs(
     for line in told:
         note(line)
     return specs, train, heldout
+
+
+def _few_for_colors(config: Config) -> str | None:
+    """A line for people where iterations have too few images for a fit to their colors."""
+    from tempflow.advantages.spatial import FEWEST
+    from tempflow.sampling.layout import Layout, iteration_units
+
+    plan, prompts = config.plan(), config.data.prompts_per_iteration
+    units = iteration_units([0], plan.seeds)
+    slots = Layout(units, [plan.rows(unit, 0) for unit in units]).slots
+    groups = len(set(slots.groups(config.advantage().over).tolist()))
+    if prompts * (len(slots) - groups) >= FEWEST:
+        return None
+    return (
+        f"training.advantage.blind_to: an iteration has {prompts * len(slots)} images in"
+        f" {prompts * groups} groups, too few to fit six numbers to, so colors stay in the"
+        f" advantages; with {FEWEST} more images than groups they do not"
+    )
 
 
 def check_hardware(config: Config) -> None:
