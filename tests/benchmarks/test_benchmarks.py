@@ -136,7 +136,7 @@ def test_every_variant_is_a_config():
     for variant, changes in learning.VARIANTS.items():
         config = load_config(learning.ROOT / "configs/tiny_ocr.json", changes)
         assert (config.rollout.plan["type"] == "flow_grpo") == (
-            variant in ("flow_grpo", "without branching")
+            variant in ("flow_grpo", "flow_grpo values", "without branching")
         )
 
 

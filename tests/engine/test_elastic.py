@@ -266,12 +266,12 @@ def moved(tmp_path_factory):
 
 def assert_equal_runs(one: Run, other: Run):
     """To rounding. Rewards are read from pictures of 256 levels, one of which is 1e-4 of a
-    picture's reward."""
+    picture's reward; advantages are differences of such rewards."""
     assert [row["iteration"] for row in other.rows] == [row["iteration"] for row in one.rows]
     for a, b in zip(one.rows, other.rows, strict=True):
         assert a.keys() == b.keys()
         for key in (key for key in a if not key.startswith("time/") and key not in PER_RANK):
-            scale = 1e-4 if key.startswith("reward") else ROUNDING
+            scale = 1e-4 if key.startswith(("reward", "advantage")) else ROUNDING
             assert b[key] == pytest.approx(a[key], rel=ROUNDING, abs=scale), (a["iteration"], key)
     for name in ("weights", "ema"):
         assert distance(other.weights(name=name), one.weights(name=name)) < ROUNDING
